@@ -1,0 +1,23 @@
+"""The one thing that data hands to training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100  # a label that no loss counts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len)."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+    def micro_batches(self, rows: int) -> Iterator[Batch]:
+        """Cut into micro-batches of `rows` rows, in order."""
+        for tokens, labels in zip(self.tokens.split(rows), self.labels.split(rows), strict=True):
+            yield Batch(tokens, labels)

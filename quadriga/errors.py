@@ -1,0 +1,70 @@
+"""What a user is told when something is wrong: problems that can be acted on, never a traceback.
+
+Every room may raise `UserError`; only the entry points (`quadriga.launch`, `quadriga.train`, `quadriga.cli`) catch it,
+print its report once and leave with its exit code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_FAULT = 1  # the machine or the code failed
+EXIT_USAGE = 2  # the user asked for something that cannot be
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, in the words that a user needs to mend it.
+
+    `where` is a key (`training.seq_len`), a file (`data/a.jsonl, line 3`) or a variable (`NGPU`).
+    """
+
+    where: str
+    what: str
+    value: str | None = None  # as the user wrote it
+    source: str | None = None  # the file, `command line` or the variable that said it
+    allowed: str | None = None
+    nearest: str | None = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        said = f" = {self.value}" if self.value is not None else ""
+        origin = f"  [{self.source}]" if self.source else ""
+        lines = [f"{self.where}{said}{origin}", f"    {self.what}"]
+        if self.allowed:
+            lines.append(f"    allowed: {self.allowed}")
+        if self.nearest:
+            lines.append(f"    did you mean: {self.nearest}")
+        if self.fix:
+            lines.append(f"    to do: {self.fix}")
+        return "\n".join(lines)
+
+
+class UserError(Exception):
+    """Something that the user can mend. Carries every problem found, not only the first."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems: tuple[Problem, ...] = problems
+
+    @property
+    def report(self) -> str:
+        """The whole report, one blank line between two problems."""
+        count = len(self.problems)
+        title = "1 problem" if count == 1 else f"{count} problems"
+        return f"quadriga: {title}\n\n" + "\n\n".join(str(problem) for problem in self.problems)
+
+    def __str__(self) -> str:
+        return self.report
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was most likely meant to be, or None."""
+    candidates: Sequence[str] = list(known)
+    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return match[0] if match else None

@@ -1,0 +1,34 @@
+"""The logger of a run: progress goes to standard error, from the logging ranks alone.
+
+Ranks that are not named in LOG_RANK (default: 0) still print warnings and errors, so that a fault is never swallowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+
+logger = logging.getLogger("quadriga")
+
+
+def logging_ranks(environ: Mapping[str, str] = os.environ) -> frozenset[int]:
+    """The global ranks that print progress: LOG_RANK, a comma-separated list (`0,1`)."""
+    text = environ.get("LOG_RANK", "").strip() or "0"
+    return frozenset(int(part) for part in text.split(",") if part.strip())
+
+
+def is_logging_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    return int(environ.get("RANK", "0")) in logging_ranks(environ)
+
+
+def start_logging(environ: Mapping[str, str] = os.environ) -> None:
+    """Attach one handler to the `quadriga` logger. Called by entry points only, never by an import."""
+    rank, several = environ.get("RANK", "0"), len(logging_ranks(environ)) > 1
+    prefix = f"[rank {rank}] " if several and int(environ.get("WORLD_SIZE", "1")) > 1 else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_logging_rank(environ) else logging.WARNING)

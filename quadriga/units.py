@@ -1,0 +1,35 @@
+"""Amounts as people read them: bytes, counts, durations."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+
+def show_bytes(amount: float) -> str:
+    """`8030261248` -> `7.48 GiB`."""
+    for unit, name in ((1024**4, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(amount) >= unit:
+            return f"{amount / unit:.2f} {name}"
+    return f"{amount:.0f} B"
+
+
+def show_count(amount: float) -> str:
+    """`8030261248` -> `8.03 B`; below ten thousand the number itself."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(amount) >= unit:
+            return f"{amount / unit:.2f} {name}"
+    return f"{amount / 1e3:.1f} k" if abs(amount) >= 1e4 else f"{amount:,.0f}"
+
+
+def show_seconds(seconds: float) -> str:
+    """`4210.3` -> `1h10m`; below one minute with one decimal."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
