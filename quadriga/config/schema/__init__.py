@@ -1,0 +1,66 @@
+"""The vocabulary: one frozen model for each TOML table. `JobConfig` nests them all and is known to few."""
+
+from __future__ import annotations
+
+from quadriga.config.schema.checkpoint import Checkpoint
+from quadriga.config.schema.job import Experimental, Job
+from quadriga.config.schema.memory import ActivationCheckpoint, Compile, Estimate, MemoryEstimation
+from quadriga.config.schema.model import GroupedFloat8, GroupedMX, LinearFloat8, LinearMX, Model, Quantize
+from quadriga.config.schema.observe import Debug, Metrics, Profiling
+from quadriga.config.schema.optim import LrScheduler, Optimizer
+from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
+from quadriga.config.schema.section import Section
+from quadriga.config.schema.training import Dataloader, Training, Validation
+
+__all__ = [
+    "ActivationCheckpoint",
+    "Checkpoint",
+    "Comm",
+    "Compile",
+    "Dataloader",
+    "Debug",
+    "Estimate",
+    "Experimental",
+    "FaultTolerance",
+    "GroupedFloat8",
+    "GroupedMX",
+    "Job",
+    "JobConfig",
+    "LinearFloat8",
+    "LinearMX",
+    "LrScheduler",
+    "MemoryEstimation",
+    "Metrics",
+    "Model",
+    "Optimizer",
+    "Parallelism",
+    "Profiling",
+    "Quantize",
+    "Section",
+    "Training",
+    "Validation",
+]
+
+
+class JobConfig(Section):
+    """What the human wrote, with every default filled in."""
+
+    job: Job = Job()
+    model: Model = Model()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LrScheduler = LrScheduler()
+    parallelism: Parallelism = Parallelism()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    quantize: Quantize = Quantize()
+    comm: Comm = Comm()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    debug: Debug = Debug()
+    estimate: Estimate = Estimate()
+    memory_estimation: MemoryEstimation = MemoryEstimation()
+    fault_tolerance: FaultTolerance = FaultTolerance()
+    experimental: Experimental = Experimental()

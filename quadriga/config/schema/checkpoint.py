@@ -1,0 +1,70 @@
+"""[checkpoint]: what is saved, when, and what a run starts from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quadriga.config.schema.section import Amount, Count, Name, NewestOrStep, Positive, Section
+
+State = Literal["model", "optimizer", "lr_scheduler", "dataloader", "train_state"]
+
+
+class Checkpoint(Section):
+    """Saves and resumes. A run that finds a finished save in its folder goes on from the newest."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from them."""
+
+    enable_ft_dataloader_checkpoints: bool = True
+    """With `fault_tolerance`: save the position in the data of each replica group."""
+
+    folder: Name = "checkpoint"
+    """Folder of the checkpoints, inside the run folder; one folder `step-N` each."""
+
+    interval: Count = 500
+    """Steps between two saves; the last step is always saved."""
+
+    interval_minutes: Positive | None = None
+    """Also save when this many minutes have passed since the last save."""
+
+    initial_load_path: str | None = None
+    """A checkpoint folder to start from when the run has none of its own yet."""
+
+    initial_load_model_only: bool = True
+    """Of `initial_load_path` take the weights alone: no optimizer, no schedule, no position in the data."""
+
+    initial_load_in_hf: bool = False
+    """`initial_load_path` holds Hugging Face safetensors."""
+
+    initial_load_in_hf_quantized: bool = False
+    """`initial_load_path` holds block-quantized Hugging Face safetensors."""
+
+    last_save_model_only: bool = False
+    """Save the last step without optimizer state: a third of the size, and the run cannot be extended."""
+
+    last_save_in_hf: bool = False
+    """Save the last step as Hugging Face safetensors."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Format of the weights in a last save without optimizer state."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Write checkpoints while training goes on."""
+
+    keep_latest_k: Amount = 10
+    """Finished saves that are kept; 0 keeps all. At least 2: one being written, one to fall back on."""
+
+    load_step: NewestOrStep = -1
+    """The step to resume from; -1 is the newest finished save."""
+
+    exclude_from_loading: tuple[State, ...] = ()
+    """Parts of the state to leave out when loading."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after step 1 too, to learn early whether saving works."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights and stop. Not needed here: initial weights depend on the seed alone, on any layout."""
+
+    load_only: bool = False
+    """Load, but never save."""

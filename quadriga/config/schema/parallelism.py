@@ -1,0 +1,131 @@
+"""[parallelism], [comm] and [fault_tolerance]: how many ranks share the work, how, and over which wires."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, Names, Section
+
+Schedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+
+
+class Parallelism(Section):
+    """How the run is cut. The product of all degrees is the number of ranks."""
+
+    data_parallel_replicate_degree: Count = 1
+    """Copies of the model that read different data (DDP; with sharding: the outer degree of HSDP)."""
+
+    data_parallel_shard_degree: AllOrCount = -1
+    """Ranks that share one copy of parameters, gradients and optimizer state (FSDP); -1 takes all that remain."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after the forward pass; `default` does so unless there is a pipeline."""
+
+    reduce_gradients: Literal["auto", "once", "every_micro_batch"] = "auto"
+    """Under gradient accumulation: reduce gradients once a step (faster, more memory) or after each micro-batch."""
+
+    tensor_parallel_degree: Count = 1
+    """Ranks that share each matrix product (tensor parallelism with sequence parallelism)."""
+
+    disable_loss_parallel: bool = False
+    """With tensor parallelism: gather the logits instead of computing the loss on slices of the vocabulary."""
+
+    enable_async_tensor_parallel: bool = False
+    """Overlap the communication of tensor parallelism with its matrix products; needs `compile` of the model."""
+
+    pipeline_parallel_degree: Count = 1
+    """Ranks that the layers are spread over."""
+
+    module_fqns_per_model_part: tuple[Names, ...] | None = None
+    """The modules of each pipeline stage, by name, where the balanced split is not wanted."""
+
+    pipeline_parallel_first_stage_less_layers: Amount = 1
+    """Weight of the embedding when layers are balanced over stages, in layers."""
+
+    pipeline_parallel_last_stage_less_layers: Amount = 1
+    """Weight of the last norm and the output layer when layers are balanced over stages, in layers."""
+
+    pipeline_parallel_layers_per_stage: Count | None = None
+    """Layers of one stage; none: one stage a rank for single-stage schedules, two for the others."""
+
+    pipeline_parallel_schedule: Schedule = "1F1B"
+    """Pipeline schedule."""
+
+    pipeline_parallel_schedule_csv: str | None = None
+    """A schedule of your own, as a CSV file."""
+
+    pipeline_parallel_microbatch_size: Count = 1
+    """Sequences in one pipeline micro-batch; divides `training.local_batch_size`."""
+
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """Overlap experts' communication in DualPipeV; without effect on models that have no experts."""
+
+    context_parallel_degree: Count = 1
+    """Ranks that share one sequence."""
+
+    context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
+    """How attention sees the whole sequence: gather keys and values, pass them around, or exchange heads."""
+
+    context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = "headtail"
+    """How a sequence is dealt out: `headtail` gives each rank an early and a late piece; none gives one piece."""
+
+    expert_parallel_degree: Count = 1
+    """Ranks that experts are spread over; mixture-of-experts models only."""
+
+    expert_tensor_parallel_degree: Count = 1
+    """Ranks that share each expert; mixture-of-experts models only."""
+
+    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
+    """Communication of expert parallelism; without effect on models that have no experts."""
+
+
+class Comm(Section):
+    """Communication between ranks."""
+
+    backend: Name | None = None
+    """Communication backend (`nccl`, `gloo`, `nvshmem`); none: nccl where CUDA is, gloo where it is not."""
+
+    init_timeout_seconds: Count = 300
+    """How long a collective may take before the first step is done."""
+
+    train_timeout_seconds: Count = 100
+    """How long a collective may take after the first step."""
+
+    trace_buf_size: Amount = 20000
+    """Entries of the flight recorder, which remembers the last collectives; 0 switches it off."""
+
+    save_traces_folder: Name = "comm_traces"
+    """Folder of the flight recorder's dumps, inside the run folder."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Beginning of the dumps' file names."""
+
+    mode: Literal["default", "fake_backend", "local_tensor"] = "default"
+    """`default` communicates; the others pretend to, for rehearsals (here: `DRY_RUN=1`)."""
+
+
+class FaultTolerance(Section):
+    """Replica groups that may come and go (TorchFT)."""
+
+    enable: bool = False
+    """Train with replica groups that may fail on their own."""
+
+    process_group: Literal["gloo", "nccl"] = "gloo"
+    """Backend between replica groups."""
+
+    process_group_timeout_ms: Count = 10000
+    """How long a collective between replica groups may take, in milliseconds."""
+
+    replica_id: Amount = 0
+    """Number of this replica group."""
+
+    group_size: Amount = 0
+    """Number of replica groups."""
+
+    min_replica_size: Count = 1
+    """Replica groups that must be there for a step."""
+
+    semi_sync_method: Literal["local_sgd", "diloco"] | None = None
+    """Method that synchronizes replica groups now and then instead of every step."""

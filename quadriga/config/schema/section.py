@@ -1,0 +1,36 @@
+"""What every table has in common: frozen, strictly typed, closed to unknown keys; and the types of their values.
+
+The string under a field is its only documentation: `--help`, the JSON Schema, `docs/configuration.md` read it from the
+source when they are asked for, so that a training start does not pay for it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """One TOML table. Attribute names are the keys; nothing edits a section once it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _not_zero(amount: int) -> int:
+    if amount == 0:
+        raise ValueError("0 is not meant here")
+    return amount
+
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+NewestOrStep = Annotated[int, Field(ge=-1)]
+AllOrCount = Annotated[int, AfterValidator(_not_zero), Field(ge=-1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Names = tuple[Name, ...]
