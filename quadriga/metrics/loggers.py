@@ -1,0 +1,205 @@
+"""Where records go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases. A logger knows `write` and `close`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from quadriga.config.run_spec import Folders
+from quadriga.config.schema import Metrics
+from quadriga.errors import Problem, UserError
+from quadriga.log import is_logging_rank, logger
+from quadriga.metrics.jsonl import JsonLines
+from quadriga.units import show_count, show_seconds
+
+Record = dict[str, Any]
+JSONL_NAME = "metrics.jsonl"
+
+
+class Logger(Protocol):
+    """Takes records of `Meter`, both kinds."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def build_loggers(
+    section: Metrics,
+    folders: Folders,
+    *,
+    rank: int,
+    steps: int,
+    first_step: int,
+    title: str = "",
+    config: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> list[Logger]:
+    """The loggers of this rank: the console on logging ranks, the files on rank 0, TensorBoard and W&B on every rank
+    with `metrics.save_for_all_ranks`.
+
+    `steps`: the last step of the run; `first_step`: the one this attempt starts with; `title` and `config` (the whole
+    configuration as plain data) are for W&B. Raises UserError where W&B is asked for and cannot be had.
+    """
+    loggers: list[Logger] = []
+    if is_logging_rank(environ):
+        loggers.append(Console(steps, colour=_wants_colour(section, environ)))
+    if rank == 0:
+        loggers.append(JsonLines(Path(folders.dump, JSONL_NAME)))
+    if rank == 0 or section.save_for_all_ranks:
+        place = f"rank_{rank}" if section.save_for_all_ranks else ""
+        if section.enable_tensorboard:
+            loggers.append(TensorBoard(Path(folders.tensorboard, place), first_step))
+        if section.enable_wandb:
+            loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
+    return loggers
+
+
+def _wants_colour(section: Metrics, environ: Mapping[str, str]) -> bool:
+    return sys.stderr.isatty() and not section.disable_color_printing and not environ.get("NO_COLOR")
+
+
+class Console:
+    """One aligned line a record, to standard error through the logger of the run."""
+
+    PLAIN, BOLD, DIM, RED, GREEN, YELLOW, BLUE, CYAN = "0", "1", "2", "31", "32", "33", "34", "36"
+
+    def __init__(self, steps: int, colour: bool) -> None:
+        self._steps, self._colour = steps, colour
+        self._width = len(str(steps))
+
+    def write(self, record: Record) -> None:
+        columns = self._validation(record) if record["kind"] == "validation" else self._train(record)
+        logger.info("  ".join(self._paint(text, style) for text, style in columns))
+
+    def close(self) -> None:
+        pass
+
+    def _train(self, record: Record) -> list[tuple[str, str]]:
+        columns = [
+            (f"step {record['step']:>{self._width}}/{self._steps}", self.BOLD),
+            (f"loss {record['loss']:8.5f}", self.GREEN),
+            (f"grad norm {record['grad_norm']:8.4f}", self.YELLOW),
+            (f"memory {_memory_used(record)}", self.CYAN),
+            (f"{record['tokens_per_second_per_device']:>9,.0f} tok/s/device", self.BLUE),
+            (f"{record['tflops']:7.2f} TFLOP/s", self.PLAIN),
+        ]
+        if record["mfu"] is not None:
+            columns.append((f"MFU {100 * record['mfu']:5.1f}%", self.BOLD))
+        waits = self.RED if record["data_wait_share"] > 0.05 else self.DIM
+        columns.append((f"data wait {100 * record['data_wait_share']:4.1f}%", waits))
+        columns.append((f"left {show_seconds(record['eta_seconds'])}", self.DIM))
+        return columns
+
+    def _validation(self, record: Record) -> list[tuple[str, str]]:
+        return [
+            (f"step {record['step']:>{self._width}}/{self._steps}", self.BOLD),
+            (f"validation loss {record['loss']:.5f}", self.GREEN),
+            (f"over {show_count(record['tokens'])} tokens in {show_seconds(record['seconds'])}", self.DIM),
+        ]
+
+    def _paint(self, text: str, style: str) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if self._colour and style != self.PLAIN else text
+
+
+def _memory_used(record: Record) -> str:
+    """Peak reserved of a device, resident set of a CPU process."""
+    for amount, share in (("memory_reserved_gib", "memory_reserved_percent"), ("memory_resident_gib", "")):
+        if amount in record:
+            percent = f" ({record[share]:.0f}%)" if share else ""
+            return f"{record[amount]:6.2f} GiB{percent}"
+    return "unknown"
+
+
+# Names of the vocabulary that users' dashboards already know: (name, key of the record, factor).
+CURVES: Sequence[tuple[str, str, float]] = (
+    ("loss_metrics/global_avg_loss", "loss", 1),
+    ("grad_norm", "grad_norm", 1),
+    ("lr", "lr", 1),
+    ("n_tokens_seen", "tokens_seen", 1),
+    ("throughput(tps)", "tokens_per_second_per_device", 1),
+    ("tflops", "tflops", 1),
+    ("mfu(%)", "mfu", 100),
+    ("time_metrics/end_to_end(s)", "step_seconds", 1),
+    ("time_metrics/data_loading(s)", "data_wait", 1),
+    ("time_metrics/data_loading(%)", "data_wait_share", 100),
+    ("memory/max_active(GiB)", "memory_active_gib", 1),
+    ("memory/max_active(%)", "memory_active_percent", 1),
+    ("memory/max_reserved(GiB)", "memory_reserved_gib", 1),
+    ("memory/max_reserved(%)", "memory_reserved_percent", 1),
+    ("memory/num_alloc_retries", "memory_alloc_retries", 1),
+    ("memory/num_ooms", "memory_ooms", 1),
+    ("memory/resident(GiB)", "memory_resident_gib", 1),
+    ("memory/max_resident(GiB)", "memory_peak_gib", 1),
+)
+VALIDATION_CURVES: Sequence[tuple[str, str, float]] = (
+    ("validation_metrics/loss", "loss", 1),
+    ("validation_metrics/throughput(tps)", "tokens_per_second", 1),
+)
+
+
+def curves(record: Record) -> dict[str, float]:
+    """A record under the vocabulary's metric names; what is not known is left out."""
+    names = VALIDATION_CURVES if record["kind"] == "validation" else CURVES
+    return {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
+
+
+class TensorBoard:
+    """Event files in `folder`. After a resume the curves go on from there: older events from `first_step` on are
+    marked as given up."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # A quarter of a second of imports that only runs with TensorBoard pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else None)
+
+    def write(self, record: Record) -> None:
+        for name, value in curves(record).items():
+            self._writer.add_scalar(name, value, global_step=record["step"], walltime=record["time"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the package `wandb`; its own variables (WANDB_PROJECT, WANDB_MODE ...) hold. A resumed run goes on
+    under the same id, kept in `wandb_id` in the run folder."""
+
+    def __init__(self, folder: Path, place: str, title: str, config: Mapping[str, Any]) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError(_wandb_problem("the package wandb is not installed", "pip install wandb, or set it false"))
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "-".join(filter(None, ("wandb_id", place)))
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "quadriga"),
+                dir=str(folder),
+                id=known,
+                resume="allow" if known else None,
+                name=" ".join(filter(None, (title, place))) or None,
+                config=dict(config),
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.Error as error:
+            how = "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline to write to the run folder only"
+            raise UserError(_wandb_problem(f"Weights & Biases did not start: {error}", how)) from error
+        id_file.write_text(self._run.id + "\n", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._run.log(curves(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_problem(what: str, fix: str) -> Problem:
+    return Problem(where="metrics.enable_wandb", value="true", what=what, fix=fix)
