@@ -1,0 +1,47 @@
+# `make train` and `make test` do all of their own set-up in ./.venv; nothing is needed but python3 (3.11 or newer).
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --disable-pip-version-check
+
+.PHONY: train test test-all lint docs setup setup-dev clean
+
+train: setup  ## the debug configuration on 4 local ranks
+	NGPU=4 PYTHON="$(CURDIR)/.venv/bin/python" ./run_train.sh
+
+test: setup-dev  ## what must pass before every commit
+	.venv/bin/python -m pytest
+
+test-all: setup-dev  ## the long tests too
+	.venv/bin/python -m pytest -m "slow or not slow"
+
+lint: setup-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: setup-dev  ## write docs/configuration.md and the cards anew
+	.venv/bin/python -m quadriga.cli docs
+
+setup: .venv/.installed
+setup-dev: .venv/.installed-dev
+
+# The stamps are newer than what they were made from, so that set-up is not repeated.
+.venv/.created:
+	@for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        "$$python" -m venv .venv || { echo "make: $$python could not create .venv (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
+	        touch $@; exit 0; \
+	    fi; \
+	done; \
+	echo "make: Quadriga needs Python 3.11 or newer and found none; name one with: make PYTHON=/path/to/python3" >&2; exit 1
+
+.venv/.installed: requirements.txt .venv/.created
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,189 @@
+"""What the caller asked for in variables, and what this machine has. No torch: asking it would cost seconds."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quadriga.comm.backend import BACKENDS, choose
+from quadriga.errors import Problem, UserError
+from quadriga.log import logging_ranks
+
+YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
+DEFAULT_RANKS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """The launch as the variables describe it: `ranks` on each of `nodes` machines, of which this is number `node`."""
+
+    ranks: int
+    nodes: int = 1
+    node: int = 0
+    endpoint: str | None = None
+    dry_run: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks * self.nodes
+
+
+def read_request(environ: Mapping[str, str]) -> tuple[Request, list[Problem]]:
+    """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, LOG_RANK and DRY_RUN; what is wrong stands at its default."""
+    problems: list[Problem] = []
+    ranks = _number(environ, "NGPU", DEFAULT_RANKS, 1, problems)
+    nodes = _number(environ, "NNODES", 1, 1, problems)
+    node = _number(environ, "NODE_RANK", 0, 0, problems)
+    dry_run = _switch(environ, "DRY_RUN", problems)
+    endpoint = environ.get("RDZV_ENDPOINT") or None
+    if nodes > 1 and not dry_run:
+        problems += _several_machines(environ, nodes, node)
+    problems += _log_rank(environ, ranks * nodes)
+    return Request(ranks, nodes, node, endpoint, dry_run), problems
+
+
+def _number(environ: Mapping[str, str], name: str, default: int, least: int, problems: list[Problem]) -> int:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    problems.append(Problem(name, "not a number that this variable can have", text, "environment", f"{least} or more"))
+    return default
+
+
+def _switch(environ: Mapping[str, str], name: str, problems: list[Problem]) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text not in YES | NO:
+        problems.append(Problem(name, "neither on nor off", text, "environment", "1 or 0"))
+    return text in YES
+
+
+def _several_machines(environ: Mapping[str, str], nodes: int, node: int) -> list[Problem]:
+    problems = []
+    if not environ.get("NODE_RANK", "").strip():
+        fix = f"set NODE_RANK=0 on the first machine, up to {nodes - 1} on the last (under Slurm: $SLURM_NODEID)"
+        problems.append(Problem("NODE_RANK", f"is not set, but NNODES={nodes}", fix=fix))
+    elif node >= nodes:
+        allowed = f"0 to {nodes - 1}"
+        problems.append(Problem("NODE_RANK", f"there are {nodes} machines", str(node), "environment", allowed))
+    endpoint = environ.get("RDZV_ENDPOINT", "")
+    if not re.fullmatch(r".+:\d+", endpoint):
+        what = "must name the first machine and a free port on it, equal on all machines"
+        fix = "for example RDZV_ENDPOINT=node0:29500"
+        problems.append(Problem("RDZV_ENDPOINT", what, endpoint or None, "environment", "host:port", fix=fix))
+    return problems
+
+
+def _log_rank(environ: Mapping[str, str], world_size: int) -> list[Problem]:
+    text = environ.get("LOG_RANK", "")
+    allowed = f"ranks from 0 to {world_size - 1}, separated by commas"
+    try:
+        strangers = sorted(rank for rank in logging_ranks(environ) if not 0 <= rank < world_size)
+    except ValueError:
+        return [Problem("LOG_RANK", "not a list of ranks", text, "environment", allowed)]
+    if strangers:
+        return [Problem("LOG_RANK", f"this run has {world_size} ranks", text, "environment", allowed)]
+    return []
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """The PyTorch of this interpreter. `cuda`: the CUDA version it was built for, None for a CPU build."""
+
+    version: str
+    cuda: str | None
+
+
+def torch_build() -> TorchBuild | None:
+    """Read from PyTorch's own note of its build, without importing it. None: it is not installed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    note = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    found = {name: re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", note, re.MULTILINE) for name in ("__version__", "cuda")}
+    version, cuda = (match.group(1) if match else None for match in found.values())
+    return TorchBuild(version or "unknown", cuda)
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """The NVIDIA devices that a process started from here would see, CUDA_VISIBLE_DEVICES included."""
+    present = present_gpus()
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or present == 0:
+        return present
+    count = 0
+    for entry in chosen.split(","):
+        name = entry.strip()
+        if not name.startswith(("GPU-", "MIG-")) and not (name.isdecimal() and int(name) < present):
+            break  # CUDA ignores this entry and all that follow
+        count += 1
+    return count
+
+
+def present_gpus() -> int:
+    """The NVIDIA devices of this machine: by the driver's library, else by its device files."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return sum(1 for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)) if os.path.isdir("/dev") else 0
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    try:
+        return count.value if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 else 0
+    finally:
+        nvml.nvmlShutdown()
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on, a container's quota included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, gpus: int) -> tuple[str, str]:
+    """The backend of a training run on this machine, and why, in a clause.
+
+    Raises:
+        UserError: PyTorch is missing, the backend cannot be had here, or there are fewer devices than ranks.
+    """
+    if build is None:
+        fix = "pip install -r requirements.txt (or name another interpreter: PYTHON=/path/to/python ./run_train.sh)"
+        raise UserError(Problem("PyTorch", "is not installed for this interpreter", fix=fix))
+    if requested in BACKENDS and BACKENDS[requested].device_type == "cuda" and gpus and build.cuda is None:
+        fix = "install a build of PyTorch with CUDA, or choose gloo to train on the CPU"
+        raise UserError(Problem("comm.backend", f"PyTorch {build.version} is built without CUDA", requested, fix=fix))
+    backend = choose(requested, cuda=gpus > 0 and build.cuda is not None)
+    if BACKENDS[backend].device_type == "cuda" and gpus < ranks:
+        fix = f"set NGPU={gpus}, or COMM_BACKEND=gloo to rehearse on the CPU"
+        raise UserError(Problem("NGPU", f"NGPU={ranks} but {gpus} GPU{'s' * (gpus != 1)} visible", fix=fix))
+    if requested:
+        return backend, "as asked for"
+    if backend == "nccl":
+        return backend, f"{gpus} CUDA device{'s' * (gpus != 1)} visible"
+    if gpus:
+        return backend, f"{gpus} GPU{'s' * (gpus != 1)} visible, but PyTorch {build.version} is built without CUDA"
+    return backend, "no CUDA device is visible"
+
+
+def rank_environment(environ: Mapping[str, str], request: Request) -> dict[str, str]:
+    """Variables for the ranks of this machine that the caller left open."""
+    extra = {}
+    if "OMP_NUM_THREADS" not in environ:
+        extra["OMP_NUM_THREADS"] = str(max(1, usable_cores() // request.ranks))
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if request.nodes == 1 and loopback and "GLOO_SOCKET_IFNAME" not in environ:
+        # Gloo would otherwise look up this machine's own name, which many containers and laptops cannot resolve.
+        extra["GLOO_SOCKET_IFNAME"] = loopback.pop()
+    return extra

@@ -1,0 +1,166 @@
+"""What keeps a run from harm at its edges: no orphaned rank, no two runs in one folder, no failure without a word."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from quadriga.errors import EXIT_FAULT, Problem, UserError
+from quadriga.log import logger
+from quadriga.processes import AGENT_PID, ExitRecord, die_with_parent, records_folder
+
+LOCK_NAME = ".lock"
+LOCK_PATIENCE_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
+INTERRUPTED = 130  # 128 + SIGINT
+# How gloo, NCCL and the rendezvous store say that the other side is gone.
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
+LOST_PEER += ("remote process exited", "socket closed", "recvvalue failed", "failed to recv", "timed out waiting")
+
+
+def die_with_torchrun(environ: Mapping[str, str]) -> None:
+    """Let this rank end with the torchrun that started it, also when that one is killed by SIGKILL.
+
+    A process that was started by hand is left alone: `nohup python -m quadriga.train &` must outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return
+    agent = environ.get(AGENT_PID)
+    die_with_parent(int(agent) if agent else None)
+    if not agent and os.getppid() == 1 and not _is_python(1):
+        os._exit(EXIT_FAULT)  # a bare torchrun (itself process 1 in some containers) was gone before we asked
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/exe")).name.startswith("python")
+    except OSError:  # not ours to look at, so not the torchrun of this user
+        return False
+
+
+@contextmanager
+def lock_run_folder(folder: str) -> Iterator[None]:
+    """Hold `folder` for this process alone; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another run holds the folder, or it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        fix = "choose a folder that you may write with --job.dump_folder"
+        raise UserError(Problem("job.dump_folder", f"cannot be written: {error.strerror}", folder, fix=fix)) from None
+    try:
+        if _take(handle, folder):
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: str) -> bool:
+    """Lock the open file, waiting a moment for a dying holder. False where the file system knows no locks."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(_in_use(handle, folder)) from None
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be locked (%s); see to it that no other run writes there", folder, error.strerror
+            )
+            return False
+
+
+def _in_use(handle: int, folder: str) -> Problem:
+    holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+    fix = "wait for that run to end, stop it, or choose another folder with --job.dump_folder"
+    return Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)
+
+
+def leave(environ: Mapping[str, str], code: int) -> int:
+    """Record an end that needs no words. Returns `code`."""
+    folder = records_folder(environ)
+    if folder is not None:
+        ExitRecord(_rank(environ), code, time.time()).write(folder)
+    return code
+
+
+def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
+    """Report what is wrong with the configuration: every rank of a machine finds the same, so one of them says it."""
+    folder = records_folder(environ)
+    if folder is not None:
+        _record(folder, environ, error)  # the launcher shows it
+    elif int(environ.get("LOCAL_RANK", "0")) == 0:
+        print(error.report, file=sys.stderr)
+    return error.exit_code
+
+
+def report_failure(environ: Mapping[str, str], error: BaseException) -> int:
+    """Report what ended this rank: in full, or in a line where the launcher shows the first failure in full."""
+    folder = records_folder(environ)
+    if folder is not None:
+        record = _record(folder, environ, error)
+        logger.error("rank %d failed: %s", record.rank, record.error)
+        return record.code
+    if isinstance(error, UserError):
+        if _is_first_to_say(error.report, environ):
+            print(error.report, file=sys.stderr)
+        return error.exit_code
+    logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
+    return EXIT_FAULT
+
+
+def _record(folder: Path, environ: Mapping[str, str], error: BaseException) -> ExitRecord:
+    user_error = isinstance(error, UserError)
+    text = "".join(traceback.format_exception_only(error)).strip()
+    record = ExitRecord(
+        rank=_rank(environ),
+        code=error.exit_code if isinstance(error, UserError) else EXIT_FAULT,
+        time=time.time(),
+        error=str(error.problems[0]).splitlines()[0] if isinstance(error, UserError) else text.splitlines()[0],
+        details=error.report if isinstance(error, UserError) else _traceback(error),
+        user_error=user_error,
+        lost_peer=not user_error and any(sign in text.lower() for sign in LOST_PEER),
+    )
+    record.write(folder)
+    return record
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _rank(environ: Mapping[str, str]) -> int:
+    return int(environ.get("RANK", "0"))
+
+
+def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
+    """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
+    if int(environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
+    except RuntimeError:  # no store to ask: better said twice than not at all
+        return True

@@ -1,0 +1,151 @@
+"""What the launcher reads from variables, and what it finds on the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import pytest
+
+from quadriga.errors import UserError
+from quadriga.launch import environment
+from quadriga.launch.environment import (
+    Request,
+    TorchBuild,
+    choose_backend,
+    rank_environment,
+    read_request,
+    torch_build,
+    usable_cores,
+    visible_gpus,
+)
+
+CPU_BUILD, CUDA_BUILD = TorchBuild("2.13.0+cpu", None), TorchBuild("2.13.0+cu130", "13.0")
+
+
+def test_nothing_set_means_four_ranks_here() -> None:
+    assert read_request({}) == (Request(ranks=4), [])
+
+
+def test_several_machines() -> None:
+    environ = {"NGPU": "8", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500", "LOG_RANK": "0,15"}
+    request, problems = read_request(environ)
+    assert problems == []
+    assert request == Request(ranks=8, nodes=2, node=1, endpoint="node0:29500")
+    assert request.world_size == 16
+
+
+@pytest.mark.parametrize(
+    ("environ", "wrong"),
+    [
+        ({"NGPU": "four"}, ["NGPU"]),
+        ({"NGPU": "0"}, ["NGPU"]),
+        ({"NGPU": "-1", "DRY_RUN": "perhaps"}, ["NGPU", "DRY_RUN"]),
+        ({"LOG_RANK": "0,x"}, ["LOG_RANK"]),
+        ({"LOG_RANK": "4", "NGPU": "4"}, ["LOG_RANK"]),
+        ({"NNODES": "2"}, ["NODE_RANK", "RDZV_ENDPOINT"]),
+        ({"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "node0"}, ["NODE_RANK", "RDZV_ENDPOINT"]),
+    ],
+)
+def test_wrong_variables_are_all_named(environ: dict[str, str], wrong: list[str]) -> None:
+    _, problems = read_request(environ)
+    assert [problem.where for problem in problems] == wrong
+
+
+def test_a_dry_run_of_many_machines_needs_no_meeting_point() -> None:
+    request, problems = read_request({"NNODES": "64", "NGPU": "8", "DRY_RUN": "1"})
+    assert problems == []
+    assert request.world_size == 512
+
+
+def test_torch_build_is_read_without_importing_it() -> None:
+    build = torch_build()
+    assert build is not None
+    assert build.version.split("+")[0] == importlib.metadata.version("torch").split("+")[0]
+
+
+def test_torch_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert torch_build() is None
+    with pytest.raises(UserError, match="is not installed for this interpreter"):
+        choose_backend(None, 1, None, gpus=0)
+
+
+@pytest.mark.parametrize(("note", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda = None", None)])
+def test_both_spellings_of_torch_builds(
+    note: str, cuda: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.11.0'\ndebug = False\n{note}\nhip = None\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(__import__("sys").modules, "torch", raising=False)
+    assert torch_build() == TorchBuild("2.11.0", cuda)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "visible"),
+    [(None, 4), ("", 0), ("0", 1), ("3,1", 2), ("0,7,1", 1), ("-1", 0), ("NoDevFiles", 0), ("GPU-5f,GPU-6a", 2)],
+)
+def test_visible_gpus_follow_the_rules_of_cuda(
+    chosen: str | None, visible: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "present_gpus", lambda: 4)
+    assert visible_gpus({} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}) == visible
+
+
+@pytest.mark.gpu
+def test_present_gpus_are_those_that_torch_sees() -> None:
+    build = torch_build()
+    if build is None or build.cuda is None or "CUDA_VISIBLE_DEVICES" in os.environ:
+        pytest.skip("needs a CUDA build of PyTorch and all devices visible")
+    torch = pytest.importorskip("torch")
+    assert environment.present_gpus() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("requested", "build", "gpus", "backend"),
+    [
+        (None, CUDA_BUILD, 4, "nccl"),
+        (None, CUDA_BUILD, 0, "gloo"),
+        (None, CPU_BUILD, 0, "gloo"),
+        (None, CPU_BUILD, 4, "gloo"),
+        ("gloo", CUDA_BUILD, 1, "gloo"),
+        ("nccl", CUDA_BUILD, 8, "nccl"),
+    ],
+)
+def test_backend_choice(requested: str | None, build: TorchBuild, gpus: int, backend: str) -> None:
+    assert choose_backend(requested, 4, build, gpus)[0] == backend
+
+
+@pytest.mark.parametrize(
+    ("requested", "build", "gpus", "said"),
+    [
+        (None, CUDA_BUILD, 1, "NGPU=4 but 1 GPU visible"),
+        ("nccl", CUDA_BUILD, 2, "NGPU=4 but 2 GPUs visible"),
+        ("nccl", CUDA_BUILD, 0, "none is visible"),
+        ("nccl", CPU_BUILD, 0, "none is visible"),
+        ("nccl", CPU_BUILD, 4, "built without CUDA"),
+        ("nvshmem", CUDA_BUILD, 4, "does not have this backend yet"),
+        ("nccll", CUDA_BUILD, 4, "did you mean: nccl"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_refused(
+    requested: str | None, build: TorchBuild, gpus: int, said: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        choose_backend(requested, 4, build, gpus)
+    assert said in refusal.value.report
+
+
+def test_ranks_share_the_cores() -> None:
+    extra = rank_environment({}, Request(ranks=2))
+    assert int(extra["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
+    assert rank_environment({}, Request(ranks=10_000))["OMP_NUM_THREADS"] == "1"
+    assert extra["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+
+
+def test_what_the_caller_set_stays() -> None:
+    assert rank_environment({"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0"}, Request(ranks=2)) == {}
+    assert "GLOO_SOCKET_IFNAME" not in rank_environment({}, Request(ranks=2, nodes=2, endpoint="a:1"))

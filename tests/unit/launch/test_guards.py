@@ -1,0 +1,136 @@
+"""The lock of a run folder, the death of an orphan, and the records that ranks leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from launching import ROOT, is_alive, wait_until
+
+from quadriga.errors import Problem, UserError
+from quadriga.processes import AGENT_PID, RECORDS, ExitRecord, read_records
+from quadriga.train import guards
+from quadriga.train.guards import lock_run_folder
+
+HOLD = "import sys, time; from quadriga.train.guards import lock_run_folder\n"
+HOLD += "with lock_run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+
+
+@contextmanager
+def holder_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "LOCK_PATIENCE_SECONDS", 0.2)
+    with holder_of(tmp_path / "run") as holder:
+        with pytest.raises(UserError) as refusal, lock_run_folder(str(tmp_path / "run")):
+            pass
+        assert f"in use by process {holder.pid} on " in refusal.value.report
+
+
+def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
+    with holder_of(tmp_path) as holder:
+        holder.send_signal(signal.SIGKILL)
+        with lock_run_folder(str(tmp_path)):  # waits for the holder to die
+            assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+
+
+def test_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock_run_folder(str(tmp_path)):
+            pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), lock_run_folder(str(tmp_path / "file" / "run")):
+        pass
+
+
+PARENT = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
+CHILD = """
+import os, time
+from quadriga.processes import die_with_parent
+from quadriga.train.guards import die_with_torchrun
+{guard}
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def orphan(guard: str) -> int:
+    """The process id of a child that ran `guard` and then lost its parent to SIGKILL."""
+    environ = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    command = [sys.executable, "-c", PARENT, CHILD.format(guard=guard)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert is_alive(child)
+        parent.kill()
+    return child
+
+
+def test_an_orphan_is_killed_with_its_parent() -> None:
+    child = orphan("die_with_parent()")
+    assert wait_until(lambda: not is_alive(child), 5)
+
+
+def test_a_run_started_by_hand_outlives_its_shell() -> None:
+    child = orphan("die_with_torchrun(os.environ)")
+    assert not wait_until(lambda: not is_alive(child), 0.5)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_rank_whose_agent_is_gone_already_leaves_at_once() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environ = {**os.environ, AGENT_PID: str(gone.pid), "TORCHELASTIC_RUN_ID": "x"}
+    code = CHILD.format(guard="die_with_torchrun(os.environ)")
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+
+
+def test_records_come_back_in_order_of_time(tmp_path: Path) -> None:
+    late = ExitRecord(0, 1, 20.0, "RuntimeError: Connection closed by peer", "...", lost_peer=True)
+    early = ExitRecord(3, 2, 10.0, "data.jsonl, line 3", "the report", user_error=True)
+    late.write(tmp_path)
+    early.write(tmp_path)
+    assert read_records(tmp_path) == [early, late]
+
+
+def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environ = {RECORDS: str(tmp_path), "RANK": "2", "WORLD_SIZE": "4"}
+    error = UserError(Problem("data.jsonl, line 3", "is not JSON"))
+    assert guards.report_failure(environ, error) == 2
+    assert guards.report_failure({**environ, "RANK": "1"}, RuntimeError("gloo: Connection closed by peer [::1]")) == 1
+    assert guards.leave({**environ, "RANK": "0"}, 0) == 0
+    by_rank = {record.rank: record for record in read_records(tmp_path)}
+    assert (by_rank[2].code, by_rank[2].details, by_rank[2].user_error) == (2, error.report, True)
+    assert (by_rank[1].code, by_rank[1].lost_peer) == (1, True)
+    assert "RuntimeError: gloo: Connection closed by peer" in by_rank[1].details
+    assert by_rank[0].code == 0
+    assert error.report not in capsys.readouterr().err  # the launcher shows it, once
+
+
+def test_without_a_launcher_one_rank_of_a_machine_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    error = UserError(Problem("training.steps", "out of range"))
+    for rank in ("0", "1"):
+        assert guards.report_at_the_door({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}, error) == 2
+    assert capsys.readouterr().err.count("training.steps") == 1

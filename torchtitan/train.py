@@ -1,0 +1,10 @@
+"""The entry path that existing launch scripts name: `torchrun --nproc_per_node=4 torchtitan/train.py ...`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, in place of this folder
+
+from quadriga.train.__main__ import main  # noqa: E402
+
+sys.exit(main(sys.argv[1:]))
