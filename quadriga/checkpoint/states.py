@@ -1,0 +1,87 @@
+"""What a checkpoint takes of a model and its optimizer: tensors under names that are the same on every layout.
+
+The optimizer's hyper-parameters are not among them: they come from the configuration and the schedule, so that a
+changed learning rate is never silently undone by a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what compile and recompute put into names
+
+
+class ModelState:
+    """Parameters and persistent buffers of all model parts of this rank, by their full names."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        self._parts = tuple(parts)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, not copies; sharded ones as DTensors."""
+        return {plain(name): value.detach() for part in self._parts for name, value in part.state_dict().items()}
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        _copy(self.state_dict(), loaded)
+
+
+class OptimizerState:
+    """Moments and step counts as `NAME.KEY` (`layers.0.attention.wq.weight.exp_avg`)."""
+
+    def __init__(self, parts: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
+        self._optimizers = tuple(optimizers)
+        named = (pair for part in parts for pair in part.named_parameters())
+        self._names: dict[torch.Tensor, str] = {parameter: plain(name) for name, parameter in named}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, not copies. Before the first step they are made, as zeros."""
+        for optimizer in self._optimizers:
+            if not optimizer.state:
+                _make_state(optimizer)
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        _copy(self.state_dict(), loaded)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """An optimizer makes its state in its first step: take one that moves nothing, then set the state to zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    gradients = [p.grad for p in parameters]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+@torch.no_grad()
+def _copy(own: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:
+    if own.keys() != loaded.keys():
+        raise KeyError(f"names differ: {sorted(own.keys() ^ loaded.keys())[:5]}")
+    for name, value in own.items():
+        value.copy_(loaded[name])
