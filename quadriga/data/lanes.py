@@ -1,0 +1,108 @@
+"""Lanes: row i of the global batch is fed by lane i, whoever holds that row.
+
+The shards of a source are dealt to lanes anew in each epoch, in an order that depends on (seed, epoch) alone, so that
+each document goes to exactly one lane an epoch. Where shards are fewer than lanes, a shard is dealt in parts, each of
+every n-th document. Nothing here knows of ranks, threads or how far anyone has read ahead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quadriga.data.packing import START, Place, Window, tokenized, windows
+from quadriga.data.sources import Document, Record, Source
+from quadriga.data.tokenizer import Tokenizer
+from quadriga.errors import Problem, UserError
+
+BLOCK_RECORDS = 1024  # records of a shard that are shuffled together ...
+BLOCK_CHARACTERS = 1 << 21  # ... or fewer, if they are long
+BARREN_EPOCHS = 1000
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch."""
+
+    source: Source
+    tokenizer: Tokenizer
+    seq_len: int
+    count: int
+    seed: int | None
+    endless: bool = True
+
+    def windows(self, lane: int, place: Place = START) -> Iterator[tuple[Window, Place]]:
+        """The lane's windows from `place` on: (seq_len + 1,) int64, each with the place that follows it."""
+        documents = tokenized(self.documents(lane, place), self.tokenizer)
+        return windows(documents, self.seq_len, skip=place.token)
+
+    def documents(self, lane: int, place: Place = START) -> Iterator[tuple[Document, Place]]:
+        """The lane's documents from the one at `place` on, each with its own place."""
+        epoch, turn, skip, _ = place
+        barren = 0
+        while barren <= BARREN_EPOCHS + self.count:
+            barren += 1
+            units = self._units(lane, epoch)
+            while turn < len(units):
+                for number, record in enumerate(self._records(units[turn], epoch)):
+                    if number >= skip:
+                        barren = 0
+                        yield self.source.parse(record), Place(epoch, turn, number)
+                turn, skip = turn + 1, 0
+            if not self.endless:
+                return
+            epoch, turn = epoch + 1, 0
+        raise UserError(Problem("dataset", "the data holds no document", value=self.source.fingerprint))
+
+    @property
+    def _parts(self) -> int:
+        """Into how many parts each shard is dealt: as few as give every lane one."""
+        return -(-self.count // self.source.shards)
+
+    def _units(self, lane: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The (shard, part) pairs of a lane as one number each. The deal rotates, so that no lane stays short."""
+        order = self._order(self.source.shards * self._parts, "shards", epoch)
+        return order[(lane + epoch) % self.count :: self.count]
+
+    def _records(self, unit: int, epoch: int) -> Iterator[Record]:
+        """One part of one shard, shuffled block by block."""
+        shard, part = divmod(int(unit), self._parts)
+        position = 0
+        for number, block in enumerate(_blocks(self.source.read(shard))):
+            for index in self._order(len(block), f"shard {shard} block {number}", epoch):
+                if position % self._parts == part:
+                    yield block[index]
+                position += 1
+
+    def _order(self, count: int, what: str, epoch: int) -> npt.NDArray[np.int64]:
+        return shuffled(count, f"{self.seed} {epoch} {what}") if self.seed is not None else np.arange(count)
+
+
+def _blocks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    block: list[Record] = []
+    characters = 0
+    for record in records:
+        block.append(record)
+        characters += len(record.data or "")
+        if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def shuffled(count: int, key: str) -> npt.NDArray[np.int64]:
+    """A permutation of range(count) that only `key` decides, in every version of every library.
+
+    Sorts by splitmix64 (Steele, Lea, Flood 2014) of the index, offset by a hash of the key; NumPy's own generators may
+    change their streams between releases.
+    """
+    start = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8")
+    mixed = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")

@@ -1,0 +1,173 @@
+"""Batches for one rank: the lanes of its rows, run ahead by threads; state as consumed, not as prefetched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from quadriga.config.schema import Dataloader
+from quadriga.data.batch import IGNORE, Batch
+from quadriga.data.catalogue import open_source
+from quadriga.data.lanes import Lanes
+from quadriga.data.packing import START, Place, Window
+from quadriga.data.prefetch import Prefetcher
+from quadriga.data.survey import survey
+from quadriga.data.tokenizer import Tokenizer
+from quadriga.errors import Problem, UserError
+from quadriga.log import logger
+
+PREFETCH = 2  # batches ready, where the configuration leaves the choice
+
+Piece = list[tuple[int, Window, Place]]  # (row, window, the place after it) of the rows that one thread feeds
+
+
+def build_loader(
+    dataset: str,
+    dataset_path: str | None,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    seq_len: int,
+    global_batch_size: int,
+    rows: range,
+    dataloader: Dataloader,
+    infinite: bool = True,
+) -> Loader:
+    """The loader of `rows` of the global batch.
+
+    infinite: for training: epochs without end, shuffled by `seed`, one whole optimizer step a batch.
+    Not infinite: for validation: one pass in the data's own order each time it is iterated; every rank gets the same
+    number of batches, the last of them filled up with rows whose labels are all IGNORE.
+
+    Raises UserError: no such data, data that cannot be read (all of it is looked through first, where that takes
+    moments), or fewer tokens than one window.
+    """
+    if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
+        raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
+    source = open_source(dataset, dataset_path, lanes=global_batch_size if infinite else 1)
+    survey(source, tokenizer, seq_len + 1 if infinite else 2)
+    count = global_batch_size if infinite else 1
+    lanes = Lanes(source, tokenizer, seq_len, count, seed if infinite else None, endless=infinite)
+    return Loader(lanes, global_batch_size, rows, dataloader)
+
+
+class Loader:
+    """`next()` gives a Batch of len(rows) rows. `waited` is how many seconds the last one kept the trainer waiting."""
+
+    def __init__(self, lanes: Lanes, global_batch_size: int, rows: range, dataloader: Dataloader) -> None:
+        self.waited = 0.0
+        self._lanes = lanes
+        self._global_batch_size = global_batch_size
+        self._rows = rows
+        self._dataloader = dataloader
+        self._places = dict.fromkeys(rows, START)
+        self._prefetcher: Prefetcher | None = None
+        self.fingerprint = "; ".join(
+            (
+                f"dataset={lanes.source.fingerprint}",
+                f"tokenizer={lanes.tokenizer.fingerprint}",
+                f"seed={lanes.seed}",
+                f"global_batch_size={global_batch_size}",
+            )
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself; a finite loader begins its pass again."""
+        if not self._lanes.endless:
+            self.close()
+        return self
+
+    def __next__(self) -> Batch:
+        return self.next()
+
+    def next(self) -> Batch:
+        """The next batch of this rank. Raises StopIteration at the end of a pass, and whatever its threads raised."""
+        started = time.perf_counter()
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
+        pieces: list[Piece] = self._prefetcher.next()
+        self.waited = time.perf_counter() - started
+        self._move_on({row: place for piece in pieces for row, _, place in piece})
+        return self._assemble({row: window for piece in pieces for row, window, _ in piece})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was consumed: {"fingerprint": str, "lanes": {"<lane>": [epoch, turn, document, token]}}, JSON-able."""
+        return {"fingerprint": self.fingerprint, "lanes": {str(row): list(self._places[row]) for row in self._rows}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, whose lanes are those of all ranks that ran; this rank takes its own.
+
+        Raises UserError where the data are not those that the state was saved with.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(*_differences(state["fingerprint"], self.fingerprint))
+        missing = [row for row in self._rows if str(row) not in state["lanes"]]
+        if missing:
+            raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
+        self.close()
+        self._places = {row: Place(*state["lanes"][str(row)]) for row in self._rows}
+
+    def close(self) -> None:
+        """End the threads; what they had read ahead is read again by the next `next()`."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def _feeds(self) -> list[Generator[Piece, None, None]]:
+        if not self._lanes.endless:
+            return [self._one_pass()]
+        threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
+        return [_feed(self._lanes, {row: self._places[row] for row in self._rows[i::threads]}) for i in range(threads)]
+
+    def _one_pass(self) -> Generator[Piece, None, None]:
+        """Every rank reads the whole pass and keeps its rows, so that all agree on the number of batches."""
+        piece: Piece = []
+        filled = 0  # rows of the global batch under way
+        for window, place in self._lanes.windows(0):
+            if filled in self._rows:
+                piece.append((filled, window, place))
+            filled += 1
+            if filled == self._global_batch_size:
+                yield piece
+                piece, filled = [], 0
+        if filled:
+            yield piece
+
+    def _assemble(self, windows: Mapping[int, Window]) -> Batch:
+        """Rows without a window, and the rest of a short one, are filled up with labels that no loss counts."""
+        shape = (len(self._rows), self._lanes.seq_len)
+        pin = self._dataloader.pin_memory and torch.cuda.is_available()
+        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=pin)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=pin)
+        for place, row in enumerate(self._rows):
+            if (window := windows.get(row)) is not None:
+                ids = torch.from_numpy(window)
+                tokens[place, : len(ids) - 1] = ids[:-1]
+                labels[place, : len(ids) - 1] = ids[1:]
+        return Batch(tokens, labels)
+
+    def _move_on(self, places: Mapping[int, Place]) -> None:
+        before = self._places.get(0, START).epoch
+        self._places.update(places)
+        if self._lanes.endless and self._places.get(0, START).epoch > before:
+            logger.info("data: epoch %d begins (lane 0)", self._places[0].epoch + 1)
+
+
+def _feed(lanes: Lanes, places: Mapping[int, Place]) -> Generator[Piece, None, None]:
+    """Endlessly one window of each row. A function of its own, so that no thread keeps a loader alive."""
+    running = {row: lanes.windows(row, place) for row, place in places.items()}
+    while True:
+        yield [(row, *next(windows)) for row, windows in running.items()]
+
+
+def _differences(saved: str, here: str) -> list[Problem]:
+    then, now = (dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
+    fix = "restore what it was, or begin the data anew with --checkpoint.exclude_from_loading dataloader"
+    return [
+        Problem(f"data of the checkpoint: {key}", f"was {then.get(key)} when it was saved", value=now.get(key), fix=fix)
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    ]

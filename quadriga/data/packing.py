@@ -1,0 +1,77 @@
+"""Documents to ids to fixed windows. Every item comes with the place from which reading starts again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from quadriga.data.sources import Document
+from quadriga.data.tokenizer import Tokenizer
+
+Ids = npt.NDArray[np.int32]
+Window = npt.NDArray[np.int64]
+
+FIRST_GROUP = 1 << 13  # characters tokenized in the first call: small, since the first step waits for it
+MOST_GROUP = 1 << 17  # ... and at most in a later one
+
+
+class Place(NamedTuple):
+    """A lane's bookmark: the next token to read. JSON-able, as a list."""
+
+    epoch: int = 0
+    turn: int = 0  # which of the lane's shares of this epoch
+    document: int = 0  # which document of that share
+    token: int = 0  # which token of that document, its BOS included
+
+
+START = Place()
+
+
+def tokenized(documents: Iterable[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place]]:
+    """The ids of each document, with BOS and EOS at the ends of whole documents. Texts are encoded in groups."""
+    group: list[tuple[Document, Place]] = []
+    waiting, enough = 0, FIRST_GROUP
+    for document, place in documents:
+        group.append((document, place))
+        waiting += len(document.text)
+        if waiting >= enough:
+            yield from _encode(group, tokenizer)
+            group, waiting, enough = [], 0, min(2 * enough, MOST_GROUP)
+    yield from _encode(group, tokenizer)
+
+
+def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place]]:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch([document.text for document, _ in group]) if group else []
+    for (document, place), ids in zip(group, encoded, strict=True):
+        before = np.array(bos if document.begins else [], np.int32)
+        after = np.array(eos if document.ends else [], np.int32)
+        yield np.concatenate((before, ids, after)), place
+
+
+def windows(documents: Iterable[tuple[Ids, Place]], seq_len: int, skip: int = 0) -> Iterator[tuple[Window, Place]]:
+    """Windows of seq_len + 1 ids, int64, and the place where the next one begins: at the last id of this one.
+
+    So every token is a label exactly once. `skip` tokens of the first document were read before. A last window that is
+    not full comes out short, if it holds at least one token and its label.
+    """
+    window = np.empty(seq_len + 1, np.int64)
+    filled = 0
+    place = START
+    for ids, place in documents:
+        at, skip = skip, 0
+        while at < len(ids):
+            taken = min(len(ids) - at, seq_len + 1 - filled)
+            window[filled : filled + taken] = ids[at : at + taken]
+            filled, at = filled + taken, at + taken
+            if filled == seq_len + 1:
+                yield window, place._replace(token=at - 1)
+                last = window[-1]
+                window = np.empty(seq_len + 1, np.int64)
+                window[0], filled = last, 1
+    if filled > 1:
+        yield window[:filled], place

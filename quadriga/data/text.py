@@ -1,0 +1,91 @@
+"""Plain text files. A file is one document; a long one is cut at line ends into segments that several lanes share."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+
+from quadriga.data.files import File, broken_gzip, cut_points, decode, fingerprint, line_at, open_bytes
+from quadriga.data.sources import Document, Record
+from quadriga.errors import UserError
+
+LEAST_SEGMENT = 1 << 10
+MOST_SEGMENT = 1 << 16
+LOOK_AHEAD = 1 << 12  # how far a cut may move to meet the end of a line
+
+
+class TextSource:
+    """A shard is a segment of a file; of a compressed file, which can only be read from its beginning, the whole."""
+
+    trusted = False
+
+    def __init__(self, files: Sequence[File], *, lanes: int = 1) -> None:
+        self.files = files
+        self.disk_bytes = sum(file.size for file in files)
+        self.fingerprint = fingerprint("text", files)
+        total = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
+        self._spans: list[tuple[int, int, int]] = []  # file, nominal start and end; (0, 0) is a whole compressed file
+        for index, file in enumerate(files):
+            if file.compressed:
+                self._spans.append((index, 0, 0))
+            else:
+                self._spans += [(index, at, min(at + total, file.size)) for at in range(0, file.size, total)]
+        self.shards = len(self._spans)
+
+    def read(self, shard: int) -> Iterator[Record]:
+        index, start, end = self._spans[shard]
+        file = self.files[index]
+        return _stream(file, shard) if file.compressed else _segment(file, shard, start, end)
+
+    def parse(self, record: Record) -> Document:
+        file = self.files[self._spans[record.shard][0]]
+        assert isinstance(record.data, bytes)
+        return Document(decode(file, record.number, record.data), record.begins, record.ends)
+
+
+def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:
+    with open_bytes(file) as stream:
+        stream.seek(max(start - 1, 0))
+        data = stream.read(end + LOOK_AHEAD - max(start - 1, 0))
+    origin = max(start - 1, 0)
+    first = 0 if start == 0 else origin + _cut(data, start - origin)
+    last = end if end == file.size else origin + _cut(data, end - origin)
+    if first < last:
+        yield Record(shard, first, data[first - origin : last - origin], first == 0, last == file.size)
+
+
+def _cut(data: bytes, at: int) -> int:
+    """The first position from `at` that follows a line end, within LOOK_AHEAD; else the next character's start."""
+    newline = data.find(b"\n", at - 1, at - 1 + LOOK_AHEAD)
+    if newline >= 0:
+        return newline + 1
+    while at < len(data) and data[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+def _stream(file: File, shard: int) -> Iterator[Record]:
+    """Segments of a compressed file, each of about MOST_SEGMENT bytes."""
+    offset, rest = 0, b""
+    with open_bytes(file) as stream:
+        while True:
+            try:
+                chunk = stream.read(MOST_SEGMENT)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                lines = line_at(file, offset + len(rest)) - 1
+                raise UserError(broken_gzip(file, lines, error)) from error
+            if not chunk:
+                break
+            # A segment goes out when text beyond it is known to exist, so that the last one is known to be the last.
+            if rest:
+                end = _cut(rest + chunk[:LOOK_AHEAD], len(rest))
+                whole = rest + chunk
+                if end < len(whole):
+                    yield Record(shard, offset, whole[:end], offset == 0, False)
+                    offset, rest = offset + end, whole[end:]
+                    continue
+                chunk = whole
+            rest = chunk
+        if rest:
+            yield Record(shard, offset, rest, offset == 0, True)

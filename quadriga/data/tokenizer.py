@@ -1,0 +1,206 @@
+"""Text to token ids: bytes, a Hugging Face `tokenizer.json`, or the `tokenizer.model` that Llama 3 was released with.
+
+Only the trainer puts BOS and EOS into the stream: a text that spells a special token is encoded as ordinary text.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from quadriga.errors import Problem, UserError
+
+Ids = npt.NDArray[np.int32]
+
+BYTES = "builtin:bytes"
+LOOK_FOR = ("tokenizer.json", "original/tokenizer.model", "tokenizer.model")
+FETCH = "python scripts/download_hf_assets.py fetches the tokenizer of Llama 3.1; builtin:bytes needs no file"
+
+# BOS and EOS by name, where tokenizer_config.json does not say.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+
+# How Llama 3 splits text before merging: part of the tokenizer.model format, as published in meta-llama/llama-models.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = 256
+LONGEST_PIECE = 20_000  # tiktoken's split takes quadratic time, or the whole stack, on one endless word
+
+
+class Tokenizer(Protocol):
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids; one word without `;`."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, int32, without BOS and EOS. Releases the GIL while it works, where it can."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8 are the ids, then BOS, EOS and a pad id that no text holds."""
+
+    bos_id = 256
+    eos_id = 257
+    vocab_size = 259
+    fingerprint = "bytes"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+
+class JsonTokenizer:
+    """Hugging Face `tokenizer.json`; BOS and EOS as the `tokenizer_config.json` beside it names them."""
+
+    def __init__(self, path: Path) -> None:
+        # `tokenizers` would start one thread a core in every rank; `num_workers` says how many we want.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises no narrower one
+            what = f"not a tokenizer of Hugging Face: {error}"
+            raise UserError(Problem(str(path), what, fix=FETCH)) from error
+        self._tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        named = _named_in_config(path.with_name("tokenizer_config.json"))
+        self.bos_id = self._special(path, named.get("bos_token"), BOS_NAMES)
+        self.eos_id = self._special(path, named.get("eos_token"), EOS_NAMES)
+        if self.bos_id is None and self.eos_id is None:
+            what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
+            raise UserError(Problem(str(path), what, fix="name bos_token and eos_token in tokenizer_config.json"))
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        self.fingerprint = f"json:{digest}:{self.bos_id}:{self.eos_id}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encoded]
+
+    def _special(self, path: Path, named: str | None, usual: Sequence[str]) -> int | None:
+        for name in [named] if named else usual:
+            if (token := self._tokenizer.token_to_id(name)) is not None:
+                return int(token)
+        if named:
+            raise UserError(Problem(str(path), f"tokenizer_config.json names the token {named}, which is not in it"))
+        return None
+
+
+class RanksTokenizer:
+    """The original `tokenizer.model` of Llama 3: byte-pair ranks in tiktoken's format, and 256 special tokens."""
+
+    def __init__(self, path: Path) -> None:
+        import tiktoken
+
+        content = path.read_bytes()
+        ranks = _read_ranks(path, content)
+        specials = {f"<|special_{index}|>": len(ranks) + index for index in range(LLAMA3_SPECIALS)}
+        self._encoding = tiktoken.Encoding(
+            path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.bos_id = len(ranks)  # <|begin_of_text|>
+        self.eos_id = len(ranks) + 1  # <|end_of_text|>
+        self.vocab_size = len(ranks) + LLAMA3_SPECIALS
+        self.fingerprint = f"ranks:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Ids:
+        pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _cut_endless(text)]
+        return np.concatenate([piece.astype(np.int32) for piece in pieces]) if pieces else np.empty(0, np.int32)
+
+
+def build_tokenizer(hf_assets_path: str) -> Tokenizer:
+    """The tokenizer of `model.hf_assets_path`: `builtin:bytes`, a folder (see LOOK_FOR) or a file.
+
+    Raises UserError where there is none, or one that cannot be read.
+    """
+    if hf_assets_path == BYTES:
+        return ByteTokenizer()
+    path = Path(hf_assets_path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in LOOK_FOR if (path / name).is_file()]
+        if not found:
+            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            what = f"the folder holds no tokenizer; there is {there}"
+            raise UserError(
+                Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=", ".join(LOOK_FOR), fix=FETCH)
+            )
+        path = found[0]
+    if not path.is_file():
+        what = "there is no such file or folder"
+        raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, fix=FETCH))
+    return JsonTokenizer(path) if path.suffix == ".json" else RanksTokenizer(path)
+
+
+def _named_in_config(path: Path) -> dict[str, str]:
+    """`bos_token` and `eos_token`, as plain strings."""
+    if not path.is_file():
+        return {}
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(Problem(str(path), f"not a JSON file: {error}", fix=FETCH)) from error
+    named = {}
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key) if isinstance(config, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            named[key] = token
+    return named
+
+
+def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """Lines of `base64 rank`."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(_not_ranks(path, content, number)) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        what = f"the ranks of its {len(ranks)} tokens are not 0, 1, 2 ...: the file is incomplete"
+        raise UserError(Problem(str(path), what, fix=FETCH))
+    return ranks
+
+
+def _not_ranks(path: Path, content: bytes, line: int) -> Problem:
+    if content[:1] == b"\n":  # the first field of a serialized SentencePiece model
+        what = "a SentencePiece model (Llama 2 and before), which cannot be read"
+        return Problem(str(path), what, fix="use the tokenizer.json of the same model")
+    return Problem(f"{path}, line {line}", "not a line of `base64 rank`, as Llama 3's tokenizer.model holds", fix=FETCH)
+
+
+_ENDLESS = re.compile(rf"\S{{{LONGEST_PIECE}}}|\s{{{LONGEST_PIECE}}}")
+
+
+def _cut_endless(text: str) -> list[str]:
+    """The text, cut inside runs of LONGEST_PIECE characters without (or of nothing but) white space."""
+    cuts = [0, *(match.end() for match in _ENDLESS.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts) if start < end]

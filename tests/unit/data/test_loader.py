@@ -1,0 +1,239 @@
+"""The loader: one global batch whatever the ranks and threads, exact state, no hang at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+
+import pytest
+import torch
+
+from quadriga.config.schema import Dataloader
+from quadriga.data.batch import IGNORE
+from quadriga.data.loader import Loader, build_loader
+from quadriga.data.tokenizer import ByteTokenizer
+from quadriga.errors import UserError
+
+ROWS = 8
+
+
+def make(rows=range(ROWS), *, seed=7, seq_len=64, dataset="builtin", path=None, infinite=True, total=ROWS, **options):
+    return build_loader(
+        dataset,
+        path,
+        ByteTokenizer(),
+        seed=seed,
+        seq_len=seq_len,
+        global_batch_size=total,
+        rows=rows,
+        dataloader=Dataloader(**options),
+        infinite=infinite,
+    )
+
+
+def steps(loader: Loader, count: int) -> list[torch.Tensor]:
+    """Token and label ids of `count` steps; closes the loader."""
+    try:
+        return [torch.stack((batch.tokens, batch.labels)) for batch in (loader.next() for _ in range(count))]
+    finally:
+        loader.close()
+
+
+def steps_without_end(loader: Loader) -> None:
+    while True:
+        loader.next()
+
+
+def digest(batches: list[torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(batch.contiguous().numpy().tobytes() for batch in batches)).hexdigest()
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A JSONL file of documents of very different lengths, each of which names itself."""
+    path = tmp_path / "lines.jsonl"
+    texts = [f"<{i}>" + "abc " * (i * 37 % 101) for i in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(ranks):
+    share = ROWS // ranks
+    parts = [steps(make(range(r * share, (r + 1) * share)), 12) for r in range(ranks)]
+    together = [torch.cat(rank_parts, dim=1) for rank_parts in zip(*parts, strict=True)]
+    assert digest(together) == digest(steps(make(), 12))
+
+
+OPTIONS = [{"num_workers": 3}, {"prefetch_factor": 7}, {"num_workers": 8, "prefetch_factor": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_global_batch_does_not_depend_on_threads_and_prefetch(options):
+    assert digest(steps(make(**options), 12)) == digest(steps(make(), 12))
+
+
+def test_labels_are_the_next_tokens_and_every_token_is_a_label_once():
+    loader = make(range(1))
+    batches = steps(loader, 30)
+    tokens, labels = (torch.cat([batch[i].flatten() for batch in batches]) for i in (0, 1))
+    assert torch.equal(tokens[1:], labels[:-1])
+    assert tokens[0] == ByteTokenizer.bos_id
+
+
+def test_seed_decides_the_order():
+    assert digest(steps(make(seed=7), 3)) == digest(steps(make(seed=7), 3)) != digest(steps(make(seed=8), 3))
+
+
+def test_resume_is_exact_and_state_is_as_consumed(lines):
+    """Stopped and resumed after each of 40 steps, over several epochs; the prefetched batches are not lost."""
+    whole = steps(make(dataset="jsonl", path=str(lines)), 40)
+    state, pieces = None, []
+    for step in range(40):
+        loader = make(dataset="jsonl", path=str(lines), prefetch_factor=1 + step % 4)
+        if state is not None:
+            loader.load_state_dict(json.loads(state))
+        pieces += steps(loader, 1)
+        state = json.dumps(loader.state_dict())
+    assert digest(pieces) == digest(whole)
+    assert max(place[0] for place in json.loads(state)["lanes"].values()) >= 2, "the test must cross epochs"
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (1, 8), (8, 1)])
+def test_resume_on_another_number_of_ranks(before, after):
+    whole = steps(make(), 9)
+    lanes, first = {}, []
+    for rank in range(before):
+        share = ROWS // before
+        loader = make(range(rank * share, (rank + 1) * share))
+        first.append(steps(loader, 4))
+        lanes |= loader.state_dict()["lanes"]
+        fingerprint = loader.state_dict()["fingerprint"]
+    state = json.loads(json.dumps({"fingerprint": fingerprint, "lanes": lanes}))
+    second = []
+    for rank in range(after):
+        share = ROWS // after
+        loader = make(range(rank * share, (rank + 1) * share))
+        loader.load_state_dict(state)
+        second.append(steps(loader, 5))
+    joined = [torch.cat(step, dim=1) for part in (first, second) for step in zip(*part, strict=True)]
+    assert digest(joined) == digest(whole)
+
+
+def test_loading_state_into_a_running_loader_goes_back():
+    loader = make()
+    loader.next()
+    state = loader.state_dict()
+    then = loader.next()
+    for _ in range(3):
+        loader.next()
+    loader.load_state_dict(state)
+    again = steps(loader, 1)
+    assert torch.equal(again[0][0], then.tokens)
+
+
+def test_other_data_are_refused_by_name(lines):
+    state = make().state_dict()
+    with pytest.raises(UserError) as caught:
+        make(seed=8, dataset="jsonl", path=str(lines)).load_state_dict(state)
+    assert [problem.where for problem in caught.value.problems] == [
+        "data of the checkpoint: dataset",
+        "data of the checkpoint: seed",
+    ]
+    assert "builtin:python" in caught.value.report
+
+
+def test_missing_lanes_are_named():
+    state = make(range(4)).state_dict()
+    with pytest.raises(ValueError, match=r"lacks lanes \[4, 5\]"):
+        make(range(4, 6)).load_state_dict(state)
+
+
+def test_rows_outside_the_global_batch_are_refused():
+    for rows in (range(4, 9), range(3, 3), range(0, 8, 2)):
+        with pytest.raises(ValueError, match="are not rows"):
+            make(rows)
+
+
+def test_the_turn_of_an_epoch_is_logged_by_the_owner_of_lane_0(lines, caplog):
+    with caplog.at_level(logging.INFO, logger="quadriga"):
+        loader = make(dataset="jsonl", path=str(lines))
+        steps(loader, 60)
+        turns = loader.state_dict()["lanes"]["0"][0]
+        assert [record.message for record in caplog.records] == [
+            f"data: epoch {epoch + 2} begins (lane 0)" for epoch in range(turns)
+        ]
+        assert turns > 2
+        caplog.clear()
+        steps(make(range(1, 8), dataset="jsonl", path=str(lines)), 60)
+        assert not caplog.records
+
+
+def test_an_error_in_a_thread_reaches_the_reader_every_time(tmp_path, monkeypatch):
+    """Beyond what is looked through first, a bad line is met when its turn comes."""
+    monkeypatch.setattr("quadriga.data.survey.WHOLE_BYTES", 1000)
+    path = tmp_path / "late.jsonl"
+    path.write_text('{"text": "' + "good " * 40 + '"}\n' + '{"text": "short"}\n' * 400 + '{"txt": 1}\n')
+    loader = make(dataset="jsonl", path=str(path), total=1, rows=range(1), seq_len=256)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"late\.jsonl, line 402"):
+            steps_without_end(loader)
+    loader.close()
+
+
+def test_close_ends_the_threads_and_is_quick():
+    before = threading.active_count()
+    loader = make(num_workers=4)
+    loader.next()
+    assert threading.active_count() == before + 4
+    started = time.perf_counter()
+    loader.close()
+    loader.close()
+    assert time.perf_counter() - started < 2
+    assert threading.active_count() == before
+
+
+def test_waited_is_the_wait_of_the_last_batch():
+    loader = make(prefetch_factor=4)
+    loader.next()
+    first = loader.waited
+    time.sleep(0.3)  # the threads catch up
+    loader.next()
+    assert 0 <= loader.waited < 0.05
+    assert first > 0
+    loader.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_a_finite_pass_gives_every_rank_as_many_batches(tmp_path, ranks):
+    """20 windows and a short one into batches of 8 rows: 3 batches; every token is counted once over all ranks."""
+    text = "".join(chr(97 + i % 26) for i in range(20 * 64 + 30))
+    (tmp_path / "a.txt").write_text(text)
+    total = 24 if ranks == 3 else ROWS
+    share = total // ranks
+    counted, counts = 0, set()
+    for rank in range(ranks):
+        rows = range(rank * share, (rank + 1) * share)
+        loader = make(rows, dataset="text", path=str(tmp_path), infinite=False, total=total)
+        batches = list(loader)
+        counts.add(len(batches))
+        assert all(batch.tokens.shape == batch.labels.shape == (share, 64) for batch in batches)
+        counted += sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        assert sum(int((batch.labels != IGNORE).sum()) for batch in loader) == sum(
+            int((batch.labels != IGNORE).sum()) for batch in batches
+        ), "iterating again begins the pass again"
+        loader.close()
+    assert counts == {-(-21 // total)}
+    assert counted == len(text) + 2 - 1  # BOS and EOS; the first token is no label
+
+
+def test_a_finite_pass_may_be_left_in_the_middle():
+    before = threading.active_count()
+    loader = make(dataset="builtin_validation", infinite=False)
+    first = [next(iter(loader)).tokens for _ in range(2)]
+    assert torch.equal(*first)
+    loader.close()
+    assert threading.active_count() == before
