@@ -1,0 +1,10 @@
+"""Configuration: one TOML file, strictly read. `read` is the door; the sections are in `quadriga.config.schema`."""
+
+from __future__ import annotations
+
+from quadriga.config.read import Run, read
+from quadriga.config.run_spec import RunSpec
+from quadriga.config.schema import JobConfig
+from quadriga.config.toml import to_toml
+
+__all__ = ["JobConfig", "Run", "RunSpec", "read", "to_toml"]

@@ -15,7 +15,7 @@ class ActivationCheckpoint(Section):
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """Which blocks recompute: some of their work, all of it, as much as a budget demands, or nothing."""
 
-    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]*)$")] = "2"
+    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]*)$", examples=["op", "2"])] = "2"
     """With `selective`: `op` recomputes the cheap operations of every block, `N` the whole of every Nth block."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)

@@ -1,0 +1,151 @@
+"""What can be known of tokenizers and data sets without opening them with a library: what is there, how large.
+
+A data set's name says what is read (`training.dataset`), its path where from (`training.dataset_path`). Relative paths
+are relative to the folder that the run is started from.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import glob
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.config.run_spec import TokenizerFacts
+from quadriga.errors import Problem, UserError, nearest
+
+BUILTIN_TOKENIZER = "builtin:bytes"
+BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
+TIKTOKEN_SPECIALS = 256  # ids that Llama 3 keeps beside the ranks of its tokenizer.model
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of data set. `suffixes`: which files of a folder are read; `path`: none, optional or needed."""
+
+    suffixes: tuple[str, ...]
+    path: str
+
+
+def _plain_or_gz(*suffixes: str) -> tuple[str, ...]:
+    return (*suffixes, *(suffix + ".gz" for suffix in suffixes))
+
+
+DATASETS: Mapping[str, Source] = {
+    "builtin": Source((), "none"),
+    "builtin_validation": Source((), "none"),
+    "c4": Source((".json.gz",), "optional"),
+    "c4_validation": Source((".json.gz",), "optional"),
+    "text": Source(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
+    "jsonl": Source(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed"),
+    "parquet": Source((".parquet",), "needed"),
+}
+
+
+def tokenizer_facts(path: str) -> TokenizerFacts:
+    """Kind and vocabulary size of the tokenizer at `path`: a folder, a file, or `builtin:bytes`.
+
+    A folder is searched for `tokenizer.json`, then `tokenizer.model`, then `original/tokenizer.model`. Where nothing
+    is there the kind is `missing` and the size None.
+
+    Raises:
+        UserError: a file is there, but it is no tokenizer.
+    """
+    if path == BUILTIN_TOKENIZER:
+        return TokenizerFacts("bytes", path, BYTES_VOCAB)
+    file = _tokenizer_file(Path(path).expanduser())
+    if file is None:
+        return TokenizerFacts("missing", path, None)
+    try:
+        if file.suffix == ".json":
+            return TokenizerFacts("huggingface", str(file), _json_vocab(json.loads(file.read_bytes())))
+        return TokenizerFacts("tiktoken", str(file), _rank_count(file.read_bytes()) + TIKTOKEN_SPECIALS)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the file is no tokenizer that can be read here: {error}"
+        fix = "download it again (python scripts/download_hf_assets.py), or name another folder"
+        forms = "tokenizer.json of the `tokenizers` library, or Llama 3's tokenizer.model"
+        raise UserError(Problem(str(file), what, allowed=forms, fix=fix)) from error
+
+
+def _tokenizer_file(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _json_vocab(content: Any) -> int:
+    """One more than the largest id of a `tokenizer.json`."""
+    vocab = content["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [token["id"] for token in content.get("added_tokens", ())]
+    if not ids:
+        raise ValueError("its vocabulary is empty")
+    return max(ids) + 1
+
+
+def _rank_count(content: bytes) -> int:
+    """Lines of a `tokenizer.model` in tiktoken's form: a token in base64 and its rank."""
+    lines = content.splitlines()
+    token, _, rank = lines[0].partition(b" ") if lines else (b"", b"", b"")
+    try:
+        base64.b64decode(token, validate=True)
+        int(rank)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("it has no lines of token and rank (a SentencePiece model, perhaps)") from error
+    return len(lines)
+
+
+def data_files(dataset: str, path: str) -> list[Path]:
+    """The files that `path` stands for, sorted: itself, those of a folder and its sub-folders, or those of a glob."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found = [file for file in folder.rglob("*") if file.name.lower().endswith(DATASETS[dataset].suffixes)]
+        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    elif folder.is_file():
+        found = [folder]
+    else:
+        found = [Path(name) for name in glob.glob(str(folder), recursive=True)]
+    return sorted(file for file in found if file.is_file())
+
+
+def dataset_problem(key: str, dataset: str, path: str | None, source: str | None) -> Problem | None:
+    """Why the data set of `key` (`training.dataset` or `validation.dataset`) cannot be; files are not looked for."""
+    if dataset not in DATASETS:
+        guess = nearest(dataset, DATASETS)
+        return Problem(key, "no data set has this name", dataset, source, ", ".join(DATASETS), guess, _by_suffix(path))
+    needs = DATASETS[dataset].path
+    if needs == "needed" and path is None:
+        fix = f"set {key}_path to a file, a folder or a glob"
+        return Problem(
+            f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
+        )
+    if needs == "none" and path is not None:
+        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl or parquet"
+        return Problem(f"{key}, {key}_path", "this data set has no path", f"{dataset}, {path}", source, fix=fix)
+    return None
+
+
+def _by_suffix(path: str | None) -> str | None:
+    """The name of a data set that reads files such as `path`."""
+    local = (name for name, kind in DATASETS.items() if kind.path == "needed" and path)
+    fits = next((name for name in local if str(path).lower().endswith(DATASETS[name].suffixes)), None)
+    return f"to read {path}, write {fits}" if fits else None
+
+
+def missing_files(key: str, dataset: str, path: str, source: str | None) -> Problem | None:
+    """Why there is nothing to read at `path`."""
+    if data_files(dataset, path):
+        return None
+    if Path(path).expanduser().is_dir():
+        what, fix = f"the folder holds no file that {dataset} reads", "name another folder or another data set"
+        patterns = ", ".join(f"*{suffix}" for suffix in DATASETS[dataset].suffixes)
+        return Problem(f"{key}_path", what, path, source, patterns, fix=fix)
+    parent = Path(path).expanduser().parent
+    close = nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else None
+    fix = f"paths are relative to the folder the run is started from, {Path.cwd()}"
+    return Problem(f"{key}_path", "nothing is there", path, source, nearest=close and str(parent / close), fix=fix)

@@ -1,0 +1,182 @@
+"""Every key of the vocabulary as one flat table: its type in words, its default, and how its text is read."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator
+from pydantic.fields import FieldInfo
+
+from quadriga.config.schema import JobConfig, Section
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the configuration: `name` is `section.key`, `field` what the schema says of it."""
+
+    name: str
+    section: type[Section]
+    field: FieldInfo
+
+    @property
+    def default(self) -> Any:
+        return self.field.default
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have, `None` apart."""
+        return tuple(kind for kind in _members(self.field.annotation) if kind is not types.NoneType)
+
+    @property
+    def optional(self) -> bool:
+        return types.NoneType in _members(self.field.annotation)
+
+    @property
+    def plain_kinds(self) -> tuple[Any, ...]:
+        """The same without their limits: `int` for a number of at least 1."""
+        return tuple(_peel(kind, [])[0] for kind in self.kinds)
+
+    @property
+    def boolean(self) -> bool:
+        return bool in self.kinds
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that are allowed, where only some are (also as items of a list)."""
+        return tuple(word for kind in self.kinds for word in _choices(kind))
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        words = " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
+        if self.field.examples:
+            words += ", such as " + " or ".join(show(example) for example in self.field.examples)
+        return f"{words}, or none" if self.optional else words
+
+
+def _flatten(section: type[Section], prefix: str) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        full = f"{prefix}{name}"
+        if is_section(field.annotation):
+            yield from _flatten(typing.cast(type[Section], field.annotation), full + ".")
+        else:
+            yield Key(full, section, field)
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def read_text(key: Key, text: str) -> Any:
+    """The value that `text` from a command line or a variable stands for; the text itself where it stands for none.
+
+    Lists are a comma-separated text, or a literal in TOML's or JSON's form.
+    """
+    kinds = key.plain_kinds
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        return _read_list(text)
+    for number in (int, float):
+        if number in kinds:
+            try:
+                return number(text)
+            except ValueError:
+                return text
+    return text
+
+
+def _read_list(text: str) -> Any:
+    if text.lstrip().startswith("["):
+        try:
+            return tomllib.loads(f"it = {text}")["it"]
+        except tomllib.TOMLDecodeError:
+            pass
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def show(value: Any) -> str:
+    """A value as it would be written in TOML; `none` for an optional key that is off."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    return str(value)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _peel(kind: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
+    """An annotated type as (plain type, all that is said of it)."""
+    if typing.get_origin(kind) is typing.Annotated:
+        plain, *extra = typing.get_args(kind)
+        said = [part for item in extra for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return plain, [*metadata, *said]
+    return kind, metadata
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    kind, _ = _peel(kind, [])
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return _choices(typing.get_args(kind)[0])
+    return ()
+
+
+def _describe(kind: Any, metadata: list[Any]) -> str:
+    kind, metadata = _peel(kind, metadata)
+    if choices := _choices(kind) if typing.get_origin(kind) is Literal else ():
+        return " | ".join(show(choice) for choice in choices)
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_plural(typing.get_args(kind)[0])}"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return "text"
+    limits = " and ".join(_limit(item) for item in metadata if isinstance(item, Ge | Gt | Le | Lt))
+    noun = "a whole number" if kind is int else "a number"
+    if any(isinstance(item, AfterValidator) for item in metadata):  # the one validator of the schema: all, or a count
+        return f"-1, or {noun} of at least 1"
+    return f"{noun} {limits}" if limits else noun
+
+
+def _plural(kind: Any) -> str:
+    kind, _ = _peel(kind, [])
+    if typing.get_origin(kind) is tuple:
+        return f"lists of {_plural(typing.get_args(kind)[0])}"
+    return " | ".join(show(choice) for choice in _choices(kind)) or "names"
+
+
+def _limit(limit: Ge | Gt | Le | Lt) -> str:
+    match limit:
+        case Ge(bound):
+            return f"of at least {bound}"
+        case Gt(bound):
+            return f"above {bound}"
+        case Le(bound):
+            return f"of at most {bound}"
+        case Lt(bound):
+            return f"below {bound}"
+
+
+KEYS: Mapping[str, Key] = {key.name: key for key in _flatten(JobConfig, "")}

@@ -1,0 +1,295 @@
+"""What the human wrote, weighed key by key: defaults < `extends` base < TOML < environment < command line.
+
+Nothing is dropped in silence: a key is known and well typed, or it is renamed or removed and a notice says so, or it
+is a problem. All problems are found, not only the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from quadriga.config import vocabulary
+from quadriga.config.keys import KEYS, Key, is_section, read_text, show
+from quadriga.config.schema import JobConfig
+from quadriga.config.sources import (
+    COMMAND_LINE,
+    CONFIG_FILE,
+    Entry,
+    Text,
+    command_line_layer,
+    environment_layer,
+    file_layers,
+)
+from quadriga.errors import Problem, nearest
+
+
+@dataclass
+class Loaded:
+    """A configuration, who said what in it (`origin`), and what is to be said of it.
+
+    `bad` names the keys that were refused; they have their default in `config`, so that the others can be checked.
+    """
+
+    config: JobConfig = field(default_factory=JobConfig)
+    origin: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
+    """Read and weigh a configuration. `argv` without the program's name; `--job.config_file` names the TOML file."""
+    loaded = Loaded()
+    arguments, problems = command_line_layer(argv)
+    loaded.problems += problems
+    file = next((entry.value.text for entry in reversed(arguments) if entry.key == CONFIG_FILE), None)
+    files, problems = file_layers(file) if file else ([], [])
+    loaded.problems += problems
+    if problems:
+        loaded.bad |= set(KEYS)  # what the file would have said is not known
+
+    said: dict[str, Any] = {}
+    for layer in [*files, environment_layer(environ), arguments]:
+        _merge(layer, said, loaded)
+    for key in said:
+        said[key] = _other_name(key, said, loaded)
+    _validate(said, loaded)
+    _remark_on_defaults(loaded)
+    return loaded
+
+
+def _merge(layer: Iterable[Entry], said: dict[str, Any], loaded: Loaded) -> None:
+    """Lay one source over the ones before it, under the keys of today."""
+    spelled: dict[str, Entry] = {}
+    for entry in layer:
+        today = _rename(entry, loaded)
+        if today is None:
+            continue
+        key = KEYS[today.key]
+        twin = spelled.get(today.key)
+        value = _typed(key, today, loaded)
+        if twin is not None and twin.key != entry.key and value != said[today.key]:
+            what = f"the old name {_older(twin.key, entry.key)} and the new one stand side by side and differ"
+            fix = f"keep {today.key} alone"
+            loaded.problems.append(Problem(f"{twin.key}, {entry.key}", what, show(value), entry.source, fix=fix))
+            loaded.bad.add(today.key)
+        spelled[today.key] = entry
+        said[today.key] = value
+        loaded.origin[today.key] = today.source
+
+
+def _older(*names: str) -> str:
+    return next(name for name in names if name not in KEYS)
+
+
+def _rename(entry: Entry, loaded: Loaded) -> Entry | None:
+    """The entry under its name of today; None, with a notice or a problem, where there is none."""
+    name, value = entry.key, entry.value
+    if name == CONFIG_FILE and entry.source != COMMAND_LINE:
+        loaded.notices.append(
+            f"{name} [{entry.source}] is ignored: a file is named on the command line, a base by `extends`"
+        )
+        return None
+    if name in KEYS:
+        return entry
+    if name in vocabulary.REMOVED:
+        remark = vocabulary.REMOVED[name]
+        loaded.notices.append(f"{name} [{entry.source}] is gone and changes nothing: {remark}")
+        return None
+    if name in vocabulary.REFUSED:
+        _refuse_unless_off(entry, vocabulary.REFUSED[name], loaded)
+        return None
+    if (new := vocabulary.new_name(name)) is not None:
+        loaded.notices.append(f"{name} [{entry.source}] is now {new}")
+        return _rename(Entry(new, _renamed_value(name, value), entry.source), loaded)
+    if value == {} and name in _tables():
+        return None
+    section, _, leaf = name.rpartition(".")
+    switch = f"{section}.{leaf.removeprefix('no_')}"
+    if isinstance(value, Text) and leaf.startswith("no_") and switch in KEYS and KEYS[switch].boolean:
+        if value.text is None:
+            return Entry(switch, False, entry.source)
+        fix = f"write --{name}, or --{switch} false"
+        loaded.problems.append(Problem(name, "takes no value", show(value.text), entry.source, fix=fix))
+        loaded.bad.add(switch)
+        return None
+    loaded.problems.append(_unknown(entry))
+    return None
+
+
+def _renamed_value(old: str, value: Any) -> Any:
+    values = vocabulary.RENAMED_VALUES.get(old, {})
+    if isinstance(value, Text):
+        return Text(values.get(value.text, value.text)) if value.text is not None else value
+    return values.get(value, value) if isinstance(value, str) else value
+
+
+def _refuse_unless_off(entry: Entry, reason: str, loaded: Loaded) -> None:
+    text = entry.value.text if isinstance(entry.value, Text) else None
+    if not entry.value or (text is not None and text.lower() in ("", "false", "none", "[]")):
+        loaded.notices.append(f"{entry.key} [{entry.source}] is gone; it was off and changes nothing")
+        return
+    shown = text if isinstance(entry.value, Text) else show(entry.value)
+    what = "this key of older releases would change the run, and cannot be honoured"
+    loaded.problems.append(Problem(entry.key, what, shown, entry.source, fix=reason))
+
+
+def _unknown(entry: Entry) -> Problem:
+    name = entry.key
+    table, _, leaf = name.rpartition(".")
+    shown = _as_written(entry)
+    if name in _tables() or entry.value == {} or (table and table not in _tables()):
+        return _wrong_table(entry, shown)
+    inside = [key for key in KEYS if key.rpartition(".")[0] == table]
+    elsewhere = [key for key in KEYS if key.rpartition(".")[2] == leaf]
+    guess = elsewhere[0] if elsewhere else nearest(name, inside) or nearest(name, KEYS)
+    if not table:
+        what, fix = "this key stands outside every table", "put it below the table it belongs to"
+        return Problem(name, what, shown, entry.source, f"tables: {', '.join(_roots())}; `extends`", guess, fix)
+    what = f"[{table}] has no such key"
+    return Problem(name, what, shown, entry.source, _short_list(table, inside), guess, "correct or remove it")
+
+
+def _wrong_table(entry: Entry, shown: str | None) -> Problem:
+    """A value where a table is needed, or a table that is not there."""
+    if entry.key in _tables():
+        what = "this is a table, not a key"
+        return Problem(entry.key, what, shown, entry.source, _short_list(entry.key, list(KEYS)))
+    table = entry.key if entry.value == {} else entry.key.rpartition(".")[0]
+    guess = nearest(table, _tables()) or nearest(table.partition(".")[0], _roots())
+    what = f"there is no table [{table}]"
+    return Problem(entry.key, what, shown, entry.source, f"tables: {', '.join(_roots())}", guess and f"[{guess}]")
+
+
+def _tables() -> set[str]:
+    names = [key.split(".")[:-1] for key in KEYS]
+    return {".".join(parts[: end + 1]) for parts in names for end in range(len(parts))}
+
+
+def _roots() -> list[str]:
+    return [name for name, field in JobConfig.model_fields.items() if is_section(field.annotation)]
+
+
+def _short_list(table: str, keys: list[str]) -> str:
+    names = [key.removeprefix(table + ".") for key in keys if key.startswith(table + ".")]
+    return f"keys of [{table}]: {', '.join(names)}"
+
+
+def _as_written(entry: Entry) -> str | None:
+    if isinstance(entry.value, dict):
+        return None
+    return entry.value.text if isinstance(entry.value, Text) else show(entry.value)
+
+
+def _typed(key: Key, entry: Entry, loaded: Loaded) -> Any:
+    """The value as the schema takes it: text read, lists as tuples, `"none"` and `""` of an optional key as None."""
+    value = entry.value
+    if isinstance(value, Text):
+        if value.text is None:
+            if key.boolean:
+                return True
+            problem = Problem(key.name, "needs a value", source=entry.source, allowed=key.allowed)
+            loaded.problems.append(problem)
+            loaded.bad.add(key.name)
+            return key.default
+        if key.optional and value.text.lower() in ("", "none"):
+            return None
+        value = read_text(key, value.text)
+    if key.optional and isinstance(value, str) and value.lower() in ("", "none"):
+        return None
+    return _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _other_name(key: str, said: Mapping[str, Any], loaded: Loaded) -> Any:
+    """The value, or what it is called here where the vocabulary's first home has another name for it."""
+    value, other = said[key], said[key]
+    reads_files = said.get(key.replace("dataset", "dataset_path")) is not None
+    if key in ("training.dataset", "validation.dataset") and value == "c4_test":
+        builtin = "builtin" if key.startswith("training") else "builtin_validation"
+        other = "jsonl" if reads_files else builtin
+    if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
+        other = "builtin:bytes"
+    if key == "model.converters" and isinstance(value, tuple):
+        other = tuple(vocabulary.CONVERTER_ALIASES.get(name, name) for name in value)
+    if other != value:
+        loaded.notices.append(f"{key} = {show(value)} [{loaded.origin[key]}] is read as {show(other)}")
+    return other
+
+
+def _is_test_tokenizer(value: Any) -> bool:
+    return isinstance(value, str) and value.removeprefix("./").rstrip("/") == "tests/assets/tokenizer"
+
+
+def _validate(said: Mapping[str, Any], loaded: Loaded) -> None:
+    """Make the frozen configuration; a value that the schema refuses is a problem, and its key keeps the default."""
+    try:
+        loaded.config = JobConfig.model_validate(_nested(said))
+    except ValidationError as error:
+        refused: dict[str, Problem] = {}
+        for fault in error.errors(include_url=False):
+            path = ".".join(str(part) for part in fault["loc"])
+            name = next(key for key in said if path == key or path.startswith(key + "."))
+            refused.setdefault(
+                name, _refused(KEYS[name], said[name], fault["input"], fault["type"], loaded.origin[name])
+            )
+        loaded.problems += refused.values()
+        loaded.bad |= refused.keys()
+        loaded.config = JobConfig.model_validate(_nested({key: said[key] for key in said if key not in refused}))
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for key, value in flat.items():
+        *tables, leaf = key.split(".")
+        table = root
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[leaf] = value
+    return root
+
+
+def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Problem:
+    """A schema error in the words of a user. `culprit` is the value itself or the item of a list that is wrong."""
+    guess = nearest(culprit, key.choices) if isinstance(culprit, str) and key.choices else None
+    if kind == "literal_error":
+        what = f"unknown value {show(culprit)}" if culprit != value else "unknown value"
+    elif kind.endswith(("_type", "_parsing")):
+        what = f"wrong type: {_type_name(culprit)}"
+    elif kind == "finite_number":
+        what = "not a finite number"
+    elif kind == "string_pattern_mismatch":
+        what = "not of the form that is needed"
+    elif kind == "string_too_short":
+        what = "must not be empty"
+    else:
+        what = "out of range"
+    written = isinstance(value, str) and source == COMMAND_LINE
+    return Problem(key.name, what, value if written else show(value), source, key.allowed, guess)
+
+
+def _type_name(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "a list",
+        dict: "a table",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _remark_on_defaults(loaded: Loaded) -> None:
+    """Say where a better default than the vocabulary's first home's changes what a file that relies on it does."""
+    if loaded.config.checkpoint.enable and "checkpoint.last_save_model_only" not in loaded.origin:
+        what = "the last save holds the optimizer too, so that the run can be resumed and extended"
+        loaded.notices.append(f"checkpoint.last_save_model_only is false by default: {what}")

@@ -1,0 +1,97 @@
+"""The door: a command line and an environment in, a run out, or every reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
+from quadriga.config.case import BackendFacts
+from quadriga.config.load import Loaded, load
+from quadriga.config.resolve import Catalogue, resolve
+from quadriga.config.run_spec import RunSpec, TokenizerFacts
+from quadriga.config.schema import JobConfig
+from quadriga.errors import Problem, UserError
+
+HUB_OF_LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration that may be trained: what was written, what follows from it, and who wrote which key."""
+
+    config: JobConfig
+    spec: RunSpec
+    origin: Mapping[str, str]
+
+
+def read(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    catalogue: Catalogue,
+    backends: Mapping[str, BackendFacts],
+    world_size: int | None,
+    training: bool,
+) -> Run:
+    """Read, weigh and resolve a configuration.
+
+    Args:
+        argv: the command line without the program's name; `--job.config_file` names the TOML file.
+        environ: the environment; COMM_BACKEND is read.
+        catalogue: model families by name, each with its sizes by flavor.
+        backends: what is known of each communication backend.
+        world_size: number of ranks; None: as many as the degrees ask for.
+        training: False for a dry run: missing files are noted, and what training does not support yet passes.
+
+    Raises:
+        UserError: with every problem that was found.
+    """
+    loaded = load(argv, environ)
+    tokenizer, problems, notices = _look_at_assets(loaded, training)
+    resolved = resolve(
+        loaded, catalogue=catalogue, backends=backends, tokenizer=tokenizer, world_size=world_size, training=training
+    )
+    found = [*loaded.problems, *resolved.problems, *problems]
+    if found or resolved.spec is None:
+        raise UserError(*found)
+    spec = replace(resolved.spec, notices=(*loaded.notices, *resolved.notices, *notices))
+    return Run(loaded.config, spec, loaded.origin)
+
+
+def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:
+    """What is there of tokenizer, data and initial weights. What is missing is a problem in training, else a notice."""
+    config, origin = loaded.config, loaded.origin
+    wrong: list[Problem] = []
+    missing: list[Problem] = []
+    path = config.model.hf_assets_path
+    tokenizer = TokenizerFacts("missing", path, None)
+    if "model.hf_assets_path" not in loaded.bad:
+        try:
+            tokenizer = tokenizer_facts(path)
+        except UserError as error:
+            wrong += error.problems
+        else:
+            if tokenizer.kind == "missing":
+                missing.append(_no_tokenizer(path, origin.get("model.hf_assets_path", "default")))
+    sets = [("training.dataset", config.training.dataset, config.training.dataset_path)]
+    if config.validation.enable:
+        sets.append(("validation.dataset", config.validation.dataset, config.validation.dataset_path))
+    for key, dataset, files in sets:
+        if {key, f"{key}_path"} & loaded.bad:
+            continue
+        if (problem := dataset_problem(key, dataset, files, origin.get(key, "default"))) is not None:
+            wrong.append(problem)
+        elif (
+            files is not None and (problem := missing_files(key, dataset, files, origin.get(f"{key}_path"))) is not None
+        ):
+            missing.append(problem)
+    if training:
+        return tokenizer, [*wrong, *missing], []
+    return tokenizer, wrong, [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing]
+
+
+def _no_tokenizer(path: str, source: str) -> Problem:
+    fix = f"python scripts/download_hf_assets.py --repo_id {HUB_OF_LLAMA} --assets tokenizer --local_dir {path}"
+    what = "no tokenizer is there (tokenizer.json, tokenizer.model or original/tokenizer.model)"
+    return Problem("model.hf_assets_path", what, path, source, "a folder or file, or builtin:bytes", fix=fix)

@@ -1,0 +1,198 @@
+"""What follows from a configuration: every `-1` filled in, every choice made, every rule between two keys held.
+
+Pure: what is known of models, tokenizers and backends is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import PurePath
+
+from quadriga.config import rules_layout, rules_run
+from quadriga.config.case import RULES, BackendFacts, Case, join_sources
+from quadriga.config.keys import show
+from quadriga.config.load import Loaded
+from quadriga.config.model_spec import ModelSpec
+from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
+from quadriga.config.schema import JobConfig, Parallelism
+from quadriga.config.support import unsupported
+from quadriga.errors import Problem, nearest
+from quadriga.units import GIB, show_bytes
+
+Catalogue = Mapping[str, Mapping[str, ModelSpec]]
+RULE_BOOKS = (rules_layout, rules_run)  # importing them enters their rules
+
+DEGREES = {
+    "dp_replicate": "parallelism.data_parallel_replicate_degree",
+    "dp_shard": "parallelism.data_parallel_shard_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+    "cp": "parallelism.context_parallel_degree",
+}
+MASKED_FLAVORS = ("_flex", "_varlen")  # of the vocabulary's first home: they keep documents apart by block-causal masks
+GRADIENTS_KEPT_WHOLE = 8 * GIB  # what a rank may spend on gradients that are not sharded, to reduce them once a step
+
+
+@dataclass
+class Resolved:
+    """`spec` is None where the problems leave nothing to fill in."""
+
+    spec: RunSpec | None = None
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def resolve(
+    loaded: Loaded,
+    *,
+    catalogue: Catalogue,
+    backends: Mapping[str, BackendFacts],
+    tokenizer: TokenizerFacts,
+    world_size: int | None,
+    training: bool,
+) -> Resolved:
+    """Hold every rule between keys. Rules that touch a key which is wrong already are left out.
+
+    Args:
+        loaded: the configuration as read; its `bad` keys have their defaults.
+        world_size: number of ranks; None: as many as the degrees ask for.
+        training: False for a dry run, which passes what training does not support yet.
+    """
+    result, config, bad = Resolved(), loaded.config, set(loaded.bad)
+    model, problem = _pick_model(config, catalogue, loaded.origin)
+    if problem is not None:
+        if not {"model.name", "model.flavor"} & bad:
+            result.problems.append(problem)
+        bad |= {"model.name", "model.flavor"}
+    degrees, problem = _fit_degrees(config.parallelism, world_size, loaded.origin)
+    if problem is not None:
+        if not bad.intersection(DEGREES.values()):
+            result.problems.append(problem)
+        bad.add(DEGREES["dp_shard"])
+
+    case = Case(config, loaded.origin, model, degrees, tokenizer, backends, training)
+    verdicts = [verdict for rule in RULES if not bad.intersection(rule.keys) for verdict in rule.apply(case)]
+    for verdict in [*verdicts, *unsupported(case, bad)]:
+        if isinstance(verdict, Problem):
+            result.problems.append(verdict)
+        else:
+            result.notices.append(verdict)
+    if not result.problems and not loaded.problems:
+        result.spec = _spec(case)
+    return result
+
+
+def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, str]) -> tuple[ModelSpec, Problem | None]:
+    """The model's numbers, with the single dimensions that were overridden."""
+    section, problem = config.model, None
+    family = catalogue.get(section.name)
+    if family is None:
+        key, known, value = "model.name", list(catalogue), section.name
+        what = "no model family has this name"
+    elif section.flavor not in family:
+        key, known, value = "model.flavor", list(family), section.flavor
+        what = f"{section.name} has no such size"
+        if section.flavor.endswith(MASKED_FLAVORS):
+            what += "; masks that keep the documents of a sequence apart are not built"
+    else:
+        names = {spec_field.name for spec_field in fields(ModelSpec)} - {"name", "flavor"}
+        asked = {name: getattr(section, name, None) for name in names}
+        return replace(
+            family[section.flavor], **{name: value for name, value in asked.items() if value is not None}
+        ), None
+    problem = Problem(key, what, show(value), origin.get(key, "default"), ", ".join(known), nearest(value, known))
+    anything = next(iter(next(iter(catalogue.values())).values()))
+    return anything, problem
+
+
+def _fit_degrees(
+    section: Parallelism, world_size: int | None, origin: Mapping[str, str]
+) -> tuple[Degrees, Problem | None]:
+    """The degrees with -1 filled in: their product is the number of ranks."""
+    shard = section.data_parallel_shard_degree
+    others = Degrees(
+        dp_replicate=section.data_parallel_replicate_degree,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+        pp=section.pipeline_parallel_degree,
+    )
+    rest = others.world_size
+    if world_size is None:
+        return replace(others, dp_shard=max(shard, 1)), None
+    if shard == -1 and world_size % rest == 0:
+        return replace(others, dp_shard=world_size // rest), None
+    if shard != -1 and shard * rest == world_size:
+        return replace(others, dp_shard=shard), None
+    values = {"dp_replicate": others.dp_replicate, "dp_shard": shard, "tp": others.tp, "pp": others.pp, "cp": others.cp}
+    where = " x ".join(f"{key} ({values[name]})" for name, key in DEGREES.items())
+    sources = join_sources(origin[key] for key in DEGREES.values() if key in origin)
+    if shard == -1:
+        what = f"{world_size} ranks cannot be divided by {rest}, the product of the other degrees"
+        allowed = f"a number of ranks that is a multiple of {rest}"
+    else:
+        what = f"the degrees multiply to {shard * rest}, and there are {world_size} ranks"
+        allowed = f"degrees whose product is {world_size}"
+    fix = f"start {max(shard, 1) * rest} ranks (NGPU), or change the degrees; dp_shard = -1 takes what remains"
+    return others, Problem(where, what, None, sources or "default", allowed, fix=fix)
+
+
+def _spec(case: Case) -> RunSpec:
+    config, degrees = case.config, case.degrees
+    training = config.training
+    one_pass = training.local_batch_size * degrees.batch
+    global_batch = one_pass if training.global_batch_size == -1 else training.global_batch_size
+    reshard = config.parallelism.fsdp_reshard_after_forward
+    reduce, reason = _when_to_reduce(case, accumulation=global_batch // one_pass)
+    return RunSpec(
+        world_size=degrees.world_size,
+        degrees=degrees,
+        model=case.model,
+        tokenizer=case.tokenizer,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        global_batch_size=global_batch,
+        accumulation_steps=global_batch // one_pass,
+        steps=training.steps,
+        seed=config.debug.seed,
+        reshard_after_forward=degrees.pp == 1 if reshard == "default" else reshard == "always",
+        reduce_gradients=reduce,
+        reduce_reason=reason,
+        backend=config.comm.backend,
+        folders=_folders(config),
+    )
+
+
+def _when_to_reduce(case: Case, accumulation: int) -> tuple[str, str]:
+    """`once` or `every_micro_batch`, and why: once a step keeps gradients whole that are sharded otherwise."""
+    choice, degrees = case.config.parallelism.reduce_gradients, case.degrees
+    if choice != "auto":
+        return choice, "the configuration says so"
+    if accumulation == 1:
+        return "once", "there is one micro-batch a step"
+    if degrees.dp_shard * degrees.cp == 1:
+        return "once", "gradients are not sharded, so that waiting costs no memory"
+    size = 4 * count_parameters(case.model) // (degrees.tp * degrees.pp)
+    if size <= GRADIENTS_KEPT_WHOLE:
+        return "once", f"gradients kept whole take {show_bytes(size)} a rank"
+    return "every_micro_batch", f"gradients kept whole would take {show_bytes(size)} a rank"
+
+
+def count_parameters(model: ModelSpec) -> int:
+    """Parameters of a Llama decoder: matrices of attention and feed-forward, norms, embedding and output."""
+    attention = model.dim * model.head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
+    block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.dim
+    return model.n_layers * block + embeddings + model.dim
+
+
+def _folders(config: JobConfig) -> Folders:
+    dump = PurePath(config.job.dump_folder)
+    return Folders(
+        dump=str(dump),
+        checkpoint=str(dump / config.checkpoint.folder),
+        tensorboard=str(dump / config.metrics.save_tb_folder),
+        traces=str(dump / config.profiling.save_traces_folder),
+        memory_snapshots=str(dump / config.profiling.save_memory_snapshot_folder),
+        comm_traces=str(dump / config.comm.save_traces_folder),
+    )

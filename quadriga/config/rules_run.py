@@ -1,0 +1,243 @@
+"""Rules of the run beside its layout: compile, schedule, checkpoints, profiling, folders, backends, user code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
+from quadriga.errors import nearest
+
+ASYNC_TP = "parallelism.enable_async_tensor_parallel"
+TP = "parallelism.tensor_parallel_degree"
+CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
+USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
+
+
+@rule(ASYNC_TP, TP, "compile.enable", "compile.components")
+def async_tensor_parallel_needs_compile(case: Case) -> Verdicts:
+    compile = case.config.compile
+    if not case.config.parallelism.enable_async_tensor_parallel:
+        return
+    if case.degrees.tp == 1:
+        yield Clash(
+            "there is no tensor parallelism whose communication could overlap", f"raise {TP}, or set {ASYNC_TP} = false"
+        )
+    elif not (compile.enable and "model" in compile.components):
+        yield Clash(
+            "the overlap is made by the compiler", 'set compile.enable = true, with "model" in compile.components'
+        )
+
+
+@rule("activation_checkpoint.mode", "compile.enable", "compile.components")
+def memory_budget_needs_compile(case: Case) -> Verdicts:
+    compile = case.config.compile
+    if case.config.activation_checkpoint.mode == "memory_budget" and not (
+        compile.enable and "model" in compile.components
+    ):
+        fix = 'set compile.enable = true, with "model" in compile.components; or choose "selective" or "full"'
+        yield Clash("the budget is kept by the compiler, which chooses what to recompute", fix)
+
+
+@rule("compile.enable", "quantize.linear.float8.emulate", "model.converters")
+def emulation_is_eager(case: Case) -> Verdicts:
+    emulates = case.config.quantize.linear.float8.emulate and "quantize.linear.float8" in case.config.model.converters
+    if emulates and case.config.compile.enable:
+        yield Clash("emulated float8 runs in eager mode only", "set compile.enable = false, or emulate = false")
+
+
+@rule("quantize.linear.float8.enable_fsdp_float8_all_gather", "quantize.linear.float8.recipe_name", "model.converters")
+def float8_gather_is_tensorwise(case: Case) -> Verdicts:
+    float8 = case.config.quantize.linear.float8
+    wanted = float8.enable_fsdp_float8_all_gather and "quantize.linear.float8" in case.config.model.converters
+    if wanted and float8.recipe_name not in (None, "tensorwise"):
+        yield Clash("weights can be gathered in float8 with tensorwise scaling only", allowed='"tensorwise", or none')
+
+
+@rule("lr_scheduler.warmup_steps", "training.steps")
+def warmup_ends_within_the_run(case: Case) -> Verdicts:
+    warmup, steps = case.config.lr_scheduler.warmup_steps, case.config.training.steps
+    if warmup > steps:
+        what = f"lr_scheduler.warmup_steps = {warmup} is longer than training.steps = {steps}"
+        yield f"{what}: the ramp is cut off, not rescaled"
+
+
+@rule("lr_scheduler.total_steps", "training.steps")
+def schedule_covers_the_run(case: Case) -> Verdicts:
+    total, steps = case.config.lr_scheduler.total_steps, case.config.training.steps
+    if total is not None and total < steps:
+        yield f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays where it ends"
+
+
+@rule("lr_scheduler.decay_ratio", "lr_scheduler.warmup_steps", "training.steps", "lr_scheduler.total_steps")
+def decay_fits_beside_the_warmup(case: Case) -> Verdicts:
+    schedule = case.config.lr_scheduler
+    total = schedule.total_steps or case.config.training.steps
+    wanted = round(total * (schedule.decay_ratio or 0))
+    left = total - schedule.warmup_steps
+    if 0 <= left < wanted:
+        what = f"a warm-up of {schedule.warmup_steps} and a decay of {wanted} steps exceed {total}"
+        yield f"{what}: the decay takes {left} steps"
+
+
+@rule(*CYCLE)
+def profiler_fits_its_cycle(case: Case) -> Verdicts:
+    profiling = case.config.profiling
+    needed = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < needed:
+        yield Clash("a cycle must hold the warm-up and the recorded steps", f"set {CYCLE[0]} to {needed} or more")
+
+
+@rule("profiling.enable_profiling", "profiling.profile_freq", "training.steps")
+def profiler_finishes_a_cycle(case: Case) -> Verdicts:
+    profiling, steps = case.config.profiling, case.config.training.steps
+    if profiling.enable_profiling and profiling.profile_freq > steps:
+        what = f"profiling.profile_freq = {profiling.profile_freq} is longer than training.steps = {steps}"
+        yield f"{what}: no trace is written"
+
+
+@rule("checkpoint.keep_latest_k", "checkpoint.enable")
+def two_saves_are_kept(case: Case) -> Verdicts:
+    checkpoint = case.config.checkpoint
+    if checkpoint.enable and checkpoint.keep_latest_k == 1:
+        yield Clash(
+            "a single save leaves nothing to fall back on while the next is written", allowed="0 (all), or 2 and more"
+        )
+
+
+@rule("checkpoint.enable", "checkpoint.initial_load_path")
+def initial_load_needs_checkpoints(case: Case) -> Verdicts:
+    checkpoint = case.config.checkpoint
+    if checkpoint.initial_load_path is not None and not checkpoint.enable:
+        yield Clash(
+            "weights are loaded by [checkpoint], which is off",
+            "set checkpoint.enable = true (and load_only, to save nothing)",
+        )
+
+
+@rule("checkpoint.load_step", "training.steps", "checkpoint.enable")
+def load_step_lies_within_the_run(case: Case) -> Verdicts:
+    checkpoint, steps = case.config.checkpoint, case.config.training.steps
+    if checkpoint.enable and checkpoint.load_step > steps:
+        yield Clash(
+            "the run would end before the step that it starts from", "raise training.steps, or load an earlier step"
+        )
+
+
+@rule("checkpoint.export_dtype", "checkpoint.last_save_model_only")
+def export_needs_a_save_of_weights(case: Case) -> Verdicts:
+    checkpoint = case.config.checkpoint
+    if checkpoint.enable and checkpoint.export_dtype != "float32" and not checkpoint.last_save_model_only:
+        fix = "set checkpoint.last_save_model_only = true"
+        yield Clash(
+            "a save that can be resumed keeps the weights as they are; only one of weights alone is converted", fix
+        )
+
+
+@rule("training.seq_len", "validation.seq_len")
+def validation_sees_the_same_lengths(case: Case) -> Verdicts:
+    validation, seq_len = case.config.validation, case.config.training.seq_len
+    if validation.enable and validation.seq_len > seq_len:
+        yield f"validation.seq_len = {validation.seq_len} is longer than the {seq_len} tokens that training sees"
+
+
+@rule("debug.deterministic", "debug.deterministic_warn_only")
+def warn_only_needs_deterministic(case: Case) -> Verdicts:
+    if case.config.debug.deterministic_warn_only and not case.config.debug.deterministic:
+        yield "debug.deterministic_warn_only changes nothing without debug.deterministic"
+
+
+@rule("training.dtype")
+def narrow_parameters_lose_small_updates(case: Case) -> Verdicts:
+    if case.config.training.dtype == "bfloat16":
+        yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates round away"
+
+
+@rule("training.dataloader.persistent_workers", "training.dataloader.num_workers")
+def only_workers_can_persist(case: Case) -> Verdicts:
+    loader = case.config.training.dataloader
+    if loader.persistent_workers and loader.num_workers == 0:
+        yield "training.dataloader.persistent_workers changes nothing without workers (num_workers = 0)"
+
+
+@rule("comm.backend")
+def backend_is_known(case: Case) -> Verdicts:
+    name = case.config.comm.backend
+    if name is None:
+        return
+    facts = case.backends.get(name)
+    usable = ", ".join(known for known, about in case.backends.items() if about.not_built is None)
+    if facts is None:
+        yield Clash("no backend has this name", allowed=usable, nearest=nearest(name, case.backends))
+    elif facts.not_built is not None:
+        if case.training:
+            yield Clash(facts.not_built, "choose another backend, or leave it unset", usable)
+        else:
+            yield f"comm.backend = {name} is refused in training: {facts.not_built}"
+
+
+@rule("comm.backend", ASYNC_TP)
+def backend_overlaps_tensor_parallelism(case: Case) -> Verdicts:
+    facts = case.backends.get(case.config.comm.backend or "")
+    if facts and case.config.parallelism.enable_async_tensor_parallel and "async_tensor_parallel" not in facts.carries:
+        yield Clash(
+            "this backend cannot overlap communication with matrix products",
+            _those_that_carry(case, "async_tensor_parallel"),
+        )
+
+
+@rule("comm.backend", "training.mixed_precision_reduce")
+def backend_carries_the_gradients(case: Case) -> Verdicts:
+    facts, dtype = case.backends.get(case.config.comm.backend or ""), case.config.training.mixed_precision_reduce
+    if facts and dtype not in facts.carries:
+        yield Clash(f"this backend cannot sum {dtype}", _those_that_carry(case, dtype))
+
+
+@rule("comm.backend", "quantize.linear.float8.enable_fsdp_float8_all_gather", "model.converters")
+def backend_carries_float8(case: Case) -> Verdicts:
+    facts = case.backends.get(case.config.comm.backend or "")
+    wanted = case.config.quantize.linear.float8.enable_fsdp_float8_all_gather
+    if facts and wanted and "quantize.linear.float8" in case.config.model.converters and "float8" not in facts.carries:
+        yield Clash("this backend cannot move float8", _those_that_carry(case, "float8"))
+
+
+def _those_that_carry(case: Case, feature: str) -> str:
+    able = [name for name, facts in case.backends.items() if feature in facts.carries and facts.not_built is None]
+    return f"choose {' or '.join(able)}" if able else "switch the feature off: no backend here can"
+
+
+@rule("profiling.save_traces_folder", "metrics.save_tb_folder", "checkpoint.folder", "comm.save_traces_folder")
+def folders_are_apart(case: Case) -> Verdicts:
+    config = case.config
+    names = [config.profiling.save_traces_folder, config.metrics.save_tb_folder, config.checkpoint.folder]
+    names += [config.comm.save_traces_folder, config.profiling.save_memory_snapshot_folder]
+    plain = [name.strip("./") for name in names]
+    if len(set(plain)) < len(plain):
+        yield Clash("two kinds of output would share one folder", "give each a name of its own")
+
+
+def _refuse_user_code(key: str) -> Callable[[Case], Verdicts]:
+    def user_code_comes_through_python(case: Case) -> Verdicts:
+        if value_of(case.config, key):
+            what = "a configuration file imports no code here"
+            fix = "leave it empty; code of your own enters through Python: import quadriga and call its builders"
+            yield Clash(what, fix)
+
+    return user_code_comes_through_python
+
+
+for _key in USER_CODE:
+    rule(_key)(_refuse_user_code(_key))
+
+
+@rule("debug.moe_force_load_balance", "parallelism.expert_parallel_comm_backend")
+def expert_settings_have_no_effect(case: Case) -> Verdicts:
+    if case.config.debug.moe_force_load_balance or case.config.parallelism.expert_parallel_comm_backend != "standard":
+        yield f"{case.model.name} has no experts: the settings that are about them change nothing"
+
+
+@rule("activation_checkpoint.selective_ac_option", "model.n_layers")
+def selective_option_meets_a_block(case: Case) -> Verdicts:
+    recompute, layers = case.config.activation_checkpoint, case.model.n_layers
+    option = recompute.selective_ac_option
+    if recompute.mode == "selective" and option != "op" and int(option) > layers:
+        yield f"activation_checkpoint.selective_ac_option = {option} exceeds the {layers} blocks: nothing is recomputed"

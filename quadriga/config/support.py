@@ -1,0 +1,116 @@
+"""What training does not do yet: one line a feature. Training refuses it by name; a dry run checks it all the same.
+
+To build a feature means to delete its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from quadriga.config.case import Case, Clash
+from quadriga.config.schema import JobConfig
+from quadriga.errors import Problem
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A feature that is not built: the keys that ask for it, how to tell, and what to do instead."""
+
+    keys: tuple[str, ...]
+    asked_for: Callable[[JobConfig], bool]
+    feature: str
+    instead: str
+
+
+NOT_BUILT = (
+    Missing(
+        ("parallelism.tensor_parallel_degree",),
+        lambda config: config.parallelism.tensor_parallel_degree > 1,
+        "tensor parallelism",
+        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
+    ),
+    Missing(
+        ("parallelism.pipeline_parallel_degree",),
+        lambda config: config.parallelism.pipeline_parallel_degree > 1,
+        "pipeline parallelism",
+        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
+    ),
+    Missing(
+        ("parallelism.context_parallel_degree",),
+        lambda config: config.parallelism.context_parallel_degree > 1,
+        "context parallelism",
+        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
+    ),
+    Missing(
+        ("model.converters",),
+        lambda config: bool(config.model.converters),
+        "computing in 8 bits",
+        "remove the converters",
+    ),
+    Missing(
+        ("checkpoint.async_mode",),
+        lambda config: config.checkpoint.enable and config.checkpoint.async_mode != "disabled",
+        "saving while training goes on",
+        'set it to "disabled"',
+    ),
+    Missing(
+        ("checkpoint.initial_load_in_hf",),
+        lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf,
+        "starting from Hugging Face weights",
+        "start from a checkpoint of ours, or from initial weights",
+    ),
+    Missing(
+        ("checkpoint.initial_load_in_hf_quantized",),
+        lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf_quantized,
+        "starting from quantized weights",
+        "start from a checkpoint of ours, or from initial weights",
+    ),
+    Missing(
+        ("checkpoint.last_save_in_hf",),
+        lambda config: config.checkpoint.enable and config.checkpoint.last_save_in_hf,
+        "saving in the format of Hugging Face",
+        "set it to false",
+    ),
+    Missing(
+        ("checkpoint.create_seed_checkpoint",),
+        lambda config: config.checkpoint.enable and config.checkpoint.create_seed_checkpoint,
+        "a checkpoint of the initial weights",
+        "set it to false: initial weights depend on debug.seed alone and are the same on every layout",
+    ),
+    Missing(
+        ("optimizer.early_step_in_backward",),
+        lambda config: config.optimizer.early_step_in_backward,
+        "updating parameters within the backward pass",
+        "set it to false",
+    ),
+    Missing(
+        ("fault_tolerance.enable",),
+        lambda config: config.fault_tolerance.enable,
+        "training with replica groups that may fail on their own",
+        "set it to false; a run that dies resumes from its newest checkpoint",
+    ),
+    Missing(
+        ("memory_estimation.enable",),
+        lambda config: config.memory_estimation.enable,
+        "a training run that only estimates",
+        "set it to false, and start with DRY_RUN=1",
+    ),
+    Missing(
+        ("comm.mode",),
+        lambda config: config.comm.mode != "default",
+        "a training run that only pretends to communicate",
+        'set it to "default", and start with DRY_RUN=1',
+    ),
+)
+
+
+def unsupported(case: Case, bad: set[str]) -> Iterator[Problem | str]:
+    """A problem for each feature that training would need and does not have; in a dry run a notice."""
+    for missing in NOT_BUILT:
+        if bad.intersection(missing.keys) or not missing.asked_for(case.config):
+            continue
+        if case.training:
+            yield case.tell(missing.keys, Clash(f"training does not support {missing.feature} yet", missing.instead))
+        else:
+            yield f"training does not support {missing.feature} yet ({', '.join(missing.keys)})"

@@ -1,0 +1,65 @@
+"""Older spellings of the vocabulary: keys that moved, went away or were never ours, and values with another name now.
+
+The releases meant here are those of the trainer in which the vocabulary grew up: v0.1.0 to v0.2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RENAMED: Mapping[str, str] = {
+    "training.seed": "debug.seed",
+    "training.deterministic": "debug.deterministic",
+    "training.debug_moe_force_load_balance": "debug.moe_force_load_balance",
+    "training.batch_size": "training.local_batch_size",
+    "training.compile": "compile.enable",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
+    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
+    "memory_estimation.enabled": "memory_estimation.enable",
+    "model.tokenizer_path": "model.hf_assets_path",
+    "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_method",
+}
+
+# Tables of v0.1.0 that became tables of [quantize].
+MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
+
+# Values of a renamed key that have another name under the new one.
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
+    "parallelism.context_parallel_rotate_method": {"allgather": "allgather", "alltoall": "ring"},
+}
+
+# Gone, and without effect on the run: accepted, with this remark.
+REMOVED: Mapping[str, str] = {
+    "job.print_args": "use job.print_config to see the configuration",
+    "job.use_for_integration_test": "it had no effect on training",
+    "float8.force_recompute_fp8_weight_in_bwd": "what is recomputed is the business of [activation_checkpoint]",
+}
+
+# Gone, and it would change the run: accepted only when empty or off.
+REFUSED: Mapping[str, str] = {
+    "parallelism.pipeline_parallel_split_points": "list the stages in parallelism.module_fqns_per_model_part",
+    "parallelism.enable_compiled_autograd": "compiled autograd is not used here; use [compile] without it",
+    **{
+        f"fault_tolerance.{key}": "it belongs to an extension of semi-synchronous training that is not here"
+        for key in (
+            "sync_steps",
+            "should_quantize",
+            "fragment_sync_delay",
+            "fragment_update_alpha",
+            "module_fqns_per_model_fragment",
+            "num_fragments",
+        )
+    },
+}
+
+CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
+
+
+def new_name(old: str) -> str | None:
+    """The key of today that a key of an older release became; None where it was not renamed."""
+    table, _, key = old.partition(".")
+    if table in MOVED_TABLES and key:
+        return f"{MOVED_TABLES[table]}.{key}"
+    return RENAMED.get(old)
