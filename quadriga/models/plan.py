@@ -17,7 +17,7 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """Modules whose parameters are gathered and reduced together. `reshard=False`: kept whole from forward to backward."""
+    """Modules whose parameters are gathered and reduced together. `reshard=False`: whole from forward to backward."""
 
     modules: tuple[str, ...]  # fully qualified module names; () is the root, which takes what is left
     reshard: bool = True

@@ -1,0 +1,84 @@
+"""The sizes of Llama 3, 3.1 and 3.2 and what follows from them by arithmetic alone. No torch here.
+
+Dimensions are those of the published `config.json` files (Llama 3.1: arXiv 2407.21783, table 3; 1B and 3B: Llama 3.2).
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from quadriga.config.model_spec import ModelSpec, RopeScaling
+
+_LLAMA_VOCAB = 128_256  # 128,000 byte-pair tokens and 256 special ones
+_LLAMA_3_1 = RopeScaling(factor=8.0)
+_LLAMA_3_2 = RopeScaling(factor=32.0)
+
+
+def _size(
+    flavor: str, layers: int, dim: int, heads: int, kv_heads: int, ffn_dim: int, rope: RopeScaling, tied: bool = False
+) -> ModelSpec:
+    return ModelSpec(
+        name="llama3",
+        flavor=flavor,
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        ffn_dim=ffn_dim,
+        vocab_size=_LLAMA_VOCAB,
+        rope_scaling=rope,
+        tie_embeddings=tied,
+    )
+
+
+# The debug model is for walking through the whole house quickly. It keeps the rotary scaling of Llama 3.1, so that it
+# runs the very arithmetic of the reference; its vocabulary has room for any small tokenizer and is easily cut.
+_DEBUG = ModelSpec(
+    name="llama3",
+    flavor="debugmodel",
+    dim=256,
+    n_layers=6,
+    n_heads=16,
+    n_kv_heads=16,
+    ffn_dim=768,
+    vocab_size=2048,
+    rope_scaling=_LLAMA_3_1,
+)
+
+SIZES: MappingProxyType[str, ModelSpec] = MappingProxyType(
+    {
+        spec.flavor: spec
+        for spec in (
+            _DEBUG,
+            _size("1B", 16, 2048, 32, 8, 8192, _LLAMA_3_2, tied=True),
+            _size("3B", 28, 3072, 24, 8, 8192, _LLAMA_3_2, tied=True),
+            _size("8B", 32, 4096, 32, 8, 14336, _LLAMA_3_1),
+            _size("70B", 80, 8192, 64, 8, 28672, _LLAMA_3_1),
+            _size("405B", 126, 16384, 128, 8, 53248, _LLAMA_3_1),
+        )
+    }
+)
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """The trained numbers of the model, tied embeddings once."""
+    query = spec.n_heads * spec.head_dim
+    key_value = spec.n_kv_heads * spec.head_dim
+    attention = 2 * spec.dim * query + 2 * spec.dim * key_value
+    feed_forward = 3 * spec.dim * spec.ffn_dim
+    layer = attention + feed_forward + 2 * spec.dim
+    embeddings = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
+    return spec.n_layers * layer + embeddings + spec.dim
+
+
+def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+    """Floating-point operations of one forward and backward pass for one token of a sequence of `seq_len`.
+
+    6 for each weight that multiplies (2 forward, 4 backward): the input embedding is a look-up and is left out, unless
+    it is tied and so multiplies as the output. Attention adds 12 * layers * heads * head_dim * seq_len (queries by
+    keys and weights by values), halved since a token sees half of the sequence on average. Recompute is not counted.
+    """
+    looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.dim
+    weights = 6 * (count_parameters(spec) - looked_up)
+    attention = 6 * spec.n_layers * spec.n_heads * spec.head_dim * seq_len
+    return float(weights + attention)
