@@ -161,7 +161,8 @@ def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
     if build is None:
         fix = "pip install -r requirements.txt (or name another interpreter: PYTHON=/path/to/python ./run_train.sh)"
         raise UserError(Problem("PyTorch", "is not installed for this interpreter", fix=fix))
-    if requested in BACKENDS and BACKENDS[requested].device_type == "cuda" and gpus and build.cuda is None:
+    asked = BACKENDS.get(requested or "")
+    if asked is not None and asked.device_type == "cuda" and gpus and build.cuda is None:
         fix = "install a build of PyTorch with CUDA, or choose gloo to train on the CPU"
         raise UserError(Problem("comm.backend", f"PyTorch {build.version} is built without CUDA", requested, fix=fix))
     backend = choose(requested, cuda=gpus > 0 and build.cuda is not None)

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from quadriga.errors import EXIT_FAULT, Problem, UserError
@@ -20,10 +20,20 @@ from quadriga.processes import AGENT_PID, ExitRecord, die_with_parent, records_f
 
 LOCK_NAME = ".lock"
 LOCK_PATIENCE_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
+DOOR_PATIENCE_SECONDS = 10.0
 INTERRUPTED = 130  # 128 + SIGINT
 # How gloo, NCCL and the rendezvous store say that the other side is gone.
-LOST_PEER = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
-LOST_PEER += ("remote process exited", "socket closed", "recvvalue failed", "failed to recv", "timed out waiting")
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "remote process exited",
+    "socket closed",
+    "recvvalue failed",
+    "failed to recv",
+    "timed out waiting",
+)
 
 
 def die_with_torchrun(environ: Mapping[str, str]) -> None:
@@ -102,12 +112,18 @@ def leave(environ: Mapping[str, str], code: int) -> int:
 
 
 def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
-    """Report what is wrong with the configuration: every rank of a machine finds the same, so one of them says it."""
+    """Report what is wrong with the configuration: every rank of a machine finds the same, so the first one says it.
+
+    The others must not leave before it: torchrun would kill it while it speaks. They wait to be ended by torchrun in
+    their turn, and speak after all if nobody comes.
+    """
     folder = records_folder(environ)
     if folder is not None:
         _record(folder, environ, error)  # the launcher shows it
-    elif int(environ.get("LOCAL_RANK", "0")) == 0:
-        print(error.report, file=sys.stderr)
+        return error.exit_code
+    if int(environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(DOOR_PATIENCE_SECONDS)
+    print(error.report, file=sys.stderr)
     return error.exit_code
 
 
@@ -154,13 +170,13 @@ def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
     """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
     if int(environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     try:
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, missing from __all__
+            host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+        )
         return store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
     except RuntimeError:  # no store to ask: better said twice than not at all
         return True

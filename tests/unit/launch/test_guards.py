@@ -129,8 +129,14 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
     assert error.report not in capsys.readouterr().err  # the launcher shows it, once
 
 
-def test_without_a_launcher_one_rank_of_a_machine_reports(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_launcher_the_first_rank_of_a_machine_reports(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     error = UserError(Problem("training.steps", "out of range"))
-    for rank in ("0", "1"):
-        assert guards.report_at_the_door({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}, error) == 2
-    assert capsys.readouterr().err.count("training.steps") == 1
+    waits: list[float] = []
+    monkeypatch.setattr(guards.time, "sleep", waits.append)
+    assert guards.report_at_the_door({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, error) == 2
+    assert waits == []
+    assert guards.report_at_the_door({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
+    assert waits == [guards.DOOR_PATIENCE_SECONDS]  # torchrun ends it here when the first one has left
+    assert capsys.readouterr().err.count("training.steps") == 2

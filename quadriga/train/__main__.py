@@ -1,0 +1,59 @@
+"""What torchrun starts on every rank; `python -m quadriga.train` without torchrun is a run of one rank."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import Run, read
+from quadriga.errors import Problem, UserError
+from quadriga.log import start_logging
+from quadriga.models.registry import catalogue
+from quadriga.train import guards
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the configuration, hold the run folder, train. Returns the exit code of this rank."""
+    environ = os.environ
+    guards.die_with_torchrun(environ)
+    faulthandler.enable()
+    try:
+        run = check_at_the_door(argv, environ)
+    except UserError as error:
+        return guards.report_at_the_door(environ, error)
+    try:
+        first = environ.get("RANK", "0") == "0"
+        with guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
+            from quadriga.train.loop import run as train  # imports torch, which a wrong configuration need not wait for
+
+            return guards.leave(environ, train(run, environ))
+    except KeyboardInterrupt:
+        return guards.leave(environ, guards.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
+        return guards.report_failure(environ, error)
+
+
+def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
+    """Start logging and read the run, or raise UserError with everything that is wrong."""
+    try:
+        start_logging(environ)
+    except ValueError:
+        raise UserError(
+            Problem("LOG_RANK", "not a list of ranks", environ["LOG_RANK"], "environment", "ranks separated by commas")
+        ) from None
+    return read(
+        argv,
+        environ,
+        catalogue=catalogue(),
+        backends=BACKENDS,
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        training=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,184 @@
+"""Launches as a user makes them: one report for what is wrong, the first error last, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from launching import LAUNCH, ROOT, RUN_TRAIN, TORCHRUN, TRAIN, Ended, Running, launch, stand_in, wait_until
+
+WRONG = ["--training.stepps", "10", "--training.seq_len", "abc"]
+WORDS = "two  words, 'single', \"double\", $HOME, * and a \\ backslash"
+BARE_TORCHRUN = [
+    *TORCHRUN,
+    "--standalone",
+    "--local-addr=127.0.0.1",
+    "--nproc-per-node=2",
+    str(ROOT / "torchtitan/train.py"),
+]
+
+
+def assert_one_report(ended: Ended) -> None:
+    assert ended.err.count("quadriga: 2 problems") == 1
+    assert "did you mean: training.steps" in ended.err
+    assert ended.err.count("training.seq_len = abc") == 1
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize("command", [RUN_TRAIN, LAUNCH, TRAIN], ids=["run_train.sh", "launch", "train"])
+def test_a_wrong_configuration_is_one_report_and_exit_2(command: list[str], tmp_path: Path) -> None:
+    ended = launch([*command, *WRONG], cwd=tmp_path)
+    assert ended.code == 2
+    assert_one_report(ended)
+    assert "Traceback" not in ended.err
+    assert list(tmp_path.iterdir()) == []  # nothing was started, so nothing is left
+
+
+def test_wrong_variables_stand_in_the_same_report(tmp_path: Path) -> None:
+    ended = launch([*RUN_TRAIN, "--training.stepps", "10"], {"NGPU": "many", "LOG_RANK": "x"}, cwd=tmp_path)
+    assert ended.code == 2
+    assert "quadriga: 3 problems" in ended.err
+    for where in ("NGPU = many", "LOG_RANK = x", "training.stepps"):
+        assert where in ended.err
+
+
+@pytest.mark.parametrize(("backend", "said"), [("nccl", "none is visible here"), ("nvshmem", "NVSHMEM")])
+def test_a_backend_that_cannot_be_had_is_refused_before_anything_starts(
+    backend: str, said: str, tmp_path: Path
+) -> None:
+    ended = launch(RUN_TRAIN, {"COMM_BACKEND": backend}, cwd=tmp_path)
+    assert ended.code == 2
+    assert said in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_under_bare_torchrun_the_report_appears_once(tmp_path: Path) -> None:
+    ended = launch([*BARE_TORCHRUN, *WRONG], cwd=tmp_path)
+    assert ended.code != 0
+    assert_one_report(ended)
+
+
+def test_config_file_is_relative_to_the_callers_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[job]\ndescription = "found beside the caller"\n')
+    ended = launch(RUN_TRAIN, {"CONFIG_FILE": "mine.toml", "DRY_RUN": "1"}, cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert "found beside the caller" in ended.out
+    missing = launch(RUN_TRAIN, {"CONFIG_FILE": "other.toml", "DRY_RUN": "1"}, cwd=tmp_path)
+    assert missing.code == 2
+    assert "other.toml" in missing.err
+
+
+REPORTER = """
+import json, os, pathlib, sys
+
+def run(run, environ):
+    here = {"argv": sys.argv[1:], "description": run.config.job.description, "cwd": os.getcwd(), "seen": {
+        name: environ.get(name) for name in ("COMM_BACKEND", "PYTORCH_ALLOC_CONF", "RANK", "WORLD_SIZE")}}
+    pathlib.Path(environ["REPORTS"], "rank" + environ["RANK"]).write_text(json.dumps(here))
+    return 0
+"""
+
+
+def test_what_a_rank_is_given(tmp_path: Path) -> None:
+    """Quoting, the working folder and the variables survive the way from the shell to every rank."""
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    (tmp_path / "json.py").write_text("raise RuntimeError('a file of the caller stands in for a module of Python')")
+    environ = stand_in(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(reports)}
+    ended = launch([*RUN_TRAIN, "--job.description", WORDS, f"--job.dump_folder={tmp_path}/a b"], environ, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "2 ranks over gloo (no CUDA device is visible)" in ended.err
+    for rank in ("0", "1"):
+        report = json.loads((reports / f"rank{rank}").read_text())
+        assert report["description"] == WORDS
+        assert report["cwd"] == str(tmp_path)
+        seen = {"COMM_BACKEND": "gloo", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        assert report["seen"] == {**seen, "RANK": rank, "WORLD_SIZE": "2"}
+    assert (tmp_path / "a b" / ".lock").exists()
+
+
+FAILING = """
+import os, time
+from quadriga.errors import Problem, UserError
+
+def run(run, environ):
+    rank, case = int(environ["RANK"]), environ["CASE"]
+    if rank == 1 and case == "fault":
+        raise ValueError("the first error")
+    if rank == 1 and case == "user":
+        raise UserError(Problem("data.jsonl, line 3", "is not JSON"))
+    if rank == 1 and case == "killed":
+        os.kill(os.getpid(), 9)
+    time.sleep(0.05)
+    raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "last"),
+    [
+        ("fault", 1, "ValueError: the first error"),
+        ("user", 2, "    is not JSON"),
+        ("killed", 1, "The kernel does this when the machine runs out of memory (see `dmesg`); a scheduler may, too."),
+    ],
+)
+def test_the_first_error_of_a_failed_rank_comes_last(case: str, code: int, last: str, tmp_path: Path) -> None:
+    environ = stand_in(tmp_path / "stand_in", FAILING) | {"NGPU": "2", "CASE": case}
+    ended = launch([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
+    assert ended.code == code, ended.err
+    assert ended.err.rstrip().splitlines()[-1] == last
+    assert "ChildFailedError" not in ended.err
+    assert ended.err.count("is not JSON") == (1 if case == "user" else 0)
+
+
+STOPPABLE = """
+import os, pathlib, signal, time
+
+def run(run, environ):
+    stopped = []
+    if environ["CASE"] == "graceful":
+        signal.signal(signal.SIGUSR1, lambda number, frame: stopped.append(number))
+    pathlib.Path(environ["REPORTS"], "started" + environ["RANK"]).touch()
+    while not stopped:
+        time.sleep(0.05)
+    pathlib.Path(environ["REPORTS"], "saved" + environ["RANK"]).touch()
+    return 0
+"""
+
+
+@pytest.mark.parametrize(("case", "number", "code"), [("graceful", signal.SIGUSR1, 0), ("abrupt", signal.SIGTERM, 143)])
+def test_signals_reach_the_ranks(case: str, number: int, code: int, tmp_path: Path) -> None:
+    environ = stand_in(tmp_path / "stand_in", STOPPABLE) | {"NGPU": "2", "CASE": case, "REPORTS": str(tmp_path)}
+    running = Running([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
+    try:
+        assert wait_until(lambda: len(list(tmp_path.glob("started*"))) == 2, 60)
+        running.process.send_signal(number)
+        ended = running.end()
+    finally:
+        running.kill_all()
+    assert ended.code == code, ended.err
+    assert len(list(tmp_path.glob("saved*"))) == (2 if case == "graceful" else 0)
+    if case == "abrupt":
+        assert ended.err.rstrip().splitlines()[-1] == "stopped by SIGTERM"
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path: Path) -> None:
+    """Two launchers on this machine, each with one rank, meet at RDZV_ENDPOINT."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = stand_in(tmp_path / "stand_in", REPORTER)
+    common |= {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "REPORTS": str(tmp_path)}
+    command = [*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")]
+    machines = [Running(command, {**common, "NODE_RANK": node}) for node in ("1", "0")]
+    try:
+        ends = [machine.end(60) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill_all()
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
+    assert [json.loads((tmp_path / f"rank{rank}").read_text())["seen"]["WORLD_SIZE"] for rank in "01"] == ["2", "2"]
