@@ -1,0 +1,61 @@
+"""The few collectives that Quadriga calls itself, in one spelling for torch 2.11 to 2.13. Identities at one rank."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_gather_objects(item: Any) -> list[Any]:
+    """What every rank passed in, by rank, on every rank. For small things that pickle."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast_object(item: Any) -> Any:
+    """What rank 0 passed in, on every rank."""
+    if world_size() == 1:
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> torch.Tensor:
+    """A new tensor, reduced over `group`; the given one stays as it is."""
+    if group.size() == 1:
+        return tensor
+    result = tensor.clone()
+    dist.all_reduce(result, op=op, group=group)
+    return result
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long a collective of any process group may wait for a rank.
+
+    torch offers no public name for this; the one used here is the same in 2.11 and 2.13.
+    """
+    if world_size() > 1:
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timeout, group)

@@ -1,0 +1,76 @@
+"""Where each rank stands: the named axes of a run, and what is derived from them, all created here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from quadriga.comm.collectives import all_reduced
+from quadriga.config.run_spec import Degrees
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run as a box of five axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+
+    `device_mesh` has all five by name, size 1 included. `fsdp` is what `fully_shard` takes: (shard,) or
+    (replicate, shard), where the context axis has joined the shard axis. `batch_rank` of `batch_degree` says which rows
+    of the global batch this rank reads; ranks along cp, tp and pp share theirs. `loss_group` holds the ranks whose
+    losses add up to the loss of the global batch.
+    """
+
+    device_mesh: DeviceMesh
+    fsdp: DeviceMesh
+    batch_rank: int
+    batch_degree: int
+    loss_group: dist.ProcessGroup
+
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the batch ranks (and the context axis), on every rank; `tensor` itself is left alone."""
+        return all_reduced(tensor, dist.ReduceOp.SUM, self.loss_group)
+
+    def reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.reduce_sum(tensor) / self.loss_group.size()
+
+    def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
+
+
+def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
+    """Name the axes. Needs the default process group, of `degrees.world_size` ranks.
+
+    Data parallelism by mesh: FSDP is (S,), HSDP is (R, S), DDP is (N, 1).
+
+    Raises:
+        RuntimeError: the process group has another number of ranks.
+    """
+    if dist.get_world_size() != degrees.world_size:
+        raise RuntimeError(f"the degrees ask for {degrees.world_size} ranks, and {dist.get_world_size()} are here")
+    shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
+    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    ranks_of_loss = (degrees.pp, degrees.batch * degrees.cp, degrees.tp)
+    loss = init_device_mesh(device_type, ranks_of_loss, mesh_dim_names=("pp", "loss", "tp"))
+    replica, shard = device_mesh.get_local_rank("dp_replicate"), device_mesh.get_local_rank("dp_shard")
+    return Mesh(
+        device_mesh=device_mesh,
+        fsdp=_fsdp_mesh(degrees, device_mesh),
+        batch_rank=replica * degrees.dp_shard + shard,
+        batch_degree=degrees.batch,
+        loss_group=loss.get_group("loss"),
+    )
+
+
+def _fsdp_mesh(degrees: Degrees, device_mesh: DeviceMesh) -> DeviceMesh:
+    if degrees.cp > 1:
+        # Parameters are the same along cp, so it is one more axis to shard them over. cp stands right beside dp_shard,
+        # so that a second mesh with the two as one axis numbers the ranks alike (flattening is private in torch).
+        shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
+        device_mesh = init_device_mesh(
+            device_mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp")
+        )
+    return device_mesh["dp_replicate", "dp_shard"] if degrees.dp_replicate > 1 else device_mesh["dp_shard"]

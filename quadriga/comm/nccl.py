@@ -1,0 +1,14 @@
+"""NCCL: collectives between CUDA devices. CPU tensors (small objects, offloaded gradients) still travel over gloo."""
+
+from __future__ import annotations
+
+import torch
+
+PROCESS_GROUP = "cpu:gloo,cuda:nccl"
+
+
+def device(local_rank: int) -> torch.device:
+    """The device of this rank, made the current one: NCCL binds a communicator to it."""
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen

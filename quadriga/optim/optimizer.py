@@ -1,0 +1,45 @@
+"""Adam and AdamW, with weight decay where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from quadriga.config.schema import Optimizer as OptimizerSection
+
+KERNELS: dict[str, dict[str, bool]] = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True, "fused": False},
+    "fused": {"foreach": False, "fused": True},
+}
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection
+) -> torch.optim.Optimizer:
+    """Adam (arXiv 1412.6980; decay added to the gradient) or AdamW (arXiv 1711.05101; decay applied to the weight).
+
+    Two parameter groups, always in this order, so that a checkpoint fits whatever decays: matrices, which decay, and
+    vectors (norms, biases), which decay only with `optimizer.decay_norms_and_biases`.
+
+    Args:
+        named_parameters: plain or DTensor parameters; the count of dimensions is that of the whole tensor.
+    """
+    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    vector_decay = section.weight_decay if section.decay_norms_and_biases else 0.0
+    groups = [
+        {"params": matrices, "weight_decay": section.weight_decay},
+        {"params": vectors, "weight_decay": vector_decay},
+    ]
+    algorithm = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
+    return algorithm(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        **KERNELS[section.implementation],
+    )

@@ -1,0 +1,151 @@
+"""Recompute: forget activations in the forward pass, compute them again in the backward pass (arXiv 1604.06174).
+
+| mode            | what a block keeps for the backward pass                                         |
+|-----------------|----------------------------------------------------------------------------------|
+| `none`          | everything                                                                       |
+| `selective` `N` | every Nth block keeps its input alone, the others everything                     |
+| `selective` `op`| results of attention, of every second matrix product and of communication        |
+| `full`          | its input                                                                        |
+| `memory_budget` | what the compiler finds best within a share of the memory (needs `compile`)      |
+
+A block's `forward` is replaced by a call that recomputes it; no module is wrapped, so that every parameter keeps its
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from quadriga.config.schema import ActivationCheckpoint
+from quadriga.errors import Problem, UserError
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+
+MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
+# Dear to compute again: attention in each of its kernels (the CPU's has a name of its own), and whatever was sent.
+KEPT = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_attention_math.default,
+        c10d.reduce_scatter_tensor.default,
+        c10d.all_to_all_single.default,
+    }
+)
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def apply_activation_checkpoint(
+    model: nn.Module, blocks: tuple[str, ...], section: ActivationCheckpoint, *, compiled: bool
+) -> None:
+    """Make `blocks` (module names, in the order of the forward pass) recompute as `section` says.
+
+    `memory_budget` sets `torch._functorch.config.activation_memory_budget`, which belongs to the whole process: torch's
+    partitioner has no other door. `compiled` says whether the blocks will be compiled.
+
+    Raises:
+        UserError: `memory_budget` without compile, or `debug` with `op`.
+    """
+    if section.mode == "memory_budget":
+        _set_memory_budget(section, compiled)
+        return
+    for name in blocks_that_recompute(blocks, section):
+        block = model.get_submodule(name)
+        options = _options(section)
+        if _is_per_operation(section):
+            shapes = forced_shapes(block, name, section.per_op_sac_force_recompute_mm_shapes_by_fqns)
+            options["context_fn"] = partial(_per_operation_contexts, shapes)
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def blocks_that_recompute(blocks: tuple[str, ...], section: ActivationCheckpoint) -> tuple[str, ...]:
+    """With `selective` `N` the Nth, 2Nth, ... block; otherwise all or none."""
+    if section.mode in ("none", "memory_budget"):
+        return ()
+    if section.mode == "full" or _is_per_operation(section):
+        return blocks
+    every = int(section.selective_ac_option)
+    return blocks[every - 1 :: every]
+
+
+def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) -> frozenset[tuple[int, int]]:
+    """Shapes (in, out) of the linear layers whose full names contain one of `patterns`."""
+    return frozenset(
+        (module.in_features, module.out_features)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and any(pattern in f"{block_name}.{name}" for pattern in patterns)
+    )
+
+
+def _is_per_operation(section: ActivationCheckpoint) -> bool:
+    return section.mode == "selective" and section.selective_ac_option == "op"
+
+
+def _options(section: ActivationCheckpoint) -> dict[str, Any]:
+    if section.debug and _is_per_operation(section):
+        raise UserError(
+            Problem(
+                "activation_checkpoint.debug",
+                "PyTorch's records of a failed recomputation do not work together with the per-operation choice",
+                "true",
+                fix='use selective_ac_option = "1" to look into it, or switch debug off',
+            )
+        )
+    return {
+        "use_reentrant": False,
+        "preserve_rng_state": section.preserve_rng_state,
+        "determinism_check": section.determinism_check,
+        "early_stop": section.early_stop,
+        "debug": section.debug,
+    }
+
+
+def _set_memory_budget(section: ActivationCheckpoint, compiled: bool) -> None:
+    if not compiled:
+        raise UserError(
+            Problem(
+                "activation_checkpoint.mode",
+                "the memory budget is planned by the compiler, and the model is not compiled",
+                "memory_budget",
+                fix='set compile.enable = true with "model" in compile.components, or choose another mode',
+            )
+        )
+    torch._functorch.config.activation_memory_budget = section.memory_budget
+    torch._functorch.config.visualize_memory_budget_pareto = section.visualize_memory_budget_pareto
+
+
+def _per_operation_contexts(forced: frozenset[tuple[int, int]]) -> Contexts:
+    """Fresh for every forward pass, since the policy counts matrix products."""
+    contexts: Contexts = create_selective_checkpoint_contexts(_per_operation_policy(forced))
+    return contexts
+
+
+def _per_operation_policy(forced: frozenset[tuple[int, int]]) -> Callable[..., CheckpointPolicy]:
+    """Keep attention, communication and every second matrix product; compute everything else again.
+
+    Of two neighbouring products one is computed again from the other: about half of their memory for half of their
+    time. The first pass and the recomputation count apart, and so make the same choices.
+    """
+    counts = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in KEPT:
+            return CheckpointPolicy.MUST_SAVE
+        if operation not in MATRIX_PRODUCTS or tuple(args[-1].shape) in forced:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        counts[context.is_recompute] += 1
+        keep = counts[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
