@@ -28,7 +28,7 @@ class Device:
     link_bandwidth: float
     source: str
 
-    def peak(self, dtype: str, matmul_precision: str = "highest") -> float | None:
+    def peak_flops(self, dtype: str, matmul_precision: str = "highest") -> float | None:
         """Peak rate in FLOP/s of matrix products in `dtype` (`float32`, `bfloat16`, `float8`).
 
         `matmul_precision` is that of `torch.set_float32_matmul_precision`: `high` lets float32 run as TF32, `medium`

@@ -37,7 +37,7 @@ def query_heads_divide_into_kv_heads(case: Case) -> Verdicts:
     heads, kv_heads = case.model.n_heads, case.model.n_kv_heads
     if heads % kv_heads:
         yield Clash(
-            "the key and value heads must divide the attention heads", _divisor_hint("model.n_kv_heads", heads, kv_heads)
+            "the key and value heads must divide the query heads", _divisor_hint("model.n_kv_heads", heads, kv_heads)
         )
 
 

@@ -49,12 +49,6 @@ NOT_BUILT = (
         "remove the converters",
     ),
     Missing(
-        ("checkpoint.async_mode",),
-        lambda config: config.checkpoint.enable and config.checkpoint.async_mode != "disabled",
-        "saving while training goes on",
-        'set it to "disabled"',
-    ),
-    Missing(
         ("checkpoint.initial_load_in_hf",),
         lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf,
         "starting from Hugging Face weights",

@@ -35,14 +35,8 @@ REMOVED: Mapping[str, str] = {
     "job.print_args": "use job.print_config to see the configuration",
     "job.use_for_integration_test": "it had no effect on training",
     "float8.force_recompute_fp8_weight_in_bwd": "what is recomputed is the business of [activation_checkpoint]",
-}
-
-# Gone, and it would change the run: accepted only when empty or off.
-REFUSED: Mapping[str, str] = {
-    "parallelism.pipeline_parallel_split_points": "list the stages in parallelism.module_fqns_per_model_part",
-    "parallelism.enable_compiled_autograd": "compiled autograd is not used here; use [compile] without it",
     **{
-        f"fault_tolerance.{key}": "it belongs to an extension of semi-synchronous training that is not here"
+        f"fault_tolerance.{key}": "it belongs to fault tolerance, which training does not have"
         for key in (
             "sync_steps",
             "should_quantize",
@@ -52,6 +46,12 @@ REFUSED: Mapping[str, str] = {
             "num_fragments",
         )
     },
+}
+
+# Gone, and it would change the run: accepted only when empty or off.
+REFUSED: Mapping[str, str] = {
+    "parallelism.pipeline_parallel_split_points": "list the stages in parallelism.module_fqns_per_model_part",
+    "parallelism.enable_compiled_autograd": "compiled autograd is not used here; use [compile] without it",
 }
 
 CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}

@@ -1,0 +1,358 @@
+"""The card of a configuration: its README.md, made from the resolved run, so that every statement in it holds.
+
+The first line is the command that makes the card again; `--check` reads it there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quadriga.config import words
+from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_trouble, backend_trouble, memory_trouble
+from quadriga.config.keys import show
+from quadriga.config.read import Run
+from quadriga.config.words import decimal_bytes, plural
+from quadriga.hardware import Device
+from quadriga.units import show_count, show_seconds
+
+GPUS_OF_A_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the model's arithmetic says: trained numbers, and FLOPs of one token forward and backward."""
+
+    parameters: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a card is made for: the TOML file as seen from the repository's root, the number of GPUs, the device."""
+
+    file: str
+    gpus: int
+    device: str | None = None
+
+    @property
+    def line(self) -> str:
+        device = f" --device {shlex.quote(self.device)}" if self.device else ""
+        return f"<!-- quadriga card {shlex.quote(self.file)} --ngpu {self.gpus}{device} -->"
+
+
+def read_order(card: str) -> Order | None:
+    """The order in the first line of a card; None if there is none."""
+    found = re.match(r"<!-- quadriga card (\S+) --ngpu (\d+)(?: --device (.+?))? -->\n", card)
+    if found is None:
+        return None
+    device = " ".join(shlex.split(found[3])) if found[3] else None
+    return Order(shlex.split(found[1])[0], int(found[2]), device)
+
+
+def render(run: Run, order: Order, figures: Figures, device: Device | None) -> str:
+    """The card as Markdown. `run` is resolved for `order.gpus` ranks; `device` is what `order.device` names."""
+    sections = [
+        f"{order.line}\n<!-- Made from the TOML file beside it; change that, and run the command above. -->",
+        f"# {run.config.job.description}",
+        _lead(run, figures),
+        "## At a glance",
+        _at_a_glance(run, figures),
+        "## How to run it",
+        _how_to_run(run, order),
+        "## How the work is shared",
+        _parallelism(run),
+        "## Model and data",
+        _model_and_data(run, figures),
+        "## Hyper-parameters",
+        _hyper_parameters(run),
+        "## Memory and number formats",
+        _memory(run, figures, device),
+        "## What it leaves",
+        _outputs(run, figures),
+        "## Watch it",
+        _monitor(run),
+        "## Check it",
+        _validate(run, order),
+        "## If something goes wrong",
+        _trouble(run),
+        "## Environment variables",
+        _table(("variable", "if unset", "meaning"), ENVIRONMENT),
+        "## Hardware",
+        _hardware(run, figures, device),
+        "## Every key that the file sets",
+        _keys(run),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _lead(run: Run, figures: Figures) -> str:
+    spec = run.spec
+    tokens = show_count(spec.steps * spec.tokens_per_step)
+    return (
+        f"Trains **{spec.model.name} {spec.model.flavor}** ({figures.parameters:,} parameters) from initial weights on "
+        f"`{run.config.training.dataset}` for {plural(spec.steps, 'step')} ({tokens} tokens) "
+        f"on **{plural(spec.world_size, 'GPU')}**.\n\n> {words.strategy(spec)}"
+    )
+
+
+def _at_a_glance(run: Run, figures: Figures) -> str:
+    config, spec = run.config, run.spec
+    compile = config.compile
+    compiled = f"on ({', '.join(compile.components)}; {compile.backend})" if compile.enable else "off"
+    profiling = config.profiling
+    traces = f"on, {profiling.profiler_active} steps of every {profiling.profile_freq}"
+    rows = [
+        ("total GPUs", f"{spec.world_size:,}"),
+        ("model", f"{spec.model.name} {spec.model.flavor}, {show_count(figures.parameters)} parameters"),
+        ("tokenizer", f"`{spec.tokenizer.path if spec.tokenizer.kind == 'bytes' else config.model.hf_assets_path}`"),
+        ("data", _data(run)),
+        ("batch", words.batch(spec)),
+        ("length", f"{plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
+        ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.lr:g}"),
+        ("number formats", words.formats(run)),
+        ("recompute", words.recompute(config.activation_checkpoint)),
+        ("compile", compiled),
+        ("profiling", traces if profiling.enable_profiling else "off"),
+        ("checkpoints", words.checkpoints(config.checkpoint)),
+        ("run folder", f"`{spec.folders.dump}`"),
+    ]
+    return _table(("what", "value"), rows)
+
+
+def _data(run: Run) -> str:
+    training = run.config.training
+    place = {"builtin": ", the Python standard library's text", "c4": ", streamed from the Hugging Face Hub"}
+    where = f" from `{training.dataset_path}`" if training.dataset_path else place.get(training.dataset, "")
+    return f"`{training.dataset}`{where}"
+
+
+def _how_to_run(run: Run, order: Order) -> str:
+    file, gpus = f"./{order.file}", run.spec.world_size
+    needs_files = run.config.model.hf_assets_path != "builtin:bytes"
+    fetch = "python scripts/download_hf_assets.py          # tokenizer, once; its licence must be accepted on the Hub\n"
+    machines = -(-gpus // GPUS_OF_A_MACHINE)
+    if machines == 1:
+        script = f'CONFIG_FILE="{file}" NGPU={gpus} ./run_train.sh'
+        direct = f"torchrun --nproc_per_node={gpus} torchtitan/train.py --job.config_file {file}"
+        several = ""
+    else:
+        here = gpus // machines
+        script = (
+            f'NNODES={machines} NODE_RANK=0 RDZV_ENDPOINT=node0:29500 NGPU={here} CONFIG_FILE="{file}" ./run_train.sh'
+        )
+        direct = (
+            f"torchrun --nnodes={machines} --node_rank=0 --rdzv_backend=static --rdzv_endpoint=node0:29500 "
+            f"--nproc_per_node={here} torchtitan/train.py --job.config_file {file}"
+        )
+        several = (
+            f"\n\nStart this on each of the {machines} machines with {here} GPUs: NODE_RANK counts from 0 to "
+            f"{machines - 1}, and RDZV_ENDPOINT names the first of them (here called `node0`) and a free port on it."
+        )
+    return (
+        "From the repository's root:\n\n```bash\npip install -r requirements.txt\n"
+        + (fetch if needs_files else "")
+        + "\n# rehearse: everything is checked, nothing is started, no GPU is needed\n"
+        f'DRY_RUN=1 NGPU={gpus} CONFIG_FILE="{file}" ./run_train.sh\n'
+        f"\n# with the script\n{script}\n\n# without it\n{direct}\n```{several}\n\n"
+        "Every key can be changed behind the command: `--training.steps 20`, `--metrics.no_enable_tensorboard`. "
+        "Paths are relative to the folder that the run is started from."
+    )
+
+
+def _parallelism(run: Run) -> str:
+    degrees = run.spec.degrees
+    sizes = [degrees.dp_replicate, degrees.dp_shard, degrees.tp, degrees.pp, degrees.cp]
+    rows = [
+        (f"`{name}`", f"**{size}**" if size > 1 else "1", meaning)
+        for (name, meaning), size in zip(MEANINGS, sizes, strict=True)
+    ]
+    product = " x ".join(str(size) for size in sizes)
+    shard = run.config.parallelism.data_parallel_shard_degree
+    fits = (
+        " `data_parallel_shard_degree = -1` takes all ranks that remain, so the file fits any number."
+        if shard == -1
+        else ""
+    )
+    return (
+        f"{_table(('degree', 'here', 'what it means'), rows)}\n\n"
+        f"{product} = {plural(run.spec.world_size, 'rank')}, one a GPU.{fits}" + _reduction(run)
+    )
+
+
+def _reduction(run: Run) -> str:
+    spec = run.spec
+    if spec.accumulation_steps == 1 or spec.degrees.batch == 1:
+        return ""
+    when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
+    return f" Gradients are reduced {when}: {spec.reduce_reason}."
+
+
+def _model_and_data(run: Run, figures: Figures) -> str:
+    model, training = run.spec.model, run.config.training
+    heads = f"{model.n_heads}, {model.n_kv_heads} for keys and values, each {model.head_dim} wide"
+    scaling = f", frequencies stretched by {model.rope_scaling.factor:g}" if model.rope_scaling else ""
+    rows = [
+        ("parameters", f"{figures.parameters:,}"),
+        ("blocks", f"{model.n_layers}"),
+        ("width", f"{model.dim:,}; feed-forward {model.ffn_dim:,}"),
+        ("attention heads", heads),
+        ("vocabulary", f"{model.vocab_size:,}" + (", shared by embedding and output" if model.tie_embeddings else "")),
+        ("positions", f"rotary, base {model.rope_theta:,.0f}{scaling}"),
+        ("data", _data(run)),
+        ("sequence", f"{training.seq_len:,} tokens, documents packed end to end between begin and end marks"),
+        ("work", f"{figures.flops_per_token:.3g} FLOPs a token, forward and backward, attention halved for causality"),
+    ]
+    return _table(("what", "value"), rows)
+
+
+def _hyper_parameters(run: Run) -> str:
+    optimizer, training = run.config.optimizer, run.config.training
+    decayed = "all parameters" if optimizer.decay_norms_and_biases else "matrices alone"
+    rows = [
+        ("optimizer", f"{optimizer.name} ({optimizer.implementation})"),
+        ("learning rate", words.schedule(run)),
+        ("betas, eps", f"{optimizer.beta1:g}, {optimizer.beta2:g}, {optimizer.eps:g}"),
+        ("weight decay", f"{optimizer.weight_decay:g}, on {decayed}"),
+        ("clipping", f"global norm {training.max_norm:g}" if training.max_norm else "off"),
+        ("batch", words.batch(run.spec)),
+        ("steps", f"{run.spec.steps:,}"),
+        ("seed", f"{run.spec.seed}"),
+    ]
+    return _table(("what", "value"), rows)
+
+
+def _memory(run: Run, figures: Figures, device: Device | None) -> str:
+    training = run.config.training
+    state = words.state_bytes(run, figures.parameters)
+    each = words.COPIES_OF_STATE * words.BYTES[training.dtype]
+    where = "in host memory" if training.enable_cpu_offload else "on each GPU"
+    share = ""
+    if device and not training.enable_cpu_offload:
+        share = f", {state / device.memory:.0%} of an {device.name}'s {device.memory / 1e9:.0f} GB"
+    return (
+        f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.\n"
+        f"- State: parameters, gradients and Adam's two moments take {each} bytes a parameter: "
+        f"{decimal_bytes(state)} {where}{share}. Activations, gathered layers and buffers come on top.\n"
+        f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.\n"
+        f"- CPU offload: {'on' if training.enable_cpu_offload else 'off'}.\n"
+        f"- Compile: {'on' if run.config.compile.enable else 'off'}."
+    )
+
+
+def _outputs(run: Run, figures: Figures) -> str:
+    config, folders = run.config, run.spec.folders
+    profiling, metrics = config.profiling, config.metrics
+    traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file a rank"
+    size = decimal_bytes(words.save_bytes(run, figures.parameters))
+    saves = words.checkpoints(config.checkpoint)
+    snapshots = profiling.enable_memory_snapshot
+    rows = [
+        (f"`{folders.dump}/config.toml`", "always", "the configuration as resolved"),
+        (f"`{folders.dump}/environment.json`", "always", "versions, devices, git commit"),
+        (f"`{folders.dump}/metrics.jsonl`", "always", "every logged step in full precision"),
+        (f"`{folders.tensorboard}/`", _on(metrics.enable_tensorboard), "TensorBoard curves"),
+        (f"`{folders.traces}/iteration_N/rankK_trace.json.gz`", _on(profiling.enable_profiling), traces),
+        (f"`{folders.memory_snapshots}/`", _on(snapshots), "history of the CUDA allocator"),
+        (
+            f"`{folders.checkpoint}/step-N/`",
+            _on(config.checkpoint.enable),
+            f"{saves}; one full save takes about {size}",
+        ),
+    ]
+    return _table(("where", "here", "what"), rows) + "\n\n(N is a step, K a rank.)"
+
+
+def _on(switch: bool) -> str:
+    return "on" if switch else "off"
+
+
+def _monitor(run: Run) -> str:
+    folders, metrics = run.spec.folders, run.config.metrics
+    lines = [
+        f"- On the console: one line every {plural(metrics.log_freq, 'step')} from the ranks in LOG_RANK: loss, "
+        "gradient norm before clipping, memory, tokens per second, data wait, time left.",
+        f"- `tail -f {folders.dump}/metrics.jsonl`",
+    ]
+    if metrics.enable_tensorboard:
+        lines.append(f"- `tensorboard --logdir {folders.tensorboard}`")
+    if metrics.enable_wandb:
+        lines.append("- Weights & Biases: the project that WANDB_PROJECT names.")
+    if run.config.profiling.enable_profiling:
+        lines.append(f"- Traces: open a file of `{folders.traces}/` in https://ui.perfetto.dev.")
+    return "\n".join(lines)
+
+
+def _validate(run: Run, order: Order) -> str:
+    validation = run.config.validation
+    held_out = (
+        f"validation on `{validation.dataset}` at step 1 and every {plural(validation.freq, 'step')}"
+        if validation.enable
+        else "off; `--validation.enable --validation.dataset c4_validation --validation.steps 20` switches it on"
+        if run.config.training.dataset == "c4"
+        else "off; `--validation.enable --validation.dataset builtin_validation --validation.steps 20` switches it on"
+    )
+    return (
+        f"- The configuration: `DRY_RUN=1 NGPU={order.gpus} CONFIG_FILE=./{order.file} ./run_train.sh` "
+        "reads it strictly and reports every problem at once.\n"
+        f"- This card: `quadriga card {order.file} --check` fails when it is out of date.\n"
+        f"- The loss on held-out text: {held_out}.\n"
+        f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are near "
+        f"ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
+    )
+
+
+def _trouble(run: Run) -> str:
+    fewer = f"- **Fewer GPUs than {run.spec.world_size}.** NGPU must not exceed what is visible (`nvidia-smi -L`)."
+    return "\n".join([memory_trouble(run), backend_trouble(run), assets_trouble(run), fewer])
+
+
+def _hardware(run: Run, figures: Figures, device: Device | None) -> str:
+    link = "- The GPUs of a machine should share a fast link (NVLink or its like): every layer's parameters travel over it."
+    if run.spec.degrees.dp_shard == 1:
+        link = (
+            "- Gradients travel between GPUs once a step."
+            if run.spec.world_size > 1
+            else "- Nothing travels between GPUs."
+        )
+    cpu = "- The same file runs on CPUs over gloo (`COMM_BACKEND=gloo`), slowly: made for rehearsals of small sizes."
+    if device is None:
+        return f"{link}\n{cpu}"
+    training = run.config.training
+    compute = training.mixed_precision_param
+    peak = device.peak_flops(compute, training.float32_matmul_precision)
+    lines = [
+        f"- {device.name}: {device.memory / 1e9:.0f} GB, {device.memory_bandwidth / 1e12:.3g} TB/s, {device.link} with "
+        f"{device.link_bandwidth / 1e9:.0f} GB/s in each direction ({device.source})."
+    ]
+    if peak is None:
+        lines.append(f"- This device has no units for {compute}.")
+    else:
+        least = figures.flops_per_token * run.spec.tokens_per_step / (peak * run.spec.world_size)
+        lines.append(
+            f"- Its peak for {compute} matrix products is {peak / 1e12:.4g} TFLOP/s, so that a step takes at "
+            f"least {show_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}: a bound from arithmetic, "
+            "not a measurement."
+        )
+    return "\n".join([*lines, link, cpu])
+
+
+def _keys(run: Run) -> str:
+    rows = []
+    for key in sorted(run.origin):
+        if key == "job.config_file":
+            continue
+        value: object = run.config
+        for name in key.split("."):
+            value = getattr(value, name)
+        rows.append((f"`{key}`", f"`{show(value)}`"))
+    told = "All others have the defaults of `docs/configuration.md`."
+    return f"{told}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"

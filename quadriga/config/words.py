@@ -1,0 +1,137 @@
+"""A resolved run in words: its layout, batch, schedule, formats, recompute. True for this run, and nothing else."""
+
+from __future__ import annotations
+
+from quadriga.config.read import Run
+from quadriga.config.run_spec import RunSpec
+from quadriga.config.schema import ActivationCheckpoint, Checkpoint
+from quadriga.units import show_bytes
+
+BYTES = {"float32": 4, "bfloat16": 2}
+COPIES_OF_STATE = 4  # parameters, gradients, and the two moments of Adam
+COPIES_SAVED = 3  # gradients are not saved
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def decimal_bytes(amount: float) -> str:
+    """`96363134976` -> `96.4 GB (89.75 GiB)`."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if amount >= unit:
+            return f"{amount / unit:.3g} {name} ({show_bytes(amount)})"
+    return show_bytes(amount)
+
+
+def strategy(spec: RunSpec) -> str:
+    """The effective parallelism: `FSDP over 4 GPUs: ...`, one sentence for each way the run is cut."""
+    degrees = spec.degrees
+    sentences = [_data_parallel(spec)]
+    if degrees.tp > 1:
+        sentences.append(
+            f"Tensor parallelism over {degrees.tp} GPUs: each holds 1/{degrees.tp} of every large matrix and works on "
+            "its slice of each product; between them, activations are cut along the sequence."
+        )
+    if degrees.pp > 1:
+        sentences.append(
+            f"A pipeline over {degrees.pp} GPUs: each holds a range of the layers and hands its activations on."
+        )
+    if degrees.cp > 1:
+        sentences.append(f"Context parallelism over {degrees.cp} GPUs: each holds 1/{degrees.cp} of every sequence.")
+    return " ".join(sentences)
+
+
+def _data_parallel(spec: RunSpec) -> str:
+    replicas, shards = spec.degrees.dp_replicate, spec.degrees.dp_shard
+    freed = "frees them again" if spec.reshard_after_forward else "keeps them until the backward pass is through"
+    parts = "parameters, gradients and optimizer state"
+    gathers = f"each gathers a layer's parameters just before it needs them and {freed}"
+    if replicas > 1 and shards > 1:
+        return (
+            f"HSDP over {replicas} x {shards} GPUs: {replicas} copies of the model, each with its {parts} cut into "
+            f"{shards} parts; {gathers}. Gradients are summed within a copy, then between the copies."
+        )
+    if shards > 1:
+        return (
+            f"FSDP over {shards} GPUs: {parts} are cut into {shards} parts, one a GPU; {gathers}. "
+            "Each GPU reads its own rows of the batch."
+        )
+    if replicas > 1:
+        return (
+            f"DDP over {replicas} GPUs: each holds the whole model and reads its own rows of the batch; "
+            "gradients are averaged before the update."
+        )
+    return "One GPU reads every row." if spec.world_size == 1 else "All GPUs work on the same rows."
+
+
+def batch(spec: RunSpec) -> str:
+    """The arithmetic of one optimizer step."""
+    factors = [plural(spec.degrees.batch, "data-parallel rank"), plural(spec.local_batch_size, "sequence")]
+    if spec.accumulation_steps > 1:
+        factors.append(plural(spec.accumulation_steps, "micro-batch").replace("micro-batchs", "micro-batches"))
+    product = " x ".join(factors)
+    sequences = plural(spec.global_batch_size, "sequence")
+    return f"{product} = {sequences} of {spec.seq_len:,} tokens = {spec.tokens_per_step:,} tokens a step"
+
+
+def schedule(run: Run) -> str:
+    """The learning rate over the run."""
+    section, lr = run.config.lr_scheduler, run.config.optimizer.lr
+    total = section.total_steps or run.spec.steps
+    ramp = f"a linear ramp of {plural(section.warmup_steps, 'step')} to {lr:g}" if section.warmup_steps else f"{lr:g}"
+    if section.decay_ratio is not None:
+        decay = round(total * section.decay_ratio)
+        plateau = f", a plateau until {plural(decay, 'step')} before the end" if decay else ", kept to the end"
+    else:
+        decay, plateau = total - section.warmup_steps, ""
+    if decay <= 0:
+        return f"{ramp}{plateau}"
+    floor = f"{lr * section.min_lr_factor:g}" if section.min_lr_factor else "0"
+    return f"{ramp}{plateau}, then a {section.decay_type} decay to {floor} at step {total:,}"
+
+
+def formats(run: Run) -> str:
+    training = run.config.training
+    text = (
+        f"parameters are held in {training.dtype}, the model computes in {training.mixed_precision_param}, "
+        f"gradients are summed over ranks in {training.mixed_precision_reduce}"
+    )
+    if training.mixed_precision_param == "float32":
+        text += f"; float32 matrix products at precision `{training.float32_matmul_precision}`"
+    return text
+
+
+def recompute(section: ActivationCheckpoint) -> str:
+    if section.mode == "full":
+        return "full: every block keeps its input alone and computes the rest again in the backward pass"
+    if section.mode == "memory_budget":
+        return f"memory budget: the compiler keeps {section.memory_budget:.0%} of the activation memory"
+    if section.mode == "none":
+        return "none: every activation is kept"
+    if section.selective_ac_option == "op":
+        return "selective (`op`): costly results such as matrix products are kept, cheap ones are computed again"
+    return f"selective ({section.selective_ac_option}): one of every {section.selective_ac_option} blocks is recomputed"
+
+
+def state_bytes(run: Run, parameters: int) -> float:
+    """Bytes of parameters, gradients and both moments of Adam that one rank holds, if every cut is even."""
+    degrees = run.spec.degrees
+    shards = degrees.dp_shard * degrees.cp * degrees.tp * degrees.pp
+    return COPIES_OF_STATE * BYTES[run.config.training.dtype] * parameters / shards
+
+
+def save_bytes(run: Run, parameters: int) -> float:
+    """Bytes of one checkpoint that can be resumed."""
+    return COPIES_SAVED * BYTES[run.config.training.dtype] * parameters
+
+
+def checkpoints(section: Checkpoint) -> str:
+    if not section.enable:
+        return "off"
+    if section.load_only:
+        return "loaded, never saved"
+    kept = "all are kept" if section.keep_latest_k == 0 else f"the newest {section.keep_latest_k} are kept"
+    minutes = f" and every {section.interval_minutes:g} minutes" if section.interval_minutes else ""
+    last = "the weights alone" if section.last_save_model_only else "everything that a resume needs"
+    return f"on: every {plural(section.interval, 'step')}{minutes}, and at the end ({last}); {kept}"
