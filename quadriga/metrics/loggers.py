@@ -46,17 +46,17 @@ def build_loggers(
     configuration as plain data) are for W&B. Raises UserError where W&B is asked for and cannot be had.
     """
     loggers: list[Logger] = []
-    if is_logging_rank(environ):
-        loggers.append(Console(steps, colour=_wants_colour(section, environ)))
+    place = f"rank_{rank}" if section.save_for_all_ranks else ""
+    writes_curves = rank == 0 or section.save_for_all_ranks
+    if section.enable_wandb and writes_curves:  # first, for it alone may refuse, and no file must be open then
+        loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
+    if section.enable_tensorboard and writes_curves:
+        loggers.append(TensorBoard(Path(folders.tensorboard, place), first_step))
     if rank == 0:
         loggers.append(JsonLines(Path(folders.dump, JSONL_NAME)))
-    if rank == 0 or section.save_for_all_ranks:
-        place = f"rank_{rank}" if section.save_for_all_ranks else ""
-        if section.enable_tensorboard:
-            loggers.append(TensorBoard(Path(folders.tensorboard, place), first_step))
-        if section.enable_wandb:
-            loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
-    return loggers
+    if is_logging_rank(environ):
+        loggers.append(Console(steps, colour=_wants_colour(section, environ)))
+    return loggers[::-1]
 
 
 def _wants_colour(section: Metrics, environ: Mapping[str, str]) -> bool:

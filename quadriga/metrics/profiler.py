@@ -1,0 +1,151 @@
+"""Traces of the PyTorch profiler and snapshots of the CUDA allocator, in cycles of `profiling.profile_freq` steps.
+
+    with Profiler(section, folders, rank=0, device=device, first_step=1, steps=200) as profiler:
+        for step in ...:
+            ...
+            profiler.step(step)
+
+A cycle waits, warms up for `profiler_warmup` steps and records its last `profiler_active` steps; the trace goes to
+`iteration_N/rankK_trace.json.gz`, N being the last recorded step. A run shorter than one cycle has one cycle of its
+own length, so that a short run leaves a trace too. In a trace, `ProfilerStep#I` is step `first_step + I`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
+from quadriga.config.run_spec import Folders
+from quadriga.config.schema import Profiling
+from quadriga.log import logger
+
+ALLOCATOR_EVENTS = 100_000
+FAST = 3  # of gzip's nine levels: traces shrink nearly as well in a quarter of the time
+
+
+class Profiler:
+    """What `[profiling]` asks for, on one rank; without effect where it asks for nothing."""
+
+    def __init__(
+        self, section: Profiling, folders: Folders, *, rank: int, device: torch.device, first_step: int, steps: int
+    ) -> None:
+        """`first_step`: the one this attempt starts with; `steps`: the last of the run."""
+        self._section, self._rank, self._device = section, rank, device
+        self._folder, self._snapshots = Path(folders.traces), Path(folders.memory_snapshots)
+        self._step = first_step - 1
+        self._writers: list[Thread] = []
+        self._profile = self._build(max(steps - first_step + 1, 1)) if section.enable_profiling else None
+        self._keeps_history = section.enable_memory_snapshot and device.type == "cuda"
+        if section.enable_memory_snapshot and not self._keeps_history:
+            logger.info("profiling.enable_memory_snapshot: a CPU has no allocator history, nothing is recorded")
+
+    def __enter__(self) -> Profiler:
+        if self._keeps_history:
+            torch.cuda.memory._record_memory_history(max_entries=ALLOCATOR_EVENTS)
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def step(self, step: int) -> None:
+        """Call after each step of the run."""
+        self._step = step
+        if self._profile is not None:
+            running, self._profile = self._profile, None  # torch crashes when it is stopped after a step that raised
+            with warnings.catch_warnings():
+                # Each cycle is written when it ends, so that torch clears it then is meant.
+                warnings.filterwarnings("ignore", message=".*Profiler clears events", category=UserWarning)
+                running.step()
+            self._profile = running
+        if self._keeps_history and step % self._section.profile_freq == 0:
+            self._write_snapshot(f"iteration_{step}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish a trace that is being recorded, wait for what is being written, and keep what an end by running out
+        of memory can be explained with."""
+        if self._keeps_history:
+            if isinstance(error, torch.OutOfMemoryError):
+                self._write_snapshot(f"iteration_{self._step + 1}_exit")
+            torch.cuda.memory._record_memory_history(enabled=None)
+        if self._profile is not None:
+            self._profile.stop()
+        for writer in self._writers:
+            writer.join()
+
+    def _build(self, steps: int) -> profile:
+        section = self._section
+        cycle = min(section.profile_freq, steps)
+        active = min(section.profiler_active, cycle)
+        warmup = min(section.profiler_warmup, cycle - active)
+        if cycle < section.profile_freq:
+            logger.info(f"profiling: {steps} steps are less than one cycle; the last {active} of them are recorded")
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        else:  # torch's tracer prints a line at each start and stop; on a GPU its warnings are worth having
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        return profile(
+            activities=activities,
+            schedule=cycles(cycle, warmup, active, steps),
+            on_trace_ready=self._write_trace,
+            record_shapes=True,
+        )
+
+    def _write_trace(self, done: profile) -> None:
+        """Torch writes plain JSON while training waits; packing it is left to a thread."""
+        target = self._folder / f"iteration_{self._step}" / f"rank{self._rank}_trace.json.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unpacked = target.with_name(f".{target.stem}")
+        done.export_chrome_trace(str(unpacked))
+        writer = Thread(target=_pack, args=(unpacked, target), name="trace")
+        writer.start()
+        self._writers = [*(old for old in self._writers if old.is_alive()), writer]
+
+    def _write_snapshot(self, name: str) -> None:
+        target = self._snapshots / name / f"rank{self._rank}_memory_snapshot.pickle"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            pickle.dump(torch.cuda.memory._snapshot(), file)
+        logger.info(f"memory snapshot: {target}")
+
+
+def cycles(length: int, warmup: int, active: int, steps: int) -> Callable[[int], ProfilerAction]:
+    """What to do at the step that is I steps after the first: each cycle's last `active` steps are recorded, and
+    nothing is begun after the last of all `steps`."""
+
+    def action(step: int) -> ProfilerAction:
+        if step >= steps:
+            return ProfilerAction.NONE
+        left = length - step % length  # steps of this cycle from this one on
+        if left == 1:
+            return ProfilerAction.RECORD_AND_SAVE
+        if left <= active:
+            return ProfilerAction.RECORD
+        return ProfilerAction.WARMUP if left <= active + warmup else ProfilerAction.NONE
+
+    return action
+
+
+def _pack(unpacked: Path, target: Path) -> None:
+    """A reader finds the whole file or none."""
+    packing = target.with_name(f".{target.name}")
+    try:
+        with unpacked.open("rb") as source, gzip.open(packing, "wb", compresslevel=FAST) as packed:
+            shutil.copyfileobj(source, packed, 1 << 20)
+        packing.rename(target)
+        unpacked.unlink()
+    except OSError as error:
+        logger.warning(f"the profiler trace {target} was not written, training goes on: {error}")
+    else:
+        logger.info(f"profiler trace: {target}")

@@ -1,0 +1,145 @@
+"""Each logger writes to the real thing, and what it wrote is read back by that thing's own reader."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from quadriga.config.run_spec import Folders
+from quadriga.config.schema import Metrics
+from quadriga.errors import UserError
+from quadriga.metrics.jsonl import read_metrics
+from quadriga.metrics.loggers import Console, build_loggers
+from quadriga.metrics.meter import Meter
+from quadriga.metrics.step_metrics import StepMetrics
+
+
+def folders(dump: Path) -> Folders:
+    names = ("checkpoint", "tb", "profile_trace", "memory_snapshot", "comm_traces")
+    return Folders(str(dump), *(str(dump / name) for name in names))
+
+
+def records(steps: range, attempt: int = 1, loss: float = 2.0) -> list[dict]:
+    meter = Meter(
+        Metrics(log_freq=1),
+        steps=200,
+        first_step=steps.start,
+        tokens_seen=0,
+        attempt=attempt,
+        devices=1,
+        flops_per_token=1e9,
+        peak_flops=1e12,
+        device=torch.device("cpu"),
+        clock=itertools.count(start=0.0, step=0.25).__next__,
+    )
+    metrics = (
+        StepMetrics(step, torch.tensor(loss + step / 100), torch.tensor(0.5), 1e-3, 64 * step, 0.01) for step in steps
+    )
+    return [record for one in metrics if (record := meter.record(one)) is not None]
+
+
+def build(section: Metrics, dump: Path, rank: int = 0, first_step: int = 1):
+    environ = {"RANK": str(rank)}
+    return build_loggers(section, folders(dump), rank=rank, steps=200, first_step=first_step, environ=environ)
+
+
+def write(loggers, some: list[dict]) -> None:
+    for record in some:
+        for one in loggers:
+            one.write(record)
+    for one in loggers:
+        one.close()
+
+
+def test_a_plain_run_has_a_console_and_metrics_jsonl(tmp_path, lines):
+    some = records(range(1, 4))
+    write(build(Metrics(), tmp_path), some)
+    assert read_metrics(tmp_path / "metrics.jsonl") == some
+    assert not (tmp_path / "tb").exists()
+    assert len(lines) == 3
+    for word in ("step   1/200", "loss  2.01000", "grad norm", "GiB", "tok/s/device", "TFLOP/s", "MFU", "wait", "left"):
+        assert word in lines[0]
+    assert len({line.index("TFLOP/s") for line in lines}) == 1, "columns stand under one another"
+
+
+def test_an_unknown_peak_shows_no_mfu_and_colour_is_for_terminals(lines):
+    (record,) = records(range(1, 2))
+    Console(200, colour=True).write({**record, "mfu": None})
+    Console(200, colour=False).write(record)
+    coloured, plain = lines
+    assert "MFU" not in coloured
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in plain
+
+
+def test_other_ranks_write_nothing_unless_asked(tmp_path):
+    assert build(Metrics(enable_tensorboard=True), tmp_path, rank=1) == []
+    write(build(Metrics(enable_tensorboard=True, save_for_all_ranks=True), tmp_path, rank=1), records(range(1, 3)))
+    assert [path.name for path in (tmp_path / "tb").iterdir()] == ["rank_1"]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
+    section = Metrics(enable_tensorboard=True)
+    write(build(section, tmp_path), records(range(1, 31)))
+    write(build(section, tmp_path, first_step=21), records(range(21, 26), attempt=2, loss=3.0))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("loss_metrics/global_avg_loss")}
+    assert sorted(curve) == list(range(1, 26))
+    assert curve[20] == pytest.approx(2.20)
+    assert curve[21] == pytest.approx(3.21)
+    assert {"grad_norm", "lr", "throughput(tps)", "mfu(%)", "time_metrics/end_to_end(s)", "n_tokens_seen"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+WANDB_RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_loggers as t
+from pathlib import Path
+section = t.Metrics(enable_wandb=True)
+dump = Path(sys.argv[2])
+for first in (1, 3):  # the second run goes on under the id of the first
+    t.write(t.build(section, dump, first_step=first), t.records(range(first, first + 2)))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is optional")
+def test_wandb_offline(tmp_path):
+    environ = {
+        "PATH": "/usr/bin:/bin",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+    }
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", WANDB_RUN, here, str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    written = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert written
+    assert all(b"loss_metrics/global_avg_loss" in path.read_bytes() for path in written)
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(UserError, match="pip install wandb"):
+        build(Metrics(enable_wandb=True), tmp_path)
+
+
+def test_records_are_json():
+    (record,) = records(range(1, 2))
+    assert json.loads(json.dumps(record)) == record
