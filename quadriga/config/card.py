@@ -237,7 +237,7 @@ def _memory(run: Run, figures: Figures, device: Device | None) -> str:
     where = "in host memory" if training.enable_cpu_offload else "on each GPU"
     share = ""
     if device and not training.enable_cpu_offload:
-        share = f", {state / device.memory:.0%} of an {device.name}'s {device.memory / 1e9:.0f} GB"
+        share = f", {state / device.memory:.0%} of the {device.name}'s {device.memory / 1e9:.0f} GB"
     return (
         f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.\n"
         f"- State: parameters, gradients and Adam's two moments take {each} bytes a parameter: "
@@ -254,6 +254,7 @@ def _outputs(run: Run, figures: Figures) -> str:
     traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file a rank"
     size = decimal_bytes(words.save_bytes(run, figures.parameters))
     saves = words.checkpoints(config.checkpoint)
+    takes = "takes" if config.checkpoint.enable else "would take"
     snapshots = profiling.enable_memory_snapshot
     rows = [
         (f"`{folders.dump}/config.toml`", "always", "the configuration as resolved"),
@@ -265,7 +266,7 @@ def _outputs(run: Run, figures: Figures) -> str:
         (
             f"`{folders.checkpoint}/step-N/`",
             _on(config.checkpoint.enable),
-            f"{saves}; one full save takes about {size}",
+            f"{saves}; one full save {takes} about {size}",
         ),
     ]
     return _table(("where", "here", "what"), rows) + "\n\n(N is a step, K a rank.)"
@@ -316,7 +317,7 @@ def _trouble(run: Run) -> str:
 
 
 def _hardware(run: Run, figures: Figures, device: Device | None) -> str:
-    link = "- The GPUs of a machine should share a fast link (NVLink or its like): every layer's parameters travel over it."
+    link = "- The GPUs of a machine should share a fast link (NVLink or its like): the parameters travel over it."
     if run.spec.degrees.dp_shard == 1:
         link = (
             "- Gradients travel between GPUs once a step."

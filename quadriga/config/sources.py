@@ -131,7 +131,8 @@ def command_line_layer(argv: Sequence[str]) -> tuple[list[Entry], list[Problem]]
         word = rest.pop(0)
         if not word.startswith("--") or "." not in word.partition("=")[0]:
             form = "--section.key value, --section.key=value, or --section.no_key for a switch"
-            problems.append(Problem(word, "not a key of the configuration", source=COMMAND_LINE, allowed=form))
+            fix = "`quadriga keys` explains all keys"
+            problems.append(Problem(word, "not a key of the configuration", source=COMMAND_LINE, allowed=form, fix=fix))
             continue
         name, equals, text = word[2:].partition("=")
         value: str | None = text if equals else None

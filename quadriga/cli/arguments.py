@@ -1,0 +1,34 @@
+"""What several commands share: a parser that reports as everything else does, and where the repository is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from quadriga.errors import Problem, UserError
+
+ROOT_MARK = "run_train.sh"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are problems; keys of the configuration are not abbreviated."""
+
+    def __init__(self, command: str, about: str) -> None:
+        super().__init__(prog=f"quadriga {command}", description=about, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(Problem(self.prog, message, fix=f"see {self.prog} --help"))
+
+
+def rank_count(text: str) -> int:
+    """The type of `--ngpu`: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks (1 or more)")
+    return int(text)
+
+
+def repository_of(path: Path) -> Path:
+    """The folder above `path` that holds the launch script; the current folder if there is none."""
+    above = (folder for folder in path.resolve().parents if (folder / ROOT_MARK).is_file())
+    return next(above, Path.cwd())

@@ -1,0 +1,101 @@
+"""`quadriga card FILE --ngpu N`: the README.md beside a configuration, made from it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quadriga.cli.arguments import Parser, rank_count, repository_of
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.config.card import Figures, Order, read_order, render
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, nearest
+from quadriga.hardware import DEVICES, Device, find_device
+from quadriga.models.registry import catalogue, count_parameters, flops_per_token
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("card", "Write the README.md beside a configuration, made from what it resolves to.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a TOML file")
+    parser.add_argument(
+        "--ngpu", type=rank_count, help="GPUs that it is meant for (default: those of the card that is there)"
+    )
+    parser.add_argument("--device", help=f"device to describe: {', '.join(device.name for device in DEVICES)}")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a card is missing or out of date")
+    parser.add_argument("--print", action="store_true", help="print the card instead of writing it")
+    options = parser.parse_args(argv)
+    stale = 0
+    for name in options.files:
+        file = Path(name)
+        card = make_card(order_for(file, options.ngpu, options.device), file)
+        if options.print:
+            print(card, end="")
+        else:
+            stale += put(card_of(file), card, options.check)
+    return EXIT_FAULT if stale else EXIT_OK
+
+
+def card_of(file: Path) -> Path:
+    return file.parent / "README.md"
+
+
+def put(place: Path, text: str, check: bool) -> bool:
+    """Write a generated file, or only compare it. Whether it is out of date and stays so."""
+    if place.is_file() and place.read_text(encoding="utf-8") == text:
+        print(f"{place}: up to date", file=sys.stderr)
+        return False
+    if check:
+        print(
+            f"{place}: {'out of date' if place.is_file() else 'missing'}; write it with `quadriga docs`",
+            file=sys.stderr,
+        )
+        return True
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text, encoding="utf-8")
+    print(f"{place}: written", file=sys.stderr)
+    return False
+
+
+def order_for(file: Path, gpus: int | None, device: str | None) -> Order:
+    """What the card is made for: the options, and where they are silent what the card that is there was made for."""
+    place = card_of(file)
+    there = read_order(place.read_text(encoding="utf-8")) if place.is_file() else None
+    if gpus is None and there is None:
+        fix = f"quadriga card {file} --ngpu N"
+        raise UserError(
+            Problem("--ngpu", "how many GPUs is the file meant for? There is no card yet that says so", fix=fix)
+        )
+    return Order(
+        file=os.path.relpath(file.resolve(), repository_of(file)),
+        gpus=gpus or (there.gpus if there else 1),
+        device=device or (there.device if there else None),
+    )
+
+
+def make_card(order: Order, file: Path) -> str:
+    """The text of the card of `file`."""
+    run = read(
+        ["--job.config_file", str(file)],
+        {},
+        catalogue=catalogue(),
+        backends=BACKENDS,
+        world_size=order.gpus,
+        training=False,
+    )
+    model = run.spec.model
+    figures = Figures(count_parameters(model), flops_per_token(model, run.spec.seq_len))
+    return render(run, order, figures, _device(order.device))
+
+
+def _device(name: str | None) -> Device | None:
+    if name is None:
+        return None
+    device = find_device(name)
+    if device is None:
+        known = [known.name for known in DEVICES]
+        raise UserError(
+            Problem("--device", "not in the table", name, allowed=", ".join(known), nearest=nearest(name, known))
+        )
+    return device

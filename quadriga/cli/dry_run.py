@@ -1,0 +1,12 @@
+"""`quadriga dry-run FILE`: everything is checked, nothing is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quadriga.cli.train import launch
+
+
+def main(argv: Sequence[str]) -> int:
+    about = "Check a TOML file strictly and say what the run would be. Starts nothing, needs no GPU."
+    return launch("dry-run", about, argv, {"DRY_RUN": "1"})

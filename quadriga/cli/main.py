@@ -1,0 +1,74 @@
+"""`quadriga COMMAND`: each command is one small file that parses, calls and prints. Loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from quadriga import __version__
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, nearest
+
+COMMANDS = {
+    "train": "train from a TOML file on the ranks of this machine",
+    "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
+    "keys": "explain the keys of the configuration",
+    "card": "write the README.md of a configuration, or check that it is up to date",
+    "docs": "write docs/configuration.md and all cards anew",
+    "schema": "print the JSON Schema of the configuration, for editors",
+    "version": "print the version",
+}
+
+USAGE = f"""usage: quadriga COMMAND [arguments]
+
+Pre-training of Llama models from one TOML file.
+
+{{commands}}
+
+quadriga COMMAND --help says more of one of them.
+
+  quadriga dry-run configs/llama3_8b/llama3_8b.toml --ngpu 4
+  quadriga train configs/debug/debug.toml --ngpu 2 --training.steps 20
+  quadriga keys checkpoint
+
+Version {__version__}. The reference of all keys is docs/configuration.md."""
+
+
+class Command(Protocol):
+    """What each module of a command offers."""
+
+    def main(self, argv: Sequence[str]) -> int: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (a fault, or something is out of date) or 2 (the user can mend it)."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if name in ("-h", "--help", "help"):
+            print(_usage())
+            return EXIT_OK
+        if name in ("version", "--version"):
+            print(__version__)
+            return EXIT_OK
+        if name not in COMMANDS:
+            raise UserError(
+                Problem(name, "no such command", allowed=", ".join(COMMANDS), nearest=nearest(name, COMMANDS))
+            )
+        command: Command = importlib.import_module(f"quadriga.cli.{name.replace('-', '_')}")
+        return command.main(rest)
+    except UserError as error:
+        print(error.report, file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:  # the reader of our output has gone: `quadriga keys | head`
+        sys.stderr.close()
+        return EXIT_OK
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""`quadriga train FILE`: what `run_train.sh` does, from an installed package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from quadriga.cli.arguments import Parser, rank_count
+
+
+def main(argv: Sequence[str]) -> int:
+    return launch("train", "Train from a TOML file on the ranks of this machine.", argv, {})
+
+
+def launch(command: str, about: str, argv: Sequence[str], environ: dict[str, str]) -> int:
+    """Hand a file, a number of ranks and further keys over to the launcher, with `environ` on top of our own."""
+    from quadriga.launch.supervisor import main as start
+
+    parser = Parser(command, about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    parser.add_argument("file", help="the TOML file")
+    parser.add_argument("--ngpu", type=rank_count, help="ranks on this machine (default: NGPU, else 4)")
+    known, keys = parser.parse_known_args(argv)
+    ranks = {} if known.ngpu is None else {"NGPU": str(known.ngpu)}
+    allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return start(["--job.config_file", known.file, *keys], {**allocator, **os.environ, **ranks, **environ})
