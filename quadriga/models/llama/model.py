@@ -131,15 +131,16 @@ class Llama(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        # From an empty tensor, since the default normal draw takes a second to import what it needs on meta.
+        # From an empty tensor: the default normal draw on meta imports PyTorch's decompositions, which takes a second.
         empty = torch.empty(spec.vocab_size, spec.dim)
         self.tok_embeddings: nn.Embedding | None = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.n_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(spec.dim, eps=spec.norm_eps)
         tied = spec.tie_embeddings
         self.output: nn.Linear | None = None if tied else nn.Linear(spec.dim, spec.vocab_size, bias=False)
-        self.register_buffer("rope_frequencies", torch.empty(0), persistent=False)
-        self.reset_buffers()
+        self.register_buffer("rope_frequencies", torch.empty(spec.head_dim // 2), persistent=False)
+        if not self.rope_frequencies.is_meta:
+            self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Compute the buffers anew where they lie: after `to_empty` they hold nothing, after a cast too few digits."""

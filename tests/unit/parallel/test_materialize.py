@@ -1,0 +1,139 @@
+"""Initial weights: their distribution, and what they depend on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from quadriga.models.plan import ParameterPlan
+from quadriga.parallel import materialize as under_test
+from quadriga.parallel.materialize import BLOCK_ELEMENTS, draw, materialize
+
+CPU = torch.device("cpu")
+
+
+class Bag(nn.Module):
+    """A model that is nothing but parameters."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+        self.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+
+    def reset_buffers(self) -> None:
+        self.table = torch.arange(3.0, device=self.table.device)
+
+
+def _filled(seed: int = 7, std: float = 0.02, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> Bag:
+    bag = Bag(**shapes).to(dtype)
+    materialize(bag, tuple(ParameterPlan(name, shape, std=std) for name, shape in shapes.items()), seed, CPU)
+    return bag
+
+
+def test_draws_are_normal_and_end_at_three_deviations() -> None:
+    values = _filled(weight=(1500, 1000), std=0.5).weight.detach().double() / 0.5
+    assert values.abs().max() <= 3.0
+    assert values.abs().max() > 2.95
+    assert values.mean().abs() < 5 / math.sqrt(values.numel())
+    # The standard deviation of a normal distribution cut at 3 is 0.98658; kurtosis tells it from a uniform one.
+    assert values.std().item() == pytest.approx(0.98658, abs=3e-3)
+    assert (values**4).mean().item() / values.var().item() ** 2 == pytest.approx(2.833, abs=0.02)
+    for edge, share in ((1.0, 0.68269), (2.0, 0.95450)):
+        inside = (values.abs() < edge).double().mean().item()
+        assert inside == pytest.approx(share / 0.99730, abs=2e-3)
+
+
+def test_blocks_neither_repeat_nor_correlate() -> None:
+    weight = _filled(weight=(8, BLOCK_ELEMENTS)).weight.detach()
+    assert weight.flatten().unique().numel() > 0.85 * weight.numel()  # 24 bits a draw: a few values meet by chance
+    correlation = torch.corrcoef(weight) - torch.eye(8)
+    assert correlation.abs().max() < 6 / math.sqrt(BLOCK_ELEMENTS)
+
+
+def test_values_depend_on_seed_and_name_and_on_nothing_else() -> None:
+    bag = _filled(a=(30, 40), b=(30, 40))
+    assert not torch.equal(bag.a, bag.b)
+    assert not torch.equal(bag.a, _filled(seed=8, a=(30, 40)).a)
+    torch.manual_seed(99)
+    assert torch.equal(bag.b, _filled(b=(30, 40)).b)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_values_do_not_depend_on_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        weight = _filled(weight=(700, 1024)).weight.detach().clone()
+    finally:
+        torch.set_num_threads(before)
+    rows = BLOCK_ELEMENTS // 1024
+    blocks = [draw(7, "weight", index, (min(rows, 700 - index * rows), 1024), 0.02) for index in range(3)]
+    assert torch.equal(weight, torch.cat(blocks))
+
+
+def test_other_dtypes_get_the_float32_draw_rounded() -> None:
+    exact = _filled(weight=(64, 64)).weight
+    assert torch.equal(_filled(weight=(64, 64), dtype=torch.bfloat16).weight, exact.bfloat16())
+    assert torch.equal(_filled(weight=(64, 64), dtype=torch.float64).weight, exact.double())
+
+
+def test_ones_and_buffers() -> None:
+    bag = Bag(scale=(5,))
+    materialize(bag, (ParameterPlan("scale", (5,), init="ones"),), 0, CPU)
+    assert bag.scale.tolist() == [1.0] * 5
+    assert bag.table.tolist() == [0.0, 1.0, 2.0]
+    assert bag.scale.requires_grad
+
+
+def test_the_seed_may_be_any_integer() -> None:
+    values = [draw(seed, "w", 0, (16,), 1.0) for seed in (0, 5, 5 + 2**32, 2**63, -1)]
+    assert len({tuple(value.tolist()) for value in values}) == 5
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((), "weight has no plan"),
+        ((ParameterPlan("weight", (2, 3)), ParameterPlan("more", (1,))), "more is planned but not in the model"),
+        ((ParameterPlan("weight", (3, 2)),), r"weight is \(2, 3\), planned \(3, 2\)"),
+        ((ParameterPlan("weight", (2, 3)),) * 2, "planned twice"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(plan: tuple[ParameterPlan, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        materialize(Bag(weight=(2, 3)), plan, 0, CPU)
+
+
+@st.composite
+def boxes(draw_from: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """A shape of 1 to 3 dimensions, a box within it (offset and size, empty ones too), and a block size."""
+    shape = tuple(draw_from(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    offset = tuple(draw_from(st.integers(0, size)) for size in shape)
+    size = tuple(draw_from(st.integers(0, whole - begin)) for whole, begin in zip(shape, offset, strict=True))
+    return shape, offset, size, draw_from(st.integers(1, 150))
+
+
+@given(boxes())
+def test_any_box_of_a_parameter_is_cut_from_the_same_whole(case) -> None:
+    shape, offset, size, elements = case
+    plan = ParameterPlan("w", shape, std=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(under_test, "BLOCK_ELEMENTS", elements)
+        whole, part = torch.full(shape, torch.nan), torch.full(size, torch.nan)
+        for tensor, start in ((whole, (0,) * len(shape)), (part, offset)):
+            held = under_test._Held(tensor, start)
+            blocks = list(under_test._blocks(shape, held))
+            for block in blocks:
+                under_test._fill(held, plan, 3, block)
+            rows = max(1, elements // math.prod(shape[1:]))
+            assert all(block.stop - block.start <= rows for block in blocks)
+            assert len(blocks) <= (tensor.shape[0] + rows - 1) // rows + 1, "only blocks that overlap the box"
+    assert not whole.isnan().any()
+    cut = tuple(slice(begin, begin + length) for begin, length in zip(offset, size, strict=True))
+    assert torch.equal(part, whole[cut])
