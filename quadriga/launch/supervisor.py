@@ -39,8 +39,28 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_SECONDS = 300  # that ranks have after a forwarded signal to save and leave, before torchrun kills them
 
 
+HELP = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
+       python -m quadriga.launch --job.config_file FILE [--section.key value ...]
+
+Trains on the ranks of this machine from one TOML file. Every key can be given behind it, as --section.key value,
+--section.key=value, or --section.no_key for a switch; the command line wins over the environment, that over the file.
+
+NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND nccl or gloo; LOG_RANK (0) the ranks that print
+progress; DRY_RUN=1 says what the run would be and starts nothing; for several machines NNODES, NODE_RANK and
+RDZV_ENDPOINT (host:port of machine 0).
+
+Exit codes: 0 done; 2 something that you can mend, told in one report; 1 a fault; 128 + n stopped by signal n.
+"""
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Launch what `argv` and `environ` ask for. Returns the documented exit code; 128 + n when signal n ended it."""
+    if {"-h", "--help"} & set(argv):
+        from quadriga.config.help import print_keys  # rich need not be loaded to start a run
+
+        print(HELP)
+        print_keys()
+        return EXIT_OK
     try:
         request, run = check_at_the_door(argv, environ)
         if request.dry_run:
@@ -149,7 +169,7 @@ def forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         child.send_signal(signal.SIGKILL if impatient else number)  # the ranks die with the agent
 
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-    for number in FORWARDED:
+    for number in map(int, FORWARDED):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
             before[number] = signal.signal(number, forward)
     try:
@@ -223,4 +243,5 @@ def first_failure(records: Sequence[ExitRecord], silent: Sequence[Death]) -> Exi
             return failure.exitcode == -signal.SIGTERM, failure.time, False
         return failure.lost_peer, failure.time, True
 
-    return min([*records, *silent], key=order, default=None)
+    failures: list[ExitRecord | Death] = [*records, *silent]
+    return min(failures, key=order, default=None)

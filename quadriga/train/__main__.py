@@ -10,10 +10,16 @@ from contextlib import nullcontext
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.errors import Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError
 from quadriga.log import start_logging
 from quadriga.models.registry import catalogue
 from quadriga.train import guards
+
+HELP = """usage: python -m quadriga.train --job.config_file FILE [--section.key value ...]        one rank
+       torchrun --nproc_per_node=N torchtitan/train.py --job.config_file FILE [...]    N ranks
+
+./run_train.sh does the second with its checks made before anything starts, and without torchrun's noise.
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,6 +27,12 @@ def main(argv: Sequence[str]) -> int:
     environ = os.environ
     guards.die_with_torchrun(environ)
     faulthandler.enable()
+    if {"-h", "--help"} & set(argv):
+        from quadriga.config.help import print_keys
+
+        print(HELP)
+        print_keys()
+        return EXIT_OK
     try:
         run = check_at_the_door(argv, environ)
     except UserError as error:

@@ -168,15 +168,13 @@ def _rank(environ: Mapping[str, str]) -> int:
 
 def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
     """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
-    if int(environ.get("WORLD_SIZE", "1")) == 1:
+    dist = sys.modules.get("torch.distributed")  # not imported for this: before training does, one rank alone can fail
+    if dist is None or int(environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    import torch.distributed as dist
-
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, missing from __all__
-            host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
-        )
-        return store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        said = store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1)
     except RuntimeError:  # no store to ask: better said twice than not at all
         return True
+    return bool(said == 1)

@@ -34,7 +34,7 @@ def start(command: list[str], folder: Path, loop_environ: dict[str, str]) -> tup
     return running, [int(rank) for rank, _ in pairs], int(pairs[0][1])
 
 
-@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_nothing_outlives_a_kill(victim: str, tmp_path: Path) -> None:
     running, ranks, torchrun = start(RUN_TRAIN, tmp_path, stand_in(tmp_path / "stand_in", ENDLESS))
     try:

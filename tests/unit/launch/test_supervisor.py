@@ -1,0 +1,108 @@
+"""Whose error is shown last and which code is returned, from the notes that ranks and agent left."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from quadriga.launch.agent import NOTE
+from quadriga.launch.environment import Request
+from quadriga.launch.supervisor import arguments, conclude, torchrun_arguments
+from quadriga.processes import ExitRecord
+
+LOST = "RuntimeError: Connection closed by peer"
+
+
+def note(folder: Path, **ends: tuple[int, int]) -> None:
+    """The agent's note: rank1=(exit code, time)."""
+    known = {rank.removeprefix("rank"): (code, time) for rank, (code, time) in ends.items()}
+    text = {rank: {"pid": 100 + int(rank), "exitcode": code, "time": time} for rank, (code, time) in known.items()}
+    (folder / NOTE).write_text(json.dumps(text))
+
+
+def failure(rank: int, time: float, error: str, lost_peer: bool = False, **more: object) -> ExitRecord:
+    return ExitRecord(rank, 1, time, error, f"Traceback of rank {rank}\n{error}", lost_peer=lost_peer, **more)  # type: ignore[arg-type]
+
+
+def last_words(caplog: pytest.LogCaptureFixture) -> str:
+    return caplog.messages[-1].rstrip().splitlines()[-1]
+
+
+def test_the_earliest_error_is_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failure(0, 11.0, "KeyError: 'second'").write(tmp_path)
+    failure(3, 10.5, "ValueError: first").write(tmp_path)
+    note(tmp_path, rank0=(1, 11), rank3=(1, 11), rank1=(-signal.SIGTERM, 11))
+    assert conclude(tmp_path, 4, 1, []) == 1
+    assert last_words(caplog) == "ValueError: first"
+
+
+def test_a_lost_peer_is_a_consequence_even_when_noted_earlier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failure(0, 10.0, LOST, lost_peer=True).write(tmp_path)
+    failure(1, 10.4, "ValueError: the cause, noted after its process group was closed").write(tmp_path)
+    assert conclude(tmp_path, 2, 1, []) == 1
+    assert "the cause" in last_words(caplog)
+
+
+def test_a_killed_rank_comes_before_those_that_miss_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failure(0, 10.2, LOST, lost_peer=True).write(tmp_path)
+    note(tmp_path, rank0=(1, 10), rank2=(-signal.SIGKILL, 10), rank1=(-signal.SIGTERM, 10))
+    assert conclude(tmp_path, 3, 1, []) == 1
+    assert "rank 2 (process 102) was killed by SIGKILL" in caplog.messages[-1]
+
+
+def test_survivors_that_torchrun_had_to_kill_are_not_the_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failure(1, 10.9, "ValueError: first").write(tmp_path)
+    note(tmp_path, rank1=(1, 11), rank0=(-signal.SIGKILL, 41))
+    assert conclude(tmp_path, 2, 1, []) == 1
+    assert last_words(caplog) == "ValueError: first"
+
+
+def test_a_users_mistake_on_one_rank_is_exit_2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ExitRecord(1, 2, 10.0, "data.jsonl", "quadriga: 1 problem\n\ndata.jsonl, line 3", user_error=True).write(tmp_path)
+    assert conclude(tmp_path, 2, 1, []) == 2
+    assert caplog.messages == ["quadriga: 1 problem\n\ndata.jsonl, line 3"]
+
+
+def test_without_any_word_it_is_said_that_there_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert conclude(tmp_path, 2, 1, []) == 1
+    assert "before any rank said why" in last_words(caplog)
+
+
+def test_ranks_that_saved_on_a_signal_end_well(tmp_path: Path) -> None:
+    for rank in range(2):
+        ExitRecord(rank, 0, 10.0).write(tmp_path)
+    assert conclude(tmp_path, 2, 128 + signal.SIGTERM, [signal.SIGTERM]) == 0
+    assert conclude(tmp_path, 3, 128 + signal.SIGTERM, [signal.SIGTERM]) == 143  # one rank did not
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ExitRecord(0, 130, 10.0).write(tmp_path)
+    failure(1, 10.0, LOST, lost_peer=True).write(tmp_path)
+    assert conclude(tmp_path, 2, 130, [signal.SIGINT]) == 130
+    assert last_words(caplog) == "stopped by SIGINT"
+
+
+def test_a_fault_while_stopping_is_still_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failure(0, 10.0, "OSError: No space left on device").write(tmp_path)
+    assert conclude(tmp_path, 2, 143, [signal.SIGTERM]) == 1
+    assert last_words(caplog) == "OSError: No space left on device"
+
+
+def test_one_machine_meets_on_itself_and_several_at_the_endpoint() -> None:
+    here = torchrun_arguments(Request(ranks=4))
+    assert here[:3] == ["--standalone", "--local-addr", "127.0.0.1"]
+    assert here[-2:] == ["-m", "quadriga.train"]
+    there = torchrun_arguments(Request(ranks=8, nodes=2, node=1, endpoint="node0:29500"))
+    assert "node0:29500" in there
+    assert there[there.index("--node-rank") + 1] == "1"
+
+
+def test_a_file_on_the_command_line_comes_after_config_file() -> None:
+    argv = ["--job.config_file", "mine.toml"]
+    assert arguments(argv, {"CONFIG_FILE": "other.toml"}) == ["--job.config_file", "other.toml", *argv]
+    assert arguments(argv, {}) == argv
