@@ -77,7 +77,7 @@ def assets_trouble(run: Run) -> str:
     else:
         tokenizer = (
             f"The tokenizer is looked for in `{model.hf_assets_path}`; `python scripts/download_hf_assets.py` "
-            "fetches it into `./assets/hf/Llama-3.1-8B` (first accept the licence on the model's page and set HF_TOKEN)."
+            "fetches it into `./assets/hf/Llama-3.1-8B` (accept the licence on the model's page first; set HF_TOKEN)."
         )
     if training.dataset_path is not None:
         data = f"The data is read from `{training.dataset_path}`."

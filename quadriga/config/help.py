@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from quadriga.config.keys import KEYS, Key, show
@@ -24,8 +23,11 @@ def print_keys(words: Sequence[str] = ()) -> None:
         asked = [key for key in keys if all(_asked(word.lower(), name, key, told[key.name]) for word in words)]
         if asked:
             found = True
-            console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}"))
-            console.print(Padding(_table(asked, told), (0, 0, 1, 2)))
+            console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}\n"))
+        for key in asked:
+            values = f"{key.allowed}; default {show(key.default)}"
+            console.print(Padding(Text(f"--{key.name}", "green"), (0, 0, 0, 2)))
+            console.print(Padding(Text.assemble(told[key.name], "\n", (values, "dim")), (0, 0, 1, 6)))
     if not found:
         text = " ".join(words)
         raise UserError(Problem(text, "no key has this in its name or meaning", nearest=nearest(text, KEYS)))
@@ -33,13 +35,3 @@ def print_keys(words: Sequence[str] = ()) -> None:
 
 def _asked(word: str, table: str, key: Key, meaning: str) -> bool:
     return word.strip("[]") == table or word in key.name or word in meaning.lower()
-
-
-def _table(keys: Sequence[Key], told: Mapping[str, str]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold", style="green", max_width=44)
-    table.add_column(overflow="fold")
-    for key in keys:
-        values = Text(f"{key.allowed}; default {show(key.default)}", style="dim")
-        table.add_row(f"--{key.name}", Text.assemble(told[key.name], "\n", values))
-    return table

@@ -93,7 +93,8 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
     elif section.flavor not in family:
         key, known, value = "model.flavor", list(family), section.flavor
         what = f"{section.name} has no such size"
-        if section.flavor.endswith(MASKED_FLAVORS):
+        if value.endswith(MASKED_FLAVORS):
+            value = value.rpartition("_")[0]
             what += "; masks that keep the documents of a sequence apart are not built"
     else:
         names = {spec_field.name for spec_field in fields(ModelSpec)} - {"name", "flavor"}
@@ -101,7 +102,14 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
         return replace(
             family[section.flavor], **{name: value for name, value in asked.items() if value is not None}
         ), None
-    problem = Problem(key, what, show(value), origin.get(key, "default"), ", ".join(known), nearest(value, known))
+    problem = Problem(
+        key,
+        what,
+        show(getattr(section, key.removeprefix("model."))),
+        origin.get(key, "default"),
+        ", ".join(known),
+        nearest(value, known),
+    )
     anything = next(iter(next(iter(catalogue.values())).values()))
     return anything, problem
 

@@ -64,8 +64,12 @@ def _read(path: Path, said: str, said_by: str | None) -> tuple[dict[str, Any], M
         return tomllib.loads(text), _Lines(text), None
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
-        place = f"{said}, line {line.group(1)}" if line else f"{said}, last line"
-        return {}, {}, Problem(place, f"this is not TOML: {error}", fix="see https://toml.io for the format")
+        number = line.group(1) if line else max(len(text.splitlines()), 1)  # else it is the end of the document
+        return (
+            {},
+            {},
+            Problem(f"{said}, line {number}", f"this is not TOML: {error}", fix="see https://toml.io for the format"),
+        )
     except UnicodeDecodeError as error:
         return {}, {}, Problem(said, f"this is not UTF-8 text: byte {error.start}", fix="save the file as UTF-8")
     except IsADirectoryError:

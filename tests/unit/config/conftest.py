@@ -1,0 +1,63 @@
+"""What the tests of the configuration share: a TOML file on disk, read through the door with the real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import Run, read
+from quadriga.errors import Problem, UserError
+from quadriga.models.registry import catalogue
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths of a configuration mean the folder that a run is started from: here an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def write() -> Write:
+    """Writes a TOML file into the current folder; its path, relative."""
+
+    def write_file(text: str, name: str = "run.toml") -> Path:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def door() -> Callable[..., Run]:
+    """`read` with the real models and backends; a Path among the arguments is the configuration file."""
+
+    def pass_door(
+        *arguments: str | Path, ranks: int | None = 1, training: bool = True, environ: Mapping[str, str] | None = None
+    ) -> Run:
+        argv = [
+            part
+            for word in arguments
+            for part in (["--job.config_file", str(word)] if isinstance(word, Path) else [word])
+        ]
+        return read(argv, environ or {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=training)
+
+    return pass_door
+
+
+@pytest.fixture
+def refusal(door: Callable[..., Run]) -> Callable[..., tuple[Problem, ...]]:
+    """The problems for which the door stays shut."""
+
+    def problems(*arguments: str | Path, **options: object) -> tuple[Problem, ...]:
+        with pytest.raises(UserError) as caught:
+            door(*arguments, **options)
+        return caught.value.problems
+
+    return problems

@@ -1,0 +1,378 @@
+"""Wrong configurations, one a kind: the report names file and line, key, value, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A TOML text, and what its report must say, all of it in one problem."""
+
+    name: str
+    toml: str
+    says: tuple[str, ...]
+    ranks: int = 1
+
+
+WRONG = [
+    Wrong(
+        "typo in a table",
+        "[trainning]\nsteps = 5",
+        (
+            "trainning.steps = 5",
+            "[run.toml, line 2]",
+            "no table [trainning]",
+            "did you mean: [training]",
+            "allowed: tables:",
+        ),
+    ),
+    Wrong(
+        "empty table that is not there",
+        "[optimiser]",
+        ("optimiser", "[run.toml, line 1]", "no table", "did you mean: [optimizer]"),
+    ),
+    Wrong(
+        "typo in a key",
+        "[training]\nlocal_batch_sise = 4",
+        (
+            "training.local_batch_sise = 4",
+            "[run.toml, line 2]",
+            "did you mean: training.local_batch_size",
+            "keys of [training]",
+        ),
+    ),
+    Wrong(
+        "key of another table",
+        "[training]\n\nweight_decay = 0.2",
+        ("training.weight_decay = 0.2", "[run.toml, line 3]", "did you mean: optimizer.weight_decay"),
+    ),
+    Wrong(
+        "key outside of every table",
+        "steps = 5\n[job]",
+        (
+            "steps = 5",
+            "[run.toml, line 1]",
+            "outside every table",
+            "did you mean: training.steps",
+            "to do: put it below",
+        ),
+    ),
+    Wrong(
+        "typo in a nested table",
+        "[quantize.linear.float9]\nemulate = true",
+        ("quantize.linear.float9.emulate = true", "did you mean: [quantize.linear.float8]"),
+    ),
+    Wrong(
+        "value where a table is needed",
+        "[training]\ndataloader = 4",
+        ("training.dataloader = 4", "this is a table", "num_workers, persistent_workers"),
+    ),
+    Wrong(
+        "text where a number is needed",
+        '[optimizer]\nlr = "abc"',
+        ('optimizer.lr = "abc"', "[run.toml, line 2]", "wrong type: text", "allowed: a number above 0"),
+    ),
+    Wrong(
+        "number in quotes",
+        '[training]\nsteps = "200"',
+        ('training.steps = "200"', "wrong type: text", "allowed: a whole number of at least 1"),
+    ),
+    Wrong("fraction for a count", "[training]\nsteps = 1.5", ("training.steps = 1.5", "wrong type: a number")),
+    Wrong("switch for a count", "[training]\nsteps = true", ("training.steps = true", "wrong type: true or false")),
+    Wrong(
+        "number for a switch",
+        "[compile]\nenable = 1",
+        ("compile.enable = 1", "wrong type: a whole number", "allowed: true or false"),
+    ),
+    Wrong(
+        "list of the wrong things",
+        "[compile]\ncomponents = [1]",
+        ("compile.components = [1]", "unknown value 1", 'a list of "model" | "loss"'),
+    ),
+    Wrong("below its range", "[training]\nseq_len = 0", ("training.seq_len = 0", "out of range", "at least 1")),
+    Wrong("above its range", "[optimizer]\nbeta1 = 1.0", ("optimizer.beta1 = 1.0", "out of range", "below 1")),
+    Wrong("zero where -1 means all", "[validation]\nsteps = 0", ("validation.steps = 0", "-1, or a whole number")),
+    Wrong("not a number", "[optimizer]\nlr = nan", ("optimizer.lr = nan", "not a finite number")),
+    Wrong(
+        "unknown choice",
+        '[lr_scheduler]\ndecay_type = "cosin"',
+        ('lr_scheduler.decay_type = "cosin"', '"linear" | "sqrt" | "cosine"', "did you mean: cosine"),
+    ),
+    Wrong(
+        "unknown item of a list",
+        '[checkpoint]\nexclude_from_loading = ["optimiser"]',
+        ('unknown value "optimiser"', "did you mean: optimizer", "checkpoint.exclude_from_loading"),
+    ),
+    Wrong(
+        "recompute option",
+        '[activation_checkpoint]\nselective_ac_option = "0"',
+        ('activation_checkpoint.selective_ac_option = "0"', 'such as "op" or "2"'),
+    ),
+    Wrong(
+        "not TOML",
+        "[training\nsteps = 5",
+        ("run.toml, line 1", "this is not TOML"),
+    ),
+    Wrong("key said twice", "[training]\nsteps = 5\nsteps = 6", ("run.toml, line 3", "this is not TOML")),
+    Wrong(
+        "model family",
+        '[model]\nname = "lama3"',
+        ('model.name = "lama3"', "[run.toml, line 2]", "allowed: llama3", "did you mean: llama3"),
+    ),
+    Wrong(
+        "model size",
+        '[model]\nflavor = "8b"',
+        ('model.flavor = "8b"', "debugmodel, 1B, 3B, 8B, 70B, 405B"),
+    ),
+    Wrong(
+        "model size with block-causal masks",
+        '[model]\nflavor = "8B_flex"',
+        ("8B_flex", "masks that keep the documents", "did you mean: 8B"),
+    ),
+    Wrong(
+        "degrees against ranks",
+        "[parallelism]\ndata_parallel_replicate_degree = 2\ndata_parallel_shard_degree = 3",
+        (
+            "parallelism.data_parallel_replicate_degree (2) x parallelism.data_parallel_shard_degree (3)",
+            "[run.toml, lines 2, 3]",
+            "multiply to 6, and there are 4 ranks",
+            "start 6 ranks",
+        ),
+        ranks=4,
+    ),
+    Wrong(
+        "ranks that the other degrees do not divide",
+        "[parallelism]\ndata_parallel_replicate_degree = 3",
+        ("4 ranks cannot be divided by 3", "a multiple of 3", "dp_shard = -1"),
+        ranks=4,
+    ),
+    Wrong(
+        "width against heads",
+        "[model]\nn_heads = 15\nn_kv_heads = 15",
+        ("model.dim = 256 and model.n_heads = 15", "the heads must divide the width", "such as 8 or 16"),
+    ),
+    Wrong("odd heads", "[model]\nn_heads = 256\nn_kv_heads = 256", ("heads of odd width (1)",)),
+    Wrong(
+        "key and value heads",
+        "[model]\nn_kv_heads = 3",
+        ("model.n_heads = 16 and model.n_kv_heads = 3", "must divide the query heads", "such as 2 or 4"),
+    ),
+    Wrong(
+        "tokenizer larger than the model",
+        "[model]\nvocab_size = 100",
+        ("model.vocab_size = 100 and model.hf_assets_path", "258 ids", "set model.vocab_size to 258 or more"),
+    ),
+    Wrong(
+        "global batch",
+        "[training]\nlocal_batch_size = 2\nglobal_batch_size = 9",
+        (
+            "training.global_batch_size = 9 and training.local_batch_size = 2",
+            "parallelism.data_parallel_shard_degree = -1 (here 2)",
+            "[run.toml, lines 3, 2; default]",
+            "a multiple of 4",
+        ),
+        ranks=2,
+    ),
+    Wrong(
+        "recompute by budget without compile",
+        '[activation_checkpoint]\nmode = "memory_budget"',
+        ('activation_checkpoint.mode = "memory_budget" and compile.enable = false', "set compile.enable = true"),
+    ),
+    Wrong(
+        "asynchronous tensor parallelism without tensor parallelism",
+        "[parallelism]\nenable_async_tensor_parallel = true",
+        ("parallelism.enable_async_tensor_parallel = true and parallelism.tensor_parallel_degree = 1",),
+    ),
+    Wrong(
+        "profiler longer than its cycle",
+        "[profiling]\nenable_profiling = true\nprofile_freq = 7",
+        (
+            "profiling.profile_freq = 7 and profiling.profiler_warmup = 3 and profiling.profiler_active = 5",
+            "set profiling.profile_freq to 8 or more",
+        ),
+    ),
+    Wrong(
+        "one save to keep",
+        "[checkpoint]\nenable = true\nkeep_latest_k = 1",
+        ("checkpoint.keep_latest_k = 1", "nothing to fall back on", "0 (all), or 2 and more"),
+    ),
+    Wrong(
+        "export without weights alone",
+        '[checkpoint]\nenable = true\nexport_dtype = "bfloat16"',
+        ('checkpoint.export_dtype = "bfloat16" and checkpoint.last_save_model_only = false',),
+    ),
+    Wrong(
+        "start from a later step",
+        "[training]\nsteps = 10\n[checkpoint]\nenable = true\nload_step = 20",
+        ("checkpoint.load_step = 20 and training.steps = 10",),
+    ),
+    Wrong(
+        "initial weights with checkpoints off",
+        '[checkpoint]\ninitial_load_path = "old"',
+        ('checkpoint.enable = false and checkpoint.initial_load_path = "old"', "set checkpoint.enable = true"),
+    ),
+    Wrong(
+        "two outputs in one folder",
+        '[metrics]\nsave_tb_folder = "out"\n[checkpoint]\nfolder = "./out"',
+        ("metrics.save_tb_folder", "checkpoint.folder", "share one folder"),
+    ),
+    Wrong("backend", '[comm]\nbackend = "ncl"', ('comm.backend = "ncl"', "allowed: gloo, nccl", "did you mean: nccl")),
+    Wrong("backend that is not built", '[comm]\nbackend = "nvshmem"', ("comm.backend", "does not have this backend")),
+    Wrong(
+        "experts in a model without",
+        "[parallelism]\nexpert_parallel_degree = 2",
+        ("parallelism.expert_parallel_degree = 2", "no experts"),
+    ),
+    Wrong(
+        "user code",
+        '[experimental]\ncustom_import = "my.models"',
+        ('experimental.custom_import = "my.models"', "imports no code", "Python"),
+    ),
+    Wrong(
+        "key of a fork",
+        "[parallelism]\nenable_opus_backend = true",
+        ("parallelism.enable_opus_backend = true", "[run.toml, line 2]", "[parallelism] has no such key"),
+    ),
+    Wrong(
+        "removed key that would change the run",
+        '[parallelism]\npipeline_parallel_split_points = ["layers.2"]',
+        ("pipeline_parallel_split_points", "cannot be honoured", "module_fqns_per_model_part"),
+    ),
+    Wrong(
+        "old and new name side by side",
+        "[training]\nseed = 1\n[debug]\nseed = 2",
+        ("training.seed, debug.seed = 2", "[run.toml, line 4]", "keep debug.seed alone"),
+    ),
+    Wrong(
+        "unknown key of a moved table",
+        "[float8]\nfilter_fqn = []",
+        ("quantize.linear.float8.filter_fqn = []", "did you mean: quantize.linear.float8.filter_fqns"),
+    ),
+    Wrong(
+        "feature that is not built",
+        "[parallelism]\ntensor_parallel_degree = 2",
+        ("parallelism.tensor_parallel_degree = 2", "training does not support tensor parallelism yet", "to do:"),
+        ranks=2,
+    ),
+    Wrong(
+        "converter",
+        '[model]\nconverters = ["float8"]',
+        ('model.converters = ["quantize.linear.float8"]', "does not support computing in 8 bits yet"),
+    ),
+    Wrong(
+        "missing tokenizer",
+        '[model]\nhf_assets_path = "./assets/none"',
+        ("model.hf_assets_path = ./assets/none", "no tokenizer is there", "scripts/download_hf_assets.py"),
+    ),
+    Wrong(
+        "missing data",
+        '[training]\ndataset = "text"\ndataset_path = "books/*.txt"',
+        ("training.dataset_path = books/*.txt", "[run.toml, line 3]", "nothing is there", "relative to the folder"),
+    ),
+    Wrong(
+        "data without a path",
+        '[training]\ndataset = "jsonl"',
+        ("training.dataset, training.dataset_path = jsonl", "no path is given"),
+    ),
+    Wrong(
+        "unknown data",
+        '[training]\ndataset = "buildin"',
+        ("training.dataset = buildin", "[run.toml, line 2]", "allowed: builtin, ", "did you mean: builtin"),
+    ),
+    Wrong(
+        "unknown data with a path that tells",
+        '[training]\ndataset = "shakespeare"\ndataset_path = "a.parquet"',
+        ("training.dataset = shakespeare", "to read a.parquet, write parquet"),
+    ),
+    Wrong(
+        "path for built-in data",
+        '[training]\ndataset_path = "a.txt"',
+        ("training.dataset, training.dataset_path", "has no path"),
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
+def test_a_wrong_configuration_is_told_in_one_problem(wrong, write, refusal):
+    problems = refusal(write(wrong.toml), ranks=wrong.ranks)
+    assert len(problems) == 1, "\n".join(map(str, problems))
+    told = str(problems[0])
+    for words in wrong.says:
+        assert words in told, told
+
+
+def test_all_problems_come_in_one_report(write, refusal):
+    text = """
+        [trainning]
+        steps = 5
+        [lr_scheduler]
+        decay_type = "cosin"
+        [model]
+        n_heads = 256
+        n_kv_heads = 256
+        hf_assets_path = "./none"
+    """
+    told = [str(problem) for problem in refusal(write(text), "--training.seq_len", "0")]
+    assert len(told) == 5
+    for words in ("trainning.steps", "cosin", "training.seq_len", "heads of odd width", "no tokenizer is there"):
+        assert any(words in problem for problem in told), told
+
+
+def test_a_refused_key_silences_the_rules_about_it_and_no_others(write, refusal):
+    text = """
+        [training]
+        global_batch_size = "many"
+        [profiling]
+        enable_profiling = true
+        profile_freq = 2
+        profiler_active = 0
+        [activation_checkpoint]
+        mode = "memory_budget"
+    """
+    told = "\n".join(map(str, refusal(write(text))))
+    assert "training.global_batch_size" in told
+    assert "profiling.profiler_active = 0" in told
+    assert "a cycle must hold" not in told  # profiler_active is refused, so nobody knows how long it is
+    assert "the budget is kept by the compiler" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--training.steps"], "needs a value"),
+        (["--training.steps", "ten"], "training.steps = ten  [command line]"),
+        (["--training.steps", "10", "20"], "20  [command line]"),
+        (["training.steps=10"], "not a key of the configuration"),
+        (["--help-me"], "not a key of the configuration"),
+        (["--metrics.no_enable_wandb=true"], "takes no value"),
+        (["--metrics.enable_wandb", "maybe"], "wrong type: text"),
+        (["--training.no_steps"], "[training] has no such key"),
+        (["--trainig.steps", "5"], "did you mean: [training]"),
+        (["--compile.components", "model,los"], "did you mean: loss"),
+    ],
+)
+def test_a_wrong_command_line_is_told(arguments, says, refusal):
+    assert says in "\n".join(map(str, refusal(*arguments)))
+
+
+def test_the_environment_is_named_where_it_is_wrong(refusal):
+    (problem,) = refusal(environ={"COMM_BACKEND": "glooo"})
+    assert problem.source == "COMM_BACKEND"
+    assert problem.nearest == "gloo"
+
+
+def test_a_missing_file_says_what_is_there(write, refusal):
+    write("", "configs/debug/debug.toml")
+    told = str(refusal(write("", "x.toml").with_name("configs") / "debug" / "debgu.toml")[0])
+    assert "no such file" in told
+    assert "did you mean: configs/debug/debug.toml" in told
+    assert "choose one of configs/debug/debug.toml" in told
+
+
+def test_a_folder_or_bytes_are_no_configuration(tmp_path, refusal):
+    assert "a folder where a TOML file is needed" in str(refusal(tmp_path)[0])
+    (tmp_path / "latin.toml").write_bytes(b'[job]\ndescription = "caf\xe9"')
+    assert "not UTF-8" in str(refusal(tmp_path / "latin.toml")[0])
