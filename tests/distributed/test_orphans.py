@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -72,3 +73,45 @@ def test_ranks_of_a_bare_torchrun_die_with_it_and_free_their_folder(tmp_path: Pa
         assert wait_until(lambda: not any(is_alive(pid) for pid in ranks), 5)
     finally:
         running.kill_all()
+
+
+TINY = ["--model.n_layers=1", "--model.dim=32", "--model.n_heads=2", "--model.n_kv_heads=2", "--model.ffn_dim=64"]
+TINY += ["--training.seq_len=64", "--profiling.no_enable_profiling", "--metrics.log_freq=1"]
+
+
+def steps_of(metrics: Path) -> list[tuple[int, int]]:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(record["attempt"], record["step"]) for record in records]
+
+
+@pytest.mark.slow
+def test_a_killed_training_can_be_started_again_at_once(tmp_path: Path) -> None:
+    """The real trainer: SIGKILL the launcher in mid-run, and start the next run in the same folder without waiting."""
+    command = [*RUN_TRAIN, *TINY, "--job.dump_folder", str(tmp_path)]
+    running = Running([*command, "--training.steps", "100000"], {"NGPU": "2"})
+    try:
+        assert wait_until(lambda: len(steps_of(tmp_path / "metrics.jsonl")) >= 3, 120)
+        running.process.kill()
+        again = launch([*command, "--training.steps", "2"], {"NGPU": "2"}, timeout=120)
+    finally:
+        running.kill_all()
+    assert again.code == 0, again.err
+    assert steps_of(tmp_path / "metrics.jsonl")[-2:] == [(2, 1), (2, 2)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_training_and_is_named(tmp_path: Path) -> None:
+    """The real trainer: the survivors fail with gloo's errors, and what is shown last is the kill."""
+    running = Running(
+        [*RUN_TRAIN, *TINY, "--job.dump_folder", str(tmp_path), "--training.steps", "100000"], {"NGPU": "2"}
+    )
+    try:
+        assert wait_until(lambda: len(steps_of(tmp_path / "metrics.jsonl")) >= 3, 120)
+        held_by = int((tmp_path / ".lock").read_text().split()[1])  # rank 0
+        os.kill(held_by, signal.SIGKILL)
+        ended = running.end(60)
+    finally:
+        running.kill_all()
+    assert ended.code == 1
+    assert f"rank 0 (process {held_by}) was killed by SIGKILL" in ended.err.rstrip().splitlines()[-2]

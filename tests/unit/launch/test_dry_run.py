@@ -1,0 +1,91 @@
+"""DRY_RUN: every shipped file, what it says, and that it is quick."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+from launching import ROOT, RUN_TRAIN, launch
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import Run, read
+from quadriga.launch.dry_run import static_memory
+from quadriga.launch.supervisor import main
+from quadriga.models.registry import catalogue, count_parameters
+
+SHIPPED = sorted(path.parent.name for path in ROOT.glob("configs/*/*.toml"))
+
+
+def shipped(name: str) -> str:
+    return str(ROOT / "configs" / name / f"{name}.toml")
+
+
+def run_of(*argv: str, world_size: int) -> Run:
+    return read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_file(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([], {"CONFIG_FILE": shipped(name), "NGPU": "8", "DRY_RUN": "1"}) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "on 8 ranks" in shown.out
+    assert "FSDP over 8" in shown.out
+    if name == "debug":
+        assert shown.out.endswith("Ready to train.\n")
+    else:  # the tokenizer has to be downloaded first, and the dry run says how
+        assert "Before it can train:" in shown.out
+        assert "scripts/download_hf_assets.py" in shown.out
+        assert shown.out.count("no tokenizer is there") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_in_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], {"CONFIG_FILE": shipped("llama3_8b"), "DRY_RUN": "1"}) == 0
+    shown = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in shown
+    assert "4 data-parallel ranks x 2 sequences = 8 sequences of 512 tokens = 4,096 tokens a step" in shown
+    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB a rank" in shown
+    assert "96.4 GB" in shown
+
+
+def test_it_is_quick_and_needs_no_device() -> None:
+    """The processor time of the whole command stays under a second; so does the wall clock where nothing else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environ = {"CONFIG_FILE": shipped("llama3_8b"), "DRY_RUN": "1", "COMM_BACKEND": "nccl"}
+    ended = launch(RUN_TRAIN, environ)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.code == 0, ended.err
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 1.0
+
+
+SMALL = ("--training.seq_len=64", "--training.local_batch_size=2")
+
+
+def test_static_memory_follows_the_layout() -> None:
+    parameters = count_parameters(run_of(*SMALL, world_size=1).spec.model)
+    alone = static_memory(run_of(*SMALL, world_size=1))
+    assert (alone.parameters, alone.total) == (4 * parameters, 16 * parameters)
+    sharded = static_memory(run_of(*SMALL, world_size=4))
+    assert sharded.total == alone.total / 4
+    copies = ("--parallelism.data_parallel_replicate_degree=4", "--parallelism.data_parallel_shard_degree=1")
+    assert static_memory(run_of(*SMALL, *copies, world_size=4)).total == alone.total
+    half = static_memory(run_of(*SMALL, "--training.dtype=bfloat16", world_size=4))
+    assert half.total == sharded.total / 2
+
+
+@pytest.mark.parametrize(("reduce", "whole"), [("once", True), ("every_micro_batch", False)])
+def test_gradients_kept_whole_are_counted(reduce: str, whole: bool) -> None:
+    run = run_of(*SMALL, "--training.global_batch_size=16", f"--parallelism.reduce_gradients={reduce}", world_size=4)
+    parameters = count_parameters(run.spec.model)
+    assert run.spec.accumulation_steps == 2
+    assert static_memory(run).gradients == (4 * parameters if whole else parameters)
+
+
+def test_help_tells_variables_keys_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"], {}) == 0
+    shown = capsys.readouterr().out
+    for word in ("NGPU", "RDZV_ENDPOINT", "Exit codes", "--training.steps", "--parallelism.tensor_parallel_degree"):
+        assert word in shown
