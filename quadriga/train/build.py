@@ -1,0 +1,241 @@
+"""The composition root: the one place where a whole configuration becomes the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadriga.checkpoint.manager import CheckpointManager
+from quadriga.checkpoint.states import ModelState, OptimizerState
+from quadriga.comm import collectives, process_group
+from quadriga.comm.backend import BACKENDS, choose
+from quadriga.comm.mesh import Mesh, build_mesh
+from quadriga.config import Run
+from quadriga.config.schema import Training
+from quadriga.data.loader import build_loader
+from quadriga.data.tokenizer import build_tokenizer
+from quadriga.hardware import find_device
+from quadriga.metrics.jsonl import next_attempt
+from quadriga.metrics.loggers import JSONL_NAME, Logger, build_loggers
+from quadriga.metrics.meter import Meter, Record
+from quadriga.metrics.profiler import Profiler
+from quadriga.models import registry
+from quadriga.optim.optimizer import build_optimizer
+from quadriga.optim.schedule import build_schedule, wind_to
+from quadriga.parallel.compile import maybe_compile_loss
+from quadriga.parallel.materialize import materialize
+from quadriga.parallel.parallelize import parallelize
+from quadriga.train.record import write_record
+from quadriga.train.state import TrainState
+from quadriga.train.step import Recipe, summed_cross_entropy
+from quadriga.train.validate import Validator
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop calls. The run's moving parts are in `state`; nothing else changes but `last_record`."""
+
+    run: Run
+    backend: str
+    device: torch.device
+    mesh: Mesh
+    state: TrainState
+    recipe: Recipe
+    meter: Meter
+    loggers: list[Logger]
+    profiler: Profiler
+    checkpoints: CheckpointManager
+    validator: Validator | None
+    last_record: Record | None = None  # of a training step
+
+    def write(self, record: Record | None) -> None:
+        """Give a record to every logger; None, between logging steps, to nobody."""
+        if record is not None:
+            self.last_record = record if record["kind"] == "train" else self.last_record
+            for logger in self.loggers:
+                logger.write(record)
+
+    def saved_tensors(self) -> dict[str, ModelState | OptimizerState]:
+        model = [self.state.model]
+        return {"model": ModelState(model), "optimizer": OptimizerState(model, [self.state.optimizer])}
+
+    def close(self) -> None:
+        """Wait for what is still being written, and end the threads."""
+        self.state.loader.close()
+        if self.validator is not None:
+            self.validator.loader.close()
+        self.checkpoints.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def build(run: Run, environ: Mapping[str, str]) -> Trainer:
+    """Build every part in the order of need, and go on from the newest checkpoint where there is one."""
+    config, spec = run.config, run.spec
+    set_numerics(run)
+    backend = choose(config.comm.backend, torch.cuda.is_available())
+    device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
+    mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
+    attempt = next_attempt(Path(spec.folders.dump, JSONL_NAME))
+    if collectives.rank() == 0:
+        write_record(Path(spec.folders.dump), config, backend, spec.world_size)
+
+    tokenizer = build_tokenizer(config.model.hf_assets_path)
+    rows = range(mesh.batch_rank * spec.rows_per_rank, (mesh.batch_rank + 1) * spec.rows_per_rank)
+    loader = build_loader(
+        config.training.dataset,
+        config.training.dataset_path,
+        tokenizer,
+        seed=spec.seed,
+        seq_len=spec.seq_len,
+        global_batch_size=spec.global_batch_size,
+        rows=rows,
+        dataloader=config.training.dataloader,
+    )
+
+    model = build_model(run, mesh, device)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    schedule = build_schedule(optimizer, config.lr_scheduler, spec.steps)
+    state = TrainState(model, optimizer, schedule, loader, attempt=attempt)
+    recipe = Recipe(
+        loss=maybe_compile_loss(summed_cross_entropy, config.compile),
+        device=device,
+        micro_batch_rows=spec.local_batch_size,
+        tokens_per_step=spec.tokens_per_step,
+        max_norm=config.training.max_norm,
+        reduce_gradients=spec.reduce_gradients,
+    )
+    checkpoints = CheckpointManager(config.checkpoint, spec.folders.checkpoint, process_group.host_group())
+    resume(state, checkpoints)
+    return Trainer(
+        run=run,
+        backend=backend,
+        device=device,
+        mesh=mesh,
+        state=state,
+        recipe=recipe,
+        meter=Meter(
+            config.metrics,
+            steps=spec.steps,
+            first_step=state.step + 1,
+            tokens_seen=state.tokens_seen,
+            attempt=attempt,
+            devices=spec.world_size,
+            flops_per_token=registry.flops_per_token(spec.model, spec.seq_len),
+            peak_flops=peak_flops(device, config.training),
+            device=device,
+        ),
+        loggers=build_loggers(
+            config.metrics,
+            spec.folders,
+            rank=collectives.rank(),
+            steps=spec.steps,
+            first_step=state.step + 1,
+            title=config.job.description,
+            config=config.model_dump(mode="json"),
+        ),
+        profiler=Profiler(
+            config.profiling,
+            spec.folders,
+            rank=collectives.rank(),
+            device=device,
+            first_step=state.step + 1,
+            steps=spec.steps,
+        ),
+        checkpoints=checkpoints,
+        validator=build_validator(run, mesh, recipe, tokenizer) if config.validation.enable else None,
+    )
+
+
+def build_model(run: Run, mesh: Mesh, device: torch.device) -> nn.Module:
+    """On meta, cut, then made real: no rank ever holds what it does not keep."""
+    config, spec = run.config, run.spec
+    plan = registry.parallel_plan(spec.model)
+    with torch.device("meta"):
+        model = registry.build_model(spec.model).to(getattr(torch, config.training.dtype))
+    parallelize(
+        model,
+        plan,
+        mesh,
+        parallelism=config.parallelism,
+        training=config.training,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        reshard_after_forward=spec.reshard_after_forward,
+    )
+    held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
+    materialize(model, plan.parameters, spec.seed, held_on)
+    return model
+
+
+def build_validator(run: Run, mesh: Mesh, recipe: Recipe, tokenizer: Any) -> Validator:
+    section = run.config.validation
+    share = section.local_batch_size
+    loader = build_loader(
+        section.dataset,
+        section.dataset_path,
+        tokenizer,
+        seed=run.spec.seed,
+        seq_len=section.seq_len,
+        global_batch_size=share * mesh.batch_degree,
+        rows=range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
+        dataloader=section.dataloader,
+        infinite=False,
+    )
+    return Validator(loader, recipe.loss, recipe.device, section.freq, section.steps)
+
+
+def resume(state: TrainState, checkpoints: CheckpointManager) -> None:
+    """Put the state where the newest checkpoint stood; leave it alone where there is none."""
+    found = checkpoints.find()
+    if found is None:
+        return
+    model = [state.model]
+    checkpoints.load(found, {"model": ModelState(model), "optimizer": OptimizerState(model, [state.optimizer])})
+    if found.resume:
+        restore_extra(state, found.extra)
+
+
+def saved_extra(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
+    data = state.loader.state_dict()
+    for other in collectives.all_gather_objects(data["lanes"]):
+        data["lanes"].update(other)
+    return {
+        "train_state": {"step": state.step, "tokens_seen": state.tokens_seen, "attempt": state.attempt},
+        "lr_scheduler": {"done": state.schedule.last_epoch},
+        "dataloader": data,
+    }
+
+
+def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
+    """The reverse of `saved_extra`; parts that `checkpoint.exclude_from_loading` took out stay as they are."""
+    if "train_state" in extra:
+        state.step = extra["train_state"]["step"]
+        state.tokens_seen = extra["train_state"]["tokens_seen"]
+    if "lr_scheduler" in extra:
+        wind_to(state.schedule, extra["lr_scheduler"]["done"])
+    if "dataloader" in extra:
+        state.loader.load_state_dict(extra["dataloader"])
+
+
+def set_numerics(run: Run) -> None:
+    """What holds for the whole process: seed, determinism, and how float32 matrices are multiplied."""
+    debug = run.config.debug
+    torch.manual_seed(run.spec.seed)
+    torch.set_float32_matmul_precision(run.config.training.float32_matmul_precision)
+    if debug.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)
+
+
+def peak_flops(device: torch.device, training: Training) -> float | None:
+    """The dense peak of this device in FLOP/s at the computing dtype; None where the device is not in the table."""
+    if device.type != "cuda":
+        return None
+    known = find_device(torch.cuda.get_device_name(device))
+    return known.peak_flops(training.mixed_precision_param, training.float32_matmul_precision) if known else None

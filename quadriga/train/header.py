@@ -1,0 +1,88 @@
+"""What a run says of itself before its first step and after its last."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import quadriga
+from quadriga.checkpoint import folder as checkpoint_folder
+from quadriga.comm import collectives
+from quadriga.config import Run, to_toml, words
+from quadriga.log import logger
+from quadriga.models import registry
+from quadriga.train.build import Trainer
+from quadriga.units import show_count, show_seconds
+
+
+def show(trainer: Trainer) -> None:
+    """The header: what, where, layout, batch arithmetic, parameters, backend. To the log."""
+    run, spec, state = trainer.run, trainer.run.spec, trainer.state
+    for notice in spec.notices:
+        logger.info("notice: %s", notice)
+    logger.info("quadriga %s: %s", quadriga.__version__, run.config.job.description)
+    for name, text in lines(trainer):
+        logger.info("  %-10s %s", name, text)
+    if state.step:
+        logger.info("resumed: step %d of %d is done (attempt %d)", state.step, spec.steps, state.attempt)
+    if run.config.job.print_config:
+        logger.info("\n%s", to_toml(run.config))
+
+
+def lines(trainer: Trainer) -> list[tuple[str, str]]:
+    config, spec, model = trainer.run.config, trainer.run.spec, trainer.run.spec.model
+    parameters = show_count(registry.count_parameters(model))
+    shape = (
+        f"{model.n_layers} layers, {model.dim:,} wide, {model.n_heads} heads ({model.n_kv_heads} for keys and values)"
+    )
+    place = f" at {config.training.dataset_path}" if config.training.dataset_path else ""
+    rows = [
+        ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
+        ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
+        ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
+        ("layout", words.strategy(spec)),
+        ("batch", words.batch(spec)),
+        ("length", f"{words.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
+        ("formats", words.formats(trainer.run)),
+        ("recompute", words.recompute(config.activation_checkpoint)),
+        ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
+        ("run folder", spec.folders.dump),
+    ]
+    if spec.accumulation_steps > 1 and spec.degrees.batch > 1:
+        how = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
+        rows.insert(5, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
+    return rows
+
+
+def say_if_finished(run: Run) -> bool:
+    """Whether the newest checkpoint is the last step already; then say so, and how to go on from there."""
+    section, spec = run.config.checkpoint, run.spec
+    found = checkpoint_folder.find(Path(spec.folders.checkpoint), section.load_step)
+    if found is None or found.step < spec.steps:
+        return False
+    logger.info("this run is finished: %s is step %d of %d", found.path, found.step, spec.steps)
+    logger.info("to extend it:         add --training.steps %d", 2 * found.step)
+    logger.info("to start another one: add --job.dump_folder FOLDER, or remove %s", spec.folders.dump)
+    return True
+
+
+def summarize(trainer: Trainer, seconds: float) -> None:
+    """The result of a run, to standard output, from rank 0: what it reached and where everything is."""
+    if collectives.rank() != 0:
+        return
+    spec, config, state = trainer.run.spec, trainer.run.config, trainer.state
+    last = trainer.last_record
+    print(
+        f"\nfinished: {state.step:,} steps, {show_count(state.tokens_seen)} tokens in {show_seconds(seconds)}", end=""
+    )
+    print(f", loss {last['loss']:.4f}" if last else "")
+    places = [("metrics", str(Path(spec.folders.dump, "metrics.jsonl")))]
+    if config.metrics.enable_tensorboard:
+        places.append(("curves", f"tensorboard --logdir {spec.folders.tensorboard}"))
+    if config.profiling.enable_profiling:
+        places.append(("traces", f"{spec.folders.traces}/iteration_N/rankK_trace.json.gz"))
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        places.append(("checkpoint", f"{spec.folders.checkpoint}/step-{state.step}"))
+    for name, place in places:
+        print(f"  {name:<10} {place}")
+    sys.stdout.flush()

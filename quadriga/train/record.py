@@ -1,0 +1,79 @@
+"""What a run folder says of itself: the configuration as resolved, and the machine that it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quadriga
+from quadriga.config import JobConfig, to_toml
+
+LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
+VARIABLES = ("COMM_BACKEND", "NNODES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "LOG_RANK")
+
+
+def write_record(folder: Path, config: JobConfig, backend: str, world_size: int) -> None:
+    """Write `config.toml` and `environment.json` into the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    environment = json.dumps(describe_environment(backend, world_size), indent=2)
+    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+
+
+def describe_environment(backend: str, world_size: int) -> dict[str, Any]:
+    """Versions, devices, git commit and command: enough to explain the run a year later."""
+    return {
+        "quadriga": quadriga.__version__,
+        "git": git_state(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "libraries": {name: version for name in LIBRARIES if (version := installed_version(name))},
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu": {
+            "architecture": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads_per_rank": torch.get_num_threads(),
+        },
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "world_size": world_size,
+        "backend": backend,
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree was changed; None outside a checkout."""
+    root = Path(quadriga.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit, changed = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
+    return {"commit": commit, "changed": bool(changed)} if commit else None
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,27 @@
+"""What changes from step to step, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from quadriga.data.loader import Loader
+
+
+@dataclass
+class TrainState:
+    """The moving parts of a run. `step` counts finished optimizer steps; `tokens_seen` the tokens they trained on.
+
+    `attempt` counts the starts of this run in its folder, from 1; replayed steps carry the higher attempt.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    loader: Loader
+    step: int = 0
+    tokens_seen: int = 0
+    attempt: int = 1

@@ -1,0 +1,93 @@
+"""Who may import whom. The table is that of docs/architecture.md; imports inside functions count."""
+
+from __future__ import annotations
+
+import pytest
+from tree import PACKAGE, Import, imports, room, room_of_module, sources
+
+GROUND = {"errors", "units", "hardware", "log"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "": set(),
+    "errors": set(),
+    "units": set(),
+    "hardware": set(),
+    "log": set(),
+    "processes": {"errors"},
+    "config": {"errors", "units", "hardware"},
+    "comm": GROUND | {"config"},
+    "data": GROUND | {"config"},
+    "optim": GROUND | {"config"},
+    "metrics": GROUND | {"config"},
+    "models": {"errors", "units", "config"},
+    "parallel": {"models", "comm", "errors", "units", "log", "config"},
+    "checkpoint": {"errors", "units", "log", "config"},
+    "train": GROUND | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"},
+    "launch": GROUND | {"processes", "config", "models", "comm"},
+    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics"},
+}
+
+# Where only one corner of a room may be seen. The first matching prefix decides.
+ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
+    ("models", "config"): ("quadriga.config.model_spec",),
+    ("parallel", "models"): ("quadriga.models.plan",),
+    ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
+    ("launch", "comm"): ("quadriga.comm.backend",),
+    ("cli", "comm"): ("quadriga.comm.backend",),
+    ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
+    ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
+    ("optim", "config"): ("quadriga.config.schema",),
+    ("metrics", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
+    ("parallel", "config"): ("quadriga.config.schema",),
+    ("checkpoint", "config"): ("quadriga.config.schema",),
+}
+
+# Imports inside functions are for start-up, and only here.
+LAZY_ROOMS = {"cli", "launch"}
+LAZY_FILES = {"models/registry.py", "__init__.py", "train/build.py", "train/__main__.py"}
+LAZY_READERS = {"datasets", "pyarrow", "pyarrow.parquet", "tiktoken", "wandb", "tiktoken.load", "huggingface_hub"}
+
+
+def ours(path_imports: list[Import]) -> list[Import]:
+    return [found for found in path_imports if found.module.split(".")[0] == "quadriga"]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_pass_the_walls(path):
+    here = room(path)
+    assert here in MAY_IMPORT, f"{here} is no room of the plan: add it to the table and to docs/architecture.md"
+    for found in ours(list(imports(path))):
+        there = room_of_module(found.module)
+        if there in (here, ""):
+            continue
+        assert there in MAY_IMPORT[here], f"{found}: {here} may not import {there}"
+        allowed = ONLY_FROM.get((here, there))
+        assert allowed is None or found.module.startswith(allowed), f"{found}: {here} sees only {allowed} of {there}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_inside_functions_are_listed(path):
+    if room(path) in LAZY_ROOMS or str(path.relative_to(PACKAGE)) in LAZY_FILES:
+        return
+    late = [found for found in imports(path) if found.inside_function and found.module not in LAZY_READERS]
+    assert not late, "; ".join(map(str, late))
+
+
+def test_the_card_is_not_seen_by_training():
+    for path in sources():
+        if room(path) == "train":
+            assert all("config.card" not in found.module for found in imports(path)), path
+
+
+def test_the_model_does_not_know_it_will_be_cut():
+    for path in sources():
+        if room(path) == "models":
+            assert all(not found.module.startswith("torch.distributed") for found in imports(path)), path
+
+
+def test_arrows_go_one_way():
+    """No two rooms import each other, at any distance: the table has no cycle."""
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        free = {name for name, needs in MAY_IMPORT.items() if name not in done and needs <= done}
+        assert free, f"a cycle among {sorted(set(MAY_IMPORT) - done)}"
+        done |= free
