@@ -12,7 +12,7 @@ from quadriga.data.text import TextSource
 from quadriga.errors import Problem, UserError, nearest
 
 HUB_DATASETS = {"c4": "train", "c4_validation": "validation"}
-BUILTIN_DATASETS = {"builtin": False, "c4_test": False, "builtin_validation": True}  # name: is it the held-out part?
+BUILTIN_DATASETS = {"builtin": False, "builtin_validation": True}  # name: is it the held-out part?
 LOCAL_DATASETS = ("text", "jsonl", "parquet")
 
 

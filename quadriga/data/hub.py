@@ -25,10 +25,14 @@ class HubSource:
 
     def read(self, shard: int) -> Iterator[Record]:
         row = 0
-        for table in self._rows.shard(self.shards, shard).iter(ROWS_AT_ONCE):
-            for text in table.column("text").to_pylist():
-                yield Record(shard, row, text)
-                row += 1
+        try:
+            for table in self._rows.shard(self.shards, shard).iter(ROWS_AT_ONCE):
+                for text in table.column("text").to_pylist():
+                    yield Record(shard, row, text)
+                    row += 1
+        except Exception as error:  # of many kinds: the network's, the Hub's, and those of what parses the file
+            what = f"streaming {self._named} stopped in shard {shard} after row {row}: {error}"
+            raise RuntimeError(f"{what}. Checkpoints are not touched; start again to go on from the last") from error
 
     def parse(self, record: Record) -> Document:
         if isinstance(record.data, str):

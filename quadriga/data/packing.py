@@ -16,6 +16,7 @@ Window = npt.NDArray[np.int64]
 
 FIRST_GROUP = 1 << 13  # characters tokenized in the first call: small, since the first step waits for it
 MOST_GROUP = 1 << 17  # ... and at most in a later one
+DOCUMENT_OVERHEAD = 64  # what a document counts beside its characters, so that empty ones fill a group too
 
 
 class Place(NamedTuple):
@@ -36,7 +37,7 @@ def tokenized(documents: Iterable[tuple[Document, Place]], tokenizer: Tokenizer)
     waiting, enough = 0, FIRST_GROUP
     for document, place in documents:
         group.append((document, place))
-        waiting += len(document.text)
+        waiting += len(document.text) + DOCUMENT_OVERHEAD
         if waiting >= enough:
             yield from _encode(group, tokenizer)
             group, waiting, enough = [], 0, min(2 * enough, MOST_GROUP)

@@ -25,7 +25,7 @@ from quadriga.errors import Problem, UserError
 Ids = npt.NDArray[np.int32]
 
 BYTES = "builtin:bytes"
-LOOK_FOR = ("tokenizer.json", "original/tokenizer.model", "tokenizer.model")
+LOOK_FOR = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 FETCH = "python scripts/download_hf_assets.py fetches the tokenizer of Llama 3.1; builtin:bytes needs no file"
 
 # BOS and EOS by name, where tokenizer_config.json does not say.
@@ -61,11 +61,11 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 are the ids, then BOS, EOS and a pad id that no text holds."""
+    """The bytes of UTF-8 are the ids, then BOS and EOS."""
 
     bos_id = 256
     eos_id = 257
-    vocab_size = 259
+    vocab_size = 258
     fingerprint = "bytes"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:

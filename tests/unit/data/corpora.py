@@ -1,0 +1,77 @@
+"""Real files of every kind for the data tests: the same documents, written in each format."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quadriga.data.catalogue import open_source
+from quadriga.data.hub import HubSource
+from quadriga.data.sources import Source
+
+
+def texts(count: int) -> list[str]:
+    """Documents of many lines and very different lengths; every line of every document is unlike any other."""
+    return [
+        "".join(f"{i}.{line} Füße, 漢字, {'x' * (i % 7)}\n" for line in range(1 + i * 13 % 29)) for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
+    lines = "".join(json.dumps({"text": text, "url": "http://x"}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def jsonl(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    for part in range(3):
+        write_jsonl(folder / f"part{part}.jsonl", documents[part::3])
+    return open_source("jsonl", str(folder), lanes=lanes)
+
+
+def jsonl_gz(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    for part in range(3):
+        write_jsonl(folder / f"part{part}.jsonl.gz", documents[part::3])
+    return open_source("jsonl", str(folder / "part*.gz"), lanes=lanes)
+
+
+def c4(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    for part in range(5):
+        write_jsonl(folder / f"c4-train.{part:05d}-of-00005.json.gz", documents[part::5])
+    write_jsonl(folder / "c4-validation.00000-of-00001.json.gz", ["held out\n"])
+    return open_source("c4", str(folder), lanes=lanes)
+
+
+def hub(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    files = [write_jsonl(folder / f"c4-train.{part:05d}.json.gz", documents[part::5]) for part in range(5)]
+    return HubSource("json", None, "train", data_files=[str(file) for file in files])
+
+
+def text(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    for part in range(4):
+        (folder / f"part{part}.txt").write_text("".join(documents[part::4]), encoding="utf-8")
+    return open_source("text", str(folder), lanes=lanes)
+
+
+def text_gz(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    for part in range(2):
+        data = "".join(documents[part::2]).encode()
+        (folder / f"part{part}.txt.gz").write_bytes(gzip.compress(data))
+    return open_source("text", str(folder), lanes=lanes)
+
+
+def parquet(folder: Path, documents: Sequence[str], lanes: int) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    for part in range(2):
+        table = pyarrow.table({"url": ["http://x"] * len(documents[part::2]), "text": documents[part::2]})
+        pyarrow.parquet.write_table(table, folder / f"part{part}.parquet", row_group_size=9)
+    return open_source("parquet", str(folder), lanes=lanes)
+
+
+KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
+    made.__name__: made for made in (jsonl, jsonl_gz, c4, hub, text, text_gz, parquet)
+}
