@@ -33,14 +33,15 @@ def train(
     return read_metrics(folder / "metrics.jsonl")
 
 
-def one_rank(argv: list[str]) -> int:
+def one_rank(argv: list[str], log: bool = True) -> int:
     from quadriga.comm.backend import BACKENDS
     from quadriga.config import read
     from quadriga.log import start_logging
     from quadriga.models.registry import catalogue
     from quadriga.train.loop import run
 
-    start_logging()
+    if log:
+        start_logging()
     world_size = int(os.environ["WORLD_SIZE"])
     return run(
         read(argv, os.environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=True),
