@@ -1,0 +1,273 @@
+"""Files written for other trainers in this vocabulary load: the four Llama presets of v0.2.2, and one of v0.1.0's kind.
+
+The values are those of the published presets; each is read in a dry run from a folder that holds none of their assets.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.models.registry import catalogue
+
+COMMON = """
+[job]
+dump_folder = "./outputs"
+description = "a preset"
+print_config = false
+
+[profiling]
+enable_profiling = true
+save_traces_folder = "profile_trace"
+profile_freq = 100
+enable_memory_snapshot = false
+save_memory_snapshot_folder = "memory_snapshot"
+
+[metrics]
+log_freq = 10
+disable_color_printing = false
+enable_tensorboard = true
+save_tb_folder = "tb"
+enable_wandb = false
+
+[checkpoint]
+enable = false
+folder = "checkpoint"
+interval = 500
+last_save_model_only = true
+export_dtype = "float32"
+async_mode = "disabled"
+
+[quantize.linear.float8]
+enable_fsdp_float8_all_gather = false
+precompute_float8_dynamic_scale_for_fsdp = false
+filter_fqns = ["output"]
+
+[validation]
+enable = false
+dataset = "c4_validation"
+freq = 500
+steps = 1200
+"""
+
+PARALLELISM = """
+data_parallel_replicate_degree = 1
+data_parallel_shard_degree = -1
+fsdp_reshard_after_forward = "default"
+pipeline_parallel_degree = 1
+context_parallel_degree = 1
+"""
+
+PRESETS = {
+    "debug_model": f"""
+        {COMMON}
+        [model]
+        name = "llama3"
+        flavor = "debugmodel"
+        hf_assets_path = "./tests/assets/tokenizer"
+        [optimizer]
+        name = "AdamW"
+        lr = 8e-4
+        eps = 1e-8
+        [lr_scheduler]
+        warmup_steps = 2
+        decay_ratio = 0.8
+        decay_type = "linear"
+        min_lr_factor = 0.0
+        [training]
+        local_batch_size = 8
+        seq_len = 2048
+        max_norm = 1.0
+        steps = 10
+        dataset = "c4_test"
+        [training.dataloader]
+        num_workers = 0
+        [parallelism]
+        {PARALLELISM}
+        tensor_parallel_degree = 1
+        enable_async_tensor_parallel = false
+        pipeline_parallel_schedule = "Interleaved1F1B"
+        [activation_checkpoint]
+        mode = "selective"
+        selective_ac_option = "2"
+        [compile]
+        enable = false
+        components = ["model", "loss"]
+    """,
+    "llama3_8b": f"""
+        {COMMON}
+        [model]
+        name = "llama3"
+        flavor = "8B"
+        hf_assets_path = "./assets/hf/Llama-3.1-8B"
+        [optimizer]
+        name = "AdamW"
+        lr = 3e-4
+        eps = 1e-8
+        [lr_scheduler]
+        warmup_steps = 200
+        [training]
+        local_batch_size = 1
+        seq_len = 8192
+        max_norm = 1.0
+        steps = 1000
+        dataset = "c4"
+        [parallelism]
+        {PARALLELISM}
+        tensor_parallel_degree = 1
+        [activation_checkpoint]
+        mode = "selective"
+        selective_ac_option = "op"
+        [compile]
+        enable = false
+        components = ["model", "loss"]
+    """,
+    "llama3_70b": f"""
+        {COMMON}
+        [model]
+        name = "llama3"
+        flavor = "70B"
+        hf_assets_path = "./assets/hf/Llama-3.1-70B"
+        [optimizer]
+        name = "AdamW"
+        lr = 1.5e-4
+        eps = 1e-8
+        [lr_scheduler]
+        warmup_steps = 200
+        [training]
+        local_batch_size = 8
+        seq_len = 8192
+        max_norm = 1.0
+        steps = 1000
+        dataset = "c4"
+        [parallelism]
+        {PARALLELISM}
+        tensor_parallel_degree = 8
+        [activation_checkpoint]
+        mode = "full"
+        [compile]
+        enable = false
+        components = ["model", "loss"]
+    """,
+    "llama3_405b": f"""
+        {COMMON}
+        [model]
+        name = "llama3"
+        flavor = "405B"
+        hf_assets_path = "./assets/hf/Llama-3.1-405B"
+        converters = ["float8"]
+        [optimizer]
+        name = "AdamW"
+        lr = 8e-5
+        eps = 1e-8
+        [lr_scheduler]
+        warmup_steps = 600
+        [training]
+        local_batch_size = 2
+        seq_len = 8192
+        max_norm = 1.0
+        steps = 3000
+        dataset = "c4"
+        [parallelism]
+        {PARALLELISM}
+        tensor_parallel_degree = 8
+        enable_async_tensor_parallel = true
+        [activation_checkpoint]
+        mode = "full"
+        [compile]
+        enable = true
+        components = ["model", "loss"]
+    """,
+}
+
+V010 = """
+[job]
+dump_folder = "./outputs"
+print_args = false
+use_for_integration_test = true
+[model]
+name = "llama3"
+flavor = "8B"
+tokenizer_path = "./assets/tokenizer/original/tokenizer.model"
+converters = []
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+[lr_scheduler]
+warmup_steps = 200
+lr_min = 0.1
+[training]
+local_batch_size = 1
+seq_len = 8192
+steps = 1000
+compile = true
+dataset = "c4"
+seed = 7
+deterministic = false
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+enable_async_tensor_parallel = false
+context_parallel_rotate_method = "allgather"
+pipeline_parallel_split_points = []
+enable_compiled_autograd = false
+[checkpoint]
+enable_checkpoint = false
+last_save_model_weights_only = false
+[memory_estimation]
+enabled = false
+[float8]
+enable_fsdp_float8_all_gather = false
+force_recompute_fp8_weight_in_bwd = false
+filter_fqns = ["output"]
+"""
+
+
+def dry_run(text, tmp_path, monkeypatch, ranks, training=False):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preset.toml").write_text(text)
+    argv = ["--job.config_file", "preset.toml"]
+    return read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=training)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "dp", "tp", "tokens"),
+    [
+        ("debug_model", 8, 8, 1, 8 * 8 * 2048),
+        ("llama3_8b", 8, 8, 1, 8 * 8192),
+        ("llama3_70b", 256, 32, 8, 32 * 8 * 8192),
+        ("llama3_405b", 512, 64, 8, 64 * 2 * 8192),
+    ],
+)
+def test_a_preset_of_v022_loads(name, ranks, dp, tp, tokens, tmp_path, monkeypatch):
+    spec = dry_run(PRESETS[name], tmp_path, monkeypatch, ranks).spec
+    assert (spec.degrees.dp_shard, spec.degrees.tp, spec.tokens_per_step) == (dp, tp, tokens)
+
+
+def test_the_debug_preset_trains_as_it_stands(tmp_path, monkeypatch):
+    spec = dry_run(PRESETS["debug_model"], tmp_path, monkeypatch, 4, training=True).spec
+    assert spec.tokenizer.kind == "bytes"
+    assert sum("is read as" in notice for notice in spec.notices) == 2
+
+
+def test_the_405b_preset_says_what_its_converter_means(tmp_path, monkeypatch):
+    run = dry_run(PRESETS["llama3_405b"], tmp_path, monkeypatch, 512)
+    assert run.config.model.converters == ("quantize.linear.float8",)
+    told = "\n".join(run.spec.notices)
+    for words in ('["float8"]', "does not support tensor parallelism", "does not support computing in 8 bits"):
+        assert words in told
+
+
+def test_a_file_of_v010_loads_with_a_notice_for_each_older_key(tmp_path, monkeypatch):
+    run = dry_run(V010, tmp_path, monkeypatch, 4)
+    assert run.config.compile.enable
+    assert run.spec.seed == 7
+    assert run.config.lr_scheduler.min_lr_factor == 0.1
+    assert run.config.model.hf_assets_path == "./assets/tokenizer/original/tokenizer.model"
+    assert run.config.quantize.linear.float8.filter_fqns == ("output",)
+    older = ["tokenizer_path", "lr_min", "training.compile", "training.seed", "training.deterministic", "rotate_method"]
+    older += ["split_points", "compiled_autograd", "enable_checkpoint", "last_save_model_weights_only", "print_args"]
+    older += ["memory_estimation.enabled", "float8.filter_fqns", "force_recompute", "use_for_integration_test"]
+    for key in older:
+        assert sum(key in notice for notice in run.spec.notices) >= 1, key

@@ -1,0 +1,138 @@
+"""Every shipped configuration loads, resolves at the number of GPUs that its card states, and its card is current."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from quadriga.cli.card import card_of, make_card, order_for
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.config.card import read_order
+from quadriga.models.registry import catalogue, count_parameters
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*/*.toml"))
+NAMES = {"debug", "llama3_1b", "llama3_3b", "llama3_8b", "llama3_70b", "llama3_405b"}
+
+
+def resolved(file, ranks, *arguments):
+    argv = ["--job.config_file", str(file), *arguments]
+    return read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)
+
+
+def stated_gpus(file):
+    return read_order(card_of(file).read_text(encoding="utf-8")).gpus
+
+
+def test_each_lies_in_a_folder_of_its_name():
+    assert {file.stem for file in FILES} == NAMES
+    assert all(file.stem == file.parent.name for file in FILES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_resolves_at_the_stated_number_of_gpus(file):
+    run = resolved(file, stated_gpus(file))
+    assert run.spec.world_size == stated_gpus(file)
+    assert run.spec.degrees.dp_shard == stated_gpus(file)
+    assert not [notice for notice in run.spec.notices if "is now" in notice or "does not support" in notice]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "debug"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("ranks", [1, 3, 8, 96])
+def test_all_but_debug_fit_any_number_of_ranks(file, ranks):
+    run = resolved(file, ranks)
+    assert run.config.parallelism.data_parallel_shard_degree == run.config.training.global_batch_size == -1
+    assert run.spec.global_batch_size == ranks * run.config.training.local_batch_size
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_debug_trains_the_same_batches_on_every_layout(ranks):
+    spec = resolved(CONFIGS / "debug/debug.toml", ranks).spec
+    assert (spec.global_batch_size, spec.tokens_per_step) == (16, 4096)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_card_is_up_to_date(file):
+    assert card_of(file).read_text(encoding="utf-8") == make_card(order_for(file, None, None), file), "quadriga docs"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_card_leaves_no_placeholder_and_no_topic_out(file):
+    card = card_of(file).read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```|`[^`]*`|<!--.*?-->|</?(details|summary)>", "", card, flags=re.DOTALL)
+    assert not re.findall(r"<[^>]+>|\{[^}]*\}|\b(TODO|TBD|FIXME|XXX|None|nan)\b|\?\?|\.\.\.", prose)
+    run = resolved(file, stated_gpus(file))
+    for words in (
+        f"{count_parameters(run.spec.model):,} parameters",
+        f"FSDP over {stated_gpus(file)} GPUs" if stated_gpus(file) > 1 else "One GPU",
+        f"| total GPUs | {stated_gpus(file)} |",
+        f"{run.spec.steps:,} steps",
+        f"{run.spec.tokens_per_step:,} tokens a step",
+        f"the model computes in {run.config.training.mixed_precision_param}",
+        "| recompute |",
+        "| compile |",
+        "| profiling |",
+        "| checkpoints |",
+        f"`{run.spec.folders.dump}/metrics.jsonl`",
+        "./run_train.sh",
+        "torchtitan/train.py --job.config_file",
+        "DRY_RUN=1",
+        *(f"`{name}`" for name in ("CONFIG_FILE", "NGPU", "COMM_BACKEND", "LOG_RANK", "DRY_RUN", "HF_TOKEN")),
+        "tensorboard --logdir",
+        "**Out of memory.**",
+        "**Communication backend.**",
+        "**Missing assets.**",
+        "`pipeline_parallel_degree`",
+        "## Hardware",
+    ):
+        assert words in card, words
+
+
+def test_debug_has_the_values_that_are_written_down():
+    config = resolved(CONFIGS / "debug/debug.toml", 4).config
+    assert (config.model.name, config.model.flavor, config.model.hf_assets_path) == (
+        "llama3",
+        "debugmodel",
+        "builtin:bytes",
+    )
+    training = config.training
+    assert (training.dataset, training.local_batch_size, training.seq_len) == ("builtin", 2, 256)
+    assert (training.steps, config.lr_scheduler.warmup_steps, config.optimizer.lr) == (200, 20, 8e-4)
+    assert (training.dtype, training.mixed_precision_param, training.max_norm) == ("float32", "float32", 1.0)
+    assert (config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option) == ("selective", "2")
+    assert not config.compile.enable
+    assert config.profiling.enable_profiling
+    assert config.profiling.profiler_active == 5
+    assert config.metrics.enable_tensorboard
+    assert config.checkpoint.enable
+    assert not config.checkpoint.last_save_model_only
+
+
+def test_the_reference_has_the_values_that_are_written_down():
+    file = CONFIGS / "llama3_8b/llama3_8b.toml"
+    config = resolved(file, 4).config
+    assert (config.model.flavor, config.model.hf_assets_path) == ("8B", "./assets/hf/Llama-3.1-8B")
+    training = config.training
+    assert (training.dataset, training.local_batch_size, training.global_batch_size, training.seq_len) == (
+        "c4",
+        2,
+        -1,
+        512,
+    )
+    assert (training.steps, config.lr_scheduler.warmup_steps) == (200, 50)
+    assert (config.optimizer.name, config.optimizer.lr) == ("AdamW", 3e-4)
+    assert (training.dtype, training.mixed_precision_param, training.max_norm) == ("float32", "float32", 1.0)
+    assert (config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option) == ("selective", "op")
+    assert not config.compile.enable
+    assert not config.checkpoint.enable
+    assert config.profiling.enable_profiling
+    assert config.metrics.enable_tensorboard
+    written = tomllib.loads(file.read_text())
+    assert written["training"]["dtype"] == written["training"]["mixed_precision_param"] == "float32"
+    degrees = written["parallelism"]
+    assert [degrees[f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context")] == [1, 1, 1]
+    assert stated_gpus(file) == 4

@@ -1,0 +1,105 @@
+"""One source of words: every key is explained, the JSON Schema agrees with the door, the page is up to date."""
+
+from __future__ import annotations
+
+import tomllib
+
+import jsonschema
+import pytest
+
+from quadriga.config import JobConfig, support, to_toml, vocabulary
+from quadriga.config.help import print_keys
+from quadriga.config.keys import KEYS, show
+from quadriga.config.reference import documentation, json_schema, reference_page
+from quadriga.config.schema import Section
+
+
+def test_every_key_has_a_sentence_of_its_own():
+    told = documentation()
+    assert told.keys() == KEYS.keys()
+    for name, words in told.items():
+        assert words[0].isupper() or words[0] in "`[", name
+        assert words.endswith("."), name
+        assert "\n" not in words, name
+
+
+def test_every_section_is_frozen_and_closed():
+    for key in KEYS.values():
+        assert issubclass(key.section, Section)
+        assert key.section.model_config["frozen"]
+        assert key.section.model_config["extra"] == "forbid"
+
+
+def test_every_default_is_a_value_that_is_allowed():
+    """Pydantic does not check defaults: a wrong one would only be found when it is written out and read again."""
+    assert JobConfig.model_validate(JobConfig().model_dump()) == JobConfig()
+
+
+def test_older_names_lead_to_keys_of_today_and_are_none_themselves():
+    for old, new in vocabulary.RENAMED.items():
+        assert new in KEYS
+        assert old not in KEYS
+    assert not (vocabulary.REMOVED.keys() | vocabulary.REFUSED.keys()) & KEYS.keys()
+    assert vocabulary.RENAMED_VALUES.keys() <= vocabulary.RENAMED.keys()
+
+
+def test_what_is_not_built_is_off_by_default():
+    for missing in support.NOT_BUILT:
+        assert set(missing.keys) <= KEYS.keys()
+        assert not missing.asked_for(JobConfig())
+
+
+def test_the_page_is_up_to_date(root):
+    assert (root / "docs" / "configuration.md").read_text(encoding="utf-8") == reference_page(), "run: quadriga docs"
+
+
+def test_the_page_tells_every_key_with_its_default():
+    page = reference_page()
+    for name, key in KEYS.items():
+        assert f"| `{name.rpartition('.')[2]}` |" in page
+        assert f"`{show(key.default)}`" in page
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return json_schema()
+
+
+def test_the_json_schema_is_one_and_accepts_what_the_door_accepts(root, schema):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate(tomllib.loads(to_toml(JobConfig())))
+    for file in root.glob("configs/*/*.toml"):
+        validator.validate(tomllib.loads(file.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[trainning]",
+        "[training]\nstepz = 1",
+        '[training]\nsteps = "many"',
+        "[training]\nseq_len = 0",
+        '[training]\ndtype = "float8"',
+        "[optimizer]\nlr = -1.0",
+        "extends = 3",
+    ],
+)
+def test_the_json_schema_refuses_what_the_door_refuses(text, write, refusal, schema):
+    assert not jsonschema.Draft202012Validator(schema).is_valid(tomllib.loads(text))
+    assert refusal(write(text))
+
+
+def test_the_json_schema_carries_the_words(schema):
+    assert schema["$defs"]["Training"]["properties"]["seq_len"]["description"] == documentation()["training.seq_len"]
+    assert schema["additionalProperties"] is False
+
+
+def test_help_prints_all_keys_or_those_that_are_asked_for(capsys):
+    print_keys()
+    everything = capsys.readouterr().out
+    assert all(f"--{name}" in everything for name in KEYS)
+    print_keys(["memory_budget"])
+    some = capsys.readouterr().out
+    assert "--activation_checkpoint.memory_budget" in some
+    assert "--training.steps" not in some

@@ -1,0 +1,217 @@
+"""What follows from a configuration: degrees, batch arithmetic, when gradients are reduced, folders, notices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quadriga.config.resolve import count_parameters
+from quadriga.models import registry
+
+SIZES = [spec for family in registry.catalogue().values() for spec in family.values()]
+
+
+@pytest.mark.parametrize("spec", SIZES, ids=lambda spec: spec.flavor)
+def test_parameters_are_counted_as_the_model_counts_them(spec):
+    assert count_parameters(spec) == registry.count_parameters(spec)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(
+    replicate=st.integers(1, 4),
+    shard=st.integers(1, 4),
+    local=st.integers(1, 5),
+    accumulation=st.integers(1, 4),
+    resolved=st.booleans(),
+)
+def test_the_batch_is_what_its_factors_say(replicate, shard, local, accumulation, resolved, door):
+    ranks = replicate * shard
+    total = ranks * local * accumulation
+    run = door(
+        f"--parallelism.data_parallel_replicate_degree={replicate}",
+        f"--parallelism.data_parallel_shard_degree={-1 if resolved else shard}",
+        f"--training.local_batch_size={local}",
+        f"--training.global_batch_size={-1 if accumulation == 1 and resolved else total}",
+        ranks=ranks,
+    )
+    spec = run.spec
+    assert spec.degrees.world_size == spec.world_size == ranks
+    assert (spec.degrees.dp_replicate, spec.degrees.dp_shard) == (replicate, shard)
+    assert spec.global_batch_size == total
+    assert spec.accumulation_steps == accumulation
+    assert spec.rows_per_rank == local * accumulation
+
+
+def test_without_a_number_of_ranks_there_are_as_many_as_the_degrees_ask_for(door):
+    degrees = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "4"]
+    spec = door(*degrees, ranks=None, training=False).spec
+    assert (spec.world_size, spec.degrees.dp_shard) == (8, 1)
+    spec = door(*degrees, "--parallelism.data_parallel_shard_degree", "3", ranks=None, training=False).spec
+    assert spec.world_size == 24
+
+
+def test_single_dimensions_override_the_flavor(door):
+    spec = door(
+        *("--model.flavor", "8B", "--model.n_layers", "2", "--model.dim", "128", "--model.n_heads", "4"),
+        *("--model.n_kv_heads", "2", "--model.ffn_dim", "96", "--model.vocab_size", "512", "--model.tie_embeddings"),
+        *("--model.rope_theta", "10000"),
+    ).spec.model
+    assert (spec.n_layers, spec.dim, spec.n_heads, spec.n_kv_heads) == (2, 128, 4, 2)
+    assert (spec.ffn_dim, spec.vocab_size, spec.tie_embeddings, spec.rope_theta) == (96, 512, True, 10000.0)
+    assert spec.flavor == "8B"
+    assert spec.rope_scaling is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "choice"),
+    [
+        ([], 4, "once"),
+        (["--training.global_batch_size", "64"], 4, "once"),
+        (["--model.flavor", "8B", "--training.global_batch_size", "64"], 4, "every_micro_batch"),
+        (["--model.flavor", "8B", "--training.global_batch_size", "64"], 1, "once"),
+        (
+            ["--model.flavor", "8B", "--training.global_batch_size", "64", "--parallelism.reduce_gradients", "once"],
+            4,
+            "once",
+        ),
+    ],
+)
+def test_gradients_are_reduced_once_a_step_where_memory_allows(arguments, ranks, choice, door):
+    spec = door(*arguments, ranks=ranks).spec
+    assert spec.reduce_gradients == choice
+    assert spec.reduce_reason
+
+
+@pytest.mark.parametrize(
+    ("policy", "pp", "frees"),
+    [("default", 1, True), ("default", 2, False), ("always", 2, True), ("never", 1, False)],
+)
+def test_gathered_parameters_are_freed_unless_there_is_a_pipeline(policy, pp, frees, door):
+    arguments = ["--parallelism.fsdp_reshard_after_forward", policy, "--parallelism.pipeline_parallel_degree", str(pp)]
+    assert door(*arguments, ranks=pp, training=False).spec.reshard_after_forward is frees
+
+
+def test_folders_lie_in_the_run_folder(door):
+    folders = door("--job.dump_folder", "out/a", "--checkpoint.folder", "saves").spec.folders
+    assert (folders.dump, folders.checkpoint, folders.traces) == ("out/a", "out/a/saves", "out/a/profile_trace")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--training.steps", "10"], "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10"),
+        (["--training.steps", "10"], "the ramp is cut off, not rescaled"),
+        (["--lr_scheduler.total_steps", "300"], "the rate stays where it ends"),
+        (
+            ["--training.steps", "10", "--lr_scheduler.warmup_steps", "5", "--lr_scheduler.decay_ratio", "0.8"],
+            "the decay takes 5 steps",
+        ),
+        (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "no trace is written"),
+        (["--checkpoint.enable"], "checkpoint.last_save_model_only is false by default"),
+        (["--training.dtype", "bfloat16"], "small updates round away"),
+        (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
+        (["--debug.moe_force_load_balance"], "has no experts"),
+        ([], "the tokenizer has 258 ids, the model 2,048 rows"),
+    ],
+)
+def test_what_is_worth_saying_is_said(arguments, says, door):
+    assert says in "\n".join(door(*arguments).spec.notices)
+
+
+PP = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "4"]
+CP = ["--parallelism.context_parallel_degree", "2"]
+TP = ["--parallelism.tensor_parallel_degree"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "says"),
+    [
+        ([*TP, "3"], 3, "16 attention heads do not divide over 3 ranks"),
+        ([*TP, "3"], 3, "the vocabulary of 2048 does not divide"),
+        ([*TP, "2", "--training.seq_len", "255"], 2, "2 equal pieces (tp x cp)"),
+        ([*CP, "--training.seq_len", "254"], 2, "4 equal pieces (tp x cp x 2)"),
+        ([*CP, "--parallelism.context_parallel_load_balancer", "ptrr"], 2, "balances block masks"),
+        (
+            ["--parallelism.context_parallel_degree", "32", "--parallelism.context_parallel_method", "ulysses"],
+            32,
+            "`ulysses` exchanges heads",
+        ),
+        (["--parallelism.pipeline_parallel_degree", "7"], 7, "7 stages need at least as many layers"),
+        ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "3"], 2, "must divide the local batch"),
+        ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "4"], 2, "needs at least 2 micro-batches"),
+        ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "2"], 2, "1F1B needs one stage a rank"),
+        ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "3"], 2, "3 stages do not divide over 2 ranks"),
+        ([*PP, "--parallelism.module_fqns_per_model_part", '[["a"], ["b"], ["c"]]'], 2, "3 listed stages"),
+        (
+            [*PP, "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble", "--compile.enable"],
+            2,
+            "splits the backward pass",
+        ),
+        (
+            [*PP, "--parallelism.pipeline_parallel_schedule", "Interleaved1F1B", "--training.local_batch_size", "5"],
+            2,
+            "2 equal rounds",
+        ),
+        ([*TP, "2", "--parallelism.enable_async_tensor_parallel"], 2, "the overlap is made by the compiler"),
+        (
+            [*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--comm.backend", "gloo"],
+            2,
+            "choose nccl",
+        ),
+        (
+            ["--model.converters", "float8", "--quantize.linear.float8.emulate", "--compile.enable"],
+            1,
+            "eager mode only",
+        ),
+        (
+            [
+                *("--model.converters", "float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"),
+                *("--quantize.linear.float8.recipe_name", "rowwise"),
+            ],
+            1,
+            "tensorwise scaling only",
+        ),
+        (
+            [
+                *("--model.converters", "float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"),
+                *("--comm.backend", "gloo"),
+            ],
+            1,
+            "cannot move float8",
+        ),
+    ],
+)
+def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, says, refusal):
+    assert says in "\n".join(map(str, refusal(*arguments, ranks=ranks, training=False)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        ([*TP, "2"], 2),
+        (PP, 2),
+        (CP, 2),
+        (["--model.converters", "quantize.linear.float8"], 1),
+        (["--fault_tolerance.enable"], 1),
+        (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], 1),
+        (["--optimizer.early_step_in_backward"], 1),
+        (["--memory_estimation.enable"], 1),
+        (["--comm.mode", "fake_backend"], 1),
+    ],
+)
+def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments, ranks, door, refusal):
+    notices = door(*arguments, ranks=ranks, training=False).spec.notices
+    assert any("training does not support" in notice for notice in notices)
+    (problem,) = refusal(*arguments, ranks=ranks)
+    assert "training does not support" in problem.what
+    assert problem.fix
+
+
+def test_missing_assets_are_noted_in_a_dry_run(write, door):
+    text = '[model]\nhf_assets_path = "none/here"\n[training]\ndataset = "text"\ndataset_path = "none.txt"'
+    spec = door(write(text), training=False).spec
+    told = "\n".join(spec.notices)
+    assert "model.hf_assets_path = none/here" in told
+    assert "training.dataset_path = none.txt" in told
+    assert (spec.tokenizer.kind, spec.tokenizer.vocab_size) == ("missing", None)

@@ -1,0 +1,71 @@
+"""`to_toml` says all: reading it back gives the same configuration, whatever that is."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quadriga.config import JobConfig, to_toml
+from quadriga.config.keys import KEYS, Key, _peel
+from quadriga.config.load import _nested, load
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
+
+
+def values(key: Key) -> st.SearchStrategy[Any]:
+    """Any value that the schema allows for a key."""
+    some = st.one_of([of_kind(kind, key.field.metadata) for kind in key.kinds])
+    if key.field.examples:
+        some = st.sampled_from(key.field.examples)
+    if key.optional:
+        some = some.filter(lambda value: not isinstance(value, str) or value.lower() not in ("", "none")) | st.none()
+    return some
+
+
+def of_kind(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    kind, metadata = _peel(kind, metadata)
+    if typing.get_origin(kind) is Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return st.lists(of_kind(typing.get_args(kind)[0], []), max_size=3).map(tuple)
+    if kind is bool:
+        return st.booleans()
+    if kind is str:
+        return TEXT.filter(bool)
+    low = next((limit for limit in metadata if isinstance(limit, Ge | Gt)), None)
+    high = next((limit for limit in metadata if isinstance(limit, Le | Lt)), None)
+    least = getattr(low, "ge", None) if isinstance(low, Ge) else getattr(low, "gt", None)
+    most = getattr(high, "le", None) if isinstance(high, Le) else getattr(high, "lt", None)
+    if kind is int:
+        return st.integers(least, 2**40 if most is None else most - 1).filter(lambda value: value != 0 or least == 0)
+    return st.floats(
+        least, most, exclude_min=isinstance(low, Gt), exclude_max=isinstance(high, Lt), allow_infinity=False
+    )
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> JobConfig:
+    chosen = draw(st.sets(st.sampled_from(sorted(KEYS.keys() - {"job.config_file"})), max_size=25))
+    return JobConfig.model_validate(_nested({name: draw(values(KEYS[name])) for name in sorted(chosen)}))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(config=configurations())
+def test_reading_back_gives_the_same(config):
+    Path("again.toml").write_text(to_toml(config), encoding="utf-8")
+    loaded = load(["--job.config_file", "again.toml"], {})
+    assert not loaded.problems, "\n".join(map(str, loaded.problems))
+    job = loaded.config.job.model_copy(update={"config_file": None})
+    assert loaded.config.model_copy(update={"job": job}) == config
+    assert set(loaded.origin) == KEYS.keys()  # every key is said
+
+
+def test_what_was_written_can_be_resolved_again(door, write):
+    run = door("--training.steps", "3", "--lr_scheduler.decay_ratio", "0.5", "--model.n_layers", "2")
+    again = door(write(to_toml(run.config)))
+    assert again.spec == run.spec
