@@ -26,7 +26,7 @@ FILE = re.compile(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
 
 @dataclass
 class Repository:
-    """Files by path. `gated`: files need a token of `members`. `breaks`: so many bodies end half-way, then all is well."""
+    """Files by path. `gated`: files need a token of `members`. `breaks`: so many bodies end half-way, then none."""
 
     files: Mapping[str, bytes]
     gated: bool = False
@@ -74,15 +74,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._answer()
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    def _answer(self, with_body: bool) -> None:
+    def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server_state.requests.append(f"{self.command} {path}")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := LISTING.fullmatch(path):
             self._list(match[1])
         elif match := FILE.fullmatch(path):
-            self._send_file(match[1], match[2], token, with_body)
+            self._send_file(match[1], match[2], token)
         else:
             self._refuse(404, "", "no such path")
 
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
 
-    def _send_file(self, name: str, path: str, token: str, with_body: bool) -> None:
+    def _send_file(self, name: str, path: str, token: str) -> None:
         if (repository := self._repository(name)) is None:
             return
         if repository.gated and token not in repository.members:
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             first = int(start[1])
             facts["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
             body = body[first:]
-        breaks_off = with_body and repository.breaks > 0
+        breaks_off = self.command == "GET" and repository.breaks > 0
         repository.breaks -= breaks_off
         self._send(206 if start else 200, body, facts, len(body) // 2 if breaks_off else None)
 

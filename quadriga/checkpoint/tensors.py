@@ -18,8 +18,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.errors import Problem, UserError
@@ -30,9 +33,25 @@ SHOWN = 5  # of many problems alike
 
 def write(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
     """Write all ranks' tensors into an empty folder, flushed to the disk. Raises the same error on every rank."""
-    writer = FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     with _plain_errors(f"{folder} could not be written"):
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+class _Writer(FileSystemWriter):
+    """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            file = f"{self.path}/{plan.storage_data.prefix}*"
+            raise OSError(cause.errno, cause.strerror, file) from error
 
 
 def read(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
@@ -67,12 +86,13 @@ def _refuse_other_tensors(
         if not isinstance(entry, TensorStorageMetadata) or entry.size != tensors[name].shape:
             reshaped.append(f"{name}: {list(getattr(entry, 'size', []))} saved, {list(tensors[name].shape)} here")
     wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
+    gathered: list[Any] = [(missing, reshaped)]
     if group is not None:  # with pipeline stages each rank holds some of the names
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
-        gathered: list[Any] = [None] * dist.get_world_size(group)
+        gathered = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (missing, reshaped), group=group)
-        missing = sorted({name for one, _ in gathered for name in one})
-        reshaped = sorted({name for _, one in gathered for name in one})
+    missing = sorted({name for one, _ in gathered for name in one})
+    reshaped = sorted({name for _, one in gathered for name in one})
     surplus = [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
     kinds = (
         ("the checkpoint lacks", missing),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.states import ModelState, OptimizerState
 from quadriga.config.schema import Checkpoint
@@ -140,21 +143,47 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-30", "step-40"]
 
 
-def save_where_nothing_can_be_written(folder: str) -> list[str]:
+def save_on_a_full_disk(folder: str, mode: str) -> tuple[str, list[str]]:
+    """The disk of the second rank is full: there no file may grow beyond a limit, which is the same to a writer."""
     model, optimizer = build((2,))
-    manager = manager_for(folder)
-    said = []
+    manager = manager_for(folder, async_mode=mode)
+    manager.save(1, states(model, optimizer), {})
+    manager.close()
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    told = ""
     try:
-        manager.save(1, states(model, optimizer), {})
-    except RuntimeError as error:
-        said.append(str(error))
-    return said
+        manager.save(2, states(model, optimizer), {})
+        manager.close()
+    except CheckpointError as error:
+        told = str(error)
+    dist.barrier()
+    return told, sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, mode):
+    for told, left in run_ranks(save_on_a_full_disk, 2, str(tmp_path), mode):
+        assert told.startswith("step 2 was not saved")
+        assert f"rank 1: [Errno 27] File too large: '{tmp_path}/.step-2.saving/__1_*'" in told
+        assert f"whole in {tmp_path}: step-1\n" in told
+        assert "room left there" in told
+        assert left == ["step-1"], "the room of the failed save is given back"
+
+
+def save_where_nothing_can_be_written(folder: str) -> str:
+    model, optimizer = build((2,))
+    with pytest.raises(CheckpointError) as told:
+        manager_for(folder).save(1, states(model, optimizer), {})
+    return str(told.value)
 
 
 def test_a_failed_save_is_told_on_every_rank(tmp_path):
-    (tmp_path / "checkpoint").write_text("a file where a folder should be")
-    said = run_ranks(save_where_nothing_can_be_written, 2, str(tmp_path / "checkpoint"))
-    assert all("step 1 was not saved" in one and str(tmp_path / "checkpoint") in one for (one,) in said)
+    folder = tmp_path / "checkpoint"
+    folder.write_text("a file where a folder should be")
+    for told in run_ranks(save_where_nothing_can_be_written, 2, str(folder)):
+        assert told.startswith("step 1 was not saved")
+        assert str(folder) in told
 
 
 def load_another_model(folder: str) -> None:
@@ -166,5 +195,5 @@ def load_another_model(folder: str) -> None:
 
 def test_another_model_is_refused_by_name(tmp_path):
     run_ranks(train_and_save, 2, str(tmp_path), (2,))
-    with pytest.raises(RankError, match="the checkpoint lacks model.layers.2"):
+    with pytest.raises(RankError, match=r"the checkpoint lacks model\.layers\.2"):
         run_ranks(load_another_model, 2, str(tmp_path))

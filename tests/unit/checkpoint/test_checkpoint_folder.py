@@ -1,0 +1,118 @@
+"""Names on disk: what a reader takes, what it passes over, what is deleted and what never is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint.folder import NotWhole
+
+
+def save(place, step, extra=None):
+    folders.prepare(place, step)
+    (folders.hidden(place, step) / "__0_0.distcp").write_bytes(b"tensors" * step)
+    return folders.publish(place, step, ("model", "optimizer"), extra or {})
+
+
+def names(place):
+    return sorted(path.name for path in place.iterdir())
+
+
+def test_a_published_checkpoint_is_found_with_what_it_holds(tmp_path):
+    save(tmp_path, 9)
+    save(tmp_path, 10, {"train_state": {"tokens": 5}})
+    found = folders.find(tmp_path)
+    assert (found.step, found.extra, found.contents) == (10, {"train_state": {"tokens": 5}}, ("model", "optimizer"))
+    assert folders.find(tmp_path, 9).step == 9
+    assert folders.find(tmp_path, 8) is None
+    assert names(tmp_path) == ["step-10", "step-9"]
+
+
+def test_an_empty_or_missing_folder_has_none(tmp_path):
+    assert folders.find(tmp_path) is None
+    assert folders.find(tmp_path / "none") is None
+
+
+def test_what_is_not_published_is_not_found_and_cleaned_up(tmp_path):
+    save(tmp_path, 5)
+    folders.prepare(tmp_path, 6)
+    (folders.hidden(tmp_path, 6) / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".step-1.deleting").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert folders.find(tmp_path).step == 5
+    assert len(folders.clean_up(tmp_path)) == 2
+    assert names(tmp_path) == ["notes.txt", "step-5"]
+
+
+def test_a_kill_while_replacing_loses_neither(tmp_path):
+    """The old folder is gone from its name and the new one not yet there: the next start finishes the renaming."""
+    save(tmp_path, 5, {"which": "old"})
+    name = save(tmp_path, 6, {"which": "new"})
+    (tmp_path / "step-5").rename(tmp_path / ".step-5.deleting")
+    state = json.loads((name / folders.STATE_FILE).read_text())
+    state["step"] = 5
+    (name / folders.STATE_FILE).write_text(json.dumps(state))
+    name.rename(folders.hidden(tmp_path, 5))
+    folders.clean_up(tmp_path)
+    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert names(tmp_path) == ["step-5"]
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 5, {"which": "old"})
+    save(tmp_path, 5, {"which": "new"})
+    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert names(tmp_path) == ["step-5"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"x"), "has 1 bytes instead of 70"),
+        (lambda path: (path / "train_state.json").unlink(), "train_state.json cannot be read"),
+        (lambda path: (path / "train_state.json").write_text("{"), "train_state.json is damaged"),
+        (lambda path: (path / "train_state.json").write_text("[]"), "train_state.json is damaged"),
+        (lambda path: (path / "train_state.json").write_text('{"format": "other"}'), "has format 'other'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
+    save(tmp_path, 9)
+    damage(save(tmp_path, 10))
+    assert folders.find(tmp_path).step == 9
+    (reason,) = folders.damaged_in(tmp_path)
+    assert words in reason
+    assert words in folders.describe(tmp_path)
+    with pytest.raises(NotWhole):
+        folders.read(tmp_path / "step-10")
+    assert folders.delete_old(tmp_path, 1) == [], "the only whole one stays, and a damaged one is not ours to delete"
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.sets(st.integers(0, 10**6), max_size=6), keep=st.integers(0, 7))
+def test_retention_keeps_the_newest(tmp_path_factory, steps, keep):
+    place = tmp_path_factory.mktemp("kept")
+    for step in steps:
+        folders.prepare(place, step)
+        folders.publish(place, step, ("model",), {})
+    gone = folders.delete_old(place, keep)
+    left = [found.step for found in folders.whole_in(place)]
+    assert left == (sorted(steps)[-keep:] if keep else sorted(steps))
+    assert sorted([*gone, *left]) == sorted(steps)
+
+
+def test_what_is_no_json_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(TypeError):
+        save(tmp_path, 1, {"loader": object()})
+    assert folders.find(tmp_path) is None
+
+
+def test_describe(tmp_path):
+    assert "no checkpoint" in folders.describe(tmp_path)
+    name = save(tmp_path, 3)
+    assert folders.describe(tmp_path).startswith(f"{name}: model and optimizer, ")
+    assert folders.describe(name) == folders.describe(tmp_path)
