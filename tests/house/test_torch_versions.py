@@ -16,8 +16,8 @@ NOT_EVERYWHERE = [
     "linear_cross_entropy",
     "all_gather_single",
     "reduce_scatter_single",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
+    "dist.all_gather_into_tensor",
+    "dist.reduce_scatter_tensor",
     "reduce_scatter_offset",
     "_warmup_p2p",
 ]
