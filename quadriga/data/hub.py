@@ -7,6 +7,7 @@ from typing import Any
 
 from quadriga.data.sources import Document, Record
 from quadriga.errors import Problem, UserError
+from quadriga.log import logger
 
 ROWS_AT_ONCE = 256
 
@@ -19,6 +20,7 @@ class HubSource:
 
     def __init__(self, path: str, name: str | None, split: str, data_files: Sequence[str] | None = None) -> None:
         self._named = "/".join(part for part in (path, name, split) if part)
+        logger.info("data: opening %s on the Hub", self._named)  # which, with no network, is tried for half a minute
         self._rows = _stream(path, name, split, data_files).select_columns(["text"]).with_format("arrow")
         self.shards = int(self._rows.num_shards)
         self.fingerprint = f"hub:{self._named}:{self.shards}"

@@ -12,7 +12,7 @@ from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
 MOST_SEGMENT = 1 << 16
-LOOK_AHEAD = 1 << 12  # how far a cut may move to meet the end of a line
+LOOK_AHEAD = 1 << 12  # how far a cut may move to meet the end of a line; at least one character (4 bytes)
 
 
 class TextSource:

@@ -1,0 +1,107 @@
+"""C4 streamed by `datasets` from a server on this machine that speaks the Hub's paths.
+
+The client is a process of its own, since the Hub's libraries read HF_ENDPOINT when they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hub_server import c4_repository, hub_server
+
+SHARDS, ROWS = 3, 40
+
+CLIENT = """
+import json
+from quadriga.config.schema import Dataloader
+from quadriga.data.catalogue import open_source
+from quadriga.data.hub import HubSource
+from quadriga.data.lanes import Lanes
+from quadriga.data.loader import Loader
+from quadriga.data.tokenizer import ByteTokenizer
+from quadriga.errors import UserError
+
+def loader():
+    return Loader(Lanes(source, ByteTokenizer(), 32, 4, seed=3), 4, range(4), Dataloader(num_workers=2))
+
+def take(loader, steps):
+    got = [loader.next().tokens.tolist() for _ in range(steps)]
+    loader.close()
+    return got
+
+source = open_source("c4")
+lanes = Lanes(source, ByteTokenizer(), 32, 4, 3, endless=False)
+documents = [document.text for lane in range(4) for document, _ in lanes.documents(lane)]
+held_out = open_source("c4_validation")
+whole = take(loader(), 12)
+first = loader()
+head = take(first, 5)
+second = loader()
+second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+resumed = head + take(second, 7) == whole
+
+def refused(*named):
+    try:
+        HubSource(*named)
+    except UserError as error:
+        return error.report
+
+print(json.dumps({
+    "fingerprint": source.fingerprint, "shards": source.shards, "documents": documents, "resumed": resumed,
+    "held_out": [record.data for record in held_out.read(0)],
+    "no_repository": refused("nobody/nothing", None, "train"),
+}))
+"""
+
+OFFLINE = """
+from quadriga.data.catalogue import open_source
+from quadriga.errors import UserError
+try:
+    open_source("c4")
+except UserError as error:
+    print(error.report)
+"""
+
+
+def run_client(code: str, home, root, **environ: str) -> str:
+    environ = {**os.environ, "HF_HOME": str(home), "PYTHONPATH": str(root), **environ}
+    environ.pop("HF_TOKEN", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_c4_streams_from_the_hub_once_each_and_resumes_exactly(tmp_path, root):
+    files = c4_repository(SHARDS, ROWS)
+    with hub_server("allenai/c4", files) as (endpoint, asked):
+        found = json.loads(run_client(CLIENT, tmp_path, root, HF_ENDPOINT=endpoint))
+    assert found["fingerprint"] == "hub:allenai/c4/en/train:3"
+    assert found["shards"] == SHARDS
+    expected = sorted(f"train {shard} {row}\n" for shard in range(SHARDS) for row in range(ROWS))
+    assert sorted(found["documents"]) == expected
+    assert found["documents"] != expected
+    assert found["held_out"] == [f"validation 0 {row}\n" for row in range(ROWS)]
+    assert found["resumed"]
+    assert "cannot be streamed from the Hub" in found["no_repository"]
+    assert any("/resolve/" in request and "c4-train.00002" in request for request in asked)
+
+
+NO_NETWORK = [
+    {"HF_HUB_OFFLINE": "1"},
+    pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),  # tried again and again: 25 s
+]
+
+
+@pytest.mark.parametrize("environ", NO_NETWORK)
+def test_without_a_network_the_way_out_is_said(tmp_path, root, environ):
+    report = run_client(OFFLINE, tmp_path, root, **environ)
+    assert "dataset allenai/c4" in report
+    assert "cannot be streamed" in report
+    for way_out in ("HF_ENDPOINT", "HF_TOKEN", "dataset_path", "builtin"):
+        assert way_out in report
