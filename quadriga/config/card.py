@@ -46,11 +46,13 @@ class Order:
 
 def read_order(card: str) -> Order | None:
     """The order in the first line of a card; None if there is none."""
-    found = re.match(r"<!-- quadriga card (\S+) --ngpu (\d+)(?: --device (.+?))? -->\n", card)
-    if found is None:
-        return None
-    device = " ".join(shlex.split(found[3])) if found[3] else None
-    return Order(shlex.split(found[1])[0], int(found[2]), device)
+    found = re.match(r"<!-- quadriga card (.+) -->\n", card)
+    match shlex.split(found[1]) if found else []:
+        case [file, "--ngpu", gpus]:
+            return Order(file, int(gpus))
+        case [file, "--ngpu", gpus, "--device", device]:
+            return Order(file, int(gpus), device)
+    return None
 
 
 def render(run: Run, order: Order, figures: Figures, device: Device | None) -> str:

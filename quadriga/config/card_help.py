@@ -60,12 +60,13 @@ def memory_trouble(run: Run) -> str:
 
 def backend_trouble(run: Run) -> str:
     """What carries the bytes, and how a collective that hangs is found."""
-    comm = run.config.comm
+    comm, folder = run.config.comm, run.spec.folders.comm_traces
+    traces = f"; each rank then writes its last collectives to `{folder}/`" if comm.trace_buf_size else ""
     return (
         "- **Communication backend.** nccl is taken where CUDA is, gloo where it is not, and the choice is printed at "
         "the start. `COMM_BACKEND=gloo` rehearses on CPUs; a backend that cannot be had stops the run before it "
         f"starts. A collective that hangs is given up after {comm.init_timeout_seconds} s before the first step is "
-        f"done and {comm.train_timeout_seconds} s after it."
+        f"done and {comm.train_timeout_seconds} s after it{traces}."
     )
 
 

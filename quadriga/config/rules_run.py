@@ -38,6 +38,14 @@ def memory_budget_needs_compile(case: Case) -> Verdicts:
         yield Clash("the budget is kept by the compiler, which chooses what to recompute", fix)
 
 
+@rule("activation_checkpoint.debug", "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
+def recompute_records_need_whole_blocks(case: Case) -> Verdicts:
+    recompute = case.config.activation_checkpoint
+    if recompute.debug and recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        what = "PyTorch's records of a failed recomputation do not work with a choice by operation"
+        yield Clash(what, 'set selective_ac_option = "1" to look into it, or debug = false')
+
+
 @rule("compile.enable", "quantize.linear.float8.emulate", "model.converters")
 def emulation_is_eager(case: Case) -> Verdicts:
     emulates = case.config.quantize.linear.float8.emulate and "quantize.linear.float8" in case.config.model.converters
@@ -152,11 +160,10 @@ def narrow_parameters_lose_small_updates(case: Case) -> Verdicts:
         yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates round away"
 
 
-@rule("training.dataloader.persistent_workers", "training.dataloader.num_workers")
-def only_workers_can_persist(case: Case) -> Verdicts:
-    loader = case.config.training.dataloader
-    if loader.persistent_workers and loader.num_workers == 0:
-        yield "training.dataloader.persistent_workers changes nothing without workers (num_workers = 0)"
+@rule("training.dataloader.persistent_workers")
+def workers_persist_anyway(case: Case) -> Verdicts:
+    if case.config.training.dataloader.persistent_workers:
+        yield "training.dataloader.persistent_workers changes nothing: workers always live as long as the run"
 
 
 @rule("comm.backend")

@@ -76,19 +76,18 @@ def batch(spec: RunSpec) -> str:
 
 
 def schedule(run: Run) -> str:
-    """The learning rate over the run."""
+    """The learning rate over the run, in the phases that have any steps: ramp, plateau, decay."""
     section, lr = run.config.lr_scheduler, run.config.optimizer.lr
     total = section.total_steps or run.spec.steps
-    ramp = f"a linear ramp of {plural(section.warmup_steps, 'step')} to {lr:g}" if section.warmup_steps else f"{lr:g}"
-    if section.decay_ratio is not None:
-        decay = round(total * section.decay_ratio)
-        plateau = f", a plateau until {plural(decay, 'step')} before the end" if decay else ", kept to the end"
-    else:
-        decay, plateau = total - section.warmup_steps, ""
-    if decay <= 0:
-        return f"{ramp}{plateau}"
-    floor = f"{lr * section.min_lr_factor:g}" if section.min_lr_factor else "0"
-    return f"{ramp}{plateau}, then a {section.decay_type} decay to {floor} at step {total:,}"
+    warmup, left = min(section.warmup_steps, total), max(total - section.warmup_steps, 0)
+    decay = left if section.decay_ratio is None else min(round(total * section.decay_ratio), left)
+    phases = [f"a linear ramp of {plural(warmup, 'step')} to {lr:g}" if warmup else f"starts at {lr:g}"]
+    if left > decay:
+        phases.append(f"{plural(left - decay, 'step')} at {lr:g}")
+    if decay:
+        floor = f"{lr * section.min_lr_factor:g}" if section.min_lr_factor else "0"
+        phases.append(f"a {section.decay_type} decay towards {floor} over {plural(decay, 'step')}")
+    return ", then ".join(phases)
 
 
 def formats(run: Run) -> str:

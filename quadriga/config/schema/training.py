@@ -11,16 +11,16 @@ class Dataloader(Section):
     """How batches are fetched ahead of training."""
 
     num_workers: Amount = 0
-    """Workers that read and tokenize; 0 is one thread of the training process, which also runs ahead."""
+    """Threads that read and tokenize ahead of training, at most one a row of the batch; 0 is one too."""
 
     persistent_workers: bool = False
-    """Keep workers between epochs."""
+    """Without effect: the threads always live as long as the run."""
 
     pin_memory: bool = False
     """Place batches in page-locked memory, from which copies to a GPU are faster."""
 
     prefetch_factor: Count | None = None
-    """Batches held ready; none leaves the choice to the loader."""
+    """Batches held ready; none is 2."""
 
 
 class Training(Section):

@@ -182,6 +182,14 @@ WRONG = [
         ('activation_checkpoint.mode = "memory_budget" and compile.enable = false', "set compile.enable = true"),
     ),
     Wrong(
+        "records of a recomputation by operation",
+        '[activation_checkpoint]\nselective_ac_option = "op"\ndebug = true',
+        (
+            'activation_checkpoint.debug = true and activation_checkpoint.mode = "selective"',
+            "[run.toml, lines 3, 2; default]",
+        ),
+    ),
+    Wrong(
         "asynchronous tensor parallelism without tensor parallelism",
         "[parallelism]\nenable_async_tensor_parallel = true",
         ("parallelism.enable_async_tensor_parallel = true and parallelism.tensor_parallel_degree = 1",),
