@@ -86,7 +86,7 @@ def make_card(order: Order, file: Path) -> str:
     )
     model = run.spec.model
     figures = Figures(count_parameters(model), flops_per_token(model, run.spec.seq_len))
-    return render(run, order, figures, _device(order.device))
+    return render(run, order, figures, _device(order.device or run.config.estimate.device))
 
 
 def _device(name: str | None) -> Device | None:

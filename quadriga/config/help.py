@@ -25,12 +25,18 @@ def print_keys(words: Sequence[str] = ()) -> None:
             found = True
             console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}\n"))
         for key in asked:
-            values = f"{key.allowed}; default {show(key.default)}"
-            console.print(Padding(Text(f"--{key.name}", "green"), (0, 0, 0, 2)))
-            console.print(Padding(Text.assemble(told[key.name], "\n", (values, "dim")), (0, 0, 1, 6)))
+            values = f"  {key.allowed}; default {show(key.default)}"
+            console.print(_indented(Text.assemble((f"--{key.name}", "green"), (values, "dim")), 2))
+            console.print(_indented(Text(told[key.name]), 6))
+        if asked:
+            console.print()
     if not found:
         text = " ".join(words)
         raise UserError(Problem(text, "no key has this in its name or meaning", nearest=nearest(text, KEYS)))
+
+
+def _indented(text: Text, columns: int) -> Padding:
+    return Padding(text, (0, 0, 0, columns), expand=False)
 
 
 def _asked(word: str, table: str, key: Key, meaning: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
 from quadriga.config.case import BackendFacts
@@ -12,8 +13,6 @@ from quadriga.config.resolve import Catalogue, resolve
 from quadriga.config.run_spec import RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
-
-HUB_OF_LLAMA = "meta-llama/Llama-3.1-8B"
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,10 @@ def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, lis
 
 
 def _no_tokenizer(path: str, source: str) -> Problem:
-    fix = f"python scripts/download_hf_assets.py --repo_id {HUB_OF_LLAMA} --assets tokenizer --local_dir {path}"
+    folder = Path(path)
+    if folder.name.startswith("Llama-"):
+        fix = f"python scripts/download_hf_assets.py --repo_id meta-llama/{folder.name} --local_dir {folder.parent}"
+    else:
+        fix = "put one there; `python scripts/download_hf_assets.py` fetches that of Llama 3.1 into ./assets/hf"
     what = "no tokenizer is there (tokenizer.json, tokenizer.model or original/tokenizer.model)"
     return Problem("model.hf_assets_path", what, path, source, "a folder or file, or builtin:bytes", fix=fix)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
 from quadriga.errors import nearest
+from quadriga.hardware import DEVICES, find_device
 
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 TP = "parallelism.tensor_parallel_degree"
@@ -192,13 +193,6 @@ def backend_overlaps_tensor_parallelism(case: Case) -> Verdicts:
         )
 
 
-@rule("comm.backend", "training.mixed_precision_reduce")
-def backend_carries_the_gradients(case: Case) -> Verdicts:
-    facts, dtype = case.backends.get(case.config.comm.backend or ""), case.config.training.mixed_precision_reduce
-    if facts and dtype not in facts.carries:
-        yield Clash(f"this backend cannot sum {dtype}", _those_that_carry(case, dtype))
-
-
 @rule("comm.backend", "quantize.linear.float8.enable_fsdp_float8_all_gather", "model.converters")
 def backend_carries_float8(case: Case) -> Verdicts:
     facts = case.backends.get(case.config.comm.backend or "")
@@ -234,6 +228,14 @@ def _refuse_user_code(key: str) -> Callable[[Case], Verdicts]:
 
 for _key in USER_CODE:
     rule(_key)(_refuse_user_code(_key))
+
+
+@rule("estimate.device")
+def device_is_known(case: Case) -> Verdicts:
+    name = case.config.estimate.device
+    if name is not None and find_device(name) is None:
+        known = [device.name for device in DEVICES]
+        yield Clash("the device is not in the table", allowed=", ".join(known), nearest=nearest(name, known))
 
 
 @rule("debug.moe_force_load_balance", "parallelism.expert_parallel_comm_backend")

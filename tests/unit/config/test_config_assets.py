@@ -114,3 +114,16 @@ def test_the_suffixes_are_those_that_data_reads(tmp_path):
         found = {file.path for file in files.find_files(kind, str(tmp_path / kind))}
         assert found == set(data_files(kind, str(tmp_path / kind)))
         assert len(found) == len(DATASETS[kind].suffixes)
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("./assets/hf/Llama-3.1-8B", "download_hf_assets.py --repo_id meta-llama/Llama-3.1-8B --local_dir assets/hf"),
+        ("hf/Llama-3.2-1B", "download_hf_assets.py --repo_id meta-llama/Llama-3.2-1B --local_dir hf"),
+        ("tok", "put one there"),
+    ],
+)
+def test_a_missing_tokenizer_comes_with_the_command_that_fetches_it(path, command, refusal):
+    (problem,) = refusal("--model.hf_assets_path", path)
+    assert command in problem.fix

@@ -230,6 +230,11 @@ WRONG = [
     Wrong("backend", '[comm]\nbackend = "ncl"', ('comm.backend = "ncl"', "allowed: gloo, nccl", "did you mean: nccl")),
     Wrong("backend that is not built", '[comm]\nbackend = "nvshmem"', ("comm.backend", "does not have this backend")),
     Wrong(
+        "device to plan for",
+        '[estimate]\ndevice = "H1000"',
+        ('estimate.device = "H1000"', "allowed: A100 40GB, A100", "did you mean: H100"),
+    ),
+    Wrong(
         "experts in a model without",
         "[parallelism]\nexpert_parallel_degree = 2",
         ("parallelism.expert_parallel_degree = 2", "no experts"),

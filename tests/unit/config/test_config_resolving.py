@@ -112,6 +112,12 @@ def test_folders_lie_in_the_run_folder(door):
         (["--training.dtype", "bfloat16"], "small updates round away"),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
         (["--debug.moe_force_load_balance"], "has no experts"),
+        (["--debug.deterministic_warn_only"], "changes nothing without debug.deterministic"),
+        (["--training.dataloader.persistent_workers"], "workers always live as long as the run"),
+        (
+            ["--validation.enable", "--validation.dataset", "builtin_validation", "--validation.seq_len", "4096"],
+            "validation.seq_len = 4096 is longer than the 2048 tokens that training sees",
+        ),
         ([], "the tokenizer has 258 ids, the model 2,048 rows"),
     ],
 )
