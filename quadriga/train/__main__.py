@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import NoReturn
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
@@ -67,5 +68,10 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
     )
 
 
+def start() -> NoReturn:
+    """The whole life of the process that torchrun starts."""
+    guards.end_process(main(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import socket
 import sys
@@ -13,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
-from quadriga.errors import EXIT_FAULT, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.log import logger
 from quadriga.processes import AGENT_PID, ExitRecord, die_with_parent, records_folder
 
@@ -33,6 +35,8 @@ LOST_PEER = (
     "recvvalue failed",
     "failed to recv",
     "timed out waiting",
+    "watchdog caught collective operation timeout",
+    "communicator was aborted",
 )
 
 
@@ -152,10 +156,20 @@ def _record(folder: Path, environ: Mapping[str, str], error: BaseException) -> E
         error=str(error.problems[0]).splitlines()[0] if isinstance(error, UserError) else text.splitlines()[0],
         details=error.report if isinstance(error, UserError) else _traceback(error),
         user_error=user_error,
-        lost_peer=not user_error and any(sign in text.lower() for sign in LOST_PEER),
+        lost_peer=isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST_PEER),
     )
     record.write(folder)
     return record
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave with `code`. A failed rank leaves at once: a communicator that waits for the others must not hold it."""
+    if code == EXIT_OK:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _traceback(error: BaseException) -> str:

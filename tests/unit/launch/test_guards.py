@@ -140,3 +140,20 @@ def test_without_a_launcher_the_first_rank_of_a_machine_reports(
     assert guards.report_at_the_door({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
     assert waits == [guards.DOOR_PATIENCE_SECONDS]  # torchrun ends it here when the first one has left
     assert capsys.readouterr().err.count("training.steps") == 2
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_failed_rank_is_not_held_by_what_waits_at_the_exit(code: int) -> None:
+    """A clean end runs what was registered for the exit; a failed one leaves at once, its words already out."""
+    source = "import atexit, sys; from quadriga.train.guards import end_process\n"
+    source += "atexit.register(lambda: print('waited'))\nprint('last word'); end_process(int(sys.argv[1]))"
+    ended = subprocess.run(
+        [sys.executable, "-c", source, str(code)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == code
+    assert ended.stdout == ("last word\n" if code else "last word\nwaited\n")
+
+
+def test_an_error_of_the_network_is_not_taken_for_a_lost_rank(tmp_path: Path) -> None:
+    guards.report_failure({RECORDS: str(tmp_path)}, ConnectionRefusedError(111, "Connection refused"))
+    assert not read_records(tmp_path)[0].lost_peer
