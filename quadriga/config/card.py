@@ -17,7 +17,7 @@ from quadriga.config.keys import show
 from quadriga.config.read import Run
 from quadriga.config.words import decimal_bytes, plural
 from quadriga.hardware import Device
-from quadriga.units import show_count, show_seconds
+from quadriga.units import show_bytes, show_count, show_seconds
 
 GPUS_OF_A_MACHINE = 8
 
@@ -178,16 +178,24 @@ def _parallelism(run: Run) -> str:
         for (name, meaning), size in zip(MEANINGS, sizes, strict=True)
     ]
     product = " x ".join(str(size) for size in sizes)
-    shard = run.config.parallelism.data_parallel_shard_degree
-    fits = (
-        " `data_parallel_shard_degree = -1` takes all ranks that remain, so the file fits any number."
-        if shard == -1
-        else ""
-    )
     return (
         f"{_table(('degree', 'here', 'what it means'), rows)}\n\n"
-        f"{product} = {plural(run.spec.world_size, 'rank')}, one a GPU.{fits}" + _reduction(run)
+        f"{product} = {plural(run.spec.world_size, 'rank')}, one a GPU.{_other_numbers(run)}{_reduction(run)}"
     )
+
+
+def _other_numbers(run: Run) -> str:
+    """On how many ranks the file runs otherwise."""
+    training, degrees = run.config.training, run.spec.degrees
+    if run.config.parallelism.data_parallel_shard_degree != -1:
+        return ""
+    free = " `data_parallel_shard_degree = -1` takes all ranks that remain"
+    others = run.spec.world_size // degrees.dp_shard
+    if training.global_batch_size == -1:
+        return f"{free}, so the file fits any number{f' that {others} divides' if others > 1 else ''}."
+    rows = training.global_batch_size // training.local_batch_size // degrees.dp_replicate
+    fits = [others * shard for shard in range(1, rows + 1) if rows % shard == 0]
+    return f"{free}; the global batch of {training.global_batch_size} allows {', '.join(map(str, fits))} ranks."
 
 
 def _reduction(run: Run) -> str:
@@ -234,16 +242,17 @@ def _hyper_parameters(run: Run) -> str:
 
 def _memory(run: Run, figures: Figures, device: Device | None) -> str:
     training = run.config.training
-    state = words.state_bytes(run, figures.parameters)
-    each = words.COPIES_OF_STATE * words.BYTES[training.dtype]
+    state = words.state(run, figures.parameters)
     where = "in host memory" if training.enable_cpu_offload else "on each GPU"
     share = ""
     if device and not training.enable_cpu_offload:
-        share = f", {state / device.memory:.0%} of the {device.name}'s {device.memory / 1e9:.0f} GB"
+        share = f", {state.total / device.memory:.0%} of the {device.name}'s {device.memory / 1e9:.0f} GB"
+    whole = " (kept whole until the step's last micro-batch)" if words.keeps_gradients_whole(run.spec) else ""
     return (
         f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.\n"
-        f"- State: parameters, gradients and Adam's two moments take {each} bytes a parameter: "
-        f"{decimal_bytes(state)} {where}{share}. Activations, gathered layers and buffers come on top.\n"
+        f"- State: parameters {show_bytes(state.parameters)}, gradients {show_bytes(state.gradients)}{whole}, "
+        f"Adam's two moments {show_bytes(state.moments)}: {decimal_bytes(state.total)} {where}{share}. "
+        "Activations, gathered layers and buffers come on top.\n"
         f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.\n"
         f"- CPU offload: {'on' if training.enable_cpu_offload else 'off'}.\n"
         f"- Compile: {'on' if run.config.compile.enable else 'off'}."
@@ -295,14 +304,15 @@ def _monitor(run: Run) -> str:
 
 
 def _validate(run: Run, order: Order) -> str:
-    validation = run.config.validation
-    held_out = (
-        f"validation on `{validation.dataset}` at step 1 and every {plural(validation.freq, 'step')}"
-        if validation.enable
-        else "off; `--validation.enable --validation.dataset c4_validation --validation.steps 20` switches it on"
-        if run.config.training.dataset == "c4"
-        else "off; `--validation.enable --validation.dataset builtin_validation --validation.steps 20` switches it on"
-    )
+    validation, training = run.config.validation, run.config.training
+    held_out = f"validation on `{validation.dataset}` at step 1 and every {plural(validation.freq, 'step')}"
+    if not validation.enable:
+        dataset = "c4_validation" if training.dataset == "c4" else "builtin_validation"
+        held_out = (
+            f"off; `--validation.enable --validation.dataset {dataset} "
+            f"--validation.seq_len {training.seq_len} --validation.local_batch_size {training.local_batch_size} "
+            "--validation.steps 20` switches it on"
+        )
     return (
         f"- The configuration: `DRY_RUN=1 NGPU={order.gpus} CONFIG_FILE=./{order.file} ./run_train.sh` "
         "reads it strictly and reports every problem at once.\n"

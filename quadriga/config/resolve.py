@@ -180,7 +180,8 @@ def _when_to_reduce(case: Case, accumulation: int) -> tuple[str, str]:
         return "once", "there is one micro-batch a step"
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so that waiting costs no memory"
-    size = 4 * count_parameters(case.model) // (degrees.tp * degrees.pp)
+    each = {"float32": 4, "bfloat16": 2}[case.config.training.mixed_precision_reduce]
+    size = each * count_parameters(case.model) // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
         return "once", f"gradients kept whole take {show_bytes(size)} a rank"
     return "every_micro_batch", f"gradients kept whole would take {show_bytes(size)} a rank"

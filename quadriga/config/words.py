@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
 from quadriga.units import show_bytes
 
 BYTES = {"float32": 4, "bfloat16": 2}
-COPIES_OF_STATE = 4  # parameters, gradients, and the two moments of Adam
-COPIES_SAVED = 3  # gradients are not saved
+MOMENTS = 2  # that Adam keeps of each parameter
 
 
 def plural(count: int, noun: str) -> str:
@@ -24,45 +25,48 @@ def decimal_bytes(amount: float) -> str:
     return show_bytes(amount)
 
 
-def strategy(spec: RunSpec) -> str:
-    """The effective parallelism: `FSDP over 4 GPUs: ...`, one sentence for each way the run is cut."""
+def strategy(spec: RunSpec, unit: str = "GPU") -> str:
+    """The effective parallelism: `FSDP over 4 GPUs: ...`, one sentence for each way the run is cut.
+
+    `unit` is what a rank is called: `GPU`, or `rank` where that is not known.
+    """
     degrees = spec.degrees
-    sentences = [_data_parallel(spec)]
+    sentences = [_data_parallel(spec, unit)]
     if degrees.tp > 1:
         sentences.append(
-            f"Tensor parallelism over {degrees.tp} GPUs: each holds 1/{degrees.tp} of every large matrix and works on "
-            "its slice of each product; between them, activations are cut along the sequence."
+            f"Tensor parallelism over {degrees.tp} {unit}s: each holds 1/{degrees.tp} of every large matrix and works "
+            "on its slice of each product; between them, activations are cut along the sequence."
         )
     if degrees.pp > 1:
         sentences.append(
-            f"A pipeline over {degrees.pp} GPUs: each holds a range of the layers and hands its activations on."
+            f"A pipeline over {degrees.pp} {unit}s: each holds a range of the layers and hands its activations on."
         )
     if degrees.cp > 1:
-        sentences.append(f"Context parallelism over {degrees.cp} GPUs: each holds 1/{degrees.cp} of every sequence.")
+        sentences.append(f"Context parallelism over {degrees.cp} {unit}s: each holds 1/{degrees.cp} of every sequence.")
     return " ".join(sentences)
 
 
-def _data_parallel(spec: RunSpec) -> str:
+def _data_parallel(spec: RunSpec, unit: str) -> str:
     replicas, shards = spec.degrees.dp_replicate, spec.degrees.dp_shard
     freed = "frees them again" if spec.reshard_after_forward else "keeps them until the backward pass is through"
     parts = "parameters, gradients and optimizer state"
     gathers = f"each gathers a layer's parameters just before it needs them and {freed}"
     if replicas > 1 and shards > 1:
         return (
-            f"HSDP over {replicas} x {shards} GPUs: {replicas} copies of the model, each with its {parts} cut into "
+            f"HSDP over {replicas} x {shards} {unit}s: {replicas} copies of the model, each with its {parts} cut into "
             f"{shards} parts; {gathers}. Gradients are summed within a copy, then between the copies."
         )
     if shards > 1:
         return (
-            f"FSDP over {shards} GPUs: {parts} are cut into {shards} parts, one a GPU; {gathers}. "
-            "Each GPU reads its own rows of the batch."
+            f"FSDP over {shards} {unit}s: {parts} are cut into {shards} parts, one a {unit}; {gathers}. "
+            f"Each {unit} reads its own rows of the batch."
         )
     if replicas > 1:
         return (
-            f"DDP over {replicas} GPUs: each holds the whole model and reads its own rows of the batch; "
+            f"DDP over {replicas} {unit}s: each holds the whole model and reads its own rows of the batch; "
             "gradients are averaged before the update."
         )
-    return "One GPU reads every row." if spec.world_size == 1 else "All GPUs work on the same rows."
+    return f"One {unit} reads every row." if spec.world_size == 1 else f"All {unit}s work on the same rows."
 
 
 def batch(spec: RunSpec) -> str:
@@ -113,16 +117,40 @@ def recompute(section: ActivationCheckpoint) -> str:
     return f"selective ({section.selective_ac_option}): one of every {section.selective_ac_option} blocks is recomputed"
 
 
-def state_bytes(run: Run, parameters: int) -> float:
-    """Bytes of parameters, gradients and both moments of Adam that one rank holds, if every cut is even."""
-    degrees = run.spec.degrees
-    shards = degrees.dp_shard * degrees.cp * degrees.tp * degrees.pp
-    return COPIES_OF_STATE * BYTES[run.config.training.dtype] * parameters / shards
+@dataclass(frozen=True)
+class State:
+    """Bytes that one rank holds from step to step, if every cut is even."""
+
+    parameters: float
+    gradients: float
+    moments: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.moments
+
+
+def state(run: Run, parameters: int) -> State:
+    """Parameters, gradients and both moments of Adam on one rank.
+
+    Gradients that are accumulated and reduced once a step are held unsharded, in the format of the reduction.
+    """
+    degrees, training = run.spec.degrees, run.config.training
+    unsharded = parameters / (degrees.tp * degrees.pp)
+    held = BYTES[training.dtype] * unsharded / (degrees.dp_shard * degrees.cp)
+    gradients = BYTES[training.mixed_precision_reduce] * unsharded if keeps_gradients_whole(run.spec) else held
+    return State(held, gradients, MOMENTS * held)
+
+
+def keeps_gradients_whole(spec: RunSpec) -> bool:
+    """Whether a rank holds gradients of parameters that others own, until the step's last micro-batch."""
+    sharded = spec.degrees.dp_shard * spec.degrees.cp > 1
+    return sharded and spec.accumulation_steps > 1 and spec.reduce_gradients == "once"
 
 
 def save_bytes(run: Run, parameters: int) -> float:
     """Bytes of one checkpoint that can be resumed."""
-    return COPIES_SAVED * BYTES[run.config.training.dtype] * parameters
+    return (1 + MOMENTS) * BYTES[run.config.training.dtype] * parameters
 
 
 def checkpoints(section: Checkpoint) -> str:

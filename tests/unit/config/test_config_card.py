@@ -85,9 +85,10 @@ def test_the_schedule_in_words(arguments, says, door):
 
 def test_state_and_save_are_arithmetic(card):
     text = card(*EIGHT_B, device="H100")
-    assert "take 16 bytes a parameter: 32.1 GB (29.92 GiB) on each GPU, 40% of the H100's 80 GB" in text
+    assert "parameters 7.48 GiB, gradients 7.48 GiB, Adam's two moments 14.96 GiB: 32.1 GB (29.92 GiB)" in text
+    assert "on each GPU, 40% of the H100's 80 GB" in text
     assert "one full save would take about 96.4 GB (89.75 GiB)" in text
-    assert "take 8 bytes a parameter: 16.1 GB" in card(*EIGHT_B, "--training.dtype", "bfloat16")
+    assert "16.1 GB (14.96 GiB) on each GPU" in card(*EIGHT_B, "--training.dtype", "bfloat16")
     assert "32.1 GB (29.92 GiB) in host memory" in card(*EIGHT_B, "--training.enable_cpu_offload", device="H100")
 
 
@@ -148,3 +149,32 @@ def test_the_card_does_not_depend_on_where_it_is_made(card, write):
     before = card("--model.hf_assets_path", "tok")
     write('{"model": {"vocab": {"a": 0}}}', "tok/tokenizer.json")
     assert card("--model.hf_assets_path", "tok") == before
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_counted_whole(door):
+    arguments = ["--training.global_batch_size", "64"]
+    whole = words.state(door(*arguments, ranks=4), 1_000_000)
+    cut = words.state(door(*arguments, "--parallelism.reduce_gradients", "every_micro_batch", ranks=4), 1_000_000)
+    assert (whole.parameters, whole.gradients, whole.moments) == (1e6, 4e6, 2e6)
+    assert (cut.parameters, cut.gradients, cut.moments, cut.total) == (1e6, 1e6, 2e6, 4e6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "so the file fits any number."),
+        ([DP_REPLICATE, "2"], "so the file fits any number that 2 divides."),
+        (["--training.global_batch_size", "64"], "the global batch of 64 allows 1, 2, 4, 8 ranks."),
+        ([DP_REPLICATE, "2", "--training.global_batch_size", "64"], "the global batch of 64 allows 2, 4, 8 ranks."),
+    ],
+)
+def test_the_card_says_on_how_many_ranks_the_file_runs(arguments, says, card, door):
+    assert says in card(*arguments)
+    for ranks in (2, 4, 8):
+        door(*arguments, ranks=ranks)
+
+
+def test_a_rank_can_be_called_by_another_name(door):
+    run = door(ranks=2)
+    assert words.strategy(run.spec, "rank").startswith("FSDP over 2 ranks: ")
+    assert "GPU" not in words.strategy(run.spec, "rank")
