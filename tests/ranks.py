@@ -47,8 +47,8 @@ PR_SET_PDEATHSIG = 1
 
 # Warnings that torch raises inside itself and that no caller can avoid: (message as a regular expression, category).
 KNOWN_WARNINGS: list[tuple[str, type[Warning]]] = [
-    # FSDP2 of torch 2.13 calls the collectives whose names 2.13 itself deprecates; 2.11 has no other names.
-    (r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning),
+    # torch.compile asks every tensor for its .grad, and hides the warning in a way that errors get through.
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
 ]
 
 

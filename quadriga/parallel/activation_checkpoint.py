@@ -66,7 +66,7 @@ def apply_activation_checkpoint(
         if _is_per_operation(section):
             shapes = forced_shapes(block, name, section.per_op_sac_force_recompute_mm_shapes_by_fqns)
             options["context_fn"] = partial(_per_operation_contexts, shapes)
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = _recomputed(block.forward, options)
 
 
 def blocks_that_recompute(blocks: tuple[str, ...], section: ActivationCheckpoint) -> tuple[str, ...]:
@@ -86,6 +86,13 @@ def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) 
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and any(pattern in f"{block_name}.{name}" for pattern in patterns)
     )
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def forward_with_recompute(*args: Any, **kwargs: Any) -> Any:  # a function: the compiler cannot enter a partial
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return forward_with_recompute
 
 
 def _is_per_operation(section: ActivationCheckpoint) -> bool:

@@ -1,4 +1,8 @@
-"""The one legal order in which a model is changed for training, with the reason beside each line."""
+"""The one legal order in which a model is changed for training, with the reason beside each line.
+
+From the inside out, as the parts lie around a block when it runs: gather( compiled( recompute( block ) ) ). All of them
+change modules in place and take effect at the first call.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +30,16 @@ def parallelize(
     """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name."""
     compiled = compile.enable and "model" in compile.components
 
-    # First, so that the compiler sees the recomputation and plans memory with it; the other way round the compiled
-    # block would be a single operation, to be kept or computed again as a whole.
+    # Innermost, so that the compiler sees the recomputation and plans memory with it. Around compiled code it would
+    # find one operation, to be kept or computed again as a whole.
     apply_activation_checkpoint(model, plan.recompute_units, activation_checkpoint, compiled=compiled)
 
-    # Before the cut, so that gathering and freeing parameters happen around the compiled code and not inside it, where
+    # Inside the cut, so that gathering and freeing parameters happen around the compiled code and not within it, where
     # they would break the graph.
     if compiled:
         apply_compile(model, plan.recompute_units, compile)
 
-    # Last, around everything: its hooks must find a block whole, in the forward pass and when it is recomputed.
+    # Outermost: parameters are gathered before a block runs, and again before its backward pass recomputes it.
     apply_data_parallel(
         model,
         plan.shard_units,

@@ -1,0 +1,82 @@
+"""FSDP, HSDP and DDP train the model that one process trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import FLOAT32, SPEC, Case, Trace, train_all
+
+from quadriga.config.run_spec import Degrees
+from quadriga.config.schema import Parallelism, Training
+
+BF16 = Training(mixed_precision_param="bfloat16")
+OFFLOAD = Training(mixed_precision_param="float32", enable_cpu_offload=True)
+TIED = replace(SPEC, tie_embeddings=True)
+ALONE = [Case(), Case(training=BF16), Case(spec=TIED), Case(training=OFFLOAD)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Trace]:
+    """The cases of `ALONE` on one rank; the first is a plain model, wrapped by nothing."""
+    return run_ranks(train_all, 1, ALONE)[0]
+
+
+def assert_same_training(traces: list[Trace], reference: Trace, tolerance: float = 2e-6) -> None:
+    for trace in traces:
+        assert trace.losses == pytest.approx(reference.losses, rel=tolerance)
+        assert trace.norms == pytest.approx(reference.norms, rel=tolerance)
+        assert list(trace.weights) == list(reference.weights)  # the same names in the same order
+        assert trace.losses == traces[0].losses  # all ranks report the same numbers
+
+
+def test_two_ranks(alone: list[Trace]) -> None:
+    fsdp, ddp = Degrees(dp_shard=2), Degrees(dp_replicate=2)
+    cases = [
+        Case(fsdp),
+        Case(fsdp, reduce="every_micro_batch"),
+        Case(fsdp, reshard=False),
+        Case(fsdp, parallelism=Parallelism(fsdp_reshard_after_forward="always")),
+        Case(fsdp, training=OFFLOAD),
+        Case(ddp),
+        Case(ddp, reduce="every_micro_batch"),
+    ]
+    by_case = list(zip(*run_ranks(train_all, 2, cases), strict=True))
+    for traces in by_case:
+        assert_same_training(traces, alone[0])
+    tied, bf16 = zip(*run_ranks(train_all, 2, [Case(fsdp, spec=TIED), Case(fsdp, training=BF16)]), strict=True)
+    assert_same_training(tied, alone[2])
+    assert_same_training(bf16, alone[1], tolerance=2e-4)
+
+
+def test_four_ranks(alone: list[Trace]) -> None:
+    hsdp = Degrees(dp_replicate=2, dp_shard=2)
+    cases = [
+        Case(Degrees(dp_shard=4)),
+        Case(hsdp),
+        Case(hsdp, reduce="every_micro_batch"),
+        Case(hsdp, training=OFFLOAD),
+        Case(Degrees(dp_replicate=4)),
+    ]
+    *float32, bf16 = zip(*run_ranks(train_all, 4, [*cases, Case(hsdp, training=BF16)]), strict=True)
+    for traces in float32:
+        assert_same_training(traces, alone[0])
+    assert_same_training(bf16, alone[1], tolerance=2e-4)
+
+
+def test_one_rank_follows_the_same_dtype_policy(alone: list[Trace]) -> None:
+    plain, bf16, _, offload = alone
+    assert bf16.losses != plain.losses
+    assert bf16.losses == pytest.approx(plain.losses, rel=1e-2)
+    assert bf16.dtypes == {(torch.float32, torch.float32)}  # held and summed in float32
+    assert offload.losses == plain.losses
+    assert all(torch.equal(offload.weights[name], plain.weights[name]) for name in plain.weights)
+
+
+def test_weights_agree_after_training(alone: list[Trace]) -> None:
+    """Looser than the losses: Adam turns a gradient near zero into a step whose sign is a matter of rounding."""
+    for trace in run_ranks(train_all, 2, [Case(Degrees(dp_shard=2), FLOAT32)])[0]:
+        for name, weight in alone[0].weights.items():
+            torch.testing.assert_close(trace.weights[name], weight, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,142 @@
+"""The mesh: who stands where, who reads which rows, and what a reduction covers. And the process group's life."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, run_ranks
+
+from quadriga.comm import collectives, process_group
+from quadriga.comm.mesh import build_mesh
+from quadriga.config.run_spec import Degrees
+from quadriga.config.schema import Comm
+
+
+def positions(all_degrees: list[Degrees]) -> list[dict[str, Any]]:
+    found = []
+    for degrees in all_degrees:
+        mesh = build_mesh(degrees, "cpu")
+        rank = torch.tensor(float(dist.get_rank()))
+        found.append(
+            {
+                "batch": (mesh.batch_rank, mesh.batch_degree),
+                "fsdp": tuple(mesh.fsdp.shape),
+                "fsdp_ranks": mesh.fsdp.mesh.tolist(),
+                "axes": dict(zip(mesh.device_mesh.mesh_dim_names, mesh.device_mesh.shape, strict=True)),
+                "sum": mesh.reduce_sum(rank).item(),
+                "mean": mesh.reduce_mean(rank).item(),
+                "max": mesh.reduce_max(rank).item(),
+                "kept": rank.item(),
+            }
+        )
+    return found
+
+
+def test_layouts_of_four_ranks() -> None:
+    fsdp, hsdp, ddp = Degrees(dp_shard=4), Degrees(dp_replicate=2, dp_shard=2), Degrees(dp_replicate=4)
+    context, tensor, pipeline = Degrees(dp_shard=2, cp=2), Degrees(dp_shard=2, tp=2), Degrees(dp_shard=2, pp=2)
+    by_rank = run_ranks(positions, 4, [fsdp, hsdp, ddp, context, tensor, pipeline])
+    by_layout = dict(zip(("fsdp", "hsdp", "ddp", "cp", "tp", "pp"), zip(*by_rank, strict=True), strict=True))
+
+    assert {name: ranks[0]["fsdp"] for name, ranks in by_layout.items()} == {
+        "fsdp": (4,),
+        "hsdp": (2, 2),
+        "ddp": (4, 1),
+        "cp": (4,),
+        "tp": (2,),
+        "pp": (2,),
+    }
+    for name in ("fsdp", "hsdp", "ddp"):
+        assert [rank["batch"] for rank in by_layout[name]] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [rank["batch"] for rank in by_layout["cp"]] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [rank["batch"] for rank in by_layout["tp"]] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [rank["batch"] for rank in by_layout["pp"]] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+    # Losses add up over the batch and context axes; ranks along tp and pp hold the same loss or none.
+    assert [rank["sum"] for rank in by_layout["cp"]] == [6.0] * 4
+    assert [rank["sum"] for rank in by_layout["tp"]] == [2.0, 4.0, 2.0, 4.0]
+    assert [rank["sum"] for rank in by_layout["pp"]] == [1.0, 1.0, 5.0, 5.0]
+    assert [rank["fsdp_ranks"] for rank in by_layout["tp"]] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert {(rank["mean"], rank["max"]) for rank in by_layout["hsdp"]} == {(1.5, 3.0)}
+    assert [rank["kept"] for rank in by_layout["hsdp"]] == [0.0, 1.0, 2.0, 3.0]
+    assert by_layout["hsdp"][0]["axes"] == {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "cp": 1, "tp": 1}
+
+
+def test_one_rank_reduces_to_itself() -> None:
+    alone = run_ranks(positions, 1, [Degrees()])[0][0]
+    assert (alone["fsdp"], alone["batch"], alone["sum"], alone["mean"]) == ((1,), (0, 1), 0.0, 0.0)
+
+
+def test_degrees_must_match_the_ranks() -> None:
+    with pytest.raises(RankError, match="the degrees ask for 3 ranks, and 2 are here"):
+        run_ranks(positions, 2, [Degrees(dp_shard=3)])
+
+
+def life_of_a_group() -> dict[str, Any]:
+    comm = Comm(init_timeout_seconds=50, train_timeout_seconds=20, trace_buf_size=64)
+    device = process_group.start(comm, "gloo")
+    before = dist.distributed_c10d._get_default_timeout(dist.Backend("gloo"))
+    mesh = build_mesh(Degrees(dp_shard=dist.get_world_size()), "cpu")
+    process_group.tighten_timeouts(comm)
+    host = process_group.host_group()
+    gathered = collectives.all_gather_objects({"rank": collectives.rank()})
+    told = collectives.broadcast_object(f"from {collectives.rank()}")
+    options = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options
+    recorded = torch._C._distributed_c10d._dump_fr_trace_json()
+    result = {
+        "device": str(device),
+        "gathered": gathered,
+        "told": told,
+        "timeout": options._timeout,
+        "recorded": b"barrier" in recorded,
+        "host": host is None or host.size(),
+        "loss ranks": mesh.loss_group.size(),
+        "default": before > timedelta(0),
+    }
+    process_group.stop()
+    process_group.stop()  # twice is once
+    assert not dist.is_initialized()
+    return result
+
+
+def alone() -> dict[str, Any]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    return life_of_a_group()
+
+
+def test_a_process_group_starts_tightens_and_stops() -> None:
+    for rank, result in enumerate(run_ranks(life_of_a_group, 2, backend=None)):
+        assert result["device"] == "cpu", rank
+        assert result["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert result["told"] == "from 0"
+        assert result["timeout"] == timedelta(seconds=20)
+        assert result["recorded"]
+        assert (result["host"], result["loss ranks"]) == (2, 2)
+
+
+def test_one_rank_needs_no_rendezvous() -> None:
+    result = run_ranks(alone, 1, backend=None)[0]
+    assert (result["gathered"], result["told"], result["host"]) == ([{"rank": 0}], "from 0", True)
+
+
+def wait_for_nobody() -> None:
+    comm = Comm(train_timeout_seconds=1)
+    process_group.start(comm, "gloo")
+    process_group.tighten_timeouts(comm)
+    if collectives.rank() == 0:
+        collectives.barrier()
+    else:
+        import time
+
+        time.sleep(20)
+
+
+def test_a_rank_that_stays_away_is_given_up_after_the_training_timeout() -> None:
+    with pytest.raises(RankError, match=r"(?i)rank 0 of 2 failed(.|\n)*time"):
+        run_ranks(wait_for_nobody, 2, backend=None, timeout=15)

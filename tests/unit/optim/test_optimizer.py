@@ -1,0 +1,79 @@
+"""Which parameters decay, and that each way of computing the update gives the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quadriga.config.schema import Optimizer
+from quadriga.optim.optimizer import build_optimizer
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+
+
+def update(section: Optimizer, steps: int = 3) -> list[torch.Tensor]:
+    model = small_model()
+    optimizer = build_optimizer(model.named_parameters(), section)
+    for step in range(steps):
+        model(torch.arange(7)).pow(2 + step).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model.named_parameters(), Optimizer(weight_decay=0.1))
+    matrices, vectors = optimizer.param_groups
+    assert [parameter.dim() for parameter in matrices["params"]] == [2, 2]
+    assert [parameter.dim() for parameter in vectors["params"]] == [1, 1, 1]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+
+
+def test_vectors_decay_where_they_are_told_to_and_the_groups_stay() -> None:
+    section = Optimizer(weight_decay=0.1, decay_norms_and_biases=True)
+    groups = build_optimizer(small_model().named_parameters(), section).param_groups
+    assert [len(group["params"]) for group in groups] == [2, 3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    groups = build_optimizer(model.named_parameters(), Optimizer()).param_groups
+    assert sum(len(group["params"]) for group in groups) == 4
+
+
+def test_every_constant_arrives() -> None:
+    section = Optimizer(name="Adam", lr=0.02, beta1=0.8, beta2=0.7, eps=1e-5, implementation="foreach")
+    optimizer = build_optimizer(small_model().named_parameters(), section)
+    assert type(optimizer) is torch.optim.Adam
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.7), 1e-5)
+    assert (group["foreach"], group["fused"]) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_all_implementations_agree(name: str) -> None:
+    plain, *others = [
+        update(Optimizer(name=name, lr=0.01, implementation=implementation))  # type: ignore[arg-type]
+        for implementation in ("for-loop", "foreach", "fused")
+    ]
+    for other in others:
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_adamw_takes_the_decay_from_the_weight_and_adam_from_the_gradient() -> None:
+    """One step from weight 1 with gradient 0: AdamW shrinks by lr * decay; Adam's decay is scaled to a full step."""
+    weight = {name: torch.nn.Parameter(torch.ones(1, 1)) for name in ("Adam", "AdamW")}
+    for name, parameter in weight.items():
+        section = Optimizer(name=name, lr=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+        optimizer = build_optimizer([("weight", parameter)], section)
+        parameter.grad = torch.zeros(1, 1)
+        optimizer.step()
+    assert weight["AdamW"].item() == pytest.approx(0.95)
+    assert weight["Adam"].item() == pytest.approx(0.9)
