@@ -73,12 +73,6 @@ NOT_BUILT = (
         "set it to false: initial weights depend on debug.seed alone and are the same on every layout",
     ),
     Missing(
-        ("job.save_config_file",),
-        lambda config: config.job.save_config_file is not None,
-        "writing the configuration as JSON",
-        "remove it: config.toml, with every key, is always in the run folder",
-    ),
-    Missing(
         ("optimizer.early_step_in_backward",),
         lambda config: config.optimizer.early_step_in_backward,
         "updating parameters within the backward pass",

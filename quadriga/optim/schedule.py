@@ -54,3 +54,15 @@ def decay_steps(section: LrScheduler, horizon: int) -> int:
 def build_schedule(optimizer: torch.optim.Optimizer, section: LrScheduler, steps: int) -> LambdaLR:
     """Drives the learning rate of every group. Before its n-th `step()` the optimizer stands at step n's rate."""
     return LambdaLR(optimizer, lambda done: lr_factor(done + 1, section, steps))
+
+
+def wind_to(schedule: LambdaLR, done: int) -> None:
+    """Put the schedule where `done` steps have been taken: what a resume needs, since the factor is a pure function.
+
+    The rates follow the schedule as it is configured now, not as it was when a checkpoint was saved.
+    """
+    schedule.last_epoch = done
+    rates = [base * factor(done) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates  # what get_last_lr() says

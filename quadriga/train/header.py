@@ -40,7 +40,7 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
         ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
-        ("layout", words.strategy(spec)),
+        ("layout", words.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
         ("batch", words.batch(spec)),
         ("length", f"{words.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
         ("formats", words.formats(trainer.run)),

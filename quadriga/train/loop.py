@@ -21,13 +21,13 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
         return EXIT_OK
     trainer = build(run, environ)
     start = time.perf_counter()
-    try:
-        header.show(trainer)
-        train(trainer)
-        header.summarize(trainer, time.perf_counter() - start)
-    finally:
-        trainer.close()
-        process_group.stop()
+    header.show(trainer)
+    train(trainer)
+    # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end, and an
+    # error made by closing would hide the first one. Every line and event is on disk when it is written.
+    trainer.close()
+    header.summarize(trainer, time.perf_counter() - start)
+    process_group.stop()
     return EXIT_OK
 
 

@@ -22,9 +22,11 @@ VARIABLES = ("COMM_BACKEND", "NNODES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", 
 
 
 def write_record(folder: Path, config: JobConfig, backend: str, world_size: int) -> None:
-    """Write `config.toml` and `environment.json` into the run folder."""
+    """Write `config.toml`, `environment.json` and, on request, the configuration as JSON into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if config.job.save_config_file is not None:
+        (folder / config.job.save_config_file).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     environment = json.dumps(describe_environment(backend, world_size), indent=2)
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
 

@@ -85,7 +85,9 @@ def test_a_run_leaves_what_it_should(tmp_path):
     profiling = ("--profiling.profile_freq=4", "--profiling.profiler_active=2", "--profiling.profiler_warmup=1")
     validation = ("--validation.enable", "--validation.dataset=builtin_validation", "--validation.steps=2")
     validation += ("--validation.freq=3", "--validation.seq_len=32", "--validation.local_batch_size=2")
-    records = train(tmp_path, 2, *arguments, *profiling, *validation, "--training.steps=4")
+    records = train(
+        tmp_path, 2, *arguments, *profiling, *validation, "--training.steps=4", "--job.save_config_file=all.json"
+    )
     assert len(records) == 4
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 and record["tokens_per_second"] > 0 for record in records)
     assert [record["tokens_seen"] for record in records] == [256, 512, 768, 1024]
@@ -100,4 +102,5 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert environment["world_size"] == 2
     assert environment["backend"] == "gloo"
     assert environment["libraries"]["torch"]
+    assert json.loads((tmp_path / "all.json").read_text())["training"]["steps"] == 4
     assert "steps = 4" in (tmp_path / "config.toml").read_text()
