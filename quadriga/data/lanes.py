@@ -37,7 +37,7 @@ class Lanes:
 
     def windows(self, lane: int, place: Place = START) -> Iterator[tuple[Window, Place]]:
         """The lane's windows from `place` on: (seq_len + 1,) int64, each with the place that follows it."""
-        documents = tokenized(self.documents(lane, place), self.tokenizer)
+        documents = tokenized(self.documents(lane, place), self.tokenizer, self.seq_len)
         return windows(documents, self.seq_len, skip=place.token)
 
     def documents(self, lane: int, place: Place = START) -> Iterator[tuple[Document, Place]]:

@@ -63,6 +63,9 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._rows = rows
         self._dataloader = dataloader
+        self._pin = dataloader.pin_memory and torch.cuda.is_available()
+        if dataloader.pin_memory and not self._pin:
+            logger.info("data: dataloader.pin_memory has no effect, since there is no CUDA here")
         self._places = dict.fromkeys(rows, START)
         self._prefetcher: Prefetcher | None = None
         self.fingerprint = "; ".join(
@@ -139,9 +142,8 @@ class Loader:
     def _assemble(self, windows: Mapping[int, Window]) -> Batch:
         """Rows without a window, and the rest of a short one, are filled up with labels that no loss counts."""
         shape = (len(self._rows), self._lanes.seq_len)
-        pin = self._dataloader.pin_memory and torch.cuda.is_available()
-        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=pin)
-        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=pin)
+        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
         for place, row in enumerate(self._rows):
             if (window := windows.get(row)) is not None:
                 ids = torch.from_numpy(window)

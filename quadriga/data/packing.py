@@ -14,8 +14,8 @@ from quadriga.data.tokenizer import Tokenizer
 Ids = npt.NDArray[np.int32]
 Window = npt.NDArray[np.int64]
 
-FIRST_GROUP = 1 << 13  # characters tokenized in the first call: small, since the first step waits for it
-MOST_GROUP = 1 << 17  # ... and at most in a later one
+LEAST_GROUP = 1 << 12  # characters encoded in one call: enough that the call costs nothing ...
+GROUP_PER_TOKEN = 8  # ... and about two windows of text, so that no lane keeps the others waiting for long
 DOCUMENT_OVERHEAD = 64  # what a document counts beside its characters, so that empty ones fill a group too
 
 
@@ -31,16 +31,19 @@ class Place(NamedTuple):
 START = Place()
 
 
-def tokenized(documents: Iterable[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place]]:
+def tokenized(
+    documents: Iterable[tuple[Document, Place]], tokenizer: Tokenizer, seq_len: int
+) -> Iterator[tuple[Ids, Place]]:
     """The ids of each document, with BOS and EOS at the ends of whole documents. Texts are encoded in groups."""
+    enough = max(LEAST_GROUP, GROUP_PER_TOKEN * seq_len)
     group: list[tuple[Document, Place]] = []
-    waiting, enough = 0, FIRST_GROUP
+    waiting = 0
     for document, place in documents:
         group.append((document, place))
         waiting += len(document.text) + DOCUMENT_OVERHEAD
         if waiting >= enough:
             yield from _encode(group, tokenizer)
-            group, waiting, enough = [], 0, min(2 * enough, MOST_GROUP)
+            group, waiting = [], 0
     yield from _encode(group, tokenizer)
 
 

@@ -5,13 +5,18 @@ The client is a process of its own, since the Hub's libraries read HF_ENDPOINT w
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from corpora import write_jsonl
 from hub_server import c4_repository, hub_server
+
+from quadriga.data.hub import HubSource
+from quadriga.errors import UserError
 
 SHARDS, ROWS = 3, 40
 
@@ -105,3 +110,21 @@ def test_without_a_network_the_way_out_is_said(tmp_path, root, environ):
     assert "cannot be streamed" in report
     for way_out in ("HF_ENDPOINT", "HF_TOKEN", "dataset_path", "builtin"):
         assert way_out in report
+
+
+def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path):
+    path = write_jsonl(tmp_path / "c4-train.00000.json.gz", [f"{i} " + "word " * (i % 90) for i in range(30_000)])
+    source = HubSource("json", None, "train", data_files=[str(path)])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(RuntimeError, match=r"streaming json/train stopped in shard 0 after row \d+.*start again"):
+        list(source.read(0))
+
+
+def test_a_row_without_text_is_named(tmp_path):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b'{"text": "good"}\n{"text": null}\n'))
+    source = HubSource("json", None, "train", data_files=[str(path)])
+    good, bad = source.read(0)
+    assert source.parse(good).text == "good"
+    with pytest.raises(UserError, match="json/train, shard 0, row 2"):
+        source.parse(bad)

@@ -34,6 +34,12 @@ def make(rows=range(ROWS), *, seed=7, seq_len=64, dataset="builtin", path=None, 
     )
 
 
+def make_at(state, *args, **options) -> Loader:
+    loader = make(*args, **options)
+    loader.load_state_dict(state)
+    return loader
+
+
 def steps(loader: Loader, count: int) -> list[torch.Tensor]:
     """Token and label ids of `count` steps; closes the loader."""
     try:
@@ -121,6 +127,15 @@ def test_resume_on_another_number_of_ranks(before, after):
         second.append(steps(loader, 5))
     joined = [torch.cat(step, dim=1) for part in (first, second) for step in zip(*part, strict=True)]
     assert digest(joined) == digest(whole)
+
+
+def test_resume_with_another_sequence_length_reads_on_at_the_same_token():
+    first = make(range(1), total=1)
+    steps(first, 3)
+    second = make(range(1), total=1, seq_len=32)
+    second.load_state_dict(first.state_dict())
+    (longer,), halves = steps(make_at(first.state_dict(), range(1), total=1), 1), steps(second, 2)
+    assert torch.equal(longer, torch.cat(halves, dim=2))
 
 
 def test_loading_state_into_a_running_loader_goes_back():
@@ -237,3 +252,20 @@ def test_a_finite_pass_may_be_left_in_the_middle():
     assert torch.equal(*first)
     loader.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_page_locked_where_asked():
+    loader = make(pin_memory=True)
+    batch = loader.next()
+    loader.close()
+    assert batch.tokens.is_pinned()
+    assert batch.labels.is_pinned()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where CUDA is, it has an effect")
+def test_page_locking_without_cuda_is_said_to_have_no_effect(caplog):
+    with caplog.at_level(logging.INFO, logger="quadriga"):
+        make(pin_memory=True)
+    assert "no effect" in caplog.text

@@ -61,7 +61,7 @@ def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, data):
 @given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
 def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
     stream = ((Document(text), Place(document=number)) for number, text in enumerate(documents))
-    packed = [window for window, _ in windows(tokenized(stream, ByteTokenizer()), seq_len)]
+    packed = [window for window, _ in windows(tokenized(stream, ByteTokenizer(), seq_len), seq_len)]
     assert all(len(window) == seq_len + 1 for window in packed[:-1])
     assert all(before[-1] == after[0] for before, after in pairwise(packed))
     joined = [int(packed[0][0])] + [int(token) for window in packed for token in window[1:]]
@@ -70,14 +70,16 @@ def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
 
 def test_pieces_of_one_document_get_one_bos_and_one_eos():
     pieces = [Document("ab", True, False), Document("cd", False, False), Document("ef", False, True)]
-    stream = tokenized(((piece, Place(document=i)) for i, piece in enumerate(pieces)), ByteTokenizer())
+    stream = tokenized(((piece, Place(document=i)) for i, piece in enumerate(pieces)), ByteTokenizer(), 8)
     assert [ids.tolist() for ids, _ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
 
 
 def test_tokenizing_in_groups_changes_nothing():
-    """Groups grow with what was read; a document's ids and place do not depend on its group."""
+    """A document's ids and place do not depend on what it is encoded with."""
     documents = [Document("word " * (i % 900)) for i in range(300)]
-    stream = list(tokenized(((document, Place(document=i)) for i, document in enumerate(documents)), ByteTokenizer()))
+    placed = [(document, Place(document=i)) for i, document in enumerate(documents)]
+    stream = list(tokenized(placed, ByteTokenizer(), 512))
+    assert np.array_equal(stream[7][0], next(tokenized(placed[7:8], ByteTokenizer(), 1))[0])
     assert [place.document for _, place in stream] == list(range(300))
     for document, (ids, _) in zip(documents, stream, strict=True):
         assert ids.tolist() == [256, *document.text.encode(), 257]
