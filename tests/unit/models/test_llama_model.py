@@ -185,6 +185,8 @@ def test_bfloat16_follows_float32_closely() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # from within the compiler,
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # and this one too
 @pytest.mark.parametrize("kv_heads", [2, 8])
 def test_a_block_compiles_to_one_graph(kv_heads: int) -> None:
     spec = dataclasses.replace(TINY, n_layers=2, n_kv_heads=kv_heads)
