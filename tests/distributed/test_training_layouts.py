@@ -1,4 +1,7 @@
-"""One training run on any data-parallel layout: the losses of the debug configuration agree."""
+"""One training run on any data-parallel layout: the losses of the debug configuration agree.
+
+The quick test cuts its sequences to 32 tokens, which leaves all else as it is: model, batch, accumulation, schedule.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,28 @@ DEBUG = ("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--profiling
 DEBUG += ("--checkpoint.no_enable",)
 
 
+SHORT = (*DEBUG, "--training.steps=20", "--training.seq_len=32")
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), 1, *DEBUG, "--training.steps=20", timeout=300)
+    return train(tmp_path_factory.mktemp("one"), 1, *SHORT)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_losses_of_twenty_steps_agree(name, one_rank, tmp_path):
+def test_losses_of_twenty_short_steps_agree(name, one_rank, tmp_path):
     ranks, arguments = LAYOUTS[name]
-    records = train(tmp_path, ranks, *DEBUG, "--training.steps=20", *arguments, timeout=300)
+    records = train(tmp_path, ranks, *SHORT, *arguments)
     assert len(records) == 20
     assert largest_difference(records, one_rank, "loss") <= 1e-6
 
 
 @pytest.mark.slow
-def test_losses_of_two_hundred_steps_agree(tmp_path):
-    """The whole debug run, on every layout."""
-    reference = train(tmp_path / "one", 1, *DEBUG, timeout=900)
+def test_losses_of_the_whole_debug_run_agree(tmp_path):
+    """Its 200 steps on every layout: within 1e-6 over the first 20 and within 1e-5 over all."""
+    reference = train(tmp_path / "one", 1, *DEBUG, timeout=1800)
     assert len(reference) == 200
     for name, (ranks, arguments) in LAYOUTS.items():
-        records = train(tmp_path / name, ranks, *DEBUG, *arguments, timeout=900)
+        records = train(tmp_path / name, ranks, *DEBUG, *arguments, timeout=1800)
+        assert largest_difference(records[:20], reference[:20], "loss") <= 1e-6, name
         assert largest_difference(records, reference, "loss") <= 1e-5, name
