@@ -101,7 +101,7 @@ def profiler_finishes_a_cycle(case: Case) -> Verdicts:
     profiling, steps = case.config.profiling, case.config.training.steps
     if profiling.enable_profiling and profiling.profile_freq > steps:
         what = f"profiling.profile_freq = {profiling.profile_freq} is longer than training.steps = {steps}"
-        yield f"{what}: no trace is written"
+        yield f"{what}: the last steps are traced"
 
 
 @rule("checkpoint.keep_latest_k", "checkpoint.enable")

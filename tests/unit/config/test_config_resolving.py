@@ -107,7 +107,7 @@ def test_folders_lie_in_the_run_folder(door):
             ["--training.steps", "10", "--lr_scheduler.warmup_steps", "5", "--lr_scheduler.decay_ratio", "0.8"],
             "the decay takes 5 steps",
         ),
-        (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "no trace is written"),
+        (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "the last steps are traced"),
         (["--checkpoint.enable"], "checkpoint.last_save_model_only is false by default"),
         (["--training.dtype", "bfloat16"], "small updates round away"),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
