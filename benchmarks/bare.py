@@ -1,0 +1,176 @@
+"""The reference: a Llama trained in plain PyTorch, as short as it goes. Prints `step N loss L` after each step.
+
+    python benchmarks/bare.py --shape small --dtype bfloat16
+    torchrun --standalone --nproc-per-node 2 benchmarks/bare.py     # FSDP2: each block and the root are units
+
+It does what training needs and nothing else: random tokens from a pool in memory, forward, loss, backward, clipping,
+fused AdamW. No file is read, no metric kept, no checkpoint, no configuration. It trains the model of `quadriga` (GQA,
+SwiGLU, RMSNorm, RoPE, SDPA, float32 loss) and is the 1.00 that `speed.py` and `startup.py` compare with. Attention and
+RoPE are as a plain script has them, in the dtype of the model and by halves that are negated and joined;
+`--attention float32` computes attention in float32, as quadriga does for bfloat16 on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from shapes import BETAS, DTYPES, EPS, LR, MAX_NORM, NORM_EPS, ROPE_THETA, SHAPES, WEIGHT_DECAY, Shape
+from torch import Tensor, nn
+
+POOL = 8  # batches held in memory
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape, in_float32: bool) -> None:
+        super().__init__()
+        self.shape, self.in_float32 = shape, in_float32
+        self.wq = nn.Linear(shape.dim, shape.n_heads * shape.head_dim, bias=False)
+        self.wk = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
+        self.wv = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
+        self.wo = nn.Linear(shape.n_heads * shape.head_dim, shape.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        heads = (rows, length, -1, self.shape.head_dim)
+        q = rotate(self.wq(x).view(heads).transpose(1, 2), cos, sin)
+        k = rotate(self.wk(x).view(heads).transpose(1, 2), cos, sin)
+        v = self.wv(x).view(heads).transpose(1, 2)
+        if self.in_float32:
+            q, k, v = q.float(), k.float(), v.float()
+        grouped = self.shape.n_kv_heads != self.shape.n_heads
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.wo(attended.to(x.dtype).transpose(1, 2).reshape(rows, length, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+        self.w2 = nn.Linear(shape.ffn_dim, shape.dim, bias=False)
+        self.w3 = nn.Linear(shape.dim, shape.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape, in_float32: bool) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = Attention(shape, in_float32), FeedForward(shape)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(shape.dim, eps=NORM_EPS), nn.RMSNorm(shape.dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shape: Shape, in_float32: bool = False) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim)
+        self.layers = nn.ModuleList(Block(shape, in_float32) for _ in range(shape.n_layers))
+        self.norm = nn.RMSNorm(shape.dim, eps=NORM_EPS)
+        self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+        angles = torch.outer(torch.arange(shape.seq_len).float(), frequencies).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        return self.output(self.norm(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, in_float32: bool) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(shape, in_float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model.to(device, dtype)
+
+
+def shard(model: Llama, device: torch.device) -> None:
+    """FSDP2 over all ranks, parameters and gradients in the dtype that the model has."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def batches(shape: Shape, rows: int, device: torch.device, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, labels), each (rows, seq_len), without end."""
+    generator = torch.Generator().manual_seed(rank)
+    windows = torch.randint(shape.vocab_size, (POOL, rows, shape.seq_len + 1), generator=generator).to(device)
+    while True:
+        for window in windows:
+            yield window[:, :-1], window[:, 1:]
+
+
+def train(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], micro_batch: int, steps: int, talks: bool) -> None:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    for step in range(1, steps + 1):
+        tokens, labels = next(data)
+        mean = torch.zeros((), device=tokens.device)
+        parts = max(len(tokens) // micro_batch, 1)
+        for x, y in zip(tokens.split(micro_batch), labels.split(micro_batch), strict=True):
+            loss = F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()) / parts
+            loss.backward()
+            mean += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = mean.item()  # every rank waits for its step, as every rank of ours does
+        if talks:
+            print(f"step {step} loss {value:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The reference loop: a Llama in plain PyTorch.")
+    parser.add_argument("--shape", default="debug", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of parameters, compute and gradients")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--attention", default="plain", choices=("plain", "float32"))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seq_len", type=int, help="another length than the shape's")
+    parser.add_argument("--batch", type=int, help="rows of one step of the whole run, if not the shape's")
+    parser.add_argument("--micro_batch", type=int, help="rows of one forward pass; default: all of this rank's")
+    chosen = parser.parse_args()
+
+    named = SHAPES[chosen.shape]
+    shape = Shape(**{**vars(named), "seq_len": chosen.seq_len or named.seq_len, "batch": chosen.batch or named.batch})
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if chosen.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    model = build(shape, getattr(torch, chosen.dtype), device, chosen.attention == "float32")
+    if ranks > 1:
+        shard(model, device)
+    rows = shape.batch // ranks
+    train(model, batches(shape, rows, device, rank), chosen.micro_batch or rows, chosen.steps, talks=rank == 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the benchmarks share: where they run, what they write down, and how they print it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+LIBRARIES = ("torch", "numpy", "tokenizers")
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # nothing needs to be installed but the requirements
+
+import quadriga  # noqa: E402 (its own import is free; nothing of it loads torch)
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """Variables for a process of ours: it finds the package from any folder, and is heard at once."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **extra}
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": _gpus(),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpus() -> list[str]:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split(" (UUID")[0] for line in listed.stdout.splitlines()]
+
+
+def describe_versions() -> dict[str, str]:
+    versions = {"quadriga": quadriga.__version__, "commit": _commit(), "python": platform.python_version()}
+    return {**versions, **{name: metadata.version(name) for name in LIBRARIES}}
+
+
+def _commit() -> str:
+    """The commit, with `+` where files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder: Path = RESULTS) -> Path:
+    """Write results/`name`.json. `command` is what was typed, without folders that are this machine's alone."""
+    result = {
+        "benchmark": name,
+        "claim": claim,
+        "command": " ".join(command),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "figures": figures,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def command_line() -> list[str]:
+    """`python benchmarks/NAME.py ...` as a reader would type it: of paths, only the last part is kept."""
+    script, *arguments = sys.argv
+    shown = [Path(part).name if os.sep in part else part for part in arguments]
+    return ["python", f"benchmarks/{Path(script).name}", *shown]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    shown = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; of a single value, that value."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high

@@ -1,0 +1,232 @@
+"""A step-by-step paired timer: two commands take turns, so that both see the same minute of a busy machine.
+
+Both are started; from then on one of them runs a turn (one step, or several short ones) while the other is stopped by
+SIGSTOP. Each pair of turns gives one ratio, reference seconds over ours, in which a slow spell of the machine cancels
+out. Who goes first changes from pair to pair. The result is the median of the ratios with a bootstrap interval.
+
+A step ends where a line of the command's output matches its pattern, so each command must print one a step. The lines
+are seen by a thread that waits for them; the command is stopped some tenths of a millisecond later, which is the same
+for both and is kept small by making a turn at least `SHORTEST_TURN` long. Linux only (/proc, SIGSTOP).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SHORTEST_TURN = 0.25  # seconds
+FEWEST_PAIRS = 5
+STEP_LIMIT = 600.0  # seconds without a step after which a command counts as hung
+PATIENCE = 10.0  # seconds
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training command. `step_line`: a regular expression that one line of output a step matches."""
+
+    name: str
+    argv: Sequence[str]
+    step_line: str
+    environ: Mapping[str, str]
+
+
+@dataclass
+class Timings:
+    """Seconds a step of each pair of turns, ours and the reference's."""
+
+    ours: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Speed of ours in shares of the reference: above 1, ours is quicker."""
+        return [theirs / mine for mine, theirs in zip(self.ours, self.reference, strict=True)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median, where it lies with 95 % confidence, and the middle half of what was measured."""
+
+    median: float
+    low: float
+    high: float
+    quartile_1: float
+    quartile_3: float
+    count: int
+
+
+class Failed(Exception):
+    """A command ended or hung before its next step. Carries the last lines that it printed."""
+
+
+def leave_nothing_behind() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, by way of `finally`, so that no stopped command stays behind."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
+def take_turns(ours: Command, reference: Command, *, pairs: int, seconds: float, warmup: int = 2) -> Timings:
+    """Start both commands and time pairs of turns after `warmup` untimed steps of each. Both are killed at the end.
+
+    There are `pairs` pairs, or as many as fit into `seconds` if those are fewer, but at least FEWEST_PAIRS. Raises
+    Failed where a command ends or hangs.
+    """
+    timings = Timings()
+    with started(reference) as theirs, started(ours) as mine:
+        for process in (theirs, mine):  # one after the other, so that neither start disturbs the other's
+            process.wait_for_step()
+            process.stop()
+        # The step before the first turn is not timed whole, so each warms up by itself and shows its own length.
+        slowest = max(process.turn(steps=1) for _ in range(max(warmup, 1)) for process in (theirs, mine))
+        steps = max(1, math.ceil(SHORTEST_TURN / slowest))
+        deadline = time.perf_counter() + seconds
+        for pair in range(pairs):
+            if pair >= FEWEST_PAIRS and time.perf_counter() > deadline:
+                break
+            turns: list[tuple[list[float], Running]] = [(timings.ours, mine), (timings.reference, theirs)]
+            for taken, process in turns if pair % 2 else reversed(turns):
+                taken.append(process.turn(steps) / steps)
+    return timings
+
+
+def seconds_to_first_step(command: Command) -> float:
+    """From the start of the process to its first step line; the process is killed then."""
+    with started(command) as process:
+        return process.wait_for_step() - process.started_at
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The median with a 95 % percentile-bootstrap interval. The same numbers give the same interval."""
+    draw = random.Random(0)
+    resampled = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    ordered = sorted(values)
+    return Estimate(
+        median=statistics.median(values),
+        low=resampled[int(0.025 * RESAMPLES)],
+        high=resampled[int(0.975 * RESAMPLES)],
+        quartile_1=ordered[len(ordered) // 4],
+        quartile_3=ordered[(3 * len(ordered)) // 4],
+        count=len(values),
+    )
+
+
+class Running:
+    """A started command and all its children, which can be stopped, and continued for some steps."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.last_lines: deque[str] = deque(maxlen=25)
+        self._steps: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+        self._pattern = re.compile(command.step_line)
+        self.started_at = time.perf_counter()
+        self._process = subprocess.Popen(
+            command.argv,
+            env=command.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._pids: list[int] = [self._process.pid]
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def turn(self, steps: int) -> float:
+        """Continue, run to the end of the `steps`-th step, stop. Returns the seconds that took."""
+        while not self._steps.empty():  # printed while the stop was on its way
+            self._check(self._steps.get())
+        start = time.perf_counter()
+        self._signal(signal.SIGCONT)
+        for _ in range(steps):
+            end = self.wait_for_step()
+        self.stop()
+        return end - start
+
+    def wait_for_step(self) -> float:
+        """When the next step line was seen. Raises Failed where none comes."""
+        try:
+            return self._check(self._steps.get(timeout=STEP_LIMIT))
+        except queue.Empty:
+            raise Failed(f"{self.command.name}: no step in {STEP_LIMIT:.0f} s\n" + self.tail()) from None
+
+    def stop(self) -> None:
+        """The processes known from the last stop at once, then whatever has been started since."""
+        self._signal(signal.SIGSTOP)
+        self._pids = descendants(self._process.pid)
+        self._signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
+        """The children first, so that a launcher may clear up after them; it gets `PATIENCE` seconds for that."""
+        self._pids = descendants(self._process.pid)[1:]
+        if self._pids:
+            self._signal(signal.SIGKILL)
+            self._process.send_signal(signal.SIGCONT)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(PATIENCE)
+
+    def tail(self) -> str:
+        return "\n".join(self.last_lines)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            seen = time.perf_counter()
+            self.last_lines.append(line.rstrip())
+            if self._pattern.search(line):
+                self._steps.put(seen)
+        self._steps.put(None)
+
+    def _check(self, seen: float | None) -> float:
+        if seen is None:
+            raise Failed(f"{self.command.name}: ended before its next step\n" + self.tail())
+        return seen
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@contextmanager
+def started(command: Command) -> Iterator[Running]:
+    running = Running(command)
+    try:
+        yield running
+    finally:
+        running.kill()
+
+
+def descendants(root: int) -> list[int]:
+    """`root` and its children's children, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue  # it has ended since
+            children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        waiting += children.get(pid, [])
+    return found

@@ -1,0 +1,129 @@
+"""Steady-state speed: the whole trainer against a bare PyTorch loop of the same model, step by step in turn.
+
+    python benchmarks/speed.py                              # every case that this machine's CPU can run
+    python benchmarks/speed.py --only small-bfloat16-1 --pairs 30
+    python benchmarks/speed.py --device cuda --ranks 1 4    # on GPUs
+
+Claim: at least 0.97 of the bare loop (`bare.py`), eager, float32 and bfloat16, one process; and with FSDP over 2 and 4
+ranks against a bare FSDP2 loop under torchrun. The trainer does all that it does by default: it reads and tokenizes
+real text, meters, logs and writes every step. The bare loop draws from a pool in memory and prints its loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import command_line, save, table, verdict
+from paired import Estimate, Failed, Timings, estimate, leave_nothing_behind, take_turns
+from shapes import DTYPES, SHAPES
+from trainer import bare_command, same_model, trainer_command, write_toml
+
+TARGET = 0.97
+CLAIM = f"the whole trainer runs at {TARGET} or more of a bare PyTorch loop of the same model"
+HEADER = ["case", "ours ms", "bare ms", "ours tok/s", "ratio", "95 % of median", "middle half", "pairs", f">= {TARGET}"]
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    dtype: str
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.dtype}-{self.ranks}"
+
+
+def cases(ranks: list[int]) -> list[Case]:
+    """Both shapes and dtypes in one process; over several ranks both shapes in float32, where gloo is at its best."""
+    one = [Case(shape, dtype, 1) for shape in SHAPES for dtype in DTYPES if 1 in ranks]
+    return one + [Case(shape, "float32", count) for count in ranks if count > 1 for shape in SHAPES]
+
+
+def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one case, over `chosen.starts` fresh starts of both sides."""
+    by_start: list[Timings] = []
+    for _ in range(chosen.starts):
+        with tempfile.TemporaryDirectory(prefix="quadriga-speed-") as folder:
+            tables = same_model(SHAPES[case.shape], case.dtype, case.ranks, Path(folder))
+            tables["compile"] = {"enable": chosen.compile}
+            ours = trainer_command(write_toml(Path(folder, "run.toml"), tables), case.ranks, chosen.device)
+            arguments = ["--shape", case.shape, "--dtype", case.dtype, "--attention", chosen.attention]
+            reference = bare_command(case.ranks, chosen.device, *arguments, "--steps", "1000000")
+            by_start.append(take_turns(ours, reference, pairs=chosen.pairs, seconds=chosen.seconds))
+    shape = SHAPES[case.shape]
+    tokens = shape.batch * shape.seq_len
+    ours_seconds = estimate([seconds for timings in by_start for seconds in timings.ours])
+    reference_seconds = estimate([seconds for timings in by_start for seconds in timings.reference])
+    ratio = estimate([ratio for timings in by_start for ratio in timings.ratios])
+    return {
+        **asdict(case),
+        "device": chosen.device,
+        "bare_attention": chosen.attention,
+        "compiled": chosen.compile,
+        "ratio": asdict(ratio),
+        "ratio_of_each_start": [round(estimate(timings.ratios).median, 4) for timings in by_start],
+        "ours_step_seconds": ours_seconds.median,
+        "bare_step_seconds": reference_seconds.median,
+        "ours_tokens_per_second": tokens / ours_seconds.median,
+        "target": TARGET,
+        "met": ratio.median >= TARGET,
+    }
+
+
+def row(figures: dict[str, Any]) -> list[str]:
+    ratio = Estimate(**figures["ratio"])
+    return [
+        f"{figures['shape']}-{figures['dtype']}-{figures['ranks']}",
+        f"{1000 * figures['ours_step_seconds']:.0f}",
+        f"{1000 * figures['bare_step_seconds']:.0f}",
+        f"{figures['ours_tokens_per_second']:,.0f}",
+        f"{ratio.median:.3f}",
+        f"{ratio.low:.3f} to {ratio.high:.3f}",
+        f"{ratio.quartile_1:.3f} to {ratio.quartile_3:.3f}",
+        str(ratio.count),
+        verdict(figures["met"]),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to run with")
+    parser.add_argument("--only", nargs="+", metavar="SHAPE-DTYPE-RANKS", help="these cases, e.g. debug-bfloat16-2")
+    parser.add_argument("--pairs", type=int, default=20, help="most pairs of turns of each start")
+    parser.add_argument("--seconds", type=float, default=45, help="of turns of each start, from the sixth pair on")
+    parser.add_argument("--starts", type=int, default=2, help="fresh starts of both sides")
+    parser.add_argument("--attention", default="plain", choices=("plain", "float32"), help="attention of the bare loop")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on our side; the bare loop stays eager")
+    parser.add_argument("--name", help="of the result file; default: speed, or speed_cuda")
+    chosen = parser.parse_args()
+    leave_nothing_behind()
+    wanted = [parse(name) for name in chosen.only] if chosen.only else cases(chosen.ranks)
+    results: list[dict[str, Any]] = []
+    for case in wanted:
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
+        try:
+            figures = measure(case, chosen)
+        except Failed as failure:
+            print(failure, file=sys.stderr)
+            break
+        results.append(figures)
+    print(table(HEADER, [row(figures) for figures in results]))
+    name = chosen.name or ("speed" if chosen.device == "cpu" else "speed_cuda")
+    print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")
+    return 0 if len(results) == len(wanted) and all(figures["met"] for figures in results) else 1
+
+
+def parse(name: str) -> Case:
+    shape, dtype, ranks = name.split("-")
+    return Case(shape, dtype, int(ranks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

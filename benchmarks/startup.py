@@ -1,0 +1,131 @@
+"""Start-up: how long a command takes to answer, and a run to its first step.
+
+    python benchmarks/startup.py
+
+Claims: `quadriga --help` and the dry run of the 8B configuration each answer in under 1 s; from `python -m
+quadriga.train` to the first step of the debug run takes at most 1.5 times as long as a bare PyTorch script that starts,
+builds the same model and does the same first step (16 rows of 256 tokens in micro-batches of 2). The debug run is the
+shipped file as it is: it reads and tokenizes text, starts the process group, TensorBoard and the profiler, and writes
+its records. Starts take turns; the figure is the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, child_environment, command_line, save, table, verdict
+from paired import Command, Failed, leave_nothing_behind, seconds_to_first_step
+from trainer import STEP_LINE, bare_command, environment
+
+ANSWER_TARGET, FIRST_STEP_TARGET = 1.0, 1.5  # seconds; times the bare script
+CLAIM = "commands answer in under 1 s; the first step comes within 1.5 times the bare script's"
+DEBUG_FILE = ROOT / "configs" / "debug" / "debug.toml"
+REFERENCE_FILE = ROOT / "configs" / "llama3_8b" / "llama3_8b.toml"
+DEBUG_BATCH = ("--shape", "debug", "--seq_len", "256", "--batch", "16", "--micro_batch", "2")
+
+
+def seconds_to_answer(argv: list[str], environ: dict[str, str]) -> float:
+    """From the start of a command to its end. Raises Failed where it does not end well."""
+    start = time.perf_counter()
+    done = subprocess.run(argv, check=False, env=environ, capture_output=True, text=True)
+    taken = time.perf_counter() - start
+    if done.returncode != 0:
+        raise Failed(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
+    return taken
+
+
+def answers(repeats: int) -> list[dict[str, Any]]:
+    """`quadriga --help` and the dry run, from a cold interpreter each time."""
+    launch = {"DRY_RUN": "1", "NGPU": "4", "CONFIG_FILE": str(REFERENCE_FILE), "PYTHON": sys.executable}
+    commands = {
+        "quadriga --help": ([sys.executable, "-m", "quadriga.cli", "--help"], child_environment()),
+        "DRY_RUN=1 run_train.sh (8B)": ([str(ROOT / "run_train.sh")], child_environment(**launch)),
+    }
+    times = {name: [seconds_to_answer(*command) for _ in range(repeats)] for name, command in commands.items()}
+    return [
+        {
+            "what": name,
+            "seconds": taken,
+            "median": statistics.median(taken),
+            "best": min(taken),
+            "target": ANSWER_TARGET,
+            "met": statistics.median(taken) < ANSWER_TARGET,
+        }
+        for name, taken in times.items()
+    ]
+
+
+def first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, Any]:
+    """Seconds from the command to its first step line, ours and the bare script's in turn; one more start of each goes
+    ahead untimed, so that both find their files in the page cache."""
+    ours, bare = [], []
+    for repeat in range(repeats + 1):
+        with tempfile.TemporaryDirectory(prefix="quadriga-startup-") as folder:
+            argv = [sys.executable, "-m", "quadriga.train", "--job.config_file", str(DEBUG_FILE)]
+            argv += ["--job.dump_folder", str(Path(folder, "run")), *overrides]
+            quick = seconds_to_first_step(Command("quadriga", argv, STEP_LINE, environment(1, device)))
+        plain = seconds_to_first_step(bare_command(1, device, *DEBUG_BATCH, "--steps", "1"))
+        if repeat:
+            ours.append(quick)
+            bare.append(plain)
+    ratio = statistics.median(ours) / statistics.median(bare)
+    return {
+        "what": "first step of the debug run",
+        "overrides": overrides,
+        "ours_seconds": ours,
+        "bare_seconds": bare,
+        "ours_median": statistics.median(ours),
+        "bare_median": statistics.median(bare),
+        "ours_best": min(ours),
+        "bare_best": min(bare),
+        "ratio": ratio,
+        "ratio_of_the_best": min(ours) / min(bare),
+        "target": FIRST_STEP_TARGET,
+        "met": ratio <= FIRST_STEP_TARGET,
+    }
+
+
+def show(commands: list[dict[str, Any]], first: dict[str, Any]) -> None:
+    rows = [[each["what"], seconds(each["median"]), seconds(each["best"]), verdict(each["met"])] for each in commands]
+    print(table(["command", "median", "best", f"< {ANSWER_TARGET} s"], rows))
+    rows = [
+        ["quadriga", seconds(first["ours_median"]), seconds(first["ours_best"]), ""],
+        ["bare script", seconds(first["bare_median"]), seconds(first["bare_best"]), ""],
+        ["ratio", f"{first['ratio']:.2f}", f"{first['ratio_of_the_best']:.2f}", verdict(first["met"])],
+    ]
+    print("\n" + table(["to the first step", "median", "best", f"<= {FIRST_STEP_TARGET}"], rows))
+
+
+def seconds(amount: float) -> str:
+    return f"{amount:.2f} s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--override", nargs=argparse.REMAINDER, default=[], help="further arguments of the debug run")
+    chosen = parser.parse_args()
+    leave_nothing_behind()
+    try:
+        commands = answers(chosen.repeats)
+        first = first_steps(chosen.repeats, chosen.device, chosen.override)
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    show(commands, first)
+    results = {"answers": commands, "first_step": first}
+    name = "startup" if chosen.device == "cpu" else "startup_cuda"
+    print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")
+    return 0 if first["met"] and all(each["met"] for each in commands) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
