@@ -52,7 +52,10 @@ class CheckpointManager:
 
     def __init__(self, section: Checkpoint, folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
         """`group`: a gloo group of all ranks and of no other use (asynchronous saves run beside training); None: one
-        process alone. Cleans up what a killed run left, so the caller must hold the run folder's lock."""
+        process alone. Cleans up what a killed run left, so the caller must hold the run folder's lock. Raises UserError
+        for an `async_mode` that is not supported."""
+        if section.enable and section.async_mode == "async_with_pinned_mem":
+            raise UserError(_no_pinning())
         self._section, self._folder, self._group = section, Path(folder), group
         self._first_rank = group is None or dist.get_rank(group) == 0
         self._last_save = time.monotonic()
@@ -236,6 +239,15 @@ def _flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
 
 def _exported(tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _no_pinning() -> Problem:
+    return Problem(
+        where="checkpoint.async_mode",
+        value="async_with_pinned_mem",
+        what="copying to pinned memory is not supported yet",
+        allowed='"disabled", "async" (which copies to ordinary host memory)',
+    )
 
 
 def _no_such_step(step: int, folder: Path, whole: list[Found]) -> Problem:

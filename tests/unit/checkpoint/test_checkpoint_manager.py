@@ -233,6 +233,11 @@ def test_a_save_holds_the_moment_it_was_made(tmp_path, mode):
     assert found.extra == {"train_state": {"tokens": 2}}
 
 
+def test_pinned_staging_is_refused_not_replaced(tmp_path):
+    with pytest.raises(UserError, match="async_mode"):
+        manager(tmp_path, async_mode="async_with_pinned_mem")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoint").write_text("a file")
     with pytest.raises(CheckpointError, match="step 1 was not saved") as told:
