@@ -49,6 +49,12 @@ NOT_BUILT = (
         "remove the converters",
     ),
     Missing(
+        ("checkpoint.async_mode",),
+        lambda config: config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem",
+        "staging checkpoints in pinned memory",
+        'set it to "async" or "disabled"',
+    ),
+    Missing(
         ("checkpoint.initial_load_in_hf",),
         lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf,
         "starting from Hugging Face weights",
