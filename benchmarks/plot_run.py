@@ -103,9 +103,9 @@ def dot(point: tuple[float, float], across: Axis, down: Axis, kind: str, radius:
 
 
 def last_loss(curve: Points, across: Axis, down: Axis) -> list[str]:
-    """A dot at the end of the curve and its loss in figures above it."""
+    """A dot at the end of the curve and its loss in figures below it, where a falling curve leaves room."""
     x, y = across.at(curve[-1][0]), down.at(curve[-1][1])
-    label = f'<text x="{x:.1f}" y="{y - 10:.1f}" text-anchor="end">{curve[-1][1]:.3f}</text>'
+    label = f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="end">{curve[-1][1]:.3f}</text>'
     return [dot(curve[-1], across, down, "end", 3.5), label]
 
 
