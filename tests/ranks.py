@@ -23,6 +23,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -167,7 +168,9 @@ def _end(process: Any, pipe: Connection) -> None:
 
 def _rank_main(pipe: Connection, environ: dict[str, str], backend: str | None, call: bytes, timeout: float) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the fork server, nor that one pytest
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the fork server
+    dismissed = threading.Event()
+    threading.Thread(target=_watch, args=(pipe, dismissed), daemon=True).start()
     os.environ.update(environ)
     import torch.distributed as dist
 
@@ -183,12 +186,20 @@ def _rank_main(pipe: Connection, environ: dict[str, str], backend: str | None, c
         signal.pause()  # leaving now would fail the other ranks and hide the first error behind theirs
         return
     pipe.send_bytes(report)
-    with suppress(EOFError):
-        pipe.recv_bytes()
+    dismissed.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _watch(pipe: Connection, dismissed: threading.Event) -> None:
+    """Die with the calling process: the fork server would live on, since each of its children holds its lifeline."""
+    try:
+        pipe.recv_bytes()
+    except (EOFError, OSError):
+        os.killpg(0, signal.SIGKILL)
+    dismissed.set()
 
 
 def strict_warnings() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,12 +85,37 @@ def test_warnings_are_errors() -> None:
         run_ranks(warn, 1)
 
 
-def test_nothing_survives_a_timeout(tmp_path) -> None:
-    with pytest.raises(RankError, match=r"did not return within 3 s"):
-        run_ranks(hang_with_child, 2, str(tmp_path), timeout=3)
-    pids = [int(name) for path in tmp_path.iterdir() for name in (path.name, path.read_text())]
-    assert len(pids) == 4
-    deadline = time.monotonic() + 5
+def processes(folder: Path) -> list[int]:
+    """The ranks that `hang_with_child` ran on, and their children."""
+    return [int(number) for path in folder.iterdir() for number in (path.name, path.read_text() or "0")]
+
+
+def assert_all_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if alive(pid)]
+
+
+def test_nothing_survives_a_timeout(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"did not return within 4 s"):
+        run_ranks(hang_with_child, 2, str(tmp_path), timeout=4)
+    pids = processes(tmp_path)
+    assert len(pids) == 4
+    assert_all_end(pids)
+
+
+def test_nothing_survives_a_killed_caller(tmp_path: Path) -> None:
+    code = f"import test_ranks, ranks; ranks.run_ranks(test_ranks.hang_with_child, 2, {str(tmp_path)!r}, timeout=300)"
+    here = Path(__file__).parent
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parent.parent)))}
+    caller = subprocess.Popen([sys.executable, "-c", code], env=environ)
+    deadline = time.monotonic() + 60
+    while len(processes(tmp_path)) < 4 or 0 in processes(tmp_path):
+        assert caller.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pids = processes(tmp_path)
+    caller.kill()
+    caller.wait()
+    assert_all_end(pids)
