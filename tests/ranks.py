@@ -50,6 +50,8 @@ PR_SET_PDEATHSIG = 1
 KNOWN_WARNINGS: list[tuple[str, type[Warning]]] = [
     # torch.compile asks every tensor for its .grad, and hides the warning in a way that errors get through.
     (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # Importing inductor defines a TorchScript method, which torch itself has deprecated.
+    (r"`torch\.jit\.script_method` is deprecated", DeprecationWarning),
 ]
 
 
