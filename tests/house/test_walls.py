@@ -45,7 +45,10 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
 LAZY_ROOMS = {"cli", "launch"}
 LAZY_FILES = {"models/registry.py", "__init__.py", "train/build.py", "train/__main__.py"}
 LAZY_READERS = {"datasets", "pyarrow", "pyarrow.parquet", "tiktoken", "wandb", "tiktoken.load", "huggingface_hub"}
-LAZY_READERS |= {"torch.utils.tensorboard", "quadriga.checkpoint.tensors"}  # half a second that most starts need not pay
+LAZY_READERS |= {
+    "torch.utils.tensorboard",
+    "quadriga.checkpoint.tensors",
+}  # half a second of start-up
 
 
 def ours(path_imports: list[Import]) -> list[Import]:

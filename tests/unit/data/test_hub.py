@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from corpora import write_jsonl
-from hub_server import c4_repository, hub_server
+from dataset_server import c4_repository, hub_server
 
 from quadriga.data.hub import HubSource
 from quadriga.errors import UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_torch_build_is_read_without_importing_it() -> None:
 
 def test_torch_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)  # another test may have imported it
     assert torch_build() is None
     with pytest.raises(UserError, match="is not installed for this interpreter"):
         choose_backend(None, 1, None, gpus=0)
