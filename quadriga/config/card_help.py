@@ -7,7 +7,7 @@ from quadriga.config.read import Run
 MEANINGS = (
     (
         "data_parallel_replicate_degree",
-        "copies of the model that read different rows; gradients are averaged between them (DDP, outer degree of HSDP)",
+        "copies of the model that read different rows; gradients are summed over them (DDP, outer degree of HSDP)",
     ),
     (
         "data_parallel_shard_degree",

@@ -64,7 +64,7 @@ def _data_parallel(spec: RunSpec, unit: str) -> str:
     if replicas > 1:
         return (
             f"DDP over {replicas} {unit}s: each holds the whole model and reads its own rows of the batch; "
-            "gradients are averaged before the update."
+            "gradients are summed before the update."
         )
     return f"One {unit} reads every row." if spec.world_size == 1 else f"All {unit}s work on the same rows."
 
