@@ -21,6 +21,7 @@ class ShardUnit:
 
     modules: tuple[str, ...]  # fully qualified module names; () is the root, which takes what is left
     reshard: bool = True
+    weights_in_backward: bool = True  # False: its gradients do not depend on its weights (a lookup), gather them once
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ def apply_data_parallel(
             mp_policy=_dtype_policy(training),
             offload_policy=_offload_policy(training, mesh),
         )
+        if not unit.weights_in_backward:
+            fsdp = modules[0]
+            assert isinstance(fsdp, FSDPModule)
+            fsdp.set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)

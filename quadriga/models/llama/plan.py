@@ -46,7 +46,7 @@ def _parameters(spec: ModelSpec) -> Iterator[ParameterPlan]:
 def _shard_units(spec: ModelSpec) -> Iterator[ShardUnit]:
     """A tied matrix is used at both ends of the forward pass, so it lies in the root, which is gathered throughout."""
     if not spec.tie_embeddings:
-        yield ShardUnit(("tok_embeddings",))
+        yield ShardUnit(("tok_embeddings",), weights_in_backward=False)
     for layer in range(spec.n_layers):
         yield ShardUnit((f"layers.{layer}",))
     if not spec.tie_embeddings:
