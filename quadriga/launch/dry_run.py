@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from quadriga.config import Run, words
-from quadriga.config.words import BYTES, decimal_bytes, plural
+from quadriga.config.words import decimal_bytes, plural
 from quadriga.errors import Problem
 from quadriga.models.registry import count_parameters
 from quadriga.units import show_bytes, show_count
 
-ADAM_MOMENTS = 2
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
 
@@ -66,34 +64,8 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
     yield "run folder", spec.folders.dump
 
 
-@dataclass(frozen=True)
-class StaticMemory:
-    """Bytes that one rank holds from step to step, if every cut is even."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def static_memory(run: Run) -> StaticMemory:
-    """Parameters, gradients and Adam's two moments of one rank.
-
-    Where accumulated gradients are reduced once a step, they are held unsharded and in float32 until then.
-    """
-    degrees, training = run.spec.degrees, run.config.training
-    unsharded = count_parameters(run.spec.model) / (degrees.tp * degrees.pp)
-    held = unsharded / (degrees.dp_shard * degrees.cp) * BYTES[training.dtype]
-    whole_gradients = run.spec.accumulation_steps > 1 and run.spec.reduce_gradients == "once"
-    gradients = max(held, unsharded * BYTES["float32"]) if whole_gradients else held
-    return StaticMemory(held, gradients, ADAM_MOMENTS * held)
-
-
 def _memory(run: Run) -> str:
-    memory = static_memory(run)
+    memory = words.state(run, count_parameters(run.spec.model))
     where = " of host memory" if run.config.training.enable_cpu_offload else ""
     parts = f"parameters {show_bytes(memory.parameters)} + gradients {show_bytes(memory.gradients)}"
-    return f"{parts} + Adam's moments {show_bytes(memory.optimizer)} = {show_bytes(memory.total)}{where} a rank"
+    return f"{parts} + Adam's moments {show_bytes(memory.moments)} = {show_bytes(memory.total)}{where} a rank"

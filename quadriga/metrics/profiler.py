@@ -30,7 +30,7 @@ from quadriga.config.schema import Profiling
 from quadriga.log import logger
 
 ALLOCATOR_EVENTS = 100_000
-FAST = 3  # of gzip's nine levels: traces shrink nearly as well in a quarter of the time
+FAST = 3  # of gzip's nine levels: traces shrink nearly as well in less time
 
 
 class Profiler:

@@ -35,10 +35,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ().
 
-    Squares are summed in float64 (on CPU: the squares of the rows' norms). In float32 the norm of a large matrix is off
-    by 1e-6, and by another 1e-6 when the matrix is cut otherwise: every gradient would be scaled by an error that
-    depends on the layout, all in one direction, and the losses of two layouts would drift apart ten to twenty times
-    faster than by the order of their sums alone.
+    Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by an
+    amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and the
+    losses of two layouts would drift apart faster than by the order of their sums alone.
     """
     by_mesh: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -64,7 +63,7 @@ def _holders(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         # Matrices are cut between rows, so that a row's own norm is the same on every layout, and float32 will do for
-        # it. To convert whole matrices would take three times as long as the norm itself.
+        # it. To convert whole matrices would take longer than the norm itself.
         norms = torch.cat([_row_norms(tensor) for tensor in tensors])
     else:
         norms = torch.stack(torch._foreach_norm(tensors, 2.0, torch.float64))  # one kernel, accumulates in float64

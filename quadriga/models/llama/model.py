@@ -52,8 +52,8 @@ def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn x of shape (batch, seq, heads, head_dim), entry i of the first half paired with entry i of the second.
 
-    One roll and one fused multiply-add: on CPU up to 2 times quicker, forward and backward, than to negate and
-    concatenate halves.
+    One roll and one fused multiply-add: fewer passes over memory than to negate and concatenate
+    halves.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
@@ -65,7 +65,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and dtype.itemsize < 4:
-        # The half-precision backward kernel on CPU is up to 5 times slower than the float32 one, and less exact.
+        # The half-precision backward kernel on CPU is slower than the float32 one at small heads, and less exact.
         q, k, v = q.float(), k.float(), v.float()
     if grouped and q.device.type == "cuda" and dtype == torch.float32:
         # Flash attention has no float32 and the memory-efficient kernel no GQA: unrepeated heads would fall to the
