@@ -35,9 +35,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ().
 
-    Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by an
-    amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and the
-    losses of two layouts would drift apart faster than by the order of their sums alone.
+    Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by
+    an amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and
+    the losses of two layouts would drift apart faster than by the order of their sums alone.
     """
     by_mesh: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
