@@ -3,6 +3,10 @@
     python benchmarks/speed.py                              # every case that this machine's CPU can run
     python benchmarks/speed.py --only small-bfloat16-1 --pairs 30
     python benchmarks/speed.py --device cuda --ranks 1 4    # on GPUs
+    python benchmarks/speed.py --only debug-bfloat16-1 --seq_len 64 --batch 2 --name speed_bfloat16_short
+
+The last one is for a CPU without bfloat16 units, whose full step would take minutes. Shorter steps are the harder
+case: what the trainer does beside the model stays the same, and the model takes less.
 
 Claim: at least 0.97 of the bare loop (`bare.py`), eager, float32 and bfloat16, one process; and with FSDP over 2 and 4
 ranks against a bare FSDP2 loop under torchrun. The trainer does all that it does by default: it reads and tokenizes
@@ -14,13 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import command_line, save, table, verdict
 from paired import Estimate, Failed, Timings, estimate, leave_nothing_behind, take_turns
-from shapes import DTYPES, SHAPES
+from shapes import DTYPES, SHAPES, Shape
 from trainer import bare_command, same_model, trainer_command, write_toml
 
 TARGET = 0.97
@@ -45,24 +49,31 @@ def cases(ranks: list[int]) -> list[Case]:
     return one + [Case(shape, "float32", count) for count in ranks if count > 1 for shape in SHAPES]
 
 
+def shape_of(case: Case, chosen: argparse.Namespace) -> Shape:
+    named = SHAPES[case.shape]
+    return replace(named, seq_len=chosen.seq_len or named.seq_len, batch=chosen.batch or named.batch)
+
+
 def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     """Figures of one case, over `chosen.starts` fresh starts of both sides."""
-    by_start: list[Timings] = []
+    shape, by_start = shape_of(case, chosen), list[Timings]()
     for _ in range(chosen.starts):
         with tempfile.TemporaryDirectory(prefix="quadriga-speed-") as folder:
-            tables = same_model(SHAPES[case.shape], case.dtype, case.ranks, Path(folder))
+            tables = same_model(shape, case.dtype, case.ranks, Path(folder))
             tables["compile"] = {"enable": chosen.compile}
             ours = trainer_command(write_toml(Path(folder, "run.toml"), tables), case.ranks, chosen.device)
             arguments = ["--shape", case.shape, "--dtype", case.dtype, "--attention", chosen.attention]
-            reference = bare_command(case.ranks, chosen.device, *arguments, "--steps", "1000000")
+            arguments += ["--seq_len", str(shape.seq_len), "--batch", str(shape.batch), "--steps", "1000000"]
+            reference = bare_command(case.ranks, chosen.device, *arguments)
             by_start.append(take_turns(ours, reference, pairs=chosen.pairs, seconds=chosen.seconds))
-    shape = SHAPES[case.shape]
     tokens = shape.batch * shape.seq_len
     ours_seconds = estimate([seconds for timings in by_start for seconds in timings.ours])
     reference_seconds = estimate([seconds for timings in by_start for seconds in timings.reference])
     ratio = estimate([ratio for timings in by_start for ratio in timings.ratios])
     return {
         **asdict(case),
+        "seq_len": shape.seq_len,
+        "batch": shape.batch,
         "device": chosen.device,
         "bare_attention": chosen.attention,
         "compiled": chosen.compile,
@@ -99,6 +110,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20, help="most pairs of turns of each start")
     parser.add_argument("--seconds", type=float, default=45, help="of turns of each start, from the sixth pair on")
     parser.add_argument("--starts", type=int, default=2, help="fresh starts of both sides")
+    parser.add_argument("--seq_len", type=int, help="another length than the shape's")
+    parser.add_argument("--batch", type=int, help="rows of one step of the whole run, if not the shape's")
     parser.add_argument("--attention", default="plain", choices=("plain", "float32"), help="attention of the bare loop")
     parser.add_argument("--compile", action="store_true", help="torch.compile on our side; the bare loop stays eager")
     parser.add_argument("--name", help="of the result file; default: speed, or speed_cuda")
