@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+# How long an example takes says nothing on a machine that does other things too.
+hypothesis.settings.register_profile("quadriga", deadline=None)
+hypothesis.settings.load_profile("quadriga")
 
 LOCAL = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
@@ -22,6 +27,7 @@ def _fixed_seeds() -> None:
     random.seed(0)
     if "torch" in sys.modules:  # tests of the torch-free rooms do not pay for the import
         sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_num_threads(1)  # threads that wait for each other are slow where workers share cores
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """One training run on any data-parallel layout: the losses of the debug configuration agree.
 
-The quick test cuts sequences to 32 tokens and the model to 3 of its 6 layers, and leaves all else as it is: width,
+The quick test cuts sequences to 32 tokens and the model to 2 of its 6 layers, and leaves all else as it is: width,
 heads, batch, accumulation, clipping, schedule.
 """
 
@@ -19,7 +19,7 @@ DEBUG = ("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--profiling
 DEBUG += ("--checkpoint.no_enable",)
 
 
-SHORT = (*DEBUG, "--training.steps=20", "--training.seq_len=32", "--model.n_layers=3")
+SHORT = (*DEBUG, "--training.steps=20", "--training.seq_len=32", "--model.n_layers=2")
 
 
 @pytest.fixture(scope="module")

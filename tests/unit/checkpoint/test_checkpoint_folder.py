@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
     assert folders.delete_old(tmp_path, 1) == [], "the only whole one stays, and a damaged one is not ours to delete"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=st.sets(st.integers(0, 10**6), max_size=6), keep=st.integers(0, 7))
 def test_retention_keeps_the_newest(tmp_path_factory, steps, keep):
     place = tmp_path_factory.mktemp("kept")

@@ -16,7 +16,7 @@ from quadriga.config.vocabulary import REFUSED, REMOVED, RENAMED
 from quadriga.errors import UserError
 from quadriga.models.registry import catalogue
 
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 TOML_VALUES = st.recursive(
     SCALARS.filter(lambda value: value is not None)

@@ -24,7 +24,7 @@ def test_nothing_at_all_trains_the_debug_model_on_built_in_text(door):
 LAYERS = ("default", "base", "file", "environment", "command line")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=32)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=32)
 @given(said=st.sets(st.sampled_from(LAYERS[1:])))
 def test_the_strongest_source_wins(said, write, door):
     """`comm.backend` is the one key that every kind of source may say."""

@@ -17,7 +17,7 @@ def test_parameters_are_counted_as_the_model_counts_them(spec):
     assert count_parameters(spec) == registry.count_parameters(spec)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     replicate=st.integers(1, 4),
     shard=st.integers(1, 4),

@@ -38,7 +38,7 @@ class ListSource:
         return Document(str(record.data))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shards=SHARDS, count=st.integers(1, 12), seed=st.integers(0, 99), epoch=st.integers(0, 5))
 def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
     lanes = Lanes(ListSource(shards), ByteTokenizer(), 8, count, seed, endless=False)
@@ -46,7 +46,7 @@ def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
     assert sorted(dealt) == sorted(text for shard in shards for text in shard)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shards=SHARDS.filter(any), count=st.integers(1, 5), seq_len=st.integers(1, 30), data=st.data())
 def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, data):
     lanes = Lanes(ListSource(shards), ByteTokenizer(), seq_len, count, 3)
@@ -57,7 +57,7 @@ def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, data):
     assert np.array_equal([window for window, _ in again], [window for window, _ in run[stop + 1 :]])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
 def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
     stream = ((Document(text), Place(document=number)) for number, text in enumerate(documents))
@@ -102,7 +102,7 @@ def test_the_order_is_pinned():
     assert shuffled(8, "42 0 shards").tolist() == sorted(range(8), key=keys.__getitem__) == [3, 1, 6, 0, 7, 4, 2, 5]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(0, 3000), key=st.text(max_size=9))
 def test_shuffled_is_a_permutation(count, key):
     assert sorted(shuffled(count, key).tolist()) == list(range(count))

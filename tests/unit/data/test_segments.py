@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(content=TEXT, segment=st.integers(5, 60), look_ahead=st.integers(4, 80))
 @example(content="漢" * 40, segment=7, look_ahead=4)
 @example(content="a\n" * 40, segment=8, look_ahead=5)
@@ -46,7 +46,7 @@ def test_segments_end_at_line_ends_where_lines_are_short(folder):
     assert all(str(record.data, "utf-8").endswith("\n") for i in range(source.shards) for record in source.read(i))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=st.lists(st.text(max_size=60), min_size=1, max_size=20), size=st.integers(1, 90), blank=st.booleans())
 def test_ranges_of_json_lines_own_every_line_once(folder, documents, size, blank):
     end = "\n\n" if blank else "\n"
