@@ -19,26 +19,38 @@ class Mesh:
     """The ranks of a run as a box of five axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
     `device_mesh` has all five by name, size 1 included. `fsdp` is what `fully_shard` takes: (shard,) or
-    (replicate, shard), where the context axis has joined the shard axis. `batch_rank` of `batch_degree` says which rows
+    (replicate, shard), where the context axis has joined the shard axis; `tp` is of the same root mesh, so that a
+    parameter may be cut over both. `batch_rank` of `batch_degree` says which rows
     of the global batch this rank reads; ranks along cp, tp and pp share theirs. `loss_group` holds the ranks whose
-    losses add up to the loss of the global batch.
+    losses add up to the loss of the global batch: all but those along tp, which know the same (a rank without the last
+    pipeline stage adds 0).
     """
 
     device_mesh: DeviceMesh
     fsdp: DeviceMesh
+    tp: DeviceMesh
     batch_rank: int
     batch_degree: int
     loss_group: dist.ProcessGroup
 
-    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the batch ranks (and the context axis), on every rank; `tensor` itself is left alone."""
-        return all_reduced(tensor, dist.ReduceOp.SUM, self.loss_group)
+    @property
+    def cp(self) -> DeviceMesh:
+        return self.device_mesh["cp"]
 
-    def reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.reduce_sum(tensor) / self.loss_group.size()
+    @property
+    def pp(self) -> DeviceMesh:
+        return self.device_mesh["pp"]
+
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over `loss_group`, on every rank; `tensor` itself is left alone."""
+        return all_reduced(tensor, dist.ReduceOp.SUM, self.loss_group)
 
     def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
+
+    def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the pipeline axis, on every rank; `tensor` itself is left alone."""
+        return all_reduced(tensor, dist.ReduceOp.SUM, self.pp.get_group())
 
 
 def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
@@ -53,24 +65,25 @@ def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
         raise RuntimeError(f"the degrees ask for {degrees.world_size} ranks, and {dist.get_world_size()} are here")
     shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    ranks_of_loss = (degrees.pp, degrees.batch * degrees.cp, degrees.tp)
-    loss = init_device_mesh(device_type, ranks_of_loss, mesh_dim_names=("pp", "loss", "tp"))
+    ranks_of_loss = (degrees.pp * degrees.batch * degrees.cp, degrees.tp)
+    loss = init_device_mesh(device_type, ranks_of_loss, mesh_dim_names=("loss", "tp"))
+    parameters = _parameter_mesh(degrees, device_mesh)
     replica, shard = device_mesh.get_local_rank("dp_replicate"), device_mesh.get_local_rank("dp_shard")
     return Mesh(
         device_mesh=device_mesh,
-        fsdp=_fsdp_mesh(degrees, device_mesh),
+        fsdp=parameters["dp_replicate", "dp_shard"] if degrees.dp_replicate > 1 else parameters["dp_shard"],
+        tp=parameters["tp"],
         batch_rank=replica * degrees.dp_shard + shard,
         batch_degree=degrees.batch,
         loss_group=loss.get_group("loss"),
     )
 
 
-def _fsdp_mesh(degrees: Degrees, device_mesh: DeviceMesh) -> DeviceMesh:
-    if degrees.cp > 1:
-        # Parameters are the same along cp, so it is one more axis to shard them over. cp stands right beside dp_shard,
-        # so that a second mesh with the two as one axis numbers the ranks alike (flattening is private in torch).
-        shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
-        device_mesh = init_device_mesh(
-            device_mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp")
-        )
-    return device_mesh["dp_replicate", "dp_shard"] if degrees.dp_replicate > 1 else device_mesh["dp_shard"]
+def _parameter_mesh(degrees: Degrees, device_mesh: DeviceMesh) -> DeviceMesh:
+    """The axes that parameters are spread over; cp, along which they are the same, is one more to shard them over."""
+    if degrees.cp == 1:
+        return device_mesh
+    # cp stands right beside dp_shard, so that a second mesh with the two as one axis numbers the ranks alike
+    # (flattening is private in torch).
+    shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
+    return init_device_mesh(device_mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))

@@ -25,24 +25,6 @@ class Missing:
 
 NOT_BUILT = (
     Missing(
-        ("parallelism.tensor_parallel_degree",),
-        lambda config: config.parallelism.tensor_parallel_degree > 1,
-        "tensor parallelism",
-        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
-    ),
-    Missing(
-        ("parallelism.pipeline_parallel_degree",),
-        lambda config: config.parallelism.pipeline_parallel_degree > 1,
-        "pipeline parallelism",
-        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
-    ),
-    Missing(
-        ("parallelism.context_parallel_degree",),
-        lambda config: config.parallelism.context_parallel_degree > 1,
-        "context parallelism",
-        "set it to 1 and let parallelism.data_parallel_shard_degree = -1 take the ranks",
-    ),
-    Missing(
         ("model.converters",),
         lambda config: bool(config.model.converters),
         "computing in 8 bits",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -11,20 +11,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+Reduce = Callable[[Tensor], Tensor]
 EPSILON = 1e-6  # keeps the division finite; the customary value
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, sum_over_stages: Reduce | None = None
+) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm` (0: leave them), without a device sync.
 
-    Gradients may be plain tensors or DTensors over any meshes, of any float dtype.
+    Gradients may be plain tensors or DTensors over any meshes, of any float dtype. `sum_over_stages` adds a number up
+    over pipeline stages, each of which holds parameters of its own.
 
     Returns:
         The norm before clipping: float32, shape (), on the gradients' device, the same on all ranks that share them.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(gradients)
+    norm = global_norm(gradients, sum_over_stages)
     if max_norm > 0 and gradients:
         scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
         torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
@@ -32,7 +36,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+def global_norm(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> Tensor:
     """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ().
 
     Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by
@@ -43,7 +47,8 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     for gradient in gradients:
         by_mesh[_holders(gradient)].append(_local(gradient))
     squares = [_over_holders(_sum_of_squares(locals_), mesh, dims) for (mesh, dims), locals_ in by_mesh.items()]
-    return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+    square = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    return (sum_over_stages(square) if sum_over_stages else square).sqrt().float()
 
 
 def _local(gradient: Tensor) -> Tensor:

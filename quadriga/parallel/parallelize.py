@@ -1,7 +1,7 @@
 """The one legal order in which a model is changed for training, with the reason beside each line.
 
-From the inside out, as the parts lie around a block when it runs: gather( compiled( recompute( block ) ) ). All of them
-change modules in place and take effect at the first call.
+The matrices within a block are cut first. Then, from the inside out as the parts lie around a block when it runs:
+gather( compiled( recompute( block ) ) ). All of them change modules in place and take effect at the first call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from quadriga.config.schema import ActivationCheckpoint, Compile, Parallelism, T
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
 from quadriga.parallel.compile import apply_compile
+from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
+from quadriga.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(
@@ -30,8 +32,16 @@ def parallelize(
     """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name."""
     compiled = compile.enable and "model" in compile.components
 
-    # Innermost, so that the compiler sees the recomputation and plans memory with it. Around compiled code it would
-    # find one operation, to be kept or computed again as a whole.
+    # First: everything later finds the slices of the matrices where the matrices were.
+    if mesh.tp.size() > 1:
+        apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism)
+
+    # Before recompute and compile, which take the attention that they find into a block.
+    if mesh.cp.size() > 1:
+        apply_context_parallel(model, plan.attention_units, mesh.cp, parallelism)
+
+    # Inside compile, so that the compiler sees the recomputation and plans memory with it. Around compiled code it
+    # would find one operation, to be kept or computed again as a whole.
     apply_activation_checkpoint(model, plan.recompute_units, activation_checkpoint, compiled=compiled)
 
     # Inside the cut, so that gathering and freeing parameters happen around the compiled code and not within it, where

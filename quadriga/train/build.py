@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.states import ModelState, OptimizerState
@@ -28,8 +28,11 @@ from quadriga.models import registry
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule, wind_to
 from quadriga.parallel.compile import maybe_compile_loss
+from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
+from quadriga.parallel.tensor_parallel import loss_context
+from quadriga.train.passes import Pass, Share, WholePass
 from quadriga.train.record import write_record
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
@@ -59,10 +62,6 @@ class Trainer:
             self.last_record = record if record["kind"] == "train" else self.last_record
             for logger in self.loggers:
                 logger.write(record)
-
-    def saved_tensors(self) -> dict[str, ModelState | OptimizerState]:
-        model = [self.state.model]
-        return {"model": ModelState(model), "optimizer": OptimizerState(model, [self.state.optimizer])}
 
     def close(self) -> None:
         """Wait for what is still being written, and end the threads."""
@@ -98,12 +97,14 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
         dataloader=config.training.dataloader,
     )
 
-    model = build_model(run, mesh, device)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    parts = build_parts(run, mesh, device)
+    optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], config.optimizer)
     schedule = build_schedule(optimizer, config.lr_scheduler, spec.steps)
-    state = TrainState(model, optimizer, schedule, loader, attempt=attempt)
+    state = TrainState(parts, optimizer, schedule, loader, attempt=attempt)
     recipe = Recipe(
-        loss=maybe_compile_loss(summed_cross_entropy, config.compile),
+        forward_backward=build_pass(
+            run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=spec.tokens_per_step
+        ),
         device=device,
         micro_batch_rows=spec.local_batch_size,
         tokens_per_step=spec.tokens_per_step,
@@ -148,11 +149,11 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
             steps=spec.steps,
         ),
         checkpoints=checkpoints,
-        validator=build_validator(run, mesh, recipe, tokenizer) if config.validation.enable else None,
+        validator=build_validator(run, mesh, device, parts, tokenizer) if config.validation.enable else None,
     )
 
 
-def build_model(run: Run, mesh: Mesh, device: torch.device) -> nn.Module:
+def build_parts(run: Run, mesh: Mesh, device: torch.device) -> tuple[nn.Module, ...]:
     """On meta, cut, then made real: no rank ever holds what it does not keep."""
     config, spec = run.config, run.spec
     plan = registry.parallel_plan(spec.model)
@@ -170,10 +171,35 @@ def build_model(run: Run, mesh: Mesh, device: torch.device) -> nn.Module:
     )
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
     materialize(model, plan.parameters, spec.seed, held_on)
-    return model
+    return (model,)
 
 
-def build_validator(run: Run, mesh: Mesh, recipe: Recipe, tokenizer: Any) -> Validator:
+def build_pass(
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    parts: tuple[nn.Module, ...],
+    rows: int,
+    seq_len: int,
+    divisor: int = 1,
+) -> Pass:
+    """The way of `rows` sequences of `seq_len` tokens through the model; losses are divided by `divisor`."""
+    parallelism = run.config.parallelism
+    cross_entropy = maybe_compile_loss(summed_cross_entropy, run.config.compile)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels) / divisor
+
+    positions = own_positions(
+        seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
+    )
+    share = Share(device, positions.to(device), seq_len)
+    return WholePass(parts[0], loss, loss_context(mesh.tp, parallelism), share)
+
+
+def build_validator(
+    run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], tokenizer: Any
+) -> Validator:
     section = run.config.validation
     share = section.local_batch_size
     loader = build_loader(
@@ -187,7 +213,8 @@ def build_validator(run: Run, mesh: Mesh, recipe: Recipe, tokenizer: Any) -> Val
         dataloader=section.dataloader,
         infinite=False,
     )
-    return Validator(loader, recipe.loss, recipe.device, section.freq, section.steps)
+    forward = build_pass(run, mesh, device, parts, share, section.seq_len)
+    return Validator(loader, forward, device, section.freq, section.steps)
 
 
 def resume(state: TrainState, checkpoints: CheckpointManager) -> None:
@@ -195,10 +222,13 @@ def resume(state: TrainState, checkpoints: CheckpointManager) -> None:
     found = checkpoints.find()
     if found is None:
         return
-    model = [state.model]
-    checkpoints.load(found, {"model": ModelState(model), "optimizer": OptimizerState(model, [state.optimizer])})
+    checkpoints.load(found, saved_tensors(state))
     if found.resume:
         restore_extra(state, found.extra)
+
+
+def saved_tensors(state: TrainState) -> dict[str, ModelState | OptimizerState]:
+    return {"model": ModelState(state.parts), "optimizer": OptimizerState(state.parts, [state.optimizer])}
 
 
 def saved_extra(state: TrainState) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from quadriga.config import Run
 from quadriga.errors import EXIT_OK
 from quadriga.log import logger
 from quadriga.train import header
-from quadriga.train.build import Trainer, build, saved_extra
+from quadriga.train.build import Trainer, build, saved_extra, saved_tensors
 from quadriga.train.step import train_step
 
 
@@ -56,14 +56,15 @@ def validate(trainer: Trainer) -> None:
     assert trainer.validator is not None
     with trainer.meter.paused():
         start = time.perf_counter()
-        loss, tokens = trainer.validator.mean_loss(trainer.state.model, trainer.mesh)
+        loss, tokens = trainer.validator.mean_loss(trainer.state.parts, trainer.mesh)
         seconds = time.perf_counter() - start
     trainer.write(trainer.meter.validation(trainer.state.step, loss, tokens, seconds))
 
 
 def save(trainer: Trainer, last: bool) -> None:
     with trainer.meter.paused():
-        trainer.checkpoints.save(trainer.state.step, trainer.saved_tensors(), saved_extra(trainer.state), last=last)
+        state = trainer.state
+        trainer.checkpoints.save(state.step, saved_tensors(state), saved_extra(state), last=last)
 
 
 def collect_garbage(trainer: Trainer) -> None:

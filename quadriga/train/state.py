@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,20 @@ from quadriga.data.loader import Loader
 
 @dataclass
 class TrainState:
-    """The moving parts of a run. `step` counts finished optimizer steps; `tokens_seen` the tokens they trained on.
+    """The moving parts of a run.
 
-    `attempt` counts the starts of this run in its folder, from 1; replayed steps carry the higher attempt.
+    `parts` is the whole model, or the pipeline stages of it that this rank holds. `step` counts finished optimizer
+    steps; `tokens_seen` the tokens they trained on. `attempt` counts the starts of this run in its folder, from 1;
+    replayed steps carry the higher attempt.
     """
 
-    model: nn.Module
+    parts: tuple[nn.Module, ...]
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     loader: Loader
     step: int = 0
     tokens_seen: int = 0
     attempt: int = 1
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for part in self.parts for parameter in part.parameters())

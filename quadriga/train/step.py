@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from quadriga.comm.mesh import Mesh
-from quadriga.data.batch import IGNORE, Batch
+from quadriga.data.batch import IGNORE
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import clip_gradients
-from quadriga.parallel.data_parallel import set_gradient_sync
+from quadriga.train.passes import Pass
 from quadriga.train.state import TrainState
 
 T = TypeVar("T")
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Recipe:
     divided by `tokens_per_step`, the tokens of the whole run's step.
     """
 
-    loss: Loss
+    forward_backward: Pass
     device: torch.device
     micro_batch_rows: int
     tokens_per_step: int
@@ -52,9 +51,9 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), device=recipe.device)
     for micro_batch, is_last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
-        set_gradient_sync(state.model, reduce=recipe.reduce_gradients == "every_micro_batch", last=is_last)
-        loss += forward_backward(state.model, recipe, micro_batch)
-    grad_norm = clip_gradients(state.model.parameters(), recipe.max_norm)
+        reduce = recipe.reduce_gradients == "every_micro_batch"
+        loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
+    grad_norm = clip_gradients(state.parameters(), recipe.max_norm, mesh.sum_over_stages)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
@@ -68,15 +67,6 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
         tokens_seen=state.tokens_seen,
         data_wait=state.loader.waited,
     )
-
-
-def forward_backward(model: torch.nn.Module, recipe: Recipe, batch: Batch) -> torch.Tensor:
-    """Accumulate the gradients of one micro-batch; returns its part of the loss, detached."""
-    tokens = batch.tokens.to(recipe.device, non_blocking=True)
-    labels = batch.labels.to(recipe.device, non_blocking=True)
-    loss = recipe.loss(model(tokens), labels) / recipe.tokens_per_step
-    loss.backward()
-    return loss.detach()
 
 
 def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

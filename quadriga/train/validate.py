@@ -10,7 +10,7 @@ import torch
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.data.loader import Loader
-from quadriga.train.step import Loss
+from quadriga.train.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Validator:
     """
 
     loader: Loader
-    loss: Loss
+    forward: Pass
     device: torch.device
     freq: int
     steps: int  # -1: all of it
@@ -30,14 +30,17 @@ class Validator:
         return step == 1 or step % self.freq == 0
 
     @torch.no_grad()
-    def mean_loss(self, model: torch.nn.Module, mesh: Mesh) -> tuple[float, int]:
+    def mean_loss(self, parts: tuple[torch.nn.Module, ...], mesh: Mesh) -> tuple[float, int]:
         """The mean cross-entropy in nats per token over all ranks, and the number of tokens it is the mean of."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nats, tokens): read once, at the end
-        model.eval()
+        for part in parts:
+            part.eval()
         for batch in islice(self.loader, None if self.steps < 0 else self.steps):
-            labels = batch.labels.to(self.device)
-            total[0] += self.loss(model(batch.tokens.to(self.device)), labels)
-            total[1] += (labels != IGNORE).sum()
-        model.train()
+            total[0] += self.forward.evaluate(batch)
+            total[1] += (batch.labels != IGNORE).sum()
+        for part in parts:
+            part.train()
         summed, tokens = mesh.reduce_sum(total).tolist()
+        # Ranks that share their rows each count all tokens of them, and nats of their own part alone.
+        tokens = tokens * mesh.batch_degree / mesh.loss_group.size()
         return summed / tokens, int(tokens)

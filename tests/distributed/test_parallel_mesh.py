@@ -29,7 +29,8 @@ def positions(all_degrees: list[Degrees]) -> list[dict[str, Any]]:
                 "fsdp_ranks": mesh.fsdp.mesh.tolist(),
                 "axes": dict(zip(mesh.device_mesh.mesh_dim_names, mesh.device_mesh.shape, strict=True)),
                 "sum": mesh.reduce_sum(rank).item(),
-                "mean": mesh.reduce_mean(rank).item(),
+                "stages": mesh.sum_over_stages(rank).item(),
+                "tp_ranks": mesh.tp.mesh.tolist(),
                 "max": mesh.reduce_max(rank).item(),
                 "kept": rank.item(),
             }
@@ -57,19 +58,21 @@ def test_layouts_of_four_ranks() -> None:
     assert [rank["batch"] for rank in by_layout["tp"]] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert [rank["batch"] for rank in by_layout["pp"]] == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
-    # Losses add up over the batch and context axes; ranks along tp and pp hold the same loss or none.
+    # Losses add up over all axes but tp, whose ranks hold the same; only the last stage of a pipeline adds any.
     assert [rank["sum"] for rank in by_layout["cp"]] == [6.0] * 4
     assert [rank["sum"] for rank in by_layout["tp"]] == [2.0, 4.0, 2.0, 4.0]
-    assert [rank["sum"] for rank in by_layout["pp"]] == [1.0, 1.0, 5.0, 5.0]
+    assert [rank["sum"] for rank in by_layout["pp"]] == [6.0] * 4
+    assert [rank["stages"] for rank in by_layout["pp"]] == [2.0, 4.0, 2.0, 4.0]
+    assert [rank["tp_ranks"] for rank in by_layout["tp"]] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["fsdp_ranks"] for rank in by_layout["tp"]] == [[0, 2], [1, 3], [0, 2], [1, 3]]
-    assert {(rank["mean"], rank["max"]) for rank in by_layout["hsdp"]} == {(1.5, 3.0)}
+    assert {rank["max"] for rank in by_layout["hsdp"]} == {3.0}
     assert [rank["kept"] for rank in by_layout["hsdp"]] == [0.0, 1.0, 2.0, 3.0]
     assert by_layout["hsdp"][0]["axes"] == {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "cp": 1, "tp": 1}
 
 
 def test_one_rank_reduces_to_itself() -> None:
     alone = run_ranks(positions, 1, [Degrees()])[0][0]
-    assert (alone["fsdp"], alone["batch"], alone["sum"], alone["mean"]) == ((1,), (0, 1), 0.0, 0.0)
+    assert (alone["fsdp"], alone["batch"], alone["sum"], alone["stages"]) == ((1,), (0, 1), 0.0, 0.0)
 
 
 def test_degrees_must_match_the_ranks() -> None:

@@ -29,6 +29,9 @@ class Parallelism(Section):
     tensor_parallel_degree: Count = 1
     """Ranks that share each matrix product (tensor parallelism with sequence parallelism)."""
 
+    enable_sequence_parallel: bool = True
+    """With tensor parallelism: cut hidden states along the sequence where they are not cut along the features."""
+
     disable_loss_parallel: bool = False
     """With tensor parallelism: gather the logits instead of computing the loss on slices of the vocabulary."""
 

@@ -75,6 +75,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).to(dtype)
 
 
+class CausalAttention(nn.Module):
+    """`causal_attention` as a module of no parameters, so that another can take its place."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -83,13 +90,14 @@ class Attention(nn.Module):
         self.wk = nn.Linear(spec.dim, spec.n_kv_heads * spec.head_dim, bias=False)
         self.wv = nn.Linear(spec.dim, spec.n_kv_heads * spec.head_dim, bias=False)
         self.wo = nn.Linear(spec.n_heads * spec.head_dim, spec.dim, bias=False)
+        self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
         heads = (-1, self.head_dim)  # as many as this rank's projections make
         q = rotate(self.wq(x).unflatten(-1, heads), cos, signed_sin)
         k = rotate(self.wk(x).unflatten(-1, heads), cos, signed_sin)
         v = self.wv(x).unflatten(-1, heads)
-        attended = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        attended = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.wo(attended.transpose(1, 2).flatten(2))
 
 
@@ -119,10 +127,21 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+class TiedOutput(nn.Module):
+    """The output layer of a model whose logits are made by its embedding matrix: a module without parameters."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule: its matrix keeps one name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._embedding[0].weight)
+
+
 class Llama(nn.Module):
     """The whole model, or the part of it that is left when ends or layers are taken out (set to None, deleted by key).
 
-    Without `tok_embeddings` the input is the hidden states of the part before; without `norm` the output is hidden
+    Without `tok_embeddings` the input is the hidden states of the part before; without `output` the output is hidden
     states.
     """
 
@@ -136,8 +155,9 @@ class Llama(nn.Module):
         self.tok_embeddings: nn.Embedding | None = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.n_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(spec.dim, eps=spec.norm_eps)
-        tied = spec.tie_embeddings
-        self.output: nn.Linear | None = None if tied else nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        self.output: nn.Linear | TiedOutput | None = (
+            TiedOutput(self.tok_embeddings) if spec.tie_embeddings else nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        )
         self.register_buffer("rope_frequencies", torch.empty(spec.head_dim // 2), persistent=False)
         if not self.rope_frequencies.is_meta:
             self.reset_buffers()
@@ -160,11 +180,5 @@ class Llama(nn.Module):
         cos, signed_sin = rope_tables(self.rope_frequencies.to(tokens.device), positions, x.dtype)
         for layer in self.layers.values():
             x = layer(x, cos, signed_sin)
-        return x if self.norm is None else self._logits(self.norm(x))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if self.output is not None:
-            return self.output(x)
-        if self.tok_embeddings is None:
-            raise RuntimeError("a tied model needs tok_embeddings where the logits are made")
-        return F.linear(x, self.tok_embeddings.weight)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.output is None else self.output(x)

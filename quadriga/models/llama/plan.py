@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quadriga.config.model_spec import ModelSpec
-from quadriga.models.plan import ParallelPlan, ParameterPlan, ShardUnit
+from quadriga.models.plan import ParallelPlan, ParameterPlan, ShardUnit, TensorCut
 
 _STD = 0.02
 
@@ -55,9 +55,32 @@ def _shard_units(spec: ModelSpec) -> Iterator[ShardUnit]:
     yield ShardUnit((), reshard=False)
 
 
+def _tensor_cuts(layers: tuple[str, ...]) -> Iterator[TensorCut]:
+    """Each pair of matrices is cut so that nothing is sent between its halves (arXiv 1909.08053).
+
+    What lies between the pairs is cut along the sequence (arXiv 2205.05198).
+    """
+    yield TensorCut("tok_embeddings", "embedding")
+    for layer in layers:
+        yield TensorCut(f"{layer}.attention_norm", "norm")
+        yield TensorCut(f"{layer}.attention", "gather")
+        yield from (TensorCut(f"{layer}.attention.{name}", "columns") for name in ("wq", "wk", "wv"))
+        yield TensorCut(f"{layer}.attention.wo", "rows")
+        yield TensorCut(f"{layer}.ffn_norm", "norm")
+        yield TensorCut(f"{layer}.feed_forward", "gather")
+        yield from (TensorCut(f"{layer}.feed_forward.{name}", "columns") for name in ("w1", "w3"))
+        yield TensorCut(f"{layer}.feed_forward.w2", "rows")
+    yield TensorCut("norm", "norm")
+    yield TensorCut("output", "logits")
+
+
 def parallel_plan(spec: ModelSpec) -> ParallelPlan:
+    layers = tuple(f"layers.{layer}" for layer in range(spec.n_layers))
     return ParallelPlan(
         parameters=tuple(_parameters(spec)),
         shard_units=tuple(_shard_units(spec)),
-        recompute_units=tuple(f"layers.{layer}" for layer in range(spec.n_layers)),
+        recompute_units=layers,
+        tensor_cuts=tuple(_tensor_cuts(layers)),
+        attention_units=tuple(f"{layer}.attention.core" for layer in layers),
+        stage_units=("tok_embeddings", *layers, "norm", "output"),
     )

@@ -265,12 +265,6 @@ WRONG = [
         ("quantize.linear.float8.filter_fqn = []", "did you mean: quantize.linear.float8.filter_fqns"),
     ),
     Wrong(
-        "feature that is not built",
-        "[parallelism]\ntensor_parallel_degree = 2",
-        ("parallelism.tensor_parallel_degree = 2", "training does not support tensor parallelism yet", "to do:"),
-        ranks=2,
-    ),
-    Wrong(
         "converter",
         '[model]\nconverters = ["float8"]',
         ('model.converters = ["quantize.linear.float8"]', "does not support computing in 8 bits yet"),

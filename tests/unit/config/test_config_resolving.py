@@ -195,9 +195,6 @@ def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, s
 @pytest.mark.parametrize(
     ("arguments", "ranks"),
     [
-        ([*TP, "2"], 2),
-        (PP, 2),
-        (CP, 2),
         (["--model.converters", "quantize.linear.float8"], 1),
         (["--fault_tolerance.enable"], 1),
         (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], 1),

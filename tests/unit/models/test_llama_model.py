@@ -147,13 +147,6 @@ def test_parts_of_the_model_make_up_the_whole() -> None:
         assert torch.equal(last(first(tokens)), whole(tokens))
 
 
-def test_a_tied_model_without_its_embedding_says_so() -> None:
-    model = _build(dataclasses.replace(TINY, tie_embeddings=True))
-    model.tok_embeddings = None
-    with pytest.raises(RuntimeError, match="tied"):
-        model(torch.randn(1, 4, TINY.dim))
-
-
 def test_heads_are_counted_from_what_the_projections_return() -> None:
     """Half of the heads give the attention that a rank of a two-way tensor-parallel cut adds to the sum."""
     spec = TINY

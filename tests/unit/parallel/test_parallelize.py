@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -51,19 +53,21 @@ def order_of_events() -> list[str]:
 
 def test_the_parts_are_applied_from_the_inside_out(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    for applier in ("apply_data_parallel", "apply_compile", "apply_activation_checkpoint"):
+    appliers = ("tensor_parallel", "context_parallel", "activation_checkpoint", "compile", "data_parallel")
+    for applier in (f"apply_{name}" for name in reversed(appliers)):
         monkeypatch.setattr(parallelize, applier, lambda *_, name=applier, **__: order.append(name))
+    two = SimpleNamespace(size=lambda: 2)
     parallelize.parallelize(
         torch.nn.Module(),
         ParallelPlan((), (), ()),
-        None,  # type: ignore[arg-type]
+        SimpleNamespace(tp=two, cp=two),  # type: ignore[arg-type]
         parallelism=Parallelism(),
         training=BF16,
         activation_checkpoint=ActivationCheckpoint(),
         compile=Compile(enable=True),
         reshard_after_forward=True,
     )
-    assert order == ["apply_activation_checkpoint", "apply_compile", "apply_data_parallel"]
+    assert order == [f"apply_{name}" for name in appliers]
 
 
 def test_parameters_are_gathered_around_compiled_code_that_recomputes() -> None:

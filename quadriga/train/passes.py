@@ -1,0 +1,90 @@
+"""How a batch goes forward and backward: through a whole model, or through a pipeline of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.data.batch import Batch
+from quadriga.parallel.data_parallel import set_gradient_sync
+from quadriga.parallel.pipeline_parallel import Pipeline
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LossContext = Callable[[], AbstractContextManager[None]]
+
+
+class Pass(Protocol):
+    """Both return this rank's part of the loss, detached: parts of all ranks of `Mesh.loss_group` add up."""
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        """Forward and backward: gradients are added to those that are there.
+
+        `reduce` and `last`: see `parallel.data_parallel.set_gradient_sync`.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank takes of every sequence. `positions`: int64 (its tokens,), on the device."""
+
+    device: torch.device
+    positions: Tensor
+    seq_len: int
+
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens and labels on the device, each (rows, its tokens)."""
+        tokens = batch.tokens.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        if len(self.positions) == self.seq_len:
+            return tokens, labels
+        return tokens[:, self.positions], labels[:, self.positions]
+
+
+@dataclass(frozen=True)
+class WholePass:
+    """The whole model is here."""
+
+    model: nn.Module
+    loss: Loss
+    loss_context: LossContext
+    share: Share
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        tokens, labels = self.share.of(batch)
+        set_gradient_sync(self.model, reduce, last)
+        with self.loss_context():
+            loss = self.loss(self.model(tokens, self.share.positions), labels)
+            loss.backward()
+        return loss.detach()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        tokens, labels = self.share.of(batch)
+        with self.loss_context():
+            return self.loss(self.model(tokens, self.share.positions), labels).detach()
+
+
+@dataclass(frozen=True)
+class PipelinePass:
+    """Some stages of the model are here."""
+
+    pipeline: Pipeline
+    loss_context: LossContext
+    share: Share
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        tokens, labels = self.share.of(batch)
+        with self.loss_context():
+            return self.pipeline.train(tokens, labels, self.share.positions, reduce=reduce, last=last)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        tokens, labels = self.share.of(batch)
+        with self.loss_context():
+            return self.pipeline.evaluate(tokens, labels, self.share.positions)
