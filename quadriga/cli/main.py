@@ -13,6 +13,7 @@ from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, nearest
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
     "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
+    "equivalence": "train the debug model on many layouts and compare each with one process",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",
     "docs": "write docs/configuration.md and all cards anew",

@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "units", "log", "config"},
     "train": GROUND | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"},
     "launch": GROUND | {"processes", "config", "models", "comm"},
-    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics"},
+    "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
+    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
@@ -33,6 +34,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
     ("launch", "comm"): ("quadriga.comm.backend",),
     ("cli", "comm"): ("quadriga.comm.backend",),
+    ("equivalence", "comm"): ("quadriga.comm.backend",),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("optim", "config"): ("quadriga.config.schema",),

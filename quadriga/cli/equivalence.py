@@ -1,0 +1,110 @@
+"""`quadriga equivalence`: does this machine train the same on every layout? Each row against one plain process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from quadriga import __version__
+from quadriga.cli.arguments import Parser, rank_count
+from quadriga.equivalence.rows import ROWS, ROWS_PER_STEP, SECTIONS, SEQ_LEN, STEPS, TOLERANCE, Row, parse_layout
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, nearest
+from quadriga.launch.environment import visible_gpus
+
+ABOUT = (
+    f"Train the debug model {STEPS} steps in float32 ({ROWS_PER_STEP} sequences of {SEQ_LEN} tokens a step) on one "
+    "plain process and on each layout, and compare every loss, every gradient norm and the final weights. Without "
+    "--layout or --section: every row of the table that fits on --max-ranks. Further arguments are keys for all runs: "
+    "--section.key value (see `quadriga keys`)."
+)
+COLUMNS = f"{'loss':>9} {'grad norm':>9} {'weights':>9} {'seconds':>8}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("equivalence", ABOUT)
+    parser.add_argument("--layout", action="append", default=[], metavar="AXIS=N,...", help="such as dp_shard=2,tp=2")
+    parser.add_argument("--section", action="append", default=[], help=f"rows of: {', '.join(SECTIONS)}")
+    parser.add_argument("--max-ranks", type=rank_count, help="leave out larger rows (default: the GPUs here, else 4)")
+    parser.add_argument("--list", action="store_true", help="print the rows and run nothing")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    options, keys = parser.parse_known_args(argv)
+    most = options.max_ranks or visible_gpus(os.environ) or 4
+    rows = chosen_rows(options.layout, options.section, most)
+    if options.list:
+        print("\n".join(f"{row.ranks:>2} ranks  {row.name}" for row in rows))
+        return EXIT_OK
+    return run_rows(rows, keys, options.json)
+
+
+def chosen_rows(layouts: Sequence[str], sections: Sequence[str], most: int) -> list[Row]:
+    """The rows asked for; one that is named by --layout runs whatever its size."""
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise UserError(
+            Problem(
+                "--section",
+                "no such section",
+                unknown[0],
+                allowed=", ".join(SECTIONS),
+                nearest=nearest(unknown[0], SECTIONS),
+            )
+        )
+    try:
+        named = [Row(parse_layout(text)) for text in layouts]
+    except ValueError as error:
+        raise UserError(Problem("--layout", str(error))) from None
+    pool = [row for name in sections for row in SECTIONS[name]] if sections or named else list(ROWS)
+    return [*named, *(row for row in pool if row.ranks <= most)]
+
+
+def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) -> int:
+    from quadriga.equivalence.trial import Trials, through_the_launcher  # imports torch
+
+    width = max((len(row.name) for row in rows), default=0)
+    print(f"{'layout':<{width}}  {COLUMNS}")
+    verdicts = []
+    with tempfile.TemporaryDirectory(prefix="quadriga-equivalence-") as folder:
+        trials = Trials(Path(folder), through_the_launcher, keys)
+        for row in rows:
+            verdict = trials.run(row)
+            verdicts.append(verdict)
+            shown = f"{verdict.row.name:<{width}}  "
+            if verdict.differences is None:
+                print(f"{shown}failed after {verdict.seconds:.0f} s\n{verdict.why}", flush=True)
+                continue
+            apart = verdict.differences
+            figures = f"{apart.loss:>9.1e} {apart.grad_norm:>9.1e} {apart.weights:>9.1e} {verdict.seconds:>8.1f}"
+            print(shown + figures + ("" if verdict.met else f"  past the tolerance ({apart.weights_of})"), flush=True)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(report(verdicts), indent=1) + "\n", encoding="utf-8")
+    missed = sum(not verdict.met for verdict in verdicts)
+    limits = ", ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in TOLERANCE.items())
+    print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts train as one process does (relative: {limits})")
+    return EXIT_FAULT if missed else EXIT_OK
+
+
+def report(verdicts: Sequence) -> dict:
+    import torch
+
+    return {
+        "benchmark": "equivalence",
+        "command": " ".join(["quadriga", *sys.argv[1:]]),
+        "versions": {"quadriga": __version__, "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "tolerance": TOLERANCE,
+        "rows": [
+            {
+                "layout": verdict.row.name,
+                "ranks": verdict.row.ranks,
+                "met": verdict.met,
+                "seconds": round(verdict.seconds, 1),
+                **(asdict(verdict.differences) if verdict.differences else {"failed": verdict.why}),
+            }
+            for verdict in verdicts
+        ],
+    }

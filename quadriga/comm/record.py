@@ -1,0 +1,117 @@
+"""What a piece of code sends: every collective by kind, axis and size, as it is called on this rank.
+
+For tests that hold the calls equal to theory, and for rehearsals, where nothing is sent at all. Compiled code is not
+looked into: record eager runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quadriga.comm.mesh import Mesh
+
+# Kind by the operation's name, in torch's two sets of operations: those that write into a given tensor (c10d) and
+# those that return one (_c10d_functional).
+KINDS: Mapping[str, str] = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv_": "recv",
+    "barrier": "barrier",
+}
+NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call on this rank. `size` in bytes: of the largest tensor that it takes or gives, so of the whole."""
+
+    kind: str
+    axis: str
+    size: int
+
+
+class Recorder(TorchDispatchMode):
+    """Within `with Recorder(axes) as recorder:` the calls are kept in `recorder.calls`, in order.
+
+    `axes` names process groups (`Mesh` axes: `axes_of`); a group that is not in it goes by its own name.
+    """
+
+    def __init__(self, axes: Mapping[str, str]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._axes = axes
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        namespace, _, rest = operation._schema.name.partition("::")
+        if namespace in NAMESPACES and rest in KINDS:
+            given = (*args, *(kwargs or {}).values())
+            sizes = [tensor.numel() * tensor.itemsize for tensor in _tensors((given, result))]
+            self.calls.append(Call(KINDS[rest], self._axis(given), max(sizes, default=0)))
+        return result
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Number of calls by (kind, axis)."""
+        return Counter((call.kind, call.axis) for call in self.calls)
+
+    def bytes(self) -> Counter[tuple[str, str]]:
+        """Sum of the sizes by (kind, axis)."""
+        total: Counter[tuple[str, str]] = Counter()
+        for call in self.calls:
+            total[call.kind, call.axis] += call.size
+        return total
+
+    def _axis(self, given: tuple[Any, ...]) -> str:
+        for item in given:
+            if isinstance(item, str):  # how the functional operations name a group; a reduction's name is no group's
+                if item in self._axes:
+                    return self._axes[item]
+            elif isinstance(item, torch.ScriptObject) and "ProcessGroup" in str(item._type()):
+                name = dist.ProcessGroup.unbox(item).group_name
+                return self._axes.get(name, name)
+        return "?"
+
+
+def axes_of(mesh: Mesh) -> dict[str, str]:
+    """Names of the mesh's process groups, by torch's own name for them. `shard` is dp_shard and cp as one axis."""
+    # Axes with the same ranks share one group of torch's; the last name given to it counts.
+    names = {mesh.loss_group.group_name: "loss"}
+    for axis in mesh.device_mesh.mesh_dim_names or ():
+        names[mesh.device_mesh.get_group(axis).group_name] = axis
+    for axis in mesh.fsdp.mesh_dim_names or ():
+        names[mesh.fsdp.get_group(axis).group_name] = "shard" if axis == "dp_shard" else axis
+    names[mesh.tp.get_group().group_name] = "tp"
+    return names
+
+
+def _tensors(item: Any) -> Iterator[torch.Tensor]:
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for one in item:
+            yield from _tensors(one)

@@ -1,0 +1,242 @@
+"""The table of layouts that are held equal to one plain process: one row a layout. No torch here.
+
+A row trains the debug model in float32 at one global batch of short sequences; what the row's `model` keys change (more
+layers, tied matrices) they change for the plain process too, what its `how` keys change (a schedule, a method) must not
+change the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quadriga.config.run_spec import Degrees
+
+Keys = tuple[tuple[str, str], ...]
+
+ROWS_PER_STEP = 16  # of the global batch: two for each of 8 data-parallel ranks, and enough for a pipeline of 8
+SEQ_LEN = 64
+STEPS = 5
+# The greatest relative difference that a layout may make: of a step's loss, of its gradient norm, and of a final
+# weight matrix (the norm of the difference over the norm of the matrix). Measured ones: docs/numerics.md.
+TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-4}
+
+DEGREE_KEYS = {
+    "pp": "parallelism.pipeline_parallel_degree",
+    "dp_replicate": "parallelism.data_parallel_replicate_degree",
+    "dp_shard": "parallelism.data_parallel_shard_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+}
+SHARED: Keys = (
+    ("job.description", "equivalence"),
+    ("model.name", "llama3"),
+    ("model.flavor", "debugmodel"),
+    ("model.hf_assets_path", "builtin:bytes"),
+    ("training.dataset", "builtin"),
+    ("training.dtype", "float32"),
+    ("training.mixed_precision_param", "float32"),
+    ("training.mixed_precision_reduce", "float32"),
+    ("optimizer.lr", "8e-4"),
+    ("activation_checkpoint.mode", "none"),
+    ("training.steps", str(STEPS)),
+    ("training.seq_len", str(SEQ_LEN)),
+    ("training.global_batch_size", str(ROWS_PER_STEP)),
+    ("metrics.log_freq", "1"),
+    ("metrics.enable_tensorboard", "false"),
+    ("profiling.enable_profiling", "false"),
+    ("checkpoint.enable", "true"),
+    ("checkpoint.last_save_model_only", "true"),  # the final weights, to be compared
+    ("lr_scheduler.warmup_steps", "2"),
+    ("debug.seed", "42"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout. `local_batch` 0: all rows of a step at once."""
+
+    degrees: Degrees
+    how: Keys = ()
+    model: Keys = ()
+    local_batch: int = 0
+    slow: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return self.degrees.world_size
+
+    @property
+    def name(self) -> str:
+        cuts = [f"{axis}={size}" for axis in DEGREE_KEYS if (size := getattr(self.degrees, axis)) > 1]
+        words = [f"{key.split('.')[-1]}={value}" for key, value in (*self.how, *self.model)]
+        accumulation = [f"local_batch={self.local_batch}"] if self.local_batch else []
+        return ", ".join([*(cuts or ["one rank"]), *accumulation, *words])
+
+    def keys(self) -> Keys:
+        """All that the row's run does not leave at its default."""
+        rows = self.local_batch or ROWS_PER_STEP // self.degrees.batch
+        cuts = tuple((key, str(getattr(self.degrees, axis))) for axis, key in DEGREE_KEYS.items())
+        return (*SHARED, *cuts, ("training.local_batch_size", str(rows)), *self.model, *self.how)
+
+    def alone(self) -> Row:
+        """The plain process that it is compared with."""
+        return Row(Degrees(), model=self.model)
+
+
+def arguments(keys: Keys) -> list[str]:
+    """As they stand on a command line."""
+    return [word for key, value in keys for word in (f"--{key}", value)]
+
+
+def parse_layout(text: str) -> Degrees:
+    """`dp_shard=2,tp=2` as degrees; axes that are not named are 1.
+
+    Raises:
+        ValueError: an axis that is not there, or a degree that is no positive number; the message says which.
+    """
+    found: dict[str, int] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        axis, _, size = part.partition("=")
+        if axis not in DEGREE_KEYS:
+            raise ValueError(f"{axis!r} is no axis; the axes are {', '.join(DEGREE_KEYS)}")
+        if not size.isdigit() or int(size) < 1:
+            raise ValueError(f"{part!r} is no degree; write {axis}=2")
+        found[axis] = int(size)
+    return Degrees(**found)
+
+
+def _keys(**named: str | int | bool) -> Keys:
+    """`pipeline_parallel_schedule="GPipe"` as a key of its table, which is `parallelism` or the one named first."""
+    written = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
+    return tuple(
+        (name.replace("__", ".") if "__" in name else f"parallelism.{name}", value) for name, value in written.items()
+    )
+
+
+def _one_axis() -> Iterator[Row]:
+    for axis in ("dp_shard", "dp_replicate", "tp", "cp", "pp"):
+        for size in (2, 4, 8):
+            deeper = _keys(model__n_layers=16) if (axis, size) == ("pp", 8) else ()
+            yield Row(Degrees(**{axis: size}), model=deeper, slow=size > 2)
+
+
+def _two_axes() -> Iterator[Row]:
+    axes = tuple(DEGREE_KEYS)
+    pairs = [(first, second) for number, first in enumerate(axes) for second in axes[number + 1 :]]
+    for first, second in pairs:
+        yield Row(Degrees(**{first: 2, second: 2}), slow=(first, second) != ("dp_shard", "tp"))
+    for first, second in pairs:
+        for sizes in ((2, 4), (4, 2)):
+            yield Row(Degrees(**dict(zip((first, second), sizes, strict=True))))
+
+
+def _three_axes() -> Iterator[Row]:
+    axes = tuple(DEGREE_KEYS)
+    for a, first in enumerate(axes):
+        for b, second in enumerate(axes[a + 1 :], a + 1):
+            for third in axes[b + 1 :]:
+                chosen = {first: 2, second: 2, third: 2}
+                yield Row(Degrees(**chosen), slow=set(chosen) != {"pp", "cp", "tp"})
+
+
+def _four_axes() -> Iterator[Row]:
+    yield Row(Degrees(dp_shard=2, tp=2, cp=2, pp=2))
+
+
+def _models() -> Iterator[Row]:
+    """Uneven layers, tied matrices, fewer heads for keys and values."""
+    yield Row(Degrees(pp=2), model=_keys(model__n_layers=5))
+    yield Row(Degrees(pp=2), _keys(pipeline_parallel_schedule="Interleaved1F1B"), _keys(model__n_layers=7))
+    tied = _keys(model__tie_embeddings=True)
+    for degrees in (Degrees(dp_shard=2), Degrees(tp=2), Degrees(cp=2), Degrees(dp_shard=2, tp=2)):
+        yield Row(degrees, model=tied, slow=degrees != Degrees(tp=2))
+    yield Row(Degrees(tp=2), _keys(disable_loss_parallel=True), tied)
+    grouped = _keys(model__n_kv_heads=4)
+    for degrees in (Degrees(tp=4), Degrees(dp_shard=2, tp=2), Degrees(pp=2, tp=2)):
+        yield Row(degrees, model=grouped)
+    for method in ("allgather", "ring", "ulysses"):
+        yield Row(Degrees(cp=2), _keys(context_parallel_method=method), grouped, slow=method != "ring")
+    yield Row(Degrees(cp=2, tp=2), _keys(context_parallel_method="ulysses"), grouped)
+
+
+def _accumulation() -> Iterator[Row]:
+    """Gradients reduced once a step, or after every micro-batch."""
+    for degrees in (Degrees(dp_shard=2), Degrees(dp_replicate=2, dp_shard=2), Degrees(dp_shard=2, tp=2)):
+        for when in ("once", "every_micro_batch"):
+            yield Row(degrees, _keys(reduce_gradients=when), local_batch=2)
+    for when in ("once", "every_micro_batch"):
+        yield Row(Degrees(pp=2, dp_shard=2), _keys(reduce_gradients=when), local_batch=4)
+        yield Row(Degrees(pp=2, dp_replicate=2, dp_shard=2), _keys(reduce_gradients=when), local_batch=2)
+
+
+def _schedules() -> Iterator[Row]:
+    several = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    for schedule in ("GPipe", *several):
+        chosen = _keys(pipeline_parallel_schedule=schedule)
+        yield Row(Degrees(pp=2), chosen, slow=schedule != "ZBVZeroBubble")
+        yield Row(Degrees(pp=2, dp_shard=2), chosen)
+    yield Row(Degrees(pp=2, tp=2), _keys(pipeline_parallel_schedule="Interleaved1F1B"))
+    yield Row(Degrees(pp=2, tp=2), _keys(pipeline_parallel_schedule="ZBVZeroBubble"))
+    yield Row(Degrees(pp=2, dp_shard=2, tp=2), _keys(pipeline_parallel_schedule="DualPipeV"))
+    yield Row(Degrees(pp=2), _keys(pipeline_parallel_microbatch_size=4))
+    yield Row(Degrees(pp=2), _keys(pipeline_parallel_layers_per_stage=2, pipeline_parallel_schedule="Interleaved1F1B"))
+
+
+def _attention() -> Iterator[Row]:
+    """Each way to see the whole sequence, dealt out in two pieces a rank or in one."""
+    for method in ("ring", "ulysses"):
+        chosen = _keys(context_parallel_method=method)
+        for degrees in (Degrees(cp=2), Degrees(cp=4), Degrees(cp=2, tp=2), Degrees(dp_shard=2, cp=2)):
+            yield Row(degrees, chosen, slow=degrees != Degrees(cp=2) or method == "ring")
+        yield Row(Degrees(pp=2, cp=2), chosen)
+    for method in ("allgather", "ring", "ulysses"):
+        yield Row(Degrees(cp=2), _keys(context_parallel_method=method, context_parallel_load_balancer="none"))
+
+
+def _switches() -> Iterator[Row]:
+    whole = _keys(enable_sequence_parallel=False)
+    gathered = _keys(disable_loss_parallel=True)
+    for how in (whole, gathered, whole + gathered):
+        yield Row(Degrees(tp=2), how, slow=how != whole)
+        yield Row(Degrees(dp_shard=2, tp=2), how)
+    yield Row(Degrees(pp=2, tp=2), whole)
+    yield Row(Degrees(cp=2, tp=2), whole)
+    for policy in ("always", "never"):
+        yield Row(Degrees(dp_shard=2, tp=2), _keys(fsdp_reshard_after_forward=policy))
+        yield Row(Degrees(pp=2, dp_shard=2), _keys(fsdp_reshard_after_forward=policy))
+
+
+def _recompute() -> Iterator[Row]:
+    modes = {
+        "none": _keys(activation_checkpoint__mode="none"),
+        "full": _keys(activation_checkpoint__mode="full"),
+        "op": _keys(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op"),
+    }
+    for chosen in modes.values():
+        for degrees in (Degrees(dp_shard=2, tp=2), Degrees(dp_shard=2, cp=2), Degrees(pp=2, dp_shard=2)):
+            yield Row(degrees, chosen)
+
+
+def _compiled() -> Iterator[Row]:
+    compiled = _keys(compile__enable=True)
+    one_axis = (Degrees(dp_shard=2), Degrees(tp=2), Degrees(cp=2), Degrees(pp=2))
+    for degrees in (*one_axis, Degrees(dp_shard=2, tp=2), Degrees(cp=2, tp=2)):
+        yield Row(degrees, compiled)
+    yield Row(Degrees(cp=2), (*compiled, *_keys(context_parallel_method="ring")))
+
+
+SECTIONS: dict[str, tuple[Row, ...]] = {
+    "one axis": tuple(_one_axis()),
+    "two axes": tuple(_two_axes()),
+    "three axes": tuple(_three_axes()),
+    "four axes": tuple(_four_axes()),
+    "other models": tuple(_models()),
+    "gradient accumulation": tuple(_accumulation()),
+    "pipeline schedules": tuple(_schedules()),
+    "context methods": tuple(_attention()),
+    "switches": tuple(_switches()),
+    "recompute": tuple(_recompute()),
+    "compile": tuple(_compiled()),
+}
+ROWS: tuple[Row, ...] = tuple(row for rows in SECTIONS.values() for row in rows)

@@ -1,0 +1,82 @@
+"""One row of the table, run and compared: through the launcher, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.equivalence.compare import Differences, Outcome, compare, outcome
+from quadriga.equivalence.rows import STEPS, Keys, Row, arguments
+from quadriga.models.registry import catalogue, parallel_plan
+
+LAST_LINES = 15  # of a failed run's output
+
+Train = Callable[[Path, int, Sequence[str]], None]  # run folder, ranks, command line
+
+
+class Failed(Exception):
+    """A row's run did not end well; the message is the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    row: Row
+    differences: Differences | None  # None: the run failed
+    seconds: float
+    why: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.differences is not None and self.differences.met
+
+
+@dataclass
+class Trials:
+    """Runs rows within `folder`, and the plain process of each kind of model once.
+
+    `train` runs one training to its end, or raises `Failed`. `further` keys are given to every run.
+    """
+
+    folder: Path
+    train: Train
+    further: Sequence[str] = ()
+    _plain: dict[Keys, Outcome] = field(default_factory=dict)
+
+    def run(self, row: Row) -> Verdict:
+        start = time.perf_counter()
+        try:
+            differences = compare(self._outcome(row, f"row-{len(list(self.folder.iterdir()))}"), self.plain(row))
+        except (Failed, ValueError) as error:
+            return Verdict(row, None, time.perf_counter() - start, str(error))
+        return Verdict(row, differences, time.perf_counter() - start)
+
+    def plain(self, row: Row) -> Outcome:
+        """What the plain process of the row's model left."""
+        if row.model not in self._plain:
+            self._plain[row.model] = self._outcome(row.alone(), f"plain-{len(self._plain)}")
+        return self._plain[row.model]
+
+    def _outcome(self, row: Row, name: str) -> Outcome:
+        folder = self.folder / name
+        command = [*arguments(row.keys()), *self.further, "--job.dump_folder", str(folder)]
+        run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
+        self.train(folder, row.ranks, command)
+        return outcome(folder, parallel_plan(run.spec.model).parameters, STEPS)
+
+
+def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
+    """Train in processes of their own, quietly. Raises Failed with the end of their output."""
+    environ = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0"}
+    environ.pop("CONFIG_FILE", None)
+    environ.pop("DRY_RUN", None)
+    started = [sys.executable, "-m", "quadriga.launch", *command]
+    done = subprocess.run(started, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failed("\n".join(done.stderr.strip().splitlines()[-LAST_LINES:]))
