@@ -19,6 +19,7 @@ from quadriga.optim.optimizer import build_optimizer
 from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
+from quadriga.parallel.tensor_parallel import loss_context, plain_loss
 
 SPEC = ModelSpec(
     "llama3", "tiny", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=56, vocab_size=99, rope_theta=1e4
@@ -43,6 +44,7 @@ class Case:
     reduce: str = "once"
     spec: ModelSpec = SPEC
     reshard: bool = True
+    rows: int = ROWS  # of a micro-batch
 
 
 @dataclass
@@ -89,13 +91,14 @@ def train(case: Case, steps: int = 3) -> Trace:
     for step in range(steps):
         share = GLOBAL_BATCH // mesh.batch_degree
         tokens, labels = (rows[mine][:share] for rows in batch(step, case.spec.vocab_size))
-        micro_batches = list(zip(tokens.split(ROWS), labels.split(ROWS), strict=True))
+        micro_batches = list(zip(tokens.split(case.rows), labels.split(case.rows), strict=True))
         total = torch.zeros((), dtype=torch.float64)
         for number, (x, y) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             set_gradient_sync(model, reduce=case.reduce == "every_micro_batch", last=last)
-            loss = F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum")
-            (loss / (GLOBAL_BATCH * SEQ_LEN)).backward()
+            with loss_context(mesh.tp, case.parallelism)():
+                loss = plain_loss(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum"))
+                (loss / (GLOBAL_BATCH * SEQ_LEN)).backward()
             total += loss.detach()
         trace.losses.append((mesh.reduce_sum(total) / (GLOBAL_BATCH * SEQ_LEN)).item())
         trace.dtypes |= {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}

@@ -36,7 +36,8 @@ def apply_data_parallel(
     """Cut the parameters of `model` over `mesh.fsdp`, in place.
 
     One rank whose parameters, compute and gradients share one dtype and stay on the device is left alone; any other
-    single rank is wrapped over a mesh of one, so that dtypes are the same as on many ranks.
+    single rank is wrapped over a mesh of one, so that dtypes are the same as on many ranks. So are ranks that tensor
+    parallelism alone has cut.
     """
     if not is_needed(mesh, training):
         return
@@ -61,7 +62,10 @@ def apply_data_parallel(
 def is_needed(mesh: Mesh, training: Training) -> bool:
     """Whether anything is cut, converted or moved at all."""
     dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-    return mesh.fsdp.size() > 1 or len(dtypes) > 1 or training.enable_cpu_offload
+    # Under tensor parallelism also over a mesh of one: `fully_shard` makes the sum over its ranks that gradients of
+    # norms still are (`Partial`), once a step where gradients are accumulated.
+    cut = mesh.fsdp.size() > 1 or mesh.tp.size() > 1
+    return cut or len(dtypes) > 1 or training.enable_cpu_offload
 
 
 def set_gradient_sync(model: nn.Module, reduce: bool, last: bool) -> None:

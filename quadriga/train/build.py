@@ -31,7 +31,7 @@ from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
-from quadriga.parallel.tensor_parallel import loss_context
+from quadriga.parallel.tensor_parallel import loss_context, plain_loss
 from quadriga.train.passes import Pass, Share, WholePass
 from quadriga.train.record import write_record
 from quadriga.train.state import TrainState
@@ -188,7 +188,7 @@ def build_pass(
     cross_entropy = maybe_compile_loss(summed_cross_entropy, run.config.compile)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels) / divisor
+        return plain_loss(cross_entropy(logits, labels)) / divisor
 
     positions = own_positions(
         seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
