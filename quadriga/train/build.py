@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from quadriga.metrics.loggers import JSONL_NAME, Logger, build_loggers
 from quadriga.metrics.meter import Meter, Record
 from quadriga.metrics.profiler import Profiler
 from quadriga.models import registry
+from quadriga.models.plan import ParameterPlan
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule, wind_to
 from quadriga.parallel.compile import maybe_compile_loss
@@ -37,6 +38,8 @@ from quadriga.train.record import write_record
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
 from quadriga.train.validate import Validator
+
+Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 
 
 @dataclass
@@ -101,16 +104,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], config.optimizer)
     schedule = build_schedule(optimizer, config.lr_scheduler, spec.steps)
     state = TrainState(parts, optimizer, schedule, loader, attempt=attempt)
-    recipe = Recipe(
-        forward_backward=build_pass(
-            run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=spec.tokens_per_step
-        ),
-        device=device,
-        micro_batch_rows=spec.local_batch_size,
-        tokens_per_step=spec.tokens_per_step,
-        max_norm=config.training.max_norm,
-        reduce_gradients=spec.reduce_gradients,
-    )
+    recipe = build_recipe(run, mesh, device, parts)
     checkpoints = CheckpointManager(config.checkpoint, spec.folders.checkpoint, process_group.host_group())
     resume(state, checkpoints)
     return Trainer(
@@ -153,7 +147,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     )
 
 
-def build_parts(run: Run, mesh: Mesh, device: torch.device) -> tuple[nn.Module, ...]:
+def build_parts(run: Run, mesh: Mesh, device: torch.device, fill: Fill = materialize) -> tuple[nn.Module, ...]:
     """On meta, cut, then made real: no rank ever holds what it does not keep."""
     config, spec = run.config, run.spec
     plan = registry.parallel_plan(spec.model)
@@ -170,8 +164,22 @@ def build_parts(run: Run, mesh: Mesh, device: torch.device) -> tuple[nn.Module, 
         reshard_after_forward=spec.reshard_after_forward,
     )
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
-    materialize(model, plan.parameters, spec.seed, held_on)
+    fill(model, plan.parameters, spec.seed, held_on)
     return (model,)
+
+
+def build_recipe(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> Recipe:
+    spec = run.spec
+    return Recipe(
+        forward_backward=build_pass(
+            run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=spec.tokens_per_step
+        ),
+        device=device,
+        micro_batch_rows=spec.local_batch_size,
+        tokens_per_step=spec.tokens_per_step,
+        max_norm=run.config.training.max_norm,
+        reduce_gradients=spec.reduce_gradients,
+    )
 
 
 def build_pass(
