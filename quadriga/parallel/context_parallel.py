@@ -1,21 +1,65 @@
-"""Context parallelism."""
+"""Context parallelism: the ranks of a group share every sequence, and only attention looks beyond a rank's own part.
+
+What a rank sends a layer, in bytes of one micro-batch of B sequences of S tokens (each rank receives as much):
+Q = B x S/cp x heads/tp x head_dim x itemsize, and KV the same with 2 x kv_heads for heads; KV4 is KV in float32.
+
+| method      | forward                               | backward                                | overlaps | heads      |
+|-------------|---------------------------------------|-----------------------------------------|----------|------------|
+| `allgather` | all-gather: (cp - 1) KV               | reduce-scatter: (cp - 1) KV             | no       | any        |
+| `ring`      | cp - 1 sends: (cp - 1) KV             | 2 (cp - 1) sends: (cp - 1) (KV + KV4)   | yes      | any        |
+| `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV)  | 2 all-to-all: (cp - 1)/cp (2 Q + KV)    | no       | must divide over cp x tp |
+
+A block that recomputes attention sends the forward column twice. Recompute per operation keeps the results of `ring` and
+`ulysses`, and of `allgather` the attention but not the gathered keys and values, which are cp times as large as what a
+rank holds: they are gathered again. Besides, `allgather` holds the keys and values of the whole sequence for one layer
+at a time; `ring` those of two ranks.
+
+Gradients of keys and values are added up over the ranks in their own dtype with `allgather` (by the reduce-scatter), in
+float32 with `ring`; with `ulysses` there is nothing to add up.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from quadriga.config.schema import Parallelism
+from quadriga.parallel.attention_allgather import AllGatherAttention
+from quadriga.parallel.attention_ring import RingAttention
+from quadriga.parallel.attention_ulysses import UlyssesAttention
+from quadriga.parallel.sequence_cut import SequenceCut
+
+METHODS = {"allgather": AllGatherAttention, "ring": RingAttention, "ulysses": UlyssesAttention}
 
 
 def apply_context_parallel(
     model: nn.Module, attention_units: tuple[str, ...], mesh: DeviceMesh, parallelism: Parallelism
 ) -> None:
-    """Let attention see the whole sequence, of which each rank of the one-dimensional `mesh` holds a part."""
-    raise NotImplementedError
+    """Let attention see the whole sequence, of which each rank of the one-dimensional `mesh` holds `own_positions`.
+
+    Each of `attention_units` is replaced by a module without parameters that takes and gives what it did, of the rank's
+    part of the sequence: q (batch, heads, part, head_dim), k and v with as many heads or fewer.
+    """
+    group_name = mesh.get_group().group_name
+    cut = _cut(mesh.get_local_rank(), mesh.size(), parallelism.context_parallel_load_balancer)
+    method = METHODS[parallelism.context_parallel_method]
+    for name in attention_units:
+        model.set_submodule(name, method(model.get_submodule(name), cut, group_name))
 
 
 def own_positions(seq_len: int, rank: int, degree: int, load_balancer: str | None) -> Tensor:
-    """Where in the whole sequence the tokens of `rank` stand: int64 (seq_len / degree,), on the host."""
-    return torch.arange(seq_len)
+    """Where in the whole sequence the tokens of `rank` stand: int64 (seq_len / degree,), on the host.
+
+    Raises:
+        ValueError: the sequence does not divide into equal pieces, or the load balancer is not known here.
+    """
+    cut = _cut(rank, degree, load_balancer)
+    if seq_len % (degree * cut.pieces):
+        raise ValueError(f"{seq_len} tokens do not divide into {degree * cut.pieces} equal pieces")
+    return cut.positions(seq_len // degree)
+
+
+def _cut(rank: int, degree: int, load_balancer: str | None) -> SequenceCut:
+    if load_balancer not in ("headtail", None):
+        raise ValueError(f"no load balancer {load_balancer!r} for causal attention: headtail, or None")
+    return SequenceCut(rank, degree, pieces=2 if load_balancer == "headtail" and degree > 1 else 1)

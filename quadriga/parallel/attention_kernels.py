@@ -1,0 +1,115 @@
+"""Attention of some queries to some keys, with what it takes to add up attention to several sets of keys.
+
+Beside its result, attention to one set of keys gives the logarithm of the sum of the exponentials of its scores (lse).
+With it results over disjoint sets of keys are merged exactly (arXiv 2112.05682), and each set's part of the gradients
+follows from the merged result alone (arXiv 2205.14135). Nothing here is recorded for autograd: the operations that call
+it bring their own backward pass.
+
+Shapes: q and out (batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim), lse (batch, heads,
+queries) in float32. Heads that share keys and values (GQA, arXiv 2305.13245) are not repeated.
+
+| where | dtype   | kernel                                                                                    |
+|-------|---------|-------------------------------------------------------------------------------------------|
+| CUDA  | halves  | flash attention                                                                           |
+| CUDA  | float32 | memory-efficient attention, with repeated heads: flash has no float32, and it has no GQA  |
+| CPU   | all     | flash attention for CPU, in float32: its half-precision kernel is slower and less exact   |
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+LSE_ALIGNMENT = 32  # the memory-efficient kernel fills the lse up to a multiple of it, with infinity
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse); out is in float32, but for flash on CUDA, which gives the dtype of q.
+
+    With `causal` the queries stand at the last of the keys' positions and each sees the keys up to its own.
+    """
+    past = k.shape[2] - q.shape[2]
+    if not causal or past == 0 or _is_flash(q):  # flash on CUDA aligns the causal corner as it is wanted here
+        return _forward(q, k, v, causal)
+    before = _forward(q, k[:, :, :past], v[:, :, :past], False)
+    return merge(before, _forward(q, k[:, :, past:], v[:, :, past:], True))
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention to these keys adds to the gradients of q, k and v.
+
+    `out` and `lse` are those of the queries' whole attention, merged over all sets of keys.
+    """
+    past = k.shape[2] - q.shape[2]
+    lse = lse.contiguous()  # the kernels read it without looking at strides
+    if not causal or past == 0 or _is_flash(q):
+        return _backward(grad, q, k, v, out, lse, causal)
+    dq, dk, dv = _backward(grad, q, k[:, :, :past], v[:, :, :past], out, lse, False)
+    own_dq, own_dk, own_dv = _backward(grad, q, k[:, :, past:], v[:, :, past:], out, lse, True)
+    return dq + own_dq, torch.cat((dk, own_dk), dim=2), torch.cat((dv, own_dv), dim=2)
+
+
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention to two disjoint sets of keys, in float32, from those of each."""
+    (out, lse), (other_out, other_lse) = one, other
+    both = torch.logaddexp(lse, other_lse)
+    return out * (lse - both).exp().unsqueeze(-1) + other_out * (other_lse - both).exp().unsqueeze(-1), both
+
+
+def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for (out, lse). A position's heads lie together, as the output projection takes them."""
+    batch, heads, length, head_dim = q.shape
+    out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    return out, torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _is_flash(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype.itemsize < 4
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    if _is_flash(q):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    elif q.device.type == "cuda":
+        k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        lse = lse[:, :, : q.shape[2]]
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float(), 0.0, causal)
+    return out, lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _is_flash(q):
+        # Of a forward pass without dropout the state of the random numbers is asked for and not read.
+        state, unused = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
+        lengths = (None, None, q.shape[2], k.shape[2])
+        given = (grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(*given)
+    elif q.device.type == "cuda":
+        heads, kv_heads, fill = q.shape[1], k.shape[1], -q.shape[2] % LSE_ALIGNMENT
+        k, v = (_repeated(x, heads) for x in (k, v))
+        lse = F.pad(lse, (0, fill), value=torch.inf)
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        given = (grad.contiguous(), q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(*given)
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
+    else:
+        grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+    return dq, dk, dv
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)

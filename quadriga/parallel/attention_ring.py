@@ -1,0 +1,153 @@
+"""Context parallelism by passing keys and values around a ring (arXiv 2310.01889).
+
+Each rank holds its queries still. The keys and values of the ranks pass by, one rank's at a time, while the kernel works
+on those that came before; results are merged exactly. In the backward pass they pass by again, and their gradients
+travel along with them, in float32, until they are home.
+
+Not torch's own ring (`torch.distributed.tensor.experimental`): it is private, steered by variables of the whole process,
+repeats no heads for float32 on CUDA, and sends the gradients once more than needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.parallel.attention_kernels import attend, attend_backward, empty_gradients, empty_result, merge
+from quadriga.parallel.sequence_cut import SequenceCut
+
+c10d = torch.ops._c10d_functional
+
+EVERYTHING = slice(None)
+
+
+class RingAttention(nn.Module):
+    def __init__(self, core: nn.Module, cut: SequenceCut, group_name: str) -> None:
+        super().__init__()
+        self.cut, self.group_name = cut, group_name
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = ring_attention(q, k, v, self.cut.rank, self.cut.size, self.cut.pieces, self.group_name)
+        return out
+
+
+@torch.library.custom_op("quadriga::ring_attention", mutates_args=())
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a rank's part of a sequence to the whole of it: (out, lse).
+
+    An operation of its own, so that the compiler sees the same graph on all ranks, and that recompute per operation
+    keeps the result alone and not what passed by.
+
+    Args:
+        q: (batch, heads, part, head_dim). k, v: (batch, kv_heads, part, head_dim).
+        rank, size, pieces: see `SequenceCut`.
+    """
+    kv = torch.stack((k, v))
+    coming = _send_on(kv, rank, size, group_name)
+    out, lse = attend(q, k, v, causal=True)
+    out = out.float()
+    for step in range(1, size):
+        kv = c10d.wait_tensor(coming)
+        if step < size - 1:
+            coming = _send_on(kv, rank, size, group_name)
+        met = _meeting(step, rank, pieces, q.shape[2])
+        if met is not None:
+            ours, theirs = met
+            new = attend(q[:, :, ours], kv[0][:, :, theirs], kv[1][:, :, theirs], causal=False)
+            out[:, :, ours], lse[:, :, ours] = merge((out[:, :, ours], lse[:, :, ours]), new)
+    result, result_lse = empty_result(q)
+    return result.copy_(out), result_lse.copy_(lse)
+
+
+@torch.library.custom_op("quadriga::ring_attention_backward", mutates_args=())
+def ring_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rank: int,
+    size: int,
+    pieces: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, added up in float32."""
+    kv = torch.stack((k, v))
+    coming = _send_on(kv, rank, size, group_name)
+    dq, dk, dv = (x.float() for x in attend_backward(grad, q, k, v, out, lse, causal=True))
+    travelling: Tensor | None = None
+    for step in range(1, size):
+        kv = c10d.wait_tensor(coming)
+        if step < size - 1:
+            coming = _send_on(kv, rank, size, group_name)
+        passing = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
+        met = _meeting(step, rank, pieces, q.shape[2])
+        if met is not None:
+            ours, theirs = met
+            seen = (kv[0][:, :, theirs], kv[1][:, :, theirs])
+            mine = (grad[:, :, ours], q[:, :, ours], *seen, out[:, :, ours], lse[:, :, ours])
+            part, passing[0][:, :, theirs], passing[1][:, :, theirs] = attend_backward(*mine, causal=False)
+            dq[:, :, ours] += part
+        if travelling is not None:
+            passing += c10d.wait_tensor(travelling)
+        # The last rank that keys and values come to is the one before their home.
+        travelling = _send_on(passing, rank, size, group_name)
+    home = c10d.wait_tensor(travelling)
+    return _rounded(dq, q), _rounded(dk + home[0], k), _rounded(dv + home[1], v)
+
+
+def _meeting(step: int, rank: int, pieces: int, length: int) -> tuple[slice, slice] | None:
+    """Which of our `length` queries see which keys of the rank that is `step` before us on the ring; None: no two.
+
+    Of a rank before us in the sequence (the ring has not closed yet) all queries see the early piece, and none the
+    late one, which stands behind our own. Of a rank behind us only our late piece sees anything, and it sees both.
+    """
+    is_before_us = step <= rank
+    if pieces == 1:
+        return (EVERYTHING, EVERYTHING) if is_before_us else None
+    half = length // 2
+    return (EVERYTHING, slice(0, half)) if is_before_us else (slice(half, None), EVERYTHING)
+
+
+def _send_on(tensor: Tensor, rank: int, size: int, group_name: str) -> Tensor:
+    """Start to send to the next rank; what comes from the rank before us, there after `wait_tensor`.
+
+    An all-to-all in which each rank has but one receiver: point to point on the wire.
+    """
+    rows = tensor.shape[0]
+    sent = [rows if other == (rank + 1) % size else 0 for other in range(size)]
+    received = [rows if other == (rank - 1) % size else 0 for other in range(size)]
+    return c10d.all_to_all_single(tensor, received, sent, group_name)
+
+
+def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
+    return gradient.to(like.dtype, memory_format=torch.contiguous_format)
+
+
+@ring_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str
+) -> tuple[Tensor, Tensor]:
+    return empty_result(q)
+
+
+@ring_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(q, k, v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.ring = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *ring_attention_backward(grad, *ctx.saved_tensors, *ctx.ring), None, None, None, None
+
+
+ring_attention.register_autograd(_backward, setup_context=_keep)
