@@ -35,6 +35,7 @@ class Case:
     tokenizer: TokenizerFacts
     backends: Mapping[str, BackendFacts]
     training: bool  # False: a dry run
+    schedule_csv: str | None = None  # the text of `parallelism.pipeline_parallel_schedule_csv`
 
     def tell(self, keys: tuple[str, ...], clash: Clash) -> Problem:
         where = " and ".join(f"{key} = {self._shown(key)}" for key in keys)
@@ -79,7 +80,7 @@ class Clash:
     nearest: str | None = None
 
 
-Verdicts = Iterator[Clash | str]  # a text is a notice: worth saying, not wrong
+Verdicts = Iterator[Clash | Problem | str]  # a text is a notice: worth saying, not wrong
 Check = Callable[[Case], Verdicts]
 
 

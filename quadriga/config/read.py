@@ -48,14 +48,36 @@ def read(
     """
     loaded = load(argv, environ)
     tokenizer, problems, notices = _look_at_assets(loaded, training)
+    schedule_csv, broken = _read_schedule(loaded)
     resolved = resolve(
-        loaded, catalogue=catalogue, backends=backends, tokenizer=tokenizer, world_size=world_size, training=training
+        loaded,
+        catalogue=catalogue,
+        backends=backends,
+        tokenizer=tokenizer,
+        world_size=world_size,
+        training=training,
+        schedule_csv=schedule_csv,
     )
+    problems = [*broken, *problems]
     found = [*loaded.problems, *resolved.problems, *problems]
     if found or resolved.spec is None:
         raise UserError(*found)
     spec = replace(resolved.spec, notices=(*loaded.notices, *resolved.notices, *notices))
     return Run(loaded.config, spec, loaded.origin)
+
+
+def _read_schedule(loaded: Loaded) -> tuple[str | None, list[Problem]]:
+    """The text of the pipeline's CSV file. A file that cannot be read makes its key a bad one."""
+    key = "parallelism.pipeline_parallel_schedule_csv"
+    path = loaded.config.parallelism.pipeline_parallel_schedule_csv
+    if path is None or loaded.config.parallelism.pipeline_parallel_degree == 1:
+        return None, []
+    try:
+        return Path(path).read_text(encoding="utf-8"), []
+    except (OSError, UnicodeDecodeError) as error:
+        loaded.bad.add(key)
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        return None, [Problem(key, f"the file cannot be read: {reason}", path, loaded.origin.get(key, "default"))]
 
 
 def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:

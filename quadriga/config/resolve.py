@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
-from quadriga.config import rules_layout, rules_run
+from quadriga.config import rules_layout, rules_pipeline, rules_run
 from quadriga.config.case import RULES, BackendFacts, Case, join_sources
 from quadriga.config.keys import show
 from quadriga.config.load import Loaded
@@ -21,7 +21,7 @@ from quadriga.errors import Problem, nearest
 from quadriga.units import GIB, show_bytes
 
 Catalogue = Mapping[str, Mapping[str, ModelSpec]]
-RULE_BOOKS = (rules_layout, rules_run)  # importing them enters their rules
+RULE_BOOKS = (rules_layout, rules_pipeline, rules_run)  # importing them enters their rules
 
 DEGREES = {
     "dp_replicate": "parallelism.data_parallel_replicate_degree",
@@ -51,6 +51,7 @@ def resolve(
     tokenizer: TokenizerFacts,
     world_size: int | None,
     training: bool,
+    schedule_csv: str | None = None,
 ) -> Resolved:
     """Hold every rule between keys. Rules that touch a key which is wrong already are left out.
 
@@ -58,6 +59,7 @@ def resolve(
         loaded: the configuration as read; its `bad` keys have their defaults.
         world_size: number of ranks; None: as many as the degrees ask for.
         training: False for a dry run, which passes what training does not support yet.
+        schedule_csv: the text of the file that `parallelism.pipeline_parallel_schedule_csv` names.
     """
     result, config, bad = Resolved(), loaded.config, set(loaded.bad)
     model, problem = _pick_model(config, catalogue, loaded.origin)
@@ -71,7 +73,7 @@ def resolve(
             result.problems.append(problem)
         bad.add(DEGREES["dp_shard"])
 
-    case = Case(config, loaded.origin, model, degrees, tokenizer, backends, training)
+    case = Case(config, loaded.origin, model, degrees, tokenizer, backends, training, schedule_csv)
     verdicts = [verdict for rule in RULES if not bad.intersection(rule.keys) for verdict in rule.apply(case)]
     for verdict in [*verdicts, *unsupported(case, bad)]:
         if isinstance(verdict, Problem):
@@ -168,6 +170,7 @@ def _spec(case: Case) -> RunSpec:
         reduce_reason=reason,
         backend=config.comm.backend,
         folders=_folders(config),
+        stage_ranks=rules_pipeline.stage_ranks(case),
     )
 
 

@@ -1,4 +1,4 @@
-"""Rules between the model, the batch and the degrees: what must divide, and what a schedule asks for."""
+"""Rules between the model, the batch and the degrees: what must divide."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ from quadriga.config.case import Case, Clash, Verdicts, rule
 DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
 DP_SHARD = "parallelism.data_parallel_shard_degree"
 TP = "parallelism.tensor_parallel_degree"
-PP = "parallelism.pipeline_parallel_degree"
 CP = "parallelism.context_parallel_degree"
-SCHEDULE = "parallelism.pipeline_parallel_schedule"
-MICROBATCH = "parallelism.pipeline_parallel_microbatch_size"
 LOCAL, GLOBAL, SEQ_LEN = "training.local_batch_size", "training.global_batch_size", "training.seq_len"
-
-SINGLE_STAGE = ("GPipe", "1F1B")
-TWO_STAGES = ("ZBVZeroBubble", "DualPipeV")  # exactly two a rank
-OWN_BACKWARD = (
-    "InterleavedZeroBubble",
-    *TWO_STAGES,
-)  # these split the backward pass, which compiled blocks do not allow
 
 
 @rule("model.flavor", "model.dim", "model.n_heads")
 def width_divides_into_heads(case: Case) -> Verdicts:
     if case.model.dim % case.model.n_heads:
         yield Clash(
-            "the heads must divide the width", _divisor_hint("model.n_heads", case.model.dim, case.model.n_heads)
+            "the heads must divide the width", divisor_hint("model.n_heads", case.model.dim, case.model.n_heads)
         )
     elif case.model.head_dim % 2:
         what = f"heads of odd width ({case.model.head_dim}) cannot be rotated by position embeddings"
@@ -37,7 +27,7 @@ def query_heads_divide_into_kv_heads(case: Case) -> Verdicts:
     heads, kv_heads = case.model.n_heads, case.model.n_kv_heads
     if heads % kv_heads:
         yield Clash(
-            "the key and value heads must divide the query heads", _divisor_hint("model.n_kv_heads", heads, kv_heads)
+            "the key and value heads must divide the query heads", divisor_hint("model.n_kv_heads", heads, kv_heads)
         )
 
 
@@ -58,7 +48,7 @@ def heads_divide_over_tensor_ranks(case: Case) -> Verdicts:
     tp = case.degrees.tp
     for name, heads in (("attention heads", case.model.n_heads), ("key and value heads", case.model.n_kv_heads)):
         if heads % tp:
-            yield Clash(f"{heads} {name} do not divide over {tp} ranks", _divisor_hint(TP, heads, tp))
+            yield Clash(f"{heads} {name} do not divide over {tp} ranks", divisor_hint(TP, heads, tp))
 
 
 @rule(TP, "model.flavor", "model.ffn_dim", "model.vocab_size")
@@ -66,18 +56,28 @@ def widths_divide_over_tensor_ranks(case: Case) -> Verdicts:
     tp = case.degrees.tp
     for name, width in (("feed-forward width", case.model.ffn_dim), ("vocabulary", case.model.vocab_size)):
         if width % tp:
-            yield Clash(f"the {name} of {width} does not divide over {tp} ranks", _divisor_hint(TP, width, tp))
+            yield Clash(f"the {name} of {width} does not divide over {tp} ranks", divisor_hint(TP, width, tp))
 
 
 @rule(SEQ_LEN, TP, CP, "parallelism.context_parallel_load_balancer")
 def sequence_divides_over_ranks(case: Case) -> Verdicts:
+    yield from _sequence_divides(case, SEQ_LEN, case.config.training.seq_len)
+
+
+@rule("validation.seq_len", TP, CP, "parallelism.context_parallel_load_balancer")
+def validation_sequence_divides_over_ranks(case: Case) -> Verdicts:
+    if case.config.validation.enable:
+        yield from _sequence_divides(case, "validation.seq_len", case.config.validation.seq_len)
+
+
+def _sequence_divides(case: Case, key: str, seq_len: int) -> Verdicts:
     tp, cp = case.degrees.tp, case.degrees.cp
     pieces = 2 if cp > 1 and case.config.parallelism.context_parallel_load_balancer == "headtail" else 1
-    divisor, seq_len = tp * cp * pieces, case.config.training.seq_len
+    divisor = tp * cp * pieces
     if seq_len % divisor:
         near = max(seq_len // divisor, 1) * divisor
         what = f"a sequence must divide into {divisor} equal pieces (tp x cp" + (" x 2)" if pieces == 2 else ")")
-        yield Clash(what, f"set training.seq_len to a multiple of {divisor}, such as {near} or {near + divisor}")
+        yield Clash(what, f"set {key} to a multiple of {divisor}, such as {near} or {near + divisor}")
 
 
 @rule(CP, "parallelism.context_parallel_method", TP, "model.flavor", "model.n_heads", "model.n_kv_heads")
@@ -110,73 +110,6 @@ def global_batch_divides_over_ranks(case: Case) -> Verdicts:
         )
 
 
-@rule(PP, "model.flavor", "model.n_layers", SCHEDULE, "parallelism.pipeline_parallel_layers_per_stage")
-def layers_fill_the_stages(case: Case) -> Verdicts:
-    pp, parallelism = case.degrees.pp, case.config.parallelism
-    if pp == 1 or parallelism.module_fqns_per_model_part is not None:
-        return
-    stages = stage_count(case)
-    if stages % pp:
-        yield Clash(f"{stages} stages do not divide over {pp} ranks", "choose other layers per stage")
-    elif stages > case.model.n_layers:
-        what = f"{stages} stages need at least as many layers, and the model has {case.model.n_layers}"
-        yield Clash(what, f"set model.n_layers to {stages} or more, or lower {PP}")
-    elif parallelism.pipeline_parallel_layers_per_stage is not None:
-        per_rank, schedule = stages // pp, parallelism.pipeline_parallel_schedule
-        if (per_rank == 1) != (schedule in SINGLE_STAGE) or (schedule in TWO_STAGES and per_rank != 2):
-            wanted = "one stage" if schedule in SINGLE_STAGE else "two stages"
-            yield Clash(f"{schedule} needs {wanted} a rank, and these layers per stage give {per_rank}")
-
-
-def stage_count(case: Case) -> int:
-    """Pipeline stages of the whole model."""
-    parallelism = case.config.parallelism
-    if parallelism.module_fqns_per_model_part is not None:
-        return len(parallelism.module_fqns_per_model_part)
-    if parallelism.pipeline_parallel_layers_per_stage is None:
-        return case.degrees.pp * (1 if parallelism.pipeline_parallel_schedule in SINGLE_STAGE else 2)
-    extra = parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
-    return -(-(case.model.n_layers + extra) // parallelism.pipeline_parallel_layers_per_stage)
-
-
-@rule(PP, "parallelism.module_fqns_per_model_part")
-def listed_stages_divide_over_ranks(case: Case) -> Verdicts:
-    parts, pp = case.config.parallelism.module_fqns_per_model_part, case.degrees.pp
-    if pp > 1 and parts is not None and (not parts or len(parts) % pp):
-        yield Clash(f"{len(parts)} listed stages do not divide over {pp} ranks", f"list a multiple of {pp} stages")
-
-
-@rule(LOCAL, MICROBATCH, PP)
-def local_batch_divides_into_micro_batches(case: Case) -> Verdicts:
-    rows, size = case.config.training.local_batch_size, case.config.parallelism.pipeline_parallel_microbatch_size
-    if case.degrees.pp > 1 and rows % size:
-        yield Clash("the pipeline's micro-batches must divide the local batch", _divisor_hint(MICROBATCH, rows, size))
-
-
-@rule(SCHEDULE, PP, LOCAL, MICROBATCH)
-def micro_batches_fill_the_schedule(case: Case) -> Verdicts:
-    parallelism, pp = case.config.parallelism, case.degrees.pp
-    schedule = parallelism.pipeline_parallel_schedule
-    count = case.config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
-    if pp == 1 or parallelism.pipeline_parallel_schedule_csv is not None:
-        return
-    least = {"GPipe": pp, "1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
-    if count < least:
-        fix = f"raise training.local_batch_size to {least * parallelism.pipeline_parallel_microbatch_size} or more"
-        yield Clash(f"{schedule} over {pp} ranks needs at least {least} micro-batches, and there are {count}", fix)
-    rounds = max(1, count // pp)
-    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
-        yield Clash(f"{schedule} works in {rounds} equal rounds, and {count} micro-batches do not divide into them")
-
-
-@rule(SCHEDULE, PP, "compile.enable")
-def schedule_allows_compiling(case: Case) -> Verdicts:
-    schedule, compile = case.config.parallelism.pipeline_parallel_schedule, case.config.compile
-    if case.degrees.pp > 1 and schedule in OWN_BACKWARD and compile.enable and "model" in compile.components:
-        what = f"{schedule} splits the backward pass in two, which compiled blocks do not allow"
-        yield Clash(what, "choose 1F1B or Interleaved1F1B, or compile the loss alone")
-
-
 @rule("parallelism.expert_parallel_degree", "parallelism.expert_tensor_parallel_degree", "model.name")
 def experts_need_a_model_that_has_them(case: Case) -> Verdicts:
     parallelism = case.config.parallelism
@@ -184,7 +117,7 @@ def experts_need_a_model_that_has_them(case: Case) -> Verdicts:
         yield Clash(f"{case.model.name} has no experts to spread", "leave both degrees at 1")
 
 
-def _divisor_hint(key: str, whole: int, wrong: int) -> str:
+def divisor_hint(key: str, whole: int, wrong: int) -> str:
     """The divisors of `whole` on both sides of `wrong`."""
     below = max((part for part in range(1, min(wrong, whole) + 1) if whole % part == 0), default=1)
     above = next((part for part in range(wrong, whole + 1) if whole % part == 0), whole)

@@ -67,6 +67,7 @@ class RunSpec:
     reduce_reason: str  # why `auto` chose so, in one clause
     backend: str | None  # None: nccl where CUDA is, else gloo, decided where the run starts
     folders: Folders
+    stage_ranks: tuple[int, ...] = (0,)  # which rank along the pipeline holds each stage of the model
     notices: tuple[str, ...] = ()
 
     @property

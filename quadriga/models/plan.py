@@ -83,3 +83,36 @@ class ParallelPlan:
             attention_units=tuple(filter(held, self.attention_units)),
             stage_units=tuple(unit for unit in self.stage_units if unit in modules),
         )
+
+
+def split_stages(plan: ParallelPlan, count: int, first_less: int, last_less: int) -> tuple[tuple[str, ...], ...]:
+    """Cut `plan.stage_units` into `count` ranges that take about as long: the modules of each pipeline stage.
+
+    A stage gets its share of the layers (`recompute_units`). What stands before the first layer counts as `first_less`
+    layers and what follows the last as `last_less`: the first and the last stage get so many layers less. What does not
+    divide goes to the first stages, one layer each.
+
+    Raises:
+        ValueError: an end weighs more than a stage, or there are more stages than layers and weights together.
+    """
+    layers = [unit for unit in plan.stage_units if unit in plan.recompute_units]
+    begin, end = plan.stage_units.index(layers[0]), plan.stage_units.index(layers[-1]) + 1
+    shares = stage_shares(len(layers), count, first_less, last_less)
+    if min(shares) < 0:
+        raise ValueError(f"{len(layers)} layers cannot be cut into {count} stages: the shares would be {shares}")
+    stages, done = [], begin
+    for share in shares:
+        stages.append(plan.stage_units[done : done + share])
+        done += share
+    stages[0] = (*plan.stage_units[:begin], *stages[0])
+    stages[-1] = (*stages[-1], *plan.stage_units[end:])
+    return tuple(stages)
+
+
+def stage_shares(layers: int, count: int, first_less: int, last_less: int) -> tuple[int, ...]:
+    """Layers of each of `count` stages; below 0 at an end that weighs more than a stage."""
+    each, more = divmod(layers + first_less + last_less, count)
+    shares = [each + (stage < more) for stage in range(count)]
+    shares[0] -= first_less
+    shares[-1] -= last_less
+    return tuple(shares)

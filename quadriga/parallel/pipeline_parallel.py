@@ -1,13 +1,303 @@
-"""Pipeline parallelism."""
+"""Pipeline parallelism: each rank holds some stages of the model, and micro-batches pass through them.
+
+`torch.distributed.pipelining` brings the schedules:
+
+| schedule                | stages a rank | which, of 4 on 2 ranks | backward pass | paper                          |
+|-------------------------|---------------|------------------------|---------------|--------------------------------|
+| `GPipe`                 | 1             |                        | whole         | arXiv 1811.06965               |
+| `1F1B`                  | 1             |                        | whole         | arXiv 1806.03377               |
+| `Interleaved1F1B`       | 2 or more     | 0 2, 1 3 (loop)        | whole         | arXiv 2104.04473               |
+| `LoopedBFS`             | 2 or more     | loop                   | whole         | arXiv 2211.05953               |
+| `InterleavedZeroBubble` | 2 or more     | loop                   | in two parts  | arXiv 2401.10241               |
+| `ZBVZeroBubble`         | 2             | 0 3, 1 2 (V)           | in two parts  | arXiv 2401.10241               |
+| `DualPipeV`             | 2             | V                      | in two parts  | arXiv 2412.19437, 2 halves cut |
+| a CSV file              | as it says    | as it says             | as it says    |                                |
+
+What is done here on top of torch: shapes are known beforehand, so that nothing but activations and their gradients
+travels; every stage gets the positions whole; and gradients are reduced when the trainer says so (see `_Stage`).
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    _Action,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _ComputationType,
+    _PipelineSchedule,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from quadriga.config.schema import Parallelism
+from quadriga.parallel.data_parallel import set_gradient_sync
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def take_out(model: nn.Module, modules: Sequence[str]) -> None:
+    """Remove `modules` (full names) from `model`, in place: layers by their key, ends by None. Other names stay."""
+    for name in modules:
+        above, _, last = name.rpartition(".")
+        owner = model.get_submodule(above)
+        if isinstance(owner, nn.ModuleDict):
+            del owner[last]
+        else:
+            setattr(owner, last, None)
+
+
+def stages_of_rank(stage_ranks: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The stages that the pipeline's rank `rank` holds, where `stage_ranks` says which rank holds each stage."""
+    return tuple(stage for stage, holder in enumerate(stage_ranks) if holder == rank)
+
+
+@dataclass(frozen=True)
+class Wires:
+    """What goes from stage to stage for one micro-batch.
+
+    `shape`: of hidden states (rows, tokens, dim) as one rank holds them: with sequence parallelism its part of the
+    tokens. `dtype`: the computing dtype.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def hidden_states(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
+
+    def tokens(self) -> Tensor:
+        return torch.empty(self.shape[:2], dtype=torch.int64, device="meta")
 
 
 class Pipeline:
+    """The stages of this rank, and their part in the schedule. All ranks of the pipeline call the same method.
+
+    Args:
+        parts: the stages that this rank holds, by their index in the whole model, ascending.
+        stage_ranks: which rank of `mesh` holds each stage.
+        mesh: the one-dimensional mesh of the pipeline's ranks.
+        micro_batches: into how many the rows of one call are cut, along the first dimension.
+        loss: maps (logits, labels) of one micro-batch to its part of the loss; the parts add up.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[int, nn.Module],
+        *,
+        stage_ranks: Sequence[int],
+        mesh: DeviceMesh,
+        device: torch.device,
+        wires: Wires,
+        micro_batches: int,
+        parallelism: Parallelism,
+        loss: Loss,
+    ) -> None:
+        self._parts = dict(parts)
+        self._stage_ranks = tuple(stage_ranks)
+        self._mesh, self._device, self._wires = mesh, device, wires
+        self._micro_batches, self._parallelism, self._loss = micro_batches, parallelism, loss
+        self._is_first, self._is_last = 0 in parts, len(stage_ranks) - 1 in parts
+        self._call = _Call()
+
     def train(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, reduce: bool, last: bool) -> Tensor:
-        raise NotImplementedError
+        """Forward and backward through all stages: gradients are added to those that are there.
+
+        Args:
+            tokens: int64 (rows, tokens); looked at where the first stage is.
+            labels: int64 (rows, tokens); looked at where the last stage is.
+            positions: int64 (tokens,).
+            reduce: reduce gradients over the shard ranks after each micro-batch of the pipeline; otherwise once, in
+                the call that is the `last`.
+            last: this is the step's last call. Copies (HSDP, DDP) are reconciled then only.
+
+        Returns:
+            The sum of the losses of the micro-batches where the last stage is, 0 elsewhere; detached, shape ().
+        """
+        self._call.set(positions, reduce, last)
+        losses: list[Tensor] = []
+        with _own_error():
+            self._training.step(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
+        return self._sum(losses)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Forward alone. Arguments and result as those of `train`."""
+        self._call.set(positions, reduce=False, last=False)
+        losses: list[Tensor] = []
+        with _own_error():
+            self._forward_only.eval(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
+        return self._sum(losses)
+
+    @cached_property
+    def _training(self) -> _PipelineSchedule:
+        stages, parallelism = self._stages(), self._parallelism
+        options: dict[str, Any] = {"n_microbatches": self._micro_batches, "loss_fn": self._loss, "scale_grads": False}
+        if parallelism.pipeline_parallel_schedule_csv is not None:
+            custom = _PipelineScheduleRuntime(stages, **options)
+            custom._load_csv(parallelism.pipeline_parallel_schedule_csv)
+            return custom
+        schedule = get_schedule_class(parallelism.pipeline_parallel_schedule)
+        return schedule(stages[0] if issubclass(schedule, PipelineScheduleSingle) else stages, **options)
+
+    @cached_property
+    def _forward_only(self) -> _PipelineSchedule:
+        """Stage by stage, each with all micro-batches: works for any number of them and for any dealing of stages.
+
+        torch's own `eval` of a schedule runs the backward pass as well, with nothing to do, and stumbles in a V.
+        """
+        stages = self._stages()
+        schedule = _PipelineScheduleRuntime(stages, n_microbatches=self._micro_batches, loss_fn=self._loss)
+        schedule.stage_index_to_group_rank = stages[0].stage_index_to_group_rank
+        order = {
+            rank: _add_unshard_reshard(
+                [
+                    _Action(stage, _ComputationType.FORWARD, micro_batch)
+                    for stage in stages_of_rank(self._stage_ranks, rank)
+                    for micro_batch in range(self._micro_batches)
+                ]
+            )
+            for rank in range(self._mesh.size())
+        }
+        schedule.pipeline_order_with_comms = _add_send_recv(
+            order, stage_to_rank=self._stage_ranks.__getitem__, num_stages=len(self._stage_ranks)
+        )
+        for stage in stages:  # the schedule has just dealt them out in a loop
+            stage.stage_index_to_group_rank = dict(enumerate(self._stage_ranks))
+        return schedule
+
+    def _stages(self) -> list[_Stage]:
+        """Fresh ones for each schedule, over the same modules: they hold the buffers of its messages."""
+        return [
+            _Stage(part, index, len(self._stage_ranks), self._device, self._mesh, self._wires, self._call)
+            for index, part in self._parts.items()
+        ]
+
+    def _inputs(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (tokens,) if self._is_first else ()
+
+    def _target(self, labels: Tensor) -> dict[str, Any]:
+        return {"target": labels} if self._is_last else {}
+
+    def _sum(self, losses: list[Tensor]) -> Tensor:
+        if not losses:
+            return torch.zeros((), device=self._device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+class _Call:
+    """What the stages are to know of the call that is running."""
+
+    positions: Tensor
+    reduce: bool
+    last: bool
+
+    def set(self, positions: Tensor, reduce: bool, last: bool) -> None:
+        self.positions, self.reduce, self.last = positions, reduce, last
+
+
+class _Stage(PipelineStage):
+    """A stage that knows its messages beforehand, sees all positions, and reduces gradients when it is told to.
+
+    Positions do not go through the schedule: it would cut them into micro-batches, as it does with every tensor.
+
+    torch's stage never lets `fully_shard` reduce by itself, since autograd's hooks do not fire where the backward pass
+    is made in two parts; it reduces at the end of every call. Here the end of a call reduces only if the trainer says
+    so, and a micro-batch may.
+    """
+
+    def __init__(
+        self,
+        part: nn.Module,
+        index: int,
+        count: int,
+        device: torch.device,
+        mesh: DeviceMesh,
+        wires: Wires,
+        call: _Call,
+    ) -> None:
+        super().__init__(
+            part,
+            index,
+            count,
+            device,
+            input_args=wires.tokens() if index == 0 else wires.hidden_states(),
+            output_args=wires.hidden_states(),  # the last stage's output goes nowhere, so its shape does not matter
+            group=mesh.get_group(),
+        )
+        self.call = call
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.submod(*args, positions=self.call.positions, **kwargs)
+        return output if self.is_last else output.contiguous()
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
+        gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type == "input":
+            return _sendable(gradients), groups
+        if not last_backward and (self.call.reduce or backward_type == "weight"):
+            self._collect(reduce=self.call.reduce, last=False)
+        return _sendable(gradients), groups
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """The end of the stage's part in a call."""
+        assert grad_scale_factor == 1, "losses are sums, whose gradients are not divided"
+        self._collect(self.call.reduce or self.call.last, self.call.last)
+
+    def _collect(self, reduce: bool, last: bool) -> None:
+        """Reduce the gradients that are there or, if not, add them up in the reduce dtype.
+
+        Parameters are kept whole until the last call, for the micro-batches that follow.
+        """
+        if isinstance(self.submod, FSDPModule):
+            set_gradient_sync(self.submod, reduce, last)
+            self.submod.set_reshard_after_backward(last)
+            # Autograd's last hook: it treats every unit whose own hook has not fired.
+            fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+    # Three answers to torch 2.11 and 2.13, which otherwise send messages to find out what the constructor was told.
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        return []
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        return torch.ones(1)
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        return torch.ones(1)
+
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
+        if not self.is_last:
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
+
+def _sendable(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """gloo sends contiguous tensors only."""
+    return tuple(None if gradient is None else gradient.contiguous() for gradient in gradients)
+
+
+@contextmanager
+def _own_error() -> Iterator[None]:
+    """Raise what went wrong in a stage itself, and not torch's report that something did.
+
+    The report lists arguments and hides a user's mistake, which has its own exit code.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None

@@ -25,15 +25,16 @@ from quadriga.metrics.loggers import JSONL_NAME, Logger, build_loggers
 from quadriga.metrics.meter import Meter, Record
 from quadriga.metrics.profiler import Profiler
 from quadriga.models import registry
-from quadriga.models.plan import ParameterPlan
+from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule, wind_to
 from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
+from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
-from quadriga.train.passes import Pass, Share, WholePass
+from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
 from quadriga.train.record import write_record
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
@@ -148,11 +149,27 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
 
 
 def build_parts(run: Run, mesh: Mesh, device: torch.device, fill: Fill = materialize) -> tuple[nn.Module, ...]:
-    """On meta, cut, then made real: no rank ever holds what it does not keep."""
+    """The whole model, or the pipeline stages of it that this rank holds, ascending."""
+    plan = registry.parallel_plan(run.spec.model)
+    if mesh.pp.size() == 1:
+        return (build_part(run, mesh, device, plan, fill),)
+    parallelism, ranks = run.config.parallelism, run.spec.stage_ranks
+    stages = parallelism.module_fqns_per_model_part or split_stages(
+        plan,
+        len(ranks),
+        parallelism.pipeline_parallel_first_stage_less_layers,
+        parallelism.pipeline_parallel_last_stage_less_layers,
+    )
+    own = stages_of_rank(ranks, mesh.pp.get_local_rank())
+    return tuple(build_part(run, mesh, device, plan.of_stage(stages[stage]), fill) for stage in own)
+
+
+def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, fill: Fill) -> nn.Module:
+    """On meta, cut, then made real: no rank ever holds what it does not keep. `plan`: of the part, or of the whole."""
     config, spec = run.config, run.spec
-    plan = registry.parallel_plan(spec.model)
     with torch.device("meta"):
         model = registry.build_model(spec.model).to(getattr(torch, config.training.dtype))
+    take_out(model, [unit for unit in registry.parallel_plan(spec.model).stage_units if unit not in plan.stage_units])
     parallelize(
         model,
         plan,
@@ -165,7 +182,7 @@ def build_parts(run: Run, mesh: Mesh, device: torch.device, fill: Fill = materia
     )
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill(model, plan.parameters, spec.seed, held_on)
-    return (model,)
+    return model
 
 
 def build_recipe(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> Recipe:
@@ -202,7 +219,25 @@ def build_pass(
         seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
     )
     share = Share(device, positions.to(device), seq_len)
-    return WholePass(parts[0], loss, loss_context(mesh.tp, parallelism), share)
+    context = loss_context(mesh.tp, parallelism)
+    if mesh.pp.size() == 1:
+        return WholePass(parts[0], loss, context, share)
+    micro_batch = parallelism.pipeline_parallel_microbatch_size
+    cut = mesh.tp.size() if parallelism.enable_sequence_parallel else 1
+    pipeline = Pipeline(
+        dict(zip(stages_of_rank(run.spec.stage_ranks, mesh.pp.get_local_rank()), parts, strict=True)),
+        stage_ranks=run.spec.stage_ranks,
+        mesh=mesh.pp,
+        device=device,
+        wires=Wires(
+            (micro_batch, len(positions) // cut, run.spec.model.dim),
+            getattr(torch, run.config.training.mixed_precision_param),
+        ),
+        micro_batches=rows // micro_batch,
+        parallelism=parallelism,
+        loss=loss,
+    )
+    return PipelinePass(pipeline, context, share)
 
 
 def build_validator(

@@ -1,0 +1,149 @@
+"""A pipeline schedule as a CSV file: what torch's `_load_csv` reads in its `compute_only` form, checked beforehand.
+
+Line *r* is what rank *r* of the pipeline computes, in order, one action a cell: stage, kind, micro-batch. `2F0` is the
+forward pass of micro-batch 0 through stage 2, `B` a whole backward pass, `I` and `W` its two parts: gradients of the
+stage's input, then of its weights. An empty cell waits; `(0F1;0B0)OVERLAP_F_B` runs two actions side by side.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+_OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
+FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
+
+
+@dataclass(frozen=True)
+class Action:
+    stage: int
+    kind: str  # F: forward, B: backward, I and W: its two parts
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and in which line of the file (from 1); None: in the whole of it."""
+
+    what: str
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class CsvSchedule:
+    """The actions of each rank in order."""
+
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @property
+    def stage_ranks(self) -> tuple[int, ...]:
+        """Which rank computes each stage; the stages are numbered without a gap."""
+        holders = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+        return tuple(holders[stage] for stage in range(len(holders)))
+
+
+def parse(text: str, ranks: int, micro_batches: int) -> CsvSchedule | list[Fault]:
+    """The schedule, or every reason why it is none for so many ranks and micro-batches."""
+    rows = list(csv.reader(text.splitlines()))
+    faults = [
+        Fault(f"`{cell.strip()}` is no action", line)
+        for line, row in enumerate(rows, 1)
+        for cell in row
+        if _actions(cell) is None
+    ]
+    if len(rows) != ranks:
+        faults.insert(0, Fault(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks"))
+    if faults:
+        return faults
+    schedule = CsvSchedule(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
+    return list(_wrong_stages(schedule)) or list(_wrong_actions(schedule, micro_batches)) or schedule
+
+
+def _actions(cell: str) -> list[Action] | None:
+    """The actions of a cell; None where it cannot be read."""
+    overlap = _OVERLAP.fullmatch(cell.strip())
+    parts = overlap[1].split(";") if overlap else [cell]
+    found = [_ACTION.fullmatch(part.strip()) for part in parts if part.strip()]
+    return None if None in found else [Action(int(m[1]), m[2], int(m[3])) for m in found if m]
+
+
+def _wrong_stages(schedule: CsvSchedule) -> Iterator[Fault]:
+    """Stages are 0, 1, 2 ... and each is computed by one rank; each rank has one."""
+    holders: dict[int, int] = {}
+    for line, actions in enumerate(schedule.ranks, 1):
+        if not actions:
+            yield Fault("the rank computes nothing", line)
+        for stage in sorted({action.stage for action in actions}):
+            if holders.setdefault(stage, line) != line:
+                yield Fault(f"stage {stage} is computed by line {holders[stage]} already", line)
+    if gaps := set(range(max(holders, default=-1) + 1)) - holders.keys():
+        yield Fault(f"stage {min(gaps)} is computed by no line, and there are higher ones")
+
+
+def _wrong_actions(schedule: CsvSchedule, micro_batches: int) -> Iterator[Fault]:
+    """Each stage computes each micro-batch forward once, then backward once; and the lines do not wait in a circle."""
+    for line, actions in enumerate(schedule.ranks, 1):
+        done: set[Action] = set()
+        for action in actions:
+            if (what := _out_of_turn(action, done, micro_batches)) is not None:
+                yield Fault(f"{action}: {what}", line)
+            done.add(action)
+        for stage in sorted({action.stage for action in actions}):
+            for each in range(micro_batches):
+                if not {Action(stage, "B", each), Action(stage, "W", each)} & done:
+                    yield Fault(f"stage {stage} does not finish the backward pass of micro-batch {each}", line)
+                    break
+    if stuck := _stuck(schedule):
+        waits = ", ".join(f"{action} in line {line}" for line, action in stuck)
+        yield Fault(f"the ranks wait for each other for ever: {waits}")
+
+
+def _out_of_turn(action: Action, done: set[Action], micro_batches: int) -> str | None:
+    """Why this action cannot follow those that its rank has done."""
+
+    def has(kind: str) -> bool:
+        return Action(action.stage, kind, action.micro_batch) in done
+
+    if action.micro_batch >= micro_batches:
+        return f"there are only {micro_batches} micro-batches, counted from 0"
+    if action in done or (action.kind in "BI" and (has("B") or has("I"))):
+        return "it is done already"
+    if action.kind in "BI" and not has("F"):
+        return "its forward pass does not stand before it"
+    if action.kind == "W" and not has("I"):
+        return "its I does not stand before it"
+    return None
+
+
+def _stuck(schedule: CsvSchedule) -> list[tuple[int, Action]]:
+    """The actions that the ranks never come past, with their lines; none where all are done in the end."""
+    done: set[Action] = set()
+    last = len(schedule.stage_ranks) - 1
+    left = [list(actions) for actions in schedule.ranks]
+    while any(left):
+        ready = [actions for actions in left if actions and _fed(actions[0], done, last)]
+        if not ready:
+            return [(line, actions[0]) for line, actions in enumerate(left, 1) if actions]
+        done.update([actions.pop(0) for actions in ready])
+    return []
+
+
+def _fed(action: Action, done: set[Action], last: int) -> bool:
+    """Whether the neighbouring stage has computed what this action needs."""
+    stage, each = action.stage, action.micro_batch
+    if action.kind == "F":
+        return stage == 0 or Action(stage - 1, "F", each) in done
+    if action.kind in "BI":
+        return stage == last or bool({Action(stage + 1, "B", each), Action(stage + 1, "I", each)} & done)
+    return True
+
+
+def show(faults: Sequence[Fault], path: str) -> list[tuple[str, str]]:
+    """(where, what) of each fault."""
+    return [(path if fault.line is None else f"{path}, line {fault.line}", fault.what) for fault in faults]
