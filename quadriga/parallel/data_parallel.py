@@ -83,6 +83,16 @@ def set_gradient_sync(model: nn.Module, reduce: bool, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
+def free_gathered_parameters(model: nn.Module) -> None:
+    """Free what units with `reshard=False` gathered in a forward pass that no backward pass follows.
+
+    Until then `model.parameters()` are the gathered ones, which are not those that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _always(parallelism: Parallelism) -> bool:
     """`always` frees even the units that the plan would keep, the first ones that the backward pass needs."""
     return parallelism.fsdp_reshard_after_forward == "always"

@@ -10,6 +10,7 @@ import torch
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.data.loader import Loader
+from quadriga.parallel.data_parallel import free_gathered_parameters
 from quadriga.train.passes import Pass
 
 
@@ -39,6 +40,7 @@ class Validator:
             total[0] += self.forward.evaluate(batch)
             total[1] += (batch.labels != IGNORE).sum()
         for part in parts:
+            free_gathered_parameters(part)
             part.train()
         summed, tokens = mesh.reduce_sum(total).tolist()
         # Ranks that share their rows each count all tokens of them, and nats of their own part alone.
