@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -16,10 +15,12 @@ from quadriga.config.schema import ActivationCheckpoint, Compile, Optimizer, Par
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.optim.clip import clip_gradients
 from quadriga.optim.optimizer import build_optimizer
+from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
+from quadriga.train.step import summed_cross_entropy
 
 SPEC = ModelSpec(
     "llama3", "tiny", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=56, vocab_size=99, rope_theta=1e4
@@ -87,17 +88,19 @@ def train(case: Case, steps: int = 3) -> Trace:
     model = make_model(case, mesh)
     optimizer = build_optimizer(model.named_parameters(), Optimizer(lr=1e-2))
     mine = slice(mesh.batch_rank * GLOBAL_BATCH // mesh.batch_degree, None)
+    balancer = case.parallelism.context_parallel_load_balancer
+    positions = own_positions(SEQ_LEN, mesh.cp.get_local_rank(), mesh.cp.size(), balancer)
     trace = Trace()
     for step in range(steps):
         share = GLOBAL_BATCH // mesh.batch_degree
-        tokens, labels = (rows[mine][:share] for rows in batch(step, case.spec.vocab_size))
+        tokens, labels = (rows[mine][:share, positions] for rows in batch(step, case.spec.vocab_size))
         micro_batches = list(zip(tokens.split(case.rows), labels.split(case.rows), strict=True))
         total = torch.zeros((), dtype=torch.float64)
         for number, (x, y) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             set_gradient_sync(model, reduce=case.reduce == "every_micro_batch", last=last)
             with loss_context(mesh.tp, case.parallelism)():
-                loss = plain_loss(F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum"))
+                loss = plain_loss(summed_cross_entropy(model(x, positions), y))
                 (loss / (GLOBAL_BATCH * SEQ_LEN)).backward()
             total += loss.detach()
         trace.losses.append((mesh.reduce_sum(total) / (GLOBAL_BATCH * SEQ_LEN)).item())

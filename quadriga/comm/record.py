@@ -7,7 +7,7 @@ looked into: record eager runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ KINDS: Mapping[str, str] = {
     "recv_": "recv",
     "barrier": "barrier",
 }
+# Operations that send from within, where no mode sees it: by name a function that makes of an operation's arguments the
+# kind and bytes of each call. Whoever defines such an operation enters it here.
+SENDS_WITHIN: dict[str, Callable[..., Iterator[tuple[str, int]]]] = {}
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -68,6 +71,8 @@ class Recorder(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
+        if (calls_within := SENDS_WITHIN.get(operation._schema.name)) is not None:
+            self.calls += [Call(kind, self._axis(args), size) for kind, size in calls_within(*args)]
         namespace, _, rest = operation._schema.name.partition("::")
         if namespace in NAMESPACES and rest in KINDS:
             given = (*args, *(kwargs or {}).values())

@@ -26,11 +26,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.errors import Problem, UserError
+from quadriga.parallel import attention_allgather, attention_ring  # noqa: F401 - they define the operations named below
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
-# Dear to compute again: attention in each of its kernels (the CPU's has a name of its own), and whatever was sent.
+# Dear to compute again: attention in each of its kernels (the CPU's has a name of its own) and over a sequence that is
+# shared, and what was sent. Not what was gathered: it is as many times larger than what is left of it as ranks sent it.
 KEPT = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -38,6 +40,8 @@ KEPT = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_attention_math.default,
+        torch.ops.quadriga.attention_of_pieces.default,
+        torch.ops.quadriga.ring_attention.default,
         c10d.reduce_scatter_tensor.default,
         c10d.all_to_all_single.default,
     }

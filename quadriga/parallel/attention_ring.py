@@ -1,20 +1,22 @@
 """Context parallelism by passing keys and values around a ring (arXiv 2310.01889).
 
-Each rank holds its queries still. The keys and values of the ranks pass by, one rank's at a time, while the kernel works
-on those that came before; results are merged exactly. In the backward pass they pass by again, and their gradients
-travel along with them, in float32, until they are home.
+Each rank holds its queries still. The keys and values of the ranks pass by, one rank's at a time, while the kernel
+works on those that came before; results are merged exactly. In the backward pass they pass by again, and their
+gradients travel along with them, in float32, until they are home.
 
-Not torch's own ring (`torch.distributed.tensor.experimental`): it is private, steered by variables of the whole process,
-repeats no heads for float32 on CUDA, and sends the gradients once more than needed.
+Not torch's own ring (`torch.distributed.tensor.experimental`): it is private, steered by variables of the whole
+process, repeats no heads for float32 on CUDA, and sends the gradients once more than needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quadriga.comm.record import SENDS_WITHIN
 from quadriga.parallel.attention_kernels import attend, attend_backward, empty_gradients, empty_result, merge
 from quadriga.parallel.sequence_cut import SequenceCut
 
@@ -130,9 +132,7 @@ def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @ring_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str) -> tuple[Tensor, Tensor]:
     return empty_result(q)
 
 
@@ -151,3 +151,20 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 ring_attention.register_autograd(_backward, setup_context=_keep)
+
+
+def _sends(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *ring: Any) -> Iterator[tuple[str, int]]:
+    for _ in range(size - 1):
+        yield "all_to_all", 2 * k.numel() * k.itemsize
+
+
+def _backward_sends(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rank: int, size: int, *ring: Any
+) -> Iterator[tuple[str, int]]:
+    for _ in range(size - 1):
+        yield "all_to_all", 2 * k.numel() * k.itemsize
+        yield "all_to_all", 2 * k.numel() * torch.float32.itemsize
+
+
+SENDS_WITHIN["quadriga::ring_attention"] = _sends
+SENDS_WITHIN["quadriga::ring_attention_backward"] = _backward_sends

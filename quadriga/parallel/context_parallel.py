@@ -1,18 +1,18 @@
 """Context parallelism: the ranks of a group share every sequence, and only attention looks beyond a rank's own part.
 
-What a rank sends a layer, in bytes of one micro-batch of B sequences of S tokens (each rank receives as much):
-Q = B x S/cp x heads/tp x head_dim x itemsize, and KV the same with 2 x kv_heads for heads; KV4 is KV in float32.
+What a rank sends for a layer and a micro-batch of B sequences of S tokens, in bytes (it receives as much):
+Q = B x S/cp x heads/tp x head_dim x itemsize, KV = 2 Q x kv_heads/heads, and KV4 is KV in float32.
 
-| method      | forward                               | backward                                | overlaps | heads      |
-|-------------|---------------------------------------|-----------------------------------------|----------|------------|
-| `allgather` | all-gather: (cp - 1) KV               | reduce-scatter: (cp - 1) KV             | no       | any        |
-| `ring`      | cp - 1 sends: (cp - 1) KV             | 2 (cp - 1) sends: (cp - 1) (KV + KV4)   | yes      | any        |
-| `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV)  | 2 all-to-all: (cp - 1)/cp (2 Q + KV)    | no       | must divide over cp x tp |
+| method      | forward                              | backward                             | overlaps | heads |
+|-------------|--------------------------------------|--------------------------------------|----------|-------|
+| `allgather` | 1 all-gather: (cp - 1) KV            | 1 reduce-scatter: (cp - 1) KV        | no       | any   |
+| `ring`      | cp - 1 sends: (cp - 1) KV            | 2 (cp - 1) sends: (cp - 1)(KV + KV4) | yes      | any   |
+| `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV) | the same as forward                  | no       | both numbers divide over cp x tp |
 
-A block that recomputes attention sends the forward column twice. Recompute per operation keeps the results of `ring` and
-`ulysses`, and of `allgather` the attention but not the gathered keys and values, which are cp times as large as what a
-rank holds: they are gathered again. Besides, `allgather` holds the keys and values of the whole sequence for one layer
-at a time; `ring` those of two ranks.
+A block that recomputes attention sends the forward column twice. Recompute per operation keeps the results of `ring`
+and `ulysses`, and of `allgather` the attention but not the gathered keys and values, which are cp times as large as
+what a rank holds: they are gathered again. `allgather` holds the keys and values of the whole sequence, for one layer
+at a time where blocks are recomputed and otherwise for all; `ring` never does; `ulysses` holds some heads of them.
 
 Gradients of keys and values are added up over the ranks in their own dtype with `allgather` (by the reduce-scatter), in
 float32 with `ring`; with `ulysses` there is nothing to add up.

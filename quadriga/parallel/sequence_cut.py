@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """What `rank` of `size` ranks holds of every sequence: 1 piece, the rank-th, or 2 (`headtail`), an early and a late.
+    """What `rank` of `size` ranks holds of every sequence: 1 piece, or 2 (`headtail`), an early and a late one.
 
     With causal attention a late piece has more to look at than an early one. Of 2 x size pieces rank r holds number r
     and number 2 x size - 1 - r, so that all ranks have equally much to do. In one piece each, the last rank has
