@@ -1,4 +1,4 @@
-"""Context parallelism by exchanging parts of the sequence for parts of the heads (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+"""Context parallelism by exchanging parts of the sequence for parts of the heads (Ulysses, arXiv 2309.14509)."""
 
 from __future__ import annotations
 

@@ -3,11 +3,13 @@
 What a rank sends for a layer and a micro-batch of B sequences of S tokens, in bytes (it receives as much):
 Q = B x S/cp x heads/tp x head_dim x itemsize, KV = 2 Q x kv_heads/heads, and KV4 is KV in float32.
 
-| method      | forward                              | backward                             | overlaps | heads |
-|-------------|--------------------------------------|--------------------------------------|----------|-------|
-| `allgather` | 1 all-gather: (cp - 1) KV            | 1 reduce-scatter: (cp - 1) KV        | no       | any   |
-| `ring`      | cp - 1 sends: (cp - 1) KV            | 2 (cp - 1) sends: (cp - 1)(KV + KV4) | yes      | any   |
-| `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV) | the same as forward                  | no       | both numbers divide over cp x tp |
+| method      | forward                              | backward                             | overlaps |
+|-------------|--------------------------------------|--------------------------------------|----------|
+| `allgather` | 1 all-gather: (cp - 1) KV            | 1 reduce-scatter: (cp - 1) KV        | no       |
+| `ring`      | cp - 1 sends: (cp - 1) KV            | 2 (cp - 1) sends: (cp - 1)(KV + KV4) | yes      |
+| `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV) | the same as forward                  | no       |
+
+`ulysses` asks that both numbers of heads divide over cp x tp, the others nothing.
 
 A block that recomputes attention sends the forward column twice. Recompute per operation keeps the results of `ring`
 and `ulysses`, and of `allgather` the attention but not the gathered keys and values, which are cp times as large as

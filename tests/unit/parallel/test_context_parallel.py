@@ -1,0 +1,94 @@
+"""Dealing out a sequence, and attention to pieces of it, on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quadriga.models.llama.model import causal_attention
+from quadriga.parallel.attention_allgather import attention_of_pieces
+from quadriga.parallel.context_parallel import own_positions
+from quadriga.parallel.sequence_cut import SequenceCut
+
+DEGREES, BALANCERS = st.integers(1, 9), st.sampled_from(["headtail", None])
+
+
+@given(DEGREES, st.integers(1, 5), BALANCERS)
+def test_positions_are_a_partition(degree: int, length: int, balancer: str | None) -> None:
+    seq_len = 2 * degree * length
+    parts = [own_positions(seq_len, rank, degree, balancer) for rank in range(degree)]
+    assert all(len(part) == seq_len // degree and part.dtype == torch.int64 for part in parts)
+    assert all(torch.equal(part, part.sort().values) for part in parts)  # so a rank's own attention is plainly causal
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(seq_len))
+
+
+@given(DEGREES, st.integers(1, 5))
+def test_headtail_gives_all_ranks_equally_much_to_look_at(degree: int, length: int) -> None:
+    seq_len = 2 * degree * length
+    seen = {int((own_positions(seq_len, rank, degree, "headtail") + 1).sum()) for rank in range(degree)}
+    assert len(seen) == 1
+
+
+@given(DEGREES, st.integers(1, 5), st.sampled_from([1, 2]))
+def test_what_was_dealt_out_is_put_together_again(degree: int, length: int, pieces: int) -> None:
+    cuts = [SequenceCut(rank, degree, pieces) for rank in range(degree)]
+    whole = torch.arange(2 * degree * length)
+    by_rank = torch.cat([cut.positions(2 * length) for cut in cuts])
+    assert torch.equal(cuts[0].deal_out(whole), by_rank)
+    assert torch.equal(cuts[0].put_together(by_rank), whole)
+
+
+def test_a_sequence_that_does_not_divide_and_an_unknown_balancer_are_refused() -> None:
+    with pytest.raises(ValueError, match="18 tokens do not divide into 4 equal pieces"):
+        own_positions(18, 0, 2, "headtail")
+    with pytest.raises(ValueError, match="ptrr"):
+        own_positions(16, 0, 2, "ptrr")
+
+
+DEVICES = [
+    ("cpu", torch.float32, 1e-6),
+    *(pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in ((torch.float32, 5e-5), (torch.bfloat16, 2e-2))),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_of_pieces_is_attention(device: str, dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
+    """On CUDA this is the check of the kernels' causal corner, of their statistics and of their backward passes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    seq, head_dim = 128, 16
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, grad = (torch.randn(2, heads, seq, head_dim, generator=generator) for heads in (4, kv_heads, kv_heads, 4))
+    q, k, v, grad = (x.to(device, dtype) for x in (q, k, v, grad))
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = causal_attention(*whole)
+    expected.backward(grad)
+    mine = [x.clone().requires_grad_() for x in (q, k, v)]
+    for rank in range(4):
+        cut = SequenceCut(rank, 4, 2)
+        here = cut.positions(seq // 4).to(device)
+        out, _ = attention_of_pieces(mine[0][:, :, here], mine[1], mine[2], cut.starts(seq // 4))
+        out.backward(grad[:, :, here])
+        assert out.dtype == dtype
+        assert error(out, expected[:, :, here]) <= tolerance
+    for ours, theirs in zip(mine, whole, strict=True):
+        assert error(ours.grad, theirs.grad) <= tolerance
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest over largest entry."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_operations_keep_torchs_rules(dynamic: bool) -> None:
+    """Schema, autograd, kernels without numbers, and tracing with fixed and with open sizes."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, heads, length, 8, generator=generator) for heads, length in ((4, 8), (2, 16), (2, 16)))
+    arguments = tuple(x.requires_grad_() for x in (q, k, v))
+    check = "test_aot_dispatch_dynamic" if dynamic else "test_aot_dispatch_static"
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", check)
+    torch.library.opcheck(attention_of_pieces, (*arguments, [0, 12]), test_utils=checks)
