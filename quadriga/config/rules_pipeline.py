@@ -223,3 +223,21 @@ def schedule_allows_compiling(case: Case) -> Verdicts:
     if schedule is not None and compile.enable and "model" in compile.components:
         what = f"{schedule} splits the backward pass in two, which compiled blocks do not allow"
         yield Clash(what, "choose 1F1B or Interleaved1F1B, or compile the loss alone")
+
+
+@rule(SCHEDULE, PP, CSV, "parallelism.fsdp_reshard_after_forward")
+def split_backward_finds_the_weights(case: Case) -> Verdicts:
+    """Without this torch goes on, and loses gradients: it looks for the gathered weights where their shards are now."""
+    if case.config.parallelism.fsdp_reshard_after_forward == "always" and (schedule := splits_backward(case)):
+        what = f"{schedule} computes gradients of weights when parameters freed after the forward pass are gone"
+        yield Clash(what, "leave fsdp_reshard_after_forward at `default`, or choose 1F1B or Interleaved1F1B")
+
+
+@rule(SCHEDULE, PP, CSV, "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
+def split_backward_recomputes_twice(case: Case) -> Verdicts:
+    """Whole blocks may be recomputed twice, once for each part of the backward pass."""
+    section = case.config.activation_checkpoint
+    per_operation = section.mode == "selective" and section.selective_ac_option == "op"
+    if per_operation and (schedule := splits_backward(case)):
+        what = f"{schedule} goes through a block twice, and the per-operation choice allows it once"
+        yield Clash(what, 'set selective_ac_option = "1" or mode = "full", or choose 1F1B or Interleaved1F1B')
