@@ -9,13 +9,14 @@ from quadriga.errors import nearest
 from quadriga.hardware import DEVICES, find_device
 
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
+SEQUENCE_PARALLEL = "parallelism.enable_sequence_parallel"
 TP = "parallelism.tensor_parallel_degree"
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
 
 
-@rule(ASYNC_TP, TP, "compile.enable", "compile.components")
-def async_tensor_parallel_needs_compile(case: Case) -> Verdicts:
+@rule(ASYNC_TP, TP, SEQUENCE_PARALLEL, "compile.enable", "compile.components", "compile.backend")
+def async_tensor_parallel_has_something_to_overlap(case: Case) -> Verdicts:
     compile = case.config.compile
     if not case.config.parallelism.enable_async_tensor_parallel:
         return
@@ -27,6 +28,11 @@ def async_tensor_parallel_needs_compile(case: Case) -> Verdicts:
         yield Clash(
             "the overlap is made by the compiler", 'set compile.enable = true, with "model" in compile.components'
         )
+    elif compile.backend != "inductor":
+        yield Clash("the overlap is made by inductor", 'set compile.backend = "inductor"')
+    elif not case.config.parallelism.enable_sequence_parallel:
+        what = "the overlap is of gathering and scattering along the sequence, which are not cut without it"
+        yield Clash(what, f"set {SEQUENCE_PARALLEL} = true, or {ASYNC_TP} = false")
 
 
 @rule("activation_checkpoint.mode", "compile.enable", "compile.components")

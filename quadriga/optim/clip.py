@@ -67,8 +67,9 @@ def _holders(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
-        # Matrices are cut between rows, so that a row's own norm is the same on every layout, and float32 will do for
-        # it. To convert whole matrices would take longer than the norm itself.
+        # Float32 will do for a row's own norm, or that of its part: the errors of thousands of rows cancel, and where
+        # matrices are cut between rows they are the same on every layout. To convert whole matrices would take longer
+        # than the norm itself.
         norms = torch.cat([_row_norms(tensor) for tensor in tensors])
     else:
         norms = torch.stack(torch._foreach_norm(tensors, 2.0, torch.float64))  # one kernel, accumulates in float64

@@ -27,6 +27,7 @@ def norms_of_layouts() -> tuple[list[float], list[bool]]:
         (square, [Replicate(), Shard(0)]),
         (square, [Shard(0), Replicate()]),
         (square, [Shard(0), Shard(0)]),
+        (square, [Shard(0), Shard(-1)]),
     ]
     norms, clipped = [], []
     for mesh, placements in layouts:

@@ -135,6 +135,7 @@ TP = ["--parallelism.tensor_parallel_degree"]
     [
         ([*TP, "3"], 3, "16 attention heads do not divide over 3 ranks"),
         ([*TP, "3"], 3, "the vocabulary of 2048 does not divide"),
+        ([*TP, "4", "--model.n_kv_heads", "2"], 4, "2 key and value heads do not divide over 4 ranks"),
         ([*TP, "2", "--training.seq_len", "255"], 2, "2 equal pieces (tp x cp)"),
         ([*CP, "--training.seq_len", "254"], 2, "4 equal pieces (tp x cp x 2)"),
         ([*CP, "--parallelism.context_parallel_load_balancer", "ptrr"], 2, "balances block masks"),
@@ -160,6 +161,19 @@ TP = ["--parallelism.tensor_parallel_degree"]
             "2 equal rounds",
         ),
         ([*TP, "2", "--parallelism.enable_async_tensor_parallel"], 2, "the overlap is made by the compiler"),
+        (
+            [*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--compile.backend", "eager"],
+            2,
+            "the overlap is made by inductor",
+        ),
+        (
+            [
+                *(*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable"),
+                "--parallelism.no_enable_sequence_parallel",
+            ],
+            2,
+            "gathering and scattering along the sequence",
+        ),
         (
             [*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--comm.backend", "gloo"],
             2,
