@@ -91,8 +91,8 @@ def train(arguments: Arguments) -> Trace:
         trace.losses.append(float(metrics.loss))
         trace.norms.append(float(metrics.grad_norm))
         trace.left_whole += gathered(state)
-    trace.validation = validate(run, mesh, state)
     trace.weights = whole_weights(state)
+    trace.validation = validate(run, mesh, state)
     return trace
 
 

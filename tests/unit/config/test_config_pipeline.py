@@ -100,7 +100,7 @@ def test_a_csv_file_says_which_rank_holds_what(write, door):
         (
             [GOOD[0], GOOD[1].removesuffix(",1B3")],
             "s.csv, line 2",
-            "does not finish the backward pass of micro-batch 3",
+            "not finish the backward pass of micro-batch 3",
         ),
         (
             [GOOD[0].replace("0F3,0B0", "0B0,0F3"), "1F3,1B3,1F0,1B0,1F1,1B1,1F2,1B2"],

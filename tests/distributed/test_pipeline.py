@@ -1,0 +1,314 @@
+"""A pipeline trains the model that one process trains, with every schedule and beside every data parallelism."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import training
+from launching import RUN_TRAIN, Running, is_alive, stand_in, wait_until
+from pipelines import CPU, Arguments, FixedBatches, Trace, make_state, pipeline, read_run, train_all
+from ranks import RankError, run_ranks
+
+from quadriga.comm.mesh import build_mesh
+from quadriga.config import Run
+from quadriga.train.build import build_pass, build_recipe
+from quadriga.train.passes import PipelinePass
+from quadriga.train.step import train_step
+
+SINGLE, LOOP = ("GPipe", "1F1B"), ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
+SCHEDULES = (*SINGLE, *LOOP, "ZBVZeroBubble", "DualPipeV")
+KEY = "--parallelism."
+ACCUMULATE = ("--training.global_batch_size=16",)
+ONCE, EVERY = (*ACCUMULATE, f"{KEY}reduce_gradients=once"), (*ACCUMULATE, f"{KEY}reduce_gradients=every_micro_batch")
+DDP = (f"{KEY}data_parallel_replicate_degree=2", f"{KEY}data_parallel_shard_degree=1")
+HSDP = (f"{KEY}data_parallel_replicate_degree=2", f"{KEY}data_parallel_shard_degree=2")
+ALWAYS = (f"{KEY}fsdp_reshard_after_forward=always",)
+BF16 = ("--training.mixed_precision_param=bfloat16",)
+FULL = ("--activation_checkpoint.mode=full",)
+FIVE = ("--model.n_layers=5",)
+COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
+LAYERS = '"layers.0", "layers.1", "layers.2"'
+
+
+def alone(*cases: Arguments) -> list[Trace]:
+    """One process, wrapped by nothing in float32."""
+    return run_ranks(train_all, 1, list(cases))[0]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Trace:
+    return alone(())[0]
+
+
+@pytest.fixture(scope="module")
+def accumulated() -> Trace:
+    return alone(ACCUMULATE)[0]
+
+
+def assert_same_training(ranks: list[Trace], reference: Trace, tolerance: float = 1e-6) -> None:
+    for trace in ranks:
+        assert trace.losses == pytest.approx(reference.losses, rel=tolerance)
+        assert trace.norms == pytest.approx(reference.norms, rel=tolerance)
+        assert trace.losses == ranks[0].losses  # all ranks report the same numbers
+        assert trace.validation == pytest.approx(reference.validation, rel=tolerance)
+        assert not trace.left_whole
+        for name, weight in trace.weights.items():
+            assert torch.equal(trace.born[name], reference.born[name]), name
+            # Looser than the losses: Adam turns a gradient near zero into a step whose sign is a matter of rounding.
+            torch.testing.assert_close(weight, reference.weights[name], rtol=1e-3, atol=2e-4)
+    assert {name for trace in ranks for name in trace.weights} == set(reference.weights)
+
+
+def by_case(ranks: int, cases: list[Arguments]) -> list[list[Trace]]:
+    return [list(traces) for traces in zip(*run_ranks(train_all, ranks, cases, timeout=120), strict=True)]
+
+
+def test_every_schedule_on_two_ranks(plain: Trace) -> None:
+    for traces in by_case(2, [pipeline(2, schedule) for schedule in SCHEDULES]):
+        assert_same_training(traces, plain)
+        held = [set(trace.weights) for trace in traces]
+        assert not held[0] & held[1]
+
+
+def test_four_ranks(accumulated: Trace) -> None:
+    cases = [
+        (*pipeline(2), *ONCE),
+        (*pipeline(2), *EVERY),
+        (*pipeline(2, "ZBVZeroBubble"), *EVERY),
+        (*pipeline(2, "Interleaved1F1B"), *DDP, *EVERY),
+        (*pipeline(4), *ACCUMULATE),
+    ]
+    for traces in by_case(4, cases):
+        assert_same_training(traces, accumulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), DDP], ids=["FSDP 2", "DDP 2"])
+def test_every_schedule_beside_data_parallelism(layout: Arguments, accumulated: Trace) -> None:
+    cases = [(*pipeline(2, schedule), *layout, *reduce) for schedule in SCHEDULES for reduce in (ONCE, EVERY)]
+    cases += [(*pipeline(2, schedule), *layout, *ALWAYS, *EVERY) for schedule in ("1F1B", "Interleaved1F1B")]
+    for traces in by_case(4, cases):
+        assert_same_training(traces, accumulated)
+
+
+@pytest.mark.slow
+def test_every_schedule_on_four_stages_and_hybrid_sharding(accumulated: Trace) -> None:
+    eight = ("--model.n_layers=8", "--training.local_batch_size=8", "--training.global_batch_size=16")
+    reference = alone(eight)[0]
+    for traces in by_case(4, [(*pipeline(4, schedule), *eight) for schedule in SCHEDULES]):
+        assert_same_training(traces, reference)
+    for traces in by_case(8, [(*pipeline(2, "DualPipeV"), *HSDP, *reduce) for reduce in (ONCE, EVERY)]):
+        assert_same_training(traces, accumulated)
+
+
+def test_other_stages_and_micro_batches(plain: Trace) -> None:
+    apart = f'[["tok_embeddings", {LAYERS}, "layers.3", "norm"], ["output"]]'
+    four = f'[["tok_embeddings"], [{LAYERS}], ["layers.3", "norm"], ["output"]]'
+    cases = [
+        (*pipeline(2), f"{KEY}module_fqns_per_model_part={apart}"),
+        (*pipeline(2, "Interleaved1F1B"), f"{KEY}module_fqns_per_model_part={four}"),
+        (*pipeline(2), f"{KEY}pipeline_parallel_microbatch_size=2"),
+        (*pipeline(2, "ZBVZeroBubble"), *FULL),
+    ]
+    for traces in by_case(2, cases):
+        assert_same_training(traces, plain)
+    (uneven,) = alone(FIVE)
+    for traces in by_case(2, [(*pipeline(2), *FIVE), (*pipeline(2, "ZBVZeroBubble"), *FIVE)]):
+        assert_same_training(traces, uneven)
+
+
+def test_half_precision() -> None:
+    """Compared with one process that takes the same rows at a time: other shapes round otherwise."""
+    (reference,) = alone((*BF16, "--training.local_batch_size=1"))
+    for traces in by_case(2, [(*pipeline(2), *BF16), (*pipeline(2, "InterleavedZeroBubble"), *BF16)]):
+        assert_same_training(traces, reference)
+
+
+TWO_STAGES = """\
+0F0,0F1,,0F2,0F3,0B0,0B1,0B2,0B3
+1F0,1B0,1F1,1B1,1F2,1B2,1F3,1I3,1W3
+"""
+THREE_STAGES = """\
+0F0,0F1,0F2,0F3,2F0,2I0,2W0,2F1,2B1,2F2,2B2,2F3,2B3,0B0,0I1,0W1,0B2,0B3
+1F0,1F1,1F2,1F3,1B0,1I1,1W1,1B2,1B3
+"""
+
+
+def test_a_schedule_of_ones_own(plain: Trace, tmp_path: Path) -> None:
+    cases = []
+    for name, text in {"two": TWO_STAGES, "three": THREE_STAGES}.items():
+        (tmp_path / name).write_text(text)
+        cases.append((*pipeline(2), f"{KEY}pipeline_parallel_schedule_csv={tmp_path / name}"))
+    two, three = by_case(2, cases)
+    assert_same_training(two, plain)
+    assert_same_training(three, plain)
+    assert "output.weight" in three[0].weights  # the first rank holds the first and the last stage
+
+
+def step_at(arguments: Arguments, positions: torch.Tensor) -> float:
+    """The loss of one batch whose tokens stand at `positions`."""
+    run = read_run(arguments, dist.get_world_size())
+    mesh = build_mesh(run.spec.degrees, "cpu")
+    state = make_state(run, mesh)
+    forward = build_pass(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=4 * run.spec.seq_len)
+    object.__setattr__(forward.share, "positions", positions)
+    batch = FixedBatches(run, 0).next()
+    four = type(batch)(batch.tokens[:4], batch.labels[:4])
+    return float(mesh.reduce_sum(forward.train(four, reduce=False, last=True)))
+
+
+def cut_positions() -> list[tuple[int, ...]]:
+    """What the stages of this rank see of positions that are handed to torch's schedule: the trap."""
+    run = read_run(pipeline(2), 2)
+    mesh = build_mesh(run.spec.degrees, "cpu")
+    state = make_state(run, mesh)
+    forward = build_pass(run, mesh, CPU, state.parts, 4, run.spec.seq_len)
+    assert isinstance(forward, PipelinePass)
+    _, keywords = forward.pipeline._training._split_inputs((), {"positions": torch.arange(16)})
+    return [tuple(each["positions"].shape) for each in keywords]
+
+
+def test_every_stage_sees_all_positions() -> None:
+    """torch's schedules cut whatever tensor they are given into micro-batches, positions too."""
+    far = torch.arange(16) * 3 + 5
+    (expected,) = run_ranks(step_at, 1, (), far)
+    (usual,) = run_ranks(step_at, 1, (), torch.arange(16))
+    assert expected != pytest.approx(usual, rel=1e-5)
+    for schedule in ("1F1B", "ZBVZeroBubble"):
+        assert run_ranks(step_at, 2, pipeline(2, schedule), far) == pytest.approx([expected] * 2, rel=5e-7)
+    assert run_ranks(cut_positions, 2) == [[(4,)] * 4] * 2
+
+
+def messages(arguments: Arguments) -> list[Counter[str]]:
+    """What this rank sends and receives in its first pass through the pipeline and in its second."""
+    run = read_run(arguments, 2)
+    mesh = build_mesh(run.spec.degrees, "cpu")
+    state = make_state(run, mesh)
+    recipe = build_recipe(run, mesh, CPU, state.parts)
+    batch = FixedBatches(run, 0).next()
+    half = type(batch)(batch.tokens[:4], batch.labels[:4])
+    seen = []
+    for _ in range(2):
+        before = len(recorded())
+        recipe.forward_backward.train(half, reduce=False, last=False)
+        seen.append(Counter(name.split(" ")[0] for name in recorded()[before:]))
+    return seen
+
+
+def recorded() -> list[str]:
+    """The names of all messages so far, from the flight recorder."""
+    trace = pickle.loads(torch._C._distributed_c10d._dump_fr_trace())
+    return [entry["profiling_name"] for entry in trace.get("entries", [])]
+
+
+def test_only_activations_and_gradients_travel() -> None:
+    """One each way for every micro-batch and every border between ranks; no shapes, no votes, also the first time."""
+    borders = {"1F1B": 1, "Interleaved1F1B": 3, "ZBVZeroBubble": 2}
+    for schedule, count in borders.items():
+        for rank in run_ranks(messages, 2, pipeline(2, schedule), environ={"TORCH_FR_BUFFER_SIZE": "2000"}):
+            assert rank[0] == rank[1]
+            assert sorted(rank[0].values()) == [4 * count] * 2, (schedule, rank[0])
+            assert all("send" in name or "recv" in name for name in rank[0])
+
+
+def test_a_checkpoint_moves_between_a_pipeline_and_one_rank(tmp_path: Path) -> None:
+    arguments = (*training.TINY, "--model.n_layers=4", "--training.local_batch_size=4", "--checkpoint.enable")
+    arguments += ("--lr_scheduler.total_steps=6",)
+    straight = training.train(tmp_path / "straight", 1, *arguments, "--training.steps=6")
+    moved = tmp_path / "moved"
+    training.train(moved, 2, *arguments, *pipeline(2, "ZBVZeroBubble"), "--training.steps=2")
+    training.train(moved, 1, *arguments, "--training.steps=4")
+    records = training.train(moved, 2, *arguments, *pipeline(2), "--training.steps=6")
+    assert training.largest_difference(records, straight, "loss") <= 1e-6
+    assert training.largest_difference(records, straight, "grad_norm") <= 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_blocks(plain: Trace) -> None:
+    for traces in by_case(2, [(*pipeline(2), *COMPILED), (*pipeline(2, "Interleaved1F1B"), *COMPILED)]):
+        assert_same_training(traces, plain)
+
+
+def train_past_the_door(arguments: Arguments, section: str, **changed: object) -> list[float]:
+    """The norms of a run whose configuration the door would refuse."""
+    run = read_run(arguments, dist.get_world_size())
+    section_now = getattr(run.config, section).model_copy(update=changed)
+    run = Run(run.config.model_copy(update={section: section_now}), run.spec, run.origin)
+    if "fsdp_reshard_after_forward" in changed:
+        object.__setattr__(run.spec, "reshard_after_forward", True)
+    mesh = build_mesh(run.spec.degrees, "cpu")
+    state = make_state(run, mesh)
+    recipe = build_recipe(run, mesh, CPU, state.parts)
+    return [float(train_step(state, recipe, mesh).grad_norm) for _ in range(run.spec.steps)]
+
+
+@pytest.mark.slow
+def test_what_the_door_keeps_out(accumulated: Trace) -> None:
+    """The traps behind three rules. Where one of these no longer fails, its rule can go."""
+    zero_bubble = pipeline(2, "ZBVZeroBubble")
+    with pytest.raises(RankError, match=r"backward"):  # torch checks for wrapped modules, ours are compiled in place
+        run_ranks(compile_it, 2, zero_bubble)
+    with pytest.raises(RankError, match=r"only allowed to backward once"):
+        run_ranks(recompute_per_operation, 2, zero_bubble)
+    norms = run_ranks(free_always, 4, (*zero_bubble, *ACCUMULATE))[0]
+    assert norms != pytest.approx(accumulated.norms, rel=1e-2)  # no error, and wrong
+
+
+def compile_it(arguments: Arguments) -> list[float]:
+    return train_past_the_door(arguments, "compile", enable=True, backend="aot_eager")
+
+
+def recompute_per_operation(arguments: Arguments) -> list[float]:
+    return train_past_the_door(arguments, "activation_checkpoint", mode="selective", selective_ac_option="op")
+
+
+def free_always(arguments: Arguments) -> list[float]:
+    return train_past_the_door(arguments, "parallelism", fsdp_reshard_after_forward="always")
+
+
+BREAKING = """
+import importlib.util
+from pathlib import Path
+import quadriga.train
+from quadriga.models.llama import model
+
+spec = importlib.util.spec_from_file_location("real_loop", Path(quadriga.train.__file__).with_name("loop.py"))
+real = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(real)
+calls = []
+
+def forward(self, x):
+    calls.append(1)
+    if len(calls) == 40:
+        raise ValueError("this stage broke")
+    return whole(self, x)
+
+def run(run, environ):
+    global whole
+    if environ["RANK"] == environ["BROKEN"]:
+        whole, model.FeedForward.forward = model.FeedForward.forward, forward
+    return real.run(run, environ)
+"""
+
+
+@pytest.mark.parametrize("broken", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_stage_that_fails_ends_the_run_with_its_own_error(broken: str, tmp_path: Path) -> None:
+    """Its neighbours wait for a message that never comes: nobody may wait for the timeout of 100 seconds."""
+    environ = stand_in(tmp_path / "stand_in", BREAKING) | {"NGPU": "2", "BROKEN": broken, "OMP_NUM_THREADS": "1"}
+    arguments = (*training.TINY, "--model.n_layers=4", "--training.local_batch_size=4", "--checkpoint.no_enable")
+    command = [*RUN_TRAIN, "--job.config_file", training.DEBUG_FILE, "--job.dump_folder", str(tmp_path / "run")]
+    running = Running([*command, *arguments, *pipeline(2), "--training.steps=1000"], environ)
+    try:
+        assert wait_until(lambda: running.process.poll() is not None or not running.family(), 90)
+        ended = running.end()
+    finally:
+        running.kill_all()
+    assert ended.code == 1
+    assert ended.err.rstrip().splitlines()[-1].endswith("ValueError: this stage broke"), ended.err
+    assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen - {os.getpid()}), 10)
