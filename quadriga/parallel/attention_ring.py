@@ -128,7 +128,7 @@ def _send_on(tensor: Tensor, rank: int, size: int, group_name: str) -> Tensor:
 
 
 def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient.to(like.dtype, memory_format=torch.contiguous_format)
+    return gradient.to(like.dtype).contiguous()  # as the kernel without numbers promises
 
 
 @ring_attention.register_fake
