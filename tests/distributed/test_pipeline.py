@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pipelines import CPU, Arguments, FixedBatches, Trace, make_state, pipeline,
 from ranks import RankError, run_ranks
 
 from quadriga.comm.mesh import build_mesh
+from quadriga.comm.record import Recorder, axes_of
 from quadriga.config import Run
 from quadriga.train.build import build_pass, build_recipe
 from quadriga.train.passes import PipelinePass
@@ -185,8 +185,8 @@ def test_every_stage_sees_all_positions() -> None:
     assert run_ranks(cut_positions, 2) == [[(4,)] * 4] * 2
 
 
-def messages(arguments: Arguments) -> list[Counter[str]]:
-    """What this rank sends and receives in its first pass through the pipeline and in its second."""
+def messages(arguments: Arguments) -> list[Counter[tuple[str, int]]]:
+    """What this rank sends and receives in its first pass through the pipeline and in its second: (kind, bytes)."""
     run = read_run(arguments, 2)
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
@@ -195,26 +195,23 @@ def messages(arguments: Arguments) -> list[Counter[str]]:
     half = type(batch)(batch.tokens[:4], batch.labels[:4])
     seen = []
     for _ in range(2):
-        before = len(recorded())
-        recipe.forward_backward.train(half, reduce=False, last=False)
-        seen.append(Counter(name.split(" ")[0] for name in recorded()[before:]))
+        with Recorder(axes_of(mesh)) as recorder:
+            recipe.forward_backward.train(half, reduce=False, last=False)
+        seen.append(Counter((call.kind, call.size) for call in recorder.calls))
     return seen
 
 
-def recorded() -> list[str]:
-    """The names of all messages so far, from the flight recorder."""
-    trace = pickle.loads(torch._C._distributed_c10d._dump_fr_trace())
-    return [entry["profiling_name"] for entry in trace.get("entries", [])]
+def messages_of_each(cases: list[Arguments]) -> list[list[Counter[tuple[str, int]]]]:
+    return [messages(case) for case in cases]
 
 
 def test_only_activations_and_gradients_travel() -> None:
     """One each way for every micro-batch and every border between ranks; no shapes, no votes, also the first time."""
     borders = {"1F1B": 1, "Interleaved1F1B": 3, "ZBVZeroBubble": 2}
-    for schedule, count in borders.items():
-        for rank in run_ranks(messages, 2, pipeline(2, schedule), environ={"TORCH_FR_BUFFER_SIZE": "2000"}):
-            assert rank[0] == rank[1]
-            assert sorted(rank[0].values()) == [4 * count] * 2, (schedule, rank[0])
-            assert all("send" in name or "recv" in name for name in rank[0])
+    size = 1 * 16 * 32 * 4  # rows, tokens, width, bytes of a number
+    for rank in run_ranks(messages_of_each, 2, [pipeline(2, schedule) for schedule in borders]):
+        for passes, count in zip(rank, borders.values(), strict=True):
+            assert passes == [{("send", size): 4 * count, ("recv", size): 4 * count}] * 2
 
 
 def test_a_checkpoint_moves_between_a_pipeline_and_one_rank(tmp_path: Path) -> None:
