@@ -92,7 +92,8 @@ def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, log
     elif style == "norm" and hidden == SEQUENCE:
         parallelize_module(module, mesh, SequenceParallel(sequence_dim=SEQUENCE.dim, use_local_output=True))
     elif style == "norm":
-        distribute_module(module, mesh, input_fn=_from_whole, output_fn=_to_local)
+        distribute_module(module, mesh)  # its parameters: whole on every rank
+        _convert(module, mesh, takes=WHOLE, wants=WHOLE, makes=WHOLE, gives=WHOLE)
     elif style == "gather":
         parallelize_module(module, mesh, _gather_first_input(module, hidden))
     elif style == "columns":
@@ -116,23 +117,21 @@ def _gather_first_input(module: nn.Module, hidden: Placement) -> PrepareModuleIn
 
 def _cut_logits(module: nn.Module, mesh: DeviceMesh, hidden: Placement, logits: Placement) -> None:
     """Logits come out as a DTensor that is cut along the vocabulary, or as a plain whole tensor."""
-    is_whole = logits == WHOLE
-    if next(module.parameters(), None) is not None:
-        style = ColwiseParallel(input_layouts=hidden, output_layouts=logits, use_local_output=is_whole)
-        parallelize_module(module, mesh, style)
+    if next(module.parameters(), None) is None:
+        # A tied output layer multiplies by the embedding's matrix, of which each rank holds some rows.
+        _convert(module, mesh, takes=hidden, wants=WHOLE, makes=FEATURES, gives=logits)
         return
-    # A tied output layer has no parameters to cut: it multiplies by the embedding, of which each rank holds some rows.
-    parallelize_module(module, mesh, PrepareModuleInput(input_layouts=hidden, desired_input_layouts=WHOLE))
-    style = PrepareModuleOutput(output_layouts=FEATURES, desired_output_layouts=logits, use_local_output=is_whole)
+    style = ColwiseParallel(input_layouts=hidden, output_layouts=logits, use_local_output=logits == WHOLE)
     parallelize_module(module, mesh, style)
 
 
-def _from_whole(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(inputs[0], mesh, [WHOLE], run_check=False)
-
-
-def _to_local(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-    return output.to_local()
+def _convert(
+    module: nn.Module, mesh: DeviceMesh, *, takes: Placement, wants: Placement, makes: Placement, gives: Placement
+) -> None:
+    """Change tensors on the way in and out; what is given whole is given as a plain tensor."""
+    parallelize_module(module, mesh, PrepareModuleInput(input_layouts=takes, desired_input_layouts=wants))
+    style = PrepareModuleOutput(output_layouts=makes, desired_output_layouts=gives, use_local_output=gives == WHOLE)
+    parallelize_module(module, mesh, style)
 
 
 class _Own(torch.autograd.Function):

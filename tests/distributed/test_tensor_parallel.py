@@ -146,11 +146,15 @@ def losses_with_and_without_waiting(cases: list[Case]) -> list[list[float] | str
 
 @pytest.mark.parametrize("degrees", [TP2, pytest.param(FSDP_TP, marks=pytest.mark.slow)], ids=["TP", "FSDP x TP"])
 def test_a_compiled_block_is_given_what_has_arrived(degrees: Degrees) -> None:
-    """Without the guard nothing fails, and the second loss is off by a hundredth: the first gradients were wrong."""
+    """Without the guard nothing fails, and the second loss is off by a hundredth: the first gradients were wrong.
+
+    torch 2.11 was seen to get it right without the guard too.
+    """
     cases = [case(degrees, "one layer"), case(degrees, "one layer", compile=COMPILED)]
     eager, compiled, unguarded = run_ranks(losses_with_and_without_waiting, degrees.world_size, cases)[0]
     assert compiled == pytest.approx(eager, rel=1e-6)
-    assert isinstance(unguarded, str) or unguarded != pytest.approx(eager, rel=1e-4)
+    if not torch.__version__.startswith("2.11"):
+        assert isinstance(unguarded, str) or unguarded != pytest.approx(eager, rel=1e-4)
 
 
 def norm_as_torch_takes_it(with_plain_norms: bool) -> tuple[set[str], float]:
