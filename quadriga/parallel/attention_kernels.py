@@ -102,8 +102,10 @@ def _backward(
         k, v = (_repeated(x, heads) for x in (k, v))
         lse = F.pad(lse, (0, fill), value=torch.inf)
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        given = (grad.contiguous(), q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(*given)
+        seeds_and_wanted = (seed, seed, 0.0, [True, True, True, False])
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad.contiguous(), q, k, v, None, out, lse, *seeds_and_wanted, causal
+        )
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     else:
         grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
