@@ -272,16 +272,23 @@ class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
 
-    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
-        return torch.ones(1)
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> Any:
+        return _Yes()
 
-    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        return torch.ones(1)
+    def _warmup_backward_result(self, received_result: Any = None) -> Any:
+        return _Yes()
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
         if not self.is_last:
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
+
+class _Yes:
+    """The outcome of a vote, as torch reads it. Not a tensor: in a rehearsal those hold nothing."""
+
+    def item(self) -> int:
+        return 1
 
 
 def _sendable(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -32,7 +32,7 @@ environment, handlers, level = dict(os.environ), list(logging.getLogger().handle
 class Loud(socket.socket):
     def __init__(self, *args, **kwargs):
         raise AssertionError("an import opened a socket")
-import torch, torch.distributed
+import torch, torch.distributed, torch.distributed.pipelining
 # What torch and its like do at their own import is theirs.
 environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
 socket.socket = Loud
