@@ -11,6 +11,9 @@ from quadriga.hardware import DEVICES, find_device
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 SEQUENCE_PARALLEL = "parallelism.enable_sequence_parallel"
 TP = "parallelism.tensor_parallel_degree"
+FLOAT8 = "quantize.linear.float8"
+GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
+PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
 
@@ -66,6 +69,33 @@ def float8_gather_is_tensorwise(case: Case) -> Verdicts:
     wanted = float8.enable_fsdp_float8_all_gather and "quantize.linear.float8" in case.config.model.converters
     if wanted and float8.recipe_name not in (None, "tensorwise"):
         yield Clash("weights can be gathered in float8 with tensorwise scaling only", allowed='"tensorwise", or none')
+
+
+@rule(PRECOMPUTE, GATHER, "training.enable_cpu_offload", "model.converters")
+def float8_scales_are_of_gathered_weights(case: Case) -> Verdicts:
+    float8 = case.config.quantize.linear.float8
+    if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in case.config.model.converters:
+        return
+    if not float8.enable_fsdp_float8_all_gather:
+        yield Clash("scales are computed ahead for weights that are gathered in float8", f"set {GATHER} = true")
+    elif case.config.training.enable_cpu_offload:
+        yield Clash("scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
+
+
+@rule("quantize.linear.float8.filter_fqns", "quantize.linear.float8.recipe_name", "model.converters")
+def float8_thresholds_are_known(case: Case) -> Verdicts:
+    float8 = case.config.quantize.linear.float8
+    wanted = "auto_filter_small_kn" in float8.filter_fqns and FLOAT8 in case.config.model.converters
+    if wanted and float8.recipe_name == "rowwise_with_gw_hp":
+        yield Clash("torchao has no thresholds for this recipe", "name the layers to leave, by parts of their names")
+
+
+@rule("model.converters")
+def one_recipe_a_layer(case: Case) -> Verdicts:
+    for kind in ("quantize.linear", "quantize.grouped_mm"):
+        asked = [name for name in case.config.model.converters if name.startswith(kind)]
+        if len(asked) > 1:
+            yield Clash(f"{' and '.join(asked)} convert the same layers", "keep one of them")
 
 
 @rule("lr_scheduler.warmup_steps", "training.steps")

@@ -26,9 +26,9 @@ class Missing:
 NOT_BUILT = (
     Missing(
         ("model.converters",),
-        lambda config: bool(config.model.converters),
-        "computing in 8 bits",
-        "remove the converters",
+        lambda config: bool(set(config.model.converters) - {"quantize.linear.float8"}),
+        "microscaling formats and grouped products in 8 bits",
+        'use "quantize.linear.float8" alone, or remove the converters',
     ),
     Missing(
         ("checkpoint.async_mode",),

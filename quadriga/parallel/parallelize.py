@@ -1,7 +1,8 @@
 """The one legal order in which a model is changed for training, with the reason beside each line.
 
-The matrices within a block are cut first. Then, from the inside out as the parts lie around a block when it runs:
-gather( compiled( recompute( block ) ) ). All of them change modules in place and take effect at the first call.
+Modules are exchanged first, then the matrices within a block are cut. Then, from the inside out as the parts lie
+around a block when it runs: gather( compiled( recompute( block ) ) ). All of them change modules in place and take
+effect at the first call.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from torch import nn
 
 from quadriga.comm.mesh import Mesh
-from quadriga.config.schema import ActivationCheckpoint, Compile, Parallelism, Training
+from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
 from quadriga.parallel.compile import apply_compile
 from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
+from quadriga.parallel.float8 import apply_float8
 from quadriga.parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -28,11 +30,16 @@ def parallelize(
     activation_checkpoint: ActivationCheckpoint,
     compile: Compile,
     reshard_after_forward: bool,
+    float8: LinearFloat8 | None = None,
 ) -> None:
     """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name."""
     compiled = compile.enable and "model" in compile.components
 
-    # First: everything later finds the slices of the matrices where the matrices were.
+    # Before everything else: it puts other modules in the place of linear layers, and all that follows hangs on them.
+    if float8 is not None:
+        apply_float8(model, plan.tensor_cuts, mesh, float8)
+
+    # Then the cut: everything later finds the slices of the matrices where the matrices were.
     if mesh.tp.size() > 1:
         apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism)
 

@@ -65,7 +65,7 @@ def apply_tensor_parallel(
         module = model.get_submodule(cut.module)
         _cut(module, cut.style, mesh, hidden, logits)
         if "." not in cut.module:  # not within a block
-            module.register_forward_hook(_own_output)
+            module.register_forward_hook(own_output)
     if parallelism.enable_async_tensor_parallel:
         _overlap_communication(mesh)
 
@@ -146,7 +146,7 @@ class _Own(torch.autograd.Function):
         return gradient
 
 
-def _own_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+def own_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """What the ends of the model hand on: a plain tensor, in which nothing of the way it came is left.
 
     The embedding's output is still on its way (`AsyncCollectiveTensor`), and a compiled block that is given such a

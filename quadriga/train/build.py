@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadriga import log
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.states import ModelState, OptimizerState
 from quadriga.comm import collectives, process_group
 from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import Run
-from quadriga.config.schema import Training
+from quadriga.config.schema import LinearFloat8, Training
 from quadriga.data.loader import build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
@@ -30,6 +31,8 @@ from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule, wind_to
 from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import own_positions
+from quadriga.parallel.float8 import TABLE as FLOAT8
+from quadriga.parallel.float8 import precompute_scales
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
@@ -103,6 +106,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
 
     parts = build_parts(run, mesh, device)
     optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], config.optimizer)
+    precompute_scales(optimizer, parts, float8_of(run))
     schedule = build_schedule(optimizer, config.lr_scheduler, spec.steps)
     state = TrainState(parts, optimizer, schedule, loader, attempt=attempt)
     recipe = build_recipe(run, mesh, device, parts)
@@ -179,10 +183,18 @@ def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, f
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         reshard_after_forward=spec.reshard_after_forward,
+        float8=float8_of(run),
     )
+    if config.model.converters and config.model.print_after_conversion:
+        log.logger.info("%s", model)
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill(model, plan.parameters, spec.seed, held_on)
     return model
+
+
+def float8_of(run: Run) -> LinearFloat8 | None:
+    """How linear layers compute in float8; None where no converter asks for it."""
+    return run.config.quantize.linear.float8 if FLOAT8 in run.config.model.converters else None
 
 
 def build_recipe(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> Recipe:

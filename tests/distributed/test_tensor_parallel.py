@@ -135,7 +135,7 @@ def test_every_layout_with_every_switch(alone: dict[str, Trace]) -> None:
 def losses_with_and_without_waiting(cases: list[Case]) -> list[list[float] | str]:
     """Of eager blocks, of compiled ones, and of compiled ones that are handed an output that is still on its way."""
     eager, compiled = (train(each, steps=2).losses for each in cases)
-    tensor_parallel._own_output = lambda module, inputs, output: output  # type: ignore[assignment]
+    tensor_parallel.own_output = lambda module, inputs, output: output  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         unguarded: list[float] | str = train(cases[1], steps=2).losses

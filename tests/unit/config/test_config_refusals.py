@@ -266,8 +266,8 @@ WRONG = [
     ),
     Wrong(
         "converter",
-        '[model]\nconverters = ["float8"]',
-        ('model.converters = ["quantize.linear.float8"]', "does not support computing in 8 bits yet"),
+        '[model]\nconverters = ["quantize.linear.mx"]',
+        ('model.converters = ["quantize.linear.mx"]', "does not support microscaling formats"),
     ),
     Wrong(
         "missing tokenizer",

@@ -193,6 +193,20 @@ TP = ["--parallelism.tensor_parallel_degree"]
             "tensorwise scaling only",
         ),
         (
+            ["--model.converters", "float8", "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"],
+            1,
+            "weights that are gathered in float8",
+        ),
+        (
+            [
+                *("--model.converters", "float8", "--quantize.linear.float8.recipe_name", "rowwise_with_gw_hp"),
+                *("--quantize.linear.float8.filter_fqns", "auto_filter_small_kn"),
+            ],
+            1,
+            "no thresholds for this recipe",
+        ),
+        (["--model.converters", "quantize.linear.float8,quantize.linear.mx"], 1, "convert the same layers"),
+        (
             [
                 *("--model.converters", "float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"),
                 *("--comm.backend", "gloo"),
@@ -209,7 +223,8 @@ def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, s
 @pytest.mark.parametrize(
     ("arguments", "ranks"),
     [
-        (["--model.converters", "quantize.linear.float8"], 1),
+        (["--model.converters", "quantize.linear.mx"], 1),
+        (["--model.converters", "quantize.grouped_mm.float8"], 1),
         (["--fault_tolerance.enable"], 1),
         (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], 1),
         (["--optimizer.early_step_in_backward"], 1),
