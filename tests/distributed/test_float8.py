@@ -39,7 +39,13 @@ def test_float8_stays_near_bfloat16_and_a_checkpoint_knows_nothing_of_it(bfloat1
 
 
 def test_float8_under_tensor_parallelism(bfloat16: list[float], tmp_path: Path) -> None:
-    cut = losses(training.train(tmp_path, 4, *WIDE, *FLOAT8, *TP, *GATHERED, "--model.print_after_conversion"))
+    cut = losses(training.train(tmp_path, 2, *WIDE, *FLOAT8, *TP, "--model.print_after_conversion"))
+    assert cut == pytest.approx(bfloat16, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_float8_gathered_under_tensor_parallelism(bfloat16: list[float], tmp_path: Path) -> None:
+    cut = losses(training.train(tmp_path, 4, *WIDE, *FLOAT8, *TP, *GATHERED))
     assert cut == pytest.approx(bfloat16, rel=2e-2)
 
 

@@ -197,16 +197,28 @@ def test_initial_weights_are_the_same_bits_on_every_layout() -> None:
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+TRAINER = (*TINY, "--training.mixed_precision_param=float32", "--training.local_batch_size=4", "--model.n_layers=1")
+IN_TWO = "--parallelism.tensor_parallel_degree=2"
+
+
 def test_a_checkpoint_of_four_ranks_goes_on_on_one(tmp_path: Path) -> None:
-    """Through the real trainer, with validation, and a compiled loss on slices of the vocabulary."""
-    tiny = (*TINY, "--training.mixed_precision_param=float32", "--compile.enable", "--compile.backend=aot_eager")
-    tiny += ("--compile.components=loss", "--checkpoint.enable", "--checkpoint.interval=2", "--validation.enable")
+    """Through the real trainer, with validation."""
+    tiny = (*TRAINER, "--checkpoint.enable", "--checkpoint.interval=2", "--validation.enable")
     tiny += ("--validation.dataset=builtin_validation", "--validation.seq_len=32", "--validation.steps=1")
-    tiny += ("--validation.local_batch_size=1", "--training.local_batch_size=4", "--model.n_layers=1")
+    tiny += ("--validation.local_batch_size=1",)
     one = training.train(tmp_path / "one", 1, *tiny, "--training.steps=3")
-    cut = (*tiny, "--parallelism.tensor_parallel_degree=2")
-    four = training.train(tmp_path / "four", 4, *cut, "--training.steps=2")
+    four = training.train(tmp_path / "four", 4, *tiny, IN_TWO, "--training.steps=2")
     assert training.largest_difference(four, one[:2], "loss") <= 1e-6
     assert training.largest_difference(four, one[:2], "grad_norm") <= 1e-6
     gone_on = training.train(tmp_path / "four", 1, *tiny, "--training.steps=3")
     assert training.largest_difference(gone_on, one, "loss") <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gathered", [(), ("--parallelism.disable_loss_parallel",)], ids=["cut", "gathered"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_loss(backend: str, gathered: tuple[str, ...], tmp_path: Path) -> None:
+    compiled = ("--compile.enable", f"--compile.backend={backend}", "--compile.components=loss", "--training.steps=3")
+    one = training.train(tmp_path / "one", 1, *TRAINER, "--training.steps=3")
+    two = training.train(tmp_path / "two", 2, *TRAINER, *compiled, IN_TWO, *gathered, timeout=300)
+    assert training.largest_difference(two, one, "loss") <= 1e-6
