@@ -103,7 +103,8 @@ def test_every_schedule_beside_data_parallelism(layout: Arguments, accumulated: 
 @pytest.mark.slow
 def test_every_schedule_on_four_stages_and_hybrid_sharding(accumulated: Trace) -> None:
     eight = ("--model.n_layers=8", "--training.local_batch_size=8", "--training.global_batch_size=16")
-    reference = alone(eight)[0]
+    # One row at a time, as in the pipeline: eight at once round otherwise, by 1.3e-6 of the norm in the third step.
+    reference = alone((*eight, "--training.local_batch_size=1"))[0]
     for traces in by_case(4, [(*pipeline(4, schedule), *eight) for schedule in SCHEDULES]):
         assert_same_training(traces, reference)
     for traces in by_case(8, [(*pipeline(2, "DualPipeV"), *HSDP, *reduce) for reduce in (ONCE, EVERY)]):
