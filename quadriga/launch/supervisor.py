@@ -39,6 +39,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_SECONDS = 300  # that ranks have after a forwarded signal to save and leave, before torchrun kills them
 
 
+REHEARSE = "--rehearse"
 HELP = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
        python -m quadriga.launch --job.config_file FILE [--section.key value ...]
 
@@ -46,7 +47,8 @@ Trains on the ranks of this machine from one TOML file. Every key can be given b
 --section.key=value, or --section.no_key for a switch; the command line wins over the environment, that over the file.
 
 NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND nccl or gloo; LOG_RANK (0) the ranks that print
-progress; DRY_RUN=1 says what the run would be and starts nothing; for several machines NNODES, NODE_RANK and
+progress; DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a step with
+tensors that hold nothing; for several machines NNODES, NODE_RANK and
 RDZV_ENDPOINT (host:port of machine 0).
 
 Exit codes: 0 done; 2 something that you can mend, told in one report; 1 a fault; 128 + n stopped by signal n.
@@ -62,10 +64,13 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         print_keys()
         return EXIT_OK
     try:
+        argv, rehearsal = without_rehearse(argv)
         request, run = check_at_the_door(argv, environ)
         if request.dry_run:
-            print(describe(run, what_training_lacks(request, argv, environ)))
-            return EXIT_OK
+            print(describe(run, what_training_lacks(request, argv, environ)), flush=True)
+            return rehearse(run, arguments(argv, environ), environ) if rehearsal else EXIT_OK
+        if rehearsal:
+            raise UserError(Problem(REHEARSE, "a rehearsal is part of a dry run", fix="set DRY_RUN=1"))
         start_logging({**environ, "RANK": "0", "LOG_RANK": "0"})
         gpus = visible_gpus(environ)
         backend, reason = choose_backend(run.spec.backend, request.ranks, torch_build(), gpus)
@@ -76,6 +81,27 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)
     # The choice made here is the one that every rank keeps, or fails by: none may choose anew.
     return supervise(request, arguments(argv, environ), {**environ, **ours, "COMM_BACKEND": backend})
+
+
+def without_rehearse(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The command line without `--rehearse`, and whether it was there."""
+    return [word for word in argv if word != REHEARSE], REHEARSE in argv
+
+
+def rehearse(run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Build a rank of the run and take one step, with tensors that hold nothing, in a child process; its exit code.
+
+    Rank 0 and, where a pipeline makes ranks differ, the last one.
+    """
+    ranks = (0,) if run.spec.degrees.pp == 1 else (0, run.spec.world_size - 1)
+    shared = {**environ, "PYTHONPATH": _with_our_folder(environ), "WORLD_SIZE": str(run.spec.world_size)}
+    print("\nRehearsal (tensors hold nothing, nothing is sent):", flush=True)
+    for rank in ranks:
+        command = [sys.executable, "-m", "quadriga.train.rehearse", *argv]
+        code = subprocess.run(command, env={**shared, "RANK": str(rank)}, check=False).returncode
+        if code != EXIT_OK:
+            return code
+    return EXIT_OK
 
 
 def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Request, Run]:
@@ -129,7 +155,7 @@ def supervise(request: Request, argv: Sequence[str], environ: Mapping[str, str])
     with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
         child_environ = {
             **environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [_our_folder(), environ.get("PYTHONPATH")])),
+            "PYTHONPATH": _with_our_folder(environ),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_SECONDS)),
             LAUNCHER_PID: str(os.getpid()),
             RECORDS: folder,
@@ -154,8 +180,9 @@ def torchrun_arguments(request: Request) -> list[str]:
     return [*meeting, *ranks, "-m", "quadriga.train"]
 
 
-def _our_folder() -> str:
-    return str(Path(__file__).resolve().parents[2])
+def _with_our_folder(environ: Mapping[str, str]) -> str:
+    ours = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [ours, environ.get("PYTHONPATH")]))
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""A rehearsal: the real build and one real step of one rank, with tensors that hold nothing and a group that sends
+nothing (`DRY_RUN=1 ... --rehearse`). No GPU, no data, little memory, whatever the size of the run.
+
+What it proves: that the configuration can be built and stepped through, and what the step sends. What it cannot: that
+the numbers are right, or how long anything takes on the real machine.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.comm.mesh import Mesh, build_mesh
+from quadriga.comm.record import Recorder, axes_of
+from quadriga.config import Run, read
+from quadriga.data.batch import Batch
+from quadriga.data.loader import Loader
+from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
+from quadriga.models.plan import ParameterPlan
+from quadriga.models.registry import catalogue
+from quadriga.optim.optimizer import build_optimizer
+from quadriga.optim.schedule import build_schedule
+from quadriga.train.build import build_parts, build_recipe
+from quadriga.train.state import TrainState
+from quadriga.train.step import train_step
+from quadriga.units import show_bytes, show_count
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank's rehearsal showed.
+
+    `held`: parameters, its own shards alone. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
+    """
+
+    rank: int
+    held: int
+    build_seconds: float
+    step_seconds: float
+    calls: tuple[tuple[str, str, int, int], ...]
+
+
+@dataclass
+class EmptyLoader:
+    """Hands out one batch of token 0, again and again."""
+
+    rows: int
+    seq_len: int
+    waited: float = 0.0
+
+    def next(self) -> Batch:
+        tokens = torch.zeros(self.rows, self.seq_len, dtype=torch.int64)
+        return Batch(tokens, tokens)
+
+
+def rehearse(run: Run, rank: int) -> Rehearsal:
+    """Build what `rank` would hold, and take one step. Starts and ends a process group of its own."""
+    start = time.perf_counter()
+    dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
+    try:
+        mesh = build_mesh(run.spec.degrees, HOST.type)
+        with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
+            state = empty_state(run, mesh, nothing)
+            recipe = build_recipe(run, mesh, HOST, state.parts)
+            built = time.perf_counter()
+            with Recorder(axes_of(mesh)) as recorder:
+                train_step(state, recipe, mesh)
+        stepped = time.perf_counter()
+        sizes = recorder.bytes()
+        calls = [(kind, axis, count, sizes[kind, axis]) for (kind, axis), count in recorder.counts().items()]
+        return Rehearsal(
+            rank=rank,
+            held=sum(_own(parameter).numel() for parameter in state.parameters()),
+            build_seconds=built - start,
+            step_seconds=stepped - built,
+            calls=tuple(sorted(calls, key=lambda call: -call[3])),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
+    """The state of a run before its first step, of tensors without memory."""
+
+    def hold_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
+        with nothing:
+            part.to_empty(device=device)
+            part.reset_buffers()  # type: ignore[operator]
+
+    with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
+        parts = build_parts(run, mesh, HOST, fill=hold_nothing)
+    optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
+    schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
+    loader = EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len)
+    return TrainState(parts, optimizer, schedule, cast(Loader, loader))
+
+
+def rehearsable(run: Run) -> tuple[Run, list[str]]:
+    """The run as it can be rehearsed, and what was left out of it."""
+    left_out = []
+    config = run.config
+    if config.compile.enable:
+        left_out.append("compile: the blocks are rehearsed uncompiled")
+        config = config.model_copy(update={"compile": config.compile.model_copy(update={"enable": False})})
+    spec = run.spec
+    if spec.accumulation_steps > 1:
+        left_out.append(f"accumulation: one of the {spec.accumulation_steps} micro-batches of a step is rehearsed")
+        rows = spec.global_batch_size // spec.accumulation_steps
+        spec = replace(spec, global_batch_size=rows, accumulation_steps=1)
+    return replace(run, config=config, spec=spec), left_out
+
+
+def report(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+    yield (
+        f"  rank {rehearsal.rank} of {run.spec.world_size}: built in {rehearsal.build_seconds:.1f} s, one step in "
+        f"{rehearsal.step_seconds:.1f} s; it holds {show_count(rehearsal.held)} parameters and sends, each step,"
+    )
+    for kind, axis, count, size in rehearsal.calls:
+        yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {show_bytes(size):>12}"
+
+
+def _own(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Rehearse rank RANK of WORLD_SIZE of the run of `argv`, and print what was found."""
+    try:
+        world_size = int(environ["WORLD_SIZE"])
+        run = read(argv, environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
+        run, left_out = rehearsable(run)
+        print("".join(f"  without {what}\n" for what in left_out), end="")
+        print("\n".join(report(rehearse(run, int(environ["RANK"])), run)), flush=True)
+    except UserError as error:
+        print(error.report, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        print(f"the rehearsal failed: {type(error).__name__}: {error}", file=sys.stderr)
+        if environ.get("QUADRIGA_DEBUG"):
+            raise
+        return EXIT_FAULT
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"  the rehearsal itself took {show_bytes(peak)} of memory")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,56 @@
+"""The table of layouts, row by row, on forked ranks: a sample here, all of it in `make test-all`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from ranks import RankError, run_ranks
+from training import one_rank
+
+from quadriga.equivalence.rows import ROWS, Row
+from quadriga.equivalence.trial import Failed, Trials
+
+MARKED = [pytest.param(row, id=row.name, marks=pytest.mark.slow if row.slow else ()) for row in ROWS]
+
+
+def forked(folder: Path, ranks: int, command: Sequence[str]) -> None:
+    try:
+        codes = run_ranks(one_rank, ranks, list(command), timeout=400, backend=None)
+    except RankError as error:
+        raise Failed(str(error)) from error
+    if any(codes):
+        raise Failed(f"exit codes {codes}")
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+    yield Trials(tmp_path_factory.mktemp("equivalence"), forked)
+
+
+@pytest.mark.parametrize("row", MARKED)
+def test_a_layout_trains_as_one_process_does(row: Row, trials: Trials) -> None:
+    verdict = trials.run(row)
+    assert verdict.differences is not None, verdict.why
+    assert verdict.met, verdict.differences
+
+
+def test_the_table_is_whole() -> None:
+    """At least 60 rows up to 8 ranks; every axis alone, every pair, every triple; no row twice."""
+    cuts = [{axis for axis, size in vars(row.degrees).items() if size > 1} for row in ROWS]
+    assert len([row for row in ROWS if row.ranks <= 8]) >= 60
+    assert max(row.ranks for row in ROWS) == 16
+    assert {len(cut) for cut in cuts} == {1, 2, 3, 4}
+    assert len({frozenset(cut) for cut in cuts if len(cut) == 2}) == 10
+    assert len({frozenset(cut) for cut in cuts if len(cut) == 3}) == 10
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_a_wrong_gradient_is_found(trials: Trials) -> None:
+    """The comparison is worth something: a run with another rate of learning is past the tolerance."""
+    other = Trials(trials.folder / "other", forked, ["--optimizer.lr", "9e-4"])
+    other.folder.mkdir()
+    row = Row(ROWS[0].degrees)
+    other._plain[row.model] = trials.plain(row)
+    assert not other.run(row).met

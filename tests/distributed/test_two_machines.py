@@ -1,0 +1,32 @@
+"""Two launchers with one rendezvous, as two machines run them, train as one does."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from launching import LAUNCH, Running
+from training import TINY, largest_difference, train
+
+from quadriga.metrics.jsonl import read_metrics
+
+KEYS = (*TINY, "--training.steps=4", "--parallelism.tensor_parallel_degree=2", "--checkpoint.no_enable")
+
+
+def test_two_machines_train_as_one(tmp_path: Path) -> None:
+    """FSDP across the machines, tensor parallelism within each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"NGPU": "2", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
+    keys = [*KEYS, "--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin"]
+    command = [*LAUNCH, *keys, "--job.dump_folder", str(tmp_path / "two")]
+    machines = [Running(command, {**shared, "NODE_RANK": str(number)}) for number in range(2)]
+    try:
+        for ended in [machine.end(timeout=120) for machine in machines]:
+            assert ended.code == 0, ended.err
+    finally:
+        for machine in machines:
+            machine.kill_all()
+    alone = train(tmp_path / "one", 1, *KEYS)
+    assert largest_difference(read_metrics(tmp_path / "two" / "metrics.jsonl"), alone, "loss") <= 1e-6
