@@ -13,8 +13,9 @@ PyTorch's parallel styles do the work, one for each `TensorCut` that the model d
 
 Without sequence parallelism (arXiv 2205.05198) each pair of a reduce-scatter and an all-gather is one all-reduce.
 
-Between blocks hidden states are plain tensors: what this rank holds of them. All parameters become DTensors, also those
-that every rank holds whole: a fused optimizer takes no mixed lists, and the global norm counts such a parameter once.
+Between blocks hidden states are plain tensors: what this rank holds of them. All parameters become DTensors on one mesh,
+also those that every rank holds whole: one operation over all of them, such as torch's norm of all gradients, takes no
+mixture, and the global norm counts such a parameter once.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def apply_tensor_parallel(
 def loss_context(mesh: DeviceMesh, parallelism: Parallelism) -> Callable[[], AbstractContextManager[None]]:
     """What to enter around the loss and its backward pass.
 
-    With `loss_parallel` the cross-entropy of logits that are cut along the vocabulary sends two numbers a token
-    instead of the vocabulary.
+    With `loss_parallel` the cross-entropy of logits that are cut along the vocabulary sends three numbers a
+    token instead of the vocabulary.
     """
     if mesh.size() > 1 and not parallelism.disable_loss_parallel:
         return loss_parallel
