@@ -13,9 +13,9 @@ PyTorch's parallel styles do the work, one for each `TensorCut` that the model d
 
 Without sequence parallelism (arXiv 2205.05198) each pair of a reduce-scatter and an all-gather is one all-reduce.
 
-Between blocks hidden states are plain tensors: what this rank holds of them. All parameters become DTensors on one mesh,
-also those that every rank holds whole: one operation over all of them, such as torch's norm of all gradients, takes no
-mixture, and the global norm counts such a parameter once.
+Between blocks hidden states are plain tensors: what this rank holds of them. All parameters become DTensors on one
+mesh, also those that every rank holds whole: one operation over all of them, such as torch's norm of all gradients,
+takes no mixture, and the global norm counts such a parameter once.
 """
 
 from __future__ import annotations
