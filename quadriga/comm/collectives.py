@@ -51,6 +51,12 @@ def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.P
     return result
 
 
+def group_named(name: str) -> dist.ProcessGroup | None:
+    """The process group that torch knows by this name; None where there is none."""
+    names = distributed_c10d._world.pg_names
+    return next((group for group, own in names.items() if own == name), None)
+
+
 def set_timeout(timeout: timedelta) -> None:
     """How long a collective of any process group may wait for a rank.
 

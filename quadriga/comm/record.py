@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quadriga.comm.collectives import group_named
 from quadriga.comm.mesh import Mesh
 
 # Kind by the operation's name, in torch's two sets of operations: those that write into a given tensor (c10d) and
@@ -59,10 +61,10 @@ class Call:
 class Recorder(TorchDispatchMode):
     """Within `with Recorder(axes) as recorder:` the calls are kept in `recorder.calls`, in order.
 
-    `axes` names process groups (`Mesh` axes: `axes_of`); a group that is not in it goes by its own name.
+    `axes` names groups of ranks (`axes_of`); a group that is not in it goes by torch's name for it.
     """
 
-    def __init__(self, axes: Mapping[str, str]) -> None:
+    def __init__(self, axes: Mapping[frozenset[int], str]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._axes = axes
@@ -70,6 +72,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own dispatch first: what it sends comes by here again, on plain tensors
         result = operation(*args, **(kwargs or {}))
         if (calls_within := SENDS_WITHIN.get(operation._schema.name)) is not None:
             self.calls += [Call(kind, self._axis(args), size) for kind, size in calls_within(*args)]
@@ -93,25 +97,26 @@ class Recorder(TorchDispatchMode):
 
     def _axis(self, given: tuple[Any, ...]) -> str:
         for item in given:
-            if isinstance(item, str):  # how the functional operations name a group; a reduction's name is no group's
-                if item in self._axes:
-                    return self._axes[item]
-            elif isinstance(item, torch.ScriptObject) and "ProcessGroup" in str(item._type()):
-                name = dist.ProcessGroup.unbox(item).group_name
-                return self._axes.get(name, name)
+            if isinstance(item, torch.ScriptObject) and "ProcessGroup" in str(item._type()):
+                return self._name(dist.ProcessGroup.unbox(item))
+            if isinstance(item, str) and (group := group_named(item)) is not None:
+                return self._name(group)  # how the functional operations name a group
         return "?"
 
+    def _name(self, group: dist.ProcessGroup) -> str:
+        return self._axes.get(frozenset(dist.get_process_group_ranks(group)), str(group.group_name))
 
-def axes_of(mesh: Mesh) -> dict[str, str]:
-    """Names of the mesh's process groups, by torch's own name for them. `shard` is dp_shard and cp as one axis."""
-    # Axes with the same ranks share one group of torch's; the last name given to it counts.
-    names = {mesh.loss_group.group_name: "loss"}
-    for axis in mesh.device_mesh.mesh_dim_names or ():
-        names[mesh.device_mesh.get_group(axis).group_name] = axis
+
+def axes_of(mesh: Mesh) -> dict[frozenset[int], str]:
+    """Names of the mesh's axes by the ranks of this rank's group. `shard` is dp_shard and cp as one axis.
+
+    By ranks, since torch makes several groups of the same ranks. Of axes that hold the same ones the last name counts.
+    """
+    groups = [("loss", mesh.loss_group)]
+    groups += [(axis, mesh.device_mesh.get_group(axis)) for axis in mesh.device_mesh.mesh_dim_names or ()]
     for axis in mesh.fsdp.mesh_dim_names or ():
-        names[mesh.fsdp.get_group(axis).group_name] = "shard" if axis == "dp_shard" else axis
-    names[mesh.tp.get_group().group_name] = "tp"
-    return names
+        groups.append(("shard" if axis == "dp_shard" else axis, mesh.fsdp.get_group(axis)))
+    return {frozenset(dist.get_process_group_ranks(group)): axis for axis, group in groups if group.size() > 1}
 
 
 def _tensors(item: Any) -> Iterator[torch.Tensor]:

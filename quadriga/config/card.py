@@ -200,7 +200,7 @@ def _other_numbers(run: Run) -> str:
 
 def _reduction(run: Run) -> str:
     spec = run.spec
-    if spec.accumulation_steps == 1 or spec.degrees.batch == 1:
+    if spec.micro_batches == 1 or spec.degrees.batch * spec.degrees.cp == 1:
         return ""
     when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
     return f" Gradients are reduced {when}: {spec.reduce_reason}."

@@ -153,7 +153,10 @@ def _spec(case: Case) -> RunSpec:
     one_pass = training.local_batch_size * degrees.batch
     global_batch = one_pass if training.global_batch_size == -1 else training.global_batch_size
     reshard = config.parallelism.fsdp_reshard_after_forward
-    reduce, reason = _when_to_reduce(case, accumulation=global_batch // one_pass)
+    accumulation = global_batch // one_pass
+    in_pipeline = training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size
+    micro_batches = accumulation * (in_pipeline if degrees.pp > 1 else 1)
+    reduce, reason = _when_to_reduce(case, micro_batches)
     return RunSpec(
         world_size=degrees.world_size,
         degrees=degrees,
@@ -162,7 +165,8 @@ def _spec(case: Case) -> RunSpec:
         seq_len=training.seq_len,
         local_batch_size=training.local_batch_size,
         global_batch_size=global_batch,
-        accumulation_steps=global_batch // one_pass,
+        accumulation_steps=accumulation,
+        micro_batches=micro_batches,
         steps=training.steps,
         seed=config.debug.seed,
         reshard_after_forward=degrees.pp == 1 if reshard == "default" else reshard == "always",
@@ -174,12 +178,12 @@ def _spec(case: Case) -> RunSpec:
     )
 
 
-def _when_to_reduce(case: Case, accumulation: int) -> tuple[str, str]:
+def _when_to_reduce(case: Case, micro_batches: int) -> tuple[str, str]:
     """`once` or `every_micro_batch`, and why: once a step keeps gradients whole that are sharded otherwise."""
     choice, degrees = case.config.parallelism.reduce_gradients, case.degrees
     if choice != "auto":
         return choice, "the configuration says so"
-    if accumulation == 1:
+    if micro_batches == 1:
         return "once", "there is one micro-batch a step"
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so that waiting costs no memory"

@@ -59,7 +59,8 @@ class RunSpec:
     seq_len: int
     local_batch_size: int  # rows in one micro-batch of one rank
     global_batch_size: int  # rows in one optimizer step of the whole run
-    accumulation_steps: int  # micro-batches of one rank in one step
+    accumulation_steps: int  # passes of local_batch_size rows that one rank makes in one step
+    micro_batches: int  # of one rank in one step: those passes, each cut up where there is a pipeline
     steps: int
     seed: int
     reshard_after_forward: bool

@@ -145,7 +145,7 @@ def state(run: Run, parameters: int) -> State:
 def keeps_gradients_whole(spec: RunSpec) -> bool:
     """Whether a rank holds gradients of parameters that others own, until the step's last micro-batch."""
     sharded = spec.degrees.dp_shard * spec.degrees.cp > 1
-    return sharded and spec.accumulation_steps > 1 and spec.reduce_gradients == "once"
+    return sharded and spec.micro_batches > 1 and spec.reduce_gradients == "once"
 
 
 def save_bytes(run: Run, parameters: int) -> float:

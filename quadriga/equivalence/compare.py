@@ -10,7 +10,6 @@ import torch
 
 from quadriga.checkpoint import tensors
 from quadriga.checkpoint.folder import published
-from quadriga.equivalence.rows import TOLERANCE
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.models.plan import ParameterPlan
 
@@ -26,16 +25,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Differences:
-    """The greatest relative differences between two runs; see `rows.TOLERANCE`."""
+    """The greatest relative differences between two runs; see `rows.TOLERANCES`."""
 
     loss: float
     grad_norm: float
     weights: float
     weights_of: str  # the parameter that differs most
 
-    @property
-    def met(self) -> bool:
-        return all(asdict(self)[name] <= limit for name, limit in TOLERANCE.items())
+    def within(self, tolerance: Mapping[str, float]) -> bool:
+        return all(asdict(self)[name] <= limit for name, limit in tolerance.items())
 
 
 def outcome(folder: Path, parameters: Iterable[ParameterPlan], steps: int) -> Outcome:

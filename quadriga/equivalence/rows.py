@@ -7,7 +7,7 @@ change the training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from quadriga.config.run_spec import Degrees
@@ -19,7 +19,11 @@ SEQ_LEN = 64
 STEPS = 5
 # The greatest relative difference that a layout may make: of a step's loss, of its gradient norm, and of a final
 # weight matrix (the norm of the difference over the norm of the matrix). Measured ones: docs/numerics.md.
-TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-4}
+TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    "float32": {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-4},
+    # 8 bits of precision: one rounding is up to 4e-3, and another order of summing rounds otherwise.
+    "bfloat16": {"loss": 1e-2, "grad_norm": 5e-2, "weights": 5e-2},
+}
 
 DEGREE_KEYS = {
     "pp": "parallelism.pipeline_parallel_degree",
@@ -54,13 +58,18 @@ SHARED: Keys = (
 
 @dataclass(frozen=True)
 class Row:
-    """One layout. `local_batch` 0: all rows of a step at once."""
+    """One layout. `local_batch` 0: all rows of a step at once. `called`: what the table says for the `model` keys."""
 
     degrees: Degrees
     how: Keys = ()
     model: Keys = ()
     local_batch: int = 0
+    called: str = ""
     slow: bool = True
+
+    @property
+    def tolerance(self) -> Mapping[str, float]:
+        return TOLERANCES[dict(self.model).get("training.mixed_precision_param", "float32")]
 
     @property
     def ranks(self) -> int:
@@ -69,9 +78,10 @@ class Row:
     @property
     def name(self) -> str:
         cuts = [f"{axis}={size}" for axis in DEGREE_KEYS if (size := getattr(self.degrees, axis)) > 1]
-        words = [f"{key.split('.')[-1]}={value}" for key, value in (*self.how, *self.model)]
+        named = self.how if self.called else (*self.how, *self.model)
+        words = [f"{key.removeprefix('parallelism.')}={value}" for key, value in named]
         accumulation = [f"local_batch={self.local_batch}"] if self.local_batch else []
-        return ", ".join([*(cuts or ["one rank"]), *accumulation, *words])
+        return ", ".join([*(cuts or ["one rank"]), *accumulation, *words, *filter(None, [self.called])])
 
     def keys(self) -> Keys:
         """All that the row's run does not leave at its default."""
@@ -226,6 +236,20 @@ def _compiled() -> Iterator[Row]:
     yield Row(Degrees(cp=2), (*compiled, *_keys(context_parallel_method="ring")))
 
 
+def _bfloat16() -> Iterator[Row]:
+    """On every axis: computing in bfloat16 with parameters in float32, and parameters in bfloat16 too.
+
+    The model is small, since CPUs without units for bfloat16 are a hundred times slower at it.
+    """
+    small = _keys(model__dim=64, model__n_layers=4, model__ffn_dim=128, model__vocab_size=512)
+    computed = _keys(training__mixed_precision_param="bfloat16")
+    held = (*computed, *_keys(training__dtype="bfloat16"))
+    axes = tuple(Degrees(**{axis: 2}) for axis in DEGREE_KEYS)
+    for dtypes, called in ((computed, "small model, bf16 compute"), (held, "small model, bf16 parameters")):
+        for degrees in (*axes, Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2, tp=2)):
+            yield Row(degrees, model=(*small, *dtypes), called=called, slow=degrees != axes[-1])
+
+
 SECTIONS: dict[str, tuple[Row, ...]] = {
     "one axis": tuple(_one_axis()),
     "two axes": tuple(_two_axes()),
@@ -238,5 +262,6 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "switches": tuple(_switches()),
     "recompute": tuple(_recompute()),
     "compile": tuple(_compiled()),
+    "bfloat16": tuple(_bfloat16()),
 }
 ROWS: tuple[Row, ...] = tuple(row for rows in SECTIONS.values() for row in rows)

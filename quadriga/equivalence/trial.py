@@ -34,7 +34,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        return self.differences is not None and self.differences.met
+        return self.differences is not None and self.differences.within(self.row.tolerance)
 
 
 @dataclass

@@ -50,7 +50,7 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
     yield "data", training.dataset + (f" from {training.dataset_path}" if training.dataset_path else "")
     yield "layout", words.strategy(spec)
     yield "batch", words.batch(spec)
-    if spec.accumulation_steps > 1 and spec.degrees.batch > 1:
+    if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
         when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
         yield "", f"gradients are reduced {when}: {spec.reduce_reason}"
     yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"

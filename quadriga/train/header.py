@@ -48,7 +48,7 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
         ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
         ("run folder", spec.folders.dump),
     ]
-    if spec.accumulation_steps > 1 and spec.degrees.batch > 1:
+    if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
         how = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
         rows.insert(5, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
     return rows

@@ -119,9 +119,10 @@ def rehearsable(run: Run) -> tuple[Run, list[str]]:
         config = config.model_copy(update={"compile": config.compile.model_copy(update={"enable": False})})
     spec = run.spec
     if spec.accumulation_steps > 1:
-        left_out.append(f"accumulation: one of the {spec.accumulation_steps} micro-batches of a step is rehearsed")
+        left_out.append(f"accumulation: one of the {spec.accumulation_steps} passes of a step is rehearsed")
         rows = spec.global_batch_size // spec.accumulation_steps
-        spec = replace(spec, global_batch_size=rows, accumulation_steps=1)
+        in_one_pass = spec.micro_batches // spec.accumulation_steps
+        spec = replace(spec, global_batch_size=rows, accumulation_steps=1, micro_batches=in_one_pass)
     return replace(run, config=config, spec=spec), left_out
 
 

@@ -10,9 +10,10 @@ from training import TINY
 
 # The real loop, in which rank 1 fails: before it builds anything, or within the forward pass of its second step, when
 # the others wait for what it would send.
+LOOP = str(ROOT / "quadriga" / "train" / "loop.py")
 FAILING = f"""
 import importlib.util, os
-specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {str(ROOT / "quadriga/train/loop.py")!r})
+specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {LOOP!r})
 loop = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(loop)
 run, real_build = loop.run, loop.build

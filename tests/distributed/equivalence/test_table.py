@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,8 @@ def forked(folder: Path, ranks: int, command: Sequence[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
-    yield Trials(tmp_path_factory.mktemp("equivalence"), forked)
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    return Trials(tmp_path_factory.mktemp("equivalence"), forked)
 
 
 @pytest.mark.parametrize("row", MARKED)

@@ -1,0 +1,154 @@
+"""What a step sends is what theory says: calls by kind and axis, on real ranks, layout by layout.
+
+The formulas stand in `expected`. Float32, nothing recomputed, gradients reduced once a step, parameters freed after the
+forward pass (not in a pipeline), sequence parallelism and the vocabulary-parallel loss on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+from ranks import run_ranks
+
+from quadriga.config.run_spec import Degrees
+
+LAYERS = 4
+MODEL = (
+    *(
+        "--model.flavor=debugmodel",
+        "--model.hf_assets_path=builtin:bytes",
+        "--model.dim=32",
+        f"--model.n_layers={LAYERS}",
+    ),
+    *("--model.n_heads=4", "--model.n_kv_heads=4", "--model.ffn_dim=64", "--model.vocab_size=320"),
+    *("--training.dataset=builtin", "--training.seq_len=32", "--training.local_batch_size=4"),
+    *("--activation_checkpoint.mode=none", "--parallelism.reduce_gradients=once"),
+)
+LAYOUTS = {
+    "FSDP 4": Degrees(dp_shard=4),
+    "HSDP 2x2": Degrees(dp_replicate=2, dp_shard=2),
+    "DDP 4": Degrees(dp_replicate=4),
+    "TP 4": Degrees(tp=4),
+    "CP 4": Degrees(cp=4),
+    "PP 4": Degrees(pp=4),
+    "FSDP 2, TP 2": Degrees(dp_shard=2, tp=2),
+    "DDP 2, TP 2": Degrees(dp_replicate=2, tp=2),
+    "FSDP 2, CP 2": Degrees(dp_shard=2, cp=2),
+    "TP 2, CP 2": Degrees(tp=2, cp=2),
+    "FSDP 2, PP 2": Degrees(dp_shard=2, pp=2),
+    "PP 2, TP 2": Degrees(pp=2, tp=2),
+    "PP 2, CP 2": Degrees(pp=2, cp=2),
+}
+
+
+def expected(degrees: Degrees, rank: int) -> Counter[tuple[str, str]]:
+    """Calls of one step by (kind, axis) on `rank`. `shard` is dp_shard and cp as one axis."""
+    calls: Counter[tuple[str, str]] = Counter()
+    shard, pp = degrees.dp_shard * degrees.cp, degrees.pp
+    stage = rank // (degrees.world_size // pp)
+    first, last = stage == 0, stage == pp - 1
+    layers, passes = LAYERS // pp, 4 if pp > 1 else 1  # a pipeline sends each of the 4 rows on its own
+    units = layers + first + last
+
+    if shard > 1:
+        # Every unit is gathered before its forward pass and its gradients are scattered once. The layers were freed in
+        # between, unless there is a pipeline; the embedding's backward pass and the last unit do not need to be
+        # gathered again.
+        calls["all_gather", "shard"] += units + (layers if pp == 1 else 0)
+        calls["reduce_scatter", "shard"] += units
+    if degrees.dp_replicate > 1:
+        calls["all_reduce", "dp_replicate"] += units
+
+    if degrees.tp > 1:
+        # Each half of a layer gathers its input and scatters its output, and the other way round in the backward pass;
+        # the embedding scatters, the output gathers.
+        calls["all_gather", "tp"] += passes * (4 * layers + first + last)
+        calls["reduce_scatter", "tp"] += passes * (4 * layers + first + last)
+        # The loss over a cut vocabulary: the greatest logit, the sum of exponentials, the label's logit.
+        calls["all_reduce", "tp"] += passes * 3 * last
+        # Norms see a part of the sequence each, so that their gradients are sums over tp.
+        calls["all_reduce", "tp"] += 2 * layers + last
+    if degrees.cp > 1:
+        # Keys and values gathered; their gradients scattered.
+        calls["all_gather", "cp"] += passes * layers
+        calls["reduce_scatter", "cp"] += passes * layers
+    if pp > 1:
+        calls["send", "pp"] += passes * ((not last) + (not first))  # hidden states on, their gradients back
+        calls["recv", "pp"] += passes * ((not last) + (not first))
+        calls["all_reduce", "pp"] += 1  # of the squared norm
+
+    # The squared norm: parameters cut along tp and those whole along it are summed apart.
+    kinds = 2 if degrees.tp > 1 else 1
+    if shard > 1:
+        calls["all_reduce", "shard"] += kinds
+    if degrees.tp > 1:
+        calls["all_reduce", "tp"] += 1
+    if pp * degrees.batch * degrees.cp > 1:
+        calls["all_reduce", "loss"] += 1
+    return +_by_group(calls, degrees)
+
+
+def _by_group(calls: Counter[tuple[str, str]], degrees: Degrees) -> Counter[tuple[str, str]]:
+    """Axes that hold the same ranks are one group of torch's, and go by one name."""
+    same = {}
+    if degrees.dp_shard == 1:
+        same["cp"] = "shard"
+    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
+    cut = [axis for axis, size in sizes.items() if size > 1]
+    if len(cut) == 1:
+        same["loss"] = cut[0]
+    merged: Counter[tuple[str, str]] = Counter()
+    for (kind, axis), count in calls.items():
+        merged[kind, same.get(axis, axis)] += count
+    return merged
+
+
+def recorded(all_degrees: list[Degrees]) -> list[Counter[tuple[str, str]]]:
+    """Of one step, the second, by layout."""
+    import torch
+
+    from quadriga.comm.backend import BACKENDS
+    from quadriga.comm.mesh import build_mesh
+    from quadriga.comm.record import Recorder, axes_of
+    from quadriga.config import read
+    from quadriga.equivalence.rows import DEGREE_KEYS
+    from quadriga.models.registry import catalogue
+    from quadriga.optim.optimizer import build_optimizer
+    from quadriga.optim.schedule import build_schedule
+    from quadriga.train.build import build_parts, build_recipe
+    from quadriga.train.rehearse import EmptyLoader
+    from quadriga.train.state import TrainState
+    from quadriga.train.step import train_step
+
+    counts = []
+    for degrees in all_degrees:
+        cuts = [f"--{key}={getattr(degrees, axis)}" for axis, key in DEGREE_KEYS.items()]
+        facts = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": int(os.environ["WORLD_SIZE"])}
+        run = read([*MODEL, *cuts], {}, training=True, **facts)
+        mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
+        parts = build_parts(run, mesh, cpu)
+        optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
+        schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
+        loader = EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len)
+        state = TrainState(parts, optimizer, schedule, loader)  # type: ignore[arg-type]
+        recipe = build_recipe(run, mesh, cpu, parts)
+        train_step(state, recipe, mesh)
+        with Recorder(axes_of(mesh)) as recorder:
+            train_step(state, recipe, mesh)
+        counts.append(recorder.counts())
+    return counts
+
+
+@pytest.fixture(scope="module")
+def by_layout() -> dict[str, list[Counter[tuple[str, str]]]]:
+    """Counts of every rank."""
+    by_rank = run_ranks(recorded, 4, list(LAYOUTS.values()), timeout=200)
+    return dict(zip(LAYOUTS, map(list, zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_sends_what_theory_says(name: str, by_layout: dict[str, list[Counter[tuple[str, str]]]]) -> None:
+    for rank, counts in enumerate(by_layout[name]):
+        assert dict(counts) == dict(expected(LAYOUTS[name], rank)), f"rank {rank}"
