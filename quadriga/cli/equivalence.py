@@ -7,10 +7,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from quadriga import __version__
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.equivalence.rows import ROWS, ROWS_PER_STEP, SECTIONS, SEQ_LEN, STEPS, TOLERANCES, Row, parse_layout
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, nearest
@@ -63,7 +61,7 @@ def chosen_rows(layouts: Sequence[str], sections: Sequence[str], most: int) -> l
 
 
 def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) -> int:
-    from quadriga.equivalence.trial import Trials, through_the_launcher  # imports torch
+    from quadriga.equivalence.trial import Trials, report, through_the_launcher  # imports torch
 
     width = max((len(row.name) for row in rows), default=0)
     print(f"{'layout':<{width}}  {COLUMNS}")
@@ -81,31 +79,11 @@ def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) ->
             figures = f"{apart.loss:>9.1e} {apart.grad_norm:>9.1e} {apart.weights:>9.1e} {verdict.seconds:>8.1f}"
             print(shown + figures + ("" if verdict.met else f"  past the tolerance ({apart.weights_of})"), flush=True)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(report(verdicts), indent=1) + "\n", encoding="utf-8")
+        Path(json_file).write_text(
+            json.dumps(report(verdicts, " ".join(["quadriga", *sys.argv[1:]])), indent=1) + "\n", encoding="utf-8"
+        )
     missed = sum(not verdict.met for verdict in verdicts)
     print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts train as one process does, to the tolerance of")
     for dtype, tolerance in TOLERANCES.items():
         print(f"  {dtype}: " + ", ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in tolerance.items()))
     return EXIT_FAULT if missed else EXIT_OK
-
-
-def report(verdicts: Sequence) -> dict:
-    import torch
-
-    return {
-        "benchmark": "equivalence",
-        "command": " ".join(["quadriga", *sys.argv[1:]]),
-        "versions": {"quadriga": __version__, "torch": torch.__version__},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "tolerance": TOLERANCES,
-        "rows": [
-            {
-                "layout": verdict.row.name,
-                "ranks": verdict.row.ranks,
-                "met": verdict.met,
-                "seconds": round(verdict.seconds, 1),
-                **(asdict(verdict.differences) if verdict.differences else {"failed": verdict.why}),
-            }
-            for verdict in verdicts
-        ],
-    }

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import quadriga
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.equivalence.compare import Differences, Outcome, compare, outcome
-from quadriga.equivalence.rows import STEPS, Keys, Row, arguments
+from quadriga.equivalence.rows import SECTIONS, STEPS, TOLERANCES, Keys, Row, arguments
 from quadriga.models.registry import catalogue, parallel_plan
 
 LAST_LINES = 15  # of a failed run's output
@@ -80,3 +86,26 @@ def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> No
     done = subprocess.run(started, env=environ, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Failed("\n".join(done.stderr.strip().splitlines()[-LAST_LINES:]))
+
+
+def report(verdicts: Sequence[Verdict], command: str) -> dict[str, Any]:
+    """The figures of all rows for a file, with what was run where."""
+    return {
+        "benchmark": "equivalence",
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {"quadriga": quadriga.__version__, "python": platform.python_version(), "torch": torch.__version__},
+        "tolerance": TOLERANCES,
+        "rows": [
+            {
+                "section": next((name for name, rows in SECTIONS.items() if verdict.row in rows), ""),
+                "layout": verdict.row.name,
+                "ranks": verdict.row.ranks,
+                "met": verdict.met,
+                "seconds": round(verdict.seconds, 1),
+                **(asdict(verdict.differences) if verdict.differences else {"failed": verdict.why}),
+            }
+            for verdict in verdicts
+        ],
+    }

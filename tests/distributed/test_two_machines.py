@@ -6,11 +6,11 @@ import socket
 from pathlib import Path
 
 from launching import LAUNCH, Running
-from training import TINY, largest_difference, train
+from training import DEBUG_FILE, TINY, largest_difference, train
 
 from quadriga.metrics.jsonl import read_metrics
 
-KEYS = (*TINY, "--training.steps=4", "--parallelism.tensor_parallel_degree=2", "--checkpoint.no_enable")
+KEYS = (*TINY, "--training.steps=4", "--checkpoint.no_enable")
 
 
 def test_two_machines_train_as_one(tmp_path: Path) -> None:
@@ -19,8 +19,8 @@ def test_two_machines_train_as_one(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"NGPU": "2", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
-    keys = [*KEYS, "--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin"]
-    command = [*LAUNCH, *keys, "--job.dump_folder", str(tmp_path / "two")]
+    cut = "--parallelism.tensor_parallel_degree=2"
+    command = [*LAUNCH, "--job.config_file", DEBUG_FILE, *KEYS, cut, "--job.dump_folder", str(tmp_path / "two")]
     machines = [Running(command, {**shared, "NODE_RANK": str(number)}) for number in range(2)]
     try:
         for ended in [machine.end(timeout=120) for machine in machines]:

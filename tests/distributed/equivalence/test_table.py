@@ -1,8 +1,14 @@
-"""The table of layouts, row by row, on forked ranks: a sample here, all of it in `make test-all`."""
+"""The table of layouts, row by row, on forked ranks: a sample here, all of it in `make test-all`.
+
+With EQUIVALENCE_JSON=FILE in the environment the figures of all rows are written there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +16,7 @@ from ranks import RankError, run_ranks
 from training import one_rank
 
 from quadriga.equivalence.rows import ROWS, Row
-from quadriga.equivalence.trial import Failed, Trials
+from quadriga.equivalence.trial import Failed, Trials, Verdict, report
 
 MARKED = [pytest.param(row, id=row.name, marks=pytest.mark.slow if row.slow else ()) for row in ROWS]
 
@@ -29,9 +35,19 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
     return Trials(tmp_path_factory.mktemp("equivalence"), forked)
 
 
+@pytest.fixture(scope="module")
+def verdicts() -> Iterator[list[Verdict]]:
+    found: list[Verdict] = []
+    yield found
+    if (file := os.environ.get("EQUIVALENCE_JSON")) is not None:
+        command = f"EQUIVALENCE_JSON=FILE python -m pytest tests/distributed/equivalence {' '.join(sys.argv[1:])}"
+        Path(file).write_text(json.dumps(report(found, command), indent=1) + "\n", encoding="utf-8")
+
+
 @pytest.mark.parametrize("row", MARKED)
-def test_a_layout_trains_as_one_process_does(row: Row, trials: Trials) -> None:
+def test_a_layout_trains_as_one_process_does(row: Row, trials: Trials, verdicts: list[Verdict]) -> None:
     verdict = trials.run(row)
+    verdicts.append(verdict)
     assert verdict.differences is not None, verdict.why
     assert verdict.met, verdict.differences
 
