@@ -79,8 +79,8 @@ def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) ->
             figures = f"{apart.loss:>9.1e} {apart.grad_norm:>9.1e} {apart.weights:>9.1e} {verdict.seconds:>8.1f}"
             print(shown + figures + ("" if verdict.met else f"  past the tolerance ({apart.weights_of})"), flush=True)
     if json_file is not None:
-        figures = report(verdicts, " ".join(["quadriga", *sys.argv[1:]]))
-        Path(json_file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        told = report(verdicts, " ".join(["quadriga", *sys.argv[1:]]))
+        Path(json_file).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     missed = sum(not verdict.met for verdict in verdicts)
     print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts train as one process does, to the tolerance of")
     for dtype, tolerance in TOLERANCES.items():

@@ -136,9 +136,9 @@ def _two_axes() -> Iterator[Row]:
     pairs = [(first, second) for number, first in enumerate(axes) for second in axes[number + 1 :]]
     for first, second in pairs:
         yield Row(Degrees(**{first: 2, second: 2}), slow=(first, second) != ("dp_shard", "tp"))
-    for first, second in pairs:
-        for sizes in ((2, 4), (4, 2)):
-            yield Row(Degrees(**dict(zip((first, second), sizes, strict=True))))
+    for number, (first, second) in enumerate(pairs):
+        sizes = ((2, 4), (4, 2))[number % 2]
+        yield Row(Degrees(**{first: sizes[0], second: sizes[1]}))
 
 
 def _three_axes() -> Iterator[Row]:
