@@ -1,0 +1,66 @@
+"""The table of layouts, all rows, each against one plain process; and the Markdown table in docs/numerics.md.
+
+    python benchmarks/equivalence.py              # about 45 minutes on 2 cores; writes results/equivalence.json
+    python benchmarks/equivalence.py --table      # the table of that file, for docs/numerics.md
+
+Claim: every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py. The rows are those of
+`quadriga equivalence` (which starts each by the launcher, also on GPUs); here the ranks are forked, as in the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, command_line, save
+
+FILE = RESULTS / "equivalence.json"
+FIGURES = ("loss", "grad_norm", "weights")
+CLAIM = "every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py"
+
+
+def run() -> int:
+    with tempfile.TemporaryDirectory(prefix="quadriga-equivalence-") as folder:
+        figures = Path(folder, "figures.json")
+        command = [sys.executable, "-m", "pytest", "tests/distributed/equivalence", "-m", "slow or not slow"]
+        environ = {**os.environ, "EQUIVALENCE_JSON": str(figures)}
+        code = subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+        rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
+    print(f"written: {save('equivalence', rows, command=command_line(), claim=CLAIM)}")
+    return code
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| layout | ranks | loss | gradient norm | weights |"
+    yield "|---|---|---|---|---|"
+    section = None
+    for row in rows:
+        if row["section"] != section:
+            section = row["section"]
+            yield f"| **{section}** | | | | |"
+        figures = " | ".join("failed" if "failed" in row else shown(row[name]) for name in FIGURES)
+        yield f"| {row['layout']} | {row['ranks']} | {figures} |"
+
+
+def shown(figure: float) -> str:
+    return f"{figure:.0e}" if figure else "0"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the last result")
+    code = 0 if parser.parse_args().table else run()
+    told = json.loads(FILE.read_text(encoding="utf-8"))
+    print("\n".join(table(told["figures"])))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
