@@ -25,7 +25,7 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(training.train(tmp_path_factory.mktemp("bfloat16"), 1, *WIDE))
 
 

@@ -1,0 +1,126 @@
+"""The same training in every mode of one device: dtypes, compile, recompute, float8; losses side by side.
+
+    python benchmarks/modes.py --models debug 1B                  # on a GPU
+    python benchmarks/modes.py --device cpu --steps 5 -- --training.seq_len 32 --model.dim 64 --model.n_layers 2
+
+Claim: recompute and compile do not change a run (to the tolerance of its dtype), bfloat16 and float8 change it by their
+rounding alone. What is behind `--` is given to every run. On a CPU float8 is emulated, and is not compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import command_line, save, table, verdict
+from trainer import environment, last_words
+
+from quadriga.metrics.jsonl import read_metrics
+
+CLAIM = "recompute and compile do not change a run; bfloat16 and float8 change it by their rounding alone"
+MODELS = {"debug": "debugmodel", "1B": "1B"}
+SHARED = (
+    *("--model.hf_assets_path", "builtin:bytes", "--training.dataset", "builtin", "--training.local_batch_size", "2"),
+    *("--metrics.log_freq", "1", "--metrics.enable_tensorboard", "false", "--profiling.enable_profiling", "false"),
+    *("--activation_checkpoint.mode", "none"),
+)
+FLOAT32 = ("--training.mixed_precision_param", "float32")
+BF16 = ("--training.mixed_precision_param", "bfloat16")
+FLOAT8 = (*BF16, "--model.converters", "quantize.linear.float8", "--quantize.linear.float8.recipe_name")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """`like`: the mode whose losses it is held against; `within`: the greatest relative difference allowed."""
+
+    name: str
+    keys: tuple[str, ...]
+    like: str
+    within: float
+
+
+def modes(device: str) -> tuple[Mode, ...]:
+    compiled = ("--compile.enable",)
+    eight_bits = ("--quantize.linear.float8.emulate",) if device == "cpu" else compiled
+    full, op = ("--activation_checkpoint.mode", "full"), ("--activation_checkpoint.mode", "selective")
+    op += ("--activation_checkpoint.selective_ac_option", "op")
+    budget = ("--activation_checkpoint.mode", "memory_budget")
+    return (
+        Mode("float32", FLOAT32, "float32", 0.0),
+        Mode("float32, compiled", FLOAT32 + compiled, "float32", 1e-4),
+        Mode("float32, full recompute", FLOAT32 + full, "float32", 1e-5),
+        Mode("bfloat16", BF16, "float32", 2e-2),
+        Mode("bfloat16, compiled", BF16 + compiled, "bfloat16", 1e-2),
+        Mode("bfloat16, full recompute", BF16 + full, "bfloat16", 1e-2),
+        Mode("bfloat16, recompute per operation", BF16 + op, "bfloat16", 1e-2),
+        Mode("bfloat16, compiled, recompute per operation", BF16 + op + compiled, "bfloat16", 1e-2),
+        Mode("bfloat16, compiled, memory budget", BF16 + budget + compiled, "bfloat16", 1e-2),
+        Mode("float8 tensorwise", (*FLOAT8, "tensorwise", *eight_bits), "bfloat16", 3e-2),
+        Mode("float8 rowwise", (*FLOAT8, "rowwise", *eight_bits), "bfloat16", 3e-2),
+    )
+
+
+def train(model: str, mode: Mode, steps: int, device: str, further: list[str]) -> list[dict[str, Any]]:
+    """The records of all steps."""
+    with tempfile.TemporaryDirectory(prefix="quadriga-modes-") as folder:
+        command = [sys.executable, "-m", "quadriga.launch", "--model.flavor", MODELS[model], *SHARED, *mode.keys]
+        command += ["--training.steps", str(steps), "--job.dump_folder", str(Path(folder, "run")), *further]
+        done = subprocess.run(command, env=environment(1, device), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{model}, {mode.name}: exit code {done.returncode}\n{last_words(done.stderr)}")
+        return read_metrics(Path(folder, "run", "metrics.jsonl"))
+
+
+def compare(model: str, mode: Mode, losses: list[float], like: list[float], last: dict[str, Any]) -> dict[str, Any]:
+    apart = max(abs(a - b) / b for a, b in zip(losses, like, strict=True))
+    return {
+        "model": model,
+        "mode": mode.name,
+        "against": mode.like,
+        "greatest_relative_difference": apart,
+        "allowed": mode.within,
+        "losses": losses,
+        "last_record": last,
+        "met": apart <= mode.within and losses[-1] < losses[0],
+    }
+
+
+def row(figures: dict[str, Any]) -> list[str]:
+    first, last = (f"{figures['losses'][step]:.4f}" for step in (0, -1))
+    apart = f"{figures['greatest_relative_difference']:.1e}"
+    return [figures["model"], figures["mode"], first, last, figures["against"], apart, verdict(figures["met"])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["debug"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="modes whose name begins so, and what they need")
+    parser.add_argument("further", nargs="*", metavar="-- KEYS", help="keys for every run")
+    chosen = parser.parse_args()
+    results = []
+    for model in chosen.models:
+        losses: dict[str, list[float]] = {}
+        for mode in modes(chosen.device):
+            needed = mode.name in ("float32", "bfloat16")
+            if chosen.only and not needed and not mode.name.startswith(tuple(chosen.only)):
+                continue
+            print(f"{model}, {mode.name} ...", file=sys.stderr, flush=True)
+            records = train(model, mode, chosen.steps, chosen.device, chosen.further)
+            losses[mode.name] = [record["loss"] for record in records]
+            results.append(compare(model, mode, losses[mode.name], losses[mode.like], records[-1]))
+    header = ["model", "mode", "first loss", "last loss", "against", "difference", "claim"]
+    print(table(header, [row(each) for each in results]))
+    name = "modes" if chosen.device == "cpu" else "modes_cuda"
+    print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")
+    return 0 if all(each["met"] for each in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
