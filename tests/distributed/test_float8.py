@@ -25,34 +25,34 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return losses(training.train(tmp_path_factory.mktemp("bfloat16"), 1, *WIDE))
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(training.train(tmp_path_factory.mktemp("plain"), 1, *WIDE))
 
 
-def test_float8_stays_near_bfloat16_and_a_checkpoint_knows_nothing_of_it(bfloat16: list[float], tmp_path: Path) -> None:
-    assert bfloat16[-1] < bfloat16[0] - 0.3
+def test_float8_stays_near_a_plain_run_and_a_checkpoint_knows_nothing_of_it(plain: list[float], tmp_path: Path) -> None:
+    assert plain[-1] < plain[0] - 0.3
     gathered = losses(training.train(tmp_path / "a", 2, *WIDE, *FLOAT8, *GATHERED, *SAVED, "--training.steps=3"))
-    assert gathered == pytest.approx(bfloat16[:3], rel=2e-2)
-    assert gathered != pytest.approx(bfloat16[:3], rel=1e-6)
+    assert gathered == pytest.approx(plain[:3], rel=2e-2)
+    assert gathered != pytest.approx(plain[:3], rel=1e-6)
     gone_on = losses(training.train(tmp_path / "a", 1, *WIDE, *SAVED))  # without the converter
-    assert gone_on == pytest.approx(bfloat16, rel=2e-2)
+    assert gone_on == pytest.approx(plain, rel=2e-2)
 
 
-def test_float8_under_tensor_parallelism(bfloat16: list[float], tmp_path: Path) -> None:
+def test_float8_under_tensor_parallelism(plain: list[float], tmp_path: Path) -> None:
     cut = losses(training.train(tmp_path, 2, *WIDE, *FLOAT8, *TP, "--model.print_after_conversion"))
-    assert cut == pytest.approx(bfloat16, rel=2e-2)
+    assert cut == pytest.approx(plain, rel=2e-2)
 
 
 @pytest.mark.slow
-def test_float8_gathered_under_tensor_parallelism(bfloat16: list[float], tmp_path: Path) -> None:
+def test_float8_gathered_under_tensor_parallelism(plain: list[float], tmp_path: Path) -> None:
     cut = losses(training.train(tmp_path, 4, *WIDE, *FLOAT8, *TP, *GATHERED))
-    assert cut == pytest.approx(bfloat16, rel=2e-2)
+    assert cut == pytest.approx(plain, rel=2e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_every_recipe_on_every_layout(recipe: str, bfloat16: list[float], tmp_path: Path) -> None:
+def test_every_recipe_on_every_layout(recipe: str, plain: list[float], tmp_path: Path) -> None:
     asked = (*FLOAT8, f"--quantize.linear.float8.recipe_name={recipe}")
     for ranks, layout in ((1, ()), (2, ()), (2, TP), (4, TP)):
         other = losses(training.train(tmp_path / f"{ranks}{len(layout)}", ranks, *WIDE, *asked, *layout))
-        assert other == pytest.approx(bfloat16, rel=2e-2)
+        assert other == pytest.approx(plain, rel=2e-2)
