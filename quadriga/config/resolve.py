@@ -187,7 +187,7 @@ def _when_to_reduce(case: Case, micro_batches: int) -> tuple[str, str]:
         return "once", "there is one micro-batch a step"
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so that waiting costs no memory"
-    each = {"float32": 4, "bfloat16": 2}[case.config.training.mixed_precision_reduce]
+    each = {"float64": 8, "float32": 4, "bfloat16": 2}[case.config.training.mixed_precision_reduce]
     size = each * count_parameters(case.model) // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
         return "once", f"gradients kept whole take {show_bytes(size)} a rank"

@@ -9,7 +9,7 @@ from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
 from quadriga.units import show_bytes
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 MOMENTS = 2  # that Adam keeps of each parameter
 
 

@@ -49,7 +49,7 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     """Take the next batch, train on it, and leave the step's numbers on the device."""
     batch = state.loader.next()
     lr = float(state.schedule.get_last_lr()[0])
-    loss = torch.zeros((), device=recipe.device)
+    loss = torch.zeros((), dtype=torch.float64, device=recipe.device)  # whose sum does not depend on the order
     for micro_batch, is_last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
         reduce = recipe.reduce_gradients == "every_micro_batch"
         loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)

@@ -32,7 +32,9 @@ def test_losses_of_twenty_short_steps_agree(name, one_rank, tmp_path):
     ranks, arguments = LAYOUTS[name]
     records = train(tmp_path, ranks, *SHORT, *arguments)
     assert len(records) == 20
-    assert largest_difference(records, one_rank, "loss") <= 1e-6
+    # Far within the promised 1e-6: gradients are summed in float64, so that the weights are the same to the bit.
+    assert largest_difference(records, one_rank, "loss") <= 1e-12
+    assert largest_difference(records, one_rank, "grad_norm") == 0
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ class Training(Section):
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Format in which the model computes, on every layout alike."""
 
-    mixed_precision_reduce: Literal["bfloat16", "float32"] = "float32"
-    """Format in which gradients are summed over ranks."""
+    mixed_precision_reduce: Literal["bfloat16", "float32", "float64"] = "float32"
+    """Format in which gradients are summed over ranks; in `float64` data-parallel layouts agree to the bit."""
 
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products: `highest` is float32, `high` allows TF32, `medium` allows bfloat16."""
