@@ -139,6 +139,7 @@ def test_two_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None
     train_and_compare(cases, 2, alone[0])
 
 
+@pytest.mark.slow
 def test_four_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None:
     wide, cut, copied = Degrees(cp=4), Degrees(dp_shard=2, cp=2), Degrees(dp_replicate=2, cp=2)
     cases = [small(wide), small(wide, "ring"), small(wide, "ring", None, recompute=OP)]

@@ -41,7 +41,9 @@ LAYOUTS = {
     "CP": ("--parallelism.context_parallel_degree=2",),
     "PP": ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"),
 }
-CASES = [(layout, "a step") for layout in LAYOUTS] + [("PP", "set-up"), ("FSDP", "set-up")]
+QUICK = (("FSDP", "a step"), ("TP", "a step"), ("PP", "a step"), ("PP", "set-up"))
+SLOW = (("DDP", "a step"), ("CP", "a step"), ("FSDP", "set-up"))
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize(("layout", "place"), CASES)
