@@ -6,6 +6,8 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
 
 def show_bytes(amount: float) -> str:
     """`8030261248` -> `7.48 GiB`."""

@@ -50,7 +50,7 @@ class Mesh:
 
     def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the pipeline axis, on every rank; `tensor` itself is left alone."""
-        return all_reduced(tensor, dist.ReduceOp.SUM, self.pp.get_group())
+        return all_reduced(tensor, dist.ReduceOp.SUM, self.device_mesh.get_group("pp"))
 
 
 def build_mesh(degrees: Degrees, device_type: str) -> Mesh:

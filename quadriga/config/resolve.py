@@ -18,7 +18,7 @@ from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig, Parallelism
 from quadriga.config.support import unsupported
 from quadriga.errors import Problem, nearest
-from quadriga.units import GIB, show_bytes
+from quadriga.units import DTYPE_BYTES, GIB, show_bytes
 
 Catalogue = Mapping[str, Mapping[str, ModelSpec]]
 RULE_BOOKS = (rules_layout, rules_pipeline, rules_run)  # importing them enters their rules
@@ -187,7 +187,7 @@ def _when_to_reduce(case: Case, micro_batches: int) -> tuple[str, str]:
         return "once", "there is one micro-batch a step"
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so that waiting costs no memory"
-    each = {"float64": 8, "float32": 4, "bfloat16": 2}[case.config.training.mixed_precision_reduce]
+    each = DTYPE_BYTES[case.config.training.mixed_precision_reduce]
     size = each * count_parameters(case.model) // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
         return "once", f"gradients kept whole take {show_bytes(size)} a rank"

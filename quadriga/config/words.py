@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
-from quadriga.units import show_bytes
+from quadriga.units import DTYPE_BYTES, show_bytes
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 MOMENTS = 2  # that Adam keeps of each parameter
 
 
@@ -137,8 +136,8 @@ def state(run: Run, parameters: int) -> State:
     """
     degrees, training = run.spec.degrees, run.config.training
     unsharded = parameters / (degrees.tp * degrees.pp)
-    held = BYTES[training.dtype] * unsharded / (degrees.dp_shard * degrees.cp)
-    gradients = BYTES[training.mixed_precision_reduce] * unsharded if keeps_gradients_whole(run.spec) else held
+    held = DTYPE_BYTES[training.dtype] * unsharded / (degrees.dp_shard * degrees.cp)
+    gradients = DTYPE_BYTES[training.mixed_precision_reduce] * unsharded if keeps_gradients_whole(run.spec) else held
     return State(held, gradients, MOMENTS * held)
 
 
@@ -150,7 +149,7 @@ def keeps_gradients_whole(spec: RunSpec) -> bool:
 
 def save_bytes(run: Run, parameters: int) -> float:
     """Bytes of one checkpoint that can be resumed."""
-    return (1 + MOMENTS) * BYTES[run.config.training.dtype] * parameters
+    return (1 + MOMENTS) * DTYPE_BYTES[run.config.training.dtype] * parameters
 
 
 def checkpoints(section: Checkpoint) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,7 @@ class Trials:
     def run(self, row: Row) -> Verdict:
         start = time.perf_counter()
         try:
-            differences = compare(self._outcome(row, f"row-{len(list(self.folder.iterdir()))}"), self.plain(row))
+            differences = compare(self._outcome(row), self.plain(row))
         except (Failed, ValueError) as error:
             return Verdict(row, None, time.perf_counter() - start, str(error))
         return Verdict(row, differences, time.perf_counter() - start)
@@ -66,22 +67,23 @@ class Trials:
     def plain(self, row: Row) -> Outcome:
         """What the plain process of the row's model left."""
         if row.model not in self._plain:
-            self._plain[row.model] = self._outcome(row.alone(), f"plain-{len(self._plain)}")
+            self._plain[row.model] = self._outcome(row.alone())
         return self._plain[row.model]
 
-    def _outcome(self, row: Row, name: str) -> Outcome:
-        folder = self.folder / name
-        command = [*arguments(row.keys()), *self.further, "--job.dump_folder", str(folder)]
-        run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
-        self.train(folder, row.ranks, command)
-        return outcome(folder, parallel_plan(run.spec.model).parameters, STEPS)
+    def _outcome(self, row: Row) -> Outcome:
+        """Train and read what is left; the run folder, with its checkpoint, is not kept."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            command = [*arguments(row.keys()), *self.further, "--job.dump_folder", folder]
+            run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
+            self.train(Path(folder), row.ranks, command)
+            return outcome(Path(folder), parallel_plan(run.spec.model).parameters, STEPS)
 
 
 def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
     """Train in processes of their own, quietly. Raises Failed with the end of their output."""
     environ = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0"}
-    environ.pop("CONFIG_FILE", None)
-    environ.pop("DRY_RUN", None)
+    for name in ("CONFIG_FILE", "DRY_RUN", "NNODES", "NODE_RANK", "RDZV_ENDPOINT"):
+        environ.pop(name, None)
     started = [sys.executable, "-m", "quadriga.launch", *command]
     done = subprocess.run(started, env=environ, capture_output=True, text=True, check=False)
     if done.returncode != 0:

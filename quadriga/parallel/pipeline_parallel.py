@@ -264,7 +264,8 @@ class _Stage(PipelineStage):
         if isinstance(self.submod, FSDPModule):
             set_gradient_sync(self.submod, reduce, last)
             self.submod.set_reshard_after_backward(last)
-            # Autograd's last hook: it treats every unit whose own hook has not fired.
+            # Autograd's last hook: it treats every unit whose own hook has not fired. (torch hangs `state` on the
+            # function at its import, which a type checker does not see; its own pipelining calls the same.)
             fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
     # Three answers to torch 2.11 and 2.13, which otherwise send messages to find out what the constructor was told.
@@ -281,7 +282,7 @@ class _Stage(PipelineStage):
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
         if not self.is_last:
-            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]  # torch 2.13 has it no more, nor calls it
 
 
 class _Yes:

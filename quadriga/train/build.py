@@ -18,7 +18,7 @@ from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import Run
 from quadriga.config.schema import LinearFloat8, Training
-from quadriga.data.loader import build_loader
+from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
 from quadriga.metrics.jsonl import next_attempt
@@ -105,10 +105,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     )
 
     parts = build_parts(run, mesh, device)
-    optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], config.optimizer)
-    precompute_scales(optimizer, parts, float8_of(run))
-    schedule = build_schedule(optimizer, config.lr_scheduler, spec.steps)
-    state = TrainState(parts, optimizer, schedule, loader, attempt=attempt)
+    state = build_state(run, parts, loader, attempt)
     recipe = build_recipe(run, mesh, device, parts)
     checkpoints = CheckpointManager(config.checkpoint, spec.folders.checkpoint, process_group.host_group())
     resume(state, checkpoints)
@@ -190,6 +187,15 @@ def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, f
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill(model, plan.parameters, spec.seed, held_on)
     return model
+
+
+def build_state(run: Run, parts: tuple[nn.Module, ...], loader: Loader, attempt: int = 1) -> TrainState:
+    """The state before the first step."""
+    named = [pair for part in parts for pair in part.named_parameters()]
+    optimizer = build_optimizer(named, run.config.optimizer)
+    precompute_scales(optimizer, parts, float8_of(run))
+    schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
+    return TrainState(parts, optimizer, schedule, loader, attempt=attempt)
 
 
 def float8_of(run: Run) -> LinearFloat8 | None:

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,15 +26,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from quadriga.comm.backend import BACKENDS
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.record import Recorder, axes_of
-from quadriga.config import Run, read
+from quadriga.config import JobConfig, Run, read
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
 from quadriga.models.plan import ParameterPlan
 from quadriga.models.registry import catalogue
-from quadriga.optim.optimizer import build_optimizer
-from quadriga.optim.schedule import build_schedule
-from quadriga.train.build import build_parts, build_recipe
+from quadriga.train.build import build_parts, build_recipe, build_state
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step
 from quadriga.units import show_bytes, show_count
@@ -68,6 +67,11 @@ class EmptyLoader:
         return Batch(tokens, tokens)
 
 
+def empty_loader(run: Run) -> Loader:
+    """Stands in for a loader where nothing but the next batch is asked of it."""
+    return cast(Loader, EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len))
+
+
 def rehearse(run: Run, rank: int) -> Rehearsal:
     """Build what `rank` would hold, and take one step. Starts and ends a process group of its own."""
     start = time.perf_counter()
@@ -98,25 +102,29 @@ def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
     """The state of a run before its first step, of tensors without memory."""
 
     def hold_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
+        reset_buffers = part.reset_buffers
+        assert callable(reset_buffers)
         with nothing:
             part.to_empty(device=device)
-            part.reset_buffers()  # type: ignore[operator]
+            reset_buffers()
 
     with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
         parts = build_parts(run, mesh, HOST, fill=hold_nothing)
-    optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
-    schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
-    loader = EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len)
-    return TrainState(parts, optimizer, schedule, cast(Loader, loader))
+    return build_state(run, parts, empty_loader(run))
 
 
 def rehearsable(run: Run) -> tuple[Run, list[str]]:
     """The run as it can be rehearsed, and what was left out of it."""
-    left_out = []
-    config = run.config
+    left_out, config = [], run.config
     if config.compile.enable:
         left_out.append("compile: the blocks are rehearsed uncompiled")
-        config = config.model_copy(update={"compile": config.compile.model_copy(update={"enable": False})})
+        config = _changed(config, "compile", enable=False)
+    if config.model.converters:
+        left_out.append("converters: linear layers are rehearsed in the dtype they are converted from")
+        config = _changed(config, "model", converters=())
+    if config.parallelism.enable_async_tensor_parallel:
+        left_out.append("asynchronous tensor parallelism: it is part of what the compiler does")
+        config = _changed(config, "parallelism", enable_async_tensor_parallel=False)
     spec = run.spec
     if spec.accumulation_steps > 1:
         left_out.append(f"accumulation: one of the {spec.accumulation_steps} passes of a step is rehearsed")
@@ -124,6 +132,10 @@ def rehearsable(run: Run) -> tuple[Run, list[str]]:
         in_one_pass = spec.micro_batches // spec.accumulation_steps
         spec = replace(spec, global_batch_size=rows, accumulation_steps=1, micro_batches=in_one_pass)
     return replace(run, config=config, spec=spec), left_out
+
+
+def _changed(config: JobConfig, table: str, **values: object) -> JobConfig:
+    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
 
 
 def report(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
@@ -150,10 +162,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except UserError as error:
         print(error.report, file=sys.stderr)
         return error.exit_code
-    except Exception as error:
-        print(f"the rehearsal failed: {type(error).__name__}: {error}", file=sys.stderr)
-        if environ.get("QUADRIGA_DEBUG"):
-            raise
+    except Exception:  # noqa: BLE001 - told once, here, with where it happened; the launcher passes the code on
+        print(f"the rehearsal failed:\n\n{traceback.format_exc()}", file=sys.stderr)
         return EXIT_FAULT
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"  the rehearsal itself took {show_bytes(peak)} of memory")

@@ -115,11 +115,8 @@ def recorded(all_degrees: list[Degrees]) -> list[Counter[tuple[str, str]]]:
     from quadriga.config import read
     from quadriga.equivalence.rows import DEGREE_KEYS
     from quadriga.models.registry import catalogue
-    from quadriga.optim.optimizer import build_optimizer
-    from quadriga.optim.schedule import build_schedule
-    from quadriga.train.build import build_parts, build_recipe
-    from quadriga.train.rehearse import EmptyLoader
-    from quadriga.train.state import TrainState
+    from quadriga.train.build import build_parts, build_recipe, build_state
+    from quadriga.train.rehearse import empty_loader
     from quadriga.train.step import train_step
 
     counts = []
@@ -129,10 +126,7 @@ def recorded(all_degrees: list[Degrees]) -> list[Counter[tuple[str, str]]]:
         run = read([*MODEL, *cuts], {}, training=True, **facts)
         mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
         parts = build_parts(run, mesh, cpu)
-        optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
-        schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
-        loader = EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len)
-        state = TrainState(parts, optimizer, schedule, loader)  # type: ignore[arg-type]
+        state = build_state(run, parts, empty_loader(run))
         recipe = build_recipe(run, mesh, cpu, parts)
         train_step(state, recipe, mesh)
         with Recorder(axes_of(mesh)) as recorder:

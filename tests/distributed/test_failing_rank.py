@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, ROOT, Running, is_alive, stand_in
+from launching import LAUNCH, ROOT, Running, is_alive, stand_in, wait_until
 from training import TINY
 
 # The real loop, in which rank 1 fails: before it builds anything, or within the forward pass of its second step, when
@@ -52,9 +52,11 @@ def test_its_error_is_the_last_and_nothing_is_left(layout: str, place: str, tmp_
     keys = [*TINY, "--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin", *LAYOUTS[layout]]
     running = Running([*LAUNCH, *keys, "--job.dump_folder", str(tmp_path / "run")], environ)
     try:
-        ended = running.end(timeout=60)
+        assert wait_until(lambda: running.process.poll() is not None or not running.family(), 60)
+        ended = running.end()
+        assert len(running.seen) > 3, "launcher, agent and ranks were seen alive"
         assert ended.code == 1
         assert ended.err.strip().splitlines()[-1] == f"ValueError: broken on purpose in {place}"
-        assert not [pid for pid in running.family() if pid != running.process.pid and is_alive(pid)]
+        assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen), 10)
     finally:
         running.kill_all()

@@ -54,8 +54,17 @@ def memory_gib(ended: Ended) -> float:
 def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None:
     cuts = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.tensor_parallel_degree=2")
     others = ("--job.dump_folder", str(tmp_path / "run"), "--compile.enable", "--model.n_layers=4")
+    others += ("--parallelism.enable_async_tensor_parallel", "--model.converters=quantize.linear.float8")
     ended = rehearse(CONFIGS / "debug/debug.toml", 8, *cuts, *others)
-    for words in ("rank 0 of 8", "rank 7 of 8", "send           over pp", "without compile", "without accumulation"):
+    for words in (
+        "rank 0 of 8",
+        "rank 7 of 8",
+        "send           over pp",
+        "without compile",
+        "without accumulation",
+        "without conv",
+        "without async",
+    ):
         assert words in ended.out
     assert memory_gib(ended) < 1
     assert not (tmp_path / "run").exists()

@@ -135,7 +135,7 @@ def test_every_layout_with_every_switch(alone: dict[str, Trace]) -> None:
 def losses_with_and_without_waiting(cases: list[Case]) -> list[list[float] | str]:
     """Of eager blocks, of compiled ones, and of compiled ones that are handed an output that is still on its way."""
     eager, compiled = (train(each, steps=2).losses for each in cases)
-    tensor_parallel.own_output = lambda module, inputs, output: output  # type: ignore[assignment]
+    tensor_parallel.own_output = lambda module, inputs, output: output
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         unguarded: list[float] | str = train(cases[1], steps=2).losses
@@ -160,7 +160,7 @@ def test_a_compiled_block_is_given_what_has_arrived(degrees: Degrees) -> None:
 def norm_as_torch_takes_it(with_plain_norms: bool) -> tuple[set[str], float]:
     """The meshes that parameters lie on, and the norm of gradients of ones by torch's own function."""
     if with_plain_norms:
-        tensor_parallel.distribute_module = lambda module, *_, **__: module  # type: ignore[attr-defined]
+        tensor_parallel.distribute_module = lambda module, *_, **__: module
     parameters = list(make_model(case(TP2, parallelism=WHOLE), build_mesh(TP2, "cpu")).parameters())
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

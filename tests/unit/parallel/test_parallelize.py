@@ -60,7 +60,7 @@ def test_the_parts_are_applied_from_the_inside_out(monkeypatch: pytest.MonkeyPat
     parallelize.parallelize(
         torch.nn.Module(),
         ParallelPlan((), (), ()),
-        SimpleNamespace(tp=two, cp=two),  # type: ignore[arg-type]
+        SimpleNamespace(tp=two, cp=two),
         parallelism=Parallelism(),
         training=BF16,
         activation_checkpoint=ActivationCheckpoint(),
