@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-all lint docs setup setup-dev clean
+.PHONY: train test test-all kill-matrix lint docs setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -17,6 +17,11 @@ test: setup-dev  ## what must pass before every commit; by files on two workers
 
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or not slow"
+
+TRIALS ?= 60
+
+kill-matrix: setup-dev  ## kill runs anywhere, start them again, compare to the bit; goes on where it was stopped
+	.venv/bin/python benchmarks/kill_matrix.py --trials $(TRIALS)
 
 lint: setup-dev
 	.venv/bin/ruff check .

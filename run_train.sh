@@ -7,12 +7,16 @@
 # CONFIG_FILE    the TOML file, relative to the caller's folder (default: the debug configuration)
 # COMM_BACKEND   nccl or gloo (default: nccl where CUDA is, else gloo; the choice is printed)
 # LOG_RANK       ranks that print progress, e.g. 0,1 (default 0)
+# MAX_RESTARTS   how often the ranks are started again when one fails, to go on from the newest checkpoint (default 0)
 # DRY_RUN        1: say what the run would be and exit; needs no GPU
 # NNODES, NODE_RANK, RDZV_ENDPOINT
 #                several machines: how many, which one this is (from 0), and host:port of machine 0
 # PYTHON         the interpreter (default: the active environment's, else ./.venv here, else python3)
 #
 # Further arguments are passed on as they are: --section.key value.
+#
+# Signals to this process reach the run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and leave with exit code 75, SIGUSR2
+# saves and goes on. `./run_train.sh --help` lists all exit codes, docs/operations.md what to do about each.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

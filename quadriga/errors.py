@@ -13,6 +13,11 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_FAULT = 1  # the machine or the code failed
 EXIT_USAGE = 2  # the user asked for something that cannot be
+EXIT_NO_GOOD_CHECKPOINT = 3  # published saves are there, and every one is damaged
+EXIT_STALLED = 4  # a rank stopped, or a collective waited for too long
+EXIT_NOT_FINITE = 5  # the loss or the gradients are no numbers, or jumped, and `[health]` says to stop
+EXIT_OUT_OF_MEMORY = 6
+EXIT_SAVED = 75  # asked to leave: saved and left; the same start goes on from there (EX_TEMPFAIL: try again)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.report
+
+
+class Fault(Exception):
+    """What the machine or the numbers did to a run. The message is for the user as it stands: what happened, what is
+    safe, what to do next; no traceback is shown with it."""
+
+    exit_code = EXIT_FAULT
+
+    def __init__(self, message: str, exit_code: int = EXIT_FAULT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

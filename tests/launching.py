@@ -22,6 +22,7 @@ LAUNCH_VARIABLES = (
     "CONFIG_FILE",
     "COMM_BACKEND",
     "LOG_RANK",
+    "MAX_RESTARTS",
     "DRY_RUN",
     "NNODES",
     "NODE_RANK",

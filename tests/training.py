@@ -34,6 +34,7 @@ def train(
 
 
 def one_rank(argv: list[str], log: bool = True) -> int:
+    from quadriga.checkpoint.folder import newest_extra
     from quadriga.comm.backend import BACKENDS
     from quadriga.config import read
     from quadriga.log import start_logging
@@ -44,7 +45,15 @@ def one_rank(argv: list[str], log: bool = True) -> int:
         start_logging()
     world_size = int(os.environ["WORLD_SIZE"])
     return run(
-        read(argv, os.environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=True),
+        read(
+            argv,
+            os.environ,
+            catalogue=catalogue(),
+            backends=BACKENDS,
+            world_size=world_size,
+            training=True,
+            saved=newest_extra,
+        ),
         os.environ,
     )
 

@@ -1,182 +1,305 @@
-"""Checkpoint folders on disk: their names, which of them are whole, how one is published and which are deleted.
+"""Checkpoint folders: their names, which of them are whole, how one is published and which are deleted.
 
-A save is written under a hidden name that no reader takes (`.step-N.saving`), flushed, given its `train_state.json`
-as the last file, and renamed to `step-N`. So a folder with that name and that file is whole, at whatever byte a kill
-fell. Deleting goes the other way: first renamed to `.step-N.deleting`, then emptied.
+A save is written where no reader looks, flushed and hashed file by file, and given its `train_state.json` as the last
+file: what was saved, the size and SHA-256 of every other file, and a SHA-256 of itself.
+
+- On a file system it is written under `.step-N.saving` and renamed to `step-N`. Deleting goes the other way: first
+  renamed to `.step-N.deleting`, then emptied.
+- On an object store, which cannot rename, its files go to `step-N/TOKEN/`, and `step-N/train_state.json`, which names
+  that token, publishes them; a save of the same step takes another token, and takes over when its own is written.
+
+So whatever has the published name is whole, at whatever byte a kill fell; and what a disk did to it later is seen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from quadriga.checkpoint.files import Files, Place, files_at, is_url
+from quadriga.errors import Fault
 from quadriga.units import show_bytes
 
 STATE_FILE = "train_state.json"
-FORMAT = "quadriga-1"
+FORMAT = "quadriga-2"
 PUBLISHED = re.compile(r"step-(0|[1-9]\d*)")
 SAVING = re.compile(r"\.step-(\d+)\.saving")
 DELETING = re.compile(r"\.step-(\d+)\.deleting")
+CHUNK = 1 << 22  # bytes hashed at a time
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Fault):
     """A checkpoint could not be written or read: what happened, what is safe, what next."""
 
 
 class NotWhole(Exception):
-    """A folder that is no whole checkpoint of ours; the message says why."""
+    """A folder that is no whole checkpoint of ours; the message says why and names the file."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of a file."""
+
+    size: int  # bytes
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Found:
     """A whole checkpoint. `extra` is what the trainer gave to `save`; `resume` is False where only its weights are
-    to be taken (`checkpoint.initial_load_model_only`)."""
+    to be taken (`checkpoint.initial_load_model_only`). `place` holds its files, `path` is its name."""
 
     step: int
     path: str
-    contents: tuple[str, ...]  # "model", "optimizer"
+    contents: tuple[str, ...]  # "model", "optimizer", "random"
     extra: dict[str, Any] = field(default_factory=dict)
     resume: bool = True
+    place: str = ""
+    files: Mapping[str, FileFacts] = field(default_factory=dict)  # empty: not one of ours, and not to be verified
+    prefixed: bool = True  # whether names begin with the part that they belong to, as ours do
 
 
-def hidden(folder: Path, step: int) -> Path:
-    """Where step N is written until it is whole."""
-    return folder / f".step-{step}.saving"
+def published(folder: Place, step: int) -> str:
+    return join(folder, f"step-{step}")
 
 
-def published(folder: Path, step: int) -> Path:
-    return folder / f"step-{step}"
+def hidden(folder: Place, step: int) -> str:
+    """Where step N is written on a file system until it is whole."""
+    return join(folder, f".step-{step}.saving")
 
 
-def prepare(folder: Path, step: int) -> None:
-    """Make an empty hidden folder for step N."""
+def join(folder: Place, name: str) -> str:
+    return f"{str(folder).rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
+
+
+def prepare(folder: Place, step: int) -> str:
+    """An empty place for the files of step N, where no reader looks."""
+    files = files_at(folder)
+    if not files.renames:
+        return join(published(folder, step), uuid.uuid4().hex)
     place = hidden(folder, step)
-    if place.exists():
-        shutil.rmtree(place)
-    place.mkdir(parents=True)
+    if files.exists(place):
+        files.remove(place)
+    files.make(place)
+    return place
 
 
-def publish(folder: Path, step: int, contents: tuple[str, ...], extra: Mapping[str, Any]) -> Path:
-    """Write `train_state.json` into the hidden folder of step N and give the folder its name, durably.
+def publish(
+    folder: Place,
+    step: int,
+    contents: Iterable[str],
+    extra: Mapping[str, Any],
+    place: Place | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> str:
+    """Write the manifest of step N behind its files and give it its name, durably; the name.
 
-    A folder that already has the name (of a run that was resumed from further back) is replaced.
+    `place`: what `prepare` gave. `hashes`: SHA-256 by name of files that were hashed as they were written; others are
+    read. A checkpoint that already has the name (of a run that went on from further back) is replaced.
     """
-    place, name = hidden(folder, step), published(folder, step)
+    files, name, place = files_at(folder), published(folder, step), str(place or hidden(folder, step))
+    known = hashes or {}
+    facts = {
+        file: {"size": files.size(join(place, file)), "sha256": known.get(file) or sha256(files, join(place, file))}
+        for file in files.names(place)
+    }
+    token = "." if files.renames else place.rpartition("/")[2]
     state = {
         "format": FORMAT,
         "step": step,
         "contents": list(contents),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {file.name: file.stat().st_size for file in sorted(place.iterdir())},
+        "folder": token,
+        "files": facts,
         "extra": dict(extra),
     }
-    # Text is made before the file is opened: what cannot be JSON must not leave half a file.
-    text = json.dumps(state, indent=1)
-    _flush_names(place)
-    with (place / STATE_FILE).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _flush_names(place)
-    outdated = _set_aside(name) if name.exists() else None
-    place.rename(name)
-    _flush_names(folder)
+    manifest = seal(state).encode()  # before a file is opened: what cannot be JSON must not leave half of one
+    if not files.renames:
+        files.write(join(name, STATE_FILE), manifest)
+        _remove_others(files, name, token)
+        return name
+    files.flush_names(place)
+    files.write(join(place, STATE_FILE), manifest)
+    outdated = _set_aside(files, folder, step) if files.exists(name) else None
+    files.rename(place, name)
+    files.flush_names(folder)
     if outdated is not None:
-        shutil.rmtree(outdated)
+        files.remove(outdated)
     return name
 
 
-def read(path: Path) -> Found:
-    """The checkpoint that a folder is. Raises NotWhole where a file is missing or does not have its size."""
+def seal(state: Mapping[str, Any]) -> str:
+    """The text of a manifest, which holds the hash of its own remainder: no bit of it can change unnoticed."""
+    text = json.dumps({key: value for key, value in state.items() if key != "sha256"}, indent=1)
+    return json.dumps({**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def read(path: Place) -> Found:
+    """The checkpoint that a folder is. Raises NotWhole where a file is missing or has another size.
+
+    This is quick: contents are compared by `damage`."""
+    files, manifest = files_at(path), join(path, STATE_FILE)
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        text = files.read(manifest).decode()
+        state = json.loads(text)
         if state["format"] != FORMAT:
-            raise NotWhole(f"{path / STATE_FILE} has format {state['format']!r}, this version reads {FORMAT!r}")
-        found = Found(int(state["step"]), str(path), tuple(state["contents"]), dict(state["extra"]))
-        files = dict(state["files"])
+            raise NotWhole(f"{manifest} has format {state['format']!r}, this version reads {FORMAT!r}")
+        if seal(state) != text:
+            raise NotWhole(f"{manifest} is damaged (its own hash differs)")
+        place = str(path) if state["folder"] == "." else join(path, state["folder"])
+        facts = {name: FileFacts(**entry) for name, entry in state["files"].items()}
+        found = Found(
+            int(state["step"]), str(path), tuple(state["contents"]), dict(state["extra"]), place=place, files=facts
+        )
     except OSError as error:
-        raise NotWhole(f"{path / STATE_FILE} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise NotWhole(f"{path / STATE_FILE} is damaged ({error})") from error
-    for name, amount in files.items():
-        if not (path / name).is_file():
-            raise NotWhole(f"{path / name} is missing")
-        if (path / name).stat().st_size != amount:
-            raise NotWhole(f"{path / name} has {(path / name).stat().st_size} bytes instead of {amount}")
+        raise NotWhole(f"{manifest} cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotWhole(f"{manifest} is damaged ({error})") from error
+    there = set(files.names(place))
+    for name, fact in found.files.items():
+        if name not in there:
+            raise NotWhole(f"{join(place, name)} is missing")
+        if (size := files.size(join(place, name))) != fact.size:
+            raise NotWhole(f"{join(place, name)} has {size} bytes instead of {fact.size}")
     return found
 
 
-def whole_in(folder: Path) -> list[Found]:
-    """The whole checkpoints in a folder, by step."""
-    return _sorted_out(folder)[0]
+def damage(found: Found, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the contents of a checkpoint's files (all, or those named): one sentence for each."""
+    files, wrong = files_at(found.place), []
+    for name in found.files if names is None else names:
+        path = join(found.place, name)
+        try:
+            same = files.retried(lambda path=path: sha256(files, path)) == found.files[name].sha256  # type: ignore[misc]
+        except OSError as error:
+            wrong.append(f"{path} cannot be read ({error.strerror or error})")
+            continue
+        if not same:
+            wrong.append(f"{path} is damaged (its hash differs from the one in {STATE_FILE})")
+    return wrong
 
 
-def damaged_in(folder: Path) -> list[str]:
+def sha256(files: Files, path: Place) -> str:
+    digest = hashlib.sha256()
+    with files.open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def whole_in(folder: Place) -> list[Found]:
+    """The checkpoints in a folder that are whole by name and size, by step."""
+    return sorted_out(folder)[0]
+
+
+def damaged_in(folder: Place) -> list[str]:
     """Why each folder that is called `step-N` and is not whole is none. Such folders are passed over, never deleted."""
-    return _sorted_out(folder)[1]
+    return [reason for _, reason in sorted_out(folder)[1]]
 
 
-def find(folder: Path, step: int = -1) -> Found | None:
-    """The whole checkpoint of that step, -1: the newest; None where there is none."""
+def unpublished_in(folder: Place) -> list[str]:
+    """What lies there of saves that were never published."""
+    files = files_at(folder)
+    if files.renames:
+        return [name for _, name in _named(folder, SAVING)]
+    return [name for _, name in _named(folder, PUBLISHED, with_manifest=False)]
+
+
+def find(folder: Place, step: int = -1) -> Found | None:
+    """The checkpoint of that step that is whole by name and size, -1: the newest; None where there is none."""
     candidates = [found for found in whole_in(folder) if step in (-1, found.step)]
     return candidates[-1] if candidates else None
 
 
-def delete_old(folder: Path, keep: int) -> list[int]:
-    """Keep the newest `keep` whole checkpoints (0: all), delete the other whole ones; the steps that went."""
-    outdated = [found.step for found in whole_in(folder)[:-keep]] if keep > 0 else []
+def newest_extra(folder: Place) -> dict[str, Any] | None:
+    """What the newest checkpoint says beside its tensors; None where there is none."""
+    found = find(folder)
+    return found.extra if found else None
+
+
+def delete_old(folder: Place, keep: int, every: int = 0, refused: Iterable[int] = ()) -> list[int]:
+    """Keep the newest `keep` whole checkpoints (0: all) and each whose step `every` divides (0: none), delete the other
+    whole ones; the steps that went. Those in `refused` are known to be damaged: they count for nothing and stay."""
+    whole = [found.step for found in whole_in(folder) if found.step not in set(refused)]
+    outdated = [step for step in whole[:-keep] if not (every and step % every == 0)] if keep > 0 else []
+    files = files_at(folder)
     for step in outdated:
-        shutil.rmtree(_set_aside(published(folder, step)))
+        if files.renames:
+            files.remove(_set_aside(files, folder, step))
+        else:  # without its manifest it is no checkpoint any more
+            files.remove(join(published(folder, step), STATE_FILE))
+            files.remove(published(folder, step))
     return outdated
 
 
-def clean_up(folder: Path) -> list[str]:
-    """Remove what a killed run left under hidden names; what was done, in words. Call while no run writes here.
+def try_to_write(folder: Place) -> None:
+    """Write a small file and remove it again. Raises OSError where that cannot be done."""
+    files, path = files_at(folder), join(folder, ".try")
+    files.make(folder)
+    files.write(path, b"may this folder be written?")
+    files.remove(path)
+
+
+def clean_up(folder: Place) -> list[str]:
+    """Remove what a killed run left of unpublished saves; what was done, in words. Call while no run writes here.
 
     A save that was whole and lacked its new name only, since it was replacing an older one, gets it now.
     """
-    done = []
-    for step, path in _named(folder, SAVING):
-        name = published(folder, step)
-        if not name.exists() and (path / STATE_FILE).exists() and _is_whole(path):
-            path.rename(name)
-            done.append(f"{name.name}: finished")
+    files, done = files_at(folder), []
+    if not files.renames:
+        for name in unpublished_in(folder):
+            files.remove(join(folder, name))
+            done.append(f"{name} (never published): removed")
+        for found in whole_in(folder):
+            _remove_others(files, found.path, found.place.rpartition("/")[2])
+        return done
+    for step, hidden_name in _named(folder, SAVING):
+        name, path = published(folder, step), join(folder, hidden_name)
+        if not files.exists(name) and files.exists(join(path, STATE_FILE)) and _is_whole(path):
+            files.rename(path, name)
+            done.append(f"step-{step}: finished")
         else:
-            shutil.rmtree(path)
-            done.append(f"{path.name}: removed")
-    for _, path in _named(folder, DELETING):
-        shutil.rmtree(path)
-        done.append(f"{path.name}: removed")
+            files.remove(path)
+            done.append(f"{hidden_name}: removed")
+    for _, hidden_name in _named(folder, DELETING):
+        files.remove(join(folder, hidden_name))
+        done.append(f"{hidden_name}: removed")
     return done
 
 
-def describe(folder: str | os.PathLike[str]) -> str:
+def describe(folder: Place) -> str:
     """A line for each checkpoint in a folder, or about the one that the folder is."""
-    place = Path(folder)
-    whole = [read(place)] if (place / STATE_FILE).exists() and _is_whole(place) else whole_in(place)
-    lines = [f"{one.path}: {' and '.join(one.contents)}, {show_bytes(_size(Path(one.path)))}" for one in whole]
-    lines += [f"{reason}: passed over" for reason in damaged_in(place)]
-    return "\n".join(lines) or f"{place}: no checkpoint"
+    files = files_at(folder)
+    whole = [read(folder)] if files.exists(join(folder, STATE_FILE)) and _is_whole(folder) else whole_in(folder)
+    lines = [f"{one.path}: {', '.join(one.contents)}; {show_bytes(size(one))}" for one in whole]
+    lines += [f"{reason}: passed over" for reason in damaged_in(folder)]
+    return "\n".join(lines) or f"{folder}: no checkpoint"
 
 
-def _sorted_out(folder: Path) -> tuple[list[Found], list[str]]:
+def size(found: Found) -> int:
+    """Bytes of all files but the manifest."""
+    return sum(fact.size for fact in found.files.values())
+
+
+def sorted_out(folder: Place) -> tuple[list[Found], list[tuple[int, str]]]:
+    """The published checkpoints that are whole by name and size, and the others: (step, why); each by step."""
     whole, damaged = [], []
-    for _, path in _named(folder, PUBLISHED):
+    for step, name in _named(folder, PUBLISHED, with_manifest=None if files_at(folder).renames else True):
         try:
-            whole.append(read(path))
+            whole.append(read(join(folder, name)))
         except NotWhole as reason:
-            damaged.append(str(reason))
+            damaged.append((step, str(reason)))
     return whole, damaged
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Place) -> bool:
     try:
         read(path)
     except NotWhole:
@@ -184,29 +307,24 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _named(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    if not folder.is_dir():
-        return []
-    matches = ((pattern.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match)
+def _named(folder: Place, pattern: re.Pattern[str], with_manifest: bool | None = None) -> list[tuple[int, str]]:
+    files = files_at(folder)
+    found = sorted((int(match[1]), name) for name in files.names(folder) if (match := pattern.fullmatch(name)))
+    if with_manifest is None:
+        return found
+    return [one for one in found if files.exists(join(join(folder, one[1]), STATE_FILE)) == with_manifest]
 
 
-def _set_aside(path: Path) -> Path:
-    aside = path.with_name(f".{path.name}.deleting")
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
+def _set_aside(files: Files, folder: Place, step: int) -> str:
+    aside = join(folder, f".step-{step}.deleting")
+    if files.exists(aside):
+        files.remove(aside)
+    files.rename(published(folder, step), aside)
     return aside
 
 
-def _flush_names(folder: Path) -> None:
-    """Make the names in a folder durable; `fsync` of a file covers its contents only."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def _remove_others(files: Files, path: Place, token: str) -> None:
+    """On an object store: the files of saves of this step that are not the published one."""
+    for name in files.names(path):
+        if name not in (token, STATE_FILE):
+            files.remove(join(path, name))

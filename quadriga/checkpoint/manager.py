@@ -1,7 +1,7 @@
 """When to save and what to load: the policy of `[checkpoint]` over `folder.py` (names) and `tensors.py` (bytes).
 
     manager = CheckpointManager(section, folder, group)
-    found = manager.find()                                   # cheap: no tensor is touched
+    found = manager.find()                                   # verified, byte by byte; no tensor is touched
     tensors = {"model": ModelState(parts), "optimizer": OptimizerState(parts, optimizers)}
     if found: manager.load(found, tensors)                   # found.step, found.extra say where the run stood
     ...
@@ -15,28 +15,33 @@ save, so that a plain start does not pay for it.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
+from quadriga.checkpoint import words
+from quadriga.checkpoint.files import Place, files_at
+from quadriga.checkpoint.folder import CheckpointError, Found
+from quadriga.checkpoint.search import Search
 from quadriga.config.schema import Checkpoint
-from quadriga.errors import Problem, UserError
+from quadriga.errors import UserError
 from quadriga.log import logger
-from quadriga.units import show_bytes, show_seconds
+from quadriga.units import show_seconds
+
+if TYPE_CHECKING:
+    from quadriga.checkpoint.tensors import Staging
 
 T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
+Tell = Callable[..., None]  # tell(event, step, **facts): see quadriga.metrics.events
 
 
 class Stateful(Protocol):
@@ -50,23 +55,47 @@ class Stateful(Protocol):
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run folder."""
 
-    def __init__(self, section: Checkpoint, folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        section: Checkpoint,
+        folder: Place,
+        group: dist.ProcessGroup | None = None,
+        tell: Tell | None = None,
+    ) -> None:
         """`group`: a gloo group of all ranks and of no other use (asynchronous saves run beside training); None: one
-        process alone. Cleans up what a killed run left, so the caller must hold the run folder's lock. Raises UserError
-        for an `async_mode` that is not supported."""
-        if section.enable and section.async_mode == "async_with_pinned_mem":
-            raise UserError(_no_pinning())
-        self._section, self._folder, self._group = section, Path(folder), group
+        process alone. `tell` hears what happens. Cleans up what a killed run left, so the caller must hold the run
+        folder's lock. Raises UserError where nothing can be written."""
+        self._section, self._folder, self._group = section, str(folder), group
         self._first_rank = group is None or dist.get_rank(group) == 0
+        self._tell = tell if tell is not None and self._first_rank else _to_nobody
         self._last_save = time.monotonic()
         self._running: _BackgroundSave | None = None
+        self._staging: Staging | None = None
+        self._refused: set[int] = set()  # steps whose files are known to be damaged
+        self._remains: list[str] = []
         if section.enable and not section.load_only:
-            self._on_first_rank(self._clean_up)
+            self._remains = self.on_first_rank(self._clean_up)
 
     def find(self) -> Found | None:
-        """What the run starts from: its own checkpoint (`load_step` or the newest whole one), else
-        `initial_load_path`, else None. Raises UserError where what the section names is not there."""
-        return self._on_first_rank(self._look) if self._section.enable else None
+        """What the run starts from: its own newest checkpoint whose every byte is as it was written (or that of
+        `load_step`), else `initial_load_path`, else None.
+
+        Raises UserError where what the section names is not there, and CheckpointError with exit code 3 where
+        checkpoints were published and none of them is good: nothing starts from scratch in silence.
+        """
+        if not self._section.enable:
+            return None
+        search = Search(self._section, self._folder, self._group, self.on_first_rank)
+        found = search.own(self._remains)
+        self._refused = set(search.refused)
+        if found is not None and search.refused:
+            self._tell("fallback", found.step, refused=list(search.refused.values()), steps_lost=search.steps_lost)
+        if found is None and self._section.initial_load_path:
+            found = search.elsewhere(self._section.initial_load_path)
+        if found is None:
+            return None
+        kept = {part: value for part, value in found.extra.items() if part not in self._section.exclude_from_loading}
+        return replace(found, extra=kept)
 
     def load(self, found: Found, tensors: Mapping[str, Stateful]) -> None:
         """Fill the given states from a checkpoint, saved on whatever layout. Only the model where `found.resume` is
@@ -78,125 +107,63 @@ class CheckpointManager:
         }
         absent = sorted(wanted.keys() - set(found.contents))
         if absent:
-            raise UserError(_holds_no(found, absent))
+            raise UserError(words.holds_no(found, absent))
         from quadriga.checkpoint.tensors import read
 
         start = time.monotonic()
         loaded = {part: state.state_dict() for part, state in wanted.items()}
-        read(Path(found.path), _flat(loaded), self._group)
+        flat = _flat(loaded) if found.prefixed else dict(loaded["model"])
+        read(found.place, flat, self._group, may_hold_more=not found.files, retries=self._section.storage_retries)
         for part, state in wanted.items():
             state.load_state_dict(loaded[part])
-        logger.info(f"loaded {found.path} in {show_seconds(time.monotonic() - start)}")
+        seconds = time.monotonic() - start
+        logger.info(f"loaded {found.path} in {show_seconds(seconds)}")
+        self._tell("resume", found.step, path=found.path, seconds=seconds)
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to save after this step. Ask once a step; the first rank's clock decides for all."""
+    def due(self, step: int, last: bool, wanted: bool = False) -> bool:
+        """Whether to save after this step. `wanted`: somebody asked for it, or the minutes have passed; all ranks
+        must say the same."""
         section = self._section
         if not section.enable or section.load_only:
             return False
-        if last or step % section.interval == 0 or (step == 1 and section.enable_first_step_checkpoint):
-            return True
-        return section.interval_minutes is not None and self._minutes_have_passed(section.interval_minutes)
+        return wanted or last or step % section.interval == 0 or (step == 1 and section.enable_first_step_checkpoint)
+
+    def minutes_have_passed(self) -> bool:
+        """Whether, by this rank's clock, `interval_minutes` have passed since the last save."""
+        minutes = self._section.interval_minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def save(self, step: int, tensors: Mapping[str, Stateful], extra: Mapping[str, Any], last: bool = False) -> None:
         """Save the states and `extra` (JSON-able, the first rank's counts) as `step-N`, then delete what is outdated.
 
         With `async_mode` only the copy to host memory is waited for; a save that is still being written is waited for
-        first. Raises CheckpointError on every rank where this save or the one before failed; older ones are whole.
+        first. A save that fails is told, and older ones are whole; where `on_save_failure` is "stop", and for the last
+        one, CheckpointError is raised on every rank.
         """
-        self._finish_running()
+        start = time.monotonic()
+        self._finish_running(last)
         self._last_save = time.monotonic()
+        self._tell("save_begin", step, path=folders.published(self._folder, step))
         model_only = last and self._section.last_save_model_only
         contents = ("model",) if model_only else tuple(tensors)
         held = _flat({part: tensors[part].state_dict() for part in contents})
         if model_only:
             held = _exported(held, getattr(torch, self._section.export_dtype))
         if self._section.async_mode == "disabled":
-            self._write(step, held, contents, extra)
+            try:
+                self._write(step, held, contents, extra, start)
+            except CheckpointError as error:
+                self._take(error, step, last)
             return
-        from quadriga.checkpoint.tensors import snapshot
-
-        copies, words = snapshot(held), deepcopy(dict(extra))  # training goes on and changes both
-        self._running = _BackgroundSave(lambda: self._write(step, copies, contents, words))
+        copies, said = self._staged(held), deepcopy(dict(extra))  # training goes on and changes both
+        blocked = time.monotonic() - start
+        self._running = _BackgroundSave(step, lambda: self._write(step, copies, contents, said, start, blocked))
 
     def close(self) -> None:
         """Wait for a save that is still being written. Raises CheckpointError where it failed."""
-        self._finish_running()
+        self._finish_running(last=True)
 
-    def _write(self, step: int, tensors: Tensors, contents: tuple[str, ...], extra: Mapping[str, Any]) -> None:
-        from quadriga.checkpoint.tensors import write
-
-        start = time.monotonic()
-        place = folders.hidden(self._folder, step)
-        try:
-            self._on_first_rank(lambda: folders.prepare(self._folder, step))
-            write(place, tensors, self._group)
-            name = self._on_first_rank(lambda: folders.publish(self._folder, step, contents, extra))
-            gone = self._on_first_rank(lambda: folders.delete_old(self._folder, self._section.keep_latest_k))
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(self._after_failure(step, error)) from error
-        removed = f"; deleted {', '.join(f'step-{old}' for old in gone)}" if gone else ""
-        logger.info(f"saved {name} in {show_seconds(time.monotonic() - start)}{removed}")
-
-    def _after_failure(self, step: int, error: Exception) -> str:
-        """Give back the room that the failed save took; what to tell."""
-        if self._first_rank:
-            with suppress(OSError):
-                shutil.rmtree(folders.hidden(self._folder, step))
-        whole = [f"step-{found.step}" for found in folders.whole_in(self._folder)]
-        lines = [f"step {step} was not saved: {error}", f"whole in {self._folder}: {', '.join(whole) or 'none'}"]
-        with suppress(OSError):
-            place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-            lines.append(f"room left there: {show_bytes(shutil.disk_usage(place).free)}")
-        lines.append("make room or mend the folder, then start again: the run goes on from the newest whole one")
-        return "\n".join(lines)
-
-    def _look(self) -> Found | None:
-        section, whole = self._section, folders.whole_in(self._folder)
-        for reason in folders.damaged_in(self._folder):
-            logger.warning(f"{reason}: this checkpoint is passed over")
-        own = folders.find(self._folder, section.load_step)
-        if own is None and section.load_step >= 0:
-            raise UserError(_no_such_step(section.load_step, self._folder, whole))
-        if own is not None:
-            if own.step < whole[-1].step:
-                logger.warning(f"step-{whole[-1].step} is newer: a start without load_step takes that one")
-            kept = {part: value for part, value in own.extra.items() if part not in section.exclude_from_loading}
-            return replace(own, extra=kept)
-        return self._look_elsewhere(section.initial_load_path) if section.initial_load_path else None
-
-    def _look_elsewhere(self, path: str) -> Found:
-        try:
-            found = folders.find(Path(path)) or folders.read(Path(path))
-        except NotWhole as reason:
-            raise UserError(
-                Problem(
-                    where="checkpoint.initial_load_path",
-                    value=path,
-                    what=f"no checkpoint of ours: {reason}",
-                    allowed="a folder `step-N` of a run, or the folder that holds them",
-                )
-            ) from reason
-        if self._section.initial_load_model_only:
-            return replace(found, resume=False, extra={})
-        kept = {part: value for part, value in found.extra.items() if part not in self._section.exclude_from_loading}
-        return replace(found, extra=kept)
-
-    def _clean_up(self) -> None:
-        if done := folders.clean_up(self._folder):
-            logger.warning(f"{self._folder}: left by a run that ended in a save: {', '.join(done)}")
-
-    def _minutes_have_passed(self, minutes: float) -> bool:
-        passed = torch.tensor(time.monotonic() - self._last_save >= 60 * minutes, dtype=torch.uint8)
-        if self._group is not None:
-            dist.broadcast(passed, 0, group=self._group)
-        return bool(passed)
-
-    def _finish_running(self) -> None:
-        if self._running is not None:
-            running, self._running = self._running, None
-            running.wait()
-
-    def _on_first_rank(self, work: Callable[[], T]) -> T:
+    def on_first_rank(self, work: Callable[[], T]) -> T:
         """The result of `work`, done by the first rank alone; its error is raised on every rank."""
         if self._group is None:
             return work()
@@ -211,12 +178,93 @@ class CheckpointManager:
             raise outcome[1]
         return outcome[0]
 
+    def _staged(self, held: Tensors) -> Tensors:
+        from quadriga.checkpoint.tensors import Staging
+
+        if self._staging is None:
+            wanted, possible = self._section.async_mode == "async_with_pinned_mem", torch.cuda.is_available()
+            if wanted and not possible:
+                logger.info("checkpoints: there is no CUDA here, so copies are made in ordinary, unpinned memory")
+            self._staging = Staging(pinned=wanted and possible)
+        return self._staging.copy(held)
+
+    def _write(
+        self,
+        step: int,
+        tensors: Tensors,
+        contents: tuple[str, ...],
+        extra: Mapping[str, Any],
+        start: float,
+        blocked: float | None = None,
+    ) -> None:
+        """`blocked`: seconds that training waited for this save; None: for all of it."""
+        from quadriga.checkpoint.tensors import write
+
+        section, place = self._section, ""
+        try:
+            place = self.on_first_rank(lambda: folders.prepare(self._folder, step))
+            hashes = self._gathered(write(place, tensors, self._group, section.storage_retries))
+            name = self.on_first_rank(lambda: folders.publish(self._folder, step, contents, extra, place, hashes))
+            self._refused.discard(step)
+            gone = self.on_first_rank(
+                lambda: folders.delete_old(self._folder, section.keep_latest_k, section.keep_every, self._refused)
+            )
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(self._after_failure(step, place, error)) from error
+        seconds = time.monotonic() - start
+        removed = f"; deleted {', '.join(f'step-{old}' for old in gone)}" if gone else ""
+        logger.info(f"saved {name} in {show_seconds(seconds)}{removed}")
+        if self._first_rank:
+            facts = {"path": name, "seconds": seconds, "blocked_seconds": seconds if blocked is None else blocked}
+            self._tell("save_end", step, **facts, bytes=folders.size(folders.read(name)))
+
+    def _gathered(self, hashes: dict[str, str]) -> dict[str, str]:
+        """Of all ranks' files, on the first rank."""
+        if self._group is None:
+            return hashes
+        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if self._first_rank else None
+        dist.gather_object(hashes, gathered, dst=0, group=self._group)
+        return {name: digest for one in gathered or () for name, digest in one.items()}
+
+    def _after_failure(self, step: int, place: str, error: Exception) -> str:
+        """Give back the room that the failed save took; what to tell."""
+        if self._first_rank and place:
+            with suppress(OSError):
+                files_at(place).remove(place)
+        return words.save_failed(self._folder, step, error)
+
+    def _clean_up(self) -> list[str]:
+        try:
+            folders.try_to_write(self._folder)
+        except OSError as error:  # better now than after the first hours
+            raise UserError(words.cannot_be_written(self._folder, error)) from error
+        remains = folders.unpublished_in(self._folder)
+        if done := folders.clean_up(self._folder):
+            logger.warning(f"{self._folder}: left by a run that ended in a save: {', '.join(done)}")
+        return remains
+
+    def _finish_running(self, last: bool) -> None:
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        try:
+            running.wait()
+        except CheckpointError as error:
+            self._take(error, running.step, last)
+
+    def _take(self, error: CheckpointError, step: int, last: bool) -> None:
+        """A save has failed: train on, or stop, as configured. After the last one there is nothing to train on for."""
+        self._tell("save_failed", step, reason=str(error))
+        if last or self._section.on_save_failure == "stop":
+            raise error
+        logger.error(f"{error}\ntraining goes on, and the next save is tried in its turn")
+
 
 class _BackgroundSave:
     """One save in a thread of its own; `wait` raises what it raised."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+    def __init__(self, step: int, work: Callable[[], None]) -> None:
+        self.step, self._work = step, work
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True)  # a failing run does not wait
         self._thread.start()
@@ -233,35 +281,13 @@ class _BackgroundSave:
             self._error = error
 
 
+def _to_nobody(_event: str, _step: int, **_facts: Any) -> None:
+    return None
+
+
 def _flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
 def _exported(tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def _no_pinning() -> Problem:
-    return Problem(
-        where="checkpoint.async_mode",
-        value="async_with_pinned_mem",
-        what="copying to pinned memory is not supported yet",
-        allowed='"disabled", "async" (which copies to ordinary host memory)',
-    )
-
-
-def _no_such_step(step: int, folder: Path, whole: list[Found]) -> Problem:
-    return Problem(
-        where="checkpoint.load_step",
-        value=str(step),
-        what=f"{folder} has no whole checkpoint of this step",
-        allowed=", ".join(str(found.step) for found in whole) or "none is there: leave it at -1",
-    )
-
-
-def _holds_no(found: Found, absent: list[str]) -> Problem:
-    return Problem(
-        where=found.path,
-        what=f"holds {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot go on from it",
-        fix="start a new run from it: another job.dump_folder, and this folder as checkpoint.initial_load_path",
-    )

@@ -6,8 +6,11 @@ changed learning rate is never silently undone by a resume.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -51,6 +54,39 @@ class OptimizerState:
 
     def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
         _copy(self.state_dict(), loaded)
+
+
+class RandomState:
+    """The random number generators of this rank: torch's, the device's, Python's and NumPy's, as `RANK.GENERATOR`.
+
+    Training draws no random numbers of its own; whoever adds a part that does finds them where the run stood.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies, for generators do not give their memory away."""
+        version, words, _ = random.getstate()
+        numpy: Any = np.random.get_state(legacy=True)
+        states = {
+            "torch": torch.get_rng_state(),
+            "python": torch.tensor([version, *words], dtype=torch.int64),
+            "numpy": torch.tensor([int(numpy[2]), *map(int, numpy[1])], dtype=torch.int64),
+        }
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        return {f"{self._rank}.{name}": state for name, state in states.items()}
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        states = {name.partition(".")[2]: state for name, state in loaded.items()}
+        torch.set_rng_state(states["torch"])
+        version, *words = states["python"].tolist()
+        random.setstate((version, tuple(words), None))
+        place, *keys = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 def plain(name: str) -> str:

@@ -1,47 +1,204 @@
-"""Tensors to and from a folder by `torch.distributed.checkpoint`: each rank writes and reads what it holds.
+"""Tensors to and from a place by `torch.distributed.checkpoint`: each rank writes and reads what it holds.
 
 A mapping is flat, name to tensor; sharded tensors are DTensors. With `group` None this is one process alone. The
 group should be one of gloo and of no other use: planning sends small objects between ranks while training may be
 using the other groups.
+
+DCP keeps its plan of a checkpoint as a pickle. It is read here by an unpickler that knows the few classes of such a
+plan and refuses all others, so that a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from quadriga.checkpoint.folder import CheckpointError
+from quadriga.checkpoint.files import Files, Place, files_at
+from quadriga.checkpoint.folder import CheckpointError, join
 from quadriga.errors import Problem, UserError
 
 Tensors = Mapping[str, torch.Tensor]
 SHOWN = 5  # of many problems alike
+METADATA = ".metadata"  # DCP's name for its plan
+
+# All that the plan of a checkpoint of tensors is made of.
+ALLOWED = {
+    "builtins": {"set", "frozenset"},
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "device", "dtype"},
+    "torch._utils": {"_rebuild_device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # as Python 3.13 says it
+}
+DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
-def write(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Write all ranks' tensors into an empty folder, flushed to the disk. Raises the same error on every rank."""
-    writer = _Writer(folder, sync_files=True)
-    with _plain_errors(f"{folder} could not be written"):
+def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retries: int = 5) -> dict[str, str]:
+    """Write all ranks' tensors into an empty place, durably; the SHA-256 of each file that this rank wrote, by name.
+
+    Raises the same error on every rank."""
+    files = _HashingFiles(files_at(place, retries))
+    writer = _Writer(str(place), files)
+    with _plain_errors(f"{place} could not be written"):
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    return {os.path.basename(path): digest for path, digest in files.hashes.items()}
+
+
+def read(
+    place: Place, tensors: Tensors, group: dist.ProcessGroup | None, *, may_hold_more: bool = False, retries: int = 5
+) -> None:
+    """Fill the tensors in place from what `write` wrote, whatever layout wrote it.
+
+    `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
+    missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
+    """
+    reader = _Reader(str(place), _HashingFiles(files_at(place, retries)))
+    with _plain_errors(f"{place} could not be read"):
+        stored = reader.read_metadata().state_dict_metadata
+        _refuse_other_tensors(str(place), tensors, stored, group, may_hold_more)
+        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def stored_tensors(place: Place) -> dict[str, TensorStorageMetadata]:
+    """Name, shape and format of all tensors in a place. Raises CheckpointError where it holds anything else."""
+    with _plain_errors(f"{place} could not be read"):
+        entries = _Reader(str(place), _HashingFiles(files_at(place))).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+class Staging:
+    """Copies in host memory, which training cannot change while they are written; the memory is used again.
+
+    Pinned memory (`pinned`, on CUDA) lets the device copy by itself, without a detour through the driver's buffers.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned, self._copies = pinned, dict[str, torch.Tensor]()
+
+    @torch.no_grad()
+    def copy(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """The copies, of the same dtypes and placements. They hold until the next call."""
+        for gone in self._copies.keys() - tensors.keys():
+            del self._copies[gone]
+        copies = {name: self._into_host(name, value.detach()) for name, value in tensors.items()}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return copies
+
+    def _into_host(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        held = value.to_local() if isinstance(value, DTensor) else value
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != held.shape or copy.dtype != held.dtype:
+            copy = self._copies[name] = torch.empty_like(held, device="cpu", pin_memory=self._pinned)
+        copy.copy_(held, non_blocking=self._pinned)
+        if not isinstance(value, DTensor):
+            return copy
+        mesh, placements = value.device_mesh, value.placements
+        return DTensor.from_local(copy, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+
+
+class _HashingFiles(FileSystemBase):
+    """DCP's view of a file system, which hashes what passes through it to be written."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.hashes = files, dict[str, str]()
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with self.files.open(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            hashed = _HashedStream(stream)
+            yield hashed
+        self.hashes[str(path)] = hashed.digest.hexdigest()
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return join(path, suffix)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        self.hashes[str(new_path)] = self.hashes.pop(str(path))
+        if self.files.renames:
+            self.files.rename(path, new_path)
+        else:
+            self.files.write(new_path, self.files.read(path))
+            self.files.remove(path)
+
+    def init_path(self, path: Any) -> str:
+        return str(path)
+
+    def mkdir(self, path: Any) -> None:
+        self.files.make(path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return isinstance(checkpoint_id, str)
+
+    def exists(self, path: Any) -> bool:
+        return self.files.exists(path)
+
+    def rm_file(self, path: Any) -> None:
+        self.files.remove(path)
+
+
+class _HashedStream:
+    """A stream to write to, one piece behind the other. Has what DCP and torch.save call."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _Writer(FileSystemWriter):
     """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
+    def __init__(self, place: str, files: _HashingFiles) -> None:
+        super().__init__(place, sync_files=files.files.renames)  # an object is durable once it is there
+        self.fs: Any = files
+        self.path: Any = place
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        return self.fs.files.retried(lambda: self._write_once(plan, planner))
+
+    def _write_once(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except (OSError, RuntimeError) as error:
@@ -51,31 +208,44 @@ class _Writer(FileSystemWriter):
             if cause is None:
                 raise
             file = f"{self.path}/{plan.storage_data.prefix}*"
+            if cause.errno is None:  # of an object store's driver
+                raise OSError(f"{file}: {cause}") from error
             raise OSError(cause.errno, cause.strerror, file) from error
 
 
-def read(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Fill the tensors in place from a folder, whatever layout wrote it.
+class _Reader(FileSystemReader):
+    """Reads the plan by an unpickler that builds nothing but plans."""
 
-    `tensors` must name exactly what the folder holds under the same first words (`model.`, `optimizer.`): a name that
-    is missing on either side, or another shape, raises UserError on every rank.
-    """
-    reader = FileSystemReader(folder)
-    with _plain_errors(f"{folder} could not be read"):
-        _refuse_other_tensors(folder, tensors, reader.read_metadata().state_dict_metadata, group)
-        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+    def __init__(self, place: str, files: _HashingFiles) -> None:
+        super().__init__(place)
+        self.fs: Any = files
+        self.path: Any = place
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        def look() -> Metadata:
+            with self.fs.create_stream(join(self.path, METADATA), "rb") as file:
+                return cast(Metadata, _PlanUnpickler(file).load())
+
+        metadata = self.fs.files.retried(look)
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{METADATA} holds a {type(metadata).__name__}, not the plan of a checkpoint")
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return self.fs.files.retried(lambda: super(_Reader, self).read_data(plan, planner))
 
 
-def snapshot(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Copies in host memory, which training cannot change while they are written."""
-    return {
-        name: value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
-        for name, value in tensors.items()
-    }
+class _PlanUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in ALLOWED.get(module, ()) or (module == "torch" and name in DTYPES):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{METADATA} asks for {module}.{name}, which is no part of a checkpoint's plan")
 
 
 def _refuse_other_tensors(
-    folder: Path, tensors: Tensors, stored: Mapping[str, Any], group: dist.ProcessGroup | None
+    place: str, tensors: Tensors, stored: Mapping[str, Any], group: dist.ProcessGroup | None, may_hold_more: bool
 ) -> None:
     parts = {name.split(".", 1)[0] for name in tensors}
     known = sorted(name for name in stored if name.split(".", 1)[0] in parts)
@@ -93,7 +263,9 @@ def _refuse_other_tensors(
         dist.all_gather_object(gathered, (missing, reshaped), group=group)
     missing = sorted({name for one, _ in gathered for name in one})
     reshaped = sorted({name for _, one in gathered for name in one})
-    surplus = [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
+    surplus = (
+        [] if may_hold_more else [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
+    )
     kinds = (
         ("the checkpoint lacks", missing),
         ("only the checkpoint has", surplus),
@@ -101,7 +273,7 @@ def _refuse_other_tensors(
     )
     problems = [
         Problem(
-            where=str(folder),
+            where=place,
             what=f"{kind} {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)),
             fix="start with the configuration that saved it, or with another job.dump_folder",
         )
@@ -122,7 +294,7 @@ def _plain_errors(what: str) -> Iterator[None]:
         except CheckpointException as error:
             lines = [f"rank {rank}: {_in_words(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
             raise CheckpointError("\n".join([what, *lines])) from error
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{what}\n{_in_words(error)}") from error
 
 

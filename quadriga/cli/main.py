@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from quadriga import __version__
-from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, nearest
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest
 
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
     "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
     "equivalence": "train the debug model on many layouts and compare each with one process",
+    "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
+    "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",
     "docs": "write docs/configuration.md and all cards anew",
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error.report, file=sys.stderr)
         return EXIT_USAGE
+    except Fault as fault:
+        print(f"quadriga: {fault}", file=sys.stderr)
+        return fault.exit_code
     except BrokenPipeError:  # the reader of our output has gone: `quadriga keys | head`
         sys.stderr.close()
         return EXIT_OK

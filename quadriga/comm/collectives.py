@@ -51,17 +51,35 @@ def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.P
     return result
 
 
+def numbers_of_all(numbers: torch.Tensor) -> torch.Tensor:
+    """What every rank passed in, to the bit, on every rank: shape (ranks, *shape), float or integer.
+
+    A sum of tables that are empty but for a rank's own row: its time grows with the logarithm of the number of ranks,
+    where that of a gather grows with the number.
+    """
+    if world_size() == 1:
+        return numbers.unsqueeze(0)
+    table = torch.zeros(world_size(), *numbers.shape, dtype=numbers.dtype, device=numbers.device)
+    table[rank()] = numbers
+    dist.all_reduce(table)
+    return table
+
+
 def group_named(name: str) -> dist.ProcessGroup | None:
     """The process group that torch knows by this name; None where there is none."""
     names = distributed_c10d._world.pg_names
     return next((group for group, own in names.items() if own == name), None)
 
 
+HOST = "host"  # what groups are for whose collectives wait for disks, and have patience of their own
+
+
 def set_timeout(timeout: timedelta) -> None:
-    """How long a collective of any process group may wait for a rank.
+    """How long a collective of any process group but the HOST ones may wait for a rank.
 
     torch offers no public name for this; the one used here is the same in 2.11 and 2.13.
     """
     if world_size() > 1:
         for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(timeout, group)
+            if group.group_desc != HOST:
+                distributed_c10d._set_pg_timeout(timeout, group)

@@ -38,6 +38,11 @@ class Mesh:
         return self.device_mesh["cp"]
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether this rank is the first of those that read the same rows."""
+        return all(self.device_mesh.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
+
+    @property
     def pp(self) -> DeviceMesh:
         return self.device_mesh["pp"]
 
@@ -47,6 +52,10 @@ class Mesh:
 
     def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
+
+    def of_loss(self, by_rank: torch.Tensor) -> torch.Tensor:
+        """Of a table with a row a rank, the rows of one `loss_group`, the same one on every rank."""
+        return by_rank[:: self.tp.size()]  # the innermost axis
 
     def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the pipeline axis, on every rank; `tensor` itself is left alone."""

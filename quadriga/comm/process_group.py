@@ -52,12 +52,16 @@ def tighten_timeouts(comm: Comm) -> None:
     collectives.set_timeout(timedelta(seconds=comm.train_timeout_seconds))
 
 
-def host_group() -> dist.ProcessGroup | None:
+def host_group(timeout_seconds: float | None = None) -> dist.ProcessGroup | None:
     """A gloo group of all ranks for what lies on the host, of no other use; None at one rank. Call on all ranks.
 
-    Not the default group, also where that is gloo: two threads in one gloo group mix up their messages.
+    Not the default group, also where that is gloo: two threads in one gloo group mix up their messages. Its collectives
+    may wait `timeout_seconds`, also when those of training are given less: a slow disk is no hang.
     """
-    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    if dist.get_world_size() == 1:
+        return None
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    return dist.new_group(backend="gloo", timeout=timeout, group_desc=collectives.HOST)
 
 
 def stop() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
 from quadriga.config.case import BackendFacts
 from quadriga.config.load import Loaded, load
-from quadriga.config.resolve import Catalogue, resolve
+from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.run_spec import RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
+
+BATCH = "training.global_batch_size"
+Saved = Callable[[str], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ def read(
     backends: Mapping[str, BackendFacts],
     world_size: int | None,
     training: bool,
+    saved: Saved | None = None,
 ) -> Run:
     """Read, weigh and resolve a configuration.
 
@@ -42,11 +47,13 @@ def read(
         backends: what is known of each communication backend.
         world_size: number of ranks; None: as many as the degrees ask for.
         training: False for a dry run: missing files are noted, and what training does not support yet passes.
+        saved: gives what the newest checkpoint in a folder says of its run; None where there is none.
 
     Raises:
         UserError: with every problem that was found.
     """
     loaded = load(argv, environ)
+    _keep_the_saved_batch(loaded, saved)
     tokenizer, problems, notices = _look_at_assets(loaded, training)
     schedule_csv, broken = _read_schedule(loaded)
     resolved = resolve(
@@ -64,6 +71,22 @@ def read(
         raise UserError(*found)
     spec = replace(resolved.spec, notices=(*loaded.notices, *resolved.notices, *notices))
     return Run(loaded.config, spec, loaded.origin)
+
+
+def _keep_the_saved_batch(loaded: Loaded, saved: Saved | None) -> None:
+    """A global batch of -1 means, for a run that goes on, the one that it was saved with."""
+    config = loaded.config
+    if saved is None or not config.checkpoint.enable or config.training.global_batch_size != -1 or BATCH in loaded.bad:
+        return
+    folder = checkpoint_folder(config)
+    said = saved(folder)
+    if said is None or "global_batch_size" not in said:
+        return
+    rows = int(said["global_batch_size"])
+    training = config.training.model_copy(update={"global_batch_size": rows})
+    loaded.config = config.model_copy(update={"training": training})
+    loaded.origin[BATCH] = f"the checkpoints in {folder}"
+    loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {folder} were saved with")
 
 
 def _read_schedule(loaded: Loaded) -> tuple[str | None, list[Problem]]:

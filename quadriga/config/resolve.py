@@ -202,11 +202,17 @@ def count_parameters(model: ModelSpec) -> int:
     return model.n_layers * block + embeddings + model.dim
 
 
+def checkpoint_folder(config: JobConfig) -> str:
+    """Inside the run folder, or the URL of an object store."""
+    name = config.checkpoint.folder
+    return name if "://" in name else str(PurePath(config.job.dump_folder) / name)
+
+
 def _folders(config: JobConfig) -> Folders:
     dump = PurePath(config.job.dump_folder)
     return Folders(
         dump=str(dump),
-        checkpoint=str(dump / config.checkpoint.folder),
+        checkpoint=checkpoint_folder(config),
         tensorboard=str(dump / config.metrics.save_tb_folder),
         traces=str(dump / config.profiling.save_traces_folder),
         memory_snapshots=str(dump / config.profiling.save_memory_snapshot_folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
 from quadriga.errors import nearest
 from quadriga.hardware import DEVICES, find_device
@@ -168,11 +169,29 @@ def load_step_lies_within_the_run(case: Case) -> Verdicts:
         )
 
 
-@rule("checkpoint.export_dtype", "checkpoint.last_save_model_only")
+@rule("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only", "checkpoint.enable")
+def hf_weights_are_weights_alone(case: Case) -> Verdicts:
+    checkpoint = case.config.checkpoint
+    if checkpoint.enable and checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        fix = "set checkpoint.initial_load_model_only = true"
+        yield Clash("Hugging Face weights come without an optimizer and a position in the data", fix)
+
+
+@rule("checkpoint.initial_load_in_hf", "checkpoint.initial_load_path", "model.hf_assets_path", "checkpoint.enable")
+def hf_weights_lie_somewhere(case: Case) -> Verdicts:
+    checkpoint, assets = case.config.checkpoint, case.config.model.hf_assets_path
+    if not (checkpoint.enable and checkpoint.initial_load_in_hf) or checkpoint.initial_load_path is not None:
+        return
+    if assets == BUILTIN_TOKENIZER:
+        yield Clash("no folder of weights is named", "set checkpoint.initial_load_path to the folder of safetensors")
+
+
+@rule("checkpoint.export_dtype", "checkpoint.last_save_model_only", "checkpoint.last_save_in_hf")
 def export_needs_a_save_of_weights(case: Case) -> Verdicts:
     checkpoint = case.config.checkpoint
-    if checkpoint.enable and checkpoint.export_dtype != "float32" and not checkpoint.last_save_model_only:
-        fix = "set checkpoint.last_save_model_only = true"
+    exported = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
+    if checkpoint.enable and checkpoint.export_dtype != "float32" and not exported:
+        fix = "set checkpoint.last_save_model_only = true, or checkpoint.last_save_in_hf = true"
         yield Clash(
             "a save that can be resumed keeps the weights as they are; only one of weights alone is converted", fix
         )

@@ -31,34 +31,10 @@ NOT_BUILT = (
         'use "quantize.linear.float8" alone, or remove the converters',
     ),
     Missing(
-        ("checkpoint.async_mode",),
-        lambda config: config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem",
-        "staging checkpoints in pinned memory",
-        'set it to "async" or "disabled"',
-    ),
-    Missing(
-        ("checkpoint.initial_load_in_hf",),
-        lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf,
-        "starting from Hugging Face weights",
-        "start from a checkpoint of ours, or from initial weights",
-    ),
-    Missing(
         ("checkpoint.initial_load_in_hf_quantized",),
         lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf_quantized,
         "starting from quantized weights",
-        "start from a checkpoint of ours, or from initial weights",
-    ),
-    Missing(
-        ("checkpoint.last_save_in_hf",),
-        lambda config: config.checkpoint.enable and config.checkpoint.last_save_in_hf,
-        "saving in the format of Hugging Face",
-        "set it to false",
-    ),
-    Missing(
-        ("checkpoint.create_seed_checkpoint",),
-        lambda config: config.checkpoint.enable and config.checkpoint.create_seed_checkpoint,
-        "a checkpoint of the initial weights",
-        "set it to false: initial weights depend on debug.seed alone and are the same on every layout",
+        "start from weights that are not quantized",
     ),
     Missing(
         ("optimizer.early_step_in_backward",),

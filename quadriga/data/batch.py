@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
+from quadriga.data.sources import DocumentId
+
 IGNORE = -100  # a label that no loss counts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len)."""
+    """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len).
+
+    `documents` says of each row which documents it is from; a micro-batch does not know.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    documents: tuple[tuple[DocumentId, ...], ...] = ()
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         """Cut into micro-batches of `rows` rows, in order."""

@@ -35,8 +35,8 @@ class Lanes:
     seed: int | None
     endless: bool = True
 
-    def windows(self, lane: int, place: Place = START) -> Iterator[tuple[Window, Place]]:
-        """The lane's windows from `place` on: (seq_len + 1,) int64, each with the place that follows it."""
+    def windows(self, lane: int, place: Place = START) -> Iterator[Window]:
+        """The lane's windows from `place` on."""
         documents = tokenized(self.documents(lane, place), self.tokenizer, self.seq_len)
         return windows(documents, self.seq_len, skip=place.token)
 
@@ -51,7 +51,8 @@ class Lanes:
                 for number, record in enumerate(self._records(units[turn], epoch)):
                     if number >= skip:
                         barren = 0
-                        yield self.source.parse(record), Place(epoch, turn, number)
+                        document = self.source.parse(record)._replace(id=(epoch, record.shard, record.number))
+                        yield document, Place(epoch, turn, number)
                 turn, skip = turn + 1, 0
             if not self.endless:
                 return

@@ -21,7 +21,7 @@ from quadriga.log import logger
 
 PREFETCH = 2  # batches ready, where the configuration leaves the choice
 
-Piece = list[tuple[int, Window, Place]]  # (row, window, the place after it) of the rows that one thread feeds
+Piece = list[tuple[int, Window]]  # (row, window) of the rows that one thread feeds
 
 
 def build_loader(
@@ -93,8 +93,9 @@ class Loader:
             self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
         pieces: list[Piece] = self._prefetcher.next()
         self.waited = time.perf_counter() - started
-        self._move_on({row: place for piece in pieces for row, _, place in piece})
-        return self._assemble({row: window for piece in pieces for row, window, _ in piece})
+        windows = {row: window for piece in pieces for row, window in piece}
+        self._move_on({row: window.place for row, window in windows.items()})
+        return self._assemble(windows)
 
     def state_dict(self) -> dict[str, Any]:
         """What was consumed: {"fingerprint": str, "lanes": {"<lane>": [epoch, turn, document, token]}}, JSON-able."""
@@ -106,7 +107,7 @@ class Loader:
         Raises UserError where the data are not those that the state was saved with.
         """
         if state["fingerprint"] != self.fingerprint:
-            raise UserError(*_differences(state["fingerprint"], self.fingerprint))
+            raise UserError(*differences(state["fingerprint"], self.fingerprint))
         missing = [row for row in self._rows if str(row) not in state["lanes"]]
         if missing:
             raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
@@ -129,9 +130,9 @@ class Loader:
         """Every rank reads the whole pass and keeps its rows, so that all agree on the number of batches."""
         piece: Piece = []
         filled = 0  # rows of the global batch under way
-        for window, place in self._lanes.windows(0):
+        for window in self._lanes.windows(0):
             if filled in self._rows:
-                piece.append((filled, window, place))
+                piece.append((filled, window))
             filled += 1
             if filled == self._global_batch_size:
                 yield piece
@@ -146,10 +147,10 @@ class Loader:
         labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
         for place, row in enumerate(self._rows):
             if (window := windows.get(row)) is not None:
-                ids = torch.from_numpy(window)
+                ids = torch.from_numpy(window.ids)
                 tokens[place, : len(ids) - 1] = ids[:-1]
                 labels[place, : len(ids) - 1] = ids[1:]
-        return Batch(tokens, labels)
+        return Batch(tokens, labels, tuple(windows[row].documents if row in windows else () for row in self._rows))
 
     def _move_on(self, places: Mapping[int, Place]) -> None:
         before = self._places.get(0, START).epoch
@@ -162,12 +163,13 @@ def _feed(lanes: Lanes, places: Mapping[int, Place]) -> Generator[Piece, None, N
     """Endlessly one window of each row. A function of its own, so that no thread keeps a loader alive."""
     running = {row: lanes.windows(row, place) for row, place in places.items()}
     while True:
-        yield [(row, *next(windows)) for row, windows in running.items()]
+        yield [(row, next(windows)) for row, windows in running.items()]
 
 
-def _differences(saved: str, here: str) -> list[Problem]:
+def differences(saved: str, here: str) -> list[Problem]:
+    """What differs between two fingerprints of data, each as a problem; [] where they are the same."""
     then, now = (dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
-    fix = "restore what it was, or begin the data anew with --checkpoint.exclude_from_loading dataloader"
+    fix = "restore what it was, or read the data given now from their start: --checkpoint.allow_change"
     return [
         Problem(f"data of the checkpoint: {key}", f"was {then.get(key)} when it was saved", value=now.get(key), fix=fix)
         for key in {**then, **now}

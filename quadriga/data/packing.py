@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from quadriga.data.sources import Document
+from quadriga.data.sources import Document, DocumentId
 from quadriga.data.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int32]
-Window = npt.NDArray[np.int64]
 
 LEAST_GROUP = 1 << 12  # characters encoded in one call: enough that the call costs nothing ...
 GROUP_PER_TOKEN = 8  # ... and about two windows of text, so that no lane keeps the others waiting for long
@@ -31,9 +30,18 @@ class Place(NamedTuple):
 START = Place()
 
 
+class Window(NamedTuple):
+    """What a row of a batch is made of. `ids`: (seq_len + 1,) int64; `place`: where the next window begins;
+    `documents`: those that the ids are from, in order, the one that the window before ended in included."""
+
+    ids: npt.NDArray[np.int64]
+    place: Place
+    documents: tuple[DocumentId, ...]
+
+
 def tokenized(
     documents: Iterable[tuple[Document, Place]], tokenizer: Tokenizer, seq_len: int
-) -> Iterator[tuple[Ids, Place]]:
+) -> Iterator[tuple[Ids, Place, DocumentId]]:
     """The ids of each document, with BOS and EOS at the ends of whole documents. Texts are encoded in groups."""
     enough = max(LEAST_GROUP, GROUP_PER_TOKEN * seq_len)
     group: list[tuple[Document, Place]] = []
@@ -47,18 +55,18 @@ def tokenized(
     yield from _encode(group, tokenizer)
 
 
-def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place]]:
+def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place, DocumentId]]:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = tokenizer.encode_batch([document.text for document, _ in group]) if group else []
     for (document, place), ids in zip(group, encoded, strict=True):
         before = np.array(bos if document.begins else [], np.int32)
         after = np.array(eos if document.ends else [], np.int32)
-        yield np.concatenate((before, ids, after)), place
+        yield np.concatenate((before, ids, after)), place, document.id
 
 
-def windows(documents: Iterable[tuple[Ids, Place]], seq_len: int, skip: int = 0) -> Iterator[tuple[Window, Place]]:
-    """Windows of seq_len + 1 ids, int64, and the place where the next one begins: at the last id of this one.
+def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, skip: int = 0) -> Iterator[Window]:
+    """Windows of seq_len + 1 ids, each of which begins at the last id of the one before.
 
     So every token is a label exactly once. `skip` tokens of the first document were read before. A last window that is
     not full comes out short, if it holds at least one token and its label.
@@ -66,16 +74,20 @@ def windows(documents: Iterable[tuple[Ids, Place]], seq_len: int, skip: int = 0)
     window = np.empty(seq_len + 1, np.int64)
     filled = 0
     place = START
-    for ids, place in documents:
+    inside: list[DocumentId] = []
+    for ids, place, document in documents:
         at, skip = skip, 0
+        if at < len(ids):
+            inside.append(document)
         while at < len(ids):
             taken = min(len(ids) - at, seq_len + 1 - filled)
             window[filled : filled + taken] = ids[at : at + taken]
             filled, at = filled + taken, at + taken
             if filled == seq_len + 1:
-                yield window, place._replace(token=at - 1)
+                yield Window(window, place._replace(token=at - 1), tuple(inside))
                 last = window[-1]
                 window = np.empty(seq_len + 1, np.int64)
                 window[0], filled = last, 1
+                inside = [document]
     if filled > 1:
-        yield window[:filled], place
+        yield Window(window[:filled], place, tuple(inside))

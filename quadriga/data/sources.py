@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
+
 
 class Document(NamedTuple):
     """A text, or one piece of a long text: the first piece gets the BOS token, the last one EOS."""
@@ -17,6 +19,7 @@ class Document(NamedTuple):
     text: str
     begins: bool = True
     ends: bool = True
+    id: DocumentId = (0, 0, 0)  # lanes give it
 
 
 class Record(NamedTuple):

@@ -4,6 +4,10 @@
 
 torchrun follows the end of its ranks with a traceback of its own and a box of text; here it says nothing, dies with
 the launcher, and leaves a note of which ranks ended how (`agent.json` beside the ranks' own records).
+
+Signals do not go through torchrun, which would take them for the end of the run and kill ranks that need longer than a
+fixed time to save. They are delivered to the ranks themselves as soon as all of them take signals as wishes; before
+that there is nothing to save, and torchrun ends the ranks.
 """
 
 from __future__ import annotations
@@ -11,20 +15,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from quadriga.errors import EXIT_FAULT, EXIT_OK
-from quadriga.processes import AGENT_PID, RECORDS, die_with_parent
+from quadriga.processes import AGENT_PID, RECORDS, die_with_parent, last_start, ranks_that_heed
 
 LAUNCHER_PID = "QUADRIGA_LAUNCHER_PID"
 NOTE = "agent.json"
+SAVE = signal.SIGUSR2
+DELIVERED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, SAVE)
+TORCHRUNS_OWN = "SIGQUIT"  # of the signals, the only one that torchrun handles itself
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun and return 0, or 1 when a rank failed; 128 + n when signal n ended the run."""
+    records = Path(os.environ[RECORDS])
+    courier = Courier(records, ranks=int(argv[argv.index("--nproc-per-node") + 1]))
+    for number in DELIVERED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+            signal.signal(number, courier.deliver)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE})  # the launcher has blocked it until here
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     os.environ[AGENT_PID] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -33,13 +48,34 @@ def main(argv: list[str]) -> int:
 
     logging.disable(logging.ERROR)  # the ranks speak for themselves
     try:
+        courier.interrupt = lambda number: SignalException(f"signal {number}", sigval=signal.Signals(number))
         run(parse_args(argv))
     except ChildFailedError as error:
-        leave_note(Path(os.environ[RECORDS]), error.failures)
+        leave_note(records, error.failures)
         return EXIT_FAULT
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return EXIT_OK
+
+
+class Courier:
+    """Brings signals to the ranks of this machine, `ranks` in number.
+
+    `interrupt` makes the exception that ends the run where the ranks are not that far yet: what torchrun's own handler
+    would raise, as soon as there is a torchrun.
+    """
+
+    def __init__(self, records: Path, ranks: int) -> None:
+        self._records, self._ranks = records, ranks
+        self.interrupt: Callable[[int], BaseException] = lambda number: SystemExit(128 + number)
+
+    def deliver(self, number: int, _frame: FrameType | None) -> None:
+        heeding = ranks_that_heed(last_start(self._records), os.getpid())
+        if len(heeding) == self._ranks:
+            for pid in heeding:
+                os.kill(pid, number)
+        elif number != SAVE:  # which asks to save: there is nothing to save yet
+            raise self.interrupt(number)
 
 
 def leave_note(folder: Path, failures: Mapping[int, Any]) -> None:
@@ -52,4 +88,7 @@ def leave_note(folder: Path, failures: Mapping[int, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ended = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)  # taking torch down with care takes longer than all else that is left to do

@@ -21,13 +21,17 @@ DEFAULT_RANKS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """The launch as the variables describe it: `ranks` on each of `nodes` machines, of which this is number `node`."""
+    """The launch as the variables describe it: `ranks` on each of `nodes` machines, of which this is number `node`.
+
+    `restarts`: how often the ranks are started again when one fails.
+    """
 
     ranks: int
     nodes: int = 1
     node: int = 0
     endpoint: str | None = None
     dry_run: bool = False
+    restarts: int = 0
 
     @property
     def world_size(self) -> int:
@@ -35,17 +39,18 @@ class Request:
 
 
 def read_request(environ: Mapping[str, str]) -> tuple[Request, list[Problem]]:
-    """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, LOG_RANK and DRY_RUN; what is wrong stands at its default."""
+    """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK, DRY_RUN; what is wrong stands at its default."""
     problems: list[Problem] = []
     ranks = _number(environ, "NGPU", DEFAULT_RANKS, 1, problems)
     nodes = _number(environ, "NNODES", 1, 1, problems)
     node = _number(environ, "NODE_RANK", 0, 0, problems)
+    restarts = _number(environ, "MAX_RESTARTS", 0, 0, problems)
     dry_run = _switch(environ, "DRY_RUN", problems)
     endpoint = environ.get("RDZV_ENDPOINT") or None
     if nodes > 1 and not dry_run:
         problems += _several_machines(environ, nodes, node)
     problems += _log_rank(environ, ranks * nodes)
-    return Request(ranks, nodes, node, endpoint, dry_run), problems
+    return Request(ranks, nodes, node, endpoint, dry_run, restarts), problems
 
 
 def _number(environ: Mapping[str, str], name: str, default: int, least: int, problems: list[Problem]) -> int:

@@ -6,23 +6,24 @@ leaves ranks alive when it is killed. No torch here: a wrong configuration is an
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from quadriga.checkpoint.folder import newest_extra
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
-from quadriga.launch.agent import LAUNCHER_PID, NOTE
+from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
 from quadriga.launch.dry_run import describe
+from quadriga.launch.ending import conclude
 from quadriga.launch.environment import (
     Request,
     choose_backend,
@@ -33,11 +34,10 @@ from quadriga.launch.environment import (
 )
 from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
-from quadriga.processes import RECORDS, ExitRecord, read_records
+from quadriga.processes import RECORDS, adopt_orphans
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PATIENCE_SECONDS = 300  # that ranks have after a forwarded signal to save and leave, before torchrun kills them
-
+LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ORPHAN_SECONDS = 5.0  # that what the ranks started has to end when they have ended
 
 REHEARSE = "--rehearse"
 HELP = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
@@ -47,11 +47,25 @@ Trains on the ranks of this machine from one TOML file. Every key can be given b
 --section.key=value, or --section.no_key for a switch; the command line wins over the environment, that over the file.
 
 NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND nccl or gloo; LOG_RANK (0) the ranks that print
-progress; DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a step with
-tensors that hold nothing; for several machines NNODES, NODE_RANK and
-RDZV_ENDPOINT (host:port of machine 0).
+progress; MAX_RESTARTS (0) how often the ranks are started again when one fails, to go on from the newest checkpoint;
+DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a step with tensors
+that hold nothing; for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0); PYTHON the
+interpreter.
 
-Exit codes: 0 done; 2 something that you can mend, told in one report; 1 a fault; 128 + n stopped by signal n.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP: the step is finished and saved, and the run leaves with 75; a second
+Ctrl-C ends it at once. SIGUSR2 saves and goes on. The files STOP and SAVE in the run folder do the same.
+
+Exit codes:
+  0    done
+  1    a fault of the machine or the code
+  2    something that you can mend, told in one report
+  3    checkpoints are there, and every one is damaged
+  4    a rank stopped, or a collective waited for too long
+  5    the loss or the gradients are no numbers, or jumped, and [health] says to stop
+  6    out of memory
+  75   asked to leave: saved and left; the same start goes on from there, so that a scheduler may queue it again
+  128 + n   ended by signal n, with nothing saved
+docs/operations.md tells what to do about each.
 """
 
 
@@ -80,7 +94,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     ours = rank_environment(environ, request)
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)
     # The choice made here is the one that every rank keeps, or fails by: none may choose anew.
-    return supervise(request, arguments(argv, environ), {**environ, **ours, "COMM_BACKEND": backend})
+    environ = {**environ, **ours, "COMM_BACKEND": backend}
+    return supervise(request, arguments(argv, environ), environ, run.config.checkpoint.timeout_seconds)
 
 
 def without_rehearse(argv: Sequence[str]) -> tuple[list[str], bool]:
@@ -125,6 +140,7 @@ def read_run(request: Request, argv: Sequence[str], environ: Mapping[str, str], 
         backends=BACKENDS,
         world_size=request.world_size,
         training=training,
+        saved=newest_extra,
     )
 
 
@@ -150,22 +166,30 @@ def _ranks_in_words(request: Request) -> str:
     return f"{here} on each of {request.nodes} machines (this is number {request.node})"
 
 
-def supervise(request: Request, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run the ranks of this machine to their end. Returns the exit code of the run."""
+def supervise(request: Request, argv: Sequence[str], environ: Mapping[str, str], patience: float) -> int:
+    """Run the ranks of this machine to their end. Returns the exit code of the run.
+
+    `patience`: the seconds that the ranks have to save and leave when a signal asks for it.
+    """
+    adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
         child_environ = {
             **environ,
             "PYTHONPATH": _with_our_folder(environ),
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_SECONDS)),
             LAUNCHER_PID: str(os.getpid()),
             RECORDS: folder,
         }
         command = [sys.executable, "-m", "quadriga.launch.agent", *torchrun_arguments(request), *argv]
-        # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once.
-        child = subprocess.Popen(command, env=child_environ, start_new_session=True)
-        with forwarding(child) as received:
+        with heeding(patience) as signals:
+            # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once. An agent
+            # that has only begun to start is not to die of a wish to save: it takes it up when it is ready.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE})
+            child = subprocess.Popen(command, env=child_environ, start_new_session=True)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE})
+            signals.pass_to(child)
             code = child.wait()
-        return conclude(Path(folder), request.ranks, code, received)
+        collect_orphans()
+        return conclude(Path(folder), request.ranks, code, signals.to_leave)
 
 
 def torchrun_arguments(request: Request) -> list[str]:
@@ -175,9 +199,8 @@ def torchrun_arguments(request: Request) -> list[str]:
     else:
         meeting = ["--nnodes", str(request.nodes), "--node-rank", str(request.node), "--rdzv-backend", "static"]
         meeting += ["--rdzv-endpoint", str(request.endpoint), "--rdzv-id", "quadriga"]
-    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    ranks = ["--nproc-per-node", str(request.ranks), "--signals-to-handle", signals]
-    return [*meeting, *ranks, "-m", "quadriga.train"]
+    ranks = ["--nproc-per-node", str(request.ranks), "--max-restarts", str(request.restarts)]
+    return [*meeting, *ranks, "--signals-to-handle", TORCHRUNS_OWN, "-m", "quadriga.train"]
 
 
 def _with_our_folder(environ: Mapping[str, str]) -> str:
@@ -185,90 +208,67 @@ def _with_our_folder(environ: Mapping[str, str]) -> str:
     return os.pathsep.join(filter(None, [ours, environ.get("PYTHONPATH")]))
 
 
+class Signals:
+    """What the launcher was told, passed on to the agent; `to_leave` are those that ask for the end of the run.
+
+    A second Ctrl-C ends all at once, and so does the end of `patience` seconds after the first wish to leave: the ranks
+    die with the agent.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.to_leave: list[int] = []
+        self._patience = patience
+        self._early: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def pass_to(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        while self._early:
+            child.send_signal(self._early.pop(0))
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            self._end("they were not done within %g s (checkpoint.timeout_seconds): killed", self._patience)
+            return
+        if number != SAVE:
+            self.to_leave.append(number)
+            if len(self.to_leave) == 1:
+                signal.setitimer(signal.ITIMER_REAL, self._patience)
+        if self.to_leave.count(signal.SIGINT) > 1:
+            self._end("interrupted twice: killed")
+        elif self._child is None:
+            self._early.append(number)
+        else:
+            self._child.send_signal(number)
+
+    def _end(self, why: str, *facts: object) -> None:
+        if self._child is not None:
+            logger.error(f"{why}; saves that were finished before are whole", *facts)
+            self._child.kill()
+
+
 @contextmanager
-def forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass signals on to the child, and yield the list of those received. A second Ctrl-C ends all at once."""
-    received: list[int] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        impatient = received.count(signal.SIGINT) > 1
-        child.send_signal(signal.SIGKILL if impatient else number)  # the ranks die with the agent
-
+def heeding(patience: float) -> Iterator[Signals]:
+    """Take signals as wishes about the run, and no longer as our own death."""
+    signals = Signals(patience)
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-    for number in map(int, FORWARDED):
+    for number in map(int, (*LEAVE, SAVE, signal.SIGALRM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
-            before[number] = signal.signal(number, forward)
+            before[number] = signal.signal(number, signals.receive)
     try:
-        yield received
+        yield signals
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class Death:
-    """A rank that ended without a word: `exitcode` -n means killed by signal n. `time` in whole seconds."""
-
-    rank: int
-    pid: int
-    exitcode: int
-    time: float
-
-    def __str__(self) -> str:
-        if self.exitcode >= 0:
-            return f"rank {self.rank} (process {self.pid}) left with exit code {self.exitcode} and no word"
-        name = signal.Signals(-self.exitcode).name
-        text = f"rank {self.rank} (process {self.pid}) was killed by {name}"
-        if self.exitcode == -signal.SIGKILL:
-            text += "\nThe kernel does this when the machine runs out of memory (see `dmesg`); a scheduler may, too."
-        return text
-
-
-def conclude(folder: Path, ranks: int, code: int, received: Sequence[int]) -> int:
-    """Show the first failing rank's error last, and return the exit code of the run.
-
-    Args:
-        folder: the ranks' records and the agent's note.
-        ranks: of this machine.
-        code: the agent's own exit code, negative when a signal killed it.
-        received: the signals that were passed on, in order.
-    """
-    if code == EXIT_OK:
-        return EXIT_OK
-    records = read_records(folder)
-    failed = [record for record in records if record.code != EXIT_OK]
-    if received and len(records) == ranks and not failed:
-        return EXIT_OK  # every rank took the signal as a wish to save and leave, and did
-    first = first_failure(failed, deaths(folder, failed))
-    if received and (not isinstance(first, ExitRecord) or first.lost_peer or first.code == 128 + received[0]):
-        logger.error("stopped by %s", signal.Signals(received[0]).name)
-        return 128 + received[0]
-    if first is None:
-        logger.error("torchrun ended with code %d before any rank said why; its output is above", code)
-        return EXIT_FAULT
-    if isinstance(first, Death):
-        logger.error("%s", first)
-        return EXIT_FAULT
-    logger.error("%s", first.details if first.user_error else f"rank {first.rank} failed first:\n\n{first.details}")
-    return first.code
-
-
-def deaths(folder: Path, records: Sequence[ExitRecord]) -> list[Death]:
-    """The failed ranks that left no record, from the agent's note."""
-    note = folder / NOTE
-    ends = json.loads(note.read_text()) if note.exists() else {}
-    spoke = {record.rank for record in records}
-    return [Death(int(rank), **end) for rank, end in ends.items() if int(rank) not in spoke]
-
-
-def first_failure(records: Sequence[ExitRecord], silent: Sequence[Death]) -> ExitRecord | Death | None:
-    """What went wrong first. A lost peer is a consequence, and torchrun ends the survivors with SIGTERM."""
-
-    def order(failure: ExitRecord | Death) -> tuple[bool, float, bool]:
-        if isinstance(failure, Death):
-            return failure.exitcode == -signal.SIGTERM, failure.time, False
-        return failure.lost_peer, failure.time, True
-
-    failures: list[ExitRecord | Death] = [*records, *silent]
-    return min(failures, key=order, default=None)
+def collect_orphans() -> None:
+    """See the last of what the agent left behind, so that neither a process nor a zombie of the run remains."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.02)
+        except ChildProcessError:
+            return

@@ -56,7 +56,7 @@ def read_metrics(path: str | os.PathLike[str], kind: str = "train") -> list[Reco
     """
     newest = 0
     kept: dict[int, Record] = {}
-    for record in _records(Path(path)):
+    for record in records_of(Path(path)):
         if record["attempt"] > newest:
             newest = record["attempt"]
             kept = {step: old for step, old in kept.items() if step < record["step"]}
@@ -78,7 +78,8 @@ def next_attempt(path: str | os.PathLike[str]) -> int:
     return 1 + (int(json.loads(whole_lines[-1])["attempt"]) if whole_lines else 0)
 
 
-def _records(path: Path) -> Iterator[Record]:
+def records_of(path: Path) -> Iterator[Record]:
+    """Every record of a file of ours, but for a last line that was torn. Raises ValueError naming the line."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):

@@ -118,6 +118,7 @@ def _memory_used(record: Record) -> str:
 # Names of the vocabulary that users' dashboards already know: (name, key of the record, factor).
 CURVES: Sequence[tuple[str, str, float]] = (
     ("loss_metrics/global_avg_loss", "loss", 1),
+    ("loss_metrics/global_max_loss", "max_loss", 1),
     ("grad_norm", "grad_norm", 1),
     ("lr", "lr", 1),
     ("n_tokens_seen", "tokens_seen", 1),

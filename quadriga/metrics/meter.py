@@ -2,7 +2,9 @@
 
 What a record says, and how:
 
-- `loss`, `grad_norm`, `lr`: of the logged step itself. Every other figure covers the steps since the record before.
+- `loss`, `grad_norm`, `lr`: of the logged step itself. `max_loss`: of the ranks' own mean losses the greatest.
+- `skipped_steps`: how many steps of the run were bad and left the weights alone (see `[health]`).
+- Every other figure covers the steps since the record before.
 - `step_seconds`: wall time per step, without the time spent in `paused()` (saving, validating).
 - `tokens_per_second`: tokens of the whole run per second; `tokens_per_second_per_device` is that over the devices.
 - `tflops` = flops_per_token x tokens_per_second_per_device / 1e12, the model's own arithmetic: recomputation is not
@@ -68,7 +70,8 @@ class Meter:
         self._window_wait += metrics.data_wait
         if not self.is_logging_step(metrics.step):
             return None
-        loss, grad_norm = torch.stack((metrics.loss.detach(), metrics.grad_norm.detach())).tolist()
+        scalars = (metrics.loss, metrics.max_loss, metrics.grad_norm, metrics.skipped)
+        loss, max_loss, grad_norm, skipped = torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
         now = self._clock()
         wall = now - self._window_start
         working = max(wall - self._window_pause, 1e-9)
@@ -82,7 +85,9 @@ class Meter:
             "time": time.time(),
             "elapsed_seconds": now - self._start,
             "loss": loss,
+            "max_loss": max_loss,
             "grad_norm": grad_norm,
+            "skipped_steps": int(skipped),
             "lr": metrics.lr,
             "tokens_seen": metrics.tokens_seen,
             "tokens_per_second": rate,

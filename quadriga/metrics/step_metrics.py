@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """`loss` and `grad_norm` are float32 scalars on the device, already reduced over all ranks.
+    """`loss`, `max_loss` and `grad_norm` are scalars on the device, already reduced over all ranks.
 
-    `loss` is the mean cross-entropy of the step's global batch in nats per token; `grad_norm` is the global L2 norm
-    before clipping. `data_wait` is in seconds.
+    `loss` is the mean cross-entropy of the step's global batch in nats per token, `max_loss` the greatest of the ranks'
+    own means; `grad_norm` is the global L2 norm before clipping. `skipped`: how many steps of the run so far were bad
+    and left the weights alone; `verdict`: on this one (see `train.health`). `data_wait` is in seconds. `documents`: by
+    row of this rank, the names of those that the row was made of.
     """
 
     step: int
@@ -21,3 +24,7 @@ class StepMetrics:
     lr: float
     tokens_seen: int
     data_wait: float
+    max_loss: torch.Tensor
+    skipped: torch.Tensor
+    verdict: torch.Tensor
+    documents: Sequence[Sequence[tuple[int, int, int]]] = ()

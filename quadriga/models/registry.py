@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from quadriga.config.model_spec import ModelSpec
+from quadriga.models.llama import hf_config as llama_hf_config
+from quadriga.models.llama import hf_names as llama_hf_names
 from quadriga.models.llama import plan as llama_plan
 from quadriga.models.llama import spec as llama_spec
 from quadriga.models.plan import ParallelPlan
@@ -43,6 +46,30 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """Forward and backward, attention halved for causality, the input embedding left out unless tied, no recompute."""
     _known(spec)
     return llama_spec.flops_per_token(spec, seq_len)
+
+
+def hf_names(spec: ModelSpec) -> llama_hf_names.HfNames:
+    """The model's tensors on both sides of the Hugging Face door."""
+    _known(spec)
+    return llama_hf_names.HfNames(spec)
+
+
+def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, seq_len: int = 0) -> dict[str, Any]:
+    """The fields of a Hugging Face `config.json` but the dtype. Unknown token ids are null, since a field that is left
+    out means token 1 or 2; `seq_len`: of the sequences that it was trained on, where these are longer than usual."""
+    _known(spec)
+    config: dict[str, Any] = llama_hf_names.hf_config(spec)
+    longest = max(config["max_position_embeddings"], seq_len)
+    return {**config, "max_position_embeddings": longest, "bos_token_id": bos_id, "eos_token_id": eos_id}
+
+
+def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The model that a `config.json` describes; a flavor of ours has its name, another is called `hf`. Raises UserError
+    for a model that is not built here; `where` names the file in it."""
+    spec = llama_hf_config.spec_from_hf(config, where)
+    flavors = catalogue()[spec.name]
+    known = (flavor for flavor, size in flavors.items() if replace(size, flavor="") == spec)
+    return replace(spec, flavor=next(known, "hf"))
 
 
 def _known(spec: ModelSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,27 @@ from torch.distributed.tensor import DTensor
 
 Reduce = Callable[[Tensor], Tensor]
 EPSILON = 1e-6  # keeps the division finite; the customary value
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """`total`: over all gradients and all ranks that hold a part of them, float32, shape (), before any clipping.
+
+    `own`: of each gradient, in the order given, the norm of this rank's part of it; on a CPU the norms of its rows.
+    """
+
+    total: Tensor
+    own: list[Tensor]
+
+    def first_not_finite(self) -> Tensor:
+        """Which gradient is the first that holds a number that is not finite: int64, shape (); -1 where none does."""
+        if not self.own:
+            return torch.tensor(-1)
+        if self.own[0].device.type == "cpu":
+            found = (number for number, norms in enumerate(self.own) if not norms.isfinite().all())
+            return torch.tensor(next(found, -1))
+        finite = torch.stack(self.own).isfinite().int()
+        return torch.where(finite.all(), -1, finite.argmin())
 
 
 @torch.no_grad()
@@ -27,28 +49,47 @@ def clip_gradients(
     Returns:
         The norm before clipping: float32, shape (), on the gradients' device, the same on all ranks that share them.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(gradients, sum_over_stages)
-    if max_norm > 0 and gradients:
-        scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+    gradients = gradients_of(parameters)
+    norm = gradient_norms(gradients, sum_over_stages).total
+    scale_gradients(gradients, norm, max_norm)
     return norm
 
 
 @torch.no_grad()
+def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of this global norm to `max_norm`, if that is above 0 and they exceed it."""
+    if max_norm > 0 and gradients:
+        own = [_local(gradient) for gradient in gradients]
+        scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_(own, scale.to(own[0].device))
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+@torch.no_grad()
 def global_norm(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> Tensor:
-    """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ().
+    """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ()."""
+    return gradient_norms(gradients, sum_over_stages).total
+
+
+@torch.no_grad()
+def gradient_norms(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> GradientNorms:
+    """The global norm, and those that it was made of.
 
     Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by
     an amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and
     the losses of two layouts would drift apart faster than by the order of their sums alone.
     """
+    gradients = list(gradients)
+    own = _own_norms([_local(gradient) for gradient in gradients])
     by_mesh: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        by_mesh[_holders(gradient)].append(_local(gradient))
-    squares = [_over_holders(_sum_of_squares(locals_), mesh, dims) for (mesh, dims), locals_ in by_mesh.items()]
+    for gradient, norms in zip(gradients, own, strict=True):
+        by_mesh[_holders(gradient)].append(norms)
+    squares = [_over_holders(_sum_of_squares(norms), mesh, dims) for (mesh, dims), norms in by_mesh.items()]
     square = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    return (sum_over_stages(square) if sum_over_stages else square).sqrt().float()
+    return GradientNorms((sum_over_stages(square) if sum_over_stages else square).sqrt().float(), own)
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -65,18 +106,23 @@ def _holders(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     return gradient.device_mesh, cut
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+def _own_norms(tensors: list[Tensor]) -> list[Tensor]:
+    if not tensors:
+        return []
     if tensors[0].device.type == "cpu":
-        # Float32 will do for a row's own norm, or that of its part: the errors of thousands of rows cancel, and where
-        # matrices are cut between rows they are the same on every layout. To convert whole matrices would take longer
-        # than the norm itself.
-        norms = torch.cat([_row_norms(tensor) for tensor in tensors])
-    else:
-        norms = torch.stack(torch._foreach_norm(tensors, 2.0, torch.float64))  # one kernel, accumulates in float64
-    return norms.double().square().sum()
+        return [_row_norms(tensor) for tensor in tensors]
+    return list(torch._foreach_norm(tensors, 2.0, torch.float64))  # one kernel, accumulates in float64
+
+
+def _sum_of_squares(norms: list[Tensor]) -> Tensor:
+    joined = torch.cat(norms) if norms[0].dim() else torch.stack(norms)
+    return joined.double().square().sum()
 
 
 def _row_norms(tensor: Tensor) -> Tensor:
+    # Float32 will do for a row's own norm, or that of its part: the errors of thousands of rows cancel, and where
+    # matrices are cut between rows they are the same on every layout. To convert whole matrices would take longer than
+    # the norm itself.
     if tensor.dim() >= 2:
         return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).flatten()
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).unsqueeze(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
+from quadriga.checkpoint.folder import newest_extra
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError
@@ -19,7 +21,8 @@ from quadriga.train import guards
 HELP = """usage: python -m quadriga.train --job.config_file FILE [--section.key value ...]        one rank
        torchrun --nproc_per_node=N torchtitan/train.py --job.config_file FILE [...]    N ranks
 
-./run_train.sh does the second with its checks made before anything starts, and without torchrun's noise.
+./run_train.sh does the second with its checks made before anything starts, and without torchrun's noise; its --help
+tells the signals that a run heeds, and all exit codes.
 """
 
 
@@ -43,9 +46,10 @@ def main(argv: Sequence[str]) -> int:
         with guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
             from quadriga.train.loop import run as train  # imports torch, which a wrong configuration need not wait for
 
-            return guards.leave(environ, train(run, environ))
+            ended = guards.end_of_the_start_before(environ)
+            return guards.leave(environ, train(run, environ)) if ended is None else ended
     except KeyboardInterrupt:
-        return guards.leave(environ, guards.INTERRUPTED)
+        return guards.interrupted(environ)
     except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
         return guards.report_failure(environ, error)
 
@@ -65,11 +69,13 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
         backends=BACKENDS,
         world_size=int(environ.get("WORLD_SIZE", "1")),
         training=True,
+        saved=newest_extra,
     )
 
 
 def start() -> NoReturn:
     """The whole life of the process that torchrun starts."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a wish to save is no harm before there is anything to save
     guards.end_process(main(sys.argv[1:]))
 
 

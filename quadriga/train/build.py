@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga import log
-from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.states import ModelState, OptimizerState
+from quadriga.checkpoint.manager import CheckpointManager, Stateful
+from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives, process_group
 from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import Run
 from quadriga.config.schema import LinearFloat8, Training
+from quadriga.config.words import plural
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
-from quadriga.metrics.jsonl import next_attempt
-from quadriga.metrics.loggers import JSONL_NAME, Logger, build_loggers
+from quadriga.log import logger
+from quadriga.metrics.documents import DocumentLog
+from quadriga.metrics.events import Events
+from quadriga.metrics.loggers import Logger, build_loggers
 from quadriga.metrics.meter import Meter, Record
 from quadriga.metrics.profiler import Profiler
 from quadriga.models import registry
@@ -37,11 +39,19 @@ from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
+from quadriga.train import continuity
+from quadriga.train.bad_steps import BadSteps
+from quadriga.train.checks import Checks
+from quadriga.train.health import Health
+from quadriga.train.ledger import open_ledger
 from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
-from quadriga.train.record import write_record
+from quadriga.train.record import versions, write_record
+from quadriga.train.replicas import ReplicaCheck
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
 from quadriga.train.validate import Validator
+from quadriga.train.watchdog import Watchdog
+from quadriga.train.wishes import Wishes
 
 Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 
@@ -60,6 +70,10 @@ class Trainer:
     loggers: list[Logger]
     profiler: Profiler
     checkpoints: CheckpointManager
+    events: Events
+    checks: Checks
+    wishes: Wishes
+    watchdog: Watchdog
     validator: Validator | None
     last_record: Record | None = None  # of a training step
 
@@ -67,8 +81,8 @@ class Trainer:
         """Give a record to every logger; None, between logging steps, to nobody."""
         if record is not None:
             self.last_record = record if record["kind"] == "train" else self.last_record
-            for logger in self.loggers:
-                logger.write(record)
+            for writer in self.loggers:
+                writer.write(record)
 
     def close(self) -> None:
         """Wait for what is still being written, and end the threads."""
@@ -76,8 +90,9 @@ class Trainer:
         if self.validator is not None:
             self.validator.loader.close()
         self.checkpoints.close()
-        for logger in self.loggers:
-            logger.close()
+        self.checks.close()
+        for writer in self.loggers:
+            writer.close()
 
 
 def build(run: Run, environ: Mapping[str, str]) -> Trainer:
@@ -87,7 +102,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     backend = choose(config.comm.backend, torch.cuda.is_available())
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
-    attempt = next_attempt(Path(spec.folders.dump, JSONL_NAME))
+    events = open_ledger(spec, backend)
     if collectives.rank() == 0:
         write_record(Path(spec.folders.dump), config, backend, spec.world_size)
 
@@ -105,10 +120,15 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     )
 
     parts = build_parts(run, mesh, device)
-    state = build_state(run, parts, loader, attempt)
+    state = build_state(run, parts, loader, events.attempt)
+    state.health = Health(config.health, device)
     recipe = build_recipe(run, mesh, device, parts)
-    checkpoints = CheckpointManager(config.checkpoint, spec.folders.checkpoint, process_group.host_group())
-    resume(state, checkpoints)
+    patience = config.checkpoint.timeout_seconds
+    checkpoints = CheckpointManager(
+        config.checkpoint, spec.folders.checkpoint, process_group.host_group(patience), tell=events.tell
+    )
+    if not config.checkpoint.create_seed_checkpoint:
+        resume(run, state, checkpoints)
     return Trainer(
         run=run,
         backend=backend,
@@ -121,7 +141,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
             steps=spec.steps,
             first_step=state.step + 1,
             tokens_seen=state.tokens_seen,
-            attempt=attempt,
+            attempt=events.attempt,
             devices=spec.world_size,
             flops_per_token=registry.flops_per_token(spec.model, spec.seq_len),
             peak_flops=peak_flops(device, config.training),
@@ -145,6 +165,15 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
             steps=spec.steps,
         ),
         checkpoints=checkpoints,
+        events=events,
+        checks=build_checks(run, mesh, state, events, rows),
+        wishes=Wishes(
+            spec.folders.dump,
+            environ,
+            process_group.host_group(patience),
+            saves=config.checkpoint.enable and not config.checkpoint.load_only,
+        ),
+        watchdog=Watchdog(config.comm, patience, state.progress, spec.folders.comm_traces, events, environ),
         validator=build_validator(run, mesh, device, parts, tokenizer) if config.validation.enable else None,
     )
 
@@ -183,7 +212,7 @@ def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, f
         float8=float8_of(run),
     )
     if config.model.converters and config.model.print_after_conversion:
-        log.logger.info("%s", model)
+        logger.info("%s", model)
     held_on = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill(model, plan.parameters, spec.seed, held_on)
     return model
@@ -278,29 +307,60 @@ def build_validator(
     return Validator(loader, forward, device, section.freq, section.steps)
 
 
-def resume(state: TrainState, checkpoints: CheckpointManager) -> None:
-    """Put the state where the newest checkpoint stood; leave it alone where there is none."""
+def build_checks(run: Run, mesh: Mesh, state: TrainState, events: Events, rows: range) -> Checks:
+    folder = run.spec.folders.dump
+    first_row = rows.start if mesh.reads_rows else None
+    documents = None
+    if run.config.metrics.log_documents and first_row is not None:
+        documents = DocumentLog(folder, rank=events.rank, attempt=events.attempt, first_row=first_row)
+    return Checks(
+        documents,
+        BadSteps(state.health, state.parts, events, folder, first_row),
+        ReplicaCheck(run.config.health.replica_check_interval, state.parts, mesh),
+    )
+
+
+def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
+    """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
+    state.progress.at("load")
     found = checkpoints.find()
     if found is None:
         return
-    checkpoints.load(found, saved_tensors(state))
+    tensors = saved_tensors(state)
+    if found.resume:
+        continuity.check(found.extra, run, state.loader)
+        if found.extra["world_size"] != run.spec.world_size:
+            logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
+            del tensors["random"]
+    checkpoints.load(found, tensors)
     if found.resume:
         restore_extra(state, found.extra)
 
 
-def saved_tensors(state: TrainState) -> dict[str, ModelState | OptimizerState]:
-    return {"model": ModelState(state.parts), "optimizer": OptimizerState(state.parts, [state.optimizer])}
+def saved_tensors(state: TrainState) -> dict[str, Stateful]:
+    return {
+        "model": ModelState(state.parts),
+        "optimizer": OptimizerState(state.parts, [state.optimizer]),
+        "random": RandomState(collectives.rank()),
+    }
 
 
-def saved_extra(state: TrainState) -> dict[str, Any]:
+def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
     data = state.loader.state_dict()
     for other in collectives.all_gather_objects(data["lanes"]):
         data["lanes"].update(other)
     return {
-        "train_state": {"step": state.step, "tokens_seen": state.tokens_seen, "attempt": state.attempt},
+        "train_state": {
+            "step": state.step,
+            "tokens_seen": state.tokens_seen,
+            "attempt": state.attempt,
+            "health": state.health.state_dict(),
+        },
         "lr_scheduler": {"done": state.schedule.last_epoch},
         "dataloader": data,
+        **continuity.facts(run),
+        "versions": versions(),
     }
 
 
@@ -309,10 +369,16 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
     if "train_state" in extra:
         state.step = extra["train_state"]["step"]
         state.tokens_seen = extra["train_state"]["tokens_seen"]
+        if "health" in extra["train_state"]:
+            state.health.load_state_dict(extra["train_state"]["health"])
     if "lr_scheduler" in extra:
         wind_to(state.schedule, extra["lr_scheduler"]["done"])
-    if "dataloader" in extra:
+    if "dataloader" not in extra:
+        return
+    if extra["dataloader"]["fingerprint"] == state.loader.fingerprint:
         state.loader.load_state_dict(extra["dataloader"])
+    else:  # only with `checkpoint.allow_change`
+        logger.warning("these are other data than the checkpoint's: reading begins at their start")
 
 
 def set_numerics(run: Run) -> None:

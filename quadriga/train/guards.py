@@ -8,22 +8,43 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
+from quadriga.errors import (
+    EXIT_FAULT,
+    EXIT_NO_GOOD_CHECKPOINT,
+    EXIT_NOT_FINITE,
+    EXIT_OK,
+    EXIT_USAGE,
+    Fault,
+    Problem,
+    UserError,
+)
 from quadriga.log import logger
-from quadriga.processes import AGENT_PID, ExitRecord, die_with_parent, records_folder
+from quadriga.processes import (
+    AGENT_PID,
+    RESTART_COUNT,
+    ExitRecord,
+    die_with_parent,
+    first_failure,
+    read_records,
+    records_folder,
+)
 
 LOCK_NAME = ".lock"
 LOCK_PATIENCE_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
 DOOR_PATIENCE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 60.0  # longer than any report takes
 INTERRUPTED = 130  # 128 + SIGINT
+LEFT = "quadriga/left"  # where ranks of a bare torchrun note that they were asked to leave
+FINAL = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
 # How gloo, NCCL and the rendezvous store say that the other side is gone.
 LOST_PEER = (
     "connection closed by peer",
@@ -107,12 +128,50 @@ def _in_use(handle: int, folder: str) -> Problem:
     return Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)
 
 
+def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
+    """After a restart by torchrun: say what ended the start before. To be called when torch is imported.
+
+    Returns the exit code with which this start ends at once, where the run was asked to leave or would only meet the
+    same again; None where it is to try.
+    """
+    restart, folder = int(environ.get(RESTART_COUNT, "0")), records_folder(environ)
+    if restart == 0:
+        return None
+    if folder is None:
+        store = _store(environ)
+        return int(store.get(LEFT)) if store.check([LEFT]) else None
+    failure = first_failure(read_records(folder.with_name(str(restart - 1))))
+    if failure is not None and failure.code in FINAL:
+        failure.write(folder)
+        return failure.code
+    if environ.get("LOCAL_RANK", "0") == "0":
+        cause = f"rank {failure.rank} failed:\n\n{failure.details}\n" if failure else "a rank died without a word"
+        logger.warning("restart %d of %s, since %s", restart, environ.get("TORCHELASTIC_MAX_RESTARTS", "?"), cause)
+    return None
+
+
 def leave(environ: Mapping[str, str], code: int) -> int:
-    """Record an end that needs no words. Returns `code`."""
+    """Record an end that is no failure; a `code` other than 0 says that this rank was asked to leave.
+
+    Returns what torchrun is to be told. Where the launcher reads the record that is 0, for torchrun would kill ranks
+    that are slower to leave, or start all of them again.
+    """
+    asked, folder = code != EXIT_OK, records_folder(environ)
+    if folder is None:
+        if asked and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            with suppress(RuntimeError):
+                _store(environ).set(LEFT, str(code))
+        return code
+    ExitRecord(_rank(environ), code, time.time(), asked=asked).write(folder)
+    return EXIT_OK
+
+
+def interrupted(environ: Mapping[str, str]) -> int:
+    """Record a Ctrl-C before training began: there is nothing to save."""
     folder = records_folder(environ)
     if folder is not None:
-        ExitRecord(_rank(environ), code, time.time()).write(folder)
-    return code
+        ExitRecord(_rank(environ), INTERRUPTED, time.time()).write(folder)
+    return INTERRUPTED
 
 
 def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
@@ -131,31 +190,55 @@ def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
     return error.exit_code
 
 
-def report_failure(environ: Mapping[str, str], error: BaseException) -> int:
-    """Report what ended this rank: in full, or in a line where the launcher shows the first failure in full."""
+_last_words = threading.RLock()
+
+
+def take_the_word() -> None:
+    """See to it that this thread alone reports the end of this rank; wait for that end where another has begun to."""
+    if not _last_words.acquire(blocking=False):
+        time.sleep(LAST_WORDS_SECONDS)
+
+
+def report_failure(environ: Mapping[str, str], error: BaseException, since: float | None = None) -> int:
+    """Report what ended this rank: in full, or in a line where the launcher shows the first failure in full.
+
+    `since`: when it went wrong, in seconds since the epoch; now, if not given.
+    """
+    take_the_word()
     folder = records_folder(environ)
     if folder is not None:
-        record = _record(folder, environ, error)
+        record = _record(folder, environ, error, since)
         logger.error("rank %d failed: %s", record.rank, record.error)
         return record.code
+    report = _report(error)
+    if report is None:
+        logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
+    elif _is_first_to_say(report, environ):
+        print(report, file=sys.stderr)
+    return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, UserError | Fault) else EXIT_FAULT
+
+
+def _report(error: BaseException) -> str | None:
+    """What is shown of an error as it stands; None where it is the traceback that tells."""
     if isinstance(error, UserError):
-        if _is_first_to_say(error.report, environ):
-            print(error.report, file=sys.stderr)
-        return error.exit_code
-    logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
-    return EXIT_FAULT
+        return error.report
+    return str(error) if isinstance(error, Fault) else None
 
 
-def _record(folder: Path, environ: Mapping[str, str], error: BaseException) -> ExitRecord:
-    user_error = isinstance(error, UserError)
-    text = "".join(traceback.format_exception_only(error)).strip()
+def _record(folder: Path, environ: Mapping[str, str], error: BaseException, since: float | None = None) -> ExitRecord:
+    report, text = _report(error), "".join(traceback.format_exception_only(error)).strip()
+    line = str(error.problems[0]) if isinstance(error, UserError) else report or text
     record = ExitRecord(
         rank=_rank(environ),
-        code=error.exit_code if isinstance(error, UserError) else EXIT_FAULT,
-        time=time.time(),
-        error=str(error.problems[0]).splitlines()[0] if isinstance(error, UserError) else text.splitlines()[0],
-        details=error.report if isinstance(error, UserError) else _traceback(error),
-        user_error=user_error,
+        code=_code(error),
+        time=since or time.time(),
+        error=line.splitlines()[0],
+        details=report or _traceback(error),
+        is_report=report is not None,
         lost_peer=isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST_PEER),
     )
     record.write(folder)
@@ -182,13 +265,20 @@ def _rank(environ: Mapping[str, str]) -> int:
 
 def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
     """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
-    dist = sys.modules.get("torch.distributed")  # not imported for this: before training does, one rank alone can fail
-    if dist is None or int(environ.get("WORLD_SIZE", "1")) == 1:
+    if int(environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
-        said = store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1)
+        store = _store(environ)
+        return store is None or store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
     except RuntimeError:  # no store to ask: better said twice than not at all
         return True
-    return bool(said == 1)
+
+
+def _store(environ: Mapping[str, str]) -> Any:
+    """The store of torchrun, by a connection of our own. None before torch is imported, which is not done for this:
+    one rank alone can fail then."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None:
+        return None
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from typing import Any
 
-from quadriga.comm import process_group
+from quadriga.checkpoint import folder as checkpoint_folder
+from quadriga.comm import collectives, process_group
 from quadriga.config import Run
-from quadriga.errors import EXIT_OK
+from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
-from quadriga.train import header
+from quadriga.train import header, wishes
 from quadriga.train.build import Trainer, build, saved_extra, saved_tensors
+from quadriga.train.faults import witnessed
 from quadriga.train.step import train_step
 
 
@@ -19,42 +22,83 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
     """Train as `run` says, on this rank. Returns the exit code; faults are raised."""
     if run.config.checkpoint.enable and header.say_if_finished(run):
         return EXIT_OK
-    trainer = build(run, environ)
-    start = time.perf_counter()
-    header.show(trainer)
-    train(trainer)
-    # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end, and an
-    # error made by closing would hide the first one. Every line and event is on disk when it is written.
-    trainer.close()
-    header.summarize(trainer, time.perf_counter() - start)
-    process_group.stop()
-    return EXIT_OK
+    with witnessed(run) as witness:
+        trainer = witness.trainer = build(run, environ)
+        if run.config.checkpoint.create_seed_checkpoint:
+            save(trainer, last=False)
+            trainer.close()
+            return EXIT_OK
+        start = time.perf_counter()
+        header.show(trainer)
+        tell(trainer, "ready")
+        with trainer.wishes.heard():
+            asked = train(trainer)
+            # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end,
+            # and an error made by closing would hide the first one. Every line and event is on disk when it is written.
+            trainer.state.progress.at("leave")
+            trainer.close()
+            code = EXIT_OK if asked is None else leave(trainer, asked)
+            tell(trainer, "end", code=code, reason="finished" if asked is None else "asked to leave")
+        trainer.watchdog.stop()
+        if code == EXIT_OK:
+            header.summarize(trainer, time.perf_counter() - start)
+        process_group.stop()
+        return code
 
 
-def train(trainer: Trainer) -> None:
-    """From the step that the state stands at to the last one."""
-    state, spec = trainer.state, trainer.run.spec
+def train(trainer: Trainer) -> int | None:
+    """From the step that the state stands at to the last one, or to one after which all ranks agreed to leave: then
+    what asked for it."""
+    state, spec, asked = trainer.state, trainer.run.spec, None
     started_at = state.step
     gc.disable()  # collected when we choose, on all ranks at the same step: a straggler makes all wait
     with trainer.profiler:
-        while state.step < spec.steps:
+        while state.step < spec.steps and asked is None:
             metrics = train_step(state, trainer.recipe, trainer.mesh)
             if state.step == started_at + 1:
+                trainer.watchdog.start()
                 process_group.tighten_timeouts(trainer.run.config.comm)
-            trainer.write(trainer.meter.record(metrics))
+            state.progress.at("record")
+            record = trainer.meter.record(metrics)
+            trainer.write(record)
+            trainer.checks.after_step(metrics, record)
             trainer.profiler.step(state.step)
             if trainer.validator and trainer.validator.is_due(state.step):
                 validate(trainer)
+            agreed = trainer.wishes.exchange(trainer.checkpoints.minutes_have_passed())
             last = state.step == spec.steps
-            if trainer.checkpoints.due(state.step, last):
+            asked = None if last else agreed.leave
+            if trainer.checkpoints.due(state.step, last, wanted=agreed.save or asked is not None):
                 save(trainer, last)
             if state.step % trainer.run.config.training.gc_freq == 0:
                 collect_garbage(trainer)
+    return asked
+
+
+def leave(trainer: Trainer, asked: int) -> int:
+    """The end of a run that was asked to leave; the exit code."""
+    state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
+    if collectives.rank() == 0:
+        tell(trainer, "signal", name=wishes.name_of(asked))
+    trainer.wishes.left()
+    if not section.enable or section.load_only:
+        return wishes.farewell(asked, state.step, spec.steps, None)
+    found = trainer.checkpoints.on_first_rank(lambda: checkpoint_folder.find(spec.folders.checkpoint, state.step))
+    if found is None:
+        what = f"asked to leave, but step {state.step} could not be saved (see above)"
+        raise Fault(f"{what}: a start goes on from the save before")
+    return wishes.farewell(asked, state.step, spec.steps, found.path)
+
+
+def tell(trainer: Trainer, event: str, **facts: Any) -> None:
+    """Add to the ledger what is told once for all ranks."""
+    if trainer.events.rank == 0:
+        trainer.events.tell(event, trainer.state.step, **facts)
 
 
 def validate(trainer: Trainer) -> None:
     assert trainer.validator is not None
-    with trainer.meter.paused():
+    with trainer.meter.paused(), trainer.state.progress.within("validate"):
         start = time.perf_counter()
         loss, tokens = trainer.validator.mean_loss(trainer.state.parts, trainer.mesh)
         seconds = time.perf_counter() - start
@@ -62,9 +106,11 @@ def validate(trainer: Trainer) -> None:
 
 
 def save(trainer: Trainer, last: bool) -> None:
-    with trainer.meter.paused():
+    trainer.checks.before_save()
+    with trainer.meter.paused(), trainer.state.progress.within("save"):
         state = trainer.state
-        trainer.checkpoints.save(state.step, saved_tensors(state), saved_extra(state), last=last)
+        trainer.checkpoints.save(state.step, saved_tensors(state), saved_extra(trainer.run, state), last=last)
+    trainer.wishes.saved()
 
 
 def collect_garbage(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -53,6 +54,13 @@ def describe_environment(backend: str, world_size: int) -> dict[str, Any]:
         "backend": backend,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of Quadriga, Python and the libraries that shape the numbers."""
+    libraries = {name: version for name in LIBRARIES if (version := installed_version(name))}
+    return {"quadriga": quadriga.__version__, "python": platform.python_version(), **libraries}
 
 
 def installed_version(name: str) -> str | None:

@@ -27,12 +27,14 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.record import Recorder, axes_of
 from quadriga.config import JobConfig, Run, read
+from quadriga.config.schema import Health as HealthSection
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
 from quadriga.models.plan import ParameterPlan
 from quadriga.models.registry import catalogue
 from quadriga.train.build import build_parts, build_recipe, build_state
+from quadriga.train.health import Health
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step
 from quadriga.units import show_bytes, show_count
@@ -110,7 +112,9 @@ def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
 
     with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
         parts = build_parts(run, mesh, HOST, fill=hold_nothing)
-    return build_state(run, parts, empty_loader(run))
+    state = build_state(run, parts, empty_loader(run))
+    state.health = Health(HealthSection(non_finite="ignore", spike="ignore"))  # there is no number to look at
+    return state
 
 
 def rehearsable(run: Run) -> tuple[Run, list[str]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from quadriga.data.loader import Loader
+from quadriga.train.health import Health
+from quadriga.train.progress import Progress
 
 
 @dataclass
@@ -18,7 +20,8 @@ class TrainState:
 
     `parts` is the whole model, or the pipeline stages of it that this rank holds. `step` counts finished optimizer
     steps; `tokens_seen` the tokens they trained on. `attempt` counts the starts of this run in its folder, from 1;
-    replayed steps carry the higher attempt.
+    replayed steps carry the higher attempt. `progress` says where this rank is within a step; `health` judges
+    each step.
     """
 
     parts: tuple[nn.Module, ...]
@@ -28,6 +31,8 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     attempt: int = 1
+    progress: Progress = field(default_factory=Progress)
+    health: Health = field(default_factory=Health)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for part in self.parts for parameter in part.parameters())

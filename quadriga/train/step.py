@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.metrics.step_metrics import StepMetrics
-from quadriga.optim.clip import clip_gradients
+from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
+from quadriga.train.health import add_up
 from quadriga.train.passes import Pass
 from quadriga.train.state import TrainState
 
@@ -47,13 +48,22 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     """Take the next batch, train on it, and leave the step's numbers on the device."""
+    progress = state.progress
+    progress.at("data", state.step + 1)
     batch = state.loader.next()
+    progress.at("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), dtype=torch.float64, device=recipe.device)  # whose sum does not depend on the order
     for micro_batch, is_last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
         reduce = recipe.reduce_gradients == "every_micro_batch"
         loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
-    grad_norm = clip_gradients(state.parameters(), recipe.max_norm, mesh.sum_over_stages)
+    progress.at("gradient norm")
+    gradients = gradients_of(state.parameters())
+    norms = gradient_norms(gradients, mesh.sum_over_stages)
+    totals = add_up(loss, norms.total, mesh)
+    scale_gradients(gradients, totals.grad_norm, recipe.max_norm)
+    progress.at("optimizer")
+    state.health.withhold_if_bad(state.optimizer, loss, norms, totals)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
@@ -61,11 +71,15 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     state.tokens_seen += recipe.tokens_per_step
     return StepMetrics(
         step=state.step,
-        loss=mesh.reduce_sum(loss),
-        grad_norm=grad_norm,
+        loss=totals.loss,
+        max_loss=totals.max_loss,
+        grad_norm=totals.grad_norm,
         lr=lr,
         tokens_seen=state.tokens_seen,
         data_wait=state.loader.waited,
+        skipped=state.health.skipped,
+        verdict=state.health.verdict,
+        documents=batch.documents,
     )
 
 

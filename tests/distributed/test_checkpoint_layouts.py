@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path):
 def save_on_a_full_disk(folder: str, mode: str) -> tuple[str, list[str]]:
     """The disk of the second rank is full: there no file may grow beyond a limit, which is the same to a writer."""
     model, optimizer = build((2,))
-    manager = manager_for(folder, async_mode=mode)
+    manager = manager_for(folder, async_mode=mode, on_save_failure="stop")
     manager.save(1, states(model, optimizer), {})
     manager.close()
     if dist.get_rank() == 1:
@@ -173,14 +174,17 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, mode):
 
 def save_where_nothing_can_be_written(folder: str) -> str:
     model, optimizer = build((2,))
+    manager = manager_for(folder)
+    if dist.get_rank() == 0:
+        Path(folder).rmdir()
+        Path(folder).write_text("a file where a folder should be")
     with pytest.raises(CheckpointError) as told:
-        manager_for(folder).save(1, states(model, optimizer), {})
+        manager.save(1, states(model, optimizer), {}, last=True)
     return str(told.value)
 
 
 def test_a_failed_save_is_told_on_every_rank(tmp_path):
     folder = tmp_path / "checkpoint"
-    folder.write_text("a file where a folder should be")
     for told in run_ranks(save_where_nothing_can_be_written, 2, str(folder)):
         assert told.startswith("step 1 was not saved")
         assert str(folder) in told

@@ -85,8 +85,8 @@ def expected(degrees: Degrees, rank: int) -> Counter[tuple[str, str]]:
         calls["all_reduce", "shard"] += kinds
     if degrees.tp > 1:
         calls["all_reduce", "tp"] += 1
-    if pp * degrees.batch * degrees.cp > 1:
-        calls["all_reduce", "loss"] += 1
+    if degrees.world_size > 1:
+        calls["all_reduce", "world"] += 1  # every rank's loss and norm
     return +_by_group(calls, degrees)
 
 
@@ -96,9 +96,9 @@ def _by_group(calls: Counter[tuple[str, str]], degrees: Degrees) -> Counter[tupl
     if degrees.dp_shard == 1:
         same["cp"] = "shard"
     sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
-    cut = [axis for axis, size in sizes.items() if size > 1]
-    if len(cut) == 1:
-        same["loss"] = cut[0]
+    cut = [axis for axis, size in {**sizes, "tp": degrees.tp}.items() if size > 1]
+    if degrees.tp == 1 or len(cut) == 1:
+        same["world"] = cut[0] if len(cut) == 1 else "loss"
     merged: Counter[tuple[str, str]] = Counter()
     for (kind, axis), count in calls.items():
         merged[kind, same.get(axis, axis)] += count

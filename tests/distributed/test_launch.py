@@ -131,7 +131,7 @@ def run(run, environ):
     if case == "all":
         import torch.distributed
         raise UserError(Problem("data.jsonl, line 3", "is not JSON"))
-    while case == "fault" and not os.path.exists(os.environ["QUADRIGA_EXIT_RECORDS"] + "/rank1.json"):
+    while case == "fault" and not os.path.exists(os.environ["QUADRIGA_EXIT_RECORDS"] + "/0/rank1.json"):
         time.sleep(0.01)
     time.sleep(0 if case == "fault" else 60)
     raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")

@@ -16,6 +16,7 @@ LIGHT = [
     "quadriga.log",
     "quadriga.processes",
     "quadriga.config",
+    "quadriga.checkpoint.folder",
     "quadriga.config.card",
     "quadriga.launch.supervisor",
     "quadriga.models.registry",

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"models", "comm", "errors", "units", "log", "config"},
     "checkpoint": {"errors", "units", "log", "config"},
     "train": GROUND | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"},
-    "launch": GROUND | {"processes", "config", "models", "comm"},
+    "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
     "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence"},
 }
@@ -33,6 +33,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("parallel", "models"): ("quadriga.models.plan",),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
     ("launch", "comm"): ("quadriga.comm.backend",),
+    ("launch", "checkpoint"): ("quadriga.checkpoint.folder",),
     ("cli", "comm"): ("quadriga.comm.backend",),
     ("equivalence", "comm"): ("quadriga.comm.backend",),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
@@ -51,6 +52,9 @@ LAZY_READERS |= {"torchao.float8", "torchao.float8.float8_linear"}  # optional, 
 LAZY_READERS |= {
     "torch.utils.tensorboard",
     "quadriga.checkpoint.tensors",
+    "quadriga.checkpoint.hf",
+    "quadriga.checkpoint.hf_export",
+    "fsspec.core",
 }  # half a second of start-up
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quadriga.config.schema.checkpoint import Checkpoint
+from quadriga.config.schema.health import Health
 from quadriga.config.schema.job import Experimental, Job
 from quadriga.config.schema.memory import ActivationCheckpoint, Compile, Estimate, MemoryEstimation
 from quadriga.config.schema.model import GroupedFloat8, GroupedMX, LinearFloat8, LinearMX, Model, Quantize
@@ -24,6 +25,7 @@ __all__ = [
     "FaultTolerance",
     "GroupedFloat8",
     "GroupedMX",
+    "Health",
     "Job",
     "JobConfig",
     "LinearFloat8",
@@ -56,6 +58,7 @@ class JobConfig(Section):
     quantize: Quantize = Quantize()
     comm: Comm = Comm()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()

@@ -36,6 +36,9 @@ class Metrics(Section):
     log_freq: Count = 10
     """Steps between two logged lines."""
 
+    log_documents: bool = False
+    """Write which documents each step read: `documents/rankN.jsonl` in the run folder, of ranks that read rows."""
+
     enable_tensorboard: bool = False
     """Write TensorBoard curves."""
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from quadriga.config.model_spec import ModelSpec
+from quadriga.errors import Problem
+from quadriga.models.llama.hf_config import unlike
+from quadriga.models.llama.plan import parallel_plan
 
 _ENDS = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -83,3 +89,26 @@ def hf_config(spec: ModelSpec) -> dict[str, object]:
         "tie_word_embeddings": spec.tie_embeddings,
         "vocab_size": spec.vocab_size,
     }
+
+
+@dataclass(frozen=True)
+class HfNames:
+    """The tensors of one model on both sides of the door: their names; the shapes are the same."""
+
+    spec: ModelSpec
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor, by our names."""
+        return {parameter.name: parameter.shape for parameter in parallel_plan(self.spec).parameters}
+
+    def theirs(self, name: str) -> str:
+        return to_hf(name)
+
+    def is_spare(self, name: str) -> bool:
+        """Whether a Hugging Face file may hold this tensor though nothing here needs it: the frequencies that older
+        files keep, which are computed, and the output layer of a model that shares its embedding."""
+        return name.endswith(".rotary_emb.inv_freq") or (self.spec.tie_embeddings and name == "lm_head.weight")
+
+    def unlike(self, config: Mapping[str, Any], where: str) -> list[Problem]:
+        return unlike(config, self.spec, where)

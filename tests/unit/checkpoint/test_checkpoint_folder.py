@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +15,8 @@ from quadriga.checkpoint.folder import NotWhole
 
 def save(place, step, extra=None):
     folders.prepare(place, step)
-    (folders.hidden(place, step) / "__0_0.distcp").write_bytes(b"tensors" * step)
-    return folders.publish(place, step, ("model", "optimizer"), extra or {})
+    (Path(folders.hidden(place, step)) / "__0_0.distcp").write_bytes(b"tensors" * step)
+    return Path(folders.publish(place, step, ("model", "optimizer"), extra or {}))
 
 
 def names(place):
@@ -40,7 +41,7 @@ def test_an_empty_or_missing_folder_has_none(tmp_path):
 def test_what_is_not_published_is_not_found_and_cleaned_up(tmp_path):
     save(tmp_path, 5)
     folders.prepare(tmp_path, 6)
-    (folders.hidden(tmp_path, 6) / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".step-6.saving" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".step-1.deleting").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     assert folders.find(tmp_path).step == 5
@@ -55,7 +56,7 @@ def test_a_kill_while_replacing_loses_neither(tmp_path):
     (tmp_path / "step-5").rename(tmp_path / ".step-5.deleting")
     state = json.loads((name / folders.STATE_FILE).read_text())
     state["step"] = 5
-    (name / folders.STATE_FILE).write_text(json.dumps(state))
+    (name / folders.STATE_FILE).write_text(folders.seal(state))
     name.rename(folders.hidden(tmp_path, 5))
     folders.clean_up(tmp_path)
     assert folders.find(tmp_path).extra == {"which": "new"}
@@ -93,15 +94,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
 
 
 @settings(max_examples=30)
-@given(steps=st.sets(st.integers(0, 10**6), max_size=6), keep=st.integers(0, 7))
-def test_retention_keeps_the_newest(tmp_path_factory, steps, keep):
+@given(steps=st.sets(st.integers(0, 10**6), max_size=6), keep=st.integers(0, 7), every=st.sampled_from((0, 2, 3)))
+def test_retention_keeps_the_newest_and_every_nth(tmp_path_factory, steps, keep, every):
     place = tmp_path_factory.mktemp("kept")
     for step in steps:
         folders.prepare(place, step)
         folders.publish(place, step, ("model",), {})
-    gone = folders.delete_old(place, keep)
+    gone = folders.delete_old(place, keep, every)
     left = [found.step for found in folders.whole_in(place)]
-    assert left == (sorted(steps)[-keep:] if keep else sorted(steps))
+    newest = sorted(steps)[-keep:] if keep else sorted(steps)
+    assert left == [step for step in sorted(steps) if step in newest or (every and step % every == 0)]
     assert sorted([*gone, *left]) == sorted(steps)
 
 
@@ -114,5 +116,5 @@ def test_what_is_no_json_leaves_no_checkpoint(tmp_path):
 def test_describe(tmp_path):
     assert "no checkpoint" in folders.describe(tmp_path)
     name = save(tmp_path, 3)
-    assert folders.describe(tmp_path).startswith(f"{name}: model and optimizer, ")
+    assert folders.describe(tmp_path).startswith(f"{name}: model, optimizer; ")
     assert folders.describe(name) == folders.describe(tmp_path)

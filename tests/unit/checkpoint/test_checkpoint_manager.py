@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ def test_minutes_count_from_the_last_save(tmp_path, monkeypatch):
     saves = []
     for step in range(1, 11):
         now[0] += 50
-        if one.due(step, last=False):
+        if one.due(step, last=False, wanted=one.minutes_have_passed()):
             one.save(step, run.states, {})
             saves.append(step)
     assert saves == [3, 6, 9]
@@ -217,7 +218,7 @@ def test_another_model_is_refused_with_names_and_shapes(tmp_path):
         one.load(one.find(), {"model": ModelState([short.model])})
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
 def test_a_save_holds_the_moment_it_was_made(tmp_path, mode):
     run, one = Run(), manager(tmp_path, async_mode=mode)
     run.train(1, 2)
@@ -233,13 +234,26 @@ def test_a_save_holds_the_moment_it_was_made(tmp_path, mode):
     assert found.extra == {"train_state": {"tokens": 2}}
 
 
-def test_pinned_staging_is_refused_not_replaced(tmp_path):
-    with pytest.raises(UserError, match="async_mode"):
-        manager(tmp_path, async_mode="async_with_pinned_mem")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is memory to pin")
+def test_where_nothing_can_be_pinned_one_line_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
+    with caplog.at_level(logging.INFO, "quadriga"):
+        saved(tmp_path, steps=(1, 2), async_mode="async_with_pinned_mem")
+    assert [record.message for record in caplog.records if "unpinned" in record.message] == [
+        "checkpoints: there is no CUDA here, so copies are made in ordinary, unpinned memory"
+    ]
+    assert manager(tmp_path).find().step == 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "checkpoint").write_text("a file")
+    place = tmp_path / "checkpoint"
+    place.write_text("a file")
+    with pytest.raises(UserError, match=r"checkpoint\.folder"):
+        manager(place)
+    place.unlink()
+    one = manager(place)
+    place.rmdir()
+    place.write_text("a file")
     with pytest.raises(CheckpointError, match="step 1 was not saved") as told:
-        manager(tmp_path / "checkpoint").save(1, Run().states, {})
-    assert str(tmp_path / "checkpoint") in str(told.value)
+        one.save(1, Run().states, {}, last=True)
+    assert str(place) in str(told.value)

@@ -213,6 +213,16 @@ WRONG = [
         ('checkpoint.export_dtype = "bfloat16" and checkpoint.last_save_model_only = false',),
     ),
     Wrong(
+        "weights of Hugging Face with an optimizer",
+        '[checkpoint]\nenable = true\ninitial_load_in_hf = true\ninitial_load_path = "hf"\ninitial_load_model_only = false',
+        ("initial_load_in_hf = true and checkpoint.initial_load_model_only = false", "come without an optimizer"),
+    ),
+    Wrong(
+        "weights of Hugging Face that lie nowhere",
+        "[checkpoint]\nenable = true\ninitial_load_in_hf = true",
+        ("no folder of weights is named", "set checkpoint.initial_load_path"),
+    ),
+    Wrong(
         "start from a later step",
         "[training]\nsteps = 10\n[checkpoint]\nenable = true\nload_step = 20",
         ("checkpoint.load_step = 20 and training.steps = 10",),

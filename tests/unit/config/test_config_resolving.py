@@ -226,7 +226,7 @@ def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, s
         (["--model.converters", "quantize.linear.mx"], 1),
         (["--model.converters", "quantize.grouped_mm.float8"], 1),
         (["--fault_tolerance.enable"], 1),
-        (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], 1),
+        (["--checkpoint.enable", "--checkpoint.initial_load_in_hf_quantized"], 1),
         (["--optimizer.early_step_in_backward"], 1),
         (["--memory_estimation.enable"], 1),
         (["--comm.mode", "fake_backend"], 1),

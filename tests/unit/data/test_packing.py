@@ -42,8 +42,10 @@ class ListSource:
 @given(shards=SHARDS, count=st.integers(1, 12), seed=st.integers(0, 99), epoch=st.integers(0, 5))
 def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
     lanes = Lanes(ListSource(shards), ByteTokenizer(), 8, count, seed, endless=False)
-    dealt = [document.text for lane in range(count) for document, _ in lanes.documents(lane, Place(epoch))]
-    assert sorted(dealt) == sorted(text for shard in shards for text in shard)
+    dealt = [document for lane in range(count) for document, _ in lanes.documents(lane, Place(epoch))]
+    expected = {(epoch, s, n): text for s, shard in enumerate(shards) for n, text in enumerate(shard)}
+    assert len(dealt) == len(expected)
+    assert {document.id: document.text for document in dealt} == expected
 
 
 @settings(max_examples=30)
@@ -52,26 +54,38 @@ def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, data):
     lanes = Lanes(ListSource(shards), ByteTokenizer(), seq_len, count, 3)
     lane, stop = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 20))
     run = list(islice(lanes.windows(lane), stop + 6))
-    again = list(islice(lanes.windows(lane, run[stop][1]), 5))
-    assert [place for _, place in again] == [place for _, place in run[stop + 1 :]]
-    assert np.array_equal([window for window, _ in again], [window for window, _ in run[stop + 1 :]])
+    again = list(islice(lanes.windows(lane, run[stop].place), 5))
+    assert [(window.place, window.documents) for window in again] == [
+        (window.place, window.documents) for window in run[stop + 1 :]
+    ]
+    assert np.array_equal([window.ids for window in again], [window.ids for window in run[stop + 1 :]])
 
 
 @settings(max_examples=60)
 @given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
 def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
     stream = ((Document(text), Place(document=number)) for number, text in enumerate(documents))
-    packed = [window for window, _ in windows(tokenized(stream, ByteTokenizer(), seq_len), seq_len)]
+    packed = [window.ids for window in windows(tokenized(stream, ByteTokenizer(), seq_len), seq_len)]
     assert all(len(window) == seq_len + 1 for window in packed[:-1])
     assert all(before[-1] == after[0] for before, after in pairwise(packed))
     joined = [int(packed[0][0])] + [int(token) for window in packed for token in window[1:]]
     assert joined == [token for text in documents for token in (256, *text.encode(), 257)]
 
 
+@settings(max_examples=60)
+@given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
+def test_a_window_knows_which_documents_its_tokens_are_from(documents, seq_len):
+    lanes = Lanes(ListSource([documents]), ByteTokenizer(), seq_len, 1, None, endless=False)
+    owners = [(0, 0, number) for number, text in enumerate(documents) for _ in range(len(text.encode()) + 2)]
+    for number, window in enumerate(lanes.windows(0)):
+        start = number * seq_len
+        assert list(window.documents) == list(dict.fromkeys(owners[start : start + len(window.ids)]))
+
+
 def test_pieces_of_one_document_get_one_bos_and_one_eos():
     pieces = [Document("ab", True, False), Document("cd", False, False), Document("ef", False, True)]
     stream = tokenized(((piece, Place(document=i)) for i, piece in enumerate(pieces)), ByteTokenizer(), 8)
-    assert [ids.tolist() for ids, _ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
+    assert [ids.tolist() for ids, _, _ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
 
 
 def test_tokenizing_in_groups_changes_nothing():
@@ -80,8 +94,8 @@ def test_tokenizing_in_groups_changes_nothing():
     placed = [(document, Place(document=i)) for i, document in enumerate(documents)]
     stream = list(tokenized(placed, ByteTokenizer(), 512))
     assert np.array_equal(stream[7][0], next(tokenized(placed[7:8], ByteTokenizer(), 1))[0])
-    assert [place.document for _, place in stream] == list(range(300))
-    for document, (ids, _) in zip(documents, stream, strict=True):
+    assert [place.document for _, place, _ in stream] == list(range(300))
+    for document, (ids, _, _) in zip(documents, stream, strict=True):
         assert ids.tolist() == [256, *document.text.encode(), 257]
 
 

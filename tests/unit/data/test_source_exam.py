@@ -72,18 +72,19 @@ def test_resume_from_every_bookmark(tmp_path, kind, count):
     run = list(islice(lanes.windows(2 % count), 40))
     step = 7 if kind == "hub" else 3
     for stop in range(0, 39, step):
-        bookmark = json.loads(json.dumps(run[stop][1]))
+        bookmark = json.loads(json.dumps(run[stop].place))
         again = list(islice(lanes.windows(2 % count, Place(*bookmark)), 3))
-        for (window, place), (expected, expected_place) in zip(again, run[stop + 1 :], strict=False):
-            assert np.array_equal(window, expected)
-            assert place == expected_place
+        for window, expected in zip(again, run[stop + 1 :], strict=False):
+            assert np.array_equal(window.ids, expected.ids)
+            assert window.place == expected.place
+            assert window.documents == expected.documents
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_of_an_epoch_are_the_texts_between_bos_and_eos(tmp_path, kind):
     """One lane in the source's own order: the windows, joined without their overlap, are the data."""
     lanes = make(kind, tmp_path, 1, seed=None, endless=False)
-    windows = [window for window, _ in lanes.windows(0)]
+    windows = [window.ids for window in lanes.windows(0)]
     assert all(len(window) == SEQ_LEN + 1 for window in windows[:-1])
     assert all(a[-1] == b[0] for a, b in pairwise(windows))
     ids = np.concatenate([windows[0], *(window[1:] for window in windows[1:])])

@@ -31,9 +31,9 @@ def test_nothing_set_means_four_ranks_here() -> None:
 
 def test_several_machines() -> None:
     environ = {"NGPU": "8", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500", "LOG_RANK": "0,15"}
-    request, problems = read_request(environ)
+    request, problems = read_request(environ | {"MAX_RESTARTS": "3"})
     assert problems == []
-    assert request == Request(ranks=8, nodes=2, node=1, endpoint="node0:29500")
+    assert request == Request(ranks=8, nodes=2, node=1, endpoint="node0:29500", restarts=3)
     assert request.world_size == 16
 
 
@@ -44,6 +44,7 @@ def test_several_machines() -> None:
         ({"NGPU": "0"}, ["NGPU"]),
         ({"NGPU": "-1", "DRY_RUN": "perhaps"}, ["NGPU", "DRY_RUN"]),
         ({"LOG_RANK": "0,x"}, ["LOG_RANK"]),
+        ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS"]),
         ({"LOG_RANK": "4", "NGPU": "4"}, ["LOG_RANK"]),
         ({"NNODES": "2"}, ["NODE_RANK", "RDZV_ENDPOINT"]),
         ({"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "node0"}, ["NODE_RANK", "RDZV_ENDPOINT"]),

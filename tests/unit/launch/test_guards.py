@@ -109,7 +109,7 @@ def test_a_rank_whose_agent_is_gone_already_leaves_at_once() -> None:
 
 def test_records_come_back_in_order_of_time(tmp_path: Path) -> None:
     late = ExitRecord(0, 1, 20.0, "RuntimeError: Connection closed by peer", "...", lost_peer=True)
-    early = ExitRecord(3, 2, 10.0, "data.jsonl, line 3", "the report", user_error=True)
+    early = ExitRecord(3, 2, 10.0, "data.jsonl, line 3", "the report", is_report=True)
     late.write(tmp_path)
     early.write(tmp_path)
     assert read_records(tmp_path) == [early, late]
@@ -121,8 +121,8 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
     assert guards.report_failure(environ, error) == 2
     assert guards.report_failure({**environ, "RANK": "1"}, RuntimeError("gloo: Connection closed by peer [::1]")) == 1
     assert guards.leave({**environ, "RANK": "0"}, 0) == 0
-    by_rank = {record.rank: record for record in read_records(tmp_path)}
-    assert (by_rank[2].code, by_rank[2].details, by_rank[2].user_error) == (2, error.report, True)
+    by_rank = {record.rank: record for record in read_records(tmp_path / "0")}
+    assert (by_rank[2].code, by_rank[2].details, by_rank[2].is_report) == (2, error.report, True)
     assert (by_rank[1].code, by_rank[1].lost_peer) == (1, True)
     assert "RuntimeError: gloo: Connection closed by peer" in by_rank[1].details
     assert by_rank[0].code == 0
@@ -156,4 +156,4 @@ def test_a_failed_rank_is_not_held_by_what_waits_at_the_exit(code: int) -> None:
 
 def test_an_error_of_the_network_is_not_taken_for_a_lost_rank(tmp_path: Path) -> None:
     guards.report_failure({RECORDS: str(tmp_path)}, ConnectionRefusedError(111, "Connection refused"))
-    assert not read_records(tmp_path)[0].lost_peer
+    assert not read_records(tmp_path / "0")[0].lost_peer

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 
 from quadriga.launch.agent import NOTE
+from quadriga.launch.ending import conclude
 from quadriga.launch.environment import Request
-from quadriga.launch.supervisor import arguments, conclude, torchrun_arguments
+from quadriga.launch.supervisor import arguments, torchrun_arguments
 from quadriga.processes import ExitRecord
 
 LOST = "RuntimeError: Connection closed by peer"
+
+
+def start(folder: Path, number: int = 0) -> Path:
+    """Where the ranks leave their records at the first start, or after so many restarts."""
+    own = folder / str(number)
+    own.mkdir(exist_ok=True)
+    return own
 
 
 def note(folder: Path, **ends: tuple[int, int]) -> None:
@@ -32,22 +40,22 @@ def last_words(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_the_earliest_error_is_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failure(0, 11.0, "KeyError: 'second'").write(tmp_path)
-    failure(3, 10.5, "ValueError: first").write(tmp_path)
+    failure(0, 11.0, "KeyError: 'second'").write(start(tmp_path))
+    failure(3, 10.5, "ValueError: first").write(start(tmp_path))
     note(tmp_path, rank0=(1, 11), rank3=(1, 11), rank1=(-signal.SIGTERM, 11))
     assert conclude(tmp_path, 4, 1, []) == 1
     assert last_words(caplog) == "ValueError: first"
 
 
 def test_a_lost_peer_is_a_consequence_even_when_noted_earlier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failure(0, 10.0, LOST, lost_peer=True).write(tmp_path)
-    failure(1, 10.4, "ValueError: the cause, noted after its process group was closed").write(tmp_path)
+    failure(0, 10.0, LOST, lost_peer=True).write(start(tmp_path))
+    failure(1, 10.4, "ValueError: the cause, noted after its process group was closed").write(start(tmp_path))
     assert conclude(tmp_path, 2, 1, []) == 1
     assert "the cause" in last_words(caplog)
 
 
 def test_a_killed_rank_comes_before_those_that_miss_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failure(0, 10.2, LOST, lost_peer=True).write(tmp_path)
+    failure(0, 10.2, LOST, lost_peer=True).write(start(tmp_path))
     note(tmp_path, rank0=(1, 10), rank2=(-signal.SIGKILL, 10), rank1=(-signal.SIGTERM, 10))
     assert conclude(tmp_path, 3, 1, []) == 1
     assert "rank 2 (process 102) was killed by SIGKILL" in caplog.messages[-1]
@@ -56,14 +64,16 @@ def test_a_killed_rank_comes_before_those_that_miss_it(tmp_path: Path, caplog: p
 def test_survivors_that_torchrun_had_to_kill_are_not_the_cause(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failure(1, 10.9, "ValueError: first").write(tmp_path)
+    failure(1, 10.9, "ValueError: first").write(start(tmp_path))
     note(tmp_path, rank1=(1, 11), rank0=(-signal.SIGKILL, 41))
     assert conclude(tmp_path, 2, 1, []) == 1
     assert last_words(caplog) == "ValueError: first"
 
 
 def test_a_users_mistake_on_one_rank_is_exit_2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ExitRecord(1, 2, 10.0, "data.jsonl", "quadriga: 1 problem\n\ndata.jsonl, line 3", user_error=True).write(tmp_path)
+    ExitRecord(1, 2, 10.0, "data.jsonl", "quadriga: 1 problem\n\ndata.jsonl, line 3", is_report=True).write(
+        start(tmp_path)
+    )
     assert conclude(tmp_path, 2, 1, []) == 2
     assert caplog.messages == ["quadriga: 1 problem\n\ndata.jsonl, line 3"]
 
@@ -75,28 +85,58 @@ def test_without_any_word_it_is_said_that_there_is_none(tmp_path: Path, caplog: 
 
 def test_ranks_that_saved_on_a_signal_end_well(tmp_path: Path) -> None:
     for rank in range(2):
-        ExitRecord(rank, 0, 10.0).write(tmp_path)
+        ExitRecord(rank, 0, 10.0).write(start(tmp_path))
     assert conclude(tmp_path, 2, 128 + signal.SIGTERM, [signal.SIGTERM]) == 0
     assert conclude(tmp_path, 3, 128 + signal.SIGTERM, [signal.SIGTERM]) == 143  # one rank did not
 
 
+def test_ranks_that_were_asked_to_leave_give_the_code_of_the_run(tmp_path: Path) -> None:
+    """Whether torchrun saw them leave with 0, was signalled itself, or killed those that were slower."""
+    for rank in range(2):
+        ExitRecord(rank, 75, 10.0, asked=True).write(start(tmp_path))
+    assert conclude(tmp_path, 2, 0, []) == 75
+    assert conclude(tmp_path, 2, 0, [signal.SIGUSR1]) == 75
+    note(tmp_path, rank2=(-signal.SIGTERM, 11))
+    assert conclude(tmp_path, 3, 128 + signal.SIGTERM, [signal.SIGTERM]) == 75
+
+
+def test_what_an_earlier_start_left_decides_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failure(1, 10.0, "ValueError: of the first start").write(start(tmp_path, 0))
+    for rank in range(2):
+        ExitRecord(rank, 0, 20.0).write(start(tmp_path, 10))
+    failure(0, 15.0, "ValueError: of the ninth").write(start(tmp_path, 9))
+    assert conclude(tmp_path, 2, 0, []) == 0
+    failure(1, 30.0, "ValueError: of the last start").write(start(tmp_path, 11))
+    assert conclude(tmp_path, 2, 1, []) == 1
+    assert last_words(caplog) == "ValueError: of the last start"
+
+
+def test_a_stall_is_told_and_not_the_kill_that_ended_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The record carries the time at which the rank stopped; the watchdog killed it later."""
+    ExitRecord(0, 4, 10.0, "stalled", "stalled\n\nrank 1 stopped", is_report=True).write(start(tmp_path))
+    note(tmp_path, rank1=(-signal.SIGKILL, 18), rank0=(4, 18))
+    assert conclude(tmp_path, 2, 1, []) == 4
+    assert last_words(caplog) == "rank 1 stopped"
+
+
 def test_an_interrupted_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ExitRecord(0, 130, 10.0).write(tmp_path)
-    failure(1, 10.0, LOST, lost_peer=True).write(tmp_path)
+    ExitRecord(0, 130, 10.0).write(start(tmp_path))
+    failure(1, 10.0, LOST, lost_peer=True).write(start(tmp_path))
     assert conclude(tmp_path, 2, 130, [signal.SIGINT]) == 130
     assert last_words(caplog) == "stopped by SIGINT"
 
 
 def test_a_fault_while_stopping_is_still_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failure(0, 10.0, "OSError: No space left on device").write(tmp_path)
+    failure(0, 10.0, "OSError: No space left on device").write(start(tmp_path))
     assert conclude(tmp_path, 2, 143, [signal.SIGTERM]) == 1
     assert last_words(caplog) == "OSError: No space left on device"
 
 
 def test_one_machine_meets_on_itself_and_several_at_the_endpoint() -> None:
-    here = torchrun_arguments(Request(ranks=4))
+    here = torchrun_arguments(Request(ranks=4, restarts=3))
     assert here[:3] == ["--standalone", "--local-addr", "127.0.0.1"]
     assert here[-2:] == ["-m", "quadriga.train"]
+    assert here[here.index("--max-restarts") + 1] == "3"
     there = torchrun_arguments(Request(ranks=8, nodes=2, node=1, endpoint="node0:29500"))
     assert "node0:29500" in there
     assert there[there.index("--node-rank") + 1] == "1"

@@ -40,8 +40,10 @@ def records(steps: range, attempt: int = 1, loss: float = 2.0) -> list[dict]:
         device=torch.device("cpu"),
         clock=itertools.count(start=0.0, step=0.25).__next__,
     )
+    more = {"max_loss": torch.tensor(9.0), "skipped": torch.tensor(0), "verdict": torch.zeros(5)}
     metrics = (
-        StepMetrics(step, torch.tensor(loss + step / 100), torch.tensor(0.5), 1e-3, 64 * step, 0.01) for step in steps
+        StepMetrics(step, torch.tensor(loss + step / 100), torch.tensor(0.5), 1e-3, 64 * step, 0.01, **more)
+        for step in steps
     )
     return [record for one in metrics if (record := meter.record(one)) is not None]
 
@@ -97,9 +99,15 @@ def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
     assert sorted(curve) == list(range(1, 26))
     assert curve[20] == pytest.approx(2.20)
     assert curve[21] == pytest.approx(3.21)
-    assert {"grad_norm", "lr", "throughput(tps)", "mfu(%)", "time_metrics/end_to_end(s)", "n_tokens_seen"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "loss_metrics/global_max_loss",
+        "grad_norm",
+        "lr",
+        "throughput(tps)",
+        "mfu(%)",
+        "time_metrics/end_to_end(s)",
+        "n_tokens_seen",
+    } <= set(events.Tags()["scalars"])
 
 
 WANDB_RUN = """

@@ -32,7 +32,8 @@ def meter(clock: Clock, **keys) -> Meter:
 
 
 def metrics(step: int, loss: float = 2.5, wait: float = 0.0) -> StepMetrics:
-    return StepMetrics(step, torch.tensor(loss), torch.tensor(0.75), 3e-4, 1000 * step, wait)
+    more = {"max_loss": torch.tensor(2 * loss), "skipped": torch.tensor(step // 20), "verdict": torch.zeros(5)}
+    return StepMetrics(step, torch.tensor(loss), torch.tensor(0.75), 3e-4, 1000 * step, wait, **more)
 
 
 def test_records_come_at_the_first_every_tenth_and_the_last_step():
@@ -60,6 +61,8 @@ def test_rates_cover_the_steps_since_the_record_before():
     assert record["eta_seconds"] == pytest.approx(15 * 2)  # the slow first step is not in it
     assert record["elapsed_seconds"] == pytest.approx(25)
     assert record["loss"] == torch.tensor(0.1).item()  # float32 to the last bit, not rounded for show
+    assert record["max_loss"] == 2 * record["loss"]
+    assert record["skipped_steps"] == 0
 
 
 def test_saving_and_validating_are_no_training_time():

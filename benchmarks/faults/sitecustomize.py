@@ -1,0 +1,202 @@
+"""Kills a run at an exact place. Python imports this by itself in every process that has this folder in PYTHONPATH.
+
+QUADRIGA_FAULT = {"moment", "rank", "at", "victim", "marker"}: rank `rank` kills `victim` (one of VICTIMS) with SIGKILL
+when it comes to the place `at` of `moment`:
+
+| moment | at |
+|---|---|
+| step | [step, phase] of `Progress.at` |
+| save | how many bytes of checkpoint files this rank has written since its start; the write is cut there |
+| manifest | [which one since the start, how many of its bytes are written] |
+| rename | [which one since the start, "before" or "after"] |
+| remove | which removal (of an outdated checkpoint, or of remains) since the start |
+| verify | how many bytes of checkpoint files this rank has hashed before it loads |
+| load | "before" or "after" this rank read its tensors |
+
+`marker` is a file that says that the fault has happened: it happens once. Product code knows nothing of this.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+
+FAULT = json.loads(os.environ.get("QUADRIGA_FAULT", "null"))
+VICTIMS = ("this rank", "all ranks", "torchrun", "launcher")
+
+
+def strike():
+    """Kill, once."""
+    try:
+        os.close(os.open(FAULT["marker"], os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return
+    agent = os.getppid()
+    if FAULT["victim"] == "torchrun":
+        os.kill(agent, signal.SIGKILL)
+    elif FAULT["victim"] == "launcher":
+        os.kill(int(os.environ["QUADRIGA_LAUNCHER_PID"]), signal.SIGKILL)
+    else:
+        for rank in peers(agent) if FAULT["victim"] == "all ranks" else ():
+            os.kill(rank, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)  # the kernel ends this process with its parent
+
+
+def peers(agent):
+    """The other children of the agent."""
+    with open(f"/proc/{agent}/task/{agent}/children") as file:
+        return [int(pid) for pid in file.read().split() if int(pid) != os.getpid()]
+
+
+def before(owner, name, when):
+    """Call `when(...)` with the arguments before each call of `owner.name`; it may strike."""
+    original = getattr(owner, name)
+
+    def wrapped(*args, **keys):
+        when(*args, **keys)
+        return original(*args, **keys)
+
+    setattr(owner, name, wrapped)
+
+
+class Count:
+    def __init__(self):
+        self.n = 0
+
+    def up(self, by=1):
+        self.n += by
+        return self.n
+
+
+def in_step(progress):
+    wanted = FAULT["at"]
+
+    def when(self, phase, step=None):
+        if [self.step if step is None else step, phase] == wanted:
+            strike()
+
+    before(progress.Progress, "at", when)
+
+
+def in_save(tensors):
+    written = Count()
+    original = tensors._HashedStream.write
+
+    def write(self, data):
+        data = memoryview(data).cast("B")
+        room = FAULT["at"] - written.n
+        if 0 <= room < len(data):
+            original(self, data[:room])
+            self.flush()
+            strike()
+            data = data[room:]
+        written.up(len(data))
+        return original(self, data)
+
+    tensors._HashedStream.write = write
+
+
+def in_manifest(files):
+    written = Count()
+    number, length = FAULT["at"]
+
+    def when(self, path, data):
+        if str(path).endswith("train_state.json") and written.up() == number:
+            with open(path, "wb") as file:
+                file.write(data[:length])
+            strike()
+
+    before(files.LocalFiles, "write", when)
+
+
+def in_rename(files):
+    renamed = Count()
+    number, side = FAULT["at"]
+    original = files.LocalFiles.rename
+
+    def rename(self, path, new):
+        hit = not str(path).endswith(".metadata.tmp") and renamed.up() == number
+        if hit and side == "before":
+            strike()
+        original(self, path, new)
+        if hit and side == "after":
+            strike()
+
+    files.LocalFiles.rename = rename
+
+
+def in_remove(files):
+    removed = Count()
+    before(
+        files.LocalFiles,
+        "remove",
+        lambda self, path: None if str(path).endswith(".try") or removed.up() != FAULT["at"] else strike(),
+    )
+
+
+def in_verify(folder):
+    import hashlib
+
+    read = Count()
+
+    def sha256(files, path):
+        digest = hashlib.sha256()
+        with files.open(path, "rb") as file:
+            while chunk := file.read(1 << 12):
+                if read.up(len(chunk)) >= FAULT["at"]:
+                    strike()
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    folder.sha256 = sha256
+
+
+def in_load(tensors):
+    original = tensors.read
+
+    def read(*args, **keys):
+        if FAULT["at"] == "before":
+            strike()
+        original(*args, **keys)
+        if FAULT["at"] == "after":
+            strike()
+
+    tensors.read = read
+
+
+PATCHES = {
+    "step": ("quadriga.train.progress", in_step),
+    "save": ("quadriga.checkpoint.tensors", in_save),
+    "manifest": ("quadriga.checkpoint.files", in_manifest),
+    "rename": ("quadriga.checkpoint.files", in_rename),
+    "remove": ("quadriga.checkpoint.files", in_remove),
+    "verify": ("quadriga.checkpoint.folder", in_verify),
+    "load": ("quadriga.checkpoint.tensors", in_load),
+}
+
+
+class Patched(importlib.abc.MetaPathFinder):
+    """Lets one module be imported as it is, and patches it then."""
+
+    def find_spec(self, name, path, target=None):
+        module, patch = PATCHES[FAULT["moment"]]
+        if name != module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def exec_module(made):
+            load(made)
+            patch(made)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
+    sys.meta_path.insert(0, Patched())

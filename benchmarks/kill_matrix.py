@@ -1,0 +1,278 @@
+"""Kill a run anywhere, start it again, and see that nothing was lost: the kill matrix.
+
+    python benchmarks/kill_matrix.py                   # 60 trials
+    python benchmarks/kill_matrix.py --trials 200      # goes on from what results/kill_matrix.jsonl has already
+
+Claim: whatever is killed by SIGKILL (one rank, all ranks, torchrun, the launcher), whenever (within a step, at any byte
+of a save, while it is published, while outdated ones are deleted, while a checkpoint is verified or loaded), the run
+that is started again by the same command ends as the undisturbed run on the same layout, bit for bit: every logged loss
+and gradient norm, the weights and the optimizer state at the end, and the documents that each step read.
+
+A trial is decided by its seed alone: layout, kind of save, and one or two faults, one for each start. Faults are struck
+from within the process at an exact place (`faults/sitecustomize.py`); the product knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import BENCHMARKS, RESULTS, ROOT, child_environment, command_line, save, table, verdict
+
+from quadriga.metrics.jsonl import read_metrics
+
+CLAIM = "a run that was killed anywhere ends as the undisturbed run does, bit for bit"
+STEPS, INTERVAL, KEPT = 10, 2, 2
+MOST_STARTS, START_SECONDS = 6, 300
+PHASES = ("data", "forward and backward", "gradient norm", "optimizer")
+SAVES_OF_A_START = STEPS // INTERVAL
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one rank": (1, ()),
+    "FSDP 2": (2, ()),
+    "DDP 2": (2, ("--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1")),
+    "TP 2": (2, ("--parallelism.tensor_parallel_degree=2",)),
+    "PP 2": (2, ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2")),
+    "CP 2": (2, ("--parallelism.context_parallel_degree=2",)),
+    "FSDP 2 x TP 2": (4, ("--parallelism.tensor_parallel_degree=2",)),
+}
+MODES = ("disabled", "async")
+MODEL = (
+    *("--model.dim=32", "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=2", "--model.ffn_dim=64"),
+    *(
+        "--model.vocab_size=320",
+        "--training.seq_len=32",
+        "--training.local_batch_size=1",
+        "--lr_scheduler.warmup_steps=2",
+    ),
+    *("--training.global_batch_size=8", f"--training.steps={STEPS}", "--metrics.log_freq=1", "--metrics.log_documents"),
+    *("--profiling.no_enable_profiling", "--metrics.no_enable_tensorboard", "--checkpoint.enable"),
+    *(f"--checkpoint.interval={INTERVAL}", f"--checkpoint.keep_latest_k={KEPT}"),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    seed: int
+    layout: str
+    mode: str
+    faults: tuple[dict[str, Any], ...]
+
+
+def draw(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> Trial:
+    """The trial of a seed."""
+    dice = random.Random(f"kill matrix {seed}")
+    layout = dice.choice(layouts)
+    ranks = LAYOUTS[layout][0]
+    first = ("step", "save", "manifest", "rename", "remove")[seed % 5]  # the same share for each
+    faults = [fault(dice, first, ranks)]
+    if dice.random() < 0.4:
+        faults.append(fault(dice, dice.choice(("verify", "load", "save", "step", "rename")), ranks))
+    return Trial(seed, layout, dice.choice(MODES), tuple(faults))
+
+
+def fault(dice: random.Random, moment: str, ranks: int) -> dict[str, Any]:
+    """A place to strike at, and whom. What rank 0 alone does, is struck at on rank 0."""
+    places: dict[str, Any] = {
+        "step": [dice.randint(2, STEPS), dice.choice(PHASES)],
+        "save": dice.random() * SAVES_OF_A_START,  # in saves; bytes, once the size of one is known
+        "manifest": [dice.randint(1, SAVES_OF_A_START), dice.randint(0, 3000)],
+        "rename": [dice.randint(1, 2 * SAVES_OF_A_START - KEPT), dice.choice(("before", "after"))],
+        "remove": dice.randint(1, SAVES_OF_A_START - KEPT),
+        "verify": dice.randint(1, 200_000),
+        "load": dice.choice(("before", "after")),
+    }
+    alone = moment in ("manifest", "rename", "remove")
+    victim = dice.choice(("this rank", "all ranks", "torchrun", "launcher"))
+    return {"moment": moment, "at": places[moment], "rank": 0 if alone else dice.randrange(ranks), "victim": victim}
+
+
+def start(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
+    """One start of the run, to its end; the exit code. Nothing of it is alive afterwards."""
+    ranks, keys = LAYOUTS[layout]
+    command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", str(ROOT / "configs/debug/debug.toml")]
+    command += ["--job.dump_folder", str(folder), *MODEL, *keys, f"--checkpoint.async_mode={mode}"]
+    environ = child_environment(NGPU=str(ranks), COMM_BACKEND="gloo", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    if strike is not None:
+        environ["QUADRIGA_FAULT"] = json.dumps(strike)
+        environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS / "faults"), environ["PYTHONPATH"]])
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        code = subprocess.run(
+            command, env=environ, stdout=log, stderr=log, timeout=START_SECONDS, check=False
+        ).returncode
+    wait_for_the_end(folder)
+    return code
+
+
+def wait_for_the_end(folder: Path) -> None:
+    """A killed launcher leaves ranks that are about to die: they hold the folder's lock until they have."""
+    deadline = time.monotonic() + 20
+    while (holders := [pid for pid in processes() if str(folder) in command_of(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if holders:
+        raise SystemExit(f"orphans: processes {holders} of {folder} are alive 20 s after the end of their launcher")
+
+
+def processes() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and int(entry) != os.getpid()]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must be equal."""
+    from quadriga.metrics.documents import read_documents
+
+    records = read_metrics(folder / "metrics.jsonl")
+    return {
+        "losses": [record["loss"] for record in records],
+        "gradient norms": [record["grad_norm"] for record in records],
+        "tokens": [record["tokens_seen"] for record in records],
+        "documents": {str(step): rows for step, rows in sorted(read_documents(folder).items())},
+        "state": hash_of_the_end(folder),
+    }
+
+
+def hash_of_the_end(folder: Path) -> str:
+    """Of the weights, the optimizer state and the place in the data after the last step."""
+    import torch
+
+    from quadriga.checkpoint import folder as folders
+    from quadriga.checkpoint.tensors import read, stored_tensors
+
+    found = folders.read(folder / "checkpoint" / f"step-{STEPS}")
+    if wrong := folders.damage(found):
+        raise SystemExit("; ".join(wrong))
+    stored = {name: entry for name, entry in stored_tensors(found.place).items() if not name.startswith("random.")}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    read(found.place, tensors, None, may_hold_more=True)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    told = {part: found.extra[part] for part in ("lr_scheduler", "dataloader")}
+    digest.update(json.dumps([told, found.extra["train_state"]["tokens_seen"]], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class Matrix:
+    """Runs trials; the undisturbed run of each layout and kind of save once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._undisturbed: dict[tuple[str, str], dict[str, Any]] = {}
+        self._bytes: dict[tuple[str, str], int] = {}
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """What came of a trial: `starts`, `codes`, `struck` (of its faults), `differs` (empty: bit for bit equal)."""
+        undisturbed = self.undisturbed(trial.layout, trial.mode)
+        folder = self._folder / f"trial-{trial.seed}"
+        began, codes, struck = time.monotonic(), [], []
+        while not codes or codes[-1] != 0:
+            if len(codes) == MOST_STARTS:
+                raise SystemExit(f"trial {trial.seed} did not end in {MOST_STARTS} starts; see {folder}.log")
+            number = len(codes)
+            codes.append(start(folder, trial.layout, trial.mode, self._strike(trial, number)))
+            if number < len(trial.faults):
+                struck.append(self._marker(trial, number).exists())
+        ours = outcome(folder)
+        return {
+            **asdict(trial),
+            "starts": len(codes),
+            "codes": codes,
+            "struck": struck,
+            "differs": [what for what in undisturbed if ours[what] != undisturbed[what]],
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def undisturbed(self, layout: str, mode: str) -> dict[str, Any]:
+        key = layout, mode
+        if key not in self._undisturbed:
+            folder = self._folder / f"undisturbed-{len(self._undisturbed)}"
+            if code := start(folder, layout, mode):
+                raise SystemExit(f"the undisturbed run failed with exit code {code}; see {folder}.log")
+            self._undisturbed[key] = outcome(folder)
+            sizes = [path.stat().st_size for path in (folder / f"checkpoint/step-{STEPS}").glob("*.distcp")]
+            self._bytes[key] = min(sizes)
+        return self._undisturbed[key]
+
+    def _strike(self, trial: Trial, number: int) -> dict[str, Any] | None:
+        if number >= len(trial.faults):
+            return None
+        strike = dict(trial.faults[number], marker=str(self._marker(trial, number)))
+        if strike["moment"] == "save":
+            strike["at"] = int(strike["at"] * self._bytes[trial.layout, trial.mode])
+        return strike
+
+    def _marker(self, trial: Trial, number: int) -> Path:
+        return self._folder / f"trial-{trial.seed}-fault-{number}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), default=tuple(LAYOUTS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    log = options.results / "kill_matrix.jsonl"
+    done = {trial["seed"]: trial for trial in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    wanted = range(options.first, options.first + options.trials)
+    with tempfile.TemporaryDirectory(prefix="quadriga-kill-") as folder:
+        matrix = Matrix(Path(folder))
+        for seed in wanted:
+            if seed not in done:
+                done[seed] = matrix.run(draw(seed, tuple(options.layouts)))
+                with log.open("a") as file:
+                    file.write(json.dumps(done[seed]) + "\n")
+            print(line(done[seed]), flush=True)
+    return conclude([done[seed] for seed in wanted], options.results)
+
+
+def line(trial: dict[str, Any]) -> str:
+    what = ", then ".join(
+        f"{fault['victim']} killed at {fault['moment']} {fault['at']} by rank {fault['rank']}"
+        + ("" if hit else " (never came there)")
+        for fault, hit in zip(trial["faults"], trial["struck"], strict=False)
+    )
+    end = f"DIFFERS in {', '.join(trial['differs'])}" if trial["differs"] else "equal"
+    return f"trial {trial['seed']}: {trial['layout']}, save {trial['mode']}: {what}; {trial['starts']} starts: {end}"
+
+
+def conclude(trials: list[dict[str, Any]], results: Path) -> int:
+    counts: dict[str, list[int]] = {}
+    for trial in trials:
+        for fault, hit in zip(trial["faults"], trial["struck"], strict=False):
+            for what in (f"moment: {fault['moment']}", f"victim: {fault['victim']}"):
+                entry = counts.setdefault(what, [0, 0])
+                entry[0] += hit
+                entry[1] += bool(hit and trial["differs"])
+    for trial in trials:
+        counts.setdefault(f"layout: {trial['layout']}", [0, 0])[0] += sum(trial["struck"])
+        counts.setdefault(f"save: {trial['mode']}", [0, 0])[0] += sum(trial["struck"])
+    different = [trial["seed"] for trial in trials if trial["differs"]]
+    print("\n" + table(("", "kills", "runs that differ"), [(what, *pair) for what, pair in sorted(counts.items())]))
+    met = not different
+    kills = sum(sum(trial["struck"]) for trial in trials)
+    print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ {different or ''}: {verdict(met)}")
+    figures = {"trials": len(trials), "kills": kills, "different": different, "counts": counts, "met": met}
+    save("kill_matrix", figures, command=command_line(), claim=CLAIM, folder=results)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

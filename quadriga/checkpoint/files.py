@@ -1,0 +1,201 @@
+"""Where checkpoints lie: a folder of this machine, or an object store by its URL, behind the few verbs of a save.
+
+On a file system a rename is atomic and publishes a whole folder. An object store has no rename; there one small
+object, written last, publishes all that was written before it (see `folder.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar, cast
+
+from quadriga.errors import Problem, UserError
+
+T = TypeVar("T")
+Place = str | os.PathLike[str]
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # trying again will not help
+
+
+class Files(Protocol):
+    """A file system. Paths are whole paths or URLs; what goes wrong is an OSError."""
+
+    renames: bool  # whether a folder can be renamed at once
+
+    def open(self, path: Place, mode: str) -> IO[bytes]: ...
+
+    def names(self, folder: Place) -> list[str]:
+        """What lies in a folder, sorted; [] where there is none."""
+
+    def exists(self, path: Place) -> bool: ...
+
+    def is_file(self, path: Place) -> bool: ...
+
+    def size(self, path: Place) -> int:
+        """Of a file, in bytes."""
+
+    def read(self, path: Place) -> bytes: ...
+
+    def write(self, path: Place, data: bytes) -> None:
+        """The whole of a small file, durable when this returns."""
+
+    def make(self, folder: Place) -> None: ...
+
+    def rename(self, path: Place, new: Place) -> None: ...
+
+    def remove(self, path: Place) -> None:
+        """A file, or a folder with all that is in it."""
+
+    def flush_names(self, folder: Place) -> None:
+        """Make the names in a folder durable; flushing a file covers its contents only."""
+
+    def retried(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is begun again when the storage fails in a way that may pass."""
+
+
+def is_url(place: Place) -> bool:
+    return "://" in str(place)
+
+
+def files_at(place: Place, retries: int = 5) -> Files:
+    """The file system of a path or URL; `file://` is this machine. Raises UserError for a protocol without a driver."""
+    if not is_url(place) or str(place).startswith("file://"):
+        return LocalFiles()
+    try:
+        from fsspec.core import url_to_fs
+
+        return ObjectFiles(url_to_fs(str(place))[0], retries)
+    except (ImportError, ValueError) as error:
+        protocol = str(place).partition("://")[0]
+        driver = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
+        fix = f"pip install {driver or 'fsspec'}" if driver or isinstance(error, ImportError) else "see fsspec's list"
+        raise UserError(Problem("checkpoint", f"cannot be reached: {error}", str(place), fix=fix)) from None
+
+
+def local(place: Place) -> Path:
+    """The path that a `file://` URL or a path means."""
+    return Path(str(place).removeprefix("file://"))
+
+
+class LocalFiles:
+    """Folders of this machine, shared file systems included."""
+
+    renames = True
+
+    def open(self, path: Place, mode: str) -> IO[bytes]:
+        return cast(IO[bytes], local(path).open(mode))
+
+    def names(self, folder: Place) -> list[str]:
+        return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
+
+    def exists(self, path: Place) -> bool:
+        return local(path).exists()
+
+    def is_file(self, path: Place) -> bool:
+        return local(path).is_file()
+
+    def size(self, path: Place) -> int:
+        return local(path).stat().st_size
+
+    def read(self, path: Place) -> bytes:
+        return local(path).read_bytes()
+
+    def write(self, path: Place, data: bytes) -> None:
+        with local(path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.flush_names(local(path).parent)
+
+    def make(self, folder: Place) -> None:
+        local(folder).mkdir(parents=True, exist_ok=True)
+
+    def rename(self, path: Place, new: Place) -> None:
+        local(path).rename(local(new))
+
+    def remove(self, path: Place) -> None:
+        shutil.rmtree(local(path)) if local(path).is_dir() else local(path).unlink()
+
+    def flush_names(self, folder: Place) -> None:
+        handle = os.open(local(folder), os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def retried(self, work: Callable[[], T]) -> T:
+        return work()  # a disk that fails once is to be looked at, not asked again
+
+
+class ObjectFiles:
+    """An object store, by fsspec. Every request is tried again where that may help."""
+
+    renames = False
+
+    def __init__(self, system: Any, retries: int) -> None:
+        self._system, self._retries = system, retries
+
+    def open(self, path: Place, mode: str) -> IO[bytes]:
+        return cast(IO[bytes], self._system.open(str(path), mode))
+
+    def names(self, folder: Place) -> list[str]:
+        def look() -> list[str]:
+            self._system.invalidate_cache()
+            try:
+                found = self._system.ls(str(folder), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted({path.rstrip("/").rpartition("/")[2] for path in found})
+
+        return self.retried(look)
+
+    def exists(self, path: Place) -> bool:
+        return self.retried(lambda: bool(self._system.exists(str(path))))
+
+    def is_file(self, path: Place) -> bool:
+        return self.retried(lambda: bool(self._system.isfile(str(path))))
+
+    def size(self, path: Place) -> int:
+        return self.retried(lambda: int(self._system.size(str(path))))
+
+    def read(self, path: Place) -> bytes:
+        return self.retried(lambda: bytes(self._system.cat_file(str(path))))
+
+    def write(self, path: Place, data: bytes) -> None:
+        self.retried(lambda: self._system.pipe_file(str(path), data))
+
+    def make(self, folder: Place) -> None:
+        self.retried(lambda: self._system.makedirs(str(folder), exist_ok=True))
+
+    def rename(self, path: Place, new: Place) -> None:
+        raise NotImplementedError("an object store renames nothing at once")
+
+    def remove(self, path: Place) -> None:
+        def remove() -> None:
+            self._system.invalidate_cache()
+            if self._system.exists(str(path)):
+                self._system.rm(str(path), recursive=True)
+
+        self.retried(remove)
+
+    def flush_names(self, folder: Place) -> None:
+        return None  # an object is durable when its request was answered
+
+    def retried(self, work: Callable[[], T]) -> T:
+        pause = FIRST_PAUSE_SECONDS
+        for left in reversed(range(self._retries + 1)):
+            try:
+                return work()
+            except FINAL:
+                raise
+            except OSError:  # fsspec's drivers turn their own errors into it
+                if not left:
+                    raise
+            time.sleep(pause * (0.5 + random.random()))  # apart from each other, or all ranks would come back at once
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        raise AssertionError("unreachable")

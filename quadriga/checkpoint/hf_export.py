@@ -1,0 +1,202 @@
+"""The door to Hugging Face, outwards: a published checkpoint of ours as a folder that `transformers` loads.
+
+Every tensor is read from the checkpoint when its turn to be written comes, so that what is needed in memory is a
+tensor, not a model. With several ranks each writes some of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from quadriga.checkpoint.files import Files, Place, files_at, local
+from quadriga.checkpoint.folder import Found, join
+from quadriga.checkpoint.hf import (
+    MODEL,
+    Names,
+    refuse,
+    refuse_lack_of_room,
+    refuse_what_is_there,
+    that_fits,
+    together,
+)
+from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
+from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
+from quadriga.checkpoint.tensors import _HashingFiles, _plain_errors, _Reader
+from quadriga.log import logger
+from quadriga.units import show_bytes
+
+MOST_IN_A_FILE = 2 * 10**9  # bytes
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+def export_hf(
+    checkpoint: Found,
+    out: Place,
+    names: Names,
+    config: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Place | None = None,
+    replace: bool = False,
+    most: int = MOST_IN_A_FILE,
+) -> None:
+    """Write the weights of a published checkpoint as safetensors of at most `most` bytes, with their index,
+    `config.json` and the tokenizer's files.
+
+    On a file system all is written under a hidden name beside `out` and renamed; on an object store `config.json` is
+    written last. Call on all ranks.
+
+    Args:
+        config: the fields of `config.json` but the dtype, which is added.
+        dtype: None keeps what was saved.
+        tokenizer: a folder, or a file in it; None, or nothing there: no files of a tokenizer.
+        replace: an `out` that is there is replaced; otherwise it is refused.
+
+    Raises:
+        UserError, CheckpointError: on every rank. `out` is then what it was before.
+    """
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    files = files_at(out)
+    place = _hidden(out) if files.renames else str(out)
+
+    def begin() -> Stored:
+        stored = Stored(checkpoint.place or checkpoint.path, names, dtype)
+        if rank == 0:
+            if not replace:
+                refuse_what_is_there(out)
+            refuse_lack_of_room(out, stored.entries.values())
+            _remove(files, place)
+            files.make(place)
+        return stored
+
+    def write_own() -> None:
+        for file in weights[rank::ranks]:
+            files.retried(lambda file=file: _write(files, join(place, file.name), file, stored.read))  # type: ignore[misc]
+            logger.info(f"wrote {file.name}: {show_bytes(file.size)}, {len(file.tensors)} tensors")
+
+    def finish() -> None:
+        if rank == 0:
+            _write_the_rest(files, place, weights, {**config, "torch_dtype": stored.dtype_word}, tokenizer)
+            _publish(files, place, str(out))
+
+    try:
+        stored = together(group, begin)
+        weights = deal(stored.entries, most)
+        together(group, write_own)
+        together(group, finish)
+    except BaseException:
+        if rank == 0 and files.renames:
+            with suppress(OSError):
+                _remove(files, place)
+        raise
+
+
+def tokenizer_files(tokenizer: Place | None) -> list[Path]:
+    """The files of the tokenizer in a folder, or beside a file; [] where there are none."""
+    if tokenizer is None:
+        return []
+    path = local(tokenizer).expanduser()
+    folder = path if path.is_dir() else path.parent
+    return [folder / name for name in TOKENIZER_FILES if path.exists() and (folder / name).is_file()]
+
+
+class Stored:
+    """The weights of a checkpoint by Hugging Face's names. Its plan is read once, its tensors one at a time."""
+
+    def __init__(self, place: Place, names: Names, dtype: torch.dtype | None) -> None:
+        """Raises UserError where the checkpoint holds another model than `names` is of."""
+        self._place, self._reader = place, _Reader(str(place), _HashingFiles(files_at(place)))
+        with _plain_errors(f"{place} could not be read"):
+            self._plan = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._plan, is_coordinator=True)
+        saved = {
+            name.removeprefix(MODEL): Entry(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._plan.state_dict_metadata.items()
+            if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+        }
+        refuse_other_model(str(place), names.shapes, saved)
+        self._ours = {names.theirs(name): name for name in names.shapes}
+        self.entries = {
+            theirs: Entry(saved[name].shape, dtype or saved[name].dtype) for theirs, name in self._ours.items()
+        }
+
+    @property
+    def dtype_word(self) -> str:
+        """The dtype that most of the tensors are to be written in, as `config.json` calls it."""
+        dtypes = [entry.dtype for entry in self.entries.values()]
+        return str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor in the dtype to be written; beside it only one saved piece of it is in memory."""
+        tensor = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner({MODEL + self._ours[name]: tensor}, self._plan, is_coordinator=True)
+        with _plain_errors(f"{self._place} could not be read"):
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return that_fits(tensor, name)
+
+
+def refuse_other_model(place: str, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Entry]) -> None:
+    """UserError where a checkpoint does not hold exactly the tensors of a model."""
+    reshaped = [
+        f"{name}: {list(entry.shape)} saved, {list(shapes[name])} here"
+        for name, entry in saved.items()
+        if name in shapes and entry.shape != shapes[name]
+    ]
+    missing, surplus = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
+    refuse(place, missing, surplus, reshaped, "name the configuration that it was saved with: --config FILE.toml")
+
+
+def _write(files: Files, path: str, file: WeightFile, tensor: Callable[[str], torch.Tensor]) -> None:
+    with files.open(path, "wb") as stream:
+        write_weights(stream, file, tensor)
+        stream.flush()
+        if files.renames:
+            os.fsync(stream.fileno())
+
+
+def _write_the_rest(
+    files: Files, place: str, weights: list[WeightFile], config: Mapping[str, Any], tokenizer: Place | None
+) -> None:
+    if len(weights) > 1:
+        files.write(join(place, INDEX), _as_json(index_of(weights)))
+    for file in tokenizer_files(tokenizer):
+        files.write(join(place, file.name), file.read_bytes())
+    files.write(join(place, CONFIG), _as_json(config))  # the last one: transformers reads nothing without it
+
+
+def _publish(files: Files, place: str, out: str) -> None:
+    if not files.renames:
+        return
+    files.flush_names(place)
+    _remove(files, out)  # empty, or to be replaced
+    files.rename(place, out)
+    files.flush_names(local(out).absolute().parent)
+
+
+def _hidden(out: Place) -> str:
+    path = local(out).absolute()
+    return str(path.with_name(f".{path.name}.saving"))
+
+
+def _remove(files: Files, place: Place) -> None:
+    if files.exists(place):
+        files.remove(place)
+
+
+def _as_json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,99 @@
+"""What a run starts from: the newest checkpoint whose every byte is as it was written, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint import words
+from quadriga.checkpoint.files import Place, files_at
+from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
+from quadriga.config.schema import Checkpoint
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
+from quadriga.log import logger
+
+PLAN = ".metadata"  # what every folder of torch.distributed.checkpoint has
+
+
+class Search:
+    """One look at the checkpoints, by all ranks together, who share the work of hashing.
+
+    `refused`: why, by step, published checkpoints were not taken. `steps_lost`: between the newest published one and
+    the one that was taken.
+    """
+
+    def __init__(
+        self,
+        section: Checkpoint,
+        folder: Place,
+        group: dist.ProcessGroup | None,
+        on_first_rank: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        self._section, self._folder, self._group = section, str(folder), group
+        self._on_first_rank = on_first_rank
+        self.refused: dict[int, str] = {}
+        self.steps_lost = 0
+
+    def own(self, remains: list[str]) -> Found | None:
+        """The run's own newest good checkpoint, or that of `load_step`. `remains`: what lay there unpublished."""
+        whole, damaged = self._on_first_rank(lambda: folders.sorted_out(self._folder))
+        self.refused = dict(damaged)
+        asked = self._section.load_step
+        if asked >= 0 and asked not in {found.step for found in whole} | self.refused.keys():
+            raise UserError(words.no_such_step(asked, self._folder, whole))
+        for found in reversed(whole):
+            if asked in (-1, found.step) and self._is_good(found):
+                self._say_what_it_costs(found, whole)
+                return found
+        if asked >= 0 or self.refused:
+            raise CheckpointError(words.none_is_good(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+        if remains:
+            logger.warning(words.only_remains(self._folder, remains))
+        return None
+
+    def elsewhere(self, path: str) -> Found:
+        """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
+        found: Found = self._on_first_rank(lambda: self._look_at(path))
+        if found.files and not self._is_good(found):
+            raise CheckpointError(words.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+        if found.resume and self._section.initial_load_model_only:
+            return replace(found, resume=False, extra={})
+        return found
+
+    def _look_at(self, path: str) -> Found:
+        try:
+            return folders.find(path) or folders.read(path)
+        except NotWhole as reason:
+            if not files_at(path).exists(folders.join(path, PLAN)):
+                raise UserError(words.not_ours(path, reason)) from reason
+        from quadriga.checkpoint.tensors import stored_tensors
+
+        logger.warning(words.not_verified(path))
+        prefixed = all(name.startswith("model.") for name in stored_tensors(path))
+        return Found(0, path, ("model",), resume=False, place=path, prefixed=prefixed)
+
+    def _is_good(self, found: Found) -> bool:
+        """Every file's hash is the one that was written down. Each rank reads its share of the files."""
+        ranks, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
+        wrong = folders.damage(found, sorted(found.files)[rank::ranks])
+        if self._group is not None:
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, wrong, group=self._group)
+            wrong = [reason for one in gathered for reason in one]
+        if wrong:
+            self.refused[found.step] = "; ".join(wrong)
+        return not wrong
+
+    def _say_what_it_costs(self, found: Found, whole: list[Found]) -> None:
+        for _, reason in sorted(self.refused.items()):
+            logger.warning(f"{reason}: this checkpoint is passed over")
+        newest = max([step for step in self.refused if step > found.step], default=found.step)
+        if newest > found.step:
+            self.steps_lost = newest - found.step
+            logger.warning(f"going on from step {found.step}: {self.steps_lost} steps are trained again")
+        if found.step < whole[-1].step and whole[-1].step not in self.refused:
+            logger.warning(f"step-{whole[-1].step} is newer: a start without load_step takes that one")

@@ -1,0 +1,93 @@
+"""What users are told of checkpoints: what happened, what is safe, what to do next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint.files import is_url, local
+from quadriga.checkpoint.folder import Found
+from quadriga.errors import Problem
+from quadriga.units import show_bytes
+
+
+def save_failed(folder: str, step: int, error: Exception) -> str:
+    whole: list[str] = []
+    with suppress(OSError):
+        whole = [f"step-{found.step}" for found in folders.whole_in(folder)]
+    lines = [f"step {step} was not saved: {error}", f"whole in {folder}: {', '.join(whole) or 'none'}"]
+    if not is_url(folder):
+        with suppress(OSError):
+            path = local(folder).absolute()
+            place = next(one for one in (path, *path.parents) if one.exists())
+            lines.append(f"room left there: {show_bytes(shutil.disk_usage(place).free)}")
+    lines.append("make room or mend the folder; a start goes on from the newest whole one")
+    return "\n".join(lines)
+
+
+def cannot_be_written(folder: str, error: OSError) -> Problem:
+    return Problem(
+        where="checkpoint.folder",
+        value=folder,
+        what=f"cannot be written: {error.strerror or error}",
+        fix="choose another with --checkpoint.folder or --job.dump_folder, or save nothing: --checkpoint.load_only",
+    )
+
+
+def none_is_good(folder: str, asked: int, refused: Mapping[int, str]) -> str:
+    what = f"step {asked}, which was asked for, is damaged" if asked >= 0 else "no published checkpoint is good"
+    lines = [f"{folder}: {what}", *(reason for step, reason in sorted(refused.items()) if asked in (-1, step))]
+    lines.append("nothing was changed, and nothing is started from scratch unasked")
+    if asked >= 0:
+        lines.append("to go on from the newest good one, start without checkpoint.load_step")
+    else:
+        lines.append("restore these files from a copy; or begin anew: another job.dump_folder, or this folder removed")
+    return "\n".join(lines)
+
+
+def only_remains(folder: str, remains: Iterable[str]) -> str:
+    return (
+        f"{folder}: only remains of saves that never ended ({', '.join(remains)}), no checkpoint: "
+        "THIS RUN STARTS AT STEP 0"
+    )
+
+
+def no_such_step(step: int, folder: str, whole: list[Found]) -> Problem:
+    return Problem(
+        where="checkpoint.load_step",
+        value=str(step),
+        what=f"{folder} has no checkpoint of this step",
+        allowed=", ".join(str(found.step) for found in whole) or "none is there: leave it at -1",
+    )
+
+
+def holds_no(found: Found, absent: list[str]) -> Problem:
+    return Problem(
+        where=found.path,
+        what=f"holds {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot go on from it",
+        fix="start a new run from it: another job.dump_folder, and this folder as checkpoint.initial_load_path",
+    )
+
+
+def not_ours(path: str, reason: Exception) -> Problem:
+    return Problem(
+        where="checkpoint.initial_load_path",
+        value=path,
+        what=f"no checkpoint: {reason}",
+        allowed="a folder `step-N` of a run, the folder that holds them, or one of torch.distributed.checkpoint",
+        fix="for Hugging Face weights add --checkpoint.initial_load_in_hf" if _has_safetensors(path) else None,
+    )
+
+
+def not_verified(path: str) -> str:
+    return (
+        f"{path} was not saved by Quadriga: it has no hashes to verify it by. Its weights are taken by their names; "
+        "query and key matrices are expected in the order of rotated halves (docs/hugging-face.md)"
+    )
+
+
+def _has_safetensors(path: str) -> bool:
+    return not is_url(path) and any(Path(path).glob("*.safetensors"))

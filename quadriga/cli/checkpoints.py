@@ -1,0 +1,55 @@
+"""`quadriga checkpoints`: what can be resumed from, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint.files import files_at
+from quadriga.checkpoint.folder import Found
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
+from quadriga.units import show_bytes, show_count
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="quadriga checkpoints",
+        description="List the checkpoints of a run: step, contents, size, when and by what they were saved.",
+        epilog="Exit code 3 where checkpoints were published and none of them is good.",
+    )
+    parser.add_argument("folder", help="a run folder, its checkpoint folder, or a URL")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
+    chosen = parser.parse_args(argv)
+    folder = checkpoints_of(chosen.folder)
+    whole, damaged = folders.sorted_out(folder)
+    good = 0
+    for found in whole:
+        wrong = folders.damage(found) if chosen.verify else []
+        good += not wrong
+        print(line(found, "verified" if chosen.verify else "sizes are right"))
+        for reason in wrong:
+            print(f"  DAMAGED: {reason}")
+    for _, reason in damaged:
+        print(f"DAMAGED: {reason}")
+    for name in folders.unpublished_in(folder):
+        print(f"{name}: never published; the next start removes it")
+    if not whole and not damaged:
+        print(f"{folder}: no checkpoint")
+        return EXIT_OK
+    return EXIT_OK if good else EXIT_NO_GOOD_CHECKPOINT
+
+
+def checkpoints_of(folder: str) -> str:
+    """A run folder keeps them in `checkpoint/`, unless its configuration says otherwise."""
+    inside = folders.join(folder, "checkpoint")
+    return inside if files_at(folder).exists(inside) else folder
+
+
+def line(found: Found, state: str) -> str:
+    words = [f"{found.path}: {', '.join(found.contents)}", show_bytes(folders.size(found)), state]
+    if "train_state" in found.extra:
+        words.append(f"{show_count(found.extra['train_state']['tokens_seen'])} tokens seen")
+    if "world_size" in found.extra:
+        words.append(f"saved on {found.extra['world_size']} ranks")
+    return "; ".join(words)

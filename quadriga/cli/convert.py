@@ -1,0 +1,164 @@
+"""`quadriga convert to-hf | from-hf`: a checkpoint of ours as a Hugging Face folder, and the other way round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from quadriga.cli.arguments import Parser
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.log import logger, start_logging
+from quadriga.models import registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from quadriga.checkpoint.folder import Found
+
+ABOUT = (
+    "to-hf: write the weights of a checkpoint (a folder `step-N`, or a run or checkpoint folder: its newest) as "
+    "safetensors with config.json and tokenizer, which transformers loads. from-hf: write such a folder as "
+    "`step-0` of a checkpoint folder, for checkpoint.initial_load_path. Needs memory for one tensor, not for a model."
+)
+DTYPES = ("float32", "bfloat16", "float16")
+CHECKPOINTS = "checkpoint"  # the folder within a run folder that is looked into first
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a saved model. `tokenizer`: as `model.hf_assets_path` says it, "" where nothing is known."""
+
+    spec: ModelSpec
+    tokenizer: str = ""
+    seq_len: int = 0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("convert", ABOUT)
+    parser.add_argument("direction", choices=("to-hf", "from-hf"))
+    parser.add_argument("source", metavar="SOURCE", help="to-hf: CHECKPOINT; from-hf: a folder with safetensors")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=DTYPES, help="format of the weights (default: as they are)")
+    parser.add_argument("--config", metavar="FILE", help="to-hf: the TOML file, for a checkpoint that does not hold it")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="to-hf: its tokenizer (default: that of the run)")
+    options = parser.parse_args(argv)
+    start_logging()
+    if options.direction == "to-hf":
+        to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
+    elif options.config or options.tokenizer:
+        raise UserError(Problem("--config, --tokenizer", "of no use for from-hf: config.json says what the model is"))
+    else:
+        from_hf(options.source, options.out, options.dtype)
+    return EXIT_OK
+
+
+def to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer: str | None) -> None:
+    from quadriga.checkpoint.folder import CheckpointError, damage
+    from quadriga.checkpoint.hf_export import export_hf
+
+    found = find_checkpoint(source)
+    described = described_by(found.extra, file, found.path)
+    if wrong := damage(found):
+        raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
+    place, (bos_id, eos_id) = tokenizer or described.tokenizer, token_ids(tokenizer, described.tokenizer)
+    config = registry.hf_config(described.spec, bos_id=bos_id, eos_id=eos_id, seq_len=described.seq_len)
+    names = registry.hf_names(described.spec)
+    export_hf(found, out, names, config, None, dtype=torch_dtype(dtype), tokenizer=place or None)
+    logger.info(f"{found.path} is now in Hugging Face's form in {out}")
+    print(out)
+
+
+def from_hf(source: str, out: str, dtype: str | None) -> None:
+    from quadriga.checkpoint.hf import import_hf
+    from quadriga.checkpoint.hf_folder import HfFolder
+
+    folder = HfFolder(source)
+    spec = registry.spec_from_hf(folder.config(), folder.config_file)
+    name = import_hf(folder, out, registry.hf_names(spec), {"model": asdict(spec)}, torch_dtype(dtype))
+    logger.info(f"{source} is now a checkpoint; to start from it: --checkpoint.initial_load_path {out}")
+    print(name)
+
+
+def find_checkpoint(source: str) -> Found:
+    """The checkpoint that a folder is, or the newest whole one in it or in a folder in it."""
+    from quadriga.checkpoint.files import files_at
+    from quadriga.checkpoint.folder import STATE_FILE, NotWhole, damaged_in, find, join
+    from quadriga.checkpoint.folder import read as read_folder
+
+    files = files_at(source)
+    try:
+        if files.exists(join(source, STATE_FILE)):
+            return read_folder(source)
+    except NotWhole as reason:
+        raise UserError(Problem(source, f"no whole checkpoint: {reason}")) from reason
+    inside = [join(source, name) for name in sorted(files.names(source), key=lambda name: name != CHECKPOINTS)]
+    damaged = []
+    for folder in (source, *inside):
+        if found := find(folder):
+            return found
+        damaged += damaged_in(folder)
+    what = f"no whole checkpoint: {'; '.join(damaged)}" if damaged else "there is no checkpoint of ours"
+    if files.exists(join(source, ".metadata")):
+        what += "; one of another trainer may order the rows of its heads otherwise, which its own tools must convert"
+    raise UserError(Problem(source, what, allowed="a folder `step-N`, the folder around it, or a run folder"))
+
+
+def described_by(extra: Mapping[str, Any], file: str | None, where: str) -> Described:
+    """The model that a checkpoint says it holds; where it says nothing, that of a TOML file."""
+    if file is not None:
+        return described_in(file)
+    if "model" not in extra:
+        fix = "name the configuration that it was saved with: --config FILE.toml"
+        raise UserError(Problem(where, "the checkpoint does not say what model it holds", fix=fix))
+    numbers = dict(extra["model"])
+    if numbers.get("rope_scaling") is not None:
+        numbers["rope_scaling"] = RopeScaling(**numbers["rope_scaling"])
+    if "config" not in extra:
+        return Described(ModelSpec(**numbers))
+    config = extra["config"]
+    return Described(ModelSpec(**numbers), config["model"]["hf_assets_path"], config["training"]["seq_len"])
+
+
+def described_in(file: str) -> Described:
+    run = read(
+        ["--job.config_file", file],
+        {},
+        catalogue=registry.catalogue(),
+        backends=BACKENDS,
+        world_size=None,
+        training=False,
+    )
+    return Described(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
+
+
+def token_ids(asked_for: str | None, known: str) -> tuple[int | None, int | None]:
+    """The ids that begin and end a text. Of a tokenizer that is no longer where the run had it: None, and a word."""
+    from quadriga.data.tokenizer import build_tokenizer
+
+    place = asked_for or known
+    if not place:
+        logger.warning("no tokenizer is known: token ids are left open; --tokenizer FOLDER names one")
+        return None, None
+    try:
+        tokenizer = build_tokenizer(place)
+    except UserError:
+        if asked_for or os.path.exists(place):
+            raise
+        logger.warning(f"no tokenizer is at {place}: token ids are left open; --tokenizer FOLDER names one")
+        return None, None
+    return tokenizer.bos_id, tokenizer.eos_id
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

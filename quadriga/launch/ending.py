@@ -1,0 +1,88 @@
+"""How a run ended: whose error is shown last, and which exit code is returned."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quadriga.errors import EXIT_FAULT, EXIT_OK
+from quadriga.launch.agent import NOTE
+from quadriga.log import logger
+from quadriga.processes import ExitRecord, last_start, read_records
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank that ended without a word: `exitcode` -n means killed by signal n. `time` in whole seconds."""
+
+    rank: int
+    pid: int
+    exitcode: int
+    time: float
+
+    def __str__(self) -> str:
+        if self.exitcode >= 0:
+            return f"rank {self.rank} (process {self.pid}) left with exit code {self.exitcode} and no word"
+        name = signal.Signals(-self.exitcode).name
+        text = f"rank {self.rank} (process {self.pid}) was killed by {name}"
+        if self.exitcode == -signal.SIGKILL:
+            text += "\nThe kernel does this when the machine runs out of memory (see `dmesg`); a scheduler may, too."
+        return text
+
+
+def conclude(folder: Path, ranks: int, code: int, received: Sequence[int]) -> int:
+    """Show the first failing rank's error last, and return the exit code of the run.
+
+    Args:
+        folder: the ranks' records and the agent's note.
+        ranks: of this machine.
+        code: the agent's own exit code, negative when a signal killed it.
+        received: the signals to leave that were passed on, in order.
+    """
+    records = read_records(last_start(folder))
+    failed = [record for record in records if record.code != EXIT_OK and not record.asked]
+    asked = next((record.code for record in records if record.asked), EXIT_OK)
+    if code == EXIT_OK:
+        return asked
+    first = first_to_fail(failed, deaths(folder, records))
+    if received and _follows_from(received[0], first):
+        if not failed and (asked or len(records) == ranks):
+            return asked  # the ranks have said where the run stands
+        logger.error("stopped by %s", signal.Signals(received[0]).name)
+        return 128 + received[0]
+    if first is None:
+        logger.error("torchrun ended with code %d before any rank said why; its output is above", code)
+        return EXIT_FAULT
+    if isinstance(first, Death):
+        logger.error("%s", first)
+        return EXIT_FAULT
+    logger.error("%s", first.details if first.is_report else f"rank {first.rank} failed first:\n\n{first.details}")
+    return first.code
+
+
+def _follows_from(received: int, failure: ExitRecord | Death | None) -> bool:
+    """Whether a rank ended so since the run was told to end."""
+    return not isinstance(failure, ExitRecord) or failure.lost_peer or failure.code == 128 + received
+
+
+def deaths(folder: Path, records: Sequence[ExitRecord]) -> list[Death]:
+    """The failed ranks that left no record, from the agent's note."""
+    note = folder / NOTE
+    ends = json.loads(note.read_text()) if note.exists() else {}
+    spoke = {record.rank for record in records}
+    return [Death(int(rank), **end) for rank, end in ends.items() if int(rank) not in spoke]
+
+
+def first_to_fail(records: Sequence[ExitRecord], silent: Sequence[Death]) -> ExitRecord | Death | None:
+    """What went wrong first. A lost peer is a consequence, and torchrun ends the survivors with SIGTERM."""
+
+    def order(failure: ExitRecord | Death) -> tuple[bool, float, bool]:
+        if isinstance(failure, Death):
+            return failure.exitcode == -signal.SIGTERM, failure.time, False
+        return failure.lost_peer, failure.time, True
+
+    failures: list[ExitRecord | Death] = [*records, *silent]
+    return min(failures, key=order, default=None)

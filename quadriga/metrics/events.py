@@ -1,0 +1,90 @@
+"""`events.jsonl`: the ledger of a run, one JSON object a line: what happened when, over all of its attempts.
+
+Every line has `event`, `time` (seconds since the epoch), `attempt` (the start of the run that wrote it, from 1), `rank`
+and `step` (finished steps). The events and what else they say:
+
+| event | by | further fields |
+|---|---|---|
+| `start` | rank 0, when the process group stands | `world_size`, `layout`, `backend`, `process_start` (seconds) |
+| `resume` | rank 0 | `path`, `seconds` |
+| `fallback` | rank 0 | `refused` (the file and why), `steps_lost` |
+| `ready` | rank 0, before the first step of the attempt | |
+| `save_begin`, `save_end` | rank 0 | `path`; at the end `seconds`, `blocked_seconds` (that training waited), `bytes` |
+| `save_failed` | rank 0 | `reason` |
+| `skip` | rank 0, when it learns of it | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
+| `signal` | rank 0 | `name` |
+| `fault` | the rank that failed; rank 0 where all did | `error`, `lost_peer` (since another rank was gone) |
+| `end` | rank 0 | `code`, `reason` |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from quadriga.metrics.jsonl import cut_torn_line
+
+EVENTS_NAME = "events.jsonl"
+
+Event = dict[str, Any]
+
+
+class Events:
+    """Appends events, each in one write, so that lines of several ranks never mix. Safe to use from any thread."""
+
+    def __init__(self, folder: str | os.PathLike[str], rank: int, attempt: int) -> None:
+        self.path = Path(folder, EVENTS_NAME)
+        self.rank, self.attempt = rank, attempt
+        if rank == 0:
+            cut_torn_line(self.path)
+
+    def tell(self, event: str, step: int, **facts: Any) -> None:
+        """Add a line. A folder that cannot be written is no reason to end a run: the line is lost then."""
+        line = {"event": event, "time": time.time(), "attempt": self.attempt, "rank": self.rank, "step": step}
+        append_line(self.path, {**line, **facts})
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON in one write, so that lines of several ranks never mix. Lost where that cannot be done."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError:
+        return
+    try:
+        os.write(handle, (json.dumps(line) + "\n").encode())
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch; now, where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):  # not Linux
+        age = 0.0
+    return time.time() - max(age, 0.0)
+
+
+def newest_attempt(folder: str | os.PathLike[str]) -> int:
+    """The highest attempt that left an event; 0 where none did."""
+    return max((int(event["attempt"]) for event in read_events(folder)), default=0)
+
+
+def read_events(folder: str | os.PathLike[str]) -> list[Event]:
+    """All events of a run in the order of their time; [] where there are none. Torn lines are left out."""
+    path = Path(folder, EVENTS_NAME)
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return sorted(events, key=lambda event: float(event["time"]))

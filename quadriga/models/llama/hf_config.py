@@ -1,0 +1,151 @@
+"""The way back from a `config.json` of Hugging Face to our numbers, and which of them cannot be had here.
+
+Both spellings are read: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.errors import Problem, UserError
+
+_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
+_OTHERS = {
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What the model here always has, with the default of transformers where a file is silent.
+_FIXED: Mapping[str, tuple[Any, Any]] = {
+    "hidden_act": ("silu", "silu"),
+    "attention_bias": (False, False),
+    "mlp_bias": (False, False),
+    "quantization_config": (None, None),
+}
+
+
+def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The model that a `config.json` describes, as a flavor without a name. `where`: the file, for what is told.
+
+    Raises UserError with everything in it that is no Llama 3 as it is built here.
+    """
+    problems = list(_problems(config, where))
+    if problems:
+        raise UserError(*problems)
+    rope = _rope(config)
+    heads = int(config["num_attention_heads"])
+    return ModelSpec(
+        name="llama3",
+        flavor="",
+        dim=int(config["hidden_size"]),
+        n_layers=int(config["num_hidden_layers"]),
+        n_heads=heads,
+        n_kv_heads=int(_said(config, "num_key_value_heads", heads)),
+        ffn_dim=int(config["intermediate_size"]),
+        vocab_size=int(config["vocab_size"]),
+        rope_theta=float(_said(rope, "rope_theta", 10_000.0)),
+        rope_scaling=_scaling(rope),
+        norm_eps=float(_said(config, "rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(_said(config, "tie_word_embeddings", False)),
+    )
+
+
+def unlike(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Problem]:
+    """Where a `config.json` describes another model than `spec`, the rotary frequencies and the number of heads
+    included, which no shape of a tensor tells. Raises UserError as `spec_from_hf` does."""
+    theirs = spec_from_hf(config, where)
+    return [
+        Problem(
+            where,
+            f"{(_SIZES | _OTHERS)[field.name]} is {getattr(theirs, field.name)}; "
+            f"the model of this run has {getattr(spec, field.name)} ({_key(field.name)})",
+            fix="set the key to what the weights were made with",
+        )
+        for field in fields(ModelSpec)
+        if field.name in _SIZES | _OTHERS and getattr(theirs, field.name) != getattr(spec, field.name)
+    ]
+
+
+def _key(field: str) -> str:
+    return "model.flavor" if field in ("rope_scaling", "norm_eps") else f"model.{field}"
+
+
+def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    kind = config.get("model_type")
+    if kind != "llama":
+        what = "this is no Llama, and no other family is read here"
+        yield Problem(f"{where}, model_type", what, None if kind is None else str(kind), allowed="llama")
+        return
+    needed = [name for name in _SIZES.values() if name != "num_key_value_heads"]
+    if absent := [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]:
+        yield Problem(where, f"these must be whole numbers of at least 1: {', '.join(absent)}")
+        return
+    for name, (built, default) in _FIXED.items():
+        if (value := config.get(name, default)) != built:
+            what = "weights that are quantized cannot be read" if name == "quantization_config" else "not built here"
+            yield Problem(f"{where}, {name}", what, str(value), allowed=str(built))
+    dim, heads = config["hidden_size"], config["num_attention_heads"]
+    key_value = _said(config, "num_key_value_heads", heads)
+    if dim % heads or _said(config, "head_dim", dim // heads) != dim // heads:
+        what = f"heads of another width than hidden_size / num_attention_heads = {dim} / {heads} are not built here"
+        yield Problem(f"{where}, head_dim", what, str(config.get("head_dim")))
+    if not isinstance(key_value, int) or key_value < 1 or heads % key_value:
+        yield Problem(f"{where}, num_key_value_heads", f"it does not divide {heads} heads", str(key_value))
+    yield from _rope_problems(config, where)
+
+
+def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    rope = _rope(config)
+    kind = _rope_type(rope)
+    if kind not in ("default", "llama3"):
+        what = "this way of scaling rotary frequencies is not built here"
+        yield Problem(f"{where}, rope_type", what, kind, allowed="llama3, default")
+    elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_number(rope.get(name))]):
+        yield Problem(where, f"the scaling of the rotary frequencies lacks {', '.join(absent)}")
+    if _said(rope, "partial_rotary_factor", 1.0) != 1.0:
+        yield Problem(f"{where}, partial_rotary_factor", "not built here", str(rope["partial_rotary_factor"]))
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What either spelling says of the rotary frequencies, in one table."""
+    said = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        said |= config.get(spelling) or {}
+    return said
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(_said(rope, "rope_type", _said(rope, "type", "default")))
+
+
+def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    if _rope_type(rope) == "default":
+        return None
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _said(table: Mapping[str, Any], name: str, default: Any) -> Any:
+    """An entry that is there and not null."""
+    value = table.get(name)
+    return default if value is None else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

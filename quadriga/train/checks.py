@@ -1,0 +1,36 @@
+"""What is looked at or written down after every step, beside figures: documents, bad steps, copies of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quadriga.metrics.documents import DocumentLog
+from quadriga.metrics.meter import Record
+from quadriga.metrics.step_metrics import StepMetrics
+from quadriga.train.bad_steps import BadSteps
+from quadriga.train.replicas import ReplicaCheck
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Of one rank. `documents`: None where they are not asked for, or another rank reads the same rows."""
+
+    documents: DocumentLog | None
+    bad_steps: BadSteps
+    replicas: ReplicaCheck
+
+    def after_step(self, metrics: StepMetrics, record: Record | None) -> None:
+        """`record`: the step's, if it has one. Raises CommonFault on all ranks where the run must not go on."""
+        if self.documents is not None:
+            self.documents.write(metrics.step, metrics.documents)
+        self.bad_steps.see(metrics, record["skipped_steps"] if record else None)
+        if self.replicas.is_due(metrics.step):
+            self.replicas.compare(metrics.step)
+
+    def before_save(self) -> None:
+        """A step that calls for the end of the run, unseen so far, ends it before the save. Raises as `after_step`."""
+        self.bad_steps.look()
+
+    def close(self) -> None:
+        if self.documents is not None:
+            self.documents.close()

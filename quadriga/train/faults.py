@@ -1,0 +1,60 @@
+"""What is known of this rank when something ends it, brought together: for the report, and for the run's ledger."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from quadriga.comm import collectives
+from quadriga.config import Run
+from quadriga.errors import Fault, UserError
+from quadriga.train import guards, out_of_memory
+from quadriga.train.bad_steps import CommonFault
+from quadriga.train.build import Trainer
+from quadriga.train.progress import Progress
+
+
+@dataclass
+class Witness:
+    """What there is of the run so far."""
+
+    trainer: Trainer | None = None
+
+    @property
+    def progress(self) -> Progress:
+        return self.trainer.state.progress if self.trainer else Progress()
+
+    def tell(self, error: BaseException) -> None:
+        """Add what ended this rank to the ledger, which is kept from when the run is built. What all ranks meet alike,
+        and the loss of another rank, the first rank alone tells."""
+        if self.trainer is None:
+            return
+        line, events = _in_a_line(error), self.trainer.events
+        lost_peer = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in guards.LOST_PEER)
+        if events.rank == 0 or not (lost_peer or isinstance(error, CommonFault)):
+            events.tell("fault", self.trainer.state.step, error=line, lost_peer=lost_peer)
+
+
+@contextmanager
+def witnessed(run: Run) -> Iterator[Witness]:
+    """Write what ends the body into the ledger, and say of a lack of memory where it was met and what would help."""
+    witness = Witness()
+    try:
+        yield witness
+    except Exception as error:
+        if not out_of_memory.is_out_of_memory(error):
+            witness.tell(error)
+            raise
+        told = out_of_memory.fault(error, run, witness.progress, collectives.rank())
+        witness.tell(told)
+        raise told from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return " ".join(str(error.problems[0]).split())
+    if isinstance(error, Fault):
+        return str(error).splitlines()[0]
+    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0]

@@ -1,0 +1,152 @@
+"""Which rank a run waits for, from what the ranks say of themselves, and the report on it. Pure: no clock, no store."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from quadriga.errors import EXIT_STALLED, Fault
+
+STACK_LINES = 40  # of the late rank's stack, in the report
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself, time and again: `count` grows each time, so that silence shows.
+
+    `seconds`: in its phase. `waits`: for how long it has waited for an operation of training, in seconds; None where it
+    does not. `waits_in_host`: the same for host groups. `launched`: how many operations it has launched. `left`: it
+    trains no more.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    count: int = 0
+    step: int = 0
+    phase: str = ""
+    seconds: float = 0.0
+    waits: float | None = None
+    waits_in_host: float | None = None
+    launched: int = 0
+    left: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Beat:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A run that stands still: `late` is the rank that the others wait for, or None where that cannot be known.
+
+    `silent`: the ranks that do not even beat. `accuser`: the rank that found out, which waits in `operation`.
+    `waiting`: how many ranks wait; `late_waits`: whether the late one does. `began`: in seconds since the epoch.
+    `helper`: a rank on the machine of a late rank that is silent.
+    """
+
+    late: Beat | None
+    silent: tuple[int, ...]
+    accuser: Beat
+    operation: str
+    waiting: int
+    late_waits: bool
+    world_size: int
+    seconds: float
+    began: float
+    helper: int | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Stall:
+        facts: dict[str, Any] = json.loads(text)
+        late = facts["late"] and Beat(**facts["late"])
+        accuser = Beat(**facts["accuser"])
+        return replace(cls(**facts), late=late, accuser=accuser, silent=tuple(facts["silent"]))
+
+
+def silent_ranks(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> tuple[int, ...]:
+    """The ranks that have not said a word between two readings."""
+    return tuple(rank for rank, beat in after.items() if beat.count == before[rank].count and not beat.left)
+
+
+def waiting_ranks(beats: Mapping[int, Beat], host: bool) -> set[int]:
+    """The ranks that wait for others, in training or in a host group."""
+    return {rank for rank, beat in beats.items() if (beat.waits_in_host if host else beat.waits) is not None}
+
+
+def late_rank(beats: Mapping[int, Beat], silent: tuple[int, ...], waiting: set[int]) -> Beat | None:
+    """The rank that the others wait for.
+
+    One that is silent; else one that does not wait for others; else, as all wait, the one that has launched the fewest
+    operations. Among several: the one at the earliest step, and then the longest in its phase.
+    """
+    here = [beat for beat in beats.values() if not beat.left]
+    held = [beat for beat in here if beat.rank in silent] or [beat for beat in here if beat.rank not in waiting]
+    if held:
+        return min(held, key=lambda beat: (beat.rank in waiting, beat.step, -beat.seconds))
+    return min(here, key=lambda beat: (beat.step, beat.launched), default=None)
+
+
+def helper_of(late: Beat, beats: Mapping[int, Beat], silent: tuple[int, ...]) -> int | None:
+    """The first rank on the machine of `late` that can look after it."""
+    near = (rank for rank, beat in beats.items() if beat.host == late.host and rank not in silent and not beat.left)
+    return min((rank for rank in near if rank != late.rank), default=None)
+
+
+def fault(stall: Stall, stack: str, folder: str) -> Fault:
+    """The report: who, where, since when, what the others wait in, the stack of the late rank, and what to do."""
+    late, accuser = stall.late, stall.accuser
+    lines = [_headline(stall), ""]
+    if late is not None:
+        lines.append(f"    where     process {late.pid} on {late.host}")
+        lines.append(f"    at        step {late.step}, phase {late.phase!r}, for {late.seconds:.0f} s as it last said")
+        lines.append(f"    state     {_state(stall, late)}")
+    others = f"{stall.waiting} of {stall.world_size} ranks"
+    lines.append(
+        f"    waiting   {others}; rank {accuser.rank} (step {accuser.step}, {accuser.phase}) in {stall.operation}"
+    )
+    lines.append(f"    traces    {folder}: of each rank its stack and its last collectives (for `torchfrtrace`)")
+    if late is not None:
+        lines += ["", f"The stack of rank {late.rank}:", "", *(f"    {line}" for line in _of_main_thread(stack))]
+    lines += ["", *_advice(stall)]
+    return Fault("\n".join(lines), EXIT_STALLED)
+
+
+def _headline(stall: Stall) -> str:
+    who = "the rendezvous store does not answer" if stall.late is None else f"it waits for rank {stall.late.rank}"
+    more = f" (ranks {', '.join(map(str, stall.silent[:16]))} are silent)" if len(stall.silent) > 1 else ""
+    return f"the run has stood still for {stall.seconds:.0f} s: {who}{more}"
+
+
+def _state(stall: Stall, late: Beat) -> str:
+    if late.rank in stall.silent:
+        return "gives no sign: stopped, held in a call that lets no other thread run, or its machine is gone"
+    if not stall.late_waits:
+        return "alive, and not on its way to the others"
+    return "alive, and it waits as all others do: the ranks may have called different collectives"
+
+
+def _of_main_thread(stack: str) -> list[str]:
+    """The part of faulthandler's output that shows the training itself."""
+    threads = re.split(r"(?m)^(?=Thread 0x|Current thread 0x)", stack)
+    own = next((thread for thread in threads if "loop.py" in thread), stack)
+    return own.strip().splitlines()[:STACK_LINES] or ["(it could not be had)"]
+
+
+def _advice(stall: Stall) -> list[str]:
+    lines = ["Checkpoints that were finished before are whole: the same start goes on from the newest one."]
+    if stall.late is None or stall.late.rank in stall.silent:
+        host = stall.late.host if stall.late else "the machine of rank 0"
+        lines.append(f"If it happens on {host} again, look at its kernel log and take it out of the job.")
+    else:
+        lines.append("If the rank had good reason to be slow, raise comm.train_timeout_seconds.")
+    return lines

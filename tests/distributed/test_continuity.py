@@ -1,0 +1,117 @@
+"""What a resume keeps, what it shows, and what it refuses to change unasked."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from ranks import RankError
+from training import DEBUG_FILE, TINY, largest_difference, one_rank, train
+
+from quadriga.checkpoint import folder as folders
+
+SAVING = ("--checkpoint.enable", "--lr_scheduler.total_steps=6")
+FREE_BATCH = tuple(argument for argument in TINY if "global_batch_size" not in argument)
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
+    caplog.set_level(logging.INFO, "quadriga")
+    return caplog
+
+
+def alone(folder, monkeypatch, *arguments):
+    """One rank, in this process."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    return one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(folder), *arguments], log=False)
+
+
+def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
+    train(tmp_path, 2, *TINY, *SAVING, "--training.steps=2")
+    found = folders.find(tmp_path / "checkpoint")
+    assert found.contents == ("model", "optimizer", "random")
+    assert found.extra["config"]["optimizer"]["lr"] == 8e-4
+    assert found.extra["model"]["dim"] == 32
+    assert (found.extra["global_batch_size"], found.extra["world_size"]) == (8, 2)
+    assert found.extra["layout"]["dp_shard"] == 2
+    assert found.extra["versions"]["torch"] == torch.__version__
+    assert found.extra["train_state"] == {"step": 2, "tokens_seen": 512, "attempt": 1}
+    assert len(found.extra["dataloader"]["lanes"]) == 8
+
+
+def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(tmp_path, monkeypatch, heard):
+    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
+    assert alone(tmp_path, monkeypatch, *TINY, *SAVING, "--training.steps=3", "--optimizer.lr=1e-4") == 0
+    assert "changed since this checkpoint was saved: optimizer.lr: 0.0008 -> 0.0001" in heard.text
+    assert "changed since this checkpoint was saved: training.steps: 2 -> 3" in heard.text
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--training.seq_len=16", "training.seq_len = 16"),
+        ("--debug.seed=7", "debug.seed = 7"),
+        ("--training.global_batch_size=16", "training.global_batch_size = 16"),
+        ("--model.rope_theta=1234.0", "model.rope_theta = 1234.0"),
+        ("--training.dataset=builtin_validation", "data of the checkpoint: dataset"),
+    ],
+)
+def test_another_training_is_refused_unless_allowed(tmp_path, argument, named):
+    arguments = [one for one in TINY if not one.startswith(argument.partition("=")[0] + "=")]
+    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
+    with pytest.raises(RankError) as refused:
+        train(tmp_path, 1, *arguments, *SAVING, "--training.steps=3", argument)
+    assert named in str(refused.value)
+    assert "--checkpoint.allow_change" in str(refused.value)
+    records = train(tmp_path, 1, *arguments, *SAVING, "--training.steps=3", argument, "--checkpoint.allow_change")
+    assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_a_free_global_batch_means_the_saved_one(tmp_path, monkeypatch, heard):
+    straight = train(
+        tmp_path / "straight", 4, *FREE_BATCH, "--training.global_batch_size=-1", *SAVING, "--training.steps=4"
+    )
+    train(tmp_path / "moved", 4, *FREE_BATCH, "--training.global_batch_size=-1", *SAVING, "--training.steps=2")
+    moved = train(tmp_path / "moved", 2, *FREE_BATCH, "--training.global_batch_size=-1", *SAVING, "--training.steps=4")
+    assert [record["tokens_seen"] for record in moved] == [record["tokens_seen"] for record in straight]
+    assert largest_difference(moved, straight, "loss") <= 1e-6
+    with pytest.raises(RankError, match=r"training\.global_batch_size") as refused:
+        train(tmp_path / "moved", 3, *FREE_BATCH, "--training.global_batch_size=-1", *SAVING, "--training.steps=5")
+    assert "[the checkpoints in" in str(refused.value)
+
+
+def test_a_seed_checkpoint_is_the_start_of_the_run(tmp_path):
+    straight = train(tmp_path / "straight", 1, *TINY, *SAVING, "--training.steps=2")
+    train(tmp_path / "seeded", 1, *TINY, *SAVING, "--training.steps=2", "--checkpoint.create_seed_checkpoint")
+    assert folders.find(tmp_path / "seeded/checkpoint").step == 0
+    seeded = train(tmp_path / "seeded", 2, *TINY, *SAVING, "--training.steps=2")
+    assert largest_difference(seeded, straight, "loss") <= 1e-6
+
+
+def test_a_resumed_run_finds_its_random_numbers(tmp_path):
+    """Nothing in training draws any: so they stand where a start of the same seed puts them."""
+    from quadriga.checkpoint.states import RandomState
+
+    states = RandomState(3)
+    torch.manual_seed(5)
+    saved = {name: value.clone() for name, value in states.state_dict().items()}
+    assert {name.partition(".")[0] for name in saved} == {"3"}
+    import random
+
+    import numpy as np
+
+    drawn = torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
+    states.load_state_dict(saved)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()) == drawn
+
+
+def test_checkpoints_may_lie_under_a_url(tmp_path):
+    url = f"file://{tmp_path}/elsewhere"
+    train(tmp_path / "run", 2, *TINY, *SAVING, f"--checkpoint.folder={url}", "--training.steps=2")
+    records = train(tmp_path / "run", 2, *TINY, *SAVING, f"--checkpoint.folder={url}", "--training.steps=3")
+    assert [record["attempt"] for record in records] == [1, 1, 2]
+    assert json.loads((tmp_path / "elsewhere/step-3/train_state.json").read_text())["step"] == 3
+    assert not (tmp_path / "run/checkpoint").exists()

@@ -1,0 +1,251 @@
+"""What is asked of a run from outside: it finishes its step, saves and leaves with 75, and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, is_alive, stand_in, wait_until
+from ranks import RankError, run_ranks
+from training import DEBUG_FILE, TINY, one_rank
+
+from quadriga.metrics.events import read_events
+from quadriga.metrics.jsonl import read_metrics
+
+ENDLESS = (*TINY, "--training.steps=100000", "--lr_scheduler.total_steps=100")
+SAVING = ("--checkpoint.enable",)
+
+
+@pytest.fixture(autouse=True)
+def _take_interrupts() -> None:
+    """What is started from here heeds Ctrl-C, also where these tests run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def steps_of(folder: Path) -> int:
+    """Finished steps, as they are logged."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def saved_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoint").glob("step-*"))
+
+
+def launched(folder: Path, *arguments: str, **environ: str) -> Running:
+    return Running([*RUN_TRAIN, *ENDLESS, *arguments, "--job.dump_folder", str(folder)], {"NGPU": "2", **environ})
+
+
+@pytest.mark.parametrize(
+    ("number", "everybody"),
+    [
+        pytest.param(signal.SIGUSR1, False, id="SIGUSR1"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM-to-all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, id="SIGINT-to-all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, False, id="SIGHUP", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybody: bool, tmp_path: Path) -> None:
+    """`everybody`: as schedulers do that signal every process of a job. Wishes to save that come before there is
+    anything to save do no harm."""
+    running = launched(tmp_path, *SAVING)
+    try:
+        assert wait_until(lambda: len(running.family()) > 1, 60)
+        running.process.send_signal(signal.SIGUSR2)
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 60)
+        for pid in running.family() if everybody else [running.process.pid]:
+            os.kill(pid, number)
+        ended = running.end(60)
+        assert ended.code == 75, ended.err
+        assert not [pid for pid in running.seen if Path(f"/proc/{pid}").exists()], "a process or a zombie is left"
+    finally:
+        running.kill_all()
+    step = steps_of(tmp_path)
+    assert saved_in(tmp_path)[-1] == step
+    last = ended.err.rstrip().splitlines()[-1]
+    assert last == (
+        f"{signal.Signals(number).name}: left after step {step} of 100000; saved in {tmp_path}/checkpoint/step-{step}, "
+        "and the same start goes on from there (exit code 75)"
+    )
+    assert [event["name"] for event in read_events(tmp_path) if event["event"] == "signal"] == [
+        signal.Signals(number).name
+    ]
+
+
+def asked_on_the_way(folder: str) -> tuple[int, list[int]]:
+    """Rank 1 is told to save; then the files are dropped. The exit code, and what was saved before the last file."""
+    place, saved = Path(folder), []
+
+    def outside() -> None:
+        wait_until(lambda: steps_of(place) >= 3, 30)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR2)
+        wait_until(lambda: len(saved_in(place)) == 1, 30)
+        if os.environ["RANK"] == "0":
+            (place / "SAVE").touch()
+        wait_until(lambda: len(saved_in(place)) == 2 and not (place / "SAVE").exists(), 30)
+        at = steps_of(place)
+        wait_until(lambda: steps_of(place) >= at + 10, 30)  # one wish is one save
+        saved.extend(saved_in(place))
+        if os.environ["RANK"] == "0":
+            (place / "STOP").touch()
+
+    thread = threading.Thread(target=outside)
+    thread.start()
+    code = one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *ENDLESS, *SAVING])
+    thread.join()
+    return code, saved
+
+
+def test_files_and_a_signal_to_any_rank_save_once_and_leave(tmp_path: Path) -> None:
+    ends = run_ranks(asked_on_the_way, 2, str(tmp_path), backend=None, timeout=90)
+    for code, saved in ends:
+        assert code == 75
+        assert len(saved) == 2
+    assert saved_in(tmp_path)[-1] == steps_of(tmp_path)
+    assert not (tmp_path / "STOP").exists()
+    assert [event["name"] for event in read_events(tmp_path) if event["event"] == "signal"] == ["the file STOP"]
+
+
+def interrupted(folder: str, times: int, arguments: tuple[str, ...]) -> int:
+    """Ctrl-C in the second step, so many times, on every rank."""
+    from quadriga.train import loop
+
+    take_step = loop.train_step
+
+    def train_step(state, recipe, mesh):
+        for _ in range(times if state.step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(state, recipe, mesh)
+
+    loop.train_step = train_step
+    code = one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *ENDLESS, *arguments])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are restored"
+    return code
+
+
+def test_without_checkpoints_the_step_is_finished_and_nothing_saved(tmp_path: Path) -> None:
+    assert run_ranks(interrupted, 2, str(tmp_path), 1, ("--checkpoint.no_enable",), backend=None) == [130, 130]
+    assert steps_of(tmp_path) == 3  # the wish is agreed on after the step that follows it
+    assert saved_in(tmp_path) == []
+
+
+def test_one_rank_leaves_after_the_very_step(tmp_path: Path) -> None:
+    assert run_ranks(interrupted, 1, str(tmp_path), 1, SAVING, backend=None) == [75]
+    assert saved_in(tmp_path) == [2]
+    assert steps_of(tmp_path) == 2
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="exit code 130"):
+        run_ranks(interrupted, 1, str(tmp_path), 2, SAVING, backend=None)
+    assert (steps_of(tmp_path), saved_in(tmp_path)) == (1, [])
+
+
+def finishing(folder: str) -> int:
+    """A signal in the last step."""
+    from quadriga.train import loop
+
+    take_step = loop.train_step
+
+    def train_step(state, recipe, mesh):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(state, recipe, mesh)
+
+    loop.train_step = train_step
+    return one_rank(
+        ["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *TINY, *SAVING, "--training.steps=3"]
+    )
+
+
+def test_a_run_that_is_done_anyway_ends_with_0(tmp_path: Path) -> None:
+    assert run_ranks(finishing, 1, str(tmp_path), backend=None) == [0]
+    assert saved_in(tmp_path) == [3]
+
+
+def minutes(folder: str) -> int:
+    return one_rank(
+        [
+            *("--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *TINY, *SAVING, "--training.steps=12"),
+            *("--checkpoint.interval_minutes=0.000001", "--checkpoint.keep_latest_k=0"),
+        ]
+    )
+
+
+def test_minutes_are_those_of_the_first_rank_and_do_not_add_up(tmp_path: Path) -> None:
+    """Always due: agreed on after one step, saved after the next, and what was agreed meanwhile is answered by it."""
+    assert run_ranks(minutes, 2, str(tmp_path), backend=None) == [0, 0]
+    assert saved_in(tmp_path) == [2, 4, 6, 8, 10, 12]
+
+
+LOOP = str(ROOT / "quadriga" / "train" / "loop.py")
+DEAF = f"""
+import importlib.util, pathlib, time
+specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {LOOP!r})
+loop = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(loop)
+run, take_step = loop.run, loop.train_step
+
+def train_step(state, recipe, mesh):
+    if state.step == 1:
+        time.sleep(60)
+    return take_step(state, recipe, mesh)
+
+loop.train_step = train_step
+"""
+
+
+def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
+    environ = stand_in(tmp_path / "hook", DEAF)
+    running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)
+    try:
+        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 60)
+        start = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        ended = running.end(30)
+        assert 2 <= time.monotonic() - start < 15
+        assert ended.code == 143
+        assert "they were not done within 2 s (checkpoint.timeout_seconds): killed" in ended.err
+        assert not [pid for pid in running.seen if is_alive(pid)]
+    finally:
+        running.kill_all()
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> None:
+    environ = stand_in(tmp_path / "hook", DEAF)
+    running = launched(tmp_path / "run", *SAVING, **environ)
+    try:
+        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 60)
+        for _ in range(2):
+            running.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert running.end(15).code == 130
+        assert not [pid for pid in running.seen if is_alive(pid)]
+    finally:
+        running.kill_all()
+
+
+@pytest.mark.slow
+def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command += [str(ROOT / "torchtitan/train.py"), *ENDLESS, *SAVING, "--job.dump_folder", str(tmp_path)]
+    running = Running(command)
+    try:
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 60)
+        rank = int((tmp_path / ".lock").read_text().split()[1])
+        os.kill(rank, signal.SIGUSR1)
+        ended = running.end(60)
+    finally:
+        running.kill_all()
+    assert ended.code == 1  # torchrun's own
+    assert "exitcode  : 75" in ended.err
+    step = steps_of(tmp_path)
+    assert saved_in(tmp_path)[-1] == step
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, step + 1))

@@ -1,0 +1,270 @@
+"""What the Hugging Face door does not let in or out: each told once, by name, with exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import SCALED, SPEC, random_model, save, write_hf
+from safetensors.torch import load_file, save_file
+
+from quadriga.checkpoint.hf import read_hf
+from quadriga.cli.main import main
+from quadriga.errors import UserError
+from quadriga.models.registry import hf_names
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    return write_hf(random_model(SPEC), tmp_path / "hf")
+
+
+def refused(source: Path | str, out: Path, capsys, direction: str = "from-hf") -> str:
+    """What the command tells; nothing is written."""
+    before = sorted(out.rglob("*")) if out.exists() else []
+    assert main(["convert", direction, str(source), str(out)]) == 2
+    assert (sorted(out.rglob("*")) if out.exists() else []) == before
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+def refused_in_a_run(source: Path, **keys) -> str:
+    with pytest.raises(UserError) as told:
+        read_hf(source, random_model(SPEC).state_dict(), hf_names(SPEC), None, **keys)
+    return str(told.value)
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Put tensors into the weights, or take them out; `.` is written `__` in names."""
+    held = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        held.pop(name.replace("__", "."), None)
+        if value is not None:
+            held[name.replace("__", ".")] = value
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder: Path, **fields: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_tensors_that_do_not_fit_are_named_all_at_once(hf, tmp_path, capsys):
+    change(
+        hf,
+        model__layers__3__mlp__up_proj__weight=None,
+        model__layers__3__mlp__up_projection__weight=torch.zeros(56, 32),
+        model__norm__weight=torch.zeros(31),
+        model__layers__0__self_attn__q_proj__bias=torch.zeros(32),
+    )
+    for told in (refused(hf, tmp_path / "out", capsys), refused_in_a_run(hf)):
+        assert told.startswith("quadriga: 3 problems")
+        assert "the model needs tensors that are not there: model.layers.3.mlp.up_proj.weight" in told
+        assert "did you mean: model.layers.3.mlp.up_projection.weight" in told
+        assert (
+            "that the model has no place for: model.layers.0.self_attn.q_proj.bias, model.layers.3.mlp.up_proj" in told
+        )
+        assert "shapes differ: model.norm.weight: [31] there, [32] here" in told
+        assert "to do: " in told
+
+
+def test_many_that_are_missing_are_counted(hf, tmp_path, capsys):
+    configure(hf, num_hidden_layers=6)
+    assert "and 13 more" in refused(hf, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": "mistral"}, "model_type = mistral\n    this is no Llama"),
+        ({"model_type": None}, "this is no Llama"),
+        ({"hidden_size": "wide", "vocab_size": None}, "whole numbers of at least 1: hidden_size, vocab_size"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"head_dim": 16}, "head_dim = 16"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3\n    it does not divide 4 heads"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor, orig"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights that are quantized cannot be read"),
+    ],
+)
+def test_another_model_is_refused_by_its_config(hf, tmp_path, capsys, fields, says):
+    configure(hf, **fields)
+    told = refused(hf, tmp_path / "out", capsys)
+    assert says in told
+    assert str(hf / "config.json") in told
+    assert says in refused_in_a_run(hf, allow_change=True)
+
+
+def test_a_config_that_is_missing_or_broken(hf, tmp_path, capsys):
+    (hf / "config.json").write_text("[]")
+    assert "holds no table of JSON" in refused(hf, tmp_path / "out", capsys)
+    (hf / "config.json").write_text("{")
+    assert "cannot be read" in refused(hf, tmp_path / "out", capsys)
+    (hf / "config.json").unlink()
+    assert "missing: it says how many heads" in refused(hf, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rope_theta": 10_000.0}, "rope_theta is 10000.0; the model of this run has 500000.0 (model.rope_theta)"),
+        ({"num_attention_heads": 8, "head_dim": 4}, "num_attention_heads is 8; the model of this run has 4"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; the model of this run has 1e-05 (model.flavor)"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                              "original_max_position_embeddings": 64}},
+            "rope_scaling is RopeScaling(factor=8.0",
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_takes_no_weights_that_were_made_with_other_numbers(hf, fields, says):
+    """No shape tells them: the weights would load, and mean something else."""
+    configure(hf, **fields)
+    assert says in refused_in_a_run(hf)
+    model = random_model(dataclasses.replace(SPEC, n_layers=4), seed=9)
+    read_hf(hf, model.state_dict(), hf_names(SPEC), None, allow_change=True)
+    assert torch.equal(model.norm.weight, random_model(SPEC).norm.weight)
+
+
+def test_a_model_of_another_size_is_told_by_its_sizes(hf):
+    configure(hf, num_hidden_layers=2)
+    assert "num_hidden_layers is 2; the model of this run has 4 (model.n_layers)" in refused_in_a_run(hf)
+
+
+def test_tensors_that_can_be_done_without(tmp_path):
+    """The frequencies that old files hold, and the output layer of a model that shares its embedding."""
+    spec = dataclasses.replace(SPEC, tie_embeddings=True, rope_scaling=SCALED)
+    folder = write_hf(random_model(spec), tmp_path / "hf")
+    change(folder, lm_head__weight=torch.zeros(99, 32))
+    change(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 0
+
+
+def test_pickles_are_never_read(hf, tmp_path, capsys):
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    told = refused(hf, tmp_path / "out", capsys)
+    assert "weights as a pickle (pytorch_model.bin): reading one can run any code, so only safetensors are read" in told
+    assert "save_pretrained" in told
+
+
+def test_folders_that_are_something_else(hf, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert "there is no such folder" in refused(tmp_path / "none", out, capsys)
+    assert "--repo_id meta-llama/Llama-3.1-8B --assets all" in refused("meta-llama/Llama-3.1-8B", out, capsys)
+    assert "a file, where the folder around it is wanted" in refused(hf / "model.safetensors", out, capsys)
+    assert "not from a URL" in refused("s3://bucket/llama", out, capsys)
+    found = save(random_model(SPEC), tmp_path / "checkpoint")
+    assert "a checkpoint of torch.distributed.checkpoint" in refused(found.path, out, capsys)
+    assert "a checkpoint of torch.distributed.checkpoint" in refused(tmp_path / "checkpoint", out, capsys)
+    (hf / "model.safetensors").unlink()
+    assert "holds neither model.safetensors nor model.safetensors.index.json; there is config.json" in refused(
+        hf, out, capsys
+    )
+
+
+def split(hf: Path, file: str = "model-00001-of-00001.safetensors") -> Path:
+    """The same weights, with an index."""
+    names = list(load_file(hf / "model.safetensors"))
+    (hf / "model.safetensors").rename(hf / "model-00001-of-00001.safetensors")
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
+    return index
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/model.safetensors", "weights.bin"])
+def test_an_index_may_name_only_safetensors_beside_it(hf, tmp_path, capsys, file):
+    index = split(hf, file)
+    told = refused(hf, tmp_path / "out", capsys)
+    assert f"{index}\n    names files that are no safetensors beside it: {file}" in told
+
+
+def test_an_index_that_lies(hf, tmp_path, capsys):
+    index = split(hf)
+    (hf / "model-00001-of-00001.safetensors").rename(hf / "away")
+    assert "names files that are not there: model-00001-of-00001" in refused(hf, tmp_path / "out", capsys)
+    (hf / "away").rename(hf / "model-00001-of-00001.safetensors")
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {**listed["weight_map"], "model.norm.weight": 7}}))
+    assert "no safetensors beside it: 7" in refused(hf, tmp_path / "out", capsys)
+    index.write_text("{}")
+    assert "no index of safetensors: KeyError" in refused(hf, tmp_path / "out", capsys)
+
+
+def test_an_index_may_not_name_a_tensor_that_its_file_lacks(hf, tmp_path, capsys):
+    change(hf, model__norm__weight=None)
+    index = split(hf)
+    listed = json.loads(index.read_text())["weight_map"]
+    listed["model.norm.weight"] = "model-00001-of-00001.safetensors"
+    index.write_text(json.dumps({"weight_map": listed}))
+    told = refused(hf, tmp_path / "out", capsys)
+    assert "damaged or incomplete" in told
+    assert "model.norm.weight" in told
+
+
+@pytest.mark.parametrize("left", [0, 5, 300, -1])
+def test_a_file_that_was_cut_off(hf, tmp_path, capsys, left):
+    file = hf / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    told = refused(hf, tmp_path / "out", capsys)
+    assert f"{file}\n    damaged or incomplete" in told
+    assert "damaged or incomplete" in refused_in_a_run(hf)
+
+
+def test_formats_that_are_not_read(hf, tmp_path, capsys):
+    change(hf, model__norm__weight=torch.zeros(32).to(torch.float8_e4m3fn))
+    assert "model.norm.weight is in the format F8_E4M3, which is not read here" in refused(hf, tmp_path / "out", capsys)
+
+
+def test_nothing_that_is_there_is_overwritten(hf, tmp_path, capsys):
+    found = save(random_model(SPEC), tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for direction, source in (("from-hf", hf), ("to-hf", Path(found.path))):
+        assert "is there already, and is not empty" in refused(source, out, capsys, direction)
+        assert "is there already, and is not empty" in refused(source, out / "thesis.txt", capsys, direction)
+    shutil.rmtree(out)
+    out.mkdir()  # an empty folder is nobody's work
+    assert main(["convert", "to-hf", found.path, str(out)]) == 0
+
+
+def test_checkpoints_that_are_none(hf, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "there is no checkpoint of ours" in refused(tmp_path / "none", out, capsys, "to-hf")
+    assert "there is no checkpoint of ours" in refused(hf, out, capsys, "to-hf")
+    found = save(random_model(SPEC), tmp_path / "run" / "checkpoint")
+    Path(found.path, "__0_0.distcp").unlink()
+    assert "__0_0.distcp is missing" in refused(found.path, out, capsys, "to-hf")
+    assert "no whole checkpoint: " in refused(tmp_path / "run", out, capsys, "to-hf")
+    Path(found.path, "train_state.json").unlink()
+    told = refused(found.path, out, capsys, "to-hf")
+    assert "one of another trainer may order the rows of its heads otherwise" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sideways", "a", "b"], "invalid choice: 'sideways'"),
+        (["to-hf", "a"], "the following arguments are required: OUT"),
+        (["to-hf", "a", "b", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["from-hf", "a", "b", "--tokenizer", "c"], "of no use for from-hf"),
+    ],
+)
+def test_mistakes_of_the_command_line(arguments, says, capsys):
+    assert main(["convert", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_there_must_be_room_before_the_first_byte(hf, tmp_path, capsys, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert "157.88 KiB are to be written, and 1000 B are free there" in refused(hf, tmp_path / "out", capsys)

@@ -1,0 +1,39 @@
+"""`quadriga checkpoints`: lists, verifies, and says so by its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quadriga.checkpoint import folder as folders
+from quadriga.cli.main import main
+
+
+def save(place, step):
+    folders.prepare(place, step)
+    Path(folders.hidden(place, step), "__0_0.distcp").write_bytes(b"tensors" * 100)
+    extra = {"train_state": {"tokens_seen": 1000 * step}, "world_size": 4}
+    return Path(folders.publish(place, step, ("model", "optimizer"), extra))
+
+
+def test_lists_and_verifies(tmp_path, capsys):
+    place = tmp_path / "checkpoint"
+    first, second = save(place, 3), save(place, 7)
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{first}: model, optimizer; 700 B; sizes are right; 3,000 tokens seen; saved on 4 ranks" in out
+    assert main(["checkpoints", str(place), "--verify"]) == 0
+    assert capsys.readouterr().out.count("verified") == 2
+
+    (second / "__0_0.distcp").write_bytes(b"Tensors" * 100)
+    (place / ".step-9.saving").mkdir()
+    assert main(["checkpoints", str(tmp_path), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert f"DAMAGED: {second / '__0_0.distcp'} is damaged" in out
+    assert ".step-9.saving: never published" in out
+    (first / "train_state.json").unlink()
+    assert main(["checkpoints", str(tmp_path), "--verify"]) == 3
+
+
+def test_says_where_there_is_none(tmp_path, capsys):
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    assert "no checkpoint" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""A `config.json` as a ModelSpec: there and back for every size, in both spellings, with transformers' defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.models.registry import catalogue, hf_config, hf_names, spec_from_hf
+
+SIZES = list(catalogue()["llama3"].values())
+ODD = ModelSpec(
+    name="llama3",
+    flavor="hf",
+    dim=96,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    ffn_dim=200,
+    vocab_size=1001,
+    rope_theta=1234.5,
+    rope_scaling=RopeScaling(3.0, 1.5, 5.5, 77),
+    norm_eps=3e-6,
+    tie_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("spec", [*SIZES, ODD], ids=lambda spec: spec.flavor)
+def test_every_number_comes_back_and_flavors_of_ours_are_known(spec):
+    config = hf_config(spec, bos_id=None, eos_id=None)
+    assert spec_from_hf(config, "config.json") == spec
+    assert hf_names(spec).unlike(config, "config.json") == []
+
+
+@pytest.mark.parametrize("spec", [ODD, dataclasses.replace(ODD, rope_scaling=None)], ids=["scaled", "plain"])
+def test_the_spelling_of_transformers_is_read(spec):
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig(**hf_config(spec, bos_id=1, eos_id=2)).to_dict()
+    assert "rope_parameters" in theirs, "if this fails: both spellings are the same again"
+    assert spec_from_hf(theirs, "config.json") == spec
+
+
+def test_where_a_file_is_silent_the_defaults_of_transformers_hold():
+    from transformers import LlamaConfig
+
+    silent = {
+        "model_type": "llama",
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "intermediate_size": 200,
+        "vocab_size": 1001,
+    }
+    told = LlamaConfig(**{name: value for name, value in silent.items() if name != "model_type"}).to_dict()
+    assert spec_from_hf(silent, "config.json") == spec_from_hf(told, "config.json")
+    nulls = dict.fromkeys(("rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "rms_norm_eps"))
+    assert spec_from_hf(silent | nulls, "config.json") == spec_from_hf(told, "config.json")
+
+
+def test_every_difference_is_told_with_its_key():
+    other = dataclasses.replace(
+        ODD, dim=192, n_heads=12, rope_theta=5.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=False
+    )
+    problems = hf_names(ODD).unlike(hf_config(other, bos_id=None, eos_id=None), "there/config.json")
+    told = "\n".join(map(str, problems))
+    assert len(problems) == 6
+    for field, key in (
+        ("hidden_size", "model.dim"),
+        ("num_attention_heads", "model.n_heads"),
+        ("rope_theta", "model.rope_theta"),
+        ("rope_scaling", "model.flavor"),
+        ("rms_norm_eps", "model.flavor"),
+        ("tie_word_embeddings", "model.tie_embeddings"),
+    ):
+        assert any(field in problem.what and key in problem.what for problem in problems), (field, told)
+
+
+def test_longer_sequences_than_usual_are_announced():
+    plain = dataclasses.replace(ODD, rope_scaling=None)
+    for spec, seq_len, longest in ((plain, 100, 8192), (plain, 16_384, 16_384), (ODD, 16_384, 131_072)):
+        config = hf_config(spec, bos_id=3, eos_id=4, seq_len=seq_len)
+        assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (longest, 3, 4)

@@ -1,0 +1,95 @@
+"""Which rank a run waits for, from what the ranks say; and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks
+
+STACK = """Thread 0x01 [gloo] (most recent call first):
+  File "prefetch.py", line 3 in wait
+Thread 0x02 [python] (most recent call first):
+  File "lanes.py", line 9 in read
+  File "loop.py", line 5 in train
+"""
+
+
+def beats(**changes: dict[str, object]) -> dict[int, Beat]:
+    """Four ranks on two machines that wait in step 7, but for what is said of one (`rank2={...}`)."""
+    usual = {
+        rank: Beat(rank, f"host{rank // 2}", 100 + rank, 50, 7, "gradient norm", 8.0, waits=8.0, launched=90)
+        for rank in range(4)
+    }
+    return {rank: replace(beat, **changes.get(f"rank{rank}", {})) for rank, beat in usual.items()}
+
+
+def stall(late: Beat | None, silent: tuple[int, ...] = (), late_waits: bool = False) -> Stall:
+    return Stall(late, silent, beats()[0], "gloo:all_reduce of group 0", 3, late_waits, 4, 8.2, 1e9, helper=3)
+
+
+def test_a_rank_that_does_not_wait_is_the_late_one() -> None:
+    told = beats(rank2={"waits": None, "phase": "data", "seconds": 9.0})
+    assert late_rank(told, (), {0, 1, 3}) == told[2]
+
+
+def test_a_silent_rank_is_late_whatever_it_said_last() -> None:
+    """It may have been stopped within a collective, and others may compute."""
+    told = beats(rank1={"waits": None}, rank2={"waits": 0.1})
+    assert late_rank(told, (2,), {0, 2, 3}) == told[2]
+
+
+def test_of_several_the_one_at_the_earliest_step_and_longest_in_its_phase() -> None:
+    told = beats(rank1={"waits": None, "seconds": 1.0}, rank2={"waits": None, "seconds": 5.0}, rank3={"waits": None})
+    told[3] = replace(told[3], step=8, seconds=20.0)
+    assert late_rank(told, (), {0}) == told[2]
+
+
+def test_where_all_wait_the_one_that_has_launched_the_fewest() -> None:
+    told = beats(rank3={"launched": 89})
+    assert late_rank(told, (), {0, 1, 2, 3}) == told[3]
+
+
+def test_a_rank_that_has_left_is_neither_silent_nor_late() -> None:
+    told = beats(rank0={"left": True, "waits": None}, rank2={"waits": None})
+    before = {rank: replace(beat, count=beat.count - (rank not in (0, 3))) for rank, beat in told.items()}
+    assert silent_ranks(before, told) == (3,)
+    assert late_rank(told, (), {1, 3}) == told[2]
+
+
+def test_help_comes_from_the_same_machine() -> None:
+    told = beats()
+    assert helper_of(told[2], told, (2,)) == 3
+    assert helper_of(told[3], told, (3,)) == 2
+    assert helper_of(told[2], told, (2, 3)) is None
+
+
+def test_the_report_names_everything(tmp_path: object) -> None:
+    late = beats(rank2={"phase": "data", "seconds": 9.0})[2]
+    report = str(fault(stall(late), STACK, "/run/comm_traces"))
+    assert report.splitlines()[0] == "the run has stood still for 8 s: it waits for rank 2"
+    for fact in (
+        "process 102 on host1",
+        "step 7, phase 'data', for 9 s",
+        "alive, and not on its way to the others",
+        "3 of 4 ranks; rank 0 (step 7, gradient norm) in gloo:all_reduce of group 0",
+        "/run/comm_traces",
+        'File "lanes.py", line 9 in read',
+        "comm.train_timeout_seconds",
+    ):
+        assert fact in report
+    assert "prefetch.py" not in report
+    assert fault(stall(late), STACK, "").exit_code == 4
+
+
+def test_a_machine_that_is_gone_is_named() -> None:
+    report = str(fault(stall(beats()[2], silent=(2, 3)), "", "/run"))
+    assert "(ranks 2, 3 are silent)" in report
+    assert "its machine is gone" in report
+    assert "If it happens on host1 again" in report
+    assert "the rendezvous store does not answer" in str(fault(stall(None), "", "/run"))
+
+
+def test_an_alarm_survives_the_store() -> None:
+    for late in (beats()[1], None):
+        said = stall(late, silent=(1,))
+        assert Stall.from_json(said.to_json()) == said
