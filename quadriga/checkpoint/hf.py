@@ -25,7 +25,7 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import Place, files_at, local
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf_folder import Entry, HfFolder
-from quadriga.checkpoint.tensors import SHOWN, _HashingFiles, _plain_errors, _Writer
+from quadriga.checkpoint.tensors import SHOWN, HashingFiles, Writer, plain_errors
 from quadriga.errors import Problem, UserError, nearest
 from quadriga.log import logger
 from quadriga.units import show_bytes
@@ -127,14 +127,14 @@ class _OneByOne(DefaultSavePlanner):
 
 def _write_one_by_one(place: Place, wanted: Mapping[str, Entry], make: Callable[[str], torch.Tensor]) -> dict[str, str]:
     """Write a checkpoint of tensors that are made one at a time; the SHA-256 of its files by name."""
-    files, planner = _HashingFiles(files_at(place)), _OneByOne(make)
-    writer = _Writer(str(place), files)
+    files, planner = HashingFiles(files_at(place)), _OneByOne(make)
+    writer = Writer(str(place), files)
     writer.single_file_per_rank = False  # DCP keeps every tensor of a file until the file is done
     promised = {
         MODEL + name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in wanted.items()
     }
     try:
-        with _plain_errors(f"{place} could not be written"):
+        with plain_errors(f"{place} could not be written"):
             save(promised, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointError as error:
         raise planner.refused or error from error

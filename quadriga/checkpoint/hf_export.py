@@ -31,7 +31,7 @@ from quadriga.checkpoint.hf import (
 )
 from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
 from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
-from quadriga.checkpoint.tensors import _HashingFiles, _plain_errors, _Reader
+from quadriga.checkpoint.tensors import HashingFiles, Reader, plain_errors
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
@@ -119,8 +119,8 @@ class Stored:
 
     def __init__(self, place: Place, names: Names, dtype: torch.dtype | None) -> None:
         """Raises UserError where the checkpoint holds another model than `names` is of."""
-        self._place, self._reader = place, _Reader(str(place), _HashingFiles(files_at(place)))
-        with _plain_errors(f"{place} could not be read"):
+        self._place, self._reader = place, Reader(str(place), HashingFiles(files_at(place)))
+        with plain_errors(f"{place} could not be read"):
             self._plan = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._plan, is_coordinator=True)
         saved = {
@@ -145,7 +145,7 @@ class Stored:
         tensor = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         planner.set_up_planner({MODEL + self._ours[name]: tensor}, self._plan, is_coordinator=True)
-        with _plain_errors(f"{self._place} could not be read"):
+        with plain_errors(f"{self._place} could not be read"):
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         return that_fits(tensor, name)
 

@@ -90,7 +90,7 @@ class CheckpointManager:
         self._refused = set(search.refused)
         if found is not None and search.refused:
             self._tell("fallback", found.step, refused=list(search.refused.values()), steps_lost=search.steps_lost)
-        if found is None and self._section.initial_load_path:
+        if found is None and self._section.initial_load_path and not self._section.initial_load_in_hf:
             found = search.elsewhere(self._section.initial_load_path)
         if found is None:
             return None

@@ -60,9 +60,9 @@ def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retri
     """Write all ranks' tensors into an empty place, durably; the SHA-256 of each file that this rank wrote, by name.
 
     Raises the same error on every rank."""
-    files = _HashingFiles(files_at(place, retries))
-    writer = _Writer(str(place), files)
-    with _plain_errors(f"{place} could not be written"):
+    files = HashingFiles(files_at(place, retries))
+    writer = Writer(str(place), files)
+    with plain_errors(f"{place} could not be written"):
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
@@ -75,8 +75,8 @@ def read(
     `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
     missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
     """
-    reader = _Reader(str(place), _HashingFiles(files_at(place, retries)))
-    with _plain_errors(f"{place} could not be read"):
+    reader = Reader(str(place), HashingFiles(files_at(place, retries)))
+    with plain_errors(f"{place} could not be read"):
         stored = reader.read_metadata().state_dict_metadata
         _refuse_other_tensors(str(place), tensors, stored, group, may_hold_more)
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
@@ -84,8 +84,8 @@ def read(
 
 def stored_tensors(place: Place) -> dict[str, TensorStorageMetadata]:
     """Name, shape and format of all tensors in a place. Raises CheckpointError where it holds anything else."""
-    with _plain_errors(f"{place} could not be read"):
-        entries = _Reader(str(place), _HashingFiles(files_at(place))).read_metadata().state_dict_metadata
+    with plain_errors(f"{place} could not be read"):
+        entries = Reader(str(place), HashingFiles(files_at(place))).read_metadata().state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -120,7 +120,7 @@ class Staging:
         return DTensor.from_local(copy, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
-class _HashingFiles(FileSystemBase):
+class HashingFiles(FileSystemBase):
     """DCP's view of a file system, which hashes what passes through it to be written."""
 
     def __init__(self, files: Files) -> None:
@@ -187,10 +187,10 @@ class _HashedStream:
         self._stream.close()
 
 
-class _Writer(FileSystemWriter):
+class Writer(FileSystemWriter):
     """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
-    def __init__(self, place: str, files: _HashingFiles) -> None:
+    def __init__(self, place: str, files: HashingFiles) -> None:
         super().__init__(place, sync_files=files.files.renames)  # an object is durable once it is there
         self.fs: Any = files
         self.path: Any = place
@@ -213,10 +213,10 @@ class _Writer(FileSystemWriter):
             raise OSError(cause.errno, cause.strerror, file) from error
 
 
-class _Reader(FileSystemReader):
+class Reader(FileSystemReader):
     """Reads the plan by an unpickler that builds nothing but plans."""
 
-    def __init__(self, place: str, files: _HashingFiles) -> None:
+    def __init__(self, place: str, files: HashingFiles) -> None:
         super().__init__(place)
         self.fs: Any = files
         self.path: Any = place
@@ -234,7 +234,7 @@ class _Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return self.fs.files.retried(lambda: super(_Reader, self).read_data(plan, planner))
+        return self.fs.files.retried(lambda: super(Reader, self).read_data(plan, planner))
 
 
 class _PlanUnpickler(pickle.Unpickler):
@@ -285,7 +285,7 @@ def _refuse_other_tensors(
 
 
 @contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
+def plain_errors(what: str) -> Iterator[None]:
     """One CheckpointError with each failed rank's own words; no warning that one process is alone, which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from quadriga.comm import collectives, gloo, nccl
 from quadriga.config.schema import Comm
@@ -35,15 +35,32 @@ def start(
     _record_flights(comm, traces_folder)
     module = BACKEND_MODULES[backend]
     device: torch.device = module.device(int(environ.get("LOCAL_RANK", "0")))
-    rendezvous: dict[str, Any] = {} if "RANK" in environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
     dist.init_process_group(
         module.PROCESS_GROUP,
-        timeout=timedelta(seconds=comm.init_timeout_seconds),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
-        **rendezvous,
+        **_rendezvous(environ, timeout),
     )
     logger.debug("process group of %d ranks over %s", dist.get_world_size(), backend)
     return device
+
+
+def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks meet, as arguments of `init_process_group`; {} where torch finds it by itself.
+
+    The store of torchrun's agent lives on when torchrun starts the ranks again, and torch would look in it for the
+    addresses of ranks that are dead. So each start has a corner of its own.
+    """
+    if "RANK" not in environ:
+        return {"store": HashStore(), "rank": 0, "world_size": 1}
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = {"rank": int(environ["RANK"]), "world_size": int(environ["WORLD_SIZE"])}
+    return {"store": PrefixStore(f"quadriga/start/{start}", store), **place}
 
 
 def tighten_timeouts(comm: Comm) -> None:

@@ -43,6 +43,7 @@ from quadriga.train import continuity
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
 from quadriga.train.health import Health
+from quadriga.train.hf import start_from_hf
 from quadriga.train.ledger import open_ledger
 from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
 from quadriga.train.record import versions, write_record
@@ -325,6 +326,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     state.progress.at("load")
     found = checkpoints.find()
     if found is None:
+        start_from_hf(run, state.parts)
         return
     tensors = saved_tensors(state)
     if found.resume:

@@ -15,6 +15,7 @@ from quadriga.log import logger
 from quadriga.train import header, wishes
 from quadriga.train.build import Trainer, build, saved_extra, saved_tensors
 from quadriga.train.faults import witnessed
+from quadriga.train.hf import export_last_step
 from quadriga.train.step import train_step
 
 
@@ -37,6 +38,8 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
             # and an error made by closing would hide the first one. Every line and event is on disk when it is written.
             trainer.state.progress.at("leave")
             trainer.close()
+            if asked is None:
+                export_last_step(run, trainer.state.step)
             code = EXIT_OK if asked is None else leave(trainer, asked)
             tell(trainer, "end", code=code, reason="finished" if asked is None else "asked to leave")
         trainer.watchdog.stop()

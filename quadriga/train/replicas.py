@@ -20,7 +20,7 @@ from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
 from quadriga.train.bad_steps import CommonFault
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as several of 32 bits
 BLOCK = 1 << 22  # numbers that are hashed at once: 32 MiB of working memory, a few times
 SHOWN = 4
 
@@ -60,17 +60,22 @@ def hashes_of(parameters: Sequence[Tensor]) -> Tensor:
     Each number is multiplied by an odd one that belongs to its place, and all are added up, modulo 2^64. One number
     that changed shows for certain, since an odd number divides no power of two; several do, but once in 2^64.
     """
-    shards = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    places = torch.arange(min(max(shard.numel() for shard in shards), BLOCK), device=shards[0].device)
+    shards = [_bits(parameter) for parameter in parameters]
+    places = torch.arange(min(max(map(len, shards)), BLOCK), device=shards[0].device)
     weights = ((places * -0x61C8864680B583EB) ^ (places << 7)) | 1
     hashes = []
-    for shard in shards:
-        bits = shard.detach().contiguous().view(BITS[shard.element_size()]).flatten()
+    for bits in shards:
         total = weights.new_zeros(())
         for block in bits.split(BLOCK):
             total = total * 0x5851F42D4C957F2D + (block * weights[: len(block)]).sum()
         hashes.append(total)
     return torch.stack(hashes)
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """This rank's shard as integers in one row."""
+    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().flatten()
+    return local.view(BITS.get(local.element_size(), torch.int32))
 
 
 def _words(step: int, reports: Sequence[Report]) -> Iterator[str]:

@@ -13,8 +13,9 @@ import pytest
 import tokenizers
 import torch
 from hf_models import SCALED, SPEC, logits, random_model, save, write_hf
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
+from quadriga.checkpoint.files import files_at
 from quadriga.checkpoint.folder import read
 from quadriga.checkpoint.hf import import_hf, read_hf
 from quadriga.checkpoint.hf_export import export_hf
@@ -292,3 +293,16 @@ def test_an_import_into_a_place_of_our_own(tmp_path):
     source = HfFolder(write_hf(random_model(SPEC), tmp_path / "hf"))
     name = import_hf(source, tmp_path / "ours", hf_names(SPEC), {"model": {}})
     assert read(name).extra == {"model": {}}
+
+
+def test_checkpoints_and_exports_may_lie_in_an_object_store(tmp_path):
+    model = random_model(SPEC)
+    hf = write_hf(model, tmp_path / "hf")
+    store = f"memory://{tmp_path.name}"
+    convert("from-hf", hf, f"{store}/run/checkpoint")
+    convert("to-hf", f"{store}/run", f"{store}/out", "--dtype", "bfloat16")
+    files = files_at(store)
+    assert files.names(f"{store}/out") == ["config.json", "model.safetensors"]
+    held = load(files.read(f"{store}/out/model.safetensors"))
+    assert all(torch.equal(held[hf_names(SPEC).theirs(n)], v.bfloat16()) for n, v in model.state_dict().items())
+    assert main(["convert", "to-hf", f"{store}/run", f"{store}/out"]) == 2, "what is there is not overwritten"

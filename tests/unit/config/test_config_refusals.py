@@ -214,7 +214,8 @@ WRONG = [
     ),
     Wrong(
         "weights of Hugging Face with an optimizer",
-        '[checkpoint]\nenable = true\ninitial_load_in_hf = true\ninitial_load_path = "hf"\ninitial_load_model_only = false',
+        '[checkpoint]\nenable = true\ninitial_load_in_hf = true\ninitial_load_path = "hf"\n'
+        "initial_load_model_only = false",
         ("initial_load_in_hf = true and checkpoint.initial_load_model_only = false", "come without an optimizer"),
     ),
     Wrong(

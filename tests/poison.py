@@ -1,0 +1,66 @@
+"""Numbers that go wrong on purpose, in the real trainer: for tests of what is done about them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Poison:
+    """At `step`, on `rank`, losses are multiplied by `loss`, and their gradients by `loss` and `gradient`. After it the
+    lowest bit of one number of the parameter named `flips` is turned over, as a cosmic ray would."""
+
+    step: int
+    rank: int = 0
+    loss: float = 1.0
+    gradient: float = 1.0
+    flips: str | None = None
+
+
+class _Factors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: float, gradient: float) -> Tensor:
+        ctx.factor = loss * gradient
+        return value * loss
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return given * ctx.factor, None, None
+
+
+def flip(parameter: Tensor, place: int = 0) -> None:
+    """Turn over the lowest bit of one float32 number of this rank's shard."""
+    local = parameter.detach()
+    bits = (local.to_local() if isinstance(local, DTensor) else local).view(torch.int32).flatten()
+    bits[place] ^= 1
+
+
+def give(*poisons: Poison) -> None:
+    """Poison this process, a rank: its losses are multiplied in the steps named. Call before the trainer is built."""
+    from quadriga.train import build, loop, step
+
+    rank, cross_entropy, train_step = int(os.environ["RANK"]), step.summed_cross_entropy, step.train_step
+    by_step = {poison.step: poison for poison in poisons if poison.rank == rank}
+    now = 0
+
+    def poisoned_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        value = cross_entropy(logits, labels)
+        poison = by_step.get(now)
+        return value if poison is None else _Factors.apply(value, poison.loss, poison.gradient)
+
+    def counting_train_step(state: Any, recipe: Any, mesh: Any) -> Any:
+        nonlocal now
+        now = state.step + 1
+        metrics = train_step(state, recipe, mesh)
+        if now in by_step and (name := by_step[now].flips):
+            flip(dict(pair for part in state.parts for pair in part.named_parameters())[name])
+        return metrics
+
+    build.summed_cross_entropy = poisoned_cross_entropy
+    step.train_step = loop.train_step = counting_train_step
