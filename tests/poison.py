@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch.distributed.tensor import DTensor
 @dataclass(frozen=True)
 class Poison:
     """At `step`, on `rank`, losses are multiplied by `loss`, and their gradients by `loss` and `gradient`. After it the
-    lowest bit of one number of the parameter named `flips` is turned over, as a cosmic ray would."""
+    lowest bit of one number of the parameter named `flips` is turned over, as a cosmic ray would; or it is killed.
+    """
 
     step: int
     rank: int = 0
     loss: float = 1.0
     gradient: float = 1.0
     flips: str | None = None
+    kills: bool = False
 
 
 class _Factors(torch.autograd.Function):
@@ -58,6 +61,8 @@ def give(*poisons: Poison) -> None:
         nonlocal now
         now = state.step + 1
         metrics = train_step(state, recipe, mesh)
+        if now in by_step and by_step[now].kills:
+            os.kill(os.getpid(), signal.SIGKILL)
         if now in by_step and (name := by_step[now].flips):
             flip(dict(pair for part in state.parts for pair in part.named_parameters())[name])
         return metrics

@@ -56,7 +56,7 @@ def first_open(group: str) -> Operation | None:
 
 
 def dump(path: Path) -> None:
-    """Write all that is recorded, in the form in which torch itself leaves it on a timeout: for `torchfrtrace`."""
+    """Write all that is recorded, in the form in which torch itself leaves it when a collective of NCCL times out."""
     texts = [getattr(c10d, f"_dump_{name}_trace")() for name in RECORDERS if hasattr(c10d, f"_dump_{name}_trace")]
     path.write_bytes(max(texts, key=len))  # of gloo or of NCCL, whichever carries the run
 

@@ -22,6 +22,7 @@ from quadriga.errors import (
     EXIT_NO_GOOD_CHECKPOINT,
     EXIT_NOT_FINITE,
     EXIT_OK,
+    EXIT_STALLED,
     EXIT_USAGE,
     Fault,
     Problem,
@@ -45,7 +46,8 @@ LAST_WORDS_SECONDS = 60.0  # longer than any report takes
 INTERRUPTED = 130  # 128 + SIGINT
 LEFT = "quadriga/left"  # where ranks of a bare torchrun note that they were asked to leave
 FINAL = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
-# How gloo, NCCL and the rendezvous store say that the other side is gone.
+# How gloo, NCCL and the rendezvous store say that the other side has not come, or is gone.
+TIMED_OUT = ("timed out waiting", "watchdog caught collective operation timeout")
 LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
@@ -55,9 +57,8 @@ LOST_PEER = (
     "socket closed",
     "recvvalue failed",
     "failed to recv",
-    "timed out waiting",
-    "watchdog caught collective operation timeout",
     "communicator was aborted",
+    *TIMED_OUT,
 )
 
 
@@ -219,7 +220,13 @@ def report_failure(environ: Mapping[str, str], error: BaseException, since: floa
 
 
 def _code(error: BaseException) -> int:
-    return error.exit_code if isinstance(error, UserError | Fault) else EXIT_FAULT
+    if isinstance(error, UserError | Fault):
+        return error.exit_code
+    return EXIT_STALLED if _says(error, TIMED_OUT) else EXIT_FAULT
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def _report(error: BaseException) -> str | None:
@@ -239,7 +246,7 @@ def _record(folder: Path, environ: Mapping[str, str], error: BaseException, sinc
         error=line.splitlines()[0],
         details=report or _traceback(error),
         is_report=report is not None,
-        lost_peer=isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST_PEER),
+        lost_peer=_says(error, LOST_PEER),
     )
     record.write(folder)
     return record

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quadriga.checkpoint import folder as checkpoint_folder
-from quadriga.comm import collectives, process_group
+from quadriga.comm import process_group
 from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
@@ -81,8 +81,7 @@ def train(trainer: Trainer) -> int | None:
 def leave(trainer: Trainer, asked: int) -> int:
     """The end of a run that was asked to leave; the exit code."""
     state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
-    if collectives.rank() == 0:
-        tell(trainer, "signal", name=wishes.name_of(asked))
+    tell(trainer, "signal", name=wishes.name_of(asked))
     trainer.wishes.left()
     if not section.enable or section.load_only:
         return wishes.farewell(asked, state.step, spec.steps, None)

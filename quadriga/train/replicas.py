@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from quadriga.checkpoint.states import plain
 from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
+from quadriga.log import logger
 from quadriga.train.bad_steps import CommonFault
 
 BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as several of 32 bits
@@ -31,7 +32,12 @@ class ReplicaCheck:
     """Compares every `interval` steps; never where `interval` is 0 or there is one copy alone."""
 
     def __init__(self, interval: int, parts: Sequence[torch.nn.Module], mesh: Mesh) -> None:
-        self._interval = interval if mesh.device_mesh["dp_replicate"].size() > 1 else 0
+        copies = mesh.device_mesh["dp_replicate"].size()
+        if interval > 0 and copies == 1:
+            logger.info(
+                "health.replica_check_interval: there is one copy of the weights, and nothing to compare it with"
+            )
+        self._interval = interval if copies > 1 else 0
         self._mesh = mesh
         self._named = [(plain(name), p) for part in parts for name, p in part.named_parameters()]
 

@@ -114,7 +114,7 @@ def fault(stall: Stall, stack: str, folder: str) -> Fault:
     lines.append(
         f"    waiting   {others}; rank {accuser.rank} (step {accuser.step}, {accuser.phase}) in {stall.operation}"
     )
-    lines.append(f"    traces    {folder}: of each rank its stack and its last collectives (for `torchfrtrace`)")
+    lines.append(f"    traces    {folder}: of each rank its stack and its last collectives")
     if late is not None:
         lines += ["", f"The stack of rank {late.rank}:", "", *(f"    {line}" for line in _of_main_thread(stack))]
     lines += ["", *_advice(stall)]

@@ -71,8 +71,8 @@ class Waits:
             self._operations = {old: name for old, name in self._operations.items() if old[0] != group}
             self._operations[key] = flight_recorder.first_open(group)
         found = self._operations[key]
-        if found is None:
-            return Wait(seconds, "an operation that is no longer recorded", self._limit)
+        if found is None:  # not one of training, which would have waited for it instead of recording others
+            return Wait(seconds, "an operation that is no longer recorded", self._host_limit, host=True)
         name = f"{found.kind} of group {found.group} ({found.purpose}), its operation {ended + 1}"
         host = found.purpose == HOST
         return Wait(seconds, name, self._host_limit if host else self._limit, host)

@@ -1,10 +1,10 @@
 """Ends a run that stands still, and says which rank it waited for.
 
 From the first finished step on, a thread on every rank says through the rendezvous store where its rank is. When its
-own rank has waited in a collective for longer than `SHARE` of the time allowed, or the next rank has been silent for as
-long, it compares what all ranks say and raises the alarm. On the alarm every rank writes down its stack and its last
-collectives, a silent one is made to by a signal from a rank on its machine, and all leave with exit code 4. The
-timeouts of the process groups, which name nobody, come later.
+own rank has waited in a collective for longer than `SHARE` of the time allowed, or waits while the next rank has been
+silent for as long, it compares what all ranks say and raises the alarm. On the alarm every rank writes down its stack
+and its last collectives, a silent one is made to by a signal from a rank on its machine, and all leave with exit code
+4. The timeouts of the process groups, which name nobody, come later.
 
 A rank may be slow as long as nobody waits for it, and where others wait in a host group as slow as a disk can be.
 """
@@ -39,7 +39,7 @@ from quadriga.train.waits import Still, Wait, Waits
 SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
 BEATS = 60  # in the same time
 RANKS_PER_SECOND = 4000  # that one store serves
-APART = 4  # beats between two readings: a rank that is alive has spoken
+APART, ALIVE_SECONDS = 4, 1.0  # beats, and at least seconds, between two readings: a rank that is alive has spoken
 STACK_BEATS = 6  # in which a rank has to show its stack
 NONE = "-"  # no alarm, no judge
 
@@ -125,7 +125,7 @@ class Watchdog:
         alarm = self._store.get("alarm").decode()
         if alarm != NONE:
             self._end(Stall.from_json(alarm))
-        overdue = overdue or self._silence_of_the_next()
+        overdue = overdue or self._silence_of_the_next(wait or host_wait)
         if overdue is None:
             return
         judge = self._store.compare_set("judge", NONE, str(self._rank)).decode()
@@ -135,24 +135,22 @@ class Watchdog:
         elif self._judge.seconds(judge) > 3 * APART * self._pause:
             self._store.set("judge", NONE)  # the judge itself has stopped
 
-    def _silence_of_the_next(self) -> Wait | None:
-        """Whether the next rank has been silent for too long."""
+    def _silence_of_the_next(self, wait: Wait | None) -> Wait | None:
+        """Our own wait, made as long as the next rank has been silent, where that is too long in training."""
         beat = self._read([(self._rank + 1) % self._world_size])[(self._rank + 1) % self._world_size]
-        if beat.left:
-            return None
-        silence = Wait(self._neighbour.seconds(beat.count), f"nothing, but rank {beat.rank} is silent", self._limit)
-        return silence if silence.is_too_long else None
+        seconds = self._neighbour.seconds(beat.count)
+        return wait._replace(seconds=seconds) if wait and seconds > self._limit and not beat.left else None
 
     def _find_out(self, overdue: Wait) -> None:
         """Compare what the ranks say, and raise the alarm unless the rank that is late has come meanwhile."""
         before = self._read(range(self._world_size))
-        for _ in range(APART):
+        for _ in range(max(APART, round(ALIVE_SECONDS / self._pause))):
             time.sleep(self._pause)
             self._say(*self._waits.look())
         after = self._read(range(self._world_size))
-        silent = silent_ranks(before, after)
-        if silent or any(wait is not None and wait.is_too_long for wait in self._waits.look()):
-            alarm = self._stall(after, silent, overdue).to_json()
+        silent, waits = silent_ranks(before, after), [wait for wait in self._waits.look() if wait is not None]
+        if silent or any(wait.is_too_long for wait in waits):
+            alarm = self._stall(after, silent, max(waits, default=overdue)).to_json()
             self._end(Stall.from_json(self._store.compare_set("alarm", NONE, alarm)))
 
     def _stall(
@@ -240,7 +238,7 @@ class Watchdog:
         return stack
 
     def _stack_path(self, rank: int) -> Path:
-        return self._traces / f"{self._prefix}{rank}_stack.txt"
+        return self._traces / f"stack_{rank}.txt"  # a name in which torch's tools do not see a trace
 
 
 def stack_signal() -> int | None:

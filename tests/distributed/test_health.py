@@ -38,6 +38,9 @@ class Outcome:
     kinds: list[int]  # the verdict on each step
     moved: list[bool]  # whether the step changed any weight of this rank, or any number of its optimizer's
     skipped: int
+    losses: list[
+        tuple[float, float, float]
+    ]  # at each step: this rank's part, the mean over all, the greatest of a rank
     weights: list[torch.Tensor]
 
 
@@ -57,15 +60,16 @@ def poisoned_steps(
     state = make_state(run, mesh)
     state.health = Health(section, waits=waits)
     recipe = build_recipe(run, mesh, torch.device("cpu"), state.parts)
-    kinds, moved = [], []
+    kinds, moved, losses = [], [], []
     for _ in range(steps):
         before = held(state)
         metrics = step.train_step(state, recipe, mesh)
         kinds.append(int(metrics.verdict[0]))
+        losses.append((metrics.verdict[1].item(), metrics.loss.item(), metrics.max_loss.item()))
         after = held(state)
         moved.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
     step.summed_cross_entropy, step.train_step = genuine
-    return Outcome(kinds, moved, int(state.health.skipped), held(state))
+    return Outcome(kinds, moved, int(state.health.skipped), losses, held(state))
 
 
 def held(state) -> list[torch.Tensor]:
@@ -98,6 +102,19 @@ def test_one_rank_s_bad_loss_leaves_all_ranks_where_they_are(name, on_layouts):
         assert outcome.kinds == [0, 1, 0]
         assert outcome.moved == [True, False, True]
         assert outcome.skipped == 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_knows_the_same_mean_and_greatest_loss(name, on_layouts):
+    """The batch is cut into 4 parts, or not at all where there is a pipeline, whose first stage has no loss."""
+    outcomes = on_layouts[name, False]
+    parts = 1 if "PP" in name else 4
+    for step in (0, 2):
+        own, means, greatest = zip(*(outcome.losses[step] for outcome in outcomes), strict=True)
+        assert len(set(means)) == len(set(greatest)) == 1
+        assert greatest[0] == max(own) * parts
+        assert means[0] == sum(own) / (2 if "TP" in name else 1)  # ranks along tp know the same
+        assert greatest[0] > means[0] or parts == 1
 
 
 def test_deciding_on_the_device_comes_to_the_same_weights(on_layouts):

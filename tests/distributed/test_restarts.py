@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,29 @@ def test_restarts_that_are_used_up_end_with_the_last_error(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_all_machines_start_again_when_one_loses_a_rank(tmp_path: Path) -> None:
+    """Two launchers on this machine, one rank each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = eventful(tmp_path / "hook", {0: {5: "SIGKILL"}}) | {"NGPU": "1", "NNODES": "2", "MAX_RESTARTS": "1"}
+    common |= {"RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")]
+    machines = [Running(command, {**common, "NODE_RANK": node}) for node in ("0", "1")]
+    try:
+        ends = [machine.end(120) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill_all()
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["attempt"] for record in records] == [1, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.slow
 def test_a_bare_torchrun_restarts_and_does_not_go_on_when_asked_to_leave(tmp_path: Path) -> None:
     """The first start fails, the second goes on and is asked to leave; the third leaves at once."""
-    environ = eventful(tmp_path / "hook", {0: {4: "raise"}, 1: {4: "SIGUSR1"}})
+    environ = eventful(tmp_path / "hook", {0: {4: "raise"}, 1: {4: "SIGUSR1"}}) | {"GLOO_SOCKET_IFNAME": "lo"}
     command = [*TORCHRUN, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=2"]
     command += [str(ROOT / "torchtitan/train.py"), *STEPS, "--job.dump_folder", str(tmp_path / "run")]
     running = Running(command, environ)

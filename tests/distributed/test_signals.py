@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -236,7 +237,7 @@ def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> 
 def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     command += [str(ROOT / "torchtitan/train.py"), *ENDLESS, *SAVING, "--job.dump_folder", str(tmp_path)]
-    running = Running(command)
+    running = Running(command, {"GLOO_SOCKET_IFNAME": "lo"})
     try:
         assert wait_until(lambda: steps_of(tmp_path) >= 3, 60)
         rank = int((tmp_path / ".lock").read_text().split()[1])
@@ -249,3 +250,22 @@ def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> No
     step = steps_of(tmp_path)
     assert saved_in(tmp_path)[-1] == step
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
+    """Two launchers on this machine, one rank each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
+    machines = [launched(tmp_path, *SAVING, **common, NODE_RANK=node) for node in ("0", "1")]
+    try:
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 90)
+        machines[1].process.send_signal(signal.SIGTERM)
+        ends = [machine.end(60) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill_all()
+    assert [end.code for end in ends] == [75, 75], ends[0].err + ends[1].err
+    assert saved_in(tmp_path)[-1] == steps_of(tmp_path)

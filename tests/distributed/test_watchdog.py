@@ -55,7 +55,7 @@ def test_a_stopped_rank_is_named_with_its_stack_and_nothing_is_left(tmp_path: Pa
     assert 0 < int(said.group(1)) <= steps + 1
     assert re.search(rf"2 of 3 ranks; rank [01] \(step ({steps}|{steps + 1}), .*gloo:", report)
     for rank in range(3):
-        assert "loop.py" in (tmp_path / f"comm_traces/rank_{rank}_stack.txt").read_text()
+        assert "loop.py" in (tmp_path / f"comm_traces/stack_{rank}.txt").read_text()
     for rank in range(2):
         recorded = pickle.loads((tmp_path / f"comm_traces/rank_{rank}").read_bytes())
         assert recorded["entries"][-1]["profiling_name"].startswith("gloo:")
@@ -126,7 +126,7 @@ def test_slow_steps_that_nobody_waits_for_and_slow_disks_go_on(tmp_path: Path) -
     codes = run_ranks(slow_everywhere, 2, str(tmp_path), arguments, backend=None, timeout=90)
     assert codes == [0, 0]
     assert (tmp_path / "checkpoint" / "step-4").is_dir()
-    assert not list((tmp_path / "comm_traces").glob("*_stack.txt"))
+    assert not list((tmp_path / "comm_traces").glob("stack_*"))
 
 
 def slow_everywhere(folder: str, arguments: tuple[str, ...]) -> int:
@@ -140,3 +140,38 @@ def slow_everywhere(folder: str, arguments: tuple[str, ...]) -> int:
 
     folders.publish = slow_publish
     return lingers(folder, arguments, -1, 3, 6.0)
+
+
+def stops_in_a_save(folder: str, arguments: tuple[str, ...]) -> int:
+    """Rank 0 is stopped while it publishes; the other one waits for it in a host group, which has patience."""
+    from quadriga.checkpoint import folder as folders
+
+    publish = folders.publish
+
+    def stopped_publish(*given, **named):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return publish(*given, **named)
+
+    folders.publish = stopped_publish
+    return one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *arguments])
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_in_a_save_is_found_as_soon(tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    records.mkdir()
+    arguments = (*STALLING, "--comm.train_timeout_seconds=8", "--checkpoint.enable", "--checkpoint.interval=2")
+    with pytest.raises(RankError, match="died with exit code"):
+        run_ranks(
+            *(stops_in_a_save, 2, str(tmp_path / "run"), (*arguments, "--training.steps=9")),
+            backend=None,
+            timeout=30,
+            environ={RECORDS: str(records)},
+        )
+    assert wait_until(lambda: bool(read_records(records / "0")), 5)
+    told = read_records(records / "0")[-1]
+    assert told.code == 4
+    assert "it waits for rank 0" in told.details
+    assert "step 2, phase 'save'" in told.details
+    assert "(host), its operation" in told.details
+    assert "in stopped_publish" in told.details

@@ -13,8 +13,16 @@ from pathlib import Path
 import pytest
 from launching import ROOT, is_alive, wait_until
 
-from quadriga.errors import Problem, UserError
-from quadriga.processes import AGENT_PID, RECORDS, ExitRecord, read_records
+from quadriga.errors import Fault, Problem, UserError
+from quadriga.processes import (
+    AGENT_PID,
+    RECORDS,
+    RESTART_COUNT,
+    ExitRecord,
+    heeding_signals,
+    ranks_that_heed,
+    read_records,
+)
 from quadriga.train import guards
 from quadriga.train.guards import lock_run_folder
 
@@ -127,6 +135,63 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
     assert "RuntimeError: gloo: Connection closed by peer" in by_rank[1].details
     assert by_rank[0].code == 0
     assert error.report not in capsys.readouterr().err  # the launcher shows it, once
+
+
+def test_a_fault_is_told_as_it_stands_and_has_its_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = Fault("the run has stood still\n\n    rank 1 stopped", 4)
+    assert guards.report_failure({RECORDS: str(tmp_path), "RANK": "0"}, error, since=12.5) == 4
+    record = read_records(tmp_path / "0")[0]
+    assert (record.code, record.error, record.details) == (4, "the run has stood still", str(error))
+    assert (record.is_report, record.time) == (True, 12.5)
+    assert guards.report_failure({"RANK": "0"}, error) == 4
+    said = capsys.readouterr().err
+    assert said.count(str(error)) == 1
+    assert "Traceback" not in said
+
+
+def test_a_collective_that_waited_too_long_is_a_stall(tmp_path: Path) -> None:
+    environ = {RECORDS: str(tmp_path)}
+    assert guards.report_failure(environ, RuntimeError("Timed out waiting 300000ms for recv operation")) == 4
+    assert read_records(tmp_path / "0")[0].lost_peer
+
+
+def test_torchrun_is_not_told_of_a_rank_that_was_asked_to_leave(tmp_path: Path) -> None:
+    """Where nobody reads the record, the rank has to say it itself."""
+    assert guards.leave({RECORDS: str(tmp_path), "RANK": "1"}, 75) == 0
+    record = read_records(tmp_path / "0")[0]
+    assert (record.rank, record.code, record.asked) == (1, 75, True)
+    assert guards.leave({"RANK": "1"}, 75) == 75
+    assert guards.interrupted({RECORDS: str(tmp_path), "RANK": "2"}) == 130
+    assert [record.asked for record in read_records(tmp_path / "0")] == [True, False]
+
+
+@pytest.mark.parametrize(("code", "again"), [(1, True), (4, True), (6, True), (2, False), (3, False), (5, False)])
+def test_a_restart_tells_of_the_start_before_and_stops_where_it_is_of_no_use(
+    code: int, again: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0").mkdir()
+    ExitRecord(1, code, 10.0, "what it was", "what it was, at length").write(tmp_path / "0")
+    ExitRecord(0, 1, 9.0, "RuntimeError: closed", "...", lost_peer=True).write(tmp_path / "0")
+    environ = {RECORDS: str(tmp_path), RESTART_COUNT: "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert guards.end_of_the_start_before({**environ, RESTART_COUNT: "0"}) is None
+    assert guards.end_of_the_start_before(environ) == (None if again else code)
+    assert ("restart 1 of 3, since rank 1 failed:\n\nwhat it was, at length" in caplog.text) == again
+    assert [record.code for record in read_records(tmp_path / "1")] == ([] if again else [code])
+
+
+def test_only_ranks_that_heed_signals_and_are_ours_get_them(tmp_path: Path) -> None:
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        (tmp_path / "rank0.pid").write_text(str(ours.pid))
+        (tmp_path / "rank1.pid").write_text(str(os.getpid()))  # not a child of this process
+        assert ranks_that_heed(tmp_path, os.getpid()) == [ours.pid]
+    finally:
+        ours.kill()
+    assert wait_until(lambda: ranks_that_heed(tmp_path, os.getpid()) == [], 5)  # dead, though not collected
+    ours.wait()
+    with heeding_signals({RECORDS: str(tmp_path), "RANK": "3"}):
+        assert (tmp_path / "0" / "rank3.pid").read_text() == str(os.getpid())
+    assert not (tmp_path / "0" / "rank3.pid").exists()
 
 
 def test_without_a_launcher_the_first_rank_of_a_machine_reports(

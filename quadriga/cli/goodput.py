@@ -1,0 +1,84 @@
+"""`quadriga goodput RUN`: how much of a run's wall time trained, and what became of the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from quadriga.cli.arguments import Parser
+from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.metrics.goodput import Attempt, Goodput, goodput_of
+from quadriga.units import show_seconds
+
+ABOUT = (
+    "Say how much of a run's wall time trained, was spent starting, saving or waiting for data, or was lost, from its "
+    "first start to its last sign of life. RUN is a run folder (job.dump_folder), also of a run that goes on. "
+    "With --json: one object; quadriga/metrics/goodput.py tells what its keys mean."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("goodput", ABOUT)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    options = parser.parse_args(argv)
+    found = goodput_of(options.run)
+    if found is None:
+        what = "no run has left a line here" if Path(options.run).is_dir() else "there is no such folder"
+        raise UserError(Problem("RUN", what, options.run, allowed="a folder with events.jsonl or metrics.jsonl"))
+    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(lines(found)))
+    return EXIT_OK
+
+
+def lines(found: Goodput) -> Iterator[str]:
+    """The account for a person."""
+    attempts = found.attempts
+    faults = sum(bool(attempt.faults) for attempt in attempts)
+    figures = [_plural(len(attempts), "start"), _plural(faults, "fault"), _plural(found.saves, "save")]
+    yield f"step {attempts[-1].last_step:,} after {', '.join(figures)}"
+    yield f"{_date(attempts[0].began)} to {_date(attempts[-1].last)}: {show_seconds(found.wall_seconds)}"
+    yield ""
+    for kind, (name, meaning) in _meanings(found).items():
+        share = 100 * found.shares[kind]
+        yield f"  {name:<16} {show_seconds(found.seconds[kind]):>8} {share:6.1f}%   {meaning}".rstrip()
+    yield ""
+    yield f"effective training time: {100 * found.shares['trained']:.1f}%"
+    yield ""
+    yield f"  {'start':<6} {'began':<19}  {'steps':<17}  ended"
+    for attempt in attempts:
+        yield f"  {attempt.attempt:<6} {_date(attempt.began)}  {_steps(attempt):<17}  {_ended(attempt)}"
+
+
+def _meanings(found: Goodput) -> dict[str, tuple[str, str]]:
+    """By kind, in the order of the table: its name, and what is in it."""
+    skipped = f", {found.skipped_steps:,} of them bad and skipped" if found.skipped_steps else ""
+    kept = sum(attempt.kept_step - attempt.first_step for attempt in found.attempts)
+    replayed = _plural(found.replayed_steps, "step")
+    return {
+        "trained": ("trained", f"{_plural(kept, 'step')} that count{skipped}"),
+        "data_wait": ("waited for data", ""),
+        "validated": ("validated", ""),
+        "saved": ("saved", "that training waited for"),
+        "started": ("started", "from the start of the process to the first step"),
+        "lost": ("lost", f"{replayed} that a later start trained again" if found.replayed_steps else ""),
+        "down": ("down", "from the last sign of life to the next start" if len(found.attempts) > 1 else ""),
+    }
+
+
+def _steps(attempt: Attempt) -> str:
+    return f"{attempt.first_step:,} to {attempt.last_step:,}" if attempt.ready is not None else "none"
+
+
+def _ended(attempt: Attempt) -> str:
+    lost = attempt.last_step - attempt.kept_step
+    return attempt.ended + (f" ({_plural(lost, 'step')} lost)" if lost else "")
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

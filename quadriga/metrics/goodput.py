@@ -1,0 +1,260 @@
+"""What the time of a run went into, from its first start to its last sign of life, over all of its starts.
+
+Read from `events.jsonl` and `metrics.jsonl` alone, so it can be asked of a run that goes on, and of one that was
+killed. Every second is counted once; `seconds` and `shares` have these keys:
+
+- `trained`: steps that count, the first one's compilation included;
+- `data_wait`: of those steps, what the first rank waited for data;
+- `validated`, `saved`: while training waited; of steps that count;
+- `started`: from the start of the first rank's process to its first step, checkpoints being loaded included;
+- `lost`: all that a start did after the step from which a later start went on;
+- `down`: from the last line that a start wrote to the beginning of the next one's first process.
+
+A killed start ends with its last line, so that up to `metrics.log_freq` steps of it are seen as `down`, not as `lost`.
+Where a later start went on from a step between two lines, the time between them is divided by steps. Steps after the
+newest save count as trained as long as no later start went back. `effective` is the share `trained`: what others call
+effective training time ratio, or goodput.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from quadriga.metrics.events import Event, read_events
+from quadriga.metrics.jsonl import Record, records_of
+from quadriga.metrics.loggers import JSONL_NAME
+
+KINDS = ("trained", "data_wait", "validated", "saved", "started", "lost", "down")
+
+Mark = tuple[float, int]  # at this time, so many steps were finished
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run. Times in seconds since the epoch; steps are counts of finished ones."""
+
+    attempt: int
+    began: float
+    ready: float | None  # None: it never came to its first step
+    last: float  # its last sign of life
+    first_step: int  # that it went on from
+    last_step: int  # that it is known to have come to
+    kept_step: int  # up to here its steps count; later ones were trained again
+    faults: tuple[str, ...]
+    ended: str
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """`skipped_steps`: bad steps that left the weights alone, among those that count."""
+
+    attempts: tuple[Attempt, ...]
+    seconds: dict[str, float]
+    skipped_steps: int
+    saves: int
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.attempts[-1].last - self.attempts[0].began
+
+    @property
+    def shares(self) -> dict[str, float]:
+        whole = sum(self.seconds.values())
+        return {kind: seconds / whole if whole else 0.0 for kind, seconds in self.seconds.items()}
+
+    @property
+    def replayed_steps(self) -> int:
+        return sum(attempt.last_step - attempt.kept_step for attempt in self.attempts)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `quadriga goodput --json` prints. All times in seconds; `from` and `to` since the epoch."""
+        return {
+            "from": self.attempts[0].began,
+            "to": self.attempts[-1].last,
+            "wall_seconds": self.wall_seconds,
+            "effective": self.shares["trained"],
+            "shares": self.shares,
+            "seconds": self.seconds,
+            "step": self.attempts[-1].last_step,
+            "replayed_steps": self.replayed_steps,
+            "skipped_steps": self.skipped_steps,
+            "saves": self.saves,
+            "faults": sum(bool(attempt.faults) for attempt in self.attempts),
+            "attempts": [asdict(attempt) for attempt in self.attempts],
+        }
+
+
+def goodput_of(folder: str | os.PathLike[str]) -> Goodput | None:
+    """The account of the run in `folder`; None where it has left no line."""
+    metrics = Path(folder, JSONL_NAME)
+    records = list(records_of(metrics)) if metrics.exists() else []
+    return account(read_events(folder), records)
+
+
+def account(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
+    """The account of a run by its events and its records, of all attempts; None where there are none."""
+    numbers = sorted({int(line["attempt"]) for line in (*events, *records)})
+    starts = [
+        _Start(
+            number,
+            [event for event in events if event["attempt"] == number],
+            [record for record in records if record["attempt"] == number],
+        )
+        for number in numbers
+    ]
+    if not starts:
+        return None
+    for before, start in pairwise(starts):
+        start.began = max(start.began, before.began)
+    seconds = dict.fromkeys(KINDS, 0.0)
+    attempts: list[Attempt] = []
+    skipped = saves = 0
+    limit, next_began = math.inf, math.inf
+    for start in reversed(starts):
+        start.end_before(next_began)
+        for kind, amount in start.spent(limit).items():
+            seconds[kind] += amount
+        seconds["down"] += next_began - start.last if attempts else 0.0
+        attempts.append(start.told(limit, is_newest=not attempts))
+        skipped += start.count("skip", limit)
+        saves += start.count("save_end", limit)
+        limit = min(limit, start.first_step if start.ready is not None else math.inf)
+        next_began = start.began
+    return Goodput(tuple(reversed(attempts)), seconds, skipped, saves)
+
+
+class _Start:
+    """The lines of one attempt."""
+
+    def __init__(self, number: int, events: list[Event], records: list[Record]) -> None:
+        self.number, self.events = number, events
+        self.training = [record for record in records if record["kind"] == "train"]
+        self.validations = [record for record in records if record["kind"] == "validation"]
+        start, ready = self._first("start"), self._first("ready")
+        self.ready: float | None = None
+        self.first_step = 0
+        if ready is not None:
+            self.ready, self.first_step = float(ready["time"]), int(ready["step"])
+        elif self.training:  # no ledger was kept: the clock of a record begins right before the first step
+            self.ready = float(self.training[0]["time"] - self.training[0]["elapsed_seconds"])
+            self.first_step = self.training[0]["step"] - 1
+        lines = (*events, *records)
+        times = [float(line["time"]) for line in lines]
+        self.last = max(times)
+        self.began = min([*times, math.inf if self.ready is None else self.ready])
+        if start is not None:
+            self.began = float(start["process_start"] if "process_start" in start else start["time"])
+        marks = [(float(line["time"]), int(line["step"])) for line in lines if line.get("rank", 0) == 0]
+        self.marks = list(_rising(marks, self.ready, self.first_step))
+
+    def end_before(self, time: float) -> None:
+        """The next start began then: what is said to be later, or earlier than this start, is of another clock."""
+        self.last = min(max(self.last, self.began), time)
+        self.ready = min(max(self.ready, self.began), self.last) if self.ready is not None else None
+        self.marks = [(min(max(at, self.began), self.last), step) for at, step in self.marks]
+
+    @property
+    def last_step(self) -> int:
+        return self.marks[-1][1] if self.marks else self.first_step
+
+    def kept_step(self, limit: float) -> int:
+        return int(max(min(self.last_step, limit), self.first_step))
+
+    def count(self, event: str, limit: float) -> int:
+        return sum(one["event"] == event and one["step"] <= limit for one in self.events)
+
+    def spent(self, limit: float) -> dict[str, float]:
+        """Seconds by kind, where steps beyond `limit` were trained again by a later start."""
+        if self.ready is None:
+            return {"started": self.last - self.began}
+        given_up = self._passed(limit)
+        useful = given_up - self.ready
+        waits = {
+            "data_wait": self._data_wait(limit),
+            "validated": sum(record["seconds"] for record in self.validations if record["step"] <= limit),
+            "saved": sum(self._saves(limit)),
+        }
+        together = sum(waits.values())
+        if together > useful:  # by rounding, or since a rank's clock was set
+            waits = {kind: amount * useful / together for kind, amount in waits.items()}
+            together = useful
+        kept = {"started": self.ready - self.began, "trained": useful - together, "lost": self.last - given_up}
+        return kept | waits
+
+    def told(self, limit: float, is_newest: bool) -> Attempt:
+        faults = sorted((e for e in self.events if e["event"] == "fault"), key=lambda e: bool(e.get("lost_peer")))
+        end = self._first("end")
+        if end is not None:
+            ended = str(end.get("reason", "finished"))
+        elif faults:
+            ended = f"rank {faults[0]['rank']}: {faults[0].get('error', 'failed')}"
+        else:
+            ended = "no word since: it goes on, or was killed" if is_newest else "killed without a word"
+        return Attempt(
+            attempt=self.number,
+            began=self.began,
+            ready=self.ready,
+            last=self.last,
+            first_step=self.first_step,
+            last_step=max(self.last_step, self.first_step),
+            kept_step=self.kept_step(limit),
+            faults=tuple(str(fault.get("error", "")) for fault in faults),
+            ended=ended,
+        )
+
+    def _first(self, event: str) -> Event | None:
+        return next((one for one in self.events if one["event"] == event), None)
+
+    def _passed(self, limit: float) -> float:
+        """When the last step up to `limit` was finished, with what was done after it and before the next."""
+        assert self.ready is not None
+        before, after = (self.ready, self.first_step), None
+        for mark in self.marks:
+            if mark[1] > limit:
+                after = mark
+                break
+            before = mark
+        if after is None:
+            return self.last
+        if limit <= before[1]:
+            return before[0]
+        return before[0] + (after[0] - before[0]) * (limit - before[1]) / (after[1] - before[1])
+
+    def _data_wait(self, limit: float) -> float:
+        total, step = 0.0, self.first_step
+        for record in self.training:
+            steps = max(record["step"] - step, 1)
+            total += record["data_wait"] * max(min(limit - step, steps), 0) / steps
+            step = record["step"]
+        return total
+
+    def _saves(self, limit: float) -> Iterator[float]:
+        """For how long each save kept training waiting."""
+        for place, begin in enumerate(self.events):
+            if begin["event"] != "save_begin" or begin["step"] > limit:
+                continue
+            ended = ("save_end", "save_failed")
+            end = next((e for e in self.events[place:] if e["event"] in ended and e["step"] == begin["step"]), None)
+            until = float(end["time"]) if end is not None else self.last
+            trained_on = any(begin["time"] < time < until and step > begin["step"] for time, step in self.marks)
+            if trained_on:  # beside the save, which is asynchronous
+                yield float(end.get("blocked_seconds", 0.0)) if end is not None else 0.0
+            else:
+                yield max(until - float(begin["time"]), 0.0)
+
+
+def _rising(marks: list[Mark], ready: float | None, first_step: int) -> Iterator[Mark]:
+    """Marks of a training that has begun, by time; those that tell of an older step are left out."""
+    if ready is None:
+        return
+    newest = first_step
+    for time, step in sorted(marks):
+        if time >= ready and step >= newest:
+            newest = step
+            yield time, step
