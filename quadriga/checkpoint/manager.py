@@ -140,9 +140,9 @@ class CheckpointManager:
         first. A save that fails is told, and older ones are whole; where `on_save_failure` is "stop", and for the last
         one, CheckpointError is raised on every rank.
         """
-        start = time.monotonic()
+        asked = time.monotonic()
         self._finish_running(last)
-        self._last_save = time.monotonic()
+        began = self._last_save = time.monotonic()
         self._tell("save_begin", step, path=folders.published(self._folder, step))
         model_only = last and self._section.last_save_model_only
         contents = ("model",) if model_only else tuple(tensors)
@@ -151,13 +151,15 @@ class CheckpointManager:
             held = _exported(held, getattr(torch, self._section.export_dtype))
         if self._section.async_mode == "disabled":
             try:
-                self._write(step, held, contents, extra, start)
+                self._write(step, held, contents, extra, began)
             except CheckpointError as error:
-                self._take(error, step, last)
+                self._take(error, step, last, blocked=time.monotonic() - asked)
             return
         copies, said = self._staged(held), deepcopy(dict(extra))  # training goes on and changes both
-        blocked = time.monotonic() - start
-        self._running = _BackgroundSave(step, lambda: self._write(step, copies, contents, said, start, blocked))
+        blocked = time.monotonic() - asked
+        self._running = _BackgroundSave(
+            step, blocked, lambda: self._write(step, copies, contents, said, began, blocked)
+        )
 
     def close(self) -> None:
         """Wait for a save that is still being written. Raises CheckpointError where it failed."""
@@ -194,7 +196,7 @@ class CheckpointManager:
         tensors: Tensors,
         contents: tuple[str, ...],
         extra: Mapping[str, Any],
-        start: float,
+        began: float,
         blocked: float | None = None,
     ) -> None:
         """`blocked`: seconds that training waited for this save; None: for all of it."""
@@ -211,7 +213,7 @@ class CheckpointManager:
             )
         except (OSError, CheckpointError) as error:
             raise CheckpointError(self._after_failure(step, place, error)) from error
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - began
         removed = f"; deleted {', '.join(f'step-{old}' for old in gone)}" if gone else ""
         logger.info(f"saved {name} in {show_seconds(seconds)}{removed}")
         if self._first_rank:
@@ -250,21 +252,22 @@ class CheckpointManager:
         try:
             running.wait()
         except CheckpointError as error:
-            self._take(error, running.step, last)
+            self._take(error, running.step, last, running.blocked)
 
-    def _take(self, error: CheckpointError, step: int, last: bool) -> None:
+    def _take(self, error: CheckpointError, step: int, last: bool, blocked: float) -> None:
         """A save has failed: train on, or stop, as configured. After the last one there is nothing to train on for."""
-        self._tell("save_failed", step, reason=str(error))
+        self._tell("save_failed", step, reason=str(error), blocked_seconds=blocked)
         if last or self._section.on_save_failure == "stop":
             raise error
         logger.error(f"{error}\ntraining goes on, and the next save is tried in its turn")
 
 
 class _BackgroundSave:
-    """One save in a thread of its own; `wait` raises what it raised."""
+    """One save in a thread of its own, which kept training waiting for `blocked` seconds; `wait` raises what it
+    raised."""
 
-    def __init__(self, step: int, work: Callable[[], None]) -> None:
-        self.step, self._work = step, work
+    def __init__(self, step: int, blocked: float, work: Callable[[], None]) -> None:
+        self.step, self.blocked, self._work = step, blocked, work
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True)  # a failing run does not wait
         self._thread.start()

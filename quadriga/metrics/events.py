@@ -10,7 +10,7 @@ and `step` (finished steps). The events and what else they say:
 | `fallback` | rank 0 | `refused` (the file and why), `steps_lost` |
 | `ready` | rank 0, before the first step of the attempt | |
 | `save_begin`, `save_end` | rank 0 | `path`; at the end `seconds`, `blocked_seconds` (that training waited), `bytes` |
-| `save_failed` | rank 0 | `reason` |
+| `save_failed` | rank 0 | `reason`, `blocked_seconds` |
 | `skip` | rank 0, when it learns of it | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
 | `signal` | rank 0 | `name` |
 | `fault` | the rank that failed; rank 0 where all did | `error`, `lost_peer` (since another rank was gone) |

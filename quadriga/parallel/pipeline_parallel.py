@@ -68,17 +68,19 @@ class Wires:
     """What goes from stage to stage for one micro-batch.
 
     `shape`: of hidden states (rows, tokens, dim) as one rank holds them: with sequence parallelism its part of the
-    tokens. `dtype`: the computing dtype.
+    tokens. `dtype`: the computing dtype. `seq_len`: token ids in a row of what the first stage is given, which are cut
+    there and not before.
     """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
+    seq_len: int
 
     def hidden_states(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
 
     def tokens(self) -> Tensor:
-        return torch.empty(self.shape[:2], dtype=torch.int64, device="meta")
+        return torch.empty((self.shape[0], self.seq_len), dtype=torch.int64, device="meta")
 
 
 class Pipeline:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.checkpoint.manager import CheckpointManager, Stateful
-from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
+from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.comm import collectives, process_group
 from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import Run
 from quadriga.config.schema import LinearFloat8, Training
-from quadriga.config.words import plural
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
@@ -30,7 +28,7 @@ from quadriga.metrics.profiler import Profiler
 from quadriga.models import registry
 from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages
 from quadriga.optim.optimizer import build_optimizer
-from quadriga.optim.schedule import build_schedule, wind_to
+from quadriga.optim.schedule import build_schedule
 from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.float8 import TABLE as FLOAT8
@@ -39,15 +37,14 @@ from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
-from quadriga.train import continuity
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
 from quadriga.train.health import Health
-from quadriga.train.hf import start_from_hf
 from quadriga.train.ledger import open_ledger
 from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
-from quadriga.train.record import versions, write_record
+from quadriga.train.record import write_record
 from quadriga.train.replicas import ReplicaCheck
+from quadriga.train.resume import resume
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
 from quadriga.train.validate import Validator
@@ -280,6 +277,7 @@ def build_pass(
         wires=Wires(
             (micro_batch, len(positions) // cut, run.spec.model.dim),
             getattr(torch, run.config.training.mixed_precision_param),
+            len(positions),
         ),
         micro_batches=rows // micro_batch,
         parallelism=parallelism,
@@ -319,68 +317,6 @@ def build_checks(run: Run, mesh: Mesh, state: TrainState, events: Events, rows: 
         BadSteps(state.health, state.parts, events, folder, first_row),
         ReplicaCheck(run.config.health.replica_check_interval, state.parts, mesh),
     )
-
-
-def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
-    """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
-    state.progress.at("load")
-    found = checkpoints.find()
-    if found is None:
-        start_from_hf(run, state.parts)
-        return
-    tensors = saved_tensors(state)
-    if found.resume:
-        continuity.check(found.extra, run, state.loader)
-        if found.extra["world_size"] != run.spec.world_size:
-            logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
-            del tensors["random"]
-    checkpoints.load(found, tensors)
-    if found.resume:
-        restore_extra(state, found.extra)
-
-
-def saved_tensors(state: TrainState) -> dict[str, Stateful]:
-    return {
-        "model": ModelState(state.parts),
-        "optimizer": OptimizerState(state.parts, [state.optimizer]),
-        "random": RandomState(collectives.rank()),
-    }
-
-
-def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
-    data = state.loader.state_dict()
-    for other in collectives.all_gather_objects(data["lanes"]):
-        data["lanes"].update(other)
-    return {
-        "train_state": {
-            "step": state.step,
-            "tokens_seen": state.tokens_seen,
-            "attempt": state.attempt,
-            "health": state.health.state_dict(),
-        },
-        "lr_scheduler": {"done": state.schedule.last_epoch},
-        "dataloader": data,
-        **continuity.facts(run),
-        "versions": versions(),
-    }
-
-
-def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
-    """The reverse of `saved_extra`; parts that `checkpoint.exclude_from_loading` took out stay as they are."""
-    if "train_state" in extra:
-        state.step = extra["train_state"]["step"]
-        state.tokens_seen = extra["train_state"]["tokens_seen"]
-        if "health" in extra["train_state"]:
-            state.health.load_state_dict(extra["train_state"]["health"])
-    if "lr_scheduler" in extra:
-        wind_to(state.schedule, extra["lr_scheduler"]["done"])
-    if "dataloader" not in extra:
-        return
-    if extra["dataloader"]["fingerprint"] == state.loader.fingerprint:
-        state.loader.load_state_dict(extra["dataloader"])
-    else:  # only with `checkpoint.allow_change`
-        logger.warning("these are other data than the checkpoint's: reading begins at their start")
 
 
 def set_numerics(run: Run) -> None:

@@ -13,9 +13,10 @@ from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
 from quadriga.train import header, wishes
-from quadriga.train.build import Trainer, build, saved_extra, saved_tensors
+from quadriga.train.build import Trainer, build
 from quadriga.train.faults import witnessed
 from quadriga.train.hf import export_last_step
+from quadriga.train.resume import saved_extra, saved_tensors
 from quadriga.train.step import train_step
 
 

@@ -1,0 +1,80 @@
+"""What a checkpoint takes of a run, and how a run is put back where one stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quadriga.checkpoint.manager import CheckpointManager, Stateful
+from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
+from quadriga.comm import collectives
+from quadriga.config import Run
+from quadriga.config.words import plural
+from quadriga.log import logger
+from quadriga.optim.schedule import wind_to
+from quadriga.train import continuity
+from quadriga.train.hf import start_from_hf
+from quadriga.train.record import versions
+from quadriga.train.state import TrainState
+
+
+def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
+    """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
+    state.progress.at("load")
+    found = checkpoints.find()
+    if found is None:
+        start_from_hf(run, state.parts)
+        return
+    tensors = saved_tensors(state)
+    if found.resume:
+        continuity.check(found.extra, run, state.loader)
+        if found.extra["world_size"] != run.spec.world_size:
+            logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
+            del tensors["random"]
+    checkpoints.load(found, tensors)
+    if found.resume:
+        restore_extra(state, found.extra)
+
+
+def saved_tensors(state: TrainState) -> dict[str, Stateful]:
+    return {
+        "model": ModelState(state.parts),
+        "optimizer": OptimizerState(state.parts, [state.optimizer]),
+        "random": RandomState(collectives.rank()),
+    }
+
+
+def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
+    data = state.loader.state_dict()
+    for other in collectives.all_gather_objects(data["lanes"]):
+        data["lanes"].update(other)
+    return {
+        "train_state": {
+            "step": state.step,
+            "tokens_seen": state.tokens_seen,
+            "attempt": state.attempt,
+            "health": state.health.state_dict(),
+        },
+        "lr_scheduler": {"done": state.schedule.last_epoch},
+        "dataloader": data,
+        **continuity.facts(run),
+        "versions": versions(),
+    }
+
+
+def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
+    """The reverse of `saved_extra`; parts that `checkpoint.exclude_from_loading` took out stay as they are."""
+    if "train_state" in extra:
+        state.step = extra["train_state"]["step"]
+        state.tokens_seen = extra["train_state"]["tokens_seen"]
+        if "health" in extra["train_state"]:
+            state.health.load_state_dict(extra["train_state"]["health"])
+    if "lr_scheduler" in extra:
+        wind_to(state.schedule, extra["lr_scheduler"]["done"])
+    if "dataloader" not in extra:
+        return
+    if extra["dataloader"]["fingerprint"] == state.loader.fingerprint:
+        state.loader.load_state_dict(extra["dataloader"])
+    else:  # only with `checkpoint.allow_change`
+        logger.warning("these are other data than the checkpoint's: reading begins at their start")
