@@ -58,6 +58,7 @@ class Wishes:
         self._saves = saves
         self._is_first = group is None or dist.get_rank() == 0
         self._leave, self._save = 0, False  # asked of this rank, by a signal or a file
+        self._seen = False  # a file SAVE: one that is dropped during a save asks for another
         self._last_look = time.monotonic()
         self._under_way: tuple[dist.Work, torch.Tensor] | None = None
         self._outdated = False  # what is under way was asked before a save that has been made since
@@ -95,7 +96,9 @@ class Wishes:
     def saved(self) -> None:
         """Say that a save has been made: it answers every wish to save so far. Call on all ranks."""
         self._outdated = self._under_way is not None
-        self._remove(SAVE_FILE)
+        if self._seen:
+            self._seen = False
+            self._remove(SAVE_FILE)
 
     def left(self) -> None:
         """Say that the run ends since it was asked to: that answers the wish."""
@@ -126,7 +129,8 @@ class Wishes:
         if time.monotonic() - self._last_look < LOOK_SECONDS:
             return
         self._last_look = time.monotonic()
-        self._save = self._save or (self._folder / SAVE_FILE).exists()
+        self._seen = (self._folder / SAVE_FILE).exists()
+        self._save = self._save or self._seen
         if (self._folder / STOP_FILE).exists():
             self._leave = self._leave or BY_FILE
 
