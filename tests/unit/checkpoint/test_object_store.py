@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import fsspec
 import pytest
-import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from weights import Weights
 
 from quadriga.checkpoint import files as storage
 from quadriga.checkpoint import folder as folders
@@ -51,17 +51,6 @@ class Weak(MemoryFileSystem):
 
 
 fsspec.register_implementation("weak", Weak, clobber=True)
-
-
-class Weights:
-    def __init__(self, value: float) -> None:
-        self.held = {"a.weight": torch.full((40, 5), value), "b.weight": torch.arange(30.0)}
-
-    def state_dict(self):
-        return self.held
-
-    def load_state_dict(self, loaded):
-        self.held = dict(loaded)
 
 
 def manager(url: str, **keys) -> CheckpointManager:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights import Weights
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.folder import CheckpointError
@@ -21,17 +22,6 @@ from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT
 FILES = (".metadata", "__0_0.distcp", "train_state.json")
 HARMS = ("truncate", "delete", "flip a bit")
 CASES = 100
-
-
-class Weights:
-    def __init__(self, value: float) -> None:
-        self.held = {"a.weight": torch.full((40, 5), value), "b.weight": torch.arange(30.0)}
-
-    def state_dict(self):
-        return self.held
-
-    def load_state_dict(self, loaded):
-        self.held = dict(loaded)
 
 
 def manager(folder: Path, **keys) -> CheckpointManager:
