@@ -268,7 +268,8 @@ def conclude(trials: list[dict[str, Any]], results: Path) -> int:
     print("\n" + table(("", "kills", "runs that differ"), [(what, *pair) for what, pair in sorted(counts.items())]))
     met = not different
     kills = sum(sum(trial["struck"]) for trial in trials)
-    print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ {different or ''}: {verdict(met)}")
+    which = f": {different}" if different else ""
+    print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ{which}; {verdict(met)}")
     figures = {"trials": len(trials), "kills": kills, "different": different, "counts": counts, "met": met}
     save("kill_matrix", figures, command=command_line(), claim=CLAIM, folder=results)
     return 0 if met else 1
