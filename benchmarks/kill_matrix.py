@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Trial:
     faults: tuple[dict[str, Any], ...]
 
 
-def draw(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> Trial:
+def draw(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS), modes: tuple[str, ...] = MODES) -> Trial:
     """The trial of a seed."""
     dice = random.Random(f"kill matrix {seed}")
     layout = dice.choice(layouts)
@@ -77,7 +77,7 @@ def draw(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> Trial:
     faults = [fault(dice, first, ranks)]
     if dice.random() < 0.4:
         faults.append(fault(dice, dice.choice(("verify", "load", "save", "step", "rename")), ranks))
-    return Trial(seed, layout, dice.choice(MODES), tuple(faults))
+    return Trial(seed, layout, dice.choice(modes), tuple(faults))
 
 
 def fault(dice: random.Random, moment: str, ranks: int) -> dict[str, Any]:
@@ -226,6 +226,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), default=tuple(LAYOUTS))
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
+    parser.add_argument("--single", action="store_true", help="strike once a trial, not at its next start too")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -236,7 +238,8 @@ def main() -> int:
         matrix = Matrix(Path(folder))
         for seed in wanted:
             if seed not in done:
-                done[seed] = matrix.run(draw(seed, tuple(options.layouts)))
+                trial = draw(seed, tuple(options.layouts), tuple(options.modes))
+                done[seed] = matrix.run(replace(trial, faults=trial.faults[:1]) if options.single else trial)
                 with log.open("a") as file:
                     file.write(json.dumps(done[seed]) + "\n")
             print(line(done[seed]), flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ def _fixed_seeds() -> None:
     if "torch" in sys.modules:  # tests of the torch-free rooms do not pay for the import
         sys.modules["torch"].manual_seed(0)
         sys.modules["torch"].set_num_threads(1)  # threads that wait for each other are slow where workers share cores
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """An entry point that is called in this process attaches its handler for good; the next test has a logger of its
+    own."""
+    logger = logging.getLogger("quadriga")
+    before = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, _ = before
+    logger.setLevel(before[2])
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ TWO_ROWS = "--training.local_batch_size=2"
 Leg = tuple[int, tuple[str, ...]]
 
 JOURNEYS: dict[str, tuple[Leg, ...]] = {
-    "4, 2, 8, 4 ranks": ((4, ()), (2, ()), (8, ()), (4, ())),
     "FSDP 4, TP 2 x PP 2, 1, FSDP 2 x CP 2": ((4, ()), (4, (TP, PP, TWO_ROWS)), (1, ()), (4, (CP,))),
 }
 LONG_JOURNEYS: dict[str, tuple[Leg, ...]] = {
+    "4, 2, 8, 4 ranks": ((4, ()), (2, ()), (8, ()), (4, ())),
     "TP 2, PP 2, CP 2, FSDP 8": ((2, (TP,)), (2, (PP, TWO_ROWS)), (2, (CP,)), (8, ())),
     "TP x PP x CP, DDP 2, FSDP x TP, 1": (
         (8, (TP, PP, CP, TWO_ROWS)),
