@@ -31,6 +31,7 @@ class Witness:
         and the loss of another rank, the first rank alone tells."""
         if self.trainer is None:
             return
+        guards.take_the_word()  # where the watchdog ends this rank, it has told why
         line, events = _in_a_line(error), self.trainer.events
         lost_peer = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in guards.LOST_PEER)
         if events.rank == 0 or not (lost_peer or isinstance(error, CommonFault)):
