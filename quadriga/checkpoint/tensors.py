@@ -11,11 +11,12 @@ plan and refuses all others, so that a checkpoint from elsewhere cannot run code
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 import torch
@@ -36,6 +37,7 @@ from quadriga.errors import Problem, UserError
 
 Tensors = Mapping[str, torch.Tensor]
 SHOWN = 5  # of many problems alike
+CACHED = 1 << 26  # bytes that are written before they are sent to the disk
 METADATA = ".metadata"  # DCP's name for its plan
 
 # All that the plan of a checkpoint of tensors is made of.
@@ -165,14 +167,30 @@ class HashingFiles(FileSystemBase):
 
 
 class _HashedStream:
-    """A stream to write to, one piece behind the other. Has what DCP and torch.save call."""
+    """A stream to write to, one piece behind the other. Has what DCP and torch.save call.
+
+    A file of this machine goes to the disk as it is written, and out of the system's cache: pages that nobody will
+    read are not worth the memory, and new ones cost more processor time than hashing does.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
+        self._cached = 0  # bytes
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._stream.write(data)
+        written = self._stream.write(data)
+        self._cached += written
+        if self._cached >= CACHED:
+            self._empty_cache()
+        return written
+
+    def _empty_cache(self) -> None:
+        self._cached = 0
+        with suppress(AttributeError, io.UnsupportedOperation):  # an object store has no cache of pages
+            self._stream.flush()
+            os.fdatasync(self._stream.fileno())
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -184,6 +202,7 @@ class _HashedStream:
         return self._stream.fileno()
 
     def close(self) -> None:
+        self._empty_cache()
         self._stream.close()
 
 
