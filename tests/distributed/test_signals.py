@@ -202,6 +202,7 @@ loop.train_step = train_step
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
     environ = stand_in(tmp_path / "hook", DEAF)
     running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)

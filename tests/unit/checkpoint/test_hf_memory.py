@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from quadriga.checkpoint.hf_folder import Entry
@@ -47,6 +48,7 @@ def peak(root: Path, *arguments: object) -> int:
     return usage.ru_maxrss * 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path, root):
     peaks, sizes = {}, {}
     for layers in (SMALL, LARGE):
