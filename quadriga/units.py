@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+def show_some(words: Sequence[str], most: int = 5) -> str:
+    """`a, b and 7 more`: the first of many words alike."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def show_bytes(amount: float) -> str:

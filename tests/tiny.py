@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from clipping import clip_gradients
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -13,7 +14,6 @@ from quadriga.config.model_spec import ModelSpec
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
 from quadriga.models.registry import build_model, parallel_plan
-from quadriga.optim.clip import clip_gradients
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.data_parallel import set_gradient_sync

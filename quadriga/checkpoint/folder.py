@@ -19,8 +19,10 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from quadriga.checkpoint.files import Files, Place, files_at, is_url
@@ -177,7 +179,7 @@ def damage(found: Found, names: Iterable[str] | None = None) -> list[str]:
     for name in found.files if names is None else names:
         path = join(found.place, name)
         try:
-            same = files.retried(lambda path=path: sha256(files, path)) == found.files[name].sha256  # type: ignore[misc]
+            same = files.retried(partial(sha256, files, path)) == found.files[name].sha256
         except OSError as error:
             wrong.append(f"{path} cannot be read ({error.strerror or error})")
             continue
@@ -214,8 +216,11 @@ def unpublished_in(folder: Place) -> list[str]:
 
 def find(folder: Place, step: int = -1) -> Found | None:
     """The checkpoint of that step that is whole by name and size, -1: the newest; None where there is none."""
-    candidates = [found for found in whole_in(folder) if step in (-1, found.step)]
-    return candidates[-1] if candidates else None
+    for number, name in reversed(_named(folder, PUBLISHED)):  # the newest first: each look costs a request a file
+        if step in (-1, number):
+            with suppress(NotWhole):
+                return read(join(folder, name))
+    return None
 
 
 def newest_extra(folder: Place) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -25,12 +26,15 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import Place, files_at, local
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf_folder import Entry, HfFolder
-from quadriga.checkpoint.tensors import SHOWN, HashingFiles, Writer, plain_errors
+from quadriga.checkpoint.tensors import HashingFiles, Writer, plain_errors
+from quadriga.checkpoint.words import misfits
 from quadriga.errors import Problem, UserError, nearest
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
 T = TypeVar("T")
+MISSING, SURPLUS = "the model needs tensors that are not there:", "tensors that the model has no place for:"
+RESHAPED = "shapes differ:"
 MODEL = "model."  # what DCP's names of weights begin with
 
 
@@ -178,20 +182,9 @@ def refuse(
     guess: str | None = None,
 ) -> None:
     """One UserError of all that does not fit, if anything."""
-    kinds = (
-        ("the model needs tensors that are not there:", missing, guess),
-        ("tensors that the model has no place for:", surplus, None),
-        ("shapes differ:", reshaped, None),
-    )
     problems = [
-        Problem(
-            where,
-            f"{kind} {', '.join(found[:SHOWN])}" + (f" and {len(found) - SHOWN} more" * (len(found) > SHOWN)),
-            nearest=near,
-            fix=fix,
-        )
-        for kind, found, near in kinds
-        if found
+        *(replace(problem, nearest=guess) for problem in misfits(where, [(MISSING, missing)], fix)),
+        *misfits(where, [(SURPLUS, surplus), (RESHAPED, reshaped)], fix),
     ]
     if problems:
         raise UserError(*problems)

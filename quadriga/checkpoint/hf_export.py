@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def export_hf(
 
     def write_own() -> None:
         for file in weights[rank::ranks]:
-            files.retried(lambda file=file: _write(files, join(place, file.name), file, stored.read))  # type: ignore[misc]
+            files.retried(partial(_write, files, join(place, file.name), file, stored.read))
             logger.info(f"wrote {file.name}: {show_bytes(file.size)}, {len(file.tensors)} tensors")
 
     def finish() -> None:

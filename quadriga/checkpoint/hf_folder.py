@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from quadriga.checkpoint.files import Place, is_url, local
 from quadriga.errors import Problem, UserError
+from quadriga.units import show_some
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -136,16 +137,12 @@ def _listed(index: Path) -> dict[str, Path]:
         {file for file in files.values() if Path(file).name != file or not file.endswith(".safetensors")}
     )
     if elsewhere:
-        what = f"names files that are no safetensors beside it: {_some(elsewhere)}"
+        what = f"names files that are no safetensors beside it: {show_some(elsewhere)}"
         raise UserError(Problem(str(index), what))
     absent = sorted({file for file in files.values() if not (index.parent / file).is_file()})
     if absent:
-        raise UserError(Problem(str(index), f"names files that are not there: {_some(absent)}", fix=AGAIN))
+        raise UserError(Problem(str(index), f"names files that are not there: {show_some(absent)}", fix=AGAIN))
     return {name: index.parent / file for name, file in files.items()}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _no_folder(path: Path) -> Problem:
@@ -162,8 +159,8 @@ def _no_weights(path: Path) -> Problem:
         what = "a checkpoint of torch.distributed.checkpoint, not Hugging Face weights"
         return Problem(str(path), what, fix="leave checkpoint.initial_load_in_hf at false")
     if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
-        what = f"weights as a pickle ({_some(pickles)}): reading one can run any code, so only safetensors are read"
+        what = f"weights as a pickle ({show_some(pickles)}): reading one can run any code, so only safetensors are read"
         fix = "take a revision with safetensors, or save it anew with transformers where you trust it: save_pretrained"
         return Problem(str(path), what, fix=fix)
-    what = f"holds neither {SINGLE} nor {INDEX}; there is {_some(there) or 'nothing'}"
+    what = f"holds neither {SINGLE} nor {INDEX}; there is {show_some(there) or 'nothing'}"
     return Problem(str(path), what, fix=AGAIN)

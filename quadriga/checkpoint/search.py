@@ -62,6 +62,8 @@ class Search:
             raise CheckpointError(words.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
         if found.resume and self._section.initial_load_model_only:
             return replace(found, resume=False, extra={})
+        if found.resume and found.contents == ("model",):  # of a last save without optimizer, or converted
+            raise UserError(words.holds_no(found, ["optimizer"]))
         return found
 
     def _look_at(self, path: str) -> Found:

@@ -33,10 +33,10 @@ from torch.futures import Future
 
 from quadriga.checkpoint.files import Files, Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, join
-from quadriga.errors import Problem, UserError
+from quadriga.checkpoint.words import misfits
+from quadriga.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
-SHOWN = 5  # of many problems alike
 CACHED = 1 << 26  # bytes that are written before they are sent to the disk
 METADATA = ".metadata"  # DCP's name for its plan
 
@@ -143,11 +143,7 @@ class HashingFiles(FileSystemBase):
 
     def rename(self, path: Any, new_path: Any) -> None:
         self.hashes[str(new_path)] = self.hashes.pop(str(path))
-        if self.files.renames:
-            self.files.rename(path, new_path)
-        else:
-            self.files.write(new_path, self.files.read(path))
-            self.files.remove(path)
+        self.files.rename(path, new_path)
 
     def init_path(self, path: Any) -> str:
         return str(path)
@@ -290,15 +286,7 @@ def _refuse_other_tensors(
         ("only the checkpoint has", surplus),
         ("shapes differ:", reshaped),
     )
-    problems = [
-        Problem(
-            where=place,
-            what=f"{kind} {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)),
-            fix="start with the configuration that saved it, or with another job.dump_folder",
-        )
-        for kind, names in kinds
-        if names
-    ]
+    problems = misfits(place, kinds, "start with the configuration that saved it, or with another job.dump_folder")
     if problems:
         raise UserError(*problems)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import Found
 from quadriga.errors import Problem
-from quadriga.units import show_bytes
+from quadriga.units import show_bytes, show_some
 
 
 def save_failed(folder: str, step: int, error: Exception) -> str:
@@ -80,6 +80,11 @@ def not_ours(path: str, reason: Exception) -> Problem:
         allowed="a folder `step-N` of a run, the folder that holds them, or one of torch.distributed.checkpoint",
         fix="for Hugging Face weights add --checkpoint.initial_load_in_hf" if _has_safetensors(path) else None,
     )
+
+
+def misfits(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str) -> list[Problem]:
+    """A problem for each kind of what does not fit, of which there is any: (the kind in words, the names)."""
+    return [Problem(where, f"{kind} {show_some(names)}", fix=fix) for kind, names in kinds if names]
 
 
 def not_verified(path: str) -> str:

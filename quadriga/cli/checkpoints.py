@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import files_at
 from quadriga.checkpoint.folder import Found
+from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
 from quadriga.units import show_bytes, show_count
 
+ABOUT = (
+    "List the checkpoints of a run: step, contents, size, and on how many ranks they were saved. "
+    "Exit code 3 where checkpoints were published and none of them is good."
+)
+
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="quadriga checkpoints",
-        description="List the checkpoints of a run: step, contents, size, when and by what they were saved.",
-        epilog="Exit code 3 where checkpoints were published and none of them is good.",
-    )
+    parser = Parser("checkpoints", ABOUT)
     parser.add_argument("folder", help="a run folder, its checkpoint folder, or a URL")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
     chosen = parser.parse_args(argv)

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser
+from quadriga.config.words import plural
 from quadriga.errors import EXIT_OK, Problem, UserError
 from quadriga.metrics.goodput import Attempt, Goodput, goodput_of
 from quadriga.units import show_seconds
@@ -36,7 +37,7 @@ def lines(found: Goodput) -> Iterator[str]:
     """The account for a person."""
     attempts = found.attempts
     faults = sum(bool(attempt.faults) for attempt in attempts)
-    figures = [_plural(len(attempts), "start"), _plural(faults, "fault"), _plural(found.saves, "save")]
+    figures = [plural(len(attempts), "start"), plural(faults, "fault"), plural(found.saves, "save")]
     yield f"step {attempts[-1].last_step:,} after {', '.join(figures)}"
     yield f"{_date(attempts[0].began)} to {_date(attempts[-1].last)}: {show_seconds(found.wall_seconds)}"
     yield ""
@@ -55,9 +56,9 @@ def _meanings(found: Goodput) -> dict[str, tuple[str, str]]:
     """By kind, in the order of the table: its name, and what is in it."""
     skipped = f", {found.skipped_steps:,} of them bad and skipped" if found.skipped_steps else ""
     kept = sum(attempt.kept_step - attempt.first_step for attempt in found.attempts)
-    replayed = _plural(found.replayed_steps, "step")
+    replayed = plural(found.replayed_steps, "step")
     return {
-        "trained": ("trained", f"{_plural(kept, 'step')} that count{skipped}"),
+        "trained": ("trained", f"{plural(kept, 'step')} that count{skipped}"),
         "data_wait": ("waited for data", ""),
         "validated": ("validated", ""),
         "saved": ("saved", "that training waited for"),
@@ -73,11 +74,7 @@ def _steps(attempt: Attempt) -> str:
 
 def _ended(attempt: Attempt) -> str:
     lost = attempt.last_step - attempt.kept_step
-    return attempt.ended + (f" ({_plural(lost, 'step')} lost)" if lost else "")
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+    return attempt.ended + (f" ({plural(lost, 'step')} lost)" if lost else "")
 
 
 def _date(seconds: float) -> str:

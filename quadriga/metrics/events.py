@@ -19,12 +19,14 @@ and `step` (finished steps). The events and what else they say:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from quadriga.log import logger
 from quadriga.metrics.jsonl import cut_torn_line
 
 EVENTS_NAME = "events.jsonl"
@@ -48,17 +50,21 @@ class Events:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON in one write, so that lines of several ranks never mix. Lost where that cannot be done."""
+    """Add a line of JSON in one write, so that lines of several ranks never mix. Where that cannot be done, the line is
+    lost and a warning says so, once."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    except OSError:
-        return
-    try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-    except OSError:
-        return
-    finally:
-        os.close(handle)
+        try:
+            os.write(handle, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        _warn_once(path, str(error.strerror))
+
+
+@functools.cache
+def _warn_once(path: Path, reason: str) -> None:
+    logger.warning("%s cannot be written (%s): what it should say is lost, the run goes on", path, reason)
 
 
 def process_start() -> float:

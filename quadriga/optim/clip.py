@@ -38,26 +38,8 @@ class GradientNorms:
 
 
 @torch.no_grad()
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, sum_over_stages: Reduce | None = None
-) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `max_norm` (0: leave them), without a device sync.
-
-    Gradients may be plain tensors or DTensors over any meshes, of any float dtype. `sum_over_stages` adds a number up
-    over pipeline stages, each of which holds parameters of its own.
-
-    Returns:
-        The norm before clipping: float32, shape (), on the gradients' device, the same on all ranks that share them.
-    """
-    gradients = gradients_of(parameters)
-    norm = gradient_norms(gradients, sum_over_stages).total
-    scale_gradients(gradients, norm, max_norm)
-    return norm
-
-
-@torch.no_grad()
 def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients of this global norm to `max_norm`, if that is above 0 and they exceed it."""
+    """Scale gradients of this global norm to `max_norm`, if that is above 0 and they exceed it; no device sync."""
     if max_norm > 0 and gradients:
         own = [_local(gradient) for gradient in gradients]
         scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
@@ -69,14 +51,11 @@ def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> Tensor:
-    """The L2 norm over all gradients and all ranks that hold a part of them; float32, shape ()."""
-    return gradient_norms(gradients, sum_over_stages).total
-
-
-@torch.no_grad()
 def gradient_norms(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> GradientNorms:
     """The global norm, and those that it was made of.
+
+    Gradients may be plain tensors or DTensors over any meshes, of any float dtype. `sum_over_stages` adds a number up
+    over pipeline stages, each of which holds parameters of its own.
 
     Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by
     an amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and

@@ -22,6 +22,7 @@ from quadriga.metrics.documents import shown
 from quadriga.metrics.events import Events, append_line
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.train.health import FINE, NOT_FINITE, Finding, Health
+from quadriga.units import show_some
 
 BAD_BATCHES_NAME = "bad_batches.jsonl"
 MOST_IN_A_ROW = 100  # bad steps that are skipped; a run in which nothing else happens is not training
@@ -134,5 +135,4 @@ def _what(metrics: StepMetrics, finding: Finding, by_rank: list[tuple[bool, str 
 def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return "ranks " + ", ".join(map(str, ranks[:SHOWN_RANKS])) + more
+    return "ranks " + show_some([str(rank) for rank in ranks], SHOWN_RANKS)

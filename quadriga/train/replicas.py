@@ -20,6 +20,7 @@ from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
 from quadriga.log import logger
 from quadriga.train.bad_steps import CommonFault
+from quadriga.units import show_some
 
 BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as several of 32 bits
 BLOCK = 1 << 22  # numbers that are hashed at once: 32 MiB of working memory, a few times
@@ -86,8 +87,7 @@ def _bits(parameter: Tensor) -> Tensor:
 
 def _words(step: int, reports: Sequence[Report]) -> Iterator[str]:
     names = list(dict.fromkeys(name for _, hashes in reports for name in hashes))
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    yield f"step {step}: copies of the weights differ, which must be equal to the bit: {', '.join(names[:SHOWN])}{more}"
+    yield f"step {step}: copies of the weights differ, which must be equal to the bit: {show_some(names, SHOWN)}"
     odd = [rank for rank in range(len(reports)) if _is_odd(rank, reports)]
     for rank in odd:
         yield f"rank {rank} (replica {reports[rank][0][1]}) holds other weights than most replicas do"

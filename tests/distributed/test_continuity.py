@@ -93,7 +93,7 @@ def test_a_seed_checkpoint_is_the_start_of_the_run(tmp_path):
 
 
 def test_a_resumed_run_finds_its_random_numbers(tmp_path):
-    """Nothing in training draws any: so they stand where a start of the same seed puts them."""
+    """What is drawn after the state was put back is what was drawn after it was taken."""
     from quadriga.checkpoint.states import RandomState
 
     states = RandomState(3)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from clipping import clip_gradients, global_norm
 from ranks import RankError, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-
-from quadriga.optim.clip import clip_gradients, global_norm
 
 SHAPES = [(6, 5), (3, 7), (1, 4), (9,), (2,)]  # over four ranks: uneven, and with empty shares
 

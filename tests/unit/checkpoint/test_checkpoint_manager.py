@@ -176,6 +176,9 @@ def test_a_last_save_of_the_model_only(tmp_path, name, dtype):
     with pytest.raises(UserError, match="a run cannot go on from it"):
         one.load(found, Run().states)
 
+    with pytest.raises(UserError, match="a run cannot go on from it"):
+        manager(tmp_path / "all", initial_load_path=str(tmp_path), initial_load_model_only=False).find()
+
     # but a new run can start from its weights
     other, fresh = manager(tmp_path / "other", initial_load_path=str(tmp_path)), Run()
     found = other.find()

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from clipping import clip_gradients, global_norm
 from hypothesis import given
 from hypothesis import strategies as st
-
-from quadriga.optim.clip import clip_gradients, global_norm
 
 
 def parameters_with(*gradients: torch.Tensor) -> list[torch.nn.Parameter]:
