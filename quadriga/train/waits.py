@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from quadriga.comm import flight_recorder
@@ -38,6 +39,11 @@ class Wait(NamedTuple):
     @property
     def is_too_long(self) -> bool:
         return self.seconds > self.limit
+
+
+def worst(waits: Iterable[Wait], default: Wait) -> Wait:
+    """The one to report. Host groups have messages under way that nobody waits for, so training comes first."""
+    return max(waits, key=lambda wait: (wait.is_too_long, not wait.host, wait.seconds), default=default)
 
 
 class Waits:

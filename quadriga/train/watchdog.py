@@ -34,7 +34,7 @@ from quadriga.processes import RESTART_COUNT, parent_of
 from quadriga.train import guards
 from quadriga.train.progress import Progress
 from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks, waiting_ranks
-from quadriga.train.waits import Still, Wait, Waits
+from quadriga.train.waits import Still, Wait, Waits, worst
 
 SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
 BEATS = 60  # in the same time
@@ -150,7 +150,7 @@ class Watchdog:
         after = self._read(range(self._world_size))
         silent, waits = silent_ranks(before, after), [wait for wait in self._waits.look() if wait is not None]
         if silent or any(wait.is_too_long for wait in waits):
-            alarm = self._stall(after, silent, max(waits, default=overdue)).to_json()
+            alarm = self._stall(after, silent, worst(waits, default=overdue)).to_json()
             self._end(Stall.from_json(self._store.compare_set("alarm", NONE, alarm)))
 
     def _stall(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks
+from quadriga.train.waits import Wait, worst
 
 STACK = """Thread 0x01 [gloo] (most recent call first):
   File "prefetch.py", line 3 in wait
@@ -93,3 +94,12 @@ def test_an_alarm_survives_the_store() -> None:
     for late in (beats()[1], None):
         said = stall(late, silent=(1,))
         assert Stall.from_json(said.to_json()) == said
+
+
+def test_the_wait_to_report_is_one_that_is_too_long_and_then_one_of_training() -> None:
+    """A wish that is agreed upon beside a step waits as long as the step itself does, and explains nothing."""
+    message, wish, none = Wait(6.1, "a message", 5.6), Wait(6.4, "a wish", 5.6, host=True), Wait(0, "", 5.6)
+    assert worst([message, wish], none) == message
+    assert worst([message._replace(seconds=3.0), wish], none) == wish
+    assert worst([message._replace(seconds=3.0), wish._replace(seconds=4.0)], none).operation == "a message"
+    assert worst([], none) == none
