@@ -135,7 +135,7 @@ def _two_axes() -> Iterator[Row]:
     axes = tuple(DEGREE_KEYS)
     pairs = [(first, second) for number, first in enumerate(axes) for second in axes[number + 1 :]]
     for first, second in pairs:
-        yield Row(Degrees(**{first: 2, second: 2}), slow=(first, second) not in (("dp_shard", "tp"), ("pp", "tp")))
+        yield Row(Degrees(**{first: 2, second: 2}), slow=(first, second) != ("dp_shard", "tp"))
     for number, (first, second) in enumerate(pairs):
         sizes = ((2, 4), (4, 2))[number % 2]
         yield Row(Degrees(**{first: sizes[0], second: sizes[1]}))
@@ -160,7 +160,7 @@ def _models() -> Iterator[Row]:
     yield Row(Degrees(pp=2), _keys(pipeline_parallel_schedule="Interleaved1F1B"), _keys(model__n_layers=7))
     tied = _keys(model__tie_embeddings=True)
     for degrees in (Degrees(dp_shard=2), Degrees(tp=2), Degrees(cp=2), Degrees(dp_shard=2, tp=2)):
-        yield Row(degrees, model=tied, slow=degrees != Degrees(tp=2))
+        yield Row(degrees, model=tied)
     yield Row(Degrees(tp=2), _keys(disable_loss_parallel=True), tied)
     grouped = _keys(model__n_kv_heads=4)
     for degrees in (Degrees(tp=4), Degrees(dp_shard=2, tp=2), Degrees(pp=2, tp=2)):

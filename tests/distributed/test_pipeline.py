@@ -79,6 +79,7 @@ def test_every_schedule_on_two_ranks(plain: Trace) -> None:
         assert not held[0] & held[1]
 
 
+@pytest.mark.slow
 def test_four_ranks(accumulated: Trace) -> None:
     cases = [
         (*pipeline(2), *ONCE),
