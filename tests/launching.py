@@ -70,7 +70,7 @@ class Ended:
 
 
 def launch(
-    command: list[str], environ: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60
+    command: list[str], environ: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 180
 ) -> Ended:
     """Run a command to its end. It has `timeout` seconds, after which all that it started is killed."""
     start = time.monotonic()
@@ -107,7 +107,7 @@ class Running:
         self.seen |= found
         return found
 
-    def end(self, timeout: float = 30) -> Ended:
+    def end(self, timeout: float = 120) -> Ended:
         """Wait for the end of the process, and for what it said."""
         start = time.monotonic()
         out, err = self.process.communicate(timeout=timeout)

@@ -130,6 +130,7 @@ def alone() -> list[Trace]:
     return run_ranks(train_all, 1, [small(Degrees()), small(Degrees(), training=BF16)])[0]
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None:
     cp = Degrees(cp=2)
     cases = [small(cp, method, balancer) for method, balancer in product(METHODS, BALANCERS)]

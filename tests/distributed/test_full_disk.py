@@ -61,6 +61,7 @@ def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_is_whole(tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_training_stops_where_that_is_wanted(tmp_path):
     ended = train_on("size=900k", tmp_path, "--checkpoint.on_save_failure=stop")
     assert ended.code == 1

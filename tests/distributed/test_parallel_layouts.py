@@ -51,6 +51,7 @@ def test_two_ranks(alone: list[Trace]) -> None:
     assert_same_training(bf16, alone[1], tolerance=2e-4)
 
 
+@pytest.mark.slow
 def test_four_ranks(alone: list[Trace]) -> None:
     hsdp = Degrees(dp_replicate=2, dp_shard=2)
     cases = [

@@ -56,12 +56,12 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
     anything to save do no harm."""
     running = launched(tmp_path, *SAVING)
     try:
-        assert wait_until(lambda: len(running.family()) > 1, 60)
+        assert wait_until(lambda: len(running.family()) > 1, 150)
         running.process.send_signal(signal.SIGUSR2)
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 60)
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
         for pid in running.family() if everybody else [running.process.pid]:
             os.kill(pid, number)
-        ended = running.end(60)
+        ended = running.end(120)
         assert ended.code == 75, ended.err
         assert not [pid for pid in running.seen if Path(f"/proc/{pid}").exists()], "a process or a zombie is left"
     finally:
@@ -207,7 +207,7 @@ def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
     environ = stand_in(tmp_path / "hook", DEAF)
     running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)
     try:
-        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 60)
+        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 150)
         start = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         ended = running.end(30)
@@ -224,7 +224,7 @@ def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> 
     environ = stand_in(tmp_path / "hook", DEAF)
     running = launched(tmp_path / "run", *SAVING, **environ)
     try:
-        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 60)
+        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 150)
         for _ in range(2):
             running.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
@@ -240,10 +240,10 @@ def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> No
     command += [str(ROOT / "torchtitan/train.py"), *ENDLESS, *SAVING, "--job.dump_folder", str(tmp_path)]
     running = Running(command, {"GLOO_SOCKET_IFNAME": "lo"})
     try:
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 60)
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
         rank = int((tmp_path / ".lock").read_text().split()[1])
         os.kill(rank, signal.SIGUSR1)
-        ended = running.end(60)
+        ended = running.end(120)
     finally:
         running.kill_all()
     assert ended.code == 1  # torchrun's own
@@ -262,7 +262,7 @@ def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
     common = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
     machines = [launched(tmp_path, *SAVING, **common, NODE_RANK=node) for node in ("0", "1")]
     try:
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 90)
+        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
         machines[1].process.send_signal(signal.SIGTERM)
         ends = [machine.end(60) for machine in machines]
     finally:

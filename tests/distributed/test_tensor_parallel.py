@@ -97,6 +97,7 @@ def test_bfloat16_is_about_as_near_to_float32_as_on_one_rank(alone: dict[str, Tr
         assert abs(cut - exact) <= max(3 * abs(uncut - exact), 1e-3 * exact)
 
 
+@pytest.mark.slow
 def test_four_ranks(alone: dict[str, Trace]) -> None:
     cases = {
         "odd": [

@@ -120,6 +120,7 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_pa
     assert ("a message of the pipeline" if layout == "PP" else "gloo:") in report.partition("1 of 2 ranks; rank 0 ")[2]
 
 
+@pytest.mark.slow
 def test_slow_steps_that_nobody_waits_for_and_slow_disks_go_on(tmp_path: Path) -> None:
     """All ranks take longer over a batch than a collective may; then rank 0 takes as long to publish a save."""
     arguments = (*STALLING, "--comm.train_timeout_seconds=5", "--checkpoint.enable", "--training.steps=4")
