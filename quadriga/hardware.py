@@ -1,32 +1,58 @@
 """What devices can do, from their makers' data sheets. An unknown device is unknown: nothing is guessed for it.
 
-Peak rates are dense (no 2:4 sparsity). Memory is the nominal size in decimal gigabytes; a driver reports a few per cent
-more or less. Links are per direction and per device, to its neighbours in one machine.
+Peak rates are dense (no 2:4 sparsity). Memory is the nominal size in decimal gigabytes, as it is sold; what a program
+can have of it is `capacity`. Links are per direction and per device, to its neighbours in one machine; the network is
+what one device has of it to other machines, by the maker's reference design.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-TERA, GIGA = 1e12, 1e9
+from quadriga.errors import Problem, UserError, nearest
+
+TERA, GIGA, GIB = 1e12, 1e9, 1024**3
+# Of the nominal size, read as GiB: torch says 39.4 of an "A100 40GB", 79.2 of an "H100 80GB", 95.0 of an "H100 96GB",
+# 139.8 of an "H200 141GB". Error correction in the same memory takes more.
+CAPACITY_SHARE, WITH_ERROR_CORRECTION = 0.985, 0.925
+NETWORK = 50 * GIGA  # 400 Gbit/s a device
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Rates in FLOP/s, None where it has no such unit; memory in bytes; bandwidths in bytes/s."""
+    """One accelerator. Rates in FLOP/s, None where it has no such unit; memory in bytes; bandwidths in bytes/s.
+
+    A processor (`CPU`) has no fixed figures: its rates and its memory are None.
+    """
 
     name: str
     words: tuple[str, ...]  # all of these occur, as words, in the name that a driver reports
-    fp32: float
+    fp32: float | None
     tf32: float | None
     bf16: float | None
     fp8: float | None
-    memory: float
-    memory_bandwidth: float
+    memory: float | None
+    memory_bandwidth: float | None
     link: str
-    link_bandwidth: float
+    link_bandwidth: float | None
     source: str
+    network_bandwidth: float = NETWORK
+    capacity_share: float = CAPACITY_SHARE
+
+    @property
+    def slug(self) -> str:
+        """`h100-80gb`: how it is named in commands and files."""
+        name = self.name.lower().replace(" ", "-")
+        return name if self.memory is None or name.endswith("gb") else f"{name}-{self.memory / GIGA:.0f}gb"
+
+    @property
+    def capacity(self) -> float | None:
+        """Bytes that a program can have."""
+        return None if self.memory is None else self.capacity_share * self.memory / GIGA * GIB
 
     def peak_flops(self, dtype: str, matmul_precision: str = "highest") -> float | None:
         """Peak rate in FLOP/s of matrix products in `dtype` (`float32`, `bfloat16`, `float8`).
@@ -59,8 +85,16 @@ DEVICES = (
         94 * GIGA, 3900 * GIGA, "NVLink 4 bridge", 300 * GIGA, "NVIDIA H100 Tensor Core GPU data sheet (NVL)",
     ),
     Device(
+        "H100 96GB", ("h100", "96gb"), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
+        96 * GIGA, 2400 * GIGA, "NVLink 4", 450 * GIGA, "torchtitan's figures for its H100 with HBM2e",
+    ),
+    Device(
         "H100", ("h100",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
         80 * GIGA, 3350 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA H100 Tensor Core GPU data sheet (SXM)",
+    ),
+    Device(
+        "GH200", ("gh200",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
+        96 * GIGA, 4000 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA GH200 Grace Hopper data sheet (96 GB HBM3)",
     ),
     Device(
         "H200", ("h200",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
@@ -84,7 +118,11 @@ DEVICES = (
     ),
     Device(
         "L40S", ("l40s",), 91.6 * TERA, 183 * TERA, 362.05 * TERA, 733 * TERA,
-        48 * GIGA, 864 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA L40S data sheet",
+        48 * GIGA, 864 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA L40S data sheet", 25 * GIGA, WITH_ERROR_CORRECTION,
+    ),
+    Device(
+        "RTX 4090", ("rtx", "4090"), 82.6 * TERA, 82.6 * TERA, 165.2 * TERA, 330.3 * TERA,
+        24 * GIGA, 1008 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA Ada GPU architecture white paper", 12.5 * GIGA,
     ),
     Device(
         "A10G", ("a10g",), 35 * TERA, 35 * TERA, 70 * TERA, None,
@@ -94,10 +132,59 @@ DEVICES = (
         "T4", ("t4",), 8.1 * TERA, None, None, None,
         16 * GIGA, 300 * GIGA, "PCIe 3", 16 * GIGA, "NVIDIA T4 Tensor Core GPU data sheet",
     ),
+    Device("CPU", ("cpu",), None, None, None, None, None, None, "shared memory", None, "measured, never looked up"),
 )  # fmt: skip
 
 
 def find_device(name: str) -> Device | None:
-    """The device that a driver (`NVIDIA H100 80GB HBM3`) or a user (`h100`) names; None if it is not in the table."""
+    """The device that a driver (`NVIDIA H100 80GB HBM3`) or a user (`h100`, `h100-80gb`) names; None if it is not in
+    the table. A size that the name tells must be the device's, but for Grace Hopper's, which tells another memory's."""
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    return next((device for device in DEVICES if words.issuperset(device.words)), None)
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    for device in DEVICES:
+        if words.issuperset(device.words):
+            own = f"{(device.memory or 0) / GIGA:.0f}gb"
+            return device if not sizes or own in sizes or device.name == "GH200" else None
+    return None
+
+
+def device_named(name: str, key: str) -> Device:
+    """The device of the table, or of a TOML file of the user's, with the fields of `Device`. Raises UserError."""
+    if name.endswith(".toml"):
+        return _device_of_file(name, key)
+    device = find_device(name)
+    if device is None:
+        known = [device.slug for device in DEVICES]
+        fix = "or name a TOML file with its figures (docs/estimates.md)"
+        what = "the device is not in the table"
+        raise UserError(Problem(key, what, name, allowed=", ".join(known), nearest=nearest(name, known), fix=fix))
+    return device
+
+
+def _device_of_file(path: str, key: str) -> Device:
+    """`name`, `memory` in GB, `memory_bandwidth`, `link_bandwidth`, `network_bandwidth` in GB/s, rates in TFLOP/s."""
+    try:
+        said: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(key, f"the device's file cannot be read: {error}", path)) from None
+    texts = ("name", "link", "source")
+    scales = {"memory": GIGA, "memory_bandwidth": GIGA, "link_bandwidth": GIGA, "network_bandwidth": GIGA}
+    scales |= dict.fromkeys(("fp32", "tf32", "bf16", "fp8"), TERA)
+    known = [*texts, *scales]
+    problems = [
+        Problem(f"{path}: {name}", "no such figure of a device", allowed=", ".join(known), nearest=nearest(name, known))
+        for name in said
+        if name not in known
+    ]
+    problems += [Problem(f"{path}: {name}", "is missing") for name in ("name", "memory", "fp32") if name not in said]
+    problems += [
+        Problem(f"{path}: {name}", "must be a number above 0", str(said[name]))
+        for name in scales
+        if name in said and (not isinstance(said[name], int | float) or isinstance(said[name], bool) or said[name] <= 0)
+    ]
+    if problems:
+        raise UserError(*problems)
+    figures: dict[str, Any] = dict.fromkeys((each.name for each in fields(Device)[2:10]), None)
+    figures |= {"link": "its link", "source": path, "words": ("a device of the user's",)}
+    figures |= {name: value if name in texts else value * scales[name] for name, value in said.items()}
+    return Device(**figures)

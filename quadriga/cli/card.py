@@ -11,8 +11,10 @@ from quadriga.cli.arguments import Parser, rank_count, repository_of
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.config.card import Figures, Order, read_order, render
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, nearest
-from quadriga.hardware import DEVICES, Device, find_device
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
+from quadriga.estimate.estimate import estimate
+from quadriga.estimate.report import device_rows, rows
+from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.models.registry import catalogue, count_parameters, flops_per_token
 
 
@@ -22,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--ngpu", type=rank_count, help="GPUs that it is meant for (default: those of the card that is there)"
     )
-    parser.add_argument("--device", help=f"device to describe: {', '.join(device.name for device in DEVICES)}")
+    parser.add_argument("--device", help=f"device to describe: {', '.join(device.slug for device in DEVICES)}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a card is missing or out of date")
     parser.add_argument("--print", action="store_true", help="print the card instead of writing it")
     options = parser.parse_args(argv)
@@ -84,18 +86,16 @@ def make_card(order: Order, file: Path) -> str:
         world_size=order.gpus,
         training=False,
     )
-    model = run.spec.model
-    figures = Figures(count_parameters(model), flops_per_token(model, run.spec.seq_len))
-    return render(run, order, figures, _device(order.device or run.config.estimate.device))
+    model, device = run.spec.model, _device(order.device or run.config.estimate.device)
+    foreseen = estimate(run, device)
+    figures = Figures(
+        count_parameters(model),
+        flops_per_token(model, run.spec.seq_len),
+        tuple(rows(foreseen)),
+        tuple(device_rows(foreseen)),
+    )
+    return render(run, order, figures, device)
 
 
 def _device(name: str | None) -> Device | None:
-    if name is None:
-        return None
-    device = find_device(name)
-    if device is None:
-        known = [known.name for known in DEVICES]
-        raise UserError(
-            Problem("--device", "not in the table", name, allowed=", ".join(known), nearest=nearest(name, known))
-        )
-    return device
+    return None if name is None else device_named(name, "--device")

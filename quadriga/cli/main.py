@@ -13,6 +13,7 @@ from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, near
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
     "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
+    "estimate": "say what each rank will hold and send, how long a step takes, and whether it fits; no GPU",
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",

@@ -17,17 +17,22 @@ from quadriga.config.keys import show
 from quadriga.config.read import Run
 from quadriga.config.words import decimal_bytes, plural
 from quadriga.hardware import Device
-from quadriga.units import show_bytes, show_count, show_seconds
+from quadriga.units import show_count, show_seconds
 
 GPUS_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the model's arithmetic says: trained numbers, and FLOPs of one token forward and backward."""
+    """What arithmetic says: trained numbers, FLOPs of one token forward and backward, and rows of the estimate.
+
+    `estimated`: (what, for one rank). `devices`: (device, has, needs, verdict, a step).
+    """
 
     parameters: int
     flops_per_token: float
+    estimated: tuple[tuple[str, str], ...] = ()
+    devices: tuple[tuple[str, str, str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def render(run: Run, order: Order, figures: Figures, device: Device | None) -> s
         "## Hyper-parameters",
         _hyper_parameters(run),
         "## Memory and number formats",
-        _memory(run, figures, device),
+        _memory(run, figures),
         "## What it leaves",
         _outputs(run, figures),
         "## Watch it",
@@ -240,22 +245,19 @@ def _hyper_parameters(run: Run) -> str:
     return _table(("what", "value"), rows)
 
 
-def _memory(run: Run, figures: Figures, device: Device | None) -> str:
-    training = run.config.training
-    state = words.state(run, figures.parameters)
-    where = "in host memory" if training.enable_cpu_offload else "on each GPU"
-    share = ""
-    if device and not training.enable_cpu_offload:
-        share = f", {state.total / device.memory:.0%} of the {device.name}'s {device.memory / 1e9:.0f} GB"
-    whole = " (kept whole until the step's last micro-batch)" if words.keeps_gradients_whole(run.spec) else ""
+def _memory(run: Run, figures: Figures) -> str:
+    facts = [
+        f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.",
+        f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.",
+        f"- CPU offload: {'on' if run.config.training.enable_cpu_offload else 'off'}.",
+        f"- Compile: {'on' if run.config.compile.enable else 'off'}.",
+    ]
+    estimated = _table(("estimated", "for one GPU"), figures.estimated)
+    devices = _table(("device", "has", "needed", "verdict", "a step (uncalibrated)"), figures.devices)
     return (
-        f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.\n"
-        f"- State: parameters {show_bytes(state.parameters)}, gradients {show_bytes(state.gradients)}{whole}, "
-        f"Adam's two moments {show_bytes(state.moments)}: {decimal_bytes(state.total)} {where}{share}. "
-        "Activations, gathered layers and buffers come on top.\n"
-        f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.\n"
-        f"- CPU offload: {'on' if training.enable_cpu_offload else 'off'}.\n"
-        f"- Compile: {'on' if run.config.compile.enable else 'off'}."
+        "\n".join(facts)
+        + f"\n\nWhat `quadriga estimate` says, from arithmetic and without a GPU (docs/estimates.md tells how, and how "
+        f"far it can be trusted):\n\n{estimated}\n\nOn {plural(run.spec.world_size, 'device')} of each kind:\n\n{devices}"
     )
 
 
@@ -342,6 +344,8 @@ def _hardware(run: Run, figures: Figures, device: Device | None) -> str:
     training = run.config.training
     compute = training.mixed_precision_param
     peak = device.peak_flops(compute, training.float32_matmul_precision)
+    if device.memory is None or device.memory_bandwidth is None or device.link_bandwidth is None:
+        return f"{link}\n{cpu}"
     lines = [
         f"- {device.name}: {device.memory / 1e9:.0f} GB, {device.memory_bandwidth / 1e12:.3g} TB/s, {device.link} with "
         f"{device.link_bandwidth / 1e9:.0f} GB/s in each direction ({device.source})."

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
-from quadriga.errors import nearest
-from quadriga.hardware import DEVICES, find_device
+from quadriga.errors import UserError, nearest
+from quadriga.hardware import device_named
 
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 SEQUENCE_PARALLEL = "parallelism.enable_sequence_parallel"
@@ -287,10 +287,11 @@ for _key in USER_CODE:
 
 @rule("estimate.device")
 def device_is_known(case: Case) -> Verdicts:
-    name = case.config.estimate.device
-    if name is not None and find_device(name) is None:
-        known = [device.name for device in DEVICES]
-        yield Clash("the device is not in the table", allowed=", ".join(known), nearest=nearest(name, known))
+    if case.config.estimate.device is not None:
+        try:
+            device_named(case.config.estimate.device, "estimate.device")
+        except UserError as error:
+            yield from (Clash(each.what, each.fix or "", each.allowed, each.nearest) for each in error.problems)
 
 
 @rule("debug.moe_force_load_balance", "parallelism.expert_parallel_comm_backend")

@@ -8,8 +8,12 @@ from collections.abc import Iterator, Sequence
 from quadriga.config import Run, words
 from quadriga.config.words import decimal_bytes, plural
 from quadriga.errors import Problem
+from quadriga.estimate.advice import advice_for
+from quadriga.estimate.estimate import Estimate, estimate
+from quadriga.estimate.report import rows as estimated_rows
+from quadriga.hardware import device_named
 from quadriga.models.registry import count_parameters
-from quadriga.units import show_bytes, show_count
+from quadriga.units import show_count
 
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
@@ -17,8 +21,12 @@ NAME_WIDTH, TEXT_WIDTH = 13, 104
 def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
     """The summary of a run. `missing`: what training would refuse it for, as things stand."""
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
+    foreseen = foresee(run)
     lines = [f"Dry run of {source}: {model.name} {model.flavor} on {plural(run.spec.world_size, 'rank')}", ""]
-    lines += [line for name, text in _rows(run) for line in _wrapped(name, text)]
+    lines += [line for name, text in (*_rows(run), *estimated_rows(foreseen)) for line in _wrapped(name, text)]
+    if advice := advice_for(foreseen):
+        helps = "would be faster" if verdict_fits(foreseen) else "would help"
+        lines += ["", f"What {helps}:", *(f"  - {each}" for each in advice)]
     told = tuple(f"{problem.where} = " for problem in missing)
     notices = [notice for notice in run.spec.notices if not (told and notice.startswith(told))]
     if notices:
@@ -28,6 +36,17 @@ def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
     else:
         lines += ["", "Ready to train."]
     return "\n".join(lines)
+
+
+def foresee(run: Run) -> Estimate:
+    """The estimate on the device that `estimate.device` names, if it does."""
+    name = run.config.estimate.device
+    return estimate(run, device_named(name, "estimate.device") if name else None)
+
+
+def verdict_fits(foreseen: Estimate) -> bool:
+    verdict = foreseen.verdict()
+    return verdict is not None and verdict.fits
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -57,15 +76,6 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
     yield "formats", words.formats(run)
     yield "recompute", words.recompute(config.activation_checkpoint)
     yield "backend", spec.backend or "nccl where CUDA is, else gloo"
-    yield "memory", _memory(run)
-    yield "", "(activations, gathered layers and buffers come on top; they are not estimated yet)"
     size = decimal_bytes(words.save_bytes(run, count_parameters(model)))
     yield "checkpoints", f"{words.checkpoints(config.checkpoint)}; one full save takes about {size}"
     yield "run folder", spec.folders.dump
-
-
-def _memory(run: Run) -> str:
-    memory = words.state(run, count_parameters(run.spec.model))
-    where = " of host memory" if run.config.training.enable_cpu_offload else ""
-    parts = f"parameters {show_bytes(memory.parameters)} + gradients {show_bytes(memory.gradients)}"
-    return f"{parts} + Adam's moments {show_bytes(memory.moments)} = {show_bytes(memory.total)}{where} a rank"

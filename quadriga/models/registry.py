@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.llama import hf_config as llama_hf_config
 from quadriga.models.llama import hf_names as llama_hf_names
+from quadriga.models.llama import operations as llama_operations
 from quadriga.models.llama import plan as llama_plan
 from quadriga.models.llama import spec as llama_spec
+from quadriga.models.operations import Cut, Kernels, Trace
 from quadriga.models.plan import ParallelPlan
 
 if TYPE_CHECKING:
@@ -34,6 +36,18 @@ def parallel_plan(spec: ModelSpec) -> ParallelPlan:
     """How the model may be cut, and how each of its parameters is born."""
     _known(spec)
     return llama_plan.parallel_plan(spec)
+
+
+def block_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
+    """What one block computes, operation by operation."""
+    _known(spec)
+    return llama_operations.block_trace(spec, cut, kernels)
+
+
+def head_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
+    """What follows the last block: a norm and the logits."""
+    _known(spec)
+    return llama_operations.head_trace(spec, cut, kernels)
 
 
 def count_parameters(spec: ModelSpec) -> int:

@@ -80,7 +80,8 @@ def set_gradient_sync(model: nn.Module, reduce: bool, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce or last)
         model.set_requires_all_reduce(last)
-        model.set_is_last_backward(last)
+        # `set_is_last_backward` stays at its default: with False, torch fetches the last unit of the forward pass once
+        # more at the end of every following micro-batch, and drops it.
 
 
 def free_gathered_parameters(model: nn.Module) -> None:

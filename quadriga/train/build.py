@@ -42,7 +42,7 @@ from quadriga.train.checks import Checks
 from quadriga.train.health import Health
 from quadriga.train.ledger import open_ledger
 from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
-from quadriga.train.record import write_record
+from quadriga.train.record import write_estimate, write_record
 from quadriga.train.replicas import ReplicaCheck
 from quadriga.train.resume import resume
 from quadriga.train.state import TrainState
@@ -103,6 +103,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     events = open_ledger(spec, backend)
     if collectives.rank() == 0:
         write_record(Path(spec.folders.dump), config, backend, spec.world_size)
+        write_estimate(Path(spec.folders.dump), run, device)
 
     tokenizer = build_tokenizer(config.model.hf_assets_path)
     rows = range(mesh.batch_rank * spec.rows_per_rank, (mesh.batch_rank + 1) * spec.rows_per_rank)

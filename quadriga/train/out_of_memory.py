@@ -14,7 +14,7 @@ from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault
 from quadriga.train.progress import Progress
 from quadriga.units import show_bytes
 
-ESTIMATE = "estimate.json"  # what a dry run may have left in the run folder
+ESTIMATE = "estimate.json"  # what this launch has left in the run folder
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 STATE_PHASES = {"build", "load", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 
@@ -69,9 +69,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _estimated(path: Path) -> list[str]:
-    """The `advice` of an estimate: strings, best first. [] where there is none that can be read."""
+    """What the estimate of the run would change: strings, best first. [] where there is none that can be read."""
     try:
-        advice = json.loads(path.read_text())["advice"]
+        advice = json.loads(path.read_text())["if_memory_runs_out"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [line for line in advice if isinstance(line, str)] if isinstance(advice, list) else []

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 import quadriga
-from quadriga.config import JobConfig, to_toml
+from quadriga.config import JobConfig, Run, to_toml
+from quadriga.estimate.advice import advice_for, smaller_runs
+from quadriga.estimate.estimate import estimate
+from quadriga.hardware import find_device
 
 LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
 VARIABLES = ("COMM_BACKEND", "NNODES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "LOG_RANK")
@@ -30,6 +33,15 @@ def write_record(folder: Path, config: JobConfig, backend: str, world_size: int)
         (folder / config.job.save_config_file).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     environment = json.dumps(describe_environment(backend, world_size), indent=2)
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+
+
+def write_estimate(folder: Path, run: Run, device: torch.device) -> None:
+    """Leave `estimate.json`: what this run should hold, send and take on the device that it runs on."""
+    known = find_device(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    foreseen = estimate(run, known)
+    content = foreseen.to_dict([each.to_dict() for each in advice_for(foreseen)])
+    content["if_memory_runs_out"] = smaller_runs(foreseen)
+    (folder / "estimate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_environment(backend: str, world_size: int) -> dict[str, Any]:

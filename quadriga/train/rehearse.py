@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -31,12 +32,16 @@ from quadriga.config.schema import Health as HealthSection
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
+from quadriga.estimate.communication import calls_of
+from quadriga.estimate.memory import memory_of
+from quadriga.estimate.setup import Setup
 from quadriga.models.plan import ParameterPlan
 from quadriga.models.registry import catalogue
 from quadriga.train.build import build_parts, build_recipe, build_state
 from quadriga.train.health import Health
+from quadriga.train.live_memory import LiveMemory
 from quadriga.train.state import TrainState
-from quadriga.train.step import train_step
+from quadriga.train.step import Recipe, train_step
 from quadriga.units import show_bytes, show_count
 
 HOST = torch.device("cpu")
@@ -46,11 +51,13 @@ HOST = torch.device("cpu")
 class Rehearsal:
     """What one rank's rehearsal showed.
 
-    `held`: parameters, its own shards alone. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
+    `held`: parameters, its own shards alone. `peak`: bytes that were alive at most, from the forward pass to the end of
+    the backward pass. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
     """
 
     rank: int
     held: int
+    peak: int
     build_seconds: float
     step_seconds: float
     calls: tuple[tuple[str, str, int, int], ...]
@@ -84,13 +91,14 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
             state = empty_state(run, mesh, nothing)
             recipe = build_recipe(run, mesh, HOST, state.parts)
             built = time.perf_counter()
-            with Recorder(axes_of(mesh)) as recorder:
-                train_step(state, recipe, mesh)
+            with Recorder(axes_of(mesh)) as recorder, LiveMemory() as live:
+                peak = _step(state, recipe, mesh, live)
         stepped = time.perf_counter()
         sizes = recorder.bytes()
         calls = [(kind, axis, count, sizes[kind, axis]) for (kind, axis), count in recorder.counts().items()]
         return Rehearsal(
             rank=rank,
+            peak=peak,
             held=sum(_own(parameter).numel() for parameter in state.parameters()),
             build_seconds=built - start,
             step_seconds=stepped - built,
@@ -98,6 +106,29 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
         )
     finally:
         dist.destroy_process_group()
+
+
+def _step(state: TrainState, recipe: Recipe, mesh: Mesh, live: LiveMemory) -> int:
+    """One step. Returns the most bytes that were alive in it, parameters and optimizer state among them.
+
+    Until the update: on fake tensors it makes temporaries that no real one makes.
+    """
+    for parameter in state.parameters():
+        live.look(parameter.detach())
+    moments = 2 * sum(
+        _own(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
+    )
+    peaks: list[int] = []
+    update = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(live.peak))
+    train_step(state, recipe, mesh)
+    update.remove()
+    return peaks[0] + moments
+
+
+def state_itemsize(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+    """Bytes of a number of the optimizer's moments."""
+    state = optimizer.state.get(parameter, {})
+    return next((value.itemsize for value in state.values() if value.dim() > 0), parameter.itemsize)
 
 
 def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
@@ -151,6 +182,30 @@ def report(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
         yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {show_bytes(size):>12}"
 
 
+def compare(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+    """What was estimated beside what was found, on the kernels of this machine."""
+    setup = Setup(run, HOST.type)
+    rank = rehearsal.rank // (run.spec.world_size // run.spec.degrees.pp)
+    foreseen = memory_of(setup, rank)
+    expected = foreseen.peak.total
+    yield (
+        f"    active memory  {show_bytes(rehearsal.peak)} at most; estimated {show_bytes(expected)} "
+        f"({100 * (expected / rehearsal.peak - 1):+.1f} %)"
+    )
+    sent = Counter[str]()
+    for kind, _, _, size in rehearsal.calls:
+        sent[kind] += size
+    told = Counter[str]()
+    for call in calls_of(setup, rank):
+        told[call.kind] += round(call.bytes)
+    wrong = [f"{kind} {show_bytes(told[kind])}" for kind in sent | told if sent[kind] != told[kind]]
+    yield (
+        "    communication  as estimated"
+        if not wrong
+        else f"    communication  estimated otherwise: {', '.join(wrong)}"
+    )
+
+
 def _own(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -162,7 +217,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         run = read(argv, environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
         run, left_out = rehearsable(run)
         print("".join(f"  without {what}\n" for what in left_out), end="")
-        print("\n".join(report(rehearse(run, int(environ["RANK"])), run)), flush=True)
+        found = rehearse(run, int(environ["RANK"]))
+        print("\n".join((*report(found, run), *compare(found, run))), flush=True)
     except UserError as error:
         print(error.report, file=sys.stderr)
         return error.exit_code

@@ -10,7 +10,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     "units": set(),
-    "hardware": set(),
+    "hardware": {"errors"},
     "log": set(),
     "processes": {"errors"},
     "config": {"errors", "units", "hardware"},
@@ -21,10 +21,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "units", "config"},
     "parallel": {"models", "comm", "errors", "units", "log", "config"},
     "checkpoint": {"errors", "units", "log", "config"},
-    "train": GROUND | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"},
-    "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint"},
+    "train": GROUND
+    | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
+    | {"estimate"},
+    "estimate": GROUND | {"config", "models", "comm"},
+    "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence"},
+    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
@@ -35,6 +38,8 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("launch", "comm"): ("quadriga.comm.backend",),
     ("launch", "checkpoint"): ("quadriga.checkpoint.folder",),
     ("cli", "comm"): ("quadriga.comm.backend",),
+    ("estimate", "comm"): ("quadriga.comm.backend",),
+    ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
     ("equivalence", "comm"): ("quadriga.comm.backend",),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),

@@ -25,6 +25,12 @@ from quadriga.hardware import DEVICES, find_device
         ("NVIDIA A10G", "A10G"),
         ("Tesla T4", "T4"),
         ("h100", "H100"),
+        ("h100-80gb", "H100"),
+        ("h100-96gb", "H100 96GB"),
+        ("a100-40gb", "A100 40GB"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("cpu", "CPU"),
     ],
 )
 def test_a_drivers_name_finds_its_device(driver, name):
@@ -32,7 +38,7 @@ def test_a_drivers_name_finds_its_device(driver, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "", "NVIDIA GeForce RTX 4090", "NVIDIA A10", "NVIDIA L40", "NVIDIA T400", "H1000"]
+    "name", ["", "NVIDIA GeForce RTX 409", "H100 200GB", "NVIDIA A10", "NVIDIA L40", "NVIDIA T400", "H1000"]
 )
 def test_an_unknown_device_is_unknown(name):
     assert find_device(name) is None
@@ -40,7 +46,9 @@ def test_an_unknown_device_is_unknown(name):
 
 def test_every_row_finds_itself_and_is_sound():
     for device in DEVICES:
-        assert find_device(device.name) is device
+        assert find_device(device.name) is find_device(device.slug) is device
+        if device.name == "CPU":
+            continue
         assert 0 < device.link_bandwidth < device.memory_bandwidth
         rates = [rate for rate in (device.fp32, device.tf32, device.bf16, device.fp8) if rate is not None]
         assert rates == sorted(rates)  # narrower is never slower

@@ -1,0 +1,48 @@
+"""`quadriga estimate FILE`: what a run will hold, send and take, on a device that need not be here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from quadriga.cli.arguments import Parser, rank_count
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import Run, read
+from quadriga.errors import EXIT_OK
+from quadriga.estimate.advice import advice_for
+from quadriga.estimate.estimate import estimate
+from quadriga.estimate.report import lines
+from quadriga.hardware import DEVICES, device_named
+from quadriga.models.registry import catalogue
+
+
+def main(argv: Sequence[str]) -> int:
+    about = "Say what each rank of a run will hold, what it will send, and how long a step will take. Needs no GPU."
+    parser = Parser("estimate", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/estimates.md says what it holds)")
+    options, keys = parser.parse_known_args(argv)
+    run = read_run(options.file, options.ngpu, keys)
+    name = options.device or run.config.estimate.device
+    device = device_named(name, "--device") if name else None
+    found = estimate(run, device, gpus_per_node=options.gpus_per_node)
+    advice = advice_for(found)
+    if options.json:
+        print(json.dumps(found.to_dict([each.to_dict() for each in advice]), indent=2))
+    else:
+        print("\n".join(lines(found, advice)))
+    return EXIT_OK
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("file", help="the TOML file")
+    parser.add_argument("--ngpu", type=rank_count, help="ranks in all (default: as many as the degrees ask for)")
+    known = ", ".join(device.slug for device in DEVICES)
+    parser.add_argument("--device", help=f"{known}, or a TOML file with a device's figures")
+    parser.add_argument("--gpus-per-node", type=rank_count, default=8, help="GPUs that share a fast link (default 8)")
+
+
+def read_run(file: str, ranks: int | None, keys: Sequence[str]) -> Run:
+    """The run of a file, as a dry run reads it."""
+    arguments = ["--job.config_file", file, *keys]
+    return read(arguments, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)

@@ -1,0 +1,134 @@
+"""What a forward pass leaves behind for the backward pass, and what the backward pass needs beside it. In bytes.
+
+From the trace that the model declares (`models.operations`): which values an operation keeps, which of them a recompute
+mode or the compiler lets go, and how many bytes of each one rank holds. Eager counts are exact; a test compares them
+with the tensors of a real forward pass. What the compiler keeps is a model of it: values that are cheap to make again
+from others that are kept are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from quadriga.models.operations import Operation, Trace, Value
+
+WIDE = 4  # bytes of float32
+KEPT_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
+REMADE_KINDS = ("cheap", "norm")  # that the compiler computes again where that saves memory
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one rank holds of a micro-batch: `tokens` of its own; `itemsize` of the computing dtype, in bytes."""
+
+    tokens: int
+    itemsize: int
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = True
+
+    def size(self, value: Value) -> float:
+        """Bytes of a value on this rank."""
+        tokens = {
+            "hidden": self.tokens / (self.tp if self.sequence_parallel else 1),
+            "whole": self.tokens,
+            "features": self.tokens / self.tp,
+            "sequence": self.tokens * self.cp / self.tp,
+        }[value.spread]
+        return tokens * value.width * (WIDE if value.float32 else self.itemsize)
+
+
+class Activations:
+    """Sizes of one trace on one rank."""
+
+    def __init__(self, trace: Trace, holding: Holding) -> None:
+        self.trace, self.holding = trace, holding
+        self.sizes: Mapping[str, float] = {name: holding.size(value) for name, value in trace.values.items()}
+        self.everything = frozenset(name for operation in trace.operations for name in operation.saves)
+
+    def bytes(self, names: Iterable[str]) -> float:
+        return sum(self.sizes[name] for name in names)
+
+    def kept(self, mode: str, compiled: bool, forced: frozenset[tuple[int, int]] = frozenset()) -> frozenset[str]:
+        """Names of what stays after the forward pass.
+
+        `mode`: `none`, `full` or `op`. `forced`: shapes (in, out) of products that `op` always computes again.
+        """
+        if mode == "full":
+            return frozenset({"x"})
+        if mode == "op":
+            return frozenset({"x", *self._kept_per_operation(forced)})
+        return self._remade(self.everything) if compiled else self.everything
+
+    def _kept_per_operation(self, forced: frozenset[tuple[int, int]]) -> Iterable[str]:
+        products = 0
+        for operation in self.trace.operations:
+            if operation.kind in KEPT_KINDS:
+                yield from (operation.gives, *operation.extra)
+            elif operation.kind == "product" and operation.matrix not in forced:
+                products += 1
+                if products % 2 == 1:
+                    yield operation.gives
+
+    def _remade(self, names: frozenset[str]) -> frozenset[str]:
+        """Without what can be made again from what is kept anyway, or from less."""
+        kept = set(names)
+        for operation in reversed(self.trace.operations):
+            made = kept.intersection((operation.gives, *operation.extra))
+            if operation.kind not in REMADE_KINDS or not made:
+                continue
+            small = {name for name in made if self.trace.values[name].width == 1}  # a norm's statistics
+            sources = set(operation.takes) - kept
+            if self.bytes(sources) < self.bytes(made - small):
+                kept = (kept - (made - small)) | sources
+        return frozenset(kept)
+
+    def backward_peak(self, alive: frozenset[str], weight_itemsize: float) -> float:
+        """The most that the backward pass needs at once: of `alive`, which is freed on the way, of gradients of
+        values, and of the gradients of its matrices, which take `weight_itemsize` bytes a number (0: made elsewhere).
+        """
+        walk = _BackwardWalk(self, alive, weight_itemsize)
+        for operation in reversed(self.trace.operations):
+            walk.through(operation)
+        return walk.peak
+
+
+class _BackwardWalk:
+    """Follows the backward pass through a trace and notes how many bytes are alive."""
+
+    def __init__(self, activations: Activations, alive: frozenset[str], weight_itemsize: float) -> None:
+        self._all, self._alive, self._weight = activations, set(alive), weight_itemsize
+        self._gradients = {activations.trace.gives: activations.sizes[activations.trace.gives]}
+        self._weights = 0.0
+        self._first_use = {}
+        for operation in reversed(activations.trace.operations):
+            self._first_use.update(dict.fromkeys(operation.saves, operation))
+        self.peak = self._now()
+
+    def _now(self) -> float:
+        return self._all.bytes(self._alive) + sum(self._gradients.values()) + self._weights
+
+    def through(self, operation: Operation) -> None:
+        sizes, holding = self._all.sizes, self._all.holding
+        given = self._gradients.pop(operation.gives, 0.0)
+        if operation.kind == "add":  # the same gradient flows on to both, in one tensor
+            one, other = operation.takes
+            self._gradients[one] = self._gradients.get(one, 0.0) + given
+            self._gradients.setdefault(other, 0.0)
+        else:
+            made = [sizes[name] for name in operation.takes]
+            if operation.matrix is not None:
+                self._weights += self._weight * operation.matrix[0] * operation.matrix[1] / holding.tp
+            beside = self._beside(operation)
+            self.peak = max(self.peak, self._now() + given + sum(made) + beside)
+            for name, size in zip(operation.takes, made, strict=True):
+                self._gradients[name] = max(self._gradients.get(name, 0.0), size)
+        self._alive -= {name for name in operation.saves if self._first_use[name] is operation}
+        self.peak = max(self.peak, self._now())
+
+    def _beside(self, operation: Operation) -> float:
+        """What an operation's own backward pass makes and drops: a norm in several steps works on copies."""
+        if operation.kind == "norm" and any("unscaled" in name for name in operation.extra):
+            return 3 * self._all.bytes(name for name in operation.extra if "unscaled" in name)
+        return 0.0

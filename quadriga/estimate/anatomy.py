@@ -1,0 +1,146 @@
+"""The parameters of a model as they are cut: which numbers a rank holds, gathers and updates. Exact arithmetic.
+
+Counts are of numbers, not bytes. Nothing here depends on the number of ranks of a run beyond the two degrees that cut
+parameters, so that a search over thousands of layouts asks for each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from quadriga.config.model_spec import ModelSpec
+from quadriga.models.plan import ParallelPlan, ShardUnit
+from quadriga.models.registry import parallel_plan
+
+# The dimension along which each style of a tensor cut divides a weight; others leave it whole.
+CUT_DIMENSION = {"embedding": 0, "columns": 0, "logits": 0, "rows": 1}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: its whole shape, and the dimension that tensor parallelism cuts; None where it is whole."""
+
+    shape: tuple[int, ...]
+    cut: int | None
+
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        return tuple(size // tp if axis == self.cut else size for axis, size in enumerate(self.shape))
+
+    def shard(self, tp: int, shards: int, rank: int) -> int:
+        """Numbers that shard rank `rank` holds: `fully_shard` cuts the first dimension as `torch.chunk` does."""
+        first, *rest = self.local_shape(tp)
+        rows = -(-first // shards)
+        return min(max(first - rank * rows, 0), rows) * prod(rest)
+
+    def gathered(self, tp: int, shards: int) -> int:
+        """Numbers of the parameter put together again, with the rows that fill up the last shards."""
+        first, *rest = self.local_shape(tp)
+        return -(-first // shards) * shards * prod(rest)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and reduced together. `is_block`: it repeats, and may be recomputed."""
+
+    weights: tuple[Weight, ...]
+    reshard: bool
+    weights_in_backward: bool
+    is_block: bool
+
+    def held(self, tp: int, shards: int, rank: int = 0) -> int:
+        return sum(weight.shard(tp, shards, rank) for weight in self.weights)
+
+    def gathered(self, tp: int, shards: int) -> int:
+        return sum(weight.gathered(tp, shards) for weight in self.weights)
+
+    def whole(self, tp: int) -> int:
+        return sum(prod(weight.local_shape(tp)) for weight in self.weights)
+
+    def largest(self, tp: int, shards: int) -> int:
+        return max((weight.shard(tp, shards, 0) for weight in self.weights), default=0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A range of the model. `blocks`: how many, alike. `others`: units before and after them."""
+
+    first: bool
+    last: bool
+    blocks: int
+    block: Unit
+    others: tuple[Unit, ...]
+
+    @property
+    def embedding(self) -> Unit | None:
+        """The unit that holds the embedding where the stage has one."""
+        return next((unit for unit in self.others if not unit.is_block and self.first), None)
+
+    def units(self) -> tuple[tuple[Unit, int], ...]:
+        """Each unit with how often it occurs."""
+        return ((self.block, self.blocks), *((unit, 1) for unit in self.others))
+
+    def held(self, tp: int, shards: int, rank: int = 0) -> int:
+        return sum(count * unit.held(tp, shards, rank) for unit, count in self.units())
+
+    def gathered(self, tp: int, shards: int) -> int:
+        return sum(count * unit.gathered(tp, shards) for unit, count in self.units())
+
+    def whole(self, tp: int) -> int:
+        return sum(count * unit.whole(tp) for unit, count in self.units())
+
+
+@lru_cache(maxsize=64)
+def _plan(model: ModelSpec) -> ParallelPlan:
+    return parallel_plan(model)
+
+
+@lru_cache(maxsize=4096)
+def stages(model: ModelSpec, split: Sequence[tuple[str, ...]] | None) -> tuple[Stage, ...]:
+    """The stages of a model; `split`: the modules of each, None for the model as a whole."""
+    plan = _plan(model)
+    parts = [plan.stage_units] if split is None else list(split)
+    return tuple(_stage(plan, tuple(part), split is None) for part in parts)
+
+
+def _stage(plan: ParallelPlan, modules: tuple[str, ...], whole: bool) -> Stage:
+    own = plan if whole else plan.of_stage(modules)
+    cuts = {cut.module: CUT_DIMENSION.get(cut.style) for cut in own.tensor_cuts}
+    weights: dict[str, list[Weight]] = {}
+    for parameter in own.parameters:
+        module = parameter.name.rpartition(".")[0]
+        unit = _unit_of(module, own.shard_units)
+        weights.setdefault(unit, []).append(Weight(parameter.shape, cuts.get(module)))
+    repeated = set(own.recompute_units)
+    units = [
+        Unit(
+            tuple(held),
+            unit.reshard,
+            unit.weights_in_backward,
+            bool(unit.modules) and set(unit.modules) <= repeated,
+        )
+        for unit in own.shard_units
+        if (held := weights.get(_key(unit)))
+    ]
+    blocks = [unit for unit in units if unit.is_block]
+    return Stage(
+        first=modules[0] == plan.stage_units[0],
+        last=modules[-1] == plan.stage_units[-1],
+        blocks=len(blocks),
+        block=blocks[0] if blocks else Unit((), True, True, True),
+        others=tuple(unit for unit in units if not unit.is_block),
+    )
+
+
+def _key(unit: ShardUnit) -> str:
+    return ",".join(unit.modules)
+
+
+def _unit_of(module: str, units: Sequence[ShardUnit]) -> str:
+    """The unit that a module's parameters belong to: the first that names it or holds it, else the root."""
+    for unit in units:
+        if any(module == name or module.startswith(f"{name}.") for name in unit.modules):
+            return _key(unit)
+    return ""

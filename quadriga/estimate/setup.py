@@ -1,0 +1,219 @@
+"""What the estimates ask of a run, in one place: sizes of numbers, tokens of a rank, what is kept, what is gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from quadriga.config import Run
+from quadriga.config.run_spec import Degrees
+from quadriga.config.schema import ActivationCheckpoint
+from quadriga.estimate.activations import Activations, Holding
+from quadriga.estimate.anatomy import Stage, Unit, stages
+from quadriga.estimate.schedule import in_flight
+from quadriga.models.operations import Cut, Kernels
+from quadriga.models.plan import split_stages
+from quadriga.models.registry import block_trace, head_trace, parallel_plan
+from quadriga.units import DTYPE_BYTES
+
+OPTIMIZER_COPIES = {
+    "fused": 0.0,
+    "for-loop": 0.0,
+    "foreach": 1.0,
+}  # of all parameters on a rank, while they are updated
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on a kind of device: `cpu` or `cuda`."""
+
+    run: Run
+    device_type: str = "cuda"
+
+    @property
+    def degrees(self) -> Degrees:
+        return self.run.spec.degrees
+
+    @property
+    def shards(self) -> int:
+        """Ranks that each parameter is cut over by `fully_shard`."""
+        return self.degrees.dp_shard * self.degrees.cp
+
+    @property
+    def parameter_bytes(self) -> int:
+        return DTYPE_BYTES[self.run.config.training.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the computing dtype."""
+        return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.is_wrapped else self.parameter_bytes
+
+    @property
+    def reduce_bytes(self) -> int:
+        return DTYPE_BYTES[self.run.config.training.mixed_precision_reduce]
+
+    @property
+    def moment_bytes(self) -> int:
+        return self.parameter_bytes
+
+    @property
+    def offload(self) -> bool:
+        return self.run.config.training.enable_cpu_offload
+
+    @cached_property
+    def is_wrapped(self) -> bool:
+        """Whether `fully_shard` is there: as `parallel.data_parallel` decides."""
+        training, degrees = self.run.config.training, self.degrees
+        dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
+        return self.shards * degrees.dp_replicate * degrees.tp > 1 or len(dtypes) > 1 or self.offload
+
+    @property
+    def reshards(self) -> bool:
+        return self.run.spec.reshard_after_forward and self.is_wrapped
+
+    @property
+    def reshards_ends(self) -> bool:
+        """Whether the first units that the backward pass needs are let go as well."""
+        return self.run.config.parallelism.fsdp_reshard_after_forward == "always"
+
+    @property
+    def reduces_once(self) -> bool:
+        return self.micro_batches == 1 or self.run.spec.reduce_gradients == "once"
+
+    @property
+    def keeps_gradients_whole(self) -> bool:
+        """Whether gradients of several micro-batches are added up before they are reduced, in the reduce dtype."""
+        return self.is_wrapped and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
+
+    @property
+    def micro_batches(self) -> int:
+        return self.run.spec.micro_batches
+
+    @property
+    def micro_batches_a_call(self) -> int:
+        """Of one pass of local_batch_size rows through a pipeline."""
+        return self.run.spec.micro_batches // self.run.spec.accumulation_steps
+
+    @property
+    def optimizer_copies(self) -> float:
+        """Copies of all parameters that an update makes and drops."""
+        return OPTIMIZER_COPIES[self.run.config.optimizer.implementation]
+
+    @property
+    def rows(self) -> int:
+        """Of one micro-batch on one rank."""
+        if self.degrees.pp > 1:
+            return self.run.config.parallelism.pipeline_parallel_microbatch_size
+        return self.run.spec.local_batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch that one rank holds."""
+        return self.rows * self.run.spec.seq_len // self.degrees.cp
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.degrees.tp > 1 and self.run.config.parallelism.enable_sequence_parallel
+
+    @property
+    def parallel_loss(self) -> bool:
+        return self.degrees.tp > 1 and not self.run.config.parallelism.disable_loss_parallel
+
+    @property
+    def logits(self) -> float:
+        """How many of a micro-batch one rank makes a loss of."""
+        return self.tokens * self.run.spec.model.vocab_size / (self.degrees.tp if self.parallel_loss else 1)
+
+    @property
+    def table_bytes(self) -> float:
+        """Of the rotary tables, and of tokens and labels."""
+        length = self.run.spec.seq_len // self.degrees.cp
+        rows = self.run.spec.local_batch_size
+        return 2 * length * self.run.spec.model.head_dim * self.itemsize + 2 * 8 * rows * length
+
+    @cached_property
+    def _cut(self) -> Cut:
+        method = self.run.config.parallelism.context_parallel_method
+        return Cut(self.degrees.tp > 1, self.sequence_parallel, method if self.degrees.cp > 1 else None)
+
+    @cached_property
+    def _holding(self) -> Holding:
+        degrees = self.degrees
+        sequence = self.run.config.parallelism.enable_sequence_parallel
+        return Holding(self.tokens, self.itemsize, degrees.tp, degrees.cp, sequence)
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        return Kernels.of(self.device_type, "float32" if self.itemsize == DTYPE_BYTES["float32"] else "bfloat16")
+
+    @cached_property
+    def block(self) -> Activations:
+        return Activations(block_trace(self.run.spec.model, self._cut, self._kernels), self._holding)
+
+    @cached_property
+    def head(self) -> Activations:
+        return Activations(head_trace(self.run.spec.model, self._cut, self._kernels), self._holding)
+
+    @property
+    def recompute(self) -> ActivationCheckpoint:
+        return self.run.config.activation_checkpoint
+
+    @property
+    def compiled(self) -> bool:
+        return self.run.config.compile.enable and "model" in self.run.config.compile.components
+
+    def modes_of_blocks(self, blocks: int) -> list[str]:
+        """How each block of a stage recomputes: `none`, `op` or `full`."""
+        section = self.recompute
+        if section.mode in ("none", "memory_budget"):
+            return ["none"] * blocks
+        if section.mode == "full":
+            return ["full"] * blocks
+        if section.selective_ac_option == "op":
+            return ["op"] * blocks
+        every = int(section.selective_ac_option)
+        return ["none" if (number + 1) % every else "full" for number in range(blocks)]
+
+    def kept(self, mode: str) -> frozenset[str]:
+        """Names of what a block keeps."""
+        return self.block.kept(mode, self.compiled, self._forced)
+
+    @cached_property
+    def _forced(self) -> frozenset[tuple[int, int]]:
+        patterns = self.recompute.per_op_sac_force_recompute_mm_shapes_by_fqns
+        operations = self.block.trace.operations
+        return frozenset(
+            each.matrix
+            for each in operations
+            if each.matrix is not None and any(pattern in each.module for pattern in patterns)
+        )
+
+    def stages_of(self, number: int) -> tuple[Stage, ...]:
+        """Those of the pipeline's rank `number`."""
+        everything = self.stages
+        return tuple(everything[stage] for stage, rank in enumerate(self.run.spec.stage_ranks) if rank == number)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        model, parallelism = self.run.spec.model, self.run.config.parallelism
+        if self.degrees.pp == 1:
+            return stages(model, None)
+        split = parallelism.module_fqns_per_model_part or split_stages(
+            parallel_plan(model),
+            len(self.run.spec.stage_ranks),
+            parallelism.pipeline_parallel_first_stage_less_layers,
+            parallelism.pipeline_parallel_last_stage_less_layers,
+        )
+        return stages(model, tuple(tuple(part) for part in split))
+
+    def in_flight(self, number: int) -> int:
+        """Micro-batches whose activations one pipeline rank holds at once, counted in passes through a stage."""
+        if self.degrees.pp == 1:
+            return 1
+        schedule = self.run.config.parallelism.pipeline_parallel_schedule
+        per_rank = len(self.run.spec.stage_ranks) // self.degrees.pp
+        return in_flight(schedule, number, self.degrees.pp, per_rank, self.micro_batches_a_call)
+
+    def gathered(self, unit: Unit) -> float:
+        """Bytes of a unit's parameters put together in the computing dtype."""
+        return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.is_wrapped else 0.0

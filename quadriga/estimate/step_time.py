@@ -1,0 +1,196 @@
+"""How long a step takes: work over rates, what of the communication shows, the pipeline's idle time, the host.
+
+A rank's step is the sum of what its processor computes and of what it waits for. What the rates are is another matter
+(`rates`): assumed ones rank layouts, measured ones predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from quadriga.estimate.communication import Calls, calls_of
+from quadriga.estimate.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
+from quadriga.estimate.schedule import bubble
+from quadriga.estimate.setup import Setup
+
+ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
+LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
+UPDATE_BYTES = 7  # numbers that an update of one parameter reads and writes: Adam's four, twice but the gradient
+OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def times(self, factor: float) -> Work:
+        return Work(*(factor * getattr(self, each.name) for each in fields(self)))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest rank, by what they go to; `total` is their sum."""
+
+    products: float
+    attention: float
+    memory_bound: float
+    optimizer: float
+    communication: float  # what of it is not hidden
+    bubble: float
+    host: float  # what the processor waits for the host, and what is the same in every step
+    hidden: float  # communication beside computation: not part of the sum
+    by_call: tuple[tuple[Calls, float], ...]
+
+    @property
+    def compute(self) -> float:
+        return self.products + self.attention + self.memory_bound
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.optimizer + self.communication + self.bubble + self.host
+
+
+def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
+    """Of the pipeline rank that takes longest."""
+    times = (_of_rank(setup, rank, rates, gpus_per_node) for rank in range(setup.degrees.pp))
+    return max(times, key=lambda time: time.total)
+
+
+def work_of(setup: Setup, rank: int) -> Work:
+    """Of all passes of one step, without the update."""
+    stages = setup.stages_of(rank)
+    modes = [mode for stage in stages for mode in setup.modes_of_blocks(stage.blocks)]
+    blocks = [_block(setup, mode) for mode in modes]
+    head = [_head(setup)] if any(stage.last for stage in stages) else []
+    return sum([*blocks, *head], Work()).times(setup.micro_batches)
+
+
+def update_of(setup: Setup, rank: int) -> Work:
+    """The clipping of gradients and the update."""
+    held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in setup.stages_of(rank))
+    numbers = UPDATE_BYTES - 2 + 2  # and the norm reads each gradient, scaling reads and writes it
+    return Work(memory=held * (numbers * setup.parameter_bytes + 3 * setup.parameter_bytes))
+
+
+def _block(setup: Setup, mode: str) -> Work:
+    """Forward, backward and what is computed again."""
+    forward = _forward(setup)
+    backward = Work(
+        2 * forward.products, ATTENTION_BACKWARD * forward.attention, 2 * forward.memory, 2 * forward.operations
+    )
+    if mode == "full":
+        return forward + backward + forward
+    if mode == "op":
+        kept = setup.kept("op")
+        again = sum(
+            _product_flops(setup, each.matrix)
+            for each in setup.block.trace.operations
+            if each.matrix is not None and each.gives not in kept
+        )
+        return forward + backward + Work(again, 0.0, forward.memory, forward.operations)
+    return forward + backward
+
+
+def _forward(setup: Setup) -> Work:
+    trace, sizes = setup.block.trace, setup.block.sizes
+    products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
+    model, degrees = setup.run.spec.model, setup.degrees
+    # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
+    attention = 2.0 * setup.tokens * setup.run.spec.seq_len * model.n_heads * model.head_dim / degrees.tp
+    light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
+    touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
+    unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
+    touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
+    return Work(products, attention, touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5)
+
+
+def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
+    return 2.0 * setup.tokens * matrix[0] * matrix[1] / setup.degrees.tp
+
+
+def _head(setup: Setup) -> Work:
+    """The output layer and the loss, forward and backward."""
+    model = setup.run.spec.model
+    products = 3 * _product_flops(setup, (model.dim, model.vocab_size))
+    compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
+    trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
+    return Work(products=products, memory=4.0 * trips * setup.logits, operations=30)
+
+
+def call_seconds(calls: Calls, stride: int, rates: Rates, gpus_per_node: int) -> float:
+    """One call of a ring over `calls.ranks` ranks that stand `stride` apart (alpha-beta: Hockney, 1994)."""
+    inside = calls.ranks * stride <= gpus_per_node
+    start = CALL_SECONDS if inside else NETWORK_CALL_SECONDS
+    rate = rates.link if inside else rates.network
+    wire = calls.wire_bytes / calls.calls if calls.calls else 0.0
+    return start * (1 + (calls.ranks - 1) / 10) + wire / rate
+
+
+def strides(setup: Setup) -> dict[str, int]:
+    """How far neighbours of each axis stand apart: tp is innermost, pp outermost."""
+    degrees = setup.degrees
+    shard = degrees.cp * degrees.tp
+    replicate = shard * degrees.dp_shard
+    inner = {"tp": 1, "cp": degrees.tp, "shard": degrees.tp, "dp_replicate": replicate}
+    return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
+
+
+def _of_rank(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> StepTime:
+    work, update = work_of(setup, rank), update_of(setup, rank)
+    apart = strides(setup)
+    timed = [
+        (call, call.calls * call_seconds(call, apart[call.axis], rates, gpus_per_node))
+        for call in calls_of(setup, rank)
+    ]
+    products, attention, memory = (
+        work.products / rates.products,
+        work.attention / rates.attention,
+        work.memory / rates.memory,
+    )
+    compute = products + attention + memory
+    shown, hidden = _shown(setup, timed, compute)
+    host = max(work.operations * rates.operation - compute, 0.0) + rates.step
+    idle = 0.0
+    if setup.degrees.pp > 1:
+        schedule = setup.run.config.parallelism.pipeline_parallel_schedule
+        per_rank = len(setup.run.spec.stage_ranks) // setup.degrees.pp
+        idle = (compute + shown) * bubble(schedule, setup.degrees.pp, per_rank, setup.micro_batches_a_call)
+    return StepTime(
+        products=products,
+        attention=attention,
+        memory_bound=memory,
+        optimizer=update.memory / rates.memory,
+        communication=shown,
+        bubble=idle,
+        host=host,
+        hidden=hidden,
+        by_call=tuple(timed),
+    )
+
+
+def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -> tuple[float, float]:
+    """Seconds of communication that are seen, and that hide behind the blocks' work.
+
+    Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
+    not the first gather and the last reduction. Everything else is waited for.
+    """
+    timed = list(timed)
+    beside = sum(seconds for call, seconds in timed if call.axis in OVERLAPS and call.when != "norm")
+    waited = sum(seconds for call, seconds in timed) - beside
+    if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed
+        messages = sum(seconds for call, seconds in timed if call.axis == "pp" and call.when == "messages")
+        waited -= messages
+        beside += messages
+    calls = max(sum(call.calls for call, _ in timed if call.axis in OVERLAPS and call.when != "norm"), 1)
+    ends = min(2 * beside / calls, beside)
+    seen = max(beside - compute, ends)
+    return waited + seen, beside - seen
