@@ -99,6 +99,8 @@ def formats(run: Run) -> str:
         f"parameters are held in {training.dtype}, the model computes in {training.mixed_precision_param}, "
         f"gradients are summed over ranks in {training.mixed_precision_reduce}"
     )
+    if run.config.optimizer.state_dtype is not None:
+        text += f", Adam's moments are held in {moments_dtype(run)}"
     if training.mixed_precision_param == "float32":
         text += f"; float32 matrix products at precision `{training.float32_matmul_precision}`"
     return text
@@ -138,7 +140,12 @@ def state(run: Run, parameters: int) -> State:
     unsharded = parameters / (degrees.tp * degrees.pp)
     held = DTYPE_BYTES[training.dtype] * unsharded / (degrees.dp_shard * degrees.cp)
     gradients = DTYPE_BYTES[training.mixed_precision_reduce] * unsharded if keeps_gradients_whole(run.spec) else held
-    return State(held, gradients, MOMENTS * held)
+    of_moment = DTYPE_BYTES[moments_dtype(run)] / DTYPE_BYTES[training.dtype]
+    return State(held, gradients, MOMENTS * held * of_moment)
+
+
+def moments_dtype(run: Run) -> str:
+    return run.config.optimizer.state_dtype or run.config.training.dtype
 
 
 def keeps_gradients_whole(spec: RunSpec) -> bool:
@@ -149,7 +156,7 @@ def keeps_gradients_whole(spec: RunSpec) -> bool:
 
 def save_bytes(run: Run, parameters: int) -> float:
     """Bytes of one checkpoint that can be resumed."""
-    return (1 + MOMENTS) * DTYPE_BYTES[run.config.training.dtype] * parameters
+    return (DTYPE_BYTES[run.config.training.dtype] + MOMENTS * DTYPE_BYTES[moments_dtype(run)]) * parameters
 
 
 def checkpoints(section: Checkpoint) -> str:

@@ -159,6 +159,16 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_counted_whole(door):
     assert (cut.parameters, cut.gradients, cut.moments, cut.total) == (1e6, 1e6, 2e6, 4e6)
 
 
+def test_moments_in_a_format_of_their_own_are_counted_in_it(door):
+    narrow = door("--optimizer.state_dtype", "bfloat16")
+    state = words.state(narrow, 1_000_000)
+    assert (state.parameters, state.moments) == (4e6, 4e6)
+    assert words.save_bytes(narrow, 1_000_000) == 8e6
+    assert "Adam's moments are held in bfloat16" in words.formats(narrow)
+    wide = door("--training.dtype", "bfloat16", "--optimizer.state_dtype", "float32")
+    assert words.save_bytes(wide, 1_000_000) == 10e6
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
