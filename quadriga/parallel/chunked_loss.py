@@ -11,8 +11,8 @@ its share of the vocabulary, or all logits where they are gathered), c bytes of 
 
 | alive                                    | all at once           | in n pieces                                 |
 |------------------------------------------|-----------------------|---------------------------------------------|
-| logits, in c and 4 bytes, and logarithms | T v (c + 8)           | T/n v (c + 8)                               |
-| in the backward pass                     | T v (c + 12)          | T/n v (c + 12), in the forward pass already |
+| logits, float32 copy, logarithms         | T v (c + 8)           | T/n v (c + 8)                               |
+| logarithms, gradients of both            | T v 12, backward      | T/n v 12, still in the forward pass         |
 | gradient of the hidden states            | T d c                 | T d c, from the forward pass on             |
 | gradient of the output matrix            | v d c                 | v d 4 (the sum) + v d c (of one piece)      |
 

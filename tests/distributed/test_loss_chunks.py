@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import training
-from pipelines import Arguments, Trace, pipeline, train_all
+from pipelines import CPU, Arguments, FixedBatches, Trace, make_state, pipeline, read_run, train_all
 from ranks import run_ranks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quadriga.comm.mesh import build_mesh
+from quadriga.train.build import build_recipe
 
 KEY = "--parallelism."
-CHUNKS: Arguments = ("--training.loss_chunks=3",)  # of 64 tokens, or of the 16 that a row of a pipeline has
+# Pieces of 64 tokens, or of the 16 that a row of a pipeline has: not equally long.
+CHUNKS: Arguments = ("--training.loss_chunks=3",)
 TP = (f"{KEY}tensor_parallel_degree=2",)
 CP = (f"{KEY}context_parallel_degree=2",)
 DDP = (f"{KEY}data_parallel_replicate_degree=2", f"{KEY}data_parallel_shard_degree=1")
@@ -62,6 +72,42 @@ def test_two_ranks(plain: dict[str, Trace]) -> None:
 def test_a_pipeline(plain: dict[str, Trace]) -> None:
     schedules = ("GPipe", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
     compare(2, [pipeline(2, schedule) for schedule in schedules], plain[""])
+
+
+class TokensOfLogits(TorchDispatchMode):
+    """The most rows of logits, as wide as the vocabulary or this rank's half of it, that any operation returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            own = made._local_tensor if isinstance(made, DTensor) else made
+            if isinstance(own, torch.Tensor) and own.dim() and own.shape[-1] in (320, 160):
+                self.most = max(self.most, own.numel() // own.shape[-1])
+        return result
+
+
+def tokens_of_logits(cases: list[Arguments]) -> list[int]:
+    found = []
+    for case in cases:
+        settled = read_run(case, dist.get_world_size())
+        mesh = build_mesh(settled.spec.degrees, "cpu")
+        state = make_state(settled, mesh)
+        forward = build_recipe(settled, mesh, CPU, state.parts).forward_backward
+        batch = FixedBatches(settled, 0).next()
+        four = type(batch)(batch.tokens[:4], batch.labels[:4])
+        with TokensOfLogits() as logits:
+            forward.train(four, reduce=True, last=True)
+        found.append(logits.most)
+    return found
+
+
+def test_no_rank_has_logits_of_more_than_a_piece() -> None:
+    halves = "--training.loss_chunks=2"  # not more: a gradient of the matrix is 32 words wide and looks like 32 tokens
+    cases = [(*TP, *way, *more) for way in ((), GATHERED) for more in ((), (halves,))]
+    for most in run_ranks(tokens_of_logits, 2, cases):
+        assert most == [64, 32, 128, 64]  # gathered ones arrive as halves, one above the other
 
 
 def test_bfloat16() -> None:
