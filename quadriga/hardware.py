@@ -155,7 +155,7 @@ def device_named(name: str, key: str) -> Device:
     device = find_device(name)
     if device is None:
         known = [device.slug for device in DEVICES]
-        fix = "or name a TOML file with its figures (docs/estimates.md)"
+        fix = "choose one of these, or name a TOML file with its figures (docs/estimates.md)"
         what = "the device is not in the table"
         raise UserError(Problem(key, what, name, allowed=", ".join(known), nearest=nearest(name, known), fix=fix))
     return device

@@ -256,8 +256,9 @@ def _memory(run: Run, figures: Figures) -> str:
     devices = _table(("device", "has", "needed", "verdict", "a step (uncalibrated)"), figures.devices)
     return (
         "\n".join(facts)
-        + f"\n\nWhat `quadriga estimate` says, from arithmetic and without a GPU (docs/estimates.md tells how, and how "
-        f"far it can be trusted):\n\n{estimated}\n\nOn {plural(run.spec.world_size, 'device')} of each kind:\n\n{devices}"
+        + "\n\nWhat `quadriga estimate` says, from arithmetic and without a GPU (docs/estimates.md tells how, and how "
+        f"far it can be trusted):\n\n{estimated}\n\nOn {plural(run.spec.world_size, 'device')} of each kind:\n\n"
+        f"{devices}"
     )
 
 

@@ -15,6 +15,8 @@ TP = "parallelism.tensor_parallel_degree"
 FLOAT8 = "quantize.linear.float8"
 GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
+STATE_DTYPE = "optimizer.state_dtype"
+LEAST_FALL = 2**-8  # half of what lies between a bfloat16 number just above a power of two and the next
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
 
@@ -214,6 +216,32 @@ def warn_only_needs_deterministic(case: Case) -> Verdicts:
 def narrow_parameters_lose_small_updates(case: Case) -> Verdicts:
     if case.config.training.dtype == "bfloat16":
         yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates round away"
+
+
+@rule(STATE_DTYPE, "optimizer.beta1", "optimizer.beta2", "training.dtype")
+def moments_can_fall(case: Case) -> Verdicts:
+    """Where gradients are small, a moment falls by (1 - beta) of itself a step.
+
+    A bfloat16 number has 8 binary digits: its neighbours are at most 2^-7 of it away, and a step by less than half of
+    that is rounded away. Below 1 - beta = 2^-8 some numbers in each octave do not fall, and none below them is reached;
+    below 2^-9 none falls at all. (A second moment that is stuck too high makes every later update too small.)
+    """
+    optimizer = case.config.optimizer
+    if (optimizer.state_dtype or case.config.training.dtype) != "bfloat16":
+        return
+    for name in ("beta1", "beta2"):
+        beta = getattr(optimizer, name)
+        if 1 - beta >= LEAST_FALL:
+            continue
+        what = (
+            f"optimizer.{name} = {beta:g} lets a moment fall by {1 - beta:.2g} of itself a step, and bfloat16 rounds "
+            "away what is less than 2^-8 (0.0039) of it: the moment would not fall"
+        )
+        if optimizer.state_dtype is None:
+            yield f'{what}; {STATE_DTYPE} = "float32" would let it'
+        else:
+            fix = f'set {STATE_DTYPE} = "float32", or optimizer.{name} to 0.996 or less'
+            yield Clash(what, fix)
 
 
 @rule("training.dataloader.persistent_workers")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
@@ -99,6 +97,8 @@ def formats(run: Run) -> str:
         f"parameters are held in {training.dtype}, the model computes in {training.mixed_precision_param}, "
         f"gradients are summed over ranks in {training.mixed_precision_reduce}"
     )
+    if run.config.optimizer.state_dtype is not None:
+        text += f", Adam's moments are held in {moments_dtype(run)}"
     if training.mixed_precision_param == "float32":
         text += f"; float32 matrix products at precision `{training.float32_matmul_precision}`"
     return text
@@ -116,40 +116,13 @@ def recompute(section: ActivationCheckpoint) -> str:
     return f"selective ({section.selective_ac_option}): one of every {section.selective_ac_option} blocks is recomputed"
 
 
-@dataclass(frozen=True)
-class State:
-    """Bytes that one rank holds from step to step, if every cut is even."""
-
-    parameters: float
-    gradients: float
-    moments: float
-
-    @property
-    def total(self) -> float:
-        return self.parameters + self.gradients + self.moments
-
-
-def state(run: Run, parameters: int) -> State:
-    """Parameters, gradients and both moments of Adam on one rank.
-
-    Gradients that are accumulated and reduced once a step are held unsharded, in the format of the reduction.
-    """
-    degrees, training = run.spec.degrees, run.config.training
-    unsharded = parameters / (degrees.tp * degrees.pp)
-    held = DTYPE_BYTES[training.dtype] * unsharded / (degrees.dp_shard * degrees.cp)
-    gradients = DTYPE_BYTES[training.mixed_precision_reduce] * unsharded if keeps_gradients_whole(run.spec) else held
-    return State(held, gradients, MOMENTS * held)
-
-
-def keeps_gradients_whole(spec: RunSpec) -> bool:
-    """Whether a rank holds gradients of parameters that others own, until the step's last micro-batch."""
-    sharded = spec.degrees.dp_shard * spec.degrees.cp > 1
-    return sharded and spec.micro_batches > 1 and spec.reduce_gradients == "once"
+def moments_dtype(run: Run) -> str:
+    return run.config.optimizer.state_dtype or run.config.training.dtype
 
 
 def save_bytes(run: Run, parameters: int) -> float:
     """Bytes of one checkpoint that can be resumed."""
-    return (1 + MOMENTS) * DTYPE_BYTES[run.config.training.dtype] * parameters
+    return (DTYPE_BYTES[run.config.training.dtype] + MOMENTS * DTYPE_BYTES[moments_dtype(run)]) * parameters
 
 
 def checkpoints(section: Checkpoint) -> str:

@@ -217,6 +217,16 @@ def _switches() -> Iterator[Row]:
         yield Row(Degrees(pp=2, dp_shard=2), _keys(fsdp_reshard_after_forward=policy))
 
 
+def _loss_in_pieces() -> Iterator[Row]:
+    """Pieces that are not equally long, of logits that are whole, cut, gathered, and made on the last stage."""
+    chosen = _keys(training__loss_chunks=3)
+    yield Row(Degrees(tp=2), chosen, slow=False)
+    for degrees in (Degrees(dp_shard=2), Degrees(cp=2), Degrees(pp=2), Degrees(dp_shard=2, tp=2)):
+        yield Row(degrees, chosen)
+    yield Row(Degrees(dp_shard=2, tp=2), (*chosen, *_keys(disable_loss_parallel=True, enable_sequence_parallel=False)))
+    yield Row(Degrees(pp=2, tp=2), (*chosen, *_keys(pipeline_parallel_schedule="ZBVZeroBubble")))
+
+
 def _recompute() -> Iterator[Row]:
     modes = {
         "none": _keys(activation_checkpoint__mode="none"),
@@ -260,6 +270,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "pipeline schedules": tuple(_schedules()),
     "context methods": tuple(_attention()),
     "switches": tuple(_switches()),
+    "loss in pieces": tuple(_loss_in_pieces()),
     "recompute": tuple(_recompute()),
     "compile": tuple(_compiled()),
     "bfloat16": tuple(_bfloat16()),

@@ -129,7 +129,7 @@ def _smaller(given: Estimate) -> Iterator[tuple[str, Variant]]:
             "recompute per operation",
             vary(run, activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op"),
         )
-    if getattr(config.training, "loss_chunks", 2) == 1:
+    if config.training.loss_chunks == 1:
         yield "a chunked loss", vary(run, training__loss_chunks=8)
     if spec.local_batch_size > 1 and spec.degrees.pp == 1:
         rows = spec.local_batch_size // 2
@@ -137,7 +137,7 @@ def _smaller(given: Estimate) -> Iterator[tuple[str, Variant]]:
             "half the local batch",
             vary(run, training__local_batch_size=rows, training__global_batch_size=spec.global_batch_size),
         )
-    if getattr(config.optimizer, "state_dtype", "bfloat16") != "bfloat16" and config.optimizer.beta2 <= 0.99:
+    if config.optimizer.state_dtype is None and config.optimizer.beta2 <= 0.99:
         yield "moments in bfloat16", vary(run, optimizer__state_dtype="bfloat16")
     tp = 2 * spec.degrees.tp
     model = spec.model

@@ -146,11 +146,37 @@ class _Step:
     def of_blocks(self) -> float:
         return self.in_one_pass * self.at_once / len(self.stages)
 
+    @cached_property
+    def kept_of_head(self) -> float:
+        """Of the last norm and the output layer. A loss in pieces keeps gradients in the place of the layer's input."""
+        head = self.setup.head
+        if not self.has_head:
+            return 0.0
+        if self.setup.loss_pieces == 1:
+            return head.bytes(head.everything)
+        return head.bytes(head.everything - {self.head_input}) + self._of_pieces
+
+    @property
+    def head_input(self) -> str:
+        return self.setup.head.trace.operations[-1].takes[0]
+
+    @property
+    def _output_matrix(self) -> int:
+        """Numbers of the output matrix on this rank."""
+        matrix = self.setup.head.trace.operations[-1].matrix
+        assert matrix is not None
+        return matrix[0] * matrix[1] // self.tp
+
+    @property
+    def _of_pieces(self) -> float:
+        """Gradients that a loss in pieces has made: of the hidden states and of the output matrix."""
+        return self.setup.head.sizes[self.head_input] + self._output_matrix * self.setup.itemsize
+
     @property
     def of_head(self) -> float:
-        """Of the last norm and the output layer, and the logarithms of the probabilities."""
-        head = self.setup.head
-        return head.bytes(head.everything) + self.setup.logits * WIDE if self.has_head else 0.0
+        """And the logarithms of the probabilities, of all tokens."""
+        whole = self.has_head and self.setup.loss_pieces == 1
+        return self.kept_of_head + (self.setup.logits * WIDE if whole else 0.0)
 
     def gathered(self, blocks: int, ends: tuple[Unit, ...]) -> float:
         """Parameters that are together while `blocks` are still to go backward, and before those of `ends` did.
@@ -217,21 +243,26 @@ class _Step:
         setup, head = self.setup, self.setup.head
         forward, backward = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
         in_compute = setup.itemsize + (WIDE if setup.itemsize < WIDE else 0)  # as they are made, and widened
-        kept = self.of_blocks + head.bytes(head.everything)
         together = self.gathered(0 if setup.reshards else len(self.modes), self.others)
         alive = {"gathered_parameters": together, "gradients": self.before}
+        at_once = setup.logits / setup.loss_pieces
+        in_pieces = setup.loss_pieces > 1
+        # The input of the output layer is still there, and the sum of the matrix's gradients over pieces is float32.
+        beside = head.sizes[self.head_input] + self._output_matrix * (WIDE - setup.itemsize) if in_pieces else 0.0
+        kept = self.of_blocks + self.kept_of_head + beside
         for name, size in (("loss", in_compute + WIDE * (1 + forward)), ("loss, backward", WIDE * (1 + backward))):
-            yield self._moment(name, **alive, activations=kept, logits_and_loss=setup.logits * size)
-        output = self._head_units
+            yield self._moment(name, **alive, activations=kept, logits_and_loss=at_once * size)
+        made = sum(self._made(unit) or (0.0 if self.before else self._final(unit)) for unit in self._head_units)
+        if in_pieces:
+            piece = at_once * setup.itemsize + self._output_matrix * setup.itemsize
+            yield self._moment("loss, a piece's weights", **alive, activations=kept, logits_and_loss=piece)
+            alive["gradients"] = self.before + made
+            yield self._moment("output layer, backward", **alive, activations=kept - beside + self._of_pieces)
+            return
         walk = head.backward_peak(head.everything, 0.0) - head.sizes[head.trace.gives]
-        made = sum(self._made(unit) or (0.0 if self.before else self._final(unit)) for unit in output)
-        yield self._moment(
-            "output layer, backward",
-            gathered_parameters=together,
-            gradients=self.before + made,
-            activations=self.of_blocks + walk,
-            logits_and_loss=setup.logits * setup.itemsize,
-        )
+        alive["gradients"] = self.before + made
+        logits = setup.logits * setup.itemsize
+        yield self._moment("output layer, backward", **alive, activations=self.of_blocks + walk, logits_and_loss=logits)
 
     @property
     def _head_units(self) -> tuple[Unit, ...]:
@@ -298,4 +329,5 @@ class _Step:
     @property
     def _update(self) -> float:
         """What the optimizer makes and drops."""
-        return 0.0 if self.setup.offload else self.setup.optimizer_copies * self.held * self.setup.parameter_bytes
+        largest = max(unit.largest(self.tp, self.shards) for stage in self.stages for unit, _ in stage.units())
+        return 0.0 if self.setup.offload else self.setup.update_bytes(self.held, largest)

@@ -16,6 +16,7 @@ from quadriga.models.plan import split_stages
 from quadriga.models.registry import block_trace, head_trace, parallel_plan
 from quadriga.units import DTYPE_BYTES
 
+BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
 OPTIMIZER_COPIES = {
     "fused": 0.0,
     "for-loop": 0.0,
@@ -54,7 +55,11 @@ class Setup:
 
     @property
     def moment_bytes(self) -> int:
-        return self.parameter_bytes
+        return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
+
+    @property
+    def loss_pieces(self) -> int:
+        return self.run.config.training.loss_chunks
 
     @property
     def offload(self) -> bool:
@@ -74,7 +79,7 @@ class Setup:
     @property
     def reshards_ends(self) -> bool:
         """Whether the first units that the backward pass needs are let go as well."""
-        return self.run.config.parallelism.fsdp_reshard_after_forward == "always"
+        return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_pieces == 1
 
     @property
     def reduces_once(self) -> bool:
@@ -94,10 +99,14 @@ class Setup:
         """Of one pass of local_batch_size rows through a pipeline."""
         return self.run.spec.micro_batches // self.run.spec.accumulation_steps
 
-    @property
-    def optimizer_copies(self) -> float:
-        """Copies of all parameters that an update makes and drops."""
-        return OPTIMIZER_COPIES[self.run.config.optimizer.implementation]
+    def update_bytes(self, held: int, largest: int) -> float:
+        """What an update of `held` numbers, the greatest parameter having `largest`, makes and drops."""
+        section, wide = self.run.config.optimizer, DTYPE_BYTES["float32"]
+        copies = OPTIMIZER_COPIES[section.implementation]
+        if section.state_dtype is None:
+            return copies * held * self.parameter_bytes
+        narrow = 2 * (self.moment_bytes < wide) + 2 * (self.parameter_bytes < wide)  # moments; weights and gradients
+        return (narrow + copies) * min(max(BUCKET, largest), held) * wide
 
     @property
     def rows(self) -> int:

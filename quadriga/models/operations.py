@@ -32,8 +32,8 @@ class Operation:
 
     `kind`: product (of a matrix, `matrix` is (in, out) and `module` its name), attention, norm, add (of two streams),
     cheap (by element), gather, scatter and reduce (over tensor-parallel ranks), gather_keys and exchange (over
-    context-parallel ranks). `takes` and `gives` name values; `saves` those that the backward
-    pass needs, of both and of earlier ones. `extra`: values that come beside the result and serve the backward pass alone.
+    context-parallel ranks). `takes` and `gives` name values; `saves` those that the backward pass needs,
+    of both and of earlier ones. `extra`: values that come beside the result and serve the backward pass alone.
     """
 
     kind: str

@@ -56,6 +56,8 @@ class ParallelPlan:
     `attention_units`: modules that map (q, k, v), each (batch, heads, seq, head_dim), to causal attention over the
     whole sequence: where context parallelism must look beyond its own part.
     `stage_units`: what a pipeline may cut between, in the order of the forward pass; a stage is a range of it.
+    `logits_unit`: the module that makes logits of hidden states, token by token, from a `weight` of its own or borrowed
+    and from nothing else; it comes last. None in a part without it.
     """
 
     parameters: tuple[ParameterPlan, ...]
@@ -64,6 +66,7 @@ class ParallelPlan:
     tensor_cuts: tuple[TensorCut, ...] = ()
     attention_units: tuple[str, ...] = ()
     stage_units: tuple[str, ...] = ()
+    logits_unit: str | None = None
 
     def of_stage(self, modules: tuple[str, ...]) -> ParallelPlan:
         """The plan of a part of the model: of what lies within `modules`, some of `stage_units`."""
@@ -82,6 +85,7 @@ class ParallelPlan:
             tensor_cuts=tuple(cut for cut in self.tensor_cuts if held(cut.module)),
             attention_units=tuple(filter(held, self.attention_units)),
             stage_units=tuple(unit for unit in self.stage_units if unit in modules),
+            logits_unit=self.logits_unit if self.logits_unit and held(self.logits_unit) else None,
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from quadriga.config.schema import Optimizer as OptimizerSection
+from quadriga.optim.moments import AdamWithMomentsIn
 
 KERNELS: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},
@@ -24,6 +26,8 @@ def build_optimizer(
     Two parameter groups, always in this order, so that a checkpoint fits whatever decays: matrices, which decay, and
     vectors (norms, biases), which decay only with `optimizer.decay_norms_and_biases`.
 
+    torch's own optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype`, see `moments`.
+
     Args:
         named_parameters: plain or DTensor parameters; the count of dimensions is that of the whole tensor.
     """
@@ -35,11 +39,15 @@ def build_optimizer(
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": vector_decay},
     ]
-    algorithm = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
-    return algorithm(
-        [group for group in groups if group["params"]],
-        lr=section.lr,
-        betas=(section.beta1, section.beta2),
-        eps=section.eps,
+    options: dict[str, Any] = {
+        "params": [group for group in groups if group["params"]],
+        "lr": section.lr,
+        "betas": (section.beta1, section.beta2),
+        "eps": section.eps,
         **KERNELS[section.implementation],
-    )
+    }
+    if section.state_dtype is not None:
+        dtype, decoupled = getattr(torch, section.state_dtype), section.name == "AdamW"
+        return AdamWithMomentsIn(dtype=dtype, decoupled_weight_decay=decoupled, **options)
+    algorithm = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
+    return algorithm(**options)

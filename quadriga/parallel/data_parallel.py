@@ -46,7 +46,7 @@ def apply_data_parallel(
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh.fsdp,
-            reshard_after_forward=reshard_after_forward and (unit.reshard or _always(parallelism)),
+            reshard_after_forward=reshard_after_forward and (unit.reshard or _always(parallelism, training)),
             mp_policy=_dtype_policy(training),
             offload_policy=_offload_policy(training, mesh),
         )
@@ -94,9 +94,12 @@ def free_gathered_parameters(model: nn.Module) -> None:
             module.reshard()
 
 
-def _always(parallelism: Parallelism) -> bool:
-    """`always` frees even the units that the plan would keep, the first ones that the backward pass needs."""
-    return parallelism.fsdp_reshard_after_forward == "always"
+def _always(parallelism: Parallelism, training: Training) -> bool:
+    """`always` frees even the units that the plan would keep, the first ones that the backward pass needs.
+
+    But not where the loss is made in pieces: it needs the output layer's weights once the forward pass is through.
+    """
+    return parallelism.fsdp_reshard_after_forward == "always" and training.loss_chunks == 1
 
 
 def _dtype_policy(training: Training) -> MixedPrecisionPolicy:

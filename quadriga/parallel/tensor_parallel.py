@@ -50,9 +50,16 @@ WHOLE = Replicate()
 
 
 def apply_tensor_parallel(
-    model: nn.Module, cuts: tuple[TensorCut, ...], mesh: DeviceMesh, parallelism: Parallelism
+    model: nn.Module,
+    cuts: tuple[TensorCut, ...],
+    mesh: DeviceMesh,
+    parallelism: Parallelism,
+    *,
+    loss_in_pieces: bool = False,
 ) -> None:
     """Cut `model` over the one-dimensional `mesh`, in place. It may be on meta, or a pipeline stage; names stay.
+
+    With `loss_in_pieces` hidden states come out of it, whole, as a DTensor: `chunked_loss` makes logits of them.
 
     Gradients of parameters that are whole on every rank come out as sums to be made (`Partial`), one part a rank:
     `fully_shard`, applied later, makes them.
@@ -61,7 +68,9 @@ def apply_tensor_parallel(
         UserError: `enable_async_tensor_parallel` on a device that has no symmetric memory.
     """
     hidden = SEQUENCE if parallelism.enable_sequence_parallel else WHOLE
-    logits = WHOLE if parallelism.disable_loss_parallel else FEATURES
+    logits: Placement | None = WHOLE if parallelism.disable_loss_parallel else FEATURES
+    if loss_in_pieces:
+        logits = None
     for cut in cuts:
         module = model.get_submodule(cut.module)
         _cut(module, cut.style, mesh, hidden, logits)
@@ -87,7 +96,7 @@ def plain_loss(loss: Tensor) -> Tensor:
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
-def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, logits: Placement) -> None:
+def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, logits: Placement | None) -> None:
     if style == "embedding":
         parallelize_module(module, mesh, RowwiseParallel(input_layouts=WHOLE, output_layouts=hidden))
     elif style == "norm" and hidden == SEQUENCE:
@@ -116,14 +125,20 @@ def _gather_first_input(module: nn.Module, hidden: Placement) -> PrepareModuleIn
     return PrepareModuleInput(input_layouts=(hidden, *others), desired_input_layouts=(WHOLE, *others))
 
 
-def _cut_logits(module: nn.Module, mesh: DeviceMesh, hidden: Placement, logits: Placement) -> None:
-    """Logits come out as a DTensor that is cut along the vocabulary, or as a plain whole tensor."""
-    if next(module.parameters(), None) is None:
-        # A tied output layer multiplies by the embedding's matrix, of which each rank holds some rows.
+def _cut_logits(module: nn.Module, mesh: DeviceMesh, hidden: Placement, logits: Placement | None) -> None:
+    """Logits come out as a DTensor that is cut along the vocabulary, or as a plain whole tensor.
+
+    None: it is hidden states that come out, gathered, as a DTensor.
+    """
+    # A tied output layer multiplies by the embedding's matrix, of which each rank holds some rows.
+    tied = next(module.parameters(), None) is None
+    if tied and logits is not None:
         _convert(module, mesh, takes=hidden, wants=WHOLE, makes=FEATURES, gives=logits)
-        return
-    style = ColwiseParallel(input_layouts=hidden, output_layouts=logits, use_local_output=logits == WHOLE)
-    parallelize_module(module, mesh, style)
+    elif tied:
+        parallelize_module(module, mesh, PrepareModuleInput(input_layouts=hidden, desired_input_layouts=WHOLE))
+    else:
+        style = ColwiseParallel(input_layouts=hidden, output_layouts=logits or WHOLE, use_local_output=logits == WHOLE)
+        parallelize_module(module, mesh, style)
 
 
 def _convert(

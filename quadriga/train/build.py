@@ -29,6 +29,7 @@ from quadriga.models import registry
 from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
+from quadriga.parallel.chunked_loss import loss_in_pieces
 from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import own_positions
 from quadriga.parallel.float8 import TABLE as FLOAT8
@@ -41,7 +42,7 @@ from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
 from quadriga.train.health import Health
 from quadriga.train.ledger import open_ledger
-from quadriga.train.passes import Pass, PipelinePass, Share, WholePass
+from quadriga.train.passes import Loss, Pass, PipelinePass, Share, WholePass
 from quadriga.train.record import write_estimate, write_record
 from quadriga.train.replicas import ReplicaCheck
 from quadriga.train.resume import resume
@@ -256,11 +257,7 @@ def build_pass(
 ) -> Pass:
     """The way of `rows` sequences of `seq_len` tokens through the model; losses are divided by `divisor`."""
     parallelism = run.config.parallelism
-    cross_entropy = maybe_compile_loss(summed_cross_entropy, run.config.compile)
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return plain_loss(cross_entropy(logits, labels)) / divisor
-
+    loss = build_loss(run, device, parts, divisor)
     positions = own_positions(
         seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
     )
@@ -285,6 +282,23 @@ def build_pass(
         loss=loss,
     )
     return PipelinePass(pipeline, context, share)
+
+
+def build_loss(run: Run, device: torch.device, parts: tuple[nn.Module, ...], divisor: int) -> Loss:
+    """Of what the model returns and the labels: the summed cross-entropy over `divisor`."""
+    gathered = run.config.parallelism.disable_loss_parallel
+    sliced = run.spec.degrees.tp > 1 and not gathered
+    compile = run.config.compile
+    cross_entropy = maybe_compile_loss(summed_cross_entropy, compile, sliced_on_cpu=sliced and device.type == "cpu")
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return plain_loss(cross_entropy(logits, labels)) / divisor
+
+    pieces = run.config.training.loss_chunks
+    output = registry.parallel_plan(run.spec.model).logits_unit
+    if pieces == 1 or output is None:
+        return loss
+    return loss_in_pieces(loss, parts, output, pieces=pieces, gather_logits=gathered)
 
 
 def build_validator(

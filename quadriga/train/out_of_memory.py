@@ -95,6 +95,8 @@ def _for_activations(run: Run) -> Iterator[str]:
         fewer = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
         batches = f"--training.local_batch_size={fewer} --training.global_batch_size={batch}"
         yield f"{batches}: the same batch in {rows // fewer} times as many passes"
+    if config.training.loss_chunks == 1:
+        yield "--training.loss_chunks=8: holds the logits of an eighth of the tokens at a time, for no more work"
     if config.training.mixed_precision_param == "float32":
         yield "--training.mixed_precision_param=bfloat16: halves activations"
     if run.spec.degrees.dp_shard % 2 == 0 and batch % max(run.spec.degrees.batch // 2, 1) == 0:

@@ -50,7 +50,7 @@ class Share:
 
 @dataclass(frozen=True)
 class WholePass:
-    """The whole model is here."""
+    """The whole model is here. `loss` takes what it returns, and the labels."""
 
     model: nn.Module
     loss: Loss

@@ -9,7 +9,7 @@ from tree import PACKAGE, parsed, room, sources
 
 from quadriga.config import JobConfig
 
-MAY_NAME_THE_ROOT = {"cli", "launch", "config", "train"}
+MAY_NAME_THE_ROOT = {"cli", "launch", "config", "train", "estimate"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -34,6 +34,9 @@ class Optimizer(Section):
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed: parameter by parameter, in lists, or in one fused kernel."""
 
+    state_dtype: Literal["bfloat16", "float32"] | None = None
+    """Format of Adam's two moments, whose updates are then computed in float32; none: that of the parameters."""
+
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there."""
 

@@ -41,6 +41,9 @@ class Training(Section):
     seq_len: Count = 2048
     """Tokens in one sequence."""
 
+    loss_chunks: Count = 1
+    """Pieces that a micro-batch's tokens are cut into at the loss: logits exist for one piece at a time."""
+
     max_norm: NonNegative = 1.0
     """Clip gradients to this global norm; 0 switches clipping off."""
 

@@ -134,8 +134,12 @@ class TiedOutput(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, so that it is not a submodule: its matrix keeps one name
 
+    @property
+    def weight(self) -> Tensor:
+        return self._embedding[0].weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._embedding[0].weight)
+        return F.linear(x, self.weight)
 
 
 class Llama(nn.Module):

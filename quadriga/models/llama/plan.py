@@ -83,4 +83,5 @@ def parallel_plan(spec: ModelSpec) -> ParallelPlan:
         tensor_cuts=tuple(_tensor_cuts(layers)),
         attention_units=tuple(f"{layer}.attention.core" for layer in layers),
         stage_units=("tok_embeddings", *layers, "norm", "output"),
+        logits_unit="output",
     )

@@ -61,7 +61,7 @@ def test_every_command_explains_itself(command, capsys):
         (["card"], "the following arguments are required: FILE"),
         (["card", "small.toml"], "how many GPUs is the file meant for?"),
         (["card", "small.toml", "--ngpu", "0"], "0 is not a number of ranks"),
-        (["card", "small.toml", "--ngpu", "2", "--device", "H1000"], "did you mean: H100"),
+        (["card", "small.toml", "--ngpu", "2", "--device", "H1000"], "did you mean: h100-80gb"),
         (["card", "none.toml", "--ngpu", "2"], "no such file"),
         (["schema", "--indent"], "unrecognized arguments: --indent"),
         (["keys", "chekpoint"], "no key has this in its name or meaning"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.config import words
 from quadriga.config.card import Figures, Order, read_order, render
+from quadriga.estimate.estimate import estimate
+from quadriga.estimate.report import device_rows, rows
 from quadriga.hardware import find_device
 from quadriga.models.registry import count_parameters, flops_per_token
 
@@ -21,8 +25,15 @@ def card(door):
     def make(*arguments, gpus=4, device=None):
         run = door(*arguments, ranks=gpus, training=False)
         model = run.spec.model
-        figures = Figures(count_parameters(model), flops_per_token(model, run.spec.seq_len))
-        return render(run, Order("some/file.toml", gpus, device), figures, find_device(device) if device else None)
+        known = find_device(device) if device else None
+        foreseen = estimate(run, known)
+        figures = Figures(
+            count_parameters(model),
+            flops_per_token(model, run.spec.seq_len),
+            tuple(rows(foreseen)),
+            tuple(device_rows(foreseen)),
+        )
+        return render(run, Order("some/file.toml", gpus, device), figures, known)
 
     return make
 
@@ -85,11 +96,17 @@ def test_the_schedule_in_words(arguments, says, door):
 
 def test_state_and_save_are_arithmetic(card):
     text = card(*EIGHT_B, device="H100")
-    assert "parameters 7.48 GiB, gradients 7.48 GiB, Adam's two moments 14.96 GiB: 32.1 GB (29.92 GiB)" in text
-    assert "on each GPU, 40% of the H100's 80 GB" in text
+    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB a rank" in text
     assert "one full save would take about 96.4 GB (89.75 GiB)" in text
-    assert "16.1 GB (14.96 GiB) on each GPU" in card(*EIGHT_B, "--training.dtype", "bfloat16")
-    assert "32.1 GB (29.92 GiB) in host memory" in card(*EIGHT_B, "--training.enable_cpu_offload", device="H100")
+    assert "14.96 GiB a rank" in card(*EIGHT_B, "--training.dtype", "bfloat16")
+    assert "29.92 GiB of host memory a rank" in card(*EIGHT_B, "--training.enable_cpu_offload", device="H100")
+
+
+def test_every_device_of_the_table_has_its_verdict(card):
+    text = card(*EIGHT_B, device="H100")
+    assert "| a100-40gb | 39.40 GiB |" in text and "does not fit" in text
+    assert re.search(r"\| h200-141gb \| 138.8. GiB \| [0-9.]+ GiB \| fits \|", text)
+    assert text.count("no units for this format") == 1, "T4 has no bfloat16"
 
 
 def test_a_device_gives_a_bound_and_none_is_made_up(card):
@@ -151,12 +168,12 @@ def test_the_card_does_not_depend_on_where_it_is_made(card, write):
     assert card("--model.hf_assets_path", "tok") == before
 
 
-def test_gradients_that_wait_for_the_last_micro_batch_are_counted_whole(door):
-    arguments = ["--training.global_batch_size", "64"]
-    whole = words.state(door(*arguments, ranks=4), 1_000_000)
-    cut = words.state(door(*arguments, "--parallelism.reduce_gradients", "every_micro_batch", ranks=4), 1_000_000)
-    assert (whole.parameters, whole.gradients, whole.moments) == (1e6, 4e6, 2e6)
-    assert (cut.parameters, cut.gradients, cut.moments, cut.total) == (1e6, 1e6, 2e6, 4e6)
+def test_moments_in_a_format_of_their_own_are_saved_in_it(door):
+    narrow = door("--optimizer.state_dtype", "bfloat16")
+    assert words.save_bytes(narrow, 1_000_000) == 8e6
+    assert "Adam's moments are held in bfloat16" in words.formats(narrow)
+    wide = door("--training.dtype", "bfloat16", "--optimizer.state_dtype", "float32")
+    assert words.save_bytes(wide, 1_000_000) == 10e6
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,16 @@ WRONG = [
         ("parallelism.enable_async_tensor_parallel = true and parallelism.tensor_parallel_degree = 1",),
     ),
     Wrong(
+        "second moment that bfloat16 cannot move",
+        '[optimizer]\nbeta2 = 0.999\nstate_dtype = "bfloat16"',
+        (
+            'optimizer.state_dtype = "bfloat16" and optimizer.beta1 = 0.9 and optimizer.beta2 = 0.999',
+            "[run.toml, lines 3, 2; default]",
+            "fall by 0.001 of itself a step",
+            'set optimizer.state_dtype = "float32", or optimizer.beta2 to 0.996 or less',
+        ),
+    ),
+    Wrong(
         "profiler longer than its cycle",
         "[profiling]\nenable_profiling = true\nprofile_freq = 7",
         (
@@ -243,7 +253,7 @@ WRONG = [
     Wrong(
         "device to plan for",
         '[estimate]\ndevice = "H1000"',
-        ('estimate.device = "H1000"', "allowed: A100 40GB, A100", "did you mean: H100"),
+        ('estimate.device = "H1000"', "allowed: a100-40gb, a100-80gb", "did you mean: h100-80gb"),
     ),
     Wrong(
         "experts in a model without",

@@ -110,6 +110,7 @@ def test_folders_lie_in_the_run_folder(door):
         (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "the last steps are traced"),
         (["--checkpoint.enable"], "checkpoint.last_save_model_only is false by default"),
         (["--training.dtype", "bfloat16"], "small updates round away"),
+        (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.999"], 'optimizer.state_dtype = "float32" would let'),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
         (["--debug.moe_force_load_balance"], "has no experts"),
         (["--debug.deterministic_warn_only"], "changes nothing without debug.deterministic"),

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 from launching import ROOT, RUN_TRAIN, launch
 
-from quadriga.comm.backend import BACKENDS
-from quadriga.config import Run, read, words
 from quadriga.launch.supervisor import main
-from quadriga.models.registry import catalogue, count_parameters
 
 SHIPPED = sorted(path.parent.name for path in ROOT.glob("configs/*/*.toml"))
 
 
 def shipped(name: str) -> str:
     return str(ROOT / "configs" / name / f"{name}.toml")
-
-
-def run_of(*argv: str, world_size: int) -> Run:
-    return read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -58,33 +51,6 @@ def test_it_is_quick_and_needs_no_device() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.code == 0, ended.err
     assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 1.0
-
-
-SMALL = ("--training.seq_len=64", "--training.local_batch_size=2")
-
-
-def state_of(run: Run) -> words.State:
-    return words.state(run, count_parameters(run.spec.model))
-
-
-def test_static_memory_follows_the_layout() -> None:
-    parameters = count_parameters(run_of(*SMALL, world_size=1).spec.model)
-    alone = state_of(run_of(*SMALL, world_size=1))
-    assert (alone.parameters, alone.total) == (4 * parameters, 16 * parameters)
-    sharded = state_of(run_of(*SMALL, world_size=4))
-    assert sharded.total == alone.total / 4
-    copies = ("--parallelism.data_parallel_replicate_degree=4", "--parallelism.data_parallel_shard_degree=1")
-    assert state_of(run_of(*SMALL, *copies, world_size=4)).total == alone.total
-    half = state_of(run_of(*SMALL, "--training.dtype=bfloat16", world_size=4))
-    assert half.total == sharded.total / 2
-
-
-@pytest.mark.parametrize(("reduce", "whole"), [("once", True), ("every_micro_batch", False)])
-def test_gradients_kept_whole_are_counted(reduce: str, whole: bool) -> None:
-    run = run_of(*SMALL, "--training.global_batch_size=16", f"--parallelism.reduce_gradients={reduce}", world_size=4)
-    parameters = count_parameters(run.spec.model)
-    assert run.spec.accumulation_steps == 2
-    assert state_of(run).gradients == (4 * parameters if whole else parameters)
 
 
 def test_help_tells_variables_keys_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

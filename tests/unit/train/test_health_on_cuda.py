@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from quadriga.config.schema import Health as HealthSection
 from quadriga.optim.clip import gradient_norms, scale_gradients
+from quadriga.optim.moments import AdamWithMomentsIn
 from quadriga.train.health import NOT_FINITE, Finding, Health, Totals
+
+NARROW = torch.bfloat16
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +33,7 @@ def step(parameters, optimizer, health: Health, bad: bool) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("algorithm", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("algorithm", [torch.optim.Adam, torch.optim.AdamW, partial(AdamWithMomentsIn, dtype=NARROW)])
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_bad_step_is_left_out(algorithm, implementation):
     device = torch.device("cuda")

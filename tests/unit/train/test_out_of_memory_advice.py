@@ -62,7 +62,7 @@ def test_replicas_are_cut_before_ranks_are_added() -> None:
 
 def test_what_is_done_already_is_not_advised() -> None:
     spent = ("--activation_checkpoint.mode=full", "--training.local_batch_size=1", "--training.enable_cpu_offload")
-    run = run_of(*spent, "--parallelism.fsdp_reshard_after_forward=always", ranks=1)
+    run = run_of(*spent, "--parallelism.fsdp_reshard_after_forward=always", "--training.loss_chunks=4", ranks=1)
     advised = list(changes(run, "forward and backward", on_device=True))
     assert len(advised) == 2
     assert "more ranks" in advised[0]

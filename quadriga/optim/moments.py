@@ -1,0 +1,116 @@
+"""Adam whose moments are held in a format of their own (`optimizer.state_dtype`), and computed in float32.
+
+torch's optimizers hold both moments in the format of the parameters and compute in it. Here each step takes a few
+parameters at a time, makes float32 copies of what is narrower, lets torch's own functional Adam change the copies, and
+rounds them back to nearest. So the copies of one bucket exist and never those of the whole model:
+
+| parameters | moments  | bytes held a parameter (weight + moments) | float32 copies of one bucket               |
+|------------|----------|--------------------------------------------|--------------------------------------------|
+| float32    | bfloat16 | 4 + 4, instead of 4 + 8                    | both moments                               |
+| bfloat16   | bfloat16 | 2 + 4                                      | weights, gradients, both moments           |
+| bfloat16   | float32  | 2 + 8, instead of 2 + 4                    | weights, gradients                         |
+
+A bucket is `BUCKET` numbers of this rank's shards (64 MiB a copy), or one parameter's shard if that is larger. On top
+of the copies `foreach` and `for-loop` make intermediate results of their size, as they do without; `fused` makes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adam import adam
+
+BUCKET = 1 << 24  # numbers of this rank's shards that are computed at once
+
+
+class AdamWithMomentsIn(torch.optim.Adam):
+    """Adam (arXiv 1412.6980) or, with `decoupled_weight_decay`, AdamW (arXiv 1711.05101).
+
+    Its state has the names and shapes of torch's: `step` (float32), `exp_avg` and `exp_avg_sq`, both in `dtype`.
+    Parameters may be plain or DTensors, float32 or bfloat16. A step that `found_inf` withholds (see `withhold.py`)
+    leaves the state as it is, to the bit: to widen a number and to round it back changes nothing.
+
+    Args:
+        dtype: float32 or bfloat16.
+        options: what `torch.optim.Adam` takes; neither `amsgrad`, `maximize`, `capturable` nor `differentiable`.
+    """
+
+    def __init__(self, params: Iterable[Any], *, dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.moments_dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for bucket in _buckets([parameter for parameter in group["params"] if parameter.grad is not None]):
+                self._update(group, bucket)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self._state_of(parameter, group) for parameter in parameters]
+        held = (
+            [_own(parameter) for parameter in parameters],
+            [_own(state["exp_avg"]) for state in states],
+            [_own(state["exp_avg_sq"]) for state in states],
+        )
+        weights, means, squares = wide = [[each.float() for each in column] for column in held]
+        adam(
+            weights,
+            [_own(parameter.grad).float() for parameter in parameters],  # type: ignore[arg-type]  # see `step`
+            means,
+            squares,
+            [],
+            [state["step"] for state in states],
+            foreach=group["foreach"],
+            fused=group["fused"],
+            found_inf=getattr(self, "found_inf", None),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for column, computed in zip(held, wide, strict=True):
+            for narrow, result in zip(column, computed, strict=True):
+                if result is not narrow:
+                    narrow.copy_(result)
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            # Where torch's own Adam has it: the fused kernel counts on the device, the others on the host.
+            state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+        return state
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of at most `BUCKET` numbers, or of one parameter."""
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        more = _own(parameter).numel()
+        if bucket and size + more > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += more
+    if bucket:
+        yield bucket
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,151 @@
+"""The output layer and the loss, one piece of the tokens at a time (`training.loss_chunks`).
+
+Logits are the largest tensor of a step: tokens x vocabulary, with their float32 copy, its logarithms and the gradients
+of all of them. They are needed for nothing but a number a token. So the tokens of a micro-batch are cut into pieces,
+and a piece goes through the output layer and the loss forward *and* backward at once, before the next one begins. What
+is left of it are its loss and two gradients, of its hidden states and of the output matrix. Nothing is computed twice:
+the later backward pass only multiplies the two by what comes from above (1 in training).
+
+In bytes, with T tokens on a rank, n pieces, width d, v rows of the output matrix on this rank (under tensor parallelism
+its share of the vocabulary, or all logits where they are gathered), c bytes of a number in the computing dtype:
+
+| alive                                    | all at once           | in n pieces                                 |
+|------------------------------------------|-----------------------|---------------------------------------------|
+| logits, float32 copy, logarithms         | T v (c + 8)           | T/n v (c + 8)                               |
+| logarithms, gradients of both            | T v 12, backward      | T/n v 12, still in the forward pass         |
+| gradient of the hidden states            | T d c                 | T d c, from the forward pass on             |
+| gradient of the output matrix            | v d c                 | v d 4 (the sum) + v d c (of one piece)      |
+
+The sum over the pieces is made in float32, since in bfloat16 each addition would round it, and is rounded once, to c
+bytes, at the end of the forward pass. A schedule that runs several micro-batches forward before the first goes backward
+(GPipe) keeps (T d + v d) c bytes for each of them; 1F1B keeps them for one.
+
+The hidden states are gathered (sequence parallelism) once and not once a piece. The model knows nothing of it: its
+output layer hands its input on, and what it would have computed is computed within the loss, where its weights still
+are: `fully_shard` keeps the unit that holds them until the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def hand_on_hidden_states(model: nn.Module, output: str) -> None:
+    """Let the module `output` return its input, in place; its hooks run as ever. `model` may be a stage without it."""
+    if (module := _find((model,), output)) is not None:
+        module.forward = _unchanged
+
+
+def loss_in_pieces(
+    loss: Loss, parts: Sequence[nn.Module], output: str, *, pieces: int, gather_logits: bool = False
+) -> Loss:
+    """The same loss, of hidden states instead of logits.
+
+    Args:
+        loss: maps logits (1, tokens, vocab) and labels (1, tokens) to a *sum* over tokens: plain, of shape ().
+        parts: the model, or the stages of this rank; `hand_on_hidden_states` was called on them.
+        output: full name of the module that makes logits, by `forward(hidden states)` and from `weight` alone.
+        pieces: of as many tokens each, or of one more; with fewer tokens than pieces, of one each.
+        gather_logits: hand whole logits to `loss` where the module makes them cut along the vocabulary.
+
+    Returns:
+        A function of hidden states (batch, seq, dim) and int64 labels (batch, seq). Where gradients are recorded, its
+        forward pass computes them; where they are not, logits are made and let go, and nothing else.
+    """
+    if (module := _find(parts, output)) is None:
+        return loss  # nobody asks a rank without the last stage for it
+    make_logits = partial(type(module).forward, module)
+
+    def of_piece(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = make_logits(hidden.unsqueeze(0))
+        if gather_logits and isinstance(logits, DTensor):
+            logits = logits.full_tensor()
+        return loss(logits, labels.unsqueeze(0))
+
+    def of_all(hidden: Tensor, labels: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            summed: Tensor = _InPieces.apply(hidden, module.weight, labels, of_piece, pieces)
+            return summed
+        tokens, labels = hidden.flatten(0, 1), labels.flatten()
+        return torch.stack([of_piece(tokens[cut], labels[cut]) for cut in _cuts(len(labels), pieces)]).sum()
+
+    return of_all
+
+
+class _InPieces(torch.autograd.Function):
+    """The loss of all tokens, whose gradients are there as soon as it is.
+
+    They enter the graph where gradients of an output layer always do, so that accumulation, `fully_shard` and schedules
+    that split the backward pass go on as ever. `backward` changes nothing that was saved: a split one calls it twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss, pieces: int) -> Tensor:
+        tokens, labels = hidden.detach().flatten(0, 1), labels.flatten()
+        of_hidden, of_weight = torch.empty_like(_own(tokens)), None
+        losses = []
+        for cut in _cuts(len(labels), pieces):
+            with torch.enable_grad():
+                piece = tokens[cut].detach().requires_grad_()
+                of_piece = loss(piece, labels[cut])
+            losses.append(of_piece.detach())
+            gradients = torch.autograd.grad(of_piece, (piece, weight))
+            ctx.wrap = _like(gradients[0], hidden), _like(gradients[1], weight)
+            of_hidden[cut] = _own(gradients[0])
+            of_weight = _added(of_weight, _own(gradients[1]))
+            del of_piece, gradients  # they would live until the next piece has some
+        assert of_weight is not None, "a batch without tokens"
+        ctx.save_for_backward(of_hidden.view(hidden.shape), of_weight.to(weight.dtype))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight = (wrap(own * above) for wrap, own in zip(ctx.wrap, ctx.saved_tensors, strict=True))
+        return of_hidden, of_weight, None, None, None
+
+
+def _find(parts: Sequence[nn.Module], name: str) -> nn.Module | None:
+    found = [module for part in parts for here, module in part.named_modules() if here == name]
+    return found[0] if found else None
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _cuts(tokens: int, pieces: int) -> Iterator[slice]:
+    """Ranges that differ by one token at most, so that compiled code meets two lengths and not more."""
+    ends = [tokens * piece // pieces for piece in range(pieces + 1)]
+    return (slice(begin, end) for begin, end in pairwise(ends) if begin < end)
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """The sum, in float32 at least; `total` is changed."""
+    return more.to(torch.promote_types(more.dtype, torch.float32)) if total is None else total.add_(more)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(gradient: Tensor, whole: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of this rank's numbers a gradient of `whole`, spread over ranks as `gradient`, that of a piece, is."""
+    if not isinstance(gradient, DTensor):
+        return _unchanged
+    return partial(
+        DTensor.from_local,
+        device_mesh=gradient.device_mesh,
+        placements=gradient.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )

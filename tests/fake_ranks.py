@@ -1,0 +1,81 @@
+"""One rank of a fake process group in this process: real modules and meshes, tensors that hold nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from quadriga.comm.mesh import build_mesh
+from quadriga.comm.record import Recorder, axes_of
+from quadriga.config import Run
+from quadriga.train.build import build_recipe
+from quadriga.train.live_memory import LiveMemory
+from quadriga.train.rehearse import HOST, empty_state
+from quadriga.train.state import TrainState
+from quadriga.train.step import train_step, with_last
+
+T = TypeVar("T")
+
+
+def on_fake_ranks(task: Callable[[Run, int], T], run: Run, rank: int) -> T:
+    """`task(run, rank)` as rank `rank` of as many as the run has."""
+    distributed_c10d._world.group_count = 0  # by which groups are named, and found again by functional collectives
+    dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
+    try:
+        return task(run, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rehearsed_state(run: Run) -> tuple[TrainState, Callable[[], None]]:
+    """The state of this rank, and what takes a step with it."""
+    mesh = build_mesh(run.spec.degrees, HOST.type)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode as nothing:
+        state = empty_state(run, mesh, nothing)
+        recipe = build_recipe(run, mesh, HOST, state.parts)
+
+    def step() -> None:
+        with mode:
+            train_step(state, recipe, mesh)
+
+    return state, step
+
+
+def recorded_step(run: Run, rank: int) -> Recorder:
+    """What one step sends."""
+    mesh = build_mesh(run.spec.degrees, HOST.type)
+    with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
+        state = empty_state(run, mesh, nothing)
+        recipe = build_recipe(run, mesh, HOST, state.parts)
+        with Recorder(axes_of(mesh)) as recorder:
+            train_step(state, recipe, mesh)
+    return recorder
+
+
+def peak_of_passes(run: Run, rank: int) -> int:
+    """The most bytes that are alive in the forward and backward passes of a step, beside parameters and moments."""
+    mesh = build_mesh(run.spec.degrees, HOST.type)
+    with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
+        state = empty_state(run, mesh, nothing)
+        recipe = build_recipe(run, mesh, HOST, state.parts)
+        with LiveMemory() as live:
+            for parameter in state.parameters():
+                live.look(parameter.detach())
+            batch = state.loader.next()
+            before = live.mark()
+            for micro_batch, last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
+                reduce = recipe.reduce_gradients == "every_micro_batch"
+                recipe.forward_backward.train(micro_batch, reduce=reduce, last=last)
+            return live.peak - before

@@ -1,0 +1,97 @@
+"""What a step sends: kind, axis, calls and bytes are those that a fake group sees, on many layouts.
+
+On real ranks: tests/distributed/test_collective_counts.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from estimating import COMPUTE, RECOMPUTE, keys, run_of
+from fake_ranks import on_fake_ranks, recorded_step
+
+from quadriga.config import Run
+from quadriga.config.run_spec import Degrees
+from quadriga.estimate.communication import calls_of
+from quadriga.estimate.setup import Setup
+
+SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--model.n_heads=8", "--model.n_kv_heads=4")
+LAYOUTS = {
+    "FSDP 4": (4, keys(), "none", "f32"),
+    "FSDP 3, uneven": (3, (), "none", "f32"),
+    "FSDP 4, bf16, op": (4, (), "op", "bf16"),
+    "FSDP 4, always": (4, keys(reshard="always"), "full", "f32"),
+    "FSDP 4, never": (4, keys(reshard="never"), "2", "f32"),
+    "FSDP 4, accumulated": (4, ("--training.global_batch_size=48", *keys(reduce="once")), "none", "f32"),
+    "FSDP 4, reduced each": (4, ("--training.global_batch_size=48", *keys(reduce="every_micro_batch")), "op", "bf16"),
+    "FSDP 4, loss in pieces": (4, ("--training.loss_chunks=4",), "op", "f32"),
+    "FSDP 4, tied": (4, ("--model.tie_embeddings",), "op", "f32"),
+    "HSDP 2x2": (4, keys(rep=2), "none", "f32"),
+    "DDP 4": (4, keys(rep=4, shard=1), "none", "bf16"),
+    "TP 4": (4, keys(tp=4), "none", "f32"),
+    "TP 2, full": (2, keys(tp=2), "full", "f32"),
+    "TP 2, op, bf16": (2, keys(tp=2), "op", "bf16"),
+    "TP 2, whole sequence": (2, keys(tp=2, sp=False), "op", "f32"),
+    "TP 2, whole logits": (2, keys(tp=2, whole_logits=True), "full", "f32"),
+    "FSDP 2, TP 2, accumulated": (4, ("--training.global_batch_size=16", *keys(tp=2)), "op", "f32"),
+    "CP 2": (2, keys(cp=2), "full", "f32"),
+    "CP 2, ring": (2, keys(cp=2, method="ring"), "full", "bf16"),
+    "CP 4, ring, op": (4, keys(cp=4, method="ring"), "op", "f32"),
+    "CP 2, ulysses": (2, keys(cp=2, method="ulysses"), "op", "f32"),
+    "CP 2, ulysses, full": (2, keys(cp=2, method="ulysses"), "full", "f32"),
+    "FSDP 2, CP 2, TP 2": (8, keys(cp=2, tp=2), "op", "f32"),
+    "PP 2": (2, keys(pp=2), "none", "f32"),
+    "PP 4, GPipe": (4, keys(pp=4, schedule="GPipe"), "full", "f32"),
+    "PP 2, interleaved": (2, keys(pp=2, schedule="Interleaved1F1B"), "none", "f32"),
+    "PP 2, ZBV": (2, keys(pp=2, schedule="ZBVZeroBubble"), "none", "f32"),
+    "PP 2, FSDP 2": (4, keys(pp=2), "op", "bf16"),
+    "PP 2, TP 2": (4, keys(pp=2, tp=2), "op", "f32"),
+    "all axes": (16, keys(pp=2, rep=2, cp=2, tp=2), "op", "bf16"),
+}
+
+
+def by_group(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """Predicted calls and bytes, under the names that a recorder gives to axes: of those with the same ranks, one."""
+    degrees = run.spec.degrees
+    calls: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    same = one_name_a_group(degrees)
+    for call in calls_of(Setup(run, "cpu"), rank // (degrees.world_size // degrees.pp)):
+        name = call.kind, same.get(call.axis, call.axis)
+        calls[name] += round(call.calls)
+        sizes[name] += round(call.bytes)
+    return calls, sizes
+
+
+def one_name_a_group(degrees: Degrees) -> dict[str, str]:
+    same = {} if degrees.dp_shard > 1 else {"cp": "shard"}
+    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
+    cut = [axis for axis, size in {**sizes, "tp": degrees.tp}.items() if size > 1]
+    if degrees.tp == 1 or len(cut) == 1:
+        same["world"] = cut[0] if len(cut) == 1 else "loss"
+    return same
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_sends_what_is_predicted(name: str) -> None:
+    ranks, layout, recompute, compute = LAYOUTS[name]
+    run = run_of(*SMALL, *layout, *RECOMPUTE[recompute], *COMPUTE[compute], ranks=ranks)
+    for rank in {0, ranks - 1}:
+        recorder = on_fake_ranks(recorded_step, run, rank)
+        calls, sizes = by_group(run, rank)
+        assert dict(recorder.counts()) == dict(calls), f"rank {rank}"
+        assert dict(recorder.bytes()) == dict(sizes), f"rank {rank}"
+
+
+EIGHT_B = ("--model.flavor=8B", "--model.hf_assets_path=x", "--training.seq_len=512", "--training.local_batch_size=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout"), [(4, ()), (8, keys(tp=2)), (64, keys(tp=4, cp=2, rep=2))])
+def test_8b_sends_what_is_predicted(ranks: int, layout: tuple[str, ...]) -> None:
+    run = run_of(*layout, *RECOMPUTE["op"], ranks=ranks, base=EIGHT_B)
+    recorder = on_fake_ranks(recorded_step, run, 0)
+    calls, sizes = by_group(run, 0)
+    assert dict(recorder.counts()) == dict(calls)
+    assert dict(recorder.bytes()) == dict(sizes)

@@ -1,0 +1,70 @@
+"""Active memory at the peak: predicted beside that of the tensors which are alive in a rehearsal, layout by layout.
+
+`benchmarks/estimates.py` prints the table for docs/estimates.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from estimating import COMPUTE, RECOMPUTE, keys, run_of
+from fake_ranks import on_fake_ranks, peak_of_passes
+
+from quadriga.estimate.memory import memory_of
+from quadriga.estimate.setup import Setup
+
+SMALL = ("--model.vocab_size=512",)
+MEDIAN, WORST = 0.03, 0.08
+CASES = {
+    "1, none": (1, 0, (), "none", "f32"),
+    "1, full": (1, 0, SMALL, "full", "f32"),
+    "1, op, bf16": (1, 0, (), "op", "bf16"),
+    "1, every 2nd": (1, 0, SMALL, "2", "f32"),
+    "FSDP 4, none": (4, 0, SMALL, "none", "f32"),
+    "FSDP 4, op, bf16": (4, 0, (), "op", "bf16"),
+    "FSDP 4, full": (4, 0, SMALL, "full", "bf16"),
+    "FSDP 4, tied": (4, 0, (*SMALL, "--model.tie_embeddings"), "full", "f32"),
+    "FSDP 4, never": (4, 0, (*SMALL, *keys(reshard="never")), "full", "f32"),
+    "FSDP 4, accumulated": (4, 0, ("--training.global_batch_size=32", *keys(reduce="once")), "full", "f32"),
+    "FSDP 4, loss in pieces": (4, 0, ("--training.loss_chunks=4",), "op", "bf16"),
+    "DDP 2": (2, 0, (*SMALL, *keys(rep=2, shard=1)), "none", "f32"),
+    "TP 2": (2, 0, keys(tp=2), "none", "f32"),
+    "TP 2, op, bf16": (2, 0, (*SMALL, *keys(tp=2)), "op", "bf16"),
+    "TP 2, whole logits": (2, 0, keys(tp=2, whole_logits=True), "full", "f32"),
+    "FSDP 2, TP 2": (4, 0, (*SMALL, *keys(tp=2)), "op", "f32"),
+    "CP 2": (2, 0, (*SMALL, *keys(cp=2)), "none", "f32"),
+    "CP 2, ring": (2, 0, (*SMALL, *keys(cp=2, method="ring")), "op", "bf16"),
+    "CP 2, ulysses": (2, 0, (*SMALL, *keys(cp=2, method="ulysses")), "op", "f32"),
+    "PP 2, first": (2, 0, (*SMALL, *keys(pp=2)), "none", "f32"),
+    "PP 2, last": (2, 1, keys(pp=2), "none", "f32"),
+    "PP 2, GPipe": (2, 0, (*SMALL, *keys(pp=2, schedule="GPipe")), "none", "f32"),
+    "PP 2, interleaved": (2, 0, (*SMALL, *keys(pp=2, schedule="Interleaved1F1B")), "none", "f32"),
+    "PP 2, ZBV": (2, 0, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "f32"),
+    "PP 2, FSDP 2": (4, 2, (*SMALL, *keys(pp=2)), "op", "f32"),
+}
+
+
+def both(name: str) -> tuple[float, float]:
+    """Bytes at the peak: measured, predicted; parameters and moments are in both."""
+    ranks, rank, more, recompute, compute = CASES[name]
+    run = run_of(*more, *RECOMPUTE[recompute], *COMPUTE[compute], ranks=ranks)
+    memory = memory_of(Setup(run, "cpu"), rank // (ranks // run.spec.degrees.pp))
+    state = memory.parameters + memory.moments
+    passes = [moment.total for moment in memory.timeline if moment.name != "optimizer"]
+    return on_fake_ranks(peak_of_passes, run, rank) + state, max(passes)
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    return {name: predicted / measured - 1 for name, (measured, predicted) in ((name, both(name)) for name in CASES)}
+
+
+def test_predicted_peaks_are_the_measured_ones(errors: dict[str, float]) -> None:
+    assert len(errors) >= 12
+    assert statistics.median(map(abs, errors.values())) <= MEDIAN
+    assert {name: error for name, error in errors.items() if abs(error) > WORST} == {}
+
+
+def test_without_a_pipeline_they_are_so_to_a_hundredth(errors: dict[str, float]) -> None:
+    assert {name: error for name, error in errors.items() if "PP" not in name and abs(error) > 0.02} == {}
