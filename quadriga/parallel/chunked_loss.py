@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,44 +73,53 @@ def loss_in_pieces(
 
     def of_all(hidden: Tensor, labels: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            summed: Tensor = _InPieces.apply(hidden, module.weight, labels, of_piece, pieces)
-            return summed
+            return _with_gradients(of_piece, hidden, cast(Tensor, module.weight), labels, pieces)
         tokens, labels = hidden.flatten(0, 1), labels.flatten()
         return torch.stack([of_piece(tokens[cut], labels[cut]) for cut in _cuts(len(labels), pieces)]).sum()
 
     return of_all
 
 
-class _InPieces(torch.autograd.Function):
-    """The loss of all tokens, whose gradients are there as soon as it is.
+def _with_gradients(of_piece: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, pieces: int) -> Tensor:
+    """The loss of all tokens, whose gradients are known as soon as it is."""
+    tokens, labels = hidden.detach().flatten(0, 1), labels.flatten()
+    losses, of_hidden, of_weight = [], torch.empty_like(_own(tokens)), None
+    for cut in _cuts(len(labels), pieces):
+        piece = tokens[cut].requires_grad_()
+        loss = of_piece(piece, labels[cut])
+        losses.append(loss.detach())
+        gradients = torch.autograd.grad(loss, (piece, weight))
+        as_hidden, as_weight = _like(gradients[0], hidden), _like(gradients[1], weight)
+        of_hidden[cut] = _own(gradients[0])
+        of_weight = _added(of_weight, _own(gradients[1]))
+        del loss, gradients  # they would live until the next piece has some
+    assert of_weight is not None, "a batch without tokens"
+    total = torch.stack(losses).sum()
+    # Autograd runs first what was made last: the matrix has its gradient before the backward pass comes to where
+    # `fully_shard` sends it off.
+    upper: Tensor = _Known.apply(total, hidden, of_hidden.view(hidden.shape), as_hidden)
+    lower: Tensor = _Known.apply(torch.zeros_like(total), weight, of_weight.to(weight.dtype), as_weight)
+    return upper + lower
 
-    They enter the graph where gradients of an output layer always do, so that accumulation, `fully_shard` and schedules
-    that split the backward pass go on as ever. `backward` changes nothing that was saved: a split one calls it twice.
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient by `tensor` is known already: `own` is what this rank holds of it, `whole` wraps it.
+
+    One for each tensor, whose sum is torch's: a schedule that splits the backward pass starts the second part of it at
+    the node where the way to the inputs and the way to the weights meet, which in torch 2.11 must not be a function of
+    Python. It may call `backward` twice, which changes nothing that was saved.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss, pieces: int) -> Tensor:
-        tokens, labels = hidden.detach().flatten(0, 1), labels.flatten()
-        of_hidden, of_weight = torch.empty_like(_own(tokens)), None
-        losses = []
-        for cut in _cuts(len(labels), pieces):
-            with torch.enable_grad():
-                piece = tokens[cut].detach().requires_grad_()
-                of_piece = loss(piece, labels[cut])
-            losses.append(of_piece.detach())
-            gradients = torch.autograd.grad(of_piece, (piece, weight))
-            ctx.wrap = _like(gradients[0], hidden), _like(gradients[1], weight)
-            of_hidden[cut] = _own(gradients[0])
-            of_weight = _added(of_weight, _own(gradients[1]))
-            del of_piece, gradients  # they would live until the next piece has some
-        assert of_weight is not None, "a batch without tokens"
-        ctx.save_for_backward(of_hidden.view(hidden.shape), of_weight.to(weight.dtype))
-        return torch.stack(losses).sum()
+    def forward(ctx: Any, value: Tensor, tensor: Tensor, own: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(own)
+        ctx.whole = whole
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_weight = (wrap(own * above) for wrap, own in zip(ctx.wrap, ctx.saved_tensors, strict=True))
-        return of_hidden, of_weight, None, None, None
+        (own,) = ctx.saved_tensors
+        return None, ctx.whole(own * above), None, None
 
 
 def _find(parts: Sequence[nn.Module], name: str) -> nn.Module | None:

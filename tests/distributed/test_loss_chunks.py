@@ -34,7 +34,8 @@ EVERY = ("--training.global_batch_size=16", f"{KEY}reduce_gradients=every_micro_
 
 def run(ranks: int, *cases: Arguments, timeout: float = 90) -> list[list[Trace]]:
     """Each case on all ranks: its traces by rank."""
-    return [list(traces) for traces in zip(*run_ranks(train_all, ranks, list(cases), timeout=timeout), strict=True)]
+    short = [(*case, "--training.steps=2") for case in cases]
+    return [list(traces) for traces in zip(*run_ranks(train_all, ranks, short, timeout=timeout), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,18 @@ def test_one_rank(plain: dict[str, Trace]) -> None:
 
 
 def test_two_ranks(plain: dict[str, Trace]) -> None:
-    compare(2, [(), DDP, ALWAYS, CP, TP, (*TP, *WHOLE, *GATHERED)], plain[""])
-    compare(2, [TIED, (*TIED, *ALWAYS), (*TIED, *TP), (*TIED, *TP, *GATHERED)], plain["tied"])
+    compare(2, [ALWAYS, TP, (*TP, *WHOLE, *GATHERED)], plain[""])
+    compare(2, [TIED, (*TIED, *TP)], plain["tied"])
+
+
+@pytest.mark.slow
+def test_two_ranks_otherwise(plain: dict[str, Trace]) -> None:
+    compare(2, [(), DDP, CP], plain[""])
+    compare(2, [(*TIED, *ALWAYS), (*TIED, *TP, *GATHERED)], plain["tied"])
 
 
 def test_a_pipeline(plain: dict[str, Trace]) -> None:
-    schedules = ("GPipe", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    schedules = ("GPipe", "1F1B", "ZBVZeroBubble")
     compare(2, [pipeline(2, schedule) for schedule in schedules], plain[""])
 
 
@@ -155,11 +162,8 @@ FLOAT8_GATHER = (
 WIDE = (*training.TINY, "--model.dim=64", "--training.steps=3", "--optimizer.lr=3e-3", "--training.local_batch_size=4")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [FLOAT8_GATHER, pytest.param(TP, marks=pytest.mark.slow), pytest.param((*TIED, *TP), marks=pytest.mark.slow)],
-    ids=["gathered in float8", "TP", "tied, TP"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [FLOAT8_GATHER, TP, (*TIED, *TP)], ids=["gathered in float8", "TP", "tied, TP"])
 def test_a_float8_output_layer(layout: tuple[str, ...], tmp_path: Path) -> None:
     """Each piece of the hidden states is scaled by itself, which is nearer and not the same."""
     pytest.importorskip("torchao.float8", reason="torchao is optional")

@@ -70,6 +70,7 @@ def test_other_implementations(implementation: str, straight: list[tuple[float, 
     assert cut == [pytest.approx(figure, rel=1e-5) for figure in straight]
 
 
+@pytest.mark.slow
 def test_weights_that_are_gathered_in_float8(tmp_path: Path) -> None:
     """torchao holds them in a tensor type of its own, and computes their scales after each step."""
     pytest.importorskip("torchao.float8", reason="torchao is optional")

@@ -56,13 +56,13 @@ def weights(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_fifty_steps_stay_near_those_with_float32_moments(name: str, implementation: str) -> None:
-    """Losses within 1 % of where they began, weights within 2 % of how far they went."""
+    """Losses within 0.1 % of the first one, weights within 1 % of how far they went."""
     exact, _, expected = train(50, name=name, implementation=implementation)
     model, optimizer, losses = train(50, name=name, implementation=implementation, state_dtype="bfloat16")
     assert expected[-1] < 0.6 * expected[0]
-    assert losses == pytest.approx(expected, abs=0.01 * expected[0])
+    assert losses == pytest.approx(expected, abs=1e-3 * expected[0])
     way = (weights(exact) - weights(small_model())).norm()
-    assert 0 < (weights(model) - weights(exact)).norm() <= 0.02 * way
+    assert 0 < (weights(model) - weights(exact)).norm() <= 0.01 * way
     assert {state.dtype for key in ("exp_avg", "exp_avg_sq") for state in held(optimizer, key)} == {NARROW}
     assert {float(step) for step in held(optimizer, "step")} == {50}
 
