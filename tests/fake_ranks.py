@@ -1,14 +1,15 @@
-"""One rank of a fake process group in this process: real modules and meshes, tensors that hold nothing."""
+"""One rank of a fake process group, in a process of its own: real modules and meshes, tensors that hold nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -24,9 +25,15 @@ from quadriga.train.step import train_step, with_last
 T = TypeVar("T")
 
 
-def on_fake_ranks(task: Callable[[Run, int], T], run: Run, rank: int) -> T:
-    """`task(run, rank)` as rank `rank` of as many as the run has."""
-    distributed_c10d._world.group_count = 0  # by which groups are named, and found again by functional collectives
+def on_fake_ranks(task: Callable[..., T], run: Run, *ranks: int) -> list[T]:
+    """`task(run, rank)` as each of some ranks of the run, of which the others are not there.
+
+    In processes of their own, since torch remembers the groups of earlier meshes by names that mean others later.
+    """
+    return [run_ranks(_as_rank, 1, task, run, rank, backend=None, timeout=200)[0] for rank in ranks]
+
+
+def _as_rank(task: Callable[..., T], run: Run, rank: int) -> T:
     dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
     try:
         return task(run, rank)
@@ -53,15 +60,15 @@ def rehearsed_state(run: Run) -> tuple[TrainState, Callable[[], None]]:
     return state, step
 
 
-def recorded_step(run: Run, rank: int) -> Recorder:
-    """What one step sends."""
+def recorded_step(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """What one step sends: calls and bytes by kind and axis."""
     mesh = build_mesh(run.spec.degrees, HOST.type)
     with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
         state = empty_state(run, mesh, nothing)
         recipe = build_recipe(run, mesh, HOST, state.parts)
         with Recorder(axes_of(mesh)) as recorder:
             train_step(state, recipe, mesh)
-    return recorder
+    return recorder.counts(), recorder.bytes()
 
 
 def peak_of_passes(run: Run, rank: int) -> int:

@@ -57,20 +57,26 @@ def predicted(run: Run, rank: int) -> int:
     return sum(stage.held(degrees.tp, setup.shards, shard) for stage in setup.stages_of(pipeline_rank))
 
 
-@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+SAMPLE = {7, 13, 21, 28, 33, 37, 41}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=() if number in SAMPLE else pytest.mark.slow) for number in range(len(LAYOUTS))],
+)
 def test_every_rank_holds_what_is_predicted(number: int) -> None:
     ranks, layout, more = LAYOUTS[number]
     run = run_of(*layout, *more, ranks=ranks)
-    for rank in {0, ranks // 2, ranks - 1}:
-        assert on_fake_ranks(built, run, rank) == predicted(run, rank), f"rank {rank}"
+    looked_at = sorted({0, ranks // 2, ranks - 1})
+    assert on_fake_ranks(built, run, *looked_at) == [predicted(run, rank) for rank in looked_at]
 
 
-@pytest.mark.parametrize("number", [0, 3, 8, 13, 23, 27, 33])
+@pytest.mark.parametrize("number", [8, 33])
 def test_gradients_and_moments_are_as_many(number: int) -> None:
     ranks, layout, more = LAYOUTS[number]
     run = run_of(*layout, *more, ranks=ranks)
     own_numbers = predicted(run, ranks - 1)
-    assert on_fake_ranks(stepped, run, ranks - 1) == (own_numbers, own_numbers, 2 * own_numbers)
+    assert on_fake_ranks(stepped, run, ranks - 1) == [(own_numbers, own_numbers, 2 * own_numbers)]
 
 
 def test_there_are_forty_layouts() -> None:

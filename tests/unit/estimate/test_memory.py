@@ -45,6 +45,9 @@ CASES = {
 }
 
 
+QUICK = ("1, op, bf16", "FSDP 4, full", "FSDP 4, loss in pieces", "TP 2, op, bf16", "CP 2", "PP 2, last")
+
+
 def both(name: str) -> tuple[float, float]:
     """Bytes at the peak: measured, predicted; parameters and moments are in both."""
     ranks, rank, more, recompute, compute = CASES[name]
@@ -52,19 +55,19 @@ def both(name: str) -> tuple[float, float]:
     memory = memory_of(Setup(run, "cpu"), rank // (ranks // run.spec.degrees.pp))
     state = memory.parameters + memory.moments
     passes = [moment.total for moment in memory.timeline if moment.name != "optimizer"]
-    return on_fake_ranks(peak_of_passes, run, rank) + state, max(passes)
+    return on_fake_ranks(peak_of_passes, run, rank)[0] + state, max(passes)
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
-    return {name: predicted / measured - 1 for name, (measured, predicted) in ((name, both(name)) for name in CASES)}
-
-
-def test_predicted_peaks_are_the_measured_ones(errors: dict[str, float]) -> None:
-    assert len(errors) >= 12
+def check(errors: dict[str, float]) -> None:
     assert statistics.median(map(abs, errors.values())) <= MEDIAN
     assert {name: error for name, error in errors.items() if abs(error) > WORST} == {}
-
-
-def test_without_a_pipeline_they_are_so_to_a_hundredth(errors: dict[str, float]) -> None:
     assert {name: error for name, error in errors.items() if "PP" not in name and abs(error) > 0.02} == {}
+
+
+def test_predicted_peaks_are_the_measured_ones() -> None:
+    check({name: predicted / measured - 1 for name in QUICK for measured, predicted in [both(name)]})
+
+
+@pytest.mark.slow
+def test_all_predicted_peaks_are_the_measured_ones() -> None:
+    check({name: predicted / measured - 1 for name in CASES for measured, predicted in [both(name)]})
