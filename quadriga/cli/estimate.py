@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.errors import EXIT_OK
+from quadriga.errors import EXIT_OK, Problem, UserError
 from quadriga.estimate.advice import advice_for
+from quadriga.estimate.calibrate import calibrate
 from quadriga.estimate.estimate import estimate
+from quadriga.estimate.rates import Rates
 from quadriga.estimate.report import lines
-from quadriga.hardware import DEVICES, device_named
+from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.models.registry import catalogue
 
 
@@ -25,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     run = read_run(options.file, options.ngpu, keys)
     name = options.device or run.config.estimate.device
     device = device_named(name, "--device") if name else None
-    found = estimate(run, device, gpus_per_node=options.gpus_per_node)
+    found = estimate(run, device, measured_rates(options.calibrate, device), options.gpus_per_node)
     advice = advice_for(found)
     if options.json:
         print(json.dumps(found.to_dict([each.to_dict() for each in advice]), indent=2))
@@ -39,7 +42,21 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--ngpu", type=rank_count, help="ranks in all (default: as many as the degrees ask for)")
     known = ", ".join(device.slug for device in DEVICES)
     parser.add_argument("--device", help=f"{known}, or a TOML file with a device's figures")
+    parser.add_argument("--calibrate", metavar="RUN_FOLDER", help="take rates from a finished run with a trace")
     parser.add_argument("--gpus-per-node", type=rank_count, default=8, help="GPUs that share a fast link (default 8)")
+
+
+def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
+    """Those of a finished run in `folder`, which says itself what it was; None without one."""
+    if folder is None:
+        return None
+    config, environment = Path(folder, "config.toml"), Path(folder, "environment.json")
+    try:
+        ranks = int(json.loads(environment.read_text(encoding="utf-8"))["world_size"])
+    except (OSError, ValueError, KeyError) as error:
+        fix = "name the folder of a run that has ended (job.dump_folder)"
+        raise UserError(Problem("--calibrate", f"{environment} cannot be read: {error}", folder, fix=fix)) from None
+    return calibrate(Path(folder), read_run(str(config), ranks, ()), device)
 
 
 def read_run(file: str, ranks: int | None, keys: Sequence[str]) -> Run:

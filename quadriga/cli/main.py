@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
     "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
     "estimate": "say what each rank will hold and send, how long a step takes, and whether it fits; no GPU",
+    "search": "rank every layout that fits so many devices by predicted speed",
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",

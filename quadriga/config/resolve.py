@@ -81,7 +81,7 @@ def resolve(
         else:
             result.notices.append(verdict)
     if not result.problems and not loaded.problems:
-        result.spec = _spec(case)
+        result.spec = spec_of(case)
     return result
 
 
@@ -147,7 +147,8 @@ def _fit_degrees(
     return others, Problem(where, what, None, sources or "default", allowed, fix=fix)
 
 
-def _spec(case: Case) -> RunSpec:
+def spec_of(case: Case) -> RunSpec:
+    """What follows from a configuration that breaks no rule."""
     config, degrees = case.config, case.degrees
     training = config.training
     one_pass = training.local_batch_size * degrees.batch

@@ -8,10 +8,12 @@ from others that are kept are made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
-from quadriga.models.operations import Operation, Trace, Value
+from quadriga.config.model_spec import ModelSpec
+from quadriga.models.operations import Cut, Kernels, Operation, Trace, Value
 
 WIDE = 4  # bytes of float32
 KEPT_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
@@ -50,6 +52,7 @@ class Activations:
     def bytes(self, names: Iterable[str]) -> float:
         return sum(self.sizes[name] for name in names)
 
+    @cache  # noqa: B019
     def kept(self, mode: str, compiled: bool, forced: frozenset[tuple[int, int]] = frozenset()) -> frozenset[str]:
         """Names of what stays after the forward pass.
 
@@ -84,6 +87,7 @@ class Activations:
                 kept = (kept - (made - small)) | sources
         return frozenset(kept)
 
+    @cache  # noqa: B019 - as many as `activations_of` keeps
     def backward_peak(self, alive: frozenset[str], weight_itemsize: float) -> float:
         """The most that the backward pass needs at once: of `alive`, which is freed on the way, of gradients of
         values, and of the gradients of its matrices, which take `weight_itemsize` bytes a number (0: made elsewhere).
@@ -92,6 +96,14 @@ class Activations:
         for operation in reversed(self.trace.operations):
             walk.through(operation)
         return walk.peak
+
+
+@lru_cache(maxsize=256)
+def activations_of(
+    trace: Callable[[ModelSpec, Cut, Kernels], Trace], model: ModelSpec, cut: Cut, kernels: Kernels, holding: Holding
+) -> Activations:
+    """Of the part of a model that `trace` writes down: kept, since thousands of candidates share few of them."""
+    return Activations(trace(model, cut, kernels), holding)
 
 
 class _BackwardWalk:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 
 from quadriga.config.model_spec import ModelSpec
-from quadriga.models.plan import ParallelPlan, ShardUnit
+from quadriga.models.plan import ParallelPlan, ShardUnit, split_stages
 from quadriga.models.registry import parallel_plan
 
 # The dimension along which each style of a tensor cut divides a weight; others leave it whole.
@@ -41,7 +41,7 @@ class Weight:
         return -(-first // shards) * shards * prod(rest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: one object a unit, whose sizes are looked up often
 class Unit:
     """Parameters that are gathered and reduced together. `is_block`: it repeats, and may be recomputed."""
 
@@ -50,15 +50,19 @@ class Unit:
     weights_in_backward: bool
     is_block: bool
 
+    @cache  # noqa: B019 - as many units as models, and they stay
     def held(self, tp: int, shards: int, rank: int = 0) -> int:
         return sum(weight.shard(tp, shards, rank) for weight in self.weights)
 
+    @cache  # noqa: B019
     def gathered(self, tp: int, shards: int) -> int:
         return sum(weight.gathered(tp, shards) for weight in self.weights)
 
+    @cache  # noqa: B019
     def whole(self, tp: int) -> int:
         return sum(prod(weight.local_shape(tp)) for weight in self.weights)
 
+    @cache  # noqa: B019
     def largest(self, tp: int, shards: int) -> int:
         return max((weight.shard(tp, shards, 0) for weight in self.weights), default=0)
 
@@ -95,6 +99,12 @@ class Stage:
 @lru_cache(maxsize=64)
 def _plan(model: ModelSpec) -> ParallelPlan:
     return parallel_plan(model)
+
+
+@lru_cache(maxsize=4096)
+def even_split(model: ModelSpec, count: int, first_less: int, last_less: int) -> tuple[tuple[str, ...], ...]:
+    """The modules of each of `count` stages: see `models.plan.split_stages`."""
+    return split_stages(_plan(model), count, first_less, last_less)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,10 @@ OPERATION_SECONDS = 8e-6  # of the host, to launch one operation
 class Rates:
     """FLOP/s of matrix products and of attention, bytes/s of memory, of the link in a machine and of the network
     between machines (of one device, in one direction), seconds of the host for an operation, and of a step for what
-    is none of these. `measured`: where they come from, None where they are assumed."""
+    is none of these.
+
+    `update`: bytes/s of the optimizer, None: those of memory. `measured`: where they come from, None: assumed.
+    """
 
     products: float
     attention: float
@@ -26,6 +29,7 @@ class Rates:
     network: float
     operation: float = OPERATION_SECONDS
     step: float = 0.0
+    update: float | None = None
     measured: str | None = None
 
     @classmethod

@@ -8,12 +8,11 @@ from functools import cached_property
 from quadriga.config import Run
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
-from quadriga.estimate.activations import Activations, Holding
-from quadriga.estimate.anatomy import Stage, Unit, stages
+from quadriga.estimate.activations import Activations, Holding, activations_of
+from quadriga.estimate.anatomy import Stage, Unit, even_split, stages
 from quadriga.estimate.schedule import in_flight
 from quadriga.models.operations import Cut, Kernels
-from quadriga.models.plan import split_stages
-from quadriga.models.registry import block_trace, head_trace, parallel_plan
+from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
 
 BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
@@ -157,11 +156,11 @@ class Setup:
 
     @cached_property
     def block(self) -> Activations:
-        return Activations(block_trace(self.run.spec.model, self._cut, self._kernels), self._holding)
+        return activations_of(block_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
 
     @cached_property
     def head(self) -> Activations:
-        return Activations(head_trace(self.run.spec.model, self._cut, self._kernels), self._holding)
+        return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
 
     @property
     def recompute(self) -> ActivationCheckpoint:
@@ -197,6 +196,15 @@ class Setup:
             if each.matrix is not None and any(pattern in each.module for pattern in patterns)
         )
 
+    @cached_property
+    def state_bytes(self) -> float:
+        """Parameters, gradients and moments on the pipeline rank that holds most: what no recompute makes smaller."""
+        if self.offload:
+            return 0.0
+        ranks = range(self.degrees.pp)
+        held = max(sum(stage.held(self.degrees.tp, self.shards) for stage in self.stages_of(rank)) for rank in ranks)
+        return held * (2 * self.parameter_bytes + 2 * self.moment_bytes)
+
     def stages_of(self, number: int) -> tuple[Stage, ...]:
         """Those of the pipeline's rank `number`."""
         everything = self.stages
@@ -207,8 +215,8 @@ class Setup:
         model, parallelism = self.run.spec.model, self.run.config.parallelism
         if self.degrees.pp == 1:
             return stages(model, None)
-        split = parallelism.module_fqns_per_model_part or split_stages(
-            parallel_plan(model),
+        split = parallelism.module_fqns_per_model_part or even_split(
+            model,
             len(self.run.spec.stage_ranks),
             parallelism.pipeline_parallel_first_stage_less_layers,
             parallelism.pipeline_parallel_last_stage_less_layers,

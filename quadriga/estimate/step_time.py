@@ -168,7 +168,7 @@ def _of_rank(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> StepT
         products=products,
         attention=attention,
         memory_bound=memory,
-        optimizer=update.memory / rates.memory,
+        optimizer=update.memory / (rates.update or rates.memory),
         communication=shown,
         bubble=idle,
         host=host,

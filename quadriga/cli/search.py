@@ -1,0 +1,109 @@
+"""`quadriga search FILE`: the layouts that fit so many devices, the fastest first."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quadriga.cli.arguments import Parser, rank_count
+from quadriga.cli.estimate import add_arguments, measured_rates, read_run
+from quadriga.config import to_toml
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
+from quadriga.estimate.search import Candidate, Found, search
+from quadriga.hardware import device_named
+from quadriga.units import GIB, show_bytes
+
+
+def main(argv: Sequence[str]) -> int:
+    about = "Try every legal layout for so many devices by arithmetic, and rank those that fit by predicted speed."
+    parser = Parser("search", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    add_arguments(parser)
+    parser.add_argument("--target-global-batch", type=rank_count, help="rows of a step (default: those of the file)")
+    parser.add_argument("--top", type=rank_count, default=10, help="how many layouts to show (default 10)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--write", help="write the winner as a TOML file, which `quadriga train` takes")
+    options, keys = parser.parse_known_args(argv)
+    if options.ngpu is None or options.device is None:
+        fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
+        raise UserError(Problem("--ngpu and --device", "a search needs both", fix=fix))
+    run, device = read_run(options.file, options.ngpu, keys), device_named(options.device, "--device")
+    rates = measured_rates(options.calibrate, device)
+    start = time.perf_counter()
+    found = search(
+        run,
+        device,
+        rates=rates,
+        gpus_per_node=options.gpus_per_node,
+        global_batch=options.target_global_batch,
+    )
+    seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps([_as_dict(each) for each in found.best[: options.top]], indent=2))
+    else:
+        print("\n".join(_table(found, options.top, seconds, calibrated=rates is not None)))
+    if not found.best:
+        print("Nothing fits: more devices, larger ones, or a smaller step (--target-global-batch).", file=sys.stderr)
+        return EXIT_FAULT
+    if options.write:
+        _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
+    return EXIT_OK
+
+
+def _table(found: Found, top: int, seconds: float, calibrated: bool) -> list[str]:
+    label = "" if calibrated else " (uncalibrated: for ranking)"
+    lines = [
+        f"{found.tried:,} candidates in {seconds:.1f} s, {found.fitting:,} of them fit; the best of each layout:",
+        "",
+    ]
+    lines.append(f"  {'tokens/s a device':>18}  {'a step':>9}  {'needs':>10}  layout{label}")
+    for each in found.best[:top]:
+        time_of_step = each.estimate.time
+        assert time_of_step is not None
+        needed = each.estimate.worst.reserved + each.estimate.outside
+        speed = f"{each.tokens_per_second:>18,.0f}  {time_of_step.total:>8.3f}s"
+        lines.append(f"  {speed}  {show_bytes(needed):>10}  {each.name}")
+    if len(found.best) > 1:
+        lines += ["", why(found.best[0], found.best[1])]
+    return lines
+
+
+def why(first: Candidate, second: Candidate) -> str:
+    """What makes the winner faster than the next one."""
+    one, other = first.estimate.time, second.estimate.time
+    assert one is not None
+    assert other is not None
+    names = {
+        "compute": "computes less again",
+        "optimizer": "updates fewer parameters a rank",
+        "communication": "waits less for communication",
+        "bubble": "idles less in the pipeline",
+        "host": "waits less for the host",
+    }
+    gains = {words: getattr(other, name) - getattr(one, name) for name, words in names.items()}
+    best = max(gains, key=lambda words: gains[words])
+    share = 1 - one.total / other.total
+    if share < 0.002:
+        return f"The first two are as fast ({share:.1%} apart); the first {best}."
+    return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms a step)."
+
+
+def _as_dict(candidate: Candidate) -> dict[str, object]:
+    found = candidate.estimate
+    assert found.time is not None
+    return {
+        "name": candidate.name,
+        "set": dict(candidate.variant.changes),
+        "tokens_per_second_per_device": candidate.tokens_per_second,
+        "step_time_s": found.time.total,
+        "needed_gib": (found.worst.reserved + found.outside) / GIB,
+    }
+
+
+def _write(path: Path, file: str, ranks: int, keys: Sequence[str]) -> None:
+    """The winner, read through the door again, so that what is written is what will be trained."""
+    run = read_run(file, ranks, keys)
+    path.write_text(to_toml(run.config), encoding="utf-8")
+    print(f"the winner is in {path}: quadriga train {path} --ngpu {ranks}", file=sys.stderr)

@@ -1,0 +1,122 @@
+"""Rates measured in a finished run: its trace says how long products, attention and the update take, its metrics how
+long a step does. What is left of a step is work that memory bounds.
+
+From the folder alone: `config.toml`, `environment.json`, `metrics.jsonl` and a trace of the profiler.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.config import Run
+from quadriga.errors import Problem, UserError
+from quadriga.estimate.communication import calls_of
+from quadriga.estimate.rates import OPERATION_SECONDS, Rates
+from quadriga.estimate.setup import Setup
+from quadriga.estimate.step_time import update_of, work_of
+from quadriga.hardware import Device
+
+PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|_scaled_mm)$|gemm|cutlass|sm\d+_xmma|nvjet", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|flash_|fmha", re.IGNORECASE)
+UPDATE = re.compile(r"Optimizer\.step#|_fused_adam|_foreach_norm|_foreach_mul_", re.IGNORECASE)
+STEP = re.compile(r"ProfilerStep#\d+$")
+COLLECTIVE = re.compile(r"nccl|gloo:|c10d::", re.IGNORECASE)
+PATTERNS = {"update": UPDATE, "collectives": COLLECTIVE, "attention": ATTENTION, "products": PRODUCTS}
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one profiled step, on the rank of the trace: what its processor was busy with."""
+
+    step: float
+    products: float
+    attention: float
+    update: float
+    collectives: float
+
+
+def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
+    """Rates of the machine that `run` was trained on. Raises UserError where its folder does not tell them."""
+    trace = _newest_trace(folder)
+    seconds = _of_trace(trace)
+    measured = _seconds_a_step(folder)
+    setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
+    work, update = work_of(setup, 0), update_of(setup, 0)
+    # A profiler slows the host down: its shares of a step are kept, its sum is not.
+    scale = measured / seconds.step
+    rest = seconds.step - seconds.products - seconds.attention - seconds.update - seconds.collectives
+    if min(seconds.products, seconds.attention, rest) <= 0:
+        what = f"{trace} shows no matrix products, or more of them than its steps take"
+        raise UserError(Problem("--calibrate", what))
+    link = device.link_bandwidth if device and device.link_bandwidth else None
+    sent = sum(call.wire_bytes for call in calls_of(setup, 0))
+    if seconds.collectives > 0 and sent:
+        link = sent / (scale * seconds.collectives)
+    return Rates(
+        products=work.products / (scale * seconds.products),
+        attention=work.attention / (scale * seconds.attention),
+        memory=work.memory / (scale * rest),
+        link=link or float("inf"),
+        network=device.network_bandwidth if device else link or float("inf"),
+        update=update.memory / (scale * seconds.update) if seconds.update else None,
+        operation=0.0 if setup.device_type == "cpu" else OPERATION_SECONDS,
+        measured=str(folder),
+    )
+
+
+def _seconds_a_step(folder: Path) -> float:
+    """The median of the steps that were logged, but for the first, which warms up, and for those that were profiled."""
+    path = folder / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("--calibrate", f"{path} cannot be read: {error}", str(folder))) from None
+    steps = [record["step_seconds"] for record in records if record.get("kind") == "train" and "step_seconds" in record]
+    if len(steps) < 4:
+        what = f"{path} has {len(steps)} logged steps, too few to tell how long one takes"
+        fix = "train at least 10 steps with --metrics.log_freq=1"
+        raise UserError(Problem("--calibrate", what, str(folder), fix=fix))
+    return statistics.median(steps[2:])
+
+
+def _newest_trace(folder: Path) -> Path:
+    found = sorted(folder.glob("**/iteration_*/rank0_trace.json*"))
+    if not found:
+        fix = "train with --profiling.enable_profiling; its default keeps 5 steps"
+        raise UserError(Problem("--calibrate", "no trace of the profiler is there", str(folder), fix=fix))
+    return max(found, key=lambda path: int(re.findall(r"iteration_(\d+)", str(path))[-1]))
+
+
+def _of_trace(path: Path) -> Seconds:
+    """Sums over the profiled steps, by what an event is. Of nested events the outermost of a kind counts."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    events = [event for event in json.loads(content)["traceEvents"] if event.get("ph") == "X"]
+    steps = [event for event in events if STEP.match(event.get("name", "")) and event.get("cat") == "user_annotation"]
+    if not steps:
+        raise UserError(Problem("--calibrate", f"{path} has no marks of steps"))
+    on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy")]
+    busy = on_device or [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
+    totals: dict[str, float] = defaultdict(float)
+    for kind, pattern in PATTERNS.items():
+        totals[kind] = sum(_outermost([event for event in busy if pattern.search(event["name"])]))
+    count = len(steps)
+    seconds = {kind: total / count / 1e6 for kind, total in totals.items()}
+    return Seconds(step=sum(event["dur"] for event in steps) / count / 1e6, **seconds)
+
+
+def _outermost(events: list[dict[str, Any]]) -> Iterator[float]:
+    """Durations, in microseconds, of events that lie in no other one of their thread."""
+    ends: dict[Any, float] = {}
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        thread = event.get("pid"), event.get("tid")
+        if event["ts"] >= ends.get(thread, -1.0):
+            ends[thread] = event["ts"] + event["dur"]
+            yield event["dur"]
