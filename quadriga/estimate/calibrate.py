@@ -47,7 +47,7 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     """Rates of the machine that `run` was trained on. Raises UserError where its folder does not tell them."""
     trace = _newest_trace(folder)
     seconds = _of_trace(trace)
-    measured = _seconds_a_step(folder)
+    measured = seconds_a_step(folder)
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
     work, update = work_of(setup, 0), update_of(setup, 0)
     # A profiler slows the host down: its shares of a step are kept, its sum is not.
@@ -72,7 +72,7 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     )
 
 
-def _seconds_a_step(folder: Path) -> float:
+def seconds_a_step(folder: Path) -> float:
     """The median of the steps that were logged, but for the first, which warms up, and for those that were profiled."""
     path = folder / "metrics.jsonl"
     try:
