@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
+from quadriga.config.run_spec import Degrees
+from quadriga.estimate.communication import calls_of
+from quadriga.estimate.setup import Setup
 from quadriga.models.registry import catalogue
 
 DEBUG = (
@@ -50,3 +54,26 @@ def _shown(value: Any) -> str:
 def run_of(*arguments: str, ranks: int, base: tuple[str, ...] = DEBUG) -> Run:
     facts: dict[str, Any] = {"catalogue": catalogue(), "backends": BACKENDS}
     return read([*base, *arguments], {}, world_size=ranks, training=False, **facts)
+
+
+def by_group(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """Predicted calls and bytes, under the names that a recorder gives to axes: of those with the same ranks, one."""
+    degrees = run.spec.degrees
+    calls: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    same = one_name_a_group(degrees)
+    for call in calls_of(Setup(run, "cpu"), rank // (degrees.world_size // degrees.pp)):
+        name = call.kind, same.get(call.axis, call.axis)
+        calls[name] += round(call.calls)
+        sizes[name] += round(call.bytes)
+    return calls, sizes
+
+
+def one_name_a_group(degrees: Degrees) -> dict[str, str]:
+    """Axes that hold the same ranks are one group of torch's, and go by one name."""
+    same = {} if degrees.dp_shard > 1 else {"cp": "shard"}
+    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
+    cut = [axis for axis, size in {**sizes, "tp": degrees.tp}.items() if size > 1]
+    if degrees.tp == 1 or len(cut) == 1:
+        same["world"] = cut[0] if len(cut) == 1 else "loss"
+    return same

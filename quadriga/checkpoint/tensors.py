@@ -64,7 +64,7 @@ def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retri
     Raises the same error on every rank."""
     files = HashingFiles(files_at(place, retries))
     writer = Writer(str(place), files)
-    with plain_errors(f"{place} could not be written"):
+    with plain_errors(f"{place} could not be written"), _hashed_once():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
@@ -289,6 +289,17 @@ def _refuse_other_tensors(
     problems = misfits(place, kinds, "start with the configuration that saved it, or with another job.dump_folder")
     if problems:
         raise UserError(*problems)
+
+
+@contextmanager
+def _hashed_once() -> Iterator[None]:
+    """torch's own CRC-32 of each tensor is left out (`torch.load` does without): a file is covered by its SHA-256."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 @contextmanager

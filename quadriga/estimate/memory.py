@@ -15,10 +15,10 @@ from quadriga.estimate.activations import WIDE
 from quadriga.estimate.anatomy import Unit
 from quadriga.estimate.setup import Setup
 
-# Float32 numbers a logit that the loss makes beside those it keeps: forward pass, backward pass.
 # What the allocator takes from the device for what is active (`reserved`): fitted to published runs, docs/estimates.md.
 STATE_FACTOR, REST_FACTOR = 1.10, 1.18
 STATE = ("parameters", "optimizer state", "gradients")
+# Float32 numbers a logit that the loss makes beside those it keeps: forward pass, backward pass.
 LOSS_COPIES = {"plain": (0, 2), "parallel": (1, 3)}
 
 

@@ -16,11 +16,8 @@ from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
 
 BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
-OPTIMIZER_COPIES = {
-    "fused": 0.0,
-    "for-loop": 0.0,
-    "foreach": 1.0,
-}  # of all parameters on a rank, while they are updated
+# Copies of all parameters on a rank that an update makes and drops.
+OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
 
 @dataclass(frozen=True)

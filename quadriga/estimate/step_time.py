@@ -16,7 +16,9 @@ from quadriga.estimate.setup import Setup
 
 ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
 LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
-UPDATE_BYTES = 7  # numbers that an update of one parameter reads and writes: Adam's four, twice but the gradient
+# Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
+# gradient, clipping reads and writes it.
+UPDATE_NUMBERS = 10
 OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
 
 
@@ -77,8 +79,7 @@ def work_of(setup: Setup, rank: int) -> Work:
 def update_of(setup: Setup, rank: int) -> Work:
     """The clipping of gradients and the update."""
     held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in setup.stages_of(rank))
-    numbers = UPDATE_BYTES - 2 + 2  # and the norm reads each gradient, scaling reads and writes it
-    return Work(memory=held * (numbers * setup.parameter_bytes + 3 * setup.parameter_bytes))
+    return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
 
 
 def _block(setup: Setup, mode: str) -> Work:

@@ -6,12 +6,13 @@ forward pass (not in a pipeline), sequence parallelism and the vocabulary-parall
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
+from estimating import by_group, one_name_a_group, run_of
 from ranks import run_ranks
 
+from quadriga.config import Run
 from quadriga.config.run_spec import Degrees
 
 LAYERS = 4
@@ -91,58 +92,49 @@ def expected(degrees: Degrees, rank: int) -> Counter[tuple[str, str]]:
 
 
 def _by_group(calls: Counter[tuple[str, str]], degrees: Degrees) -> Counter[tuple[str, str]]:
-    """Axes that hold the same ranks are one group of torch's, and go by one name."""
-    same = {}
-    if degrees.dp_shard == 1:
-        same["cp"] = "shard"
-    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
-    cut = [axis for axis, size in {**sizes, "tp": degrees.tp}.items() if size > 1]
-    if degrees.tp == 1 or len(cut) == 1:
-        same["world"] = cut[0] if len(cut) == 1 else "loss"
+    same = one_name_a_group(degrees)
     merged: Counter[tuple[str, str]] = Counter()
     for (kind, axis), count in calls.items():
         merged[kind, same.get(axis, axis)] += count
     return merged
 
 
-def recorded(all_degrees: list[Degrees]) -> list[Counter[tuple[str, str]]]:
-    """Of one step, the second, by layout."""
+def read_run(degrees: Degrees) -> Run:
+    from quadriga.equivalence.rows import DEGREE_KEYS
+
+    cuts = [f"--{key}={getattr(degrees, axis)}" for axis, key in DEGREE_KEYS.items()]
+    return run_of(*cuts, ranks=degrees.world_size, base=MODEL)
+
+
+def recorded(degrees: Degrees) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """Calls and bytes of one step, the second."""
     import torch
 
-    from quadriga.comm.backend import BACKENDS
     from quadriga.comm.mesh import build_mesh
     from quadriga.comm.record import Recorder, axes_of
-    from quadriga.config import read
-    from quadriga.equivalence.rows import DEGREE_KEYS
-    from quadriga.models.registry import catalogue
     from quadriga.train.build import build_parts, build_recipe, build_state
     from quadriga.train.rehearse import empty_loader
     from quadriga.train.step import train_step
 
-    counts = []
-    for degrees in all_degrees:
-        cuts = [f"--{key}={getattr(degrees, axis)}" for axis, key in DEGREE_KEYS.items()]
-        facts = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": int(os.environ["WORLD_SIZE"])}
-        run = read([*MODEL, *cuts], {}, training=True, **facts)
-        mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
-        parts = build_parts(run, mesh, cpu)
-        state = build_state(run, parts, empty_loader(run))
-        recipe = build_recipe(run, mesh, cpu, parts)
+    run = read_run(degrees)
+    mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
+    parts = build_parts(run, mesh, cpu)
+    state = build_state(run, parts, empty_loader(run))
+    recipe = build_recipe(run, mesh, cpu, parts)
+    train_step(state, recipe, mesh)
+    with Recorder(axes_of(mesh)) as recorder:
         train_step(state, recipe, mesh)
-        with Recorder(axes_of(mesh)) as recorder:
-            train_step(state, recipe, mesh)
-        counts.append(recorder.counts())
-    return counts
+    return recorder.counts(), recorder.bytes()
 
 
-@pytest.fixture(scope="module")
-def by_layout() -> dict[str, list[Counter[tuple[str, str]]]]:
-    """Counts of every rank."""
-    by_rank = run_ranks(recorded, 4, list(LAYOUTS.values()), timeout=200)
-    return dict(zip(LAYOUTS, map(list, zip(*by_rank, strict=True)), strict=True))
+QUICK = ("FSDP 4", "TP 2, CP 2", "FSDP 2, PP 2")  # the others in `make test-all`, and on fake ranks
+MARKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_step_sends_what_theory_says(name: str, by_layout: dict[str, list[Counter[tuple[str, str]]]]) -> None:
-    for rank, counts in enumerate(by_layout[name]):
-        assert dict(counts) == dict(expected(LAYOUTS[name], rank)), f"rank {rank}"
+@pytest.mark.parametrize("name", MARKED)
+def test_a_step_sends_what_theory_and_the_estimate_say(name: str) -> None:
+    degrees = LAYOUTS[name]
+    run = read_run(degrees)
+    for rank, found in enumerate(run_ranks(recorded, 4, degrees, timeout=200)):
+        assert dict(found[0]) == dict(expected(degrees, rank)), f"rank {rank}"
+        assert found == by_group(run, rank), f"rank {rank}"

@@ -17,8 +17,8 @@ from quadriga.processes import RECORDS, read_records
 LARGE = (*TINY, "--model.vocab_size=8000", "--training.seq_len=512", "--training.local_batch_size=8")
 
 
-def limited(folder: str, arguments: tuple[str, ...], step: int) -> int:
-    """The whole rank, which from `step` on may have 32 MiB more than it has then."""
+def limited(folder: str, arguments: tuple[str, ...], step: int, estimated: bool = True) -> int:
+    """The whole rank, which from `step` on may have 32 MiB more than it has then; `estimated`: keeps its estimate."""
     from quadriga.train import loop
     from quadriga.train.__main__ import main
 
@@ -28,6 +28,8 @@ def limited(folder: str, arguments: tuple[str, ...], step: int) -> int:
         if state.step + 1 == step:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + (32 << 20)
+            if not estimated:
+                Path(folder, "estimate.json").unlink()
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return take_step(state, recipe, mesh)
 
@@ -39,11 +41,8 @@ def limited(folder: str, arguments: tuple[str, ...], step: int) -> int:
 def test_running_out_of_host_memory(estimated: bool, tmp_path: Path) -> None:
     run, records = tmp_path / "run", tmp_path / "records"
     records.mkdir()
-    if estimated:
-        run.mkdir()
-        (run / "estimate.json").write_text(json.dumps({"advice": ["do this", "do that", "or this"]}))
     codes = run_ranks(
-        *(limited, 1, str(run), (*LARGE, "--training.steps=4"), 2),
+        *(limited, 1, str(run), (*LARGE, "--training.steps=4"), 2, estimated),
         backend=None,
         environ={RECORDS: str(records)},
     )
@@ -56,7 +55,8 @@ def test_running_out_of_host_memory(estimated: bool, tmp_path: Path) -> None:
     assert "allocate" in lines[3]
     helps = lines.index("What would help most:")
     if estimated:
-        assert lines[helps + 1 : helps + 4] == ["    do this", "    do that", ""]
+        foreseen = json.loads((run / "estimate.json").read_text())["if_memory_runs_out"]
+        assert lines[helps + 1 : helps + 4] == [f"    {foreseen[0]}", f"    {foreseen[1]}", ""]
     else:
         assert "activation_checkpoint.mode=full" in lines[helps + 1]
         assert "training.local_batch_size=4 --training.global_batch_size=8" in lines[helps + 2]

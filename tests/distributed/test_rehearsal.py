@@ -51,6 +51,7 @@ def memory_gib(ended: Ended) -> float:
     return max(float(amount) / (1024 if unit == "MiB" else 1) for amount, unit in amounts)
 
 
+@pytest.mark.slow
 def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None:
     cuts = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.tensor_parallel_degree=2")
     others = ("--job.dump_folder", str(tmp_path / "run"), "--compile.enable", "--model.n_layers=4")

@@ -117,6 +117,7 @@ def interrupted(folder: str, times: int, arguments: tuple[str, ...]) -> int:
     """Ctrl-C in the second step, so many times, on every rank."""
     from quadriga.train import loop
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell may ignore it
     take_step = loop.train_step
 
     def train_step(state, recipe, mesh):

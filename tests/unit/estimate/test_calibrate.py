@@ -12,6 +12,7 @@ from training import DEBUG_FILE, TINY
 from quadriga.cli.main import main
 
 
+@pytest.mark.slow
 def test_a_finished_run_calibrates_the_estimate(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     keys = [key for key in TINY if "profiling" not in key]

@@ -5,16 +5,9 @@ On real ranks: tests/distributed/test_collective_counts.py.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-from estimating import COMPUTE, RECOMPUTE, keys, run_of
+from estimating import COMPUTE, RECOMPUTE, by_group, keys, run_of
 from fake_ranks import on_fake_ranks, recorded_step
-
-from quadriga.config import Run
-from quadriga.config.run_spec import Degrees
-from quadriga.estimate.communication import calls_of
-from quadriga.estimate.setup import Setup
 
 SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--model.n_heads=8", "--model.n_kv_heads=4")
 LAYOUTS = {
@@ -49,28 +42,6 @@ LAYOUTS = {
     "PP 2, TP 2": (4, keys(pp=2, tp=2), "op", "f32"),
     "all axes": (16, keys(pp=2, rep=2, cp=2, tp=2), "op", "bf16"),
 }
-
-
-def by_group(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
-    """Predicted calls and bytes, under the names that a recorder gives to axes: of those with the same ranks, one."""
-    degrees = run.spec.degrees
-    calls: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
-    same = one_name_a_group(degrees)
-    for call in calls_of(Setup(run, "cpu"), rank // (degrees.world_size // degrees.pp)):
-        name = call.kind, same.get(call.axis, call.axis)
-        calls[name] += round(call.calls)
-        sizes[name] += round(call.bytes)
-    return calls, sizes
-
-
-def one_name_a_group(degrees: Degrees) -> dict[str, str]:
-    same = {} if degrees.dp_shard > 1 else {"cp": "shard"}
-    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "shard": degrees.dp_shard * degrees.cp}
-    cut = [axis for axis, size in {**sizes, "tp": degrees.tp}.items() if size > 1]
-    if degrees.tp == 1 or len(cut) == 1:
-        same["world"] = cut[0] if len(cut) == 1 else "loss"
-    return same
 
 
 QUICK = {"FSDP 4, bf16, op", "TP 2, op, bf16", "CP 2, ring", "PP 2, FSDP 2", "all axes"}
