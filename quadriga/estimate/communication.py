@@ -52,7 +52,7 @@ def calls_of(setup: Setup, rank: int) -> tuple[Calls, ...]:
 
 class _Step:
     def __init__(self, setup: Setup, rank: int) -> None:
-        self.setup, self.degrees = setup, setup.degrees
+        self.setup, self.degrees, self.rank = setup, setup.degrees, rank
         self.stages = setup.stages_of(rank)
         self.block, self.head = setup.block, setup.head
         self.passes = setup.micro_batches  # of each stage
@@ -162,8 +162,7 @@ class _Step:
 
     def _along_the_pipeline(self) -> Iterator[Calls]:
         size, pp = self.block.sizes["x"], self.degrees.pp
-        ahead = sum(not stage.last for stage in self.stages)
-        behind = sum(not stage.first for stage in self.stages)
+        ahead, behind = self.setup.neighbours(self.rank)
         for kind, first, then in (("send", ahead, behind), ("recv", behind, ahead)):
             yield Calls("pp", kind, self.passes * first, size, pp, "messages", "activations")
             yield Calls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")

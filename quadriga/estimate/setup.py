@@ -220,6 +220,13 @@ class Setup:
         )
         return stages(model, tuple(tuple(part) for part in split))
 
+    def neighbours(self, number: int) -> tuple[int, int]:
+        """Of the stages of the pipeline's rank `number`, how many have the next one, and the one before, elsewhere."""
+        ranks = self.run.spec.stage_ranks
+        own = [stage for stage, rank in enumerate(ranks) if rank == number]
+        ahead = sum(stage + 1 < len(ranks) and ranks[stage + 1] != number for stage in own)
+        return ahead, sum(stage > 0 and ranks[stage - 1] != number for stage in own)
+
     def in_flight(self, number: int) -> int:
         """Micro-batches whose activations one pipeline rank holds at once, counted in passes through a stage."""
         if self.degrees.pp == 1:
