@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count, repository_of
 from quadriga.comm.backend import BACKENDS
-from quadriga.config import read
+from quadriga.config import Run, read
 from quadriga.config.card import Figures, Order, read_order, render
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.estimate.estimate import estimate
@@ -86,15 +86,19 @@ def make_card(order: Order, file: Path) -> str:
         world_size=order.gpus,
         training=False,
     )
-    model, device = run.spec.model, _device(order.device or run.config.estimate.device)
-    foreseen = estimate(run, device)
-    figures = Figures(
+    device = _device(order.device or run.config.estimate.device)
+    return render(run, order, figures_of(run, device), device)
+
+
+def figures_of(run: Run, device: Device | None) -> Figures:
+    """What arithmetic says of a run, for its card."""
+    model, foreseen = run.spec.model, estimate(run, device)
+    return Figures(
         count_parameters(model),
         flops_per_token(model, run.spec.seq_len),
         tuple(rows(foreseen)),
         tuple(device_rows(foreseen)),
     )
-    return render(run, order, figures, device)
 
 
 def _device(name: str | None) -> Device | None:

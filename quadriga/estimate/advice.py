@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from quadriga.config.keys import show
 from quadriga.estimate.estimate import Estimate, estimate
-from quadriga.estimate.variants import Variant, vary
+from quadriga.estimate.variants import Variant, argument, vary
 from quadriga.units import GIB, show_bytes
 
 MOST = 4  # pieces of advice
@@ -29,7 +30,7 @@ class Advice:
     def __str__(self) -> str:
         price = "" if self.slower is None else f", the step {_price(self.slower)}"
         end = " and fits" if self.fits else ", which does not suffice alone"
-        settings = ", ".join(f"{key} = {_toml(value)}" for key, value in self.keys)
+        settings = ", ".join(f"{key} = {show(value)}" for key, value in self.keys)
         return f"{self.words} ({settings}): needs {show_bytes(self.needed)}{price}{end}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,10 +42,6 @@ class Advice:
             "slower": self.slower,
             "fits": self.fits,
         }
-
-
-def _toml(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def _price(slower: float) -> str:
@@ -65,14 +62,10 @@ def smaller_runs(given: Estimate) -> list[str]:
     """What to set so that less memory is needed, in words, what saves most first."""
     tried = [_weighed(given, (name, variant)) for name, variant in _smaller(given)]
     return [
-        f"{' '.join(f'--{key}={_plain(value)}' for key, value in each.keys)}: saves {show_bytes(each.saves)}"
+        f"{' '.join(f'--{key}={argument(value)}' for key, value in each.keys)}: saves {show_bytes(each.saves)}"
         for each in sorted(tried, key=lambda each: -each.saves)
         if each.saves > 0
     ]
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _to_fit(given: Estimate) -> Iterator[Advice]:

@@ -97,24 +97,23 @@ class _Step:
         self.before = 0.0  # gradients of earlier micro-batches
         self.has_head = any(stage.last for stage in self.stages)
         self.is_first = any(stage.first for stage in self.stages)
-        self.block_unit = self.stages[0].block
+        self.block_unit = max(self.stages, key=lambda stage: stage.blocks).block
         self.others = tuple(unit for stage in self.stages for unit in stage.others)
         self.modes = [mode for stage in self.stages for mode in setup.modes_of_blocks(stage.blocks)]
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.held = sum(stage.held(self.tp, self.shards) for stage in self.stages)
 
     def memory(self) -> Memory:
-        state = [size * self.held for size in (self.setup.parameter_bytes, self.setup.parameter_bytes)]
-        moments = 2 * self.setup.moment_bytes * self.held
+        parameters, moments = self.setup.parameter_bytes * self.held, 2 * self.setup.moment_bytes * self.held
         return Memory(
             rank=self.rank,
-            parameters=state[0],
-            gradients=state[1],
+            parameters=parameters,
+            gradients=parameters,
             moments=moments,
             activations=self.of_blocks + self.of_head,
             activations_a_block=max(self.kept.values(), default=0.0),
             in_flight=self.in_flight,
-            host=sum(state) + moments if self.setup.offload else 0.0,
+            host=2 * parameters + moments if self.setup.offload else 0.0,
             timeline=tuple(self.timeline()),
         )
 

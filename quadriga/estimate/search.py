@@ -13,9 +13,10 @@ from itertools import product
 from typing import Any
 
 from quadriga.config import Run
+from quadriga.config.resolve import DEGREES
 from quadriga.estimate.estimate import Estimate, estimate
 from quadriga.estimate.rates import Rates
-from quadriga.estimate.variants import DEGREE_KEYS, Variant, stages_a_rank, vary
+from quadriga.estimate.variants import Variant, stages_a_rank, vary
 from quadriga.hardware import Device
 
 SCHEDULES = ("1F1B", "Interleaved1F1B")
@@ -41,7 +42,7 @@ class Candidate:
     def name(self) -> str:
         """`dp_shard 4, tp 2, full recompute, 2 rows`."""
         config, degrees = self.variant.run.config, self.variant.run.spec.degrees
-        sizes = [f"{axis} {size}" for axis in DEGREE_KEYS if (size := getattr(degrees, axis)) > 1]
+        sizes = [f"{axis} {size}" for axis in DEGREES if (size := getattr(degrees, axis)) > 1]
         words = [*(sizes or ["one rank"])]
         if degrees.pp > 1:
             parallelism = config.parallelism
@@ -94,7 +95,7 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[Vari
         if global_batch % batch:
             continue
         sharded = degrees["dp_shard"] * degrees["cp"] > 1 and degrees["pp"] == 1
-        fixed: dict[str, Any] = {f"parallelism__{DEGREE_KEYS[axis]}": size for axis, size in degrees.items()}
+        fixed: dict[str, Any] = {DEGREES[axis].replace(".", "__"): size for axis, size in degrees.items()}
         fixed["training__global_batch_size"] = global_batch
         for rows in _powers(global_batch // batch):
             for pipeline in _pipelines(run, degrees["pp"], rows):
@@ -144,6 +145,5 @@ def _divisors(number: int) -> list[int]:
 
 
 def _powers(number: int) -> list[int]:
-    """Powers of two that divide the number, and the number itself where it is small."""
-    powers = [2**power for power in range(LARGEST_ROWS.bit_length()) if number % 2**power == 0]
-    return [power for power in powers if power <= LARGEST_ROWS]
+    """Powers of two that divide the number, up to `LARGEST_ROWS`."""
+    return [2**power for power in range(LARGEST_ROWS.bit_length()) if number % 2**power == 0]

@@ -6,23 +6,16 @@ proposes one keeps to the rules, and a winner is written as a configuration that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import JobConfig, Run
-from quadriga.config.case import Case
-from quadriga.config.resolve import spec_of
+from quadriga.config.case import Case, value_of
+from quadriga.config.resolve import DEGREES, spec_of
 from quadriga.config.rules_pipeline import SINGLE_STAGE
 from quadriga.config.run_spec import Degrees, RunSpec
-
-DEGREE_KEYS = {
-    "dp_replicate": "data_parallel_replicate_degree",
-    "dp_shard": "data_parallel_shard_degree",
-    "cp": "context_parallel_degree",
-    "tp": "tensor_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-}
 
 
 @dataclass(frozen=True)
@@ -33,10 +26,11 @@ class Variant:
     run: Run
 
     def as_arguments(self) -> list[str]:
-        return [f"--{key}={_shown(value)}" for key, value in self.changes]
+        return [f"--{key}={argument(value)}" for key, value in self.changes]
 
 
-def _shown(value: Any) -> str:
+def argument(value: Any) -> str:
+    """As it stands on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -56,11 +50,12 @@ def vary(run: Run, **changes: Any) -> Variant:
 
 def _spec(run: Run, config: JobConfig) -> RunSpec:
     """What follows anew, as `resolve` has it: degrees, accumulation, micro-batches, stages and the rest."""
-    others = {axis: getattr(config.parallelism, key) for axis, key in DEGREE_KEYS.items() if axis != "dp_shard"}
-    rest = others["dp_replicate"] * others["cp"] * others["tp"] * others["pp"]
-    degrees = Degrees(dp_shard=run.spec.world_size // rest, **others)
-    case = Case(config, run.origin, run.spec.model, degrees, run.spec.tokenizer, BACKENDS, training=False)
-    return spec_of(case)
+    others = {axis: value_of(config, key) for axis, key in DEGREES.items() if axis != "dp_shard"}
+    degrees = Degrees(dp_shard=run.spec.world_size // math.prod(others.values()), **others)
+    spec = spec_of(Case(config, run.origin, run.spec.model, degrees, run.spec.tokenizer, BACKENDS, training=False))
+    before, after = run.config.parallelism, config.parallelism
+    same = before.pipeline_parallel_schedule == after.pipeline_parallel_schedule and degrees.pp == run.spec.degrees.pp
+    return replace(spec, stage_ranks=run.spec.stage_ranks) if same else spec  # which a CSV file may have dealt out
 
 
 def stages_a_rank(schedule: str) -> int:

@@ -64,7 +64,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
         weights, means, squares = wide = [[each.float() for each in column] for column in held]
         adam(
             weights,
-            [_own(parameter.grad).float() for parameter in parameters],  # type: ignore[arg-type]  # see `step`
+            [_own(each.grad).float() for each in parameters if each.grad is not None],  # as `step` has picked them
             means,
             squares,
             [],

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,8 +34,7 @@ class LiveMemory(TorchDispatchMode):
     def look(self, item: Any) -> None:
         """Count the tensors in `item`, a tensor or nested lists and tuples of them."""
         for tensor in _plain_tensors(item):
-            with suppress(NotImplementedError):  # of tensors without storage
-                self._count(tensor.untyped_storage())
+            self._count(tensor.untyped_storage())
 
     def __enter__(self) -> LiveMemory:
         self._resize: Any = torch.UntypedStorage.resize_

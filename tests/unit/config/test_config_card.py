@@ -8,12 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quadriga.cli.card import figures_of
 from quadriga.config import words
-from quadriga.config.card import Figures, Order, read_order, render
-from quadriga.estimate.estimate import estimate
-from quadriga.estimate.report import device_rows, rows
+from quadriga.config.card import Order, read_order, render
 from quadriga.hardware import find_device
-from quadriga.models.registry import count_parameters, flops_per_token
 
 DP_REPLICATE = "--parallelism.data_parallel_replicate_degree"
 DP_SHARD = "--parallelism.data_parallel_shard_degree"
@@ -24,16 +22,8 @@ EIGHT_B = ("--model.flavor", "8B", "--training.seq_len", "512", "--training.loca
 def card(door):
     def make(*arguments, gpus=4, device=None):
         run = door(*arguments, ranks=gpus, training=False)
-        model = run.spec.model
         known = find_device(device) if device else None
-        foreseen = estimate(run, known)
-        figures = Figures(
-            count_parameters(model),
-            flops_per_token(model, run.spec.seq_len),
-            tuple(rows(foreseen)),
-            tuple(device_rows(foreseen)),
-        )
-        return render(run, Order("some/file.toml", gpus, device), figures, known)
+        return render(run, Order("some/file.toml", gpus, device), figures_of(run, known), known)
 
     return make
 

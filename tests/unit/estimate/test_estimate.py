@@ -13,10 +13,13 @@ from estimating import keys, run_of
 from launching import ROOT
 
 from quadriga.cli.main import main
-from quadriga.estimate.advice import advice_for
+from quadriga.estimate.advice import advice_for, smaller_runs
 from quadriga.estimate.estimate import estimate
 from quadriga.estimate.search import candidates, search
+from quadriga.estimate.setup import BUCKET
+from quadriga.estimate.variants import vary
 from quadriga.hardware import device_named
+from quadriga.optim import moments
 
 EIGHT_B_FILE = str(ROOT / "configs/llama3_8b/llama3_8b.toml")
 EIGHT_B = (
@@ -156,3 +159,45 @@ def test_the_winner_is_the_best_of_all() -> None:
     assert found.tried == len(every)
     assert found.fitting == len(speeds)
     assert time.perf_counter() - start < 60
+
+
+PIPELINE = ("--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=2")
+ODD_RUNS = {
+    "stages by name": (
+        *PIPELINE,
+        "--model.n_layers=2",
+        '--parallelism.module_fqns_per_model_part=[["tok_embeddings"], ["layers.0", "layers.1", "norm", "output"]]',
+    ),
+    "layers per stage": (*PIPELINE, "--parallelism.pipeline_parallel_layers_per_stage=4"),
+    "float8": ("--model.converters=quantize.linear.float8",),
+    "offload, foreach": ("--training.enable_cpu_offload", "--optimizer.implementation=foreach"),
+    "moments of their own": ("--optimizer.state_dtype=bfloat16", "--training.dtype=bfloat16"),
+    "one layer": ("--model.n_layers=1", "--activation_checkpoint.mode=full"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_RUNS)
+def test_a_launch_never_ends_in_its_estimate(name: str) -> None:
+    """What each launch writes, and proposes for when memory runs out, can be had of every run that the door lets in."""
+    given = estimate(run_of(*ODD_RUNS[name], ranks=2), None)
+    told = given.to_dict()
+    assert told["memory"]["peak_active_gib"] > 0
+    assert all(": saves " in each for each in smaller_runs(given))
+
+
+FORWARD = ",".join(f"0F{number}" for number in range(4))
+THREE_STAGES = (
+    f"{FORWARD},(2F0)OVERLAP_F_B,,2B0,2F1,2B1,2F2,2B2,2F3,2B3,0B0,0B1,0B2,0B3\n1F0,1F1,1F2,1F3,1B0,1B1,1B2,1B3\n"
+)
+
+
+def test_a_schedule_of_the_users_keeps_its_stages(tmp_path) -> None:
+    csv = tmp_path / "three.csv"
+    csv.write_text(THREE_STAGES)
+    run = run_of(*PIPELINE, f"--parallelism.pipeline_parallel_schedule_csv={csv}", ranks=2)
+    assert run.spec.stage_ranks == (0, 1, 0)
+    assert vary(run, activation_checkpoint__mode="full").run.spec.stage_ranks == (0, 1, 0)
+
+
+def test_buckets_of_the_update_are_as_the_optimizer_has_them() -> None:
+    assert BUCKET == moments.BUCKET
