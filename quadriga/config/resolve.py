@@ -176,6 +176,7 @@ def spec_of(case: Case) -> RunSpec:
         backend=config.comm.backend,
         folders=_folders(config),
         stage_ranks=rules_pipeline.stage_ranks(case),
+        own_schedule=rules_pipeline.own_schedule(case),
     )
 
 

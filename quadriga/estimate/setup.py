@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quadriga.config import Run
+from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.estimate.activations import Activations, Holding, activations_of
 from quadriga.estimate.anatomy import Stage, Unit, even_split, stages
-from quadriga.estimate.schedule import in_flight
+from quadriga.estimate.schedule import bubble, in_flight
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
@@ -231,9 +232,24 @@ class Setup:
         """Micro-batches whose activations one pipeline rank holds at once, counted in passes through a stage."""
         if self.degrees.pp == 1:
             return 1
+        if self.run.spec.own_schedule is not None:
+            return self.run.spec.own_schedule.passes_at_once[number]
         schedule = self.run.config.parallelism.pipeline_parallel_schedule
         per_rank = len(self.run.spec.stage_ranks) // self.degrees.pp
         return in_flight(schedule, number, self.degrees.pp, per_rank, self.micro_batches_a_call)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a pipeline computes gradients of inputs and of weights apart."""
+        return self.degrees.pp > 1 and self.run.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+
+    @property
+    def idle_share(self) -> float:
+        """How long a pipeline rank waits for others, as a share of its own work."""
+        spec, schedule = self.run.spec, self.run.config.parallelism.pipeline_parallel_schedule
+        if spec.own_schedule is not None:
+            return spec.own_schedule.idle_share
+        return bubble(schedule, self.degrees.pp, len(spec.stage_ranks) // self.degrees.pp, self.micro_batches_a_call)
 
     def gathered(self, unit: Unit) -> float:
         """Bytes of a unit's parameters put together in the computing dtype."""

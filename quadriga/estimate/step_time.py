@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 
 from quadriga.estimate.communication import Calls, calls_of
 from quadriga.estimate.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
-from quadriga.estimate.schedule import bubble
 from quadriga.estimate.setup import Setup
 
 ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
@@ -89,7 +88,8 @@ def _block(setup: Setup, mode: str) -> Work:
         2 * forward.products, ATTENTION_BACKWARD * forward.attention, 2 * forward.memory, 2 * forward.operations
     )
     if mode == "full":
-        return forward + backward + forward
+        # A backward pass in two parts goes through a block twice, and makes its activations again each time.
+        return forward + backward + forward.times(2 if setup.splits_backward else 1)
     if mode == "op":
         kept = setup.kept("op")
         again = sum(
@@ -162,9 +162,7 @@ def _of_rank(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> StepT
     host = max(work.operations * rates.operation - compute, 0.0) + rates.step
     idle = 0.0
     if setup.degrees.pp > 1:
-        schedule = setup.run.config.parallelism.pipeline_parallel_schedule
-        per_rank = len(setup.run.spec.stage_ranks) // setup.degrees.pp
-        idle = (compute + shown) * bubble(schedule, setup.degrees.pp, per_rank, setup.micro_batches_a_call)
+        idle = (compute + shown) * setup.idle_share
     return StepTime(
         products=products,
         attention=attention,

@@ -34,7 +34,7 @@ def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
     if missing:
         lines += ["", "Before it can train:", "", *("  " + line for text in missing for line in str(text).splitlines())]
     else:
-        lines += ["", "Ready to train."]
+        lines += ["", "Ready to be rehearsed." if run.config.only_rehearses else "Ready to train."]
     return "\n".join(lines)
 
 

@@ -80,9 +80,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         argv, rehearsal = without_rehearse(argv)
         request, run = check_at_the_door(argv, environ)
-        if request.dry_run:
+        if request.dry_run or run.config.only_rehearses:
             print(describe(run, what_training_lacks(request, argv, environ)), flush=True)
-            return rehearse(run, arguments(argv, environ), environ) if rehearsal else EXIT_OK
+            wanted = rehearsal or run.config.only_rehearses
+            return rehearse(run, arguments(argv, environ), environ) if wanted else EXIT_OK
         if rehearsal:
             raise UserError(Problem(REHEARSE, "a rehearsal is part of a dry run", fix="set DRY_RUN=1"))
         start_logging({**environ, "RANK": "0", "LOG_RANK": "0"})

@@ -106,7 +106,7 @@ class Comm(Section):
     """Beginning of the dumps' file names."""
 
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """`default` communicates; the others pretend to, for rehearsals (here: `DRY_RUN=1`)."""
+    """`default` trains; `fake_backend` only rehearses, as `DRY_RUN=1 ... --rehearse` does, and starts no ranks."""
 
 
 class FaultTolerance(Section):
