@@ -73,7 +73,13 @@ def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None
 
 def test_a_run_that_only_pretends_to_communicate_is_rehearsed(tmp_path: Path) -> None:
     """As `comm.mode` of the vocabulary means it: no ranks, no GPU, nothing left behind."""
-    keys = ("--comm.mode=fake_backend", "--job.dump_folder", str(tmp_path / "run"), "--model.n_layers=1")
+    keys = (
+        "--comm.mode=fake_backend",
+        "--training.global_batch_size=-1",
+        "--job.dump_folder",
+        str(tmp_path / "run"),
+        "--model.n_layers=1",
+    )
     ended = launch([*RUN_TRAIN, *keys], {"NGPU": "64"})
     assert ended.code == 0, ended.err
     assert "rank 0 of 64" in ended.out
