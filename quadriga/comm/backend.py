@@ -133,9 +133,11 @@ def shards(degrees: Degrees) -> int:
     return degrees.dp_shard * degrees.cp
 
 
-def in_words(served: Mapping[str, str]) -> str:
-    """`nvshmem: shard; nccl: tp, norms; gloo: host`."""
+def in_words(served: Mapping[str, str], shares: Mapping[str, float] | None = None) -> str:
+    """`nvshmem: shard; nccl: tp, norms; gloo: host`, and behind a backend its share of the bytes, where it is given."""
     axes: dict[str, list[str]] = {}
     for axis, backend in served.items():
         axes.setdefault(backend, []).append(axis)
-    return "; ".join(f"{backend}: {', '.join(names)}" for backend, names in axes.items()) or "nothing is sent"
+    found = {name: f" ({100 * share:.3g} %)" for name, share in (shares or {}).items()}
+    words = (f"{backend}: {', '.join(names)}{found.get(backend, '')}" for backend, names in axes.items())
+    return "; ".join(words) or "nothing is sent"

@@ -24,6 +24,8 @@ from torch import Tensor
 from quadriga.comm import nccl
 from quadriga.comm.collectives import barrier
 from quadriga.comm.slots import WORDS_A_RANK
+from quadriga.errors import Fault
+from quadriga.units import show_bytes
 
 PROCESS_GROUP, device = nccl.PROCESS_GROUP, nccl.device
 HIGH_PRIORITY = -1  # as the streams of `fully_shard` have it
@@ -60,11 +62,16 @@ class NvshmemTransport:
         self.rank, self.size = group.rank(), group.size()
         self._device = device
         self._processes = dist.get_process_group_ranks(group)
-        symmetric_memory.set_backend("NVSHMEM")
-        self.memory: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        # The last word is of no meaning: a signal without bytes puts it.
-        words = WORDS_A_RANK * self.size + 1
-        self._words: Tensor = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+        words = WORDS_A_RANK * self.size + 1  # the last one is of no meaning: a signal without bytes puts it
+        try:
+            symmetric_memory.set_backend("NVSHMEM")
+            self.memory: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+            self._words: Tensor = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
+        except RuntimeError as error:
+            what = (
+                f"NVSHMEM did not start, or did not give the {show_bytes(size)} of symmetric memory that the run needs"
+            )
+            raise Fault(f"{what}: {error}\nNothing was trained. NVSHMEM_DEBUG=INFO tells more.") from error
         torch.cuda.synchronize(device)
         barrier()  # nobody may signal before the words of all are 0
 

@@ -157,7 +157,7 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     recipe = build_recipe(run, mesh, cpu, parts)
     train_step(state, recipe, mesh)
     sharding.carried.clear()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         train_step(state, recipe, mesh)
     names = [event.name for event in found.events() if event.name.startswith("quadriga:collective ")]
     seen = []

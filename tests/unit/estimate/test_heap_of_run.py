@@ -7,6 +7,7 @@ from estimating import run_of
 
 from quadriga.comm.heap import RESERVE, Heap
 from quadriga.config import Run
+from quadriga.estimate.carriers import shares_of_bytes
 from quadriga.estimate.estimate import estimate
 from quadriga.estimate.heap import heap_of
 from quadriga.estimate.report import rows
@@ -61,3 +62,22 @@ def test_it_counts_on_the_device() -> None:
 def test_it_is_told() -> None:
     told = dict(rows(estimate(run("nvshmem"), None)))
     assert told["heap needed"].startswith("3.98 GiB a rank (2 x 1002.01 MiB for all-gathers, 1.96 GiB for sums")
+
+
+def test_the_share_of_each_backend_by_hand() -> None:
+    """FSDP over 4 ranks: each parameter is gathered (the blocks' twice) in bfloat16 and scattered in float32; what is
+    left are the sums of 8 bytes of the norm, and of a table of 4 x 16 bytes."""
+    block = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
+    gathered = 2 * (2 * 32 * block + EMBEDDING + OUTPUT)
+    scattered = 4 * (32 * block + EMBEDDING + OUTPUT)
+    sharded, others = 3 / 4 * (gathered + scattered), 2 * 3 / 4 * (8 + 4 * 16)
+    always = "--parallelism.fsdp_reshard_after_forward=default"
+    shares = shares_of_bytes(run("nvshmem", always), "nvshmem")
+    assert shares == pytest.approx({"nvshmem": sharded / (sharded + others), "nccl": others / (sharded + others)})
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_tensor_parallelism_is_carried_beside_it() -> None:
+    shares = shares_of_bytes(run("nvshmem", "--parallelism.tensor_parallel_degree=2"), "nvshmem")
+    assert 0.1 < shares["nccl"] < 0.9
+    assert shares_of_bytes(run("nccl", "--parallelism.tensor_parallel_degree=2"), "nccl") == {"nccl": 1.0}
