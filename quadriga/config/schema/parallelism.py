@@ -88,7 +88,7 @@ class Comm(Section):
     """Communication between ranks."""
 
     backend: Name | None = None
-    """Communication backend (`nccl`, `gloo`, `nvshmem`); none: nccl where CUDA is, gloo where it is not."""
+    """`gloo`, `nccl`, `nccl-symm`, `nvshmem` (docs/communication.md); none: nccl where CUDA is, else gloo."""
 
     init_timeout_seconds: Count = 300
     """How long a collective may take before the first step is done."""
