@@ -27,7 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimate": GROUND | {"config", "models", "comm"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"},
+    "trace": {"errors", "units", "hardware"},
+    "compare": {"errors", "units", "metrics"},
+    "cli": GROUND
+    | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
+    | {"compare", "trace"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
@@ -41,6 +45,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("estimate", "comm"): ("quadriga.comm.backend",),
     ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
     ("equivalence", "comm"): ("quadriga.comm.backend",),
+    ("compare", "metrics"): ("quadriga.metrics.jsonl", "quadriga.metrics.events"),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("optim", "config"): ("quadriga.config.schema",),
