@@ -106,7 +106,9 @@ def make_pair(folder: Path, ours: Sequence[float], others: Sequence[float], **ot
     return [folder / "a", folder / "b"]
 
 
-def collective(axis: str, backend: str | None, amount: float, exposed: float | None = 0.01, by: str = "linkage") -> Any:
+def collective(
+    axis: str, backend: str | None, amount: float | None, exposed: float | None = 0.01, by: str = "linkage"
+) -> Any:
     return {
         "axis": axis,
         "collective": "all_gather",
@@ -117,7 +119,9 @@ def collective(axis: str, backend: str | None, amount: float, exposed: float | N
     }
 
 
-def analysis(*collectives: dict[str, Any], ranks: Sequence[dict[str, float | None]] = ()) -> dict[str, Any]:
+def analysis(
+    *collectives: dict[str, Any], ranks: Sequence[dict[str, float | None]] = (), kernels: Sequence[str] = ()
+) -> dict[str, Any]:
     """The part of an analysis of traces that comparisons read."""
     usual: dict[str, float | None] = {
         "seconds": 0.12,
@@ -130,7 +134,13 @@ def analysis(*collectives: dict[str, Any], ranks: Sequence[dict[str, float | Non
     }
     means = ranks or ({}, {})
     by_rank = [{"rank": rank, "mean": {**usual, **mean}, "steps": []} for rank, mean in enumerate(means)]
-    return {"format": "quadriga-trace-1", "by_rank": by_rank, "collectives": list(collectives)}
+    top = [{"name": name, "seconds_a_step": 0.01, "share": 0.1, "calls_a_step": 1} for name in kernels]
+    return {
+        "format": "quadriga-trace-1",
+        "by_rank": by_rank,
+        "collectives": list(collectives),
+        "kernels": {"families": [], "blocks": [], "top": top},
+    }
 
 
 def no_traces(folder: Path) -> dict[str, Any]:

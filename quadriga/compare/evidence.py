@@ -18,6 +18,7 @@ from quadriga.compare.differences import BACKEND
 from quadriga.compare.runs import Setting, table
 from quadriga.compare.statistics import median
 from quadriga.errors import UserError
+from quadriga.units import show_some
 
 Analysis = dict[str, Any]
 Analyse = Callable[[Path], Analysis]
@@ -25,6 +26,7 @@ Analyse = Callable[[Path], Analysis]
 PARTS = ("compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "host_idle_s", "data_wait_s")
 EXPOSED = "exposed_communication_s"
 STRAY = 0.01  # the share of bytes that another backend may carry: control messages
+SYMMETRIC, SYMMETRIC_KERNEL = "nccl-symm", "ncclsymk"
 NO_TRACE = "no trace shows who carried the bytes"
 
 
@@ -102,21 +104,24 @@ def axes_of(traced: Iterable[Traced]) -> list[str]:
 
 def credit(setting: Setting, traced: Traced) -> dict[str, Any]:
     """Whether the backend that was asked for carried the bytes, and on what evidence."""
-    asked = asked_of(setting)
-    sent, by_name = _sent(traced)
-    total = sum(sent.values())
+    asked, declared = asked_of(setting), _declared(setting)
+    sent = _sent(traced, declared)
+    total = sum(sent.amounts.values())
     rows: list[dict[str, Any]] | None = [
         {"axis": axis, "backend": backend, "share_of_bytes": amount / total}
-        for (axis, backend), amount in sorted(sent.items(), key=lambda item: -item[1])
+        for (axis, backend), amount in sorted(sent.amounts.items(), key=lambda item: -item[1])
         if total
     ]
     if traced.missing:
-        credited, why = False, f"not credited: {NO_TRACE} ({traced.why_missing()})"
+        credited, why = False, f"{NO_TRACE} ({traced.why_missing()})"
         rows = rows or None
+    elif sent.untold:
+        credited, why = False, f"the traces do not tell the bytes of {show_some(sorted(sent.untold))}"
     elif not total:
-        credited, why = False, "not credited: the traces show no bytes between ranks"
+        credited, why = False, "the traces show no bytes between ranks"
     else:
-        credited, why = _judge(asked, _declared(setting), sent, by_name)
+        credited, why = _judge(asked, declared, sent)
+    why = why if credited else f"not credited: {why}"
     return {"run": setting.name, "asked": asked, "carried": rows, "credited": credited, "why": why}
 
 
@@ -131,39 +136,61 @@ def _declared(setting: Setting) -> dict[str, str]:
     return {axis: str(name) for axis, name in table(setting.runs[0].environment, "backends").items()}
 
 
-def _sent(traced: Traced) -> tuple[Counter[tuple[str, str]], float]:
-    """Bytes of a step by axis and backend, summed over repeats; and how many are known by a kernel's name alone."""
-    sent: Counter[tuple[str, str]] = Counter()
-    by_name = 0.0
+@dataclass(frozen=True)
+class Sent:
+    """Bytes of a step by axis and backend, summed over repeats. `by_name`: those that are known by a kernel's name
+    alone; `untold`: collectives whose bytes no trace tells."""
+
+    amounts: Counter[tuple[str, str]]
+    by_name: float
+    untold: set[str]
+
+
+def _sent(traced: Traced, declared: Mapping[str, str]) -> Sent:
+    amounts: Counter[tuple[str, str]] = Counter()
+    by_name, untold = 0.0, set()
     for analysis in traced.analyses.values():
         for found in analysis["collectives"]:
-            amount = found["bytes_a_step"] or 0
-            sent[found["axis"], found["backend"] or "unknown"] += amount
+            amount = found["bytes_a_step"]
+            if amount is None:
+                untold.add(f"{found['collective']} ({found['axis']})")
+                continue
+            amounts[found["axis"], _carrier(found, declared, analysis)] += amount
             by_name += amount if found["found_by"] == "name" else 0
-    return sent, by_name
+    return Sent(amounts, by_name, untold)
 
 
-def _judge(
-    asked: str, declared: Mapping[str, str], sent: Mapping[tuple[str, str], float], by_name: float
-) -> tuple[bool, str]:
-    total = sum(sent.values())
-    own = sum(amount for (_, backend), amount in sent.items() if backend == asked)
+def _carrier(found: Mapping[str, Any], declared: Mapping[str, str], analysis: Analysis) -> str:
+    """The backend of a collective. NCCL's kernels for symmetric memory are known by their names alone."""
+    backend = str(found["backend"] or "unknown")
+    if backend == "nccl" and declared.get(found["axis"]) == SYMMETRIC:
+        kernels = (kernel["name"].lower() for kernel in analysis["kernels"]["top"])
+        word = found["collective"].replace("_", "")
+        return SYMMETRIC if any(SYMMETRIC_KERNEL in name and word in name for name in kernels) else backend
+    return backend
+
+
+def _judge(asked: str, declared: Mapping[str, str], sent: Sent) -> tuple[bool, str]:
+    total = sum(sent.amounts.values())
+    own = sum(amount for (_, backend), amount in sent.amounts.items() if backend == asked)
+    elsewhere = declared.get("norms", asked)  # of an axis that the run declared nothing of: the sums over all ranks
     strays = {
         (axis, backend): amount
-        for (axis, backend), amount in sent.items()
-        if backend != (declared.get(axis, asked) if declared else asked)
+        for (axis, backend), amount in sent.amounts.items()
+        if backend != declared.get(axis, elsewhere)
     }
     if not own or sum(strays.values()) > STRAY * total:
-        (axis, backend), _ = max((strays or sent).items(), key=lambda item: item[1])
-        share = sum(amount for (_, name), amount in sent.items() if name == backend) / total
-        return (
-            False,
-            f"not credited: {asked} was asked for, and {backend} carried {_percent(share)} of the bytes ({axis})",
-        )
-    if by_name > STRAY * total:
-        return False, f"not credited: {_percent(by_name / total)} of the bytes are known by a kernel's name alone"
-    others = sorted({f"{axis} is on {name}" for axis, name in declared.items() if name != asked})
-    return True, f"{asked} carried {_percent(own / total)} of the bytes" + "".join(f"; {other}" for other in others)
+        (axis, backend), _ = max((strays or sent.amounts).items(), key=lambda item: item[1])
+        share = sum(amount for (_, name), amount in sent.amounts.items() if name == backend) / total
+        return False, f"{asked} was asked for, and {backend} carried {_percent(share)} of the bytes ({axis})"
+    if sent.by_name > STRAY * total:
+        return False, f"{_percent(sent.by_name / total)} of the bytes are known by a kernel's name alone"
+    others = {f"{axis} is on {name}" for axis, name in declared.items() if name != asked and axis in axes_sent(sent)}
+    return True, "; ".join([f"{asked} carried {_percent(own / total)} of the bytes", *sorted(others)])
+
+
+def axes_sent(sent: Sent) -> set[str]:
+    return {axis for axis, _ in sent.amounts}
 
 
 def _percent(share: float) -> str:

@@ -87,6 +87,37 @@ def test_names_of_kernels_alone_are_no_evidence(judged):
     assert "10.0 % of the bytes are known by a kernel's name alone" in found["why"]
 
 
+@pytest.mark.parametrize(
+    ("kernels", "credited"),
+    [
+        (["ncclSymkDevKernel_AllGather_LLMC(ncclSymkDevWorkArgs)"], True),
+        (["ncclDevKernel_AllGather_RING_LL", "ncclSymkDevKernel_ReduceScatter_LL_sum_bf16"], False),
+        ([], False),
+    ],
+)
+def test_symmetric_memory_of_nccl_is_known_by_its_kernels(kernels, credited, judged):
+    """Its calls look like all others of NCCL, and an axis that stays with plain NCCL has plain kernels."""
+
+    def analyse(folder):
+        return analysis(collective("shard", "nccl", 900.0), collective("tp", "nccl", 100.0), kernels=kernels)
+
+    found = judged("nccl-symm", declared={"shard": "nccl-symm", "tp": "nccl", "norms": "nccl"}, analyse=analyse)
+    assert found["credited"] == credited
+    said = "nccl-symm carried 90.0 % of the bytes; tp is on nccl" if credited else "nccl carried 100.0 % of the bytes"
+    assert said in found["why"]
+
+
+def test_bytes_that_no_trace_tells_are_no_evidence(judged):
+    found = judged("nvshmem", collective("shard", "nvshmem", 900.0), collective("shard", "symm_mem", None))
+    assert found["why"] == "not credited: the traces do not tell the bytes of all_gather (shard)"
+
+
+def test_sums_over_all_ranks_are_where_the_run_said_they_stay(judged):
+    declared = {"shard": "nvshmem", "norms": "nccl", "host": "gloo"}
+    own = collective("shard", "nvshmem", 900.0), collective("loss", "nccl", 90.0), collective("host", "gloo", 10.0)
+    assert judged("nvshmem", *own, declared=declared)["credited"]
+
+
 def test_without_a_trace_nothing_is_credited(judged):
     found = judged("gloo", analyse=no_traces)
     assert (found["credited"], found["carried"]) == (False, None)
