@@ -18,6 +18,7 @@ COMMANDS = {
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",
+    "trace": "say where the time of a profiled step went, and what each collective carried",
     "goodput": "say how much of a run's time trained, and what became of the rest",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",
