@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",
     "bench": "run settings in turns, several times each, and compare them",
     "compare": "say which of two runs is faster, how sure that is, and where the time went",
+    "trace": "say where the time of a profiled step went, and what each collective carried",
     "goodput": "say how much of a run's time trained, and what became of the rest",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",

@@ -25,9 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
     | {"estimate"},
     "estimate": GROUND | {"config", "models", "comm"},
+    "trace": {"errors", "units", "hardware"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "trace": {"errors", "units", "hardware"},
     "compare": {"errors", "units", "metrics"},
     "cli": GROUND
     | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
