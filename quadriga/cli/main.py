@@ -19,6 +19,7 @@ COMMANDS = {
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",
     "goodput": "say how much of a run's time trained, and what became of the rest",
+    "ccl-bench": "write a run as a workload of CCL-Bench, or say what is wrong in such a workload",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",
     "docs": "write docs/configuration.md and all cards anew",

@@ -13,6 +13,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hardware": {"errors"},
     "log": set(),
     "processes": {"errors"},
+    "html": {"units"},
+    "trace": {"errors", "units", "hardware", "html"},
+    "compare": {"errors", "units", "trace", "html"},
     "config": {"errors", "units", "hardware"},
     "comm": GROUND | {"config"},
     "data": GROUND | {"config"},
@@ -27,7 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimate": GROUND | {"config", "models", "comm"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"},
+    "cli": GROUND
+    | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
+    | {"trace"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
