@@ -15,7 +15,8 @@ def step(seconds: float, number: int | None = None) -> dict[str, Any]:
         "compute_s": 0.6 * seconds,
         "communication_s": 0.35 * seconds,
         "exposed_communication_s": 0.22 * seconds,
-        "memcpy_s": 0.03 * seconds,
+        "memcpy_s": 0.05 * seconds,
+        "exposed_memcpy_s": 0.03 * seconds,
         "host_idle_s": 0.1 * seconds,
         "data_wait_s": None,
     }
@@ -122,7 +123,7 @@ def analysis(ranks: int = 4) -> dict[str, Any]:
         "timeline": {"step": 8, "start_s": 0.0, "strips": strips(ranks, 0.415)},
         "not_measurable": {
             "data_wait_s": "the trace has no range around the loader",
-            "transfer_s": "ranks without `Seq` cannot be matched",
+            f"transfer of tp {EVIL}": "ranks without `Seq` cannot be matched",
             "kernels.blocks": "the model's blocks are not annotated",
         },
         "warnings": ["rank 2's clock is 3 ms ahead"],

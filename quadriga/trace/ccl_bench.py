@@ -130,12 +130,16 @@ def _peak(card: Card) -> float | None:
 
 def _missing(card: Card) -> Iterator[str]:
     fields = FIELDS + (INFERENCE_FIELDS if _is_inference(card) else ())
-    absent = [field for field in fields if value(card, field) is None]
+    absent = [field for field in fields if _is_empty(value(card, field))]
     if absent:
         yield f"{len(absent)} of {len(fields)} fields are missing or empty: {', '.join(absent)}"
     astray = [name for name in ("num_params", "num_layers", "head_dim") if value(card, f"workload.model.{name}")]
     if astray:
         yield f"{', '.join(astray)} stand in workload.model, but `mfu` looks for them in {ARCH}"
+
+
+def _is_empty(said: Any) -> bool:
+    return said is None or (isinstance(said, list) and None in said)
 
 
 def _embedding(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, int]) -> Iterator[str]:

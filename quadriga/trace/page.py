@@ -17,26 +17,33 @@ from quadriga.html.plots import Series, legend_of, log_log
 from quadriga.html.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from quadriga.units import show_bytes
 
-# What a step is cut into, in the order of a bar. Communication that compute hides is no part of it.
+# What a step is cut into, in the order of a bar; with the rest these add up. What compute hides is no part of it.
 PARTS = {
     "compute_s": ("compute", BLUE),
     "exposed_communication_s": ("exposed communication", VERMILION),
-    "memcpy_s": ("copies", GREEN),
+    "exposed_memcpy_s": ("exposed copies", GREEN),
     "data_wait_s": ("waiting for data", ORANGE),
     "host_idle_s": ("waiting for the host", PURPLE),
 }
-OTHER = "not attributed"
+REST = "rest"
 STEP_COLUMNS = {
     "seconds": "step",
     "compute_s": "compute",
     "communication_s": "communication",
     "exposed_communication_s": "exposed communication",
     "memcpy_s": "copies",
+    "exposed_memcpy_s": "exposed copies",
     "host_idle_s": "waiting for the host",
     "data_wait_s": "waiting for data",
 }
 LANES = {"compute": BLUE, "communication": VERMILION, "memcpy": GREEN, "host": GREY}
 FOUND_BY = {"linkage": "linkage", "annotation": "annotation", "name": "name only"}
+# Under which word the analysis tells why a figure of one collective is missing: `transfer of tp all_gather`.
+GROUPS = {
+    **dict.fromkeys(("start_skew_s", "transfer_s", "bus_gb_s"), "transfer"),
+    **dict.fromkeys(("seconds_a_step", "exposed_s_a_step", "overlap_share", "algorithm_gb_s"), "seconds"),
+    "bytes_a_step": "bytes",
+}
 Show = Callable[[float], str]
 Columns = dict[str, tuple[str, Show]]  # by the key of a row: its title, and how it is shown
 
@@ -62,8 +69,10 @@ def sentences(analysis: Mapping[str, Any]) -> list[str]:
     said = [_what_took_the_time(analysis)]
     slowest = analysis["slowest"]
     if slowest:
-        by = f"{duration(slowest['by_s'])} a step ({share(slowest['by_share'])})"
-        said.append(f"The slowest rank is {slowest['rank']}, by {by}.")
+        by = f"{duration(slowest['by_s'])} ({share(slowest['by_share'])})"
+        said.append(
+            f"The slowest rank is {slowest['rank']}: it spends {by} a step more than the median rank on its own."
+        )
     costly = [row for row in analysis["collectives"] if row["exposed_s_a_step"]]
     if costly:
         row = max(costly, key=lambda each: each["exposed_s_a_step"])
@@ -79,33 +88,36 @@ def _what_took_the_time(analysis: Mapping[str, Any]) -> str:
     step = f"A step takes {duration(timing['median'])}"
     if timing["min"] != timing["max"]:
         step += f" ({duration(timing['min'])} to {duration(timing['max'])})"
-    shares = {PARTS[key][0]: part for key, part in _mean_shares(analysis).items() if part}
+    shares = _mean_shares(analysis)
     if not shares:
         return f"{step}; what took it is not measurable from this trace."
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
-    return f"{step}: " + ", ".join(f"{share(part)} {name}" for name, part in largest) + "."
+    return f"{step}: " + ", ".join(f"{share(part)} {name}" for name, part in largest if part > 0) + "."
 
 
 def _mean_shares(analysis: Mapping[str, Any]) -> dict[str, float]:
-    """Of each part that was measured on all ranks: its share of the step, as a mean over ranks."""
+    """By name, of each part that was measured on all ranks and of the rest: its share of the step, over all ranks."""
     means = [rank["mean"] for rank in analysis["by_rank"]]
     whole_time = sum(mean["seconds"] for mean in means)
-    known = [key for key in PARTS if means and all(mean[key] is not None for mean in means)]
-    return {key: sum(mean[key] for mean in means) / whole_time for key in known} if whole_time else {}
+    if not whole_time:
+        return {}
+    known = [key for key in PARTS if all(mean.get(key) is not None for mean in means)]
+    shares = {PARTS[key][0]: sum(mean[key] for mean in means) / whole_time for key in known}
+    return {**shares, REST: 1 - sum(shares.values())} if shares else {}
 
 
 def _by_rank(analysis: Mapping[str, Any]) -> Markup:
     ranks = analysis["by_rank"]
-    parts = [Part(name, colour) for name, colour in PARTS.values()] + [Part(OTHER, GREY)]
+    parts = [Part(name, colour) for name, colour in PARTS.values()] + [Part(REST, GREY)]
     bars = [_bar_of(rank) for rank in ranks]
     drawn = [i for i, _ in enumerate(parts) if any(bar.values[i] for bar in bars)]
     shown = [Part(parts[i].name, parts[i].colour) for i in drawn]
     bars = [Bar(bar.name, [bar.values[i] for i in drawn], bar.whole) for bar in bars]
-    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"][key], duration) for key in STEP_COLUMNS)] for rank in ranks]
+    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), duration) for key in STEP_COLUMNS)] for rank in ranks]
     numbers = html.table(["rank", *STEP_COLUMNS.values()], rows, caption="Mean over the steps, by rank.")
     caption = (
-        "The mean step of each rank, cut into its parts; the tick is the step's own length. Communication that compute "
-        f"hides is in the table alone. “{OTHER}” is what is left of the step."
+        "The mean step of each rank, cut into its parts; the tick is the step's own length. What compute hides is in "
+        f"the table alone. “{REST}” is what is left of the step: the host's own work, and idling."
     )
     image = stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", duration)
     missing = html.reasons(_reasons_for(analysis, STEP_COLUMNS, [rank["mean"] for rank in ranks]))
@@ -115,14 +127,14 @@ def _by_rank(analysis: Mapping[str, Any]) -> Markup:
 
 def _bar_of(rank: Mapping[str, Any]) -> Bar:
     mean = rank["mean"]
-    values = [mean[key] for key in PARTS]
+    values = [mean.get(key) for key in PARTS]
     rest = max(mean["seconds"] - sum(value for value in values if value), 0.0)
     return Bar(f"rank {rank['rank']}", [*values, rest if rest > 0.001 * mean["seconds"] else None], mean["seconds"])
 
 
 def _all_steps(ranks: Sequence[Mapping[str, Any]]) -> Markup:
     rows = [
-        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step[key], duration) for key in STEP_COLUMNS)]
+        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step.get(key), duration) for key in STEP_COLUMNS)]
         for rank in ranks
         for step in rank["steps"]
     ]
@@ -143,7 +155,10 @@ def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
     rows = [_busy(strip, start) for strip in strips]
     header = ["rank", "lane", "busy", "spans", "longest", "its name"]
     numbers = html.table(header, rows, caption="How long each lane was busy in this step.", words=(0, 1, 5))
-    caption = "Each strip is one lane of one rank; a span tells its name and its length under the pointer."
+    caption = (
+        "Each strip is one lane of one rank; a span tells its name and its length under the pointer. The lane `host` "
+        "shows where nothing else ran."
+    )
     image = timeline(f"Step {line['step']} of all ranks", strips, start, f"time from the start of step {line['step']}")
     lanes = legend([Part(name, colour) for name, colour in LANES.items() if any(s.lane == name for s in strips)])
     return html.section(f"Step {line['step']} as it went", html.figure(image, caption, numbers, lanes))
@@ -189,7 +204,7 @@ def _communication(analysis: Mapping[str, Any]) -> Markup:
         "Communication by axis",
         _by_axis(rows, sent, what),
         _by_axis(rows, speed, how_fast),
-        html.reasons(_reasons_for(analysis, names, rows)),
+        html.reasons(_reasons_by_row(analysis["not_measurable"], names, rows)),
         _bandwidth(analysis),
     )
 
@@ -202,6 +217,19 @@ def _by_axis(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str) 
     ]
     header = ["axis", "collective", "backend", "found by", *(name for name, _ in columns.values())]
     return html.table(header, cells, caption=caption, words=range(4))
+
+
+def _reasons_by_row(
+    why: Mapping[str, str], columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str | None]:
+    """By figure where one reason holds for all rows, else by figure and row: why it is None."""
+    found: dict[str, str | None] = {}
+    for key, name in columns.items():
+        for row in rows:
+            if row[key] is None:
+                own = why.get(f"{GROUPS.get(key)} of {row['axis']} {row['collective']}")
+                found[f"{name}, {row['axis']} {row['collective']}" if own else name] = own or why.get(key)
+    return found
 
 
 def _bandwidth(analysis: Mapping[str, Any]) -> Markup | None:
@@ -291,7 +319,7 @@ def _reasons_for(
     analysis: Mapping[str, Any], columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str | None]:
     """By a column's name, why some of its figures are None."""
-    absent = [key for key in columns if any(row[key] is None for row in rows)]
+    absent = [key for key in columns if any(row.get(key) is None for row in rows)]
     return {columns[key]: analysis["not_measurable"].get(key) for key in absent}
 
 
