@@ -173,6 +173,9 @@ def comparison() -> dict[str, Any]:
             },
         ],
         "refused": None,
+        "headline": "step_time_s",
+        "not_measurable": {"where": "nvshmem: it has no trace"},
+        "warnings": [],
         "figures": [
             {
                 "name": "step_time_s", "unit": "s", "lower_is_better": True,
@@ -212,6 +215,8 @@ def comparison() -> dict[str, Any]:
             "steps": steps,
             "by_run": [{"run": "nccl", "loss": losses}, {"run": "nvshmem", "loss": [None, *others[1:]]}],
             "largest_difference": {"step": 6, "value": 0.012, "between": ["nccl", "nvshmem"]},
+            "largest_within_a_setting": 0.003,
+            "note": "One more thing.",
         },
         "where": [
             {"part": "compute_s", "by_run": [{"run": "nccl", "seconds": 0.25}, {"run": "nvshmem", "seconds": 0.24}]},

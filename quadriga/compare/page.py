@@ -26,6 +26,7 @@ def page(comparison: Mapping[str, Any]) -> str:
     """The whole page. `comparison`: a dict of the format `quadriga-compare-1`."""
     names = [run["name"] for run in comparison["runs"]]
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
+    warned += comparison.get("warnings", ())
     return html.document(
         f"{' and '.join(names)} compared" if len(names) == 2 else f"{len(names)} runs compared",
         html.answer(*sentences(comparison)),
@@ -33,7 +34,7 @@ def page(comparison: Mapping[str, Any]) -> str:
         _backends(comparison["backend"]),
         _ratios(comparison["figures"]),
         _figures(comparison["figures"]),
-        _where(comparison["where"]),
+        _where(comparison["where"], comparison.get("not_measurable", {}).get("where")),
         _losses(comparison["losses"]),
         _runs(comparison),
         source=_varied(comparison["varied"]),
@@ -41,34 +42,32 @@ def page(comparison: Mapping[str, Any]) -> str:
 
 
 def sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """The answer: the refusal where there is one; what is not credited; what was shown of the time of a step."""
+    """The answer: the refusal where there is one; else what was shown of the time of a step, ratio by ratio."""
     if comparison["refused"]:
         return [f"Not compared: {comparison['refused']}"]
     figures = {figure["name"]: figure for figure in comparison["figures"]}
-    chosen = figures.get(TIME) or next(iter(figures.values()), None)
-    verdicts = [_verdict(chosen, ratio) for ratio in chosen["ratios"]] if chosen else []
-    uncredited = [
-        f"{each['asked']} is not credited with anything in {each['run']}: {each['why']}."
-        for each in comparison["backend"]
-        if not each["credited"]
-    ]
-    if uncredited:
-        verdicts = [f"Whatever carried the bytes: {verdict}" for verdict in verdicts]
-    return [*uncredited, *verdicts] or ["No figure was measured in more than one run."]
+    chosen = figures.get(comparison.get("headline", TIME)) or next(iter(figures.values()), None)
+    why = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
+    said = [_verdict(chosen, ratio, why) for ratio in chosen["ratios"]] if chosen else []
+    return said or ["No figure was measured in more than one run."]
 
 
-def _verdict(figure: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
+def _verdict(figure: Mapping[str, Any], ratio: Mapping[str, Any], why: Mapping[str, str]) -> str:
+    """`why`: of runs that are not credited with their backend; no winner is named where one of them is compared."""
     run, against = ratio["run"], ratio["against"]
     counted = f"{ratio['pairs']} pair{'' if ratio['pairs'] == 1 else 's'}"
     if ratio["ratio"] is None:
         return f"{ratio['verdict'].capitalize()} to compare {run} with {against}: {counted}."
-    measured = f"its {_words(figure['name'])} is {number(ratio['ratio'])} times that of {against}"
+    measured = f"{_words(figure['name'])} of {run} is {number(ratio['ratio'])} times that of {against}"
     if ratio["interval"]:
         low, high = ratio["interval"]
         measured += f" ({_percent(ratio['confidence'])} interval {number(low)} to {number(high)})"
+    doubts = "; ".join(f"{name}: {why[name]}" for name in (run, against) if name in why)
+    if doubts:
+        return f"No winner is named between {run} and {against} ({doubts}). Measured: {measured}, {counted}."
     if ratio["verdict"] in VERDICTS:
         return f"{run} is {ratio['verdict']} than {against}: {measured}, {counted}."
-    return f"{ratio['verdict'].capitalize()} between {run} and {against}: of {run}, {measured}, {counted}."
+    return f"{ratio['verdict'].capitalize()} between {run} and {against}: {measured}, {counted}."
 
 
 def _percent(part: float) -> str:
@@ -152,10 +151,10 @@ def _figures(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
     return html.section("Figures", html.table(header, cells, words=(0, 1, 4)))
 
 
-def _where(parts: Sequence[Mapping[str, Any]] | None) -> Markup:
+def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup:
     title = "Where the time went"
     if not parts:
-        return html.section(title, html.missing("no traces of these runs were read"))
+        return html.section(title, html.missing(why or "no traces of these runs were read"))
     runs = list(dict.fromkeys(each["run"] for part in parts for each in part["by_run"]))
     legend_parts = [Part(run, index % GREY) for index, run in enumerate(runs)]
     bars = []
@@ -168,7 +167,8 @@ def _where(parts: Sequence[Mapping[str, Any]] | None) -> Markup:
     image = stacked_bars("Parts of a step by run", legend_parts, bars, "time a step")
     numbers = html.table(["part of a step", *runs], cells)
     caption = "The same part of a step in each run, one bar a run. Parts may overlap, so they need not add up."
-    return html.section(title, html.figure(image, caption, numbers, legend(legend_parts)))
+    reasons = html.missing(why) if why else None
+    return html.section(title, html.figure(image, caption, numbers, legend(legend_parts)), reasons)
 
 
 def _seconds_of(part: Mapping[str, Any], run: str) -> str | None:
@@ -196,6 +196,11 @@ def _losses(losses: Mapping[str, Any] | None) -> Markup:
             f"The largest difference is {number(largest['value'])}, at step {largest['step']}, "
             f"between {' and '.join(largest['between'])}."
         )
+    within = losses.get("largest_within_a_setting")
+    if within is not None:
+        said += f" Repeats of one setting differ by {number(within)} at most."
+    if losses.get("note"):
+        said += f" {losses['note']}"
     every = max(math.ceil(len(steps) / ROWS_OF_LOSSES), 1)
     chosen = sorted({*range(0, len(steps), every), len(steps) - 1})
     cells = [[f"{steps[i]:,}", *(_loss(run["loss"][i]) for run in losses["by_run"])] for i in chosen]
@@ -241,8 +246,8 @@ def shower(unit: str) -> Callable[[float], str]:
         return show_bytes
     if unit == "GiB":
         return lambda value: f"{value:.2f} GiB"
-    if unit in ("share", "1", ""):
-        return number
+    if unit == "share":
+        return share
     return lambda value: f"{whole(round(value)) if abs(value) >= 1000 else number(value)} {unit}"
 
 

@@ -8,21 +8,25 @@ from page_samples import EVIL, comparison
 from quadriga.compare.page import page, sentences, shower
 
 
-def test_what_is_not_credited_stands_before_what_was_measured():
+def test_no_winner_is_named_where_a_backend_is_not_credited():
     assert sentences(comparison()) == [
-        "nvshmem is not credited with anything in nvshmem: no byte of axis shard went through it.",
-        "Whatever carried the bytes: nvshmem is faster than nccl: its step time is 0.941 times that of nccl "
-        "(95 % interval 0.925 to 0.957), 5 pairs.",
+        "No winner is named between nvshmem and nccl (nvshmem: no byte of axis shard went through it). Measured: step "
+        "time of nvshmem is 0.941 times that of nccl (95 % interval 0.925 to 0.957), 5 pairs."
     ]
 
 
 def test_the_verdict_of_an_honest_pair():
     honest = comparison() | {"backend": []}
-    assert sentences(honest)[0].startswith("nvshmem is faster than nccl: its step time is 0.941 times")
-    honest["figures"] = honest["figures"][1:2]
     assert sentences(honest) == [
-        "No difference shown between nvshmem and nccl: of nvshmem, its memory peak gib is 1.00 times that of nccl "
+        "nvshmem is faster than nccl: step time of nvshmem is 0.941 times that of nccl (95 % interval 0.925 to 0.957), "
+        "5 pairs."
+    ]
+    assert sentences(honest | {"headline": "memory_peak_gib"}) == [
+        "No difference shown between nvshmem and nccl: memory peak gib of nvshmem is 1.00 times that of nccl "
         "(95 % interval 0.998 to 1.00), 5 pairs."
+    ]
+    assert sentences(honest | {"headline": "exposed_communication_s.shard"}) == [
+        "Too few runs to compare nvshmem with nccl: 1 pair."
     ]
 
 
@@ -43,6 +47,8 @@ def test_every_figure_is_there():
     losses = next(table for table in read.all("table") if "Every 10 logged steps" in table.text)
     assert losses.all("tr")[1].text == "19.4078not logged"
     assert "Parts may overlap" in read.text
+    assert "Repeats of one setting differ by 0.00300 at most. One more thing." in read.text
+    assert "not measurable: nvshmem: it has no trace" in read.text
 
 
 def test_names_stay_names():
@@ -62,6 +68,7 @@ def test_losses_that_are_no_numbers():
 
 
 def test_units():
-    assert [shower(unit)(0.25) for unit in ("s", "GiB", "tokens/s")] == ["250 ms", "0.25 GiB", "0.250 tokens/s"]
+    shown = [shower(unit)(0.25) for unit in ("s", "GiB", "tokens/s", "share")]
+    assert shown == ["250 ms", "0.25 GiB", "0.250 tokens/s", "25.0 %"]
     assert shower("bytes")(2**30) == "1.00 GiB"
     assert shower("tokens/s")(12345.6) == "12,346 tokens/s"
