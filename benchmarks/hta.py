@@ -75,7 +75,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.run or trained(Path(scratch) / "run")
-        traces = newest_traces(folder)
+        _, traces = newest_traces(folder)
         ours = sorted(read_rank(0, traces[0]).steps)
         found = analysed(options.hta_python, traces[0].parent)
     met = found["ranks"] == sorted(traces) and set(found["steps"]) <= set(ours) and len(found["steps"]) >= len(ours) - 1

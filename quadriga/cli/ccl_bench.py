@@ -81,7 +81,7 @@ def write(folder: Path, out: Path, told: Told) -> int:
     """Write a run's traces and card into `out`, and say how its step time compares with the run's own metrics."""
     environment = _environment(folder)
     run = read_run(str(folder / "config.toml"), int(environment["world_size"]), ())
-    packed = newest_traces(folder)
+    last_step, packed = newest_traces(folder)
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
     if absent:
         raise UserError(Problem("RUN", f"the newest traces lack those of ranks {absent}", str(folder)))
@@ -90,14 +90,24 @@ def write(folder: Path, out: Path, told: Told) -> int:
     out.mkdir(parents=True, exist_ok=True)
     records = read_metrics(folder / "metrics.jsonl")
     traces = [read_rank(rank, path) for rank, path in enumerate(flatten(packed, out))]
-    last_step = int(packed[0].parent.name.removeprefix("iteration_"))
     profiled = steps_of(traces[0], last_step)
-    card = card_of(run, environment, told, profiled, records[-1] if records else None)
+    card = card_of(run, environment, told, profiled, records[-1] if records else None, carried(out))
     write_card(card, out / CARD_NAME)
     print(out / CARD_NAME)
     print("\n".join(_compared(traces, own_step_time(records, inner(profiled)))))
     print("\n".join(_warnings(_found(out, card, traces))))
     return EXIT_OK
+
+
+def carried(folder: Path) -> dict[str, Any]:
+    """By axis, which backend the traces show carrying its bytes, how many in a step, and how that was told."""
+    from quadriga.trace.analysis import analyse  # not needed to read a card
+
+    found: dict[str, Any] = {}
+    for row in analyse(folder)["collectives"]:
+        about = {key: row[key] for key in ("collective", "backend", "bytes_a_step", "found_by")}
+        found.setdefault(row["axis"], []).append(about)
+    return found
 
 
 def read(place: Path, as_json: bool) -> int:

@@ -51,10 +51,15 @@ class Told:
 
 
 def card_of(
-    run: Run, environment: Mapping[str, Any], told: Told, profiled: Sequence[int], last: Mapping[str, Any] | None
+    run: Run,
+    environment: Mapping[str, Any],
+    told: Told,
+    profiled: Sequence[int],
+    last: Mapping[str, Any] | None,
+    carried: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The card of a run. `environment`: its environment.json; `profiled`: the run's steps that the traces hold;
-    `last`: its newest training record."""
+    `last`: its newest training record; `carried`: by axis, the collectives that the traces show."""
     device = _device(environment)
     nodes = _nodes(environment)
     return {
@@ -71,7 +76,11 @@ def card_of(
         },
         "Model-executor": _executor(run, environment),
         "metric_source": {"traces": ["json"], "metrics_specific_trace": []},
-        "quadriga": _ours(run, environment, told, profiled, last),
+        "quadriga": {
+            **_ours(run, environment, profiled, last),
+            "collective_backend": {"declared": environment.get("backend"), "achieved": dict(carried) or None},
+            "empty_fields": _empty(environment, told),
+        },
     }
 
 
@@ -170,7 +179,6 @@ def _executor(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
 def _ours(
     run: Run,
     environment: Mapping[str, Any],
-    told: Told,
     profiled: Sequence[int],
     last: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -192,15 +200,9 @@ def _ours(
             "moments": moments_dtype(run),
         },
         "embedding": tied if spec.model.tie_embeddings else "not tied",
-        "collective_backend": {
-            "declared": environment.get("backend"),
-            "achieved": None,
-            "why": "`quadriga trace RUN` tells which backend carried the bytes of each axis",
-        },
         "last_record": {key: last[key] for key in ("step", "loss", "tokens_seen")} if last else None,
         "host_of_rank_0": environment.get("host"),
         "bandwidth_order": "bandwidth_gbps and protocol_selection: scale-out, scale-up; Gbit/s a device and direction",
-        "empty_fields": _empty(environment, told),
     }
 
 

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from quadriga.compare.report import answers, show_value
 from quadriga.html import page as html
 from quadriga.html.charts import Bar, Part, legend, stacked_bars
 from quadriga.html.markup import Markup
-from quadriga.html.numbers import duration, number, share, whole
+from quadriga.html.numbers import duration, number, share
 from quadriga.html.plots import Interval, Series, curves, intervals, legend_of
 from quadriga.html.style import BLUE, GREY, VERMILION
-from quadriga.units import show_bytes
 
 VERDICTS = {"faster": BLUE, "better": BLUE, "slower": VERMILION, "worse": VERMILION}
-TIME = "step_time_s"
+SHOWN_WITH = ("s", "GiB", "share")  # units that stand beside each figure
+Comparison = dict[str, Any]
 ROWS_OF_LOSSES = 20
 
 
-def page(comparison: Mapping[str, Any]) -> str:
+def page(comparison: Comparison) -> str:
     """The whole page. `comparison`: a dict of the format `quadriga-compare-1`."""
-    names = [run["name"] for run in comparison["runs"]]
+    names = _names(comparison)
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
     warned += comparison.get("warnings", ())
     return html.document(
@@ -41,37 +43,18 @@ def page(comparison: Mapping[str, Any]) -> str:
     )
 
 
-def sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """The answer: the refusal where there is one; else what was shown of the time of a step, ratio by ratio."""
+def sentences(comparison: Comparison) -> list[str]:
+    """The answer, in the words of the terminal; the refusal where there is one."""
     if comparison["refused"]:
         return [f"Not compared: {comparison['refused']}"]
-    figures = {figure["name"]: figure for figure in comparison["figures"]}
-    chosen = figures.get(comparison.get("headline", TIME)) or next(iter(figures.values()), None)
-    why = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
-    said = [_verdict(chosen, ratio, why) for ratio in chosen["ratios"]] if chosen else []
-    return said or ["No figure was measured in more than one run."]
+    return [
+        f"{said[0].upper()}{said[1:]}." if not said.startswith(_names(comparison)) else f"{said}."
+        for said in answers(comparison)
+    ]
 
 
-def _verdict(figure: Mapping[str, Any], ratio: Mapping[str, Any], why: Mapping[str, str]) -> str:
-    """`why`: of runs that are not credited with their backend; no winner is named where one of them is compared."""
-    run, against = ratio["run"], ratio["against"]
-    counted = f"{ratio['pairs']} pair{'' if ratio['pairs'] == 1 else 's'}"
-    if ratio["ratio"] is None:
-        return f"{ratio['verdict'].capitalize()} to compare {run} with {against}: {counted}."
-    measured = f"{_words(figure['name'])} of {run} is {number(ratio['ratio'])} times that of {against}"
-    if ratio["interval"]:
-        low, high = ratio["interval"]
-        measured += f" ({_percent(ratio['confidence'])} interval {number(low)} to {number(high)})"
-    doubts = "; ".join(f"{name}: {why[name]}" for name in (run, against) if name in why)
-    if doubts:
-        return f"No winner is named between {run} and {against} ({doubts}). Measured: {measured}, {counted}."
-    if ratio["verdict"] in VERDICTS:
-        return f"{run} is {ratio['verdict']} than {against}: {measured}, {counted}."
-    return f"{ratio['verdict'].capitalize()} between {run} and {against}: {measured}, {counted}."
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:g} %"
+def _names(comparison: Comparison) -> tuple[str, ...]:
+    return tuple(run["name"] for run in comparison["runs"])
 
 
 def _backends(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -106,7 +89,7 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
             ratio["against"],
             _or_none(ratio["ratio"], number),
             _range(ratio["interval"], number),
-            _percent(ratio["confidence"]),
+            f"{100 * ratio['confidence']:.3g} %",
             f"{ratio['pairs']}",
             ratio["verdict"],
         ]
@@ -114,9 +97,10 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
     ]
     header = ["figure", "run", "against", "ratio", "interval", "confidence", "pairs", "verdict"]
     numbers = html.table(header, cells, words=(0, 1, 2, 7))
+    pairs = list(dict.fromkeys((ratio["run"], ratio["against"]) for _, ratio in rated))
     drawn = [
         Interval(
-            f"{figure['name']}: {ratio['run']} / {ratio['against']}",
+            figure["name"] if len(pairs) == 1 else f"{figure['name']}: {ratio['run']}",
             ratio["ratio"],
             ratio["interval"][0],
             ratio["interval"][1],
@@ -128,7 +112,9 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
     ]
     if not drawn:
         return html.section("Ratios", numbers)
-    image = intervals("Ratios of runs with their intervals", drawn, "ratio; 1 is no difference")
+    against = pairs[0][1]
+    of = pairs[0][0] if len(pairs) == 1 else "each run"
+    image = intervals("Ratios of runs with their intervals", drawn, f"{of} / {against}; 1 is no difference")
     caption = (
         "Each dot is the ratio of two runs by pairs of repeats, the bar its bootstrap interval. A bar that touches 1 "
         "shows no difference."
@@ -141,13 +127,12 @@ def _figures(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
         return None
     cells = []
     for figure in figures:
-        show = shower(figure["unit"])
+        name = figure["name"] if figure["unit"] in SHOWN_WITH else f"{figure['name']}, {figure['unit']}"
+        show = partial(show_value, unit=figure["unit"])
         for run in figure["by_run"]:
             samples = ", ".join(show(value) for value in run["samples"] if value is not None)
-            cells.append(
-                [figure["name"], run["run"], _or_none(run["median"], show), _range(run["spread"], show), samples]
-            )
-    header = ["figure", "run", "median", "spread", "each repeat"]
+            cells.append([name, run["run"], _or_none(run["median"], show), _range(run["spread"], show), samples])
+    header = ["figure", "run", "median", "middle half", "each repeat"]
     return html.section("Figures", html.table(header, cells, words=(0, 1, 4)))
 
 
@@ -223,7 +208,7 @@ def _loss(loss: float | None) -> str:
     return "not logged" if loss is None else f"{loss:.4f}"
 
 
-def _runs(comparison: Mapping[str, Any]) -> Markup:
+def _runs(comparison: Comparison) -> Markup:
     keys = list(dict.fromkeys(key for run in comparison["runs"] for key in run["values"]))
     cells = [
         [run["name"], run["folder"], f"{run['repeats']}", *(str(run["values"].get(key, "")) for key in keys)]
@@ -236,19 +221,6 @@ def _varied(varied: Mapping[str, Sequence[Any]]) -> str:
     if not varied:
         return "Nothing was varied on purpose."
     return "Varied: " + "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in varied.items())
-
-
-def shower(unit: str) -> Callable[[float], str]:
-    """How a figure in this unit is shown."""
-    if unit == "s":
-        return duration
-    if unit in ("bytes", "B"):
-        return show_bytes
-    if unit == "GiB":
-        return lambda value: f"{value:.2f} GiB"
-    if unit == "share":
-        return share
-    return lambda value: f"{whole(round(value)) if abs(value) >= 1000 else number(value)} {unit}"
 
 
 def _range(ends: Sequence[float | None] | None, show: Callable[[float], str]) -> str | None:

@@ -15,7 +15,7 @@ BAR, GAP = 24.0, 10.0
 STRIP, STRIP_GAP, RANK_GAP = 15.0, 2.0, 10.0
 AXIS = 46.0
 THINNEST = 0.7  # of a span, so that a short one can be seen
-LETTER = 7.6  # mean width of a letter
+LETTER = 8.2  # mean width of a letter
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ td, thead th { white-space: nowrap; }
 .left { text-align: left; }
 td.left, th.left, .missing { white-space: normal; overflow-wrap: break-word; }
 .left { min-width: 4.6rem; max-width: 24rem; }
+td.left { min-width: 7.5rem; }
 thead th.left { white-space: nowrap; }
 summary { cursor: pointer; color: var(--muted); font-size: .88rem; }
 @media print {

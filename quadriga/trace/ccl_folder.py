@@ -7,18 +7,18 @@ card, and takes every `*.json` for a trace.
 from __future__ import annotations
 
 import gzip
-import io
-import json
 import re
 import shutil
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from quadriga.errors import Problem, UserError
+from quadriga.trace.document import Document
+from quadriga.trace.find import find, rank_in_name
 
 STEP = re.compile(r"ProfilerStep#(\d+)$")
 RANK_FILE = re.compile(r"(?:rank(\d+)_trace|kineto_trace_(\d+))\.json$")
@@ -42,28 +42,31 @@ class RankTrace:
     table: int | None
 
 
-def newest_traces(run: Path) -> dict[int, Path]:
-    """By rank, the traces of the newest cycle in a run folder. Raises UserError where there are none."""
-    cycles: dict[int, dict[int, Path]] = defaultdict(dict)
-    for path in run.rglob("iteration_*/rank*_trace.json*"):
-        rank, step = re.match(r"rank(\d+)_", path.name), re.match(r"iteration_(\d+)$", path.parent.name)
-        if rank and step:
-            cycles[int(step[1])][int(rank[1])] = path
-    if not cycles:
-        fix = "train with --profiling.enable_profiling; its default keeps 5 steps"
-        raise UserError(Problem("RUN", "no trace of the profiler is there", str(run), fix=fix))
-    return cycles[max(cycles)]
+def newest_traces(run: Path) -> tuple[int, dict[int, Path]]:
+    """The last step of the newest cycle in a run folder, and its traces by rank. Raises UserError where there are
+    none."""
+    found = find(run)
+    by_rank = {rank: path for path in found.files if (rank := rank_in_name(path)) is not None}
+    if found.iteration is None or len(by_rank) < len(found.files):
+        allowed = "profile_trace/iteration_N/rankK_trace.json.gz"
+        raise UserError(Problem("RUN", "its traces do not lie as those of a run do", str(run), allowed=allowed))
+    return found.iteration, by_rank
 
 
 def flatten(traces: Mapping[int, Path], folder: Path) -> list[Path]:
-    """Write each trace unpacked as `rank<k>_trace.json` into a folder; their paths by rank."""
-    written = []
-    for rank, source in sorted(traces.items()):
-        target = folder / f"rank{rank}_trace.json"
-        with _opened(source) as packed, target.open("wb") as plain:
+    """Write each trace unpacked as `rank<k>_trace.json` into a folder; their paths by rank. Raises UserError where one
+    cannot be unpacked."""
+    return [_unpack(source, folder / f"rank{rank}_trace.json") for rank, source in sorted(traces.items())]
+
+
+def _unpack(source: Path, target: Path) -> Path:
+    opener = gzip.open if source.suffix == ".gz" else open
+    try:
+        with opener(source, "rb") as packed, target.open("wb") as plain:
             shutil.copyfileobj(packed, plain, CHUNK)
-        written.append(target)
-    return written
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(Problem(str(source), f"the trace cannot be unpacked: {error}")) from None
+    return target
 
 
 def rank_files(folder: Path) -> dict[int, Path]:
@@ -80,7 +83,7 @@ def read_rank(rank: int, path: Path) -> RankTrace:
     """Steps and look-ups of one trace. Raises UserError where the file is no trace."""
     marks: dict[int, Event] = {}
     lookups: list[Event] = []
-    for event in events_of(path):
+    for event in Document(path):
         step = STEP.match(str(event.get("name", "")))
         if step and event.get("ph") == "X" and event.get("cat") == "user_annotation":
             marks[int(step[1])] = event
@@ -125,40 +128,3 @@ def _product(sizes: Sequence[int]) -> int:
     for size in sizes:
         product *= size
     return product
-
-
-def events_of(path: Path) -> Iterator[Event]:
-    """The events of a trace, plain or packed, one after another: the file is never held whole. Of a trace that was cut,
-    those that are whole."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with _opened(path) as packed, io.TextIOWrapper(packed, encoding="utf-8", errors="replace") as file:
-        text, place = _after_the_list_begins(file, path), 0
-        while True:
-            place = between.match(text, place).end()  # type: ignore[union-attr]
-            try:
-                event, place = decoder.raw_decode(text, place)
-            except json.JSONDecodeError:
-                if text.startswith("]", place) or not (more := file.read(CHUNK)):
-                    return
-                text, place = text[place:] + more, 0
-                continue
-            if isinstance(event, dict):
-                yield event
-
-
-def _after_the_list_begins(file: io.TextIOWrapper, path: Path) -> str:
-    """The text behind `"traceEvents": [`, or behind `[` where the file is a bare list of events."""
-    text = ""
-    while chunk := file.read(CHUNK):
-        text += chunk
-        start = re.match(r"\s*\[", text) or re.search(r'"traceEvents"\s*:\s*\[', text)
-        if start:
-            return text[start.end() :]
-    raise UserError(Problem(str(path), "this is no trace: it holds no `traceEvents`"))
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
-    except OSError as error:
-        raise UserError(Problem(str(path), f"the trace cannot be read: {error}")) from None

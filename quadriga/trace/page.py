@@ -113,15 +113,16 @@ def _by_rank(analysis: Mapping[str, Any]) -> Markup:
     drawn = [i for i, _ in enumerate(parts) if any(bar.values[i] for bar in bars)]
     shown = [Part(parts[i].name, parts[i].colour) for i in drawn]
     bars = [Bar(bar.name, [bar.values[i] for i in drawn], bar.whole) for bar in bars]
-    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), duration) for key in STEP_COLUMNS)] for rank in ranks]
-    numbers = html.table(["rank", *STEP_COLUMNS.values()], rows, caption="Mean over the steps, by rank.")
+    known = {key: name for key, name in STEP_COLUMNS.items() if any(_has(rank, key) for rank in ranks)}
+    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), duration) for key in known)] for rank in ranks]
+    numbers = html.table(["rank", *known.values()], rows, caption="Mean over the steps, by rank.")
     caption = (
         "The mean step of each rank, cut into its parts; the tick is the step's own length. What compute hides is in "
         f"the table alone. “{REST}” is what is left of the step: the host's own work, and idling."
     )
     image = stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", duration)
     missing = html.reasons(_reasons_for(analysis, STEP_COLUMNS, [rank["mean"] for rank in ranks]))
-    steps = html.folded("Every step of every rank", _all_steps(ranks))
+    steps = html.folded("Every step of every rank", _all_steps(ranks, known))
     return html.section("By rank", html.figure(image, caption, numbers, legend(shown)), missing, steps)
 
 
@@ -132,13 +133,17 @@ def _bar_of(rank: Mapping[str, Any]) -> Bar:
     return Bar(f"rank {rank['rank']}", [*values, rest if rest > 0.001 * mean["seconds"] else None], mean["seconds"])
 
 
-def _all_steps(ranks: Sequence[Mapping[str, Any]]) -> Markup:
+def _has(rank: Mapping[str, Any], key: str) -> bool:
+    return any(step.get(key) is not None for step in (rank["mean"], *rank["steps"]))
+
+
+def _all_steps(ranks: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Markup:
     rows = [
-        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step.get(key), duration) for key in STEP_COLUMNS)]
+        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step.get(key), duration) for key in columns)]
         for rank in ranks
         for step in rank["steps"]
     ]
-    return html.table(["rank", "step", *STEP_COLUMNS.values()], rows)
+    return html.table(["rank", "step", *columns.values()], rows)
 
 
 def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
@@ -319,8 +324,9 @@ def _reasons_for(
     analysis: Mapping[str, Any], columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str | None]:
     """By a column's name, why some of its figures are None."""
+    why = analysis["not_measurable"]
     absent = [key for key in columns if any(row.get(key) is None for row in rows)]
-    return {columns[key]: analysis["not_measurable"].get(key) for key in absent}
+    return {columns[key]: why.get(key) or why.get(key.removeprefix("exposed_")) for key in absent}
 
 
 def _or_none(value: float | None, show: Show) -> str | None:

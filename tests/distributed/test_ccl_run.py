@@ -78,6 +78,9 @@ def test_the_folder_is_flat_and_its_card_is_whole(run_folder, workload, capsys: 
     assert card["quadriga"]["profiled_steps"] == list(range(6, 13))
     assert value(card, "Model-executor.communication_library.name") == "Gloo"
     assert value(card, "Model-executor.model_plan_parallelization.dp_shard") == 2
+    achieved = card["quadriga"]["collective_backend"]["achieved"]
+    assert {row["backend"] for row in achieved["shard"]} == {"gloo"}
+    assert {row["collective"] for row in achieved["shard"]} >= {"all_gather", "reduce_scatter"}
     assert str(run_folder) not in (workload / "workload_card.yaml").read_text()
 
 
@@ -110,7 +113,7 @@ def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tm
         (lame / name).write_bytes((run_folder / name).read_bytes())
     (lame / "profile_trace" / "iteration_12").mkdir(parents=True)
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
-    assert "no trace of the profiler is there" in capsys.readouterr().err
+    assert "no trace of torch.profiler lies here" in capsys.readouterr().err
     (lame / "profile_trace" / "iteration_12" / "rank1_trace.json.gz").touch()
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
     assert "lack those of ranks [0]" in capsys.readouterr().err
