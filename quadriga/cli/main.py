@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "say which of two runs is faster, how sure that is, and where the time went",
     "trace": "say where the time of a profiled step went, and what each collective carried",
     "goodput": "say how much of a run's time trained, and what became of the rest",
+    "ccl-bench": "write a run as a workload of CCL-Bench, or say what is wrong in such a workload",
     "keys": "explain the keys of the configuration",
     "card": "write the README.md of a configuration, or check that it is up to date",
     "docs": "write docs/configuration.md and all cards anew",

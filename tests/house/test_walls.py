@@ -13,6 +13,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hardware": {"errors"},
     "log": set(),
     "processes": {"errors"},
+    "html": {"units"},
     "config": {"errors", "units", "hardware"},
     "comm": GROUND | {"config"},
     "data": GROUND | {"config"},
@@ -25,10 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
     | {"estimate"},
     "estimate": GROUND | {"config", "models", "comm"},
-    "trace": {"errors", "units", "hardware"},
+    "trace": {"errors", "units", "hardware", "html"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "compare": {"errors", "units", "metrics"},
+    "compare": {"errors", "units", "metrics", "html"},
     "cli": GROUND
     | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
     | {"compare", "trace"},
