@@ -55,6 +55,26 @@ def first_open(group: str) -> Operation | None:
     return Operation(entry["profiling_name"], *entry["process_group"]) if entry else None
 
 
+class Launch(NamedTuple):
+    """One call, as it was begun: when, in ns since 1970; torch's name of its group; its number among the collectives of
+    the group, alike on all its ranks."""
+
+    time_ns: int
+    group: str
+    sequence: int
+
+
+def launches(since_ns: int) -> list[Launch]:
+    """What this rank has begun since then, oldest first, as far as the recorder remembers (`comm.trace_buf_size`)."""
+    found = [
+        Launch(entry["time_created_ns"], entry["process_group"][0], entry["collective_seq_id"])
+        for _, record in _records(entries=True)
+        for entry in record.get("entries", ())
+        if entry["time_created_ns"] >= since_ns and not entry["is_p2p"]
+    ]
+    return sorted(found)
+
+
 def dump(path: Path) -> None:
     """Write all that is recorded, in the form in which torch itself leaves it when a collective of NCCL times out."""
     texts = [getattr(c10d, f"_dump_{name}_trace")() for name in RECORDERS if hasattr(c10d, f"_dump_{name}_trace")]

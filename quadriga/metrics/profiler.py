@@ -7,20 +7,25 @@
 
 A cycle waits, warms up for `profiler_warmup` steps and records its last `profiler_active` steps; the trace goes to
 `iteration_N/rankK_trace.json.gz`, N being the last recorded step. A run shorter than one cycle has one cycle of its
-own length, so that a short run leaves a trace too. In a trace, `ProfilerStep#I` is step `first_step + I`.
+own length, so that a short run leaves a trace too. In a trace, `ProfilerStep#I` is step `first_step + I`, and under the
+key `quadriga` stand `first_step` and `machine`, with whatever `notes` add.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pickle
 import shutil
+import socket
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
@@ -30,16 +35,48 @@ from quadriga.config.schema import Profiling
 from quadriga.log import logger
 
 ALLOCATOR_EVENTS = 100_000
+NOTES = "quadriga"  # the key of our own words in a trace
 FAST = 3  # of gzip's nine levels: traces shrink nearly as well in less time
+
+
+Notes = Callable[[int], Mapping[str, Any]]  # of a trace that began then, in ns since 1970
+
+
+class _Profile(profile):
+    """Torch's, which asks for `notes` after the last recorded step and writes them into the trace."""
+
+    def __init__(self, notes: Notes, **arguments: Any) -> None:
+        self._notes, self._since_ns = notes, 0
+        super().__init__(**arguments)
+
+    def start_trace(self) -> None:
+        self._since_ns = time.time_ns()
+        super().start_trace()
+
+    def stop_trace(self) -> None:
+        self.add_metadata_json(NOTES, json.dumps(self._notes(self._since_ns)))
+        super().stop_trace()
 
 
 class Profiler:
     """What `[profiling]` asks for, on one rank; without effect where it asks for nothing."""
 
     def __init__(
-        self, section: Profiling, folders: Folders, *, rank: int, device: torch.device, first_step: int, steps: int
+        self,
+        section: Profiling,
+        folders: Folders,
+        *,
+        rank: int,
+        device: torch.device,
+        first_step: int,
+        steps: int,
+        notes: Notes | None = None,
     ) -> None:
-        """`first_step`: the one this attempt starts with; `steps`: the last of the run."""
+        """`first_step`: the one this attempt starts with; `steps`: the last of the run.
+
+        `notes`: asked when a trace ends for what a reader of it must know and torch does not write.
+        """
+        self._first_step, self._notes = first_step, notes
         self._section, self._rank, self._device = section, rank, device
         self._folder, self._snapshots = Path(folders.traces), Path(folders.memory_snapshots)
         self._step = first_step - 1
@@ -95,12 +132,20 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
         else:  # torch's tracer prints a line at each start and stop; on a GPU its warnings are worth having
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        return profile(
+        return _Profile(
+            self._told,
             activities=activities,
             schedule=cycles(cycle, warmup, active, steps),
             on_trace_ready=self._write_trace,
             record_shapes=True,
         )
+
+    def _told(self, since_ns: int) -> Mapping[str, Any]:
+        return {
+            "first_step": self._first_step,
+            "machine": socket.gethostname(),
+            **(self._notes(since_ns) if self._notes else {}),
+        }
 
     def _write_trace(self, done: profile) -> None:
         """Torch writes plain JSON while training waits; packing it is left to a thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.comm import collectives, process_group
+from quadriga.comm import collectives, process_group, trace_notes
 from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
@@ -170,6 +171,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
             device=device,
             first_step=state.step + 1,
             steps=spec.steps,
+            notes=partial(trace_notes.notes, mesh),
         ),
         checkpoints=checkpoints,
         events=events,

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import record_function
 
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
@@ -50,7 +51,8 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     """Take the next batch, train on it, and leave the step's numbers on the device."""
     progress = state.progress
     progress.at("data", state.step + 1)
-    batch = state.loader.next()
+    with record_function("quadriga:data_wait"):
+        batch = state.loader.next()
     progress.at("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), dtype=torch.float64, device=recipe.device)  # whose sum does not depend on the order

@@ -14,6 +14,8 @@ LIGHT = [
     "quadriga.units",
     "quadriga.hardware",
     "quadriga.log",
+    "quadriga.html.page",
+    "quadriga.html.plots",
     "quadriga.processes",
     "quadriga.config",
     "quadriga.checkpoint.folder",

@@ -13,6 +13,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hardware": {"errors"},
     "log": set(),
     "processes": {"errors"},
+    "html": {"units"},
     "config": {"errors", "units", "hardware"},
     "comm": GROUND | {"config"},
     "data": GROUND | {"config"},
@@ -25,9 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
     | {"estimate"},
     "estimate": GROUND | {"config", "models", "comm"},
+    "trace": {"errors", "units", "hardware", "html"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "cli": GROUND | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"},
+    "compare": {"errors", "units", "metrics", "html"},
+    "cli": GROUND
+    | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
+    | {"compare", "trace"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
@@ -41,6 +46,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("estimate", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
     ("equivalence", "comm"): ("quadriga.comm.backend",),
+    ("compare", "metrics"): ("quadriga.metrics.jsonl", "quadriga.metrics.events"),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("optim", "config"): ("quadriga.config.schema",),

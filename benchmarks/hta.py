@@ -1,0 +1,104 @@
+"""What HolisticTraceAnalysis makes of our traces: every analysis that it offers, on a run of two ranks over gloo.
+
+    python -m venv hta && hta/bin/pip install HolisticTraceAnalysis==0.5.0
+    python benchmarks/hta.py --hta-python hta/bin/python               # two minutes on 2 cores
+    python benchmarks/hta.py --hta-python hta/bin/python --run FOLDER  # a run that is there, also one of a GPU
+
+It needs pandas, plotly and more, so it is no dependency of ours and lives in an environment of its own. The claim is
+that it opens the traces of all ranks and finds the profiled steps. What each analysis answers is recorded as it is:
+most of them look at GPU kernels, which a CPU trace has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, child_environment, command_line, save, table, verdict
+
+from quadriga.trace.ccl_folder import newest_traces, read_rank
+
+CLAIM = "HolisticTraceAnalysis opens the traces of all ranks and finds their profiled steps"
+RUN = ("--training.steps=12", "--profiling.profile_freq=12", "--profiling.profiler_active=5", "--checkpoint.no_enable")
+CHILD = """
+import importlib.metadata, json, logging, sys, warnings
+warnings.simplefilter("ignore")
+logging.disable(logging.CRITICAL)
+from hta.trace_analysis import TraceAnalysis
+folder, calls = sys.argv[1], json.loads(sys.argv[2])
+analysis = TraceAnalysis(trace_dir=folder)
+ranks = sorted(analysis.t.get_ranks())
+found = {"ranks": ranks, "events": [len(analysis.t.get_trace(rank)) for rank in ranks]}
+found["steps"] = [int(step) for step in analysis.get_profiler_steps()]
+found["versions"] = {name: importlib.metadata.version(name) for name in ("HolisticTraceAnalysis", "pandas")}
+def shown(value):
+    if hasattr(value, "to_dict") and hasattr(value, "empty"):
+        return "empty" if value.empty else json.loads(value.head(5).to_json(orient="records"))
+    if isinstance(value, dict):
+        return {str(key): shown(inner) for key, inner in value.items()} or "empty"
+    if isinstance(value, (list, tuple)):
+        return [shown(inner) for inner in value[:5]] or "empty"
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)[:200]
+found["analyses"] = {}
+for name, arguments in calls.items():
+    try:
+        found["analyses"][name] = {"answer": shown(getattr(analysis, name)(**arguments))}
+    except Exception as error:
+        found["analyses"][name] = {"error": f"{type(error).__name__}: {error}"[:200]}
+print(json.dumps(found))
+"""
+QUIET: dict[str, Any] = {"visualize": False}
+CALLS: dict[str, dict[str, Any]] = {
+    "get_temporal_breakdown": QUIET,
+    "get_idle_time_breakdown": QUIET,
+    "get_gpu_kernel_breakdown": QUIET,
+    "get_comm_comp_overlap": QUIET,
+    "get_cuda_kernel_launch_stats": QUIET,
+    "get_aten_op_kernels_and_delay": {},
+    "get_memory_bw_summary": {},
+    "get_queue_length_summary": {},
+    "get_potential_stragglers": {},
+    "get_gpu_kernels_with_user_annotations": {"rank": 0},
+    "critical_path_analysis": {"rank": 0, "annotation": "ProfilerStep", "instance_id": 1},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    parser.add_argument("--hta-python", required=True, help="the Python of an environment that has it")
+    parser.add_argument("--run", type=Path, help="a run folder with traces (default: train one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.run or trained(Path(scratch) / "run")
+        _, traces = newest_traces(folder)
+        ours = sorted(read_rank(0, traces[0]).steps)
+        found = analysed(options.hta_python, traces[0].parent)
+    met = found["ranks"] == sorted(traces) and set(found["steps"]) <= set(ours) and len(found["steps"]) >= len(ours) - 1
+    rows = [[name, answer.get("error") or answer["answer"]] for name, answer in found["analyses"].items()]
+    print(table(["analysis", "answer"], [[name, str(answer)[:90]] for name, answer in rows]))
+    print(f"\nranks {found['ranks']}, steps {found['steps']} of our {ours}: {verdict(met)}")
+    save("hta", {"our_steps": ours, **found}, command=command_line(), claim=CLAIM)
+    return 0 if met else 1
+
+
+def trained(folder: Path) -> Path:
+    command = [sys.executable, "-m", "quadriga.cli", "train", str(ROOT / "configs/debug/debug.toml"), "--ngpu", "2"]
+    command += ["--job.dump_folder", str(folder), *RUN]
+    subprocess.run(command, env=child_environment(), check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def analysed(python: str, folder: Path) -> dict[str, Any]:
+    command = [python, "-c", CHILD, str(folder), json.dumps(CALLS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""`quadriga ccl-bench write | read`: a run in the form that CCL-Bench's tools read, and what is wrong in a card of
+anybody's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quadriga.cli.arguments import Parser, rank_count
+from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
+from quadriga.cli.estimate import read_run
+from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.metrics.jsonl import Record, read_metrics
+from quadriga.models.registry import catalogue, count_parameters
+from quadriga.trace.ccl_bench import (
+    Card,
+    card_file,
+    mistakes,
+    mistakes_of_layout,
+    read_card,
+    utilization,
+    value,
+    write_card,
+)
+from quadriga.trace.ccl_folder import (
+    RankTrace,
+    average_step_time,
+    flatten,
+    inner,
+    newest_traces,
+    rank_files,
+    read_rank,
+)
+
+ABOUT = (
+    "write RUN OUT: a run's newest traces, unpacked and flat, with a workload card, as CCL-Bench's tools take them. "
+    "read FOLDER: what a card says, and what in it is known to go wrong: held against the traces beside it. "
+    "docs/ccl-bench.md tells what each field means."
+)
+SHOWN = {
+    "description": "description",
+    "model": "workload.model.model_family",
+    "phase": "workload.model.phase",
+    "batch": "workload.data.batch_size",
+    "sequence": "workload.data.seq_len",
+    "devices": "workload.hardware.xpu_spec.total_count",
+    "device": "workload.hardware.xpu_spec.model",
+    "library": "Model-executor.communication_library.name",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("ccl-bench", ABOUT)
+    parser.add_argument("action", choices=("write", "read"))
+    parser.add_argument(
+        "place", metavar="RUN|FOLDER", help="write: a run folder; read: a folder with a card, or a card"
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", help="write: a folder that does not exist yet, or is empty")
+    parser.add_argument("--json", action="store_true", help="read: print card, step time and mistakes as one object")
+    for name, about in Told.ABOUT.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"write: {about}")
+    parser.add_argument("--scale-out-gbps", type=float, metavar="N", help="write: of the network, in Gbit/s a device")
+    parser.add_argument("--scale-up-gbps", type=float, metavar="N", help="write: within a machine, in Gbit/s a device")
+    parser.add_argument("--gpus-per-node", type=rank_count, help="write: devices of one machine (default: all)")
+    options = parser.parse_args(argv)
+    if options.action == "read":
+        if options.out:
+            raise UserError(Problem("OUT", "`read` writes nothing", options.out))
+        return read(Path(options.place), options.json)
+    if not options.out:
+        raise UserError(Problem("OUT", "is missing: name the folder to write"))
+    texts = {name: getattr(options, name) for name in Told.ABOUT}
+    told = Told(options.scale_out_gbps, options.scale_up_gbps, options.gpus_per_node, texts)
+    return write(Path(options.place), Path(options.out), told)
+
+
+def write(folder: Path, out: Path, told: Told) -> int:
+    """Write a run's traces and card into `out`, and say how its step time compares with the run's own metrics."""
+    environment = _environment(folder)
+    run = read_run(str(folder / "config.toml"), int(environment["world_size"]), ())
+    last_step, packed = newest_traces(folder)
+    absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
+    if absent:
+        raise UserError(Problem("RUN", f"the newest traces lack those of ranks {absent}", str(folder)))
+    if out.exists() and any(out.iterdir()):
+        raise UserError(Problem("OUT", "the folder is not empty, and the tools would read what is in it", str(out)))
+    out.mkdir(parents=True, exist_ok=True)
+    records = read_metrics(folder / "metrics.jsonl")
+    traces = [read_rank(rank, path) for rank, path in enumerate(flatten(packed, out))]
+    profiled = steps_of(traces[0], last_step)
+    card = card_of(run, environment, told, profiled, records[-1] if records else None, carried(out))
+    write_card(card, out / CARD_NAME)
+    print(out / CARD_NAME)
+    print("\n".join(_compared(traces, own_step_time(records, inner(profiled)))))
+    print("\n".join(_warnings(_found(out, card, traces))))
+    return EXIT_OK
+
+
+def carried(folder: Path) -> dict[str, Any]:
+    """By axis, which backend the traces show carrying its bytes, how many in a step, and how that was told."""
+    from quadriga.trace.analysis import analyse  # not needed to read a card
+
+    found: dict[str, Any] = {}
+    for row in analyse(folder)["collectives"]:
+        about = {key: row[key] for key in ("collective", "backend", "bytes_a_step", "found_by")}
+        found.setdefault(row["axis"], []).append(about)
+    return found
+
+
+def read(place: Path, as_json: bool) -> int:
+    file = card_file(place)
+    card = read_card(file)
+    files = rank_files(place) if place.is_dir() else {}
+    traces = [read_rank(rank, path) for rank, path in sorted(files.items())]
+    found = _found(place, card, traces)
+    seconds = average_step_time(traces)
+    if as_json:
+        shown = {"card": card, "avg_step_time_s": seconds, "mfu": utilization(card, seconds), "mistakes": found}
+        print(json.dumps(shown, indent=2, default=str))
+        return EXIT_OK
+    print(file)
+    for name, path in SHOWN.items():
+        print(f"  {name:<12} {value(card, path)}")
+    reached = utilization(card, seconds)
+    print(
+        f"  {'step':<12} " + (f"{seconds:.6g} s (avg_step_time)" if seconds else "not measurable: no trace with steps")
+    )
+    print(f"  {'mfu':<12} " + (f"{reached:.2%} by this card" if reached is not None else _why_no_mfu(seconds)))
+    print("\n".join(_warnings(found)))
+    return EXIT_OK
+
+
+def _why_no_mfu(seconds: float | None) -> str:
+    return "not measurable: " + ("the card lacks a figure or a known device" if seconds else "no step time")
+
+
+def _found(place: Path, card: Card, traces: Sequence[RankTrace]) -> list[str]:
+    sizes = [spec for family in catalogue().values() for spec in family.values()]
+    embeddings = {count_parameters(spec): spec.vocab_size * spec.dim for spec in sizes}
+    layout = mistakes_of_layout(place, card) if place.is_dir() else ()
+    return [*mistakes(card, traces, embeddings), *layout]
+
+
+def _warnings(found: Sequence[str]) -> Iterator[str]:
+    yield f"\n{len(found)} warning{'' if len(found) == 1 else 's'}" if found else "\nno known mistake"
+    yield from (f"  - {line}" for line in found)
+
+
+def steps_of(trace: RankTrace, last_step: int) -> list[int]:
+    """The run's steps that a trace holds; the last of them names its folder."""
+    newest = max(trace.steps, default=0)
+    return [last_step - newest + number for number in trace.steps]
+
+
+def own_step_time(records: Sequence[Record], steps: Sequence[int]) -> float | None:
+    """Seconds a step by the run's metrics, over those of `steps` that logged lines cover; None where none is covered.
+
+    A line covers the steps since the one before it in the same attempt.
+    """
+    total, covered = 0.0, 0
+    for before, record in itertools.pairwise(records):
+        window = range(before["step"] + 1, record["step"] + 1)
+        if before["attempt"] == record["attempt"] and set(window) <= set(steps):
+            total, covered = total + record["step_seconds"] * len(window), covered + len(window)
+    return total / covered if covered else None
+
+
+def _compared(traces: Sequence[RankTrace], own: float | None) -> Iterator[str]:
+    seconds = average_step_time(traces)
+    counted = len(inner(list(traces[0].steps)))
+    if seconds is None:
+        yield "avg_step_time: not measurable: the traces have no marks of steps"
+        return
+    yield f"avg_step_time: {seconds:.6g} s, over {counted} steps of {len(traces)} ranks"
+    if own is None:
+        yield "metrics.jsonl: not measurable: no logged line covers those steps alone (metrics.log_freq = 1 does)"
+    else:
+        yield f"metrics.jsonl: {own:.6g} s for the same steps ({seconds / own - 1:+.2%})"
+
+
+def _environment(folder: Path) -> Mapping[str, Any]:
+    try:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        int(environment["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "name the folder of a run (job.dump_folder)"
+        raise UserError(Problem("RUN", f"environment.json cannot be read: {error}", str(folder), fix=fix)) from None
+    found: Mapping[str, Any] = environment
+    return found

@@ -1,0 +1,85 @@
+"""`quadriga compare RUN_A RUN_B`: is one faster, by how much, how sure is that, and where did the time go?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quadriga.cli.arguments import Parser
+from quadriga.compare.comparison import compare
+from quadriga.compare.evidence import Analyse
+from quadriga.compare.report import lines
+from quadriga.compare.runs import bench_of, folders_of, names_of, read_setting
+from quadriga.compare.windows import WARMUP_STEPS
+from quadriga.errors import EXIT_OK, Problem, UserError
+
+ABOUT = (
+    "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the backend that "
+    "was asked for carried the bytes. RUN is a run folder, a folder with repeats of one setting (repeat-1, repeat-2, "
+    "...) or the folder of a bench, which stands for all of its settings. Each is compared with the first. "
+    "docs/comparisons.md says what the figures mean."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("compare", ABOUT)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="two or more, or one folder of a bench")
+    parser.add_argument(
+        "--accept-difference",
+        metavar="KEY",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="keys in which the runs may differ, such as training.steps or environment.git.commit",
+    )
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    found = compare_folders([Path(run) for run in options.runs], options.accept_difference, options.warmup)
+    show(found, options)
+    return EXIT_OK
+
+
+def add_arguments(parser: Parser) -> None:
+    help = f"steps at the start of each run that do not count (default {WARMUP_STEPS})"
+    parser.add_argument("--warmup", type=step_count, default=WARMUP_STEPS, metavar="STEPS", help=help)
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
+
+
+def step_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of steps (1 or more)")
+    return int(text)
+
+
+def compare_folders(named: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
+    """The comparison of run folders. Raises UserError where they are not to be compared."""
+    folders = folders_of(named)
+    if len(folders) < 2:
+        raise UserError(
+            Problem("RUN", "two runs are needed to compare", fix="name another run, or a folder of a bench")
+        )
+    bench = bench_of(folders)
+    names = names_of(folders, bench)
+    settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
+    varied = None if bench is None else list(bench["varied"])
+    return compare(settings, varied=varied, accepted=accepted, analyse=reader_of_traces(), warmup=warmup)
+
+
+def reader_of_traces() -> Analyse:
+    from quadriga.trace.analysis import analyse  # not needed to see that runs cannot be compared
+
+    return analyse
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    print(json.dumps(found, indent=1, allow_nan=False) if options.json else "\n".join(lines(found)))
+    if options.html:
+        from quadriga.compare.page import page
+
+        Path(options.html).write_text(page(found), encoding="utf-8")
+        print(f"the page is {options.html}", file=sys.stderr)

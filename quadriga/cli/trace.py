@@ -1,0 +1,43 @@
+"""`quadriga trace FOLDER`: where the time of a profiled step went, and what the collectives carried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from quadriga.cli.arguments import Parser
+from quadriga.errors import EXIT_OK, Fault
+
+ABOUT = (
+    "Read the profiler's traces of all ranks and say where a step's time went: computing, communication (and how much "
+    "of it was exposed), copies, waiting for data or for the host; then, by mesh axis and collective, calls, bytes, "
+    "start skew against true transfer, and bandwidth. FOLDER is a run folder, a folder of traces (Quadriga's, "
+    "torchtitan's or flat ones) or one file. docs/traces.md defines every figure."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("trace", ABOUT)
+    parser.add_argument("folder", metavar="FOLDER", help="a run folder, a folder of traces, or one trace")
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as one HTML page")
+    parser.add_argument("--step", metavar="N", type=int, help="the traces of iteration_N; without it, the newest")
+    options = parser.parse_args(argv)
+    from quadriga.trace.analysis import analyse
+    from quadriga.trace.report import lines
+
+    found = analyse(Path(options.folder), options.step)
+    if options.html is not None:
+        _write_page(options.html, found)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    return EXIT_OK
+
+
+def _write_page(target: Path, found: dict[str, object]) -> None:
+    from quadriga.trace.page import page
+
+    try:
+        target.write_text(page(found), encoding="utf-8")
+    except OSError as error:
+        raise Fault(f"{target} cannot be written: {error}") from None

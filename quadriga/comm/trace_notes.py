@@ -1,0 +1,38 @@
+"""What a trace of torch's profiler leaves open over gloo: of which group each call was, and which mesh axis a group is.
+
+Over NCCL torch writes the group beside each call; over gloo it writes none. The flight recorder knows it there, and the
+moment at which each call began, which lies within the call's range of the trace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from quadriga.comm import flight_recorder
+from quadriga.comm.mesh import Mesh
+
+FORMAT = "quadriga-notes-1"
+MESSAGES = "pp"  # the axis along which ranks send to each other one by one; the recorder does not see it over gloo
+
+
+def notes(mesh: Mesh, since_ns: int) -> dict[str, Any]:
+    """For the trace of this rank that began at `since_ns` (since 1970); docs/traces.md tells what its keys mean."""
+    return {
+        "format": FORMAT,
+        "axes": axes_by_group(mesh),
+        "messages": MESSAGES if mesh.pp.size() > 1 else None,
+        "launches": [[each.time_ns, each.group, each.sequence] for each in flight_recorder.launches(since_ns)],
+    }
+
+
+def axes_by_group(mesh: Mesh) -> dict[str, str]:
+    """The axis of each group of more than one rank, by torch's name of the group. `shard` is dp_shard and cp as one."""
+    world = dist.group.WORLD
+    assert world is not None
+    groups = [("world", world), ("loss", mesh.loss_group), ("tp", mesh.tp.get_group())]
+    groups += [(axis, mesh.device_mesh.get_group(axis)) for axis in mesh.device_mesh.mesh_dim_names or ()]
+    for axis in mesh.fsdp.mesh_dim_names or ():
+        groups.append(("shard" if axis == "dp_shard" else axis, mesh.fsdp.get_group(axis)))
+    return {str(group.group_name): axis for axis, group in groups if group.size() > 1}

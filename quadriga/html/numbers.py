@@ -1,0 +1,54 @@
+"""Figures as a page shows them: three digits that count, and a unit that fits."""
+
+from __future__ import annotations
+
+import math
+import re
+
+MINUS = "−"
+
+
+def number(value: float) -> str:
+    """Three significant digits: `0.0123`, `12.3`, `1,230`; very small and very large ones with a power of ten."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = float(f"{abs(value):.2e}")
+    sign = MINUS if value < 0 else ""
+    if size < 1e-3 or size >= 1e7:
+        digits, _, power = f"{size:.2e}".partition("e")
+        return f"{sign}{digits}e{int(power)}"
+    decimals = max(2 - math.floor(math.log10(size)), 0)
+    return f"{sign}{size:,.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """`1.23 s`, `45.6 ms`, `7.89 µs`."""
+    size = abs(seconds)
+    if size >= 0.9995 or size == 0:
+        return f"{number(seconds)} s"
+    return f"{number(seconds * 1e3)} ms" if size >= 0.9995e-3 else f"{number(seconds * 1e6)} µs"
+
+
+def share(part: float) -> str:
+    """`0.254` -> `25.4 %`."""
+    return f"{MINUS if part < 0 else ''}{abs(part) * 100:.1f} %"
+
+
+def rounded(text: str) -> str:
+    """A figure at a round place, without zeros that say nothing: `0.920` -> `0.92`, `50.0 ms` -> `50 ms`."""
+    return re.sub(r"\.(\d*?)0+(?!\d)", lambda found: f".{found[1]}" if found[1] else "", text)
+
+
+def decimal_bytes(amount: float) -> str:
+    """`2500000` -> `2.5 MB`: for axes whose ticks are powers of ten."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if amount >= unit * (1 - 1e-9):
+            return f"{rounded(number(amount / unit))} {name}"
+    return f"{rounded(number(amount))} B"
+
+
+def whole(value: float) -> str:
+    """A count: `1,234`; with one decimal where it is a mean of counts."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

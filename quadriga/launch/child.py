@@ -1,0 +1,82 @@
+"""A launch as a child process, to its end: for whoever starts many runs one after the other.
+
+Run as a module it is the launcher (`python -m quadriga.launch`), but that it dies with the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from quadriga.launch.supervisor import main
+from quadriga.processes import die_with_parent
+
+STARTER_PID = "QUADRIGA_STARTER_PID"
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tuple[int, int | None]:
+    """Start the launcher with `argv`, write what it says to `log`, and wait. Returns its exit code, and the first
+    signal that was meant to end us meanwhile, which was passed on to it; it dies with this process."""
+    command = [sys.executable, "-m", "quadriga.launch.child", *argv]
+    received: list[int] = []
+    with log.open("wb") as file, heeding(received) as give:
+        child = subprocess.Popen(
+            command,
+            env={**environ, STARTER_PID: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
+        )
+        give(child)
+        code = child.wait()
+    return code, received[0] if received else None
+
+
+@contextmanager
+def heeding(received: list[int]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Pass signals on to a child, and remember them; those that come before there is one follow when it is given."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    def give(child: subprocess.Popen[bytes]) -> None:
+        for number in received:
+            child.send_signal(number)
+        children.append(child)
+
+    before = {number: signal.signal(number, take) for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield give
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def environment_of(environ: Mapping[str, str], ranks: int | None) -> dict[str, str]:
+    """The variables of a launch from here: as run_train.sh sets them, and nothing that would make of it a dry run,
+    another file, or a run that starts its ranks again. `ranks`: of this machine, where NGPU is not to say."""
+    ours = str(Path(__file__).resolve().parents[2])
+    kept = {name: value for name, value in environ.items() if name not in ("CONFIG_FILE", "DRY_RUN", "MAX_RESTARTS")}
+    return {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **kept,
+        **({} if ranks is None else {"NGPU": str(ranks)}),
+        "PYTHONPATH": os.pathsep.join(filter(None, [ours, environ.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module
+    }
+
+
+if __name__ == "__main__":
+    die_with_parent(int(os.environ.pop(STARTER_PID)))
+    sys.exit(main(sys.argv[1:], os.environ))

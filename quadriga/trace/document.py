@@ -1,0 +1,124 @@
+"""A trace's JSON, element by element: files of any size pass through a few megabytes.
+
+Read as others write it too: one line or many, `{"traceEvents": [...]}` or the bare array that Chrome's format allows,
+plain or packed with gzip (told by its first bytes, whatever the name says).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from quadriga.errors import Problem, UserError
+
+CHUNK = 1 << 22  # characters read at once
+GZIP = b"\x1f\x8b"
+SPACE = re.compile(r"[ \t\r\n]*")
+EVENTS = "traceEvents"
+AGAIN = "copy the file once more, or profile again; a run writes a trace whole or not at all"
+
+
+class Document:
+    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards.
+
+    Raises UserError where the file cannot be read, is no JSON, is cut off, or holds no events.
+    """
+
+    def __init__(self, path: Path, chunk: int = CHUNK) -> None:
+        self.metadata: dict[str, Any] = {}
+        self._path, self._chunk = path, chunk
+        self._text, self._at, self._ended = "", 0, False
+        self._decode = json.JSONDecoder(strict=False).raw_decode  # names may hold control characters
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            with _open(self._path) as self._file:
+                yield from self._document()
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise self._wrong(f"the file cannot be read to its end: {error}") from None
+
+    def _document(self) -> Iterator[dict[str, Any]]:
+        if self._peek() == "[":
+            yield from self._array()
+            return
+        if self._peek() != "{":
+            raise self._wrong("this is no JSON object or array")
+        self._at += 1
+        seen = False
+        while self._peek() != "}":
+            key = self._value()
+            self._expect(":")
+            if key == EVENTS:
+                seen = True
+                yield from self._array()
+            else:
+                self.metadata[str(key)] = self._value()
+            if self._peek() == ",":
+                self._at += 1
+        if not seen:
+            raise self._wrong(f"no {EVENTS} stand in it: this is no trace of torch.profiler", "name another folder")
+
+    def _array(self) -> Iterator[dict[str, Any]]:
+        self._expect("[")
+        while self._peek() != "]":
+            event = self._value()
+            if isinstance(event, dict):
+                yield event
+            if self._peek() == ",":
+                self._at += 1
+        self._at += 1
+
+    def _peek(self) -> str:
+        """The next character that is no space; the reading stands before it."""
+        while True:
+            match = SPACE.match(self._text, self._at)
+            assert match is not None
+            self._at = match.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._fill():
+                raise self._wrong("the file is cut off: it ends in the middle", AGAIN)
+
+    def _expect(self, character: str) -> None:
+        if self._peek() != character:
+            raise self._wrong(f"`{character}` is due, and `{self._text[self._at : self._at + 30]}` stands there")
+        self._at += 1
+
+    def _value(self) -> Any:
+        self._peek()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._fill():
+                    continue
+                near = self._text[self._at : self._at + 60]
+                cut = "the file is cut off" if error.pos >= len(self._text) - 1 else f"{error.msg} near `{near}`"
+                raise self._wrong(cut, AGAIN) from None
+            if end == len(self._text) and self._fill():  # a number may go on
+                continue
+            self._at = end
+            return value
+
+    def _fill(self) -> bool:
+        """Read on; whether there was more. What has been read is dropped."""
+        more = "" if self._ended else self._file.read(max(self._chunk, len(self._text) - self._at))
+        self._ended = not more
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more)
+
+    def _wrong(self, what: str, fix: str = AGAIN) -> UserError:
+        return UserError(Problem(str(self._path), what, fix=fix))
+
+
+def _open(path: Path) -> IO[str]:
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+    if packed:
+        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8", errors="replace"))
+    return path.open(encoding="utf-8", errors="replace")

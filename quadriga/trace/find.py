@@ -1,0 +1,104 @@
+"""Which files of a folder are one set of traces: one a rank, of the same steps.
+
+RUN/profile_trace/iteration_N/rankK_trace.json.gz     Quadriga
+profiling/traces/iteration_N/rankK_trace.json(.gz)    torchtitan
+kineto_trace_K.json, *.pt.trace.json                  others, also flat
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from quadriga.errors import Problem, UserError
+from quadriga.units import show_some
+
+NAME = re.compile(r"trace.*\.json(\.gz)?$|\.trace\.json(\.gz)?$|^rank[-_]?\d+.*\.json(\.gz)?$", re.IGNORECASE)
+RANK = re.compile(r"rank[-_]?(\d+)|trace[-_](\d+)\.", re.IGNORECASE)
+ITERATION = re.compile(r"^(?:iteration|step)[-_]?(\d+)$")
+ESTIMATE = "estimate.json"
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """`files`: by path order. `iteration`: what their folder says, None where it says none. `others`: the iterations
+    that are there too. `estimate`: the run's, where the traces lie in a run folder."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    iteration: int | None
+    others: tuple[int, ...]
+    estimate: Path | None
+
+
+def find(place: Path, iteration: int | None = None) -> TraceSet:
+    """The traces in a folder, or one file. Of several iterations the newest, or the one that is asked for.
+
+    Raises UserError: nothing is there, or not that iteration, or folders that do not say which one counts.
+    """
+    if place.is_file():
+        return TraceSet(place.parent, (place,), _iteration(place), (), None)
+    if not place.is_dir():
+        raise UserError(Problem("TRACES", "there is no such file or folder", str(place)))
+    by_folder: dict[Path, list[Path]] = defaultdict(list)
+    for path in sorted(place.rglob("*.json*")):
+        if NAME.search(path.name) and not path.name.startswith(".") and path.is_file():
+            by_folder[_of_set(path)].append(path)
+    if not by_folder:
+        what = "no trace of torch.profiler lies here"
+        fix = "train with --profiling.enable_profiling, or name the folder of the traces"
+        allowed = "rankK_trace.json(.gz), kineto_trace_K.json or *.pt.trace.json, in any folder within"
+        raise UserError(Problem("TRACES", what, str(place), allowed=allowed, fix=fix))
+    chosen = _choose(place, by_folder, iteration)
+    others = sorted({found for folder in by_folder if (found := _iteration(folder / "x")) is not None})
+    number = _iteration(chosen / "x")
+    return TraceSet(
+        place, tuple(by_folder[chosen]), number, tuple(each for each in others if each != number), _estimate(chosen)
+    )
+
+
+def rank_in_name(path: Path) -> int | None:
+    """The rank that a file's name tells, or that of its folder."""
+    for text in (path.name, path.parent.name):
+        match = RANK.search(text)
+        if match:
+            return int(match.group(1) or match.group(2))
+    return None
+
+
+def _of_set(path: Path) -> Path:
+    """The folder that holds a set: a folder a rank is part of the one above it."""
+    return path.parent.parent if re.match(r"rank[-_]?\d+$", path.parent.name) else path.parent
+
+
+def _iteration(path: Path) -> int | None:
+    for part in reversed(path.parent.parts):
+        match = ITERATION.match(part)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _choose(place: Path, by_folder: dict[Path, list[Path]], iteration: int | None) -> Path:
+    numbered = {folder: _iteration(folder / "x") for folder in by_folder}
+    if iteration is not None:
+        fitting = [folder for folder, number in numbered.items() if number == iteration]
+        there = sorted(number for number in numbered.values() if number is not None)
+        if not fitting:
+            what = "no traces of this iteration are here"
+            raise UserError(Problem("--step", what, str(iteration), allowed=show_some([*map(str, there)]) or "none"))
+    else:
+        newest = max((-1 if number is None else number) for number in numbered.values())
+        fitting = [folder for folder, number in numbered.items() if (-1 if number is None else number) == newest]
+    if len(fitting) > 1:
+        what = "several folders hold traces, and none says which counts"
+        names = show_some([str(folder.relative_to(place)) for folder in fitting])
+        raise UserError(Problem("TRACES", what, str(place), allowed=names, fix="name one of them"))
+    return fitting[0]
+
+
+def _estimate(folder: Path) -> Path | None:
+    """The estimate of the run whose traces lie in `folder`, which is its third level at most."""
+    return next((each / ESTIMATE for each in (folder, *folder.parents[:3]) if (each / ESTIMATE).is_file()), None)

@@ -1,0 +1,59 @@
+"""One step as strips of spans for drawing: no finer than can be seen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quadriga.trace.breakdown import Activity, of_steps
+from quadriga.trace.calls import Found
+from quadriga.trace.intervals import NONE, Spans, clip, union, without
+from quadriga.trace.read import RankTrace, Step
+
+SPANS = 2000  # of all ranks and lanes together, about
+Span = tuple[float, float, str]
+
+
+def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: int) -> dict[str, list[Span]]:
+    """By lane: spans in seconds from the trace's origin. `host` is what is left where nothing else runs."""
+    budget = max(SPANS // (4 * files), 8)
+    sent: dict[str, Spans] = {}
+    for call in of_steps(found.calls):
+        if len(call.rows) and call.end > step.start and call.start < step.end:
+            name = f"{call.axis} {call.about.kind}"
+            sent[name] = np.concatenate([sent.get(name, NONE), call.rows])
+    communication = [NONE] if active.communication is None else [active.communication]
+    waited = NONE if active.data_wait is None else active.data_wait
+    copies = NONE if active.memcpy is None else active.memcpy
+    whole = np.array([[step.start, step.end]])
+    idle = without(without(whole, union(active.compute, copies, *communication)), waited)
+    lanes = {
+        "compute": {"compute": active.compute},
+        "communication": {name: union(rows) for name, rows in sent.items()},
+        "memcpy": {"copies": copies},
+        "host": {"data wait": waited, "idle": idle},
+    }
+    return {lane: _coarse(sets, step, budget) for lane, sets in lanes.items() if any(map(len, sets.values()))}
+
+
+def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
+    """All sets on one strip: gaps that are too narrow are closed, until few enough spans are left."""
+    named = [(name, clip(spans, step.start, step.end)) for name, spans in sets.items()]
+    every = [(float(start), float(end), name) for name, spans in named for start, end in spans]
+    gap = step.seconds / 4000
+    while True:
+        merged = _close(sorted(every), gap)
+        if len(merged) <= budget:
+            return merged
+        gap *= 1.5
+
+
+def _close(spans: list[Span], gap: float) -> list[Span]:
+    """Spans of one name whose gap is narrow become one; of names that lie so close the longer one's stays."""
+    merged: list[Span] = []
+    for start, end, name in spans:
+        if merged and start - merged[-1][1] <= gap and (name == merged[-1][2] or end - start <= gap):
+            last = merged[-1]
+            merged[-1] = (last[0], max(last[1], end), last[2])
+        else:
+            merged.append((start, end, name))
+    return merged
