@@ -201,9 +201,12 @@ def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -
     """Seconds of communication that are seen, and that hide behind the blocks' work.
 
     Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
-    not the first gather and the last reduction. Everything else is waited for.
+    not the first gather and the last reduction. Everything else is waited for; on a CPU all of it, where gloo moves
+    bytes with the processors that compute.
     """
     timed = list(timed)
+    if setup.device_type == "cpu":
+        return sum(seconds for _, seconds in timed), 0.0
     beside = sum(seconds for call, seconds in timed if call.axis in OVERLAPS and call.when != "norm")
     waited = sum(seconds for call, seconds in timed) - beside
     if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed
