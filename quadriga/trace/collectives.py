@@ -73,10 +73,8 @@ def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
         if about.kind in ONE_SIDED or not len(call.rows) or call.found_by == NAME or call.axis == "?":
             continue
         group = (about.group, about.ranks) if about.group else (call.axis, about.group_size)
-        if about.sequence is not None:
-            yield (group, about.kind, about.sequence), call
-            continue
-        place = (group, about.kind, rank.steps[call.step].number)
+        within = rank.steps[call.step].number if about.sequence is None else f"call {about.sequence}"
+        place = (group, about.kind, within)  # calls that are made as one share their number
         counts[place] += 1
         yield (*place, counts[place]), call
 
