@@ -10,7 +10,7 @@ from training import TINY, train
 from quadriga.trace.analysis import analyse
 
 FSDP_AND_TP = (
-    *TINY,
+    *(argument for argument in TINY if argument != "--profiling.no_enable_profiling"),
     *("--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=2", "--training.steps=7"),
     *("--training.mixed_precision_reduce=float32", "--checkpoint.no_enable"),
     *("--profiling.enable_profiling", "--profiling.profiler_active=5", "--profiling.profiler_warmup=1"),
