@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -84,3 +85,16 @@ def test_blocks_of_the_model_are_named(found):
     assert {"tok_embeddings", "layers.0", "layers.1", "norm, output", "optimizer"} <= names
     assert found["kernels"]["top"][0]["calls_a_step"] > 0
     assert {"matrix products", "communication"} <= {entry["name"] for entry in found["kernels"]["families"]}
+
+
+def test_without_the_recorder_groups_are_said_to_be_unknown(run, tmp_path):
+    """As after `comm.trace_buf_size = 0`, and over gloo in traces of others: calls and bytes stay what they are."""
+    with gzip.open(run / "profile_trace" / "iteration_7" / "rank1_trace.json.gz", "rt") as file:
+        trace = json.load(file)
+    assert trace["quadriga"].pop("launches")
+    (tmp_path / "rank1_trace.json").write_text(json.dumps(trace))
+    found = analyse(tmp_path)
+    assert {row["axis"] for row in found["collectives"]} == {"?"}
+    assert "group" in found["not_measurable"]["axis of ? all_gather"]
+    assert all(row["bytes_a_step"] and row["seconds_a_step"] for row in found["collectives"])
+    assert found["by_rank"][0]["mean"]["exposed_communication_s"] > 0
