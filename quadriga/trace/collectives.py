@@ -108,7 +108,7 @@ def _row(key: Key, ranks: list[RankResult], met: list[Transfer]) -> dict[str, An
         "ranks": size,
         "calls_a_step": _whole(len(calls) / steps),
         "bytes_a_step": _whole(sum(sizes) / steps) if told else None,
-        "bytes_a_call": [min(sizes), statistics.median(sizes), max(sizes)] if told else None,
+        "bytes_a_call": [min(sizes), _whole(statistics.median(sizes)), max(sizes)] if told else None,
         "seconds_a_step": seconds,
         "exposed_s_a_step": exposed,
         "start_skew_s": statistics.median(each.skew for each in met) if met else None,

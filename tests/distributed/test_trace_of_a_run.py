@@ -10,12 +10,12 @@ from training import TINY, train
 
 from quadriga.trace.analysis import analyse
 
-FSDP_AND_TP = (
+PROFILED = (
     *(argument for argument in TINY if argument != "--profiling.no_enable_profiling"),
-    *("--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=2", "--training.steps=7"),
+    *("--training.local_batch_size=2", "--training.steps=6"),
     *("--training.mixed_precision_reduce=float32", "--checkpoint.no_enable"),
     *("--profiling.enable_profiling", "--profiling.profiler_active=5", "--profiling.profiler_warmup=1"),
-    "--profiling.profile_freq=7",
+    "--profiling.profile_freq=6",
 )
 
 
@@ -23,7 +23,7 @@ FSDP_AND_TP = (
 def run(tmp_path_factory):
     """FSDP 2 x TP 2, two micro-batches a step, five profiled steps."""
     folder = tmp_path_factory.mktemp("run")
-    train(folder, 4, *FSDP_AND_TP)
+    train(folder, 4, *PROFILED, "--parallelism.tensor_parallel_degree=2")
     return folder
 
 
@@ -55,11 +55,11 @@ def test_what_a_group_gathers_is_what_it_scatters(found):
     gathered = {size["bytes"] for size in sizes["all_gather"]}
     scattered = {size["bytes"]: size["calls"] for size in sizes["reduce_scatter"]}
     assert gathered == set(scattered)
-    assert sum(scattered.values()) == 4 * 2  # embedding, two blocks, output; each micro-batch
+    assert sum(scattered.values()) == 4  # embedding, two blocks, output; gradients go once a step
 
 
 def test_exposed_communication_is_measured_on_every_step_of_every_rank(found):
-    assert (found["device_type"], found["ranks"], found["steps"]) == ("cpu", [0, 1, 2, 3], [3, 4, 5, 6, 7])
+    assert (found["device_type"], found["ranks"], found["steps"]) == ("cpu", [0, 1, 2, 3], [2, 3, 4, 5, 6])
     assert "exposed_communication_s" not in found["not_measurable"]
     for entry in found["by_rank"]:
         for step in entry["steps"]:
@@ -89,7 +89,7 @@ def test_blocks_of_the_model_are_named(found):
 
 def test_without_the_recorder_groups_are_said_to_be_unknown(run, tmp_path):
     """As after `comm.trace_buf_size = 0`, and over gloo in traces of others: calls and bytes stay what they are."""
-    with gzip.open(run / "profile_trace" / "iteration_7" / "rank1_trace.json.gz", "rt") as file:
+    with gzip.open(run / "profile_trace" / "iteration_6" / "rank1_trace.json.gz", "rt") as file:
         trace = json.load(file)
     assert trace["quadriga"].pop("launches")
     (tmp_path / "rank1_trace.json").write_text(json.dumps(trace))
@@ -98,3 +98,15 @@ def test_without_the_recorder_groups_are_said_to_be_unknown(run, tmp_path):
     assert "group" in found["not_measurable"]["axis of ? all_gather"]
     assert all(row["bytes_a_step"] and row["seconds_a_step"] for row in found["collectives"])
     assert found["by_rank"][0]["mean"]["exposed_communication_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis", ["pipeline_parallel_degree=2", "context_parallel_degree=2", "data_parallel_replicate_degree=2"]
+)
+def test_other_layouts_equal_the_estimate_too(tmp_path, axis):
+    train(tmp_path, 4, *PROFILED, f"--parallelism.{axis}")
+    found = analyse(tmp_path)
+    assert [row for row in found["estimate"]["rows"] if not row["equal"]] == []
+    assert {row["found_by"] for row in found["collectives"]} == {"linkage"}
+    assert all(row["seconds_a_step"] > 0 for row in found["collectives"])
