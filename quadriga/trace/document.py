@@ -20,6 +20,8 @@ CHUNK = 1 << 22  # characters read at once
 GZIP = b"\x1f\x8b"
 SPACE = re.compile(r"[ \t\r\n]*")
 EVENTS = "traceEvents"
+LONGEST_WORD = 10  # characters of a literal or an escape that the end of what was read may cut through
+CUT_OFF = "the file is cut off: it ends in the middle"
 AGAIN = "copy the file once more, or profile again; a run writes a trace whole or not at all"
 
 
@@ -82,7 +84,7 @@ class Document:
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._fill():
-                raise self._wrong("the file is cut off: it ends in the middle", AGAIN)
+                raise self._wrong(CUT_OFF)
 
     def _expect(self, character: str) -> None:
         if self._peek() != character:
@@ -95,11 +97,11 @@ class Document:
             try:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._fill():
+                unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - LONGEST_WORD
+                if unfinished and self._fill():
                     continue
-                near = self._text[self._at : self._at + 60]
-                cut = "the file is cut off" if error.pos >= len(self._text) - 1 else f"{error.msg} near `{near}`"
-                raise self._wrong(cut, AGAIN) from None
+                near = self._text[error.pos : error.pos + 40]
+                raise self._wrong(CUT_OFF if unfinished else f"{error.msg} at `{near}`") from None
             if end == len(self._text) and self._fill():  # a number may go on
                 continue
             self._at = end
