@@ -25,7 +25,7 @@ CASES = {
     "activation_checkpoint.mode=none,full": "slower",
     "profiling.save_traces_folder=profile_trace,traces": "no difference shown",
 }
-SHORTER = ("--training.seq_len", "128", "--training.global_batch_size", "4")
+SHORTER = ("--training.seq_len", "64", "--training.global_batch_size", "4")
 SHOWN = ("step_time_s", "tokens_per_second", "memory_peak_gib", "exposed_communication_s")
 
 
