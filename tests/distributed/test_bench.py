@@ -57,7 +57,7 @@ def test_a_bench_that_was_interrupted_goes_on(tmp_path):
     ended = launch(command)
     assert ended.code == 0, ended.err
     assert "run 1 of 2: round 1, mode=none: finished before" in ended.err
-    assert ended.out.startswith("too few runs to tell: 1 pair, at least 3 are needed (mode=none 0.0")
+    assert ended.out.startswith("too few runs to tell: 1 pair, at least 3 are needed (mode=none 0.")
     assert (first / "metrics.jsonl").read_text() == before
     assert len(finished(tmp_path / "out")) == 2
     configs = [(tmp_path / f"out/setting-{n}/repeat-1/config.toml").read_text() for n in (1, 2)]
