@@ -12,6 +12,7 @@ Each question is asked in processes of their own, which are ended after a while:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -96,8 +97,6 @@ def examiners() -> Any:
 
 def answer(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
     """One process of a question. The group is gloo's: NCCL refuses two ranks on one GPU, and nothing here needs it."""
-    import json
-
     import torch
     import torch.distributed as dist
 
@@ -112,8 +111,6 @@ def answer(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
 
 
 def ask(name: str, folder: Path) -> dict[str, Any]:
-    import json
-
     ranks, out, store = QUESTIONS[name][1], folder / "answer.json", folder / "store"
     for left in (out, store):
         left.unlink(missing_ok=True)

@@ -138,6 +138,13 @@ def in_words(served: Mapping[str, str], shares: Mapping[str, float] | None = Non
     axes: dict[str, list[str]] = {}
     for axis, backend in served.items():
         axes.setdefault(backend, []).append(axis)
-    found = {name: f" ({100 * share:.3g} %)" for name, share in (shares or {}).items()}
+    found = {name: f" ({_percent(share)})" for name, share in (shares or {}).items()}
     words = (f"{backend}: {', '.join(names)}{found.get(backend, '')}" for backend, names in axes.items())
     return "; ".join(words) or "nothing is sent"
+
+
+def _percent(share: float) -> str:
+    """In tenths; what is not nothing is not shown as 0, and what is not all of it not as 100."""
+    if 0 < share < 1e-3:
+        return "under 0.1 %"
+    return "over 99.9 %" if 0.999 < share < 1 else f"{100 * share:.3g} %"

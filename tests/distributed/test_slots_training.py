@@ -34,7 +34,13 @@ LAYOUTS = {
     "FSDP 2 x CP 2": (4, ("--parallelism.context_parallel_degree=2",)),
     "2 ranks, validation, loss in pieces": (
         2,
-        ("--training.loss_chunks=2", "--validation.enable", "--validation.freq=2", "--validation.steps=2"),
+        (
+            "--training.loss_chunks=2",
+            "--validation.enable",
+            "--validation.dataset=builtin_validation",
+            "--validation.freq=2",
+            "--validation.steps=2",
+        ),
     ),
 }
 GLOO = "over gloo"

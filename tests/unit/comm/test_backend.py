@@ -85,6 +85,14 @@ def test_every_axis_has_its_backend(backend: str, degrees: Degrees, words: str) 
     assert in_words(serving(backend, degrees)) == words
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(1.0, "100 %"), (0.99999, "over 99.9 %"), (0.894, "89.4 %"), (0.01, "1 %"), (1e-9, "under 0.1 %"), (0.0, "0 %")],
+)
+def test_a_share_is_not_rounded_to_all_or_nothing(share: float, shown: str) -> None:
+    assert in_words({"shard": "nvshmem"}, {"nvshmem": share}) == f"nvshmem: shard ({shown})"
+
+
 def test_facts_name_themselves_and_others_that_are_there() -> None:
     assert {name: facts.name for name, facts in BACKENDS.items()} == {name: name for name in BACKENDS}
     assert {facts.beside for facts in BACKENDS.values() if facts.beside} <= BACKENDS.keys()
