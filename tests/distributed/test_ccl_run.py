@@ -18,8 +18,10 @@ from quadriga.trace.ccl_bench import FIELDS, value
 
 STEPS = 12
 KEYS = (
-    *(key for key in TINY if "no_enable" not in key and "dim=32" not in key),
-    *("--model.dim=128", f"--training.steps={STEPS}", "--training.local_batch_size=2"),
+    *(key for key in TINY if not any(word in key for word in ("no_enable", "dim=", "seq_len"))),
+    # Steps long enough that what a log line takes is far below a hundredth of them.
+    *("--model.dim=256", "--model.ffn_dim=1024", "--training.seq_len=128", "--training.local_batch_size=2"),
+    f"--training.steps={STEPS}",
     *("--profiling.profile_freq=12", "--profiling.profiler_active=7", "--profiling.profiler_warmup=2"),
     "--checkpoint.no_enable",
 )
@@ -71,7 +73,7 @@ def test_the_folder_is_flat_and_its_card_is_whole(run_folder, workload, capsys: 
     card = yaml.safe_load((workload / "workload_card.yaml").read_text())
     told = {field for field in FIELDS if value(card, field) is not None}
     assert set(FIELDS) - told == {"hf_url", "trace_url", "contact"}, "what nobody told"
-    assert value(card, "workload.model.model_arch.num_params_embedding") == 320 * 128
+    assert value(card, "workload.model.model_arch.num_params_embedding") == 320 * 256
     data = value(card, "workload.data")
     assert (data["batch_size"], data["local_batch_size"], data["gradient_accumulation_steps"]) == (8, 2, 2)
     assert data["batch_size_scope"] == "global"
@@ -101,7 +103,7 @@ def test_a_local_batch_in_the_card_is_found_by_the_trace(workload, tmp_path, cap
         (tmp_path / f"rank{rank}_trace.json").symlink_to(workload / f"rank{rank}_trace.json")
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "are 64 tokens a step, but the trace shows 256 over all ranks, which is 1/4 of them" in said
+    assert "are 256 tokens a step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in said
 
 
 def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tmp_path, capsys):

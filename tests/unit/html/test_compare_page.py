@@ -35,6 +35,7 @@ def test_every_figure_is_there():
     losses = next(table for table in read.all("table") if "Every 10 logged steps" in table.text)
     assert losses.all("tr")[1].text == "19.4078not logged"
     assert "Parts may overlap" in read.text
+    assert "exposed on shard" in read.text
     assert "Repeats of one setting differ by 0.00300 at most. One more thing." in read.text
     assert "not measurable: nvshmem: it has no trace" in read.text
 
@@ -44,6 +45,12 @@ def test_names_stay_names():
     for run in named["runs"]:
         run["name"], run["folder"] = EVIL, EVIL
     assert EVIL in keeps_the_house_rules(page(named)).text
+
+
+def test_losses_that_are_equal():
+    same = comparison()
+    same["losses"]["largest_difference"]["value"] = 0.0
+    assert "All runs have the same losses, to the last digit." in page(same)
 
 
 def test_losses_that_are_no_numbers():
