@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chrome_format import violations
+from page_reading import keeps_the_house_rules
 from training import TINY, train
 
 from quadriga.cli.main import main
@@ -127,6 +128,16 @@ def test_the_traces_keep_the_chrome_format(run_folder):
         trace = json.loads(gzip.decompress(path.read_bytes()))
         assert violations(trace) == []
         assert len(trace["traceEvents"]) > 1000
+
+
+def test_the_trace_of_a_run_has_a_page(run_folder, tmp_path, capsys: pytest.CaptureFixture[str]):
+    assert main(["trace", str(run_folder), "--html", str(tmp_path / "report.html"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    page = keeps_the_house_rules((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Where a step's time went" in page.text
+    assert len(page.all("svg", "picture")) == 3
+    assert "None" not in page.text
+    assert all(f"{row['bytes']:,.0f}" in page.text for row in found["estimate"]["rows"])
 
 
 def test_tensorboard_reads_the_curves(run_folder):
