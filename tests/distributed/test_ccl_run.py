@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -110,9 +111,12 @@ def test_a_local_batch_in_the_card_is_found_by_the_trace(workload, tmp_path, cap
 def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tmp_path, capsys):
     assert main(["ccl-bench", "write", str(run_folder), str(workload)]) == 2
     assert "not empty" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["ccl-bench", "write", str(run_folder), str(tmp_path / "file")]) == 2
+    assert "no folder can be made there" in capsys.readouterr().err
     lame = tmp_path / "run"
     lame.mkdir()
-    for name in ("config.toml", "environment.json", "metrics.jsonl"):
+    for name in ("config.toml", "environment.json"):
         (lame / name).write_bytes((run_folder / name).read_bytes())
     (lame / "profile_trace" / "iteration_12").mkdir(parents=True)
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
@@ -150,3 +154,15 @@ def test_tensorboard_reads_the_curves(run_folder):
     loss = next(points for tag, points in curves.items() if tag.endswith("loss") and "max" not in tag)
     assert loss == [(record["step"], pytest.approx(record["loss"])) for record in records]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+
+
+def test_a_run_without_metrics_says_so(run_folder, tmp_path, capsys: pytest.CaptureFixture[str]):
+    mute = tmp_path / "run"
+    shutil.copytree(run_folder, mute)
+    (mute / "metrics.jsonl").unlink()
+    assert main(["ccl-bench", "write", str(mute), str(tmp_path / "out")]) == 0
+    assert "metrics.jsonl: not measurable: no logged line covers those steps alone" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "out" / "workload_card.yaml").read_text())["quadriga"]["last_record"] is None
+    (mute / "metrics.jsonl").write_text("{}\n")
+    assert main(["ccl-bench", "write", str(mute), str(tmp_path / "again")]) == 2
+    assert "its metrics cannot be read" in capsys.readouterr().err
