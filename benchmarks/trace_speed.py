@@ -37,7 +37,7 @@ KERNEL = {
 
 def events(rank: int, size: int) -> Iterator[dict[str, Any]]:
     """About `size` bytes of events: per operation itself, its two parts, a launch and a kernel."""
-    each = 1100  # bytes of one operation with all that belongs to it, as json.dumps spells it
+    each = 975  # bytes of one operation with all that belongs to it, as json.dumps spells it
     count = size // each
     a_step = count // STEPS
     for number in range(count):

@@ -148,10 +148,12 @@ def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer
 
 def against_estimate(ranks: list[RankResult], estimate: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Calls and bytes of a step beside those predicted, by axis and collective, of the rank that sends most (that is
-    the one that the estimate describes). Calls for the host alone are no part of either."""
+    the one that the estimate describes). Calls for the host alone are no part of either; axes that share a group, as
+    `world` and one that holds all ranks do, stand in one row."""
+    same = ranks[0].same
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for call in estimate.get("communication") or ():
-        entry = predicted[call["axis"], call["collective"]]
+        entry = predicted[same.get(call["axis"], call["axis"]), call["collective"]]
         entry[0] += call["calls"]
         entry[1] += call["calls"] * call["bytes"]
     measured = max((_sums(rank) for rank in ranks), key=lambda sums: sum(size or 0 for _, size in sums.values()))

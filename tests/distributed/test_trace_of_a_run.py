@@ -102,7 +102,13 @@ def test_without_the_recorder_groups_are_said_to_be_unknown(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axis", ["pipeline_parallel_degree=2", "context_parallel_degree=2", "data_parallel_replicate_degree=2"]
+    "axis",
+    [
+        "pipeline_parallel_degree=2",
+        "context_parallel_degree=2",
+        "data_parallel_replicate_degree=2",
+        "data_parallel_shard_degree=4",
+    ],
 )
 def test_other_layouts_equal_the_estimate_too(tmp_path, axis):
     train(tmp_path, 4, *PROFILED, f"--parallelism.{axis}")
