@@ -20,9 +20,15 @@ from quadriga.trace.ccl_bench import FIELDS, value
 
 STEPS = 12
 KEYS = (
-    *(key for key in TINY if not any(word in key for word in ("no_enable", "dim=", "seq_len"))),
+    *(key for key in TINY if not any(word in key for word in ("no_enable", "dim=", "seq_len", "n_layers"))),
     # Steps long enough that what a log line takes is far below a hundredth of them.
-    *("--model.dim=256", "--model.ffn_dim=1024", "--training.seq_len=128", "--training.local_batch_size=2"),
+    *(
+        "--model.n_layers=1",
+        "--model.dim=256",
+        "--model.ffn_dim=1024",
+        "--training.seq_len=128",
+        "--training.local_batch_size=2",
+    ),
     f"--training.steps={STEPS}",
     *("--profiling.profile_freq=12", "--profiling.profiler_active=7", "--profiling.profiler_warmup=2"),
     "--checkpoint.no_enable",
