@@ -13,7 +13,7 @@ train: setup  ## the debug configuration on 4 local ranks
 	NGPU=4 PYTHON="$(CURDIR)/.venv/bin/python" ./run_train.sh --training.steps $(STEPS)
 
 test: setup-dev  ## what must pass before every commit; by files on two workers
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or not slow"

@@ -1,7 +1,8 @@
 """The table of layouts, all rows, each against one plain process; and the Markdown table in docs/numerics.md.
 
     python benchmarks/equivalence.py              # about 45 minutes on 2 cores; writes results/equivalence.json
-    python benchmarks/equivalence.py --table      # the table of that file, for docs/numerics.md
+    python benchmarks/equivalence.py --section "loss in pieces"     # those rows alone, into a file of their own
+    python benchmarks/equivalence.py --table      # the table of all those files, for docs/numerics.md
 
 Claim: every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py. The rows are those of
 `quadriga equivalence` (which starts each by the launcher, also on GPUs); here the ranks are forked, as in the tests.
@@ -21,19 +22,25 @@ from typing import Any
 
 from common import RESULTS, ROOT, command_line, save
 
-FILE = RESULTS / "equivalence.json"
+from quadriga.equivalence.rows import SECTIONS
+
 FIGURES = ("loss", "grad_norm", "weights")
+TEST = "tests/distributed/equivalence/test_table.py::test_a_layout_trains_as_one_process_does"
 CLAIM = "every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py"
 
 
-def run() -> int:
+def run(section: str | None) -> int:
+    tests = ["tests/distributed/equivalence"]
+    if section is not None:
+        tests = [f"{TEST}[{row.name}]" for row in SECTIONS[section]]
+    command = [sys.executable, "-m", "pytest", *tests, "-m", "slow or not slow"]
     with tempfile.TemporaryDirectory(prefix="quadriga-equivalence-") as folder:
         figures = Path(folder, "figures.json")
-        command = [sys.executable, "-m", "pytest", "tests/distributed/equivalence", "-m", "slow or not slow"]
         environ = {**os.environ, "EQUIVALENCE_JSON": str(figures)}
         code = subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
         rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
-    print(f"written: {save('equivalence', rows, command=command_line(), claim=CLAIM)}")
+    name = "_".join(["equivalence", *(section or "").split()])
+    print(f"written: {save(name, rows, command=command_line(), claim=CLAIM)}")
     return code
 
 
@@ -55,10 +62,13 @@ def shown(figure: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the last result")
-    code = 0 if parser.parse_args().table else run()
-    told = json.loads(FILE.read_text(encoding="utf-8"))
-    print("\n".join(table(told["figures"])))
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the last results")
+    parser.add_argument("--section", choices=list(SECTIONS), help="those rows alone")
+    chosen = parser.parse_args()
+    code = 0 if chosen.table else run(chosen.section)
+    files = [RESULTS / "equivalence.json", *sorted(RESULTS.glob("equivalence_*.json"))]
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["figures"]]
+    print("\n".join(table(rows)))
     return code
 
 

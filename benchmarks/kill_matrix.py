@@ -104,7 +104,7 @@ def start(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = 
     environ = child_environment(NGPU=str(ranks), COMM_BACKEND="gloo", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     if strike is not None:
         environ["QUADRIGA_FAULT"] = json.dumps(strike)
-        environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS / "faults"), environ["PYTHONPATH"]])
+    environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS / "faults"), environ["PYTHONPATH"]])
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         code = subprocess.run(
             command, env=environ, stdout=log, stderr=log, timeout=START_SECONDS, check=False

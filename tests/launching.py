@@ -107,6 +107,10 @@ class Running:
         self.seen |= found
         return found
 
+    def has_started(self, module: str) -> bool:
+        """Whether a process of the family runs a module of this name."""
+        return any(module in command_line(pid) for pid in self.family())
+
     def end(self, timeout: float = 120) -> Ended:
         """Wait for the end of the process, and for what it said."""
         start = time.monotonic()
@@ -132,6 +136,14 @@ def _children() -> dict[int, list[int]]:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
     return children
+
+
+def command_line(pid: int) -> list[str]:
+    """Its words; none where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
 
 def is_alive(pid: int) -> bool:

@@ -14,6 +14,8 @@ when it comes to the place `at` of `moment`:
 | load | "before" or "after" this rank read its tensors |
 
 `marker` is a file that says that the fault has happened: it happens once. Product code knows nothing of this.
+
+QUADRIGA_DEFECT names one of DEFECTS, which every rank then has: the kill matrix must find it, or it could not fail.
 """
 
 import importlib.abc
@@ -179,12 +181,34 @@ PATCHES = {
 }
 
 
+def forget_moments(tensors):
+    original = tensors.read
+
+    def read(place, wanted, group, **keys):
+        kept = {name: value for name, value in wanted.items() if not name.startswith("optimizer.")}
+        original(place, kept, group, **{**keys, "may_hold_more": True})
+
+    tensors.read = read
+
+
+def forget_the_place_in_the_data(loader):
+    loader.Loader.load_state_dict = lambda self, state: None
+
+
+DEFECTS = {
+    "moments": ("quadriga.checkpoint.tensors", forget_moments),
+    "data": ("quadriga.data.loader", forget_the_place_in_the_data),
+}
+
+
 class Patched(importlib.abc.MetaPathFinder):
     """Lets one module be imported as it is, and patches it then."""
 
+    def __init__(self, module, patch):
+        self.module, self.patch = module, patch
+
     def find_spec(self, name, path, target=None):
-        module, patch = PATCHES[FAULT["moment"]]
-        if name != module:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -192,11 +216,13 @@ class Patched(importlib.abc.MetaPathFinder):
 
         def exec_module(made):
             load(made)
-            patch(made)
+            self.patch(made)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
-    sys.meta_path.insert(0, Patched())
+    sys.meta_path.insert(0, Patched(*PATCHES[FAULT["moment"]]))
+if defect := os.environ.get("QUADRIGA_DEFECT"):
+    sys.meta_path.insert(0, Patched(*DEFECTS[defect]))

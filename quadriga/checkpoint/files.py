@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
+from quadriga.checkpoint import direct
 from quadriga.errors import Problem, UserError
 
 T = TypeVar("T")
@@ -28,6 +29,9 @@ class Files(Protocol):
     renames: bool  # whether a folder can be renamed at once
 
     def open(self, path: Place, mode: str) -> IO[bytes]: ...
+
+    def create(self, path: Place) -> IO[bytes]:
+        """A new large file, to be written from its beginning to its end; durable when it has been closed."""
 
     def names(self, folder: Place) -> list[str]:
         """What lies in a folder, sorted; [] where there is none."""
@@ -91,6 +95,9 @@ class LocalFiles:
     def open(self, path: Place, mode: str) -> IO[bytes]:
         return cast(IO[bytes], local(path).open(mode))
 
+    def create(self, path: Place) -> IO[bytes]:
+        return direct.create(local(path))
+
     def names(self, folder: Place) -> list[str]:
         return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
 
@@ -143,6 +150,9 @@ class ObjectFiles:
 
     def open(self, path: Place, mode: str) -> IO[bytes]:
         return cast(IO[bytes], self._system.open(str(path), mode))
+
+    def create(self, path: Place) -> IO[bytes]:
+        return self.open(path, "wb")
 
     def names(self, folder: Place) -> list[str]:
         def look() -> list[str]:

@@ -7,7 +7,6 @@ tensor, not a model. With several ranks each writes some of the files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -163,11 +162,8 @@ def refuse_other_model(place: str, shapes: Mapping[str, tuple[int, ...]], saved:
 
 
 def _write(files: Files, path: str, file: WeightFile, tensor: Callable[[str], torch.Tensor]) -> None:
-    with files.open(path, "wb") as stream:
+    with files.create(path) as stream:
         write_weights(stream, file, tensor)
-        stream.flush()
-        if files.renames:
-            os.fsync(stream.fileno())
 
 
 def _write_the_rest(

@@ -41,7 +41,6 @@ from quadriga.units import show_seconds
 if TYPE_CHECKING:
     from quadriga.checkpoint.tensors import Staging
 
-NICENESS = 10  # of a save in the background: about a tenth of the weight of a training thread
 T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
 Tell = Callable[..., None]  # tell(event, step, **facts): see quadriga.metrics.events
@@ -289,11 +288,13 @@ class _BackgroundSave:
 
 
 def _stand_back() -> None:
-    """Let this thread have what training leaves of the processor. Linux weighs threads one by one; elsewhere nothing
-    is done, since a whole process would be slowed down."""
+    """Let this thread have what training leaves of the processor; when training waits for a save, that is all of it.
+
+    Linux schedules threads one by one; elsewhere nothing is done, since a whole process would be slowed down.
+    """
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICENESS)
+            os.sched_setscheduler(get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _to_nobody(_event: str, _step: int, **_facts: Any) -> None:

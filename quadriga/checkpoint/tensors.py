@@ -11,12 +11,11 @@ plan and refuses all others, so that a checkpoint from elsewhere cannot run code
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 import torch
@@ -37,7 +36,6 @@ from quadriga.checkpoint.words import misfits
 from quadriga.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
-CACHED = 1 << 26  # bytes that are written before they are sent to the disk
 METADATA = ".metadata"  # DCP's name for its plan
 
 # All that the plan of a checkpoint of tensors is made of.
@@ -130,10 +128,11 @@ class HashingFiles(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with self.files.open(path, mode) as stream:
-            if "w" not in mode:
+        if "w" not in mode:
+            with self.files.open(path, mode) as stream:
                 yield stream
-                return
+            return
+        with self.files.create(path) as stream:
             hashed = _HashedStream(stream)
             yield hashed
         self.hashes[str(path)] = hashed.digest.hexdigest()
@@ -163,30 +162,14 @@ class HashingFiles(FileSystemBase):
 
 
 class _HashedStream:
-    """A stream to write to, one piece behind the other. Has what DCP and torch.save call.
-
-    A file of this machine goes to the disk as it is written, and out of the system's cache: pages that nobody will
-    read are not worth the memory, and new ones cost more processor time than hashing does.
-    """
+    """A stream to write to, one piece behind the other. Has what DCP and torch.save call."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
-        self._cached = 0  # bytes
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        written = self._stream.write(data)
-        self._cached += written
-        if self._cached >= CACHED:
-            self._empty_cache()
-        return written
-
-    def _empty_cache(self) -> None:
-        self._cached = 0
-        with suppress(AttributeError, io.UnsupportedOperation):  # an object store has no cache of pages
-            self._stream.flush()
-            os.fdatasync(self._stream.fileno())
-            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return self._stream.write(data)
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -198,7 +181,6 @@ class _HashedStream:
         return self._stream.fileno()
 
     def close(self) -> None:
-        self._empty_cache()
         self._stream.close()
 
 
@@ -206,7 +188,7 @@ class Writer(FileSystemWriter):
     """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
     def __init__(self, place: str, files: HashingFiles) -> None:
-        super().__init__(place, sync_files=files.files.renames)  # an object is durable once it is there
+        super().__init__(place, sync_files=False)  # a file that `create` made is durable when it is closed
         self.fs: Any = files
         self.path: Any = place
 

@@ -85,10 +85,8 @@ def write(folder: Path, out: Path, told: Told) -> int:
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
     if absent:
         raise UserError(Problem("RUN", f"the newest traces lack those of ranks {absent}", str(folder)))
-    if out.exists() and any(out.iterdir()):
-        raise UserError(Problem("OUT", "the folder is not empty, and the tools would read what is in it", str(out)))
-    out.mkdir(parents=True, exist_ok=True)
-    records = read_metrics(folder / "metrics.jsonl")
+    records = _records(folder)
+    _make(out)
     traces = [read_rank(rank, path) for rank, path in enumerate(flatten(packed, out))]
     profiled = steps_of(traces[0], last_step)
     card = card_of(run, environment, told, profiled, records[-1] if records else None, carried(out))
@@ -97,6 +95,17 @@ def write(folder: Path, out: Path, told: Told) -> int:
     print("\n".join(_compared(traces, own_step_time(records, inner(profiled)))))
     print("\n".join(_warnings(_found(out, card, traces))))
     return EXIT_OK
+
+
+def _make(out: Path) -> None:
+    """An empty folder; the tools would read whatever else is in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        full = any(out.iterdir())
+    except OSError as error:
+        raise UserError(Problem("OUT", f"no folder can be made there: {error}", str(out))) from None
+    if full:
+        raise UserError(Problem("OUT", "the folder is not empty, and the tools would read what is in it", str(out)))
 
 
 def carried(folder: Path) -> dict[str, Any]:
@@ -123,7 +132,8 @@ def read(place: Path, as_json: bool) -> int:
         return EXIT_OK
     print(file)
     for name, path in SHOWN.items():
-        print(f"  {name:<12} {value(card, path)}")
+        said = value(card, path)
+        print(f"  {name:<12} {'not said' if said is None else said}")
     reached = utilization(card, seconds)
     print(
         f"  {'step':<12} " + (f"{seconds:.6g} s (avg_step_time)" if seconds else "not measurable: no trace with steps")
@@ -179,6 +189,15 @@ def _compared(traces: Sequence[RankTrace], own: float | None) -> Iterator[str]:
         yield "metrics.jsonl: not measurable: no logged line covers those steps alone (metrics.log_freq = 1 does)"
     else:
         yield f"metrics.jsonl: {own:.6g} s for the same steps ({seconds / own - 1:+.2%})"
+
+
+def _records(folder: Path) -> list[Record]:
+    """The training records of a run; none where it logged none."""
+    path = folder / "metrics.jsonl"
+    try:
+        return read_metrics(path) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("RUN", f"its metrics cannot be read: {error}", str(folder))) from None
 
 
 def _environment(folder: Path) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.estimate import add_arguments, measured_rates, read_run
-from quadriga.config import to_toml
+from quadriga.config import Run, to_toml
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.estimate.search import Candidate, Found, search
 from quadriga.hardware import device_named
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
         raise UserError(Problem("--ngpu and --device", "a search needs both", fix=fix))
     run, device = read_run(options.file, options.ngpu, keys), device_named(options.device, "--device")
+    refuse_stages_of_the_users(run)
     rates = measured_rates(options.calibrate, device)
     start = time.perf_counter()
     found = search(
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     )
     seconds = time.perf_counter() - start
     if options.json:
-        print(json.dumps([_as_dict(each) for each in found.best[: options.top]], indent=2))
+        print(json.dumps([as_dict(each) for each in found.best[: options.top]], indent=2))
     else:
         print("\n".join(_table(found, options.top, seconds, calibrated=rates is not None)))
     if not found.best:
@@ -50,6 +51,14 @@ def main(argv: Sequence[str]) -> int:
     if options.write:
         _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
     return EXIT_OK
+
+
+def refuse_stages_of_the_users(run: Run) -> None:
+    """A winner deals out the stages itself, and is written with all other keys of the file."""
+    for name in ("pipeline_parallel_schedule_csv", "module_fqns_per_model_part", "pipeline_parallel_layers_per_stage"):
+        if getattr(run.config.parallelism, name) is not None:
+            fix = "remove it from the file that is searched from"
+            raise UserError(Problem(f"parallelism.{name}", "a search deals out the stages itself", fix=fix))
 
 
 def _table(found: Found, top: int, seconds: float, calibrated: bool) -> list[str]:
@@ -90,7 +99,7 @@ def why(first: Candidate, second: Candidate) -> str:
     return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms a step)."
 
 
-def _as_dict(candidate: Candidate) -> dict[str, object]:
+def as_dict(candidate: Candidate) -> dict[str, object]:
     found = candidate.estimate
     assert found.time is not None
     return {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.fsdp import FSDPModule
 
 
 def world_size() -> int:
@@ -18,18 +19,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all ranks, or for those of `group`."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
-def all_gather_objects(item: Any) -> list[Any]:
-    """What every rank passed in, by rank, on every rank. For small things that pickle."""
+def all_gather_objects(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank (of `group`) passed in, by rank, on every rank. For small things that pickle."""
     if world_size() == 1:
         return [item]
-    items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    items: list[Any] = [None] * (group.size() if group else world_size())
+    dist.all_gather_object(items, item, group)
     return items
 
 
@@ -69,6 +70,16 @@ def group_named(name: str) -> dist.ProcessGroup | None:
     """The process group that torch knows by this name; None where there is none."""
     names = distributed_c10d._world.pg_names
     return next((group for group, own in names.items() if own == name), None)
+
+
+def gather_in_symmetric_memory(module: FSDPModule) -> None:
+    """Let NCCL's collectives of `module` work on buffers in its symmetric memory; torch 2.11 has no such call."""
+    module.set_symm_mem_for_comm(backend="NCCL")
+
+
+def has_symmetric_memory() -> bool:
+    """Whether this torch has that call."""
+    return hasattr(FSDPModule, "set_symm_mem_for_comm")
 
 
 HOST = "host"  # what groups are for whose collectives wait for disks, and have patience of their own

@@ -12,11 +12,18 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from quadriga.comm import collectives, gloo, nccl
+from quadriga.comm import collectives, gloo, host_slots, nccl, nvshmem
 from quadriga.config.schema import Comm
 from quadriga.log import logger
 
-BACKEND_MODULES: Mapping[str, ModuleType] = {"gloo": gloo, "nccl": nccl}
+# What of a backend is a process group. NCCL's symmetric memory is one of its buffers, not of its group.
+BACKEND_MODULES: Mapping[str, ModuleType] = {
+    "gloo": gloo,
+    "nccl": nccl,
+    "nccl-symm": nccl,
+    "nvshmem": nvshmem,
+    "host-slots": host_slots,
+}
 
 
 def start(
@@ -29,7 +36,7 @@ def start(
     different times, and compile); `tighten_timeouts` shortens that later.
 
     Args:
-        backend: a name of `quadriga.comm.backend.BACKENDS` that has been built.
+        backend: a name of `quadriga.comm.backend.BACKENDS`.
         traces_folder: where a timeout leaves the flight recorder's trace, one file a rank. None: nowhere.
     """
     _record_flights(comm, traces_folder)

@@ -147,8 +147,8 @@ def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup
         seconds = {each["run"]: each["seconds"] for each in part["by_run"]}
         for index, run in enumerate(runs):
             values = [seconds.get(run) if i == index else None for i in range(len(runs))]
-            bars.append(Bar(_words(part["part"]) if index == 0 else "", values))
-    cells = [[_words(part["part"]), *(_seconds_of(part, run) for run in runs)] for part in parts]
+            bars.append(Bar(_part(part) if index == 0 else "", values))
+    cells = [[_part(part), *(_seconds_of(part, run) for run in runs)] for part in parts]
     image = stacked_bars("Parts of a step by run", legend_parts, bars, "time a step")
     numbers = html.table(["part of a step", *runs], cells)
     caption = "The same part of a step in each run, one bar a run. Parts may overlap, so they need not add up."
@@ -161,8 +161,10 @@ def _seconds_of(part: Mapping[str, Any], run: str) -> str | None:
     return _or_none(found, duration)
 
 
-def _words(key: str) -> str:
-    return key.removesuffix("_s").replace("_", " ")
+def _part(part: Mapping[str, Any]) -> str:
+    """`exposed communication`, and below it `exposed on shard`."""
+    axis = part.get("axis")
+    return f"exposed on {axis}" if axis else part["part"].removesuffix("_s").replace("_", " ")
 
 
 def _losses(losses: Mapping[str, Any] | None) -> Markup:
@@ -176,7 +178,9 @@ def _losses(losses: Mapping[str, Any] | None) -> Markup:
     ]
     largest = losses["largest_difference"]
     said = "Only one run has losses."
-    if largest:
+    if largest and largest["value"] == 0:
+        said = "All runs have the same losses, to the last digit."
+    elif largest:
         said = (
             f"The largest difference is {number(largest['value'])}, at step {largest['step']}, "
             f"between {' and '.join(largest['between'])}."

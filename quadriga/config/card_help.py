@@ -22,6 +22,7 @@ ENVIRONMENT = (
     ("`CONFIG_FILE`", "`configs/debug/debug.toml`", "the TOML file, for `run_train.sh`"),
     ("`NGPU`", "4", "ranks on this machine"),
     ("`COMM_BACKEND`", "nccl with CUDA, else gloo", "communication backend; stands above `comm.backend` of the file"),
+    ("`NVSHMEM_SYMMETRIC_SIZE`", "what the run needs", "NVSHMEM's heap on each GPU, with `COMM_BACKEND=nvshmem`"),
     ("`LOG_RANK`", "0", "ranks that print progress, as `0,1`"),
     ("`DRY_RUN`", "0", "1: check everything, say what the run would be, start nothing"),
     ("`NNODES`", "1", "machines"),

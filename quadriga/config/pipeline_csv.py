@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 
 _ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
 _OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
+TIME = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # of an action, in forward passes
+ALIVE = {"F": 1, "B": -1, "I": 0, "W": -1}  # passes whose activations an action makes, or lets go
 FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
 
 
@@ -46,6 +49,25 @@ class CsvSchedule:
         """Which rank computes each stage; the stages are numbered without a gap."""
         holders = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
         return tuple(holders[stage] for stage in range(len(holders)))
+
+    @property
+    def passes_at_once(self) -> tuple[int, ...]:
+        """By rank, the most forward passes at a time whose backward pass is not finished."""
+        return tuple(max(accumulate(ALIVE[action.kind] for action in actions)) for actions in self.ranks)
+
+    @property
+    def idle_share(self) -> float:
+        """How long the ranks wait, as a share of the time that the busiest one computes; messages take no time."""
+        last, ends = len(self.stage_ranks) - 1, dict[Action, float]()
+        left, now = [list(actions) for actions in self.ranks], [0.0] * len(self.ranks)
+        while any(left):
+            for rank, actions in enumerate(left):
+                while actions and _fed(actions[0], ends.keys(), last):
+                    action = actions.pop(0)
+                    fed = max((ends[each] for each in _feeders(action, last) if each in ends), default=0.0)
+                    ends[action] = now[rank] = max(now[rank], fed) + TIME[action.kind]
+        busiest = max(sum(TIME[action.kind] for action in actions) for actions in self.ranks)
+        return max(now) / busiest - 1
 
 
 def parse(text: str, ranks: int, micro_batches: int) -> CsvSchedule | list[Fault]:
@@ -134,14 +156,20 @@ def _stuck(schedule: CsvSchedule) -> list[tuple[int, Action]]:
     return []
 
 
-def _fed(action: Action, done: set[Action], last: int) -> bool:
+def _fed(action: Action, done: Set[Action], last: int) -> bool:
     """Whether the neighbouring stage has computed what this action needs."""
+    feeders = _feeders(action, last)
+    return not feeders or bool(feeders & done)
+
+
+def _feeders(action: Action, last: int) -> set[Action]:
+    """The actions of the neighbouring stage of which this one needs one; none where it needs none."""
     stage, each = action.stage, action.micro_batch
-    if action.kind == "F":
-        return stage == 0 or Action(stage - 1, "F", each) in done
-    if action.kind in "BI":
-        return stage == last or bool({Action(stage + 1, "B", each), Action(stage + 1, "I", each)} & done)
-    return True
+    if action.kind == "F" and stage > 0:
+        return {Action(stage - 1, "F", each)}
+    if action.kind in "BI" and stage < last:
+        return {Action(stage + 1, "B", each), Action(stage + 1, "I", each)}
+    return set()
 
 
 def show(faults: Sequence[Fault], path: str) -> list[tuple[str, str]]:

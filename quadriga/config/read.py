@@ -46,13 +46,15 @@ def read(
         catalogue: model families by name, each with its sizes by flavor.
         backends: what is known of each communication backend.
         world_size: number of ranks; None: as many as the degrees ask for.
-        training: False for a dry run: missing files are noted, and what training does not support yet passes.
+        training: False for a dry run: missing files are noted, and what training does not support yet passes. So it
+            is for a configuration that only rehearses.
         saved: gives what the newest checkpoint in a folder says of its run; None where there is none.
 
     Raises:
         UserError: with every problem that was found.
     """
     loaded = load(argv, environ)
+    training = training and not loaded.config.only_rehearses
     _keep_the_saved_batch(loaded, saved)
     tokenizer, problems, notices = _look_at_assets(loaded, training)
     schedule_csv, broken = _read_schedule(loaded)

@@ -11,6 +11,7 @@ from quadriga.config.case import Case, Clash, Verdicts, rule
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.pipeline_csv import CsvSchedule, Fault
 from quadriga.config.rules_layout import LOCAL, divisor_hint
+from quadriga.config.run_spec import OwnSchedule
 from quadriga.errors import Problem, nearest
 
 PP = "parallelism.pipeline_parallel_degree"
@@ -62,6 +63,13 @@ def csv_schedule(case: Case) -> CsvSchedule | list[Fault] | None:
     if case.schedule_csv is None or case.degrees.pp == 1:
         return None
     return pipeline_csv.parse(case.schedule_csv, case.degrees.pp, micro_batches(case))
+
+
+def own_schedule(case: Case) -> OwnSchedule | None:
+    custom = csv_schedule(case)
+    if not isinstance(custom, CsvSchedule):
+        return None
+    return OwnSchedule(custom.passes_at_once, custom.idle_share)
 
 
 def micro_batches(case: Case) -> int:

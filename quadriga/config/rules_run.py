@@ -1,4 +1,4 @@
-"""Rules of the run beside its layout: compile, schedule, checkpoints, profiling, folders, backends, user code."""
+"""Rules of the run beside its layout: compile, schedule, checkpoints, profiling, folders, user code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
-from quadriga.errors import UserError, nearest
+from quadriga.errors import UserError
 from quadriga.hardware import device_named
 
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
@@ -248,45 +248,6 @@ def moments_can_fall(case: Case) -> Verdicts:
 def workers_persist_anyway(case: Case) -> Verdicts:
     if case.config.training.dataloader.persistent_workers:
         yield "training.dataloader.persistent_workers changes nothing: workers always live as long as the run"
-
-
-@rule("comm.backend")
-def backend_is_known(case: Case) -> Verdicts:
-    name = case.config.comm.backend
-    if name is None:
-        return
-    facts = case.backends.get(name)
-    usable = ", ".join(known for known, about in case.backends.items() if about.not_built is None)
-    if facts is None:
-        yield Clash("no backend has this name", allowed=usable, nearest=nearest(name, case.backends))
-    elif facts.not_built is not None:
-        if case.training:
-            yield Clash(facts.not_built, "choose another backend, or leave it unset", usable)
-        else:
-            yield f"comm.backend = {name} is refused in training: {facts.not_built}"
-
-
-@rule("comm.backend", ASYNC_TP)
-def backend_overlaps_tensor_parallelism(case: Case) -> Verdicts:
-    facts = case.backends.get(case.config.comm.backend or "")
-    if facts and case.config.parallelism.enable_async_tensor_parallel and "async_tensor_parallel" not in facts.carries:
-        yield Clash(
-            "this backend cannot overlap communication with matrix products",
-            _those_that_carry(case, "async_tensor_parallel"),
-        )
-
-
-@rule("comm.backend", "quantize.linear.float8.enable_fsdp_float8_all_gather", "model.converters")
-def backend_carries_float8(case: Case) -> Verdicts:
-    facts = case.backends.get(case.config.comm.backend or "")
-    wanted = case.config.quantize.linear.float8.enable_fsdp_float8_all_gather
-    if facts and wanted and "quantize.linear.float8" in case.config.model.converters and "float8" not in facts.carries:
-        yield Clash("this backend cannot move float8", _those_that_carry(case, "float8"))
-
-
-def _those_that_carry(case: Case, feature: str) -> str:
-    able = [name for name, facts in case.backends.items() if feature in facts.carries and facts.not_built is None]
-    return f"choose {' or '.join(able)}" if able else "switch the feature off: no backend here can"
 
 
 @rule("profiling.save_traces_folder", "metrics.save_tb_folder", "checkpoint.folder", "comm.save_traces_folder")

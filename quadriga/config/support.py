@@ -49,16 +49,10 @@ NOT_BUILT = (
         "set it to false; a run that dies resumes from its newest checkpoint",
     ),
     Missing(
-        ("memory_estimation.enable",),
-        lambda config: config.memory_estimation.enable,
-        "a training run that only estimates",
-        "set it to false, and start with DRY_RUN=1",
-    ),
-    Missing(
         ("comm.mode",),
-        lambda config: config.comm.mode != "default",
-        "a training run that only pretends to communicate",
-        'set it to "default", and start with DRY_RUN=1',
+        lambda config: config.comm.mode == "local_tensor",
+        "all ranks in one process",
+        'set it to "default" to train on the CPU with gloo, or to "fake_backend" to rehearse',
     ),
 )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.config import Run
+from quadriga.config.schema import Profiling
 from quadriga.errors import Problem, UserError
 from quadriga.estimate.communication import calls_of
 from quadriga.estimate.rates import OPERATION_SECONDS, Rates
@@ -47,7 +48,7 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     """Rates of the machine that `run` was trained on. Raises UserError where its folder does not tell them."""
     trace = _newest_trace(folder)
     seconds = _of_trace(trace)
-    measured = seconds_a_step(folder)
+    measured = seconds_a_step(folder, run.config.profiling)
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
     work, update = work_of(setup, 0), update_of(setup, 0)
     # A profiler slows the host down: its shares of a step are kept, its sum is not.
@@ -72,19 +73,34 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     )
 
 
-def seconds_a_step(folder: Path) -> float:
-    """The median of the steps that were logged, but for the first, which warms up, and for those that were profiled."""
+def seconds_a_step(folder: Path, profiling: Profiling) -> float:
+    """The median of the steps that were logged, but for the first two, which warm up, and for those that the profiler
+    slowed down, where at least three others are left."""
     path = folder / "metrics.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(Problem("--calibrate", f"{path} cannot be read: {error}", str(folder))) from None
-    steps = [record["step_seconds"] for record in records if record.get("kind") == "train" and "step_seconds" in record]
+    steps = {
+        record["step"]: record["step_seconds"]
+        for record in records
+        if record.get("kind") == "train" and "step_seconds" in record
+    }
     if len(steps) < 4:
         what = f"{path} has {len(steps)} logged steps, too few to tell how long one takes"
         fix = "train at least 10 steps with --metrics.log_freq=1"
         raise UserError(Problem("--calibrate", what, str(folder), fix=fix))
-    return statistics.median(steps[2:])
+    settled = list(steps)[2:]
+    undisturbed = [step for step in settled if not _is_profiled(step, max(steps), profiling)]
+    return statistics.median(steps[step] for step in (undisturbed if len(undisturbed) >= 3 else settled))
+
+
+def _is_profiled(step: int, last: int, profiling: Profiling) -> bool:
+    """Whether the profiler ran in a step: in the last ones of each cycle (see `metrics.profiler`)."""
+    if not profiling.enable_profiling:
+        return False
+    cycle = min(profiling.profile_freq, last)
+    return (step - 1) % cycle >= cycle - profiling.profiler_active - profiling.profiler_warmup
 
 
 def _newest_trace(folder: Path) -> Path:

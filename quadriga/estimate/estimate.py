@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from quadriga.comm.backend import BACKENDS
+from quadriga.comm.heap import Heap
 from quadriga.config import Run
 from quadriga.estimate.communication import Calls, calls_of
+from quadriga.estimate.heap import heap_of
 from quadriga.estimate.memory import REST_FACTOR, STATE_FACTOR, Memory, memory_of
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.setup import Setup
@@ -53,7 +56,8 @@ class Estimate:
 
     @cached_property
     def setup(self) -> Setup:
-        on_cpu = self.device.name == "CPU" if self.device else self.run.spec.backend == "gloo"
+        backend = BACKENDS.get(self.run.spec.backend or "")
+        on_cpu = self.device.name == "CPU" if self.device else backend is not None and backend.device_type == "cpu"
         return Setup(self.run, "cpu" if on_cpu else "cuda")
 
     @cached_property
@@ -65,13 +69,19 @@ class Estimate:
     def worst(self) -> Memory:
         return max(self.memories, key=lambda memory: memory.reserved)
 
+    @cached_property
+    def heap(self) -> Heap | None:
+        """What peers may write into, where the backend wants such memory."""
+        return heap_of(self.run)
+
     @property
     def outside(self) -> float:
-        """Bytes on the device beside torch's allocator: the driver's context and the communicators' buffers."""
+        """Bytes on the device beside torch's allocator: the driver's context, the communicators' buffers, the heap."""
         degrees = self.setup.degrees
         sizes = (degrees.pp, degrees.dp_replicate, self.setup.shards, degrees.cp, degrees.tp)
         groups = sum(size > 1 for size in sizes) + (degrees.world_size > 1)
-        return 0.0 if self.setup.device_type == "cpu" else OUTSIDE + groups * OUTSIDE_A_GROUP
+        heap = self.heap.nvshmem_bytes if self.heap else 0
+        return 0.0 if self.setup.device_type == "cpu" else OUTSIDE + groups * OUTSIDE_A_GROUP + heap
 
     def verdict(self, device: Device | None = None) -> Verdict | None:
         """None where no device is named, or its memory is not known."""
@@ -136,6 +146,7 @@ class Estimate:
                 "peak_active_gib": worst.peak.total / GIB,
                 "peak_reserved_gib": worst.reserved / GIB,
                 "outside_gib": self.outside / GIB,
+                "symmetric_heap_gib": self.heap.nvshmem_bytes / GIB if self.heap else None,
                 "capacity_gib": verdict.capacity / GIB if verdict else None,
                 "host_gib": worst.host / GIB,
                 "moment": worst.peak.name,

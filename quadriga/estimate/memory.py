@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from quadriga.estimate.activations import WIDE
 from quadriga.estimate.anatomy import Unit
@@ -284,16 +285,14 @@ class _Step:
         done = self.before or sum(map(self._made if self._ties else self._final, self._head_units))
         if self._ties and self.before:
             done += sum(map(self._made, self._head_units))
-        kept = self.in_one_pass / len(self.stages)
+        gone = list(accumulate(self.kept[mode] for mode in reversed(self.modes)))
         weights = setup.itemsize if setup.is_wrapped or not self.before else 0.0
         walk = block.backward_peak(block.everything | {"x"}, weights)
         final, count = 0.0 if self.before else self._final(self.block_unit), len(self.modes)
         sent = self._sent(self.block_unit)
-        shown = {0, 1, count - 2, count - 1} if len(self.kept) == 1 else range(count)  # alike ones lie between
-        for number, mode in enumerate(reversed(self.modes)):
-            kept -= self.kept[mode] / len(self.stages)
-            if number not in shown:
-                continue
+        ends = sorted({0, 1, count - 2, count - 1} & set(range(count)))
+        for number in ends if len(self.kept) == 1 else range(count):  # alike ones lie between
+            kept = (self.in_one_pass - gone[number]) / len(self.stages)
             alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
             waiting = sent if number or self._ties else sum(map(self._sent, self._head_units))
             yield self._moment(

@@ -80,12 +80,16 @@ def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     worst = given.worst
     where = f" (pipeline rank {worst.rank})" if len(given.memories) > 1 else ""
     beside = f", {show_bytes(given.outside)} beside torch" if given.outside else ""
+    if given.outside and given.heap:
+        beside += ", the symmetric heap among it"
     peak = worst.peak
     amounts = f"active {show_bytes(peak.total)}, reserved {show_bytes(worst.reserved)}{beside}"
     yield "memory", f"{amounts}; peak: {peak.name}{where}"
     kinds = [part for part in sorted(peak.parts.items(), key=lambda part: -part[1]) if part[1] > 0.005 * peak.total]
     yield "", "at the peak: " + ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds)
     yield "", f"what binds: {' and '.join(worst.binding)}"
+    if given.heap:
+        yield "heap needed", str(given.heap)
     host = " of host memory" if worst.host else ""
     state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
     parts = " + ".join(f"{name} {show_bytes(size)}" for name, size in state.items())

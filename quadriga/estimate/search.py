@@ -14,12 +14,13 @@ from typing import Any
 
 from quadriga.config import Run
 from quadriga.config.resolve import DEGREES
+from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.estimate.estimate import Estimate, estimate
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.variants import Variant, stages_a_rank, vary
 from quadriga.hardware import Device
 
-SCHEDULES = ("1F1B", "Interleaved1F1B")
+SCHEDULES = ("1F1B", "Interleaved1F1B", *SPLIT_BACKWARD)
 RECOMPUTE = ({"mode": "none"}, {"mode": "selective", "selective_ac_option": "op"}, {"mode": "full"})
 RESHARD = ("default", "never")
 LARGEST_ROWS = 16  # of a micro-batch that are tried
@@ -99,7 +100,10 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[Vari
         fixed["training__global_batch_size"] = global_batch
         for rows in _powers(global_batch // batch):
             for pipeline in _pipelines(run, degrees["pp"], rows):
+                split = pipeline.get("pipeline_parallel_schedule") in SPLIT_BACKWARD
                 for recompute, reshard in product(RECOMPUTE, RESHARD if sharded else RESHARD[:1]):
+                    if split and recompute["mode"] == "selective":
+                        continue  # such a schedule goes through a block twice, and that choice allows it once
                     chosen = {f"parallelism__{key}": value for key, value in pipeline.items()}
                     chosen |= {f"activation_checkpoint__{key}": value for key, value in recompute.items()}
                     chosen["parallelism__fsdp_reshard_after_forward"] = reshard
@@ -130,13 +134,14 @@ def _pipelines(run: Run, pp: int, rows: int) -> Iterator[dict[str, Any]]:
     if pp == 1:
         yield {}
         return
+    compiled = run.config.compile.enable and "model" in run.config.compile.components
     for schedule in SCHEDULES:
         stages = pp * stages_a_rank(schedule)
-        if stages > run.spec.model.n_layers:
+        if stages > run.spec.model.n_layers or (compiled and schedule in SPLIT_BACKWARD):
             continue
         for size in _powers(rows):
-            count = rows // size
-            if count >= pp and (schedule == "1F1B" or count % pp == 0):
+            count, least = rows // size, 2 * pp if schedule == "DualPipeV" else pp
+            if count >= least and (count % pp == 0 or not schedule.startswith("Interleaved")):
                 yield {"pipeline_parallel_schedule": schedule, "pipeline_parallel_microbatch_size": size}
 
 

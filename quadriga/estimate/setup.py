@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quadriga.config import Run
+from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.estimate.activations import Activations, Holding, activations_of
 from quadriga.estimate.anatomy import Stage, Unit, even_split, stages
-from quadriga.estimate.schedule import in_flight
+from quadriga.estimate.schedule import bubble, in_flight
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
@@ -27,37 +28,37 @@ class Setup:
     run: Run
     device_type: str = "cuda"
 
-    @property
+    @cached_property
     def degrees(self) -> Degrees:
         return self.run.spec.degrees
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """Ranks that each parameter is cut over by `fully_shard`."""
         return self.degrees.dp_shard * self.degrees.cp
 
-    @property
+    @cached_property
     def parameter_bytes(self) -> int:
         return DTYPE_BYTES[self.run.config.training.dtype]
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of a number in the computing dtype."""
         return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.is_wrapped else self.parameter_bytes
 
-    @property
+    @cached_property
     def reduce_bytes(self) -> int:
         return DTYPE_BYTES[self.run.config.training.mixed_precision_reduce]
 
-    @property
+    @cached_property
     def moment_bytes(self) -> int:
         return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
 
-    @property
+    @cached_property
     def loss_pieces(self) -> int:
         return self.run.config.training.loss_chunks
 
-    @property
+    @cached_property
     def offload(self) -> bool:
         return self.run.config.training.enable_cpu_offload
 
@@ -68,29 +69,29 @@ class Setup:
         dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
         return self.shards * degrees.dp_replicate * degrees.tp > 1 or len(dtypes) > 1 or self.offload
 
-    @property
+    @cached_property
     def reshards(self) -> bool:
         return self.run.spec.reshard_after_forward and self.is_wrapped
 
-    @property
+    @cached_property
     def reshards_ends(self) -> bool:
         """Whether the first units that the backward pass needs are let go as well."""
         return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_pieces == 1
 
-    @property
+    @cached_property
     def reduces_once(self) -> bool:
         return self.micro_batches == 1 or self.run.spec.reduce_gradients == "once"
 
-    @property
+    @cached_property
     def keeps_gradients_whole(self) -> bool:
         """Whether gradients of several micro-batches are added up before they are reduced, in the reduce dtype."""
         return self.is_wrapped and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         return self.run.spec.micro_batches
 
-    @property
+    @cached_property
     def micro_batches_a_call(self) -> int:
         """Of one pass of local_batch_size rows through a pipeline."""
         return self.run.spec.micro_batches // self.run.spec.accumulation_steps
@@ -104,32 +105,32 @@ class Setup:
         narrow = 2 * (self.moment_bytes < wide) + 2 * (self.parameter_bytes < wide)  # moments; weights and gradients
         return (narrow + copies) * min(max(BUCKET, largest), held) * wide
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Of one micro-batch on one rank."""
         if self.degrees.pp > 1:
             return self.run.config.parallelism.pipeline_parallel_microbatch_size
         return self.run.spec.local_batch_size
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of one micro-batch that one rank holds."""
         return self.rows * self.run.spec.seq_len // self.degrees.cp
 
-    @property
+    @cached_property
     def sequence_parallel(self) -> bool:
         return self.degrees.tp > 1 and self.run.config.parallelism.enable_sequence_parallel
 
-    @property
+    @cached_property
     def parallel_loss(self) -> bool:
         return self.degrees.tp > 1 and not self.run.config.parallelism.disable_loss_parallel
 
-    @property
+    @cached_property
     def logits(self) -> float:
         """How many of a micro-batch one rank makes a loss of."""
         return self.tokens * self.run.spec.model.vocab_size / (self.degrees.tp if self.parallel_loss else 1)
 
-    @property
+    @cached_property
     def table_bytes(self) -> float:
         """Of the rotary tables, and of tokens and labels."""
         length = self.run.spec.seq_len // self.degrees.cp
@@ -159,11 +160,11 @@ class Setup:
     def head(self) -> Activations:
         return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
 
-    @property
+    @cached_property
     def recompute(self) -> ActivationCheckpoint:
         return self.run.config.activation_checkpoint
 
-    @property
+    @cached_property
     def compiled(self) -> bool:
         return self.run.config.compile.enable and "model" in self.run.config.compile.components
 
@@ -231,9 +232,24 @@ class Setup:
         """Micro-batches whose activations one pipeline rank holds at once, counted in passes through a stage."""
         if self.degrees.pp == 1:
             return 1
+        if self.run.spec.own_schedule is not None:
+            return self.run.spec.own_schedule.passes_at_once[number]
         schedule = self.run.config.parallelism.pipeline_parallel_schedule
         per_rank = len(self.run.spec.stage_ranks) // self.degrees.pp
         return in_flight(schedule, number, self.degrees.pp, per_rank, self.micro_batches_a_call)
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether a pipeline computes gradients of inputs and of weights apart."""
+        return self.degrees.pp > 1 and self.run.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+
+    @cached_property
+    def idle_share(self) -> float:
+        """How long a pipeline rank waits for others, as a share of its own work."""
+        spec, schedule = self.run.spec, self.run.config.parallelism.pipeline_parallel_schedule
+        if spec.own_schedule is not None:
+            return spec.own_schedule.idle_share
+        return bubble(schedule, self.degrees.pp, len(spec.stage_ranks) // self.degrees.pp, self.micro_batches_a_call)
 
     def gathered(self, unit: Unit) -> float:
         """Bytes of a unit's parameters put together in the computing dtype."""

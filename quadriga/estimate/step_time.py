@@ -6,12 +6,13 @@ A rank's step is the sum of what its processor computes and of what it waits for
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from quadriga.estimate.communication import Calls, calls_of
 from quadriga.estimate.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
-from quadriga.estimate.schedule import bubble
 from quadriga.estimate.setup import Setup
 
 ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
@@ -63,17 +64,14 @@ class StepTime:
 
 def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
     """Of the pipeline rank that takes longest."""
-    times = (_of_rank(setup, rank, rates, gpus_per_node) for rank in range(setup.degrees.pp))
+    works = _Works(setup)
+    times = (_of_rank(works, rank, rates, gpus_per_node) for rank in range(setup.degrees.pp))
     return max(times, key=lambda time: time.total)
 
 
 def work_of(setup: Setup, rank: int) -> Work:
     """Of all passes of one step, without the update."""
-    stages = setup.stages_of(rank)
-    modes = [mode for stage in stages for mode in setup.modes_of_blocks(stage.blocks)]
-    blocks = [_block(setup, mode) for mode in modes]
-    head = [_head(setup)] if any(stage.last for stage in stages) else []
-    return sum([*blocks, *head], Work()).times(setup.micro_batches)
+    return _Works(setup).of_rank(rank)
 
 
 def update_of(setup: Setup, rank: int) -> Work:
@@ -82,49 +80,71 @@ def update_of(setup: Setup, rank: int) -> Work:
     return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
 
 
-def _block(setup: Setup, mode: str) -> Work:
-    """Forward, backward and what is computed again."""
-    forward = _forward(setup)
-    backward = Work(
-        2 * forward.products, ATTENTION_BACKWARD * forward.attention, 2 * forward.memory, 2 * forward.operations
-    )
-    if mode == "full":
-        return forward + backward + forward
-    if mode == "op":
-        kept = setup.kept("op")
-        again = sum(
-            _product_flops(setup, each.matrix)
-            for each in setup.block.trace.operations
-            if each.matrix is not None and each.gives not in kept
+class _Works:
+    """What the parts of a model do for one micro-batch, each worked out once for all ranks."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self._blocks = setup, dict[str, Work]()
+
+    def of_rank(self, rank: int) -> Work:
+        """Of all passes of one step, without the update."""
+        stages = self.setup.stages_of(rank)
+        modes = Counter(mode for stage in stages for mode in self.setup.modes_of_blocks(stage.blocks))
+        work = self.head if any(stage.last for stage in stages) else Work()
+        for mode, number in modes.items():
+            work += self.block(mode).times(number)
+        return work.times(self.setup.micro_batches)
+
+    def block(self, mode: str) -> Work:
+        """Forward, backward and what is computed again."""
+        if mode not in self._blocks:
+            self._blocks[mode] = self._block(mode)
+        return self._blocks[mode]
+
+    def _block(self, mode: str) -> Work:
+        setup, forward = self.setup, self.forward
+        backward = Work(
+            2 * forward.products, ATTENTION_BACKWARD * forward.attention, 2 * forward.memory, 2 * forward.operations
         )
-        return forward + backward + Work(again, 0.0, forward.memory, forward.operations)
-    return forward + backward
+        if mode == "full":
+            # A backward pass in two parts goes through a block twice, and makes its activations again each time.
+            return forward + backward + forward.times(2 if setup.splits_backward else 1)
+        if mode == "op":
+            kept = setup.kept("op")
+            again = sum(
+                _product_flops(setup, each.matrix)
+                for each in setup.block.trace.operations
+                if each.matrix is not None and each.gives not in kept
+            )
+            return forward + backward + Work(again, 0.0, forward.memory, forward.operations)
+        return forward + backward
 
+    @cached_property
+    def forward(self) -> Work:
+        """Of a block."""
+        setup, trace, sizes = self.setup, self.setup.block.trace, self.setup.block.sizes
+        products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
+        model, degrees = setup.run.spec.model, setup.degrees
+        # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
+        attention = 2.0 * setup.tokens * setup.run.spec.seq_len * model.n_heads * model.head_dim / degrees.tp
+        light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
+        touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
+        unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
+        touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
+        return Work(products, attention, touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5)
 
-def _forward(setup: Setup) -> Work:
-    trace, sizes = setup.block.trace, setup.block.sizes
-    products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
-    model, degrees = setup.run.spec.model, setup.degrees
-    # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
-    attention = 2.0 * setup.tokens * setup.run.spec.seq_len * model.n_heads * model.head_dim / degrees.tp
-    light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
-    touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
-    unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
-    touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
-    return Work(products, attention, touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5)
+    @cached_property
+    def head(self) -> Work:
+        """The output layer and the loss, forward and backward."""
+        setup, model = self.setup, self.setup.run.spec.model
+        products = 3 * _product_flops(setup, (model.dim, model.vocab_size))
+        compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
+        trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
+        return Work(products=products, memory=4.0 * trips * setup.logits, operations=30)
 
 
 def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
     return 2.0 * setup.tokens * matrix[0] * matrix[1] / setup.degrees.tp
-
-
-def _head(setup: Setup) -> Work:
-    """The output layer and the loss, forward and backward."""
-    model = setup.run.spec.model
-    products = 3 * _product_flops(setup, (model.dim, model.vocab_size))
-    compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
-    trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
-    return Work(products=products, memory=4.0 * trips * setup.logits, operations=30)
 
 
 def call_seconds(calls: Calls, stride: int, rates: Rates, gpus_per_node: int) -> float:
@@ -145,8 +165,9 @@ def strides(setup: Setup) -> dict[str, int]:
     return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
 
 
-def _of_rank(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> StepTime:
-    work, update = work_of(setup, rank), update_of(setup, rank)
+def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int) -> StepTime:
+    setup = works.setup
+    work, update = works.of_rank(rank), update_of(setup, rank)
     apart = strides(setup)
     timed = [
         (call, call.calls * call_seconds(call, apart[call.axis], rates, gpus_per_node))
@@ -162,9 +183,7 @@ def _of_rank(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> StepT
     host = max(work.operations * rates.operation - compute, 0.0) + rates.step
     idle = 0.0
     if setup.degrees.pp > 1:
-        schedule = setup.run.config.parallelism.pipeline_parallel_schedule
-        per_rank = len(setup.run.spec.stage_ranks) // setup.degrees.pp
-        idle = (compute + shown) * bubble(schedule, setup.degrees.pp, per_rank, setup.micro_batches_a_call)
+        idle = (compute + shown) * setup.idle_share
     return StepTime(
         products=products,
         attention=attention,
@@ -182,9 +201,12 @@ def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -
     """Seconds of communication that are seen, and that hide behind the blocks' work.
 
     Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
-    not the first gather and the last reduction. Everything else is waited for.
+    not the first gather and the last reduction. Everything else is waited for; on a CPU all of it, where gloo moves
+    bytes with the processors that compute.
     """
     timed = list(timed)
+    if setup.device_type == "cpu":
+        return sum(seconds for _, seconds in timed), 0.0
     beside = sum(seconds for call, seconds in timed if call.axis in OVERLAPS and call.when != "norm")
     waited = sum(seconds for call, seconds in timed) - beside
     if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed

@@ -55,7 +55,9 @@ def _spec(run: Run, config: JobConfig) -> RunSpec:
     spec = spec_of(Case(config, run.origin, run.spec.model, degrees, run.spec.tokenizer, BACKENDS, training=False))
     before, after = run.config.parallelism, config.parallelism
     same = before.pipeline_parallel_schedule == after.pipeline_parallel_schedule and degrees.pp == run.spec.degrees.pp
-    return replace(spec, stage_ranks=run.spec.stage_ranks) if same else spec  # which a CSV file may have dealt out
+    if not same:
+        return spec
+    return replace(spec, stage_ranks=run.spec.stage_ranks, own_schedule=run.spec.own_schedule)  # of a CSV file
 
 
 def stages_a_rank(schedule: str) -> int:

@@ -9,6 +9,7 @@ from quadriga.config import Run, words
 from quadriga.config.words import decimal_bytes, plural
 from quadriga.errors import Problem
 from quadriga.estimate.advice import advice_for
+from quadriga.estimate.carriers import carriers_in_words
 from quadriga.estimate.estimate import Estimate, estimate
 from quadriga.estimate.report import rows as estimated_rows
 from quadriga.hardware import device_named
@@ -34,7 +35,7 @@ def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
     if missing:
         lines += ["", "Before it can train:", "", *("  " + line for text in missing for line in str(text).splitlines())]
     else:
-        lines += ["", "Ready to train."]
+        lines += ["", "Ready to be rehearsed." if run.config.only_rehearses else "Ready to train."]
     return "\n".join(lines)
 
 
@@ -75,7 +76,7 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
     yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"
     yield "formats", words.formats(run)
     yield "recompute", words.recompute(config.activation_checkpoint)
-    yield "backend", spec.backend or "nccl where CUDA is, else gloo"
+    yield "backends", carriers_in_words(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
     size = decimal_bytes(words.save_bytes(run, count_parameters(model)))
     yield "checkpoints", f"{words.checkpoints(config.checkpoint)}; one full save takes about {size}"
     yield "run folder", spec.folders.dump

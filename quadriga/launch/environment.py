@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quadriga.comm.backend import BACKENDS, choose
+from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose
 from quadriga.errors import Problem, UserError
 from quadriga.log import logging_ranks
 
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
 DEFAULT_RANKS = 4
+FSDP_SOURCE, SYMMETRIC_CLASS = "distributed/fsdp/_fully_shard/_fsdp_collectives.py", "SymmMemAllGather"
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,17 @@ def _log_rank(environ: Mapping[str, str], world_size: int) -> list[Problem]:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """The PyTorch of this interpreter. `cuda`: the CUDA version it was built for, None for a CPU build."""
+    """The PyTorch of this interpreter. `cuda`: the CUDA version it was built for, None for a CPU build.
+    `fsdp_symmetric`: whether its FSDP has buffers in symmetric memory."""
 
     version: str
     cuda: str | None
+    fsdp_symmetric: bool = False
+
+    @property
+    def offers(self) -> dict[str, bool]:
+        """As in `Machine`. Whether a build for CUDA has NVSHMEM is known to a process that has imported it alone."""
+        return {NCCL_SYMMETRIC: self.fsdp_symmetric} | ({} if self.cuda else {NVSHMEM: False})
 
 
 def torch_build() -> TorchBuild | None:
@@ -111,10 +119,19 @@ def torch_build() -> TorchBuild | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None
-    note = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    folder = Path(spec.submodule_search_locations[0])
+    note = (folder / "version.py").read_text()
     found = {name: re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", note, re.MULTILINE) for name in ("__version__", "cuda")}
     version, cuda = (match.group(1) if match else None for match in found.values())
-    return TorchBuild(version or "unknown", cuda)
+    return TorchBuild(version or "unknown", cuda, _fsdp_is_symmetric(folder))
+
+
+def _fsdp_is_symmetric(folder: Path) -> bool:
+    """By the source of FSDP2, as versions differ."""
+    try:
+        return f"class {SYMMETRIC_CLASS}(" in (folder / FSDP_SOURCE).read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:
@@ -170,7 +187,7 @@ def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
     if asked is not None and asked.device_type == "cuda" and gpus and build.cuda is None:
         fix = "install a build of PyTorch with CUDA, or choose gloo to train on the CPU"
         raise UserError(Problem("comm.backend", f"PyTorch {build.version} is built without CUDA", requested, fix=fix))
-    backend = choose(requested, cuda=gpus > 0 and build.cuda is not None)
+    backend = choose(requested, Machine(gpus > 0 and build.cuda is not None, build.version, build.offers))
     if BACKENDS[backend].device_type == "cuda" and gpus < ranks:
         fix = f"set NGPU={gpus}, or COMM_BACKEND=gloo to rehearse on the CPU"
         raise UserError(Problem("NGPU", f"NGPU={ranks} but {gpus} GPU{'s' * (gpus != 1)} visible", fix=fix))

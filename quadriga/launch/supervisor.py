@@ -19,8 +19,11 @@ from types import FrameType
 
 from quadriga.checkpoint.folder import newest_extra
 from quadriga.comm.backend import BACKENDS
+from quadriga.comm.heap import VARIABLE as SYMMETRIC_SIZE
+from quadriga.comm.heap import symmetric_size
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.estimate.heap import heap_of
 from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
 from quadriga.launch.dry_run import describe
 from quadriga.launch.ending import conclude
@@ -46,11 +49,11 @@ HELP = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value
 Trains on the ranks of this machine from one TOML file. Every key can be given behind it, as --section.key value,
 --section.key=value, or --section.no_key for a switch; the command line wins over the environment, that over the file.
 
-NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND nccl or gloo; LOG_RANK (0) the ranks that print
-progress; MAX_RESTARTS (0) how often the ranks are started again when one fails, to go on from the newest checkpoint;
-DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a step with tensors
-that hold nothing; for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0); PYTHON the
-interpreter.
+NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND gloo, nccl, nccl-symm or nvshmem; LOG_RANK (0)
+the ranks that print progress; MAX_RESTARTS (0) how often the ranks are started again when one fails, to go on from the
+newest checkpoint; DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a
+step with tensors that hold nothing; for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0);
+PYTHON the interpreter.
 
 SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP: the step is finished and saved, and the run leaves with 75; a second
 Ctrl-C ends it at once. SIGUSR2 saves and goes on. The files STOP and SAVE in the run folder do the same.
@@ -80,19 +83,23 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         argv, rehearsal = without_rehearse(argv)
         request, run = check_at_the_door(argv, environ)
-        if request.dry_run:
+        if request.dry_run or run.config.only_rehearses:
             print(describe(run, what_training_lacks(request, argv, environ)), flush=True)
-            return rehearse(run, arguments(argv, environ), environ) if rehearsal else EXIT_OK
+            wanted = rehearsal or run.config.only_rehearses
+            return rehearse(run, arguments(argv, environ), environ) if wanted else EXIT_OK
         if rehearsal:
             raise UserError(Problem(REHEARSE, "a rehearsal is part of a dry run", fix="set DRY_RUN=1"))
         start_logging({**environ, "RANK": "0", "LOG_RANK": "0"})
         gpus = visible_gpus(environ)
         backend, reason = choose_backend(run.spec.backend, request.ranks, torch_build(), gpus)
+        heap = heap_variables(run, environ)
     except UserError as error:
         print(error.report, file=sys.stderr)
         return error.exit_code
-    ours = rank_environment(environ, request)
+    ours = rank_environment(environ, request) | heap
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)
+    for name, size in heap.items():
+        logger.info("%s=%s%s", name, size, "" if environ.get(name) else ": what this run needs")
     # The choice made here is the one that every rank keeps, or fails by: none may choose anew.
     environ = {**environ, **ours, "COMM_BACKEND": backend}
     return supervise(request, arguments(argv, environ), environ, run.config.checkpoint.timeout_seconds)
@@ -147,10 +154,16 @@ def read_run(request: Request, argv: Sequence[str], environ: Mapping[str, str], 
 def what_training_lacks(request: Request, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Problem, ...]:
     """What a dry run lets pass and training would refuse: assets that are not there, features that are not built."""
     try:
-        read_run(request, argv, environ, training=True)
+        heap_variables(read_run(request, argv, environ, training=True), environ)
     except UserError as error:
         return error.problems
     return ()
+
+
+def heap_variables(run: Run, environ: Mapping[str, str]) -> dict[str, str]:
+    """The size of NVSHMEM's heap for the ranks, where the run has one; or a UserError where the user's is too small."""
+    heap = heap_of(run) if run.spec.backend == "nvshmem" else None
+    return {SYMMETRIC_SIZE: symmetric_size(heap, environ)} if heap else {}
 
 
 def arguments(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:

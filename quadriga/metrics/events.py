@@ -14,7 +14,7 @@ and `step` (finished steps). The events and what else they say:
 | `skip` | rank 0, when it learns of it | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
 | `signal` | rank 0 | `name` |
 | `fault` | the rank that failed; rank 0 where all did | `error`, `lost_peer` (since another rank was gone) |
-| `end` | rank 0 | `code`, `reason` |
+| `end` | rank 0 | `code`, `reason`; `carried`: bytes of this rank by kind of call, of collectives of our own |
 """
 
 from __future__ import annotations

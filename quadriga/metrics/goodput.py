@@ -150,7 +150,8 @@ class _Start:
         self.began = min([*times, math.inf if self.ready is None else self.ready])
         if start is not None:
             self.began = float(start["process_start"] if "process_start" in start else start["time"])
-        marks = [(float(line["time"]), int(line["step"])) for line in lines if line.get("rank", 0) == 0]
+        told = (*events, *self.training, *self.validations)
+        marks = [(float(line["time"]), int(line["step"])) for line in told if line.get("rank", 0) == 0]
         self.marks = list(_rising(marks, self.ready, self.first_step))
 
     def end_before(self, time: float) -> None:

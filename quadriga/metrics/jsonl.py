@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one JSON object a line, appended as the run goes, whole again after any kill.
 
-After a resume, steps that are replayed appear again with a higher `attempt`; `read_metrics` keeps the last.
+Each start begins with a record of kind `backends`: which backend carries the bytes of which axis. After a resume, steps
+that are replayed appear again with a higher `attempt`; `read_metrics` keeps the last.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from quadriga.comm.mesh import Mesh
+from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import Parallelism, Training
 from quadriga.models.plan import ShardUnit
 
@@ -32,8 +33,9 @@ def apply_data_parallel(
     parallelism: Parallelism,
     training: Training,
     reshard_after_forward: bool,
+    collectives: ShardCollectives | None = None,
 ) -> None:
-    """Cut the parameters of `model` over `mesh.fsdp`, in place.
+    """Cut the parameters of `model` over `mesh.fsdp`, in place. `collectives` take the place of torch's own.
 
     One rank whose parameters, compute and gradients share one dtype and stay on the device is left alone; any other
     single rank is wrapped over a mesh of one, so that dtypes are the same as on many ranks. So are ranks that tensor
@@ -57,6 +59,8 @@ def apply_data_parallel(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
+            if collectives is not None:  # after the choice of sums: symmetric memory depends on it
+                collectives.install(module)
 
 
 def is_needed(mesh: Mesh, training: Training) -> bool:

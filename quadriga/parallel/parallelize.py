@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from quadriga.comm.mesh import Mesh
+from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -32,6 +33,7 @@ def parallelize(
     compile: Compile,
     reshard_after_forward: bool,
     float8: LinearFloat8 | None = None,
+    collectives: ShardCollectives | None = None,
 ) -> None:
     """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name."""
     compiled = compile.enable and "model" in compile.components
@@ -70,4 +72,5 @@ def parallelize(
         parallelism=parallelism,
         training=training,
         reshard_after_forward=reshard_after_forward,
+        collectives=collectives,
     )

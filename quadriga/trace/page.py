@@ -26,6 +26,7 @@ PARTS = {
     "host_idle_s": ("waiting for the host", PURPLE),
 }
 REST = "rest"
+UNKNOWN = "an unknown backend"
 STEP_COLUMNS = {
     "seconds": "step",
     "compute_s": "compute",
@@ -76,7 +77,7 @@ def sentences(analysis: Mapping[str, Any]) -> list[str]:
     costly = [row for row in analysis["collectives"] if row["exposed_s_a_step"]]
     if costly:
         row = max(costly, key=lambda each: each["exposed_s_a_step"])
-        what = f"{row['collective']} on axis {row['axis']} over {row['backend']}"
+        what = f"{row['collective']} on axis {row['axis']} over {row['backend'] or UNKNOWN}"
         said.append(f"Most of the exposed communication: {what}, {duration(row['exposed_s_a_step'])} a step.")
     elif not analysis["collectives"]:
         said.append("No collective was found.")
@@ -239,14 +240,12 @@ def _reasons_by_row(
 
 def _bandwidth(analysis: Mapping[str, Any]) -> Markup | None:
     measured = [
-        (f"{row['axis']}: {row['collective']} ({row['backend']})", row["backend"], size)
+        (f"{row['axis']}: {row['collective']} ({row['backend'] or UNKNOWN})", size)
         for row in analysis["collectives"]
         for size in row["sizes"]
     ]
-    names = list(dict.fromkeys(name for name, _, _ in measured))
-    points = {
-        name: [(s["bytes"], s["bus_gb_s"]) for n, _, s in measured if n == name and _drawable(s)] for name in names
-    }
+    names = list(dict.fromkeys(name for name, _ in measured))
+    points = {name: [(s["bytes"], s["bus_gb_s"]) for n, s in measured if n == name and _drawable(s)] for name in names}
     series = [Series(name, index, points[name]) for index, name in enumerate(names) if points[name]]
     if not series:
         why = analysis["not_measurable"].get("bus_gb_s")
@@ -254,12 +253,12 @@ def _bandwidth(analysis: Mapping[str, Any]) -> Markup | None:
     rows = [
         [
             name,
-            show_bytes(s["bytes"]),
+            _or_none(s["bytes"], show_bytes),
             whole(s["calls"]),
             _or_none(s["transfer_s"], duration),
             _or_none(s["bus_gb_s"], number),
         ]
-        for name, _, s in measured
+        for name, s in measured
     ]
     numbers = html.table(["collective", "bytes a call", "calls", "transfer a call", "bus GB/s"], rows)
     image = log_log(

@@ -62,7 +62,7 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
         raise UserError(
             Problem("LOG_RANK", "not a list of ranks", environ["LOG_RANK"], "environment", "ranks separated by commas")
         ) from None
-    return read(
+    run = read(
         argv,
         environ,
         catalogue=catalogue(),
@@ -71,6 +71,11 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
         training=True,
         saved=newest_extra,
     )
+    if run.config.only_rehearses:
+        key = "comm.mode" if run.config.comm.mode != "default" else "memory_estimation.enable"
+        fix = "start it with ./run_train.sh, which rehearses without ranks; or remove the key to train"
+        raise UserError(Problem(key, "this run is only rehearsed, which needs no ranks", fix=fix))
+    return run
 
 
 def start() -> NoReturn:

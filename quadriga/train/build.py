@@ -15,6 +15,7 @@ from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.comm import collectives, process_group, trace_notes
 from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
+from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
 from quadriga.config.schema import LinearFloat8, Training
 from quadriga.data.loader import Loader, build_loader
@@ -39,6 +40,7 @@ from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
+from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
 from quadriga.train.health import Health
@@ -62,6 +64,7 @@ class Trainer:
 
     run: Run
     backend: str
+    for_shards: ShardCollectives | None  # what `fully_shard` uses in the place of torch's own collectives
     device: torch.device
     mesh: Mesh
     state: TrainState
@@ -93,18 +96,21 @@ class Trainer:
         self.checks.close()
         for writer in self.loggers:
             writer.close()
+        if self.for_shards is not None:
+            self.for_shards.close()
 
 
 def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     """Build every part in the order of need, and go on from the newest checkpoint where there is one."""
     config, spec = run.config, run.spec
     set_numerics(run)
-    backend = choose(config.comm.backend, torch.cuda.is_available())
+    backend = choose(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
+    for_shards = collectives_for_shards(run, backend, mesh, device)
     events = open_ledger(spec, backend)
     if collectives.rank() == 0:
-        write_record(Path(spec.folders.dump), config, backend, spec.world_size)
+        write_record(Path(spec.folders.dump), config, backend, spec.degrees)
         write_estimate(Path(spec.folders.dump), run, device)
 
     tokenizer = build_tokenizer(config.model.hf_assets_path)
@@ -120,7 +126,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
         dataloader=config.training.dataloader,
     )
 
-    parts = build_parts(run, mesh, device)
+    parts = build_parts(run, mesh, device, for_shards=for_shards)
     state = build_state(run, parts, loader, events.attempt)
     state.health = Health(config.health, device)
     recipe = build_recipe(run, mesh, device, parts)
@@ -133,6 +139,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     return Trainer(
         run=run,
         backend=backend,
+        for_shards=for_shards,
         device=device,
         mesh=mesh,
         state=state,
@@ -180,11 +187,13 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
     )
 
 
-def build_parts(run: Run, mesh: Mesh, device: torch.device, fill: Fill = materialize) -> tuple[nn.Module, ...]:
+def build_parts(
+    run: Run, mesh: Mesh, device: torch.device, fill: Fill = materialize, for_shards: ShardCollectives | None = None
+) -> tuple[nn.Module, ...]:
     """The whole model, or the pipeline stages of it that this rank holds, ascending."""
     plan = registry.parallel_plan(run.spec.model)
     if mesh.pp.size() == 1:
-        return (build_part(run, mesh, device, plan, fill),)
+        return (build_part(run, mesh, device, plan, fill, for_shards),)
     parallelism, ranks = run.config.parallelism, run.spec.stage_ranks
     stages = parallelism.module_fqns_per_model_part or split_stages(
         plan,
@@ -193,10 +202,12 @@ def build_parts(run: Run, mesh: Mesh, device: torch.device, fill: Fill = materia
         parallelism.pipeline_parallel_last_stage_less_layers,
     )
     own = stages_of_rank(ranks, mesh.pp.get_local_rank())
-    return tuple(build_part(run, mesh, device, plan.of_stage(stages[stage]), fill) for stage in own)
+    return tuple(build_part(run, mesh, device, plan.of_stage(stages[stage]), fill, for_shards) for stage in own)
 
 
-def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, fill: Fill) -> nn.Module:
+def build_part(
+    run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, fill: Fill, for_shards: ShardCollectives | None
+) -> nn.Module:
     """On meta, cut, then made real: no rank ever holds what it does not keep. `plan`: of the part, or of the whole."""
     config, spec = run.config, run.spec
     with torch.device("meta"):
@@ -212,6 +223,7 @@ def build_part(run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, f
         compile=config.compile,
         reshard_after_forward=spec.reshard_after_forward,
         float8=float8_of(run),
+        collectives=for_shards,
     )
     if config.model.converters and config.model.print_after_conversion:
         logger.info("%s", model)

@@ -58,6 +58,7 @@ LOST_PEER = (
     "recvvalue failed",
     "failed to recv",
     "communicator was aborted",
+    "did not signal within",
     *TIMED_OUT,
 )
 

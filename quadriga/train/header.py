@@ -9,6 +9,7 @@ import quadriga
 from quadriga.checkpoint import folder as checkpoint_folder
 from quadriga.comm import collectives
 from quadriga.config import Run, to_toml, words
+from quadriga.estimate.carriers import carriers_in_words
 from quadriga.log import logger
 from quadriga.models import registry
 from quadriga.train.build import Trainer
@@ -40,6 +41,7 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
         ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
+        ("backends", carriers_in_words(trainer.run, trainer.backend)),
         ("layout", words.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
         ("batch", words.batch(spec)),
         ("length", f"{words.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
@@ -50,7 +52,7 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
     ]
     if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
         how = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
-        rows.insert(5, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
+        rows.insert(6, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
     return rows
 
 

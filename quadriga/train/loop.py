@@ -13,6 +13,7 @@ from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
 from quadriga.train import header, wishes
+from quadriga.train.backends import leave_served
 from quadriga.train.build import Trainer, build
 from quadriga.train.faults import witnessed
 from quadriga.train.hf import export_last_step
@@ -32,6 +33,7 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
             return EXIT_OK
         start = time.perf_counter()
         header.show(trainer)
+        leave_served(trainer.loggers, run, trainer.backend, trainer.events.attempt, trainer.state.step + 1)
         tell(trainer, "ready")
         with trainer.wishes.heard():
             asked = train(trainer)
@@ -42,7 +44,8 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
             if asked is None:
                 export_last_step(run, trainer.state.step)
             code = EXIT_OK if asked is None else leave(trainer, asked)
-            tell(trainer, "end", code=code, reason="finished" if asked is None else "asked to leave")
+            reason = "finished" if asked is None else "asked to leave"
+            tell(trainer, "end", code=code, reason=reason, **carried(trainer))
         trainer.watchdog.stop()
         if code == EXIT_OK:
             header.summarize(trainer, time.perf_counter() - start)
@@ -97,6 +100,11 @@ def tell(trainer: Trainer, event: str, **facts: Any) -> None:
     """Add to the ledger what is told once for all ranks."""
     if trainer.events.rank == 0:
         trainer.events.tell(event, trainer.state.step, **facts)
+
+
+def carried(trainer: Trainer) -> dict[str, Any]:
+    """What our own collectives carried on this rank, where there are any: bytes by kind of call."""
+    return {"carried": dict(trainer.for_shards.carried)} if trainer.for_shards and trainer.for_shards.carried else {}
 
 
 def validate(trainer: Trainer) -> None:

@@ -16,22 +16,32 @@ from typing import Any
 import torch
 
 import quadriga
+from quadriga.comm.backend import serving
 from quadriga.config import JobConfig, Run, to_toml
+from quadriga.config.run_spec import Degrees
 from quadriga.estimate.advice import advice_for, smaller_runs
 from quadriga.estimate.estimate import estimate
 from quadriga.hardware import find_device
 
 LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
-VARIABLES = ("COMM_BACKEND", "NNODES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "LOG_RANK")
+VARIABLES = (
+    "COMM_BACKEND",
+    "NVSHMEM_SYMMETRIC_SIZE",
+    "NNODES",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+    "LOG_RANK",
+)
 
 
-def write_record(folder: Path, config: JobConfig, backend: str, world_size: int) -> None:
+def write_record(folder: Path, config: JobConfig, backend: str, degrees: Degrees) -> None:
     """Write `config.toml`, `environment.json` and, on request, the configuration as JSON into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if config.job.save_config_file is not None:
         (folder / config.job.save_config_file).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    environment = json.dumps(describe_environment(backend, world_size), indent=2)
+    environment = json.dumps(describe_environment(backend, degrees), indent=2)
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
 
 
@@ -44,7 +54,7 @@ def write_estimate(folder: Path, run: Run, device: torch.device) -> None:
     (folder / "estimate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_environment(backend: str, world_size: int) -> dict[str, Any]:
+def describe_environment(backend: str, degrees: Degrees) -> dict[str, Any]:
     """Versions, devices, git commit and command: enough to explain the run a year later."""
     return {
         "quadriga": quadriga.__version__,
@@ -62,8 +72,9 @@ def describe_environment(backend: str, world_size: int) -> dict[str, Any]:
         },
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "world_size": world_size,
+        "world_size": degrees.world_size,
         "backend": backend,
+        "backends": serving(backend, degrees),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

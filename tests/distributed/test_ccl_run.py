@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
 from chrome_format import violations
+from page_reading import keeps_the_house_rules
 from training import TINY, train
 
 from quadriga.cli.main import main
@@ -18,8 +20,16 @@ from quadriga.trace.ccl_bench import FIELDS, value
 
 STEPS = 12
 KEYS = (
-    *(key for key in TINY if "no_enable" not in key and "dim=32" not in key),
-    *("--model.dim=128", f"--training.steps={STEPS}", "--training.local_batch_size=2"),
+    *(key for key in TINY if not any(word in key for word in ("no_enable", "dim=", "seq_len", "n_layers"))),
+    # Steps long enough that what a log line takes is far below a hundredth of them.
+    *(
+        "--model.n_layers=1",
+        "--model.dim=256",
+        "--model.ffn_dim=1024",
+        "--training.seq_len=128",
+        "--training.local_batch_size=2",
+    ),
+    f"--training.steps={STEPS}",
     *("--profiling.profile_freq=12", "--profiling.profiler_active=7", "--profiling.profiler_warmup=2"),
     "--checkpoint.no_enable",
 )
@@ -71,7 +81,7 @@ def test_the_folder_is_flat_and_its_card_is_whole(run_folder, workload, capsys: 
     card = yaml.safe_load((workload / "workload_card.yaml").read_text())
     told = {field for field in FIELDS if value(card, field) is not None}
     assert set(FIELDS) - told == {"hf_url", "trace_url", "contact"}, "what nobody told"
-    assert value(card, "workload.model.model_arch.num_params_embedding") == 320 * 128
+    assert value(card, "workload.model.model_arch.num_params_embedding") == 320 * 256
     data = value(card, "workload.data")
     assert (data["batch_size"], data["local_batch_size"], data["gradient_accumulation_steps"]) == (8, 2, 2)
     assert data["batch_size_scope"] == "global"
@@ -101,15 +111,18 @@ def test_a_local_batch_in_the_card_is_found_by_the_trace(workload, tmp_path, cap
         (tmp_path / f"rank{rank}_trace.json").symlink_to(workload / f"rank{rank}_trace.json")
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "are 64 tokens a step, but the trace shows 256 over all ranks, which is 1/4 of them" in said
+    assert "are 256 tokens a step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in said
 
 
 def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tmp_path, capsys):
     assert main(["ccl-bench", "write", str(run_folder), str(workload)]) == 2
     assert "not empty" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["ccl-bench", "write", str(run_folder), str(tmp_path / "file")]) == 2
+    assert "no folder can be made there" in capsys.readouterr().err
     lame = tmp_path / "run"
     lame.mkdir()
-    for name in ("config.toml", "environment.json", "metrics.jsonl"):
+    for name in ("config.toml", "environment.json"):
         (lame / name).write_bytes((run_folder / name).read_bytes())
     (lame / "profile_trace" / "iteration_12").mkdir(parents=True)
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
@@ -127,6 +140,16 @@ def test_the_traces_keep_the_chrome_format(run_folder):
         assert len(trace["traceEvents"]) > 1000
 
 
+def test_the_trace_of_a_run_has_a_page(run_folder, tmp_path, capsys: pytest.CaptureFixture[str]):
+    assert main(["trace", str(run_folder), "--html", str(tmp_path / "report.html"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    page = keeps_the_house_rules((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Where a step's time went" in page.text
+    assert len(page.all("svg", "picture")) == 3
+    assert "None" not in page.text
+    assert all(f"{row['bytes']:,.0f}" in page.text for row in found["estimate"]["rows"])
+
+
 def test_tensorboard_reads_the_curves(run_folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -137,3 +160,15 @@ def test_tensorboard_reads_the_curves(run_folder):
     loss = next(points for tag, points in curves.items() if tag.endswith("loss") and "max" not in tag)
     assert loss == [(record["step"], pytest.approx(record["loss"])) for record in records]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+
+
+def test_a_run_without_metrics_says_so(run_folder, tmp_path, capsys: pytest.CaptureFixture[str]):
+    mute = tmp_path / "run"
+    shutil.copytree(run_folder, mute)
+    (mute / "metrics.jsonl").unlink()
+    assert main(["ccl-bench", "write", str(mute), str(tmp_path / "out")]) == 0
+    assert "metrics.jsonl: not measurable: no logged line covers those steps alone" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "out" / "workload_card.yaml").read_text())["quadriga"]["last_record"] is None
+    (mute / "metrics.jsonl").write_text("{}\n")
+    assert main(["ccl-bench", "write", str(mute), str(tmp_path / "again")]) == 2
+    assert "its metrics cannot be read" in capsys.readouterr().err

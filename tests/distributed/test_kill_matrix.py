@@ -6,7 +6,22 @@ import json
 import subprocess
 import sys
 
+import pytest
 from launching import ROOT, launch_environ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("defect", "differs"), [("moments", {"losses", "state"}), ("data", {"losses", "documents"})])
+def test_the_kill_matrix_finds_a_resume_that_forgets(defect, differs, tmp_path):
+    """It could not fail otherwise. Trial 15 kills in step 9, so that the run goes on from a checkpoint."""
+    command = [sys.executable, "benchmarks/kill_matrix.py", "--first", "15", "--trials", "1", "--layouts", "FSDP 2"]
+    command += ["--modes", "disabled", "--single", "--results", str(tmp_path)]
+    environ = launch_environ({"QUADRIGA_DEFECT": defect})
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (trial,) = [json.loads(line) for line in (tmp_path / "kill_matrix.jsonl").read_text().splitlines()]
+    assert trial["struck"] == [True]
+    assert differs <= set(trial["differs"])
 
 
 def test_runs_killed_anywhere_end_as_the_undisturbed_one(tmp_path):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, Ended, launch
+from launching import ROOT, RUN_TRAIN, TRAIN, Ended, launch
 
 CONFIGS = ROOT / "configs"
 LAYOUTS_OF_8B = {
@@ -69,6 +69,26 @@ def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None
         assert words in ended.out
     assert memory_gib(ended) < 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_only_pretends_to_communicate_is_rehearsed(tmp_path: Path) -> None:
+    """As `comm.mode` of the vocabulary means it: no ranks, no GPU, nothing left behind."""
+    keys = (
+        "--comm.mode=fake_backend",
+        "--training.global_batch_size=-1",
+        "--job.dump_folder",
+        str(tmp_path / "run"),
+        "--model.n_layers=1",
+    )
+    ended = launch([*RUN_TRAIN, *keys], {"NGPU": "64"})
+    assert ended.code == 0, ended.err
+    assert "rank 0 of 64" in ended.out
+    assert "communication  as estimated" in ended.out
+    assert not (tmp_path / "run").exists()
+    ranks_that_were_started = launch([*TRAIN, "--job.config_file", str(CONFIGS / "debug/debug.toml"), *keys])
+    assert ranks_that_were_started.code == 2
+    assert "comm.mode" in ranks_that_were_started.err
+    assert "run_train.sh" in ranks_that_were_started.err
 
 
 def test_a_rehearsal_without_a_dry_run_is_refused(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
     anything to save do no harm."""
     running = launched(tmp_path, *SAVING)
     try:
-        assert wait_until(lambda: len(running.family()) > 1, 150)
+        assert wait_until(lambda: running.has_started("quadriga.launch.agent"), 150)
         running.process.send_signal(signal.SIGUSR2)
         assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
         for pid in running.family() if everybody else [running.process.pid]:

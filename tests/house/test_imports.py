@@ -26,6 +26,7 @@ LIGHT = [
     "quadriga.models.llama.spec",
     "quadriga.models.llama.plan",
     "quadriga.comm.backend",
+    "quadriga.comm.heap",
     "quadriga.cli.main",
 ]
 

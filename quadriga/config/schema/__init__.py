@@ -67,3 +67,8 @@ class JobConfig(Section):
     memory_estimation: MemoryEstimation = MemoryEstimation()
     fault_tolerance: FaultTolerance = FaultTolerance()
     experimental: Experimental = Experimental()
+
+    @property
+    def only_rehearses(self) -> bool:
+        """Whether a launch builds the run without memory and takes one step of it, and trains nothing."""
+        return self.memory_estimation.enable or self.comm.mode == "fake_backend"

@@ -54,13 +54,13 @@ class Compile(Section):
 
 
 class MemoryEstimation(Section):
-    """A run that only estimates memory; here that is `DRY_RUN=1`."""
+    """A run that is not trained: it is estimated and rehearsed, as by `DRY_RUN=1 ... --rehearse`."""
 
     enable: bool = False
-    """Estimate memory instead of training (here: `DRY_RUN=1`)."""
+    """Estimate and rehearse instead of training, as `DRY_RUN=1 ... --rehearse` does."""
 
     disable_fake_mode: bool = False
-    """Estimate with real tensors."""
+    """Without effect: what is rehearsed holds nothing."""
 
 
 class Estimate(Section):

@@ -88,7 +88,7 @@ class Comm(Section):
     """Communication between ranks."""
 
     backend: Name | None = None
-    """Communication backend (`nccl`, `gloo`, `nvshmem`); none: nccl where CUDA is, gloo where it is not."""
+    """`gloo`, `nccl`, `nccl-symm`, `nvshmem` (docs/communication.md); none: nccl where CUDA is, else gloo."""
 
     init_timeout_seconds: Count = 300
     """How long a collective may take before the first step is done."""
@@ -106,7 +106,7 @@ class Comm(Section):
     """Beginning of the dumps' file names."""
 
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """`default` communicates; the others pretend to, for rehearsals (here: `DRY_RUN=1`)."""
+    """`default` trains; `fake_backend` only rehearses, as `DRY_RUN=1 ... --rehearse` does, and starts no ranks."""
 
 
 class FaultTolerance(Section):

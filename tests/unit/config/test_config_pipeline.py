@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from quadriga.config import pipeline_csv
+
 KEY = "--parallelism."
 PP = f"{KEY}pipeline_parallel_"
 PIPELINE = ("--model.n_layers=4", f"{PP}degree=2", "--training.local_batch_size=4")
@@ -83,6 +85,26 @@ def test_a_csv_file_says_which_rank_holds_what(write, door):
         "three.csv",
     )
     assert door(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2).spec.stage_ranks == (0, 1, 0)
+
+
+ONE_F_ONE_B = ["0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3", "1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3"]
+GPIPE = [f"{FORWARD},0B0,0B1,0B2,0B3", f"{FORWARD},0B0,0B1,0B2,0B3".replace("0F", "1F").replace("0B", "1B")]
+WEIGHTS_LAST = ["0F0,0F1,0I0,0W0,0I1,0W1", "1F0,1I0,1F1,1I1,1W0,1W1"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "micro_batches", "at_once", "idle"),
+    [
+        (ONE_F_ONE_B, 4, (2, 1), 1 / 4),  # (ranks - 1) / micro-batches: arXiv 1811.06965
+        (GPIPE, 4, (4, 4), 1 / 4),
+        (WEIGHTS_LAST, 2, (2, 2), 1 / 6),  # rank 1 begins when rank 0 has done one pass of 6, and never waits again
+    ],
+)
+def test_what_a_csv_file_holds_and_how_long_it_waits(lines, micro_batches, at_once, idle):
+    schedule = pipeline_csv.parse("\n".join(lines), 2, micro_batches)
+    assert isinstance(schedule, pipeline_csv.CsvSchedule)
+    assert schedule.passes_at_once == at_once
+    assert schedule.idle_share == pytest.approx(idle)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ WRONG = [
         ("metrics.save_tb_folder", "checkpoint.folder", "share one folder"),
     ),
     Wrong("backend", '[comm]\nbackend = "ncl"', ('comm.backend = "ncl"', "allowed: gloo, nccl", "did you mean: nccl")),
-    Wrong("backend that is not built", '[comm]\nbackend = "nvshmem"', ("comm.backend", "does not have this backend")),
+    Wrong("nothing to carry", '[comm]\nbackend = "nvshmem"', ("comm.backend", "shards none", "choose nccl")),
     Wrong(
         "device to plan for",
         '[estimate]\ndevice = "H1000"',

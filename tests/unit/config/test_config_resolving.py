@@ -229,8 +229,7 @@ def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, s
         (["--fault_tolerance.enable"], 1),
         (["--checkpoint.enable", "--checkpoint.initial_load_in_hf_quantized"], 1),
         (["--optimizer.early_step_in_backward"], 1),
-        (["--memory_estimation.enable"], 1),
-        (["--comm.mode", "fake_backend"], 1),
+        (["--comm.mode", "local_tensor"], 1),
     ],
 )
 def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments, ranks, door, refusal):
@@ -239,6 +238,12 @@ def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments
     (problem,) = refusal(*arguments, ranks=ranks)
     assert "training does not support" in problem.what
     assert problem.fix
+
+
+@pytest.mark.parametrize("keys", [("--comm.mode=fake_backend",), ("--memory_estimation.enable",)])
+def test_what_is_only_rehearsed_needs_no_assets(keys, door):
+    assert door(*keys, "--model.hf_assets_path=none/here").config.only_rehearses
+    assert not door().config.only_rehearses
 
 
 def test_missing_assets_are_noted_in_a_dry_run(write, door):

@@ -10,6 +10,7 @@ from launching import ROOT, launch
 from training import DEBUG_FILE, TINY
 
 from quadriga.cli.main import main
+from quadriga.metrics.jsonl import read_metrics
 
 
 @pytest.mark.slow
@@ -28,7 +29,7 @@ def test_a_finished_run_calibrates_the_estimate(tmp_path, capsys: pytest.Capture
     command += ["--calibrate", str(folder)]
     assert main(command) == 0
     told = json.loads(capsys.readouterr().out)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(folder / "metrics.jsonl")
     measured = sorted(step["step_seconds"] for step in steps[2:])[len(steps) // 2 - 1]
     assert told["calibrated"] is True
     assert told["step_time_s"] == pytest.approx(measured, rel=0.25), "it predicts the run that it was measured in"

@@ -196,6 +196,7 @@ def test_a_schedule_of_the_users_keeps_its_stages(tmp_path) -> None:
     csv.write_text(THREE_STAGES)
     run = run_of(*PIPELINE, f"--parallelism.pipeline_parallel_schedule_csv={csv}", ranks=2)
     assert run.spec.stage_ranks == (0, 1, 0)
+    assert [memory.in_flight for memory in estimate(run, None).memories] == [5, 4], "as the file has them"
     assert vary(run, activation_checkpoint__mode="full").run.spec.stage_ranks == (0, 1, 0)
 
 

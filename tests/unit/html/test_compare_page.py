@@ -10,10 +10,12 @@ from quadriga.compare.report import answers
 
 
 def test_the_answer_is_that_of_the_terminal():
-    assert sentences(comparison()) == [f"{said}." for said in answers(comparison())]
-    assert sentences(comparison())[0].startswith(
-        "nvshmem is 6.3 % faster than nccl (95 % interval 4.5 to 8.1 %, 5 pairs"
-    )
+    (said,) = sentences(comparison())
+    assert said == "No winner" + f"{next(answers(comparison()))}."[len("no winner") :]
+    assert "(nvshmem: no byte of axis shard went through it)" in said
+    honest = comparison() | {"backend": []}
+    honest["figures"][0]["ratios"][0]["verdict"] = "faster"
+    assert sentences(honest)[0].startswith("nvshmem is 6.3 % faster than nccl (95 % interval 4.5 to 8.1 %, 5 pairs")
     other = sentences(comparison() | {"headline": "memory_peak_gib"})
     assert other[0].startswith("No difference shown between nccl and nvshmem (speed -0.2 %, ")
 
@@ -35,6 +37,7 @@ def test_every_figure_is_there():
     losses = next(table for table in read.all("table") if "Every 10 logged steps" in table.text)
     assert losses.all("tr")[1].text == "19.4078not logged"
     assert "Parts may overlap" in read.text
+    assert "exposed on shard" in read.text
     assert "Repeats of one setting differ by 0.00300 at most. One more thing." in read.text
     assert "not measurable: nvshmem: it has no trace" in read.text
 
@@ -44,6 +47,12 @@ def test_names_stay_names():
     for run in named["runs"]:
         run["name"], run["folder"] = EVIL, EVIL
     assert EVIL in keeps_the_house_rules(page(named)).text
+
+
+def test_losses_that_are_equal():
+    same = comparison()
+    same["losses"]["largest_difference"]["value"] = 0.0
+    assert "All runs have the same losses, to the last digit." in page(same)
 
 
 def test_losses_that_are_no_numbers():

@@ -66,6 +66,17 @@ def test_what_is_left_of_a_step_is_named():
     assert "rank 0, rest" not in keeps_the_house_rules(page(whole)).text
 
 
+NULLABLE = [key for key, value in analysis()["collectives"][0].items() if key not in ("axis", "collective", "sizes")]
+
+
+@pytest.mark.parametrize("key", NULLABLE)
+def test_any_figure_of_a_collective_may_be_missing(key):
+    holed = analysis()
+    for row in holed["collectives"]:
+        row[key] = None
+    assert "None" not in keeps_the_house_rules(page(holed)).text
+
+
 @pytest.mark.parametrize("ranks", [1, 64])
 def test_pages_of_any_number_of_ranks(ranks):
     text = page(analysis(ranks))

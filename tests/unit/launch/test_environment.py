@@ -25,6 +25,14 @@ from quadriga.launch.environment import (
 CPU_BUILD, CUDA_BUILD = TorchBuild("2.13.0+cpu", None), TorchBuild("2.13.0+cu130", "13.0")
 
 
+def test_what_torch_offers_is_read_off_its_source() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    build = torch_build()
+    assert build is not None
+    assert build.fsdp_symmetric == hasattr(FSDPModule, "set_symm_mem_for_comm")
+
+
 def test_nothing_set_means_four_ranks_here() -> None:
     assert read_request({}) == (Request(ranks=4), [])
 
@@ -130,7 +138,9 @@ def test_backend_choice(requested: str | None, build: TorchBuild, gpus: int, bac
         ("nccl", CUDA_BUILD, 0, "none is visible"),
         ("nccl", CPU_BUILD, 0, "none is visible"),
         ("nccl", CPU_BUILD, 4, "built without CUDA"),
-        ("nvshmem", CUDA_BUILD, 4, "does not have this backend yet"),
+        ("nvshmem", CPU_BUILD, 4, "built without CUDA"),
+        ("nvshmem", CUDA_BUILD, 0, "none is visible here"),
+        ("nccl-symm", CUDA_BUILD, 4, "does not offer NCCL's symmetric memory"),
         ("nccll", CUDA_BUILD, 4, "did you mean: nccl"),
     ],
 )

@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from estimating import run_of
 
+from quadriga.errors import UserError
 from quadriga.launch.agent import NOTE
 from quadriga.launch.ending import conclude
 from quadriga.launch.environment import Request
-from quadriga.launch.supervisor import arguments, torchrun_arguments
+from quadriga.launch.supervisor import arguments, heap_variables, torchrun_arguments
 from quadriga.processes import ExitRecord
 
 LOST = "RuntimeError: Connection closed by peer"
@@ -146,3 +148,14 @@ def test_a_file_on_the_command_line_comes_after_config_file() -> None:
     argv = ["--job.config_file", "mine.toml"]
     assert arguments(argv, {"CONFIG_FILE": "other.toml"}) == ["--job.config_file", "other.toml", *argv]
     assert arguments(argv, {}) == argv
+
+
+def test_the_heap_of_nvshmem_is_set_for_the_ranks_or_refused() -> None:
+    run = run_of("--comm.backend=nvshmem", ranks=2)
+    given = heap_variables(run, {})
+    assert list(given) == ["NVSHMEM_SYMMETRIC_SIZE"]
+    assert heap_variables(run, given) == given
+    assert heap_variables(run, {"NVSHMEM_SYMMETRIC_SIZE": "2G"}) == {"NVSHMEM_SYMMETRIC_SIZE": "2G"}
+    assert heap_variables(run_of("--comm.backend=nccl", ranks=2), {"NVSHMEM_SYMMETRIC_SIZE": "1"}) == {}
+    with pytest.raises(UserError, match=f"={given['NVSHMEM_SYMMETRIC_SIZE']}"):
+        heap_variables(run, {"NVSHMEM_SYMMETRIC_SIZE": str(int(given["NVSHMEM_SYMMETRIC_SIZE"]) - 1)})

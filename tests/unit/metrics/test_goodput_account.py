@@ -45,6 +45,13 @@ SECOND = [
 SECOND_RECORDS = [record(1530, 2, 20, 1)]
 
 
+def test_what_a_start_says_of_its_backends_is_no_progress():
+    said = [{"kind": "backends", "time": 1019, "attempt": 1, "step": 1, "backends": {}}]
+    said += [{"kind": "backends", "time": 1429, "attempt": 2, "step": 11, "backends": {}}]
+    plain = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
+    assert account([*FIRST, *SECOND], [said[0], *FIRST_RECORDS, said[1], *SECOND_RECORDS]) == plain
+
+
 def test_a_killed_run_that_went_on_from_a_save():
     found = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
     assert found.seconds == {

@@ -63,6 +63,16 @@ def test_replayed_steps_count_once_and_given_up_ones_not_at_all(tmp_path):
     assert next_attempt(path) == 3
 
 
+def test_what_a_start_says_of_its_backends_is_no_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    said = {"kind": "backends", "backends": {"shard": "gloo"}}
+    write(path, {**said, "step": 1, "attempt": 1}, record(1), record(2), record(3))
+    assert [one["step"] for one in read_metrics(path)] == [1, 2, 3]
+    write(path, {**said, "step": 3, "attempt": 2})  # resumed from step 2
+    assert [one["step"] for one in read_metrics(path)] == [1, 2]
+    assert next_attempt(path) == 3
+
+
 def test_a_line_that_is_no_record_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "attempt": 1}\n{"step": \n')

@@ -1,0 +1,167 @@
+"""What one GPU can show of the backend `nvshmem`. Needs a CUDA device and a PyTorch with NVSHMEM.
+
+    python benchmarks/nvshmem_one_gpu.py
+
+Claim: NVSHMEM starts through PyTorch's symmetric memory; the collectives that `fully_shard` is given are right on one
+process, whose puts and signals go to itself; and, where the driver lets several processes share a GPU, they pass the
+exam of all backends (tests/distributed/exam_backend.py) on two. How fast any of it is between GPUs, one cannot tell.
+
+Each question is asked in processes of their own, which are ended after a while: what hangs or crashes is an answer too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, child_environment, command_line, save, table
+
+CLAIM = "NVSHMEM starts through PyTorch, and our collectives are right on one process and on two that share a GPU"
+PATIENCE = 180.0  # seconds a question
+LARGEST = 1 << 28  # bytes of the largest call
+CALLS = 50
+
+
+def starts() -> dict[str, Any]:
+    """NVSHMEM starts, gives memory, and puts with a signal from a process to itself."""
+    import torch
+
+    transport = made(1 << 20)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        transport.memory.zero_()
+        transport.memory[:8].fill_(7)
+        transport.put(0, 8, 0, 0, 41)
+        transport.wait(0, 0, 41)
+        found = transport.memory[:8].tolist()
+    torch.cuda.synchronize()
+    transport.close()
+    return {"right": found == [7] * 8, "device": torch.cuda.get_device_name()}
+
+
+def one_process() -> dict[str, Any]:
+    """The exam's questions on a group of one, and what a call costs that moves nothing to anybody."""
+    import torch
+
+    exam = examiners()
+    pair = exam.nvshmem()
+    for question in exam.QUESTIONS:
+        question(pair)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        exam.gather(pair, 0, 1000, torch.bfloat16)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    pair.close()
+    return {"right": True, "questions": len(exam.QUESTIONS), "microseconds_a_gather": 1e6 * seconds / CALLS}
+
+
+def two_processes() -> dict[str, Any]:
+    """The exam on two processes of one GPU."""
+    exam = examiners()
+    answered = exam.sit(exam.nvshmem, *exam.QUESTIONS)
+    return {"right": len(answered) == len(exam.QUESTIONS), "questions": len(answered)}
+
+
+QUESTIONS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
+    "NVSHMEM starts": (starts, 1),
+    "the exam on one process": (one_process, 1),
+    "the exam on two processes of one GPU": (two_processes, 2),
+}
+
+
+def made(size: int) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from quadriga.comm.nvshmem import NvshmemTransport
+
+    assert dist.group.WORLD is not None
+    return NvshmemTransport(dist.group.WORLD, size, torch.device("cuda", 0))
+
+
+def examiners() -> Any:
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/distributed")]
+    import exam_backend
+
+    return exam_backend
+
+
+def answer(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
+    """One process of a question. The group is gloo's: NCCL refuses two ranks on one GPU, and nothing here needs it."""
+    import torch
+    import torch.distributed as dist
+
+    torch.cuda.set_device(0)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = QUESTIONS[name][0]()
+    if rank == 0:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # NVSHMEM's own end at exit is not what is asked here
+
+
+def ask(name: str, folder: Path) -> dict[str, Any]:
+    ranks, out, store = QUESTIONS[name][1], folder / "answer.json", folder / "store"
+    for left in (out, store):
+        left.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--answer", name, "--store", str(store), "--out", str(out)]
+    environ = child_environment(NVSHMEM_SYMMETRIC_SIZE=str(2 * LARGEST))
+    children = [
+        subprocess.Popen([*command, "--rank", str(rank)], env=environ, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    deadline, said = time.monotonic() + PATIENCE, []
+    for child in children:
+        try:
+            said.append(child.communicate(timeout=max(deadline - time.monotonic(), 1))[1])
+        except subprocess.TimeoutExpired:
+            child.kill()
+            said.append(f"{child.communicate()[1]}\nno answer within {PATIENCE:g} s")
+    if out.exists():
+        return {"right": False, **json.loads(out.read_text())}
+    return {"right": False, "why": [text.strip().splitlines()[-5:] for text in said]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What one GPU can show of NVSHMEM.")
+    parser.add_argument("--answer", choices=QUESTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.answer:
+        answer(chosen.answer, chosen.rank, QUESTIONS[chosen.answer][1], chosen.store, chosen.out)
+    import torch
+
+    from quadriga.comm.nvshmem import is_offered
+
+    if not torch.cuda.is_available():
+        print("not measured: no CUDA device is visible")
+        return 2
+    if not is_offered():
+        print(f"not measured: PyTorch {torch.__version__} does not offer NVSHMEM")
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {name: ask(name, Path(folder)) for name in QUESTIONS}
+    path = save("nvshmem_one_gpu", figures, command=command_line(), claim=CLAIM)
+    rows = [
+        [name, "right" if found["right"] else f"NOT: {found.get('why', 'wrong values')}"]
+        for name, found in figures.items()
+    ]
+    print(table(["question", "answer"], rows))
+    print(f"written: {path.name}")
+    return 0 if all(found["right"] for found in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The best layouts of the shipped sizes on GPUs of 80 GB, and how long it takes to find them.
+
+    python benchmarks/search.py                        # no GPU, about a minute
+
+Claim: a search goes through 10,000 candidates in seconds: at least 1,000 a second on one core. What wins is told with
+the reason that it beats the next layout; the rates are assumed ones, so this is a ranking and no promise of a speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from common import command_line, save, table, verdict
+
+from quadriga.cli.estimate import read_run
+from quadriga.cli.search import as_dict, why
+from quadriga.estimate.search import search
+from quadriga.hardware import device_named
+
+CLAIM = "a search goes through at least 1,000 candidates a second"
+TARGET = 1000
+DEVICE = "h100-80gb"
+SEARCHES = {
+    "8B": ("configs/llama3_8b/llama3_8b.toml", 8),
+    "70B": ("configs/llama3_70b/llama3_70b.toml", 64),
+    "405B": ("configs/llama3_405b/llama3_405b.toml", 512),
+}
+
+
+def look(file: str, ranks: int) -> dict[str, Any]:
+    run, device = read_run(file, ranks, ()), device_named(DEVICE, "")
+    start = time.perf_counter()
+    found = search(run, device)
+    seconds = time.perf_counter() - start
+    return {
+        "devices": ranks,
+        "candidates": found.tried,
+        "fitting": found.fitting,
+        "seconds": seconds,
+        "best": [as_dict(each) for each in found.best[:5]],
+        "why": why(found.best[0], found.best[1]),
+    }
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    figures = {name: look(*arguments) for name, arguments in SEARCHES.items()}
+    rows = []
+    for name, each in figures.items():
+        first, second = each["best"][:2]
+        rows.append([name, f"{each['candidates']:,} in {each['seconds']:.1f} s", first["name"], second["name"]])
+    print(table(["file", "candidates", "first", "second"], rows))
+    print("\n" + "\n".join(f"{name}: {each['why']}" for name, each in figures.items()))
+    rate = sum(each["candidates"] for each in figures.values()) / sum(each["seconds"] for each in figures.values())
+    met = rate >= TARGET
+    print(f"\n{rate:,.0f} candidates a second; target: {TARGET:,}: {verdict(met)}")
+    all_figures = {"device": DEVICE, "searches": figures, "candidates_a_second": rate, "target": TARGET, "met": met}
+    save("search", all_figures, command=command_line(), claim=CLAIM)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

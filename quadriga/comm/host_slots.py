@@ -1,0 +1,165 @@
+"""A transport over memory that the processes of one machine share: the slots of `comm.slots` without a GPU.
+
+It keeps the contract that NVSHMEM keeps: everything on a line happens later than the call, in the line's order; a
+signal is seen after the bytes that went before it; a wait ends at just the value that it waits for. It is there for
+tests of that logic, and says so.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quadriga.comm import gloo
+from quadriga.comm.collectives import all_gather_objects, barrier
+from quadriga.comm.slots import WORDS_A_RANK
+
+PROCESS_GROUP, device = gloo.PROCESS_GROUP, gloo.device
+FOLDER = "/dev/shm"
+WORD = 8  # bytes
+PAUSES = (0.0, 2e-5, 1e-4, 1e-3)  # seconds between looks at a word, the longer the longer it is waited for
+LOOKS = 50  # with each of them
+
+
+class HostDone:
+    def __init__(self) -> None:
+        self.future: Future[None] = Future()
+
+    def wait(self) -> None:
+        self.future.result()
+
+    def reached(self) -> bool:
+        return self.future.done()
+
+
+class HostLine:
+    """A thread that does one piece of work after the other. What fails is raised where it is waited for, and so is
+    all that follows: after a failure nothing on the line can be trusted."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], HostDone] | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> HostDone:
+        done = HostDone()
+        self._waiting.put((work, done))
+        return done
+
+    def end(self) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            done = item[1]
+            self._failure = self._failure or _failure_of(item[0])
+            del item  # and with it the call's tensors: who waits for its end may count on that
+            if self._failure is not None:
+                done.future.set_exception(self._failure)
+            else:
+                done.future.set_result(None)
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - raised again in `HostDone.wait`
+        return error
+    return None
+
+
+class HostTransport:
+    """`size` bytes a rank of `group`, whose ranks are processes of one machine. Make it on all of them together.
+
+    Raises:
+        OSError: the machine has no room for it in shared memory.
+        RuntimeError: the ranks are on several machines.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, size: int, timeout_seconds: float) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._timeout = timeout_seconds
+        self._lines: list[HostLine] = []
+        self._fence = threading.Lock()
+        self._closed = False
+        words = WORDS_A_RANK * self.size
+        head = -(-words * WORD // mmap.PAGESIZE) * mmap.PAGESIZE
+        descriptor, path = tempfile.mkstemp(prefix="quadriga-slots-", dir=FOLDER)
+        try:
+            os.posix_fallocate(descriptor, 0, head + size)  # or a later touch would end the process with SIGBUS
+            os.close(descriptor)
+            places = all_gather_objects((socket.gethostname(), path), group)
+            if len({host for host, _ in places}) > 1:
+                raise RuntimeError("host-slots works within one machine, and the ranks are on several")
+            maps = [_mapped(place) for _, place in places]
+            barrier(group)  # everybody has mapped everything: the names can go
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        self._words = [np.frombuffer(each, np.int64, words) for each in maps]
+        self._memories = [torch.frombuffer(each, dtype=torch.uint8, offset=head) for each in maps]
+
+    @property
+    def memory(self) -> Tensor:
+        return self._memories[self.rank]
+
+    def line(self) -> HostLine:
+        self._lines.append(HostLine())
+        return self._lines[-1]
+
+    def put(self, start: int, stop: int, peer: int, word: int, value: int) -> None:
+        self._memories[peer][start:stop].copy_(self.memory[start:stop])
+        self.signal(peer, word, value)
+
+    def signal(self, peer: int, word: int, value: int) -> None:
+        # A processor may let stores overtake each other, but not across the atomic operations of a lock that is given
+        # back and taken again.
+        with self._fence:
+            pass
+        with self._fence:
+            self._words[peer][word] = value
+
+    def wait(self, peer: int, word: int, value: int) -> None:
+        words, looks, deadline = self._words[self.rank], 0, time.monotonic() + self._timeout
+        while words[word] != value:
+            if self._closed:
+                raise RuntimeError("the shared memory was given back while a call waited for a peer")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rank {peer} of {self.size} did not signal within {self._timeout:g} s: word {word} is "
+                    f"{words[word]} and should become {value} (it has ended, hangs, or made other calls)"
+                )
+            time.sleep(PAUSES[min(looks // LOOKS, len(PAUSES) - 1)])
+            looks += 1
+        with self._fence:
+            pass
+        with self._fence:  # loads of the bytes come after that of the word
+            pass
+
+    def close(self) -> None:
+        self._closed = True
+        for line in self._lines:
+            line.end()
+        self._lines.clear()
+        self._words.clear()
+        self._memories = [torch.empty(0, dtype=torch.uint8)] * self.size
+
+
+def _mapped(path: str) -> mmap.mmap:
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), 0)

@@ -1,0 +1,66 @@
+"""The backend as the ranks find it: what PyTorch and the device offer, the collectives that follow, and what the run
+leaves of it in `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import MutableMapping, Sequence
+
+import torch
+
+from quadriga.comm import collectives, nvshmem
+from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, serving
+from quadriga.comm.heap import VARIABLE, symmetric_size
+from quadriga.comm.mesh import Mesh
+from quadriga.comm.sharding import ShardCollectives, open_sharding
+from quadriga.config import Run
+from quadriga.estimate.heap import heap_of
+from quadriga.log import logger
+from quadriga.metrics.jsonl import JsonLines
+from quadriga.metrics.loggers import Logger
+
+
+def machine_for(backend: str | None, local_rank: int) -> Machine:
+    """This rank's machine, as far as `backend` depends on it."""
+    cuda, facts = torch.cuda.is_available(), BACKENDS.get(backend or "")
+    offers = {}
+    if facts is not None and facts.needs == NCCL_SYMMETRIC:
+        offers[NCCL_SYMMETRIC] = collectives.has_symmetric_memory()
+    elif facts is not None and facts.needs == NVSHMEM and cuda:  # its library may complain where it is not found
+        offers[NVSHMEM] = nvshmem.is_offered()
+    asked = cuda and facts is not None and facts.capability is not None
+    capability = torch.cuda.get_device_capability(local_rank) if asked else None
+    return Machine(cuda, torch.__version__, offers, capability)
+
+
+def collectives_for_shards(
+    run: Run, backend: str, mesh: Mesh, device: torch.device, environ: MutableMapping[str, str] = os.environ
+) -> ShardCollectives | None:
+    """What `fully_shard` is to use in the place of torch's own; None where it keeps those. Call on all ranks.
+
+    Raises:
+        UserError: the user's NVSHMEM_SYMMETRIC_SIZE is too small for this run.
+    """
+    heap = heap_of(run, backend)
+    if heap is not None and backend == "nvshmem":
+        environ[VARIABLE] = symmetric_size(heap, environ)
+    if heap is not None:
+        logger.debug("memory that peers write into: %s", heap)
+    group = mesh.fsdp.get_group("dp_shard")
+    return open_sharding(backend, group, heap, device, run.config.comm.init_timeout_seconds)
+
+
+def leave_served(loggers: Sequence[Logger], run: Run, backend: str, attempt: int, first_step: int) -> None:
+    """Begin this start's part of `metrics.jsonl` with a record of which backend serves which axis."""
+    record = {
+        "kind": "backends",
+        "step": first_step,
+        "attempt": attempt,
+        "time": time.time(),
+        "backend": backend,
+        "backends": serving(backend, run.spec.degrees),
+    }
+    for each in loggers:
+        if isinstance(each, JsonLines):
+            each.write(record)

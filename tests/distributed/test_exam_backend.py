@@ -1,0 +1,220 @@
+"""gloo and the slots of nvshmem, over memory of the host, pass the exam; what is broken on purpose fails it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exam_backend
+import pytest
+import torch
+from exam_backend import QUESTIONS, Pair, buffer_reuse, overlapping_calls, uneven_sizes, values
+from ranks import RankError, run_ranks
+
+NAMES = [question.__name__ for question in QUESTIONS]
+CANDIDATES = {
+    "gloo": exam_backend.of_torch,
+    "host-slots": exam_backend.host_slots,
+    "host-slots with naps": exam_backend.host_slots_with_naps,
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_backend_passes(name: str, ranks: int) -> None:
+    assert run_ranks(exam_backend.sit, ranks, CANDIDATES[name], *QUESTIONS) == [NAMES] * ranks
+
+
+def test_nothing_is_left_when_it_is_taken_down() -> None:
+    assert run_ranks(exam_backend.sit_twice, 2, exam_backend.host_slots) == [[], []]
+
+
+# --- the exam can fail ------------------------------------------------------------------------------------------------
+
+
+def broken(how: Callable[[Pair], None]) -> Pair:
+    pair = exam_backend.with_naps(exam_backend.with_slots("host-slots", patience=2.0))
+    how(pair)
+    return pair
+
+
+def exchanges(pair: Pair) -> list[Any]:
+    return [pair.all_gather._exchange, pair.reduce_scatter._exchange]
+
+
+def without_handshake() -> Pair:
+    def how(pair: Pair) -> None:
+        for exchange in exchanges(pair):
+            exchange.shake_hands = lambda number: None
+
+    return broken(how)
+
+
+def without_hearing_ready() -> Pair:
+    def how(pair: Pair) -> None:
+        for exchange in exchanges(pair):
+            wait, ready = exchange.transport.wait, range(exchange._ready, exchange._full)
+            exchange.transport.wait = lambda peer, word, value, wait=wait, ready=ready: (
+                None if word in ready else wait(peer, word, value)
+            )
+
+    return broken(how)
+
+
+def without_waiting_until_full() -> Pair:
+    def how(pair: Pair) -> None:
+        for exchange in exchanges(pair):
+            exchange.wait_until_full = lambda number: None
+
+    return broken(how)
+
+
+def into_the_wrong_slot() -> Pair:
+    def how(pair: Pair) -> None:
+        for exchange in exchanges(pair):
+            put = exchange.put
+            exchange.put = lambda start, size, peer, number, put=put: put(start + size, size, peer, number)
+
+    return broken(how)
+
+
+def signal_before_the_bytes() -> Pair:
+    def how(pair: Pair) -> None:
+        transport = pair.all_gather._exchange.transport
+
+        def put(start: int, stop: int, peer: int, word: int, value: int) -> None:
+            transport.signal(peer, word, value)
+            time.sleep(5e-3)
+            transport._memories[peer][start:stop].copy_(transport.memory[start:stop])
+
+        transport.put = put
+
+    return broken(how)
+
+
+def own_slot_changed_too_early() -> Pair:
+    """A put that comes back before it has read its source: what the next chunk overwrites is lost."""
+
+    def how(pair: Pair) -> None:
+        transport = pair.all_gather._exchange.transport
+        late: list[tuple[int, int, int, int, int]] = []
+        put, wait = transport.put, transport.wait
+
+        def waiting(*args: int) -> None:
+            while late:
+                put(*late.pop(0))
+            wait(*args)
+
+        transport.put, transport.wait = lambda *args: late.append(args), waiting
+
+    return broken(how)
+
+
+def work_that_does_not_wait() -> Pair:
+    def how(pair: Pair) -> None:
+        for exchange in exchanges(pair):
+            run = exchange.run
+            exchange.run = lambda steps, async_op, run=run: Hasty(run(steps, True)) if async_op else run(steps, False)
+
+    return broken(how)
+
+
+class Hasty:
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        return None
+
+
+def averages() -> Pair:
+    def how(pair: Pair) -> None:
+        total = torch.sum
+        torch.sum = lambda slots, **how: total(slots, **how) / pair.size  # type: ignore[assignment]
+
+    return broken(how)
+
+
+MUTANTS: dict[str, tuple[Callable[[], Pair], Callable[[Pair], None]]] = {
+    "no handshake before a buffer is used again": (without_handshake, buffer_reuse),
+    "a handshake that does not listen": (without_hearing_ready, buffer_reuse),
+    "reads before the slots are full": (without_waiting_until_full, values),
+    "puts into the wrong slot": (into_the_wrong_slot, values),
+    "signals before the bytes are there": (signal_before_the_bytes, uneven_sizes),
+    "changes its slot before it is read": (own_slot_changed_too_early, values),
+    "work that does not wait": (work_that_does_not_wait, overlapping_calls),
+    "averages instead of sums": (averages, values),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_what_is_broken_fails(name: str) -> None:
+    make, question = MUTANTS[name]
+    with pytest.raises(RankError, match=r"numbers are wrong|did not signal within|in use at once"):
+        run_ranks(exam_backend.sit, 3, make, question)
+
+
+# --- a peer that dies -------------------------------------------------------------------------------------------------
+
+
+def lose_the_last_rank(make: exam_backend.Make, folder: Path) -> None:
+    """The last rank dies between two calls; what the others see of it goes into `folder`, since they are ended too."""
+    pair = make()
+    uneven_sizes(pair)
+    if pair.rank == pair.size - 1:
+        die_behind_a_keeper(folder, pair.size - 1)
+    start = time.monotonic()
+    try:
+        uneven_sizes(pair)
+        said = "nothing"
+    except RuntimeError as error:
+        said = str(error)
+    part = folder / f"{pair.rank}.part"
+    part.write_text(f"{time.monotonic() - start:.1f}\n{said}")
+    part.rename(folder / f"{pair.rank}.told")
+    time.sleep(60)  # until the caller ends it
+
+
+def die_behind_a_keeper(folder: Path, survivors: int) -> None:
+    """Die as a killed rank does. A child keeps the pipe to the test open until all survivors have told, for the test
+    would end them at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads at a fork: the child only sleeps
+        keeper = os.fork()
+    if keeper:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        try:
+            with socket.socket(fileno=os.dup(descriptor)) as found:
+                if found.family == socket.AF_UNIX:
+                    continue
+            os.close(descriptor)
+        except OSError:
+            continue
+    while len(list(folder.glob("*.told"))) < survivors:
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def impatient() -> Pair:
+    return exam_backend.with_slots("host-slots", patience=2.0)
+
+
+@pytest.mark.parametrize("name", ["gloo", "host-slots"])
+def test_a_peer_that_dies_is_an_error_at_the_others(name: str, tmp_path: Path) -> None:
+    make = exam_backend.of_torch if name == "gloo" else impatient
+    with pytest.raises(RankError, match="rank 2 of 3 died"):
+        run_ranks(lose_the_last_rank, 3, make, tmp_path)
+    for rank in range(2):
+        seconds, said = (tmp_path / f"{rank}.told").read_text().split("\n", 1)
+        assert said != "nothing"
+        assert float(seconds) < 15
+    if name == "host-slots":  # the one that waits for the dead one says so
+        assert any("rank 2 of 3 did not signal within 2 s" in path.read_text() for path in tmp_path.glob("*.told"))
