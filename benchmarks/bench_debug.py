@@ -3,10 +3,10 @@
     python benchmarks/bench_debug.py             # both, into bench_debug_unlike.json and bench_debug_alike.json
     python benchmarks/bench_debug.py unlike
 
-Claim: of the debug configuration on 2 ranks, with 2 layers and short steps, recomputing every block is found slower
-than recomputing none; and between two names for the folder of the traces no difference is shown. In both, the losses of
-the settings are equal to the last digit and gloo is credited with the bytes. Each is one `quadriga bench` with 5
-repeats.
+Claim: of the debug configuration on 2 ranks, with 2 layers and 8 short micro-batches a step, reducing gradients after
+every micro-batch is found slower than once a step; and between two names for the folder of the traces no difference is
+shown. In both, gloo is credited with the bytes, and the losses differ by rounding or not at all. Each is one
+`quadriga bench` with 5 repeats.
 """
 
 from __future__ import annotations
@@ -25,23 +25,31 @@ from common import ROOT, child_environment, command_line, save, table, verdict
 from quadriga.compare.report import answers
 
 FILE = "configs/debug/debug.toml"
-SHORTER = ("--model.n_layers", "2", "--training.seq_len", "128", "--training.global_batch_size", "4")
+SMALL = ("--model.n_layers", "2")
 
 
 @dataclass(frozen=True)
 class Case:
     varied: str
+    keys: tuple[str, ...]
     verdict: str
+    losses_within: float
     claim: str
 
 
 CASES = {
     "unlike": Case(
-        "activation_checkpoint.mode=none,full", "slower", "quadriga bench finds full recompute slower than none"
+        "parallelism.reduce_gradients=once,every_micro_batch",
+        (*SMALL, "--training.seq_len", "32", "--training.local_batch_size", "1"),
+        "slower",
+        1e-4,
+        "quadriga bench finds reducing gradients after every micro-batch slower than once a step",
     ),
     "alike": Case(
         "profiling.save_traces_folder=profile_trace,traces",
+        (*SMALL, "--training.seq_len", "128", "--training.global_batch_size", "4"),
         "no difference shown",
+        0.0,
         "quadriga bench shows no difference between two names of a folder",
     ),
 }
@@ -50,7 +58,7 @@ SHOWN = ("step_time_s", "tokens_per_second", "memory_peak_gib", "exposed_communi
 
 def measure(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
     arguments = [FILE, "--vary", case.varied, "--repeat", str(repeats), "--ngpu", str(ranks), "--steps", str(steps)]
-    arguments += SHORTER
+    arguments += case.keys
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="quadriga-bench-") as folder:
         command = [sys.executable, "-m", "quadriga.cli", "bench", *arguments, "--out", f"{folder}/out", "--json"]
@@ -62,12 +70,12 @@ def measure(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
     found = json.loads(done.stdout)
     ratio = found["figures"][0]["ratios"][0]
     credited = all(each["credited"] for each in found["backend"])
-    equal = found["losses"]["largest_difference"]["value"] == 0.0
+    alike = found["losses"]["largest_difference"]["value"] <= case.losses_within
     return {
         "bench": " ".join(["quadriga", "bench", *arguments]),
         "seconds": round(time.perf_counter() - start, 1),
         "expected": case.verdict,
-        "met": ratio["verdict"] == case.verdict and credited and equal,
+        "met": ratio["verdict"] == case.verdict and credited and alike,
         "answer": next(answers(found)),
         "ratio_of_step_times": ratio,
         "figures": [figure for figure in found["figures"] if figure["name"] in SHOWN],

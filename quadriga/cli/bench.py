@@ -22,7 +22,7 @@ from quadriga.compare.windows import FEWEST_WINDOWS, counted, foreseen_records
 from quadriga.config import JobConfig, to_toml, vocabulary
 from quadriga.config.load import load
 from quadriga.config.sources import command_line_layer
-from quadriga.errors import EXIT_OK, Fault, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Fault, Problem, UserError
 from quadriga.launch.child import environment_of, run_launch
 from quadriga.launch.environment import choose_backend, read_request, torch_build, visible_gpus
 from quadriga.launch.supervisor import check_at_the_door, what_training_lacks
@@ -224,7 +224,8 @@ def run_one(bench: Bench, choice: Choice, folder: Path, said: str) -> float:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
         todo = "mend what it says and give the same command again: finished runs are kept"
         raise Fault(
-            f"{said}: failed with exit code {code}\n\n{tail}\n\nAll it said is in {log}. To do: {todo}", code or 1
+            f"{said}: failed with exit code {code}\n\n{tail}\n\nAll it said is in {log}. To do: {todo}",
+            code if code > 0 else EXIT_FAULT,
         )
     return time.monotonic() - start
 

@@ -125,7 +125,8 @@ def _plain(value: Any) -> Any:
 
 def _warnings(setting: Setting) -> list[str]:
     many = len(setting.runs) > 1
-    return [f"{run.folder.name}: {said}" if many else said for run in setting.runs for said in run.warnings]
+    left_out = [f"{name} has not finished, and is left out" for name in setting.unfinished]
+    return left_out + [f"{run.folder.name}: {said}" if many else said for run in setting.runs for said in run.warnings]
 
 
 def headline(settings: Sequence[Setting]) -> str:

@@ -1,6 +1,6 @@
 """What the traces of the runs say: where the time went, and which backend carried the bytes.
 
-The traces are read by quadriga/trace, whose answer (`quadriga-trace-1`, docs/communication.md) is taken as it is; a run
+The traces are read by quadriga/trace, whose answer (`quadriga-trace-1`, docs/traces.md) is taken as it is; a run
 whose traces cannot be read has a reason in its place. A backend is credited only if in every repeat the trace shows
 its bytes: what a run asked for or declared is a wish, what its collectives went through is evidence.
 """

@@ -41,7 +41,8 @@ def _answer(ratio: dict[str, Any], figure: dict[str, Any], comparison: Compariso
     low, high = speed_interval(ratio, figure["lower_is_better"])
     told = f"{_level(ratio)} interval {_range(low, high)}, {pairs}"
     if ratio["verdict"] == NO_DIFFERENCE:
-        return f"no difference shown: {ours} has {_gain(ratio, figure)} of the speed of {other} ({told}; {measured})"
+        change = round(100 * (speed_ratio(ratio["ratio"], figure["lower_is_better"]) - 1), 1) + 0.0  # no -0.0
+        return f"no difference shown between {other} and {ours} (speed {change:+.1f} %, {told}; {measured})"
     if ratio["verdict"] == NOT_CREDITED:
         reasons = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
         why = "; ".join(f"{run}: {reasons[run]}" for run in (other, ours) if run in reasons)
@@ -61,10 +62,6 @@ def speed_ratio(ratio: float, lower_is_better: bool) -> float:
 def speed_interval(ratio: dict[str, Any], lower_is_better: bool) -> tuple[float, float]:
     low, high = sorted(speed_ratio(end, lower_is_better) for end in ratio["interval"])
     return low, high
-
-
-def _gain(ratio: dict[str, Any], figure: dict[str, Any]) -> str:
-    return f"{100 * speed_ratio(ratio['ratio'], figure['lower_is_better']):.1f} %"
 
 
 def _range(low: float, high: float) -> str:

@@ -56,11 +56,13 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Setting:
-    """The repeats of one setting, by number. `name` is how it is called in the report."""
+    """The repeats of one setting, by number. `name` is how it is called in the report; `unfinished` are the folders of
+    repeats that did not come to their end and are left out."""
 
     name: str
     folder: Path
     runs: list[RunFolder]
+    unfinished: list[str] = field(default_factory=list)
 
 
 def read_setting(name: str, folder: Path, warmup: int) -> Setting:
@@ -71,12 +73,14 @@ def read_setting(name: str, folder: Path, warmup: int) -> Setting:
     """
     if is_run(folder):
         return Setting(name, folder, [read_run(folder, 1, warmup)])
-    repeats = repeats_of(folder)
+    found = repeats_of(folder)
+    repeats = {number: path for number, path in found.items() if has_finished(path)} or found
     if not repeats:
         what = "no run is here" if folder.is_dir() else "there is no such folder"
         allowed = f"a run folder (with {METRICS}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
         raise UserError(Problem("RUN", what, str(folder), allowed=allowed))
-    return Setting(name, folder, [read_run(path, number, warmup) for number, path in repeats.items()])
+    runs = [read_run(path, number, warmup) for number, path in repeats.items()]
+    return Setting(name, folder, runs, [path.name for number, path in found.items() if number not in repeats])
 
 
 def is_run(folder: Path) -> bool:

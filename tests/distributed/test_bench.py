@@ -23,7 +23,9 @@ SMALL = {
     "training.local_batch_size": 1,
 }
 KEYS = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
-MODE, COLOUR = "activation_checkpoint.mode=none,full", "metrics.disable_color_printing=false,true"
+MODE = "activation_checkpoint.mode=none,full"
+REDUCE = "parallelism.reduce_gradients=once,every_micro_batch"
+COLOUR = "metrics.disable_color_printing=false,true"
 
 
 def bench(folder: Path, varied: str, *more: str) -> list[str]:
@@ -94,21 +96,20 @@ def test_a_failing_run_stops_the_bench_with_its_own_words(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("varied", "differs"), [(MODE, True), (COLOUR, False)], ids=["recompute", "colour of lines"])
+@pytest.mark.parametrize(("varied", "differs"), [(REDUCE, True), (COLOUR, False)], ids=["reduction", "colour of lines"])
 def test_a_bench_says_rightly_whether_there_is_a_difference(varied, differs, tmp_path):
-    """Recomputing every block costs a fifth of the speed or more; the colour of lines that no terminal shows, none. At
-    95 %, one bench in twenty errs by design, and five rounds of a busy machine may be too few: each has two tries."""
-    larger = ["--model.dim", "256", "--model.ffn_dim", "512", "--training.seq_len", "128"]
+    """Reducing gradients after each of 8 micro-batches costs half of the speed; the colour of lines that no terminal
+    shows costs none. At 95 %, one bench in twenty errs by design, and five rounds of a busy machine may be too few:
+    each has two tries."""
+    keys = ["--model.dim", "256", "--model.ffn_dim", "512", "--training.global_batch_size", "16", "--json"]
     said = []
     for attempt in range(2):
-        out = tmp_path / str(attempt)
-        command = bench(out, varied, "--repeat", "5", "--ngpu", "2", "--steps", "24", *larger, "--json")
+        command = bench(tmp_path / str(attempt), varied, "--repeat", "5", "--ngpu", "2", "--steps", "20", *keys)
         ended = launch(command, timeout=900)
         assert ended.code == 0, ended.err
         found = json.loads(ended.out)
-        ratio = found["figures"][0]["ratios"][0]
-        said.append(ratio["verdict"])
-        assert found["losses"]["largest_difference"]["value"] == 0.0
+        said.append(found["figures"][0]["ratios"][0]["verdict"])
+        assert found["losses"]["largest_difference"]["value"] <= (1e-4 if differs else 0.0)
         assert all(each["credited"] and each["asked"] == "gloo" for each in found["backend"])
         assert found["where"] is not None
         if said[-1] == ("slower" if differs else "no difference shown"):

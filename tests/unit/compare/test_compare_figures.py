@@ -56,7 +56,7 @@ def test_settings_that_are_as_fast_show_no_difference(tmp_path):
     found = compared(pair(tmp_path, 1.0))
     assert figure(found, "step_time_s")["ratios"][0]["verdict"] == "no difference shown"
     (answer,) = answers(found)
-    assert answer.startswith("no difference shown: b has 100.0 % of the speed of a (95 % interval -0.")
+    assert answer.startswith("no difference shown between a and b (speed +0.0 %, 95 % interval -0.")
 
 
 def test_two_pairs_are_too_few_to_tell(tmp_path):

@@ -146,6 +146,15 @@ def test_runs_that_ended_early_or_lack_their_environment_are_told(tmp_path):
     assert any("no environment.json" in each for each in said)
 
 
+def test_repeats_that_have_not_finished_are_left_out_and_told(tmp_path):
+    folders = make_pair(tmp_path, [0.1] * 3, [0.1] * 3)
+    (folders[1] / "repeat-3" / "events.jsonl").unlink()
+    found = compared(folders)
+    assert [run["repeats"] for run in found["runs"]] == [3, 2]
+    assert found["runs"][1]["warnings"] == ["repeat-3 has not finished, and is left out"]
+    assert found["figures"][0]["ratios"][0]["pairs"] == 2
+
+
 def test_rounds_are_those_that_all_settings_have(tmp_path):
     make_setting(tmp_path / "a", [0.1] * 4, apart=200.0)
     make_setting(tmp_path / "b", [0.1] * 3, first=100.0, apart=200.0)
