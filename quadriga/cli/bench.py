@@ -74,7 +74,10 @@ def main(argv: Sequence[str]) -> int:
     options, keys = parser.parse_known_args(argv)
     bench = plan(options, keys)
     leave_note(bench.folder, bench.note())
-    run_all(bench)
+    try:
+        run_all(bench)
+    except KeyboardInterrupt:  # between two runs: while one goes on, the signal is handed on to it
+        raise Fault("interrupted; the same command goes on from here", 128 + signal.SIGINT) from None
     show(compare_folders([bench.folder], (), options.warmup), options)
     return EXIT_OK
 

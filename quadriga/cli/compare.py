@@ -47,13 +47,21 @@ def add_arguments(parser: Parser) -> None:
     help = f"steps at the start of each run that do not count (default {WARMUP_STEPS})"
     parser.add_argument("--warmup", type=step_count, default=WARMUP_STEPS, metavar="STEPS", help=help)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
+    parser.add_argument("--html", type=page_file, metavar="FILE", help="also write a page with plots")
 
 
 def step_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of steps (1 or more)")
     return int(text)
+
+
+def page_file(text: str) -> Path:
+    """The type of `--html`: asked before anything is run, for what is run may take hours."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a file in a folder that is there")
+    return path
 
 
 def compare_folders(named: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
@@ -67,6 +75,8 @@ def compare_folders(named: Sequence[Path], accepted: Sequence[str], warmup: int)
     names = names_of(folders, bench)
     settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
     varied = None if bench is None else list(bench["varied"])
+    runs = sum(len(setting.runs) for setting in settings)
+    print(f"reading the traces of {runs} runs", file=sys.stderr, flush=True)
     return compare(settings, varied=varied, accepted=accepted, analyse=reader_of_traces(), warmup=warmup)
 
 
@@ -81,5 +91,5 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     if options.html:
         from quadriga.compare.page import page
 
-        Path(options.html).write_text(page(found), encoding="utf-8")
+        options.html.write_text(page(found), encoding="utf-8")
         print(f"the page is {options.html}", file=sys.stderr)

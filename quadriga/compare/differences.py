@@ -3,7 +3,8 @@
 Every key of `config.toml` counts but those that say where a run writes and what it prints (`NO_MATTER`). Of
 `environment.json` what decides over speed and numbers counts (`DECISIVE`); other differences, another host of the same
 kind among them, are warnings. Between settings, what was varied may differ: for a bench its varied keys, otherwise what
-the user accepts, or, where the runs differ in one single key, that one. Between the repeats of a setting nothing may.
+the user accepts, or, where the runs differ in one single key, that one; between the repeats of a setting, what the user
+accepts alone.
 """
 
 from __future__ import annotations
@@ -77,15 +78,17 @@ def differences(settings: Sequence[Setting], varied: Sequence[str] | None, accep
         UserError: the repeats of a setting differ, or the settings do in more than was varied; or an accepted key does
             not differ.
     """
+    first, *others = [run for setting in settings for run in setting.runs]
+    anywhere = {key for other in others for key in decisive(first, other)}
+    for key in accepted:
+        if key not in anywhere:
+            allowed = show_some(sorted(anywhere), 20) or "they do not differ"
+            raise UserError(Problem("--accept-difference", "the runs do not differ in this", key, allowed=allowed))
     for setting in settings:
-        refuse_unlike_repeats(setting)
+        refuse_unlike_repeats(setting, accepted)
     firsts = [setting.runs[0] for setting in settings]
-    unlike = {key for first in firsts[1:] for key in decisive(firsts[0], first)}
-    named = [*(varied or ()), *accepted]
-    strangers = [key for key in accepted if key not in unlike]
-    if strangers:
-        allowed = show_some(sorted(unlike), 20) or "they do not differ"
-        raise UserError(Problem("--accept-difference", "the runs do not differ in this", strangers[0], allowed=allowed))
+    unlike = {key for other in firsts[1:] for key in decisive(firsts[0], other)}
+    named = [*(varied or ()), *(key for key in accepted if key in unlike)]
     followers = [follower for key in (*named, *unlike) for follower in FOLLOWS.get(key, ())]
     rest = sorted(key for key in unlike if key not in named and not key.startswith(tuple(followers) or "\0"))
     if rest and (varied is not None or accepted or len(rest) > 1):
@@ -94,12 +97,14 @@ def differences(settings: Sequence[Setting], varied: Sequence[str] | None, accep
     return Differences({key: [_value(first, key) for first in firsts] for key in kept}, _remarks(settings))
 
 
-def refuse_unlike_repeats(setting: Setting) -> None:
+def refuse_unlike_repeats(setting: Setting, accepted: Sequence[str]) -> None:
     first, *others = setting.runs
     for other in others:
         for key in decisive(first, other):
+            if key in accepted:
+                continue
             what = f"{_show(first, key)} in {first.folder.name}, {_show(other, key)} in {other.folder.name}"
-            fix = "repeats are runs of one configuration on one machine: leave out those that are not"
+            fix = f"leave out the repeats that are not alike, or, if it is meant: --accept-difference {key}"
             raise UserError(Problem(str(setting.folder), f"its repeats differ in {key}: {what}", fix=fix))
 
 

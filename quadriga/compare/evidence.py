@@ -25,7 +25,8 @@ Analyse = Callable[[Path], Analysis]
 
 PARTS = ("compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "host_idle_s", "data_wait_s")
 EXPOSED = "exposed_communication_s"
-STRAY = 0.01  # the share of bytes that another backend may carry: control messages
+STRAY = 0.01  # the share of bytes that another backend may carry: small sums
+HOST = "host"  # the axis of agreements between the ranks' hosts, which are no part of the training's bytes
 SYMMETRIC, SYMMETRIC_KERNEL = "nccl-symm", "ncclsymk"
 NO_TRACE = "no trace shows who carried the bytes"
 
@@ -98,8 +99,9 @@ def exposed_on(axis: str) -> str:
 
 
 def axes_of(traced: Iterable[Traced]) -> list[str]:
+    """Of all collectives, but for what passes between hosts beside the training."""
     found = (each["axis"] for one in traced for analysis in one.analyses.values() for each in analysis["collectives"])
-    return sorted(set(found))
+    return sorted(set(found) - {HOST})
 
 
 def credit(setting: Setting, traced: Traced) -> dict[str, Any]:
@@ -152,6 +154,8 @@ def _sent(traced: Traced, declared: Mapping[str, str]) -> Sent:
     for analysis in traced.analyses.values():
         for found in analysis["collectives"]:
             amount = found["bytes_a_step"]
+            if found["axis"] == HOST:
+                continue
             if amount is None:
                 untold.add(f"{found['collective']} ({found['axis']})")
                 continue

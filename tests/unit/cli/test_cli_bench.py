@@ -93,6 +93,7 @@ def played(monkeypatch) -> Played:
         (["--vary", f"{MODE}=none,full", "--steps", "30", "--training.steps", "30"], "training.steps is given too"),
         (["--vary", f"{MODE}=none,full", "--steps", "6"], "leaves 1 windows to time"),
         (["--vary", f"{MODE}=none,full", "--repeat", "0"], "0 is not a number"),
+        (["--vary", f"{MODE}=none,full", "--html", "none/page.html"], "not a file in a folder that is there"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is(more, says, played, folder, capsys):
@@ -195,6 +196,9 @@ def test_compare_reads_the_folder_of_a_bench(played, capsys):
     assert main(["compare", "bench/setting-1", "bench/setting-2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == whole
     assert whole["varied"] == {MODE: ["none", "full"]}
+    assert main(["compare", "bench", "--html", "page.html"]) == 0
+    assert "<svg" in Path("page.html").read_text()
+    assert capsys.readouterr().out.startswith("mode=full is ")
     assert main(["compare", "bench/setting-1"]) == 2
     assert "two runs are needed" in capsys.readouterr().err
     assert main(["compare", "bench", "--warmup", "40"]) == 2

@@ -72,8 +72,14 @@ def test_a_backend_that_declared_every_axis_away_is_not_credited(judged):
     assert not found["credited"]
 
 
-def test_a_few_control_messages_do_not_matter(judged):
+def test_a_few_small_sums_do_not_matter(judged):
     assert judged("nccl", collective("shard", "nccl", 1e9), collective("world", "gloo", 64.0))["credited"]
+
+
+def test_what_the_hosts_agree_on_is_no_part_of_the_bytes(judged):
+    found = judged("nccl", collective("shard", "nccl", 64.0), collective("host", "gloo", 1e9))
+    assert found["credited"]
+    assert [each["axis"] for each in found["carried"]] == ["shard"]
 
 
 def test_a_backend_that_the_trace_does_not_name_is_no_evidence(judged):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from run_folders import make_pair, make_run, make_setting, no_traces
@@ -106,6 +108,18 @@ def test_repeats_that_differ_are_refused(tmp_path):
     assert "its repeats differ in debug.seed: 42 in repeat-1, 3 in repeat-3" in said
 
 
+def test_repeats_may_differ_in_what_is_accepted(tmp_path):
+    """A bench that went on after the code was changed, and the change is known not to matter."""
+    make_pair(tmp_path, [0.1] * 2, [0.1] * 2, keys={MODE: "full"})
+    for number, setting in enumerate("ab"):
+        later = {"git": {"commit": "def", "changed": False}}
+        keys = {MODE: "full"} if setting == "b" else None
+        make_run(tmp_path / setting / "repeat-3", begins=900.0 + 100.0 * number, environment=later, keys=keys)
+    folders, commit = [tmp_path / "a", tmp_path / "b"], "environment.git.commit"
+    assert f"its repeats differ in {commit}" in refusal(folders, varied=[MODE])
+    assert list(compared(folders, varied=[MODE], accepted=[commit])["varied"]) == [MODE]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     make_run(tmp_path / "a")
     for name, says in (("none", "there is no such folder"), ("empty", "no run is here")):
@@ -174,6 +188,12 @@ def test_names_tell_runs_apart(tmp_path):
     assert names_of(folders, None) == ["one/run", "two/run"]
     with pytest.raises(UserError, match="named twice"):
         names_of([tmp_path, tmp_path], None)
+
+
+def test_comparing_loads_no_torch(root):
+    code = "import sys, quadriga.cli.bench, quadriga.cli.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_what_has_finished(tmp_path):

@@ -1,0 +1,102 @@
+"""`quadriga bench` on two settings that differ and on two that do not: does it say so rightly in both cases?
+
+    python benchmarks/bench_debug.py             # both, into bench_debug_unlike.json and bench_debug_alike.json
+    python benchmarks/bench_debug.py unlike
+
+Claim: of the debug configuration on 2 ranks, with 2 layers and short steps, recomputing every block is found slower
+than recomputing none; and between two names for the folder of the traces no difference is shown. In both, the losses of
+the settings are equal to the last digit and gloo is credited with the bytes. Each is one `quadriga bench` with 5
+repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from common import ROOT, child_environment, command_line, save, table, verdict
+
+from quadriga.compare.report import answers
+
+FILE = "configs/debug/debug.toml"
+SHORTER = ("--model.n_layers", "2", "--training.seq_len", "128", "--training.global_batch_size", "4")
+
+
+@dataclass(frozen=True)
+class Case:
+    varied: str
+    verdict: str
+    claim: str
+
+
+CASES = {
+    "unlike": Case(
+        "activation_checkpoint.mode=none,full", "slower", "quadriga bench finds full recompute slower than none"
+    ),
+    "alike": Case(
+        "profiling.save_traces_folder=profile_trace,traces",
+        "no difference shown",
+        "quadriga bench shows no difference between two names of a folder",
+    ),
+}
+SHOWN = ("step_time_s", "tokens_per_second", "memory_peak_gib", "exposed_communication_s")
+
+
+def measure(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
+    arguments = [FILE, "--vary", case.varied, "--repeat", str(repeats), "--ngpu", str(ranks), "--steps", str(steps)]
+    arguments += SHORTER
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="quadriga-bench-") as folder:
+        command = [sys.executable, "-m", "quadriga.cli", "bench", *arguments, "--out", f"{folder}/out", "--json"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False
+        )
+    if done.returncode != 0:
+        raise SystemExit(f"{case.varied}: exit code {done.returncode}")
+    found = json.loads(done.stdout)
+    ratio = found["figures"][0]["ratios"][0]
+    credited = all(each["credited"] for each in found["backend"])
+    equal = found["losses"]["largest_difference"]["value"] == 0.0
+    return {
+        "bench": " ".join(["quadriga", "bench", *arguments]),
+        "seconds": round(time.perf_counter() - start, 1),
+        "expected": case.verdict,
+        "met": ratio["verdict"] == case.verdict and credited and equal,
+        "answer": next(answers(found)),
+        "ratio_of_step_times": ratio,
+        "figures": [figure for figure in found["figures"] if figure["name"] in SHOWN],
+        "where": found["where"],
+        "backend": found["backend"],
+        "largest_difference_of_losses": found["losses"]["largest_difference"],
+        "warnings": found["warnings"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Bench two settings that differ, and two that do not.")
+    parser.add_argument("cases", nargs="*", choices=CASES, default=list(CASES), metavar="unlike|alike")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    rows, met = [], True
+    for name in options.cases:
+        case = CASES[name]
+        found = measure(case, options.ranks, options.steps, options.repeat)
+        ratio, met = found["ratio_of_step_times"], met and found["met"]
+        low, high = ratio["interval"] or (float("nan"), float("nan"))
+        interval = f"{low:.3f} to {high:.3f}"
+        rows.append([case.varied, f"{ratio['ratio']:.3f}", interval, ratio["verdict"], verdict(found["met"])])
+        save(f"bench_debug_{name}", found, command=command_line(), claim=case.claim)
+    print(table(["varied", "ratio of step times", "95 % interval", "verdict", "claim"], rows))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
