@@ -19,20 +19,27 @@ MESSAGES = "pp"  # the axis along which ranks send to each other one by one; the
 
 def notes(mesh: Mesh, since_ns: int) -> dict[str, Any]:
     """For the trace of this rank that began at `since_ns` (since 1970); docs/traces.md tells what its keys mean."""
+    groups = _groups(mesh)
+    axes = {group: axis for axis, group in groups.items()}
     return {
         "format": FORMAT,
-        "axes": axes_by_group(mesh),
+        "axes": axes,
+        "same": {axis: axes[group] for axis, group in groups.items() if axes[group] != axis},
         "messages": MESSAGES if mesh.pp.size() > 1 else None,
         "launches": [[each.time_ns, each.group, each.sequence] for each in flight_recorder.launches(since_ns)],
     }
 
 
-def axes_by_group(mesh: Mesh) -> dict[str, str]:
-    """The axis of each group of more than one rank, by torch's name of the group. `shard` is dp_shard and cp as one."""
+def _groups(mesh: Mesh) -> dict[str, str]:
+    """Torch's name of the group of each axis of more than one rank. `shard` is dp_shard and cp as one.
+
+    An axis that holds all ranks has the default group, as `world` does: of axes that share one the last name counts.
+    """
     world = dist.group.WORLD
     assert world is not None
-    groups = [("world", world), ("loss", mesh.loss_group), ("tp", mesh.tp.get_group())]
-    groups += [(axis, mesh.device_mesh.get_group(axis)) for axis in mesh.device_mesh.mesh_dim_names or ()]
+    groups = {"world": world, "loss": mesh.loss_group}
+    groups |= {axis: mesh.device_mesh.get_group(axis) for axis in mesh.device_mesh.mesh_dim_names or ()}
     for axis in mesh.fsdp.mesh_dim_names or ():
-        groups.append(("shard" if axis == "dp_shard" else axis, mesh.fsdp.get_group(axis)))
-    return {str(group.group_name): axis for axis, group in groups if group.size() > 1}
+        groups["shard" if axis == "dp_shard" else axis] = mesh.fsdp.get_group(axis)
+    groups["tp"] = mesh.tp.get_group()
+    return {axis: str(group.group_name) for axis, group in groups.items() if group.size() > 1}

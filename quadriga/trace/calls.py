@@ -70,6 +70,10 @@ def find_calls(trace: RankTrace) -> Found:
         _follow(trace, calls, inner, owned)
         calls += _by_words(trace, owned)
         calls += _by_name(trace, owned)
+    else:
+        for call in calls:
+            if call.found_by == ANNOTATION:  # without a device the call runs where it is made
+                call.rows = np.array([[call.launched, call.returned]])
     _tell_groups(trace, calls)
     gloo.match(trace, calls)
     for call in calls:

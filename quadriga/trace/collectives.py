@@ -73,10 +73,8 @@ def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
         if about.kind in ONE_SIDED or not len(call.rows) or call.found_by == NAME or call.axis == "?":
             continue
         group = (about.group, about.ranks) if about.group else (call.axis, about.group_size)
-        if about.sequence is not None:
-            yield (group, about.kind, about.sequence), call
-            continue
-        place = (group, about.kind, rank.steps[call.step].number)
+        within = rank.steps[call.step].number if about.sequence is None else f"call {about.sequence}"
+        place = (group, about.kind, within)  # calls that are made as one share their number
         counts[place] += 1
         yield (*place, counts[place]), call
 
@@ -110,7 +108,7 @@ def _row(key: Key, ranks: list[RankResult], met: list[Transfer]) -> dict[str, An
         "ranks": size,
         "calls_a_step": _whole(len(calls) / steps),
         "bytes_a_step": _whole(sum(sizes) / steps) if told else None,
-        "bytes_a_call": [min(sizes), statistics.median(sizes), max(sizes)] if told else None,
+        "bytes_a_call": [min(sizes), _whole(statistics.median(sizes)), max(sizes)] if told else None,
         "seconds_a_step": seconds,
         "exposed_s_a_step": exposed,
         "start_skew_s": statistics.median(each.skew for each in met) if met else None,
@@ -150,10 +148,12 @@ def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer
 
 def against_estimate(ranks: list[RankResult], estimate: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Calls and bytes of a step beside those predicted, by axis and collective, of the rank that sends most (that is
-    the one that the estimate describes). Calls for the host alone are no part of either."""
+    the one that the estimate describes). Calls for the host alone are no part of either; axes that share a group, as
+    `world` and one that holds all ranks do, stand in one row."""
+    same = ranks[0].same
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for call in estimate.get("communication") or ():
-        entry = predicted[call["axis"], call["collective"]]
+        entry = predicted[same.get(call["axis"], call["axis"]), call["collective"]]
         entry[0] += call["calls"]
         entry[1] += call["calls"] * call["bytes"]
     measured = max((_sums(rank) for rank in ranks), key=lambda sums: sum(size or 0 for _, size in sums.values()))

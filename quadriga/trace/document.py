@@ -6,20 +6,24 @@ plain or packed with gzip (told by its first bytes, whatever the name says).
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from quadriga.errors import Problem, UserError
 
 CHUNK = 1 << 22  # characters read at once
+RATIO = 12  # by about which a trace is packed
 GZIP = b"\x1f\x8b"
 SPACE = re.compile(r"[ \t\r\n]*")
+BORDER, TAIL = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*\{"), 1 << 16  # between two events; where the last one is looked for
 EVENTS = "traceEvents"
+LONGEST_WORD = 10  # characters of a literal or an escape that the end of what was read may cut through
+CUT_OFF = "the file is cut off: it ends in the middle"
 AGAIN = "copy the file once more, or profile again; a run writes a trace whole or not at all"
 
 
@@ -37,9 +41,10 @@ class Document:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
-            with _open(self._path) as self._file:
+            with self._path.open("rb") as file:
+                self._file = _Text(file)
                 yield from self._document()
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise self._wrong(f"the file cannot be read to its end: {error}") from None
 
     def _document(self) -> Iterator[dict[str, Any]]:
@@ -66,12 +71,27 @@ class Document:
     def _array(self) -> Iterator[dict[str, Any]]:
         self._expect("[")
         while self._peek() != "]":
+            yield from self._many()
             event = self._value()
             if isinstance(event, dict):
                 yield event
             if self._peek() == ",":
                 self._at += 1
         self._at += 1
+
+    def _many(self) -> list[dict[str, Any]]:
+        """As many events as end before the last border in what has been read: decoded at once, which is twice as fast
+        as one by one. None where the border turns out to be none, since it lies within an event or a text."""
+        borders = list(BORDER.finditer(self._text, max(self._at, len(self._text) - TAIL)))
+        if not borders:
+            return []
+        end = borders[-1].start() + 1
+        try:
+            values = self._decode("[" + self._text[self._at : end] + "]")[0]
+        except json.JSONDecodeError:
+            return []  # read one by one, it is said what is wrong with it
+        self._at = borders[-1].end() - 1
+        return [value for value in values if isinstance(value, dict)]
 
     def _peek(self) -> str:
         """The next character that is no space; the reading stands before it."""
@@ -82,7 +102,7 @@ class Document:
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._fill():
-                raise self._wrong("the file is cut off: it ends in the middle", AGAIN)
+                raise self._wrong(CUT_OFF)
 
     def _expect(self, character: str) -> None:
         if self._peek() != character:
@@ -95,11 +115,11 @@ class Document:
             try:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._fill():
+                unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - LONGEST_WORD
+                if unfinished and self._fill():
                     continue
-                near = self._text[self._at : self._at + 60]
-                cut = "the file is cut off" if error.pos >= len(self._text) - 1 else f"{error.msg} near `{near}`"
-                raise self._wrong(cut, AGAIN) from None
+                near = self._text[error.pos : error.pos + 40]
+                raise self._wrong(CUT_OFF if unfinished else f"{error.msg} at `{near}`") from None
             if end == len(self._text) and self._fill():  # a number may go on
                 continue
             self._at = end
@@ -116,9 +136,30 @@ class Document:
         return UserError(Problem(str(self._path), what, fix=fix))
 
 
-def _open(path: Path) -> IO[str]:
-    with path.open("rb") as file:
-        packed = file.read(2) == GZIP
-    if packed:
-        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8", errors="replace"))
-    return path.open(encoding="utf-8", errors="replace")
+class _Text:
+    """The characters of a file, packed or not."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._packed = file.read(2) == GZIP
+        file.seek(0)
+        self._unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def read(self, size: int) -> str:
+        """About so many characters; "" at the end, and only there. Raises EOFError where a packed file is cut off."""
+        while True:
+            raw = self._file.read(max(size // RATIO, 1) if self._packed else size)
+            text = self._decode(self._unpacked(raw) if self._packed else raw, final=not raw)
+            if text or not raw:
+                return text
+
+    def _unpacked(self, raw: bytes) -> bytes:
+        if not raw and not self._unpack.eof:
+            raise EOFError("the packed data ends too soon")
+        content = self._unpack.decompress(raw)
+        while self._unpack.unused_data:  # another file, packed on its own, behind the first
+            rest = self._unpack.unused_data.lstrip(b"\0")
+            self._unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            content += self._unpack.decompress(rest)
+        return content

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.trace import gloo
 from quadriga.trace.calls import Found
-from quadriga.trace.intervals import Spans, union, without
+from quadriga.trace.intervals import NONE, Spans, union, without
 from quadriga.trace.read import HOST, RankTrace
 
 # Namespaces of operations that move tensors between ranks, or hold others.
@@ -38,19 +39,22 @@ class Work:
 
 
 def work(trace: RankTrace, found: Found) -> Work:
-    """Of the threads on which steps are marked or gradients computed."""
+    """Of the threads on which steps are marked or gradients computed. Nothing where a device works for the host."""
+    if trace.on_device:
+        return Work(NONE, np.empty(0, dtype=np.int64), np.empty(0))
     ops, names = trace.ops, trace.names
-    rows = np.flatnonzero(np.isin(ops.thread, list(_threads(trace))))
+    # Ranges of gloo on these threads (messages) end whenever the message has come: nothing lies within them.
+    chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(gloo.RANGE))
+    rows = np.flatnonzero(chosen)
     rows = rows[np.lexsort((-ops.end[rows], ops.start[rows], ops.thread[rows]))]
     is_work = np.array([_is_work(name) for name in names], dtype=bool)
     subclass = trace.names.index(SUBCLASS) if SUBCLASS in names else -1
     own, outer = _own_seconds(trace, rows, subclass)
     computes = is_work[ops.name[rows]] & ~outer & (ops.sort[rows] == HOST["cpu_op"])
-    sent = [call for call in found.calls if not trace.on_device and call.thread >= 0]
-    calling = union(np.array([[call.launched, call.returned] for call in sent]).reshape(-1, 2))
+    calling = union(np.array([[call.launched, call.returned] for call in found.calls]).reshape(-1, 2))
     communicating = union(calling, found.waits)
-    chosen = rows[computes]
-    return Work(without(union(ops.spans(chosen)), communicating), chosen, own[computes])
+    rows = rows[computes]
+    return Work(without(union(ops.spans(rows)), communicating), rows, own[computes])
 
 
 def _is_work(name: str) -> bool:

@@ -42,7 +42,6 @@ COMMUNICATION = "communication"
 OUTSIDE = "outside of blocks"
 OPTIMIZER = re.compile(r"Optimizer\.step#")
 UNIT = re.compile(r"FSDP::(pre_forward|post_forward|pre_backward|post_backward)\w* ?\((.+)\)$")
-BLOCK = re.compile(r"quadriga:block (.+)$")
 OPENS, CLOSES = {"pre_forward": "post_forward", "pre_backward": "post_backward"}, ("post_forward", "post_backward")
 TOP = 200  # names that a rank hands on
 
@@ -126,13 +125,11 @@ def _blocks(trace: RankTrace, pieces: _Pieces, kept: NDArray[np.bool_]) -> dict[
 
 
 def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
-    """Our own marks of blocks, the optimizer's, and those that FSDP leaves before and after a unit's passes."""
+    """The optimizer's step, and what lies between the marks that FSDP leaves before and after a unit's passes."""
     marks = {}
     for number, name in enumerate(trace.names):
         if match := UNIT.match(name):
             marks[number] = (match.group(1), match.group(2))
-        elif match := BLOCK.match(name):
-            marks[number] = ("whole", match.group(1))
         elif OPTIMIZER.match(name):
             marks[number] = ("whole", "optimizer")
     ops = trace.ops

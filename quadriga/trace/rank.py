@@ -17,7 +17,8 @@ Key = tuple[str, str, str, str, int | None]  # axis, collective, backend, found 
 @dataclass(frozen=True)
 class RankResult:
     """`seconds`: of each kind of call, a step: in which it ran, and in which nothing computed meanwhile. `missing`:
-    calls whose place on the device, or on gloo's threads, the trace does not show."""
+    calls whose place on the device, or on gloo's threads, the trace does not show. `same`: other names of axes that
+    share a group."""
 
     rank: int
     world_size: int | None
@@ -32,6 +33,7 @@ class RankResult:
     totals: kernels.Totals
     strips: dict[str, list[timeline.Span]]
     has_data_marks: bool
+    same: dict[str, str]
     warnings: list[str]
 
 
@@ -68,5 +70,6 @@ def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
         totals=kernels.totals(trace, found, done, sent),
         strips=timeline.strips(trace, found, active, shown, files),
         has_data_marks=active.data_wait is not None,
+        same=dict(trace.notes.get("same") or {}),
         warnings=trace.warnings,
     )

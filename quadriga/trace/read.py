@@ -118,15 +118,19 @@ class _Table:
         return Rows(name, start, start + times[:, 1] * 1e-6, thread, sort, link, correlation, self.told)
 
 
+NO_TABLE: tuple[_Table | None, int] = (None, 0)
+
+
 class _Reader:
     """Sorts events into tables; names and threads get numbers as they come."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
+        self.may_be_a_call: list[bool] = []  # by name
         self.threads: dict[tuple[Any, Any], int] = {}
         self.labels: dict[tuple[Any, Any], str] = {}
         self.ops, self.launches, self.device = _Table(), _Table(), _Table()
-        self._tables = (
+        self._tables: dict[str, tuple[_Table | None, int]] = (
             {name: (self.ops, sort) for name, sort in HOST.items()}
             | {name: (self.launches, sort) for name, sort in LAUNCH.items()}
             | {name: (self.device, sort) for name, sort in DEVICE.items()}
@@ -141,19 +145,21 @@ class _Reader:
                 self.labels[event.get("pid"), event.get("tid")] = str(event.get("args", {}).get("name", ""))
 
     def _row(self, event: dict[str, Any]) -> None:
-        table, sort = self._tables.get(event.get("cat", ""), (None, 0))
+        table, sort = self._tables.get(event.get("cat", ""), NO_TABLE)
         if table is None:
             return
-        name, thread = event["name"], (event.get("pid"), event.get("tid"))
-        told = event.get("args") or {}
-        number = self.names.setdefault(name, len(self.names))
+        name, told = event["name"], event.get("args") or {}
+        number = self.names.get(name)
+        if number is None:
+            number = self.names[name] = len(self.names)
+            self.may_be_a_call.append(TOLD.match(name) is not None)
+        thread = event.get("pid"), event.get("tid")
         place = self.threads.setdefault(thread, len(self.threads))
-        link, correlation = told.get("External id", 0), told.get("correlation", 0)
-        if (table is self.ops and TOLD.match(name)) or "Collective name" in told:
+        if (table is self.ops and self.may_be_a_call[number]) or "Collective name" in told:
             table.told[len(table.times) // 2] = told
-        table.whole.extend((number, place, sort, int(link or 0), int(correlation or 0)))
-        table.times.append(float(event["ts"]))
-        table.times.append(float(event.get("dur") or 0.0))
+        link, correlation = told.get("External id") or 0, told.get("correlation") or 0
+        table.whole.extend((number, place, sort, int(link), int(correlation)))
+        table.times.extend((float(event["ts"]), float(event.get("dur") or 0.0)))
 
 
 def read(path: Path, rank: int | None = None) -> RankTrace:

@@ -11,9 +11,9 @@ Analysis = Mapping[str, Any]
 PARTS = (
     ("compute_s", "computing"),
     ("exposed_communication_s", "waiting for communication"),
-    ("exposed_memcpy_s", "copying, with nothing else going on"),
+    ("exposed_memcpy_s", "copying with nothing else going on"),
     ("data_wait_s", "waiting for data"),
-    ("host_idle_s", "idle: the host launched nothing in time"),
+    ("host_idle_s", "idle (the host launched nothing in time)"),
 )
 REST = ("rest_s", "in none of these (Python between operations)")
 MARKS = {"linkage": "", "annotation": " (annotated)", "name": " (by name)"}
@@ -39,7 +39,7 @@ def verdict(analysis: Analysis) -> str:
     """Where a step's time went, in one line."""
     step = seconds(analysis["step_time_s"]["mean"])
     parts = sorted(_shares(analysis), key=lambda part: -part[1])
-    told = ", ".join(f"{share:.0%} {name}" for name, share in parts if share >= 0.005)
+    told = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
     return f"a step takes {step}: {told}"
 
 

@@ -33,4 +33,6 @@ def test_each_rank_leaves_a_trace_that_knows_the_group(tmp_path):
         assert trace["distributedInfo"]["rank"] == rank
         assert trace["distributedInfo"]["world_size"] == 2
         assert trace["distributedInfo"]["backend"] == "gloo"
+        assert trace["quadriga"]["first_step"] == 1
+        assert trace["quadriga"]["machine"]
         assert len([event for event in trace["traceEvents"] if event.get("name") == "gloo:all_reduce"]) == 2
