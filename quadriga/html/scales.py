@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROUND = (1.0, 2.0, 5.0, 10.0)
+TOO_CLOSE, TINY = 1e-9, 1e-100
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Scale:
 def linear(values: Sequence[float], start: float, end: float, *, from_zero: bool = False) -> Scale:
     """A scale that holds all values, with round ends."""
     low, high = (0.0, max(values)) if from_zero else (min(values), max(values))
-    if low == high:
-        low, high = (low, low + 1.0) if low == 0 or from_zero else (low - abs(low) / 10, low + abs(low) / 10)
+    size = max(abs(low), abs(high))
+    if high - low < max(TOO_CLOSE * size, TINY):  # to be told apart: a scale around them all
+        low, high = (low, low + 1.0) if size < TINY else (low - size / 10, high + size / 10)
     step = _step(high - low, 6)
     return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end)
 

@@ -38,6 +38,12 @@ STEP_COLUMNS = {
     "data_wait_s": "waiting for data",
 }
 LANES = {"compute": BLUE, "communication": VERMILION, "memcpy": GREEN, "host": GREY}
+LANE_FIGURES = {
+    "compute": ("compute_s",),
+    "communication": ("communication_s",),
+    "memcpy": ("memcpy_s",),
+    "host": ("rest_s", "data_wait_s"),
+}
 FOUND_BY = {"linkage": "linkage", "annotation": "annotation", "name": "name only"}
 # Under which word the analysis tells why a figure of one collective is missing: `transfer of tp all_gather`.
 GROUPS = {
@@ -158,28 +164,25 @@ def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
         for each in line["strips"]
     ]
     start = line["start_s"]
-    rows = [_busy(strip, start) for strip in strips]
-    header = ["rank", "lane", "busy", "spans", "longest", "its name"]
-    numbers = html.table(header, rows, caption="How long each lane was busy in this step.", words=(0, 1, 5))
+    rows = [_busy(analysis, each) for each in line["strips"]]
+    numbers = html.table(["rank", "lane", "busy", "spans drawn"], rows, caption="This step by lane.", words=(0, 1))
     caption = (
-        "Each strip is one lane of one rank; a span tells its name and its length under the pointer. The lane `host` "
-        "shows where nothing else ran."
+        "Each strip is one lane of one rank; a span tells its name and its length under the pointer. Spans that lie "
+        "too close for the eye are drawn as one. The lane `host` shows where nothing else ran, data wait included."
     )
     image = timeline(f"Step {line['step']} of all ranks", strips, start, f"time from the start of step {line['step']}")
     lanes = legend([Part(name, colour) for name, colour in LANES.items() if any(s.lane == name for s in strips)])
     return html.section(f"Step {line['step']} as it went", html.figure(image, caption, numbers, lanes))
 
 
-def _busy(strip: Strip, start: float) -> list[str | None]:
-    """Overlapping spans of a lane count once."""
-    busy, reached = 0.0, start
-    for begins, ends, _ in sorted(strip.spans):
-        busy += max(ends - max(begins, reached), 0.0)
-        reached = max(reached, ends)
-    longest = max(strip.spans, key=lambda span: span[1] - span[0], default=None)
-    share_of = f"{duration(busy)}"
-    tail = [duration(longest[1] - longest[0]), longest[2]] if longest else ["", ""]
-    return [strip.rank, strip.lane, share_of, f"{len(strip.spans):,}", *tail]
+def _busy(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> list[str | None]:
+    """The lane's time by the figures of the step: strips are no finer than can be seen, and do not measure it."""
+    steps = [step for rank in analysis["by_rank"] if rank["rank"] == strip["rank"] for step in rank["steps"]]
+    step: Mapping[str, Any] = next((step for step in steps if step["step"] == analysis["timeline"]["step"]), {})
+    seconds = [step.get(key) for key in LANE_FIGURES.get(strip["lane"], ())]
+    known = [figure for figure in seconds if figure is not None]
+    busy = duration(sum(known)) if known else None
+    return [f"rank {strip['rank']}", strip["lane"], busy, f"{len(strip['spans']):,}"]
 
 
 def _communication(analysis: Mapping[str, Any]) -> Markup:

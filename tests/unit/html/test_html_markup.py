@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from page_reading import read_page
 
@@ -62,6 +62,8 @@ def test_units():
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20))
+@example([0.0, 5e-324])
+@example([1e9, 1e9 + 1e-6])
 def test_a_linear_scale_holds_its_values(values):
     scale = linear(values, 10, 110)
     assert all(10 - 1e-6 <= scale(value) <= 110 + 1e-6 for value in values)

@@ -66,6 +66,19 @@ def test_what_is_left_of_a_step_is_named():
     assert "rank 0, rest" not in keeps_the_house_rules(page(whole)).text
 
 
+def test_how_long_a_lane_was_busy_is_not_read_off_its_strip():
+    """Strips are coarse; step 8 of rank 0 took 0.415 s and computed 0.6 of it."""
+    read = keeps_the_house_rules(page(analysis()))
+    lanes = next(table for table in read.all("table") if "This step by lane." in table.text)
+    first = [[cell.text for cell in row.inner[:3]] for row in lanes.all("tr")[1:5]]
+    assert first == [
+        ["rank 0", "compute", "249 ms"],
+        ["rank 0", "communication", "145 ms"],
+        ["rank 0", "memcpy", "20.8 ms"],
+        ["rank 0", "host", "not measurable"],
+    ]
+
+
 NULLABLE = [key for key, value in analysis()["collectives"][0].items() if key not in ("axis", "collective", "sizes")]
 
 
