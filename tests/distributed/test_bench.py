@@ -96,6 +96,20 @@ def test_a_failing_run_stops_the_bench_with_its_own_words(tmp_path):
 
 
 @pytest.mark.slow
+def test_each_backend_is_credited_with_what_it_carried(tmp_path):
+    """Two that carry the same bytes in different ways on a CPU; the traces of both say which it was."""
+    varied = "comm.backend=gloo,host-slots"
+    keys = ["--training.mixed_precision_reduce", "float32", "--json"]
+    ended = launch(bench(tmp_path / "out", varied, "--repeat", "1", "--ngpu", "2", "--steps", "17", *keys))
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert [(each["asked"], each["credited"]) for each in found["backend"]] == [("gloo", True), ("host-slots", True)]
+    for each in found["backend"]:
+        assert next((row["axis"], row["backend"]) for row in each["carried"]) == ("shard", each["asked"])
+    assert found["losses"]["largest_difference"]["value"] <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("varied", "differs"), [(REDUCE, True), (COLOUR, False)], ids=["reduction", "colour of lines"])
 def test_a_bench_says_rightly_whether_there_is_a_difference(varied, differs, tmp_path):
     """Reducing gradients after each of 8 micro-batches costs half of the speed; the colour of lines that no terminal
