@@ -130,7 +130,7 @@ class _Reader:
         self.threads: dict[tuple[Any, Any], int] = {}
         self.labels: dict[tuple[Any, Any], str] = {}
         self.ops, self.launches, self.device = _Table(), _Table(), _Table()
-        self._tables: dict[str, tuple[_Table | None, int]] = (
+        self._tables: Mapping[str, tuple[_Table | None, int]] = (
             {name: (self.ops, sort) for name, sort in HOST.items()}
             | {name: (self.launches, sort) for name, sort in LAUNCH.items()}
             | {name: (self.device, sort) for name, sort in DEVICE.items()}
