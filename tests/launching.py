@@ -146,6 +146,12 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def finished_steps(folder: Path) -> int:
+    """Steps of a run that were logged."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs; one that is dead and not yet collected by its parent does not."""
     try:

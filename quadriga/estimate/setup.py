@@ -21,6 +21,18 @@ BUCKET = 1 << 24  # numbers that an update with moments of their own format take
 OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
 
+# Blocks of torch's attention kernel for CPUs: from which length on, how many rows, and what an operation in one costs
+# beside one in the largest (FlashAttentionKernel.cpp; measured by benchmarks/attention.py).
+BLOCKS = ((768, 256, 1.0), (192, 64, 1.6), (0, 32, 2.0))
+
+
+def causal_cost(length: int) -> float:
+    """What an operation of attention costs on a CPU, of those that a causal mask leaves: blocks on the diagonal are
+    computed whole, and small ones more slowly."""
+    rows, each = next((rows, each) for start, rows, each in BLOCKS if length >= start)
+    return each * (1 + rows / length)
+
+
 @dataclass(frozen=True)
 class Setup:
     """A run on a kind of device: `cpu` or `cuda`."""

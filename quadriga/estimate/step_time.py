@@ -13,7 +13,7 @@ from functools import cached_property
 
 from quadriga.estimate.communication import Calls, calls_of
 from quadriga.estimate.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
-from quadriga.estimate.setup import Setup
+from quadriga.estimate.setup import Setup, causal_cost
 
 ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
 LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
@@ -126,7 +126,9 @@ class _Works:
         products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
         model, degrees = setup.run.spec.model, setup.degrees
         # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
-        attention = 2.0 * setup.tokens * setup.run.spec.seq_len * model.n_heads * model.head_dim / degrees.tp
+        length = setup.run.spec.seq_len
+        attention = 2.0 * setup.tokens * length * model.n_heads * model.head_dim / degrees.tp
+        attention *= causal_cost(length) if setup.device_type == "cpu" else 1.0
         light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
         touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
         unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps

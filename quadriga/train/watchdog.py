@@ -209,13 +209,14 @@ class Watchdog:
         """Leave this rank's stack and last collectives in the traces folder. Returns the stack of the late rank."""
         assert self._stack_file is not None
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
+        # Before a silent rank is ended, at which torchrun ends the others.
+        flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
         late, deadline = stall.late, time.monotonic() + STACK_BEATS * self._pause + 1
         with suppress(RuntimeError):
             if late is not None and self._rank == late.rank:
                 self._store.set("stack", self._stack_path(self._rank).read_text())
             elif late is not None and self._rank == stall.helper and late.rank in stall.silent:
                 self._store.set("stack", self._stack_of(late, deadline))
-        flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
         with suppress(RuntimeError):
             while late is not None and time.monotonic() < deadline:
                 if self._store.check(["stack"]):

@@ -37,7 +37,11 @@ def test_a_backend_that_cannot_be_had_is_refused_before_anything_starts(
 
 @pytest.mark.parametrize(
     ("backend", "served"),
-    [("gloo", "gloo"), pytest.param("", "gloo", marks=pytest.mark.slow), ("host-slots", "host-slots")],
+    [
+        ("gloo", "gloo"),
+        pytest.param("", "gloo", marks=pytest.mark.slow),
+        pytest.param("host-slots", "host-slots", marks=pytest.mark.slow),
+    ],
 )
 def test_a_backend_that_can_be_had_carries_the_run(backend: str, served: str, tmp_path: Path) -> None:
     ended = launch([*LAUNCH, *RUN, "--job.dump_folder=run"], {"COMM_BACKEND": backend, "NGPU": "2"}, cwd=tmp_path)
@@ -52,7 +56,7 @@ def test_a_backend_that_can_be_had_carries_the_run(backend: str, served: str, tm
     assert records[0]["backends"] == {"shard": served, "norms": "gloo", "host": "gloo"}
 
 
-@pytest.mark.parametrize("backend", ["nvshmem", pytest.param("nccl-symm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["nccl-symm", pytest.param("nvshmem", marks=pytest.mark.slow)])
 def test_the_ranks_refuse_it_too(backend: str, tmp_path: Path) -> None:
     """Without the launcher: the ranks ask the machine themselves, before the process group stands."""
     environ = {"COMM_BACKEND": backend, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -39,6 +39,7 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/*/events.jsonl") if '"reason": "finished"' in path.read_text())
 
 
+@pytest.mark.slow
 def test_a_bench_that_was_interrupted_goes_on(tmp_path):
     """Ctrl-C during the second of two runs: it ends at once, nothing is left behind, the first run is kept."""
     command = bench(tmp_path / "out", MODE, "--repeat", "1", "--ngpu", "1", "--steps", "17")

@@ -82,7 +82,7 @@ TINY += ["--training.seq_len=64", "--profiling.no_enable_profiling", "--metrics.
 def steps_of(metrics: Path) -> list[tuple[int, int]]:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(record["attempt"], record["step"]) for record in records]
+    return [(record["attempt"], record["step"]) for record in records if record["kind"] == "train"]
 
 
 @pytest.mark.slow

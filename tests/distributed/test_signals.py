@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, is_alive, stand_in, wait_until
+from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, finished_steps, is_alive, stand_in, wait_until
 from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
@@ -26,12 +26,6 @@ def _take_interrupts() -> None:
     """What is started from here heeds Ctrl-C, also where these tests run in the background of a shell."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def steps_of(folder: Path) -> int:
-    """Finished steps, as they are logged."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def saved_in(folder: Path) -> list[int]:
@@ -58,7 +52,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
     try:
         assert wait_until(lambda: running.has_started("quadriga.launch.agent"), 150)
         running.process.send_signal(signal.SIGUSR2)
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
+        assert wait_until(lambda: finished_steps(tmp_path) >= 3, 150)
         for pid in running.family() if everybody else [running.process.pid]:
             os.kill(pid, number)
         ended = running.end(120)
@@ -66,7 +60,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
         assert not [pid for pid in running.seen if Path(f"/proc/{pid}").exists()], "a process or a zombie is left"
     finally:
         running.kill_all()
-    step = steps_of(tmp_path)
+    step = finished_steps(tmp_path)
     assert saved_in(tmp_path)[-1] == step
     last = ended.err.rstrip().splitlines()[-1]
     assert last == (
@@ -83,15 +77,15 @@ def asked_on_the_way(folder: str) -> tuple[int, list[int]]:
     place, saved = Path(folder), []
 
     def outside() -> None:
-        wait_until(lambda: steps_of(place) >= 3, 30)
+        wait_until(lambda: finished_steps(place) >= 3, 30)
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR2)
         wait_until(lambda: len(saved_in(place)) == 1, 30)
         if os.environ["RANK"] == "0":
             (place / "SAVE").touch()
         wait_until(lambda: len(saved_in(place)) == 2 and not (place / "SAVE").exists(), 30)
-        at = steps_of(place)
-        wait_until(lambda: steps_of(place) >= at + 10, 30)  # one wish is one save
+        at = finished_steps(place)
+        wait_until(lambda: finished_steps(place) >= at + 10, 30)  # one wish is one save
         saved.extend(saved_in(place))
         if os.environ["RANK"] == "0":
             (place / "STOP").touch()
@@ -108,7 +102,7 @@ def test_files_and_a_signal_to_any_rank_save_once_and_leave(tmp_path: Path) -> N
     for code, saved in ends:
         assert code == 75
         assert len(saved) == 2
-    assert saved_in(tmp_path)[-1] == steps_of(tmp_path)
+    assert saved_in(tmp_path)[-1] == finished_steps(tmp_path)
     assert not (tmp_path / "STOP").exists()
     assert [event["name"] for event in read_events(tmp_path) if event["event"] == "signal"] == ["the file STOP"]
 
@@ -133,20 +127,20 @@ def interrupted(folder: str, times: int, arguments: tuple[str, ...]) -> int:
 
 def test_without_checkpoints_the_step_is_finished_and_nothing_saved(tmp_path: Path) -> None:
     assert run_ranks(interrupted, 2, str(tmp_path), 1, ("--checkpoint.no_enable",), backend=None) == [130, 130]
-    assert steps_of(tmp_path) == 3  # the wish is agreed on after the step that follows it
+    assert finished_steps(tmp_path) == 3  # the wish is agreed on after the step that follows it
     assert saved_in(tmp_path) == []
 
 
 def test_one_rank_leaves_after_the_very_step(tmp_path: Path) -> None:
     assert run_ranks(interrupted, 1, str(tmp_path), 1, SAVING, backend=None) == [75]
     assert saved_in(tmp_path) == [2]
-    assert steps_of(tmp_path) == 2
+    assert finished_steps(tmp_path) == 2
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="exit code 130"):
         run_ranks(interrupted, 1, str(tmp_path), 2, SAVING, backend=None)
-    assert (steps_of(tmp_path), saved_in(tmp_path)) == (1, [])
+    assert (finished_steps(tmp_path), saved_in(tmp_path)) == (1, [])
 
 
 def finishing(folder: str) -> int:
@@ -208,7 +202,7 @@ def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
     environ = stand_in(tmp_path / "hook", DEAF)
     running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)
     try:
-        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 150)
+        assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
         start = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         ended = running.end(30)
@@ -225,7 +219,7 @@ def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> 
     environ = stand_in(tmp_path / "hook", DEAF)
     running = launched(tmp_path / "run", *SAVING, **environ)
     try:
-        assert wait_until(lambda: steps_of(tmp_path / "run") == 1, 150)
+        assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
         for _ in range(2):
             running.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
@@ -241,7 +235,7 @@ def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> No
     command += [str(ROOT / "torchtitan/train.py"), *ENDLESS, *SAVING, "--job.dump_folder", str(tmp_path)]
     running = Running(command, {"GLOO_SOCKET_IFNAME": "lo"})
     try:
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
+        assert wait_until(lambda: finished_steps(tmp_path) >= 3, 150)
         rank = int((tmp_path / ".lock").read_text().split()[1])
         os.kill(rank, signal.SIGUSR1)
         ended = running.end(120)
@@ -249,7 +243,7 @@ def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> No
         running.kill_all()
     assert ended.code == 1  # torchrun's own
     assert "exitcode  : 75" in ended.err
-    step = steps_of(tmp_path)
+    step = finished_steps(tmp_path)
     assert saved_in(tmp_path)[-1] == step
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, step + 1))
 
@@ -263,11 +257,11 @@ def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
     common = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
     machines = [launched(tmp_path, *SAVING, **common, NODE_RANK=node) for node in ("0", "1")]
     try:
-        assert wait_until(lambda: steps_of(tmp_path) >= 3, 150)
+        assert wait_until(lambda: finished_steps(tmp_path) >= 3, 150)
         machines[1].process.send_signal(signal.SIGTERM)
         ends = [machine.end(60) for machine in machines]
     finally:
         for machine in machines:
             machine.kill_all()
     assert [end.code for end in ends] == [75, 75], ends[0].err + ends[1].err
-    assert saved_in(tmp_path)[-1] == steps_of(tmp_path)
+    assert saved_in(tmp_path)[-1] == finished_steps(tmp_path)

@@ -27,7 +27,9 @@ def one_rank(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), 1, *SHORT)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "FSDP 4" else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_losses_of_twenty_short_steps_agree(name, one_rank, tmp_path):
     ranks, arguments = LAYOUTS[name]
     records = train(tmp_path, ranks, *SHORT, *arguments)

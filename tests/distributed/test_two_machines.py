@@ -13,6 +13,7 @@ from quadriga.metrics.jsonl import read_metrics
 KEYS = (*TINY, "--training.steps=4", "--checkpoint.no_enable")
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one(tmp_path: Path) -> None:
     """FSDP across the machines, tensor parallelism within each."""
     with socket.socket() as probe:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import RUN_TRAIN, Running, is_alive, wait_until
+from launching import RUN_TRAIN, Running, finished_steps, is_alive, wait_until
 from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
@@ -19,11 +19,6 @@ from quadriga.processes import RECORDS, read_records
 
 TIMEOUT = 15
 STALLING = (*TINY, f"--comm.train_timeout_seconds={TIMEOUT}", "--comm.trace_buf_size=500")
-
-
-def finished_steps(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def test_a_stopped_rank_is_named_with_its_stack_and_nothing_is_left(tmp_path: Path) -> None:
@@ -94,7 +89,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["FSDP", "PP"])
+@pytest.mark.parametrize("layout", ["FSDP", pytest.param("PP", marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_path: Path) -> None:
     """It is alive: it waits for its data, the other one in a collective, or for a message of the pipeline."""
     records = tmp_path / "records"
