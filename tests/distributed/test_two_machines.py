@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import pytest
 from launching import LAUNCH, Running
 from training import DEBUG_FILE, TINY, largest_difference, train
 
