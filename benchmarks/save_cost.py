@@ -112,6 +112,8 @@ def main() -> int:
         "met": met,
     }
     name = "save_cost" if chosen.device == "cpu" else f"save_cost_{chosen.device}"
+    if chosen.tokens != parser.get_default("tokens"):
+        name += f"_{chosen.tokens}_tokens"
     save(name, figures, command=command_line(), claim=CLAIM)
     return 0 if met else 1
 

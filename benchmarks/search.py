@@ -2,7 +2,7 @@
 
     python benchmarks/search.py                        # no GPU, about a minute
 
-Claim: a search goes through 10,000 candidates in seconds: at least 1,000 a second on one core. What wins is told with
+Claim: a search goes through 10,000 candidates in less than 20 seconds, on one core. What wins is told with
 the reason that it beats the next layout; the rates are assumed ones, so this is a ranking and no promise of a speed.
 """
 
@@ -20,8 +20,8 @@ from quadriga.cli.search import as_dict, why
 from quadriga.estimate.search import search
 from quadriga.hardware import device_named
 
-CLAIM = "a search goes through at least 1,000 candidates a second"
-TARGET = 1000
+CLAIM = "a search goes through 10,000 candidates in less than 20 seconds"
+TARGET = 500  # candidates a second
 DEVICE = "h100-80gb"
 SEARCHES = {
     "8B": ("configs/llama3_8b/llama3_8b.toml", 8),
