@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,20 @@ class Mesh:
     @property
     def pp(self) -> DeviceMesh:
         return self.device_mesh["pp"]
+
+    def groups(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
+        """Every group of more than one rank that this rank is in, under its axis' name; a name may come twice.
+
+        Beside the five axes: `world`, `loss`, and `shard`, which is dp_shard and cp as one.
+        """
+        world = dist.group.WORLD
+        assert world is not None
+        named = [("world", world), ("loss", self.loss_group)]
+        named += [(axis, self.device_mesh.get_group(axis)) for axis in self.device_mesh.mesh_dim_names or ()]
+        for axis in self.fsdp.mesh_dim_names or ():
+            named.append(("shard" if axis == "dp_shard" else axis, self.fsdp.get_group(axis)))
+        named.append(("tp", self.tp.get_group()))
+        return ((axis, group) for axis, group in named if group.size() > 1)
 
     def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over `loss_group`, on every rank; `tensor` itself is left alone."""

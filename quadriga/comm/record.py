@@ -112,13 +112,7 @@ def axes_of(mesh: Mesh) -> dict[frozenset[int], str]:
 
     By ranks, since torch makes several groups of the same ranks. Of axes that hold the same ones the last name counts.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    groups = [("world", world), ("loss", mesh.loss_group)]
-    groups += [(axis, mesh.device_mesh.get_group(axis)) for axis in mesh.device_mesh.mesh_dim_names or ()]
-    for axis in mesh.fsdp.mesh_dim_names or ():
-        groups.append(("shard" if axis == "dp_shard" else axis, mesh.fsdp.get_group(axis)))
-    return {frozenset(dist.get_process_group_ranks(group)): axis for axis, group in groups if group.size() > 1}
+    return {frozenset(dist.get_process_group_ranks(group)): axis for axis, group in mesh.groups()}
 
 
 def _tensors(item: Any) -> Iterator[torch.Tensor]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from quadriga.comm import flight_recorder
 from quadriga.comm.mesh import Mesh
 
@@ -35,11 +33,4 @@ def _groups(mesh: Mesh) -> dict[str, str]:
 
     An axis that holds all ranks has the default group, as `world` does: of axes that share one the last name counts.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    groups = {"world": world, "loss": mesh.loss_group}
-    groups |= {axis: mesh.device_mesh.get_group(axis) for axis in mesh.device_mesh.mesh_dim_names or ()}
-    for axis in mesh.fsdp.mesh_dim_names or ():
-        groups["shard" if axis == "dp_shard" else axis] = mesh.fsdp.get_group(axis)
-    groups["tp"] = mesh.tp.get_group()
-    return {axis: str(group.group_name) for axis, group in groups.items() if group.size() > 1}
+    return {axis: str(group.group_name) for axis, group in mesh.groups()}

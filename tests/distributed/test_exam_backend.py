@@ -136,7 +136,7 @@ class Hasty:
 def averages() -> Pair:
     def how(pair: Pair) -> None:
         total = torch.sum
-        torch.sum = lambda slots, **how: total(slots, **how) / pair.size  # type: ignore[assignment]
+        torch.sum = lambda slots, **how: total(slots, **how) / pair.size  # for good: this rank's process ends with it
 
     return broken(how)
 

@@ -172,7 +172,7 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
         assert (facts["axis"], facts["backend"], facts["ranks"]) == ("shard", "host-slots", str(mesh.fsdp.size(-1)))
         assert facts["dtype"] == ("bfloat16" if facts["kind"] == "all_gather" else "float32")
         seen.append((facts["kind"], int(facts["bytes"])))
-    heap = sharding.all_gather._heap  # type: ignore[attr-defined]
+    heap = sharding.all_gather._heap
     sharding.close()
     return sharding.carried, seen, (heap.gather, heap.scatter)
 
