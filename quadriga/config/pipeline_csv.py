@@ -9,25 +9,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+
+from quadriga.config.pipeline_order import Action, Order
 
 _ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
 _OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
-TIME = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # of an action, in forward passes
-ALIVE = {"F": 1, "B": -1, "I": 0, "W": -1}  # passes whose activations an action makes, or lets go
 FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
-
-
-@dataclass(frozen=True)
-class Action:
-    stage: int
-    kind: str  # F: forward, B: backward, I and W: its two parts
-    micro_batch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}"
 
 
 @dataclass(frozen=True)
@@ -38,39 +27,7 @@ class Fault:
     line: int | None = None
 
 
-@dataclass(frozen=True)
-class CsvSchedule:
-    """The actions of each rank in order."""
-
-    ranks: tuple[tuple[Action, ...], ...]
-
-    @property
-    def stage_ranks(self) -> tuple[int, ...]:
-        """Which rank computes each stage; the stages are numbered without a gap."""
-        holders = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
-        return tuple(holders[stage] for stage in range(len(holders)))
-
-    @property
-    def passes_at_once(self) -> tuple[int, ...]:
-        """By rank, the most forward passes at a time whose backward pass is not finished."""
-        return tuple(max(accumulate(ALIVE[action.kind] for action in actions)) for actions in self.ranks)
-
-    @property
-    def idle_share(self) -> float:
-        """How long the ranks wait, as a share of the time that the busiest one computes; messages take no time."""
-        last, ends = len(self.stage_ranks) - 1, dict[Action, float]()
-        left, now = [list(actions) for actions in self.ranks], [0.0] * len(self.ranks)
-        while any(left):
-            for rank, actions in enumerate(left):
-                while actions and _fed(actions[0], ends.keys(), last):
-                    action = actions.pop(0)
-                    fed = max((ends[each] for each in _feeders(action, last) if each in ends), default=0.0)
-                    ends[action] = now[rank] = max(now[rank], fed) + TIME[action.kind]
-        busiest = max(sum(TIME[action.kind] for action in actions) for actions in self.ranks)
-        return max(now) / busiest - 1
-
-
-def parse(text: str, ranks: int, micro_batches: int) -> CsvSchedule | list[Fault]:
+def parse(text: str, ranks: int, micro_batches: int) -> Order | list[Fault]:
     """The schedule, or every reason why it is none for so many ranks and micro-batches."""
     rows = list(csv.reader(text.splitlines()))
     faults = [
@@ -83,7 +40,7 @@ def parse(text: str, ranks: int, micro_batches: int) -> CsvSchedule | list[Fault
         faults.insert(0, Fault(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks"))
     if faults:
         return faults
-    schedule = CsvSchedule(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
+    schedule = Order(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
     return list(_wrong_stages(schedule)) or list(_wrong_actions(schedule, micro_batches)) or schedule
 
 
@@ -95,7 +52,7 @@ def _actions(cell: str) -> list[Action] | None:
     return None if None in found else [Action(int(m[1]), m[2], int(m[3])) for m in found if m]
 
 
-def _wrong_stages(schedule: CsvSchedule) -> Iterator[Fault]:
+def _wrong_stages(schedule: Order) -> Iterator[Fault]:
     """Stages are 0, 1, 2 ... and each is computed by one rank; each rank has one."""
     holders: dict[int, int] = {}
     for line, actions in enumerate(schedule.ranks, 1):
@@ -108,7 +65,7 @@ def _wrong_stages(schedule: CsvSchedule) -> Iterator[Fault]:
         yield Fault(f"stage {min(gaps)} is computed by no line, and there are higher ones")
 
 
-def _wrong_actions(schedule: CsvSchedule, micro_batches: int) -> Iterator[Fault]:
+def _wrong_actions(schedule: Order, micro_batches: int) -> Iterator[Fault]:
     """Each stage computes each micro-batch forward once, then backward once; and the lines do not wait in a circle."""
     for line, actions in enumerate(schedule.ranks, 1):
         done: set[Action] = set()
@@ -121,8 +78,8 @@ def _wrong_actions(schedule: CsvSchedule, micro_batches: int) -> Iterator[Fault]
                 if not {Action(stage, "B", each), Action(stage, "W", each)} & done:
                     yield Fault(f"stage {stage} does not finish the backward pass of micro-batch {each}", line)
                     break
-    if stuck := _stuck(schedule):
-        waits = ", ".join(f"{action} in line {line}" for line, action in stuck)
+    if stuck := schedule.stuck:
+        waits = ", ".join(f"{action} in line {rank + 1}" for rank, action in stuck)
         yield Fault(f"the ranks wait for each other for ever: {waits}")
 
 
@@ -141,35 +98,6 @@ def _out_of_turn(action: Action, done: set[Action], micro_batches: int) -> str |
     if action.kind == "W" and not has("I"):
         return "its I does not stand before it"
     return None
-
-
-def _stuck(schedule: CsvSchedule) -> list[tuple[int, Action]]:
-    """The actions that the ranks never come past, with their lines; none where all are done in the end."""
-    done: set[Action] = set()
-    last = len(schedule.stage_ranks) - 1
-    left = [list(actions) for actions in schedule.ranks]
-    while any(left):
-        ready = [actions for actions in left if actions and _fed(actions[0], done, last)]
-        if not ready:
-            return [(line, actions[0]) for line, actions in enumerate(left, 1) if actions]
-        done.update([actions.pop(0) for actions in ready])
-    return []
-
-
-def _fed(action: Action, done: Set[Action], last: int) -> bool:
-    """Whether the neighbouring stage has computed what this action needs."""
-    feeders = _feeders(action, last)
-    return not feeders or bool(feeders & done)
-
-
-def _feeders(action: Action, last: int) -> set[Action]:
-    """The actions of the neighbouring stage of which this one needs one; none where it needs none."""
-    stage, each = action.stage, action.micro_batch
-    if action.kind == "F" and stage > 0:
-        return {Action(stage - 1, "F", each)}
-    if action.kind in "BI" and stage < last:
-        return {Action(stage + 1, "B", each), Action(stage + 1, "I", each)}
-    return set()
 
 
 def show(faults: Sequence[Fault], path: str) -> list[tuple[str, str]]:

@@ -9,9 +9,9 @@ from itertools import pairwise
 from quadriga.config import pipeline_csv
 from quadriga.config.case import Case, Clash, Verdicts, rule
 from quadriga.config.model_spec import ModelSpec
-from quadriga.config.pipeline_csv import CsvSchedule, Fault
+from quadriga.config.pipeline_csv import Fault
+from quadriga.config.pipeline_order import Order
 from quadriga.config.rules_layout import LOCAL, divisor_hint
-from quadriga.config.run_spec import OwnSchedule
 from quadriga.errors import Problem, nearest
 
 PP = "parallelism.pipeline_parallel_degree"
@@ -36,7 +36,7 @@ def stage_units(model: ModelSpec) -> tuple[str, ...]:
 def stage_ranks(case: Case) -> tuple[int, ...]:
     """Which rank of the pipeline holds each stage: dealt out in a loop, or in a V, or as the CSV file says."""
     parallelism, pp = case.config.parallelism, case.degrees.pp
-    if isinstance(custom := csv_schedule(case), CsvSchedule):
+    if isinstance(custom := csv_schedule(case), Order):
         return custom.stage_ranks
     if parallelism.pipeline_parallel_schedule in V_STYLE and pp > 1:
         return (*range(pp), *reversed(range(pp)))
@@ -48,7 +48,7 @@ def stage_count(case: Case) -> int:
     parallelism = case.config.parallelism
     if case.degrees.pp == 1:
         return 1
-    if isinstance(custom := csv_schedule(case), CsvSchedule):
+    if isinstance(custom := csv_schedule(case), Order):
         return len(custom.stage_ranks)
     if parallelism.module_fqns_per_model_part is not None:
         return len(parallelism.module_fqns_per_model_part)
@@ -58,18 +58,16 @@ def stage_count(case: Case) -> int:
     return -(-(case.model.n_layers + ends) // parallelism.pipeline_parallel_layers_per_stage)
 
 
-def csv_schedule(case: Case) -> CsvSchedule | list[Fault] | None:
+def csv_schedule(case: Case) -> Order | list[Fault] | None:
     """The schedule of the CSV file or what is wrong with it; None where there is no file, or no pipeline."""
     if case.schedule_csv is None or case.degrees.pp == 1:
         return None
     return pipeline_csv.parse(case.schedule_csv, case.degrees.pp, micro_batches(case))
 
 
-def own_schedule(case: Case) -> OwnSchedule | None:
+def own_schedule(case: Case) -> Order | None:
     custom = csv_schedule(case)
-    if not isinstance(custom, CsvSchedule):
-        return None
-    return OwnSchedule(custom.passes_at_once, custom.idle_share)
+    return custom if isinstance(custom, Order) else None
 
 
 def micro_batches(case: Case) -> int:
@@ -79,9 +77,8 @@ def micro_batches(case: Case) -> int:
 
 def splits_backward(case: Case) -> str | None:
     """The schedule, if it computes gradients of inputs and of weights apart."""
-    if isinstance(custom := csv_schedule(case), CsvSchedule):
-        split = any(action.kind == "I" for actions in custom.ranks for action in actions)
-        return "the schedule of the CSV file" if split else None
+    if isinstance(custom := csv_schedule(case), Order):
+        return "the schedule of the CSV file" if custom.splits_backward else None
     schedule = case.config.parallelism.pipeline_parallel_schedule
     return schedule if schedule in SPLIT_BACKWARD and case.degrees.pp > 1 else None
 
@@ -114,7 +111,7 @@ def layers_fill_the_stages(case: Case) -> Verdicts:
 
 @rule(PP, "model.flavor", "model.n_layers", CSV, LISTED)
 def csv_file_and_stages_fit(case: Case) -> Verdicts:
-    if not isinstance(custom := csv_schedule(case), CsvSchedule):
+    if not isinstance(custom := csv_schedule(case), Order):
         return
     stages, listed = len(custom.stage_ranks), case.config.parallelism.module_fqns_per_model_part
     if listed is not None and len(listed) != stages:
@@ -239,13 +236,3 @@ def split_backward_finds_the_weights(case: Case) -> Verdicts:
     if case.config.parallelism.fsdp_reshard_after_forward == "always" and (schedule := splits_backward(case)):
         what = f"{schedule} computes gradients of weights when parameters freed after the forward pass are gone"
         yield Clash(what, "leave fsdp_reshard_after_forward at `default`, or choose 1F1B or Interleaved1F1B")
-
-
-@rule(SCHEDULE, PP, CSV, "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
-def split_backward_recomputes_twice(case: Case) -> Verdicts:
-    """Whole blocks may be recomputed twice, once for each part of the backward pass."""
-    section = case.config.activation_checkpoint
-    per_operation = section.mode == "selective" and section.selective_ac_option == "op"
-    if per_operation and (schedule := splits_backward(case)):
-        what = f"{schedule} goes through a block twice, and the per-operation choice allows it once"
-        yield Clash(what, 'set selective_ac_option = "1" or mode = "full", or choose 1F1B or Interleaved1F1B')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quadriga.config.model_spec import ModelSpec
+from quadriga.config.pipeline_order import Order
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,6 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
-class OwnSchedule:
-    """What follows from a pipeline schedule of one's own.
-
-    `passes_at_once`: by pipeline rank, the most passes through a stage whose activations it holds at once.
-    `idle_share`: how long the ranks wait, as a share of what the busiest of them computes.
-    """
-
-    passes_at_once: tuple[int, ...]
-    idle_share: float
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """The run as it will be: every choice made, every `-1` filled in."""
 
@@ -81,7 +70,7 @@ class RunSpec:
     backend: str | None  # None: nccl where CUDA is, else gloo, decided where the run starts
     folders: Folders
     stage_ranks: tuple[int, ...] = (0,)  # which rank along the pipeline holds each stage of the model
-    own_schedule: OwnSchedule | None = None  # of the CSV file, where there is one
+    own_schedule: Order | None = None  # of the CSV file, where there is one
     notices: tuple[str, ...] = ()
 
     @property

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.operations import Cut, Kernels, Operation, Trace, Value
 
 WIDE = 4  # bytes of float32
 KEPT_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
+WEIGHTED = ("product", "norm")  # that have parameters
 REMADE_KINDS = ("cheap", "norm")  # that the compiler computes again where that saves memory
 
 
@@ -51,6 +52,11 @@ class Activations:
 
     def bytes(self, names: Iterable[str]) -> float:
         return sum(self.sizes[name] for name in names)
+
+    @cached_property
+    def weighted(self) -> float:
+        """Bytes of what the operations with weights of their own give."""
+        return self.bytes(each.gives for each in self.trace.operations if each.kind in WEIGHTED)
 
     @cache  # noqa: B019
     def kept(self, mode: str, compiled: bool, forced: frozenset[tuple[int, int]] = frozenset()) -> frozenset[str]:
@@ -88,14 +94,19 @@ class Activations:
         return frozenset(kept)
 
     @cache  # noqa: B019 - as many as `activations_of` keeps
-    def backward_peak(self, alive: frozenset[str], weight_itemsize: float) -> float:
+    def backward_peak(self, alive: frozenset[str], weight_itemsize: float, added: bool = False) -> float:
         """The most that the backward pass needs at once: of `alive`, which is freed on the way, of gradients of
         values, and of the gradients of its matrices, which take `weight_itemsize` bytes a number (0: made elsewhere).
+
+        `added`: each matrix's gradient is added to one that is there, and dropped.
         """
-        walk = _BackwardWalk(self, alive, weight_itemsize)
-        for operation in reversed(self.trace.operations):
-            walk.through(operation)
-        return walk.peak
+        return _BackwardWalk(self, alive, weight_itemsize, added).to_the_end()
+
+    @cached_property
+    def inputs_peak(self) -> float:
+        """The most that gradients of inputs alone need at once, beside what the forward pass left, all of which stays:
+        gradients of what operations with weights give stay as well."""
+        return _BackwardWalk(self, frozenset(), 0.0, added=False, keeps=True).to_the_end()
 
 
 @lru_cache(maxsize=256)
@@ -109,8 +120,16 @@ def activations_of(
 class _BackwardWalk:
     """Follows the backward pass through a trace and notes how many bytes are alive."""
 
-    def __init__(self, activations: Activations, alive: frozenset[str], weight_itemsize: float) -> None:
-        self._all, self._alive, self._weight = activations, set(alive), weight_itemsize
+    def __init__(
+        self,
+        activations: Activations,
+        alive: frozenset[str],
+        weight_itemsize: float,
+        added: bool,
+        keeps: bool = False,
+    ) -> None:
+        self._all, self._alive, self._weight, self._added = activations, set(alive), weight_itemsize, added
+        self._keeps, self._kept = keeps, 0.0
         self._gradients = {activations.trace.gives: activations.sizes[activations.trace.gives]}
         self._weights = 0.0
         self._first_use = {}
@@ -119,7 +138,12 @@ class _BackwardWalk:
         self.peak = self._now()
 
     def _now(self) -> float:
-        return self._all.bytes(self._alive) + sum(self._gradients.values()) + self._weights
+        return self._all.bytes(self._alive) + sum(self._gradients.values()) + self._weights + self._kept
+
+    def to_the_end(self) -> float:
+        for operation in reversed(self._all.trace.operations):
+            self.through(operation)
+        return self.peak
 
     def through(self, operation: Operation) -> None:
         sizes, holding = self._all.sizes, self._all.holding
@@ -134,6 +158,10 @@ class _BackwardWalk:
                 self._weights += self._weight * operation.matrix[0] * operation.matrix[1] / holding.tp
             beside = self._beside(operation)
             self.peak = max(self.peak, self._now() + given + sum(made) + beside)
+            if self._keeps and operation.kind in WEIGHTED:
+                self._kept += sizes[operation.gives]
+            if self._added:
+                self._weights = 0.0
             for name, size in zip(operation.takes, made, strict=True):
                 self._gradients[name] = max(self._gradients.get(name, 0.0), size)
         self._alive -= {name for name in operation.saves if self._first_use[name] is operation}

@@ -1,8 +1,8 @@
 """What one rank holds at each moment of a step, in bytes: what is *active*, as torch's allocator would say.
 
-A step is followed from moment to moment, with what is alive in each: the loss, the backward pass of the output layer,
-of each block and of the embedding, the reductions between, the optimizer. The greatest moment is the peak, and its
-greatest parts are what binds. `docs/estimates.md` says what is not modelled.
+A step is followed from moment to moment, with what is alive in each: every kind of pass (`passes`) under the greatest
+loads that a schedule puts beside it (`loads`), and the optimizer. The greatest moment is the peak, and its greatest
+parts are what binds. `docs/estimates.md` says what is not modelled.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
-from quadriga.estimate.activations import WIDE
-from quadriga.estimate.anatomy import Unit
+from quadriga.estimate.loads import Load
+from quadriga.estimate.passes import Beside, StagePasses
 from quadriga.estimate.setup import Setup
 
 # What the allocator takes from the device for what is active (`reserved`): fitted to published runs, docs/estimates.md.
 STATE_FACTOR, REST_FACTOR = 1.10, 1.18
 STATE = ("parameters", "optimizer state", "gradients")
-# Float32 numbers a logit that the loss makes beside those it keeps: forward pass, backward pass.
-LOSS_COPIES = {"plain": (0, 2), "parallel": (1, 3)}
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,19 @@ class Memory:
 
 def memory_of(setup: Setup, rank: int) -> Memory:
     """Of the pipeline's rank `rank`; 0 without a pipeline."""
-    return _Step(setup, rank).memory()
+    return _Rank(setup, rank).memory()
 
 
-class _Step:
+class _Rank:
     """One step of one rank."""
 
     def __init__(self, setup: Setup, rank: int) -> None:
         self.setup, self.rank = setup, rank
         self.stages = setup.stages_of(rank)
-        self.tp, self.shards = setup.degrees.tp, setup.shards
-        self.in_flight = self.at_once = setup.in_flight(rank)
-        self.before = 0.0  # gradients of earlier micro-batches
-        self.has_head = any(stage.last for stage in self.stages)
-        self.is_first = any(stage.first for stage in self.stages)
-        self.block_unit = max(self.stages, key=lambda stage: stage.blocks).block
-        self.others = tuple(unit for stage in self.stages for unit in stage.others)
-        self.modes = [mode for stage in self.stages for mode in setup.modes_of_blocks(stage.blocks)]
-        self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
-        self.held = sum(stage.held(self.tp, self.shards) for stage in self.stages)
+        self.held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in self.stages)
+        self.passes = [StagePasses(setup, stage, self._together) for stage in self.stages]
+        self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
+        self.loads = setup.loads(rank)
 
     def memory(self) -> Memory:
         parameters, moments = self.setup.parameter_bytes * self.held, 2 * self.setup.moment_bytes * self.held
@@ -111,221 +102,71 @@ class _Step:
             parameters=parameters,
             gradients=parameters,
             moments=moments,
-            activations=self.of_blocks + self.of_head,
-            activations_a_block=max(self.kept.values(), default=0.0),
-            in_flight=self.in_flight,
+            activations=max(self._left(load) for load in self.loads),
+            activations_a_block=max(size for each in self.passes for size in (0.0, *each.kept.values())),
+            in_flight=max(sum(load.passes) for load in self.loads),
             host=2 * parameters + moments if self.setup.offload else 0.0,
-            timeline=tuple(self.timeline()),
+            timeline=tuple(self._timeline()),
         )
 
-    # --- what is alive for longer ------------------------------------------------------------------------------------
+    @cached_property
+    def _together(self) -> float | None:
+        """Parameters that are gathered at once in a pipeline which does not reshard: torch's keeps three stages so."""
+        setup = self.setup
+        if setup.degrees.pp == 1 or setup.reshards:
+            return None
+        return sum(count * setup.gathered(unit) for stage in self.stages for unit, count in stage.units())
 
     @cached_property
-    def static(self) -> dict[str, float]:
+    def _static(self) -> dict[str, float]:
         setup = self.setup
         state = {
             "parameters": setup.parameter_bytes * self.held,
             "optimizer state": 2 * setup.moment_bytes * self.held,
         }
-        return {**({} if setup.offload else state), "tables and messages": setup.table_bytes + self.messages}
+        return {**({} if setup.offload else state), "tables and messages": setup.table_bytes + self._messages}
 
-    @cached_property
-    def messages(self) -> float:
+    @property
+    def _messages(self) -> float:
         """Buffers of a pipeline for what comes in: hidden states from before, gradients from behind."""
         if self.setup.degrees.pp == 1:
             return 0.0
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
         return neighbours * self.setup.micro_batches_a_call * self.setup.block.sizes["x"]
 
-    @cached_property
-    def in_one_pass(self) -> float:
-        """Activations of this rank's blocks, of one micro-batch through all of its stages."""
-        return sum(self.kept[mode] for mode in self.modes)
-
-    @property
-    def of_blocks(self) -> float:
-        return self.in_one_pass * self.at_once / len(self.stages)
-
-    @cached_property
-    def kept_of_head(self) -> float:
-        """Of the last norm and the output layer. A loss in pieces keeps gradients in the place of the layer's input."""
-        head = self.setup.head
-        if not self.has_head:
-            return 0.0
-        if self.setup.loss_pieces == 1:
-            return head.bytes(head.everything)
-        return head.bytes(head.everything - {self.head_input}) + self._of_pieces
-
-    @property
-    def head_input(self) -> str:
-        return self.setup.head.trace.operations[-1].takes[0]
-
-    @property
-    def _output_matrix(self) -> int:
-        """Numbers of the output matrix on this rank."""
-        matrix = self.setup.head.trace.operations[-1].matrix
-        assert matrix is not None
-        return matrix[0] * matrix[1] // self.tp
-
-    @property
-    def _of_pieces(self) -> float:
-        """Gradients that a loss in pieces has made: of the hidden states and of the output matrix."""
-        return self.setup.head.sizes[self.head_input] + self._output_matrix * self.setup.itemsize
-
-    @property
-    def of_head(self) -> float:
-        """And the logarithms of the probabilities, of all tokens."""
-        whole = self.has_head and self.setup.loss_pieces == 1
-        return self.kept_of_head + (self.setup.logits * WIDE if whole else 0.0)
-
-    def gathered(self, blocks: int, ends: tuple[Unit, ...]) -> float:
-        """Parameters that are together while `blocks` are still to go backward, and before those of `ends` did.
-
-        With resharding: of the block that is at work and of the one before it, which is fetched ahead, where there are
-        ranks to fetch it from. A pipeline keeps everything together to its last micro-batch.
-        """
-        setup, one = self.setup, self.setup.gathered(self.block_unit)
-        if setup.reshards:
-            ahead = 1 if setup.shards > 1 and blocks > 1 else 0
-            kept = sum(setup.gathered(unit) for unit in ends if not unit.reshard)
-            return kept + one * (min(blocks, 1) + ahead)
-        if setup.degrees.pp > 1:
-            return len(self.modes) * one + sum(map(setup.gathered, self.others))
-        return blocks * one + sum(map(setup.gathered, ends))
-
-    # --- gradients of parameters -------------------------------------------------------------------------------------
-
-    def _made(self, unit: Unit) -> float:
-        """Before they are reduced: whole, in the computing dtype. Where nothing is wrapped they are final."""
-        return self.setup.itemsize * unit.whole(self.tp) if self.setup.is_wrapped else 0.0
-
-    def _final(self, unit: Unit) -> float:
-        """What is left of them on the device until the update."""
-        if self.setup.keeps_gradients_whole:
-            return self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
-        return 0.0 if self.setup.offload else self.setup.parameter_bytes * unit.held(self.tp, self.shards)
-
-    def _sent(self, unit: Unit) -> float:
-        """The buffer of the reduction."""
-        whole = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
-        return whole if self.setup.is_wrapped and not self.setup.keeps_gradients_whole else 0.0
-
-    @cached_property
-    def all_final(self) -> float:
-        return len(self.modes) * self._final(self.block_unit) + sum(map(self._final, self.others))
-
-    # --- moments -----------------------------------------------------------------------------------------------------
-
-    def timeline(self) -> Iterator[Moment]:
-        """The first micro-batch that goes backward finds no gradients; a later one finds all, and where they are few
-        one micro-batch less beside it."""
-        yield from self._passes()
-        if self.setup.micro_batches > 1:
-            self.before = self.all_final
-            self.at_once -= self.setup.micro_batches * len(self.stages) <= self.in_flight
-            yield from self._passes()
-            self.before, self.at_once = 0.0, self.in_flight
-        yield self._moment("optimizer", gradients=self.all_final, temporaries=self._update)
-
-    def _passes(self) -> Iterator[Moment]:
-        if self.has_head:
-            yield from self._loss()
-        yield from self._blocks()
-        yield from self._embedding()
-
-    def _moment(self, name: str, **parts: float) -> Moment:
-        if self.setup.keeps_gradients_whole and "gradients" in parts:
-            parts["whole_gradients"] = parts.pop("gradients")
-        named = {kind.replace("_", " "): size for kind, size in parts.items() if size}
-        return Moment(name, {**self.static, **named})
-
-    def _loss(self) -> Iterator[Moment]:
-        setup, head = self.setup, self.setup.head
-        forward, backward = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
-        in_compute = setup.itemsize + (WIDE if setup.itemsize < WIDE else 0)  # as they are made, and widened
-        together = self.gathered(0 if setup.reshards else len(self.modes), self.others)
-        alive = {"gathered_parameters": together, "gradients": self.before}
-        at_once = setup.logits / setup.loss_pieces
-        in_pieces = setup.loss_pieces > 1
-        # The input of the output layer is still there, and the sum of the matrix's gradients over pieces is float32.
-        beside = head.sizes[self.head_input] + self._output_matrix * (WIDE - setup.itemsize) if in_pieces else 0.0
-        kept = self.of_blocks + self.kept_of_head + beside
-        for name, size in (("loss", in_compute + WIDE * (1 + forward)), ("loss, backward", WIDE * (1 + backward))):
-            yield self._moment(name, **alive, activations=kept, logits_and_loss=at_once * size)
-        made = sum(self._made(unit) or (0.0 if self.before else self._final(unit)) for unit in self._head_units)
-        if in_pieces:
-            piece = at_once * setup.itemsize + self._output_matrix * setup.itemsize
-            yield self._moment("loss, a piece's weights", **alive, activations=kept, logits_and_loss=piece)
-            alive["gradients"] = self.before + made
-            yield self._moment("output layer, backward", **alive, activations=kept - beside + self._of_pieces)
-            return
-        walk = head.backward_peak(head.everything, 0.0) - head.sizes[head.trace.gives]
-        alive["gradients"] = self.before + made
-        logits = setup.logits * setup.itemsize
-        yield self._moment("output layer, backward", **alive, activations=self.of_blocks + walk, logits_and_loss=logits)
-
-    @property
-    def _head_units(self) -> tuple[Unit, ...]:
-        return self.stages[-1].others[-1:] if self.has_head else ()
-
-    @property
-    def _ties(self) -> bool:
-        """Whether one unit stands at both ends: together, and its gradients unsent, until all blocks are through."""
-        return self.is_first and self.has_head and len(self.others) == 1
-
-    @property
-    def _first_units(self) -> tuple[Unit, ...]:
-        if self._ties:
-            return self.others
-        return tuple(unit for unit in self.others if unit not in self._head_units)
-
-    def _blocks(self) -> Iterator[Moment]:
-        setup, block = self.setup, self.setup.block
-        elsewhere = self.of_blocks - self.in_one_pass / len(self.stages)
-        done = self.before or sum(map(self._made if self._ties else self._final, self._head_units))
-        if self._ties and self.before:
-            done += sum(map(self._made, self._head_units))
-        gone = list(accumulate(self.kept[mode] for mode in reversed(self.modes)))
-        weights = setup.itemsize if setup.is_wrapped or not self.before else 0.0
-        walk = block.backward_peak(block.everything | {"x"}, weights)
-        final, count = 0.0 if self.before else self._final(self.block_unit), len(self.modes)
-        sent = self._sent(self.block_unit)
-        ends = sorted({0, 1, count - 2, count - 1} & set(range(count)))
-        for number in ends if len(self.kept) == 1 else range(count):  # alike ones lie between
-            kept = (self.in_one_pass - gone[number]) / len(self.stages)
-            alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
-            waiting = sent if number or self._ties else sum(map(self._sent, self._head_units))
-            yield self._moment(
-                f"block {count - 1 - number}, backward",
-                **alive,
-                gradients=done + number * final,
-                reduction=waiting,
-                activations=elsewhere + kept + walk,
-            )
-            yield self._moment(
-                f"block {count - 1 - number}, reduction",
-                **alive,
-                gradients=done + (number + 1) * final + self._made(self.block_unit),
-                reduction=sent,
-                activations=elsewhere + kept + block.sizes["x"],
-            )
-
-    def _embedding(self) -> Iterator[Moment]:
-        embedding = self.others[0] if self.is_first and self.others else None
-        if embedding is None:
-            return
-        made = self._made(embedding) if not self.before or self.setup.is_wrapped else 0.0
-        done = self.before or self.all_final - self._final(embedding)
-        final = self._final(embedding) if not made or not self.before else 0.0
-        yield self._moment(
-            "embedding, backward",
-            gradients=done + made + final,
-            reduction=max(self._sent(self.block_unit), self._sent(embedding)),
-            activations=self.setup.block.sizes["x"],
+    def _left(self, load: Load) -> float:
+        """Activations of all passes, the one at work among them."""
+        return sum(
+            passes * each.left + halves * each.left_by_inputs + fed * each.x
+            for each, passes, halves, fed in zip(self.passes, load.passes, load.halves, load.fed, strict=True)
         )
+
+    def _timeline(self) -> Iterator[Moment]:
+        for load in self.loads:
+            place = self.place[load.stage]
+            gradients = sum(
+                each.final
+                for number, (each, begun) in enumerate(zip(self.passes, load.begun, strict=True))
+                if begun and number != place
+            )
+            at_work = self.passes[place]
+            beside = Beside(self._left(load) - at_work.left, gradients, load.begun[place])
+            for name, parts in at_work.moments(load.kind, beside):
+                yield self._moment(name, parts)
+        final = sum(each.final for each in self.passes)
+        yield self._moment("optimizer", {"gradients": final, "temporaries": self._update})
+
+    def _moment(self, name: str, parts: dict[str, float]) -> Moment:
+        if self.setup.keeps_gradients_whole:
+            parts = {"whole_gradients" if kind == "gradients" else kind: size for kind, size in parts.items()}
+        named = {kind.replace("_", " "): size for kind, size in parts.items() if size}
+        return Moment(name, {**self._static, **named})
 
     @property
     def _update(self) -> float:
         """What the optimizer makes and drops."""
-        largest = max(unit.largest(self.tp, self.shards) for stage in self.stages for unit, _ in stage.units())
-        return 0.0 if self.setup.offload else self.setup.update_bytes(self.held, largest)
+        setup = self.setup
+        largest = max(
+            unit.largest(setup.degrees.tp, setup.shards) for stage in self.stages for unit, _ in stage.units()
+        )
+        return 0.0 if setup.offload else setup.update_bytes(self.held, largest)

@@ -1,34 +1,152 @@
-"""How many micro-batches a pipeline rank holds at once, and how long it idles, by schedule. Pure arithmetic.
+"""The orders in which torch's pipeline schedules run their passes. Pure arithmetic; a test holds them equal to torch's.
 
-| schedule                 | passes whose activations one rank holds           | idle share of the ideal |
-|--------------------------|---------------------------------------------------|-------------------------|
-| GPipe, LoopedBFS         | all: m a stage                                    | (p - 1) / (v m)         |
-| 1F1B                     | min(m, p - rank)                                  | (p - 1) / m             |
-| Interleaved1F1B          | (v - 1) p + 2 (p - 1 - rank) + 1, at most v m     | (p - 1) / (v m)         |
-| InterleavedZeroBubble    | the same                                          | about a third of that   |
-| ZBVZeroBubble, DualPipeV | at most 2 p passes through half as long stages    | about a third of that   |
-
-(p ranks, v stages a rank, m micro-batches. arXiv 1811.06965, 2104.04473, 2401.10241.)
+GPipe (arXiv 1811.06965), 1F1B and interleaved (2104.04473), zero bubble, interleaved and in a V (2401.10241), DualPipe
+in a V (2412.19437).
 """
 
 from __future__ import annotations
 
-ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+from collections import Counter
+from functools import lru_cache
+
+from quadriga.config.pipeline_order import Action, Order
 
 
-def in_flight(schedule: str, rank: int, ranks: int, stages_a_rank: int, micro_batches: int) -> int:
-    """Passes through one of its stages whose activations rank `rank` of the pipeline holds at most at once."""
-    most = stages_a_rank * micro_batches
-    if schedule == "1F1B":
-        return min(micro_batches, ranks - rank)
-    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        return min(most, (stages_a_rank - 1) * ranks + 2 * (ranks - 1 - rank) + 1)
-    if schedule in ("ZBVZeroBubble", "DualPipeV"):
-        return min(most, 2 * ranks)
-    return most
+@lru_cache(maxsize=1024)
+def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) -> Order:
+    """The order of a schedule of torch's, by its name in the configuration."""
+    deal = {
+        "GPipe": _all_forward_first,
+        "LoopedBFS": _all_forward_first,
+        "1F1B": _one_forward_one_backward,
+        "Interleaved1F1B": _interleaved,
+        "InterleavedZeroBubble": _interleaved,
+        "ZBVZeroBubble": _v_with_zero_bubble,
+        "DualPipeV": _dual_pipe,
+    }[schedule]
+    split = schedule == "InterleavedZeroBubble"
+    rows = [_Row(rank, ranks, stages_a_rank, micro_batches, split) for rank in range(ranks)]
+    for row in rows:
+        deal(row)
+    return Order(tuple(tuple(row.actions) for row in rows))
 
 
-def bubble(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) -> float:
-    """Idle time of a rank as a share of the time that it computes."""
-    share = (ranks - 1) / (stages_a_rank * micro_batches)
-    return share / 3 if schedule in ZERO_BUBBLE else share
+class _Row:
+    """What one rank does. Each stage takes its micro-batches in turn, so that stage and kind say which is next."""
+
+    def __init__(self, rank: int, ranks: int, stages: int, micro_batches: int, split: bool) -> None:
+        self.rank, self.ranks, self.stages, self.micro_batches, self.split = rank, ranks, stages, micro_batches, split
+        self.after = ranks - 1 - rank
+        self.first, self.second = rank, 2 * ranks - 1 - rank  # in a V
+        self.actions: list[Action] = []
+        self.owed: list[Action] = []  # gradients of weights, where those of inputs are there
+        self._done: Counter[tuple[int, str]] = Counter()
+
+    def do(self, stage: int, *kinds: str) -> None:
+        """The next micro-batch of a stage. A schedule may count more of them than there are."""
+        for kind in kinds:
+            each = self._done[stage, kind]
+            self._done[stage, kind] += 1
+            if each < self.micro_batches:
+                self.actions.append(Action(stage, kind, each))
+            if kind == "B":  # both parts at once
+                self._done[stage, "I"] += 1
+                self._done[stage, "W"] += 1
+            elif kind == "I":
+                self._done[stage, "B"] += 1
+                self.owed.append(Action(stage, "W", each))
+
+    def pay(self, most: int = 1) -> None:
+        """Gradients of weights that are owed, the oldest first."""
+        paid, self.owed = self.owed[:most], self.owed[most:]
+        for action in paid:
+            self.do(action.stage, "W")
+
+
+def _all_forward_first(row: _Row) -> None:
+    stages = range(row.rank, row.ranks * row.stages, row.ranks)
+    for stage in stages:
+        row.do(stage, *"F" * row.micro_batches)
+    for stage in reversed(stages):
+        turns = range(row.micro_batches)
+        # torch's breadth-first schedule goes back from the last micro-batch, its GPipe from the first.
+        row.actions += [Action(stage, "B", each) for each in (reversed(turns) if row.stages > 1 else turns)]
+
+
+def _one_forward_one_backward(row: _Row) -> None:
+    ahead = min(row.micro_batches, row.ranks - row.rank)
+    row.do(row.rank, *"F" * ahead, *"BF" * (row.micro_batches - ahead), *"B" * ahead)
+
+
+def _interleaved(row: _Row) -> None:
+    """Rounds of about as many micro-batches as ranks through each stage in turn. With the backward pass in two parts
+    gradients of weights wait, one step of the pipeline for each rank before this one."""
+    a_round = row.micro_batches // max(1, row.micro_batches // row.ranks)
+    passes = row.stages * row.micro_batches
+    ahead = min((row.stages - 1) * a_round + (1 if row.split else 2) * row.after, passes)
+
+    def stage(step: int) -> int:
+        return step // a_round % row.stages * row.ranks + row.rank
+
+    for step in range(passes + ahead):
+        if step < passes:
+            row.do(stage(step), "F")
+        if step >= ahead:
+            back = row.stages - 1 - (step - ahead) // a_round % row.stages
+            row.do(back * row.ranks + row.rank, "I" if row.split else "B")
+            if row.split and step - ahead >= row.rank:
+                row.pay()
+    row.pay(len(row.owed))
+
+
+def _v_with_zero_bubble(row: _Row) -> None:
+    first, second = row.first, row.second
+    counted = max(2 * row.ranks - 1, row.micro_batches)  # with fewer, some actions fall out
+    row.do(first, *"F" * (2 * row.after + 1))
+    for _ in range(row.rank):
+        row.do(second, "F")
+        row.do(first, "F")
+    for _ in range(row.after + 1):
+        row.do(second, "F", "I", "W")
+    forward = 2 * row.after + 1 + row.rank
+    for turn in range(counted - row.rank - row.after - 1):
+        if forward + turn < counted:
+            row.do(first, "F")
+        row.do(first, "I", "W")
+        row.do(second, "F", "I", "W")
+    for _ in range(row.rank):
+        row.do(first, "I")
+        row.do(second, "I")
+    for _ in range(row.after + 1):
+        row.do(first, "I", "W")
+    row.do(second, *"W" * row.rank)
+    row.do(first, *"W" * row.rank)
+
+
+def _dual_pipe(row: _Row) -> None:
+    """Two halves of each rank face each other: forward passes of one run beside backward passes of the other."""
+    first, second, odd = row.first, row.second, row.rank % 2
+    row.do(first, *"F" * (2 * row.after))
+    for _ in range(row.rank + 1):
+        row.do(first, "F")
+        row.do(second, "F")
+    for _ in range(row.after):
+        row.do(second, "I")
+        row.pay()
+        row.do(second, "F")
+    for _ in range(row.micro_batches - 2 * row.ranks + row.rank + 1):
+        row.do(first, "F")
+        row.do(second, "B", "F")
+        row.do(first, "B")
+    for _ in range(row.after):
+        row.do(second, "B", "F")
+        row.do(first, "B")
+    half = (row.rank + 1) // 2  # from there on in two parts, the weights' part of which fills what follows
+    for turn in range(row.rank + 1):
+        row.do(second, "I" if turn > half - (odd == 1) else "B")
+        row.do(first, "I" if turn >= half else "B")
+    in_parts = bool(row.owed)
+    for _ in range(row.after):
+        row.pay()
+        row.do(first, "I" if in_parts else "B")
+    row.pay(len(row.owed))

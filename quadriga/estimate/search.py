@@ -100,10 +100,7 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[Vari
         fixed["training__global_batch_size"] = global_batch
         for rows in _powers(global_batch // batch):
             for pipeline in _pipelines(run, degrees["pp"], rows):
-                split = pipeline.get("pipeline_parallel_schedule") in SPLIT_BACKWARD
                 for recompute, reshard in product(RECOMPUTE, RESHARD if sharded else RESHARD[:1]):
-                    if split and recompute["mode"] == "selective":
-                        continue  # such a schedule goes through a block twice, and that choice allows it once
                     chosen = {f"parallelism__{key}": value for key, value in pipeline.items()}
                     chosen |= {f"activation_checkpoint__{key}": value for key, value in recompute.items()}
                     chosen["parallelism__fsdp_reshard_after_forward"] = reshard

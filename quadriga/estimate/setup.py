@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quadriga.config import Run
-from quadriga.config.rules_pipeline import SPLIT_BACKWARD
+from quadriga.config.pipeline_order import Order
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.estimate.activations import Activations, Holding, activations_of
 from quadriga.estimate.anatomy import Stage, Unit, even_split, stages
-from quadriga.estimate.schedule import bubble, in_flight
+from quadriga.estimate.loads import Load, loads_of
+from quadriga.estimate.schedule import order_of
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
@@ -217,8 +218,11 @@ class Setup:
 
     def stages_of(self, number: int) -> tuple[Stage, ...]:
         """Those of the pipeline's rank `number`."""
-        everything = self.stages
-        return tuple(everything[stage] for stage, rank in enumerate(self.run.spec.stage_ranks) if rank == number)
+        return tuple(self.stages[stage] for stage in self.stage_numbers(number))
+
+    def stage_numbers(self, number: int) -> tuple[int, ...]:
+        """Which stages the pipeline's rank `number` holds."""
+        return tuple(stage for stage, rank in enumerate(self.run.spec.stage_ranks) if rank == number)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -240,28 +244,23 @@ class Setup:
         ahead = sum(stage + 1 < len(ranks) and ranks[stage + 1] != number for stage in own)
         return ahead, sum(stage > 0 and ranks[stage - 1] != number for stage in own)
 
-    def in_flight(self, number: int) -> int:
-        """Micro-batches whose activations one pipeline rank holds at once, counted in passes through a stage."""
-        if self.degrees.pp == 1:
-            return 1
-        if self.run.spec.own_schedule is not None:
-            return self.run.spec.own_schedule.passes_at_once[number]
-        schedule = self.run.config.parallelism.pipeline_parallel_schedule
-        per_rank = len(self.run.spec.stage_ranks) // self.degrees.pp
-        return in_flight(schedule, number, self.degrees.pp, per_rank, self.micro_batches_a_call)
-
     @cached_property
-    def splits_backward(self) -> bool:
-        """Whether a pipeline computes gradients of inputs and of weights apart."""
-        return self.degrees.pp > 1 and self.run.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+    def order(self) -> Order:
+        """What the ranks of the pipeline do in one pass of local_batch_size rows; without one, forward and backward."""
+        spec, pp = self.run.spec, self.degrees.pp
+        order = spec.own_schedule
+        if order is None:
+            schedule = self.run.config.parallelism.pipeline_parallel_schedule if pp > 1 else "1F1B"
+            order = order_of(schedule, pp, len(spec.stage_ranks) // pp, self.micro_batches_a_call)
+        # As `parallel.pipeline_parallel` has it: who recomputes makes both parts of a backward pass at once.
+        return order.in_one_part if self.recompute.recomputes else order
 
-    @cached_property
-    def idle_share(self) -> float:
-        """How long a pipeline rank waits for others, as a share of its own work."""
-        spec, schedule = self.run.spec, self.run.config.parallelism.pipeline_parallel_schedule
-        if spec.own_schedule is not None:
-            return spec.own_schedule.idle_share
-        return bubble(schedule, self.degrees.pp, len(spec.stage_ranks) // self.degrees.pp, self.micro_batches_a_call)
+    def loads(self, rank: int) -> tuple[Load, ...]:
+        """What lies beside the passes of the pipeline's rank `rank`."""
+        first = loads_of(self.order, rank)
+        if self.run.spec.accumulation_steps == 1:
+            return first
+        return (*first, *(replace(load, begun=(True,) * len(load.begun)) for load in first))
 
     def gathered(self, unit: Unit) -> float:
         """Bytes of a unit's parameters put together in the computing dtype."""

@@ -38,6 +38,10 @@ class Work:
     def times(self, factor: float) -> Work:
         return Work(*(factor * getattr(self, each.name) for each in fields(self)))
 
+    def seconds(self, rates: Rates) -> float:
+        """On a processor that is never kept waiting."""
+        return self.products / rates.products + self.attention / rates.attention + self.memory / rates.memory
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -65,8 +69,15 @@ class StepTime:
 def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
     """Of the pipeline rank that takes longest."""
     works = _Works(setup)
-    times = (_of_rank(works, rank, rates, gpus_per_node) for rank in range(setup.degrees.pp))
+    idle = _idle_shares(works, rates) if setup.degrees.pp > 1 else (0.0,)
+    times = (_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
     return max(times, key=lambda time: time.total)
+
+
+def _idle_shares(works: _Works, rates: Rates) -> tuple[float, ...]:
+    order = works.setup.order
+    passes = {what for counts in order.counts for what in counts}
+    return order.idle_shares({what: works.of_pass(*what).seconds(rates) for what in passes})
 
 
 def work_of(setup: Setup, rank: int) -> Work:
@@ -84,40 +95,46 @@ class _Works:
     """What the parts of a model do for one micro-batch, each worked out once for all ranks."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self._blocks = setup, dict[str, Work]()
+        self.setup, self._blocks, self._passes = setup, dict[tuple[str, str], Work](), dict[tuple[int, str], Work]()
 
     def of_rank(self, rank: int) -> Work:
         """Of all passes of one step, without the update."""
-        stages = self.setup.stages_of(rank)
-        modes = Counter(mode for stage in stages for mode in self.setup.modes_of_blocks(stage.blocks))
-        work = self.head if any(stage.last for stage in stages) else Work()
-        for mode, number in modes.items():
-            work += self.block(mode).times(number)
-        return work.times(self.setup.micro_batches)
+        work = Work()
+        for (stage, kind), number in self.setup.order.counts[rank].items():
+            work += self.of_pass(stage, kind).times(number)
+        return work.times(self.setup.run.spec.accumulation_steps)
 
-    def block(self, mode: str) -> Work:
-        """Forward, backward and what is computed again."""
-        if mode not in self._blocks:
-            self._blocks[mode] = self._block(mode)
-        return self._blocks[mode]
+    def of_pass(self, number: int, kind: str) -> Work:
+        """One pass of a micro-batch through a stage: F forward, B backward, I and W its two parts, of which the first
+        stage, whose input needs no gradients, does the second alone."""
+        stage = self.setup.stages[number]
+        if stage.first and kind in "IW":
+            return self.of_pass(number, "B") if kind == "W" else Work()
+        if (number, kind) not in self._passes:
+            work = self.head[kind] if stage.last else Work()
+            for mode, count in Counter(self.setup.modes_of_blocks(stage.blocks)).items():
+                work += self.block(mode, kind).times(count)
+            self._passes[number, kind] = work
+        return self._passes[number, kind]
 
-    def _block(self, mode: str) -> Work:
+    def block(self, mode: str, kind: str) -> Work:
+        """What is computed again is part of each backward pass, or part of one."""
+        if (mode, kind) not in self._blocks:
+            again = Work() if kind == "F" else self._again(mode)
+            self._blocks[mode, kind] = _share(self.forward, kind, ATTENTION_BACKWARD) + again
+        return self._blocks[mode, kind]
+
+    def _again(self, mode: str) -> Work:
         setup, forward = self.setup, self.forward
-        backward = Work(
-            2 * forward.products, ATTENTION_BACKWARD * forward.attention, 2 * forward.memory, 2 * forward.operations
-        )
-        if mode == "full":
-            # A backward pass in two parts goes through a block twice, and makes its activations again each time.
-            return forward + backward + forward.times(2 if setup.splits_backward else 1)
         if mode == "op":
             kept = setup.kept("op")
-            again = sum(
+            products = sum(
                 _product_flops(setup, each.matrix)
                 for each in setup.block.trace.operations
                 if each.matrix is not None and each.gives not in kept
             )
-            return forward + backward + Work(again, 0.0, forward.memory, forward.operations)
-        return forward + backward
+            return Work(products, 0.0, forward.memory, forward.operations)
+        return forward if mode == "full" else Work()
 
     @cached_property
     def forward(self) -> Work:
@@ -136,13 +153,28 @@ class _Works:
         return Work(products, attention, touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5)
 
     @cached_property
-    def head(self) -> Work:
-        """The output layer and the loss, forward and backward."""
+    def head(self) -> dict[str, Work]:
+        """The output layer and the loss, by kind of pass."""
         setup, model = self.setup, self.setup.run.spec.model
-        products = 3 * _product_flops(setup, (model.dim, model.vocab_size))
         compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
         trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
-        return Work(products=products, memory=4.0 * trips * setup.logits, operations=30)
+        forward = Work(
+            products=_product_flops(setup, (model.dim, model.vocab_size)),
+            memory=4.0 * trips / 3 * setup.logits,
+            operations=10,
+        )
+        return {kind: _share(forward, kind, 0.0) for kind in "FBIW"}
+
+
+def _share(forward: Work, kind: str, attention: float) -> Work:
+    """What a kind of pass does where the forward pass does so much. A backward pass makes two products of each:
+    gradients of what came in, and of weights. `attention`: its backward pass, in forward passes."""
+    return {
+        "F": forward,
+        "B": Work(2 * forward.products, attention * forward.attention, 2 * forward.memory, 2 * forward.operations),
+        "I": Work(forward.products, attention * forward.attention, 2 * forward.memory, 1.5 * forward.operations),
+        "W": Work(forward.products, 0.0, 0.0, 0.5 * forward.operations),
+    }[kind]
 
 
 def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
@@ -167,7 +199,8 @@ def strides(setup: Setup) -> dict[str, int]:
     return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
 
 
-def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int) -> StepTime:
+def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
+    """`idle_share`: how long the rank waits for other ranks of the pipeline, as a share of its own work."""
     setup = works.setup
     work, update = works.of_rank(rank), update_of(setup, rank)
     apart = strides(setup)
@@ -183,9 +216,7 @@ def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int) -> Step
     compute = products + attention + memory
     shown, hidden = _shown(setup, timed, compute)
     host = max(work.operations * rates.operation - compute, 0.0) + rates.step
-    idle = 0.0
-    if setup.degrees.pp > 1:
-        idle = (compute + shown) * setup.idle_share
+    idle = (compute + shown) * idle_share
     return StepTime(
         products=products,
         attention=attention,

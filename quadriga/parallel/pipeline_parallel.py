@@ -92,6 +92,9 @@ class Pipeline:
         mesh: the one-dimensional mesh of the pipeline's ranks.
         micro_batches: into how many the rows of one call are cut, along the first dimension.
         loss: maps (logits, labels) of one micro-batch to its part of the loss; the parts add up.
+        recomputes: blocks compute their activations again. Schedules that split the backward pass then run both parts
+            at once: torch makes gradients of weights parameter by parameter, and a block would be computed, and kept,
+            anew for each of them.
     """
 
     def __init__(
@@ -105,11 +108,13 @@ class Pipeline:
         micro_batches: int,
         parallelism: Parallelism,
         loss: Loss,
+        recomputes: bool,
     ) -> None:
         self._parts = dict(parts)
         self._stage_ranks = tuple(stage_ranks)
         self._mesh, self._device, self._wires = mesh, device, wires
         self._micro_batches, self._parallelism, self._loss = micro_batches, parallelism, loss
+        self._weights_later = _nothing_is_left if recomputes else None
         self._is_first, self._is_last = 0 in parts, len(stage_ranks) - 1 in parts
         self._call = _Call()
 
@@ -181,7 +186,13 @@ class Pipeline:
     def _stages(self) -> list[_Stage]:
         """Fresh ones for each schedule, over the same modules: they hold the buffers of its messages."""
         return [
-            _Stage(part, index, len(self._stage_ranks), self._device, self._mesh, self._wires, self._call)
+            _Stage(
+                *(part, index, len(self._stage_ranks), self._device),
+                mesh=self._mesh,
+                wires=self._wires,
+                call=self._call,
+                weights_later=self._weights_later,
+            )
             for index, part in self._parts.items()
         ]
 
@@ -224,9 +235,11 @@ class _Stage(PipelineStage):
         index: int,
         count: int,
         device: torch.device,
+        *,
         mesh: DeviceMesh,
         wires: Wires,
         call: _Call,
+        weights_later: Callable[[], Callable[[], None]] | None,
     ) -> None:
         super().__init__(
             part,
@@ -236,6 +249,7 @@ class _Stage(PipelineStage):
             input_args=wires.tokens() if index == 0 else wires.hidden_states(),
             output_args=wires.hidden_states(),  # the last stage's output goes nowhere, so its shape does not matter
             group=mesh.get_group(),
+            dw_builder=weights_later,
         )
         self.call = call
 
@@ -285,6 +299,11 @@ class _Stage(PipelineStage):
         """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
         if not self.is_last:
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]  # torch 2.13 has it no more, nor calls it
+
+
+def _nothing_is_left() -> Callable[[], None]:
+    """What the second part of a backward pass does where the first one did everything."""
+    return lambda: None
 
 
 class _Yes:

@@ -294,6 +294,7 @@ def build_pass(
         micro_batches=rows // micro_batch,
         parallelism=parallelism,
         loss=loss,
+        recomputes=run.config.activation_checkpoint.recomputes,
     )
     return PipelinePass(pipeline, context, share)
 

@@ -34,6 +34,7 @@ HSDP = (f"{KEY}data_parallel_replicate_degree=2", f"{KEY}data_parallel_shard_deg
 ALWAYS = (f"{KEY}fsdp_reshard_after_forward=always",)
 BF16 = ("--training.mixed_precision_param=bfloat16",)
 FULL = ("--activation_checkpoint.mode=full",)
+PER_OPERATION = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")
 FIVE = ("--model.n_layers=5",)
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
 LAYERS = '"layers.0", "layers.1", "layers.2"'
@@ -120,6 +121,7 @@ def test_other_stages_and_micro_batches(plain: Trace) -> None:
         (*pipeline(2, "Interleaved1F1B"), f"{KEY}module_fqns_per_model_part={four}"),
         (*pipeline(2), f"{KEY}pipeline_parallel_microbatch_size=2"),
         (*pipeline(2, "ZBVZeroBubble"), *FULL),
+        (*pipeline(2, "InterleavedZeroBubble"), *PER_OPERATION),
     ]
     for traces in by_case(2, cases):
         assert_same_training(traces, plain)

@@ -39,6 +39,11 @@ class ActivationCheckpoint(Section):
     debug: bool = False
     """Keep records with which PyTorch explains a failed recomputation."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a block's forward pass is done again; the compiler's way with `memory_budget` is another."""
+        return self.mode in ("selective", "full")
+
 
 class Compile(Section):
     """torch.compile."""

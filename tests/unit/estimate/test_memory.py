@@ -15,7 +15,8 @@ from quadriga.estimate.memory import memory_of
 from quadriga.estimate.setup import Setup
 
 SMALL = ("--model.vocab_size=512",)
-MEDIAN, WORST = 0.03, 0.08
+EIGHT = ("--model.n_layers=8", "--training.local_batch_size=8")
+MEDIAN, WORST, PROMISED = 0.03, 0.08, 0.03
 CASES = {
     "1, none": (1, 0, (), "none", "f32"),
     "1, full": (1, 0, SMALL, "full", "f32"),
@@ -39,13 +40,23 @@ CASES = {
     "PP 2, first": (2, 0, (*SMALL, *keys(pp=2)), "none", "f32"),
     "PP 2, last": (2, 1, keys(pp=2), "none", "f32"),
     "PP 2, GPipe": (2, 0, (*SMALL, *keys(pp=2, schedule="GPipe")), "none", "f32"),
+    "PP 2, GPipe, last": (2, 1, (*SMALL, *keys(pp=2, schedule="GPipe")), "none", "f32"),
     "PP 2, interleaved": (2, 0, (*SMALL, *keys(pp=2, schedule="Interleaved1F1B")), "none", "f32"),
+    "PP 4, interleaved, full": (4, 1, (*SMALL, *EIGHT, *keys(pp=4, schedule="Interleaved1F1B")), "full", "f32"),
+    "PP 2, interleaved, in parts": (2, 1, (*SMALL, *keys(pp=2, schedule="InterleavedZeroBubble")), "none", "bf16"),
     "PP 2, ZBV": (2, 0, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "f32"),
+    "PP 2, ZBV, last": (2, 1, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "f32"),
+    "PP 2, ZBV, full": (2, 1, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "full", "f32"),
+    "PP 2, ZBV, FSDP 2": (4, 2, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "bf16"),
+    "PP 2, DualPipeV, op": (2, 1, (*SMALL, *keys(pp=2, schedule="DualPipeV")), "op", "f32"),
+    "PP 2, TP 2, ZBV": (4, 0, (*SMALL, *keys(pp=2, tp=2, schedule="ZBVZeroBubble")), "none", "f32"),
     "PP 2, FSDP 2": (4, 2, (*SMALL, *keys(pp=2)), "op", "f32"),
+    "PP 2, accumulated": (2, 0, (*SMALL, "--training.global_batch_size=8", *keys(pp=2)), "full", "f32"),
+    "PP 2, loss in pieces": (2, 1, ("--training.loss_chunks=4", *keys(pp=2)), "op", "f32"),
 }
 
 
-QUICK = ("1, op, bf16", "FSDP 4, full", "TP 2, op, bf16", "PP 2, last")
+QUICK = ("1, op, bf16", "FSDP 4, full", "TP 2, op, bf16", "PP 2, last", "PP 2, ZBV, FSDP 2")
 
 
 def both(name: str) -> tuple[float, float]:
@@ -61,7 +72,7 @@ def both(name: str) -> tuple[float, float]:
 def check(errors: dict[str, float]) -> None:
     assert statistics.median(map(abs, errors.values())) <= MEDIAN
     assert {name: error for name, error in errors.items() if abs(error) > WORST} == {}
-    assert {name: error for name, error in errors.items() if "PP" not in name and abs(error) > 0.02} == {}
+    assert {name: error for name, error in errors.items() if abs(error) > PROMISED} == {}
 
 
 def test_predicted_peaks_are_the_measured_ones() -> None:
