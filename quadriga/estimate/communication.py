@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quadriga.estimate.activations import WIDE
-from quadriga.estimate.anatomy import Stage, Unit
+from quadriga.estimate.anatomy import Unit
 from quadriga.estimate.setup import Setup
 
 NUMBER = 8  # bytes of a float64: norms and losses
@@ -74,17 +74,18 @@ class _Step:
     # --- parameters and their gradients ------------------------------------------------------------------------------
 
     def _of_parameters(self) -> Iterator[Calls]:
-        for stage in self.stages:
+        for number, stage in zip(self.setup.stage_numbers(self.rank), self.stages, strict=True):
+            times = self.passes
+            if self.degrees.pp > 1 and not self.setup.reshards:
+                times = self.setup.gathers(self.rank)[number]
             for unit, count in stage.units():
                 if unit.weights:
-                    yield from self._of_unit(stage, unit, count)
+                    yield from self._of_unit(unit, count, times)
 
-    def _of_unit(self, stage: Stage, unit: Unit, count: int) -> Iterator[Calls]:
+    def _of_unit(self, unit: Unit, count: int, times: int) -> Iterator[Calls]:
         setup, degrees, shards = self.setup, self.degrees, self.setup.shards
         numbers = unit.gathered(degrees.tp, shards)
         what = "blocks" if unit.is_block else "ends"
-        kept_together = degrees.pp > 1 and not setup.reshards
-        times = 1 if kept_together else self.passes
         gather = Calls("shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what)
         yield gather
         if setup.reshards and (unit.reshard or setup.reshards_ends) and unit.weights_in_backward:

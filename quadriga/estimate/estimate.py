@@ -13,7 +13,7 @@ from quadriga.comm.heap import Heap
 from quadriga.config import Run
 from quadriga.estimate.communication import Calls, calls_of
 from quadriga.estimate.heap import heap_of
-from quadriga.estimate.memory import REST_FACTOR, STATE_FACTOR, Memory, memory_of
+from quadriga.estimate.memory import REST_FACTOR, STATE_FACTOR, Memory, memories_of
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.setup import Setup
 from quadriga.estimate.step_time import StepTime, step_time, strides
@@ -63,7 +63,7 @@ class Estimate:
     @cached_property
     def memories(self) -> tuple[Memory, ...]:
         """By rank of the pipeline."""
-        return tuple(memory_of(self.setup, rank) for rank in range(self.setup.degrees.pp))
+        return memories_of(self.setup)
 
     @cached_property
     def worst(self) -> Memory:

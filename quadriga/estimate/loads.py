@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from quadriga.config.pipeline_order import Order
@@ -32,8 +32,11 @@ class Load:
 
 
 @lru_cache(maxsize=4096)
-def loads_of(order: Order, rank: int) -> tuple[Load, ...]:
-    """The loads of a rank that no other one covers: by stage and kind, before and after the stage's first gradients."""
+def loads_of(order: Order, rank: int, again: bool = False) -> tuple[Load, ...]:
+    """The loads of a rank that no other one covers: by stage and kind, before and after the stage's first gradients.
+
+    `again`: the order is gone through several times before the update.
+    """
     stages = sorted({stage for stage, _ in order.counts[rank]})
     passes, halves, fed = Counter[int](), Counter[int](), Counter[int]()
     begun: set[int] = set()
@@ -60,4 +63,5 @@ def loads_of(order: Order, rank: int) -> tuple[Load, ...]:
         elif kind == "I":
             halves[stage] += 1
             fed[stage] += 1
-    return tuple(load for alike in found.values() for load in alike)
+    once = tuple(load for alike in found.values() for load in alike)
+    return (*once, *(replace(load, begun=(True,) * len(stages)) for load in once)) if again else once

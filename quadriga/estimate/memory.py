@@ -7,29 +7,71 @@ parts are what binds. `docs/estimates.md` says what is not modelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from quadriga.estimate.loads import Load
-from quadriga.estimate.passes import Beside, StagePasses
+from quadriga.estimate.passes import Part, StagePasses
+from quadriga.estimate.schedule import together
 from quadriga.estimate.setup import Setup
 
 # What the allocator takes from the device for what is active (`reserved`): fitted to published runs, docs/estimates.md.
 STATE_FACTOR, REST_FACTOR = 1.10, 1.18
-STATE = ("parameters", "optimizer state", "gradients")
+STATE = ("parameters", "optimizer state")  # and gradients
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is on a rank beside a pass, in bytes: activations of other passes, gradients of other stages' parameters.
+    `begun`: those of the stage itself are there as well."""
+
+    activations: float
+    gradients: float
+    begun: bool
+
+    def covers(self, other: Beside) -> bool:
+        """Whether every moment of a pass holds as much beside this as beside `other`."""
+        return (
+            self.activations >= other.activations
+            and self.activations + self.gradients >= other.activations + other.gradients
+            and self.begun >= other.begun
+        )
+
+
+NOTHING = Beside(0.0, 0.0, begun=False)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one moment, by kind, in bytes."""
+    """What is alive at one moment, in bytes. `static`: at every one of them. `whole`: gradients are not cut up."""
 
     name: str
-    parts: Mapping[str, float]
+    static: Part
+    part: Part
+    beside: Beside
+    whole: bool
+
+    @cached_property
+    def total(self) -> float:
+        return self.static.total + self.part.total + self.beside.activations + self.beside.gradients
 
     @property
-    def total(self) -> float:
-        return sum(self.parts.values())
+    def beside_the_state(self) -> float:
+        """All but parameters, moments of the optimizer, and gradients of which each rank holds its part."""
+        gradients = 0.0 if self.whole else self.part.parts.get("gradients", 0.0) + self.beside.gradients
+        return self.total - gradients - sum(self.static.parts.get(kind, 0.0) for kind in STATE)
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """By kind."""
+        found = {**self.static.parts, **self.part.parts}
+        for kind, size in (("activations", self.beside.activations), ("gradients", self.beside.gradients)):
+            found[kind] = found.get(kind, 0.0) + size
+        if self.whole:
+            found["whole gradients"] = found.pop("gradients")
+        return {kind.replace("_", " "): size for kind, size in found.items() if size}
 
 
 @dataclass(frozen=True)
@@ -63,8 +105,8 @@ class Memory:
         pieces of other sizes.
         """
         state = self.parameters + self.gradients + self.moments if not self.host else 0.0
-        rest = (sum(size for kind, size in each.parts.items() if kind not in STATE) for each in self.timeline)
-        return max(STATE_FACTOR * state + REST_FACTOR * max(rest), self.peak.total)
+        rest = max(moment.beside_the_state for moment in self.timeline)
+        return max(STATE_FACTOR * state + REST_FACTOR * rest, self.peak.total)
 
     @property
     def binding(self) -> tuple[str, ...]:
@@ -84,15 +126,32 @@ def memory_of(setup: Setup, rank: int) -> Memory:
     return _Rank(setup, rank).memory()
 
 
+def memories_of(setup: Setup) -> tuple[Memory, ...]:
+    """Of each rank of the pipeline. Stages alike are worked out once."""
+    known: dict[Any, StagePasses] = {}
+    return tuple(_Rank(setup, rank, known).memory() for rank in range(setup.degrees.pp))
+
+
+def least_of(setup: Setup) -> float:
+    """Bytes that a run needs at least, those of the pipeline's first rank: quick, for a search."""
+    first = _Rank(setup, 0)
+    state = 0.0 if setup.offload else first.held * 2 * (setup.parameter_bytes + setup.moment_bytes)
+    return STATE_FACTOR * state + REST_FACTOR * max(map(first.left, first.loads))
+
+
 class _Rank:
     """One step of one rank."""
 
-    def __init__(self, setup: Setup, rank: int) -> None:
+    def __init__(self, setup: Setup, rank: int, known: dict[Any, StagePasses] | None = None) -> None:
         self.setup, self.rank = setup, rank
         self.stages = setup.stages_of(rank)
         self.held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in self.stages)
-        self.passes = [StagePasses(setup, stage, self._together) for stage in self.stages]
         self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
+        known = {} if known is None else known
+        for stage in self.stages:
+            if (stage, self._together) not in known:
+                known[stage, self._together] = StagePasses(setup, stage, self._together)
+        self.passes = [known[stage, self._together] for stage in self.stages]
         self.loads = setup.loads(rank)
 
     def memory(self) -> Memory:
@@ -102,7 +161,7 @@ class _Rank:
             parameters=parameters,
             gradients=parameters,
             moments=moments,
-            activations=max(self._left(load) for load in self.loads),
+            activations=max(self.left(load) for load in self.loads),
             activations_a_block=max(size for each in self.passes for size in (0.0, *each.kept.values())),
             in_flight=max(sum(load.passes) for load in self.loads),
             host=2 * parameters + moments if self.setup.offload else 0.0,
@@ -111,20 +170,25 @@ class _Rank:
 
     @cached_property
     def _together(self) -> float | None:
-        """Parameters that are gathered at once in a pipeline which does not reshard: torch's keeps three stages so."""
+        """Parameters that are together at once in a pipeline which does not reshard."""
         setup = self.setup
         if setup.degrees.pp == 1 or setup.reshards:
             return None
-        return sum(count * setup.gathered(unit) for stage in self.stages for unit, count in stage.units())
+        sizes = {
+            number: sum(count * setup.gathered(unit) for unit, count in stage.units())
+            for number, stage in zip(self.place, self.stages, strict=True)
+        }
+        return max(sum(sizes[number] for number in stages) for stages in together(setup.order, self.rank))
 
     @cached_property
-    def _static(self) -> dict[str, float]:
+    def _static(self) -> Part:
         setup = self.setup
+        on_device = 0 if setup.offload else self.held
         state = {
-            "parameters": setup.parameter_bytes * self.held,
-            "optimizer state": 2 * setup.moment_bytes * self.held,
+            "parameters": setup.parameter_bytes * on_device,
+            "optimizer state": 2 * setup.moment_bytes * on_device,
         }
-        return {**({} if setup.offload else state), "tables and messages": setup.table_bytes + self._messages}
+        return Part.of("always", {**state, "tables and messages": setup.table_bytes + self._messages})
 
     @property
     def _messages(self) -> float:
@@ -134,7 +198,7 @@ class _Rank:
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
         return neighbours * self.setup.micro_batches_a_call * self.setup.block.sizes["x"]
 
-    def _left(self, load: Load) -> float:
+    def left(self, load: Load) -> float:
         """Activations of all passes, the one at work among them."""
         return sum(
             passes * each.left + halves * each.left_by_inputs + fed * each.x
@@ -142,25 +206,35 @@ class _Rank:
         )
 
     def _timeline(self) -> Iterator[Moment]:
-        for load in self.loads:
-            place = self.place[load.stage]
-            gradients = sum(
-                each.final
-                for number, (each, begun) in enumerate(zip(self.passes, load.begun, strict=True))
-                if begun and number != place
-            )
-            at_work = self.passes[place]
-            beside = Beside(self._left(load) - at_work.left, gradients, load.begun[place])
-            for name, parts in at_work.moments(load.kind, beside):
-                yield self._moment(name, parts)
+        for (stage, kind), alike in self._heaviest().items():
+            for beside in alike:
+                for part in self.passes[self.place[stage]].moments(kind, beside.begun):
+                    yield self._moment(part, beside)
         final = sum(each.final for each in self.passes)
-        yield self._moment("optimizer", {"gradients": final, "temporaries": self._update})
+        if self.setup.degrees.pp > 1 and self.setup.keeps_gradients_whole:
+            reduced = max(each.reduced for each in self.passes)
+            parts = {"gathered_parameters": self._together or 0.0, "gradients": final, "reduction": reduced}
+            yield self._moment(Part.of("reductions", parts), NOTHING)
+        parts = {"gradients": final, "temporaries": self._update}
+        yield self._moment(Part.of("optimizer", parts), NOTHING)
 
-    def _moment(self, name: str, parts: dict[str, float]) -> Moment:
-        if self.setup.keeps_gradients_whole:
-            parts = {"whole_gradients" if kind == "gradients" else kind: size for kind, size in parts.items()}
-        named = {kind.replace("_", " "): size for kind, size in parts.items() if size}
-        return Moment(name, {**self._static, **named})
+    def _moment(self, part: Part, beside: Beside) -> Moment:
+        return Moment(part.name, self._static, part, beside, self.setup.keeps_gradients_whole)
+
+    def _heaviest(self) -> dict[tuple[int, str], list[Beside]]:
+        """By stage and kind of pass, what is beside it at its worst: nothing that is covered by another."""
+        found: dict[tuple[int, str], list[Beside]] = {}
+        for load in self.loads:
+            beside = self._beside(load)
+            alike = found.setdefault((load.stage, load.kind), [])
+            if not any(other.covers(beside) for other in alike):
+                alike[:] = [other for other in alike if not beside.covers(other)] + [beside]
+        return found
+
+    def _beside(self, load: Load) -> Beside:
+        place = self.place[load.stage]
+        others = (each.final for number, each in enumerate(self.passes) if load.begun[number] and number != place)
+        return Beside(self.left(load) - self.passes[place].left, sum(others), load.begun[place])
 
     @property
     def _update(self) -> float:

@@ -4,7 +4,7 @@ layer, of each block and of the embedding, and the reductions between. A run wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -19,13 +19,16 @@ Parts = tuple[str, dict[str, float]]  # a moment's name, and what is alive in it
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What is on the rank beside a pass: activations of other passes, gradients of other stages' parameters; and
-    whether those of the stage itself are there."""
+class Part:
+    """A moment of a pass, and what the pass itself and its stage's gradients take in it: by kind, and in all."""
 
-    activations: float
-    gradients: float
-    begun: bool
+    name: str
+    parts: Mapping[str, float]
+    total: float
+
+    @classmethod
+    def of(cls, name: str, parts: Mapping[str, float]) -> Part:
+        return cls(name, parts, sum(parts.values()))
 
 
 class StagePasses:
@@ -37,6 +40,7 @@ class StagePasses:
         self.modes = setup.modes_of_blocks(stage.blocks)
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
+        self._moments = dict[tuple[str, bool], tuple[Part, ...]]()
 
     # --- what a pass leaves until its backward pass ------------------------------------------------------------------
 
@@ -137,6 +141,18 @@ class StagePasses:
         return sum(count * self._final(unit) for unit, count in self.stage.units())
 
     @property
+    def reduced(self) -> float:
+        """What the reduction of gradients that were kept whole makes, of the greatest unit: what is sent, and what
+        comes back. Without tensor parallelism the gradients go as soon as they are copied."""
+
+        def of(unit: Unit) -> float:
+            sent = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
+            back = self.setup.parameter_bytes * unit.held(self.tp, self.shards)
+            return sent + back if self.tp > 1 else max(sent, back)
+
+        return max((of(unit) for unit, _ in self.stage.units()), default=0.0)
+
+    @property
     def _head_units(self) -> tuple[Unit, ...]:
         return self.stage.others[-1:] if self.stage.last else ()
 
@@ -153,29 +169,38 @@ class StagePasses:
 
     # --- moments -----------------------------------------------------------------------------------------------------
 
-    def moments(self, kind: str, beside: Beside) -> Iterator[Parts]:
-        """Of an action: F a forward pass, B a backward pass, I and W its two parts. The first stage has no input to
-        make gradients of, and leaves all to the second part."""
+    def moments(self, kind: str, begun: bool) -> tuple[Part, ...]:
+        """Of an action: F a forward pass, B a backward pass, I and W its two parts. `begun`: gradients of the stage's
+        parameters are there already."""
+        if (kind, begun) not in self._moments:
+            found = [
+                (name, {key: size for key, size in parts.items() if size}) for name, parts in self._of(kind, begun)
+            ]
+            self._moments[kind, begun] = tuple(Part(name, parts, sum(parts.values())) for name, parts in found)
+        return self._moments[kind, begun]
+
+    def _of(self, kind: str, begun: bool) -> Iterator[Parts]:
+        """The first stage has no input to make gradients of, and leaves all to the second part of a backward pass."""
         if kind == "F":
-            yield from self._loss(beside)
+            yield from self._loss(begun)
         elif kind == "B" or (kind == "W" and self.stage.first):
-            yield from self._backward(beside)
+            yield from self._backward(begun)
         elif kind == "I" and not self.stage.first:
-            yield from self._of_inputs(beside)
+            yield from self._of_inputs(begun)
         elif kind == "W":
-            yield from self._of_weights(beside)
+            yield from self._of_weights(begun)
 
-    def _before(self, beside: Beside) -> float:
+    def _before(self, begun: bool) -> float:
         """Gradients of parameters that are there."""
-        return beside.gradients + (self.final if beside.begun else 0.0)
+        return self.final if begun else 0.0
 
-    def _loss(self, beside: Beside) -> Iterator[Parts]:
+    def _loss(self, begun: bool) -> Iterator[Parts]:
         if self.stage.last:
             forward, _ = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
             in_compute = self.setup.itemsize + (WIDE if self.setup.itemsize < WIDE else 0)  # as made, and widened
-            yield "loss", self._of_loss(beside, in_compute + WIDE * (1 + forward))
+            yield "loss", self._of_loss(begun, in_compute + WIDE * (1 + forward))
 
-    def _of_loss(self, beside: Beside, bytes_a_logit: float) -> dict[str, float]:
+    def _of_loss(self, begun: bool, bytes_a_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
         kept = self.of_blocks + self.of_head
         if setup.loss_pieces > 1:
@@ -183,57 +208,56 @@ class StagePasses:
             kept += head.sizes[self._head_input] + self._output_matrix * (WIDE - setup.itemsize)
         return {
             "gathered_parameters": self.gathered(0 if setup.reshards else len(self.modes), self.stage.others),
-            "gradients": self._before(beside),
-            "activations": beside.activations + kept,
+            "gradients": self._before(begun),
+            "activations": kept,
             "logits_and_loss": setup.logits / setup.loss_pieces * bytes_a_logit,
         }
 
-    def _backward(self, beside: Beside) -> Iterator[Parts]:
+    def _backward(self, begun: bool) -> Iterator[Parts]:
         if self.stage.last:
-            yield from self._of_output_layer(beside)
-        yield from self._blocks(beside)
+            yield from self._of_output_layer(begun)
+        yield from self._blocks(begun)
         if self.stage.first:
-            yield from self._embedding(beside)
+            yield from self._embedding(begun)
 
-    def _of_output_layer(self, beside: Beside) -> Iterator[Parts]:
+    def _of_output_layer(self, begun: bool) -> Iterator[Parts]:
         setup, head = self.setup, self.setup.head
         _, copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
-        loss = self._of_loss(beside, WIDE * (1 + copies))
+        loss = self._of_loss(begun, WIDE * (1 + copies))
         loss["logits_and_loss"] += self.output
         yield "loss, backward", loss
-        made = sum(self._made(unit) or (0.0 if beside.begun else self._final(unit)) for unit in self._head_units)
+        made = sum(self._made(unit) or (0.0 if begun else self._final(unit)) for unit in self._head_units)
         if setup.loss_pieces > 1:
             piece = (setup.logits / setup.loss_pieces + self._output_matrix) * setup.itemsize
             yield "loss, a piece's weights", {**loss, "logits_and_loss": piece}
             kept = self.of_blocks + self.of_head + self._of_pieces
-            alive = {"gathered_parameters": loss["gathered_parameters"], "gradients": self._before(beside) + made}
-            yield "output layer, backward", {**alive, "activations": beside.activations + kept}
+            alive = {"gathered_parameters": loss["gathered_parameters"], "gradients": self._before(begun) + made}
+            yield "output layer, backward", {**alive, "activations": kept}
             return
         walk = head.backward_peak(head.everything, 0.0) - head.sizes[head.trace.gives]
         yield (
             "output layer, backward",
             {
                 **loss,
-                "gradients": self._before(beside) + made,
-                "activations": beside.activations + self.of_blocks + walk,
+                "gradients": self._before(begun) + made,
+                "activations": self.of_blocks + walk,
                 "logits_and_loss": setup.logits * setup.itemsize + self.output,
             },
         )
 
-    def _blocks(self, beside: Beside) -> Iterator[Parts]:
+    def _blocks(self, begun: bool) -> Iterator[Parts]:
         setup, block = self.setup, self.setup.block
-        elsewhere = beside.activations + self.output
-        done = self._before(beside)
-        if not beside.begun or self._ties:
+        done = self._before(begun)
+        if not begun or self._ties:
             done += sum(map(self._made if self._ties else self._final, self._head_units))
         gone = list(accumulate(self.kept[mode] for mode in reversed(self.modes)))
-        added = beside.begun and not setup.is_wrapped
+        added = begun and not setup.is_wrapped
         walk = block.backward_peak(block.everything | {"x"}, setup.itemsize, added)
-        final, count = 0.0 if beside.begun else self._final(self.stage.block), len(self.modes)
+        final, count = 0.0 if begun else self._final(self.stage.block), len(self.modes)
         sent = self._sent(self.stage.block)
         ends = sorted({0, 1, count - 2, count - 1} & set(range(count)))
         for number in ends if len(self.kept) == 1 else range(count):  # alike ones lie between
-            kept = self.of_blocks - gone[number]
+            kept = self.output + self.of_blocks - gone[number]
             alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
             waiting = sent if number or self._ties else sum(map(self._sent, self._head_units))
             yield (
@@ -242,7 +266,7 @@ class StagePasses:
                     **alive,
                     "gradients": done + number * final,
                     "reduction": waiting,
-                    "activations": elsewhere + kept + walk,
+                    "activations": kept + walk,
                 },
             )
             yield (
@@ -251,34 +275,34 @@ class StagePasses:
                     **alive,
                     "gradients": done + (number + 1) * final + self._made(self.stage.block),
                     "reduction": sent,
-                    "activations": elsewhere + kept + block.sizes["x"],
+                    "activations": kept + block.sizes["x"],
                 },
             )
 
-    def _embedding(self, beside: Beside) -> Iterator[Parts]:
+    def _embedding(self, begun: bool) -> Iterator[Parts]:
         if not self.stage.others:
             return
         embedding = self.stage.others[0]
-        made = self._made(embedding) if not beside.begun or self.setup.is_wrapped else 0.0
-        done = self._before(beside) if beside.begun else beside.gradients + self.final - self._final(embedding)
-        final = self._final(embedding) if not made or not beside.begun else 0.0
+        made = self._made(embedding) if not begun or self.setup.is_wrapped else 0.0
+        done = self.final if begun else self.final - self._final(embedding)
+        final = self._final(embedding) if not made or not begun else 0.0
         yield (
             "embedding, backward",
             {
                 "gathered_parameters": self.together or 0.0,
                 "gradients": done + made + final,
                 "reduction": max(self._sent(self.stage.block), self._sent(embedding)),
-                "activations": beside.activations + self.output + self.x,
+                "activations": self.output + self.x,
             },
         )
 
     # --- a backward pass in two parts --------------------------------------------------------------------------------
 
-    def _of_inputs(self, beside: Beside) -> Iterator[Parts]:
+    def _of_inputs(self, begun: bool) -> Iterator[Parts]:
         """Gradients of inputs alone: nothing is let go, and gradients of what each weight gives stay for the rest."""
         block, head = self.setup.block, self.setup.head
-        kept = beside.activations + self.of_blocks + self.of_head
-        together, before = self.gathered(len(self.modes), self.stage.others), self._before(beside)
+        kept = self.of_blocks + self.of_head
+        together, before = self.gathered(len(self.modes), self.stage.others), self._before(begun)
         alive = {"gathered_parameters": together, "gradients": before}
         if self.stage.last:
             _, copies = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
@@ -289,16 +313,20 @@ class StagePasses:
             walk = number * block.weighted + block.inputs_peak
             yield f"block {len(self.modes) - 1 - number}, inputs", {**alive, "activations": kept + of_head + walk}
 
-    def _of_weights(self, beside: Beside) -> Iterator[Parts]:
+    def _of_weights(self, begun: bool) -> Iterator[Parts]:
         """Gradients of weights: each unit's activations go as they are made, and wrapped ones wait for each other."""
         left = self.left_by_inputs + self.x + (0.0 if self.stage.last else self.output)
-        together, before = self.gathered(len(self.modes), self.stage.others), self._before(beside)
-        alive = {"gathered_parameters": together, "gradients": before}
-        blocks, one = self.of_blocks + self.of_head, self.stage.block
-        matrix = self.setup.itemsize * one.largest(self.tp, 1)
-        first = matrix if beside.begun or self.setup.is_wrapped else self._final(one)
-        kept = beside.activations + blocks + left
-        yield "weights, first", {**alive, "activations": kept, "reduction": first}
+        alive = {"gathered_parameters": self.gathered(len(self.modes), self.stage.others)}
+        matrix = self.setup.itemsize * self.stage.block.largest(self.tp, 1)
+        yield (
+            "weights, first",
+            {
+                **alive,
+                "gradients": self._before(begun),
+                "reduction": matrix if begun or self.setup.is_wrapped else self._final(self.stage.block),
+                "activations": self.of_blocks + self.of_head + left,
+            },
+        )
         made = sum(count * self._made(unit) for unit, count in self.stage.units())
-        alive["gradients"] = beside.gradients + self.final
-        yield "weights, last", {**alive, "activations": beside.activations, "reduction": made}
+        alive["gradients"] = self.final
+        yield "weights, last", {**alive, "reduction": made}

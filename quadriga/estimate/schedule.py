@@ -7,9 +7,13 @@ in a V (2412.19437).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice, pairwise
 
 from quadriga.config.pipeline_order import Action, Order
+
+AHEAD = 3  # stages whose parameters torch's pipelines put together at once
 
 
 @lru_cache(maxsize=1024)
@@ -29,6 +33,29 @@ def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) 
     for row in rows:
         deal(row)
     return Order(tuple(tuple(row.actions) for row in rows))
+
+
+@lru_cache(maxsize=4096)
+def together(order: Order, rank: int) -> tuple[frozenset[int], ...]:
+    """Which stages of a rank have their parameters together, one after the other, where they are cut up: those of the
+    next `AHEAD` stages that it will work on. torch fetches and frees them so."""
+    actions, found = order.ranks[rank], list[frozenset[int]]()
+    for place in range(len(actions)):
+        wanted: set[int] = set()
+        for action in islice(actions, place, None):
+            wanted.add(action.stage)
+            if len(wanted) == AHEAD:
+                break
+        if not found or found[-1] != wanted:
+            found.append(frozenset(wanted))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def gathers(order: Order, rank: int) -> Mapping[int, int]:
+    """How often each stage of a rank is put together."""
+    seen = together(order, rank)
+    return Counter(stage for before, now in pairwise((frozenset[int](), *seen)) for stage in now - before)
 
 
 class _Row:

@@ -16,6 +16,7 @@ from quadriga.config import Run
 from quadriga.config.resolve import DEGREES
 from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.estimate.estimate import Estimate, estimate
+from quadriga.estimate.memory import least_of
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.variants import Variant, stages_a_rank, vary
 from quadriga.hardware import Device
@@ -76,6 +77,8 @@ def search(
         tried += 1
         found = estimate(variant.run, device, rates, gpus_per_node)
         if device.capacity is None or found.setup.state_bytes > device.capacity:
+            continue
+        if least_of(found.setup) > device.capacity:
             continue
         verdict = found.verdict()
         if verdict is None or not verdict.fits or found.time is None:

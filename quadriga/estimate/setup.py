@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from quadriga.config import Run
 from quadriga.config.pipeline_order import Order
+from quadriga.config.rules_pipeline import SINGLE_STAGE
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.estimate.activations import Activations, Holding, activations_of
 from quadriga.estimate.anatomy import Stage, Unit, even_split, stages
 from quadriga.estimate.loads import Load, loads_of
-from quadriga.estimate.schedule import order_of
+from quadriga.estimate.schedule import gathers, order_of
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.units import DTYPE_BYTES
@@ -257,10 +259,16 @@ class Setup:
 
     def loads(self, rank: int) -> tuple[Load, ...]:
         """What lies beside the passes of the pipeline's rank `rank`."""
-        first = loads_of(self.order, rank)
-        if self.run.spec.accumulation_steps == 1:
-            return first
-        return (*first, *(replace(load, begun=(True,) * len(load.begun)) for load in first))
+        return loads_of(self.order, rank, again=self.run.spec.accumulation_steps > 1)
+
+    def gathers(self, rank: int) -> Mapping[int, int]:
+        """How often, in a step, the pipeline's rank `rank` puts each of its stages together, and keeps it so. torch's
+        schedules of one stage a rank do it once, the others in each pass of local_batch_size rows."""
+        schedule, spec = self.run.config.parallelism.pipeline_parallel_schedule, self.run.spec
+        if schedule in SINGLE_STAGE and spec.own_schedule is None:
+            return dict.fromkeys(self.stage_numbers(rank), 1)
+        once = gathers(self.order, rank)
+        return {stage: times * spec.accumulation_steps for stage, times in once.items()}
 
     def gathered(self, unit: Unit) -> float:
         """Bytes of a unit's parameters put together in the computing dtype."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 from quadriga.estimate.communication import Calls, calls_of
@@ -33,10 +33,15 @@ class Work:
     operations: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.operations + other.operations,
+        )
 
     def times(self, factor: float) -> Work:
-        return Work(*(factor * getattr(self, each.name) for each in fields(self)))
+        return Work(factor * self.products, factor * self.attention, factor * self.memory, factor * self.operations)
 
     def seconds(self, rates: Rates) -> float:
         """On a processor that is never kept waiting."""

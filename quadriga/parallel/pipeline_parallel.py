@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     _Action,
@@ -191,6 +192,7 @@ class Pipeline:
                 mesh=self._mesh,
                 wires=self._wires,
                 call=self._call,
+                micro_batches=self._micro_batches,
                 weights_later=self._weights_later,
             )
             for index, part in self._parts.items()
@@ -226,7 +228,7 @@ class _Stage(PipelineStage):
 
     torch's stage never lets `fully_shard` reduce by itself, since autograd's hooks do not fire where the backward pass
     is made in two parts; it reduces at the end of every call. Here the end of a call reduces only if the trainer says
-    so, and a micro-batch may.
+    so; and if each micro-batch is to, `fully_shard` does it by itself wherever the backward pass is whole.
     """
 
     def __init__(
@@ -239,6 +241,7 @@ class _Stage(PipelineStage):
         mesh: DeviceMesh,
         wires: Wires,
         call: _Call,
+        micro_batches: int,
         weights_later: Callable[[], Callable[[], None]] | None,
     ) -> None:
         super().__init__(
@@ -251,7 +254,7 @@ class _Stage(PipelineStage):
             group=mesh.get_group(),
             dw_builder=weights_later,
         )
-        self.call = call
+        self.call, self._micro_batches, self._gone_back = call, micro_batches, 0
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.submod(*args, positions=self.call.positions, **kwargs)
@@ -260,26 +263,38 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
-        gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        """`last_backward` is not looked at: torch does not say it of gradients of inputs, which may be all there is."""
         if backward_type == "input":
+            gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
             return _sendable(gradients), groups
-        if not last_backward and (self.call.reduce or backward_type == "weight"):
+        self._gone_back += 1
+        last = self._gone_back == self._micro_batches
+        if backward_type == "full" and self.call.reduce and isinstance(self.submod, FSDPModule):
+            # Unit by unit, as without a pipeline: gradients of the whole stage are never together.
+            self._prepare(self.submod, reduce=True, last=last and self.call.last)
+            return _sendable(stage_backward(**bwd_kwargs)), None
+        gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if not last and (self.call.reduce or backward_type == "weight"):
             self._collect(reduce=self.call.reduce, last=False)
         return _sendable(gradients), groups
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of the stage's part in a call."""
         assert grad_scale_factor == 1, "losses are sums, whose gradients are not divided"
+        self._gone_back = 0
+        if isinstance(self.submod, FSDPModule):
+            self.submod.set_is_last_backward(True)  # what follows on this stream waits for the reductions
         self._collect(self.call.reduce or self.call.last, self.call.last)
 
-    def _collect(self, reduce: bool, last: bool) -> None:
-        """Reduce the gradients that are there or, if not, add them up in the reduce dtype.
+    def _prepare(self, submod: FSDPModule, reduce: bool, last: bool) -> None:
+        """Parameters are kept whole until the last call, for the micro-batches that follow."""
+        set_gradient_sync(self.submod, reduce, last)
+        submod.set_reshard_after_backward(last)
 
-        Parameters are kept whole until the last call, for the micro-batches that follow.
-        """
+    def _collect(self, reduce: bool, last: bool) -> None:
+        """Reduce the gradients that are there or, if not, add them up in the reduce dtype."""
         if isinstance(self.submod, FSDPModule):
-            set_gradient_sync(self.submod, reduce, last)
-            self.submod.set_reshard_after_backward(last)
+            self._prepare(self.submod, reduce, last)
             # Autograd's last hook: it treats every unit whose own hook has not fired. (torch hangs `state` on the
             # function at its import, which a type checker does not see; its own pipelining calls the same.)
             fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
