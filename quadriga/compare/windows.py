@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from quadriga.cycles import Cycle
+
 Record = dict[str, Any]
 
 WARMUP_STEPS = 5
@@ -32,28 +34,11 @@ class Window:
     record: Record
 
 
-@dataclass(frozen=True)
-class Cycle:
-    """How `[profiling]` divides a run into cycles: `warmup` + `active` steps at the end of every `length`."""
-
-    length: int
-    warmup: int
-    active: int
-
-    def disturbs(self, step: int, first_step: int) -> bool:
-        """Whether the profiler slows this step of a start that began with `first_step`."""
-        position = (step - first_step) % self.length
-        writes_the_trace = position == 0 and step > first_step
-        return writes_the_trace or self.length - position <= self.warmup + self.active
-
-
 def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
-    """As quadriga/metrics/profiler.py has it, for a start of so many steps; None without the profiler."""
+    """Of a table `[profiling]`, for a start of so many steps; None without the profiler."""
     if not profiling.get("enable_profiling", False):
         return None
-    length = min(profiling["profile_freq"], steps)
-    active = min(profiling["profiler_active"], length)
-    return Cycle(length, min(profiling["profiler_warmup"], length - active), active)
+    return Cycle.of(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
 
 
 def windows_of(records: Sequence[Record]) -> dict[int, list[Window]]:

@@ -232,7 +232,7 @@ def schedule_allows_compiling(case: Case) -> Verdicts:
 
 @rule(SCHEDULE, PP, CSV, "parallelism.fsdp_reshard_after_forward")
 def split_backward_finds_the_weights(case: Case) -> Verdicts:
-    """Without this torch goes on, and loses gradients: it looks for the gathered weights where their shards are now."""
+    """torch looks for the gathered weights where their shards are by then."""
     if case.config.parallelism.fsdp_reshard_after_forward == "always" and (schedule := splits_backward(case)):
         what = f"{schedule} computes gradients of weights when parameters freed after the forward pass are gone"
         yield Clash(what, "leave fsdp_reshard_after_forward at `default`, or choose 1F1B or Interleaved1F1B")

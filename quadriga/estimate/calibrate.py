@@ -18,6 +18,7 @@ from typing import Any
 
 from quadriga.config import Run
 from quadriga.config.schema import Profiling
+from quadriga.cycles import Cycle
 from quadriga.errors import Problem, UserError
 from quadriga.estimate.communication import calls_of
 from quadriga.estimate.rates import OPERATION_SECONDS, Rates
@@ -81,26 +82,17 @@ def seconds_a_step(folder: Path, profiling: Profiling) -> float:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(Problem("--calibrate", f"{path} cannot be read: {error}", str(folder))) from None
-    steps = {
-        record["step"]: record["step_seconds"]
-        for record in records
-        if record.get("kind") == "train" and "step_seconds" in record
-    }
-    if len(steps) < 4:
-        what = f"{path} has {len(steps)} logged steps, too few to tell how long one takes"
+    logged = [record for record in records if record.get("kind") == "train" and "step_seconds" in record]
+    if len(logged) < 4:
+        what = f"{path} has {len(logged)} logged steps, too few to tell how long one takes"
         fix = "train at least 10 steps with --metrics.log_freq=1"
         raise UserError(Problem("--calibrate", what, str(folder), fix=fix))
-    settled = list(steps)[2:]
-    undisturbed = [step for step in settled if not _is_profiled(step, max(steps), profiling)]
-    return statistics.median(steps[step] for step in (undisturbed if len(undisturbed) >= 3 else settled))
-
-
-def _is_profiled(step: int, last: int, profiling: Profiling) -> bool:
-    """Whether the profiler ran in a step: in the last ones of each cycle (see `metrics.profiler`)."""
-    if not profiling.enable_profiling:
-        return False
-    cycle = min(profiling.profile_freq, last)
-    return (step - 1) % cycle >= cycle - profiling.profiler_active - profiling.profiler_warmup
+    attempt = [record for record in logged if record["attempt"] == logged[-1]["attempt"]]  # each warms up anew
+    first, last = attempt[0]["step"], attempt[-1]["step"]
+    cycle = Cycle.of(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
+    settled = attempt[2:] or attempt
+    calm = [each for each in settled if not profiling.enable_profiling or not cycle.disturbs(each["step"], first)]
+    return statistics.median(each["step_seconds"] for each in (calm if len(calm) >= 3 else settled))
 
 
 def _newest_trace(folder: Path) -> Path:

@@ -32,6 +32,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
+from quadriga.cycles import Cycle
 from quadriga.log import logger
 
 ALLOCATOR_EVENTS = 100_000
@@ -122,11 +123,10 @@ class Profiler:
 
     def _build(self, steps: int) -> profile:
         section = self._section
-        cycle = min(section.profile_freq, steps)
-        active = min(section.profiler_active, cycle)
-        warmup = min(section.profiler_warmup, cycle - active)
-        if cycle < section.profile_freq:
-            logger.info(f"profiling: {steps} steps are less than one cycle; the last {active} of them are recorded")
+        cycle = Cycle.of(section.profile_freq, section.profiler_warmup, section.profiler_active, steps)
+        if cycle.length < section.profile_freq:
+            what = f"the last {cycle.active} of them are recorded"
+            logger.info(f"profiling: {steps} steps are less than one cycle; {what}")
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -135,7 +135,7 @@ class Profiler:
         return _Profile(
             self._told,
             activities=activities,
-            schedule=cycles(cycle, warmup, active, steps),
+            schedule=cycles(cycle, steps),
             on_trace_ready=self._write_trace,
             record_shapes=True,
         )
@@ -165,19 +165,19 @@ class Profiler:
         logger.info(f"memory snapshot: {target}")
 
 
-def cycles(length: int, warmup: int, active: int, steps: int) -> Callable[[int], ProfilerAction]:
+def cycles(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
     """What to do at the step that is I steps after the first: each cycle's last `active` steps are recorded, and
     nothing is begun after the last of all `steps`."""
 
     def action(step: int) -> ProfilerAction:
         if step >= steps:
             return ProfilerAction.NONE
-        left = length - step % length  # steps of this cycle from this one on
+        left = cycle.length - step % cycle.length  # steps of this cycle from this one on
         if left == 1:
             return ProfilerAction.RECORD_AND_SAVE
-        if left <= active:
+        if left <= cycle.active:
             return ProfilerAction.RECORD
-        return ProfilerAction.WARMUP if left <= active + warmup else ProfilerAction.NONE
+        return ProfilerAction.WARMUP if left <= cycle.active + cycle.warmup else ProfilerAction.NONE
 
     return action
 

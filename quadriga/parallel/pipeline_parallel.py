@@ -193,6 +193,7 @@ class Pipeline:
                 wires=self._wires,
                 call=self._call,
                 micro_batches=self._micro_batches,
+                reshards=self._parallelism.fsdp_reshard_after_forward == "always",
                 weights_later=self._weights_later,
             )
             for index, part in self._parts.items()
@@ -242,6 +243,7 @@ class _Stage(PipelineStage):
         wires: Wires,
         call: _Call,
         micro_batches: int,
+        reshards: bool,
         weights_later: Callable[[], Callable[[], None]] | None,
     ) -> None:
         super().__init__(
@@ -254,7 +256,8 @@ class _Stage(PipelineStage):
             group=mesh.get_group(),
             dw_builder=weights_later,
         )
-        self.call, self._micro_batches, self._gone_back = call, micro_batches, 0
+        self.call, self._micro_batches, self._reshards = call, micro_batches, reshards
+        self._gone_back = 0
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.submod(*args, positions=self.call.positions, **kwargs)
@@ -269,12 +272,12 @@ class _Stage(PipelineStage):
             return _sendable(gradients), groups
         self._gone_back += 1
         last = self._gone_back == self._micro_batches
-        if backward_type == "full" and self.call.reduce and isinstance(self.submod, FSDPModule):
-            # Unit by unit, as without a pipeline: gradients of the whole stage are never together.
-            self._prepare(self.submod, reduce=True, last=last and self.call.last)
+        if backward_type == "full":
+            # torch reduces nothing until the end; here units reduce one by one, as they do without a pipeline.
+            self._prepare(self.call.reduce, last and self.call.last)
             return _sendable(stage_backward(**bwd_kwargs)), None
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if not last and (self.call.reduce or backward_type == "weight"):
+        if not last:
             self._collect(reduce=self.call.reduce, last=False)
         return _sendable(gradients), groups
 
@@ -282,19 +285,19 @@ class _Stage(PipelineStage):
         """The end of the stage's part in a call."""
         assert grad_scale_factor == 1, "losses are sums, whose gradients are not divided"
         self._gone_back = 0
-        if isinstance(self.submod, FSDPModule):
-            self.submod.set_is_last_backward(True)  # what follows on this stream waits for the reductions
         self._collect(self.call.reduce or self.call.last, self.call.last)
 
-    def _prepare(self, submod: FSDPModule, reduce: bool, last: bool) -> None:
-        """Parameters are kept whole until the last call, for the micro-batches that follow."""
-        set_gradient_sync(self.submod, reduce, last)
-        submod.set_reshard_after_backward(last)
+    def _prepare(self, reduce: bool, last: bool) -> None:
+        """Parameters that stay together after a forward pass do so until the last call, for what follows."""
+        if isinstance(self.submod, FSDPModule):
+            set_gradient_sync(self.submod, reduce, last)
+            self.submod.set_reshard_after_backward(last or self._reshards)
+            self.submod.set_is_last_backward(True)  # wait for the reductions, and let their buffers go
 
     def _collect(self, reduce: bool, last: bool) -> None:
         """Reduce the gradients that are there or, if not, add them up in the reduce dtype."""
         if isinstance(self.submod, FSDPModule):
-            self._prepare(self.submod, reduce, last)
+            self._prepare(reduce, last)
             # Autograd's last hook: it treats every unit whose own hook has not fired. (torch hangs `state` on the
             # function at its import, which a type checker does not see; its own pipelining calls the same.)
             fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]

@@ -18,18 +18,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comm": GROUND | {"config"},
     "data": GROUND | {"config"},
     "optim": GROUND | {"config"},
-    "metrics": GROUND | {"config"},
+    "cycles": set(),
+    "metrics": GROUND | {"config", "cycles"},
     "models": {"errors", "units", "config"},
     "parallel": {"models", "comm", "errors", "units", "log", "config"},
     "checkpoint": {"errors", "units", "log", "config"},
     "train": GROUND
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
     | {"estimate"},
-    "estimate": GROUND | {"config", "models", "comm"},
+    "estimate": GROUND | {"config", "models", "comm", "cycles"},
     "trace": {"errors", "units", "hardware", "html"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
     "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "compare": {"errors", "units", "metrics", "html"},
+    "compare": {"errors", "units", "metrics", "html", "cycles"},
     "cli": GROUND
     | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
     | {"compare", "trace"},

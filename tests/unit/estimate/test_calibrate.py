@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from launching import ROOT, launch
 from training import DEBUG_FILE, TINY
 
 from quadriga.cli.main import main
+from quadriga.config.schema import Profiling
+from quadriga.estimate.calibrate import seconds_a_step
 from quadriga.metrics.jsonl import read_metrics
+
+
+def logged(folder: Path, steps: list[tuple[int, int, float]]) -> Path:
+    """A run folder whose metrics hold these attempts, steps and seconds."""
+    records = [{"kind": "train", "attempt": a, "step": step, "step_seconds": took} for a, step, took in steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_steps_that_the_profiler_slowed_do_not_count(tmp_path: Path) -> None:
+    """Cycles of 10: steps 1 and 2 warm up, 6 to 10 are profiled, and in 11 the trace is written."""
+    slow = {1: 9.0, 2: 8.0, 6: 2.0, 7: 2.0, 8: 2.0, 9: 2.0, 10: 2.0, 11: 7.0}
+    folder = logged(tmp_path, [(1, step, slow.get(step, 1.0)) for step in range(1, 14)])
+    profiled = Profiling(enable_profiling=True, profile_freq=10, profiler_warmup=2, profiler_active=3)
+    assert seconds_a_step(folder, profiled) == 1.0
+    assert seconds_a_step(folder, Profiling()) == 2.0, "they are like the others, for all that is known"
+
+
+def test_a_resumed_run_is_timed_in_its_last_attempt(tmp_path: Path) -> None:
+    steps = [(1, step, 3.0) for step in range(1, 9)] + [(2, step, 9.0 if step < 7 else 1.0) for step in range(5, 12)]
+    assert seconds_a_step(logged(tmp_path, steps), Profiling()) == 1.0
 
 
 @pytest.mark.slow

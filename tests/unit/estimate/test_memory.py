@@ -15,6 +15,7 @@ from quadriga.estimate.memory import memory_of
 from quadriga.estimate.setup import Setup
 
 SMALL = ("--model.vocab_size=512",)
+TWICE, EACH = ("--training.global_batch_size=16",), {"reduce": "every_micro_batch"}
 EIGHT = ("--model.n_layers=8", "--training.local_batch_size=8")
 MEDIAN, WORST, PROMISED = 0.03, 0.08, 0.03
 CASES = {
@@ -51,6 +52,10 @@ CASES = {
     "PP 2, DualPipeV, op": (2, 1, (*SMALL, *keys(pp=2, schedule="DualPipeV")), "op", "f32"),
     "PP 2, TP 2, ZBV": (4, 0, (*SMALL, *keys(pp=2, tp=2, schedule="ZBVZeroBubble")), "none", "f32"),
     "PP 2, FSDP 2": (4, 2, (*SMALL, *keys(pp=2)), "op", "f32"),
+    "PP 2, FSDP 2, reduced each": (4, 3, (*SMALL, *TWICE, *keys(pp=2, reduce="every_micro_batch")), "op", "bf16"),
+    "PP 2, FSDP 2, ZBV, each": (4, 3, (*SMALL, *TWICE, *keys(pp=2, schedule="ZBVZeroBubble", **EACH)), "none", "bf16"),
+    "PP 2, FSDP 2, always": (4, 0, (*SMALL, *keys(pp=2, reshard="always")), "full", "bf16"),
+    "PP 2, TP 2, ZBV, full": (4, 0, (*SMALL, *EIGHT, *keys(pp=2, tp=2, schedule="ZBVZeroBubble")), "full", "bf16"),
     "PP 2, accumulated": (2, 0, (*SMALL, "--training.global_batch_size=8", *keys(pp=2)), "full", "f32"),
     "PP 2, loss in pieces": (2, 1, ("--training.loss_chunks=4", *keys(pp=2)), "op", "f32"),
 }

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerAction
 
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
+from quadriga.cycles import Cycle
 from quadriga.metrics.profiler import Profiler, cycles
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_a_memory_snapshot_on_a_cpu_is_said_to_be_none(tmp_path, lines):
 
 @pytest.mark.parametrize(("length", "warmup", "active"), [(10, 3, 5), (5, 0, 5), (1, 0, 1), (7, 6, 1)])
 def test_a_cycle_waits_warms_up_and_records(length, warmup, active):
-    names = [cycles(length, warmup, active, 2 * length)(step) for step in range(2 * length + 3)]
+    names = [cycles(Cycle(length, warmup, active), 2 * length)(step) for step in range(2 * length + 3)]
     once = [ProfilerAction.NONE] * (length - warmup - active) + [ProfilerAction.WARMUP] * warmup
     once += [ProfilerAction.RECORD] * (active - 1) + [ProfilerAction.RECORD_AND_SAVE]
     assert names == once * 2 + [ProfilerAction.NONE] * 3
