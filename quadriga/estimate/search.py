@@ -53,7 +53,8 @@ class Candidate:
         words.append({"none": "no recompute", "full": "full recompute"}.get(recompute.mode, "recompute per operation"))
         if config.parallelism.fsdp_reshard_after_forward == "never":
             words.append("kept together")
-        words.append(f"{config.training.local_batch_size} rows")
+        rows = config.training.local_batch_size
+        words.append(f"{rows} row{'s' if rows > 1 else ''}")
         return ", ".join(words)
 
 
