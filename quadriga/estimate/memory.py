@@ -132,13 +132,6 @@ def memories_of(setup: Setup) -> tuple[Memory, ...]:
     return tuple(_Rank(setup, rank, known).memory() for rank in range(setup.degrees.pp))
 
 
-def least_of(setup: Setup) -> float:
-    """Bytes that a run needs at least, those of the pipeline's first rank: quick, for a search."""
-    first = _Rank(setup, 0)
-    state = 0.0 if setup.offload else first.held * 2 * (setup.parameter_bytes + setup.moment_bytes)
-    return STATE_FACTOR * state + REST_FACTOR * max(map(first.left, first.loads))
-
-
 class _Rank:
     """One step of one rank."""
 

@@ -16,7 +16,7 @@ from quadriga.config import Run
 from quadriga.config.resolve import DEGREES
 from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.estimate.estimate import Estimate, estimate
-from quadriga.estimate.memory import least_of
+from quadriga.estimate.memory import memory_of
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.variants import Variant, stages_a_rank, vary
 from quadriga.hardware import Device
@@ -25,6 +25,8 @@ SCHEDULES = ("1F1B", "Interleaved1F1B", *SPLIT_BACKWARD)
 RECOMPUTE = ({"mode": "none"}, {"mode": "selective", "selective_ac_option": "op"}, {"mode": "full"})
 RESHARD = ("default", "never")
 LARGEST_ROWS = 16  # of a micro-batch that are tried
+# What the size of parameters, gradients and moments of a rank depends on, of what varies.
+OF_STATE = (*(key.replace(".", "__") for key in DEGREES.values()), "parallelism__pipeline_parallel_schedule")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,18 @@ def search(
     rows = global_batch or run.spec.global_batch_size
     tried = fitting = 0
     by_layout: dict[Any, Candidate] = {}
-    for variant in candidates(run, rows, gpus_per_node):
+    too_large: set[Any] = set()  # layouts and schedules whose state alone does not fit
+    for choices in candidates(run, rows, gpus_per_node):
         tried += 1
-        found = estimate(variant.run, device, rates, gpus_per_node)
-        if device.capacity is None or found.setup.state_bytes > device.capacity:
+        state = tuple(choices.get(key) for key in OF_STATE)
+        if device.capacity is None or state in too_large:
             continue
-        if least_of(found.setup) > device.capacity:
+        variant = vary(run, **choices)
+        found = estimate(variant.run, device, rates, gpus_per_node)
+        if found.setup.state_bytes > device.capacity:
+            too_large.add(state)
+            continue
+        if memory_of(found.setup, 0).reserved > device.capacity:  # the first of a pipeline's ranks, mostly the worst
             continue
         verdict = found.verdict()
         if verdict is None or not verdict.fits or found.time is None:
@@ -93,8 +101,8 @@ def search(
     return Found(tuple(best), tried, fitting)
 
 
-def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[Variant]:
-    """Everything legal: heads, widths, layers, sequence and batch divide."""
+def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
+    """Everything legal, as what `vary` takes: heads, widths, layers, sequence and batch divide."""
     for degrees in layouts(run, gpus_per_node):
         batch = degrees["dp_replicate"] * degrees["dp_shard"]
         if global_batch % batch:
@@ -108,7 +116,7 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[Vari
                     chosen = {f"parallelism__{key}": value for key, value in pipeline.items()}
                     chosen |= {f"activation_checkpoint__{key}": value for key, value in recompute.items()}
                     chosen["parallelism__fsdp_reshard_after_forward"] = reshard
-                    yield vary(run, **fixed, **chosen, training__local_batch_size=rows)
+                    yield {**fixed, **chosen, "training__local_batch_size": rows}
 
 
 def layouts(run: Run, gpus_per_node: int) -> Iterator[dict[str, int]]:

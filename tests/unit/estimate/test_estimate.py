@@ -140,7 +140,7 @@ def test_a_search_finds_what_fits_and_writes_the_winner(tmp_path, capsys: pytest
 def test_every_candidate_passes_the_door() -> None:
     """What a search proposes is legal: a sample is read as a user would write it, and estimated alike."""
     run = run_of(ranks=8, base=EIGHT_B)
-    proposed = list(candidates(run, 64, 8))
+    proposed = [vary(run, **each) for each in candidates(run, 64, 8)]
     assert len(proposed) > 500
     for variant in proposed[:: len(proposed) // 40]:
         again = run_of(*variant.as_arguments(), ranks=8, base=EIGHT_B)
@@ -153,7 +153,8 @@ def test_the_winner_is_the_best_of_all() -> None:
     run, device = run_of(ranks=4, base=EIGHT_B), device_named("h100-80gb", "")
     found = search(run, device)
     start = time.perf_counter()
-    every = [estimate(each.run, device) for each in candidates(run, run.spec.global_batch_size, 8)]
+    variants = (vary(run, **each) for each in candidates(run, run.spec.global_batch_size, 8))
+    every = [estimate(each.run, device) for each in variants]
     speeds = [each.tokens_per_second_per_device for each in every if each.verdict().fits]
     assert found.best[0].tokens_per_second == max(speeds)
     assert found.tried == len(every)
