@@ -220,7 +220,7 @@ def _switches() -> Iterator[Row]:
 def _loss_in_pieces() -> Iterator[Row]:
     """Pieces that are not equally long, of logits that are whole, cut, gathered, and made on the last stage."""
     chosen = _keys(training__loss_chunks=3)
-    yield Row(Degrees(tp=2), chosen, slow=False)
+    yield Row(Degrees(tp=2), chosen)
     for degrees in (Degrees(dp_shard=2), Degrees(cp=2), Degrees(pp=2), Degrees(dp_shard=2, tp=2)):
         yield Row(degrees, chosen)
     yield Row(Degrees(dp_shard=2, tp=2), (*chosen, *_keys(disable_loss_parallel=True, enable_sequence_parallel=False)))
@@ -257,7 +257,7 @@ def _bfloat16() -> Iterator[Row]:
     axes = tuple(Degrees(**{axis: 2}) for axis in DEGREE_KEYS)
     for dtypes, called in ((computed, "small model, bf16 compute"), (held, "small model, bf16 parameters")):
         for degrees in (*axes, Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2, tp=2)):
-            yield Row(degrees, model=(*small, *dtypes), called=called, slow=degrees != axes[-1] or dtypes is held)
+            yield Row(degrees, model=(*small, *dtypes), called=called)
 
 
 SECTIONS: dict[str, tuple[Row, ...]] = {

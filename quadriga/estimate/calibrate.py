@@ -23,26 +23,30 @@ from quadriga.errors import Problem, UserError
 from quadriga.estimate.communication import calls_of
 from quadriga.estimate.rates import OPERATION_SECONDS, Rates
 from quadriga.estimate.setup import Setup
-from quadriga.estimate.step_time import update_of, work_of
+from quadriga.estimate.step_time import forward_of, update_of, work_of
 from quadriga.hardware import Device
 
 PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|_scaled_mm)$|gemm|cutlass|sm\d+_xmma|nvjet", re.IGNORECASE)
 ATTENTION = re.compile(r"attention|flash_|fmha", re.IGNORECASE)
 UPDATE = re.compile(r"Optimizer\.step#|_fused_adam|_foreach_norm|_foreach_mul_", re.IGNORECASE)
 STEP = re.compile(r"ProfilerStep#\d+$")
+BACKWARD = re.compile(r"^autograd::engine::evaluate_function")
 COLLECTIVE = re.compile(r"nccl|gloo:|c10d::", re.IGNORECASE)
 PATTERNS = {"update": UPDATE, "collectives": COLLECTIVE, "attention": ATTENTION, "products": PRODUCTS}
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one profiled step, on the rank of the trace: what its processor was busy with."""
+    """Of one profiled step, on the rank of the trace: what its processor was busy with. `forward_products`,
+    `forward_attention`: outside of the backward pass; None where the trace does not tell, as that of a GPU."""
 
     step: float
     products: float
     attention: float
     update: float
     collectives: float
+    forward_products: float | None
+    forward_attention: float | None
 
 
 def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
@@ -51,7 +55,7 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     seconds = _of_trace(trace)
     measured = seconds_a_step(folder, run.config.profiling)
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
-    work, update = work_of(setup, 0), update_of(setup, 0)
+    work, forward, update = work_of(setup, 0), forward_of(setup, 0), update_of(setup, 0)
     # A profiler slows the host down: its shares of a step are kept, its sum is not.
     scale = measured / seconds.step
     rest = seconds.step - seconds.products - seconds.attention - seconds.update - seconds.collectives
@@ -62,9 +66,21 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     sent = sum(call.wire_bytes for call in calls_of(setup, 0))
     if seconds.collectives > 0 and sent:
         link = sent / (scale * seconds.collectives)
+    products = _by_direction(
+        *(forward.products, work.forward_products - forward.products, work.products - work.forward_products),
+        seconds.forward_products,
+        seconds.products,
+    )
+    attention = _by_direction(
+        *(forward.attention, work.forward_attention - forward.attention, work.attention - work.forward_attention),
+        seconds.forward_attention,
+        seconds.attention,
+    )
     return Rates(
-        products=work.products / (scale * seconds.products),
-        attention=work.attention / (scale * seconds.attention),
+        products=products[1] / scale,
+        attention=attention[1] / scale,
+        forward_products=products[0] / scale,
+        forward_attention=attention[0] / scale,
         memory=work.memory / (scale * rest),
         link=link or float("inf"),
         network=device.network_bandwidth if device else link or float("inf"),
@@ -72,6 +88,16 @@ def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
         operation=0.0 if setup.device_type == "cpu" else OPERATION_SECONDS,
         measured=str(folder),
     )
+
+
+def _by_direction(
+    forward: float, again: float, backward: float, forward_seconds: float | None, seconds: float
+) -> tuple[float, float]:
+    """FLOP/s of the forward and of the backward pass. `again`: FLOP of forward passes within backward passes."""
+    if not forward_seconds:
+        return (both := (forward + again + backward) / seconds), both
+    rate = forward / forward_seconds
+    return rate, backward / max(seconds - forward_seconds - again / rate, 0.1 * seconds)
 
 
 def seconds_a_step(folder: Path, profiling: Profiling) -> float:
@@ -117,7 +143,33 @@ def _of_trace(path: Path) -> Seconds:
         totals[kind] = sum(_outermost([event for event in busy if pattern.search(event["name"])]))
     count = len(steps)
     seconds = {kind: total / count / 1e6 for kind, total in totals.items()}
-    return Seconds(step=sum(event["dur"] for event in steps) / count / 1e6, **seconds)
+    outside = [] if on_device else _outside(busy, BACKWARD)
+
+    def forward(kind: str) -> float | None:
+        found = [event for event in outside if PATTERNS[kind].search(event["name"])]
+        return sum(_outermost(found)) / count / 1e6 if found else None
+
+    return Seconds(
+        step=sum(event["dur"] for event in steps) / count / 1e6,
+        **seconds,
+        forward_products=forward("products"),
+        forward_attention=forward("attention"),
+    )
+
+
+def _outside(events: list[dict[str, Any]], pattern: re.Pattern[str]) -> list[dict[str, Any]]:
+    """Events that lie in none of those that the pattern finds, on their thread."""
+    ends: dict[Any, float] = {}
+    found = []
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        thread = event.get("pid"), event.get("tid")
+        if event["ts"] < ends.get(thread, -1.0):
+            continue
+        if pattern.search(event["name"]):
+            ends[thread] = event["ts"] + event["dur"]
+        else:
+            found.append(event)
+    return found
 
 
 def _outermost(events: list[dict[str, Any]]) -> Iterator[float]:

@@ -19,6 +19,7 @@ class Rates:
     between machines (of one device, in one direction), seconds of the host for an operation, and of a step for what
     is none of these.
 
+    `forward_products`, `forward_attention`: of the forward pass, None: as of the backward pass.
     `update`: bytes/s of the optimizer, None: those of memory. `measured`: where they come from, None: assumed.
     """
 
@@ -31,6 +32,8 @@ class Rates:
     step: float = 0.0
     update: float | None = None
     measured: str | None = None
+    forward_products: float | None = None
+    forward_attention: float | None = None
 
     @classmethod
     def assumed(cls, device: Device, dtype: str, matmul_precision: str) -> Rates | None:

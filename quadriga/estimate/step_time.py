@@ -25,12 +25,17 @@ OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' 
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations."""
+    """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations.
+
+    `forward_products`, `forward_attention`: of those FLOP, what forward passes do, the first time or again.
+    """
 
     products: float = 0.0
     attention: float = 0.0
     memory: float = 0.0
     operations: float = 0.0
+    forward_products: float = 0.0
+    forward_attention: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -38,14 +43,28 @@ class Work:
             self.attention + other.attention,
             self.memory + other.memory,
             self.operations + other.operations,
+            self.forward_products + other.forward_products,
+            self.forward_attention + other.forward_attention,
         )
 
     def times(self, factor: float) -> Work:
-        return Work(factor * self.products, factor * self.attention, factor * self.memory, factor * self.operations)
+        return Work(
+            factor * self.products,
+            factor * self.attention,
+            factor * self.memory,
+            factor * self.operations,
+            factor * self.forward_products,
+            factor * self.forward_attention,
+        )
 
-    def seconds(self, rates: Rates) -> float:
-        """On a processor that is never kept waiting."""
-        return self.products / rates.products + self.attention / rates.attention + self.memory / rates.memory
+    def seconds(self, rates: Rates) -> tuple[float, float, float]:
+        """Of products, of attention and of what memory bounds, on a processor that is never kept waiting."""
+        products, attention = rates.forward_products or rates.products, rates.forward_attention or rates.attention
+        return (
+            (self.products - self.forward_products) / rates.products + self.forward_products / products,
+            (self.attention - self.forward_attention) / rates.attention + self.forward_attention / attention,
+            self.memory / rates.memory,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,12 +101,19 @@ def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
 def _idle_shares(works: _Works, rates: Rates) -> tuple[float, ...]:
     order = works.setup.order
     passes = {what for counts in order.counts for what in counts}
-    return order.idle_shares({what: works.of_pass(*what).seconds(rates) for what in passes})
+    return order.idle_shares({what: sum(works.of_pass(*what).seconds(rates)) for what in passes})
 
 
 def work_of(setup: Setup, rank: int) -> Work:
     """Of all passes of one step, without the update."""
     return _Works(setup).of_rank(rank)
+
+
+def forward_of(setup: Setup, rank: int) -> Work:
+    """Of the forward passes of one step alone."""
+    works, passes = _Works(setup), setup.order.counts[rank]
+    forward = (works.of_pass(*what).times(number) for what, number in passes.items() if what[1] == "F")
+    return sum(forward, Work()).times(setup.run.spec.accumulation_steps)
 
 
 def update_of(setup: Setup, rank: int) -> Work:
@@ -138,7 +164,7 @@ class _Works:
                 for each in setup.block.trace.operations
                 if each.matrix is not None and each.gives not in kept
             )
-            return Work(products, 0.0, forward.memory, forward.operations)
+            return Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
         return forward if mode == "full" else Work()
 
     @cached_property
@@ -155,7 +181,8 @@ class _Works:
         touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
         unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
         touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
-        return Work(products, attention, touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5)
+        memory, operations = touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5
+        return Work(products, attention, memory, operations, products, attention)
 
     @cached_property
     def head(self) -> dict[str, Work]:
@@ -163,11 +190,8 @@ class _Works:
         setup, model = self.setup, self.setup.run.spec.model
         compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
         trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
-        forward = Work(
-            products=_product_flops(setup, (model.dim, model.vocab_size)),
-            memory=4.0 * trips / 3 * setup.logits,
-            operations=10,
-        )
+        products = _product_flops(setup, (model.dim, model.vocab_size))
+        forward = Work(products, 0.0, 4.0 * trips / 3 * setup.logits, 10, forward_products=products)
         return {kind: _share(forward, kind, 0.0) for kind in "FBIW"}
 
 
@@ -213,11 +237,7 @@ def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_sh
         (call, call.calls * call_seconds(call, apart[call.axis], rates, gpus_per_node))
         for call in calls_of(setup, rank)
     ]
-    products, attention, memory = (
-        work.products / rates.products,
-        work.attention / rates.attention,
-        work.memory / rates.memory,
-    )
+    products, attention, memory = work.seconds(rates)
     compute = products + attention + memory
     shown, hidden = _shown(setup, timed, compute)
     host = max(work.operations * rates.operation - compute, 0.0) + rates.step

@@ -56,7 +56,8 @@ def test_a_backend_that_can_be_had_carries_the_run(backend: str, served: str, tm
     assert records[0]["backends"] == {"shard": served, "norms": "gloo", "host": "gloo"}
 
 
-@pytest.mark.parametrize("backend", ["nccl-symm", pytest.param("nvshmem", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nccl-symm", "nvshmem"])
 def test_the_ranks_refuse_it_too(backend: str, tmp_path: Path) -> None:
     """Without the launcher: the ranks ask the machine themselves, before the process group stands."""
     environ = {"COMM_BACKEND": backend, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

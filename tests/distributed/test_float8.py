@@ -38,6 +38,7 @@ def test_float8_stays_near_a_plain_run_and_a_checkpoint_knows_nothing_of_it(plai
     assert gone_on == pytest.approx(plain, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_float8_under_tensor_parallelism(plain: list[float], tmp_path: Path) -> None:
     cut = losses(training.train(tmp_path, 2, *WIDE, *FLOAT8, *TP, "--model.print_after_conversion"))
     assert cut == pytest.approx(plain, rel=2e-2)
