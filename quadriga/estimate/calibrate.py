@@ -52,7 +52,7 @@ class Seconds:
 def calibrate(folder: Path, run: Run, device: Device | None) -> Rates:
     """Rates of the machine that `run` was trained on. Raises UserError where its folder does not tell them."""
     trace = _newest_trace(folder)
-    seconds = _of_trace(trace)
+    seconds = seconds_of_trace(trace)
     measured = seconds_a_step(folder, run.config.profiling)
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
     work, forward, update = work_of(setup, 0), forward_of(setup, 0), update_of(setup, 0)
@@ -129,7 +129,7 @@ def _newest_trace(folder: Path) -> Path:
     return max(found, key=lambda path: int(re.findall(r"iteration_(\d+)", str(path))[-1]))
 
 
-def _of_trace(path: Path) -> Seconds:
+def seconds_of_trace(path: Path) -> Seconds:
     """Sums over the profiled steps, by what an event is. Of nested events the outermost of a kind counts."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     events = [event for event in json.loads(content)["traceEvents"] if event.get("ph") == "X"]

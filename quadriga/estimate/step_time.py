@@ -20,6 +20,9 @@ LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes t
 # Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
 # gradient, clipping reads and writes it.
 UPDATE_NUMBERS = 10
+# Recompute per operation goes through Python twice for each of torch's operations, once forward and once again, of which
+# there are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
+DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
 OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
 
 
@@ -27,7 +30,8 @@ OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' 
 class Work:
     """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations.
 
-    `forward_products`, `forward_attention`: of those FLOP, what forward passes do, the first time or again.
+    `forward_products`, `forward_attention`: of those FLOP, what forward passes do, the first time or again. `python`:
+    seconds in which the host asks what to do with an operation, beside launching it.
     """
 
     products: float = 0.0
@@ -36,6 +40,7 @@ class Work:
     operations: float = 0.0
     forward_products: float = 0.0
     forward_attention: float = 0.0
+    python: float = 0.0  # seconds
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -45,6 +50,7 @@ class Work:
             self.operations + other.operations,
             self.forward_products + other.forward_products,
             self.forward_attention + other.forward_attention,
+            self.python + other.python,
         )
 
     def times(self, factor: float) -> Work:
@@ -55,6 +61,7 @@ class Work:
             factor * self.operations,
             factor * self.forward_products,
             factor * self.forward_attention,
+            factor * self.python,
         )
 
     def seconds(self, rates: Rates) -> tuple[float, float, float]:
@@ -164,7 +171,9 @@ class _Works:
                 for each in setup.block.trace.operations
                 if each.matrix is not None and each.gives not in kept
             )
-            return Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
+            asked = 0.0 if setup.compiled else DISPATCHES * len(setup.block.trace.operations)
+            again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
+            return again + Work(python=asked * DISPATCH_SECONDS)
         return forward if mode == "full" else Work()
 
     @cached_property
@@ -240,7 +249,8 @@ def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_sh
     products, attention, memory = work.seconds(rates)
     compute = products + attention + memory
     shown, hidden = _shown(setup, timed, compute)
-    host = max(work.operations * rates.operation - compute, 0.0) + rates.step
+    asked = work.operations * rates.operation + work.python
+    host = (asked if setup.device_type == "cpu" else max(asked - compute, 0.0)) + rates.step
     idle = (compute + shown) * idle_share
     return StepTime(
         products=products,

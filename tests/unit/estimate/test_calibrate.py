@@ -12,7 +12,7 @@ from training import DEBUG_FILE, TINY
 
 from quadriga.cli.main import main
 from quadriga.config.schema import Profiling
-from quadriga.estimate.calibrate import seconds_a_step
+from quadriga.estimate.calibrate import seconds_a_step, seconds_of_trace
 from quadriga.metrics.jsonl import read_metrics
 
 
@@ -35,6 +35,30 @@ def test_steps_that_the_profiler_slowed_do_not_count(tmp_path: Path) -> None:
 def test_a_resumed_run_is_timed_in_its_last_attempt(tmp_path: Path) -> None:
     steps = [(1, step, 3.0) for step in range(1, 9)] + [(2, step, 9.0 if step < 7 else 1.0) for step in range(5, 12)]
     assert seconds_a_step(logged(tmp_path, steps), Profiling()) == 1.0
+
+
+def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
+    """One step of 1000: a product of 100 and attention of 50 go forward; 150 and 120 lie within autograd's functions,
+    and 20 of that product once more within an operation of its kind."""
+    events = [
+        ("user_annotation", "ProfilerStep#7", 0, 1000),
+        ("cpu_op", "aten::mm", 10, 100),
+        ("cpu_op", "aten::_scaled_dot_product_flash_attention_for_cpu", 200, 50),
+        ("cpu_op", "autograd::engine::evaluate_function: MmBackward0", 400, 200),
+        ("cpu_op", "aten::mm", 410, 150),
+        ("cpu_op", "aten::mm", 420, 20),
+        ("cpu_op", "autograd::engine::evaluate_function: ScaledDotProductFlashAttentionForCpuBackward0", 700, 130),
+        ("cpu_op", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", 705, 120),
+    ]
+    keys = ("cat", "name", "ts", "dur")
+    told = [{"ph": "X", "pid": 1, "tid": 1, **dict(zip(keys, event, strict=True))} for event in events]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": told}))
+    found = seconds_of_trace(tmp_path / "trace.json")
+    micro = 1e-6
+    assert found.products == pytest.approx(250 * micro)
+    assert found.forward_products == pytest.approx(100 * micro)
+    assert found.attention == pytest.approx(170 * micro)
+    assert found.forward_attention == pytest.approx(50 * micro)
 
 
 @pytest.mark.slow
