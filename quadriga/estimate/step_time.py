@@ -20,8 +20,8 @@ LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes t
 # Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
 # gradient, clipping reads and writes it.
 UPDATE_NUMBERS = 10
-# Recompute per operation goes through Python twice for each of torch's operations, once forward and once again, of which
-# there are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
+# Recompute per operation goes through Python twice for each of torch's operations, forward and again, of which there
+# are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
 DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
 OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
 
