@@ -228,8 +228,8 @@ class _Stage(PipelineStage):
     Positions do not go through the schedule: it would cut them into micro-batches, as it does with every tensor.
 
     torch's stage never lets `fully_shard` reduce by itself, since autograd's hooks do not fire where the backward pass
-    is made in two parts; it reduces at the end of every call. Here `fully_shard` does it by itself wherever the backward
-    pass is whole, in each micro-batch or in the step's last one; elsewhere it is made to when the trainer says so.
+    is made in two parts; it reduces at the end of every call. Here `fully_shard` does it by itself wherever the
+    backward pass is whole, in each micro-batch or in the step's last one; elsewhere it is made to.
     """
 
     def __init__(
