@@ -1,13 +1,13 @@
 """Predicted step times beside measured ones, after calibration from one run: other batches, sequences, recompute.
 
-    python benchmarks/step_time.py                     # one process on a CPU, about 12 minutes on 2 cores
-    python benchmarks/step_time.py --device cuda       # one GPU
+    python benchmarks/step_time.py                     # one process on a CPU, about 6 minutes on 2 cores
+    python benchmarks/step_time.py --device cuda --name h200       # one GPU
 
 Claim: rates measured in one run of the debug model (its trace and its metrics) predict the step time of other batch
-sizes, sequence lengths and recompute modes within 10 %. Every run is one process through the launcher, as a user starts
-it; its time is the median of the logged steps but the first two. A shared machine is faster and slower by the minute:
-the run to calibrate from is made before and after each case, the prediction is the mean of both, and an error is the
-median over the rounds.
+sizes, sequence lengths and recompute modes within 10 %. A shared machine is faster and slower by the minute, which no
+prediction can know: so the run that was calibrated from and the case take turns, a few steps each, and what is compared
+is how much longer the case takes, measured in pairs and predicted by the calibration; times are those of the median
+pair. The run that is calibrated from is made three times, and the median of the three predictions counts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from common import command_line, save, table, verdict
-from trainer import environment, last_words
+from common import ROOT, command_line, save, table, verdict
+from paired import Command, Timings, leave_nothing_behind, take_turns
+from paired import estimate as interval
+from trainer import environment, last_words, trainer_command
 
 from quadriga.cli.estimate import read_run
-from quadriga.estimate.calibrate import calibrate, seconds_a_step
+from quadriga.estimate.calibrate import calibrate
 from quadriga.estimate.estimate import estimate
 from quadriga.estimate.rates import Rates
 from quadriga.hardware import Device, find_device
@@ -31,15 +34,15 @@ from quadriga.hardware import Device, find_device
 CLAIM = "after calibration from one run, other batches, sequences and recompute modes are predicted within 10 %"
 TARGET = 0.10
 FILE = "configs/debug/debug.toml"
-STEPS = 8
+CALIBRATIONS = 3
 SHARED = (
-    *("--metrics.log_freq=1", f"--training.steps={STEPS}", "--metrics.no_enable_tensorboard"),
-    *("--checkpoint.no_enable", "--training.mixed_precision_reduce=float32"),
+    *("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.no_enable"),
+    "--training.mixed_precision_reduce=float32",
 )
 # Steps 3 to 8 of 12 run without the profiler, and tell how long a step takes.
 PROFILED = ("--training.steps=12", "--profiling.profile_freq=12", "--profiling.profiler_active=3")
 PROFILED += ("--profiling.profiler_warmup=1",)
-UNPROFILED = "--profiling.no_enable_profiling"
+ENDLESS = ("--training.steps=1000000", "--profiling.no_enable_profiling")
 
 
 def shape(rows: int, seq_len: int, *more: str) -> tuple[str, ...]:
@@ -61,63 +64,85 @@ CASES = {
 }
 
 
-def train(arguments: tuple[str, ...], folder: Path, device: str) -> None:
-    command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", FILE, *SHARED, *arguments]
+def rates_of_a_run(folder: Path, device: Device | None, device_type: str) -> Rates:
+    """Train the run to calibrate from, and calibrate."""
+    command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", FILE, *SHARED, *BASE, *PROFILED]
     command += [f"--job.dump_folder={folder}"]
-    done = subprocess.run(command, env=environment(1, device), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(1, device_type), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the run failed with exit code {done.returncode}:\n{last_words(done.stderr)}")
-
-
-def one_round(folder: Path, device: Device | None, device_type: str) -> dict[str, dict[str, float]]:
-    """Seconds of a step, measured and predicted, by case."""
-    figures: dict[str, dict[str, float]] = {}
-    before = rates_now(folder / "calibration-0", device, device_type)
-    for number, (name, arguments) in enumerate(CASES.items(), 1):
-        own = folder / name.replace(" ", "-")
-        train((*arguments, UNPROFILED), own, device_type)
-        after = rates_now(folder / f"calibration-{number}", device, device_type)
-        run = read_run(FILE, 1, (*SHARED, *arguments, UNPROFILED))
-        times = [estimate(run, device, rates).time for rates in (before, after)]
-        predicted = statistics.mean(time.total for time in times if time is not None)
-        figures[name] = {"measured": seconds_a_step(own, run.config.profiling), "predicted": predicted}
-        before = after
-    return figures
-
-
-def rates_now(folder: Path, device: Device | None, device_type: str) -> Rates:
-    train((*BASE, *PROFILED), folder, device_type)
     return calibrate(folder, read_run(FILE, 1, (*SHARED, *BASE, *PROFILED)), device)
+
+
+def seconds_of(arguments: tuple[str, ...], device: Device | None, rates: Rates) -> float:
+    """Of a step, as predicted."""
+    time = estimate(read_run(FILE, 1, (*SHARED, *arguments, *ENDLESS)), device, rates).time
+    assert time is not None
+    return time.total
+
+
+def in_turns(arguments: tuple[str, ...], chosen: argparse.Namespace) -> Timings:
+    """Steps of a case (`ours`) and of the run that is calibrated from (`reference`)."""
+    with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
+
+        def endless(name: str, keys: tuple[str, ...]) -> Command:
+            where = f"--job.dump_folder={folder}/{name}"
+            return trainer_command(ROOT / FILE, 1, chosen.device, *SHARED, *keys, *ENDLESS, where)
+
+        return take_turns(endless("case", arguments), endless("base", BASE), pairs=chosen.pairs, seconds=chosen.seconds)
+
+
+def measured(name: str, chosen: argparse.Namespace, device: Device | None, rates: list[Rates]) -> dict[str, Any]:
+    timings = in_turns(CASES[name], chosen)
+    longer = interval([case / base for case, base in zip(timings.ours, timings.reference, strict=True)])
+    foreseen = statistics.median(
+        seconds_of(CASES[name], device, each) / seconds_of(BASE, device, each) for each in rates
+    )
+    base = statistics.median(timings.reference)
+    return {
+        "base_seconds": base,
+        "measured": longer.median * base,
+        "predicted": foreseen * base,
+        "error": foreseen / longer.median - 1,
+        "error_low": foreseen / longer.high - 1,
+        "error_high": foreseen / longer.low - 1,
+        "pairs": longer.count,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--name", default="cpu", help="of the device in the table of devices (h200, ...)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=15, help="most pairs of turns of each case")
+    parser.add_argument("--seconds", type=float, default=25, help="of turns of each case, from the sixth pair on")
     chosen = parser.parse_args()
-    rounds = []
-    for number in range(1, chosen.rounds + 1):
-        with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
-            rounds.append(one_round(Path(folder), find_device(chosen.name), chosen.device))
-        print(f"round {number} of {chosen.rounds}: done", file=sys.stderr, flush=True)
-    errors = {name: [each[name]["predicted"] / each[name]["measured"] - 1 for each in rounds] for name in CASES}
+    leave_nothing_behind()
+    device = find_device(chosen.name)
+    with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
+        numbers = range(CALIBRATIONS)
+        rates = [rates_of_a_run(Path(folder, str(number)), device, chosen.device) for number in numbers]
+    figures: dict[str, dict[str, Any]] = {}
+    for name in CASES:
+        figures[name] = measured(name, chosen, device, rates)
+        print(f"{name}: done", file=sys.stderr, flush=True)
     rows = [
         [
             name,
-            f"{statistics.median(each[name]['measured'] for each in rounds):.3f}",
-            f"{statistics.median(each[name]['predicted'] for each in rounds):.3f}",
-            f"{statistics.median(errors[name]):+.1%}",
-            f"{min(errors[name]):+.1%} to {max(errors[name]):+.1%}",
+            f"{each['measured']:.3f}",
+            f"{each['predicted']:.3f}",
+            f"{each['error']:+.1%}",
+            f"{each['error_low']:+.1%} to {each['error_high']:+.1%}",
+            str(each["pairs"]),
         ]
-        for name in CASES
+        for name, each in figures.items()
     ]
-    print(table(["one step, seconds", "measured", "predicted", "error", "of the rounds"], rows))
-    met = all(abs(statistics.median(each)) <= TARGET for each in errors.values())
+    print(table(["one step, seconds", "measured", "predicted", "error", "95 % of median", "pairs"], rows))
+    met = all(abs(each["error"]) <= TARGET for each in figures.values())
     print(f"\ntarget: within {TARGET:.0%}: {verdict(met)}")
     name = "step_time" if chosen.device == "cpu" else f"step_time_{chosen.device}"
-    figures = {"rounds": rounds, "errors": errors, "target": TARGET, "met": met}
-    save(name, figures, command=command_line(), claim=CLAIM)
+    saved = {"cases": figures, "calibrations": CALIBRATIONS, "target": TARGET, "met": met}
+    save(name, saved, command=command_line(), claim=CLAIM)
     return 0 if met else 1
 
 
