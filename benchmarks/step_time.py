@@ -1,6 +1,6 @@
 """Predicted step times beside measured ones, after calibration from one run: other batches, sequences, recompute.
 
-    python benchmarks/step_time.py                     # one process on a CPU, about 6 minutes on 2 cores
+    python benchmarks/step_time.py                     # one process on a CPU, about 8 minutes on 2 cores
     python benchmarks/step_time.py --device cuda --name h200       # one GPU
 
 Claim: rates measured in one run of the debug model (its trace and its metrics) predict the step time of other batch
@@ -114,8 +114,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--name", default="cpu", help="of the device in the table of devices (h200, ...)")
-    parser.add_argument("--pairs", type=int, default=15, help="most pairs of turns of each case")
-    parser.add_argument("--seconds", type=float, default=25, help="of turns of each case, from the sixth pair on")
+    parser.add_argument("--pairs", type=int, default=60, help="most pairs of turns of each case")
+    parser.add_argument("--seconds", type=float, default=40, help="of turns of each case, from the sixth pair on")
     chosen = parser.parse_args()
     leave_nothing_behind()
     device = find_device(chosen.name)
