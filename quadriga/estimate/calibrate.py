@@ -97,6 +97,7 @@ def _by_direction(
     if not forward_seconds:
         return (both := (forward + again + backward) / seconds), both
     rate = forward / forward_seconds
+    # A run that recomputes does so more slowly than it went forward, which may leave nothing: then a tenth is left.
     return rate, backward / max(seconds - forward_seconds - again / rate, 0.1 * seconds)
 
 

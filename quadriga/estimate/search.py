@@ -87,7 +87,8 @@ def search(
         if found.setup.state_bytes > device.capacity:
             too_large.add(state)
             continue
-        if memory_of(found.setup, 0).reserved > device.capacity:  # the first of a pipeline's ranks, mostly the worst
+        # The first of a pipeline's ranks is mostly the worst: where it does not fit, the others need no look.
+        if found.setup.degrees.pp > 1 and memory_of(found.setup, 0).reserved > device.capacity:
             continue
         verdict = found.verdict()
         if verdict is None or not verdict.fits or found.time is None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import _Action, get_schedule_class
 
+from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.estimate.schedule import order_of
 
 INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
@@ -50,6 +51,13 @@ def test_orders_are_those_of_torch(schedule: str, ranks: int, stages: int, micro
     for rank, actions in enumerate(order.ranks):
         assert [str(action) for action in actions] == of_torch(schedule, rank, ranks, stages, micro_batches)
     assert order.stuck == ()
+
+
+def test_those_that_split_the_backward_pass_are_those_that_the_door_knows() -> None:
+    stages = {"GPipe": 1, "1F1B": 1}
+    every = (*stages, *INTERLEAVED, "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
+    split = {name for name in every if order_of(name, 2, stages.get(name, 2), 8).splits_backward}
+    assert split == set(SPLIT_BACKWARD)
 
 
 @pytest.mark.parametrize(
