@@ -16,7 +16,7 @@ test: setup-dev  ## what must pass before every commit; by files on two workers
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-all: setup-dev  ## the long tests too
-	.venv/bin/python -m pytest -m "slow or not slow"
+	.venv/bin/python -m pytest -m "slow or more or not slow"
 
 TRIALS ?= 60
 

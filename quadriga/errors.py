@@ -20,6 +20,25 @@ EXIT_OUT_OF_MEMORY = 6
 EXIT_SAVED = 75  # asked to leave: saved and left; the same start goes on from there (EX_TEMPFAIL: try again)
 
 
+NEWLINE = "\n"
+
+
+def printable(value: object, *, keep: str = "") -> str:
+    """`value` as text that a terminal may be sent: control characters are escaped, but for those in `keep`."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """`printable`, of at most `most` characters: what was read may be long, and messages repeat it."""
+    text = str(value)
+    return printable(text if len(text) <= most else text[: most - 3] + "...")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong, in the words that a user needs to mend it.
@@ -36,15 +55,16 @@ class Problem:
     fix: str | None = None
 
     def __str__(self) -> str:
-        said = f" = {self.value}" if self.value is not None else ""
-        origin = f"  [{self.source}]" if self.source else ""
-        lines = [f"{self.where}{said}{origin}", f"    {self.what}"]
+        # What a user or a file said may hold control characters; they would move the cursor or forge lines.
+        said = f" = {printable(self.value)}" if self.value is not None else ""
+        origin = f"  [{printable(self.source)}]" if self.source else ""
+        lines = [f"{printable(self.where)}{said}{origin}", f"    {printable(self.what, keep=NEWLINE)}"]
         if self.allowed:
-            lines.append(f"    allowed: {self.allowed}")
+            lines.append(f"    allowed: {printable(self.allowed, keep=NEWLINE)}")
         if self.nearest:
-            lines.append(f"    did you mean: {self.nearest}")
+            lines.append(f"    did you mean: {printable(self.nearest)}")
         if self.fix:
-            lines.append(f"    to do: {self.fix}")
+            lines.append(f"    to do: {printable(self.fix, keep=NEWLINE)}")
         return "\n".join(lines)
 
 

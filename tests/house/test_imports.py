@@ -14,6 +14,8 @@ LIGHT = [
     "quadriga.units",
     "quadriga.hardware",
     "quadriga.log",
+    "quadriga.limits",
+    "quadriga.reading",
     "quadriga.html.page",
     "quadriga.html.plots",
     "quadriga.processes",

@@ -5,32 +5,34 @@ from __future__ import annotations
 import pytest
 from tree import PACKAGE, Import, imports, room, room_of_module, sources
 
-GROUND = {"errors", "units", "hardware", "log"}
+GROUND = {"errors", "units", "hardware", "log", "limits", "reading"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     "units": set(),
     "hardware": {"errors"},
     "log": set(),
-    "processes": {"errors"},
+    "limits": set(),
+    "reading": {"errors", "limits"},
+    "processes": {"errors", "limits", "reading"},
     "html": {"units"},
-    "config": {"errors", "units", "hardware"},
+    "config": {"errors", "units", "hardware", "limits", "reading"},
     "comm": GROUND | {"config"},
     "data": GROUND | {"config"},
     "optim": GROUND | {"config"},
     "cycles": set(),
     "metrics": GROUND | {"config", "cycles"},
-    "models": {"errors", "units", "config"},
+    "models": {"errors", "units", "config", "limits", "reading"},
     "parallel": {"models", "comm", "errors", "units", "log", "config"},
-    "checkpoint": {"errors", "units", "log", "config"},
+    "checkpoint": {"errors", "units", "log", "config", "limits", "reading"},
     "train": GROUND
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
     | {"estimate"},
     "estimate": GROUND | {"config", "models", "comm", "cycles"},
-    "trace": {"errors", "units", "hardware", "html"},
+    "trace": {"errors", "units", "hardware", "html", "limits", "reading"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
-    "equivalence": {"errors", "config", "comm", "models", "checkpoint", "metrics"},
-    "compare": {"errors", "units", "metrics", "html", "cycles"},
+    "equivalence": {"errors", "limits", "reading", "config", "comm", "models", "checkpoint", "metrics"},
+    "compare": {"errors", "units", "metrics", "html", "cycles", "limits", "reading"},
     "cli": GROUND
     | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
     | {"compare", "trace"},

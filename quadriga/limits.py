@@ -1,0 +1,20 @@
+"""What bytes from elsewhere may cost: the greatest sizes, counts and depths that readers accept.
+
+Every reader of a file that somebody else may have written takes its limits from here. They are far above what real
+files need; a file beyond one is refused with a message that names the limit. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# JSON. Python's parser recurses once a level; real files of this project and of its neighbours nest less than 20 deep.
+JSON_DEPTH = 100
+JSON_BYTES = 64 * MIB  # one document: manifests, indexes, configurations, cards; traces have a limit of their own
+JSON_DIGITS = 400  # of one number: any float64 in full, without the quadratic time of longer conversions
+
+# Text that is read line by line.
+LINE_BYTES = 16 * MIB  # one line of metrics.jsonl or events.jsonl
+LOG_BYTES = 4 * GIB  # a whole metrics.jsonl or events.jsonl
+
+TOML_BYTES = 4 * MIB  # one configuration file
