@@ -18,3 +18,7 @@ LINE_BYTES = 16 * MIB  # one line of metrics.jsonl or events.jsonl
 LOG_BYTES = 4 * GIB  # a whole metrics.jsonl or events.jsonl
 
 TOML_BYTES = 4 * MIB  # one configuration file
+
+# One message of a rank to the others (`json_collectives`). The largest is the plan of a checkpoint: 1 M chunks are
+# about 200 MB of JSON.
+RANK_MESSAGE_BYTES = 1 * GIB

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,13 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import Place, files_at, local
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf_folder import Entry, HfFolder
+from quadriga.checkpoint.ranks import together
 from quadriga.checkpoint.tensors import HashingFiles, Writer, plain_errors
 from quadriga.checkpoint.words import misfits
 from quadriga.errors import Problem, UserError, nearest
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
-T = TypeVar("T")
 MISSING, SURPLUS = "the model needs tensors that are not there:", "tensors that the model has no place for:"
 RESHAPED = "shapes differ:"
 MODEL = "model."  # what DCP's names of weights begin with
@@ -215,23 +215,3 @@ def that_fits(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.dtype == torch.float16 and not tensor.isfinite().all():
         raise UserError(Problem(name, "holds values that float16 has no room for", fix="take bfloat16 or float32"))
     return tensor
-
-
-def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
-    """This rank's result. Where the work failed on any rank, every rank raises: the error of the first that failed."""
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
-        error = failed
-    told: list[Any] = [error]
-    if error is not None and not isinstance(error, UserError | CheckpointError):
-        told = [CheckpointError(f"Hugging Face weights could not be read or written: {error or type(error).__name__}")]
-    if group is not None:
-        mine, told = told[0], [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, mine, group=group)
-    first = next((one for one in told if one is not None), None)
-    if first is not None:
-        raise first from error
-    return cast(T, result)

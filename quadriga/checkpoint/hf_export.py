@@ -27,10 +27,10 @@ from quadriga.checkpoint.hf import (
     refuse_lack_of_room,
     refuse_what_is_there,
     that_fits,
-    together,
 )
 from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
 from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
+from quadriga.checkpoint.ranks import together
 from quadriga.checkpoint.tensors import HashingFiles, Reader, plain_errors
 from quadriga.log import logger
 from quadriga.units import show_bytes

@@ -32,9 +32,11 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
 from quadriga.checkpoint.files import Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, Found
+from quadriga.checkpoint.ranks import on_first_rank
 from quadriga.checkpoint.search import Search
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
+from quadriga.json_collectives import gather_json
 from quadriga.log import logger
 from quadriga.units import show_seconds
 
@@ -168,19 +170,8 @@ class CheckpointManager:
         self._finish_running(last=True)
 
     def on_first_rank(self, work: Callable[[], T]) -> T:
-        """The result of `work`, done by the first rank alone; its error is raised on every rank."""
-        if self._group is None:
-            return work()
-        outcome: list[Any] = [None, None]
-        if self._first_rank:
-            try:
-                outcome[0] = work()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, 0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        """The result of `work` as JSON makes it, done by the first rank alone; its error is raised on every rank."""
+        return on_first_rank(self._group, work)
 
     def _staged(self, held: Tensors) -> Tensors:
         from quadriga.checkpoint.tensors import Staging
@@ -226,8 +217,7 @@ class CheckpointManager:
         """Of all ranks' files, on the first rank."""
         if self._group is None:
             return hashes
-        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if self._first_rank else None
-        dist.gather_object(hashes, gathered, dst=0, group=self._group)
+        gathered = gather_json(hashes, self._group)
         return {name: digest for one in gathered or () for name, digest in one.items()}
 
     def _after_failure(self, step: int, place: str, error: Exception) -> str:

@@ -12,8 +12,10 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
 from quadriga.checkpoint.files import Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
+from quadriga.checkpoint.ranks import found_from_json, found_to_json
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
+from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 
 PLAN = ".metadata"  # what every folder of torch.distributed.checkpoint has
@@ -40,7 +42,13 @@ class Search:
 
     def own(self, remains: list[str]) -> Found | None:
         """The run's own newest good checkpoint, or that of `load_step`. `remains`: what lay there unpublished."""
-        whole, damaged = self._on_first_rank(lambda: folders.sorted_out(self._folder))
+
+        def look() -> tuple[list[Any], list[tuple[int, str]]]:
+            whole, damaged = folders.sorted_out(self._folder)
+            return [found_to_json(found) for found in whole], damaged
+
+        records, damaged = self._on_first_rank(look)
+        whole = [found_from_json(record) for record in records]
         self.refused = dict(damaged)
         asked = self._section.load_step
         if asked >= 0 and asked not in {found.step for found in whole} | self.refused.keys():
@@ -57,7 +65,7 @@ class Search:
 
     def elsewhere(self, path: str) -> Found:
         """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
-        found: Found = self._on_first_rank(lambda: self._look_at(path))
+        found = found_from_json(self._on_first_rank(lambda: found_to_json(self._look_at(path))))
         if found.files and not self._is_good(found):
             raise CheckpointError(words.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
         if found.resume and self._section.initial_load_model_only:
@@ -83,9 +91,7 @@ class Search:
         ranks, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
         wrong = folders.damage(found, sorted(found.files)[rank::ranks])
         if self._group is not None:
-            gathered: list[Any] = [None] * ranks
-            dist.all_gather_object(gathered, wrong, group=self._group)
-            wrong = [reason for one in gathered for reason in one]
+            wrong = [reason for one in all_gather_json(wrong, self._group) for reason in one]
         if wrong:
             self.refused[found.step] = "; ".join(wrong)
         return not wrong

@@ -34,6 +34,7 @@ from quadriga.checkpoint.files import Files, Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, join
 from quadriga.checkpoint.words import misfits
 from quadriga.errors import UserError
+from quadriga.json_collectives import all_gather_json
 
 Tensors = Mapping[str, torch.Tensor]
 METADATA = ".metadata"  # DCP's name for its plan
@@ -253,11 +254,10 @@ def _refuse_other_tensors(
         if not isinstance(entry, TensorStorageMetadata) or entry.size != tensors[name].shape:
             reshaped.append(f"{name}: {list(getattr(entry, 'size', []))} saved, {list(tensors[name].shape)} here")
     wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
-    gathered: list[Any] = [(missing, reshaped)]
+    gathered: list[Any] = [[missing, reshaped]]
     if group is not None:  # with pipeline stages each rank holds some of the names
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
-        gathered = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (missing, reshaped), group=group)
+        gathered = all_gather_json([missing, reshaped], group)
     missing = sorted({name for one, _ in gathered for name in one})
     reshaped = sorted({name for _, one in gathered for name in one})
     surplus = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,24 +22,6 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait for all ranks, or for those of `group`."""
     if world_size() > 1:
         dist.barrier(group)
-
-
-def all_gather_objects(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What every rank (of `group`) passed in, by rank, on every rank. For small things that pickle."""
-    if world_size() == 1:
-        return [item]
-    items: list[Any] = [None] * (group.size() if group else world_size())
-    dist.all_gather_object(items, item, group)
-    return items
-
-
-def broadcast_object(item: Any) -> Any:
-    """What rank 0 passed in, on every rank."""
-    if world_size() == 1:
-        return item
-    box = [item]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> torch.Tensor:

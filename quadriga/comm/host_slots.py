@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quadriga.comm import gloo
-from quadriga.comm.collectives import all_gather_objects, barrier
+from quadriga.comm.collectives import barrier
 from quadriga.comm.slots import WORDS_A_RANK
+from quadriga.json_collectives import all_gather_json
 
 PROCESS_GROUP, device = gloo.PROCESS_GROUP, gloo.device
 FOLDER = "/dev/shm"
@@ -103,7 +104,7 @@ class HostTransport:
         try:
             os.posix_fallocate(descriptor, 0, head + size)  # or a later touch would end the process with SIGBUS
             os.close(descriptor)
-            places = all_gather_objects((socket.gethostname(), path), group)
+            places = all_gather_json([socket.gethostname(), path], group)
             if len({host for host, _ in places}) > 1:
                 raise RuntimeError("host-slots works within one machine, and the ranks are on several")
             maps = [_mapped(place) for _, place in places]

@@ -17,6 +17,7 @@ import torch
 from quadriga.checkpoint.states import plain
 from quadriga.comm import collectives
 from quadriga.errors import EXIT_NOT_FINITE, Fault
+from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.metrics.documents import shown
 from quadriga.metrics.events import Events, append_line
@@ -79,7 +80,7 @@ class BadSteps:
     def _act(self, metrics: StepMetrics, finding: Finding) -> None:
         self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
         self._write_documents(metrics, finding)
-        what = _what(metrics, finding, collectives.all_gather_objects(self._own(finding)))
+        what = _what(metrics, finding, all_gather_json(self._own(finding)))
         stops = getattr(self._health.section, _key(finding)) == "raise"
         if stops or self._in_a_row >= MOST_IN_A_ROW:
             raise CommonFault(f"{what}\n{self._advice(metrics, finding, stops)}", EXIT_NOT_FINITE)
@@ -88,10 +89,10 @@ class BadSteps:
             facts = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
             self._events.tell("skip", metrics.step, reason=_key(finding), **facts)
 
-    def _own(self, finding: Finding) -> tuple[bool, str | None]:
+    def _own(self, finding: Finding) -> list[bool | str | None]:
         """Whether this rank's part of the loss is no finite number, and its first parameter whose gradient is none."""
         place = int(finding.first_gradient)
-        return not math.isfinite(finding.own_loss), self._names[place] if place >= 0 else None
+        return [not math.isfinite(finding.own_loss), self._names[place] if place >= 0 else None]
 
     def _write_documents(self, metrics: StepMetrics, finding: Finding) -> None:
         if self._first_row is None:
@@ -115,7 +116,7 @@ def _key(finding: Finding) -> str:
     return "non_finite" if finding.kind == NOT_FINITE else "spike"
 
 
-def _what(metrics: StepMetrics, finding: Finding, by_rank: list[tuple[bool, str | None]]) -> str:
+def _what(metrics: StepMetrics, finding: Finding, by_rank: list[Any]) -> str:
     loss, norm = float(metrics.loss), float(metrics.grad_norm)
     line = f"step {metrics.step}: the loss is {loss:.4f}, the gradient norm {norm:.4f}"
     if finding.kind != NOT_FINITE:

@@ -89,11 +89,16 @@ def leave(trainer: Trainer, asked: int) -> int:
     trainer.wishes.left()
     if not section.enable or section.load_only:
         return wishes.farewell(asked, state.step, spec.steps, None)
-    found = trainer.checkpoints.on_first_rank(lambda: checkpoint_folder.find(spec.folders.checkpoint, state.step))
-    if found is None:
+    path = trainer.checkpoints.on_first_rank(lambda: _saved_at(spec.folders.checkpoint, state.step))
+    if path is None:
         what = f"asked to leave, but step {state.step} could not be saved (see above)"
         raise Fault(f"{what}: a start goes on from the save before")
-    return wishes.farewell(asked, state.step, spec.steps, found.path)
+    return wishes.farewell(asked, state.step, spec.steps, path)
+
+
+def _saved_at(folder: str, step: int) -> str | None:
+    found = checkpoint_folder.find(folder, step)
+    return None if found is None else found.path
 
 
 def tell(trainer: Trainer, event: str, **facts: Any) -> None:

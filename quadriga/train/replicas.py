@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from quadriga.checkpoint.states import plain
 from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
+from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.train.bad_steps import CommonFault
 from quadriga.units import show_some
@@ -26,7 +27,7 @@ BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as se
 BLOCK = 1 << 22  # numbers that are hashed at once: 32 MiB of working memory, a few times
 SHOWN = 4
 
-Report = tuple[tuple[int, ...], dict[str, int]]  # a rank's place in the mesh; the hashes of shards that differ, by name
+Report = tuple[Sequence[int], dict[str, int]]  # a rank's place in the mesh; the hashes of shards that differ, by name
 
 
 class ReplicaCheck:
@@ -56,8 +57,8 @@ class ReplicaCheck:
         if collectives.numbers_of_all(differs.any().int()).any():
             places = differs.nonzero().flatten().tolist()
             own = {self._named[place][0]: int(hashes[place]) for place in places}
-            coordinate = tuple(self._mesh.device_mesh.get_coordinate() or ())
-            reports = collectives.all_gather_objects((coordinate, own))
+            coordinate = list(self._mesh.device_mesh.get_coordinate() or ())
+            reports = all_gather_json([coordinate, own])
             raise CommonFault("\n".join(_words(step, reports)))
 
 
@@ -109,6 +110,6 @@ def _is_odd(rank: int, reports: Sequence[Report]) -> bool:
     return False
 
 
-def _shard(place: tuple[int, ...]) -> tuple[int, ...]:
+def _shard(place: Sequence[int]) -> list[int]:
     """A place in the mesh (pp, dp_replicate, dp_shard, cp, tp) without which copy it is."""
-    return place[:1] + place[2:]
+    return [*place[:1], *place[2:]]

@@ -10,6 +10,7 @@ from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.words import plural
+from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.optim.schedule import wind_to
 from quadriga.train import continuity
@@ -47,7 +48,7 @@ def saved_tensors(state: TrainState) -> dict[str, Stateful]:
 def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
     data = state.loader.state_dict()
-    for other in collectives.all_gather_objects(data["lanes"]):
+    for other in all_gather_json(data["lanes"]):
         data["lanes"].update(other)
     return {
         "train_state": {

@@ -15,6 +15,7 @@ from quadriga.comm import collectives, process_group
 from quadriga.comm.mesh import build_mesh
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import Comm
+from quadriga.json_collectives import all_gather_json, broadcast_json
 
 
 def positions(all_degrees: list[Degrees]) -> list[dict[str, Any]]:
@@ -87,8 +88,8 @@ def life_of_a_group() -> dict[str, Any]:
     mesh = build_mesh(Degrees(dp_shard=dist.get_world_size()), "cpu")
     process_group.tighten_timeouts(comm)
     host = process_group.host_group()
-    gathered = collectives.all_gather_objects({"rank": collectives.rank()})
-    told = collectives.broadcast_object(f"from {collectives.rank()}")
+    gathered = all_gather_json({"rank": collectives.rank()})
+    told = broadcast_json(f"from {collectives.rank()}")
     options = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options
     recorded = torch._C._distributed_c10d._dump_fr_trace_json()
     result = {

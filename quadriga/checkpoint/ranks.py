@@ -1,0 +1,69 @@
+"""Work that the ranks of a checkpoint do together: its results, and the error of any rank, are known to all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from quadriga.checkpoint.folder import CheckpointError, FileFacts, Found
+from quadriga.errors import UserError
+from quadriga.json_collectives import all_gather_json, broadcast_json, error_from_json, error_to_json
+
+T = TypeVar("T")
+
+
+def on_first_rank(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
+    """The result of `work`, done by the first rank alone, as JSON makes it; its error is raised on every rank.
+
+    The other ranks raise what `error_from_json` makes of the error: a UserError, CheckpointError or OSError that says
+    the same, and for any other a RuntimeError.
+    """
+    if group is None:
+        return cast(T, json.loads(json.dumps(work())))
+    result: T | None = None
+    error: Exception | None = None
+    if dist.get_rank(group) == 0:
+        try:
+            result = work()
+        except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+            error = failed
+    told = broadcast_json([result, None if error is None else error_to_json(error)], group)
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise error_from_json(told[1], CheckpointError)
+    return cast(T, told[0])
+
+
+def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
+    """This rank's result. Where the work failed on any rank, every rank raises: the error of the first that failed."""
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except (UserError, CheckpointError) as failed:
+        error = failed
+    except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+        error = CheckpointError(f"Hugging Face weights could not be read or written: {failed or type(failed).__name__}")
+        error.__cause__ = failed
+    own = None if error is None else error_to_json(error)
+    told: list[Any] = [own] if group is None else all_gather_json(own, group)
+    first = next((rank for rank, one in enumerate(told) if one is not None), None)
+    if first is None:
+        return cast(T, result)
+    if error is not None and (group is None or first == dist.get_rank(group)):
+        raise error  # never from itself: a chain of causes must end
+    raise error_from_json(told[first], CheckpointError) from error
+
+
+def found_to_json(found: Found | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
+
+
+def found_from_json(record: Mapping[str, Any]) -> Found:
+    files = {name: FileFacts(**facts) for name, facts in record["files"].items()}
+    return Found(**{**record, "contents": tuple(record["contents"]), "files": files})
