@@ -137,11 +137,14 @@ def _write_one_by_one(place: Place, wanted: Mapping[str, Entry], make: Callable[
     promised = {
         MODEL + name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in wanted.items()
     }
+    failure: Exception | None = None
     try:
         with plain_errors(f"{place} could not be written"):
             save(promised, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointError as error:
-        raise planner.refused or error from error
+        failure = planner.refused or error
+    if failure is not None:  # raised out here: `refused` is among the causes of what was caught
+        raise failure
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
 

@@ -157,7 +157,7 @@ def checked(bench: Bench, choice: Choice) -> JobConfig:
             raise UserError(*lacking)
     except UserError as error:
         progress(f"quadriga bench: {choice.name} cannot be run here, so nothing is")
-        raise error from None
+        raise
     comm = run.config.comm.model_copy(update={"backend": backend})  # as the launcher hands it to the ranks
     return run.config.model_copy(update={"comm": comm})
 

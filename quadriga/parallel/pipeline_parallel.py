@@ -342,9 +342,12 @@ def _own_error() -> Iterator[None]:
 
     The report lists arguments and hides a user's mistake, which has its own exit code.
     """
+    cause: BaseException | None = None
     try:
         yield
     except RuntimeError as error:
         if error.__cause__ is None:
             raise
-        raise error.__cause__ from None
+        cause = error.__cause__
+    if cause is not None:  # raised out here, so that the report, which names it as its cause, is not its context
+        raise cause
