@@ -155,7 +155,7 @@ def checked(bench: Bench, choice: Choice) -> JobConfig:
         backend, _ = choose_backend(run.spec.backend, request.ranks, torch_build(), visible_gpus(bench.environ))
         if lacking := what_training_lacks(request, argv, bench.environ):
             raise UserError(*lacking)
-    except UserError as error:
+    except UserError:
         progress(f"quadriga bench: {choice.name} cannot be run here, so nothing is")
         raise
     comm = run.config.comm.model_copy(update={"backend": backend})  # as the launcher hands it to the ranks

@@ -17,9 +17,13 @@ queries) in float32. Heads that share keys and values (GQA, arXiv 2305.13245) ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from quadriga.models.kv_heads import repeat_kv, sum_kv
 
 aten = torch.ops.aten
 LSE_ALIGNMENT = 32  # the memory-efficient kernel fills the lse up to a multiple of it, with infinity
@@ -79,12 +83,10 @@ def _is_flash(q: Tensor) -> bool:
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     if _is_flash(q):
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    elif q.device.type == "cuda":
-        k, v = (_repeated(x, q.shape[1]) for x in (k, v))
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        lse = lse[:, :, : q.shape[2]]
-    else:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float(), 0.0, causal)
+        return out, lse
+    if q.device.type == "cuda":
+        return efficient_forward(_efficient, q, k, v, causal)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float(), 0.0, causal)
     return out, lse
 
 
@@ -97,21 +99,54 @@ def _backward(
         lengths = (None, None, q.shape[2], k.shape[2])
         given = (grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(*given)
-    elif q.device.type == "cuda":
-        heads, kv_heads, fill = q.shape[1], k.shape[1], -q.shape[2] % LSE_ALIGNMENT
-        k, v = (_repeated(x, heads) for x in (k, v))
-        lse = F.pad(lse, (0, fill), value=torch.inf)
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        seeds_and_wanted = (seed, seed, 0.0, [True, True, True, False])
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad.contiguous(), q, k, v, None, out, lse, *seeds_and_wanted, causal
-        )
-        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
-    else:
-        grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        return dq, dk, dv
+    if q.device.type == "cuda":
+        return efficient_backward(_efficient_backward, grad, q, k, v, out, lse, causal)
+    grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     return dq, dk, dv
 
 
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
+def efficient_forward(
+    kernel: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a kernel that knows no shared heads and fills the lse up to a multiple of LSE_ALIGNMENT.
+
+    `kernel(q, k, v, causal)` is the memory-efficient one on CUDA. It is an argument so that a test on CPU reaches the
+    arithmetic around it.
+    """
+    out, lse = kernel(q, *(repeat_kv(x, q.shape[1]) for x in (k, v)), causal)
+    return out, lse[:, :, : q.shape[2]]
+
+
+def efficient_backward(
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `efficient_forward`. `kernel` gets all that follows it, heads repeated and lse filled up."""
+    heads, kv_heads, fill = q.shape[1], k.shape[1], -q.shape[2] % LSE_ALIGNMENT
+    filled = F.pad(lse, (0, fill), value=torch.inf)
+    dq, dk, dv = kernel(grad, q, repeat_kv(k, heads), repeat_kv(v, heads), out, filled, causal)
+    return dq, sum_kv(dk, kv_heads), sum_kv(dv, kv_heads)
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    return out, lse
+
+
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seeds_and_wanted = (seed, seed, 0.0, [True, True, True, False])
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        grad.contiguous(), q, k, v, None, out, lse, *seeds_and_wanted, causal
+    )
+    return dq, dk, dv

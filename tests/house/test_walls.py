@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Where only one corner of a room may be seen. The first matching prefix decides.
 ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("models", "config"): ("quadriga.config.model_spec",),
-    ("parallel", "models"): ("quadriga.models.plan",),
+    ("parallel", "models"): ("quadriga.models.plan", "quadriga.models.kv_heads"),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
     ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("launch", "checkpoint"): ("quadriga.checkpoint.folder",),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.models.kv_heads import repeat_kv, repeats_kv
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
@@ -67,10 +68,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and dtype.itemsize < 4:
         # The half-precision backward kernel on CPU is slower than the float32 one at small heads, and less exact.
         q, k, v = q.float(), k.float(), v.float()
-    if grouped and q.device.type == "cuda" and dtype == torch.float32:
-        # Flash attention has no float32 and the memory-efficient kernel no GQA: unrepeated heads would fall to the
-        # kernel that stores the whole seq x seq matrix.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if repeats_kv(q.device.type, dtype.itemsize, q.shape[1], k.shape[1]):
+        k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).to(dtype)
 
