@@ -8,8 +8,8 @@ from hf_models import SPEC, random_model, write_hf
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf import import_hf
-from quadriga.checkpoint.ranks import together
 from quadriga.checkpoint.hf_folder import HfFolder
+from quadriga.checkpoint.ranks import together
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import hf_names
 
