@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-all kill-matrix lint docs setup setup-dev clean
+.PHONY: train test test-more test-all fuzz mutants kill-matrix results-age lint docs setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -15,8 +15,22 @@ train: setup  ## the debug configuration on 4 local ranks
 test: setup-dev  ## what must pass before every commit; by files on two workers
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
+test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/run runs it after `make test`
+	.venv/bin/python -m pytest -m more -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or more or not slow"
+
+CASES ?= 20000
+
+fuzz: setup-dev  ## damaged bytes for every reader; RECORD=FILE keeps the counts
+	.venv/bin/python tests/fuzz/run.py --cases $(CASES) $(if $(RECORD),--record $(RECORD))
+
+mutants: setup-dev  ## break the code in many small ways, one at a time, and see that a test fails
+	.venv/bin/python tests/mutants/run.py
+
+results-age: setup-dev  ## the results that are older than the code they measure
+	.venv/bin/python benchmarks/results_age.py
 
 TRIALS ?= 60
 

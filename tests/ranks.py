@@ -8,9 +8,9 @@
     assert run_ranks(sum_of_ranks, 4, 10) == [60.0] * 4
 
 The ranks are forked from one helper process (multiprocessing's fork server) that has imported torch and Quadriga once
-and done no work since. Forking pytest itself would hang as soon as OpenMP has run in it; starting fresh interpreters
-costs seconds. The rendezvous store lives in the calling process, as torchrun's agent keeps it, so no port is guessed.
-Warnings in the ranks are errors, as they are in pytest.
+(`preloaded.py`) and done no work since. Forking pytest itself would hang as soon as OpenMP has run in it; starting
+fresh interpreters costs seconds. The rendezvous store lives in the calling process, as torchrun's agent keeps it, so no
+port is guessed. Warnings in the ranks are errors, as they are in pytest.
 """
 
 from __future__ import annotations
@@ -34,16 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = [
-    "pytest",
-    "torch",
-    "torch._dynamo",  # otherwise imported by the first optimizer step of every rank
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "quadriga.config.schema",
-    "quadriga.log",
-]
+PRELOAD = ["pytest", "preloaded"]
 PR_SET_PDEATHSIG = 1
 
 # Warnings that torch raises inside itself and that no caller can avoid: (message as a regular expression, category).
