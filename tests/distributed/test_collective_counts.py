@@ -99,14 +99,14 @@ def _by_group(calls: Counter[tuple[str, str]], degrees: Degrees) -> Counter[tupl
     return merged
 
 
-def read_run(degrees: Degrees) -> Run:
+def read_run(degrees: Degrees, *more: str) -> Run:
     from quadriga.equivalence.rows import DEGREE_KEYS
 
     cuts = [f"--{key}={getattr(degrees, axis)}" for axis, key in DEGREE_KEYS.items()]
-    return run_of(*cuts, ranks=degrees.world_size, base=MODEL)
+    return run_of(*cuts, *more, ranks=degrees.world_size, base=MODEL)
 
 
-def recorded(degrees: Degrees) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+def recorded(degrees: Degrees, *more: str) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
     """Calls and bytes of one step, the second."""
     import torch
 
@@ -116,7 +116,7 @@ def recorded(degrees: Degrees) -> tuple[Counter[tuple[str, str]], Counter[tuple[
     from quadriga.train.rehearse import empty_loader
     from quadriga.train.step import train_step
 
-    run = read_run(degrees)
+    run = read_run(degrees, *more)
     mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
     parts = build_parts(run, mesh, cpu)
     state = build_state(run, parts, empty_loader(run))
@@ -138,3 +138,14 @@ def test_a_step_sends_what_theory_and_the_estimate_say(name: str) -> None:
     for rank, found in enumerate(run_ranks(recorded, 4, degrees, timeout=200)):
         assert dict(found[0]) == dict(expected(degrees, rank)), f"rank {rank}"
         assert found == by_group(run, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize(("reduce", "scatters"), [("once", 1), ("every_micro_batch", 4)])
+def test_copies_are_reconciled_once_a_step(reduce: str, scatters: int) -> None:
+    """HSDP with 4 micro-batches: gradients are all-reduced over the copies at the last one only, whatever
+    `reduce_gradients` says of the reduction over shards."""
+    accumulation = ("--training.local_batch_size=1", "--training.global_batch_size=16")
+    degrees = LAYOUTS["HSDP 2x2"]
+    for calls, _ in run_ranks(recorded, 4, degrees, *accumulation, f"--parallelism.reduce_gradients={reduce}"):
+        assert calls["all_reduce", "dp_replicate"] == LAYERS + 2
+        assert calls["reduce_scatter", "shard"] == scatters * (LAYERS + 2)
