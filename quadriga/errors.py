@@ -7,7 +7,7 @@ print its report once and leave with its exit code.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -97,6 +97,18 @@ class Fault(Exception):
     def __init__(self, message: str, exit_code: int = EXIT_FAULT) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what caused it, what caused that, and so on, as a traceback shows them; each once.
+
+    Errors may cause one another in a cycle (`raise error from error`), so nobody else follows these references.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Problem, UserError, causes
 from quadriga.units import show_bytes
 
 DEFAULT_REPOSITORY = "meta-llama/Llama-3.1-8B"
@@ -155,8 +155,8 @@ def explained(error: Exception, repo_id: str, target: Path, token: str | None, e
 
     page = f"{endpoint}/{repo_id}"
     with_token = "a token of yours (https://huggingface.co/settings/tokens) as HF_TOKEN or --hf_token"
-    status = next((code for one in chain(error) if (code := status_of(one)) is not None), None)
-    for one in chain(error):
+    status = next((code for one in causes(error) if (code := status_of(one)) is not None), None)
+    for one in causes(error):
         if isinstance(one, hub.GatedRepoError):
             step = f"accept the licence at {page}, then give {with_token}"
             if token:
@@ -185,19 +185,13 @@ def explained(error: Exception, repo_id: str, target: Path, token: str | None, e
         )
     if status is not None:
         return MachineError(f"{endpoint} answered {status} for {repo_id}: {first_line(error)}\ntry again later")
-    if any(is_of_network(one) for one in chain(error)):
+    if any(is_of_network(one) for one in causes(error)):
         return MachineError(
             f"no connection to {endpoint}, or it broke off: {first_line(error)}\n"
             "check the network (HTTPS_PROXY, HF_ENDPOINT for a mirror), or copy the files from another machine to "
             f"{target}; what is there already is kept"
         )
     return MachineError(f"{repo_id} was not fetched: {type(error).__name__}: {first_line(error)}")
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def status_of(error: BaseException) -> int | None:

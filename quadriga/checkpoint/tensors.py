@@ -33,7 +33,7 @@ from torch.futures import Future
 from quadriga.checkpoint.files import Files, Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, join
 from quadriga.checkpoint.words import misfits
-from quadriga.errors import UserError
+from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 
 Tensors = Mapping[str, torch.Tensor]
@@ -200,9 +200,7 @@ class Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except (OSError, RuntimeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
+            cause = next((each for each in causes(error) if isinstance(each, OSError)), None)
             if cause is None:
                 raise
             file = f"{self.path}/{plan.storage_data.prefix}*"

@@ -25,6 +25,8 @@ BACKEND_MODULES: Mapping[str, ModuleType] = {
     "host-slots": host_slots,
 }
 
+PATIENCE = timedelta(days=7)  # longer than a run is prepared
+
 
 def start(
     comm: Comm, backend: str, traces_folder: str | None = None, environ: Mapping[str, str] = os.environ
@@ -33,7 +35,7 @@ def start(
 
     RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous come from `environ`, as torchrun sets them; without RANK this is a
     run of one rank, which needs no port. The first collectives may wait `comm.init_timeout_seconds` (ranks start at
-    different times, and compile); `tighten_timeouts` shortens that later.
+    different times); `be_patient` and `tighten_timeouts` change that later.
 
     Args:
         backend: a name of `quadriga.comm.backend.BACKENDS`.
@@ -68,6 +70,14 @@ def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any
     start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     place = {"rank": int(environ["RANK"]), "world_size": int(environ["WORLD_SIZE"])}
     return {"store": PrefixStore(f"quadriga/start/{start}", store), **place}
+
+
+def be_patient() -> None:
+    """Let ranks wait for one that downloads, reads or compiles for as long as it takes. Call on all ranks.
+
+    Nobody waits for a rank that hangs: `train.watchdog` finds it, and ends the run.
+    """
+    collectives.set_timeout(PATIENCE)
 
 
 def tighten_timeouts(comm: Comm) -> None:

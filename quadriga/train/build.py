@@ -100,19 +100,22 @@ class Trainer:
             self.for_shards.close()
 
 
-def build(run: Run, environ: Mapping[str, str]) -> Trainer:
+def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     """Build every part in the order of need, and go on from the newest checkpoint where there is one."""
-    config, spec = run.config, run.spec
+    config, spec, progress = run.config, run.spec, watchdog.progress
     set_numerics(run)
+    progress.at("rendezvous")
     backend = choose(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
+    process_group.be_patient()  # until the first step is done the watchdog tells who is late
     for_shards = collectives_for_shards(run, backend, mesh, device)
-    events = open_ledger(spec, backend)
+    events = watchdog.events = open_ledger(spec, backend)
     if collectives.rank() == 0:
         write_record(Path(spec.folders.dump), config, backend, spec.degrees)
         write_estimate(Path(spec.folders.dump), run, device)
 
+    progress.at("data")
     tokenizer = build_tokenizer(config.model.hf_assets_path)
     rows = range(mesh.batch_rank * spec.rows_per_rank, (mesh.batch_rank + 1) * spec.rows_per_rank)
     loader = build_loader(
@@ -126,8 +129,10 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
         dataloader=config.training.dataloader,
     )
 
+    progress.at("weights")
     parts = build_parts(run, mesh, device, for_shards=for_shards)
     state = build_state(run, parts, loader, events.attempt)
+    state.progress = progress
     state.health = Health(config.health, device)
     recipe = build_recipe(run, mesh, device, parts)
     patience = config.checkpoint.timeout_seconds
@@ -182,7 +187,7 @@ def build(run: Run, environ: Mapping[str, str]) -> Trainer:
             process_group.host_group(patience),
             saves=config.checkpoint.enable and not config.checkpoint.load_only,
         ),
-        watchdog=Watchdog(config.comm, patience, state.progress, spec.folders.comm_traces, events, environ),
+        watchdog=watchdog,
         validator=build_validator(run, mesh, device, parts, tokenizer) if config.validation.enable else None,
     )
 

@@ -20,11 +20,8 @@ from quadriga.train.progress import Progress
 class Witness:
     """What there is of the run so far."""
 
+    progress: Progress
     trainer: Trainer | None = None
-
-    @property
-    def progress(self) -> Progress:
-        return self.trainer.state.progress if self.trainer else Progress()
 
     def tell(self, error: BaseException) -> None:
         """Add what ended this rank to the ledger, which is kept from when the run is built. What all ranks meet alike,
@@ -39,9 +36,9 @@ class Witness:
 
 
 @contextmanager
-def witnessed(run: Run) -> Iterator[Witness]:
+def witnessed(run: Run, progress: Progress) -> Iterator[Witness]:
     """Write what ends the body into the ledger, and say of a lack of memory where it was met and what would help."""
-    witness = Witness()
+    witness = Witness(progress)
     try:
         yield witness
     except Exception as error:

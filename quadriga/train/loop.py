@@ -17,16 +17,20 @@ from quadriga.train.backends import leave_served
 from quadriga.train.build import Trainer, build
 from quadriga.train.faults import witnessed
 from quadriga.train.hf import export_last_step
+from quadriga.train.progress import Progress
 from quadriga.train.resume import saved_extra, saved_tensors
 from quadriga.train.step import train_step
+from quadriga.train.watchdog import Watchdog
 
 
 def run(run: Run, environ: Mapping[str, str]) -> int:
     """Train as `run` says, on this rank. Returns the exit code; faults are raised."""
-    if run.config.checkpoint.enable and header.say_if_finished(run):
-        return EXIT_OK
-    with witnessed(run) as witness:
-        trainer = witness.trainer = build(run, environ)
+    patience = run.config.checkpoint.timeout_seconds
+    watchdog = Watchdog(run.config.comm, patience, Progress(), run.spec.folders.comm_traces, environ)
+    with watchdog, witnessed(run, watchdog.progress) as witness:
+        if run.config.checkpoint.enable and header.say_if_finished(run):
+            return EXIT_OK
+        trainer = witness.trainer = build(run, environ, watchdog)
         if run.config.checkpoint.create_seed_checkpoint:
             save(trainer, last=False)
             trainer.close()
@@ -63,8 +67,8 @@ def train(trainer: Trainer) -> int | None:
         while state.step < spec.steps and asked is None:
             metrics = train_step(state, trainer.recipe, trainer.mesh)
             if state.step == started_at + 1:
-                trainer.watchdog.start()
                 process_group.tighten_timeouts(trainer.run.config.comm)
+                trainer.watchdog.first_step_is_done()
             state.progress.at("record")
             record = trainer.meter.record(metrics)
             trainer.write(record)

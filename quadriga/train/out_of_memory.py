@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 from quadriga.config import Run
-from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault
+from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault, causes
 from quadriga.train.progress import Progress
 from quadriga.units import show_bytes
 
 ESTIMATE = "estimate.json"  # what this launch has left in the run folder
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
-STATE_PHASES = {"build", "load", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
+STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, says that the host or the device has no memory left."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in SIGNS):
-            return True
-        error = error.__cause__
-    return False
+    return any(_says_so(each) for each in causes(error))
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
 def fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Fault:
@@ -62,8 +62,7 @@ def _of_host() -> Iterator[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = next((each for each in causes(error) if _says_so(each)), error)
     said = next((line for line in str(error).splitlines() if any(sign in line.lower() for sign in SIGNS)), str(error))
     return said.splitlines()[0].strip() if said else type(error).__name__
 

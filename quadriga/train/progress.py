@@ -10,18 +10,24 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """`step` is the one under way, from 1; `phase` one of build, load, data, forward and backward, gradient norm,
-    optimizer, record, validate, save, leave. `since` is when the phase began, in seconds of time.monotonic()."""
+    """`step` is the one under way, from 1; 0 before the first. `phase` is one of start, rendezvous, data, weights;
+    in a step data, forward and backward, gradient norm, optimizer, record; then validate, save, leave. `since` is when
+    the phase began, in seconds of time.monotonic(). `beats` counts what was done within phases."""
 
     step: int = 0
-    phase: str = "build"
+    phase: str = "start"
     since: float = field(default_factory=time.monotonic)
+    beats: int = 0
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Say that the rank has come to a phase."""
         self.since = time.monotonic()
         self.phase = phase
         self.step = self.step if step is None else step
+
+    def beat(self) -> None:
+        """Say that the rank gets on within its phase."""
+        self.beats += 1
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ from quadriga.train.state import TrainState
 
 def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
-    state.progress.at("load")
+    state.progress.at("weights")
     found = checkpoints.find()
     if found is None:
         start_from_hf(run, state.parts)

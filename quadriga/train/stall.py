@@ -19,7 +19,7 @@ class Beat:
 
     `seconds`: in its phase. `waits`: for how long it has waited for an operation of training, in seconds; None where it
     does not. `waits_in_host`: the same for host groups. `launched`: how many operations it has launched. `left`: it
-    trains no more.
+    trains no more. `still`: before the first step has ended, for how long the rank has made no progress.
     """
 
     rank: int
@@ -33,6 +33,7 @@ class Beat:
     waits_in_host: float | None = None
     launched: int = 0
     left: bool = False
+    still: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,7 +49,7 @@ class Stall:
 
     `silent`: the ranks that do not even beat. `accuser`: the rank that found out, which waits in `operation`.
     `waiting`: how many ranks wait; `late_waits`: whether the late one does. `began`: in seconds since the epoch.
-    `helper`: a rank on the machine of a late rank that is silent.
+    `helper`: a rank on the machine of a late rank that is silent. `starting`: the first step had not ended.
     """
 
     late: Beat | None
@@ -61,6 +62,7 @@ class Stall:
     seconds: float
     began: float
     helper: int | None
+    starting: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -76,6 +78,13 @@ class Stall:
 def silent_ranks(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> tuple[int, ...]:
     """The ranks that have not said a word between two readings."""
     return tuple(rank for rank, beat in after.items() if beat.count == before[rank].count and not beat.left)
+
+
+def moving_ranks(beats: Mapping[int, Beat], silent: tuple[int, ...], limit: float) -> tuple[int, ...]:
+    """The ranks that have made progress in the last `limit` seconds of the start, and are alive."""
+    return tuple(
+        rank for rank, beat in beats.items() if beat.still is not None and beat.still <= limit and rank not in silent
+    )
 
 
 def waiting_ranks(beats: Mapping[int, Beat], host: bool) -> set[int]:
@@ -111,9 +120,10 @@ def fault(stall: Stall, stack: str, folder: str) -> Fault:
         lines.append(f"    at        step {late.step}, phase {late.phase!r}, for {late.seconds:.0f} s as it last said")
         lines.append(f"    state     {_state(stall, late)}")
     others = f"{stall.waiting} of {stall.world_size} ranks"
-    lines.append(
-        f"    waiting   {others}; rank {accuser.rank} (step {accuser.step}, {accuser.phase}) in {stall.operation}"
-    )
+    if stall.world_size > 1:
+        lines.append(
+            f"    waiting   {others}; rank {accuser.rank} (step {accuser.step}, {accuser.phase}) in {stall.operation}"
+        )
     lines.append(f"    traces    {folder}: of each rank its stack and its last collectives")
     if late is not None:
         lines += ["", f"The stack of rank {late.rank}:", "", *(f"    {line}" for line in _of_main_thread(stack))]
@@ -123,6 +133,8 @@ def fault(stall: Stall, stack: str, folder: str) -> Fault:
 
 def _headline(stall: Stall) -> str:
     who = "the rendezvous store does not answer" if stall.late is None else f"it waits for rank {stall.late.rank}"
+    if stall.starting and stall.late is not None:
+        who = f"nothing moves before its first step has ended; rank {stall.late.rank} is in phase {stall.late.phase!r}"
     more = f" (ranks {', '.join(map(str, stall.silent[:16]))} are silent)" if len(stall.silent) > 1 else ""
     return f"the run has stood still for {stall.seconds:.0f} s: {who}{more}"
 
@@ -131,7 +143,7 @@ def _state(stall: Stall, late: Beat) -> str:
     if late.rank in stall.silent:
         return "gives no sign: stopped, held in a call that lets no other thread run, or its machine is gone"
     if not stall.late_waits:
-        return "alive, and not on its way to the others"
+        return "alive, and makes no progress" if stall.starting else "alive, and not on its way to the others"
     return "alive, and it waits as all others do: the ranks may have called different collectives"
 
 
@@ -148,5 +160,6 @@ def _advice(stall: Stall) -> list[str]:
         host = stall.late.host if stall.late else "the machine of rank 0"
         lines.append(f"If it happens on {host} again, look at its kernel log and take it out of the job.")
     else:
-        lines.append("If the rank had good reason to be slow, raise comm.train_timeout_seconds.")
+        key = "comm.init_timeout_seconds" if stall.starting else "comm.train_timeout_seconds"
+        lines.append(f"If the rank had good reason to be slow, raise {key}.")
     return lines

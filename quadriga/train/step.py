@@ -59,6 +59,7 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     for micro_batch, is_last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
         reduce = recipe.reduce_gradients == "every_micro_batch"
         loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
+        progress.beat()
     progress.at("gradient norm")
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)

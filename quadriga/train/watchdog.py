@@ -1,12 +1,17 @@
-"""Ends a run that stands still, and says which rank it waited for.
+"""Ends a run that stands still, and says which rank it waited for, or where it hangs.
 
-From the first finished step on, a thread on every rank says through the rendezvous store where its rank is. When its
-own rank has waited in a collective for longer than `SHARE` of the time allowed, or waits while the next rank has been
-silent for as long, it compares what all ranks say and raises the alarm. On the alarm every rank writes down its stack
-and its last collectives, a silent one is made to by a signal from a rank on its machine, and all leave with exit code
-4. The timeouts of the process groups, which name nobody, come later.
+A thread on every rank looks at the main thread, and says through the rendezvous store where its rank is.
 
-A rank may be slow as long as nobody waits for it, and where others wait in a host group as slow as a disk can be.
+Until the first step has ended (`starting`), also on one rank: the run stands still when no rank has made progress
+(`train.activity`) for `SHARE` of `comm.init_timeout_seconds`. A download or a compilation of any length is no hang.
+
+After the first step: when a rank has waited in a collective for longer than `SHARE` of the time allowed, or waits while
+the next rank has been silent for as long, it compares what all ranks say. At one rank nobody waits, and the thread
+ends.
+
+Whoever finds out raises the alarm. On the alarm every rank writes down its stack and its last collectives, a silent one
+is made to by a signal from a rank on its machine, and all leave with exit code 4. The timeouts of the process groups,
+which name nobody, come later.
 """
 
 from __future__ import annotations
@@ -22,18 +27,21 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TextIO
+from types import TracebackType
+from typing import NoReturn, Self, TextIO
 
+import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from quadriga.comm import collectives, flight_recorder
+from quadriga.comm import flight_recorder
 from quadriga.config.schema import Comm
 from quadriga.errors import EXIT_STALLED
 from quadriga.metrics.events import Events
 from quadriga.processes import RESTART_COUNT, parent_of
 from quadriga.train import guards
+from quadriga.train.activity import Activity
 from quadriga.train.progress import Progress
-from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks, waiting_ranks
+from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, moving_ranks, silent_ranks, waiting_ranks
 from quadriga.train.waits import Still, Wait, Waits, worst
 
 SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
@@ -45,7 +53,7 @@ NONE = "-"  # no alarm, no judge
 
 
 class Watchdog:
-    """Watches this rank and the next. Does nothing at one rank."""
+    """Watches this rank and the next, from `start` on; a context that ends the watch when it is left."""
 
     def __init__(
         self,
@@ -53,50 +61,72 @@ class Watchdog:
         host_timeout_seconds: float,
         progress: Progress,
         traces_folder: str,
-        events: Events,
         environ: Mapping[str, str],
     ) -> None:
         """`host_timeout_seconds`: how long collectives of host groups may take."""
-        self._progress, self._events, self._environ = progress, events, environ
-        self._rank, self._world_size = collectives.rank(), collectives.world_size()
+        self.progress, self._environ, self._comm = progress, environ, comm
+        self.events: Events | None = None  # where an end is told, once there is a ledger
+        self._rank, self._world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         self._limit, self._host_limit = SHARE * comm.train_timeout_seconds, SHARE * host_timeout_seconds
-        self._pause = max(comm.train_timeout_seconds / BEATS, self._world_size / RANKS_PER_SECOND)
+        self._start_limit = SHARE * comm.init_timeout_seconds
+        self._starting, self._activity = True, Activity(progress)
+        self._pause = self._pause_within(comm.init_timeout_seconds)
         self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
         self._me = Beat(self._rank, socket.gethostname(), os.getpid())
         self._began_anew()
-        self._stopped = threading.Event()
+        self._stopped, self._next_round = threading.Event(), threading.Event()
+        self._store: PrefixStore | None = None
         self._thread: threading.Thread | None = None
         self._stack_file: TextIO | None = None
+        self._ending = False
+
+    def _pause_within(self, seconds: float) -> float:
+        return max(seconds / BEATS, self._world_size / RANKS_PER_SECOND)
 
     def _began_anew(self) -> None:
         """Forget for how long anything has stood still: it was this process that did not run."""
         self._waits = Waits(self._limit, self._host_limit, short=2 * self._pause)
         self._neighbour, self._judge = Still(), Still()
+        self._activity.began_anew()
         self._last_round = time.monotonic()
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Where the run has failed the thread is not waited for: it may be held by a store that is gone."""
+        if error is None:
+            self.stop()
+        elif not self._ending:
+            self._stopped.set()
+            self._stack_path(self._rank).unlink(missing_ok=True)
+
     def start(self) -> None:
-        """Begin to watch. Call on all ranks, before a collective: after it every rank has spoken."""
-        if self._world_size == 1:
-            return
-        host, port = self._environ["MASTER_ADDR"], int(self._environ["MASTER_PORT"])
-        timeout = timedelta(seconds=max(APART * self._pause, 1.0))
-        store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-        self._store = PrefixStore(f"quadriga/watch/{self._environ.get(RESTART_COUNT, '0')}", store)
-        for key in ("alarm", "judge"):
-            self._store.compare_set(key, "", NONE)
+        """Begin to watch."""
         self._traces.mkdir(parents=True, exist_ok=True)
         self._stack_file = self._stack_path(self._rank).open("w")
         if number := stack_signal():
             faulthandler.register(number, file=self._stack_file, all_threads=True)
-        self._say()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def first_step_is_done(self) -> None:
+        """From now on it is the others who tell whether this rank is late. Call on all ranks."""
+        if self._world_size == 1:
+            self.stop()
+            return
+        self._starting = False
+        self._pause = self._pause_within(self._comm.train_timeout_seconds)
+        self._began_anew()
+        self._next_round.set()
+
     def stop(self) -> None:
         """Watch no more: this rank does not train any longer."""
-        if self._thread is None or self._stack_file is None:
+        if self._stopped.is_set() or self._thread is None or self._stack_file is None:
             return
         self._stopped.set()
+        self._next_round.set()
         self._thread.join()
         self._me = replace(self._me, left=True)
         with suppress(RuntimeError):  # the store may be gone with the first rank
@@ -107,51 +137,89 @@ class Watchdog:
         self._stack_path(self._rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._pause):
-            wait, host_wait = self._waits.look()
+        while not self._stopped.is_set():
+            now, late = time.monotonic(), APART * self._pause + 1
+            if now - self._last_round > late:
+                self._began_anew()
+            self._last_round = now
+            wait, host_wait = self._standstill() if self._starting else self._waits.look()
             overdue = next((each for each in (wait, host_wait) if each is not None and each.is_too_long), None)
             try:
                 self._look_around(wait, host_wait, overdue)
             except RuntimeError:  # of the store: its machine is gone, or it does not answer in time
                 if overdue is not None:
                     self._end(self._stall({self._rank: self._me}, (), overdue, store_answers=False))
+            self._next_round.wait(self._pause)
+            self._next_round.clear()
+
+    def _standstill(self) -> tuple[Wait | None, Wait | None]:
+        """For how long this rank has made no progress, before its first step has ended."""
+        seconds = self._activity.look()
+        where = f"phase {self._phase!r}"
+        return Wait(seconds, f"{where}, without progress", self._start_limit), None
+
+    @property
+    def _phase(self) -> str:
+        compiles = self._starting and self._activity.compiles
+        return f"{self.progress.phase}: compile" if compiles else self.progress.phase
+
+    def _connect(self) -> None:
+        """Reach the store, where there are others to hear of; torchrun's is there before its ranks are."""
+        ours = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self._store is not None or self._world_size == 1 or not (ours or dist.is_initialized()):
+            return
+        host, port = self._environ["MASTER_ADDR"], int(self._environ["MASTER_PORT"])
+        timeout = timedelta(seconds=max(APART * self._pause, 1.0))
+        store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._store = PrefixStore(f"quadriga/watch/{self._environ.get(RESTART_COUNT, '0')}", store)
+        for key in ("alarm", "judge"):
+            self._store.compare_set(key, "", NONE)
 
     def _look_around(self, wait: Wait | None, host_wait: Wait | None, overdue: Wait | None) -> None:
-        now = time.monotonic()
-        if now - self._last_round > APART * self._pause + 1:
-            self._began_anew()
-        self._last_round = now
+        self._connect()
         self._say(wait, host_wait)
+        if self._store is None:
+            if overdue is not None:
+                self._end(self._stall({self._rank: self._me}, (), overdue))
+            return
         alarm = self._store.get("alarm").decode()
         if alarm != NONE:
             self._end(Stall.from_json(alarm))
-        overdue = overdue or self._silence_of_the_next(wait or host_wait)
+        if not self._starting:
+            overdue = overdue or self._silence_of_the_next(self._store, wait or host_wait)
         if overdue is None:
             return
         judge = self._store.compare_set("judge", NONE, str(self._rank)).decode()
         if judge == str(self._rank):
-            self._find_out(overdue)
+            self._find_out(self._store, overdue)
             self._store.set("judge", NONE)
         elif self._judge.seconds(judge) > 3 * APART * self._pause:
             self._store.set("judge", NONE)  # the judge itself has stopped
 
-    def _silence_of_the_next(self, wait: Wait | None) -> Wait | None:
+    def _silence_of_the_next(self, store: PrefixStore, wait: Wait | None) -> Wait | None:
         """Our own wait, made as long as the next rank has been silent, where that is too long in training."""
-        beat = self._read([(self._rank + 1) % self._world_size])[(self._rank + 1) % self._world_size]
+        beat = self._read(store, [(self._rank + 1) % self._world_size])[(self._rank + 1) % self._world_size]
         seconds = self._neighbour.seconds(beat.count)
         return wait._replace(seconds=seconds) if wait and seconds > self._limit and not beat.left else None
 
-    def _find_out(self, overdue: Wait) -> None:
+    def _find_out(self, store: PrefixStore, overdue: Wait) -> None:
         """Compare what the ranks say, and raise the alarm unless the rank that is late has come meanwhile."""
-        before = self._read(range(self._world_size))
+        starting = self._starting
+        before = self._read(store, range(self._world_size))
         for _ in range(max(APART, round(ALIVE_SECONDS / self._pause))):
             time.sleep(self._pause)
-            self._say(*self._waits.look())
-        after = self._read(range(self._world_size))
-        silent, waits = silent_ranks(before, after), [wait for wait in self._waits.look() if wait is not None]
-        if silent or any(wait.is_too_long for wait in waits):
+            self._say(*(self._standstill() if starting else self._waits.look()))
+        after = self._read(store, range(self._world_size))
+        silent = silent_ranks(before, after)
+        waits = [wait for wait in (self._standstill() if starting else self._waits.look()) if wait is not None]
+        stuck = any(wait.is_too_long for wait in waits)
+        if starting:  # all must stand still: one that gets on will come
+            stuck = self._starting and stuck and not moving_ranks(after, silent, self._start_limit)
+        elif silent:
+            stuck = True
+        if stuck:
             alarm = self._stall(after, silent, worst(waits, default=overdue)).to_json()
-            self._end(Stall.from_json(self._store.compare_set("alarm", NONE, alarm)))
+            self._end(Stall.from_json(store.compare_set("alarm", NONE, alarm)))
 
     def _stall(
         self, beats: Mapping[int, Beat], silent: tuple[int, ...], overdue: Wait, store_answers: bool = True
@@ -169,38 +237,44 @@ class Watchdog:
             seconds=overdue.seconds,
             began=time.time() - overdue.seconds,
             helper=helper_of(late, beats, silent) if late else None,
+            starting=self._starting,
         )
 
     def _say(self, wait: Wait | None = None, host_wait: Wait | None = None) -> None:
         """Let the others know where this rank is. Messages to the store are few and small."""
+        starting = self._starting
+        waits = wait if not starting or self._activity.communicates else None
         self._me = replace(
             self._me,
             count=self._me.count + 1,
-            step=self._progress.step,
-            phase=self._progress.phase,
-            seconds=self._progress.seconds,
-            waits=wait.seconds if wait else None,
+            step=self.progress.step,
+            phase=self._phase,
+            seconds=self.progress.seconds,
+            waits=waits.seconds if waits else None,
             waits_in_host=host_wait.seconds if host_wait else None,
             launched=self._waits.launched,
+            still=wait.seconds if wait and starting else None,
         )
-        self._store.set(str(self._rank), self._me.to_json())
+        if self._store is not None:
+            self._store.set(str(self._rank), self._me.to_json())
 
-    def _read(self, ranks: range | list[int]) -> dict[int, Beat]:
+    def _read(self, store: PrefixStore, ranks: range | list[int]) -> dict[int, Beat]:
         """What ranks have said last; a rank that has not begun to speak is silent."""
         keys = [str(rank) for rank in ranks]
-        if not self._store.check(keys):
-            keys = [key for key in keys if self._store.check([key])]
-        spoken = {int(key): Beat.from_json(text) for key, text in zip(keys, self._store.multi_get(keys), strict=True)}
+        if not store.check(keys):
+            keys = [key for key in keys if store.check([key])]
+        spoken = {int(key): Beat.from_json(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
         return {rank: spoken.get(rank, Beat(rank, "?", 0)) for rank in ranks}
 
     def _end(self, stall: Stall) -> NoReturn:
         """Write down what this rank knows, and leave; the first word about its end is had by this thread."""
         guards.take_the_word()
+        self._ending = True
         try:
             stack = self._write_down(stall)
             error = fault(stall, stack, str(self._traces))
-            if stall.accuser.rank == self._rank:
-                self._events.tell("fault", self._me.step, error=str(error).splitlines()[0])
+            if stall.accuser.rank == self._rank and self.events is not None:
+                self.events.tell("fault", self._me.step, error=str(error).splitlines()[0])
             guards.end_process(guards.report_failure(self._environ, error, stall.began))
         finally:
             os._exit(EXIT_STALLED)
@@ -212,13 +286,16 @@ class Watchdog:
         # Before a silent rank is ended, at which torchrun ends the others.
         flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
         late, deadline = stall.late, time.monotonic() + STACK_BEATS * self._pause + 1
+        if late is not None and self._rank == late.rank and self._store is None:
+            return self._stack_path(self._rank).read_text()
+        if late is None or self._store is None:
+            return ""
         with suppress(RuntimeError):
-            if late is not None and self._rank == late.rank:
+            if self._rank == late.rank:
                 self._store.set("stack", self._stack_path(self._rank).read_text())
-            elif late is not None and self._rank == stall.helper and late.rank in stall.silent:
+            elif self._rank == stall.helper and late.rank in stall.silent:
                 self._store.set("stack", self._stack_of(late, deadline))
-        with suppress(RuntimeError):
-            while late is not None and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
                 if self._store.check(["stack"]):
                     return str(self._store.get("stack").decode())
                 time.sleep(self._pause / 4)

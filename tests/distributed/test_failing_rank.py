@@ -21,10 +21,10 @@ run, real_build = loop.run, loop.build
 def fail(*_):
     raise ValueError("broken on purpose in " + os.environ["FAILS_IN"])
 
-def build(run, environ):
+def build(*given):
     if os.environ["RANK"] == "1" and os.environ["FAILS_IN"] == "set-up":
         fail()
-    trainer = real_build(run, environ)
+    trainer = real_build(*given)
     if os.environ["RANK"] == "1":
         def hook(*_):
             if trainer.state.step == 1:

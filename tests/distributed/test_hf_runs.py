@@ -70,10 +70,11 @@ def test_a_run_goes_on_from_its_own_checkpoint_not_from_theirs(tmp_path):
     assert {value.dtype for value in exported.values()} == {torch.bfloat16}
 
 
-def test_weights_of_another_model_are_refused(tmp_path, capfd):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_of_another_model_are_refused(ranks, tmp_path):
     hf = write_hf(random_model(spec()), tmp_path / "hf")
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "rope_theta": 1e4}))
     with pytest.raises(RankError, match=r"rope_theta is 10000\.0; the model of this run has 500000\.0"):
-        run(tmp_path / "run", 2, hf, *FSDP)
+        run(tmp_path / "run", ranks, hf)
     assert run(tmp_path / "run", 1, hf, "--checkpoint.allow_change")[0]["step"] == 1

@@ -91,7 +91,7 @@ class Comm(Section):
     """`gloo`, `nccl`, `nccl-symm`, `nvshmem` (docs/communication.md); none: nccl where CUDA is, else gloo."""
 
     init_timeout_seconds: Count = 300
-    """How long a collective may take before the first step is done."""
+    """How long the ranks may take to meet; until step 1 is done, 70 % of it without progress end the run."""
 
     train_timeout_seconds: Count = 100
     """How long a collective may take after the first step."""
