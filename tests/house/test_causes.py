@@ -6,7 +6,7 @@ import re
 
 from tree import PACKAGE, sources
 
-FOLLOWS = re.compile(r"\w+ = \w+\.__(cause|context)__")
+FOLLOWS = re.compile(r"\b(\w+) = \1\.__(cause|context)__")
 
 
 def test_nobody_else_follows_causes():
