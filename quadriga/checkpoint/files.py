@@ -6,14 +6,17 @@ object, written last, publishes all that was written before it (see `folder.py`)
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
+from quadriga import limits
 from quadriga.checkpoint import direct
 from quadriga.errors import Problem, UserError
 
@@ -36,14 +39,19 @@ class Files(Protocol):
     def names(self, folder: Place) -> list[str]:
         """What lies in a folder, sorted; [] where there is none."""
 
-    def exists(self, path: Place) -> bool: ...
+    def exists(self, path: Place) -> bool:
+        """Whether anything has the name; a link has, wherever it leads."""
 
     def is_file(self, path: Place) -> bool: ...
 
-    def size(self, path: Place) -> int:
-        """Of a file, in bytes."""
+    def is_folder(self, path: Place) -> bool:
+        """Whether it is a folder itself, and no link to one."""
 
-    def read(self, path: Place) -> bytes: ...
+    def size(self, path: Place) -> int:
+        """Of a regular file, in bytes. What is no regular file is an OSError."""
+
+    def read(self, path: Place) -> bytes:
+        """The content of a small file. One longer than `limits.JSON_BYTES` is an OSError."""
 
     def write(self, path: Place, data: bytes) -> None:
         """The whole of a small file, durable when this returns."""
@@ -54,7 +62,7 @@ class Files(Protocol):
         """A file; where `renames`, a folder too, and at once."""
 
     def remove(self, path: Place) -> None:
-        """A file, or a folder with all that is in it."""
+        """A file, a link (never what it leads to), or a folder with all that is in it."""
 
     def flush_names(self, folder: Place) -> None:
         """Make the names in a folder durable; flushing a file covers its contents only."""
@@ -93,7 +101,7 @@ class LocalFiles:
     renames = True
 
     def open(self, path: Place, mode: str) -> IO[bytes]:
-        return cast(IO[bytes], local(path).open(mode))
+        return open_regular(local(path)) if mode == "rb" else cast(IO[bytes], local(path).open(mode))
 
     def create(self, path: Place) -> IO[bytes]:
         return direct.create(local(path))
@@ -102,16 +110,30 @@ class LocalFiles:
         return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
 
     def exists(self, path: Place) -> bool:
-        return local(path).exists()
+        try:
+            os.lstat(local(path))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+        except OSError:  # there is something, though it cannot be looked at
+            return True
+        return True
 
     def is_file(self, path: Place) -> bool:
         return local(path).is_file()
 
+    def is_folder(self, path: Place) -> bool:
+        return stat.S_ISDIR(os.lstat(local(path)).st_mode)
+
     def size(self, path: Place) -> int:
-        return local(path).stat().st_size
+        status = os.stat(local(path))
+        _refuse_other_kinds(status.st_mode, path)
+        return status.st_size
 
     def read(self, path: Place) -> bytes:
-        return local(path).read_bytes()
+        with self.open(path, "rb") as file:
+            content = file.read(limits.JSON_BYTES + 1)
+        _refuse_longer(len(content), path)
+        return content
 
     def write(self, path: Place, data: bytes) -> None:
         with local(path).open("wb") as file:
@@ -127,7 +149,10 @@ class LocalFiles:
         local(path).rename(local(new))
 
     def remove(self, path: Place) -> None:
-        shutil.rmtree(local(path)) if local(path).is_dir() else local(path).unlink()
+        if self.is_folder(path):
+            shutil.rmtree(local(path), onerror=_unless_it_is_gone)
+        else:
+            local(path).unlink()
 
     def flush_names(self, folder: Place) -> None:
         handle = os.open(local(folder), os.O_RDONLY)
@@ -138,6 +163,35 @@ class LocalFiles:
 
     def retried(self, work: Callable[[], T]) -> T:
         return work()  # a disk that fails once is to be looked at, not asked again
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file to read from. Not blocking: a FIFO that nobody writes to would hold the caller for ever.
+
+    Raises OSError where it is no regular file."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_other_kinds(os.fstat(handle).st_mode, path)
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def _refuse_other_kinds(mode: int, path: Place) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
+def _refuse_longer(length: int, path: Place) -> None:
+    if length > limits.JSON_BYTES:
+        raise OSError(errno.EFBIG, f"longer than {limits.JSON_BYTES:,} bytes", str(path))
+
+
+def _unless_it_is_gone(_call: Any, _path: str, told: Any) -> None:
+    """Of `rmtree`: what somebody else removed meanwhile is what was wanted."""
+    if not isinstance(told[1], FileNotFoundError):
+        raise told[1]
 
 
 class ObjectFiles:
@@ -171,10 +225,14 @@ class ObjectFiles:
     def is_file(self, path: Place) -> bool:
         return self.retried(lambda: bool(self._system.isfile(str(path))))
 
+    def is_folder(self, path: Place) -> bool:
+        return True  # a prefix of names; a store has no links
+
     def size(self, path: Place) -> int:
         return self.retried(lambda: int(self._system.size(str(path))))
 
     def read(self, path: Place) -> bytes:
+        _refuse_longer(self.size(path), path)
         return self.retried(lambda: bytes(self._system.cat_file(str(path))))
 
     def write(self, path: Place, data: bytes) -> None:

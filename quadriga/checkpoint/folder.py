@@ -9,12 +9,14 @@ file: what was saved, the size and SHA-256 of every other file, and a SHA-256 of
   that token, publishes them; a save of the same step takes another token, and takes over when its own is written.
 
 So whatever has the published name is whole, at whatever byte a kill fell; and what a disk did to it later is seen.
+
+On a file system only folders count: a link called `step-N` may lead anywhere, is never followed, and makes way for a
+save of that step.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import uuid
@@ -25,32 +27,22 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from quadriga.checkpoint import manifest as manifests
 from quadriga.checkpoint.files import Files, Place, files_at, is_url
-from quadriga.errors import Fault
-from quadriga.units import show_bytes
+from quadriga.checkpoint.manifest import FORMAT, STATE_FILE, FileFacts, NotWhole, seal
+from quadriga.errors import Fault, Problem, UserError
 
-STATE_FILE = "train_state.json"
-FORMAT = "quadriga-2"
-PUBLISHED = re.compile(r"step-(0|[1-9]\d*)")
-SAVING = re.compile(r"\.step-(\d+)\.saving")
-DELETING = re.compile(r"\.step-(\d+)\.deleting")
+__all__ = ["FORMAT", "STATE_FILE", "FileFacts", "NotWhole", "seal"]  # of the manifest, for those who see this alone
+
+NUMBER = "(0|[1-9][0-9]*)"  # as a step is written: no sign, no leading zeros, no other digits
+PUBLISHED = re.compile(rf"step-{NUMBER}")
+SAVING = re.compile(rf"\.step-{NUMBER}\.saving")
+DELETING = re.compile(rf"\.step-{NUMBER}\.deleting")
 CHUNK = 1 << 22  # bytes hashed at a time
 
 
 class CheckpointError(Fault):
     """A checkpoint could not be written or read: what happened, what is safe, what next."""
-
-
-class NotWhole(Exception):
-    """A folder that is no whole checkpoint of ours; the message says why and names the file."""
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What the manifest says of a file."""
-
-    size: int  # bytes
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -130,47 +122,65 @@ def publish(
     files.flush_names(place)
     files.write(join(place, STATE_FILE), manifest)
     outdated = _set_aside(files, folder, step) if files.exists(name) else None
-    files.rename(place, name)
+    try:
+        files.rename(place, name)
+    except OSError:
+        if outdated is not None:  # the older one is whole: it gets its name back
+            files.rename(outdated, name)
+        raise
     files.flush_names(folder)
     if outdated is not None:
         files.remove(outdated)
     return name
 
 
-def seal(state: Mapping[str, Any]) -> str:
-    """The text of a manifest, which holds the hash of its own remainder: no bit of it can change unnoticed."""
-    text = json.dumps({key: value for key, value in state.items() if key != "sha256"}, indent=1)
-    return json.dumps({**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+def give_up(folder: Place, step: int, place: Place) -> None:
+    """Remove what a failed save wrote, unless it was published all the same. Raises OSError where that fails."""
+    files = files_at(folder)
+    if not files.renames:
+        try:
+            manifest = join(published(folder, step), STATE_FILE)
+            if manifests.parse(files.read(manifest), manifest).folder == str(place).rpartition("/")[2]:
+                return  # the request that failed was heard
+        except (FileNotFoundError, NotWhole):
+            pass
+    files.remove(place)
 
 
 def read(path: Place) -> Found:
-    """The checkpoint that a folder is. Raises NotWhole where a file is missing or has another size.
+    """The checkpoint that a folder is. Raises NotWhole where a file is missing, has another size or is not listed.
 
     This is quick: contents are compared by `damage`."""
     files, manifest = files_at(path), join(path, STATE_FILE)
     try:
-        text = files.read(manifest).decode()
-        state = json.loads(text)
-        if state["format"] != FORMAT:
-            raise NotWhole(f"{manifest} has format {state['format']!r}, this version reads {FORMAT!r}")
-        if seal(state) != text:
-            raise NotWhole(f"{manifest} is damaged (its own hash differs)")
-        place = str(path) if state["folder"] == "." else join(path, state["folder"])
-        facts = {name: FileFacts(**entry) for name, entry in state["files"].items()}
-        found = Found(
-            int(state["step"]), str(path), tuple(state["contents"]), dict(state["extra"]), place=place, files=facts
-        )
+        said = manifests.parse(files.read(manifest), manifest)
+        place = str(path) if said.folder == "." else join(path, said.folder)
+        if not files.is_folder(place) and said.folder != ".":
+            raise NotWhole(f"{place} is no folder")
+        there = set(files.names(place))
     except OSError as error:
         raise NotWhole(f"{manifest} cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"{manifest} is damaged ({error})") from error
-    there = set(files.names(place))
-    for name, fact in found.files.items():
+    if (step := _step_in_name(path)) not in (None, said.step):
+        raise NotWhole(f"{manifest} is of step {said.step}, but its folder is called that of step {step}")
+    for name, fact in said.files.items():
+        file = join(place, name)
         if name not in there:
-            raise NotWhole(f"{join(place, name)} is missing")
-        if (size := files.size(join(place, name))) != fact.size:
-            raise NotWhole(f"{join(place, name)} has {size} bytes instead of {fact.size}")
-    return found
+            raise NotWhole(f"{file} is missing")
+        try:
+            size = files.size(file)
+        except OSError as error:  # a link that leads nowhere, a disk or a server that does not answer
+            raise NotWhole(f"{file} cannot be read ({error.strerror or error})") from error
+        if size != fact.size:
+            raise NotWhole(f"{file} has {size} bytes instead of {fact.size}")
+    if more := manifests.unlisted(said, there):
+        raise NotWhole(f"{join(place, more[0])} is not listed in {STATE_FILE}")
+    return Found(said.step, str(path), said.contents, said.extra, place=place, files=said.files)
+
+
+def _step_in_name(path: Place) -> int | None:
+    name = str(path).rstrip("/").rpartition("/")[2]
+    matches = (pattern.fullmatch(name) for pattern in (PUBLISHED, SAVING, DELETING))
+    return next((int(match[1]) for match in matches if match), None)
 
 
 def damage(found: Found, names: Iterable[str] | None = None) -> list[str]:
@@ -229,25 +239,46 @@ def newest_extra(folder: Place) -> dict[str, Any] | None:
     return found.extra if found else None
 
 
-def delete_old(folder: Place, keep: int, every: int = 0, refused: Iterable[int] = ()) -> list[int]:
+def delete_old(
+    folder: Place, keep: int, every: int = 0, refused: Iterable[int] = (), saved: int | None = None
+) -> list[int]:
     """Keep the newest `keep` whole checkpoints (0: all) and each whose step `every` divides (0: none), delete the other
-    whole ones; the steps that went. Those in `refused` are known to be damaged: they count for nothing and stay."""
+    whole ones; the steps that went. Those in `refused` are known to be damaged: they count for nothing and stay.
+
+    `saved`: the step that was just saved. It is the newest whatever the names say, and stays."""
     whole = [found.step for found in whole_in(folder) if found.step not in set(refused)]
     outdated = [step for step in whole[:-keep] if not (every and step % every == 0)] if keep > 0 else []
-    files = files_at(folder)
+    files, gone = files_at(folder), []
     for step in outdated:
+        if step == saved:
+            continue
         if files.renames:
             files.remove(_set_aside(files, folder, step))
         else:  # without its manifest it is no checkpoint any more
             files.remove(join(published(folder, step), STATE_FILE))
             files.remove(published(folder, step))
-    return outdated
+        gone.append(step)
+    return gone
+
+
+def no_folders(folder: Place) -> list[str]:
+    """Why what is called `step-N` and is no folder counts for nothing: one sentence for each."""
+    files, told = files_at(folder), []
+    for _, name in _called(folder, PUBLISHED):
+        path = join(folder, name)
+        with suppress(OSError):
+            if not files.is_folder(path):
+                kind = "a link, which is not followed" if os.path.islink(path) else "no folder"
+                told.append(f"{path} is {kind}: it is passed over")
+    return told
 
 
 def try_to_write(folder: Place) -> None:
     """Write a small file and remove it again. Raises OSError where that cannot be done."""
     files, path = files_at(folder), join(folder, ".try")
     files.make(folder)
+    if files.exists(path):  # of a killed run; or something that would hold up who opens it
+        files.remove(path)
     files.write(path, b"may this folder be written?")
     files.remove(path)
 
@@ -265,27 +296,26 @@ def clean_up(folder: Place) -> list[str]:
         for found in whole_in(folder):
             _remove_others(files, found.path, found.place.rpartition("/")[2])
         return done
-    for step, hidden_name in _named(folder, SAVING):
-        name, path = published(folder, step), join(folder, hidden_name)
-        if not files.exists(name) and files.exists(join(path, STATE_FILE)) and _is_whole(path):
-            files.rename(path, name)
-            done.append(f"step-{step}: finished")
-        else:
-            files.remove(path)
-            done.append(f"{hidden_name}: removed")
-    for _, hidden_name in _named(folder, DELETING):
-        files.remove(join(folder, hidden_name))
-        done.append(f"{hidden_name}: removed")
+    for step, hidden_name in [*_named(folder, SAVING), *_named(folder, DELETING)]:
+        try:
+            done.append(_finish_or_remove(files, folder, step, hidden_name))
+        except OSError as error:  # no reason not to start
+            done.append(f"{hidden_name}: could not be removed ({error.strerror or error})")
     return done
 
 
-def describe(folder: Place) -> str:
-    """A line for each checkpoint in a folder, or about the one that the folder is."""
-    files = files_at(folder)
-    whole = [read(folder)] if files.exists(join(folder, STATE_FILE)) and _is_whole(folder) else whole_in(folder)
-    lines = [f"{one.path}: {', '.join(one.contents)}; {show_bytes(size(one))}" for one in whole]
-    lines += [f"{reason}: passed over" for reason in damaged_in(folder)]
-    return "\n".join(lines) or f"{folder}: no checkpoint"
+def _finish_or_remove(files: Files, folder: Place, step: int, hidden_name: str) -> str:
+    name, path = published(folder, step), join(folder, hidden_name)
+    if SAVING.fullmatch(hidden_name) and files.is_folder(path) and _is_whole(path):
+        if not files.exists(name):
+            files.rename(path, name)
+            return f"step-{step}: finished"
+        if not files.is_folder(name):
+            files.remove(name)
+            files.rename(path, name)
+            return f"step-{step}: finished, in the place of what was no folder"
+    files.remove(path)
+    return f"{hidden_name}: removed"
 
 
 def size(found: Found) -> int:
@@ -300,7 +330,8 @@ def sorted_out(folder: Place) -> tuple[list[Found], list[tuple[int, str]]]:
         try:
             whole.append(read(join(folder, name)))
         except NotWhole as reason:
-            damaged.append((step, str(reason)))
+            if files_at(folder).exists(join(folder, name)):  # else a run has deleted it meanwhile
+                damaged.append((step, str(reason)))
     return whole, damaged
 
 
@@ -313,11 +344,31 @@ def _is_whole(path: Place) -> bool:
 
 
 def _named(folder: Place, pattern: re.Pattern[str], with_manifest: bool | None = None) -> list[tuple[int, str]]:
-    files = files_at(folder)
-    found = sorted((int(match[1]), name) for name in files.names(folder) if (match := pattern.fullmatch(name)))
+    """Step and name of each match, by step; of published ones only folders. Raises UserError where it cannot look."""
+    files, found = files_at(folder), _called(folder, pattern)
+    if pattern is PUBLISHED:
+        found = [one for one in found if _may_be_folder(files, join(folder, one[1]))]
     if with_manifest is None:
         return found
     return [one for one in found if files.exists(join(join(folder, one[1]), STATE_FILE)) == with_manifest]
+
+
+def _called(folder: Place, pattern: re.Pattern[str]) -> list[tuple[int, str]]:
+    try:
+        names = files_at(folder).names(folder)
+    except OSError as error:
+        fix = "mend the folder or its permissions; nothing was changed"
+        raise UserError(Problem(str(folder), f"cannot be listed: {error.strerror or error}", fix=fix)) from error
+    return sorted((int(match[1]), name) for name in names if (match := pattern.fullmatch(name)))
+
+
+def _may_be_folder(files: Files, path: Place) -> bool:
+    try:
+        return files.is_folder(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # named when it is read
+        return True
 
 
 def _set_aside(files: Files, folder: Place, step: int) -> str:

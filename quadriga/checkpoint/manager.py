@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
-from quadriga.checkpoint.files import Place, files_at
-from quadriga.checkpoint.folder import CheckpointError, Found
+from quadriga.checkpoint.files import Place
+from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import on_first_rank
 from quadriga.checkpoint.search import Search
 from quadriga.config.schema import Checkpoint
@@ -199,19 +199,33 @@ class CheckpointManager:
         try:
             place = self.on_first_rank(lambda: folders.prepare(self._folder, step))
             hashes = self._gathered(write(place, tensors, self._group, section.storage_retries))
-            name = self.on_first_rank(lambda: folders.publish(self._folder, step, contents, extra, place, hashes))
-            self._refused.discard(step)
-            gone = self.on_first_rank(
-                lambda: folders.delete_old(self._folder, section.keep_latest_k, section.keep_every, self._refused)
-            )
-        except (OSError, CheckpointError) as error:
+            name, size = self.on_first_rank(lambda: self._publish(step, contents, extra, place, hashes))
+        except (OSError, CheckpointError, NotWhole) as error:
             raise CheckpointError(self._after_failure(step, place, error)) from error
+        self._refused.discard(step)
+        gone = self.on_first_rank(lambda: self._delete_old(step))
         seconds = time.monotonic() - began
         removed = f"; deleted {', '.join(f'step-{old}' for old in gone)}" if gone else ""
         logger.info(f"saved {name} in {show_seconds(seconds)}{removed}")
         if self._first_rank:
             facts = {"path": name, "seconds": seconds, "blocked_seconds": seconds if blocked is None else blocked}
-            self._tell("save_end", step, **facts, bytes=folders.size(folders.read(name)))
+            self._tell("save_end", step, **facts, bytes=size)
+
+    def _publish(
+        self, step: int, contents: tuple[str, ...], extra: Mapping[str, Any], place: str, hashes: dict[str, str]
+    ) -> tuple[str, int]:
+        """The name, and the bytes under it. Raises NotWhole where what was written is not there."""
+        name = folders.publish(self._folder, step, contents, extra, place, hashes)
+        return name, folders.size(folders.read(name))
+
+    def _delete_old(self, step: int) -> list[int]:
+        """The steps that were deleted. `step` is saved, and stays so where others cannot be deleted."""
+        section = self._section
+        try:
+            return folders.delete_old(self._folder, section.keep_latest_k, section.keep_every, self._refused, step)
+        except (OSError, UserError) as error:
+            logger.warning(f"step {step} is saved, but older checkpoints could not be deleted: {error}")
+            return []
 
     def _gathered(self, hashes: dict[str, str]) -> dict[str, str]:
         """Of all ranks' files, on the first rank."""
@@ -224,7 +238,7 @@ class CheckpointManager:
         """Give back the room that the failed save took; what to tell."""
         if self._first_rank and place:
             with suppress(OSError):
-                files_at(place).remove(place)
+                folders.give_up(self._folder, step, place)
         return words.save_failed(self._folder, step, error)
 
     def _clean_up(self) -> list[str]:
@@ -233,8 +247,11 @@ class CheckpointManager:
         except OSError as error:  # better now than after the first hours
             raise UserError(words.cannot_be_written(self._folder, error)) from error
         remains = folders.unpublished_in(self._folder)
-        if done := folders.clean_up(self._folder):
-            logger.warning(f"{self._folder}: left by a run that ended in a save: {', '.join(done)}")
+        try:
+            if done := folders.clean_up(self._folder):
+                logger.warning(f"{self._folder}: left by a run that ended in a save: {', '.join(done)}")
+        except OSError as error:  # of an object store: remains take room, and are no reason not to start
+            logger.warning(f"{self._folder}: what a run that ended in a save left could not be removed: {error}")
         return remains
 
     def _finish_running(self, last: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
-from quadriga.checkpoint.files import Place, files_at
+from quadriga.checkpoint.files import Place, files_at, is_url
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import found_from_json, found_to_json
 from quadriga.config.schema import Checkpoint
@@ -42,12 +43,7 @@ class Search:
 
     def own(self, remains: list[str]) -> Found | None:
         """The run's own newest good checkpoint, or that of `load_step`. `remains`: what lay there unpublished."""
-
-        def look() -> tuple[list[Any], list[tuple[int, str]]]:
-            whole, damaged = folders.sorted_out(self._folder)
-            return [found_to_json(found) for found in whole], damaged
-
-        records, damaged = self._on_first_rank(look)
+        records, damaged = self._on_first_rank(self._look)
         whole = [found_from_json(record) for record in records]
         self.refused = dict(damaged)
         asked = self._section.load_step
@@ -62,6 +58,14 @@ class Search:
         if remains:
             logger.warning(words.only_remains(self._folder, remains))
         return None
+
+    def _look(self) -> tuple[list[Any], list[tuple[int, str]]]:
+        if not is_url(self._folder) and os.path.lexists(self._folder) and not os.path.isdir(self._folder):
+            raise UserError(words.no_folder(self._folder))  # a disk that is not mounted is no reason to start anew
+        for reason in folders.no_folders(self._folder):
+            logger.warning(reason)
+        whole, damaged = folders.sorted_out(self._folder)
+        return [found_to_json(found) for found in whole], damaged
 
     def elsewhere(self, path: str) -> Found:
         """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
@@ -78,7 +82,9 @@ class Search:
         try:
             return folders.find(path) or folders.read(path)
         except NotWhole as reason:
-            if not files_at(path).exists(folders.join(path, PLAN)):
+            files, manifest = files_at(path), folders.join(path, folders.STATE_FILE)
+            # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
+            if files.exists(manifest) or not files.exists(folders.join(path, PLAN)):
                 raise UserError(words.not_ours(path, reason)) from reason
         from quadriga.checkpoint.tensors import stored_tensors
 

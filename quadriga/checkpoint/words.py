@@ -10,13 +10,13 @@ from pathlib import Path
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import Found
-from quadriga.errors import Problem
+from quadriga.errors import Problem, UserError
 from quadriga.units import show_bytes, show_some
 
 
 def save_failed(folder: str, step: int, error: Exception) -> str:
     whole: list[str] = []
-    with suppress(OSError):
+    with suppress(OSError, UserError):
         whole = [f"step-{found.step}" for found in folders.whole_in(folder)]
     lines = [f"step {step} was not saved: {error}", f"whole in {folder}: {', '.join(whole) or 'none'}"]
     if not is_url(folder):
@@ -34,6 +34,15 @@ def cannot_be_written(folder: str, error: OSError) -> Problem:
         value=folder,
         what=f"cannot be written: {error.strerror or error}",
         fix="choose another with --checkpoint.folder or --job.dump_folder, or save nothing: --checkpoint.load_only",
+    )
+
+
+def no_folder(folder: str) -> Problem:
+    return Problem(
+        where="checkpoint.folder",
+        value=folder,
+        what="is no folder: a file, or a link that leads nowhere",
+        fix="mount the disk or mend the link; or remove it, if there is nothing to go on from",
     )
 
 

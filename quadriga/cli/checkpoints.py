@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"  DAMAGED: {reason}")
     for _, reason in damaged:
         print(f"DAMAGED: {reason}")
+    for reason in folders.no_folders(folder):
+        print(reason)
     for name in folders.unpublished_in(folder):
         print(f"{name}: never published; the next start removes it")
     if not whole and not damaged:

@@ -15,7 +15,8 @@ from quadriga.checkpoint.folder import NotWhole
 
 def save(place, step, extra=None):
     folders.prepare(place, step)
-    (Path(folders.hidden(place, step)) / "__0_0.distcp").write_bytes(b"tensors" * step)
+    (Path(folders.hidden(place, step)) / "__0_0.distcp").write_bytes(b"tensors" * min(step, 10))
+    (Path(folders.hidden(place, step)) / ".metadata").write_bytes(b"where they lie")
     return Path(folders.publish(place, step, ("model", "optimizer"), extra or {}))
 
 
@@ -87,7 +88,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
     assert folders.find(tmp_path).step == 9
     (reason,) = folders.damaged_in(tmp_path)
     assert words in reason
-    assert words in folders.describe(tmp_path)
     with pytest.raises(NotWhole):
         folders.read(tmp_path / "step-10")
     assert folders.delete_old(tmp_path, 1) == [], "the only whole one stays, and a damaged one is not ours to delete"
@@ -98,8 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
 def test_retention_keeps_the_newest_and_every_nth(tmp_path_factory, steps, keep, every):
     place = tmp_path_factory.mktemp("kept")
     for step in steps:
-        folders.prepare(place, step)
-        folders.publish(place, step, ("model",), {})
+        save(place, step)
     gone = folders.delete_old(place, keep, every)
     left = [found.step for found in folders.whole_in(place)]
     newest = sorted(steps)[-keep:] if keep else sorted(steps)
@@ -111,10 +110,3 @@ def test_what_is_no_json_leaves_no_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         save(tmp_path, 1, {"loader": object()})
     assert folders.find(tmp_path) is None
-
-
-def test_describe(tmp_path):
-    assert "no checkpoint" in folders.describe(tmp_path)
-    name = save(tmp_path, 3)
-    assert folders.describe(tmp_path).startswith(f"{name}: model, optimizer; ")
-    assert folders.describe(name) == folders.describe(tmp_path)

@@ -82,7 +82,6 @@ def test_saves_and_resumes_in_memory():
         one.save(step, {"model": Weights(step)}, {})
     assert loaded(url) == (16, 16.0)
     assert storage.files_at(url).names(url) == ["step-10", "step-14", "step-16"]
-    assert "step-16" in folders.describe(url)
 
 
 @pytest.mark.parametrize("kept", [2, 0])

@@ -10,7 +10,8 @@ from quadriga.cli.main import main
 
 def save(place, step):
     folders.prepare(place, step)
-    Path(folders.hidden(place, step), "__0_0.distcp").write_bytes(b"tensors" * 100)
+    Path(folders.hidden(place, step), "__0_0.distcp").write_bytes(b"tensors" * 99)
+    Path(folders.hidden(place, step), ".metadata").write_bytes(b"a plan.")
     extra = {"train_state": {"tokens_seen": 1000 * step}, "world_size": 4}
     return Path(folders.publish(place, step, ("model", "optimizer"), extra))
 
@@ -24,7 +25,7 @@ def test_lists_and_verifies(tmp_path, capsys):
     assert main(["checkpoints", str(place), "--verify"]) == 0
     assert capsys.readouterr().out.count("verified") == 2
 
-    (second / "__0_0.distcp").write_bytes(b"Tensors" * 100)
+    (second / "__0_0.distcp").write_bytes(b"Tensors" * 99)
     (place / ".step-9.saving").mkdir()
     assert main(["checkpoints", str(tmp_path), "--verify"]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,104 @@
+"""The manifest of a checkpoint, `train_state.json`: what it says, and whether that can be so.
+
+Its hash covers its own text, so it tells damage. It holds no secret: whoever writes a checkpoint can write a manifest
+that fits. So every value is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quadriga.errors import UserError, printable, shortened
+from quadriga.reading import json_type, parse_json
+
+STATE_FILE = "train_state.json"
+METADATA = ".metadata"  # DCP's own file: every checkpoint has one
+FORMAT = "quadriga-2"
+TOKEN = re.compile(r"[0-9a-f]{32}")  # the folder of a save on an object store
+SHA256 = re.compile(r"[0-9a-f]{64}")
+READ_BY_A_LOAD = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file is listed, or refused
+OUTSIDE = {"", ".", "..", STATE_FILE}
+
+
+class NotWhole(Exception):
+    """A folder that is no whole checkpoint of ours; the message says why and names the file."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))  # names of files and what a file says may hold control characters
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of a file."""
+
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`folder`: "." or a token, the folder of the files. `files`: by name, none of them with a path."""
+
+    step: int
+    contents: tuple[str, ...]
+    folder: str
+    files: Mapping[str, FileFacts]
+    extra: dict[str, Any]
+
+
+def seal(state: Mapping[str, Any]) -> str:
+    """The text of a manifest, which holds the hash of its own remainder: no bit of it can change unnoticed."""
+    text = json.dumps({key: value for key, value in state.items() if key != "sha256"}, indent=1)
+    return json.dumps({**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def parse(content: bytes, where: str) -> Manifest:
+    """What a manifest says. `where` names the file. Raises NotWhole where it is damaged or cannot be so."""
+    try:
+        state = parse_json(content, where, nan=True)
+    except UserError as error:
+        raise NotWhole(f"{where} is damaged ({error.problems[0].what})") from error
+    if not isinstance(state, dict):
+        raise NotWhole(f"{where} is damaged (it holds a JSON {json_type(state)})")
+    if state.get("format") != FORMAT:
+        raise NotWhole(f"{where} has format {shortened(repr(state.get('format')))}, this version reads {FORMAT!r}")
+    if seal(state).encode() != content:
+        raise NotWhole(f"{where} is damaged (its own hash differs)")
+    if (wrong := _wrong(state)) is not None:
+        raise NotWhole(f"{where} is no manifest of a checkpoint ({wrong})")
+    files = {name: FileFacts(entry["size"], entry["sha256"]) for name, entry in state["files"].items()}
+    return Manifest(state["step"], tuple(state["contents"]), state["folder"], files, state["extra"])
+
+
+def unlisted(manifest: Manifest, there: set[str]) -> list[str]:
+    """Names of files that a load might read and whose content nothing vouches for."""
+    return sorted(name for name in there - manifest.files.keys() if READ_BY_A_LOAD.fullmatch(name))
+
+
+def _wrong(state: Mapping[str, Any]) -> str | None:
+    """The first value that a manifest cannot have."""
+    step, contents, folder, files = (state.get(key) for key in ("step", "contents", "folder", "files"))
+    if type(step) is not int or step < 0:
+        return f"its step is {shortened(step)}"
+    if not isinstance(contents, list) or not all(isinstance(part, str) for part in contents):
+        return f"its contents are {shortened(contents)}"
+    if not isinstance(folder, str) or (folder != "." and not TOKEN.fullmatch(folder)):
+        return f"its folder is {shortened(folder)}, where '.' or 32 hexadecimal digits are expected"
+    if not isinstance(files, dict) or not isinstance(state.get("extra"), dict):
+        return "its files or its extra are no table"
+    if METADATA not in files:
+        return f"it does not list {METADATA}"
+    return next((f"its entry of {shortened(name)}" for name, entry in files.items() if not _may_be(name, entry)), None)
+
+
+def _may_be(name: str, entry: Any) -> bool:
+    if name in OUTSIDE or "/" in name or "\0" in name or not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("size"), entry.get("sha256")
+    good = type(size) is int and size >= 0 and isinstance(digest, str) and SHA256.fullmatch(digest) is not None
+    return good and len(entry) == 2
