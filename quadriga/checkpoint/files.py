@@ -54,9 +54,10 @@ class Files(Protocol):
         """The content of a small file. One longer than `limits.JSON_BYTES` is an OSError."""
 
     def write(self, path: Place, data: bytes) -> None:
-        """The whole of a small file, durable when this returns."""
+        """The whole of a small file, durable when this returns, as are the names of the files beside it."""
 
-    def make(self, folder: Place) -> None: ...
+    def make(self, folder: Place) -> None:
+        """A folder, and those above it that are missing, durably."""
 
     def rename(self, path: Place, new: Place) -> None:
         """A file; where `renames`, a folder too, and at once."""
@@ -143,7 +144,11 @@ class LocalFiles:
         self.flush_names(local(path).parent)
 
     def make(self, folder: Place) -> None:
-        local(folder).mkdir(parents=True, exist_ok=True)
+        path = local(folder).absolute()
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for each in reversed(missing):
+            self.flush_names(each.parent)
 
     def rename(self, path: Place, new: Place) -> None:
         local(path).rename(local(new))

@@ -117,10 +117,10 @@ def publish(
     manifest = seal(state).encode()  # before a file is opened: what cannot be JSON must not leave half of one
     if not files.renames:
         files.write(join(name, STATE_FILE), manifest)
-        _remove_others(files, name, token)
+        with suppress(OSError):  # it is published; what is left goes at the next start
+            _remove_others(files, name, token)
         return name
-    files.flush_names(place)
-    files.write(join(place, STATE_FILE), manifest)
+    files.write(join(place, STATE_FILE), manifest)  # flushes the names of all files of the place, too
     outdated = _set_aside(files, folder, step) if files.exists(name) else None
     try:
         files.rename(place, name)

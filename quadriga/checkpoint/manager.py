@@ -200,7 +200,7 @@ class CheckpointManager:
             place = self.on_first_rank(lambda: folders.prepare(self._folder, step))
             hashes = self._gathered(write(place, tensors, self._group, section.storage_retries))
             name, size = self.on_first_rank(lambda: self._publish(step, contents, extra, place, hashes))
-        except (OSError, CheckpointError, NotWhole) as error:
+        except (OSError, CheckpointError) as error:
             raise CheckpointError(self._after_failure(step, place, error)) from error
         self._refused.discard(step)
         gone = self.on_first_rank(lambda: self._delete_old(step))
@@ -214,9 +214,12 @@ class CheckpointManager:
     def _publish(
         self, step: int, contents: tuple[str, ...], extra: Mapping[str, Any], place: str, hashes: dict[str, str]
     ) -> tuple[str, int]:
-        """The name, and the bytes under it. Raises NotWhole where what was written is not there."""
+        """The name, and the bytes under it. Raises CheckpointError where what was written is not there."""
         name = folders.publish(self._folder, step, contents, extra, place, hashes)
-        return name, folders.size(folders.read(name))
+        try:
+            return name, folders.size(folders.read(name))
+        except NotWhole as reason:
+            raise CheckpointError(str(reason)) from reason
 
     def _delete_old(self, step: int) -> list[int]:
         """The steps that were deleted. `step` is saved, and stays so where others cannot be deleted."""

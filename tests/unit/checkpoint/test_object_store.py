@@ -27,9 +27,12 @@ class Weak(MemoryFileSystem):
     pseudo_dirs: ClassVar[list] = [""]
     failures = 0  # requests that fail before one succeeds
     left = 10**9  # requests until the end
+    requests: ClassVar[list] = []  # (what, the last two words of the path)
 
     @classmethod
-    def request(cls):
+    def request(cls, what="", path=""):
+        if not path.endswith((".tmp", ".try")):  # the first is DCP's, which writes its plan under another name first
+            cls.requests.append((what, "/".join(path.split("/")[-2:])))
         if cls.failures:
             cls.failures -= 1
             raise OSError("503 slow down")
@@ -38,15 +41,15 @@ class Weak(MemoryFileSystem):
             raise KeyboardInterrupt("killed")
 
     def pipe_file(self, path, value, **keys):
-        self.request()
+        self.request("write", path)
         return super().pipe_file(path, value, **keys)
 
-    def _rm(self, path):
-        self.request()
-        return super()._rm(path)
+    def rm_file(self, path):
+        self.request("delete", path)
+        return super().rm_file(path)
 
     def _open(self, path, mode="rb", **keys):
-        self.request()
+        self.request("write" if "w" in mode else "read", path)
         return super()._open(path, mode, **keys)
 
 
@@ -71,7 +74,7 @@ def loaded(url: str) -> tuple[int, float] | None:
 @pytest.fixture
 def url(monkeypatch):
     monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
-    Weak.failures, Weak.left = 0, 10**9
+    Weak.failures, Weak.left, Weak.requests = 0, 10**9, []
     return f"weak://bucket/{uuid.uuid4().hex}"
 
 
@@ -149,3 +152,60 @@ def test_a_url_without_a_driver_names_what_to_install(tmp_path):
     assert "pip install s3fs" in refused.value.report
     with pytest.raises(UserError, match="nosuch"):
         manager("nosuch://bucket/run").find()
+
+
+def test_nothing_is_deleted_before_the_manifest_that_replaces_it_is_written(url):
+    one = manager(url, keep_latest_k=2)
+    for step in (3, 5):
+        one.save(step, {"model": Weights(step)}, {})
+    Weak.requests = []
+    one.save(5, {"model": Weights(55)}, {})  # over the published one
+    writes = [at for at, (what, _) in enumerate(Weak.requests) if what == "write"]
+    deletes = [at for at, (what, _) in enumerate(Weak.requests) if what == "delete"]
+    assert Weak.requests[writes[-1]] == ("write", "step-5/train_state.json")
+    assert len(deletes) >= 2, "those of the save before"
+    assert min(deletes) > writes[-1]
+    Weak.requests = []
+    one.save(8, {"model": Weights(8)}, {})
+    deletes = [path for what, path in Weak.requests if what == "delete"]
+    assert deletes[0] == "step-3/train_state.json", "without its manifest it is no checkpoint any more"
+    assert Weak.requests.index(("write", "step-8/train_state.json")) < Weak.requests.index(("delete", deletes[0]))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_delete_that_fails_is_no_failed_save(url, monkeypatch, caplog, over):
+    """Whether of older steps or of the save before of this step: what is published stays, files and all."""
+    one = manager(url, keep_latest_k=2, storage_retries=0)
+    for step in (3, 5):
+        one.save(step, {"model": Weights(step)}, {})
+
+    real = Weak.rm_file
+
+    def refuse(self, path):
+        if not path.endswith(".tmp"):  # of DCP, which writes its plan under another name first
+            raise PermissionError(13, "may not delete", path)
+        real(self, path)
+
+    monkeypatch.setattr(Weak, "rm_file", refuse)
+    step = 5 if over else 8
+    one.save(step, {"model": Weights(step + 50)}, {}, last=True)
+    monkeypatch.undo()
+    assert loaded(url) == (step, step + 50.0)
+
+
+def test_a_manifest_that_was_written_though_its_request_failed_keeps_its_files(url, monkeypatch):
+    """The answer was lost, not the object: its files must not be taken for those of a failed save."""
+    one = manager(url, storage_retries=0)
+    one.save(3, {"model": Weights(3)}, {})
+    real = Weak.pipe_file
+
+    def lost(self, path, value, **keys):
+        real(self, path, value, **keys)
+        if path.endswith("train_state.json"):
+            raise OSError("connection reset")
+
+    monkeypatch.setattr(Weak, "pipe_file", lost)
+    with pytest.raises(folders.CheckpointError, match="step 8 was not saved"):
+        one.save(8, {"model": Weights(8)}, {}, last=True)
+    monkeypatch.undo()
+    assert loaded(url) == (8, 8.0)
