@@ -14,11 +14,15 @@ JSON_BYTES = 64 * MIB  # one document: manifests, indexes, configurations, cards
 JSON_DIGITS = 400  # of one number: any float64 in full, without the quadratic time of longer conversions
 
 # Text that is read line by line.
-LINE_BYTES = 16 * MIB  # one line of metrics.jsonl or events.jsonl
-LOG_BYTES = 4 * GIB  # a whole metrics.jsonl or events.jsonl
+LINE_BYTES = 16 * MIB  # one line of a file of ours
+LOG_LINE_BYTES = MIB  # one line of metrics.jsonl or events.jsonl: theirs have less than 10 KiB
+LOG_BYTES = GIB  # a whole metrics.jsonl or events.jsonl: 2 million steps, each of them logged
+LOG_LINES = 3_000_000  # of one such file: read into 3 GB at most
 
 TOML_BYTES = 4 * MIB  # one configuration file
 
 # One message of a rank to the others (`json_collectives`). The largest is the plan of a checkpoint: 1 M chunks are
 # about 200 MB of JSON.
 RANK_MESSAGE_BYTES = 1 * GIB
+
+RANKS = 1_000_000  # of one run, as its records may say; no run has come near

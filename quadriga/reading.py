@@ -6,20 +6,49 @@ it. Only regular files are opened: a FIFO would block, a device has no end. Limi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from quadriga import limits
 from quadriga.errors import Problem, UserError, shortened
 
 NAME_SHOWN = 400  # characters of a file's name in a message
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 _BRACKET = re.compile(r"[\[\]{}]")
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], *, what: str = "file") -> Iterator[BinaryIO]:
+    """A regular file, open for reading bytes; what goes wrong while it is read is told like what does at its opening.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is no regular file.
+    """
+    try:
+        # Not blocking: a FIFO that nobody writes to would hold the caller in `open`.
+        with os.fdopen(_open(path), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                _refuse(path, f"is {_kind(mode)}, not a regular file", fix=f"name a {what} that is a file")
+            yield file
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(Problem(shortened(path, NAME_SHOWN), f"the {what} cannot be read: {reason}")) from error
+
+
+def _open(path: str | os.PathLike[str]) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null character in the name
+        raise OSError(0, str(error)) from error
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, what: str = "file") -> bytes:
@@ -28,16 +57,8 @@ def read_bytes(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, w
     Raises:
         UserError: it is missing, cannot be read, is no regular file, or is longer.
     """
-    try:
-        # Not blocking: a FIFO that nobody writes to would hold the caller in `open`.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                _refuse(path, f"is {_kind(status.st_mode)}, not a regular file", fix=f"name a {what} that is a file")
-            content = file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(Problem(shortened(path, NAME_SHOWN), f"the {what} cannot be read: {reason}")) from error
+    with opened(path, what=what) as file:
+        content = file.read(most + 1)
     if len(content) > most:
         _refuse(path, f"is longer than a {what} may be", allowed=f"at most {most:,} bytes")
     return content
@@ -89,6 +110,37 @@ def read_json_object(
     return value
 
 
+def read_toml(path: str | os.PathLike[str], most: int = limits.TOML_BYTES, *, what: str = "file") -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: as `read_text`, it is not TOML, or its tables nest deeper than `limits.JSON_DEPTH`.
+    """
+    where = shortened(path, NAME_SHOWN)
+    text = read_text(path, most, what=what)
+    try:
+        if _LONG_KEY.search(text):  # tomllib takes quadratic time for one
+            raise RecursionError
+        found = tomllib.loads(text)
+    except RecursionError:
+        raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels")) from None
+    except ValueError as error:  # TOMLDecodeError, or a number of too many digits
+        raise UserError(Problem(where, f"not TOML: {shortened(error, 200)}")) from error
+    if _depth(found) > limits.JSON_DEPTH:
+        raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels"))
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Levels of tables and lists within each other, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for own in parts for part in own if isinstance(part, dict | list)]
+    return depth
+
+
 def parse_json(text: str | bytes, where: str, *, nan: bool = False, depth: int = limits.JSON_DEPTH) -> Any:
     """The value of a JSON text. `where` names its origin in messages; `nan` admits NaN and the infinities.
 
@@ -120,28 +172,38 @@ def nesting(text: str) -> int:
 
 
 def read_lines(
-    path: str | os.PathLike[str], *, most: int = limits.LOG_BYTES, longest: int = limits.LINE_BYTES, what: str = "file"
+    path: str | os.PathLike[str],
+    *,
+    most: int = limits.LOG_BYTES,
+    longest: int = limits.LINE_BYTES,
+    what: str = "file",
+    keep_ends: bool = False,
 ) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line without its end) of a regular file, one at a time.
+    """(number from 1, line without its end unless `keep_ends`) of a regular file, one at a time.
 
     Raises:
         UserError: as `read_bytes`, or a line is longer than `longest`.
     """
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                _refuse(path, f"is {_kind(status.st_mode)}, not a regular file", fix=f"name a {what} that is a file")
-            if status.st_size > most:
-                _refuse(path, f"is longer than a {what} may be", allowed=f"at most {most:,} bytes")
-            number = 0
-            while line := file.readline(longest + 1):
-                number += 1
-                if len(line) > longest and not line.endswith(b"\n"):
-                    _refuse(f"{os.fspath(path)}, line {number}", "the line is too long", f"at most {longest:,} bytes")
-                yield number, line.rstrip(b"\r\n")
-    except OSError as error:
-        raise UserError(Problem(shortened(path, NAME_SHOWN), f"the {what} cannot be read: {error.strerror}")) from error
+    with opened(path, what=what) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            _refuse(path, f"is longer than a {what} may be", allowed=f"at most {most:,} bytes")
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest and not line.endswith(b"\n"):
+                _refuse(f"{os.fspath(path)}, line {number}", "the line is too long", f"at most {longest:,} bytes")
+            yield number, line if keep_ends else line.rstrip(b"\r\n")
+
+
+def read_tail(path: str | os.PathLike[str], most: int, *, what: str = "file") -> bytes:
+    """The last `most` bytes of a regular file.
+
+    Raises:
+        UserError: as `read_bytes`, but for the length.
+    """
+    with opened(path, what=what) as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - most, 0))
+        return file.read(most)
 
 
 def json_type(value: object) -> str:

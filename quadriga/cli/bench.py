@@ -22,10 +22,11 @@ from quadriga.compare.windows import FEWEST_WINDOWS, counted, foreseen_records
 from quadriga.config import JobConfig, to_toml, vocabulary
 from quadriga.config.load import load
 from quadriga.config.sources import command_line_layer
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Fault, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Fault, Problem, UserError, shortened
 from quadriga.launch.child import environment_of, run_launch
 from quadriga.launch.environment import choose_backend, read_request, torch_build, visible_gpus
 from quadriga.launch.supervisor import check_at_the_door, what_training_lacks
+from quadriga.reading import read_toml
 from quadriga.units import show_seconds
 
 ABOUT = (
@@ -178,7 +179,7 @@ def refuse_other_runs(bench: Bench) -> None:
             folder = bench.run_folder(choice, number)
             if not has_finished(folder):
                 continue
-            found = flatten(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+            found = flatten(read_toml(folder / "config.toml", what="configuration of a run"))
             unlike = sorted(
                 key
                 for key in wanted.keys() | found.keys()
@@ -186,7 +187,8 @@ def refuse_other_runs(bench: Bench) -> None:
             )
             if unlike:
                 key = unlike[0]
-                what = f"a finished run of another configuration: {key} was {found.get(key)}, is now {wanted.get(key)}"
+                values = f"was {shortened(found.get(key))}, is now {shortened(wanted.get(key))}"
+                what = f"a finished run of another configuration: {shortened(key)} {values}"
                 raise UserError(Problem("--out", what, str(folder), fix="choose another --out, or remove that folder"))
 
 

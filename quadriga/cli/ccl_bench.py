@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quadriga import limits
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
 from quadriga.cli.estimate import read_run
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError, shortened
 from quadriga.metrics.jsonl import Record, read_metrics
 from quadriga.models.registry import catalogue, count_parameters
+from quadriga.reading import read_json_object
 from quadriga.trace.ccl_bench import (
     Card,
     card_file,
@@ -194,18 +196,13 @@ def _compared(traces: Sequence[RankTrace], own: float | None) -> Iterator[str]:
 def _records(folder: Path) -> list[Record]:
     """The training records of a run; none where it logged none."""
     path = folder / "metrics.jsonl"
-    try:
-        return read_metrics(path) if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(Problem("RUN", f"its metrics cannot be read: {error}", str(folder))) from None
+    return read_metrics(path, required=("step_seconds",)) if path.exists() else []
 
 
 def _environment(folder: Path) -> Mapping[str, Any]:
-    try:
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        int(environment["world_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "name the folder of a run (job.dump_folder)"
-        raise UserError(Problem("RUN", f"environment.json cannot be read: {error}", str(folder), fix=fix)) from None
-    found: Mapping[str, Any] = environment
-    return found
+    environment = read_json_object(folder / "environment.json", what="record of a run")
+    ranks = environment.get("world_size")
+    if type(ranks) is not int or not 1 <= ranks <= limits.RANKS:
+        what, allowed = "world_size is no number of ranks", f"1 to {limits.RANKS:,}"
+        raise UserError(Problem(str(folder / "environment.json"), what, shortened(repr(ranks)), allowed=allowed))
+    return environment

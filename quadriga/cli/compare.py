@@ -15,7 +15,7 @@ from quadriga.compare.evidence import Analyse
 from quadriga.compare.report import lines
 from quadriga.compare.runs import bench_of, folders_of, names_of, read_setting
 from quadriga.compare.windows import WARMUP_STEPS
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
 
 ABOUT = (
     "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the backend that "
@@ -87,9 +87,12 @@ def reader_of_traces() -> Analyse:
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
-    print(json.dumps(found, indent=1, allow_nan=False) if options.json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=1, allow_nan=False) if options.json else "\n".join(map(printable, lines(found))))
     if options.html:
         from quadriga.compare.page import page
 
-        options.html.write_text(page(found), encoding="utf-8")
+        try:
+            options.html.write_text(page(found), encoding="utf-8")
+        except OSError as error:
+            raise Fault(f"{options.html} cannot be written: {error}") from None
         print(f"the page is {options.html}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quadriga.cli.arguments import Parser
 from quadriga.config.words import plural
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.goodput import Attempt, Goodput, goodput_of
 from quadriga.units import show_seconds
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if found is None:
         what = "no run has left a line here" if Path(options.run).is_dir() else "there is no such folder"
         raise UserError(Problem("RUN", what, options.run, allowed="a folder with events.jsonl or metrics.jsonl"))
-    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(lines(found)))
+    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(map(printable, lines(found))))
     return EXIT_OK
 
 
@@ -46,10 +46,15 @@ def lines(found: Goodput) -> Iterator[str]:
         yield f"  {name:<16} {show_seconds(found.seconds[kind]):>8} {share:6.1f}%   {meaning}".rstrip()
     yield ""
     yield f"effective training time: {100 * found.shares['trained']:.1f}%"
+    if found.idle_seconds:
+        yield f"idle: {show_seconds(found.idle_seconds)} from a start that finished the run to the next; not counted"
     yield ""
     yield f"  {'start':<6} {'began':<19}  {'steps':<17}  ended"
     for attempt in attempts:
         yield f"  {attempt.attempt:<6} {_date(attempt.began)}  {_steps(attempt):<17}  {_ended(attempt)}"
+    if found.notices:
+        yield ""
+        yield from (f"notice: {notice}" for notice in found.notices)
 
 
 def _meanings(found: Goodput) -> dict[str, tuple[str, str]]:
@@ -74,7 +79,7 @@ def _steps(attempt: Attempt) -> str:
 
 def _ended(attempt: Attempt) -> str:
     lost = attempt.last_step - attempt.kept_step
-    return attempt.ended + (f" ({plural(lost, 'step')} lost)" if lost else "")
+    return shortened(attempt.ended, 200) + (f" ({plural(lost, 'step')} lost)" if lost else "")
 
 
 def _date(seconds: float) -> str:

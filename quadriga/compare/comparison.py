@@ -137,7 +137,7 @@ def headline(settings: Sequence[Setting]) -> str:
 
 def tokens_a_step(run: RunFolder) -> int:
     last = run.records[-1]
-    return int(last["tokens_seen"]) // int(last["step"])
+    return int(last["tokens_seen"] // last["step"])
 
 
 def common_rounds(settings: Sequence[Setting]) -> list[int]:

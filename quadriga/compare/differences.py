@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quadriga.compare.runs import Flat, RunFolder, Setting
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 from quadriga.units import show_some
 
 NO_MATTER = frozenset(
@@ -52,6 +52,7 @@ DATA = frozenset(
     }
 )
 ABSENT = "(not said)"
+MOST_TOLD = 20  # keys or remarks of one report
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def differences(settings: Sequence[Setting], varied: Sequence[str] | None, accep
     followers = [follower for key in (*named, *unlike) for follower in FOLLOWS.get(key, ())]
     rest = sorted(key for key in unlike if key not in named and not key.startswith(tuple(followers) or "\0"))
     if rest and (varied is not None or accepted or len(rest) > 1):
-        raise UserError(*(_problem(key, settings) for key in rest))
+        problems = [_problem(key, settings) for key in rest[:MOST_TOLD]]
+        if len(rest) > MOST_TOLD:
+            problems.append(Problem("RUN", f"the runs differ in {len(rest) - MOST_TOLD:,} more keys"))
+        raise UserError(*problems)
     kept = [*named, *rest]
     return Differences({key: [_value(first, key) for first in firsts] for key in kept}, _remarks(settings))
 
@@ -125,8 +129,10 @@ def _remarks(settings: Sequence[Setting]) -> list[str]:
     keys = {key for run in runs[1:] for key in unlike_keys(runs[0].environment, run.environment)}
     remarks = []
     for key in sorted(key for key in keys if not _within(key, (*DECISIVE, *UNSAID))):
-        values = dict.fromkeys(str(run.environment.get(key, ABSENT)) for run in runs)
-        remarks.append(f"the runs differ in environment.{key}: {show_some(list(values))}")
+        values = dict.fromkeys(shortened(run.environment.get(key, ABSENT)) for run in runs)
+        remarks.append(f"the runs differ in environment.{shortened(key)}: {show_some(list(values))}")
+    if len(remarks) > MOST_TOLD:
+        remarks[MOST_TOLD:] = [f"the runs differ in {len(remarks) - MOST_TOLD:,} more keys of their environments"]
     if any(run.environment.get("git.changed") for run in runs):
         remarks.append("the code was changed since its commit, and may have changed between the runs")
     return remarks
@@ -142,11 +148,11 @@ def _value(run: RunFolder, key: str) -> Any:
 
 
 def _show(run: RunFolder, key: str) -> str:
-    return f"{_value(run, key)}"
+    return shortened(_value(run, key))
 
 
 def _problem(key: str, settings: Sequence[Setting]) -> Problem:
     values = "; ".join(f"{setting.name}: {_show(setting.runs[0], key)}" for setting in settings)
     what = f"the runs differ in more than was varied ({values})"
     fix = f"compare runs that are alike in it, or, if it is meant: --accept-difference {key}"
-    return Problem(key, what, fix=fix)
+    return Problem(shortened(key, 200), shortened(what, 400), fix=shortened(fix, 400))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quadriga.compare.runs import BENCH, read_json
-from quadriga.errors import Problem, UserError
+from quadriga.compare.runs import BENCH, read_bench
+from quadriga.errors import Problem, UserError, shortened
 
 FORMAT = "quadriga-bench-1"
 VARY = "--vary"
@@ -85,13 +85,14 @@ def note_of(choices: Sequence[Choice], file: str, arguments: Sequence[str], rank
 
 def refuse_another_bench(folder: Path, note: Mapping[str, Any]) -> None:
     """Raise UserError where a folder holds a bench of other settings, or what is no bench at all."""
-    before = read_json(folder / BENCH)
+    before = read_bench(folder / BENCH)
     fix = "choose another folder (--out), or remove this one"
     if before is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(Problem("--out", "the folder is not empty, and holds no bench", str(folder), fix=fix))
     for part in ("settings", "ranks"):
-        if before is not None and before[part] != note[part]:
-            what = f"the folder holds a bench with other {part}: {before['varied']} on {before['ranks']} ranks"
+        if before is not None and before.get(part) != note[part]:
+            said = f"{before['varied']} on {before.get('ranks')} ranks"
+            what = f"the folder holds a bench with other {part}: {shortened(said, 400)}"
             raise UserError(Problem("--out", what, str(folder), fix=fix))
 
 

@@ -7,10 +7,9 @@ BENCH/bench.json, setting-1/, setting-2/, ...                      what `quadrig
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,12 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.compare.windows import Record, Window, counted
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
+from quadriga.reading import read_json_object, read_toml
 
 METRICS, CONFIG, ENVIRONMENT, BENCH = "metrics.jsonl", "config.toml", "environment.json", "bench.json"
-REPEAT = re.compile(r"repeat-(\d+)")
+REPEAT = re.compile(r"repeat-([0-9]{1,9})")
+REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # what a comparison reads of each record
+MOST_SETTINGS = 1000  # of one bench
+# What of `config.toml` is reckoned with, and from which value on it can be.
+WHOLE = {
+    "training.steps": 1,
+    "profiling.profile_freq": 1,
+    "profiling.profiler_warmup": 0,
+    "profiling.profiler_active": 1,
+}
 Flat = dict[str, Any]  # `section.key` -> value
 
 
@@ -99,14 +108,43 @@ def folders_of(named: Sequence[Path]) -> list[Path]:
 
 
 def _settings_of_bench(folder: Path) -> list[Path]:
-    found = read_json(folder / BENCH)
+    found = read_bench(folder / BENCH)
     return [folder / setting["folder"] for setting in found["settings"]] if found else []
 
 
 def bench_of(settings: Sequence[Path]) -> dict[str, Any] | None:
     """What the bench says (`bench.json`) that all these folders are settings of; None where there is none."""
     parents = {folder.resolve().parent for folder in settings}
-    return read_json(parents.pop() / BENCH) if len(parents) == 1 else None
+    found = read_bench(parents.pop() / BENCH) if len(parents) == 1 else None
+    known = {setting["folder"] for setting in found["settings"]} if found else set()
+    return found if {folder.resolve().name for folder in settings} <= known else None
+
+
+def read_bench(path: Path) -> dict[str, Any] | None:
+    """The note of a bench (see `compare.plan`), checked; None where there is no file.
+
+    Raises:
+        UserError: it is not one that `quadriga bench` has left.
+    """
+    found = read_json(path)
+    if found is None:
+        return None
+    settings, varied = found.get("settings"), found.get("varied")
+    known = isinstance(settings, list) and 0 < len(settings) <= MOST_SETTINGS and all(map(_is_setting, settings))
+    if not isinstance(settings, list) or not known or not isinstance(varied, dict):
+        allowed = '{"varied": {KEY: [VALUE, ...]}, "settings": [{"folder": "setting-1", "name": TEXT}, ...]}'
+        raise UserError(Problem(str(path), "this is no note of a bench", allowed=allowed, fix="bench anew, elsewhere"))
+    for key in ("folder", "name"):
+        if len({setting[key] for setting in settings}) < len(settings):
+            raise UserError(Problem(str(path), f"two settings of the bench have the same {key}"))
+    return found
+
+
+def _is_setting(setting: Any) -> bool:
+    if not isinstance(setting, dict) or not isinstance(setting.get("name"), str):
+        return False
+    folder = setting.get("folder")  # a name within the bench's folder, and nothing else
+    return isinstance(folder, str) and folder == os.path.basename(folder) and folder.strip(".") != ""
 
 
 def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[str]:
@@ -124,20 +162,23 @@ def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[
 
 
 def read_run(folder: Path, number: int, warmup: int) -> RunFolder:
-    try:
-        records = read_metrics(folder / METRICS)
-        config = flatten(tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        fix = "name the folder of a run that has ended (job.dump_folder)"
-        raise UserError(Problem("RUN", f"cannot be read: {error}", str(folder), fix=fix)) from None
-    steps = int(config["training.steps"])
+    """One run folder. Lines of its metrics that are no records are left out, and a warning says so.
+
+    Raises:
+        UserError: a file of it cannot be read, or too few steps were logged.
+    """
+    warnings: list[str] = []
+    records = read_metrics(folder / METRICS, required=REQUIRED, notices=warnings)
+    config = flatten(read_toml(folder / CONFIG, what="configuration of a run"))
+    refuse_no_numbers(folder / CONFIG, config)
+    steps = config["training.steps"]
     windows, slowed = counted(records, table(config, "profiling"), steps, warmup)
     if not windows:
         what = f"no window of steps is left after the warm-up of {warmup} steps ({len(records)} records)"
         fix = "train longer, log more often (metrics.log_freq), or lower --warmup"
-        raise UserError(Problem("RUN", what, str(folder), fix=fix))
+        raise UserError(Problem("RUN", "; ".join([what, *warnings]), str(folder), fix=fix))
     environment = read_json(folder / ENVIRONMENT)
-    warnings = [slowed] if slowed else []
+    warnings += [slowed] if slowed else []
     if environment is None:
         warnings.append(f"no {ENVIRONMENT}: on what machine and with which versions it ran is not known")
     if records[-1]["step"] < steps:
@@ -149,11 +190,25 @@ def read_run(folder: Path, number: int, warmup: int) -> RunFolder:
     return RunFolder(folder, number, config, flatten(environment or {}), records, windows, warnings)
 
 
+def refuse_no_numbers(path: Path, config: Flat) -> None:
+    """Raise UserError where what is reckoned with is no whole number in its range."""
+    profiled = config.get("profiling.enable_profiling") is True
+    for key, least in WHOLE.items():
+        value = config.get(key)
+        if key.startswith("profiling.") and not profiled:
+            continue
+        if type(value) is not int or not least <= value < 2**63:
+            fix = "name the folder of a run that has ended (job.dump_folder)"
+            what = "the file lacks it" if value is None else "is no whole number that it can be"
+            shown = None if value is None else shortened(repr(value))
+            raise UserError(Problem(key, what, shown, source=str(path), allowed=f"{least} or more", fix=fix))
+
+
 def has_finished(folder: Path) -> bool:
     """Whether the newest start of a run came to its end."""
     events = read_events(folder)
     newest = max((event["attempt"] for event in events), default=0)
-    return any(e["event"] == "end" and e["attempt"] == newest and e["code"] == 0 for e in events)
+    return any(e["event"] == "end" and e["attempt"] == newest and e.get("code") == 0 for e in events)
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> Flat:
@@ -174,9 +229,4 @@ def table(flat: Flat, name: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no file. Raises UserError where it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(Problem(str(path), f"cannot be read: {error}")) from None
+    return read_json_object(path, what="record") if path.exists() else None

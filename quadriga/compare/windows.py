@@ -69,7 +69,9 @@ def counted(
             if window.first < first_step + warmup:
                 continue
             warm.append(window)
-            inside = range(window.first, window.last + 1)
+            # Cycles repeat, so one cycle's length of steps tells of a window of any length.
+            most = window.first + (cycle.length if cycle else 0)
+            inside = range(window.first, min(window.last, most) + 1)
             if cycle is None or not any(cycle.disturbs(step, first_step) for step in inside):
                 calm.append(window)
     if len(calm) >= FEWEST_WINDOWS or len(calm) == len(warm):

@@ -10,10 +10,14 @@ are the same. A document that goes on in the next window is named by both.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from quadriga.metrics.jsonl import JsonLines, records_of
+from quadriga.errors import Problem, UserError
+from quadriga.metrics.jsonl import JsonLines
+from quadriga.reading import parse_json, read_lines
 
 DOCUMENTS_FOLDER = "documents"
 
@@ -47,17 +51,44 @@ def shown(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]]:
 def read_documents(folder: str | os.PathLike[str]) -> dict[int, dict[int, list[str]]]:
     """The documents of every step by row, of all ranks of a run: {step: {row: [name, ...]}}, both ascending.
 
-    Where an attempt began again, what older attempts read from there on is left out, for that was given up. Raises
-    ValueError naming the line where a line is none of ours.
+    Where an attempt began again, what older attempts read from there on is left out, for that was given up.
+
+    Raises:
+        UserError: a file cannot be read, or a line is none of ours; the message names both.
     """
-    files = sorted(Path(folder, DOCUMENTS_FOLDER).glob("rank*.jsonl"))
-    lines = [line for file in files for line in records_of(file)]
+    by_attempt: dict[int, list[tuple[int, dict[int, list[str]]]]] = defaultdict(list)
+    for file in sorted(Path(folder, DOCUMENTS_FOLDER).glob("rank*.jsonl")):
+        for attempt, step, rows in _lines_of(file):
+            by_attempt[attempt].append((step, rows))
     kept: dict[int, dict[int, list[str]]] = {}
-    for attempt in sorted({line["attempt"] for line in lines}):
-        own = [line for line in lines if line["attempt"] == attempt]
-        began = min(line["step"] for line in own)
+    for attempt in sorted(by_attempt):
+        began = min(step for step, _ in by_attempt[attempt])
         kept = {step: rows for step, rows in kept.items() if step < began}
-        for line in own:
-            rows = kept.setdefault(line["step"], {})
-            rows.update({int(row): names for row, names in line["rows"].items()})
+        for step, rows in by_attempt[attempt]:
+            kept.setdefault(step, {}).update(rows)
     return {step: dict(sorted(kept[step].items())) for step in sorted(kept)}
+
+
+def _lines_of(file: Path) -> Iterator[tuple[int, int, dict[int, list[str]]]]:
+    """Attempt, step and rows of each line but for a last one that a kill has torn."""
+    for number, raw in read_lines(file, what="log of documents", keep_ends=True):
+        if not raw.endswith(b"\n"):
+            return
+        where = f"{file}, line {number}"
+        line = parse_json(raw.strip(), where)
+        if not isinstance(line, dict) or not _is_line(line):
+            allowed = '{"step": 7, "attempt": 1, "rows": {"0": ["0:12:3"]}}'
+            raise UserError(Problem(where, "not a line of a log of documents", allowed=allowed))
+        yield line["attempt"], line["step"], {int(row): names for row, names in line["rows"].items()}
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    rows = line.get("rows")
+    named = isinstance(rows, dict) and all(_is_row(row, names) for row, names in rows.items())
+    counts = line.get("attempt"), line.get("step")
+    return named and all(type(count) is int and 0 <= count < 2**63 for count in counts)
+
+
+def _is_row(row: str, names: object) -> bool:
+    digits = row.isascii() and row.isdecimal() and len(row) < 19
+    return digits and isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.log import logger
-from quadriga.metrics.jsonl import cut_torn_line
+from quadriga.metrics.jsonl import cut_torn_line, tell
+from quadriga.metrics.lines import Bad, checked_lines
 
 EVENTS_NAME = "events.jsonl"
+REQUIRED = ("event", "time", "attempt", "rank", "step")
 
 Event = dict[str, Any]
 
@@ -79,18 +81,20 @@ def process_start() -> float:
 
 def newest_attempt(folder: str | os.PathLike[str]) -> int:
     """The highest attempt that left an event; 0 where none did."""
-    return max((int(event["attempt"]) for event in read_events(folder)), default=0)
+    return max((event["attempt"] for event in read_events(folder)), default=0)
 
 
-def read_events(folder: str | os.PathLike[str]) -> list[Event]:
-    """All events of a run in the order of their time; [] where there are none. Torn lines are left out."""
+def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None) -> list[Event]:
+    """All events of a run in the order of their time; [] where there are none. Lines that are no events are left out
+    and told: added to `notices`, or logged as a warning.
+
+    Raises:
+        UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
+    """
     path = Path(folder, EVENTS_NAME)
     if not path.exists():
         return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
+    bad = Bad(path)
+    events = [line for _, line in checked_lines(path, REQUIRED, bad)]
+    tell(bad, notices)
     return sorted(events, key=lambda event: float(event["time"]))

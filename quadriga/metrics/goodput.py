@@ -8,7 +8,11 @@ killed. Every second is counted once; `seconds` and `shares` have these keys:
 - `validated`, `saved`: while training waited; of steps that count;
 - `started`: from the start of the first rank's process to its first step, checkpoints being loaded included;
 - `lost`: all that a start did after the step from which a later start went on;
-- `down`: from the last line that a start wrote to the beginning of the next one's first process.
+- `down`: from the last line that a start wrote to the beginning of the next one's first process, if that start had not
+  come to its end.
+
+The pause after a start that finished the run, which a later one extended, is none of these: nobody wanted the run to go
+on in it. It is `idle_seconds`, and no part of the shares.
 
 A killed start ends with its last line, so that up to `metrics.log_freq` steps of it are seen as `down`, not as `lost`.
 Where a later start went on from a step between two lines, the time between them is divided by steps. Steps after the
@@ -20,16 +24,25 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from quadriga.metrics.events import Event, read_events
-from quadriga.metrics.jsonl import Record, records_of
+from quadriga.metrics.jsonl import Record, records_of, tell
+from quadriga.metrics.lines import Bad
 from quadriga.metrics.loggers import JSONL_NAME
 
+# What a record of each kind must tell beside attempt and step.
+REQUIRED = {
+    "train": ("time", "elapsed_seconds", "data_wait"),
+    "validation": ("time", "seconds"),
+    "backends": ("time",),
+}
 KINDS = ("trained", "data_wait", "validated", "saved", "started", "lost", "down")
 
 Mark = tuple[float, int]  # at this time, so many steps were finished
@@ -52,16 +65,20 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Goodput:
-    """`skipped_steps`: bad steps that left the weights alone, among those that count."""
+    """`skipped_steps`: bad steps that left the weights alone, among those that count. `idle_seconds`: between a start
+    that finished the run and the next one. `notices`: what of the logs could not be used."""
 
     attempts: tuple[Attempt, ...]
     seconds: dict[str, float]
     skipped_steps: int
     saves: int
+    idle_seconds: float = 0.0
+    notices: tuple[str, ...] = ()
 
     @property
     def wall_seconds(self) -> float:
-        return self.attempts[-1].last - self.attempts[0].began
+        """From the first start to the last sign of life, without the pauses in which the run was finished."""
+        return self.attempts[-1].last - self.attempts[0].began - self.idle_seconds
 
     @property
     def shares(self) -> dict[str, float]:
@@ -78,6 +95,7 @@ class Goodput:
             "from": self.attempts[0].began,
             "to": self.attempts[-1].last,
             "wall_seconds": self.wall_seconds,
+            "idle_seconds": self.idle_seconds,
             "effective": self.shares["trained"],
             "shares": self.shares,
             "seconds": self.seconds,
@@ -87,27 +105,32 @@ class Goodput:
             "saves": self.saves,
             "faults": sum(bool(attempt.faults) for attempt in self.attempts),
             "attempts": [asdict(attempt) for attempt in self.attempts],
+            "notices": list(self.notices),
         }
 
 
 def goodput_of(folder: str | os.PathLike[str]) -> Goodput | None:
-    """The account of the run in `folder`; None where it has left no line."""
-    metrics = Path(folder, JSONL_NAME)
-    records = list(records_of(metrics)) if metrics.exists() else []
-    return account(read_events(folder), records)
+    """The account of the run in `folder`; None where it has left no line.
+
+    Raises:
+        UserError: a log cannot be read, is no regular file, or is beyond a limit.
+    """
+    metrics, notices = Path(folder, JSONL_NAME), list[str]()
+    bad = Bad(metrics)
+    records = list(records_of(metrics, REQUIRED, bad)) if metrics.exists() else []
+    tell(bad, notices)
+    found = account(read_events(folder, notices), records)
+    return None if found is None else replace(found, notices=tuple(notices))
 
 
 def account(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
     """The account of a run by its events and its records, of all attempts; None where there are none."""
-    numbers = sorted({int(line["attempt"]) for line in (*events, *records)})
-    starts = [
-        _Start(
-            number,
-            [event for event in events if event["attempt"] == number],
-            [record for record in records if record["attempt"] == number],
-        )
-        for number in numbers
-    ]
+    by_attempt: dict[int, tuple[list[Event], list[Record]]] = defaultdict(lambda: ([], []))
+    for event in events:
+        by_attempt[event["attempt"]][0].append(event)
+    for record in records:
+        by_attempt[record["attempt"]][1].append(record)
+    starts = [_Start(number, *by_attempt[number]) for number in sorted(by_attempt)]
     if not starts:
         return None
     for before, start in pairwise(starts):
@@ -115,18 +138,23 @@ def account(events: Sequence[Event], records: Sequence[Record]) -> Goodput | Non
     seconds = dict.fromkeys(KINDS, 0.0)
     attempts: list[Attempt] = []
     skipped = saves = 0
+    idle = 0.0
     limit, next_began = math.inf, math.inf
     for start in reversed(starts):
         start.end_before(next_began)
         for kind, amount in start.spent(limit).items():
             seconds[kind] += amount
-        seconds["down"] += next_began - start.last if attempts else 0.0
+        pause = next_began - start.last if attempts else 0.0
+        if start.finished:
+            idle += pause
+        else:
+            seconds["down"] += pause
         attempts.append(start.told(limit, is_newest=not attempts))
         skipped += start.count("skip", limit)
         saves += start.count("save_end", limit)
         limit = min(limit, start.first_step if start.ready is not None else math.inf)
         next_began = start.began
-    return Goodput(tuple(reversed(attempts)), seconds, skipped, saves)
+    return Goodput(tuple(reversed(attempts)), seconds, skipped, saves, idle)
 
 
 class _Start:
@@ -153,6 +181,12 @@ class _Start:
         told = (*events, *self.training, *self.validations)
         marks = [(float(line["time"]), int(line["step"])) for line in told if line.get("rank", 0) == 0]
         self.marks = list(_rising(marks, self.ready, self.first_step))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to the last step of the run, as that was configured then."""
+        end = self._first("end")
+        return end is not None and end.get("code") == 0
 
     def end_before(self, time: float) -> None:
         """The next start began then: what is said to be later, or earlier than this start, is of another clock."""
@@ -237,17 +271,23 @@ class _Start:
 
     def _saves(self, limit: float) -> Iterator[float]:
         """For how long each save kept training waiting."""
-        for place, begin in enumerate(self.events):
-            if begin["event"] != "save_begin" or begin["step"] > limit:
-                continue
-            ended = ("save_end", "save_failed")
-            end = next((e for e in self.events[place:] if e["event"] in ended and e["step"] == begin["step"]), None)
-            until = float(end["time"]) if end is not None else self.last
-            trained_on = any(begin["time"] < time < until and step > begin["step"] for time, step in self.marks)
-            if trained_on:  # beside the save, which is asynchronous
-                yield float(end.get("blocked_seconds", 0.0)) if end is not None else 0.0
-            else:
-                yield max(until - float(begin["time"]), 0.0)
+        ends: dict[int, Event] = {}  # by step, the first one behind the place that is looked at
+        waits: list[float] = []
+        for event in reversed(self.events):
+            if event["event"] in ("save_end", "save_failed"):
+                ends[event["step"]] = event
+            elif event["event"] == "save_begin" and event["step"] <= limit:
+                waits.append(self._waited(event, ends.get(event["step"])))
+        yield from reversed(waits)
+
+    def _waited(self, begin: Event, end: Event | None) -> float:
+        until = float(end["time"]) if end is not None else self.last
+        # Marks rise in time and in step, so the last one before the end tells of all.
+        place = bisect_left(self.marks, until, key=lambda mark: mark[0]) - 1
+        if place >= 0 and self.marks[place][0] > begin["time"] and self.marks[place][1] > begin["step"]:
+            # Training went on beside the save, which is asynchronous.
+            return float(end.get("blocked_seconds", 0.0)) if end is not None else 0.0
+        return max(until - float(begin["time"]), 0.0)
 
 
 def _rising(marks: list[Mark], ready: float | None, first_step: int) -> Iterator[Mark]:

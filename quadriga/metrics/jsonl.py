@@ -7,13 +7,20 @@ that are replayed appear again with a higher `attempt`; `read_metrics` keeps the
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quadriga.errors import UserError
+from quadriga.log import logger
+from quadriga.metrics.lines import Bad, checked_lines
+from quadriga.reading import parse_json, read_tail
+
 Record = dict[str, Any]
 TAIL = 1 << 16  # more than the longest line
+MOST_ATTEMPTS = 10**9  # a number beyond was never counted up to
 
 
 class JsonLines:
@@ -49,44 +56,78 @@ def cut_torn_line(path: Path) -> None:
         file.truncate(end)
 
 
-def read_metrics(path: str | os.PathLike[str], kind: str = "train") -> list[Record]:
+def read_metrics(
+    path: str | os.PathLike[str],
+    kind: str = "train",
+    *,
+    required: Collection[str] = (),
+    notices: list[str] | None = None,
+) -> list[Record]:
     """The records of a run, one a step, by step: where an attempt replayed steps, its records and not the older ones.
 
     `kind` is "train" or "validation". What an earlier attempt logged beyond the step where a later one began again is
-    left out, for that branch of the run was given up. Raises ValueError naming the line where a line is no record.
+    left out, for that branch of the run was given up. Lines that are no records, or lack one of the `required` fields,
+    are left out and told: added to `notices`, or logged as a warning.
+
+    Raises:
+        UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
     """
+    bad = Bad(Path(path))
+    every: list[tuple[bool, Record]] = []  # whether it begins an attempt
     newest = 0
+    for record in records_of(Path(path), {kind: required}, bad):
+        every.append((record["attempt"] > newest, record))
+        newest = max(newest, record["attempt"])
+    tell(bad, notices)
     kept: dict[int, Record] = {}
-    for record in records_of(Path(path)):
-        if record["attempt"] > newest:
-            newest = record["attempt"]
-            kept = {step: old for step, old in kept.items() if step < record["step"]}
-        if record["kind"] == kind:
-            kept[record["step"]] = record
+    limit: float = math.inf  # from this step on a later attempt trained again
+    for begins, record in reversed(every):
+        if record["kind"] == kind and record["step"] < limit:
+            kept.setdefault(record["step"], record)
+        if begins:
+            limit = min(limit, record["step"])
     return [kept[step] for step in sorted(kept)]
 
 
+def tell(bad: Bad, notices: list[str] | None) -> None:
+    """Say which lines of a file are left out: into `notices`, or to the log."""
+    if notices is not None:
+        notices += bad.notices
+    else:
+        for notice in bad.notices:
+            logger.warning("%s", notice)
+
+
 def next_attempt(path: str | os.PathLike[str]) -> int:
-    """The number of the attempt that starts now: one more than the last in the file, 1 where there is none."""
+    """The number of the attempt that starts now: one more than the last in the file, 1 where there is none.
+
+    Whatever the file holds: lines that are no records do not count. Raises UserError where it is no regular file.
+    """
     path = Path(path)
     if not path.exists():
         return 1
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - TAIL, 0))
-        whole_lines = file.read().split(b"\n")[:-1]
+    tail = read_tail(path, TAIL)
     # Attempts never fall along the file, so the last record knows the highest.
-    return 1 + (int(json.loads(whole_lines[-1])["attempt"]) if whole_lines else 0)
+    for line in reversed(tail.split(b"\n")[:-1]):
+        try:
+            found = parse_json(line, str(path), nan=True)
+        except UserError:
+            continue
+        attempt = found.get("attempt") if isinstance(found, dict) else None
+        if type(attempt) is int and 1 <= attempt < MOST_ATTEMPTS:
+            return attempt + 1
+    return 1
 
 
-def records_of(path: Path) -> Iterator[Record]:
-    """Every record of a file of ours, but for a last line that was torn. Raises ValueError naming the line."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return  # torn by a kill: the next start cuts it
-            try:
-                record = json.loads(line)
-                yield {"kind": "train", **record, "attempt": int(record["attempt"]), "step": int(record["step"])}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: not a record of a run ({error})") from error
+def records_of(path: Path, required: Mapping[str, Collection[str]], bad: Bad) -> Iterator[Record]:
+    """Every record of a file of ours, in its order. `required`: by kind, the fields beside attempt and step that a
+    record must have; lines that are no records go to `bad`."""
+    for number, line in checked_lines(path, ("attempt", "step"), bad):
+        record = {"kind": "train", **line}
+        lacking = [name for name in required.get(record["kind"], ()) if record.get(name) is None]
+        if lacking:
+            bad.add(number, f"it lacks {', '.join(sorted(lacking))}")
+        elif record["kind"] == "train" and record["step"] < 1:
+            bad.add(number, "step is 0, and steps count from 1")
+        else:
+            yield record

@@ -9,7 +9,15 @@ import pytest
 
 from quadriga import limits
 from quadriga.errors import Problem, UserError
-from quadriga.reading import parse_json, read_bytes, read_json, read_json_object, read_lines, read_text
+from quadriga.reading import (
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_object,
+    read_lines,
+    read_text,
+    read_toml,
+)
 
 
 def test_json_is_read(tmp_path):
@@ -95,3 +103,33 @@ def test_a_report_holds_no_control_characters():
     assert not {c for c in report if not c.isprintable()} - {"\n"}
     assert "a\\x1b[2Jb\\nc" in report
     assert "f\nx" in report
+
+
+HOSTILE_TOML = {
+    "half": b"[a\nb = 1",
+    "not UTF-8": b"a = '\xff'",
+    "5,000 digits": b"a = " + b"9" * 5000,
+    "deep lists": b"a = " + b"[" * 200_000 + b"]" * 200_000,
+    "deep tables": b"a = " + b"{a=" * 100_000,
+    "a long key": b"a" + b".a" * 1_000_000 + b" = 1",
+    "a long quoted key": b'"a"' + b' . "a"' * 300_000 + b" = 1",
+    "a long name of a table": b"[" + b"a." * 1_000_000 + b"a]\n",
+    "one word": b"a" * 4_000_000,
+    "tables within tables": b"a = " + b"{a.a.a.a.a.a.a.a.a.a = " * 30 + b"1" + b"}" * 30,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_TOML.values(), ids=HOSTILE_TOML)
+def test_toml_is_refused_with_one_message(tmp_path, content):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        read_toml(path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_sound_toml_is_read(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[a]\nb.c = [1.5, 2.5, " + "3.5, " * 200 + "]\n")
+    assert read_toml(path)["a"]["b"]["c"][:3] == [1.5, 2.5, 3.5]

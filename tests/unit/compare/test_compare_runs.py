@@ -127,11 +127,12 @@ def test_what_is_no_run_is_refused(tmp_path):
         assert says in refusal([tmp_path / "a", tmp_path / name])
 
 
-def test_a_damaged_record_is_named_by_its_line(tmp_path):
+def test_a_damaged_record_is_left_out_and_named_by_its_line(tmp_path):
     folders = two_runs(tmp_path)
     with (folders[1] / "metrics.jsonl").open("a") as file:
         file.write("nonsense\n")
-    assert "metrics.jsonl, line 21" in refusal(folders)
+    (warning,) = compared(folders)["runs"][1]["warnings"]
+    assert "metrics.jsonl: 1 line is no record of a run and left out (line 21: not JSON" in warning
 
 
 def test_runs_without_a_window_after_the_warm_up_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from quadriga.errors import UserError
 from quadriga.metrics.documents import DocumentLog, read_documents
 
 
@@ -46,5 +47,5 @@ def test_nothing_written_is_nothing_read_and_a_broken_line_is_named(tmp_path):
     assert read_documents(tmp_path) == {}
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents/rank0.jsonl").write_text(json.dumps({"step": 1, "rows": {}}) + "\n")
-    with pytest.raises(ValueError, match=r"rank0\.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"rank0\.jsonl, line 1"):
         read_documents(tmp_path)

@@ -139,6 +139,33 @@ def test_runs_without_a_ledger_are_told_from_their_figures():
     assert account([], []) is None
 
 
+def test_the_pause_after_a_finished_run_is_no_downtime():
+    """Finished at 1541; three days later it was extended: a start that crashed before it trained, and one that did."""
+    days = 3 * 86400
+    third = [event("start", 1600 + days, 3, 0, process_start=1541 + days), event("fault", 1620 + days, 3, 0)]
+    fourth = [event("start", 1650 + days, 4, 0, process_start=1640 + days), event("ready", 1660 + days, 4, 20)]
+    fourth += [event("end", 1760 + days, 4, 30, code=0, reason="finished")]
+    before = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
+    records = [*FIRST_RECORDS, *SECOND_RECORDS, record(1760 + days, 4, 30)]
+    found = account([*FIRST, *SECOND, *third, *fourth], records)
+    assert found.idle_seconds == days
+    assert found.seconds == before.seconds | {
+        "trained": before.seconds["trained"] + 100,
+        "started": before.seconds["started"] + (1620 - 1541) + 20,
+        "down": before.seconds["down"] + 20,
+    }
+    assert found.wall_seconds == 760 == sum(found.seconds.values())
+    assert found.as_json()["effective"] == pytest.approx(295 / 760)
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_a_start_that_was_asked_to_leave_leaves_the_run_down():
+    asked = event("end", 1541, 2, 20, code=75, reason="asked to leave")
+    third = [event("start", 1641, 3, 20, process_start=1641)]
+    found = account([*FIRST, *SECOND[:-1], asked, *third], [*FIRST_RECORDS, *SECOND_RECORDS])
+    assert (found.seconds["down"], found.idle_seconds) == (60 + 100, 0)
+
+
 @dataclass
 class Simulated:
     """A run that is logged at every step; it knows of each second what it was."""
@@ -232,6 +259,10 @@ def test_the_table_and_the_json(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "step 20 after 2 starts, 0 faults, 2 saves"
     assert any(line.split()[:3] == ["trained", "3m15s", "36.0%"] for line in table)
+    assert (
+        table[-1]
+        == f"notice: {tmp_path}/events.jsonl: the last line is half written, as a kill leaves it, and left out"
+    )
     assert any("20 steps that a later start trained again" in line for line in table)
     assert any("1 of them bad and skipped" in line for line in table)
     assert any("killed without a word (20 steps lost)" in line for line in table)
@@ -240,6 +271,37 @@ def test_the_table_and_the_json(tmp_path, capsys):
     assert told["effective"] == pytest.approx(195 / 541)
     assert sum(told["shares"].values()) == pytest.approx(1)
     assert [attempt["kept_step"] for attempt in told["attempts"]] == [10, 20]
+
+
+def test_lines_that_are_no_records_are_told_and_the_others_count(tmp_path, capsys):
+    bad = [{"event": "end"}, {"event": "start", "time": "now", "attempt": 1, "rank": 0, "step": 0}]
+    lines = [*FIRST, *bad, *SECOND, {"event": "\x1b[2J", "time": 1541, "attempt": 2, "rank": 0, "step": 20}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    records = [
+        *FIRST_RECORDS,
+        {key: FIRST_RECORDS[0][key] for key in FIRST_RECORDS[0] if key != "data_wait"},
+        {**FIRST_RECORDS[0], "step": -1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*records, *SECOND_RECORDS]))
+    assert main(["goodput", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["effective"] == pytest.approx(195 / 541)
+    of_metrics, of_events = told["notices"]
+    assert "metrics.jsonl: 2 lines are no records" in of_metrics
+    assert "line 5: it lacks data_wait" in of_metrics
+    assert "line 6: step is -1" in of_metrics
+    assert "line 5: it lacks attempt, rank, step, time" in of_events
+    assert "line 6: time is 'now', not a time" in of_events
+
+
+def test_what_an_error_said_cannot_move_the_cursor(tmp_path, capsys):
+    fault = event("fault", 1350, 1, 30, error="\x1b[2Jgone\nstep 9 after 1 start " + "x" * 5000)
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*FIRST, fault]))
+    assert main(["goodput", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2Jgone\\nstep 9" in out
+    assert len(out) < 4000
+    assert "\x1b" not in out
 
 
 def test_a_folder_without_a_run_is_said(tmp_path, capsys):

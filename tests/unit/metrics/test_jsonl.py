@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quadriga.errors import UserError
 from quadriga.metrics.jsonl import JsonLines, next_attempt, read_metrics
 
 
@@ -73,11 +75,86 @@ def test_what_a_start_says_of_its_backends_is_no_step(tmp_path):
     assert next_attempt(path) == 3
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
+DEEP = b'{"step": 2, "attempt": 1, "a": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+BAD_LINES = {
+    "half": b'{"step": 2, ',
+    "nothing": b"",
+    "zeros": b"\x00" * 50,
+    "not UTF-8": b'{"step": 2, "attempt": 1, "kind": "\xff"}',
+    "a list": b"[1, 2]",
+    "no step": b'{"attempt": 1}',
+    "no attempt": b'{"step": 2, "attempt": null}',
+    "attempt 0": b'{"step": 2, "attempt": 0}',
+    "a half step": b'{"step": 2.5, "attempt": 1}',
+    "a step as text": b'{"step": "2", "attempt": 1}',
+    "a step that is true": b'{"step": true, "attempt": 1}',
+    "before the first step": b'{"step": -2, "attempt": 1}',
+    "a step of 5,000 digits": b'{"step": ' + b"2" * 5000 + b', "attempt": 1}',
+    "a loss of 5,000 digits": b'{"step": 2, "attempt": 1, "loss": ' + b"2" * 5000 + b"}",
+    "a loss of 300 digits": b'{"step": 2, "attempt": 1, "loss": ' + b"2" * 300 + b"}",
+    "a loss as text": b'{"step": 2, "attempt": 1, "loss": "low"}',
+    "a list as loss": b'{"step": 2, "attempt": 1, "loss": [1.0]}',
+    "time that is no number": b'{"step": 2, "attempt": 1, "time": NaN}',
+    "time before all times": b'{"step": 2, "attempt": 1, "time": -1}',
+    "time beyond all calendars": b'{"step": 2, "attempt": 1, "time": 1e300}',
+    "a negative duration": b'{"step": 2, "attempt": 1, "step_seconds": -0.5}',
+    "an endless duration": b'{"step": 2, "attempt": 1, "seconds": Infinity}',
+    "a kind that is no text": b'{"step": 2, "attempt": 1, "kind": {}}',
+    "deep nesting": DEEP,
+    "objects in objects": b'{"step": 2, "attempt": 1, "other": {"a": {}}}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_that_is_no_record_is_told_and_left_out(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "attempt": 1}\n{"step": \n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    path.write_bytes(b'{"step": 1, "attempt": 1}\n' + line + b'\n{"step": 3, "attempt": 1}\n')
+    told: list[str] = []
+    assert [one["step"] for one in read_metrics(path, notices=told)] == [1, 3]
+    (notice,) = told
+    assert notice.startswith(f"{path}: 1 line is no record of a run and left out (line 2: ")
+    assert len(notice) < 400 + len(str(path))
+    assert next_attempt(path) == 2
+
+
+def test_of_many_bad_lines_the_first_are_named_and_all_are_counted(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "attempt": 1}\n' + "no record\n" * 1000 + '{"step": 2')
+    assert len(read_metrics(path)) == 1
+    bad, torn = caplog.messages
+    assert "1,000 lines are no records" in bad
+    assert "line 2: " in bad
+    assert "and 997 more" in bad
+    assert "the last line is half written" in torn
+
+
+def test_a_record_that_lacks_what_its_reader_needs_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, record(1), {"step": 2, "attempt": 1}, {"step": 3, "attempt": 1, "loss": None}, record(4))
+    told: list[str] = []
+    assert [one["step"] for one in read_metrics(path, required=("loss",), notices=told)] == [1, 4]
+    assert "2 lines are no records" in told[0]
+    assert "line 2: it lacks loss" in told[0]
+
+
+@pytest.mark.parametrize("content", ["folder", "fifo", "long line"])
+def test_what_is_no_log_is_refused(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content == "folder":
+        path.mkdir()
+    elif content == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b'{"step": 1, "attempt": 1, "a": "' + b"a" * (2 << 20) + b'"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_metrics(path)
+
+
+def test_many_attempts_take_no_more_time_than_many_steps(tmp_path):
+    """20,000 attempts that each begin one step later: what is kept is not gone through anew at each."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, *(record(step, attempt=step) for step in range(1, 20_001)))
+    assert len(read_metrics(path)) == 20_000
 
 
 def test_attempts_are_told_apart_even_after_a_torn_line(tmp_path):

@@ -225,7 +225,7 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
         (["read", str(tmp_path / "nowhere")], "no such file or folder"),
         (["read", str(tmp_path), "out"], "`read` writes nothing"),
         (["write", str(tmp_path)], "name the folder to write"),
-        (["write", str(tmp_path), str(tmp_path / "out")], "environment.json cannot be read"),
+        (["write", str(tmp_path), str(tmp_path / "out")], "the record of a run cannot be read"),
     ):
         assert main(["ccl-bench", *arguments]) == 2
         assert said in capsys.readouterr().err
