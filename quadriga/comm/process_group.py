@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from quadriga.comm import collectives, gloo, host_slots, nccl, nvshmem
+from quadriga.comm.network import loopback_variables
 from quadriga.config.schema import Comm
 from quadriga.log import logger
 
@@ -34,13 +35,16 @@ def start(
     """Join the default process group and return this rank's device.
 
     RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous come from `environ`, as torchrun sets them; without RANK this is a
-    run of one rank, which needs no port. The first collectives may wait `comm.init_timeout_seconds` (ranks start at
-    different times); `be_patient` and `tighten_timeouts` change that later.
+    run of one rank, which needs no port, and keeps those that its libraries open on the loopback. The first collectives
+    may wait `comm.init_timeout_seconds` (ranks start at different times); `be_patient` and `tighten_timeouts` change
+    that later.
 
     Args:
         backend: a name of `quadriga.comm.backend.BACKENDS`.
         traces_folder: where a timeout leaves the flight recorder's trace, one file a rank. None: nowhere.
     """
+    if "RANK" not in environ:
+        os.environ.update(loopback_variables(os.environ))
     _record_flights(comm, traces_folder)
     module = BACKEND_MODULES[backend]
     device: torch.device = module.device(int(environ.get("LOCAL_RANK", "0")))

@@ -17,12 +17,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from quadriga.errors import EXIT_FAULT, EXIT_OK
+from quadriga.launch.environment import LOOPBACK_RENDEZVOUS
 from quadriga.processes import AGENT_PID, RECORDS, die_with_parent, last_start, ranks_that_heed
 
 LAUNCHER_PID = "QUADRIGA_LAUNCHER_PID"
@@ -42,11 +43,15 @@ def main(argv: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE})  # the launcher has blocked it until here
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     os.environ[AGENT_PID] = str(os.getpid())
+    forget_other_launches(argv)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from quadriga.launch.rendezvous import register
+
     logging.disable(logging.ERROR)  # the ranks speak for themselves
+    register()
     try:
         courier.interrupt = lambda number: SignalException(f"signal {number}", sigval=signal.Signals(number))
         run(parse_args(argv))
@@ -56,6 +61,14 @@ def main(argv: list[str]) -> int:
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return EXIT_OK
+
+
+def forget_other_launches(argv: Sequence[str]) -> None:
+    """On one machine, drop the variables that stand for torchrun's options: a cluster sets them for a torchrun of its
+    own, and PET_STANDALONE, say, would bring back the rendezvous that listens on all interfaces."""
+    if LOOPBACK_RENDEZVOUS in argv:
+        for name in [name for name in os.environ if name.startswith("PET_")]:
+            del os.environ[name]
 
 
 class Courier:

@@ -6,17 +6,18 @@ import ctypes
 import importlib.util
 import os
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose
+from quadriga.comm.network import loopback_variables
 from quadriga.errors import Problem, UserError
 from quadriga.log import logging_ranks
 
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
 DEFAULT_RANKS = 4
+LOOPBACK_RENDEZVOUS = "quadriga-loopback"  # the name by which torchrun knows `launch.rendezvous`
 FSDP_SOURCE, SYMMETRIC_CLASS = "distributed/fsdp/_fully_shard/_fsdp_collectives.py", "SymmMemAllGather"
 
 
@@ -205,8 +206,6 @@ def rank_environment(environ: Mapping[str, str], request: Request) -> dict[str, 
     extra = {}
     if "OMP_NUM_THREADS" not in environ:
         extra["OMP_NUM_THREADS"] = str(max(1, usable_cores() // request.ranks))
-    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if request.nodes == 1 and loopback and "GLOO_SOCKET_IFNAME" not in environ:
-        # Gloo would otherwise look up this machine's own name, which many containers and laptops cannot resolve.
-        extra["GLOO_SOCKET_IFNAME"] = loopback.pop()
+    if request.nodes == 1:
+        extra |= loopback_variables(environ)
     return extra

@@ -28,6 +28,7 @@ from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
 from quadriga.launch.dry_run import describe
 from quadriga.launch.ending import conclude
 from quadriga.launch.environment import (
+    LOOPBACK_RENDEZVOUS,
     Request,
     choose_backend,
     rank_environment,
@@ -207,11 +208,12 @@ def supervise(request: Request, argv: Sequence[str], environ: Mapping[str, str],
 
 def torchrun_arguments(request: Request) -> list[str]:
     """Where the ranks meet, and what they run."""
-    if request.nodes == 1:  # by number, as the machine's name may not resolve
-        meeting = ["--standalone", "--local-addr", "127.0.0.1"]
+    meeting = ["--nnodes", str(request.nodes), "--rdzv-id", "quadriga"]
+    if request.nodes == 1:
+        meeting += ["--rdzv-backend", LOOPBACK_RENDEZVOUS]
     else:
-        meeting = ["--nnodes", str(request.nodes), "--node-rank", str(request.node), "--rdzv-backend", "static"]
-        meeting += ["--rdzv-endpoint", str(request.endpoint), "--rdzv-id", "quadriga"]
+        meeting += ["--rdzv-backend", "static", "--rdzv-endpoint", str(request.endpoint)]
+        meeting += ["--node-rank", str(request.node)]
     ranks = ["--nproc-per-node", str(request.ranks), "--max-restarts", str(request.restarts)]
     return [*meeting, *ranks, "--signals-to-handle", TORCHRUNS_OWN, "-m", "quadriga.train"]
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -141,7 +142,8 @@ def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
         return None
     if folder is None:
         store = _store(environ)
-        return int(store.get(LEFT)) if store.check([LEFT]) else None
+        said = store.get(LEFT) if store.check([LEFT]) else b""
+        return int(said) if re.fullmatch(rb"[1-9]\d{0,2}", said) else None  # anybody can write to this store
     failure = first_failure(read_records(folder.with_name(str(restart - 1))))
     if failure is not None and failure.code in FINAL:
         failure.write(folder)

@@ -5,12 +5,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from quadriga.errors import EXIT_STALLED, Fault
+from quadriga import limits
+from quadriga.errors import EXIT_STALLED, Fault, Problem, UserError, printable, shortened
+from quadriga.reading import parse_json
 
 STACK_LINES = 40  # of the late rank's stack, in the report
+WHERE = "the rendezvous store"
+MOST = 1 << 53  # of any number of a beat: what a float holds exactly
+FIELDS: Mapping[str, tuple[type, ...]] = {  # what JSON may hold for a field of this type
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "bool": (bool,),
+    "str": (str,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "tuple[int, ...]": (list,),
+    "Beat": (dict,),
+    "Beat | None": (dict, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -39,8 +54,9 @@ class Beat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes | str) -> Beat:
-        return cls(**json.loads(text))
+    def from_json(cls, text: bytes) -> Beat:
+        """Raises UserError where the text, which anybody who reaches the store may have written, is no beat."""
+        return cls(**_checked(cls, _parsed(text, limits.BEAT_BYTES)))
 
 
 @dataclass(frozen=True)
@@ -68,11 +84,35 @@ class Stall:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes | str) -> Stall:
-        facts: dict[str, Any] = json.loads(text)
-        late = facts["late"] and Beat(**facts["late"])
-        accuser = Beat(**facts["accuser"])
-        return replace(cls(**facts), late=late, accuser=accuser, silent=tuple(facts["silent"]))
+    def from_json(cls, text: bytes) -> Stall:
+        """Raises UserError where the text, which anybody who reaches the store may have written, is no alarm."""
+        facts = _checked(cls, _parsed(text, limits.ALARM_BYTES))
+        late = None if facts["late"] is None else Beat(**_checked(Beat, facts["late"]))
+        accuser = Beat(**_checked(Beat, facts["accuser"]))
+        if not all(type(rank) is int and abs(rank) <= MOST for rank in facts["silent"]):
+            raise _refusal("silent: not a list of ranks")
+        return cls(**{**facts, "late": late, "accuser": accuser, "silent": tuple(facts["silent"])})
+
+
+def _parsed(text: bytes, most: int) -> Any:
+    if len(text) > most:
+        raise _refusal(f"{len(text)} bytes; at most {most} are read")
+    return parse_json(text, WHERE)
+
+
+def _checked(cls: type, facts: Any) -> dict[str, Any]:
+    """The facts, if they are those of the class, by name and type; their texts as a terminal may be sent them."""
+    kinds = {field.name: FIELDS[str(field.type)] for field in fields(cls)}
+    if not isinstance(facts, dict) or facts.keys() != kinds.keys():
+        raise _refusal(f"not the fields of a {cls.__name__}")
+    for name, value in facts.items():
+        if type(value) not in kinds[name] or (isinstance(value, int | float) and not abs(value) <= MOST):
+            raise _refusal(f"{name}: {shortened(value)}")
+    return {name: printable(value) if isinstance(value, str) else value for name, value in facts.items()}
+
+
+def _refusal(what: str) -> UserError:
+    return UserError(Problem(WHERE, what))
 
 
 def silent_ranks(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> tuple[int, ...]:
@@ -151,7 +191,7 @@ def _of_main_thread(stack: str) -> list[str]:
     """The part of faulthandler's output that shows the training itself."""
     threads = re.split(r"(?m)^(?=Thread 0x|Current thread 0x)", stack)
     own = next((thread for thread in threads if "loop.py" in thread), stack)
-    return own.strip().splitlines()[:STACK_LINES] or ["(it could not be had)"]
+    return [printable(line) for line in own.strip().splitlines()[:STACK_LINES]] or ["(it could not be had)"]
 
 
 def _advice(stall: Stall) -> list[str]:

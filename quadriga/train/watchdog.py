@@ -33,9 +33,11 @@ from typing import NoReturn, Self, TextIO
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from quadriga import limits
 from quadriga.comm import flight_recorder
 from quadriga.config.schema import Comm
-from quadriga.errors import EXIT_STALLED
+from quadriga.errors import EXIT_STALLED, UserError
+from quadriga.log import logger
 from quadriga.metrics.events import Events
 from quadriga.processes import RESTART_COUNT, parent_of
 from quadriga.train import guards
@@ -73,6 +75,8 @@ class Watchdog:
         self._pause = self._pause_within(comm.init_timeout_seconds)
         self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
         self._me = Beat(self._rank, socket.gethostname(), os.getpid())
+        self._heard: dict[int, Beat] = {}  # the last beat of each rank that was read
+        self._warned = False  # of values that no rank wrote
         self._began_anew()
         self._stopped, self._next_round = threading.Event(), threading.Event()
         self._store: PrefixStore | None = None
@@ -182,14 +186,13 @@ class Watchdog:
             if overdue is not None:
                 self._end(self._stall({self._rank: self._me}, (), overdue))
             return
-        alarm = self._store.get("alarm").decode()
-        if alarm != NONE:
-            self._end(Stall.from_json(alarm))
+        if (stall := self._alarm(self._store, self._store.compare_set("alarm", "", NONE))) is not None:
+            self._end(stall)
         if not self._starting:
             overdue = overdue or self._silence_of_the_next(self._store, wait or host_wait)
         if overdue is None:
             return
-        judge = self._store.compare_set("judge", NONE, str(self._rank)).decode()
+        judge = self._store.compare_set("judge", NONE, str(self._rank)).decode(errors="replace")
         if judge == str(self._rank):
             self._find_out(self._store, overdue)
             self._store.set("judge", NONE)
@@ -218,8 +221,21 @@ class Watchdog:
         elif silent:
             stuck = True
         if stuck:
-            alarm = self._stall(after, silent, worst(waits, default=overdue)).to_json()
-            self._end(Stall.from_json(store.compare_set("alarm", NONE, alarm)))
+            own = self._stall(after, silent, worst(waits, default=overdue))
+            self._end(self._alarm(store, store.compare_set("alarm", NONE, own.to_json())) or own)
+
+    def _alarm(self, store: PrefixStore, text: bytes) -> Stall | None:
+        """What the store holds as alarm; None where there is none. What is no alarm of ours is taken back."""
+        if text == NONE.encode():
+            return None
+        try:
+            return Stall.from_json(text)
+        except UserError as error:
+            if not self._warned:
+                logger.warning("an alarm in the rendezvous store was not written by a rank, and is ignored:\n%s", error)
+            self._warned = True
+            store.set("alarm", NONE)
+            return None
 
     def _stall(
         self, beats: Mapping[int, Beat], silent: tuple[int, ...], overdue: Wait, store_answers: bool = True
@@ -263,8 +279,12 @@ class Watchdog:
         keys = [str(rank) for rank in ranks]
         if not store.check(keys):
             keys = [key for key in keys if store.check([key])]
-        spoken = {int(key): Beat.from_json(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
-        return {rank: spoken.get(rank, Beat(rank, "?", 0)) for rank in ranks}
+        for key, text in zip(keys, store.multi_get(keys), strict=True):
+            with suppress(UserError):  # not written by the rank, which will say it again
+                beat = Beat.from_json(text)
+                if beat.rank == int(key):
+                    self._heard[beat.rank] = beat
+        return {rank: self._heard.get(rank, Beat(rank, "?", 0)) for rank in ranks}
 
     def _end(self, stall: Stall) -> NoReturn:
         """Write down what this rank knows, and leave; the first word about its end is had by this thread."""
@@ -292,12 +312,12 @@ class Watchdog:
             return ""
         with suppress(RuntimeError):
             if self._rank == late.rank:
-                self._store.set("stack", self._stack_path(self._rank).read_text())
+                self._store.set("stack", self._stack_path(self._rank).read_text()[: limits.STACK_BYTES])
             elif self._rank == stall.helper and late.rank in stall.silent:
-                self._store.set("stack", self._stack_of(late, deadline))
+                self._store.set("stack", self._stack_of(late, deadline)[: limits.STACK_BYTES])
             while time.monotonic() < deadline:
                 if self._store.check(["stack"]):
-                    return str(self._store.get("stack").decode())
+                    return str(self._store.get("stack")[: limits.STACK_BYTES].decode(errors="replace"))
                 time.sleep(self._pause / 4)
         return ""
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "units", "log", "config", "limits", "reading", "json_collectives"},
     "train": GROUND
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint", "processes"}
-    | {"estimate", "json_collectives"},
+    | {"estimate", "json_collectives", "limits", "reading"},
     "estimate": GROUND | {"config", "models", "comm", "cycles"},
     "trace": {"errors", "units", "hardware", "html", "limits", "reading"},
     "launch": GROUND | {"processes", "config", "models", "comm", "checkpoint", "estimate"},
@@ -44,7 +44,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("models", "config"): ("quadriga.config.model_spec",),
     ("parallel", "models"): ("quadriga.models.plan", "quadriga.models.kv_heads"),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
-    ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
+    ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap", "quadriga.comm.network"),
     ("launch", "checkpoint"): ("quadriga.checkpoint.folder",),
     ("cli", "comm"): ("quadriga.comm.backend",),
     ("estimate", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),

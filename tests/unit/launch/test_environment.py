@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from quadriga.comm import network
+from quadriga.comm.network import INTERFACE_VARIABLES
 from quadriga.errors import UserError
 from quadriga.launch import environment
 from quadriga.launch.environment import (
@@ -156,9 +158,26 @@ def test_ranks_share_the_cores() -> None:
     extra = rank_environment({}, Request(ranks=2))
     assert int(extra["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
     assert rank_environment({}, Request(ranks=10_000))["OMP_NUM_THREADS"] == "1"
-    assert extra["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert {extra[variable] for variable in INTERFACE_VARIABLES} <= {"lo", "lo0"}
 
 
 def test_what_the_caller_set_stays() -> None:
-    assert rank_environment({"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0"}, Request(ranks=2)) == {}
-    assert "GLOO_SOCKET_IFNAME" not in rank_environment({}, Request(ranks=2, nodes=2, endpoint="a:1"))
+    set_by_caller = {"OMP_NUM_THREADS": "7", **dict.fromkeys(INTERFACE_VARIABLES, "eth0")}
+    assert rank_environment(set_by_caller, Request(ranks=2)) == {}
+    del set_by_caller["NCCL_SOCKET_IFNAME"]
+    assert set(rank_environment(set_by_caller, Request(ranks=2))) == {"NCCL_SOCKET_IFNAME"}
+
+
+def test_several_machines_listen_where_their_libraries_choose() -> None:
+    extra = rank_environment({}, Request(ranks=2, nodes=2, endpoint="a:1"))
+    assert not {*INTERFACE_VARIABLES} & set(extra)
+
+
+def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert network.loopback_interface() in ("lo", "lo0")
+    monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "none0"), (2, "lo0")])
+    assert network.loopback_interface() == "lo0"  # not in /sys of this machine
+    monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "none0")])
+    assert network.loopback_variables({}) == {}

@@ -12,7 +12,7 @@ from estimating import run_of
 from quadriga.errors import UserError
 from quadriga.launch.agent import NOTE
 from quadriga.launch.ending import conclude
-from quadriga.launch.environment import Request
+from quadriga.launch.environment import LOOPBACK_RENDEZVOUS, Request
 from quadriga.launch.supervisor import arguments, heap_variables, torchrun_arguments
 from quadriga.processes import ExitRecord
 
@@ -136,10 +136,11 @@ def test_a_fault_while_stopping_is_still_a_fault(tmp_path: Path, caplog: pytest.
 
 def test_one_machine_meets_on_itself_and_several_at_the_endpoint() -> None:
     here = torchrun_arguments(Request(ranks=4, restarts=3))
-    assert here[:3] == ["--standalone", "--local-addr", "127.0.0.1"]
+    assert here[here.index("--rdzv-backend") + 1] == LOOPBACK_RENDEZVOUS
     assert here[-2:] == ["-m", "quadriga.train"]
     assert here[here.index("--max-restarts") + 1] == "3"
     there = torchrun_arguments(Request(ranks=8, nodes=2, node=1, endpoint="node0:29500"))
+    assert there[there.index("--rdzv-backend") + 1] == "static"
     assert "node0:29500" in there
     assert there[there.index("--node-rank") + 1] == "1"
 

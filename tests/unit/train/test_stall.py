@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import pytest
+
+from quadriga.errors import UserError
 from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks
 from quadriga.train.waits import Wait, worst
 
@@ -93,7 +97,50 @@ def test_a_machine_that_is_gone_is_named() -> None:
 def test_an_alarm_survives_the_store() -> None:
     for late in (beats()[1], None):
         said = stall(late, silent=(1,))
-        assert Stall.from_json(said.to_json()) == said
+        assert Stall.from_json(said.to_json().encode()) == said
+    assert Beat.from_json(beats()[3].to_json().encode()) == beats()[3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"rank": value} for value in ("1", 1.0, True, None, [1], 10**300)),
+        *({"seconds": value} for value in ("1", None, 10**300, False)),
+        *({"host": value} for value in (None, 3, ["a"])),
+        {"left": 1},
+        {"more": 1},
+        {"phase": "x" * 5000},
+    ],
+    ids=str,
+)
+def test_what_is_no_beat_is_refused(change: dict[str, object]) -> None:
+    """Anybody who reaches the store can write there."""
+    text = json.dumps(json.loads(beats()[0].to_json()) | change).encode()
+    with pytest.raises(UserError):
+        Beat.from_json(text)
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"{}", b"\xff", b"[" * 3000, b'{"rank": NaN}', b"\x80\x04N."])
+def test_what_is_no_json_object_is_refused(text: bytes) -> None:
+    for kind in (Beat, Stall):
+        with pytest.raises(UserError):
+            kind.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "change", [{"silent": ["1"]}, {"silent": 3}, {"late": 3}, {"late": {}}, {"accuser": None}, {"helper": "0"}], ids=str
+)
+def test_what_is_no_alarm_is_refused(change: dict[str, object]) -> None:
+    text = json.dumps(json.loads(stall(beats()[1]).to_json()) | change).encode()
+    with pytest.raises(UserError):
+        Stall.from_json(text)
+
+
+def test_texts_from_the_store_reach_the_terminal_without_control_characters() -> None:
+    said = stall(replace(beats()[1], host="a\x1b[2Jb", phase="c\rd"))
+    report = str(fault(Stall.from_json(said.to_json().encode()), "loop.py \x1b]0;x\x07", "/run"))
+    assert "a\\x1b[2Jb" in report
+    assert all(line.isprintable() for line in report.splitlines())
 
 
 def test_the_wait_to_report_is_one_that_is_too_long_and_then_one_of_training() -> None:
