@@ -12,11 +12,14 @@ STEPS ?= 50
 train: setup  ## the debug configuration on 4 local ranks
 	NGPU=4 PYTHON="$(CURDIR)/.venv/bin/python" ./run_train.sh --training.steps $(STEPS)
 
-test: setup-dev  ## what must pass before every commit; by files on two workers
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+# More workers than cores: a test that starts a run waits as often as it computes.
+WORKERS ?= 3
+
+test: setup-dev  ## what must pass before every commit; by files
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/run runs it after `make test`
-	.venv/bin/python -m pytest -m more -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	.venv/bin/python -m pytest -m more -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or more or not slow"
