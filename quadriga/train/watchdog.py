@@ -291,10 +291,11 @@ class Watchdog:
         guards.take_the_word()
         self._ending = True
         try:
-            stack = self._write_down(stall)
-            error = fault(stall, stack, str(self._traces))
             if stall.accuser.rank == self._rank and self.events is not None:
-                self.events.tell("fault", self._me.step, error=str(error).splitlines()[0])
+                # First: when another rank ends the silent one, torchrun ends this one too.
+                headline = str(fault(stall, "", str(self._traces))).splitlines()[0]
+                self.events.tell("fault", self._me.step, error=headline)
+            error = fault(stall, self._write_down(stall), str(self._traces))
             guards.end_process(guards.report_failure(self._environ, error, stall.began))
         finally:
             os._exit(EXIT_STALLED)
