@@ -1,0 +1,44 @@
+"""What `[debug]` sets for the whole process reaches torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.models.registry import catalogue
+from quadriga.train.build import set_numerics
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_float32_matmul_precision(precision)
+
+
+def numerics_of(*arguments: str) -> tuple[bool, bool, str, float]:
+    argv = ["--model.flavor=debugmodel", "--model.hf_assets_path=builtin:bytes", *arguments]
+    set_numerics(read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=False))
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.rand(()).item(),
+    )
+
+
+def test_deterministic_kernels_are_asked_for():
+    assert numerics_of()[:2] == (False, False)
+    assert numerics_of("--debug.deterministic")[:2] == (True, False)
+    assert numerics_of("--debug.deterministic", "--debug.deterministic_warn_only")[:2] == (True, True)
+
+
+def test_the_seed_and_the_precision_reach_torch():
+    assert numerics_of("--debug.seed=3")[3] == numerics_of("--debug.seed=3")[3] != numerics_of("--debug.seed=4")[3]
+    assert numerics_of("--training.float32_matmul_precision=highest")[2] == "highest"
+    assert numerics_of("--training.float32_matmul_precision=medium")[2] == "medium"
