@@ -64,26 +64,66 @@ def _gpus() -> list[str]:
 
 
 def describe_versions() -> dict[str, str]:
-    versions = {"quadriga": quadriga.__version__, "commit": _commit(), "python": platform.python_version()}
-    return {**versions, **{name: metadata.version(name) for name in LIBRARIES}}
+    versions = {"quadriga": quadriga.__version__, "commit": git("rev-parse", "--short", "HEAD") or "unknown"}
+    return {**versions, "python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
 
 
-def _commit() -> str:
-    """The commit, with `+` where files differ from it."""
+def git(*arguments: str) -> str:
+    """What git answers about this repository; empty where there is none, or it knows no answer."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return ""
     return done.stdout.strip()
 
 
+# What each script measures: a result is as old as the last change of these folders.
+_TRAINING = ("train", "models", "optim", "parallel", "comm", "data", "metrics")
+_PLANNING = ("estimate", "models", "config", "hardware.py")
+MEASURES: dict[str, tuple[str, ...]] = {
+    "attention": ("estimate",),
+    "bench_debug": (*_TRAINING, "compare"),
+    "data_speed": ("data",),
+    "equality": _TRAINING,
+    "equivalence": (*_TRAINING, "equivalence"),
+    "estimates": _PLANNING,
+    "hta": ("metrics", "comm"),
+    "kill_matrix": ("train", "checkpoint", "data", "launch"),
+    "plan_speed": ("checkpoint",),
+    "save_cost": ("checkpoint", "train"),
+    "search": _PLANNING,
+    "shakespeare": _TRAINING,
+    "speed": _TRAINING,
+    "startup": (*_TRAINING, "cli", "launch", "config", "estimate"),
+    "step_time": (*_TRAINING, "estimate"),
+    "trace_speed": ("trace",),
+}
+EVERYTHING = ("",)  # of scripts that the table does not name: the whole package
+
+
+def measured_folders(script: str, commit: str = "HEAD") -> dict[str, str]:
+    """The folders that a script measures, each with its hash as git knows it at `commit` (empty: unknown)."""
+    folders = [f"quadriga/{name}".rstrip("/") for name in MEASURES.get(script, EVERYTHING)]
+    return {folder: git("rev-parse", f"{commit}:{folder}") for folder in folders}
+
+
+def refuse_a_dirty_tree() -> None:
+    """A figure belongs to a commit. Results themselves may be new: several are measured in a row.
+
+    Raises SystemExit, naming the files.
+    """
+    if changed := git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md"):
+        raise SystemExit(f"results are saved from a clean commit; not committed:\n{changed}")
+
+
 def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder: Path = RESULTS) -> Path:
-    """Write results/`name`.json. `command` is what was typed, without folders that are this machine's alone."""
+    """Write results/`name`.json. `command` is what was typed, without folders that are this machine's alone.
+
+    Raises SystemExit where the tree has changes that are not committed (elsewhere than in `RESULTS` it may).
+    """
+    if folder == RESULTS:
+        refuse_a_dirty_tree()
+    script = Path(" ".join(command).split()[1]).stem if len(" ".join(command).split()) > 1 else name
     result = {
         "benchmark": name,
         "claim": claim,
@@ -91,6 +131,7 @@ def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": describe_versions(),
+        "measures": measured_folders(script),
         "figures": figures,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,10 @@
 """Kill a run anywhere, start it again, and see that nothing was lost: the kill matrix.
 
     python benchmarks/kill_matrix.py                   # 60 trials
-    python benchmarks/kill_matrix.py --trials 200      # goes on from what results/kill_matrix.jsonl has already
+    python benchmarks/kill_matrix.py --trials 200      # goes on from what results/kill_matrix.jsonl has of this code
+
+A trial counts for the code that it was run on: each line of the log has a hash of the folders `train`, `checkpoint`,
+`data` and `launch`, and lines of other code are not counted.
 
 Claim: whatever is killed by SIGKILL (one rank, all ranks, torchrun, the launcher), whenever (within a step, at any byte
 of a save, while it is published, while outdated ones are deleted, while a checkpoint is verified or loaded), the run
@@ -27,7 +30,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import BENCHMARKS, RESULTS, ROOT, child_environment, command_line, save, table, verdict
+from common import (
+    BENCHMARKS,
+    RESULTS,
+    ROOT,
+    child_environment,
+    command_line,
+    measured_folders,
+    refuse_a_dirty_tree,
+    save,
+    table,
+    verdict,
+)
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -231,19 +245,29 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
+    if options.results == RESULTS:
+        refuse_a_dirty_tree()
+    code = code_hash()
     log = options.results / "kill_matrix.jsonl"
-    done = {trial["seed"]: trial for trial in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    trials = map(json.loads, log.read_text().splitlines()) if log.exists() else iter(())
+    done = {trial["seed"]: trial for trial in trials if trial.get("code") == code}
     wanted = range(options.first, options.first + options.trials)
     with tempfile.TemporaryDirectory(prefix="quadriga-kill-") as folder:
         matrix = Matrix(Path(folder))
         for seed in wanted:
             if seed not in done:
                 trial = draw(seed, tuple(options.layouts), tuple(options.modes))
-                done[seed] = matrix.run(replace(trial, faults=trial.faults[:1]) if options.single else trial)
+                outcome = matrix.run(replace(trial, faults=trial.faults[:1]) if options.single else trial)
+                done[seed] = {**outcome, "code": code}
                 with log.open("a") as file:
                     file.write(json.dumps(done[seed]) + "\n")
             print(line(done[seed]), flush=True)
     return conclude([done[seed] for seed in wanted], options.results)
+
+
+def code_hash() -> str:
+    """Of the code that a trial tries: changes elsewhere leave its answer standing."""
+    return hashlib.sha256(json.dumps(measured_folders("kill_matrix"), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def line(trial: dict[str, Any]) -> str:
@@ -274,6 +298,7 @@ def conclude(trials: list[dict[str, Any]], results: Path) -> int:
     which = f": {different}" if different else ""
     print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ{which}; {verdict(met)}")
     figures = {"trials": len(trials), "kills": kills, "different": different, "counts": counts, "met": met}
+    figures["code"] = code_hash()
     save("kill_matrix", figures, command=command_line(), claim=CLAIM, folder=results)
     return 0 if met else 1
 

@@ -1,0 +1,291 @@
+"""The measured figures of README and docs, each worked out from a result file.
+
+    python benchmarks/claims.py             # exit code 1 where a figure in a page is not that of its result
+    python benchmarks/claims.py --write     # put the results' figures into the pages
+
+In a page a figure stands between `<!--figure NAME-->` and `<!--/figure-->`, a table between `<!--table NAME-->` and
+`<!--/table-->`; NAME is a key of `FIGURES` or `TABLES`. `tests/docs/test_claims.py` holds the pages to the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+FIGURE = re.compile(r"<!--figure ([^>]*?)-->(.*?)<!--/figure-->")
+TABLE = re.compile(r"(<!--table ([^>]*?)-->\n)(.*?)(<!--/table-->)", re.DOTALL)
+
+
+@cache
+def figures(name: str) -> Any:
+    """The figures of results/`name`.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+
+
+# --- equivalence -----------------------------------------------------------------------------------------------------
+
+
+def layouts() -> list[dict[str, Any]]:
+    return [*figures("equivalence"), *figures("equivalence_loss_in_pieces")]
+
+
+def of_dtype(bfloat16: bool) -> list[dict[str, Any]]:
+    return [row for row in layouts() if (row["section"] == "bfloat16") == bfloat16]
+
+
+def greatest(key: str, bfloat16: bool) -> str:
+    return f"{max(row[key] for row in of_dtype(bfloat16)):.1e}"
+
+
+def round_up(value: float) -> str:
+    """One digit, never below the value."""
+    exponent = int(f"{value:e}".split("e")[1])
+    digit = -(-value // 10.0**exponent)
+    return f"{digit:.0f}e{exponent}"
+
+
+def equivalence_table() -> Iterator[str]:
+    yield "| layout | ranks | loss | gradient norm | weights |"
+    yield "|---|---|---|---|---|"
+    section = None
+    for row in layouts():
+        if row["section"] != section:
+            section = row["section"]
+            yield f"| **{section}** | | | | |"
+        numbers = (f"{row[key]:.0e}" for key in ("loss", "grad_norm", "weights"))
+        yield f"| {row['layout']} | {row['ranks']} | {' | '.join(numbers)} |"
+
+
+def equality_float32() -> list[dict[str, Any]]:
+    return [one for one in figures("equality_float32")["layouts"] if one["ranks"] > 1]
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------
+
+
+def active_table() -> Iterator[str]:
+    yield "| debug model, layout and recompute | measured, MiB | predicted, MiB | error |"
+    yield "|---|---|---|---|"
+    for name, one in figures("estimates")["active"].items():
+        error = one["predicted"] / one["measured"] - 1
+        yield f"| {name} | {one['measured'] / 2**20:.2f} | {one['predicted'] / 2**20:.2f} | {error:+.2%} |"
+
+
+def reserved_errors(speed: bool = False, names: str = "") -> list[float]:
+    mine, theirs = ("tokens_per_second", "published_tokens_per_second") if speed else ("reserved", "published")
+    found = {name: one[mine] / one[theirs] - 1 for name, one in figures("estimates")["reserved"].items()}
+    return [error for name, error in found.items() if name.startswith(names)]
+
+
+def reserved_table() -> Iterator[str]:
+    yield (
+        "| published run | had, and not modelled | active, GiB | reserved, GiB | published, GiB | error "
+        "| tokens/s a GPU | published | error |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, one in figures("estimates")["reserved"].items():
+        memory = one["reserved"] / one["published"] - 1
+        speed = one["tokens_per_second"] / one["published_tokens_per_second"] - 1
+        note = one["not_modelled"] or ("(the factors are fitted to it)" if one["fitted"] else "")
+        cells = [name, note, *(f"{one[key]:.1f}" for key in ("active", "reserved", "published")), f"{memory:+.1%}"]
+        cells += [f"{one['tokens_per_second']:,.0f}", f"{one['published_tokens_per_second']:,.0f}", f"{speed:+.0%}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def step_time_table() -> Iterator[str]:
+    yield "| | measured, s | predicted, s | error | 95 % of the median |"
+    yield "|---|---|---|---|---|"
+    for name, one in figures("step_time")["cases"].items():
+        error, low, high = (100 * one[key] for key in ("error", "error_low", "error_high"))
+        yield (
+            f"| {name} | {one['measured']:.3f} | {one['predicted']:.3f} | {error:+.1f} % | {low:+.1f} to {high:+.1f} % |"
+        )
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speed(name: str, shape: str, ranks: int) -> dict[str, Any]:
+    return next(row for row in figures(name) if (row["shape"], row["ranks"]) == (shape, ranks))
+
+
+def ratio(name: str, shape: str, ranks: int) -> Callable[[], str]:
+    """The median ratio of step times with its interval."""
+
+    def shown() -> str:
+        found = speed(name, shape, ranks)["ratio"]
+        return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f}, {found['count']} pairs)"
+
+    return shown
+
+
+def answer(position: int, key: str) -> str:
+    return f"{figures('startup')['answers'][position][key]:.2f} s"
+
+
+def kill_kinds() -> dict[str, int]:
+    return {name: kills for name, (kills, _) in figures("kill_matrix")["counts"].items()}
+
+
+def bench(name: str) -> dict[str, Any]:
+    return figures(f"bench_debug_{name}")
+
+
+def seconds_of(name: str, part: str, run: int) -> str:
+    rows = [row for row in bench(name)["where"] if row["part"] == part]
+    return f"{rows[0]['by_run'][run]['seconds']:.2f}"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "float32 layouts": lambda: str(len(of_dtype(False))),
+    "bfloat16 layouts": lambda: str(len(of_dtype(True))),
+    "all layouts": lambda: str(len(layouts())),
+    "float32 loss": lambda: greatest("loss", False),
+    "float32 norm": lambda: greatest("grad_norm", False),
+    "float32 weights": lambda: greatest("weights", False),
+    "bfloat16 loss": lambda: greatest("loss", True),
+    "bfloat16 norm": lambda: greatest("grad_norm", True),
+    "bfloat16 weights": lambda: greatest("weights", True),
+    "float32 loss within": lambda: round_up(max(row["loss"] for row in of_dtype(False))),
+    "bfloat16 loss within": lambda: round_up(max(row["loss"] for row in of_dtype(True))),
+    "equal steps": lambda: str(min(one["bit_equal_steps"] for one in figures("equality")["layouts"])),
+    "float32 sum, 20 steps": lambda: (
+        f"{max(one['greatest_relative_difference']['20'] for one in equality_float32()):.1e}"
+    ),
+    "float32 sum, worst": lambda: f"{max(one['greatest_over_all_steps'] for one in equality_float32()):.1e}",
+    "float32 sum, worst step": lambda: str(
+        max(equality_float32(), key=lambda one: one["greatest_over_all_steps"])["at_step"]
+    ),
+    "active median": lambda: f"{figures('estimates')['median_error']:.2%}",
+    "active worst": lambda: f"{figures('estimates')['worst_error']:.2%}",
+    "published runs": lambda: str(len(figures("estimates")["reserved"])),
+    "reserved least": lambda: f"{min(reserved_errors()):+.1%}",
+    "reserved most": lambda: f"{max(reserved_errors()):+.1%}",
+    "reserved below": lambda: str(sum(error < 0 for error in reserved_errors())),
+    "speed 8B least": lambda: f"{min(reserved_errors(True, '8B')):.0%}",
+    "speed 8B most": lambda: f"{max(reserved_errors(True, '8B')):.0%}",
+    "speed 8B bfloat16 least": lambda: f"{min(unmodelled_free('8B')):.0%}",
+    "speed 8B bfloat16 most": lambda: f"{max(unmodelled_free('8B')):.0%}",
+    "speed 70B": lambda: " and ".join(f"{-error:.0%}" for error in reserved_errors(True, "70B")),
+    "speed 405B slowest": lambda: f"{-min(reserved_errors(True, '405B')):.0%}",
+    "speed 405B fastest": lambda: f"{max(reserved_errors(True, '405B')):.0%}",
+    "step time worst": lambda: (
+        f"{100 * max(abs(one['error']) for one in figures('step_time')['cases'].values()):.1f} %"
+    ),
+    "attention worst": lambda: f"{100 * max(map(abs, figures('attention')['errors'].values())):.0f} %",
+    "candidates a second": lambda: f"{figures('search')['candidates_a_second']:,.0f}",
+    "shakespeare": lambda: f"{figures('shakespeare')['nats_per_byte']:.3f}",
+    "help median": lambda: answer(0, "median"),
+    "dry run median": lambda: answer(1, "median"),
+    "first step ratio": lambda: f"{figures('startup')['first_step']['ratio']:.2f}",
+    "speed debug 1": ratio("speed", "debug", 1),
+    "speed small 1": ratio("speed", "small", 1),
+    "speed debug 2": ratio("speed", "debug", 2),
+    "speed debug 4": ratio("speed", "debug", 4),
+    "speed small 2": ratio("speed", "small", 2),
+    "speed debug bfloat16": ratio("speed_bfloat16_short", "debug", 1),
+    "speed small bfloat16": ratio("speed_bfloat16_small_short", "small", 1),
+    "kill trials": lambda: str(figures("kill_matrix")["trials"]),
+    "kills": lambda: str(figures("kill_matrix")["kills"]),
+    "kills that differ": lambda: str(len(figures("kill_matrix")["different"])),
+    "save cost": lambda: f"{100 * figures('save_cost')['inflation']['median']:.1f} %",
+    "save cost quartiles": lambda: quartiles("save_cost"),
+    "save size": lambda: f"{figures('save_cost')['bytes_a_save'] / 2**30:.2f} GiB",
+    "save seconds": lambda: f"{figures('save_cost')['seconds_a_save']:.1f} s",
+    "save waited": lambda: f"{figures('save_cost')['seconds_training_waited']:.2f} s",
+    "save step": lambda: f"{figures('save_cost')['seconds_a_step_without']:.1f} s",
+    "save memory before": lambda: f"{figures('save_cost')['memory_gib']['before the first save']:.1f}",
+    "save memory most": lambda: f"{figures('save_cost')['memory_gib']['at most']:.1f} GiB",
+    "save cost 1024": lambda: f"{100 * figures('save_cost_1024_tokens')['inflation']['median']:.1f} %",
+    "save cost 1024 quartiles": lambda: quartiles("save_cost_1024_tokens"),
+    "save cost 1024 pairs": lambda: str(len(figures("save_cost_1024_tokens")["blocks"])),
+    "save step 1024": lambda: f"{figures('save_cost_1024_tokens')['seconds_a_step_without']:.1f} s",
+    "trace megabytes": lambda: f"{figures('trace_speed')['bytes'] / 1e6:.0f} MB",
+    "trace plain": lambda: f"{figures('trace_speed')['plain']['seconds']:.0f} s",
+    "trace packed": lambda: f"{figures('trace_speed')['packed']['seconds']:.0f} s",
+    "trace memory": lambda: (
+        f"{max(figures('trace_speed')[kind]['peak_bytes'] for kind in ('plain', 'packed')) / 1e9:.1f} GB"
+    ),
+    "bench answer": lambda: bench("unlike")["answer"].split(" (")[0].replace("reduce_gradients=", ""),
+    "bench interval": lambda: slower_interval(bench("unlike")["ratio_of_step_times"]["interval"]),
+    "bench exposed": lambda: " and ".join(seconds_of("unlike", "exposed_communication_s", run) for run in (0, 1)),
+    "bench compute": lambda: " and ".join(seconds_of("unlike", "compute_s", run) for run in (0, 1)),
+    "bench losses": lambda: f"{bench('unlike')['largest_difference_of_losses']['value']:.1e}",
+    "alike interval": lambda: slower_interval(bench("alike")["ratio_of_step_times"]["interval"], of_speed=True),
+}
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "equivalence": equivalence_table,
+    "active": active_table,
+    "reserved": reserved_table,
+    "step time": step_time_table,
+}
+
+
+def unmodelled_free(names: str) -> list[float]:
+    """Errors of the speed of runs that had nothing that the estimate leaves out."""
+    runs = figures("estimates")["reserved"]
+    return [
+        one["tokens_per_second"] / one["published_tokens_per_second"] - 1
+        for name, one in runs.items()
+        if name.startswith(names) and not one["not_modelled"]
+    ]
+
+
+def quartiles(name: str) -> str:
+    found = figures(name)["inflation"]
+    return f"{100 * found['lower quartile']:.1f} to {100 * found['upper quartile']:.1f} %"
+
+
+def slower_interval(interval: list[float], of_speed: bool = False) -> str:
+    """The interval of a ratio of step times as a change of the speed: slower by, or with its sign."""
+    changes = sorted(100 * (1 / bound - 1) for bound in interval)
+    if not of_speed:
+        changes = sorted(-change for change in changes)
+    return f"{changes[0]:.1f} to {changes[1]:.1f} %"
+
+
+def differences(page: str) -> list[str]:
+    """What stands in a page and is not what its result says; a name that is not known is one of them."""
+    wrong = []
+    for name, shown in FIGURE.findall(page):
+        expected = FIGURES[name]() if name in FIGURES else "no such figure"
+        if shown != expected:
+            wrong.append(f"figure {name!r}: the page says {shown!r}, the result {expected!r}")
+    for _, name, shown, _ in TABLE.findall(page):
+        expected = "\n".join(TABLES[name]()) + "\n" if name in TABLES else "no such table"
+        if shown != expected:
+            wrong.append(f"table {name!r} is not that of the result")
+    return wrong
+
+
+def renewed(page: str) -> str:
+    page = FIGURE.sub(lambda m: f"<!--figure {m[1]}-->{FIGURES[m[1]]()}<!--/figure-->", page)
+    return TABLE.sub(lambda m: f"{m[1]}" + "\n".join(TABLES[m[2]]()) + f"\n{m[4]}", page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the figures of the results into the pages")
+    given = parser.parse_args()
+    wrong = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if given.write:
+            path.write_text(renewed(page), encoding="utf-8")
+        for difference in [] if given.write else differences(page):
+            print(f"{Path(path).relative_to(ROOT)}: {difference}")
+            wrong += 1
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
