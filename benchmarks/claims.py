@@ -107,8 +107,17 @@ def step_time_table() -> Iterator[str]:
     for name, one in figures("step_time")["cases"].items():
         error, low, high = (100 * one[key] for key in ("error", "error_low", "error_high"))
         yield (
-            f"| {name} | {one['measured']:.3f} | {one['predicted']:.3f} | {error:+.1f} % | {low:+.1f} to {high:+.1f} % |"
+            f"| {name} | {one['measured']:.3f} | {one['predicted']:.3f} | {error:+.1f} % "
+            f"| {low:+.1f} to {high:+.1f} % |"
         )
+
+
+def search_table() -> Iterator[str]:
+    yield "| file | GPUs | the first, tokens/s a GPU | the second | why |"
+    yield "|---|---|---|---|---|"
+    for model, found in figures("search")["searches"].items():
+        first, second = (f"{one['name']}: {one['tokens_per_second_per_device']:,.0f}" for one in found["best"][:2])
+        yield f"| {model} | {found['devices']} | {first} | {second} | {found['why']} |"
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -223,6 +232,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "alike interval": lambda: slower_interval(bench("alike")["ratio_of_step_times"]["interval"], of_speed=True),
 }
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "search": search_table,
     "equivalence": equivalence_table,
     "active": active_table,
     "reserved": reserved_table,

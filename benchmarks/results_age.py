@@ -40,9 +40,8 @@ def main() -> int:
         dirty = "; not from a clean commit" if commit.endswith("+") else ""
         rows.append([path.stem, commit, result["date"][:10], (", ".join(changed) or "as measured") + dirty])
     print(table(["result", "commit", "date", "changed since"], rows))
-    print(
-        f"\n{old} of {len(rows)} results are older than the code they measure (HEAD {git('rev-parse', '--short', 'HEAD')})"
-    )
+    head = git("rev-parse", "--short", "HEAD")
+    print(f"\n{old} of {len(rows)} results are older than the code they measure (HEAD {head})")
     return 1 if old else 0
 
 
