@@ -10,7 +10,8 @@ import pytest
 from launching import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-import claims  # found by the line above
+import all as all_benchmarks  # found by the line above
+import claims
 import common
 import results_age
 
@@ -90,6 +91,15 @@ def test_a_dirty_tree_is_refused(monkeypatch):
     with pytest.raises(SystemExit, match=r"quadriga/train/step\.py"):
         common.save("x", {}, command=["python", "benchmarks/search.py"], claim="c")
     assert not (common.RESULTS / "x.json").exists()
+
+
+def test_all_runs_all():
+    saving = {
+        script.stem
+        for script in (ROOT / "benchmarks").glob("*.py")
+        if re.search(r"\bsave\(", script.read_text(encoding="utf-8")) and script.stem not in ("common", "all")
+    }
+    assert saving | {"plan_speed"} == set(all_benchmarks.RUNS) | set(all_benchmarks.ELSEWHERE)
 
 
 def test_every_script_that_saves_says_what_it_measures():
