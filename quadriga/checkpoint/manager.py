@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
+RANDOM = "random"  # the part of the generators, which differ from machine to machine
 Tell = Callable[..., None]  # tell(event, step, **facts): see quadriga.metrics.events
 
 
@@ -117,9 +118,19 @@ class CheckpointManager:
         start = time.monotonic()
         loaded = {part: state.state_dict() for part, state in wanted.items()}
         flat = _flat(loaded) if found.prefixed else dict(loaded["model"])
-        read(found.place, flat, self._group, may_hold_more=not found.files, retries=self._section.storage_retries)
+        unfilled, unused = read(
+            found.place,
+            flat,
+            self._group,
+            may_hold_more=not found.files,
+            retries=self._section.storage_retries,
+            optional=f"{RANDOM}.",
+        )
+        words.tell_of_generators(unfilled, unused)
         for part, state in wanted.items():
-            state.load_state_dict(loaded[part])
+            state.load_state_dict(
+                {name: value for name, value in loaded[part].items() if f"{part}.{name}" not in unfilled}
+            )
         seconds = time.monotonic() - start
         logger.info(f"loaded {found.path} in {show_seconds(seconds)}")
         self._tell("resume", found.step, path=found.path, seconds=seconds)
@@ -177,9 +188,10 @@ class CheckpointManager:
         from quadriga.checkpoint.tensors import Staging
 
         if self._staging is None:
-            wanted, possible = self._section.async_mode == "async_with_pinned_mem", torch.cuda.is_available()
+            wanted = self._section.async_mode == "async_with_pinned_mem"
+            possible = any(value.device.type == "cuda" for value in held.values())  # pinning would open a GPU
             if wanted and not possible:
-                logger.info("checkpoints: there is no CUDA here, so copies are made in ordinary, unpinned memory")
+                logger.info("checkpoints: no tensor is on CUDA, so copies are made in ordinary, unpinned memory")
             self._staging = Staging(pinned=wanted and possible)
         return self._staging.copy(held)
 

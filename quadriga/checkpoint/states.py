@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+CPU = torch.device("cpu")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what compile and recompute put into names
 
 
@@ -57,13 +58,14 @@ class OptimizerState:
 
 
 class RandomState:
-    """The random number generators of this rank: torch's, the device's, Python's and NumPy's, as `RANK.GENERATOR`.
+    """The random number generators of this rank: torch's, those of its device, Python's and NumPy's, as
+    `RANK.GENERATOR`. A run on CPU saves and loads none of CUDA, also where there is a GPU: asking would open it.
 
     Training draws no random numbers of its own; whoever adds a part that does finds them where the run stood.
     """
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, device: torch.device = CPU) -> None:
+        self._rank, self._device = rank, device
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies, for generators do not give their memory away."""
@@ -74,19 +76,23 @@ class RandomState:
             "python": torch.tensor([version, *words], dtype=torch.int64),
             "numpy": torch.tensor([int(numpy[2]), *map(int, numpy[1])], dtype=torch.int64),
         }
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
         return {f"{self._rank}.{name}": state for name, state in states.items()}
 
     def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Generators that are not among them stay as they are."""
         states = {name.partition(".")[2]: state for name, state in loaded.items()}
-        torch.set_rng_state(states["torch"])
-        version, *words = states["python"].tolist()
-        random.setstate((version, tuple(words), None))
-        place, *keys = states["numpy"].tolist()
-        np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"])
+        if "torch" in states:
+            torch.set_rng_state(states["torch"])
+        if "python" in states:
+            version, *words = states["python"].tolist()
+            random.setstate((version, tuple(words), None))
+        if "numpy" in states:
+            place, *keys = states["numpy"].tolist()
+            np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))
+        if "cuda" in states and self._device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self._device)
 
 
 def plain(name: str) -> str:

@@ -62,25 +62,47 @@ def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retri
 
     Raises the same error on every rank."""
     files = HashingFiles(files_at(place, retries))
-    writer = Writer(str(place), files)
+    writer = Writer(str(place), files, on_cuda=any(value.device.type == "cuda" for value in tensors.values()))
     with plain_errors(f"{place} could not be written"), _hashed_once():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
 
 def read(
-    place: Place, tensors: Tensors, group: dist.ProcessGroup | None, *, may_hold_more: bool = False, retries: int = 5
-) -> None:
+    place: Place,
+    tensors: Tensors,
+    group: dist.ProcessGroup | None,
+    *,
+    may_hold_more: bool = False,
+    retries: int = 5,
+    optional: str | None = None,
+) -> tuple[list[str], list[str]]:
     """Fill the tensors in place from what `write` wrote, whatever layout wrote it.
 
     `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
     missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
+
+    Names that begin with `optional` may be missing on either side or have another shape: they stay as they are.
+    Returned are those of this rank that were not filled, and those there that begin like one of this rank's up to the
+    last point and have no use here.
     """
     reader = Reader(str(place), HashingFiles(files_at(place, retries)))
     with plain_errors(f"{place} could not be read"):
         stored = reader.read_metadata().state_dict_metadata
-        _refuse_other_tensors(str(place), tensors, stored, group, may_hold_more)
-        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+        may_lack = {name for name in tensors.keys() | stored.keys() if optional and name.startswith(optional)}
+        unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(stored.get(name), tensors[name]))
+        beginnings = {name.rpartition(".")[0] for name in may_lack & tensors.keys()}
+        unused = sorted(n for n in may_lack - tensors.keys() if n.rpartition(".")[0] in beginnings)
+        wanted = {name: value for name, value in tensors.items() if name not in unfilled}
+        due = {name: value for name, value in wanted.items() if name not in may_lack}
+        expected = {name: entry for name, entry in stored.items() if name not in may_lack}
+        _refuse_other_tensors(str(place), due, expected, group, may_hold_more)
+        load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+    return unfilled, unused
+
+
+def _fits(entry: Any, value: torch.Tensor) -> bool:
+    return isinstance(entry, TensorStorageMetadata) and entry.size == value.shape
 
 
 def stored_tensors(place: Place) -> dict[str, TensorStorageMetadata]:
@@ -188,8 +210,10 @@ class _HashedStream:
 class Writer(FileSystemWriter):
     """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
-    def __init__(self, place: str, files: HashingFiles) -> None:
-        super().__init__(place, sync_files=False)  # a file that `create` made is durable when it is closed
+    def __init__(self, place: str, files: HashingFiles, on_cuda: bool = False) -> None:
+        # Without CUDA tensors nothing is copied ahead: DCP would open a GPU for it wherever there is one.
+        ahead = {} if on_cuda else {"per_thread_copy_ahead": 0}
+        super().__init__(place, sync_files=False, **ahead)  # what `create` made is durable when it is closed
         self.fs: Any = files
         self.path: Any = place
 

@@ -11,6 +11,7 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import Found
 from quadriga.errors import Problem, UserError
+from quadriga.log import logger
 from quadriga.units import show_bytes, show_some
 
 
@@ -55,6 +56,16 @@ def none_is_good(folder: str, asked: int, refused: Mapping[int, str]) -> str:
     else:
         lines.append("restore these files from a copy; or begin anew: another job.dump_folder, or this folder removed")
     return "\n".join(lines)
+
+
+def tell_of_generators(unfilled: Sequence[str], unused: Sequence[str]) -> None:
+    """Of random generators that only one side has: a run moved between machines with and without CUDA."""
+    if unfilled:
+        names = ", ".join(name.rpartition(".")[2] for name in unfilled)
+        logger.info(f"random generators that the checkpoint lacks begin anew: {names}")
+    if unused:
+        names = ", ".join(name.rpartition(".")[2] for name in unused)
+        logger.info(f"random generators of the checkpoint that this run has no use for: {names}")
 
 
 def only_remains(folder: str, remains: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
-from quadriga.config.schema import LinearFloat8, Training
+from quadriga.config.schema import Dataloader, LinearFloat8, Training
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
@@ -112,7 +112,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     for_shards = collectives_for_shards(run, backend, mesh, device)
     events = watchdog.events = open_ledger(spec, backend)
     if collectives.rank() == 0:
-        write_record(Path(spec.folders.dump), config, backend, spec.degrees)
+        write_record(Path(spec.folders.dump), config, backend, spec.degrees, device)
         write_estimate(Path(spec.folders.dump), run, device)
 
     progress.at("data")
@@ -126,7 +126,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         seq_len=spec.seq_len,
         global_batch_size=spec.global_batch_size,
         rows=rows,
-        dataloader=config.training.dataloader,
+        dataloader=dataloader_on(device, config.training.dataloader),
     )
 
     progress.at("weights")
@@ -334,11 +334,19 @@ def build_validator(
         seq_len=section.seq_len,
         global_batch_size=share * mesh.batch_degree,
         rows=range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
-        dataloader=section.dataloader,
+        dataloader=dataloader_on(device, section.dataloader),
         infinite=False,
     )
     forward = build_pass(run, mesh, device, parts, share, section.seq_len)
     return Validator(loader, forward, device, section.freq, section.steps)
+
+
+def dataloader_on(device: torch.device, section: Dataloader) -> Dataloader:
+    """Without page-locked memory where the run computes on CPU: to lock it would open a GPU wherever there is one."""
+    if not section.pin_memory or device.type == "cuda":
+        return section
+    logger.info("data: dataloader.pin_memory has no effect, since this run does not compute on CUDA")
+    return section.model_copy(update={"pin_memory": False})
 
 
 def build_checks(run: Run, mesh: Mesh, state: TrainState, events: Events, rows: range) -> Checks:

@@ -35,13 +35,13 @@ VARIABLES = (
 )
 
 
-def write_record(folder: Path, config: JobConfig, backend: str, degrees: Degrees) -> None:
+def write_record(folder: Path, config: JobConfig, backend: str, degrees: Degrees, device: torch.device) -> None:
     """Write `config.toml`, `environment.json` and, on request, the configuration as JSON into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if config.job.save_config_file is not None:
         (folder / config.job.save_config_file).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    environment = json.dumps(describe_environment(backend, degrees), indent=2)
+    environment = json.dumps(describe_environment(backend, degrees, device), indent=2)
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
 
 
@@ -54,8 +54,11 @@ def write_estimate(folder: Path, run: Run, device: torch.device) -> None:
     (folder / "estimate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_environment(backend: str, degrees: Degrees) -> dict[str, Any]:
-    """Versions, devices, git commit and command: enough to explain the run a year later."""
+def describe_environment(backend: str, degrees: Degrees, device: torch.device) -> dict[str, Any]:
+    """Versions, devices, git commit and command: enough to explain the run a year later.
+
+    A run that computes on CPU does not ask GPUs for their names, which would open them."""
+    on_cuda = device.type == "cuda"
     return {
         "quadriga": quadriga.__version__,
         "git": git_state(),
@@ -63,8 +66,8 @@ def describe_environment(backend: str, degrees: Degrees) -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: version for name in LIBRARIES if (version := installed_version(name))},
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if on_cuda else 0)],
         "cpu": {
             "architecture": platform.machine(),
             "cores": os.cpu_count(),

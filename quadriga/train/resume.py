@@ -41,7 +41,7 @@ def saved_tensors(state: TrainState) -> dict[str, Stateful]:
     return {
         "model": ModelState(state.parts),
         "optimizer": OptimizerState(state.parts, [state.optimizer]),
-        "random": RandomState(collectives.rank()),
+        "random": RandomState(collectives.rank(), state.device),
     }
 
 

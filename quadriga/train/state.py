@@ -13,6 +13,8 @@ from quadriga.data.loader import Loader
 from quadriga.train.health import Health
 from quadriga.train.progress import Progress
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class TrainState:
@@ -20,8 +22,8 @@ class TrainState:
 
     `parts` is the whole model, or the pipeline stages of it that this rank holds. `step` counts finished optimizer
     steps; `tokens_seen` the tokens they trained on. `attempt` counts the starts of this run in its folder, from 1;
-    replayed steps carry the higher attempt. `progress` says where this rank is within a step; `health` judges
-    each step.
+    replayed steps carry the higher attempt. `device` is the one that this rank computes on. `progress` says where this
+    rank is within a step; `health` judges each step.
     """
 
     parts: tuple[nn.Module, ...]
@@ -33,6 +35,7 @@ class TrainState:
     attempt: int = 1
     progress: Progress = field(default_factory=Progress)
     health: Health = field(default_factory=Health)
+    device: torch.device = CPU
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for part in self.parts for parameter in part.parameters())
