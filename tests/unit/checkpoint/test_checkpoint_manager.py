@@ -243,7 +243,7 @@ def test_where_nothing_can_be_pinned_one_line_says_so(tmp_path, caplog, monkeypa
     with caplog.at_level(logging.INFO, "quadriga"):
         saved(tmp_path, steps=(1, 2), async_mode="async_with_pinned_mem")
     assert [record.message for record in caplog.records if "unpinned" in record.message] == [
-        "checkpoints: there is no CUDA here, so copies are made in ordinary, unpinned memory"
+        "checkpoints: no tensor is on CUDA, so copies are made in ordinary, unpinned memory"
     ]
     assert manager(tmp_path).find().step == 2
 
