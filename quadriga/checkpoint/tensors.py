@@ -37,6 +37,7 @@ from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 
 Tensors = Mapping[str, torch.Tensor]
+COPIED_AHEAD = 10_000_000  # bytes from the device, by DCP
 METADATA = ".metadata"  # DCP's name for its plan
 
 # All that the plan of a checkpoint of tensors is made of.
@@ -212,8 +213,9 @@ class Writer(FileSystemWriter):
 
     def __init__(self, place: str, files: HashingFiles, on_cuda: bool = False) -> None:
         # Without CUDA tensors nothing is copied ahead: DCP would open a GPU for it wherever there is one.
-        ahead = {} if on_cuda else {"per_thread_copy_ahead": 0}
-        super().__init__(place, sync_files=False, **ahead)  # what `create` made is durable when it is closed
+        ahead = COPIED_AHEAD if on_cuda else 0
+        # What `create` made is durable when it is closed.
+        super().__init__(place, sync_files=False, per_thread_copy_ahead=ahead)
         self.fs: Any = files
         self.path: Any = place
 
