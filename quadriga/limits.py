@@ -31,3 +31,12 @@ RANKS = 1_000_000  # of one run, as its records may say; no run has come near
 BEAT_BYTES = 4 * KIB
 ALARM_BYTES = 1 * MIB
 STACK_BYTES = 1 * MIB
+
+# Tokenizers. The largest published files are 34 MB (tokenizer.json) and 4 MB (tiktoken), with 262,144 ids.
+TOKENIZER_BYTES = 64 * MIB
+RANKS_BYTES = 16 * MIB  # tokenizer.model in tiktoken's form
+VOCABULARY = 1 << 24  # ids
+
+# A model that a Hugging Face config.json describes. The largest published Llama has 126 layers, 16,384 wide.
+MODEL_LAYERS = 10_000
+MODEL_WIDTH = 1 << 24  # of hidden states and of the feed-forward part, and positions

@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import glob
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quadriga import limits
 from quadriga.config.run_spec import TokenizerFacts
-from quadriga.errors import Problem, UserError, nearest
+from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.reading import parse_json, read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
 BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
@@ -60,15 +61,19 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
     file = _tokenizer_file(Path(path).expanduser())
     if file is None:
         return TokenizerFacts("missing", path, None)
+    is_json = file.suffix == ".json"
     try:
-        if file.suffix == ".json":
-            return TokenizerFacts("huggingface", str(file), _json_vocab(json.loads(file.read_bytes())))
-        return TokenizerFacts("tiktoken", str(file), _rank_count(file.read_bytes()) + TIKTOKEN_SPECIALS)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"the file is no tokenizer that can be read here: {error}"
+        content = read_bytes(file, limits.TOKENIZER_BYTES if is_json else limits.RANKS_BYTES, what="tokenizer")
+        size = _json_vocab(parse_json(content, str(file))) if is_json else _rank_count(content) + TIKTOKEN_SPECIALS
+        if size > limits.VOCABULARY:
+            raise ValueError(f"its largest id is {size - 1}; ids below {limits.VOCABULARY:,} are read")
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.problems[0].what if isinstance(error, UserError) else shortened(error)
+        what = f"the file is no tokenizer that can be read here: {reason}"
         fix = "download it again (python scripts/download_hf_assets.py), or name another folder"
         forms = "tokenizer.json of the `tokenizers` library, or Llama 3's tokenizer.model"
         raise UserError(Problem(str(file), what, allowed=forms, fix=fix)) from error
+    return TokenizerFacts("huggingface" if is_json else "tiktoken", str(file), size)
 
 
 def _tokenizer_file(path: Path) -> Path | None:
@@ -82,9 +87,11 @@ def _json_vocab(content: Any) -> int:
     """One more than the largest id of a `tokenizer.json`."""
     vocab = content["model"]["vocab"]
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in content.get("added_tokens", ())]
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
     if not ids:
         raise ValueError("its vocabulary is empty")
+    if wrong := next((one for one in ids if type(one) is not int or one < 0), None):
+        raise ValueError(f"its vocabulary holds the id {shortened(wrong)}")
     return max(ids) + 1
 
 

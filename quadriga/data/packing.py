@@ -56,7 +56,8 @@ def tokenized(
 
 
 def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Place, DocumentId]]:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    # Where one token is both, one of them separates two documents: that at the end.
+    bos = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = tokenizer.encode_batch([document.text for document, _ in group]) if group else []
     for (document, place), ids in zip(group, encoded, strict=True):

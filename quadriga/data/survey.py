@@ -69,5 +69,5 @@ def _readable(source: Source, shard: int, records: int | None, problems: list[Pr
 
 
 def _count_tokens(found: _Findings, tokenizer: Tokenizer) -> int:
-    marks = (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)
+    marks = len({tokenizer.bos_id, tokenizer.eos_id} - {None})
     return sum(len(ids) for ids in tokenizer.encode_batch(found.texts)) + marks * found.documents

@@ -8,29 +8,27 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
-import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
+from quadriga import limits
+from quadriga.data.special_tokens import read_special_tokens
+from quadriga.data.tokenizer_json import begins_with, encode, is_byte_level, open_tokenizer
 from quadriga.errors import Problem, UserError
+from quadriga.log import logger
+from quadriga.reading import read_bytes
 
 Ids = npt.NDArray[np.int32]
 
 BYTES = "builtin:bytes"
 LOOK_FOR = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 FETCH = "python scripts/download_hf_assets.py fetches the tokenizer of Llama 3.1; builtin:bytes needs no file"
-
-# BOS and EOS by name, where tokenizer_config.json does not say.
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
-EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 
 # How Llama 3 splits text before merging: part of the tokenizer.model format, as published in meta-llama/llama-models.
 LLAMA3_SPLIT = (
@@ -41,16 +39,26 @@ LLAMA3_SPECIALS = 256
 LONGEST_PIECE = 20_000  # tiktoken's split takes quadratic time, or the whole stack, on one endless word
 
 
+class Named(NamedTuple):
+    bos_id: int | None
+    eos_id: int | None
+
+
 class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """What begins a document; None: nothing. Where it is `eos_id` too, one of them stands between two documents."""
 
     @property
     def eos_id(self) -> int | None: ...
+
+    @property
+    def named(self) -> Named:
+        """BOS and EOS of the vocabulary, whether or not documents get them."""
 
     @property
     def fingerprint(self) -> str:
@@ -66,6 +74,7 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 257
     vocab_size = 258
+    named = Named(256, 257)
     fingerprint = "bytes"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -73,41 +82,33 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """Hugging Face `tokenizer.json`; BOS and EOS as the `tokenizer_config.json` beside it names them."""
+    """Hugging Face `tokenizer.json`; BOS and EOS as transformers finds them in the files beside it.
+
+    EOS ends every document where the tokenizer has one, whatever `add_eos_token` says: that is about encoding a prompt.
+    BOS begins one unless `add_bos_token` is false; the file's own post-processor outweighs that, as in transformers.
+    """
 
     def __init__(self, path: Path) -> None:
-        # `tokenizers` would start one thread a core in every rank; `num_workers` says how many we want.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        content = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises no narrower one
-            what = f"not a tokenizer of Hugging Face: {error}"
-            raise UserError(Problem(str(path), what, fix=FETCH)) from error
-        self._tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        named = _named_in_config(path.with_name("tokenizer_config.json"))
-        self.bos_id = self._special(path, named.get("bos_token"), BOS_NAMES)
-        self.eos_id = self._special(path, named.get("eos_token"), EOS_NAMES)
+        self._path = path
+        self._tokenizer, document, content = open_tokenizer(path, FETCH)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = read_special_tokens(path.parent, vocabulary, is_byte_level(document))
+        bos, eos = (None if name is None else vocabulary[name] for name in (tokens.bos, tokens.eos))
+        self.named = Named(bos, eos)
+        self.bos_id = bos if tokens.add_bos is not False or begins_with(self._tokenizer, bos, path) else None
+        self.eos_id = eos
         if self.bos_id is None and self.eos_id is None:
             what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
             raise UserError(Problem(str(path), what, fix="name bos_token and eos_token in tokenizer_config.json"))
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if tokens.guessed:
+            names = f"BOS {tokens.bos}, EOS {tokens.eos}"
+            logger.info(f"{path}: no file beside it names special tokens; the usual names give {names}")
+        self.vocab_size = max(vocabulary.values()) + 1
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        self.fingerprint = f"json:{digest}:{self.bos_id}:{self.eos_id}"
+        self.fingerprint = f"json:{digest}:{None if self.bos_id == self.eos_id else self.bos_id}:{self.eos_id}"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encoded]
-
-    def _special(self, path: Path, named: str | None, usual: Sequence[str]) -> int | None:
-        for name in [named] if named else usual:
-            if (token := self._tokenizer.token_to_id(name)) is not None:
-                return int(token)
-        if named:
-            raise UserError(Problem(str(path), f"tokenizer_config.json names the token {named}, which is not in it"))
-        return None
+        return [np.array(ids, np.int32) for ids in encode(self._tokenizer, texts, self._path)]
 
 
 class RanksTokenizer:
@@ -116,14 +117,15 @@ class RanksTokenizer:
     def __init__(self, path: Path) -> None:
         import tiktoken
 
-        content = path.read_bytes()
-        ranks = _read_ranks(path, content)
+        content = read_bytes(path, limits.RANKS_BYTES, what="tokenizer")
+        ranks = read_ranks(path, content)
         specials = {f"<|special_{index}|>": len(ranks) + index for index in range(LLAMA3_SPECIALS)}
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials
         )
         self.bos_id = len(ranks)  # <|begin_of_text|>
         self.eos_id = len(ranks) + 1  # <|end_of_text|>
+        self.named = Named(self.bos_id, self.eos_id)
         self.vocab_size = len(ranks) + LLAMA3_SPECIALS
         self.fingerprint = f"ranks:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
@@ -158,24 +160,7 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
     return JsonTokenizer(path) if path.suffix == ".json" else RanksTokenizer(path)
 
 
-def _named_in_config(path: Path) -> dict[str, str]:
-    """`bos_token` and `eos_token`, as plain strings."""
-    if not path.is_file():
-        return {}
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(Problem(str(path), f"not a JSON file: {error}", fix=FETCH)) from error
-    named = {}
-    for key in ("bos_token", "eos_token"):
-        token = config.get(key) if isinstance(config, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            named[key] = token
-    return named
-
-
-def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     """Lines of `base64 rank`."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
@@ -186,6 +171,9 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             raise UserError(_not_ranks(path, content, number)) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         what = f"the ranks of its {len(ranks)} tokens are not 0, 1, 2 ...: the file is incomplete"
+        raise UserError(Problem(str(path), what, fix=FETCH))
+    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        what = f"{len(absent)} of the 256 bytes have no rank, {absent[0]:#04x} first: some texts could not be encoded"
         raise UserError(Problem(str(path), what, fix=FETCH))
     return ranks
 

@@ -1,0 +1,134 @@
+"""A `tokenizer.json` of the `tokenizers` library, opened with care.
+
+The library is written in Rust. What it finds wrong in a file is an exception, a panic (which is no `Exception`), or
+the end of the process: the last is why some things are looked at here before it sees the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from quadriga import limits
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.reading import parse_json, read_bytes
+
+PROBE = "Hello world 12 \u00e9\u6f22\n"  # a file that fails on every text is refused before training
+ERROR_SHOWN = 300  # characters of what the library says
+
+
+def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, dict[str, Any], bytes]:
+    """The tokenizer, which does not truncate, pad or read special tokens in a text; its file as JSON, and as bytes.
+
+    Raises:
+        UserError: the file is no tokenizer, or one that cannot be used; `fix` is the remedy it names.
+    """
+    # `tokenizers` would start one thread a core in every rank; `num_workers` says how many we want.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        content = read_bytes(path, limits.TOKENIZER_BYTES, what="tokenizer")
+        document = parse_json(content, str(path))
+    except UserError as error:
+        what = f"not a tokenizer of Hugging Face: {error.problems[0].what}"
+        raise UserError(Problem(str(path), what, fix=fix)) from error
+    if wrong := next(_what_ends_the_process(document), None):
+        raise UserError(Problem(str(path), f"not a tokenizer of Hugging Face: {wrong}", fix=fix))
+    if document["model"].get("dropout"):
+        what = "leaves out merges at random (model.dropout), so that equal texts have unequal ids"
+        raise UserError(Problem(str(path), what, fix="set it to null"))
+    try:
+        # Not the text itself: where a key stands twice in it, what was looked at must be what is used.
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
+        tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
+        raise unusable(error, path, "not a tokenizer of Hugging Face", fix) from None
+    encode(tokenizer, [PROBE], path)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= largest < limits.VOCABULARY:
+        what = f"its largest id is {largest}" if largest >= 0 else "its vocabulary is empty"
+        raise UserError(Problem(str(path), what, allowed=f"ids below {limits.VOCABULARY:,}", fix=fix))
+    return tokenizer, document, content
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], path: Path) -> list[list[int]]:
+    """The ids of each text, without BOS and EOS. Raises UserError where the library cannot encode one."""
+    try:
+        encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
+        fix = "take a tokenizer that has an id for every text (an unknown token, or byte fallback)"
+        raise unusable(error, path, "cannot encode a text", fix) from None
+    return [encoding.ids for encoding in encoded]
+
+
+def begins_with(tokenizer: tokenizers.Tokenizer, token: int | None, path: Path) -> bool:
+    """Whether the post-processor of the file puts this token before a text."""
+    try:
+        return token is not None and tokenizer.encode("").ids[:1] == [token]
+    except BaseException as error:  # noqa: BLE001 - as above
+        raise unusable(error, path, "its post-processor cannot be used", "set post_processor to null") from None
+
+
+def is_byte_level(document: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer of the file maps bytes to characters, as GPT-2 and Llama 3 do."""
+    return any(part.get("type") == "ByteLevel" for part in _parts(document.get("pre_tokenizer"), "pretokenizers"))
+
+
+def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError:
+    """The library's complaint as a user's problem; anything that is not the library's is raised as it is."""
+    if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        raise error
+    return UserError(Problem(str(path), f"{what}: {shortened(error, ERROR_SHOWN)}", fix=fix))
+
+
+def _what_ends_the_process(document: Any) -> Iterator[str]:
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        yield 'it has no object "model"'
+        return
+    model = document["model"]
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if prefix and isinstance(merges, list):
+        if not isinstance(prefix, str):
+            yield "model.continuing_subword_prefix is no text"
+            return
+        seconds = (_second(merge) for merge in merges)
+        wrong = next((second for second in seconds if not second.startswith(prefix)), None)
+        if wrong is not None:
+            yield f"a merge's second part, {shortened(wrong)}, lacks the prefix {shortened(prefix)}"
+    for part in _parts(document.get("normalizer"), "normalizers"):
+        if part.get("type") == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
+            yield "a precompiled_charsmap is damaged"
+
+
+def _parts(part: Any, inside: str) -> Iterator[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer and those in it."""
+    stack = [part]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, dict):
+            yield one
+            stack += one[inside] if isinstance(one.get(inside), list) else []
+
+
+def _second(merge: object) -> str:
+    """The second part of a merge, which is written "a b" or ["a", "b"]; "" for neither."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return parts[1] if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], str) else ""
+
+
+def _is_charsmap(value: object) -> bool:
+    """Whether the table's own length, in its first 4 bytes, fits the bytes that follow: so much would be allocated."""
+    try:
+        raw = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except (binascii.Error, ValueError):
+        return False
+    size = int.from_bytes(raw[:4], "little")
+    return len(raw) > 4 and size % 4 == 0 and 0 < size <= len(raw) - 4
