@@ -35,6 +35,7 @@ STACK_BYTES = 1 * MIB
 # Tokenizers. The largest published files are 34 MB (tokenizer.json) and 4 MB (tiktoken), with 262,144 ids.
 TOKENIZER_BYTES = 64 * MIB
 RANKS_BYTES = 16 * MIB  # tokenizer.model in tiktoken's form
+TOKEN_BYTES = 1024  # one token of tiktoken's form; published ones have up to 128
 VOCABULARY = 1 << 24  # ids
 
 # A model that a Hugging Face config.json describes. The largest published Llama has 126 layers, 16,384 wide.

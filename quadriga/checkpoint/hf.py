@@ -62,16 +62,18 @@ def read_hf(
     group: dist.ProcessGroup | None,
     *,
     allow_change: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Fill this rank's tensors, plain ones or DTensors of any layout, by our names, from Hugging Face weights.
+    What their `config.json` says.
 
     Each rank reads the slices that it holds; dtypes are converted on the way. Call on all ranks. Raises UserError on
     every rank where names, shapes or `config.json` do not fit the model; `allow_change` passes what `config.json` says
     (another base of the rotary frequencies, say), never names and shapes."""
 
-    def fill() -> None:
+    def fill() -> dict[str, Any]:
         source = HfFolder(place)
-        if (unlike := names.unlike(source.config(), source.config_file)) and not allow_change:
+        config = source.config()
+        if (unlike := names.unlike(config, source.config_file)) and not allow_change:
             raise UserError(*unlike)
         for problem in unlike:
             logger.warning(f"{problem.where}: {problem.what}; checkpoint.allow_change is set")
@@ -81,8 +83,9 @@ def read_hf(
             held, offset = _held(by_theirs[name])
             if held.numel():
                 source.fill(name, held, offset)
+        return config
 
-    together(group, fill)
+    return together(group, fill)
 
 
 def import_hf(

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +35,6 @@ from quadriga.log import logger
 from quadriga.units import show_bytes
 
 MOST_IN_A_FILE = 2 * 10**9  # bytes
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-)
 
 
 def export_hf(
@@ -50,7 +45,7 @@ def export_hf(
     group: dist.ProcessGroup | None,
     *,
     dtype: torch.dtype | None = None,
-    tokenizer: Place | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     replace: bool = False,
     most: int = MOST_IN_A_FILE,
 ) -> None:
@@ -63,7 +58,7 @@ def export_hf(
     Args:
         config: the fields of `config.json` but the dtype, which is added.
         dtype: None keeps what was saved.
-        tokenizer: a folder, or a file in it; None, or nothing there: no files of a tokenizer.
+        tokenizer: the files of the tokenizer by name; None: none.
         replace: an `out` that is there is replaced; otherwise it is refused.
 
     Raises:
@@ -90,7 +85,7 @@ def export_hf(
 
     def finish() -> None:
         if rank == 0:
-            _write_the_rest(files, place, weights, {**config, "torch_dtype": stored.dtype_word}, tokenizer)
+            _write_the_rest(files, place, weights, {**config, "torch_dtype": stored.dtype_word}, tokenizer or {})
             _publish(files, place, str(out))
 
     try:
@@ -103,15 +98,6 @@ def export_hf(
             with suppress(OSError):
                 _remove(files, place)
         raise
-
-
-def tokenizer_files(tokenizer: Place | None) -> list[Path]:
-    """The files of the tokenizer in a folder, or beside a file; [] where there are none."""
-    if tokenizer is None:
-        return []
-    path = local(tokenizer).expanduser()
-    folder = path if path.is_dir() else path.parent
-    return [folder / name for name in TOKENIZER_FILES if path.exists() and (folder / name).is_file()]
 
 
 class Stored:
@@ -167,12 +153,12 @@ def _write(files: Files, path: str, file: WeightFile, tensor: Callable[[str], to
 
 
 def _write_the_rest(
-    files: Files, place: str, weights: list[WeightFile], config: Mapping[str, Any], tokenizer: Place | None
+    files: Files, place: str, weights: list[WeightFile], config: Mapping[str, Any], tokenizer: Mapping[str, bytes]
 ) -> None:
     if len(weights) > 1:
         files.write(join(place, INDEX), _as_json(index_of(weights)))
-    for file in tokenizer_files(tokenizer):
-        files.write(join(place, file.name), file.read_bytes())
+    for name, content in tokenizer.items():
+        files.write(join(place, name), content)
     files.write(join(place, CONFIG), _as_json(config))  # the last one: transformers reads nothing without it
 
 

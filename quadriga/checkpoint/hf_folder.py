@@ -5,7 +5,7 @@ A file is opened for one tensor at a time and mapped into memory, so that no mor
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quadriga.checkpoint.files import Place, is_url, local
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.log import logger
+from quadriga.reading import read_json, read_json_object
 from quadriga.units import show_some
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPARED = 1 << 26  # bytes of each of two matrices that are compared at a time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AGAIN = "download the folder again: python scripts/download_hf_assets.py --assets all"
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as files say it
@@ -41,11 +45,11 @@ class HfFolder:
         if is_url(place) and not str(place).startswith("file://"):
             fix = "copy the folder to a disk of this machine first"
             raise UserError(Problem(str(place), "Hugging Face weights are read from files, not from a URL", fix=fix))
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise UserError(_no_folder(self.path))
-        if (self.path / SINGLE).is_file():
+        if os.path.isfile(self.path / SINGLE):
             self._files = dict.fromkeys(_names_in(self.path / SINGLE), self.path / SINGLE)
-        elif (self.path / INDEX).is_file():
+        elif os.path.isfile(self.path / INDEX):
             self._files = _listed(self.path / INDEX)
         else:
             raise UserError(_no_weights(self.path))
@@ -59,17 +63,40 @@ class HfFolder:
         return str(self.path / CONFIG)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` says. Raises UserError where it is missing or is no table."""
-        try:
-            config = json.loads(Path(self.config_file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """What `config.json` says. Raises UserError where it is missing or is no table.
+
+        As in transformers, `tie_word_embeddings` does not hold where the file has an output layer of other numbers.
+        """
+        if not os.path.lexists(self.config_file):
             what = "missing: it says how many heads the model has and how it turns positions, which no tensor tells"
-            raise UserError(Problem(self.config_file, what, fix=AGAIN)) from None
-        except (OSError, ValueError) as error:
-            raise UserError(Problem(self.config_file, f"cannot be read: {error}", fix=AGAIN)) from error
+            raise UserError(Problem(self.config_file, what, fix=AGAIN))
+        try:
+            config = read_json(self.config_file, what="model's configuration")
+        except UserError as error:
+            what = f"cannot be read: {error.problems[0].what}"
+            raise UserError(Problem(self.config_file, what, fix=AGAIN)) from error
         if not isinstance(config, dict):
             raise UserError(Problem(self.config_file, "holds no table of JSON", fix=AGAIN))
+        if config.get("tie_word_embeddings") is True and {HEAD, EMBEDDING} <= self._files.keys():
+            if self._are_equal(HEAD, EMBEDDING):
+                del self._files[HEAD]
+            else:
+                config["tie_word_embeddings"] = False
+                logger.warning(
+                    f"{self.config_file} says tie_word_embeddings, but {HEAD} is not {EMBEDDING}: read as not tied"
+                )
         return config
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Whether two matrices are the same numbers; some rows of each are in memory at a time."""
+        entries = self.entries((one, other))
+        shape = entries[one].shape
+        if entries[one] != entries[other] or len(shape) != 2:
+            return False
+        rows = max(1, COMPARED // max(1, shape[1] * entries[one].dtype.itemsize))
+        with _Opened(self._files[one]) as first, _Opened(self._files[other]) as second:
+            a, b = first.get_slice(one), second.get_slice(other)
+            return all(torch.equal(a[at : at + rows], b[at : at + rows]) for at in range(0, shape[0], rows))
 
     def entries(self, names: Iterable[str]) -> dict[str, Entry]:
         """Shapes and formats; each file is opened once. Raises UserError for damaged files and unknown formats."""
@@ -128,21 +155,26 @@ def _names_in(path: Path) -> list[str]:
 def _listed(index: Path) -> dict[str, Path]:
     """The file of each tensor, as the index says; only files beside it count, and all must be there."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"no index of safetensors: {type(error).__name__}: {error}"
-        raise UserError(Problem(str(index), what, fix=AGAIN)) from error
+        listed = read_json_object(index, what="index").get("weight_map")
+    except UserError as error:
+        raise UserError(_no_index(index, error.problems[0].what)) from error
+    if not isinstance(listed, dict):
+        raise UserError(_no_index(index, 'it has no object "weight_map"'))
+    files = {name: file if isinstance(file, str) else shortened(file) for name, file in listed.items()}
     elsewhere = sorted(
         {file for file in files.values() if Path(file).name != file or not file.endswith(".safetensors")}
     )
     if elsewhere:
         what = f"names files that are no safetensors beside it: {show_some(elsewhere)}"
         raise UserError(Problem(str(index), what))
-    absent = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    absent = sorted({file for file in files.values() if not os.path.isfile(index.parent / file)})
     if absent:
         raise UserError(Problem(str(index), f"names files that are not there: {show_some(absent)}", fix=AGAIN))
     return {name: index.parent / file for name, file in files.items()}
+
+
+def _no_index(index: Path, reason: str) -> Problem:
+    return Problem(str(index), f"no index of safetensors: {reason}", fix=AGAIN)
 
 
 def _no_folder(path: Path) -> Problem:

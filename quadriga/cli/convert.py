@@ -11,7 +11,7 @@ from quadriga.cli.arguments import Parser
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.config.model_spec import ModelSpec, RopeScaling
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.log import logger, start_logging
 from quadriga.models import registry
 
@@ -31,11 +31,12 @@ CHECKPOINTS = "checkpoint"  # the folder within a run folder that is looked into
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of a saved model. `tokenizer`: as `model.hf_assets_path` says it, "" where nothing is known."""
+    """What is known of a saved model. `tokenizer`: as `model.hf_assets_path` says it, "" where nothing is known;
+    `positions`: of the longest sequences that the weights were made for, 0 where that is not known."""
 
     spec: ModelSpec
     tokenizer: str = ""
-    seq_len: int = 0
+    positions: int = 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,12 +66,11 @@ def to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer:
     described = described_by(found.extra, file, found.path)
     if wrong := damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
-    place, (bos_id, eos_id) = tokenizer or described.tokenizer, token_ids(tokenizer, described.tokenizer)
-    config = registry.hf_config(described.spec, bos_id=bos_id, eos_id=eos_id, seq_len=described.seq_len)
-    names = registry.hf_names(described.spec)
-    export_hf(found, out, names, config, None, dtype=torch_dtype(dtype), tokenizer=place or None)
-    logger.info(f"{found.path} is now in Hugging Face's form in {out}")
-    print(out)
+    (bos_id, eos_id), files = tokenizer_of(tokenizer, described.tokenizer)
+    config = registry.hf_config(described.spec, bos_id=bos_id, eos_id=eos_id, positions=described.positions)
+    export_hf(found, out, registry.hf_names(described.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
+    logger.info(f"{printable(found.path)} is now in Hugging Face's form in {printable(out)}")
+    print(printable(out))
 
 
 def from_hf(source: str, out: str, dtype: str | None) -> None:
@@ -78,10 +78,13 @@ def from_hf(source: str, out: str, dtype: str | None) -> None:
     from quadriga.checkpoint.hf_folder import HfFolder
 
     folder = HfFolder(source)
-    spec = registry.spec_from_hf(folder.config(), folder.config_file)
-    name = import_hf(folder, out, registry.hf_names(spec), {"model": asdict(spec)}, torch_dtype(dtype))
-    logger.info(f"{source} is now a checkpoint; to start from it: --checkpoint.initial_load_path {out}")
-    print(name)
+    config = folder.config()
+    spec = registry.spec_from_hf(config, folder.config_file)
+    extra = {"model": asdict(spec), "max_positions": registry.positions_from_hf(config)}
+    name = import_hf(folder, out, registry.hf_names(spec), extra, torch_dtype(dtype))
+    where = printable(out)
+    logger.info(f"{printable(source)} is now a checkpoint; to start from it: --checkpoint.initial_load_path {where}")
+    print(printable(name))
 
 
 def find_checkpoint(source: str) -> Found:
@@ -118,10 +121,12 @@ def described_by(extra: Mapping[str, Any], file: str | None, where: str) -> Desc
     numbers = dict(extra["model"])
     if numbers.get("rope_scaling") is not None:
         numbers["rope_scaling"] = RopeScaling(**numbers["rope_scaling"])
+    positions = extra.get("max_positions", 0)
     if "config" not in extra:
-        return Described(ModelSpec(**numbers))
+        return Described(ModelSpec(**numbers), positions=positions)
     config = extra["config"]
-    return Described(ModelSpec(**numbers), config["model"]["hf_assets_path"], config["training"]["seq_len"])
+    positions = max(positions, config["training"]["seq_len"])
+    return Described(ModelSpec(**numbers), config["model"]["hf_assets_path"], positions)
 
 
 def described_in(file: str) -> Described:
@@ -136,22 +141,23 @@ def described_in(file: str) -> Described:
     return Described(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
 
 
-def token_ids(asked_for: str | None, known: str) -> tuple[int | None, int | None]:
-    """The ids that begin and end a text. Of a tokenizer that is no longer where the run had it: None, and a word."""
+def tokenizer_of(asked_for: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
+    """The ids that begin and end a text, and the tokenizer's files. Of one that is no longer where the run had it:
+    None, no files, and a word."""
     from quadriga.data.tokenizer import build_tokenizer
+    from quadriga.data.tokenizer_export import transformers_files
 
     place = asked_for or known
     if not place:
         logger.warning("no tokenizer is known: token ids are left open; --tokenizer FOLDER names one")
-        return None, None
+        return (None, None), {}
     try:
-        tokenizer = build_tokenizer(place)
+        return build_tokenizer(place).named, transformers_files(place)
     except UserError:
         if asked_for or os.path.exists(place):
             raise
-        logger.warning(f"no tokenizer is at {place}: token ids are left open; --tokenizer FOLDER names one")
-        return None, None
-    return tokenizer.bos_id, tokenizer.eos_id
+        logger.warning(f"no tokenizer is at {printable(place)}: token ids are left open; --tokenizer FOLDER names one")
+        return (None, None), {}
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

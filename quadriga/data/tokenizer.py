@@ -144,6 +144,12 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
     """
     if hf_assets_path == BYTES:
         return ByteTokenizer()
+    path = tokenizer_file(hf_assets_path)
+    return JsonTokenizer(path) if path.suffix == ".json" else RanksTokenizer(path)
+
+
+def tokenizer_file(hf_assets_path: str) -> Path:
+    """The file of a tokenizer, in a folder or by itself. Raises UserError where there is none."""
     path = Path(hf_assets_path).expanduser()
     if path.is_dir():
         found = [path / name for name in LOOK_FOR if (path / name).is_file()]
@@ -157,7 +163,7 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
     if not path.is_file():
         what = "there is no such file or folder"
         raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, fix=FETCH))
-    return JsonTokenizer(path) if path.suffix == ".json" else RanksTokenizer(path)
+    return path
 
 
 def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
@@ -166,6 +172,8 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             token, rank = line.split()
+            if len(token) > 2 * limits.TOKEN_BYTES:
+                raise ValueError
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise UserError(_not_ranks(path, content, number)) from error

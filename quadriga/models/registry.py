@@ -68,13 +68,19 @@ def hf_names(spec: ModelSpec) -> llama_hf_names.HfNames:
     return llama_hf_names.HfNames(spec)
 
 
-def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, seq_len: int = 0) -> dict[str, Any]:
+def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positions: int = 0) -> dict[str, Any]:
     """The fields of a Hugging Face `config.json` but the dtype. Unknown token ids are null, since a field that is left
-    out means token 1 or 2; `seq_len`: of the sequences that it was trained on, where these are longer than usual."""
+    out means token 1 or 2. `positions`: of the longest sequences that the weights were made for; where that is not
+    known (0), the published number of models of this kind."""
     _known(spec)
     config: dict[str, Any] = llama_hf_names.hf_config(spec)
-    longest = max(config["max_position_embeddings"], seq_len)
+    longest = positions or config["max_position_embeddings"]
     return {**config, "max_position_embeddings": longest, "bos_token_id": bos_id, "eos_token_id": eos_id}
+
+
+def positions_from_hf(config: Mapping[str, Any]) -> int:
+    """For how many positions the weights beside a `config.json` were made; 0 where it does not say."""
+    return llama_hf_config.positions(config)
 
 
 def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:

@@ -12,24 +12,27 @@ from quadriga.checkpoint.states import ModelState
 from quadriga.comm import process_group
 from quadriga.config import Run
 from quadriga.data.tokenizer import build_tokenizer
+from quadriga.data.tokenizer_export import transformers_files
 from quadriga.log import logger
 from quadriga.models import registry
 from quadriga.units import show_seconds
 
 
-def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> None:
-    """Where `checkpoint.initial_load_in_hf` asks for it, fill the parts of the model on this rank. Call on all ranks
-    of a run that has no checkpoint of its own. Raises UserError on every rank where the weights do not fit."""
+def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
+    """Where `checkpoint.initial_load_in_hf` asks for it, fill the parts of the model on this rank; how many positions
+    the weights were made for, 0 where nothing is loaded. Call on all ranks of a run that has no checkpoint of its own.
+    Raises UserError on every rank where the weights do not fit."""
     section = run.config.checkpoint
     if not (section.enable and section.initial_load_in_hf):
-        return
+        return 0
     from quadriga.checkpoint.hf import read_hf
 
     start, place = time.monotonic(), section.initial_load_path or run.config.model.hf_assets_path
     group = process_group.host_group(section.timeout_seconds)
     names = registry.hf_names(run.spec.model)
-    read_hf(place, ModelState(parts).state_dict(), names, group, allow_change=section.allow_change)
+    said = read_hf(place, ModelState(parts).state_dict(), names, group, allow_change=section.allow_change)
     logger.info("weights of %s read in %s", place, show_seconds(time.monotonic() - start))
+    return registry.positions_from_hf(said)
 
 
 def export_last_step(run: Run, step: int) -> None:
@@ -43,9 +46,19 @@ def export_last_step(run: Run, step: int) -> None:
     start, found = time.monotonic(), folders.read(folders.published(run.spec.folders.checkpoint, step))
     assets = run.config.model.hf_assets_path
     tokenizer = build_tokenizer(assets)
-    model, seq_len = run.spec.model, run.spec.seq_len
-    config = registry.hf_config(model, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, seq_len=seq_len)
+    model, (bos_id, eos_id) = run.spec.model, tokenizer.named
+    positions = max(found.extra.get("max_positions", 0), run.spec.seq_len)
+    config = registry.hf_config(model, bos_id=bos_id, eos_id=eos_id, positions=positions)
     dtype = getattr(torch, section.export_dtype)
     out, group = f"{found.path}-hf", process_group.host_group(section.timeout_seconds)
-    export_hf(found, out, registry.hf_names(model), config, group, dtype=dtype, tokenizer=assets, replace=True)
+    export_hf(
+        found,
+        out,
+        registry.hf_names(model),
+        config,
+        group,
+        dtype=dtype,
+        tokenizer=transformers_files(assets),
+        replace=True,
+    )
     logger.info("saved %s in %s", out, show_seconds(time.monotonic() - start))

@@ -24,7 +24,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     state.progress.at("weights")
     found = checkpoints.find()
     if found is None:
-        start_from_hf(run, state.parts)
+        state.max_positions = start_from_hf(run, state.parts)
         return
     tensors = saved_tensors(state)
     if found.resume:
@@ -33,6 +33,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
             logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
             del tensors["random"]
     checkpoints.load(found, tensors)
+    state.max_positions = found.extra.get("max_positions", found.extra.get("seq_len", 0))
     if found.resume:
         restore_extra(state, found.extra)
 
@@ -59,6 +60,7 @@ def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
         },
         "lr_scheduler": {"done": state.schedule.last_epoch},
         "dataloader": data,
+        "max_positions": max(state.max_positions, run.spec.seq_len),
         **continuity.facts(run),
         "versions": versions(),
     }

@@ -33,6 +33,7 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     attempt: int = 1
+    max_positions: int = 0  # of the sequences that the weights were made for before this run
     progress: Progress = field(default_factory=Progress)
     health: Health = field(default_factory=Health)
     device: torch.device = CPU

@@ -37,6 +37,8 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_starts_from_their_weights_and_ends_in_them(tmp_path):
     model = random_model(spec())
     hf = write_hf(model, tmp_path / "hf")
+    said = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**said, "max_position_embeddings": 4321}))
     alone = run(tmp_path / "alone", 1, hf, "--checkpoint.last_save_in_hf")
     sharded = run(tmp_path / "sharded", 2, hf, *FSDP, "--checkpoint.last_save_in_hf", "--checkpoint.async_mode=async")
     assert [record["loss"] for record in sharded] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
@@ -50,8 +52,11 @@ def test_a_run_starts_from_their_weights_and_ends_in_them(tmp_path):
         assert all(torch.equal(exported[hf_names(spec()).theirs(n)], v) for n, v in saved.state_dict().items())
         said = json.loads((place / "step-4-hf" / "config.json").read_text())
         assert (said["bos_token_id"], said["eos_token_id"], said["torch_dtype"]) == (256, 257, "float32")
-    from transformers import AutoModelForCausalLM
+        assert said["max_position_embeddings"] == 4321, "the source's: more than the run's own sequences"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "alone" / "checkpoint" / "step-4-hf")
+    assert tokenizer("ab").input_ids == [256, 97, 98]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "checkpoint" / "step-4-hf")
     read(tmp_path / "sharded/checkpoint/step-4", {f"model.{n}": v for n, v in model.state_dict().items()}, None)
     assert (logits(theirs, spec()) - logits(model, spec())).abs().max() <= 1e-4

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from quadriga import limits
 from quadriga.config.model_spec import ModelSpec, RopeScaling
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 
 _SIZES = {
     "dim": "hidden_size",
@@ -27,6 +28,8 @@ _OTHERS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_MOST = {"num_hidden_layers": limits.MODEL_LAYERS}
+_LIMITS = f"up to {limits.MODEL_LAYERS:,} layers, and {limits.MODEL_WIDTH:,} of everything else"
 # What the model here always has, with the default of transformers where a file is silent.
 _FIXED: Mapping[str, tuple[Any, Any]] = {
     "hidden_act": ("silu", "silu"),
@@ -82,40 +85,62 @@ def _key(field: str) -> str:
     return "model.flavor" if field in ("rope_scaling", "norm_eps") else f"model.{field}"
 
 
+def positions(config: Mapping[str, Any]) -> int:
+    """For how many positions the weights were made; 0 where the file does not say so in a number that can be."""
+    value = config.get("max_position_embeddings")
+    return int(value) if value is not None and _is_count(value, limits.MODEL_WIDTH) else 0
+
+
 def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = config.get("model_type")
     if kind != "llama":
         what = "this is no Llama, and no other family is read here"
-        yield Problem(f"{where}, model_type", what, None if kind is None else str(kind), allowed="llama")
+        yield Problem(f"{where}, model_type", what, None if kind is None else shortened(kind), allowed="llama")
         return
     needed = [name for name in _SIZES.values() if name != "num_key_value_heads"]
-    if absent := [name for name in needed if not isinstance(config.get(name), int) or config[name] < 1]:
-        yield Problem(where, f"these must be whole numbers of at least 1: {', '.join(absent)}")
+    if absent := [name for name in needed if not _is_count(config.get(name), _MOST.get(name, limits.MODEL_WIDTH))]:
+        yield Problem(where, f"these must be whole numbers of at least 1: {', '.join(absent)}", allowed=_LIMITS)
         return
     for name, (built, default) in _FIXED.items():
         if (value := config.get(name, default)) != built:
             what = "weights that are quantized cannot be read" if name == "quantization_config" else "not built here"
-            yield Problem(f"{where}, {name}", what, str(value), allowed=str(built))
+            yield Problem(f"{where}, {name}", what, shortened(value), allowed=str(built))
+    if not isinstance(tied := _said(config, "tie_word_embeddings", False), bool):
+        yield Problem(f"{where}, tie_word_embeddings", "must be true or false", shortened(tied))
+    if not _is_positive(_said(config, "rms_norm_eps", 1e-6)):
+        yield Problem(f"{where}, rms_norm_eps", "must be a number above 0", shortened(config["rms_norm_eps"]))
     dim, heads = config["hidden_size"], config["num_attention_heads"]
     key_value = _said(config, "num_key_value_heads", heads)
     if dim % heads or _said(config, "head_dim", dim // heads) != dim // heads:
         what = f"heads of another width than hidden_size / num_attention_heads = {dim} / {heads} are not built here"
-        yield Problem(f"{where}, head_dim", what, str(config.get("head_dim")))
-    if not isinstance(key_value, int) or key_value < 1 or heads % key_value:
-        yield Problem(f"{where}, num_key_value_heads", f"it does not divide {heads} heads", str(key_value))
+        yield Problem(f"{where}, head_dim", what, shortened(config.get("head_dim")))
+    elif dim // heads % 2:
+        yield Problem(f"{where}, head_dim", "rotary positions need heads of an even width", str(dim // heads))
+    if not _is_count(key_value, heads) or heads % key_value:
+        yield Problem(f"{where}, num_key_value_heads", f"it does not divide {heads} heads", shortened(key_value))
     yield from _rope_problems(config, where)
 
 
 def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    for spelling in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(spelling) or {}, dict):
+            yield Problem(f"{where}, {spelling}", "must be an object or null", shortened(config[spelling]))
+            return
     rope = _rope(config)
     kind = _rope_type(rope)
     if kind not in ("default", "llama3"):
         what = "this way of scaling rotary frequencies is not built here"
-        yield Problem(f"{where}, rope_type", what, kind, allowed="llama3, default")
-    elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_number(rope.get(name))]):
+        yield Problem(f"{where}, rope_type", what, shortened(kind), allowed="llama3, default")
+    elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_positive(rope.get(name))]):
         yield Problem(where, f"the scaling of the rotary frequencies lacks {', '.join(absent)}")
+    elif kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        yield Problem(
+            f"{where}, high_freq_factor", "must be above low_freq_factor", shortened(rope["high_freq_factor"])
+        )
+    if not _is_positive(_said(rope, "rope_theta", 10_000.0)):
+        yield Problem(f"{where}, rope_theta", "must be a number above 0", shortened(rope["rope_theta"]))
     if _said(rope, "partial_rotary_factor", 1.0) != 1.0:
-        yield Problem(f"{where}, partial_rotary_factor", "not built here", str(rope["partial_rotary_factor"]))
+        yield Problem(f"{where}, partial_rotary_factor", "not built here", shortened(rope["partial_rotary_factor"]))
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -147,5 +172,10 @@ def _said(table: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_positive(value: object) -> bool:
+    """A finite number above 0, of a size that float64 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

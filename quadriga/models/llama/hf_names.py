@@ -107,8 +107,8 @@ class HfNames:
 
     def is_spare(self, name: str) -> bool:
         """Whether a Hugging Face file may hold this tensor though nothing here needs it: the frequencies that older
-        files keep, which are computed, and the output layer of a model that shares its embedding."""
-        return name.endswith(".rotary_emb.inv_freq") or (self.spec.tie_embeddings and name == "lm_head.weight")
+        files keep, which are computed."""
+        return name.endswith(".rotary_emb.inv_freq")
 
     def unlike(self, config: Mapping[str, Any], where: str) -> list[Problem]:
         return unlike(config, self.spec, where)

@@ -187,14 +187,6 @@ def test_a_tokenizer_that_has_gone_leaves_the_ids_open(tmp_path, capsys):
     assert (said["bos_token_id"], said["eos_token_id"]) == (None, None)
 
 
-def test_the_built_in_tokenizer_has_ids_and_no_files(tmp_path):
-    save(random_model(SPEC), tmp_path / "checkpoint", config=JobConfig().model_dump(mode="json"))
-    convert("to-hf", tmp_path / "checkpoint", tmp_path / "out")
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"]) == (256, 257)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
-
-
 def test_the_newest_checkpoint_of_a_run_folder_is_taken(tmp_path, capsys):
     for step in (3, 12):
         save(random_model(SPEC, seed=step), tmp_path / "run" / "saves", step)

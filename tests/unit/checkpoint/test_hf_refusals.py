@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import SCALED, SPEC, random_model, save, write_hf
+from hf_models import SCALED, SPEC, logits, random_model, save, write_hf
 from safetensors.torch import load_file, save_file
 
 from quadriga.checkpoint.hf import read_hf
+from quadriga.checkpoint.hf_folder import HfFolder
 from quadriga.cli.main import main
 from quadriga.errors import UserError
-from quadriga.models.registry import hf_names
+from quadriga.models.registry import hf_names, spec_from_hf
 
 
 @pytest.fixture
@@ -144,9 +145,37 @@ def test_tensors_that_can_be_done_without(tmp_path):
     """The frequencies that old files hold, and the output layer of a model that shares its embedding."""
     spec = dataclasses.replace(SPEC, tie_embeddings=True, rope_scaling=SCALED)
     folder = write_hf(random_model(spec), tmp_path / "hf")
-    change(folder, lm_head__weight=torch.zeros(99, 32))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder, lm_head__weight=embedding)
     change(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 0
+    extra = json.loads((tmp_path / "out/step-0/train_state.json").read_text())["extra"]
+    assert extra["model"]["tie_embeddings"] is True
+
+
+@pytest.mark.parametrize("rows", [1, 98])
+def test_an_output_layer_that_differs_is_not_tied(tmp_path, monkeypatch, capsys, rows):
+    """As transformers does, which is asked; a run that ties them is refused."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("quadriga.checkpoint.hf_folder.COMPARED", 32 * 4 * 10)  # ten rows at a time
+    spec = dataclasses.replace(SPEC, tie_embeddings=True)
+    folder = write_hf(random_model(spec), tmp_path / "hf")
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    head[rows] += 1
+    change(folder, lm_head__weight=head)
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 0
+    assert "lm_head.weight is not model.embed_tokens.weight: read as not tied" in capsys.readouterr().err
+    source = HfFolder(folder)
+    untied = spec_from_hf(source.config(), source.config_file)
+    assert untied.tie_embeddings is False
+    ours = random_model(untied)
+    read_hf(folder, ours.state_dict(), hf_names(untied), None)
+    assert torch.equal(ours.output.weight, head)
+    assert (logits(AutoModelForCausalLM.from_pretrained(folder), spec) - logits(ours, spec)).abs().max() <= 1e-4
+    for allow_change in (False, True):
+        with pytest.raises(UserError, match=r"tie_word_embeddings|lm_head"):
+            read_hf(folder, random_model(spec).state_dict(), hf_names(spec), None, allow_change=allow_change)
 
 
 def test_pickles_are_never_read(hf, tmp_path, capsys):
@@ -196,7 +225,7 @@ def test_an_index_that_lies(hf, tmp_path, capsys):
     index.write_text(json.dumps({"weight_map": {**listed["weight_map"], "model.norm.weight": 7}}))
     assert "no safetensors beside it: 7" in refused(hf, tmp_path / "out", capsys)
     index.write_text("{}")
-    assert "no index of safetensors: KeyError" in refused(hf, tmp_path / "out", capsys)
+    assert "no index of safetensors: it has no object" in refused(hf, tmp_path / "out", capsys)
 
 
 def test_an_index_may_not_name_a_tensor_that_its_file_lacks(hf, tmp_path, capsys):

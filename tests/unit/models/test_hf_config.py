@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from quadriga.config.model_spec import ModelSpec, RopeScaling
-from quadriga.models.registry import catalogue, hf_config, hf_names, spec_from_hf
+from quadriga.models.registry import catalogue, hf_config, hf_names, positions_from_hf, spec_from_hf
 
 SIZES = list(catalogue()["llama3"].values())
 ODD = ModelSpec(
@@ -77,8 +77,11 @@ def test_every_difference_is_told_with_its_key():
         assert any(field in problem.what and key in problem.what for problem in problems), (field, told)
 
 
-def test_longer_sequences_than_usual_are_announced():
+def test_positions_are_those_the_weights_were_made_for():
     plain = dataclasses.replace(ODD, rope_scaling=None)
-    for spec, seq_len, longest in ((plain, 100, 8192), (plain, 16_384, 16_384), (ODD, 16_384, 131_072)):
-        config = hf_config(spec, bos_id=3, eos_id=4, seq_len=seq_len)
+    for spec, positions, longest in ((plain, 100, 100), (ODD, 512, 512), (plain, 0, 8192), (ODD, 0, 131_072)):
+        config = hf_config(spec, bos_id=3, eos_id=4, positions=positions)
         assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (longest, 3, 4)
+        assert positions_from_hf(config) == longest
+    for nonsense in (None, "many", -1, 0, 1.5, True, 10**30):
+        assert positions_from_hf({"max_position_embeddings": nonsense}) == 0

@@ -1,0 +1,130 @@
+"""The files of a tokenizer for `AutoTokenizer` of transformers, which then gives the ids that training saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from quadriga import limits
+from quadriga.data.special_tokens import CONFIG, MAP, read_special_tokens, token_text
+from quadriga.data.tokenizer import BYTES, FETCH, LLAMA3_SPECIALS, LLAMA3_SPLIT, read_ranks, tokenizer_file
+from quadriga.data.tokenizer_json import is_byte_level, open_tokenizer
+from quadriga.reading import read_bytes
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"  # of Llama 3, and of the built-in tokenizer
+# Any class of a model would build its own tokenizer around the vocabulary; this one takes the file as it is.
+CLASS = "PreTrainedTokenizerFast"
+BESIDE = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied where they are
+KEPT: Mapping[str, type] = {
+    "chat_template": str,
+    "clean_up_tokenization_spaces": bool,
+    "model_max_length": int,
+}
+OTHER_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
+    """`tokenizer.json`, `tokenizer_config.json` and what lies beside them, by name.
+
+    The configuration names BOS and EOS and no token that the vocabulary lacks: transformers would add it.
+    Raises UserError as `build_tokenizer` does.
+    """
+    if hf_assets_path == BYTES:
+        tokenizer = _byte_level({bytes([byte]): byte for byte in range(256)}, (BOS, EOS), split=None)
+        return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), CONFIG: _config(BOS, EOS, {}, {})}
+    path = tokenizer_file(hf_assets_path)
+    if path.suffix != ".json":
+        content = read_bytes(path, limits.RANKS_BYTES, what="tokenizer")
+        others = (f"<|reserved_special_token_{number}|>" for number in range(LLAMA3_SPECIALS - 2))
+        tokenizer = _byte_level(read_ranks(path, content), (BOS, EOS, *others), split=LLAMA3_SPLIT)
+        files = {"tokenizer.json": tokenizer.to_str().encode(), CONFIG: _config(BOS, EOS, {}, {})}
+        return {**files, "tokenizer.model": content}
+    opened, document, content = open_tokenizer(path, FETCH)
+    vocabulary = opened.get_vocab(with_added_tokens=True)
+    tokens = read_special_tokens(path.parent, vocabulary, is_byte_level(document))
+    said = {**tokens.said.get(CONFIG, {}), **tokens.said.get(MAP, {})}
+    beside = {name: path.parent / name for name in BESIDE}
+    return {
+        "tokenizer.json": content.removeprefix(b"\xef\xbb\xbf"),
+        CONFIG: _config(tokens.bos, tokens.eos, said, vocabulary),
+        **{name: _copied(file) for name, file in beside.items() if file.is_file()},
+    }
+
+
+def _copied(file: Path) -> bytes:
+    return read_bytes(file, limits.TOKENIZER_BYTES, what="file of a tokenizer")
+
+
+def _config(bos: str | None, eos: str | None, said: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes:
+    """`tokenizer_config.json`. `said`: what the source's own files say; of it what transformers surely takes stays."""
+    config: dict[str, Any] = {key: said[key] for key, kind in KEPT.items() if type(said.get(key)) is kind}
+    config |= {key: said[key] for key in ("padding_side", "truncation_side") if said.get(key) in ("left", "right")}
+    config |= {role: text for role in OTHER_TOKENS if (text := token_text(said.get(role))) in vocabulary}
+    for key in MORE_TOKENS:
+        more = said.get(key)
+        texts = [token_text(one) for one in more] if isinstance(more, list) else []
+        if known := [text for text in texts if text in vocabulary]:
+            config[key] = known
+            break
+    config |= {"tokenizer_class": CLASS, "bos_token": bos, "eos_token": eos}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _byte_level(ranks: Mapping[bytes, int], specials: tuple[str, ...], split: str | None) -> tokenizers.Tokenizer:
+    """A tokenizer that merges bytes by rank, puts BOS, the first of `specials`, before a text, and decodes.
+
+    `split`: how a text is cut before merging, as a regular expression; None: not at all.
+    """
+    names = _characters()
+
+    def named(token: bytes) -> str:
+        return "".join(names[byte] for byte in token)
+
+    vocabulary = {named(token): rank for token, rank in ranks.items()}
+    merges = [(named(first), named(second)) for first, second in _merges(ranks)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    if split is None:
+        tokenizer.pre_tokenizer = bytes_alone
+    else:
+        first = pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_alone])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
+    bos = specials[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return tokenizer
+
+
+def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two parts that each token is merged of, by rank: what lower ranks make of its bytes.
+
+    A token that lower ranks cannot bring to two parts is reached whole or not at all, as in tiktoken.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[at : at + 1] for at in range(len(token))]
+        while len(parts) > 2:
+            pairs = [(ranks.get(parts[at] + parts[at + 1], rank), at) for at in range(len(parts) - 1)]
+            lowest, at = min(pairs)
+            if lowest >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it can be printed."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
