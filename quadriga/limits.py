@@ -19,6 +19,8 @@ LOG_LINE_BYTES = MIB  # one line of metrics.jsonl or events.jsonl: theirs have l
 LOG_BYTES = GIB  # a whole metrics.jsonl or events.jsonl: 2 million steps, each of them logged
 LOG_LINES = 3_000_000  # of one such file: read into 3 GB at most
 
+DRY_RUN_HASHED_BYTES = 256 * MIB  # of a checkpoint that a dry run verifies: some tenths of a second
+
 TOML_BYTES = 4 * MIB  # one configuration file
 
 # One message of a rank to the others (`json_collectives`). The largest is the plan of a checkpoint: 1 M chunks are

@@ -11,6 +11,7 @@ from quadriga.config.assets import dataset_problem, missing_files, tokenizer_fac
 from quadriga.config.case import BackendFacts
 from quadriga.config.load import Loaded, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
+from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
@@ -87,7 +88,7 @@ def _keep_the_saved_batch(loaded: Loaded, saved: Saved | None) -> None:
     rows = int(said["global_batch_size"])
     training = config.training.model_copy(update={"global_batch_size": rows})
     loaded.config = config.model_copy(update={"training": training})
-    loaded.origin[BATCH] = f"the checkpoints in {folder}"
+    loaded.origin[BATCH] = f"{FROM_CHECKPOINT}{folder}"
     loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {folder} were saved with")
 
 

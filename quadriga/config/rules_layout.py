@@ -8,6 +8,7 @@ DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
 DP_SHARD = "parallelism.data_parallel_shard_degree"
 TP = "parallelism.tensor_parallel_degree"
 CP = "parallelism.context_parallel_degree"
+FROM_CHECKPOINT = "the checkpoints in "  # how `origin` begins of what was read from a checkpoint
 LOCAL, GLOBAL, SEQ_LEN = "training.local_batch_size", "training.global_batch_size", "training.seq_len"
 
 
@@ -103,11 +104,16 @@ def global_batch_divides_over_ranks(case: Case) -> Verdicts:
     if training.global_batch_size != -1 and training.global_batch_size % one_pass:
         what = f"the global batch must be a multiple of local batch x data-parallel ranks = {one_pass}"
         near = max(round(training.global_batch_size / one_pass), 1) * one_pass
-        yield Clash(
-            what,
-            f"set {GLOBAL} to {near}, or change the local batch or the degrees",
-            f"-1, or a multiple of {one_pass}",
-        )
+        rows, rest = divmod(training.global_batch_size, dp)
+        resumed = case.origin.get(GLOBAL, "").startswith(FROM_CHECKPOINT)  # which a run that goes on must keep
+        if rest and resumed:
+            fix = f"start on a number of data-parallel ranks that divides {training.global_batch_size}"
+        elif rest:
+            fix = f"set {GLOBAL} to {near}, or change the local batch or the degrees"
+        else:
+            size = next(size for size in range(min(rows, training.local_batch_size), 0, -1) if rows % size == 0)
+            fix = f"set {LOCAL} to {size}" + ("" if resumed else f", or {GLOBAL} to {near}")
+        yield Clash(what, fix, f"-1, or a multiple of {one_pass}")
 
 
 @rule("parallelism.expert_parallel_degree", "parallelism.expert_tensor_parallel_degree", "model.name")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from quadriga.checkpoint.folder import CheckpointError
 from quadriga.config import Run, words
 from quadriga.config.words import decimal_bytes, plural
-from quadriga.errors import Problem
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
 from quadriga.estimate.advice import advice_for
 from quadriga.estimate.carriers import carriers_in_words
 from quadriga.estimate.estimate import Estimate, estimate
@@ -19,12 +21,28 @@ from quadriga.units import show_count
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
 
-def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
-    """The summary of a run. `missing`: what training would refuse it for, as things stand."""
+@dataclass(frozen=True)
+class Verdict:
+    """What a start would refuse a run for: `problems`, or `fault`, checkpoints of which none is good. Else `start`,
+    from where it would begin; none where it only rehearses."""
+
+    problems: tuple[Problem, ...] = ()
+    fault: CheckpointError | None = None
+    start: str | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code of such a start, as far as it can be told."""
+        return EXIT_USAGE if self.problems else self.fault.exit_code if self.fault else EXIT_OK
+
+
+def describe(run: Run, verdict: Verdict) -> str:
+    """The summary of a run, and whether it would start as things stand."""
+    missing = verdict.problems
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
     foreseen = foresee(run)
     lines = [f"Dry run of {source}: {model.name} {model.flavor} on {plural(run.spec.world_size, 'rank')}", ""]
-    lines += [line for name, text in (*_rows(run), *estimated_rows(foreseen)) for line in _wrapped(name, text)]
+    lines += [line for name, text in (*_rows(run, verdict), *estimated_rows(foreseen)) for line in _wrapped(name, text)]
     if advice := advice_for(foreseen):
         helps = "would be faster" if verdict_fits(foreseen) else "would help"
         lines += ["", f"What {helps}:", *(f"  - {each}" for each in advice)]
@@ -32,8 +50,9 @@ def describe(run: Run, missing: Sequence[Problem] = ()) -> str:
     notices = [notice for notice in run.spec.notices if not (told and notice.startswith(told))]
     if notices:
         lines += ["", "Notices:", *(f"  - {notice}" for notice in notices)]
-    if missing:
-        lines += ["", "Before it can train:", "", *("  " + line for text in missing for line in str(text).splitlines())]
+    if missing or verdict.fault:
+        lines += ["", "Before it can train:", ""]
+        lines += ["  " + line for each in (*missing, verdict.fault) if each for line in str(each).splitlines()]
     else:
         lines += ["", "Ready to be rehearsed." if run.config.only_rehearses else "Ready to train."]
     return "\n".join(lines)
@@ -55,7 +74,7 @@ def _wrapped(name: str, text: str) -> list[str]:
     return [f"  {name:<{NAME_WIDTH}}{first}", *(" " * (NAME_WIDTH + 2) + line for line in rest)]
 
 
-def _rows(run: Run) -> Iterator[tuple[str, str]]:
+def _rows(run: Run, verdict: Verdict) -> Iterator[tuple[str, str]]:
     config, spec, model = run.config, run.spec, run.spec.model
     heads = f"{model.n_heads} heads" + f" ({model.n_kv_heads} for keys and values)" * (
         model.n_kv_heads != model.n_heads
@@ -79,4 +98,6 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
     yield "backends", carriers_in_words(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
     size = decimal_bytes(words.save_bytes(run, count_parameters(model)))
     yield "checkpoints", f"{words.checkpoints(config.checkpoint)}; one full save takes about {size}"
+    if verdict.start is not None:
+        yield "starts at", verdict.start
     yield "run folder", spec.folders.dump

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from quadriga.checkpoint.folder import newest_extra
+from quadriga.checkpoint.folder import CheckpointError, newest_extra
 from quadriga.comm.backend import BACKENDS
 from quadriga.comm.heap import VARIABLE as SYMMETRIC_SIZE
 from quadriga.comm.heap import symmetric_size
@@ -25,7 +25,7 @@ from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError
 from quadriga.estimate.heap import heap_of
 from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
-from quadriga.launch.dry_run import describe
+from quadriga.launch.dry_run import Verdict, describe
 from quadriga.launch.ending import conclude
 from quadriga.launch.environment import (
     LOOPBACK_RENDEZVOUS,
@@ -36,6 +36,7 @@ from quadriga.launch.environment import (
     torch_build,
     visible_gpus,
 )
+from quadriga.launch.verdict import where_it_starts
 from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
 from quadriga.processes import RECORDS, adopt_orphans
@@ -85,17 +86,23 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         argv, rehearsal = without_rehearse(argv)
         request, run = check_at_the_door(argv, environ)
         if request.dry_run or run.config.only_rehearses:
-            print(describe(run, what_training_lacks(request, argv, environ)), flush=True)
+            ready = verdict(request, run, argv, environ)
+            print(describe(run, ready), flush=True)
             wanted = rehearsal or run.config.only_rehearses
-            return rehearse(run, arguments(argv, environ), environ) if wanted else EXIT_OK
+            return rehearse(run, arguments(argv, environ), environ) if wanted else ready.code
         if rehearsal:
             raise UserError(Problem(REHEARSE, "a rehearsal is part of a dry run", fix="set DRY_RUN=1"))
         start_logging({**environ, "RANK": "0", "LOG_RANK": "0"})
+        if request.node == 0:  # whose first rank looks for checkpoints; other machines may not see them
+            where_it_starts(run, look_deep=False)
         gpus = visible_gpus(environ)
         backend, reason = choose_backend(run.spec.backend, request.ranks, torch_build(), gpus)
         heap = heap_variables(run, environ)
     except UserError as error:
         print(error.report, file=sys.stderr)
+        return error.exit_code
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
         return error.exit_code
     ours = rank_environment(environ, request) | heap
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)
@@ -150,6 +157,21 @@ def read_run(request: Request, argv: Sequence[str], environ: Mapping[str, str], 
         training=training,
         saved=newest_extra,
     )
+
+
+def verdict(request: Request, run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> Verdict:
+    """What a start would refuse this run for, or where it would begin; nothing of that where it only rehearses."""
+    if run.config.only_rehearses:
+        return Verdict()
+    problems = what_training_lacks(request, argv, environ)
+    try:
+        return Verdict(problems, start=where_it_starts(run, look_deep=True))
+    except UserError as error:
+        told = {(problem.where, problem.what) for problem in problems}
+        more = [problem for problem in error.problems if (problem.where, problem.what) not in told]
+        return Verdict((*problems, *more))
+    except CheckpointError as fault:
+        return Verdict(problems, fault)
 
 
 def what_training_lacks(request: Request, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Problem, ...]:

@@ -9,6 +9,7 @@ from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
+from quadriga.config.continuity import facts
 from quadriga.config.words import plural
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
@@ -61,7 +62,7 @@ def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
         "lr_scheduler": {"done": state.schedule.last_epoch},
         "dataloader": data,
         "max_positions": max(state.max_positions, run.spec.seq_len),
-        **continuity.facts(run),
+        **facts(run),
         "versions": versions(),
     }
 

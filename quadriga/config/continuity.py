@@ -1,0 +1,62 @@
+"""Whether a run that goes on from a checkpoint is the same training: what a checkpoint says of its run, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from quadriga.config.read import Run
+from quadriga.errors import Problem
+
+NAMES = {"name", "flavor"}  # of a model: what counts is its numbers
+FIX = "restore what it was, begin another run (--job.dump_folder), or go on all the same: --checkpoint.allow_change"
+BATCH = "training.global_batch_size"
+Change = tuple[str, Any, Any]  # the key, what it was, what it is
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps of the configuration, to be compared later and read by a person."""
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "model": asdict(run.spec.model),
+        "seq_len": run.spec.seq_len,
+        "seed": run.spec.seed,
+        "global_batch_size": run.spec.global_batch_size,
+        "world_size": run.spec.world_size,
+        "layout": asdict(run.spec.degrees),
+    }
+
+
+def other_training(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
+    """The differences that make it another training: of the model, the length of sequences, the seed, the batch."""
+    model = saved.get("model")
+    for name in sorted(here["model"].keys() - NAMES):
+        was, now = model.get(name) if isinstance(model, Mapping) else None, here["model"][name]
+        if was != now:
+            yield f"model.{name}", was, now
+    for name, key in (("seq_len", "training.seq_len"), ("seed", "debug.seed"), ("global_batch_size", BATCH)):
+        if saved.get(name) != here[name]:
+            yield key, saved.get(name), here[name]
+
+
+def refusals(saved: Mapping[str, Any], run: Run) -> list[Problem]:
+    """A problem for each such difference, with what to set."""
+    return [
+        Problem(key, f"was {was} when the checkpoint was saved", value=str(now), fix=_way_back(key, was, run))
+        for key, was, now in other_training(saved, facts(run))
+    ]
+
+
+def _way_back(key: str, was: Any, run: Run) -> str:
+    """How to restore what it was, where one or two keys do."""
+    if key == BATCH and isinstance(was, int):
+        ranks, rows = run.spec.degrees.batch, run.spec.local_batch_size
+        if was % ranks or was < 1:
+            return f"start on a number of data-parallel ranks that divides {was}, or: {FIX}"
+        if (was // ranks) % rows:
+            rows = next(size for size in range(min(rows, was // ranks), 0, -1) if (was // ranks) % size == 0)
+            return f"set {key} to {was} and training.local_batch_size to {rows}; or: {FIX}"
+    if was is not None and not isinstance(was, dict | list) and key != "model.head_dim":
+        return f"set {key} to {was}; or: {FIX}"
+    return FIX

@@ -1,0 +1,184 @@
+"""Whether a run would start, and from where: one verdict for the dry run and for the launcher's own start.
+
+No torch, and nothing is written. What the ranks alone can find out (the content of large checkpoints, of weights and of
+data) is left to them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quadriga.checkpoint import folder as checkpoints
+from quadriga.checkpoint import words
+from quadriga.checkpoint.files import files_at, is_url, local
+from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
+from quadriga.config import Run
+from quadriga.config.continuity import refusals
+from quadriga.config.schema import Checkpoint
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
+from quadriga.limits import DRY_RUN_HASHED_BYTES
+from quadriga.models import registry
+from quadriga.reading import read_json_object
+from quadriga.units import show_bytes
+
+LOCK_NAME = ".lock"  # of train.guards
+FOREIGN_PLAN = ".metadata"  # what every folder of torch.distributed.checkpoint has
+SCRATCH = "step 0, from initial weights"
+
+
+def where_it_starts(run: Run, *, look_deep: bool) -> str:
+    """What the run would start from, in a line.
+
+    Args:
+        look_deep: compare the content of small checkpoints with its hashes, and look whether another run holds the
+            folder: for a dry run. A start leaves both to its ranks.
+
+    Raises:
+        UserError: it would not start, and why.
+        CheckpointError: checkpoints are there and none is good; with exit code 3.
+    """
+    section, spec = run.config.checkpoint, run.spec
+    problems = _not_writable("job.dump_folder", spec.folders.dump)
+    if look_deep and not problems:
+        problems = _held(spec.folders.dump)
+    try:
+        if not section.enable:
+            start = SCRATCH
+        else:
+            start = _from_checkpoints(run, look_deep)
+            if not section.load_only and not is_url(spec.folders.checkpoint):
+                problems += _not_writable("checkpoint.folder", spec.folders.checkpoint)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return start
+
+
+def _from_checkpoints(run: Run, look_deep: bool) -> str:
+    section, folder = run.config.checkpoint, run.spec.folders.checkpoint
+    found = _own(section, folder, look_deep)
+    if found is not None and found.step >= run.spec.steps:
+        return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
+    if found is not None:
+        _fits(found, section, run)
+        return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
+    if section.initial_load_in_hf:
+        place = section.initial_load_path or run.config.model.hf_assets_path
+        _hf_weights(place, run)
+        return f"step 0, from the Hugging Face weights in {place}"
+    if section.initial_load_path is None:
+        return SCRATCH
+    found = _elsewhere(section.initial_load_path, look_deep)
+    if found is None:
+        return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
+    if section.initial_load_model_only:
+        return f"step 0, from the weights of {found.path}{_unverified(found, look_deep)}"
+    _fits(found, section, run)
+    return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
+
+
+def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
+    """The run's own newest good checkpoint, or that of `load_step`, as `checkpoint.search` chooses it."""
+    if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(words.no_folder(folder))
+    whole, damaged = checkpoints.sorted_out(folder)
+    refused, asked = dict(damaged), section.load_step
+    if asked >= 0 and asked not in {found.step for found in whole} | refused.keys():
+        raise UserError(words.no_such_step(asked, folder, whole))
+    for found in reversed(whole):
+        if asked not in (-1, found.step):
+            continue
+        if not (wrong := _damage(found, look_deep)):
+            return found
+        refused[found.step] = "; ".join(wrong)
+    if asked >= 0 or refused:
+        raise CheckpointError(words.none_is_good(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
+    return None
+
+
+def _elsewhere(path: str, look_deep: bool) -> Found | None:
+    """What `initial_load_path` names; None: a folder of another program, which DCP reads."""
+    try:
+        found = checkpoints.find(path) or checkpoints.read(path)
+    except NotWhole as reason:
+        files, manifest = files_at(path), checkpoints.join(path, checkpoints.STATE_FILE)
+        if files.exists(manifest) or not files.exists(checkpoints.join(path, FOREIGN_PLAN)):
+            raise UserError(words.not_ours(path, reason)) from reason
+        return None
+    if wrong := _damage(found, look_deep):
+        refused = {found.step: "; ".join(wrong)}
+        raise CheckpointError(words.none_is_good(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
+    return found
+
+
+def _damage(found: Found, look_deep: bool) -> list[str]:
+    small = look_deep and not is_url(found.place) and checkpoints.size(found) <= DRY_RUN_HASHED_BYTES
+    return checkpoints.damage(found) if small else []
+
+
+def _unverified(found: Found, look_deep: bool) -> str:
+    size = checkpoints.size(found)
+    return f" (its {show_bytes(size)} are verified at the start)" if look_deep and size > DRY_RUN_HASHED_BYTES else ""
+
+
+def _fits(found: Found, section: Checkpoint, run: Run) -> None:
+    """Refuse a checkpoint from which this run cannot go on."""
+    wanted = {"model", "optimizer"} - set(section.exclude_from_loading)
+    if absent := sorted(wanted - set(found.contents)):
+        raise UserError(words.holds_no(found, absent))
+    if not section.allow_change and (changed := refusals(found.extra, run)):
+        raise UserError(*changed)
+
+
+def _hf_weights(place: str, run: Run) -> None:
+    """Refuse a folder without weights, or with those of another model."""
+    if is_url(place):
+        what = "Hugging Face weights are read from files, not from a URL"
+        raise UserError(Problem("checkpoint.initial_load_path", what, place, fix="name a folder of this machine"))
+    folder = local(place)
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        what = "holds no file *.safetensors" if folder.is_dir() else "no such folder"
+        fix = "python scripts/download_hf_assets.py --assets safetensors index config, or name another folder"
+        raise UserError(Problem("checkpoint.initial_load_path", what, place, fix=fix))
+    config = folder / "config.json"
+    if config.is_file() and not run.config.checkpoint.allow_change:
+        said: Mapping[str, Any] = read_json_object(config)
+        if unlike := registry.hf_names(run.spec.model).unlike(said, str(config)):
+            raise UserError(*unlike)
+
+
+def _not_writable(key: str, folder: str) -> list[Problem]:
+    """Why nothing could be written at `folder`, which need not be there yet."""
+    fix = f"choose a folder that you may write with --{key}"
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        return [Problem(key, f"cannot be written: {there} is no folder", folder, fix=fix)]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [Problem(key, f"cannot be written: no permission to write in {there}", folder, fix=fix)]
+    return []
+
+
+def _held(folder: str) -> list[Problem]:
+    """Whether another run holds the folder now."""
+    try:
+        handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return []
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+        fix = "wait for that run to end, stop it, or choose another folder with --job.dump_folder"
+        return [Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)]
+    except OSError:
+        return []
+    finally:
+        os.close(handle)
+    return []

@@ -1,0 +1,195 @@
+"""The dry run and the start give one verdict: each case is asked of both, and the dry run writes nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from training import DEBUG_FILE, TINY, one_rank
+
+from quadriga.launch.supervisor import main
+
+SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=4")
+
+
+def started(argv: list[str]) -> tuple[int, str]:
+    """What one rank makes of it: exit code and report, without training (the step is left out)."""
+    from quadriga.errors import Fault, UserError
+    from quadriga.train import guards, loop
+
+    loop.train = lambda trainer: None
+    folder = [word for word in argv if word.startswith("--job.dump_folder=")][-1].partition("=")[2]
+    try:
+        with guards.lock_run_folder(folder):
+            return one_rank(argv), ""
+    except (UserError, Fault) as error:
+        return error.exit_code, str(error)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with step-2 and step-4 of a run of 4 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(folder), *TINY, *SAVING]
+    assert run_ranks(one_rank, 1, argv, backend=None, timeout=120) == [0]
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prepare` changes a copy of the trained folder; the keys that are asked for; what both answer."""
+
+    name: str
+    code: int
+    says: str
+    keys: tuple[str, ...] = ()
+    prepare: Callable[[Path], object] | None = None
+
+
+def cut(file: str) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(next(folder.glob(file)), 10)
+
+
+def flip(file: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = next(folder.glob(file))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def both(change: Callable[[str], Callable[[Path], object]], file: str) -> Callable[[Path], object]:
+    return lambda folder: [change(f"checkpoint/step-{step}/{file}")(folder) for step in (2, 4)]
+
+
+MORE = ("--training.steps=6",)
+CASES = [
+    Case("goes on", 0, "step 4, from", MORE),
+    Case("asked for a step", 0, "step 2, from", (*MORE, "--checkpoint.load_step=2")),
+    Case("a finished run", 0, "this run is finished"),
+    Case("a newest one that is cut", 0, "step 2, from", MORE, cut("checkpoint/step-4/*.distcp")),
+    Case("a newest one with another bit", 0, "step 2, from", MORE, flip("checkpoint/step-4/*.distcp")),
+    Case("a step that is not there", 2, "has no checkpoint of this step", (*MORE, "--checkpoint.load_step=3")),
+    Case("all are cut", 3, "no published checkpoint is good", MORE, both(cut, "*.distcp")),
+    Case("all have another bit", 3, "no published checkpoint is good", MORE, both(flip, "*.distcp")),
+    Case("another batch", 2, "was 8 when the checkpoint was saved", (*MORE, "--training.global_batch_size=4")),
+    Case("another batch, allowed", 0, "step 4", (*MORE, "--training.global_batch_size=4", "--checkpoint.allow_change")),
+    Case("another seed", 2, "debug.seed", (*MORE, "--debug.seed=7")),
+    Case("another model", 2, "model.n_layers", (*MORE, "--model.n_layers=3")),
+    Case("other sequences", 2, "training.seq_len", (*MORE, "--training.seq_len=16")),
+    Case(
+        "no weights to start from",
+        2,
+        "no checkpoint",
+        ("--checkpoint.initial_load_path=nowhere",),
+        lambda folder: (folder / "checkpoint").rename(folder / "old"),
+    ),
+    Case(
+        "weights of the old folder",
+        0,
+        "step 0, from the weights of",
+        ("--checkpoint.initial_load_path=RUN/old",),
+        lambda folder: (folder / "checkpoint").rename(folder / "old"),
+    ),
+    Case(
+        "weights that are cut",
+        3,
+        "is good",
+        ("--checkpoint.initial_load_path=RUN/old/step-4",),
+        lambda folder: [(folder / "checkpoint").rename(folder / "old"), flip("old/step-4/*.distcp")(folder)],
+    ),
+    Case("a file for a folder", 2, "job.dump_folder", ("--job.dump_folder=RUN/config.toml/here",)),
+    Case("a file for the checkpoints", 2, "checkpoint.folder", ("--checkpoint.folder=config.toml",)),
+    Case(
+        "no Hugging Face weights",
+        2,
+        "no such folder",
+        ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path=nowhere", "--checkpoint.folder=new"),
+    ),
+    Case(
+        "data that is not there",
+        2,
+        "training.dataset_path",
+        ("--training.dataset=text", "--training.dataset_path=nowhere"),
+    ),
+    Case("a tokenizer that is not there", 2, "no tokenizer is there", ("--model.hf_assets_path=nowhere",)),
+]
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+
+
+def arguments(folder: Path, case: Case) -> list[str]:
+    keys = [key.replace("RUN", str(folder)) for key in case.keys]
+    return [f"--job.dump_folder={folder}", *TINY, *SAVING, *keys]
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {str(path): path.lstat() for path in sorted(folder.rglob("*"))}
+    return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
+
+
+def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], ranks: str = "1") -> tuple[int, str]:
+    code = main(argv, {"CONFIG_FILE": DEBUG_FILE, "NGPU": ranks, "DRY_RUN": "1"})
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_dry_run_says_what_a_start_says(case: Case, folder: Path, capsys) -> None:
+    if case.prepare is not None:
+        case.prepare(folder)
+    before = state(folder)
+    code, shown = dry_run(arguments(folder, case), capsys)
+    assert state(folder) == before
+    assert code == case.code, shown
+    assert case.says in " ".join(shown.split())
+    assert ("Ready to train." in shown) == (code == 0)
+    (start,) = run_ranks(started, 1, ["--job.config_file", DEBUG_FILE, *arguments(folder, case)], backend=None)
+    assert start[0] == code, start
+
+
+def test_a_run_that_is_under_way_is_seen(folder: Path, capsys) -> None:
+    with (folder / ".lock").open("w") as lock:
+        lock.write("process 7 on here since then\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, shown = dry_run(arguments(folder, CASES[0]), capsys)
+    assert code == 2
+    assert "in use by process 7 on here" in shown
+
+
+def test_the_way_back_to_the_saved_batch_is_accepted(folder: Path, capsys) -> None:
+    """Saved with 8 rows a step; on 2 ranks of 8 rows each that is the local batch's to give way."""
+    argv = [*arguments(folder, CASES[0]), "--training.global_batch_size=-1", "--training.local_batch_size=8"]
+    code, shown = dry_run(argv, capsys, "2")
+    assert code == 2
+    assert "to do: set training.local_batch_size to 4" in shown
+    assert dry_run([*argv, "--training.local_batch_size=4"], capsys, "2")[0] == 0
+    code, shown = dry_run([*argv, "--training.global_batch_size=16"], capsys, "2")
+    assert code == 2
+    assert "to do: set training.global_batch_size to 8 and training.local_batch_size to 4;" in shown
+
+
+def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(folder: Path, capsys) -> None:
+    from quadriga.checkpoint.manifest import seal
+
+    for step in (2, 4):
+        path = folder / f"checkpoint/step-{step}/train_state.json"
+        path.write_text(seal({**json.loads(path.read_text()), "extra": {"model": 7}}))
+    code, shown = dry_run(arguments(folder, CASES[0]), capsys)
+    assert code == 2
+    assert "was None when the checkpoint was saved" in shown
