@@ -44,13 +44,8 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("models", "config"): ("quadriga.config.model_spec",),
     ("parallel", "models"): ("quadriga.models.plan", "quadriga.models.kv_heads"),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
-<<<<<<< HEAD
     ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap", "quadriga.comm.network"),
-    ("launch", "checkpoint"): ("quadriga.checkpoint.folder",),
-=======
-    ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("launch", "checkpoint"): ("quadriga.checkpoint.folder", "quadriga.checkpoint.files", "quadriga.checkpoint.words"),
->>>>>>> 7049ff2 (The dry run and the start give one verdict, with the exit code of the start and where it would begin; the saved batch decides what gives way)
     ("cli", "comm"): ("quadriga.comm.backend",),
     ("estimate", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),

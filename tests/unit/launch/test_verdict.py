@@ -102,7 +102,7 @@ CASES = [
     Case(
         "weights that are cut",
         3,
-        "is good",
+        "is damaged",
         ("--checkpoint.initial_load_path=RUN/old/step-4",),
         lambda folder: [(folder / "checkpoint").rename(folder / "old"), flip("old/step-4/*.distcp")(folder)],
     ),
