@@ -43,3 +43,12 @@ VOCABULARY = 1 << 24  # ids
 # A model that a Hugging Face config.json describes. The largest published Llama has 126 layers, 16,384 wide.
 MODEL_LAYERS = 10_000
 MODEL_WIDTH = 1 << 24  # of hidden states and of the feed-forward part, and positions
+
+# Training data.
+DOCUMENT_BYTES = 64 * MIB  # one line of JSON lines, one cell of a Parquet column; a long book is 5 MB
+LINE_SKIPPED_BYTES = GIB  # how much of a longer line is read to find its end; beyond, the file has no lines
+BLANK_LINES = 10_000_000  # one after the other in JSON lines: some seconds of reading
+DATA_FILES = 1 << 20  # files and folders below one `dataset_path`
+BAD_RECORDS_IN_A_ROW = 100_000  # skipped by one row of the batch (`on_bad_record`); beyond, it is no data set
+PARQUET_FOOTER_BYTES = 256 * MIB  # the metadata of one Parquet file: some 100,000 row groups of 10 columns
+PARQUET_ROWS = 1 << 40  # in one Parquet file

@@ -37,7 +37,7 @@ def opened(path: str | os.PathLike[str], *, what: str = "file") -> Iterator[Bina
         with os.fdopen(_open(path), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                _refuse(path, f"is {_kind(mode)}, not a regular file", fix=f"name a {what} that is a file")
+                _refuse(path, f"is {file_kind(mode)}, not a regular file", fix=f"name a {what} that is a file")
             yield file
     except OSError as error:
         reason = error.strerror or str(error)
@@ -216,12 +216,14 @@ def _refuse(path: str | os.PathLike[str], what: str, allowed: str | None = None,
     raise UserError(Problem(shortened(Path(path), NAME_SHOWN), what, allowed=allowed, fix=fix))
 
 
-def _kind(mode: int) -> str:
+def file_kind(mode: int) -> str:
+    """What `st_mode` says an entry is, with its article."""
     kinds = {
         stat.S_IFIFO: "a FIFO",
         stat.S_IFSOCK: "a socket",
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
+        stat.S_IFLNK: "a link that leads nowhere",
     }
     return kinds.get(stat.S_IFMT(mode), "something else")
 

@@ -47,6 +47,7 @@ DATA = frozenset(
         "model.hf_assets_path",
         "training.dataset",
         "training.dataset_path",
+        "training.dataset_text_field",
         "training.global_batch_size",
         "training.seq_len",
     }

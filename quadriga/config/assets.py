@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.config.run_spec import TokenizerFacts
 from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.file_search import files_below, files_matching
 from quadriga.reading import parse_json, read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
@@ -111,12 +111,12 @@ def data_files(dataset: str, path: str) -> list[Path]:
     """The files that `path` stands for, sorted: itself, those of a folder and its sub-folders, or those of a glob."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        found = [file for file in folder.rglob("*") if file.name.lower().endswith(DATASETS[dataset].suffixes)]
-        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        found = [folder / name for name in files_below(folder).files]
+        found = [file for file in found if file.name.lower().endswith(DATASETS[dataset].suffixes)]
     elif folder.is_file():
         found = [folder]
     else:
-        found = [Path(name) for name in glob.glob(str(folder), recursive=True)]
+        found = [Path(name) for name in files_matching(str(folder))]
     return sorted(file for file in found if file.is_file())
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quadriga.data.packing import LeftOut
 from quadriga.data.sources import DocumentId
 
 IGNORE = -100  # a label that no loss counts
@@ -16,12 +17,16 @@ IGNORE = -100  # a label that no loss counts
 class Batch:
     """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len).
 
-    `documents` says of each row which documents it is from; a micro-batch does not know.
+    `documents` says of each row which documents it is from; `left_out` names the records that could not be read on the
+    way, and `bad_records` counts them since the first epoch, of these rows; None where such a record ends the run. A
+    micro-batch does not know.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: tuple[tuple[DocumentId, ...], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    bad_records: int | None = None
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         """Cut into micro-batches of `rows` rows, in order."""

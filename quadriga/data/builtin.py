@@ -58,6 +58,9 @@ class BuiltinSource:
         assert isinstance(record.data, str)
         return Document(record.data)
 
+    def place(self, shard: int, number: int) -> str:
+        return self.names[shard]
+
 
 def _list_documents(root: Path) -> Iterator[tuple[str, int]]:
     """Names, and sizes in bytes or characters."""

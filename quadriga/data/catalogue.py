@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quadriga.data.builtin import BuiltinSource
+from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import c4_files, find_files
 from quadriga.data.hub import HubSource
 from quadriga.data.jsonl import JsonlSource
@@ -16,24 +17,25 @@ BUILTIN_DATASETS = {"builtin": False, "builtin_validation": True}  # name: is it
 LOCAL_DATASETS = ("text", "jsonl", "parquet")
 
 
-def open_source(dataset: str, dataset_path: str | None = None, *, lanes: int = 1) -> Source:
+def open_source(dataset: str, dataset_path: str | None = None, *, lanes: int = 1, field: Field = TEXT) -> Source:
     """The source that `training.dataset` names.
 
     `lanes` is how many readers will share it: files that can be entered anywhere are cut into enough shards for all.
+    `field`: where the documents of JSON lines, Parquet and the Hub are.
     Raises UserError: an unknown name, no file at the path, a format that cannot be read.
     """
     if dataset in BUILTIN_DATASETS:
         _refuse_path(dataset, dataset_path)
         return BuiltinSource(held_out=BUILTIN_DATASETS[dataset])
     if dataset in HUB_DATASETS:
-        return _open_c4(dataset, dataset_path)
+        return _open_c4(dataset, dataset_path, field)
     if dataset not in LOCAL_DATASETS:
         known = (*HUB_DATASETS, *BUILTIN_DATASETS, *LOCAL_DATASETS)
         what = "there is no such dataset"
         raise UserError(
             Problem("dataset", what, value=dataset, allowed=", ".join(known), nearest=nearest(dataset, known))
         )
-    return _open_local(dataset, dataset_path, lanes)
+    return _open_local(dataset, dataset_path, lanes, field)
 
 
 def _refuse_path(dataset: str, dataset_path: str | None) -> None:
@@ -44,13 +46,13 @@ def _refuse_path(dataset: str, dataset_path: str | None) -> None:
         )
 
 
-def _open_c4(dataset: str, dataset_path: str | None) -> Source:
+def _open_c4(dataset: str, dataset_path: str | None, field: Field) -> Source:
     if dataset_path is None:
-        return HubSource("allenai/c4", "en", HUB_DATASETS[dataset])
-    return JsonlSource(c4_files(dataset_path, HUB_DATASETS[dataset]))
+        return HubSource("allenai/c4", "en", HUB_DATASETS[dataset], field=field)
+    return JsonlSource(c4_files(dataset_path, HUB_DATASETS[dataset]), field=field)
 
 
-def _open_local(dataset: str, dataset_path: str | None, lanes: int) -> Source:
+def _open_local(dataset: str, dataset_path: str | None, lanes: int, field: Field) -> Source:
     if dataset_path is None:
         fix = "set dataset_path to a file, a folder or a glob"
         raise UserError(Problem("dataset_path", f"dataset {dataset} needs a path", fix=fix))
@@ -58,5 +60,5 @@ def _open_local(dataset: str, dataset_path: str | None, lanes: int) -> Source:
     if dataset == "text":
         return TextSource(files, lanes=lanes)
     if dataset == "jsonl":
-        return JsonlSource(files, lanes=lanes)
-    return ParquetSource(files)
+        return JsonlSource(files, lanes=lanes, field=field)
+    return ParquetSource(files, field=field)

@@ -1,18 +1,18 @@
-"""Local files: which ones a path means, how they are opened, and where in them something is wrong."""
+"""Local files: which ones a path means, and what names them."""
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
 
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.file_search import Below, files_below, files_matching
+from quadriga.log import logger
+from quadriga.reading import file_kind
 
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst"),
@@ -20,12 +20,17 @@ SUFFIXES = {
     "parquet": (".parquet",),
 }
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
+SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+MOST_PROBLEMS = 10  # that are told of one path
+MOST_NAMES = 5  # that a message lists
 
 
-class File(NamedTuple):
+@dataclass(frozen=True)
+class File:
     path: Path
     name: str  # as the fingerprint knows it: the same wherever the folder lies
     size: int  # bytes on disk
+    modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
 
     @property
     def compressed(self) -> bool:
@@ -35,26 +40,32 @@ class File(NamedTuple):
 def find_files(kind: str, pattern: str) -> tuple[File, ...]:
     """The files of a path, a folder (searched through, by suffix) or a glob, sorted by name.
 
-    Raises UserError where nothing is found or a format cannot be read.
+    Raises UserError where nothing is found, a file cannot be read, or its format is none that is read.
     """
     path = Path(pattern).expanduser()
     suffixes = SUFFIXES[kind] + (() if kind == "parquet" else tuple(suffix + ".gz" for suffix in SUFFIXES[kind]))
-    if path.is_file():
-        return _describe([path], path.parent)
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and not _hidden(file, path)]
-        found = [file for file in inside if file.name.lower().endswith(suffixes)]
+        inside = files_below(path)
+        found = [name for name in inside.files if name.lower().endswith(suffixes)]
+        _refuse_saved_by_datasets(kind, path, inside.files, found)
         if not found:
-            there = ", ".join(sorted(file.name for file in inside)[:5]) or "nothing"
+            there = ", ".join(_shown(inside.files)) or "nothing"
             what = f"the folder holds no {kind} file; there is {there}"
             raise UserError(Problem("dataset_path", what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
-        return _describe(found, path)
-    found = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
-    if not found:
-        what = "no file matches" if glob.has_magic(pattern) else "there is no such file or folder"
+        files = _describe([(path / name, name) for name in found], path)
+        _notice(kind, pattern, inside, found)
+        return files
+    if path.exists():
+        return _describe([(path, path.name)], path.parent)
+    matching = [Path(name) for name in files_matching(str(path)) if not os.path.isdir(name)]
+    if not matching:
+        what = "no file matches" if any(sign in pattern for sign in "*?[") else "there is no such file or folder"
         fix = f"paths are relative to the folder that the run is started from, here {Path.cwd()}"
         raise UserError(Problem("dataset_path", what, value=pattern, fix=fix))
-    return _describe(found, Path(os.path.commonpath([file.parent for file in found])))
+    root = Path(os.path.commonpath([file.parent for file in matching]))
+    files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
+    _notice(kind, pattern, Below([], []), [file.name for file in files])
+    return files
 
 
 def c4_files(folder: str, split: str) -> tuple[File, ...]:
@@ -64,92 +75,90 @@ def c4_files(folder: str, split: str) -> tuple[File, ...]:
         path = path / "en"
     if not path.is_dir():
         return find_files("jsonl", folder)
-    here = sorted(path.glob("*.json.gz"))
-    found = [file for file in here if file.name.startswith(f"c4-{split}.")]
-    found = found or [file for file in here if not file.name.startswith("c4-")]
+    here = sorted(file.name for file in path.glob("*.json.gz"))
+    found = [name for name in here if name.startswith(f"c4-{split}.")]
+    found = found or [name for name in here if not name.startswith("c4-")]
     if not found:
         what = f"the folder holds no C4 shard of the {split} split"
         fix = f"put c4-{split}.*.json.gz there, or leave dataset_path out to stream C4 from the Hub"
         raise UserError(Problem("dataset_path", what, value=folder, allowed=f"c4-{split}.*.json.gz", fix=fix))
-    return _describe(found, path)
+    return _describe([(path / name, name) for name in found], path)
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _describe(paths: Sequence[Path], root: Path) -> tuple[File, ...]:
-    problems = []
-    files = []
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        if path.name.lower().endswith(UNREADABLE):
+def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]:
+    problems: list[Problem] = []
+    files: list[File] = []
+    for path, name in sorted(found, key=lambda pair: pair[1]):
+        try:
+            status = path.stat()
+        except OSError as error:
+            mode = stat.S_IFLNK if path.is_symlink() else 0
+            what = f"is {file_kind(mode)}" if mode else f"the file cannot be read: {error.strerror}"
+            problems.append(Problem(str(path), what, fix="restore what it names, or remove it"))
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            fix = "move it away, or name the files by a glob"
+            problems.append(Problem(str(path), f"is {file_kind(status.st_mode)}, not a regular file", fix=fix))
+        elif name.lower().endswith(UNREADABLE):
             what = f"{path.suffix} files cannot be read"
             problems.append(Problem(str(path), what, allowed="plain files, and .gz for text and jsonl"))
-        files.append(File(path, path.relative_to(root).as_posix(), path.stat().st_size))
-    if not sum(file.size for file in files):
-        problems.append(Problem(str(root if len(files) > 1 else paths[0]), "every file is empty"))
+        files.append(File(path, name, status.st_size, status.st_mtime_ns))
+    if not problems and not sum(file.size for file in files):
+        problems.append(Problem(str(root if len(files) > 1 else files[0].path), "every file is empty"))
     if problems:
-        raise UserError(*problems)
+        raise UserError(*problems[:MOST_PROBLEMS])
     return tuple(files)
+
+
+def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], found: Sequence[str]) -> None:
+    """A folder that `Dataset.save_to_disk` wrote holds Arrow files; what it holds of JSON are no documents."""
+    described = [name for name in inside if name.rpartition("/")[2] in SAVED_BY_DATASETS]
+    arrow = any(name.endswith(".arrow") for name in inside)
+    if arrow and described and (kind == "jsonl" or not found):
+        what = f"the folder was written by `save_to_disk` of the library `datasets` ({described[0]}), as Arrow files"
+        raise UserError(
+            Problem(
+                shortened(folder, 400),
+                what,
+                fix=(
+                    'write it as Parquet, and set the dataset to parquet: python -c "import datasets; '
+                    "datasets.load_from_disk('FOLDER').to_parquet('FOLDER.parquet')\""
+                ),
+            )
+        )
+    taken = [name for name in found if name.rpartition("/")[2] in SAVED_BY_DATASETS - {"state.json"}]
+    if taken:
+        what = "the file describes a data set of the library `datasets`; it holds no documents"
+        fix = "move it out of the folder, or name the files by a glob (dataset_path = FOLDER/*.jsonl)"
+        raise UserError(*(Problem(shortened(folder / name, 400), what, fix=fix) for name in taken[:MOST_PROBLEMS]))
+
+
+def _notice(kind: str, pattern: str, inside: Below, found: Sequence[str]) -> None:
+    """Say what a reader of the folder may not expect."""
+    there = set(found)
+    if twice := [name for name in found if name + ".gz" in there]:
+        both = f"{shortened(twice[0])} and {shortened(twice[0])}.gz"
+        more = f", and {len(twice) - 1} more such pairs" if len(twice) > 1 else ""
+        logger.warning("data: %s are both read%s; if one is a copy of the other, remove it", both, more)
+    if inside.repeated:
+        names = ", ".join(_shown(inside.repeated))
+        logger.warning("data: links in %s to folders that are read already are left out: %s", shortened(pattern), names)
+    packed = tuple(suffix + end for suffix in SUFFIXES[kind] for end in UNREADABLE)
+    packed += (".parquet.gz",) if kind == "parquet" else ()
+    if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
+        names = ", ".join(_shown(left_out))
+        logger.warning("data: %d files are left out, since their compression is not read: %s", len(left_out), names)
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    more = [f"and {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return [shortened(name) for name in names[:MOST_NAMES]] + more
 
 
 def fingerprint(kind: str, files: Sequence[File]) -> str:
     """Of names and sizes, so that it costs no reading."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        digest.update(f"{file.name}\0{file.size}\0".encode())
+        digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
     return f"{kind}:{len(files)}:{digest.hexdigest()}"
-
-
-@contextmanager
-def open_bytes(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed."""
-    with gzip.open(file.path, "rb") if file.compressed else open(file.path, "rb") as stream:
-        yield cast(BinaryIO, stream)
-
-
-def lines_of(file: File) -> Iterator[tuple[int, bytes]]:
-    """Every line with its offset. Raises UserError where a compressed file is broken."""
-    offset = line = 0
-    with open_bytes(file) as stream:
-        try:
-            for line, text in enumerate(stream, 1):  # noqa: B007 (an error says how far it got)
-                yield offset, text
-                offset += len(text)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(broken_gzip(file, line, error)) from error
-
-
-def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
-    truncated = isinstance(error, EOFError)
-    what = "the compressed file is cut off" if truncated else f"the compressed file is damaged ({error})"
-    return Problem(f"{file.path}, after line {lines}", what, fix="fetch or write the file again")
-
-
-def line_at(file: File, offset: int) -> int:
-    """The number of the line (from 1) that holds the byte at `offset` of the decompressed file."""
-    lines = 1
-    with open_bytes(file) as stream:
-        while offset > 0 and (chunk := stream.read(min(offset, 1 << 16))):
-            lines += chunk.count(b"\n")
-            offset -= len(chunk)
-    return lines
-
-
-def decode(file: File, offset: int, data: bytes) -> str:
-    """UTF-8 text that lies at `offset` of the file. Raises UserError naming the line."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{file.path}, line {line_at(file, offset + error.start)}"
-        what = f"byte 0x{data[error.start]:02x} is not UTF-8 text"
-        fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
-        raise UserError(Problem(where, what, fix=fix)) from error
-
-
-def cut_points(size: int, *, lanes: int, least: int, most: int) -> range:
-    """Where a file of `size` bytes is cut, nominally: at least four shards for each lane, if they stay above `least`.
-
-    At most about 2^17 shards, since each epoch sorts them.
-    """
-    return range(0, size, min(max(size // (4 * lanes), least), max(most, size >> 17)))

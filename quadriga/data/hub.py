@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quadriga.data.sources import Document, Record
-from quadriga.errors import Problem, UserError
+from quadriga import limits
+from quadriga.data.fields import TEXT, Field
+from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
 
 ROWS_AT_ONCE = 256
@@ -18,29 +20,58 @@ class HubSource:
     trusted = True
     disk_bytes = 0
 
-    def __init__(self, path: str, name: str | None, split: str, data_files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        name: str | None,
+        split: str,
+        data_files: Sequence[str] | None = None,
+        *,
+        field: Field = TEXT,
+    ) -> None:
         self._named = "/".join(part for part in (path, name, split) if part)
+        self.field = field
         logger.info("data: opening %s on the Hub", self._named)  # which, with no network, is tried for half a minute
-        self._rows = _stream(path, name, split, data_files).select_columns(["text"]).with_format("arrow")
+        rows = _stream(path, name, split, data_files)
+        names = rows.column_names  # None where only the files know
+        if names is not None:
+            self._refuse_if_missing(list(names))
+            rows = rows.select_columns([field.name])
+        self._rows = rows.with_format("arrow")
         self.shards = int(self._rows.num_shards)
-        self.fingerprint = f"hub:{self._named}:{self.shards}"
+        self.fingerprint = f"hub:{self._named}:{self.shards}{field.mark}"
 
     def read(self, shard: int) -> Iterator[Record]:
         row = 0
         try:
             for table in self._rows.shard(self.shards, shard).iter(ROWS_AT_ONCE):
-                for text in table.column("text").to_pylist():
+                self._refuse_if_missing(table.column_names)
+                for text in table.column(self.field.name).to_pylist():
                     yield Record(shard, row, text)
                     row += 1
-        except Exception as error:  # of many kinds: the network's, the Hub's, and those of what parses the file
-            what = f"streaming {self._named} stopped in shard {shard} after row {row}: {error}"
-            raise RuntimeError(f"{what}. Checkpoints are not touched; start again to go on from the last") from error
+        except UserError:
+            raise
+        except Exception as error:
+            said = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+            what = f"streaming {self._named} stopped in shard {shard} after row {row}: {said}"
+            raise Fault(f"{what}. Checkpoints are not touched; start again to go on from the last") from error
 
     def parse(self, record: Record) -> Document:
         if isinstance(record.data, str):
-            return Document(record.data)
-        where = f"{self._named}, shard {record.shard}, row {record.number + 1}"
-        raise UserError(Problem(where, "`text` is not a string", allowed="a string in every row"))
+            if len(record.data) <= limits.DOCUMENT_BYTES:
+                return Document(record.data)
+            what = f"the document is longer than the {limits.DOCUMENT_BYTES:,} characters that it may have"
+            raise BadRecord(what, lambda: self.place(record.shard, record.number))
+        what, allowed = f"`{self.field.name}` is not a string", "a string in every row"
+        raise BadRecord(what, lambda: self.place(record.shard, record.number), allowed)
+
+    def place(self, shard: int, number: int) -> str:
+        return f"{self._named}, shard {shard}, row {number + 1}"
+
+    def _refuse_if_missing(self, names: Sequence[str]) -> None:
+        if self.field.name not in names:
+            what = f"the data set has no column `{self.field.name}`; its columns are {self.field.listed(names)}"
+            raise UserError(Problem(f"dataset {self._named}", what, fix=self.field.fix(names)))
 
 
 def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] | None) -> Any:
@@ -49,8 +80,8 @@ def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] |
     try:
         files = list(data_files) if data_files is not None else None
         return datasets.load_dataset(path, name, split=split, data_files=files, streaming=True)
-    except OSError as error:  # so are all of the Hub's own errors: no network, no such repository, no access
-        first_line = str(error).strip().split("\n")[0]
+    except Exception as error:
+        first_line = shortened((str(error).strip() or type(error).__name__).split("\n")[0], 300)
         raise UserError(
             Problem(
                 f"dataset {path}",

@@ -1,13 +1,18 @@
-"""JSON lines: one object a line, whose `text` is the document."""
+"""JSON lines: one object a line, one of whose fields is the document."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 
-from quadriga.data.files import File, cut_points, decode, fingerprint, line_at, lines_of, open_bytes
-from quadriga.data.sources import Document, Record
+from quadriga import limits
+from quadriga.data.fields import TEXT, Field
+from quadriga.data.files import File, fingerprint
+from quadriga.data.recognize import refuse_if_foreign
+from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.data.streams import cut_points, lines_of, place
 from quadriga.errors import Problem, UserError
+from quadriga.reading import json_type
 
 LEAST_RANGE = 1 << 16
 MOST_RANGE = 1 << 24
@@ -19,10 +24,11 @@ class JsonlSource:
 
     trusted = False
 
-    def __init__(self, files: Sequence[File], *, lanes: int = 1) -> None:
+    def __init__(self, files: Sequence[File], *, lanes: int = 1, field: Field = TEXT) -> None:
         self.files = files
+        self.field = field
         self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("jsonl", files)
+        self.fingerprint = fingerprint("jsonl", files) + field.mark
         step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_RANGE, most=MOST_RANGE).step
         self._ranges: list[tuple[int, int, int]] = []  # file, start, end
         for index, file in enumerate(files):
@@ -35,34 +41,77 @@ class JsonlSource:
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._ranges[shard]
         file = self.files[index]
-        lines = lines_of(file) if file.compressed else _lines_between(file, start, end)
-        return (Record(shard, offset, line) for offset, line in lines if not line.isspace())
+        lines = lines_of(file) if file.compressed else lines_of(file, start, end)
+        blank = 0
+        for offset, line in lines:
+            if line is None or not line.isspace():
+                blank = 0
+                yield Record(shard, offset, line)
+            elif (blank := blank + 1) > limits.BLANK_LINES:
+                what = f"more than {limits.BLANK_LINES:,} empty lines end here"
+                raise UserError(Problem(self.place(shard, offset), what, fix="check whether this is a data file"))
 
     def parse(self, record: Record) -> Document:
-        file = self.files[self._ranges[record.shard][0]]
-        assert isinstance(record.data, bytes)
-        line = record.data.removeprefix(BYTE_ORDER_MARK) if record.number == 0 else record.data
-        said = decode(file, record.number, line)
+        line = record.data
+        if line is None:
+            what = f"the line is longer than the {limits.DOCUMENT_BYTES:,} bytes that a document may have"
+            raise self._refused(record, what, fix="cut the document into several")
+        assert isinstance(line, bytes)
+        if record.number == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            value = json.loads(said)
+            text = json.loads(line.decode("utf-8"))[self.field.name]
+            if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
+                return Document(text)
+        except (ValueError, RecursionError, LookupError, TypeError):
+            pass  # looked at closely below, where it costs the others nothing
+        return self._look_closely(record, line)
+
+    def place(self, shard: int, number: int) -> str:
+        return place(self.files[self._ranges[shard][0]], number)
+
+    def _look_closely(self, record: Record, line: bytes) -> Document:
+        """The document of a line that the plain way did not read. Raises what is wrong with it."""
+        refuse_if_foreign(self.files[self._ranges[record.shard][0]], "jsonl")
+        try:
+            said = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = record._replace(number=record.number + error.start)  # of a mark that was taken off, 3 bytes less
+            what = f"byte 0x{line[error.start]:02x} is not UTF-8 text"
+            fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
+            raise self._refused(at, what, fix=fix) from error
+        try:
+            value = json.loads(said, parse_int=_no_number)  # the text alone counts: numbers may be of any length
         except json.JSONDecodeError as error:
-            raise _refused(file, record, f"not JSON: {error.msg} (column {error.colno})") from error
-        text = value.get("text") if isinstance(value, dict) else None
-        if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
+            whole = said.strip() in ("[", "{")  # a JSON document of several lines
+            hint = "write one object a line: jq -c '.[]' IN > OUT" if whole else None
+            raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
+        except RecursionError:
+            raise self._refused(record, "the JSON of this line nests too deep to be read") from None
+        text = value.get(self.field.name) if isinstance(value, dict) else None
+        if isinstance(text, str) and _has_no_surrogate(text):
             return Document(text)
-        raise _refused(file, record, _what_is_wrong(value))
+        hint = self.field.fix(value) if isinstance(value, dict) and self.field.name not in value else None
+        raise self._refused(record, self._what_is_wrong(value), fix=hint)
+
+    def _what_is_wrong(self, value: object) -> str:
+        name = self.field.name
+        if not isinstance(value, dict):
+            return f"the line is a JSON {json_type(value)}, not an object with a `{name}`"
+        if name not in value:
+            return f"the object has no `{name}`; its keys are {self.field.listed(map(repr, value))}"
+        if isinstance(value[name], str):
+            return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return f"`{name}` is a JSON {json_type(value[name])}, not a string"
+
+    def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
+        allowed = f'one object a line: {{"{self.field.name}": "..."}}'
+        shard, number = record.shard, record.number
+        return BadRecord(what, lambda: self.place(shard, number), allowed, fix)
 
 
-def _lines_between(file: File, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """The lines whose first byte lies in [start, end), with their offsets."""
-    with open_bytes(file) as stream:
-        offset = start
-        if start > 0:
-            stream.seek(start - 1)
-            offset += len(stream.readline()) - 1
-        while offset < end and (line := stream.readline()):
-            yield offset, line
-            offset += len(line)
+def _no_number(digits: str) -> int:
+    return 0
 
 
 def _has_no_surrogate(text: str) -> bool:
@@ -71,23 +120,3 @@ def _has_no_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _what_is_wrong(value: object) -> str:
-    if not isinstance(value, dict):
-        return f"the line is a JSON {_json_type(value)}, not an object with a `text`"
-    if "text" not in value:
-        return f"the object has no `text`; its keys are {', '.join(map(repr, list(value)[:8])) or 'none'}"
-    if isinstance(value["text"], str):
-        return "the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-    return f"`text` is a JSON {_json_type(value['text'])}, not a string"
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _refused(file: File, record: Record, what: str) -> UserError:
-    where = f"{file.path}, line {line_at(file, record.number)}"
-    return UserError(Problem(where, what, allowed='one object a line: {"text": "..."}'))

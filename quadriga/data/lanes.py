@@ -8,14 +8,16 @@ every n-th document. Nothing here knows of ranks, threads or how far anyone has 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from quadriga.data.packing import START, Place, Window, tokenized, windows
-from quadriga.data.sources import Document, Record, Source
+from quadriga import limits
+from quadriga.data.packing import START, LeftOut, Place, Window, tokenized, windows
+from quadriga.data.sources import BadRecord, Document, Record, Source
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
 
@@ -26,7 +28,8 @@ BARREN_EPOCHS = 1000
 
 @dataclass(frozen=True)
 class Lanes:
-    """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch."""
+    """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch; `skip_bad` leaves
+    out records that cannot be read. They keep their numbers, so that a place is the same whether they can or not."""
 
     source: Source
     tokenizer: Tokenizer
@@ -34,30 +37,61 @@ class Lanes:
     count: int
     seed: int | None
     endless: bool = True
+    skip_bad: bool = False
 
     def windows(self, lane: int, place: Place = START) -> Iterator[Window]:
         """The lane's windows from `place` on."""
-        documents = tokenized(self.documents(lane, place), self.tokenizer, self.seq_len)
-        return windows(documents, self.seq_len, skip=place.token)
+        left_out: deque[LeftOut] = deque()  # read ahead of the windows
+        documents = tokenized(self.documents(lane, place, left_out), self.tokenizer, self.seq_len)
+        for window in windows(documents, self.seq_len, skip=place.token):
+            passed = []
+            while left_out and left_out[0].nth <= window.place.left_out:
+                passed.append(left_out.popleft())
+            yield window._replace(left_out=tuple(passed)) if passed else window
 
-    def documents(self, lane: int, place: Place = START) -> Iterator[tuple[Document, Place]]:
-        """The lane's documents from the one at `place` on, each with its own place."""
-        epoch, turn, skip, _ = place
+    def documents(
+        self, lane: int, place: Place = START, left_out: deque[LeftOut] | None = None
+    ) -> Iterator[tuple[Document, Place]]:
+        """The lane's documents from the one at `place` on, each with its own place.
+
+        Records that cannot be read are added to `left_out`, where `skip_bad` says to leave them out; else BadRecord.
+        """
+        epoch, turn, skip = place.epoch, place.turn, place.document
+        count, in_a_row = place.left_out, 0
         barren = 0
         while barren <= BARREN_EPOCHS + self.count:
             barren += 1
             units = self._units(lane, epoch)
             while turn < len(units):
                 for number, record in enumerate(self._records(units[turn], epoch)):
-                    if number >= skip:
-                        barren = 0
-                        document = self.source.parse(record)._replace(id=(epoch, record.shard, record.number))
-                        yield document, Place(epoch, turn, number)
+                    if number < skip:
+                        continue
+                    try:
+                        document = self.source.parse(record)
+                    except BadRecord as error:
+                        if not self.skip_bad:
+                            raise
+                        count, in_a_row = count + 1, in_a_row + 1
+                        if left_out is not None:
+                            left_out.append(LeftOut(count, record.shard, record.number, error.what))
+                        if in_a_row > limits.BAD_RECORDS_IN_A_ROW:
+                            raise self._no_data(in_a_row, record, error) from error
+                        continue
+                    barren = in_a_row = 0
+                    yield (
+                        document._replace(id=(epoch, record.shard, record.number)),
+                        Place(epoch, turn, number, 0, count),
+                    )
                 turn, skip = turn + 1, 0
             if not self.endless:
                 return
             epoch, turn = epoch + 1, 0
         raise UserError(Problem("dataset", "the data holds no document", value=self.source.fingerprint))
+
+    def _no_data(self, count: int, record: Record, error: BadRecord) -> UserError:
+        where = self.source.place(record.shard, record.number)
+        what = f"{count:,} records in a row cannot be read; the last of them: {error.what}"
+        return UserError(Problem(where, what, fix="mend the data, or name the right data set, format and field"))
 
     @property
     def _parts(self) -> int:

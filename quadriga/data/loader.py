@@ -11,8 +11,9 @@ import torch
 from quadriga.config.schema import Dataloader
 from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.catalogue import open_source
+from quadriga.data.fields import TEXT, Field
 from quadriga.data.lanes import Lanes
-from quadriga.data.packing import START, Place, Window
+from quadriga.data.packing import START, LeftOut, Place, Window
 from quadriga.data.prefetch import Prefetcher
 from quadriga.data.survey import survey
 from quadriga.data.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ def build_loader(
     rows: range,
     dataloader: Dataloader,
     infinite: bool = True,
+    field: Field = TEXT,
 ) -> Loader:
     """The loader of `rows` of the global batch.
 
@@ -47,10 +49,11 @@ def build_loader(
     """
     if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
         raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
-    source = open_source(dataset, dataset_path, lanes=global_batch_size if infinite else 1)
-    survey(source, tokenizer, seq_len + 1 if infinite else 2)
+    source = open_source(dataset, dataset_path, lanes=global_batch_size if infinite else 1, field=field)
+    skip_bad = dataloader.on_bad_record == "skip"
+    survey(source, tokenizer, seq_len + 1 if infinite else 2, skip_bad=skip_bad)
     count = global_batch_size if infinite else 1
-    lanes = Lanes(source, tokenizer, seq_len, count, seed if infinite else None, endless=infinite)
+    lanes = Lanes(source, tokenizer, seq_len, count, seed if infinite else None, infinite, skip_bad)
     return Loader(lanes, global_batch_size, rows, dataloader)
 
 
@@ -98,7 +101,7 @@ class Loader:
         return self._assemble(windows)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was consumed: {"fingerprint": str, "lanes": {"<lane>": [epoch, turn, document, token]}}, JSON-able."""
+        """What was consumed, JSON-able: the fingerprint, and of each lane [epoch, turn, document, token, left_out]."""
         return {"fingerprint": self.fingerprint, "lanes": {str(row): list(self._places[row]) for row in self._rows}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,7 +153,17 @@ class Loader:
                 ids = torch.from_numpy(window.ids)
                 tokens[place, : len(ids) - 1] = ids[:-1]
                 labels[place, : len(ids) - 1] = ids[1:]
-        return Batch(tokens, labels, tuple(windows[row].documents if row in windows else () for row in self._rows))
+        return Batch(
+            tokens,
+            labels,
+            documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
+            left_out=tuple(record for row in sorted(windows) for record in windows[row].left_out),
+            bad_records=sum(place.left_out for place in self._places.values()) if self._lanes.skip_bad else None,
+        )
+
+    def place(self, record: LeftOut) -> str:
+        """Where a record lies: file and line. May read the file up to there."""
+        return self._lanes.source.place(record.shard, record.number)
 
     def _move_on(self, places: Mapping[int, Place]) -> None:
         before = self._places.get(0, START).epoch

@@ -25,18 +25,30 @@ class Place(NamedTuple):
     turn: int = 0  # which of the lane's shares of this epoch
     document: int = 0  # which document of that share
     token: int = 0  # which token of that document, its BOS included
+    left_out: int = 0  # how many records of the lane could not be read so far, in all epochs (`on_bad_record`)
 
 
 START = Place()
 
 
+class LeftOut(NamedTuple):
+    """A record that could not be read: the `nth` of its lane, where in the source, and why."""
+
+    nth: int
+    shard: int
+    number: int
+    what: str
+
+
 class Window(NamedTuple):
     """What a row of a batch is made of. `ids`: (seq_len + 1,) int64; `place`: where the next window begins;
-    `documents`: those that the ids are from, in order, the one that the window before ended in included."""
+    `documents`: those that the ids are from, in order, the one that the window before ended in included; `left_out`:
+    the records that were met on the way and could not be read."""
 
     ids: npt.NDArray[np.int64]
     place: Place
     documents: tuple[DocumentId, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def tokenized(

@@ -1,14 +1,23 @@
-"""Parquet files: one row a document, in a string column `text`."""
+"""Parquet files: one row a document, in a column of strings or of UTF-8 bytes."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from typing import Any
 
+from quadriga import limits
+from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File, fingerprint
-from quadriga.data.sources import Document, Record
-from quadriga.errors import Problem, UserError
+from quadriga.data.recognize import refuse_if_foreign
+from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
+FOOTERS_AT_ONCE = 16  # files whose metadata is read at a time
+MOST_PROBLEMS = 10
 
 
 class ParquetSource:
@@ -16,64 +25,151 @@ class ParquetSource:
 
     trusted = False
 
-    def __init__(self, files: Sequence[File]) -> None:
+    def __init__(self, files: Sequence[File], *, field: Field = TEXT) -> None:
         self.files = files
+        self.field = field
         self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("parquet", files)
-        self._groups: list[tuple[int, int, int]] = []  # file, row group, its first row
+        self.fingerprint = fingerprint("parquet", files) + field.mark
         problems: list[Problem] = []
-        for index, file in enumerate(files):
-            groups, problem = _row_groups(file)
-            problems += [problem] if problem else []
-            self._groups += [(index, group, first_row) for group, first_row in enumerate(groups)]
+        self._starts: list[list[int]] = []  # by file: the first row of every row group, and the number of rows
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            for starts, found in pool.map(lambda file: _row_groups(file, field), files):
+                self._starts.append(starts)
+                problems += found
         if problems:
-            raise UserError(*problems)
-        self.shards = len(self._groups)
+            raise UserError(*problems[:MOST_PROBLEMS])
+        self._spans = [(index, *span) for index, starts in enumerate(self._starts) for span in pairwise(starts)]
+        self.shards = len(self._spans)
 
     def read(self, shard: int) -> Iterator[Record]:
-        import pyarrow
-        import pyarrow.parquet
-
-        index, group, row = self._groups[shard]
-        path = self.files[index].path
+        index, first, end = self._spans[shard]
+        file, starts = self.files[index], self._starts[index]
+        groups = range(max(bisect_right(starts, first) - 1, 0), len(starts) - 1)
+        groups = range(groups.start, next((group for group in groups if starts[group] >= end), groups.stop))
+        row = starts[groups.start] if groups else first
         try:
-            with pyarrow.parquet.ParquetFile(path) as parquet:
-                for rows in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["text"], use_threads=False):
-                    for text in rows.column(0).to_pylist():
-                        yield Record(shard, row, text)
+            with _open(file) as parquet:
+                batches = parquet.iter_batches(
+                    ROWS_AT_ONCE, row_groups=list(groups), columns=[self.field.name], use_threads=False
+                )
+                for batch in batches:
+                    for text in _texts(batch.column(0)):
+                        if first <= row < end:
+                            yield Record(shard, row, text)
                         row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(_damaged(path, error, f", after row {row}")) from error
+        except Exception as error:
+            raise UserError(_damaged(file, error, f", after row {row}")) from error
+        if row < end:
+            raise UserError(_damaged(file, ValueError(f"it ends before row {end}"), f", after row {row}"))
 
     def parse(self, record: Record) -> Document:
-        if isinstance(record.data, str):
-            return Document(record.data)
-        path = self.files[self._groups[record.shard][0]].path
-        raise UserError(Problem(f"{path}, row {record.number + 1}", "`text` is null", allowed="a string in every row"))
+        text = record.data
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                what = f"`{self.field.name}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+                raise self._refused(record, what, fix="write the column anew as UTF-8 text") from error
+        if text is None:
+            raise self._refused(record, f"`{self.field.name}` is null", allowed="a string in every row")
+        if len(text) > limits.DOCUMENT_BYTES:
+            what = f"the document is longer than the {limits.DOCUMENT_BYTES:,} characters that it may have"
+            raise self._refused(record, what, fix="cut the document into several")
+        return Document(text)
+
+    def place(self, shard: int, number: int) -> str:
+        return f"{shortened(self.files[self._spans[shard][0]].path, 400)}, row {number + 1}"
+
+    def _refused(self, record: Record, what: str, allowed: str | None = None, fix: str | None = None) -> BadRecord:
+        return BadRecord(what, lambda: self.place(record.shard, record.number), allowed, fix)
 
 
-def _row_groups(file: File) -> tuple[list[int], Problem | None]:
-    """The first row of every row group; or what is wrong with the file."""
+def _texts(column: Any) -> Iterator[str | bytes | None]:
+    """The cells of a column of strings or bytes; bytes where they are no UTF-8."""
     import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)  # that no index lies outside of the dictionary
+        values = list(_texts(column.dictionary))
+        for index in column.indices.to_pylist():
+            yield None if index is None else values[index]
+        return
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        yield from column.view(pyarrow.binary_view() if _is_view(column.type) else _raw(column.type)).to_pylist()
+
+
+def _is_view(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_string_view(kind) or pyarrow.types.is_binary_view(kind))
+
+
+def _raw(kind: Any) -> Any:
+    """The type of the same cells as bytes."""
+    import pyarrow
+
+    return pyarrow.large_binary() if pyarrow.types.is_large_string(kind) else pyarrow.binary()
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    string = types.is_string(kind) or types.is_large_string(kind)
+    return bool(string or types.is_binary(kind) or types.is_large_binary(kind) or _is_view(kind))
+
+
+def _open(file: File) -> Any:
+    """The file, with what may be asked of memory bounded and the checksums of pages, where there are any, compared."""
     import pyarrow.parquet
 
+    return pyarrow.parquet.ParquetFile(
+        file.path,
+        page_checksum_verification=True,
+        thrift_string_size_limit=limits.PARQUET_FOOTER_BYTES,
+        thrift_container_size_limit=limits.PARQUET_FOOTER_BYTES // 64,
+    )
+
+
+def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
+    """The first row of every row group, and the number of all rows; or what is wrong with the file."""
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+        refuse_if_foreign(file, "parquet")
+        with _open(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        return [], _damaged(file.path, error)
-    if "text" not in schema.names:
-        what = f"the file has no column `text`; its columns are {', '.join(schema.names[:8])}"
-        return [], Problem(str(file.path), what, allowed="one row a document, in a string column `text`")
-    kind = schema.field("text").type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        return [], Problem(str(file.path), f"the column `text` is of type {kind}", allowed="string")
-    firsts, row = [], 0
-    for group in range(metadata.num_row_groups):
-        firsts.append(row)
-        row += metadata.row_group(group).num_rows
-    return firsts, None
+            names = list(schema.names)
+            if names.count(field.name) != 1:
+                how = "no column" if field.name not in names else f"{names.count(field.name)} columns"
+                what = f"the file has {how} `{field.name}`; its columns are {field.listed(names)}"
+                allowed = f"one row a document, in a string column `{field.name}`"
+                return [], [Problem(shortened(file.path, 400), what, allowed=allowed, fix=field.fix(names))]
+            kind = schema.field(field.name).type
+            if not _is_text(kind):
+                what = f"the column `{field.name}` is of type {shortened(kind, 200)}"
+                others = [name for name in names if _is_text(schema.field(name).type)] if names else []
+                return [], [
+                    Problem(
+                        shortened(file.path, 400),
+                        what,
+                        allowed="a column of strings, or of bytes that are UTF-8",
+                        fix=field.fix(others),
+                    )
+                ]
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    except UserError as error:
+        return [], list(error.problems)
+    except Exception as error:  # noqa: BLE001 (whatever pyarrow raises of a damaged file, and it is much)
+        return [], [_damaged(file, error)]
+    if min(rows, default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
+        return [], [_damaged(file, ValueError("it says an impossible number of rows"))]
+    return list(accumulate(rows, initial=0)), []
 
 
-def _damaged(path: object, error: Exception, where: str = "") -> Problem:
-    return Problem(f"{path}{where}", f"not a readable Parquet file: {error}", fix="fetch or write the file again")
+def _damaged(file: File, error: Exception, where: str = "") -> Problem:
+    said = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+    fix = "decrypt it first" if "encrypted" in said.lower() else "fetch or write the file again"
+    return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {said}", fix=fix)

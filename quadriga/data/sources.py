@@ -1,14 +1,16 @@
 """Where documents come from. A source is a row of shards; a shard is read from its beginning, record by record.
 
 Reading a record is cheap and parsing it is not, so the two are apart: a lane that shares a shard with others, or skips
-to where it stood, parses only the documents that it keeps. To add a source: a class with the four members of `Source`,
-one entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_source_exam.py`.
+to where it stood, parses only the documents that it keeps. To add a source: a class with the members of `Source`, one
+entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_source_exam.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from quadriga.errors import Problem, UserError
 
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
 
@@ -27,9 +29,30 @@ class Record(NamedTuple):
 
     shard: int
     number: int
-    data: str | bytes | None
+    data: str | bytes | None  # None: a null, or more bytes than a document may have
     begins: bool = True
     ends: bool = True
+
+
+class BadRecord(UserError):
+    """One record that cannot be read, while its file can: what `training.dataloader.on_bad_record` may skip.
+
+    The problem is made when it is asked for, since the number of a line takes a read of all lines before it.
+    """
+
+    def __init__(self, what: str, place: Callable[[], str], allowed: str | None = None, fix: str | None = None) -> None:
+        Exception.__init__(self, what)
+        self.what = what
+        self._make: Callable[[], Problem] = lambda: Problem(place(), what, allowed=allowed, fix=fix)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "problems":
+            raise AttributeError(name)
+        self.problems = (self._make(),)
+        return self.problems
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[Problem, ...]]:
+        return UserError, self.problems
 
 
 class Source(Protocol):
@@ -55,4 +78,7 @@ class Source(Protocol):
         """The shard's records, in order. Raises UserError where a file is broken."""
 
     def parse(self, record: Record) -> Document:
-        """The document in a record. Raises UserError that names file and line."""
+        """The document in a record. Raises BadRecord that names file and line; UserError where the file is at fault."""
+
+    def place(self, shard: int, number: int) -> str:
+        """Where a record lies, as a message says it: the file, and the line or row. May read the file up to there."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 
-from quadriga.data.files import File, broken_gzip, cut_points, decode, fingerprint, line_at, open_bytes
-from quadriga.data.sources import Document, Record
+from quadriga.data.files import File, fingerprint
+from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
+from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.data.streams import BROKEN_GZIP, broken_gzip, cut_points, line_at, open_bytes, place
 from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
 MOST_SEGMENT = 1 << 16
+NO_TEXT = (LFS_POINTER, b"%PDF-")  # how files begin that are text by their bytes, and are not meant
 LOOK_AHEAD = 1 << 12  # how far a cut may move to meet the end of a line; at least one character (4 bytes)
 
 
@@ -40,8 +41,20 @@ class TextSource:
 
     def parse(self, record: Record) -> Document:
         file = self.files[self._spans[record.shard][0]]
-        assert isinstance(record.data, bytes)
-        return Document(decode(file, record.number, record.data), record.begins, record.ends)
+        data = record.data
+        assert isinstance(data, bytes)
+        if record.begins and (data.startswith(NO_TEXT) or b"\0" in data[:64]):
+            refuse_if_foreign(file, "text")
+        try:
+            return Document(data.decode("utf-8"), record.begins, record.ends)
+        except UnicodeDecodeError as error:
+            refuse_if_foreign(file, "text")
+            shard, at, what = record.shard, record.number + error.start, f"byte 0x{data[error.start]:02x} is not UTF-8"
+            fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
+            raise BadRecord(what, lambda: self.place(shard, at), fix=fix) from error
+
+    def place(self, shard: int, number: int) -> str:
+        return place(self.files[self._spans[shard][0]], number)
 
 
 def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:
@@ -72,7 +85,7 @@ def _stream(file: File, shard: int) -> Iterator[Record]:
         while True:
             try:
                 chunk = stream.read(MOST_SEGMENT)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except BROKEN_GZIP as error:
                 lines = line_at(file, offset + len(rest)) - 1
                 raise UserError(broken_gzip(file, lines, error)) from error
             if not chunk:

@@ -174,5 +174,6 @@ class _Step:
         yield Calls("shard", "all_reduce", 2 if degrees.tp > 1 else 1, NUMBER, self.setup.shards, "norm", "norm")
         yield Calls("tp", "all_reduce", 1, NUMBER, degrees.tp, "norm", "norm")
         yield Calls("pp", "all_reduce", 1, NUMBER, degrees.pp, "norm", "norm")
-        table = 2 * NUMBER * degrees.world_size
+        counts_bad_records = self.setup.run.config.training.dataloader.on_bad_record == "skip"
+        table = (3 if counts_bad_records else 2) * NUMBER * degrees.world_size
         yield Calls("world", "all_reduce", 1, table, degrees.world_size, "norm", "each rank's loss and norm")

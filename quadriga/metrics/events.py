@@ -12,6 +12,7 @@ and `step` (finished steps). The events and what else they say:
 | `save_begin`, `save_end` | rank 0 | `path`; at the end `seconds`, `blocked_seconds` (that training waited), `bytes` |
 | `save_failed` | rank 0 | `reason`, `blocked_seconds` |
 | `skip` | rank 0, when it learns of it | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
+| `bad_record` | the rank that read it, the first ten of each | `place` (file and line), `reason` |
 | `signal` | rank 0 | `name` |
 | `fault` | the rank that failed; rank 0 where all did | `error`, `lost_peer` (since another rank was gone) |
 | `end` | rank 0 | `code`, `reason`; `carried`: bytes of this rank by kind of call, of collectives of our own |

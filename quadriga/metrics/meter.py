@@ -4,6 +4,7 @@ What a record says, and how:
 
 - `loss`, `grad_norm`, `lr`: of the logged step itself. `max_loss`: of the ranks' own mean losses the greatest.
 - `skipped_steps`: how many steps of the run were bad and left the weights alone (see `[health]`).
+- `bad_records`: how many records of the data could not be read and were left out so far.
 - Every other figure covers the steps since the record before.
 - `step_seconds`: wall time per step, without the time spent in `paused()` (saving, validating).
 - `tokens_per_second`: tokens of the whole run per second; `tokens_per_second_per_device` is that over the devices.
@@ -70,8 +71,9 @@ class Meter:
         self._window_wait += metrics.data_wait
         if not self.is_logging_step(metrics.step):
             return None
-        scalars = (metrics.loss, metrics.max_loss, metrics.grad_norm, metrics.skipped)
-        loss, max_loss, grad_norm, skipped = torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
+        bad_records = torch.zeros_like(metrics.loss) if metrics.bad_records is None else metrics.bad_records
+        scalars = (metrics.loss, metrics.max_loss, metrics.grad_norm, metrics.skipped, bad_records)
+        loss, max_loss, grad_norm, skipped, bad = torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
         now = self._clock()
         wall = now - self._window_start
         working = max(wall - self._window_pause, 1e-9)
@@ -88,6 +90,7 @@ class Meter:
             "max_loss": max_loss,
             "grad_norm": grad_norm,
             "skipped_steps": int(skipped),
+            "bad_records": int(bad),
             "lr": metrics.lr,
             "tokens_seen": metrics.tokens_seen,
             "tokens_per_second": rate,

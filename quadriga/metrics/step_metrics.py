@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ class StepMetrics:
     `loss` is the mean cross-entropy of the step's global batch in nats per token, `max_loss` the greatest of the ranks'
     own means; `grad_norm` is the global L2 norm before clipping. `skipped`: how many steps of the run so far were bad
     and left the weights alone; `verdict`: on this one (see `train.health`). `data_wait` is in seconds. `documents`: by
-    row of this rank, the names of those that the row was made of.
+    row of this rank, the names of those that the row was made of. `left_out`: records of this rank's rows that could
+    not be read, each with where it is and why; `bad_records`: how many those of all ranks are so far.
     """
 
     step: int
@@ -28,3 +30,5 @@ class StepMetrics:
     skipped: torch.Tensor
     verdict: torch.Tensor
     documents: Sequence[Sequence[tuple[int, int, int]]] = ()
+    left_out: Sequence[Any] = ()
+    bad_records: torch.Tensor | None = None

@@ -18,6 +18,7 @@ from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
 from quadriga.config.schema import Dataloader, LinearFloat8, Training
+from quadriga.data.fields import Field
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.hardware import find_device
@@ -41,6 +42,7 @@ from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
 from quadriga.train.backends import collectives_for_shards, machine_for
+from quadriga.train.bad_records import BadRecords
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
 from quadriga.train.health import Health
@@ -127,6 +129,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         global_batch_size=spec.global_batch_size,
         rows=rows,
         dataloader=dataloader_on(device, config.training.dataloader),
+        field=Field(config.training.dataset_text_field),
     )
 
     progress.at("weights")
@@ -326,6 +329,7 @@ def build_validator(
 ) -> Validator:
     section = run.config.validation
     share = section.local_batch_size
+    field = section.dataset_text_field or run.config.training.dataset_text_field
     loader = build_loader(
         section.dataset,
         section.dataset_path,
@@ -336,6 +340,7 @@ def build_validator(
         rows=range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
         dataloader=dataloader_on(device, section.dataloader),
         infinite=False,
+        field=Field(field, "validation.dataset_text_field"),
     )
     forward = build_pass(run, mesh, device, parts, share, section.seq_len)
     return Validator(loader, forward, device, section.freq, section.steps)
@@ -359,6 +364,7 @@ def build_checks(run: Run, mesh: Mesh, state: TrainState, events: Events, rows: 
         documents,
         BadSteps(state.health, state.parts, events, folder, first_row),
         ReplicaCheck(run.config.health.replica_check_interval, state.parts, mesh),
+        BadRecords(state.loader, events) if mesh.reads_rows else None,
     )
 
 

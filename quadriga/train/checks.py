@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.meter import Record
 from quadriga.metrics.step_metrics import StepMetrics
+from quadriga.train.bad_records import BadRecords
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.replicas import ReplicaCheck
 
@@ -18,11 +19,14 @@ class Checks:
     documents: DocumentLog | None
     bad_steps: BadSteps
     replicas: ReplicaCheck
+    bad_records: BadRecords | None = None  # None where another rank reads the same rows
 
     def after_step(self, metrics: StepMetrics, record: Record | None) -> None:
         """`record`: the step's, if it has one. Raises CommonFault on all ranks where the run must not go on."""
         if self.documents is not None:
             self.documents.write(metrics.step, metrics.documents)
+        if self.bad_records is not None:
+            self.bad_records.tell(metrics.step, metrics.left_out)
         self.bad_steps.see(metrics, record["skipped_steps"] if record else None)
         if self.replicas.is_due(metrics.step):
             self.replicas.compare(metrics.step)

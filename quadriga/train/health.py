@@ -35,18 +35,27 @@ class Totals:
     max_loss: Tensor  # float64: the greatest mean over the tokens of one rank
     grad_norm: Tensor  # float32: of all gradients, before clipping
     finite: Tensor  # bool: whether every rank's own part of the loss and norm are
+    bad_records: Tensor | None  # float64: records that were left out of the data so far; None where none may be
 
 
-def add_up(own_loss: Tensor, own_norm: Tensor, mesh: Mesh) -> Totals:
-    """One collective for all of it. `own_loss`: this rank's part, float64; `own_norm`: the norm as this rank knows it.
+def add_up(own_loss: Tensor, own_norm: Tensor, mesh: Mesh, own_bad_records: int | None = None) -> Totals:
+    """One collective for all of it. `own_loss`: this rank's part, float64; `own_norm`: the norm as this rank knows it;
+    `own_bad_records`: those of the rows that no other rank counts; None on all ranks where nothing is left out.
 
     Everyone takes the first rank's norm: replicas sum their squares each on their own, and a last bit that came out
     otherwise on one of them would drive their weights apart.
     """
-    by_rank = collectives.numbers_of_all(torch.stack((own_loss, own_norm.to(own_loss))))
+    counted = [] if own_bad_records is None else [torch.full_like(own_loss, own_bad_records)]
+    by_rank = collectives.numbers_of_all(torch.stack((own_loss, own_norm.to(own_loss), *counted)))
     losses = mesh.of_loss(by_rank)[:, 0]
     parts = mesh.batch_degree * mesh.cp.size()  # that the batch is cut into; ranks without a loss hold 0
-    return Totals(losses.sum(), losses.max() * parts, by_rank[0, 1].float(), by_rank.isfinite().all())
+    return Totals(
+        loss=losses.sum(),
+        max_loss=losses.max() * parts,
+        grad_norm=by_rank[0, 1].float(),
+        finite=by_rank.isfinite().all(),
+        bad_records=by_rank[:, 2].sum() if counted else None,
+    )
 
 
 class Finding(NamedTuple):

@@ -63,7 +63,8 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
     progress.at("gradient norm")
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)
-    totals = add_up(loss, norms.total, mesh)
+    own_bad_records = 0 if batch.bad_records is not None and not mesh.reads_rows else batch.bad_records
+    totals = add_up(loss, norms.total, mesh, own_bad_records)
     scale_gradients(gradients, totals.grad_norm, recipe.max_norm)
     progress.at("optimizer")
     state.health.withhold_if_bad(state.optimizer, loss, norms, totals)
@@ -83,6 +84,8 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
         skipped=state.health.skipped,
         verdict=state.health.verdict,
         documents=batch.documents,
+        left_out=batch.left_out,
+        bad_records=totals.bad_records,
     )
 
 

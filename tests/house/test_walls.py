@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tree import PACKAGE, Import, imports, room, room_of_module, sources
 
-GROUND = {"errors", "units", "hardware", "log", "limits", "reading"}
+GROUND = {"errors", "units", "hardware", "log", "limits", "reading", "file_search"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
@@ -15,9 +15,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "limits": set(),
     "json_collectives": {"errors", "limits"},
     "reading": {"errors", "limits"},
+    "file_search": {"errors", "limits"},
     "processes": {"errors", "limits", "reading"},
     "html": {"units"},
-    "config": {"errors", "units", "hardware", "limits", "reading"},
+    "config": {"errors", "units", "hardware", "limits", "reading", "file_search"},
     "comm": GROUND | {"config", "json_collectives"},
     "data": GROUND | {"config"},
     "optim": GROUND | {"config"},

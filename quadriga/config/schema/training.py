@@ -22,6 +22,9 @@ class Dataloader(Section):
     prefetch_factor: Count | None = None
     """Batches held ready; none is 2."""
 
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A document that cannot be read (no JSON, no such field, not UTF-8, too long) ends the run, or is left out."""
+
 
 class Training(Section):
     """Data, batch, length of the run and number formats."""
@@ -31,6 +34,9 @@ class Training(Section):
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
+
+    dataset_text_field: Name = "text"
+    """The field of JSON lines, or the column of Parquet files and of the Hub, that holds the documents."""
 
     local_batch_size: Count = 8
     """Sequences in one micro-batch of one data-parallel rank."""
@@ -85,6 +91,9 @@ class Validation(Section):
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files."""
+
+    dataset_text_field: Name | None = None
+    """The field or column that holds the documents; none is that of `training`."""
 
     local_batch_size: Count = 8
     """Sequences in one validation batch of one data-parallel rank."""

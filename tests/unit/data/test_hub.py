@@ -16,7 +16,7 @@ from corpora import write_jsonl
 from dataset_server import c4_repository, hub_server
 
 from quadriga.data.hub import HubSource
-from quadriga.errors import UserError
+from quadriga.errors import Fault, UserError
 
 SHARDS, ROWS = 3, 40
 
@@ -116,7 +116,7 @@ def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path):
     path = write_jsonl(tmp_path / "c4-train.00000.json.gz", [f"{i} " + "word " * (i % 90) for i in range(30_000)])
     source = HubSource("json", None, "train", data_files=[str(path)])
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(RuntimeError, match=r"streaming json/train stopped in shard 0 after row \d+.*start again"):
+    with pytest.raises(Fault, match=r"streaming json/train stopped in shard 0 after row \d+.*start again"):
         list(source.read(0))
 
 

@@ -1,0 +1,43 @@
+"""Which field of a record is the document: `training.dataset_text_field`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quadriga.errors import nearest, shortened
+
+DEFAULT = "text"
+MOST_NAMES = 8  # that a message lists
+
+
+@dataclass(frozen=True)
+class Field:
+    """`name`: of the field; `key`: of the configuration, which named it."""
+
+    name: str = DEFAULT
+    key: str = "training.dataset_text_field"
+
+    @property
+    def mark(self) -> str:
+        """What it adds to the fingerprint of the data."""
+        return "" if self.name == DEFAULT else f":{self.name.replace(';', '_')}"
+
+    def listed(self, names: Iterable[str]) -> str:
+        """The fields that are there, for a message."""
+        names = [shortened(name, 40) for name in names]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return ", ".join(names[:MOST_NAMES]) + more or "none"
+
+    def fix(self, names: Iterable[str]) -> str | None:
+        """The remedy where there is no such field but others are."""
+        names = list(names)
+        if not names:
+            return None
+        likely = [name for name in ("text", "content", "document", "body", "raw_content", "code") if name in names]
+        guess = likely[0] if likely else nearest(self.name, names)
+        named = f", here perhaps {shortened(guess, 40)}" if guess else ""
+        return f"set {self.key} to the field that holds the documents{named}"
+
+
+TEXT = Field()

@@ -1,0 +1,105 @@
+"""Which files lie below a folder, or match a pattern: with links followed, and an end to every search."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from collections import deque
+from typing import NamedTuple
+
+from quadriga import limits
+from quadriga.errors import Problem, UserError, shortened
+
+
+class Below(NamedTuple):
+    """What lies below a folder, as names relative to it, sorted."""
+
+    files: list[str]  # entries of every kind that are no folders
+    repeated: list[str]  # links to a folder that is read under another name, or that the search began in
+
+
+def files_below(folder: str | os.PathLike[str]) -> Below:
+    """All entries of a folder and its sub-folders; hidden ones are left out. Links to folders are followed.
+
+    Each folder is read once, under its own name where it has one below `folder`: so a cycle of links ends, and the
+    names of files do not change when a link is added.
+
+    Raises:
+        UserError: a folder cannot be read, or there are more than `limits.DATA_FILES` entries.
+    """
+    root = os.fspath(folder)
+    files: list[str] = []
+    repeated: list[str] = []
+    links = deque([""])  # the folder itself first
+    seen: set[tuple[int, int]] = set()
+    above = os.path.join(os.path.realpath(root), "")
+    while links:
+        link = links.popleft()
+        if link and above.startswith(os.path.join(os.path.realpath(os.path.join(root, link)), "")):
+            repeated.append(link)
+            continue
+        waiting = [link]
+        while waiting:
+            name = waiting.pop()
+            try:
+                status = os.stat(os.path.join(root, name))
+                if (status.st_dev, status.st_ino) in seen:
+                    repeated.append(name)
+                    continue
+                folders, files_here, links_here = _entries(root, name)
+            except OSError as error:
+                where = shortened(os.path.join(root, name), 400)
+                raise UserError(Problem(where, f"the folder cannot be read: {error.strerror}")) from error
+            seen.add((status.st_dev, status.st_ino))
+            waiting += folders
+            links.extend(links_here)
+            files += files_here
+            if len(files) + len(seen) + len(links) > limits.DATA_FILES:
+                allowed = f"at most {limits.DATA_FILES:,} files and folders"
+                raise UserError(Problem(shortened(root, 400), "the folder holds too many files", allowed=allowed))
+    return Below(sorted(files), sorted(repeated))
+
+
+def _entries(root: str, name: str) -> tuple[list[str], list[str], list[str]]:
+    """Folders, other entries, and links to folders in the folder `name` below `root`, as names below `root`."""
+    folders: list[str] = []
+    files: list[str] = []
+    links: list[str] = []
+    with os.scandir(os.path.join(root, name)) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                inner = f"{name}/{entry.name}" if name else entry.name
+                (links if entry.is_symlink() else folders if entry.is_dir() else files).append(inner)
+    leading = {link for link in links if os.path.isdir(os.path.join(root, link))}
+    files += [link for link in links if link not in leading]
+    return sorted(folders, reverse=True), files, sorted(leading)
+
+
+def files_matching(pattern: str) -> list[str]:
+    """The paths that a glob pattern matches, sorted. `**` is any number of folders, searched as in `files_below`.
+
+    Raises:
+        UserError: as `files_below`.
+    """
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    at = parts.index("**")
+    above = "/".join(parts[:at]) or ("/" if pattern.startswith("/") else ".")
+    folders = sorted(glob.glob(above)) if glob.has_magic(above) else [above]
+    below = ((folder, files_below(folder).files) for folder in folders if os.path.isdir(folder))
+    return sorted(
+        name if above == "." else os.path.join(folder, name)
+        for folder, names in below
+        for name in names
+        if _matches(name.split("/"), parts[at:])
+    )
+
+
+def _matches(names: list[str], parts: list[str]) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_matches(names[start:], parts[1:]) for start in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
