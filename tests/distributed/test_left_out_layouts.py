@@ -13,13 +13,13 @@ from quadriga.metrics.events import read_events
 DATA = ("--training.dataset=jsonl", "--training.dataset_text_field=content", "--validation.dataset_text_field=body")
 KEYS = (*TINY, *DATA, "--training.dataloader.on_bad_record=skip", "--metrics.log_documents", "--checkpoint.enable")
 KEYS += ("--checkpoint.interval=3", "--lr_scheduler.total_steps=6", "--training.mixed_precision_param=float32")
-EVERY = 9
+EVERY = 4
 
 
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"content": f"<{i}>" + "abc " * (i % 20)}) for i in range(300)]
+    lines = [json.dumps({"content": f"<{i}>" + "abc " * (i % 6)}) for i in range(300)]
     lines[::EVERY] = ['{"text": "under another key"}'] * len(lines[::EVERY])
     path.write_text("\n".join(lines) + "\n")
     return path
