@@ -11,6 +11,8 @@
 # DRY_RUN        1: say what the run would be and exit; needs no GPU
 # NNODES, NODE_RANK, RDZV_ENDPOINT
 #                several machines: how many, which one this is (from 0), and host:port of machine 0
+#                On one machine every port is opened on the loopback, unless you set GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
+#                or NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME; several machines need a closed network (SECURITY.md).
 # PYTHON         the interpreter (default: the active environment's, else ./.venv here, else python3)
 #
 # Further arguments are passed on as they are: --section.key value.

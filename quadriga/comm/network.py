@@ -21,6 +21,20 @@ def loopback_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {} if name is None else {variable: name for variable in INTERFACE_VARIABLES if not environ.get(variable)}
 
 
+def ports_in_words(environ: Mapping[str, str], machines: int) -> str:
+    """Where a run that the launcher starts listens, for the dry run and the log."""
+    if machines > 1:
+        return f"the {machines} machines listen on all interfaces: their network must be closed (docs/operations.md)"
+    ours = loopback_variables(environ)
+    users = {name: environ[name] for name in INTERFACE_VARIABLES if environ.get(name)}
+    parts = [f"the store on {LOOPBACK_ADDRESS}"]
+    parts += [f"{' = '.join([*ours, next(iter(ours.values()))])}"] if ours else []
+    parts += [f"{name} = {value}, as you set it" for name, value in users.items()]
+    if not ours and not users:
+        parts.append("no loopback interface was found: gloo, NCCL and NVSHMEM choose theirs")
+    return "; ".join(parts)
+
+
 def loopback_interface() -> str | None:
     """The name of the loopback interface (`lo` on Linux, `lo0` on macOS); None where there is none."""
     names = [name for _, name in socket.if_nameindex()]

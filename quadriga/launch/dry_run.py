@@ -36,13 +36,14 @@ class Verdict:
         return EXIT_USAGE if self.problems else self.fault.exit_code if self.fault else EXIT_OK
 
 
-def describe(run: Run, verdict: Verdict) -> str:
-    """The summary of a run, and whether it would start as things stand."""
+def describe(run: Run, verdict: Verdict, ports: str = "") -> str:
+    """The summary of a run, and whether it would start as things stand. `ports`: where its ranks listen."""
     missing = verdict.problems
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
     foreseen = foresee(run)
     lines = [f"Dry run of {source}: {model.name} {model.flavor} on {plural(run.spec.world_size, 'rank')}", ""]
-    lines += [line for name, text in (*_rows(run, verdict), *estimated_rows(foreseen)) for line in _wrapped(name, text)]
+    rows = (*_rows(run, verdict), *([("ports", ports)] if ports else []), *estimated_rows(foreseen))
+    lines += [line for name, text in rows for line in _wrapped(name, text)]
     if advice := advice_for(foreseen):
         helps = "would be faster" if verdict_fits(foreseen) else "would help"
         lines += ["", f"What {helps}:", *(f"  - {each}" for each in advice)]

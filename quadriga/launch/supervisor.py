@@ -21,6 +21,7 @@ from quadriga.checkpoint.folder import CheckpointError, newest_extra
 from quadriga.comm.backend import BACKENDS
 from quadriga.comm.heap import VARIABLE as SYMMETRIC_SIZE
 from quadriga.comm.heap import symmetric_size
+from quadriga.comm.network import INTERFACE_VARIABLES, loopback_variables, ports_in_words
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError
 from quadriga.estimate.heap import heap_of
@@ -57,6 +58,9 @@ newest checkpoint; DRY_RUN=1 says what the run would be and starts nothing, and 
 step with tensors that hold nothing; for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0);
 PYTHON the interpreter.
 
+On one machine every port is opened on the loopback: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and
+NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME name that interface unless you set them. Several machines need a closed network.
+
 SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP: the step is finished and saved, and the run leaves with 75; a second
 Ctrl-C ends it at once. SIGUSR2 saves and goes on. The files STOP and SAVE in the run folder do the same.
 
@@ -86,8 +90,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         argv, rehearsal = without_rehearse(argv)
         request, run = check_at_the_door(argv, environ)
         if request.dry_run or run.config.only_rehearses:
-            ready = verdict(request, run, argv, environ)
-            print(describe(run, ready), flush=True)
+            ready, ports = verdict(request, run, argv, environ), ports_in_words(environ, request.nodes)
+            print(describe(run, ready, ports), flush=True)
             wanted = rehearsal or run.config.only_rehearses
             return rehearse(run, arguments(argv, environ), environ) if wanted else ready.code
         if rehearsal:
@@ -106,6 +110,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return error.exit_code
     ours = rank_environment(environ, request) | heap
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)
+    if request.nodes > 1 or len(loopback_variables(environ)) < len(INTERFACE_VARIABLES):
+        logger.info("ports: %s", ports_in_words(environ, request.nodes))
     for name, size in heap.items():
         logger.info("%s=%s%s", name, size, "" if environ.get(name) else ": what this run needs")
     # The choice made here is the one that every rank keeps, or fails by: none may choose anew.

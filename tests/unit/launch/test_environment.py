@@ -173,6 +173,15 @@ def test_several_machines_listen_where_their_libraries_choose() -> None:
     assert not {*INTERFACE_VARIABLES} & set(extra)
 
 
+def test_where_a_run_listens_is_told() -> None:
+    names = " = ".join((*INTERFACE_VARIABLES, str(network.loopback_interface())))
+    assert network.ports_in_words({}, 1) == f"the store on 127.0.0.1; {names}"
+    said = network.ports_in_words({"GLOO_SOCKET_IFNAME": "eth0"}, 1)
+    assert said.endswith("GLOO_SOCKET_IFNAME = eth0, as you set it")
+    assert "GLOO_SOCKET_IFNAME = lo" not in said
+    assert "network must be closed" in network.ports_in_words({}, 4)
+
+
 def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -181,3 +190,4 @@ def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_na
     assert network.loopback_interface() == "lo0"  # not in /sys of this machine
     monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "none0")])
     assert network.loopback_variables({}) == {}
+    assert "no loopback interface was found" in network.ports_in_words({}, 1)
