@@ -53,3 +53,15 @@ DATA_FILES = 1 << 20  # files and folders below one `dataset_path`
 BAD_RECORDS_IN_A_ROW = 100_000  # skipped by one row of the batch (`on_bad_record`); beyond, it is no data set
 PARQUET_FOOTER_BYTES = 256 * MIB  # the metadata of one Parquet file: some 100,000 row groups of 10 columns
 PARQUET_ROWS = 1 << 40  # in one Parquet file
+
+# The plan of a checkpoint's tensors (`checkpoint.plan`). 1 M chunks are 50 MB of JSON, or a `.metadata` of 150 MB; the
+# largest model that anybody publishes (405 B parameters on 1,024 ranks) has 3.5 M.
+PLAN_BYTES = GIB  # of plan.json
+PLAN_CHUNKS = 8_000_000
+PLAN_NAME = 4096  # characters of a tensor's name
+PLAN_DIMENSIONS = 64  # of a tensor, as in PyTorch
+PLAN_TENSOR_BYTES = 1 << 50  # of one tensor; also the greatest extent of one of its dimensions
+METADATA_BYTES = 768 * MIB  # of a `.metadata` that is read where there is no plan.json
+METADATA_VALUES = 80_000_000  # objects in it; a chunk has 6, and 15 entries of the pickle's memo
+METADATA_STACK = 1 << 18  # values that it may hold at once; pickles are written in batches of 1,000
+METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep

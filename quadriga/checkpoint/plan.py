@@ -1,0 +1,233 @@
+"""The plan of a checkpoint's tensors: which part of which tensor lies at which bytes of which file.
+
+`torch.distributed.checkpoint` keeps its plan as a pickle, `.metadata`. Beside it a save writes the same plan as JSON:
+
+    {"format": "quadriga-plan-1",
+     "files": ["__0_0.distcp", "__1_0.distcp"],
+     "tensors": {
+      "model.norm.weight": {"dtype": "float32", "shape": [64], "chunks": [[[0], [32], 0, 0, 1652], [[32], [32], 1, 0, 1652]]}
+     }}
+
+A chunk is [offsets, sizes, number of the file, first byte, bytes]; a sixth entry lists the transforms of its bytes
+(compression), which only other writers use. Loads read `plan.json`. A folder without one, of an earlier version or of
+another program, is read by `metadata_file`, which makes the same plan of `.metadata`.
+
+Whoever hands over a checkpoint also makes its hashes, so nothing here is trusted: every value is checked for its type
+and range, chunks must tile their tensor and lie inside their file. DCP's objects are built from what was checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from quadriga import limits
+
+PLAN_FILE = "plan.json"
+FORMAT = "quadriga-plan-1"
+DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
+Chunk = list[Any]  # as JSON has it, see above
+
+
+class PlanError(Exception):
+    """A plan that is refused; the message says what is wrong with it and where."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan whose every value was checked."""
+
+    files: list[str]
+    tensors: dict[str, PlannedTensor]
+
+    def metadata(self, names: Iterable[str]) -> Metadata:
+        """DCP's objects for these tensors, all of which must be in the plan."""
+        tensors, storage = {}, {}
+        for name in names:
+            planned = self.tensors[name]
+            chunks = []
+            for number, (offsets, sizes, file, start, length, *transforms) in enumerate(planned.chunks):
+                place = torch.Size(offsets)
+                chunks.append(ChunkStorageMetadata(place, torch.Size(sizes)))
+                info = _StorageInfo(self.files[file], start, length, *transforms)
+                storage[MetadataIndex(name, place, number)] = info
+            properties = TensorProperties(dtype=planned.dtype)
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(planned.shape), chunks)
+        return Metadata(cast(dict[str, Any], tensors), storage_data=storage, storage_meta=StorageMeta())
+
+
+def from_metadata(metadata: Metadata) -> bytes:
+    """The text of `plan.json` for what DCP has just written. Entries that are no tensors are left out."""
+    numbers: dict[str, int] = {}
+    lines = []
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        chunks = []
+        for chunk in entry.chunks:
+            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            file = numbers.setdefault(info.relative_path, len(numbers))
+            transforms = [list(info.transform_descriptors)] if info.transform_descriptors else []
+            chunks.append([[*chunk.offsets], [*chunk.sizes], file, info.offset, info.length, *transforms])
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        lines.append(f" {json.dumps(name)}: {compact({'dtype': dtype, 'shape': [*entry.size], 'chunks': chunks})}")
+    return as_text(list(numbers), lines).encode()
+
+
+def as_text(files: Sequence[str], tensors: Sequence[str]) -> str:
+    """`tensors`: a line of JSON for each, without the comma behind it."""
+    head = f'{{"format": {json.dumps(FORMAT)},\n "files": {json.dumps(list(files))},\n "tensors": {{\n'
+    return head + ",\n".join(tensors) + "\n}}\n"
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def parse(text: bytes) -> Plan:
+    """The plan that a text holds. Raises PlanError; whether it fits the files is checked by `check_files`."""
+    if len(text) > limits.PLAN_BYTES:
+        raise PlanError(f"longer than a plan may be ({limits.PLAN_BYTES:,} bytes)")
+    if text.count(b"[") + text.count(b"{") > 4 * limits.PLAN_CHUNKS:
+        raise PlanError(f"more entries than a plan may have ({limits.PLAN_CHUNKS:,} chunks)")
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise PlanError("nests deeper than a plan does") from None
+    except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
+        raise PlanError(f"not JSON that can be read: {error}") from error
+    return checked(raw)
+
+
+def checked(raw: Any) -> Plan:
+    """The plan of a JSON value. Raises PlanError where any of it is not as it must be."""
+    if type(raw) is not dict or raw.keys() != {"format", "files", "tensors"}:
+        raise PlanError('no JSON object of "format", "files" and "tensors"')
+    if raw["format"] != FORMAT:
+        raise PlanError(f"has format {shown(raw['format'])}, this version reads {FORMAT!r}")
+    files, tensors = raw["files"], raw["tensors"]
+    if type(files) is not list or type(tensors) is not dict:
+        raise PlanError('"files" must be an array and "tensors" an object')
+    for name in files:
+        if type(name) is not str or name in (".", "..") or not FILE_NAME.fullmatch(name):
+            raise PlanError(f"{shown(name)} is no name of a file in the folder")
+    chunks_left = limits.PLAN_CHUNKS
+    planned = {}
+    for name, entry in tensors.items():
+        planned[name] = _tensor(name, entry, len(files))
+        chunks_left -= len(planned[name].chunks)
+        if chunks_left < 0:
+            raise PlanError(f"more chunks than a plan may have ({limits.PLAN_CHUNKS:,})")
+    return Plan(files, planned)
+
+
+def check_files(plan: Plan, sizes: Mapping[str, int]) -> None:
+    """Raise PlanError where a chunk does not lie inside one of these files; `sizes` in bytes, by name."""
+    for file in plan.files:
+        if file not in sizes:
+            raise PlanError(f"{shown(file)} is no regular file of this checkpoint")
+    ends = [sizes[file] for file in plan.files]
+    for name, planned in plan.tensors.items():
+        for _, _, file, start, length, *_ in planned.chunks:
+            if start + length > ends[file]:
+                what = f"bytes {start} to {start + length} of {plan.files[file]}, which has {ends[file]}"
+                raise PlanError(f"{shown(name)} lies at {what}")
+
+
+def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
+    if len(name) > limits.PLAN_NAME or not name:
+        raise PlanError(f"{shown(name)} is no name of a tensor (1 to {limits.PLAN_NAME} characters)")
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "chunks"}:
+        raise PlanError(f'{shown(name)}: no JSON object of "dtype", "shape" and "chunks"')
+    word, shape, chunks = entry["dtype"], entry["shape"], entry["chunks"]
+    dtype = DTYPES.get(word) if type(word) is str else None
+    if dtype is None:
+        raise PlanError(f"{shown(name)}: {shown(word)} is no dtype of this torch")
+    if type(shape) is not list or len(shape) > limits.PLAN_DIMENSIONS or not all(map(_is_size, shape)):
+        raise PlanError(f"{shown(name)}: {shown(shape)} is no shape")
+    numbers = math.prod(shape)
+    if numbers * dtype.itemsize > limits.PLAN_TENSOR_BYTES:
+        raise PlanError(f"{shown(name)}: a tensor of shape {shown(shape)} is too large")
+    if type(chunks) is not list:
+        raise PlanError(f'{shown(name)}: "chunks" must be an array')
+    there = 0
+    seen = set()
+    for chunk in chunks:
+        held = _held(chunk, shape, files)
+        # A chunk holds at least its numbers: a plan cannot promise more memory than its files have bytes.
+        if held is None or (held * dtype.itemsize > chunk[4] and len(chunk) == 5):
+            _refuse_chunk(name, chunk, shape)
+        there += held
+        seen.add(tuple(chunk[0]))
+    if there != numbers or len(seen) != len(chunks):
+        raise PlanError(f"{shown(name)}: its {len(chunks)} chunks do not make up its shape {shown(shape)}")
+    return PlannedTensor(dtype, tuple(shape), chunks)
+
+
+def _held(chunk: Any, shape: list[int], files: int) -> int | None:
+    """How many numbers a chunk holds; None where it is none of a tensor of this shape."""
+    if type(chunk) is not list or not 5 <= len(chunk) <= 6:
+        return None
+    offsets, sizes, file, start, length = chunk[:5]
+    if not (type(offsets) is type(sizes) is list) or not (len(offsets) == len(sizes) == len(shape)):
+        return None
+    held = 1
+    for offset, size, whole in zip(offsets, sizes, shape, strict=True):
+        if not (type(offset) is type(size) is int) or offset < 0 or size < 0 or offset + size > whole:
+            return None
+        held *= size
+    if not (type(file) is type(start) is type(length) is int) or not 0 <= file < files or start < 0 or length < 0:
+        return None
+    if len(chunk) == 6 and not (
+        type(chunk[5]) is list and len(chunk[5]) <= limits.PLAN_DIMENSIONS and all(map(_is_word, chunk[5]))
+    ):
+        return None
+    return held
+
+
+def _refuse_chunk(name: str, chunk: Any, shape: list[int]) -> NoReturn:
+    raise PlanError(f"{shown(name)}: {shown(chunk)} is no chunk of a tensor of shape {shown(shape)}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= limits.PLAN_TENSOR_BYTES
+
+
+def _is_word(value: Any) -> bool:
+    return type(value) is str and len(value) <= limits.PLAN_NAME
+
+
+def shown(value: Any) -> str:
+    """A value from outside for a message: on one line, and short."""
+    if type(value) in (list, tuple):
+        parts = ", ".join(shown(part) if type(part) is not list else "[...]" for part in value[:8])
+        return f"[{parts}, ...]" if len(value) > 8 else f"[{parts}]"
+    if type(value) is int and abs(value) >> 128:
+        return "a huge number"  # thousands of digits take quadratic time to print
+    if type(value) in (str, int, float, bool, type(None)):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"a value of type {type(value).__name__}"
