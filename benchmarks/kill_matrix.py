@@ -172,7 +172,7 @@ def hash_of_the_end(folder: Path) -> str:
     if wrong := folders.damage(found):
         raise SystemExit("; ".join(wrong))
     stored = {name: entry for name, entry in stored_tensors(found.place).items() if not name.startswith("random.")}
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
     read(found.place, tensors, None, may_hold_more=True)
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -65,3 +65,5 @@ METADATA_BYTES = 768 * MIB  # of a `.metadata` that is read where there is no pl
 METADATA_VALUES = 80_000_000  # objects in it; a chunk has 6, and 15 entries of the pickle's memo
 METADATA_STACK = 1 << 18  # values that it may hold at once; pickles are written in batches of 1,000
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
+SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
+SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7

@@ -57,7 +57,6 @@ class Found:
     resume: bool = True
     place: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)  # empty: not one of ours, and not to be verified
-    prefixed: bool = True  # whether names begin with the part that they belong to, as ours do
 
 
 def published(folder: Place, step: int) -> str:

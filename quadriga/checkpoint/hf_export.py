@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from quadriga.checkpoint.files import Files, Place, files_at, local
 from quadriga.checkpoint.folder import Found, join
@@ -30,7 +28,8 @@ from quadriga.checkpoint.hf import (
 from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
 from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
 from quadriga.checkpoint.ranks import together
-from quadriga.checkpoint.tensors import HashingFiles, Reader, plain_errors
+from quadriga.checkpoint.stored import Stored, TensorPlanner, open_stored
+from quadriga.checkpoint.tensors import plain_errors
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
@@ -68,29 +67,30 @@ def export_hf(
     files = files_at(out)
     place = _hidden(out) if files.renames else str(out)
 
-    def begin() -> Stored:
-        stored = Stored(checkpoint.place or checkpoint.path, names, dtype)
+    def begin() -> Weights:
+        held = Weights(stored, names, dtype)
         if rank == 0:
             if not replace:
                 refuse_what_is_there(out)
-            refuse_lack_of_room(out, stored.entries.values())
+            refuse_lack_of_room(out, held.entries.values())
             _remove(files, place)
             files.make(place)
-        return stored
+        return held
 
     def write_own() -> None:
-        for file in weights[rank::ranks]:
-            files.retried(partial(_write, files, join(place, file.name), file, stored.read))
+        for file in parts[rank::ranks]:
+            files.retried(partial(_write, files, join(place, file.name), file, weights.read))
             logger.info(f"wrote {file.name}: {show_bytes(file.size)}, {len(file.tensors)} tensors")
 
     def finish() -> None:
         if rank == 0:
-            _write_the_rest(files, place, weights, {**config, "torch_dtype": stored.dtype_word}, tokenizer or {})
+            _write_the_rest(files, place, parts, {**config, "torch_dtype": weights.dtype_word}, tokenizer or {})
             _publish(files, place, str(out))
 
     try:
-        stored = together(group, begin)
-        weights = deal(stored.entries, most)
+        stored = open_stored(checkpoint.place or checkpoint.path, group, checkpoint.files)
+        weights = together(group, begin)
+        parts = deal(weights.entries, most)
         together(group, write_own)
         together(group, finish)
     except BaseException:
@@ -100,21 +100,18 @@ def export_hf(
         raise
 
 
-class Stored:
+class Weights:
     """The weights of a checkpoint by Hugging Face's names. Its plan is read once, its tensors one at a time."""
 
-    def __init__(self, place: Place, names: Names, dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: Stored, names: Names, dtype: torch.dtype | None) -> None:
         """Raises UserError where the checkpoint holds another model than `names` is of."""
-        self._place, self._reader = place, Reader(str(place), HashingFiles(files_at(place)))
-        with plain_errors(f"{place} could not be read"):
-            self._plan = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._plan, is_coordinator=True)
+        self._stored = stored
         saved = {
-            name.removeprefix(MODEL): Entry(tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._plan.state_dict_metadata.items()
-            if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+            name.removeprefix(MODEL): Entry(planned.shape, planned.dtype)
+            for name, planned in stored.plan.tensors.items()
+            if name.startswith(MODEL)
         }
-        refuse_other_model(str(place), names.shapes, saved)
+        refuse_other_model(stored.place, names.shapes, saved)
         self._ours = {names.theirs(name): name for name in names.shapes}
         self.entries = {
             theirs: Entry(saved[name].shape, dtype or saved[name].dtype) for theirs, name in self._ours.items()
@@ -129,10 +126,11 @@ class Stored:
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor in the dtype to be written; beside it only one saved piece of it is in memory."""
         tensor = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False)
-        planner.set_up_planner({MODEL + self._ours[name]: tensor}, self._plan, is_coordinator=True)
-        with plain_errors(f"{self._place} could not be read"):
-            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        ours = MODEL + self._ours[name]
+        reader, planner = self._stored.reader([ours]), TensorPlanner()
+        planner.set_up_planner({ours: tensor}, reader.read_metadata(), is_coordinator=True)
+        with plain_errors(f"{self._stored.place} could not be read"):
+            reader.read_data(planner.create_local_plan(), planner).wait()
         return that_fits(tensor, name)
 
 

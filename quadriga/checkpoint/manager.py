@@ -117,12 +117,14 @@ class CheckpointManager:
 
         start = time.monotonic()
         loaded = {part: state.state_dict() for part, state in wanted.items()}
-        flat = _flat(loaded) if found.prefixed else dict(loaded["model"])
+        foreign = not found.files  # it may hold more than weights, and name them as the model does
         unfilled, unused = read(
             found.place,
-            flat,
+            _flat(loaded),
             self._group,
-            may_hold_more=not found.files,
+            facts=found.files,
+            may_hold_more=foreign,
+            prefix="model." if foreign else "",
             retries=self._section.storage_retries,
             optional=f"{RANDOM}.",
         )

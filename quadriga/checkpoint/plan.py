@@ -5,7 +5,8 @@
     {"format": "quadriga-plan-1",
      "files": ["__0_0.distcp", "__1_0.distcp"],
      "tensors": {
-      "model.norm.weight": {"dtype": "float32", "shape": [64], "chunks": [[[0], [32], 0, 0, 1652], [[32], [32], 1, 0, 1652]]}
+      "model.norm.weight": {"dtype": "float32", "shape": [64],
+                           "chunks": [[[0], [32], 0, 0, 1652], [[32], [32], 1, 0, 1652]]}
      }}
 
 A chunk is [offsets, sizes, number of the file, first byte, bytes]; a sixth entry lists the transforms of its bytes
@@ -78,33 +79,38 @@ class Plan:
             tensors[name] = TensorStorageMetadata(properties, torch.Size(planned.shape), chunks)
         return Metadata(cast(dict[str, Any], tensors), storage_data=storage, storage_meta=StorageMeta())
 
+    def as_json(self) -> bytes:
+        """The text of `plan.json`."""
+        return _as_text(
+            self.files,
+            ((name, planned.dtype, planned.shape, planned.chunks) for name, planned in self.tensors.items()),
+        )
+
 
 def from_metadata(metadata: Metadata) -> bytes:
     """The text of `plan.json` for what DCP has just written. Entries that are no tensors are left out."""
-    numbers: dict[str, int] = {}
-    lines = []
+    files: dict[str, int] = {}
+    tensors = []
     for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        chunks = []
-        for chunk in entry.chunks:
-            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            file = numbers.setdefault(info.relative_path, len(numbers))
-            transforms = [list(info.transform_descriptors)] if info.transform_descriptors else []
-            chunks.append([[*chunk.offsets], [*chunk.sizes], file, info.offset, info.length, *transforms])
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        lines.append(f" {json.dumps(name)}: {compact({'dtype': dtype, 'shape': [*entry.size], 'chunks': chunks})}")
-    return as_text(list(numbers), lines).encode()
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = []
+            for chunk in entry.chunks:
+                info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                file = files.setdefault(info.relative_path, len(files))
+                transforms = [list(info.transform_descriptors)] if info.transform_descriptors else []
+                chunks.append([[*chunk.offsets], [*chunk.sizes], file, info.offset, info.length, *transforms])
+            tensors.append((name, entry.properties.dtype, entry.size, chunks))
+    return _as_text(list(files), tensors)
 
 
-def as_text(files: Sequence[str], tensors: Sequence[str]) -> str:
-    """`tensors`: a line of JSON for each, without the comma behind it."""
-    head = f'{{"format": {json.dumps(FORMAT)},\n "files": {json.dumps(list(files))},\n "tensors": {{\n'
-    return head + ",\n".join(tensors) + "\n}}\n"
-
-
-def compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int], list[Chunk]]]) -> bytes:
+    """A tensor a line, for people to read."""
+    lines = []
+    for name, dtype, shape, chunks in tensors:
+        entry = {"dtype": str(dtype).removeprefix("torch."), "shape": [*shape], "chunks": chunks}
+        lines.append(f" {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
+    head = f'{{"format": {json.dumps(FORMAT)},\n "files": {json.dumps(files)},\n "tensors": {{\n'
+    return (head + ",\n".join(lines) + "\n}}\n").encode()
 
 
 def parse(text: bytes) -> Plan:

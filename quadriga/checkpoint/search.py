@@ -86,11 +86,8 @@ class Search:
             # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
             if files.exists(manifest) or not files.exists(folders.join(path, PLAN)):
                 raise UserError(words.not_ours(path, reason)) from reason
-        from quadriga.checkpoint.tensors import stored_tensors
-
         logger.warning(words.not_verified(path))
-        prefixed = all(name.startswith("model.") for name in stored_tensors(path))
-        return Found(0, path, ("model",), resume=False, place=path, prefixed=prefixed)
+        return Found(0, path, ("model",), resume=False, place=path)
 
     def _is_good(self, found: Found) -> bool:
         """Every file's hash is the one that was written down. Each rank reads its share of the files."""

@@ -4,26 +4,25 @@ A mapping is flat, name to tensor; sharded tensors are DTensors. With `group` No
 group should be one of gloo and of no other use: planning sends small objects between ranks while training may be
 using the other groups.
 
-DCP keeps its plan of a checkpoint as a pickle. It is read here by an unpickler that knows the few classes of such a
-plan and refuses all others, so that a checkpoint from elsewhere cannot run code.
+DCP keeps its plan of a checkpoint as a pickle, `.metadata`, for its own loads. A save writes it as JSON too
+(`plan.json`), and that is what is read here (`stored`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -31,31 +30,15 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from quadriga.checkpoint.files import Files, Place, files_at
-from quadriga.checkpoint.folder import CheckpointError, join
+from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
+from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
+from quadriga.checkpoint.stored import TensorPlanner, open_stored
 from quadriga.checkpoint.words import misfits
 from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 
 Tensors = Mapping[str, torch.Tensor]
 COPIED_AHEAD = 10_000_000  # bytes from the device, by DCP
-METADATA = ".metadata"  # DCP's name for its plan
-
-# All that the plan of a checkpoint of tensors is made of.
-ALLOWED = {
-    "builtins": {"set", "frozenset"},
-    "collections": {"OrderedDict"},
-    "torch": {"Size", "device", "dtype"},
-    "torch._utils": {"_rebuild_device"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # as Python 3.13 says it
-}
-DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retries: int = 5) -> dict[str, str]:
@@ -74,7 +57,9 @@ def read(
     tensors: Tensors,
     group: dist.ProcessGroup | None,
     *,
+    facts: Mapping[str, FileFacts] | None = None,
     may_hold_more: bool = False,
+    prefix: str = "",
     retries: int = 5,
     optional: str | None = None,
 ) -> tuple[list[str], list[str]]:
@@ -82,35 +67,46 @@ def read(
 
     `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
     missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
+    CheckpointError on every rank where what lies there is damaged, or not what its plan says.
 
     Names that begin with `optional` may be missing on either side or have another shape: they stay as they are.
     Returned are those of this rank that were not filled, and those there that begin like one of this rank's up to the
     last point and have no use here.
+
+    Args:
+        facts: what the manifest says of the files there; None or empty where there is no manifest.
+        prefix: what all names here begin with, and need not begin with there.
     """
-    reader = Reader(str(place), HashingFiles(files_at(place, retries)))
+    stored = open_stored(place, group, facts, retries)
+    there = stored.plan.tensors
+    if prefix and not all(name.startswith(prefix) for name in there):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    may_lack = {name for name in tensors.keys() | there.keys() if optional and name.startswith(optional)}
+    unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(there.get(name), tensors[name]))
+    beginnings = {name.rpartition(".")[0] for name in may_lack & tensors.keys()}
+    unused = sorted(n for n in may_lack - tensors.keys() if n.rpartition(".")[0] in beginnings)
+    wanted = {name: value for name, value in tensors.items() if name not in unfilled}
+    due = {name: value for name, value in wanted.items() if name not in may_lack}
+    expected = {name: entry for name, entry in there.items() if name not in may_lack}
+    _refuse_other_tensors(str(place), due, expected, group, may_hold_more)
     with plain_errors(f"{place} could not be read"):
-        stored = reader.read_metadata().state_dict_metadata
-        may_lack = {name for name in tensors.keys() | stored.keys() if optional and name.startswith(optional)}
-        unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(stored.get(name), tensors[name]))
-        beginnings = {name.rpartition(".")[0] for name in may_lack & tensors.keys()}
-        unused = sorted(n for n in may_lack - tensors.keys() if n.rpartition(".")[0] in beginnings)
-        wanted = {name: value for name, value in tensors.items() if name not in unfilled}
-        due = {name: value for name, value in wanted.items() if name not in may_lack}
-        expected = {name: entry for name, entry in stored.items() if name not in may_lack}
-        _refuse_other_tensors(str(place), due, expected, group, may_hold_more)
-        load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+        load(
+            wanted,
+            storage_reader=stored.reader(wanted),
+            planner=TensorPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
     return unfilled, unused
 
 
-def _fits(entry: Any, value: torch.Tensor) -> bool:
-    return isinstance(entry, TensorStorageMetadata) and entry.size == value.shape
+def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
+    return entry is not None and entry.shape == tuple(value.shape)
 
 
-def stored_tensors(place: Place) -> dict[str, TensorStorageMetadata]:
-    """Name, shape and format of all tensors in a place. Raises CheckpointError where it holds anything else."""
-    with plain_errors(f"{place} could not be read"):
-        entries = Reader(str(place), HashingFiles(files_at(place))).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+def stored_tensors(place: Place, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
+    """Name, shape and dtype of all tensors in a place. One process alone. Raises CheckpointError as `read` does."""
+    return open_stored(place, None, facts).plan.tensors
 
 
 class Staging:
@@ -209,7 +205,9 @@ class _HashedStream:
 
 
 class Writer(FileSystemWriter):
-    """When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
+    """Writes `plan.json` beside DCP's files.
+
+    When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
     def __init__(self, place: str, files: HashingFiles, on_cuda: bool = False) -> None:
         # Without CUDA tensors nothing is copied ahead: DCP would open a GPU for it wherever there is one.
@@ -221,6 +219,11 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         return self.fs.files.retried(lambda: self._write_once(plan, planner))
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        with self.fs.create_stream(join(self.path, PLAN_FILE), "wb") as file:
+            file.write(from_metadata(metadata))
 
     def _write_once(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -235,48 +238,21 @@ class Writer(FileSystemWriter):
             raise OSError(cause.errno, cause.strerror, file) from error
 
 
-class Reader(FileSystemReader):
-    """Reads the plan by an unpickler that builds nothing but plans."""
-
-    def __init__(self, place: str, files: HashingFiles) -> None:
-        super().__init__(place)
-        self.fs: Any = files
-        self.path: Any = place
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        def look() -> Metadata:
-            with self.fs.create_stream(join(self.path, METADATA), "rb") as file:
-                return cast(Metadata, _PlanUnpickler(file).load())
-
-        metadata = self.fs.files.retried(look)
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"{METADATA} holds a {type(metadata).__name__}, not the plan of a checkpoint")
-        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return self.fs.files.retried(lambda: super(Reader, self).read_data(plan, planner))
-
-
-class _PlanUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in ALLOWED.get(module, ()) or (module == "torch" and name in DTYPES):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{METADATA} asks for {module}.{name}, which is no part of a checkpoint's plan")
-
-
 def _refuse_other_tensors(
-    place: str, tensors: Tensors, stored: Mapping[str, Any], group: dist.ProcessGroup | None, may_hold_more: bool
+    place: str,
+    tensors: Tensors,
+    there: Mapping[str, PlannedTensor],
+    group: dist.ProcessGroup | None,
+    may_hold_more: bool,
 ) -> None:
     parts = {name.split(".", 1)[0] for name in tensors}
-    known = sorted(name for name in stored if name.split(".", 1)[0] in parts)
-    missing = [name for name in tensors if name not in stored]
-    reshaped = []
-    for name in tensors.keys() & stored.keys():
-        entry = stored[name]
-        if not isinstance(entry, TensorStorageMetadata) or entry.size != tensors[name].shape:
-            reshaped.append(f"{name}: {list(getattr(entry, 'size', []))} saved, {list(tensors[name].shape)} here")
+    known = sorted(name for name in there if name.split(".", 1)[0] in parts)
+    missing = [name for name in tensors if name not in there]
+    reshaped = [
+        f"{name}: {list(there[name].shape)} saved, {list(tensors[name].shape)} here"
+        for name in tensors.keys() & there.keys()
+        if there[name].shape != tuple(tensors[name].shape)
+    ]
     wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
     gathered: list[Any] = [[missing, reshaped]]
     if group is not None:  # with pipeline stages each rank holds some of the names
@@ -292,7 +268,9 @@ def _refuse_other_tensors(
         ("only the checkpoint has", surplus),
         ("shapes differ:", reshaped),
     )
-    problems = misfits(place, kinds, "start with the configuration that saved it, or with another job.dump_folder")
+    problems = misfits(
+        stored.place, kinds, "start with the configuration that saved it, or with another job.dump_folder"
+    )
     if problems:
         raise UserError(*problems)
 
@@ -318,9 +296,9 @@ def plain_errors(what: str) -> Iterator[None]:
         except CheckpointException as error:
             lines = [f"rank {rank}: {_in_words(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
             raise CheckpointError("\n".join([what, *lines])) from error
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError) as error:
             raise CheckpointError(f"{what}\n{_in_words(error)}") from error
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+    return str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ def formats(folder: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, entry in stored_tensors(str(folder)).items():
         if name.startswith("optimizer."):
-            found.setdefault(name.rpartition(".")[2], set()).add(str(entry.properties.dtype))
+            found.setdefault(name.rpartition(".")[2], set()).add(str(entry.dtype))
     return found
 
 

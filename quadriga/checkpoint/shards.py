@@ -1,0 +1,212 @@
+"""One chunk of a tensor out of a file of a checkpoint, whoever wrote that file.
+
+A chunk lies there as `torch.save` writes it: a zip archive with a small pickle and the numbers. `torch.load` with
+`weights_only=True` reads it; but that still calls whatever classes PyTorch holds to be safe (a `DeviceMesh`, say, that
+waits for other ranks), inflates archives, and makes storages of any size. So the archive is looked at before: the
+pickle must describe one plain tensor and nothing else, and the record of its numbers must have just their bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickletools
+import re
+import stat
+import struct
+import zipfile
+from collections.abc import Sequence
+from typing import IO, Any, NoReturn, cast
+
+import torch
+
+from quadriga import limits
+from quadriga.checkpoint.files import Files, Place, local
+from quadriga.checkpoint.folder import join
+from quadriga.checkpoint.plan import DTYPES, PlanError
+
+IN_MEMORY = 1 << 24  # bytes of a chunk that is read in one go: seeking in an object store costs a request
+LOCAL_HEADER = 30  # bytes before a record's name in a zip archive
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+# The opcodes of a pickled tensor, those of the memo left out: rebuild(storage(...), offset, size, stride,
+# requires_grad, hooks [, dtype]). `i` is any integer, `b` a boolean, `o` the empty tuple.
+_INTEGERS = r"(?:o|i1|ii2|iii3|mi{4,}t)"
+TENSOR = re.compile(rf"pgmmsgssitQi{_INTEGERS}{_INTEGERS}bgoRg?tR\.")
+LETTERS = {
+    "PROTO": "p",
+    "GLOBAL": "g",
+    "MARK": "m",
+    "BINUNICODE": "s",
+    "TUPLE": "t",
+    "BINPERSID": "Q",
+    "REDUCE": "R",
+    "BININT": "i",
+    "BININT1": "i",
+    "BININT2": "i",
+    "LONG1": "i",
+    "NEWTRUE": "b",
+    "NEWFALSE": "b",
+    "STOP": ".",
+    "EMPTY_TUPLE": "o",
+    "TUPLE1": "1",
+    "TUPLE2": "2",
+    "TUPLE3": "3",
+    "BINPUT": "",
+    "LONG_BINPUT": "",
+}
+
+
+def open_regular(files: Files, place: Place, name: str) -> IO[bytes]:
+    """A file of a checkpoint folder to read from. No link is followed: it could lead to any file of this machine.
+
+    Raises:
+        PlanError: a link, a device, a FIFO or a folder.
+        OSError: as `open`.
+    """
+    if not files.renames:
+        return files.open(join(place, name), "rb")
+    try:
+        # Not blocking: a FIFO that nobody writes to would hold the caller in `open`.
+        handle = os.open(local(place) / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise PlanError(f"{name} is no regular file of this checkpoint") from error
+        raise
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise PlanError(f"{name} is no regular file of this checkpoint")
+    return file
+
+
+class Slice(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer).cast("B") as view:
+            count = min(len(view), max(0, self._length - self._at))
+            self._file.seek(self._start + self._at)
+            read = cast(Any, self._file).readinto(view[:count])
+        self._at += read
+        return int(read)
+
+
+def read_chunk(stream: Any, length: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor that a chunk of `length` bytes holds, in host memory. `stream`: a binary file that can be sought in.
+
+    Raises:
+        PlanError: it holds anything but one plain tensor of that dtype and shape.
+    """
+    if length <= IN_MEMORY:
+        stream = io.BytesIO(stream.read(length))
+    try:
+        _check_archive(stream, length, dtype)
+        stream.seek(0)
+        tensor = torch.load(stream, map_location="cpu", weights_only=True)
+    except (OSError, PlanError):
+        raise
+    except Exception as error:
+        first = str(error).partition("\n")[0][:300]
+        raise PlanError(f"no tensor can be read there ({type(error).__name__}: {first!r})") from error
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+        raise PlanError("there is something else than a plain tensor")
+    if tensor.dtype != dtype or list(tensor.shape) != list(shape):
+        there, planned = (
+            f"{kind} of shape {list(size)}" for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape))
+        )
+        raise PlanError(f"there is a tensor of {there}, planned was one of {planned}")
+    return tensor
+
+
+def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> None:
+    with zipfile.ZipFile(stream) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        if not 0 < len(records) == len(archive.infolist()) <= limits.SHARD_RECORDS:
+            _refuse("too many records, or two of one name")
+    for name, record in records.items():
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            _refuse(f"{name!r} is compressed")
+        if record.file_size > length:
+            _refuse(f"{name!r} is longer than the chunk")
+    pickles = [record for name, record in records.items() if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or pickles[0].file_size > limits.SHARD_PICKLE_BYTES:
+        _refuse("no pickle of one tensor")
+    key, needed = _described(_content(stream, pickles[0]), dtype)
+    numbers = records.get(pickles[0].filename.replace("data.pkl", f"data/{key}"))
+    if numbers is None or numbers.file_size != needed:
+        _refuse(f"{needed} bytes of numbers are promised and not there")
+
+
+def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytes:
+    """What a stored record holds. Not by `ZipFile.read`: a save leaves the CRC-32 out (see `tensors`)."""
+    stream.seek(record.header_offset)
+    header = stream.read(LOCAL_HEADER)
+    if len(header) < LOCAL_HEADER or header[:4] != b"PK\3\4":
+        _refuse("its records are not where its directory says")
+    stream.seek(record.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[26:30])))
+    return stream.read(record.file_size)
+
+
+def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int]:
+    """(key, bytes) of the storage that a pickled tensor of this dtype has. Nothing is executed here."""
+    letters = ""
+    names: list[str] = []
+    texts: list[str] = []
+    numbers: list[int] = []
+    for opcode, argument, _ in pickletools.genops(pickle):
+        letter = LETTERS.get(opcode.name)
+        if letter is None:
+            _refuse(f"its pickle has the opcode {opcode.name}, which no tensor needs")
+        letters += letter
+        if letter == "g":
+            names.append(cast(Any, argument))
+        elif letter == "s":
+            texts.append(cast(Any, argument))
+        elif letter == "i":
+            numbers.append(cast(Any, argument))
+    if not TENSOR.fullmatch(letters) or texts[0] != "storage":
+        _refuse("its pickle describes something else than one tensor")
+    rebuild, storage, hooks, *kinds = names
+    if rebuild == "torch._utils _rebuild_tensor_v2" and not kinds:
+        known = DTYPES.get(STORAGES.get(storage.removeprefix("torch "), ""))
+        size = dtype.itemsize if known == dtype else 0
+    else:
+        known = DTYPES.get(kinds[0].removeprefix("torch ")) if kinds else None
+        size = 1 if (rebuild, storage) == ("torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage") else 0
+    if hooks != "collections OrderedDict" or known != dtype or not size:
+        _refuse(f"its pickle describes something else than a tensor of {dtype}: {' '.join(names)[:200]!r}")
+    return texts[1], numbers[0] * size
+
+
+def _refuse(what: str) -> NoReturn:
+    raise PlanError(f"there is no archive of a tensor: {what}")

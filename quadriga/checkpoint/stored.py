@@ -1,0 +1,202 @@
+"""The tensors of a checkpoint that is there: its plan, read and checked once, and DCP's reader of what it lists.
+
+    stored = open_stored(place, group, found.files)       # all ranks together
+    stored.plan.tensors                                   # names, dtypes, shapes
+    load(tensors, storage_reader=stored.reader(tensors), planner=TensorPlanner(), ...)
+
+The first rank reads the plan and sends it to the others as JSON. What was checked is what is used: DCP is given objects
+made of it, and never the file. Nothing here or below unpickles: see SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from quadriga import limits
+from quadriga.checkpoint import metadata_file
+from quadriga.checkpoint import plan as plans
+from quadriga.checkpoint.files import Files, Place, files_at, local
+from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
+from quadriga.checkpoint.plan import PLAN_FILE, Plan, PlanError
+from quadriga.checkpoint.shards import Slice, open_regular, read_chunk
+from quadriga.json_collectives import broadcast_bytes, broadcast_json, error_from_json, error_to_json
+
+METADATA = ".metadata"  # DCP's own plan, a pickle
+
+
+class Stored:
+    """The tensors in a place. Needs no other rank."""
+
+    def __init__(self, place: Place, plan: Plan, retries: int = 5) -> None:
+        self.place, self.plan = str(place), plan
+        self._files = files_at(place, retries)
+
+    def reader(self, names: Iterable[str]) -> TensorReader:
+        """DCP's reader of these tensors, all of which must be in the plan."""
+        return TensorReader(self.place, self._files, self.plan.metadata(names))
+
+
+def open_stored(
+    place: Place, group: dist.ProcessGroup | None, facts: Mapping[str, FileFacts] | None = None, retries: int = 5
+) -> Stored:
+    """The tensors in a place. `facts`: what the manifest says of its files; empty or None: there is no manifest.
+
+    Call on all ranks of the group. Raises CheckpointError on every rank where the plan is missing, damaged, or not
+    just the plan of tensors in the files of this folder."""
+    if group is None:
+        return Stored(place, _read_plan(place, facts or {}, retries)[0], retries)
+    plan, text, error = None, b"", None
+    if dist.get_rank(group) == 0:
+        try:
+            plan, text = _read_plan(place, facts or {}, retries)
+            text = text or plan.as_json()
+        except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+            error = failed
+    told = broadcast_json(None if error is None else error_to_json(error), group)
+    if error is not None:
+        raise error
+    if told is not None:
+        raise error_from_json(told, CheckpointError)
+    text = broadcast_bytes(text, group)
+    return Stored(place, plan or plans.parse(text), retries)
+
+
+def _read_plan(place: Place, facts: Mapping[str, FileFacts], retries: int) -> tuple[Plan, bytes]:
+    """The plan, and its JSON where that is what was read."""
+    files, name = files_at(place, retries), METADATA
+    try:
+        if PLAN_FILE in facts if facts else files.exists(join(place, PLAN_FILE)):
+            name = PLAN_FILE
+            text = _content(files, place, name, limits.PLAN_BYTES, facts.get(name))
+            plan = plans.parse(text)
+        else:
+            text, plan = b"", metadata_file.read(_content(files, place, name, limits.METADATA_BYTES, facts.get(name)))
+        plans.check_files(plan, {file: _size(files, place, file, facts) for file in plan.files})
+        return plan, text
+    except PlanError as error:
+        raise refused(join(place, name), error) from error
+    except OSError as error:
+        raise CheckpointError(f"{join(place, name)} cannot be read: {error.strerror or error}") from error
+
+
+def refused(path: str, error: PlanError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is refused: {error}\n"
+        "nothing in this checkpoint was run, and no tensor was taken from it\n"
+        "take another one of the run (checkpoint.load_step), or a copy from where you trust it"
+    )
+
+
+def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts | None) -> bytes:
+    def look() -> bytes:
+        with open_regular(files, place, name) as file:
+            return file.read(most + 1)
+
+    content = files.retried(look)
+    if len(content) > most:
+        raise PlanError(f"longer than a plan may be ({most:,} bytes)")
+    if fact is not None and hashlib.sha256(content).hexdigest() != fact.sha256:
+        raise PlanError("its hash differs from the one in the manifest")
+    return content
+
+
+def _size(files: Files, place: Place, name: str, facts: Mapping[str, FileFacts]) -> int:
+    if facts and name not in facts:
+        raise PlanError(f"{plans.shown(name)} is no file that the manifest lists")
+    if not files.renames:
+        return facts[name].size if facts else files.size(join(place, name))
+    try:
+        status = os.lstat(local(place) / name)
+    except FileNotFoundError:
+        raise PlanError(f"{plans.shown(name)}, in which tensors are to lie, is missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise PlanError(f"{plans.shown(name)} is no regular file of this checkpoint")
+    return status.st_size
+
+
+class TensorPlanner(DefaultLoadPlanner):
+    """Plans tensors by flat names, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """DCP's own unpickles what was stored."""
+        raise PlanError(f"{plans.shown(read_item.dest_index.fqn)} is a pickled object, which is not read")
+
+
+class TensorReader(StorageReader):
+    """Reads the tensors of a plan that was checked."""
+
+    def __init__(self, place: str, files: Files, metadata: Metadata) -> None:
+        self._place, self._files, self._metadata = place, files, metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        return None
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        return None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False  # made by `Stored.reader`, not found by DCP
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self._files.retried(lambda: self._read(plan, planner))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        by_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
+        for item in plan.items:
+            info = self._metadata.storage_data[item.storage_index]
+            by_file.setdefault(info.relative_path, []).append((info, item))
+        for name, items in by_file.items():
+            with open_regular(self._files, self._place, name) as file:
+                for info, item in sorted(items, key=lambda one: one[0].offset):
+                    try:
+                        self._fill(file, info, item, planner)
+                    except PlanError as error:
+                        at = f"{plans.shown(item.storage_index.fqn)} at byte {info.offset}"
+                        raise refused(f"{join(self._place, name)} ({at})", error) from error
+
+    def _fill(self, file: IO[bytes], info: _StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
+        if item.type is not LoadItemType.TENSOR:
+            raise PlanError("is no tensor")
+        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)  # a plan has no others
+        assert item.storage_index.index is not None
+        chunk, dtype = entry.chunks[item.storage_index.index], entry.properties.dtype
+        if info.transform_descriptors:
+            kinds = plans.shown(", ".join(info.transform_descriptors))
+            raise PlanError(f"was transformed as it was saved ({kinds}), which is not read: save it anew without")
+        saved = read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes)
+        for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            saved = saved.narrow(dimension, start, size)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != saved.shape:
+            raise PlanError(f"a part of shape {list(saved.shape)} for one of shape {list(target.shape)}")
+        target.copy_(saved)
+        planner.commit_tensor(item, target)
