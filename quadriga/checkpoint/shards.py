@@ -8,12 +8,10 @@ pickle must describe one plain tensor and nothing else, and the record of its nu
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import pickletools
 import re
-import stat
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -22,8 +20,6 @@ from typing import IO, Any, NoReturn, cast
 import torch
 
 from quadriga import limits
-from quadriga.checkpoint.files import Files, Place, local
-from quadriga.checkpoint.folder import join
 from quadriga.checkpoint.plan import DTYPES, PlanError
 
 IN_MEMORY = 1 << 24  # bytes of a chunk that is read in one go: seeking in an object store costs a request
@@ -68,29 +64,6 @@ LETTERS = {
     "BINPUT": "",
     "LONG_BINPUT": "",
 }
-
-
-def open_regular(files: Files, place: Place, name: str) -> IO[bytes]:
-    """A file of a checkpoint folder to read from. No link is followed: it could lead to any file of this machine.
-
-    Raises:
-        PlanError: a link, a device, a FIFO or a folder.
-        OSError: as `open`.
-    """
-    if not files.renames:
-        return files.open(join(place, name), "rb")
-    try:
-        # Not blocking: a FIFO that nobody writes to would hold the caller in `open`.
-        handle = os.open(local(place) / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise PlanError(f"{name} is no regular file of this checkpoint") from error
-        raise
-    file = os.fdopen(handle, "rb")
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        file.close()
-        raise PlanError(f"{name} is no regular file of this checkpoint")
-    return file
 
 
 class Slice(io.RawIOBase):

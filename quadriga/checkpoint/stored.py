@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
@@ -30,7 +29,7 @@ from quadriga.checkpoint import plan as plans
 from quadriga.checkpoint.files import Files, Place, files_at, local
 from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
 from quadriga.checkpoint.plan import PLAN_FILE, Plan, PlanError
-from quadriga.checkpoint.shards import Slice, open_regular, read_chunk
+from quadriga.checkpoint.shards import Slice, read_chunk
 from quadriga.json_collectives import broadcast_bytes, broadcast_json, error_from_json, error_to_json
 
 METADATA = ".metadata"  # DCP's own plan, a pickle
@@ -101,7 +100,7 @@ def refused(path: str, error: PlanError) -> CheckpointError:
 
 def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts | None) -> bytes:
     def look() -> bytes:
-        with open_regular(files, place, name) as file:
+        with _opened(files, place, name) as file:
             return file.read(most + 1)
 
     content = files.retried(look)
@@ -112,18 +111,22 @@ def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts |
     return content
 
 
+def _opened(files: Files, place: Place, name: str) -> IO[bytes]:
+    """A file of the folder. No link is followed: it could lead to any file of this machine."""
+    if files.renames and (local(place) / name).is_symlink():
+        raise PlanError(f"{plans.shown(name)} is a link, not a file of this folder")
+    return files.open(join(place, name), "rb")
+
+
 def _size(files: Files, place: Place, name: str, facts: Mapping[str, FileFacts]) -> int:
-    if facts and name not in facts:
-        raise PlanError(f"{plans.shown(name)} is no file that the manifest lists")
-    if not files.renames:
-        return facts[name].size if facts else files.size(join(place, name))
+    if facts:
+        if name not in facts:
+            raise PlanError(f"{plans.shown(name)} is no file that the manifest lists")
+        return facts[name].size  # compared with the file when the manifest was read
     try:
-        status = os.lstat(local(place) / name)
-    except FileNotFoundError:
-        raise PlanError(f"{plans.shown(name)}, in which tensors are to lie, is missing") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise PlanError(f"{plans.shown(name)} is no regular file of this checkpoint")
-    return status.st_size
+        return files.size(join(place, name))
+    except OSError as error:
+        raise PlanError(f"{plans.shown(name)}, in which tensors are to lie: {error.strerror or error}") from error
 
 
 class TensorPlanner(DefaultLoadPlanner):
@@ -174,7 +177,7 @@ class TensorReader(StorageReader):
             info = self._metadata.storage_data[item.storage_index]
             by_file.setdefault(info.relative_path, []).append((info, item))
         for name, items in by_file.items():
-            with open_regular(self._files, self._place, name) as file:
+            with _opened(self._files, self._place, name) as file:
                 for info, item in sorted(items, key=lambda one: one[0].offset):
                     try:
                         self._fill(file, info, item, planner)
