@@ -28,8 +28,6 @@ from torch.distributed.checkpoint.metadata import (
 from quadriga.checkpoint.files import LocalFiles
 from quadriga.checkpoint.folder import STATE_FILE, seal, sha256
 
-NAMED = b"ctorch.distributed.checkpoint.metadata\n"
-
 
 class Harm:
     """A pickle that runs a command."""
@@ -65,7 +63,7 @@ def without_plan(step: Path, content: bytes) -> None:
     (step / ".metadata").write_bytes(content)
 
 
-def second_unpickling_differs(step: Path, flag: Path) -> None:
+def second_unpickling_differs(step: Path, flag: Path, protocol: int = 2) -> None:
     """An entry that is a tensor when it is checked, and pickled bytes when it is used: `__setstate__` of `Metadata` is
     replaced by BUILD on the class itself, and `__class__` by BUILD on an entry."""
     metadata = metadata_of(step)
@@ -84,10 +82,20 @@ def second_unpickling_differs(step: Path, flag: Path) -> None:
                 return BytesStorageMetadata, (), (state, {"__class__": TensorStorageMetadata})
             return NotImplemented
 
+    def named(cls: str) -> bytes:
+        if protocol < 4:
+            return b"ctorch.distributed.checkpoint.metadata\n" + cls.encode() + b"\n"
+        module = b"torch.distributed.checkpoint.metadata"
+        return b"\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(cls)]) + cls.encode() + b"\x93"
+
     written = io.BytesIO()
-    Pickler(written, 2).dump(metadata)
-    tail = NAMED + b"BytesStorageMetadata\n(N}U\x0c__setstate__" + NAMED + b"Metadata\nstb0."
-    without_plan(step, written.getvalue()[:-1] + tail)
+    Pickler(written, protocol).dump(metadata)
+    swap = b"(N}X\x0c\x00\x00\x00__setstate__" + named("BytesStorageMetadata") + b"stb0."
+    without_plan(step, written.getvalue()[:-1] + named("Metadata") + swap)
+
+
+def second_unpickling_differs_in_a_later_protocol(step: Path, flag: Path) -> None:
+    second_unpickling_differs(step, flag, protocol=4)
 
 
 def build_on_a_class(step: Path, flag: Path) -> None:
@@ -122,7 +130,7 @@ def bytes_are_planned(step: Path, flag: Path) -> None:
 def the_plan_lies_and_so_does_metadata(step: Path, flag: Path) -> None:
     """`.metadata` would run a command; `plan.json` calls pickled bytes a tensor."""
     (step / ".metadata").write_bytes(pickle.dumps(Harm(flag)))
-    torch.save(Harm(flag), step / "__9_0.distcp")
+    torch.save([Harm(flag), bytes(100_000)], step / "__9_0.distcp")
     _change_plan(step, lambda chunk, files: _at(chunk, files, "__9_0.distcp", step))
 
 
@@ -214,9 +222,10 @@ def _at(chunk: list[Any], files: list[str], file: str, step: Path) -> None:
 ATTACKS: dict[str, Callable[[Path, Path], None]] = {
     attack.__name__: attack
     for attack in (
-        *(second_unpickling_differs, build_on_a_class, class_is_swapped, a_command_is_called, bytes_are_planned),
-        *(the_plan_lies_and_so_does_metadata, a_shard_is_a_pickle, a_shard_calls_what_torch_holds_to_be_safe),
-        *(a_shard_is_inflated, a_shard_has_another_dtype, a_chunk_lies_outside, a_chunk_lies_outside_in_metadata),
+        *(second_unpickling_differs, second_unpickling_differs_in_a_later_protocol, build_on_a_class),
+        *(class_is_swapped, a_command_is_called, bytes_are_planned, the_plan_lies_and_so_does_metadata),
+        *(a_shard_is_a_pickle, a_shard_calls_what_torch_holds_to_be_safe, a_shard_is_inflated),
+        *(a_shard_has_another_dtype, a_chunk_lies_outside, a_chunk_lies_outside_in_metadata),
         *(numbers_are_huge, a_file_is_elsewhere, a_shard_is_a_link, chunks_leave_a_hole),
     )
 }

@@ -147,21 +147,22 @@ class Interpreter:
         name, key, first, other_key, second, last_key, third = found.groups()
         codes = (name, key, other_key, last_key)
         kind, kinds, order = self._layouts.get(codes) or self._layout(codes)
-        known = self._known
-        a, b = known.get(first) or self._meaning(first), known.get(second) or self._meaning(second)
-        record = Record(kind)
-        if third is None:
-            types: tuple[type, ...] = (a[0], b[0])
-            values: tuple[Any, ...] = (a[1], b[1])
-            entries = (record, UNSHARED, *a[2], *b[2])
-        else:
+        known, memo = self._known, self._memo
+        record, before = Record(kind), len(memo)
+        a = known.get(first) or self._meaning(first)
+        memo += (record, UNSHARED, *a[2])  # at once: what follows may fetch it
+        b = known.get(second) or self._meaning(second)
+        memo += b[2]
+        types: tuple[type, ...] = (a[0], b[0])
+        values: tuple[Any, ...] = (a[1], b[1])
+        if third is not None:
             c = known.get(third) or self._meaning(third)
-            types, values = (a[0], b[0], c[0]), (a[1], b[1], c[1])
-            entries = (record, UNSHARED, *a[2], *b[2], *c[2])
+            memo += c[2]
+            types, values = (*types, c[0]), (*values, c[1])
         if types != kinds:
+            del memo[before:]
             return 0
         record.fields = order(values)
-        self._memo += entries
         self._made += 2
         self._stack.append(record)
         return found.end()

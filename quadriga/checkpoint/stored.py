@@ -177,13 +177,16 @@ class TensorReader(StorageReader):
             info = self._metadata.storage_data[item.storage_index]
             by_file.setdefault(info.relative_path, []).append((info, item))
         for name, items in by_file.items():
-            with _opened(self._files, self._place, name) as file:
-                for info, item in sorted(items, key=lambda one: one[0].offset):
-                    try:
+            path = join(self._place, name)
+            try:
+                with _opened(self._files, self._place, name) as file:
+                    for info, item in sorted(items, key=lambda one: one[0].offset):
+                        path = (
+                            f"{join(self._place, name)} ({plans.shown(item.storage_index.fqn)} at byte {info.offset})"
+                        )
                         self._fill(file, info, item, planner)
-                    except PlanError as error:
-                        at = f"{plans.shown(item.storage_index.fqn)} at byte {info.offset}"
-                        raise refused(f"{join(self._place, name)} ({at})", error) from error
+            except PlanError as error:
+                raise refused(path, error) from error
 
     def _fill(self, file: IO[bytes], info: _StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
         if item.type is not LoadItemType.TENSOR:
