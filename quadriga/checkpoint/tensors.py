@@ -268,9 +268,7 @@ def _refuse_other_tensors(
         ("only the checkpoint has", surplus),
         ("shapes differ:", reshaped),
     )
-    problems = misfits(
-        stored.place, kinds, "start with the configuration that saved it, or with another job.dump_folder"
-    )
+    problems = misfits(place, kinds, "start with the configuration that saved it, or with another job.dump_folder")
     if problems:
         raise UserError(*problems)
 
