@@ -3,8 +3,8 @@
     python tests/mutants/run.py [NAME ...] [--jobs 2] [--record]
 
 `mutants.json` is a list of {"name", "file", "old", "new", "tests", "why"}: `old` stands exactly once in `file`, and is
-replaced by `new` in a copy of the tree; the mutant is dead if one of `tests` (pytest arguments) fails there. To add
-one, add an entry. "survives" instead of "tests" explains a mutant that no test can kill.
+replaced by `new` in a copy of the tree; the mutant is dead if one of `tests` (pytest arguments; slow tests do not run)
+fails there. To add one, add an entry. "survives" instead of "tests" explains a mutant that no test can kill.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """pytest's exit code, None after `LONGEST` seconds; and the end of what it printed."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a changed file of the same size and second must not be taken for the old
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "slow or more or not slow"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
             [*command, *tests], cwd=folder, env=environ, capture_output=True, text=True, timeout=LONGEST, check=False
