@@ -67,3 +67,12 @@ METADATA_STACK = 1 << 18  # values that it may hold at once; pickles are written
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
 SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
 SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7
+# Traces of a profiler: 300 MB have about a million events.
+TRACE_BYTES = 8 * GIB  # of one file, unpacked
+TRACE_RATIO, TRACE_SMALL = 200, 64 * MIB  # unpacked by packed bytes (traces have 8 to 30), for files beyond the second
+TRACE_VALUE = 16 * MIB  # characters of one event, and of all that is no event; a run's own notes have 1 MiB
+TRACE_ROWS = 10_000_000  # events that are read from one file, at 60 bytes each
+TRACE_CALLS = 500_000  # of them, those whose arguments are kept: collectives and look-ups, at 2 KB each
+TRACE_NAMES = 1_000_000  # different names of one file
+TRACE_NAME = 4_000  # characters of a name that are read; templates of C++ have some 3,000
+TRACE_STEPS = 10_000  # profiled steps of one file

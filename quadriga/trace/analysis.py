@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from quadriga.errors import Problem, UserError
-from quadriga.trace import breakdown, collectives
+from quadriga.errors import Fault, Problem, UserError
+from quadriga.trace import breakdown, collectives, prediction
 from quadriga.trace.find import TraceSet, find, rank_in_name
 from quadriga.trace.rank import RankResult, analyse_rank
 from quadriga.units import MIB, show_some
@@ -38,6 +38,7 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
     why_apart = collectives.why_not_comparable(ranks)
     met, contradictions = collectives.transfers(ranks) if why_apart is None else (None, 0)
     measured = _whole_picture(ranks)
+    estimate, why_none = _estimate(ranks, chosen)
     result = {
         "format": FORMAT,
         "source": str(place),
@@ -49,10 +50,12 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
         **measured,
         "collectives": collectives.rows(ranks, met),
         "kernels": _kernels(ranks),
-        "estimate": _estimate(ranks, chosen),
+        "estimate": estimate,
         "timeline": _timeline(ranks, why_apart is None),
     }
     result["not_measurable"] = _not_measurable(ranks, result, why_apart)
+    if estimate is None:
+        result["not_measurable"]["estimate"] = why_none
     result["warnings"] = _warnings(ranks, chosen, contradictions, len(met or ()))
     return result
 
@@ -63,8 +66,12 @@ def _read_all(files: tuple[Path, ...], processes: int | None) -> list[RankResult
     workers = min(processes or _cores(), len(files))
     if workers == 1 or sum(path.stat().st_size for path in files) < WORTH_A_PROCESS:
         return [analyse_rank(*job) for job in jobs]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(analyse_rank, *zip(*jobs, strict=True)))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(analyse_rank, *zip(*jobs, strict=True)))
+    except BrokenProcessPool:
+        todo = "nothing was changed; give it more memory, or analyse one file at a time"
+        raise Fault(f"a process that read the traces was ended, most likely for lack of memory: {todo}") from None
 
 
 def _cores() -> int:
@@ -150,15 +157,12 @@ def _listed(seconds: dict[str, float], whole: float) -> list[dict[str, Any]]:
     return [{"name": name, "seconds_a_step": each, "share": each / whole if whole else 0.0} for name, each in order]
 
 
-def _estimate(ranks: list[RankResult], chosen: TraceSet) -> dict[str, Any] | None:
-    if chosen.estimate is None:
-        return None
-    try:
-        estimate = json.loads(chosen.estimate.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"the run's estimate cannot be read: {error}"
-        raise UserError(Problem(str(chosen.estimate), what, fix="move it out of the folder")) from None
-    return {"rows": collectives.against_estimate(ranks, estimate)}
+def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any] | None, str]:
+    """Calls and bytes beside those estimated for the start of the run that made the traces; None, and why."""
+    if chosen.run is None:
+        return None, "no estimate.json lies in the run folder"
+    predicted, why = prediction.of_attempt(chosen.run, ranks[0].attempt)
+    return ({"rows": collectives.against_estimate(ranks, predicted)} if predicted is not None else None), why
 
 
 def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:
@@ -194,8 +198,6 @@ def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_apart: 
         found["slowest"] = "it takes the traces of several ranks, and their exposed communication"
     if result["collectives"]:
         found |= _of_collectives(result["collectives"], why_apart)
-    if result["estimate"] is None:
-        found["estimate"] = "no estimate.json lies in the run folder"
     return found
 
 

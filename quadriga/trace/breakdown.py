@@ -10,7 +10,8 @@ import numpy as np
 from quadriga.trace.calls import Call, Found
 from quadriga.trace.host import Work
 from quadriga.trace.intervals import Spans, both, clip, length, union, without
-from quadriga.trace.read import KERNEL, RankTrace, Step
+from quadriga.trace.read import KERNEL, RankTrace
+from quadriga.trace.steps import Step
 
 DATA_WAIT = ("quadriga:data_wait", "enumerate(DataLoader)#")
 HOST_AXIS = "host"  # groups for what lies on the host: saves and wishes, which no step waits for

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from quadriga.trace import gloo
 from quadriga.trace.describe import BY_NAME, OWN, UNKNOWN, Description, axis_of, described, kind_of, own
-from quadriga.trace.intervals import NONE, Spans
-from quadriga.trace.read import KERNEL, Group, RankTrace
+from quadriga.trace.intervals import NONE, Spans, inside, union
+from quadriga.trace.metadata import Group
+from quadriga.trace.read import KERNEL, RankTrace
 
 LINKAGE, ANNOTATION, NAME = "linkage", "annotation", "name"
 FUSED = ("matmul", "_mm")  # operations that compute and send in one: of them only the copies are communication
@@ -121,11 +122,10 @@ def _follow(trace: RankTrace, calls: list[Call], inner: list[list[int]], owned: 
         fused = any(word in trace.names[ops.name[at]] for at in within for word in FUSED)
         told = [at for at in within if trace.names[ops.name[at]] == "record_param_comms"]
         rows: set[int] = set()
-        for at in told or within[:1]:
-            for correlation in launches.during(call.thread, float(ops.start[at]), float(ops.end[at])):
-                rows.update(by_correlation.get(correlation, ()))
-        for at in told or within:
-            rows.update(by_link.get(int(ops.link[at]), ()))
+        for correlation in launches.during(call.thread, union(ops.spans(np.array(told or within[:1])))):
+            rows.update(by_correlation.get(correlation, ()))
+        for link in {int(ops.link[at]) for at in told or within}:
+            rows.update(by_link.get(link, ()))
         if call.found_by == LINKAGE and not told:  # a copy that torch makes around the call is no part of it
             rows = {row for row in rows if not plain.get(int(device.link[row]), False)}
         if fused:
@@ -140,16 +140,20 @@ class _Launches:
 
     def __init__(self, trace: RankTrace) -> None:
         rows = trace.launches
-        order = np.argsort(rows.start, kind="stable")
-        self._by_thread = {}
-        for thread in np.unique(rows.thread):
-            own = order[rows.thread[order] == thread]
-            self._by_thread[int(thread)] = rows.start[own], rows.correlation[own]
+        order = np.lexsort((rows.start, rows.thread))
+        threads, begins = np.unique(rows.thread[order], return_index=True)
+        ends = [*begins[1:].tolist(), len(order)]
+        self._by_thread = {
+            thread: (rows.start[order[begin:end]], rows.correlation[order[begin:end]])
+            for thread, begin, end in zip(threads.tolist(), begins.tolist(), ends, strict=True)
+        }
 
-    def during(self, thread: int, start: float, end: float) -> list[int]:
+    def during(self, thread: int, times: Spans) -> set[int]:
+        """Those that are not 0, of what the thread launched in a union of times."""
         starts, correlations = self._by_thread.get(thread, (np.empty(0), np.empty(0, np.int64)))
-        found: list[int] = correlations[np.searchsorted(starts, start) : np.searchsorted(starts, end)].tolist()
-        return [each for each in found if each]
+        first, last = (np.searchsorted(starts, times[:, side]) for side in (0, 1))
+        found = {each for begin, end in zip(first, last, strict=True) for each in correlations[begin:end].tolist()}
+        return found - {0}
 
 
 def _index(values: NDArray[np.int64]) -> dict[int, list[int]]:
@@ -193,7 +197,7 @@ def _of_row(trace: RankTrace, row: int, about: Description, found_by: str) -> Ca
 def _tell_groups(trace: RankTrace, calls: list[Call]) -> None:
     """Which group, and so which axis, each call belongs to."""
     _heed_notes(trace, calls)
-    axes = trace.notes.get("axes") or {}
+    axes = trace.notes.axes
     for call in calls:
         about = call.about
         group = trace.groups.get(about.group or "") or Group(about.group or "", about.purpose or "", about.ranks)
@@ -202,12 +206,12 @@ def _tell_groups(trace: RankTrace, calls: list[Call]) -> None:
         if about.axis is None and about.group is not None:
             about.axis = axes.get(about.group) or axis_of(group.purpose or about.purpose or "")
         if about.axis is None and about.kind in ("send", "recv"):
-            about.axis = trace.notes.get("messages")
+            about.axis = trace.notes.messages
 
 
 def _heed_notes(trace: RankTrace, calls: list[Call]) -> None:
     """Calls whose group torch did not write get it from the notes: by the moment at which they began."""
-    launches = trace.notes.get("launches") or ()
+    launches = trace.notes.launches
     if not launches or trace.origin_ns is None:
         return
     open_calls = sorted((call for call in calls if call.about.group is None), key=lambda call: call.launched)
@@ -219,11 +223,10 @@ def _heed_notes(trace: RankTrace, calls: list[Call]) -> None:
         fitting = [call for call in near if call.launched - SLACK <= at <= call.returned + SLACK]
         call = next((call for call in fitting if call.about.group is None), None)
         if call is not None:
-            call.about.group, call.about.sequence = str(group), int(sequence)
+            call.about.group, call.about.sequence = group, sequence
 
 
 def _tell_steps(trace: RankTrace, calls: list[Call]) -> None:
-    for call in calls:
-        for place, step in enumerate(trace.steps):
-            if step.start <= call.launched < step.end:
-                call.step = place
+    windows = np.array([[step.start, step.end] for step in trace.steps])
+    for call, place in zip(calls, inside(np.array([call.launched for call in calls]), windows).tolist(), strict=True):
+        call.step = place

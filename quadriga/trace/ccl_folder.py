@@ -16,15 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quadriga.errors import Problem, UserError
-from quadriga.trace.document import Document
-from quadriga.trace.find import find, rank_in_name
+import numpy as np
+from numpy.typing import NDArray
 
-STEP = re.compile(r"ProfilerStep#(\d+)$")
-RANK_FILE = re.compile(r"(?:rank(\d+)_trace|kineto_trace_(\d+))\.json$")
+from quadriga.errors import Problem, UserError
+from quadriga.trace.fields import shape
+from quadriga.trace.find import find, rank_in_name
+from quadriga.trace.intervals import inside
+from quadriga.trace.read import read
+from quadriga.trace.rows import Rows
+from quadriga.trace.steps import STEP
+
+RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")
 LOOK_UP = "aten::embedding"
 CHUNK = 1 << 20
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,16 @@ def rank_files(folder: Path) -> dict[int, Path]:
 
 def read_rank(rank: int, path: Path) -> RankTrace:
     """Steps and look-ups of one trace. Raises UserError where the file is no trace."""
-    marks: dict[int, Event] = {}
-    lookups: list[Event] = []
-    for event in Document(path):
-        step = STEP.match(str(event.get("name", "")))
-        if step and event.get("ph") == "X" and event.get("cat") == "user_annotation":
-            marks[int(step[1])] = event
-        elif event.get("name") == LOOK_UP and event.get("cat") == "cpu_op":
-            lookups.append(event)
-    steps = {number: float(mark["dur"]) / 1e6 for number, mark in sorted(marks.items()) if "dur" in mark}
-    tokens, table = _looked_up(lookups, [marks[number] for number in steps])
+    trace = read(path, rank)
+    ops = trace.ops
+    numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP.match(name))}
+    marks: dict[int, tuple[float, float]] = {}
+    for at in np.flatnonzero(np.isin(ops.name, list(numbers))):
+        marks[numbers[int(ops.name[at])]] = (float(ops.start[at]), float(ops.end[at]))
+    marks = dict(sorted(marks.items()))
+    steps = {number: end - start for number, (start, end) in marks.items()}
+    lookups = np.flatnonzero(np.isin(ops.name, [number for number, name in enumerate(trace.names) if name == LOOK_UP]))
+    tokens, table = _looked_up(ops, lookups, list(marks.values()))
     return RankTrace(rank, steps, tokens, table)
 
 
@@ -106,25 +111,21 @@ def inner(steps: list[Any]) -> list[Any]:
     return steps[1:-1] if len(steps) > 2 else steps
 
 
-def _looked_up(lookups: list[Event], marks: Sequence[Event]) -> tuple[int | None, int | None]:
+def _looked_up(
+    ops: Rows, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
+) -> tuple[int | None, int | None]:
     """Tokens looked up in the median step and the size of the table; a look-up inside another one is the same one."""
-    tokens = dict.fromkeys(range(len(marks)), 0)
-    table, ends = None, -1.0
-    for event in sorted(lookups, key=lambda each: (each["ts"], -each.get("dur", 0))):
-        dims = event.get("args", {}).get("Input Dims") or []
-        if event["ts"] < ends or len(dims) < 2 or len(dims[0]) != 2:
+    tokens = [0] * len(marks)
+    windows = np.array(sorted(marks)).reshape(-1, 2)
+    order = lookups[np.lexsort((-ops.end[lookups], ops.start[lookups]))]
+    table, end = None, -1.0
+    for at, place in zip(order.tolist(), inside(ops.start[order], windows).tolist(), strict=True):
+        dims = ops.told[at].get("Input Dims") or []
+        if ops.start[at] < end or len(dims) < 2 or not isinstance(dims[0], list) or len(dims[0]) != 2:
             continue
-        ends = event["ts"] + event.get("dur", 0)
-        table = max(table or 0, _product(dims[0]))
-        for index, mark in enumerate(marks):
-            if mark["ts"] <= event["ts"] < mark["ts"] + mark["dur"]:
-                tokens[index] += _product(dims[1])
-    seen = statistics.median_low(tokens.values()) if tokens else 0
+        end = float(ops.end[at])
+        table = max(table or 0, shape(dims[0]))
+        if place >= 0:
+            tokens[place] += shape(dims[1])
+    seen = statistics.median_low(tokens) if tokens else 0
     return (seen, table) if seen else (None, table)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

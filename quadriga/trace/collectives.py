@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from quadriga.trace.calls import NAME, Call
+from quadriga.trace.prediction import Predicted
 from quadriga.trace.rank import Key, RankResult, key_of
 
 GIGA = 1e9
@@ -85,14 +86,16 @@ def rows(ranks: list[RankResult], met: list[Transfer] | None) -> list[dict[str, 
     by_key: dict[Key, list[Transfer]] = defaultdict(list)
     for transfer in met or ():
         by_key[transfer.key].append(transfer)
-    found = [_row(key, ranks, by_key.get(key, [])) for key in keys]
+    by_rank: dict[Key, list[Call]] = defaultdict(list)
+    for call in (call for rank in ranks for call in rank.calls):
+        by_rank[key_of(call)].append(call)
+    found = [_row(key, ranks, by_rank[key], by_key.get(key, [])) for key in keys]
     return sorted(found, key=lambda row: (-(row["seconds_a_step"] or 0.0), row["axis"], row["collective"]))
 
 
-def _row(key: Key, ranks: list[RankResult], met: list[Transfer]) -> dict[str, Any]:
+def _row(key: Key, ranks: list[RankResult], calls: list[Call], met: list[Transfer]) -> dict[str, Any]:
     axis, kind, backend, found_by, size = key
     having = [rank for rank in ranks if key in rank.seconds]
-    calls = [call for rank in having for call in rank.calls if key_of(call) == key]
     steps = sum(len(rank.steps) for rank in having)
     sizes = [call.about.size for call in calls if call.about.size is not None]
     told = len(sizes) == len(calls)
@@ -136,9 +139,12 @@ def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer
     counts: dict[int, int] = defaultdict(int)
     for call in calls:
         counts[call.about.size or 0] += 1
+    taken: dict[int | None, list[float]] = defaultdict(list)
+    for each in met:
+        taken[each.size].append(each.seconds)
     found = []
     for size in sorted(counts):
-        seconds = [each.seconds for each in met if each.size == size]
+        seconds = taken[size]
         middle = statistics.median(seconds) if seconds else None
         speed = bandwidths(kind, ranks, size, middle or 0.0)
         entry = {"bytes": size, "calls": _whole(counts[size] / steps), "transfer_s": middle}
@@ -146,16 +152,16 @@ def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer
     return found
 
 
-def against_estimate(ranks: list[RankResult], estimate: Mapping[str, Any]) -> list[dict[str, Any]]:
+def against_estimate(ranks: list[RankResult], estimate: Sequence[Predicted]) -> list[dict[str, Any]]:
     """Calls and bytes of a step beside those predicted, by axis and collective, of the rank that sends most (that is
     the one that the estimate describes). Calls for the host alone are no part of either; axes that share a group, as
     `world` and one that holds all ranks do, stand in one row."""
     same = ranks[0].same
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for call in estimate.get("communication") or ():
-        entry = predicted[same.get(call["axis"], call["axis"]), call["collective"]]
-        entry[0] += call["calls"]
-        entry[1] += call["calls"] * call["bytes"]
+    for call in estimate:
+        entry = predicted[same.get(call.axis, call.axis), call.collective]
+        entry[0] += call.calls
+        entry[1] += call.calls * call.bytes
     measured = max((_sums(rank) for rank in ranks), key=lambda sums: sum(size or 0 for _, size in sums.values()))
     found = []
     for axis, kind in sorted({*predicted, *measured}):

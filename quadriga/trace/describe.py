@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from quadriga.trace.fields import Wrong, shape, whole
 
 # The first that occurs in an operation's name decides.
 KINDS = (
@@ -104,12 +106,16 @@ def own(name: str) -> Description:
     size = said.get("bytes", "")
     return Description(
         said.get("kind", UNKNOWN),
-        count=int(size) if size.isdecimal() else None,
+        count=_count(size),
         item=1,
         axis=said.get("axis"),
-        group_size=int(said["ranks"]) if said.get("ranks", "").isdecimal() else None,
+        group_size=_count(said.get("ranks", "")),
         backend=said.get("backend"),
     )
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
 def axis_of(purpose: str) -> str:
@@ -117,33 +123,21 @@ def axis_of(purpose: str) -> str:
     return PURPOSES.get(purpose) or purpose.removeprefix("mesh_") or UNKNOWN
 
 
-def numbers_of(dims: Any) -> int:
-    """Numbers in a tensor of this shape, or in all of a list of tensors."""
-    if dims and isinstance(dims[0], Sequence):
-        return sum(numbers_of(each) for each in dims)
-    count = 1
-    for length in dims:
-        count *= int(length)
-    return count
-
-
 def _of_record(told: Mapping[str, Any]) -> Description | None:
     """ParamCommsDebugInfo, as NCCL's process group leaves it on record_param_comms and Kineto on the kernels."""
-    kind = kind_of(str(told["Collective name"]))
+    kind = kind_of(told["Collective name"])
     if kind is None:
         return None
-    item = item_bytes(str(told.get("dtype", "")))
-    taken, given = (told.get(f"{way} msg nelems") for way in ("In", "Out"))
-    counts = [int(count) for count in (taken, given) if count is not None]
-    size = told.get("Group size")
+    item = item_bytes(told.get("dtype", ""))
+    counts = [told[name] for name in ("In msg nelems", "Out msg nelems") if name in told]
     return Description(
         kind,
         count=max(counts, default=None),
         item=item,
-        group=_text(told.get("Process Group Name")),
-        purpose=_text(told.get("Process Group Description")),
+        group=told.get("Process Group Name") or None,
+        purpose=told.get("Process Group Description") or None,
         ranks=_ranks(told.get("Process Group Ranks")),
-        group_size=None if size is None else int(size),
+        group_size=told.get("Group size"),
         sequence=_sequence(told.get("Seq")),
     )
 
@@ -151,30 +145,27 @@ def _of_record(told: Mapping[str, Any]) -> Description | None:
 def _measure(found: Description, namespace: str, told: Mapping[str, Any]) -> None:
     """Sizes of what the operation was given. Those of c10d write into a given tensor, and name it first."""
     dims, types = told.get("Input Dims") or (), told.get("Input type") or ()
-    tensors = [(shape, kind) for shape, kind in zip(dims, types, strict=False) if kind not in ("", "Scalar")]
+    tensors = [(each, kind) for each, kind in zip(dims, types, strict=False) if kind not in ("", "Scalar")]
     if not tensors:
         return
-    counts = [numbers_of(shape) for shape, _ in tensors]
-    items = [item for _, kind in tensors if (item := item_bytes(str(kind)))]
+    counts = [shape(dims) for dims, _ in tensors]
+    items = [item for _, kind in tensors if (item := item_bytes(kind))]
     output_first = namespace == "c10d" and found.kind in OUTPUT_FIRST and len(counts) > 1
     found.inputs = counts[1] if output_first else counts[0]
     found.item = items[0] if items else None
     found.count = max(counts)
 
 
-def _text(value: Any) -> str | None:
-    return None if value in (None, "") else str(value)
-
-
-def _sequence(value: Any) -> int | None:
+def _sequence(value: int | str | None) -> int | None:
+    """The number of a call in its group; None where the writer knew none."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return None if value is None else whole("Seq", value)
+    except Wrong:
         return None
 
 
-def _ranks(value: Any) -> tuple[int, ...]:
+def _ranks(value: str | tuple[int, ...] | None) -> tuple[int, ...]:
     """`[0, 1]`, also as text; () where Kineto has cut a long list off."""
-    if value is None or "..." in str(value):
-        return ()
-    return tuple(int(number) for number in re.findall(r"\d+", str(value)))
+    if value is None or isinstance(value, tuple):
+        return value or ()
+    return () if "..." in value else tuple(int(number) for number in re.findall(r"\d{1,9}", value))

@@ -1,23 +1,26 @@
 """A trace's JSON, element by element: files of any size pass through a few megabytes.
 
 Read as others write it too: one line or many, `{"traceEvents": [...]}` or the bare array that Chrome's format allows,
-plain or packed with gzip (told by its first bytes, whatever the name says).
+plain or packed with gzip (told by its first bytes, whatever the name says). Limits stand in `quadriga.limits`.
 """
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from quadriga.errors import Problem, UserError
+from quadriga import limits
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.reading import opened
 
 CHUNK = 1 << 22  # characters read at once
-RATIO = 12  # by about which a trace is packed
 GZIP = b"\x1f\x8b"
 SPACE = re.compile(r"[ \t\r\n]*")
 BORDER, TAIL = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*\{"), 1 << 16  # between two events; where the last one is looked for
@@ -28,24 +31,30 @@ AGAIN = "copy the file once more, or profile again; a run writes a trace whole o
 
 
 class Document:
-    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards.
+    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards, and in `strays` how
+    many elements among the events are no objects.
 
-    Raises UserError where the file cannot be read, is no JSON, is cut off, or holds no events.
+    Raises UserError where the file cannot be read, is no JSON, is cut off, is beyond a limit, or holds no events.
     """
 
     def __init__(self, path: Path, chunk: int = CHUNK) -> None:
         self.metadata: dict[str, Any] = {}
+        self.strays = 0
         self._path, self._chunk = path, chunk
         self._text, self._at, self._ended = "", 0, False
+        self._one_by_one = False  # what has been read cannot be decoded at once
+        self._length = self._kept = 0  # characters of the last value, and of all metadata
         self._decode = json.JSONDecoder(strict=False).raw_decode  # names may hold control characters
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                self._file = _Text(file)
+        with opened(self._path, what="trace") as file:
+            self._file = _Text(file)
+            try:
                 yield from self._document()
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._wrong(f"the file cannot be read to its end: {error}") from None
+            except (OSError, EOFError, zlib.error) as error:
+                raise self._wrong(f"the file cannot be read to its end: {error}") from None
+            except TooLong as error:
+                raise self._wrong(str(error), "profile fewer steps, or without with_stack") from None
 
     def _document(self) -> Iterator[dict[str, Any]]:
         if self._peek() == "[":
@@ -63,6 +72,9 @@ class Document:
                 yield from self._array()
             else:
                 self.metadata[str(key)] = self._value()
+                self._kept += self._length
+                if self._kept > limits.TRACE_VALUE:
+                    raise TooLong(f"its metadata is longer than {limits.TRACE_VALUE:,} characters")
             if self._peek() == ",":
                 self._at += 1
         if not seen:
@@ -71,27 +83,34 @@ class Document:
     def _array(self) -> Iterator[dict[str, Any]]:
         self._expect("[")
         while self._peek() != "]":
-            yield from self._many()
-            event = self._value()
-            if isinstance(event, dict):
-                yield event
+            yield from self._objects(self._many())
+            yield from self._objects([self._value()])
             if self._peek() == ",":
                 self._at += 1
         self._at += 1
 
-    def _many(self) -> list[dict[str, Any]]:
+    def _objects(self, values: list[Any]) -> Iterator[dict[str, Any]]:
+        for value in values:
+            if isinstance(value, dict):
+                yield value
+            else:
+                self.strays += 1
+
+    def _many(self) -> list[Any]:
         """As many events as end before the last border in what has been read: decoded at once, which is twice as fast
         as one by one. None where the border turns out to be none, since it lies within an event or a text."""
-        borders = list(BORDER.finditer(self._text, max(self._at, len(self._text) - TAIL)))
-        if not borders:
+        if self._one_by_one:
             return []
-        end = borders[-1].start() + 1
+        borders = list(BORDER.finditer(self._text, max(self._at, len(self._text) - TAIL)))
         try:
-            values = self._decode("[" + self._text[self._at : end] + "]")[0]
-        except json.JSONDecodeError:
-            return []  # read one by one, it is said what is wrong with it
+            if not borders:
+                raise ValueError
+            values: list[Any] = self._decode("[" + self._text[self._at : borders[-1].start() + 1] + "]")[0]
+        except (ValueError, RecursionError):
+            self._one_by_one = True  # until more is read: it is then said what is wrong with it
+            return []
         self._at = borders[-1].end() - 1
-        return [value for value in values if isinstance(value, dict)]
+        return values
 
     def _peek(self) -> str:
         """The next character that is no space; the reading stands before it."""
@@ -106,7 +125,7 @@ class Document:
 
     def _expect(self, character: str) -> None:
         if self._peek() != character:
-            raise self._wrong(f"`{character}` is due, and `{self._text[self._at : self._at + 30]}` stands there")
+            raise self._wrong(f"`{character}` is due, and `{self._near(self._at)}` stands there")
         self._at += 1
 
     def _value(self) -> Any:
@@ -116,50 +135,60 @@ class Document:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - LONGEST_WORD
+                if unfinished and len(self._text) - self._at > limits.TRACE_VALUE:
+                    raise TooLong(f"one value is longer than {limits.TRACE_VALUE:,} characters") from None
                 if unfinished and self._fill():
                     continue
-                near = self._text[error.pos : error.pos + 40]
-                raise self._wrong(CUT_OFF if unfinished else f"{error.msg} at `{near}`") from None
+                what = f"{error.msg} at `{self._near(error.pos)}`"
+                raise self._wrong(CUT_OFF if unfinished else what) from None
+            except RecursionError:
+                raise self._wrong("a value nests too deep to be one of torch.profiler") from None
+            except ValueError as error:  # a number of more digits than are converted
+                raise self._wrong(f"a value cannot be read: {shortened(error, 200)}") from None
             if end == len(self._text) and self._fill():  # a number may go on
                 continue
-            self._at = end
+            self._length, self._at = end - self._at, end
             return value
+
+    def _near(self, at: int) -> str:
+        return shortened(self._text[at : at + 40])
 
     def _fill(self) -> bool:
         """Read on; whether there was more. What has been read is dropped."""
         more = "" if self._ended else self._file.read(max(self._chunk, len(self._text) - self._at))
-        self._ended = not more
+        self._ended, self._one_by_one = not more, False
         self._text, self._at = self._text[self._at :] + more, 0
         return bool(more)
 
     def _wrong(self, what: str, fix: str = AGAIN) -> UserError:
-        return UserError(Problem(str(self._path), what, fix=fix))
+        return UserError(Problem(shortened(self._path, 400), what, fix=fix))
+
+
+class TooLong(Exception):
+    """A limit is passed."""
 
 
 class _Text:
     """The characters of a file, packed or not."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._packed = file.read(2) == GZIP
+    def __init__(self, file: BinaryIO) -> None:
+        packed = file.read(2) == GZIP
         file.seek(0)
-        self._unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._size = os.fstat(file.fileno()).st_size
+        self._most = min(limits.TRACE_BYTES, max(limits.TRACE_RATIO * self._size, limits.TRACE_SMALL))
+        self._source = gzip.GzipFile(fileobj=file) if packed else file
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._done = 0
 
     def read(self, size: int) -> str:
-        """About so many characters; "" at the end, and only there. Raises EOFError where a packed file is cut off."""
+        """At most so many characters; "" at the end, and only there. Raises EOFError where a packed file is cut off."""
         while True:
-            raw = self._file.read(max(size // RATIO, 1) if self._packed else size)
-            text = self._decode(self._unpacked(raw) if self._packed else raw, final=not raw)
+            raw = self._source.read(size)
+            self._done += len(raw)
+            if self._done > self._most:
+                what = f"it is longer than {limits.TRACE_BYTES:,} bytes"
+                packed = f"it unpacks to more than {limits.TRACE_RATIO} times its {self._size:,} bytes: no trace does"
+                raise TooLong(what if self._most == limits.TRACE_BYTES else packed)
+            text = self._decode(raw, final=not raw)
             if text or not raw:
                 return text
-
-    def _unpacked(self, raw: bytes) -> bytes:
-        if not raw and not self._unpack.eof:
-            raise EOFError("the packed data ends too soon")
-        content = self._unpack.decompress(raw)
-        while self._unpack.unused_data:  # another file, packed on its own, behind the first
-            rest = self._unpack.unused_data.lstrip(b"\0")
-            self._unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            content += self._unpack.decompress(rest)
-        return content

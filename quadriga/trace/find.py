@@ -16,21 +16,21 @@ from quadriga.errors import Problem, UserError
 from quadriga.units import show_some
 
 NAME = re.compile(r"trace.*\.json(\.gz)?$|\.trace\.json(\.gz)?$|^rank[-_]?\d+.*\.json(\.gz)?$", re.IGNORECASE)
-RANK = re.compile(r"rank[-_]?(\d+)|trace[-_](\d+)\.", re.IGNORECASE)
-ITERATION = re.compile(r"^(?:iteration|step)[-_]?(\d+)$")
+RANK = re.compile(r"rank[-_]?([0-9]{1,6})(?![0-9])|trace[-_]([0-9]{1,6})\.", re.IGNORECASE)
+ITERATION = re.compile(r"^(?:iteration|step)[-_]?([0-9]{1,15})$")
 ESTIMATE = "estimate.json"
 
 
 @dataclass(frozen=True)
 class TraceSet:
     """`files`: by path order. `iteration`: what their folder says, None where it says none. `others`: the iterations
-    that are there too. `estimate`: the run's, where the traces lie in a run folder."""
+    that are there too. `run`: the run folder that the traces lie in, if it is one with an estimate."""
 
     folder: Path
     files: tuple[Path, ...]
     iteration: int | None
     others: tuple[int, ...]
-    estimate: Path | None
+    run: Path | None
 
 
 def find(place: Path, iteration: int | None = None) -> TraceSet:
@@ -55,7 +55,7 @@ def find(place: Path, iteration: int | None = None) -> TraceSet:
     others = sorted({found for folder in by_folder if (found := _iteration(folder / "x")) is not None})
     number = _iteration(chosen / "x")
     return TraceSet(
-        place, tuple(by_folder[chosen]), number, tuple(each for each in others if each != number), _estimate(chosen)
+        place, tuple(by_folder[chosen]), number, tuple(each for each in others if each != number), run_folder(chosen)
     )
 
 
@@ -99,6 +99,6 @@ def _choose(place: Path, by_folder: dict[Path, list[Path]], iteration: int | Non
     return fitting[0]
 
 
-def _estimate(folder: Path) -> Path | None:
-    """The estimate of the run whose traces lie in `folder`, which is its third level at most."""
-    return next((each / ESTIMATE for each in (folder, *folder.parents[:3]) if (each / ESTIMATE).is_file()), None)
+def run_folder(folder: Path) -> Path | None:
+    """The run whose traces lie in `folder`, which is its third level at most: it holds an estimate."""
+    return next((each for each in (folder, *folder.parents[:3]) if (each / ESTIMATE).exists()), None)

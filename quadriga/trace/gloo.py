@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quadriga.trace.describe import item_bytes, kind_of, numbers_of
+from quadriga.trace.describe import item_bytes, kind_of
+from quadriga.trace.fields import shape
 from quadriga.trace.intervals import Spans, union
 from quadriga.trace.read import RankTrace
 
@@ -92,4 +93,4 @@ class _Ranges:
         name = self._trace.names[self._trace.ops.name[at]]
         dims = self._trace.ops.told[at].get("Input Dims") or ()
         kind = kind_of(name.removeprefix("gloo:")) or name
-        return kind, numbers_of(dims[0]) if dims and kind != "barrier" else 0
+        return kind, shape(dims[0]) if dims and kind != "barrier" else 0

@@ -89,7 +89,9 @@ def _own_seconds(
         if open_rows:
             own[open_rows[-1]] -= ends[place] - start
         if names[place] == subclass:
-            for each in open_rows:
+            for each in reversed(open_rows):
+                if outer[each]:  # and so are those around it
+                    break
                 outer[each] = True
         open_rows.append(place)
     return np.maximum(np.array(own), 0.0), np.array(outer, dtype=bool)

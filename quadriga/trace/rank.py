@@ -9,7 +9,8 @@ from pathlib import Path
 from quadriga.trace import breakdown, kernels, timeline
 from quadriga.trace.calls import Call, find_calls
 from quadriga.trace.host import work
-from quadriga.trace.read import Step, read
+from quadriga.trace.read import read
+from quadriga.trace.steps import Step
 
 Key = tuple[str, str, str, str, int | None]  # axis, collective, backend, found by, ranks of the group
 
@@ -18,7 +19,7 @@ Key = tuple[str, str, str, str, int | None]  # axis, collective, backend, found 
 class RankResult:
     """`seconds`: of each kind of call, a step: in which it ran, and in which nothing computed meanwhile. `missing`:
     calls whose place on the device, or on gloo's threads, the trace does not show. `same`: other names of axes that
-    share a group."""
+    share a group. `attempt`: the start of the run that made the trace, where it says so."""
 
     rank: int
     world_size: int | None
@@ -34,6 +35,7 @@ class RankResult:
     strips: dict[str, list[timeline.Span]]
     has_data_marks: bool
     same: dict[str, str]
+    attempt: int | None
     warnings: list[str]
 
 
@@ -70,6 +72,7 @@ def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
         totals=kernels.totals(trace, found, done, sent),
         strips=timeline.strips(trace, found, active, shown, files),
         has_data_marks=active.data_wait is not None,
-        same=dict(trace.notes.get("same") or {}),
+        same=dict(trace.notes.same),
+        attempt=trace.notes.attempt,
         warnings=trace.warnings,
     )

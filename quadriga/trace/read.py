@@ -12,67 +12,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.errors import Problem, UserError
+from quadriga import limits
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.trace import fields
 from quadriga.trace.document import Document
 from quadriga.trace.find import rank_in_name
-from quadriga.trace.intervals import Spans, spans
+from quadriga.trace.metadata import Group, Notes, read_metadata
+from quadriga.trace.rows import Rows
+from quadriga.trace.steps import Step, steps_of
 
-HOST = {"cpu_op": 0, "user_annotation": 1}
-LAUNCH = {"cuda_runtime": 0, "cuda_driver": 0, "hip_runtime": 0, "xpu_runtime": 0}
+# Categories of events, by their names since torch 1.12 and before.
+HOST = {"cpu_op": 0, "user_annotation": 1, "Operator": 0}
+LAUNCH = {"cuda_runtime": 0, "cuda_driver": 0, "hip_runtime": 0, "xpu_runtime": 0, "xpu_driver": 0, "Runtime": 0}
 KERNEL, MEMCPY, MEMSET = 0, 1, 2
 DEVICE = {"kernel": KERNEL, "gpu_memcpy": MEMCPY, "gpu_memset": MEMSET}
-STEP = re.compile(r"ProfilerStep#(\d+)$")
-# Operations of which what they were called with is kept: all that may be a collective.
-TOLD = re.compile(r"record_param_comms$|c10d::|_?c10d_functional(_autograd)?::|gloo:|symm_mem::|nccl:")
-OWN_NOTES, RANKS_CUT_OFF = "quadriga", "..."
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Columns of equal length, in the order of the file. Times in seconds from the trace's origin.
-
-    `name` and `thread` are indices into the trace's names and threads; `sort` is a number of HOST or DEVICE; `link` is
-    torch's External id (an operation and what it launched share it), `correlation` that of a launch and its rows on the
-    device; both are 0 where there is none. `told` holds what some rows were called with, by row.
-    """
-
-    name: NDArray[np.int64]
-    start: NDArray[np.float64]
-    end: NDArray[np.float64]
-    thread: NDArray[np.int64]
-    sort: NDArray[np.int64]
-    link: NDArray[np.int64]
-    correlation: NDArray[np.int64]
-    told: Mapping[int, Mapping[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def spans(self, chosen: NDArray[Any] | None = None) -> Spans:
-        return spans(self.start, self.end) if chosen is None else spans(self.start[chosen], self.end[chosen])
-
-
-@dataclass(frozen=True)
-class Step:
-    """One profiled step of the run. `number`: as the run counts, or as the profiler does where the trace cannot say."""
-
-    number: int
-    start: float
-    end: float
-    thread: int
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
-
-
-@dataclass(frozen=True)
-class Group:
-    """A process group. `purpose`: torch's description of it; `ranks`: () where the trace does not say."""
-
-    name: str
-    purpose: str
-    ranks: tuple[int, ...]
+DEVICE |= {"Kernel": KERNEL, "Memcpy": MEMCPY, "Memset": MEMSET}
+LINKS = ("External id", "external id")
+# Operations of which what they were called with is kept: all that may be a collective, and look-ups of tokens.
+TOLD = re.compile(r"record_param_comms$|c10d::|_?c10d_functional(_autograd)?::|gloo:|symm_mem::|nccl:|aten::embedding$")
 
 
 @dataclass(frozen=True)
@@ -92,7 +49,7 @@ class RankTrace:
     device: Rows
     steps: tuple[Step, ...]
     groups: Mapping[str, Group]
-    notes: Mapping[str, Any]
+    notes: Notes
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -130,6 +87,8 @@ class _Reader:
         self.threads: dict[tuple[Any, Any], int] = {}
         self.labels: dict[tuple[Any, Any], str] = {}
         self.ops, self.launches, self.device = _Table(), _Table(), _Table()
+        self.negative = 0  # rows that are said to end before they begin
+        self.rows = self.told = 0
         self._tables: Mapping[str, tuple[_Table | None, int]] = (
             {name: (self.ops, sort) for name, sort in HOST.items()}
             | {name: (self.launches, sort) for name, sort in LAUNCH.items()}
@@ -137,100 +96,114 @@ class _Reader:
         )
 
     def read(self, document: Document) -> None:
-        for event in document:
+        for number, event in enumerate(document, start=1):
             phase = event.get("ph")
-            if phase == "X":
-                self._row(event)
-            elif phase == "M" and event.get("name") == "thread_name":
-                self.labels[event.get("pid"), event.get("tid")] = str(event.get("args", {}).get("name", ""))
+            try:
+                if phase == "X":
+                    self._row(event)
+                elif phase == "M" and event.get("name") == "thread_name":
+                    self._label(event)
+            except fields.Wrong as error:
+                raise fields.Wrong(f"event {number:,}: {error}") from None
+
+    def _label(self, event: dict[str, Any]) -> None:
+        args = event.get("args")
+        name = args.get("name") if isinstance(args, dict) else None
+        if isinstance(name, str) and len(self.labels) < limits.TRACE_NAMES:
+            self.labels[_thread(event)] = name[: limits.TRACE_NAME]
 
     def _row(self, event: dict[str, Any]) -> None:
-        table, sort = self._tables.get(event.get("cat", ""), NO_TABLE)
+        category = event.get("cat")
+        table, sort = self._tables.get(category, NO_TABLE) if isinstance(category, str) else NO_TABLE
         if table is None:
             return
-        name, told = event["name"], event.get("args") or {}
-        number = self.names.get(name)
-        if number is None:
-            number = self.names[name] = len(self.names)
-            self.may_be_a_call.append(TOLD.match(name) is not None)
-        thread = event.get("pid"), event.get("tid")
-        place = self.threads.setdefault(thread, len(self.threads))
+        start = fields.time("ts", event.get("ts"))
+        length = fields.time("dur", event.get("dur") or 0.0, fields.LONGEST_DURATION)
+        if length < 0:
+            self.negative += 1
+            return
+        told = event.get("args") or {}
+        if not isinstance(told, dict):
+            raise fields.Wrong("args is no object")
+        number = self._name(event.get("name"))
+        place = self.threads.setdefault(_thread(event), len(self.threads))
         if (table is self.ops and self.may_be_a_call[number]) or "Collective name" in told:
-            table.told[len(table.times) // 2] = told
-        link, correlation = told.get("External id") or 0, told.get("correlation") or 0
-        table.whole.extend((number, place, sort, int(link), int(correlation)))
-        table.times.extend((float(event["ts"]), float(event.get("dur") or 0.0)))
+            table.told[len(table.times) // 2] = fields.facts(told)
+            self.told += 1
+        self.rows += 1
+        if self.rows > limits.TRACE_ROWS or self.told > limits.TRACE_CALLS or len(self.names) > limits.TRACE_NAMES:
+            most = f"{limits.TRACE_ROWS:,} rows, {limits.TRACE_CALLS:,} calls and {limits.TRACE_NAMES:,} names"
+            raise fields.Wrong(f"a trace of more than {most} is not read: profile fewer steps")
+        link = next((told[name] for name in LINKS if name in told), None)
+        ids = fields.identity("External id", link), fields.identity("correlation", told.get("correlation"))
+        table.whole.extend((number, place, sort, *ids))
+        table.times.extend((start, length))
+
+    def _name(self, name: Any) -> int:
+        number = self.names.get(name) if isinstance(name, str) else None
+        if number is None:
+            name = fields.text("name", name)
+            number = self.names.setdefault(name, len(self.names))
+            if number == len(self.may_be_a_call):
+                self.may_be_a_call.append(TOLD.match(name) is not None)
+        return number
+
+
+def _thread(event: Mapping[str, Any]) -> tuple[Any, Any]:
+    for key in ("pid", "tid"):
+        if not isinstance(event.get(key), int | str | float | None):
+            raise fields.Wrong(f"{key} is no number or text")
+    return event.get("pid"), event.get("tid")
 
 
 def read(path: Path, rank: int | None = None) -> RankTrace:
     """Read one file. `rank`: what to take where neither the file nor its name tells.
 
-    Raises UserError: no trace of torch.profiler, cut off, or of an unknown rank.
+    Raises UserError: no trace of torch.profiler, cut off, beyond a limit, or of an unknown rank.
     """
     document, reader = Document(path), _Reader()
     try:
         reader.read(document)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"an event of it is not as torch.profiler writes it ({type(error).__name__}: {error})"
-        raise UserError(Problem(str(path), what, fix="leave the file out, or profile again")) from None
+    except fields.Wrong as error:
+        what = f"not as torch.profiler writes it: {error}"
+        raise UserError(Problem(shortened(path, 400), what, fix="leave the file out, or profile again")) from None
     tables = (reader.ops, reader.launches, reader.device)
     firsts = [min(table.times[::2]) for table in tables if table.times]
     if not firsts:
         what = "it holds no operations, kernels or copies"
-        raise UserError(Problem(str(path), what, fix="profile with ProfilerActivity.CPU, and CUDA where there is one"))
-    origin, about = min(firsts), document.metadata
-    group = about.get("distributedInfo") or {}
+        fix = "profile with ProfilerActivity.CPU, and CUDA where there is one"
+        raise UserError(Problem(shortened(path, 400), what, fix=fix))
+    origin, about = min(firsts), read_metadata(document.metadata, path.name)
     ops, launches, device = (table.rows(origin) for table in tables)
-    names, notes, warnings = list(reader.names), about.get(OWN_NOTES) or {}, []
-    steps = _steps(ops, names, notes.get("first_step", 0))
-    if not steps:
-        warnings.append(f"{path.name} has no marks of steps (profiler.step was not called): all of it counts as one")
-        steps = _as_one(ops, device)
-    base = about.get("baseTimeNanoseconds")
+    names = list(reader.names)
+    steps, remarks = steps_of(ops, launches, device, names, path, about.notes.first_step)
+    if reader.negative:
+        remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are left out")
+    if document.strays:
+        remarks.append(f"{document.strays:,} of the events of {path.name} are no objects, and are left out")
+    base = about.base_ns
     return RankTrace(
         path=path,
-        rank=_rank(path, group, rank),
-        world_size=group.get("world_size"),
-        machine=about.get("host_name") or notes.get("machine"),
-        backend=group.get("backend"),
-        origin_ns=None if base is None else int(base) + round(origin * 1000),
+        rank=_rank(path, about.rank, rank),
+        world_size=about.world_size,
+        machine=about.machine,
+        backend=about.backend,
+        origin_ns=None if base is None else base + round(origin * 1000),
         names=names,
         threads=[reader.labels.get(thread, "") for thread in reader.threads],
         ops=ops,
         launches=launches,
         device=device,
         steps=steps,
-        groups={group.name: group for group in map(_group, group.get("pg_config") or ())},
-        notes=notes,
-        warnings=warnings,
+        groups=about.groups,
+        notes=about.notes,
+        warnings=[*about.warnings, *remarks],
     )
 
 
-def _rank(path: Path, group: Mapping[str, Any], rank: int | None) -> int:
-    said = group.get("rank")
+def _rank(path: Path, said: int | None, rank: int | None) -> int:
     found = next((each for each in (said, rank_in_name(path), rank) if each is not None), None)
     if found is None:
         what = "neither the file (distributedInfo) nor its name says which rank's trace this is"
-        raise UserError(Problem(str(path), what, fix="rename it to rankK_trace.json"))
-    return int(found)
-
-
-def _steps(ops: Rows, names: list[str], first: int) -> tuple[Step, ...]:
-    matches = {number: match for number, name in enumerate(names) if (match := STEP.match(name))}
-    places = np.flatnonzero(np.isin(ops.name, list(matches)))
-    found = [
-        Step(first + int(matches[ops.name[at]].group(1)), float(ops.start[at]), float(ops.end[at]), int(ops.thread[at]))
-        for at in places
-    ]
-    return tuple(sorted(found, key=lambda step: step.start))
-
-
-def _as_one(ops: Rows, device: Rows) -> tuple[Step, ...]:
-    ends = [rows.end.max() for rows in (ops, device) if len(rows)]
-    thread = int(np.bincount(ops.thread).argmax()) if len(ops) else 0
-    return (Step(0, 0.0, float(max(ends)), thread),)
-
-
-def _group(said: Mapping[str, Any]) -> Group:
-    ranks = said.get("ranks") or ()
-    return Group(str(said.get("pg_name", "")), str(said.get("pg_desc", "")), tuple(ranks))
+        raise UserError(Problem(shortened(path, 400), what, fix="rename it to rankK_trace.json"))
+    return found

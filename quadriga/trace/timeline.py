@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 
 from quadriga.trace.breakdown import Activity, of_steps
 from quadriga.trace.calls import Found
 from quadriga.trace.intervals import NONE, Spans, clip, union, without
-from quadriga.trace.read import RankTrace, Step
+from quadriga.trace.read import RankTrace
+from quadriga.trace.steps import Step
 
 SPANS = 2000  # of all ranks and lanes together, about
 Span = tuple[float, float, str]
@@ -16,11 +19,11 @@ Span = tuple[float, float, str]
 def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: int) -> dict[str, list[Span]]:
     """By lane: spans in seconds from the trace's origin. `host` is what is left where nothing else runs."""
     budget = max(SPANS // (4 * files), 8)
-    sent: dict[str, Spans] = {}
+    sent: dict[str, list[Spans]] = defaultdict(list)
     for call in of_steps(found.calls):
         if len(call.rows) and call.end > step.start and call.start < step.end:
             name = f"{call.axis} {call.about.kind}"
-            sent[name] = np.concatenate([sent.get(name, NONE), call.rows])
+            sent[name].append(call.rows)
     communication = [NONE] if active.communication is None else [active.communication]
     waited = NONE if active.data_wait is None else active.data_wait
     copies = NONE if active.memcpy is None else active.memcpy
@@ -28,7 +31,7 @@ def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: 
     idle = without(without(whole, union(active.compute, copies, *communication)), waited)
     lanes = {
         "compute": {"compute": active.compute},
-        "communication": {name: union(rows) for name, rows in sent.items()},
+        "communication": {name: union(*rows) for name, rows in sent.items()},
         "memcpy": {"copies": copies},
         "host": {"data wait": waited, "idle": idle},
     }
@@ -37,14 +40,23 @@ def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: 
 
 def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
     """All sets on one strip: gaps that are too narrow are closed, until few enough spans are left."""
-    named = [(name, clip(spans, step.start, step.end)) for name, spans in sets.items()]
-    every = [(float(start), float(end), name) for name, spans in named for start, end in spans]
     gap = step.seconds / 4000
+    named = [(name, _without_gaps(clip(spans, step.start, step.end), gap)) for name, spans in sets.items()]
+    every = sorted((start, end, name) for name, spans in named for start, end in spans.tolist())
     while True:
-        merged = _close(sorted(every), gap)
+        merged = _close(every, gap)
         if len(merged) <= budget:
             return merged
         gap *= 1.5
+
+
+def _without_gaps(spans: Spans, gap: float) -> Spans:
+    """A union whose gaps are wider than `gap`: few, however many spans there were."""
+    if not len(spans):
+        return spans
+    begins = np.concatenate([[True], spans[1:, 0] - spans[:-1, 1] > gap])
+    ends = np.concatenate([begins[1:], [True]])
+    return np.column_stack([spans[begins, 0], spans[ends, 1]])
 
 
 def _close(spans: list[Span], gap: float) -> list[Span]:

@@ -119,7 +119,7 @@ def test_a_rank_that_nothing_tells_is_asked_for(tmp_path):
         ('{"traceEvents": [{"ph": "X", nonsense}]}', "nonsense"),
         ('{"schemaVersion": 1}', "no trace of torch.profiler"),
         ('{"traceEvents": []}', "no operations"),
-        ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a"}]}', "'ts'"),
+        ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a"}]}', "event 1: ts is None"),
         ("what is this", "no JSON"),
     ],
     ids=["truncated", "unclosed", "empty", "broken", "another", "no events", "no time", "text"],
