@@ -76,3 +76,4 @@ TRACE_CALLS = 500_000  # of them, those whose arguments are kept: collectives an
 TRACE_NAMES = 1_000_000  # different names of one file
 TRACE_NAME = 4_000  # characters of a name that are read; templates of C++ have some 3,000
 TRACE_STEPS = 10_000  # profiled steps of one file
+CARD_BYTES = 256 * KIB  # a card of CCL-Bench; theirs have 4 KiB, and YAML is slow to read

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quadriga import limits
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
-from quadriga.cli.estimate import read_run
-from quadriga.errors import EXIT_OK, Problem, UserError, shortened
+from quadriga.cli.estimate import ranks_of, read_run
+from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.jsonl import Record, read_metrics
 from quadriga.models.registry import catalogue, count_parameters
 from quadriga.reading import read_json_object
@@ -81,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
 
 def write(folder: Path, out: Path, told: Told) -> int:
     """Write a run's traces and card into `out`, and say how its step time compares with the run's own metrics."""
-    environment = _environment(folder)
-    run = read_run(str(folder / "config.toml"), int(environment["world_size"]), ())
+    run = read_run(str(folder / "config.toml"), ranks_of(folder), ())
+    environment = read_json_object(folder / "environment.json", what="record of a run")
     last_step, packed = newest_traces(folder)
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
     if absent:
@@ -132,10 +131,10 @@ def read(place: Path, as_json: bool) -> int:
         shown = {"card": card, "avg_step_time_s": seconds, "mfu": utilization(card, seconds), "mistakes": found}
         print(json.dumps(shown, indent=2, default=str))
         return EXIT_OK
-    print(file)
+    print(printable(file))
     for name, path in SHOWN.items():
         said = value(card, path)
-        print(f"  {name:<12} {'not said' if said is None else said}")
+        print(f"  {name:<12} {'not said' if said is None else shortened(said, 200)}")
     reached = utilization(card, seconds)
     print(
         f"  {'step':<12} " + (f"{seconds:.6g} s (avg_step_time)" if seconds else "not measurable: no trace with steps")
@@ -158,7 +157,7 @@ def _found(place: Path, card: Card, traces: Sequence[RankTrace]) -> list[str]:
 
 def _warnings(found: Sequence[str]) -> Iterator[str]:
     yield f"\n{len(found)} warning{'' if len(found) == 1 else 's'}" if found else "\nno known mistake"
-    yield from (f"  - {line}" for line in found)
+    yield from (f"  - {printable(line)}" for line in found)
 
 
 def steps_of(trace: RankTrace, last_step: int) -> list[int]:
@@ -197,12 +196,3 @@ def _records(folder: Path) -> list[Record]:
     """The training records of a run; none where it logged none."""
     path = folder / "metrics.jsonl"
     return read_metrics(path, required=("step_seconds",)) if path.exists() else []
-
-
-def _environment(folder: Path) -> Mapping[str, Any]:
-    environment = read_json_object(folder / "environment.json", what="record of a run")
-    ranks = environment.get("world_size")
-    if type(ranks) is not int or not 1 <= ranks <= limits.RANKS:
-        what, allowed = "world_size is no number of ranks", f"1 to {limits.RANKS:,}"
-        raise UserError(Problem(str(folder / "environment.json"), what, shortened(repr(ranks)), allowed=allowed))
-    return environment

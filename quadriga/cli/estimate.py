@@ -6,17 +6,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from quadriga import limits
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError, shortened
 from quadriga.estimate.advice import advice_for
-from quadriga.estimate.calibrate import calibrate
+from quadriga.estimate.calibrate import Seconds, calibrate, newest_trace, seconds_a_step
 from quadriga.estimate.estimate import estimate
 from quadriga.estimate.rates import Rates
 from quadriga.estimate.report import lines
 from quadriga.hardware import DEVICES, Device, device_named
+from quadriga.metrics.jsonl import read_metrics
 from quadriga.models.registry import catalogue
+from quadriga.reading import read_json_object
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,13 +53,24 @@ def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
     """Those of a finished run in `folder`, which says itself what it was; None without one."""
     if folder is None:
         return None
-    config, environment = Path(folder, "config.toml"), Path(folder, "environment.json")
-    try:
-        ranks = int(json.loads(environment.read_text(encoding="utf-8"))["world_size"])
-    except (OSError, ValueError, KeyError) as error:
-        fix = "name the folder of a run that has ended (job.dump_folder)"
-        raise UserError(Problem("--calibrate", f"{environment} cannot be read: {error}", folder, fix=fix)) from None
-    return calibrate(Path(folder), read_run(str(config), ranks, ()), device)
+    place = Path(folder)
+    run = read_run(str(place / "config.toml"), ranks_of(place), ())
+    records = read_metrics(place / "metrics.jsonl", required=("step_seconds",))
+    measured = seconds_a_step(records, run.config.profiling, place)
+    from quadriga.trace.busy import busy_seconds  # numpy, which other estimates do not need
+
+    seconds = Seconds(**busy_seconds(newest_trace(place)))
+    return calibrate(place, run, device, seconds, measured)
+
+
+def ranks_of(folder: Path) -> int:
+    """How many ranks a run had, by its `environment.json`. Raises UserError where that does not tell it."""
+    file = folder / "environment.json"
+    ranks = read_json_object(file, what="record of a run").get("world_size")
+    if type(ranks) is not int or not 1 <= ranks <= limits.RANKS:
+        shown = shortened(repr(ranks))
+        raise UserError(Problem(str(file), "world_size is no number of ranks", shown, allowed=f"1 to {limits.RANKS:,}"))
+    return ranks
 
 
 def read_run(file: str, ranks: int | None, keys: Sequence[str]) -> Run:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser
-from quadriga.errors import EXIT_OK, Fault
+from quadriga.errors import EXIT_OK, Fault, printable
 
 ABOUT = (
     "Read the profiler's traces of all ranks and say where a step's time went: computing, communication (and how much "
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     found = analyse(Path(options.folder), options.step)
     if options.html is not None:
         _write_page(options.html, found)
-    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=1) if options.json else "\n".join(map(printable, lines(found))))
     return EXIT_OK
 
 

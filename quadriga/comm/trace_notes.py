@@ -15,12 +15,14 @@ FORMAT = "quadriga-notes-1"
 MESSAGES = "pp"  # the axis along which ranks send to each other one by one; the recorder does not see it over gloo
 
 
-def notes(mesh: Mesh, since_ns: int) -> dict[str, Any]:
-    """For the trace of this rank that began at `since_ns` (since 1970); docs/traces.md tells what its keys mean."""
+def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
+    """For the trace of this rank that began at `since_ns` (since 1970), in this start of the run; docs/traces.md tells
+    what its keys mean."""
     groups = _groups(mesh)
     axes = {group: axis for axis, group in groups.items()}
     return {
         "format": FORMAT,
+        "attempt": attempt,
         "axes": axes,
         "same": {axis: axes[group] for axis, group in groups.items() if axes[group] != axis},
         "messages": MESSAGES if mesh.pp.size() > 1 else None,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
+# Control characters but for tab and line feed, halves of a surrogate pair, and marks that turn the direction of text.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 VOID = {"meta", "br", "hr"}
 
 
@@ -27,7 +30,7 @@ def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:
 
 def join(*children: str | None, by: str = "") -> Markup:
     """Children one after another: markup as it stands, any other text escaped, None left out."""
-    shown = [child if isinstance(child, Markup) else escape(child) for child in children if child is not None]
+    shown = [child if isinstance(child, Markup) else _text(child) for child in children if child is not None]
     return Markup(by.join(shown))
 
 
@@ -35,4 +38,9 @@ def _attribute(value: object) -> str:
     """Coordinates to a hundredth of a unit: no eye sees more, and pages stay small."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
-    return escape(str(value))
+    return _text(str(value))
+
+
+def _text(value: str) -> str:
+    """Escaped, and without what HTML does not allow and files cannot hold: control characters and lone surrogates."""
+    return escape(UNSAFE.sub("\N{REPLACEMENT CHARACTER}", value))

@@ -18,6 +18,8 @@ def document(title: str, *parts: str | None, source: str | None = None) -> str:
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
+        # Nothing is fetched and no script runs, whatever the names in the page hold.
+        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
         tag("style", Markup(style())),

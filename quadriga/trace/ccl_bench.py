@@ -13,8 +13,10 @@ from typing import Any
 
 import yaml
 
-from quadriga.errors import Problem, UserError
+from quadriga import limits
+from quadriga.errors import Problem, UserError, shortened
 from quadriga.hardware import find_device
+from quadriga.reading import read_text
 from quadriga.trace.ccl_folder import RankTrace, average_step_time, inner, rank_files
 from quadriga.units import show_some
 
@@ -63,14 +65,38 @@ def card_file(place: Path) -> Path:
 
 
 def read_card(path: Path) -> Card:
-    """Raises UserError where the file is no YAML, or no mapping."""
+    """The fields of a card; what is neither number, truth, list nor mapping is text.
+
+    Raises UserError where the file is no YAML, no mapping, or beyond a limit.
+    """
+    text = read_text(path, limits.CARD_BYTES, what="card")
     try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(Problem(str(path), f"the card cannot be read: {error}")) from None
+        card = yaml.load(text, Loader=_Plain)
+    except RecursionError:
+        raise UserError(Problem(shortened(path, 400), "the card cannot be read: it nests too deep")) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
+        raise UserError(Problem(shortened(path, 400), f"the card cannot be read: {shortened(error, 300)}")) from None
     if not isinstance(card, dict):
-        raise UserError(Problem(str(path), "this is no card: it holds no fields"))
-    return card
+        raise UserError(Problem(shortened(path, 400), "this is no card: it holds no fields"))
+    plain: Card = _plain(card)
+    return plain
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without references: a few of them within each other stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not read in a card")
+        return super().compose_node(parent, index)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def write_card(card: Card, path: Path) -> None:
@@ -105,7 +131,8 @@ def mistakes_of_layout(folder: Path, card: Card) -> Iterator[str]:
     total = value(card, "workload.hardware.xpu_spec.total_count")
     if ours and isinstance(total, int) and len(ours) != total:
         yield f"traces of {len(ours)} ranks, but total_count is {total}"
-    if ours and "json" not in (value(card, "metric_source.traces") or ()):
+    listed = value(card, "metric_source.traces")
+    if ours and "json" not in (listed if isinstance(listed, list) else [listed]):
         yield "metric_source.traces does not list `json`, so the tools do not read the traces"
 
 
@@ -114,13 +141,13 @@ def utilization(card: Card, step_time: float | None) -> float | None:
     arch = [_number(card, f"{ARCH}.{name}") for name in ("num_params", "num_layers", "num_heads", "head_dim")]
     data = [_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len")]
     total, peak = _number(card, "workload.hardware.xpu_spec.total_count"), _peak(card)
-    if None in (*arch, *data, total, peak, step_time) or not step_time:
+    if None in (*arch, *data, total, peak, step_time) or not step_time or not total or not peak:
         return None
     parameters, layers, heads, width = (figure or 0.0 for figure in arch)
     batch, length = (figure or 0.0 for figure in data)
     weights = parameters - (_number(card, f"{ARCH}.num_params_embedding") or 0.0)
     a_token = 6 * weights + 12 * layers * heads * width * length
-    return a_token * batch * length / step_time / ((peak or 0.0) * (total or 0.0))
+    return a_token * batch * length / step_time / (peak * total)
 
 
 def _peak(card: Card) -> float | None:
@@ -158,14 +185,14 @@ def _embedding(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int,
 
 def _batch(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
     batch, length = (_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len"))
-    if batch is None or length is None or _is_inference(card):
+    if not batch or not length or _is_inference(card):
         return
     rows = _degree(card, "dp_replicate") * _degree(card, "dp_shard")
     seen = max((trace.tokens for trace in traces if trace.tokens), default=None)
     if seen is None:
         scope = value(card, "workload.data.batch_size_scope")
         if scope != "global" and rows > 1:
-            said = f"batch_size_scope says `{scope}`" if scope else "the card does not say that it is global"
+            said = f"batch_size_scope says `{shortened(scope)}`" if scope else "the card does not say that it is global"
             yield f"batch_size {batch:g} cannot be checked against the trace, and {said}; global is what `mfu` needs"
         if batch % rows:
             yield f"batch_size {batch:g} is no multiple of {rows} data-parallel ranks, so it is not the global batch"
@@ -204,7 +231,7 @@ def _bandwidth(card: Card) -> Iterator[str]:
     said = value(card, "workload.hardware.network_topo.bandwidth_gbps")
     if not isinstance(said, list):
         return
-    numbers = [figure for figure in said if isinstance(figure, int | float)]
+    numbers = [float(figure) for figure in said[:2] if _is_number(figure)]
     if len(said) != 2:
         yield f"bandwidth_gbps has {len(said)} figures, not two: scale-out, then scale-up"
     elif len(numbers) == 2 and numbers[0] > numbers[1]:
@@ -219,7 +246,7 @@ def _backend(card: Card) -> Iterator[str]:
             "(communication_fraction, total_communication_time, bandwidths) show 0 or nothing, which is not true"
         )
     elif "nvshmem" in name.lower() or "mscclpp" in name.lower().replace("+", "p"):
-        yield f"the library is said to be {name}: the card declares it, and no field says which one carried the bytes"
+        yield f"the library is said to be {shortened(name)}: no field says which one carried the bytes"
 
 
 def _degrees(card: Card) -> Iterator[str]:
@@ -235,12 +262,17 @@ def _degrees(card: Card) -> Iterator[str]:
 
 def _degree(card: Card, name: str) -> int:
     said = value(card, f"{PLAN}.{name}")
-    return said if isinstance(said, int) and said > 0 else 1
+    return int(said) if isinstance(said, int) and 0 < said <= limits.RANKS else 1
 
 
 def _number(card: Card, path: str) -> float | None:
     said = value(card, path)
-    return float(said) if isinstance(said, int | float) and not isinstance(said, bool) else None
+    return float(said) if _is_number(said) else None
+
+
+def _is_number(said: Any) -> bool:
+    """One that can be reckoned with: no truth, no NaN, and of a size that some figure could have."""
+    return type(said) in (int, float) and -1e30 < said < 1e30
 
 
 def _is_inference(card: Card) -> bool:

@@ -15,6 +15,7 @@ from quadriga.html.markup import Markup, join
 from quadriga.html.numbers import decimal_bytes, duration, number, share, whole
 from quadriga.html.plots import Series, legend_of, log_log
 from quadriga.html.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from quadriga.trace.report import seconds
 from quadriga.units import show_bytes
 
 # What a step is cut into, in the order of a bar; with the rest these add up. What compute hides is no part of it.
@@ -92,7 +93,7 @@ def sentences(analysis: Mapping[str, Any]) -> list[str]:
 
 def _what_took_the_time(analysis: Mapping[str, Any]) -> str:
     timing = analysis["step_time_s"]
-    step = f"A step takes {duration(timing['median'])}"
+    step = f"A step takes {seconds(timing['mean'], 4)} on average"
     if timing["min"] != timing["max"]:
         step += f" ({duration(timing['min'])} to {duration(timing['max'])})"
     shares = _mean_shares(analysis)

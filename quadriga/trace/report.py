@@ -37,20 +37,20 @@ def lines(analysis: Analysis) -> Iterator[str]:
 
 def verdict(analysis: Analysis) -> str:
     """Where a step's time went, in one line."""
-    step = seconds(analysis["step_time_s"]["mean"])
+    step = seconds(analysis["step_time_s"]["mean"], 4)
     parts = sorted(_shares(analysis), key=lambda part: -part[1])
     told = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
-    return f"a step takes {step}: {told}"
+    return f"a step takes {step} on average: {told}"
 
 
-def seconds(value: float | None) -> str:
+def seconds(value: float | None, digits: int = 3) -> str:
     """`0.0123` -> `12.3 ms`; None -> `-`."""
     if value is None:
         return "-"
     for scale, unit in ((1.0, "s"), (1e-3, "ms")):
         if abs(value) >= scale:
-            return f"{value / scale:.3g} {unit}" if abs(value) < 1000 * scale else f"{value / scale:,.0f} {unit}"
-    return f"{value * 1e6:.3g} us"
+            return f"{value / scale:.{digits}g} {unit}" if abs(value) < 1000 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value * 1e6:.{digits}g} us"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
@@ -80,7 +80,7 @@ def _about(analysis: Analysis) -> Iterator[str]:
         f"  {analysis['source']}: {where}{_count(len(ranks), 'rank')} of {analysis['world_size']} on "
         f"{analysis['device_type']}, steps {steps[0]} to {steps[-1]} ({len(steps)} profiled)"
     )
-    spread = f"median {seconds(times['median'])}, from {seconds(times['min'])} to {seconds(times['max'])}"
+    spread = f"from {seconds(times['min'])} to {seconds(times['max'])}, the middle one {seconds(times['median'])}"
     yield f"  steps: {spread}; the profiler itself slows a step down"
     if (slowest := analysis["slowest"]) is not None:
         by = f"{seconds(slowest['by_s'])} a step ({slowest['by_share']:.1%}) above the median rank"

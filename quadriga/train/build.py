@@ -115,7 +115,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     events = watchdog.events = open_ledger(spec, backend)
     if collectives.rank() == 0:
         write_record(Path(spec.folders.dump), config, backend, spec.degrees, device)
-        write_estimate(Path(spec.folders.dump), run, device)
+        write_estimate(Path(spec.folders.dump), run, device, events.attempt)
 
     progress.at("data")
     tokenizer = build_tokenizer(config.model.hf_assets_path)
@@ -179,7 +179,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             device=device,
             first_step=state.step + 1,
             steps=spec.steps,
-            notes=partial(trace_notes.notes, mesh),
+            notes=partial(trace_notes.notes, mesh, events.attempt),
         ),
         checkpoints=checkpoints,
         events=events,

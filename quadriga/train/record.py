@@ -45,13 +45,20 @@ def write_record(folder: Path, config: JobConfig, backend: str, degrees: Degrees
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
 
 
-def write_estimate(folder: Path, run: Run, device: torch.device) -> None:
-    """Leave `estimate.json`: what this run should hold, send and take on the device that it runs on."""
+def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int) -> None:
+    """Leave `estimate.json`: what this run should hold, send and take on the device that it runs on.
+
+    A copy for this start of the run goes to `estimates/attempt-N.json`, with which the traces of this start can be
+    compared after a resume on another layout.
+    """
     known = find_device(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     foreseen = estimate(run, known)
     content = foreseen.to_dict([each.to_dict() for each in advice_for(foreseen)])
-    content["if_memory_runs_out"] = smaller_runs(foreseen)
-    (folder / "estimate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content |= {"attempt": attempt, "if_memory_runs_out": smaller_runs(foreseen)}
+    own = folder / "estimates" / f"attempt-{attempt}.json"
+    own.parent.mkdir(exist_ok=True)
+    for path in (own, folder / "estimate.json"):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_environment(backend: str, degrees: Degrees, device: torch.device) -> dict[str, Any]:

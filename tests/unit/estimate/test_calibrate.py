@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import ROOT, launch
@@ -12,29 +13,30 @@ from training import DEBUG_FILE, TINY
 
 from quadriga.cli.main import main
 from quadriga.config.schema import Profiling
-from quadriga.estimate.calibrate import seconds_a_step, seconds_of_trace
+from quadriga.estimate.calibrate import seconds_a_step
 from quadriga.metrics.jsonl import read_metrics
+from quadriga.trace.busy import busy_seconds
 
 
-def logged(folder: Path, steps: list[tuple[int, int, float]]) -> Path:
-    """A run folder whose metrics hold these attempts, steps and seconds."""
+def logged(folder: Path, steps: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
+    """What is read of metrics that hold these attempts, steps and seconds."""
     records = [{"kind": "train", "attempt": a, "step": step, "step_seconds": took} for a, step, took in steps]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return read_metrics(folder / "metrics.jsonl", required=("step_seconds",))
 
 
 def test_steps_that_the_profiler_slowed_do_not_count(tmp_path: Path) -> None:
     """Cycles of 10: steps 1 and 2 warm up, 6 to 10 are profiled, and in 11 the trace is written."""
     slow = {1: 9.0, 2: 8.0, 6: 2.0, 7: 2.0, 8: 2.0, 9: 2.0, 10: 2.0, 11: 7.0}
-    folder = logged(tmp_path, [(1, step, slow.get(step, 1.0)) for step in range(1, 14)])
+    records = logged(tmp_path, [(1, step, slow.get(step, 1.0)) for step in range(1, 14)])
     profiled = Profiling(enable_profiling=True, profile_freq=10, profiler_warmup=2, profiler_active=3)
-    assert seconds_a_step(folder, profiled) == 1.0
-    assert seconds_a_step(folder, Profiling()) == 2.0, "they are like the others, for all that is known"
+    assert seconds_a_step(records, profiled, tmp_path) == 1.0
+    assert seconds_a_step(records, Profiling(), tmp_path) == 2.0, "they are like the others, for all that is known"
 
 
 def test_a_resumed_run_is_timed_in_its_last_attempt(tmp_path: Path) -> None:
     steps = [(1, step, 3.0) for step in range(1, 9)] + [(2, step, 9.0 if step < 7 else 1.0) for step in range(5, 12)]
-    assert seconds_a_step(logged(tmp_path, steps), Profiling()) == 1.0
+    assert seconds_a_step(logged(tmp_path, steps), Profiling(), tmp_path) == 1.0
 
 
 def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
@@ -53,12 +55,12 @@ def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
     keys = ("cat", "name", "ts", "dur")
     told = [{"ph": "X", "pid": 1, "tid": 1, **dict(zip(keys, event, strict=True))} for event in events]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": told}))
-    found = seconds_of_trace(tmp_path / "trace.json")
+    found = busy_seconds(tmp_path / "trace.json")
     micro = 1e-6
-    assert found.products == pytest.approx(250 * micro)
-    assert found.forward_products == pytest.approx(100 * micro)
-    assert found.attention == pytest.approx(180 * micro)
-    assert found.forward_attention == pytest.approx(50 * micro)
+    assert found["products"] == pytest.approx(250 * micro)
+    assert found["forward_products"] == pytest.approx(100 * micro)
+    assert found["attention"] == pytest.approx(180 * micro)
+    assert found["forward_attention"] == pytest.approx(50 * micro)
 
 
 @pytest.mark.slow

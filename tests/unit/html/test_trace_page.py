@@ -15,8 +15,8 @@ def test_the_answer_stands_before_any_picture():
     text = page(analysis())
     assert text.index("60.0 % compute, 22.0 % exposed communication") < text.index("<svg")
     assert sentences(analysis()) == [
-        "A step takes 415 ms (410 ms to 440 ms): 60.0 % compute, 22.0 % exposed communication, 10.0 % waiting for the "
-        "host.",
+        "A step takes 419.4 ms on average (410 ms to 440 ms): 60.0 % compute, 22.0 % exposed communication, "
+        "10.0 % waiting for the host.",
         "The slowest rank is 3: it spends 10.0 ms (2.4 %) a step more than the median rank on its own.",
         "Most of the exposed communication: reduce_scatter on axis shard over nccl, 44.0 ms a step.",
     ]
@@ -51,7 +51,7 @@ def test_missing_figures_say_why_and_are_no_zeros():
 
 def test_a_trace_that_tells_nothing_has_a_page():
     read = keeps_the_house_rules(page(bare_analysis()))
-    assert "A step takes 1.50 s; what took it is not measurable from this trace." in read.text
+    assert "A step takes 1.5 s on average; what took it is not measurable from this trace." in read.text
     assert "not measurable: the trace has no CPU operations" in read.text
     assert "not measurable: the folder holds no estimate.json" in read.text
     assert len(read.all("svg", "picture")) == 1

@@ -271,7 +271,7 @@ def test_the_terminal_begins_with_where_the_time_went(tmp_path, capsys):
     assert main(["trace", str(written(tmp_path))]) == 0
     first, *_ = capsys.readouterr().out.splitlines()
     assert first == (
-        "a step takes 1 ms: 41.5% idle (the host launched nothing in time), 30.0% computing, "
+        "a step takes 1 ms on average: 41.5% idle (the host launched nothing in time), 30.0% computing, "
         "13.5% waiting for communication, 10.0% waiting for data, 5.0% copying with nothing else going on"
     )
 
