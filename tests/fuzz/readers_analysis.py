@@ -234,5 +234,5 @@ READERS = [
     Reader("trace, packed again", build_packed_trace, read_repacked_trace, TOKENS, ("plain.json",)),
     Reader("checkpoints", build_checkpoints, read_checkpoints, TOKENS),
     Reader("ccl-bench", build_card, read_card, YAML_TOKENS),
-    Reader("calibration", build_calibration, read_calibration, TOKENS),
+    Reader("calibration", build_calibration, read_calibration, TOKENS, ("*.json*", "profile_trace/*/*")),
 ]

@@ -211,12 +211,25 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
     for content, said in (
         ("- a\n- list\n", "no card"),
         ("a: [1", "cannot be read"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        ("a: &a [1, 1]\nb: [*a, *a]\n", "references"),
+        ("a: &a [*a]\n", "references"),
+        ("a: " + "[" * 50_000, "nests too deep"),
+        ("a: 2001-99-99\n", "cannot be read"),
+        ("a: " + "9" * 5000, "cannot be read"),
+        ("a: !!python/object/apply:os.system [id]\n", "cannot be read"),
+        ("a: b\n" * 100_000, "longer than a card may be"),
     ):
         path: Path = tmp_path / "card.yaml"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert main(["ccl-bench", "read", str(path)]) == 2
         assert said in capsys.readouterr().err
+    for path in ("workload.data.batch_size", "workload.hardware.xpu_spec.total_count", "metric_source.traces"):
+        for new in (0, -1, 10**300, float("nan"), float("inf"), True, [], {"a": 1}, "\x1b[2J", None, [{}]):
+            (tmp_path / "card.yaml").write_text(yaml.safe_dump(changed(path, new)))
+            assert main(["ccl-bench", "read", str(tmp_path)]) == 0
+            assert main(["ccl-bench", "read", str(tmp_path), "--json"]) == 0
+            assert "\x1b" not in capsys.readouterr().out
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(RIGHT))
     (tmp_path / "rank0_trace.json").write_text('{"no": "trace"}')
     assert main(["ccl-bench", "read", str(tmp_path)]) == 2
