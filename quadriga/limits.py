@@ -27,8 +27,8 @@ TOML_BYTES = 4 * MIB  # one configuration file
 # about 200 MB of JSON.
 RANK_MESSAGE_BYTES = 1 * GIB
 
-
 RANKS = 1_000_000  # of one run, as its records may say; no run has come near
+
 # What ranks say of themselves through the rendezvous store (`train.stall`): a beat is about 300 bytes, an alarm two of
 # them and a number for each silent rank. A stack is that of all threads, as faulthandler writes it.
 BEAT_BYTES = 4 * KIB
@@ -67,6 +67,7 @@ METADATA_STACK = 1 << 18  # values that it may hold at once; pickles are written
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
 SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
 SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7
+
 # Traces of a profiler: 300 MB have about a million events.
 TRACE_BYTES = 8 * GIB  # of one file, unpacked
 TRACE_RATIO, TRACE_SMALL = 200, 64 * MIB  # unpacked by packed bytes (traces have 8 to 30), for files beyond the second
