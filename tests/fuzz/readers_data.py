@@ -1,0 +1,67 @@
+"""The readers of training data. A case is read as a start does it, and then whole, with bad records stopping or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from fuzzing import Reader
+
+from quadriga.data.catalogue import open_source
+from quadriga.data.sources import BadRecord
+from quadriga.data.survey import survey
+from quadriga.data.tokenizer import ByteTokenizer
+
+TEXTS = [f"document {i}: Füße, 漢字, {'words ' * (i % 40)}" for i in range(60)]
+LINES = "".join(json.dumps({"text": text, "id": i, "more": [1.5, None]}) + "\n" for i, text in enumerate(TEXTS))
+MARKS = [b"PAR1", b"\x15\x04", b"\x00" * 64, b"\xff" * 16, b"\n" * 10_000, gzip.compress(b"x" * 100_000), b"\x80" * 12]
+
+
+def jsonl(folder: Path) -> None:
+    (folder / "a.jsonl").write_text(LINES)
+
+
+def jsonl_gz(folder: Path) -> None:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode(), mtime=0))
+
+
+def text(folder: Path) -> None:
+    (folder / "a.txt").write_text("\n".join(TEXTS))
+    (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode(), mtime=0))
+
+
+def parquet(folder: Path) -> None:
+    columns = {
+        "a": pyarrow.array(TEXTS),
+        "b": pyarrow.array(TEXTS[:7] * 9).dictionary_encode()[:60],
+        "c": pyarrow.array([text.encode() for text in TEXTS], pyarrow.binary_view()),
+    }
+    for (name, column), compression in zip(columns.items(), ("snappy", "zstd", "none"), strict=True):
+        table = pyarrow.table({"id": range(60), "text": column})
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=17, compression=compression)
+
+
+def reader(kind: str):  # the dataset's name
+    def read(folder: Path) -> None:
+        source = open_source(kind, str(folder), lanes=2)
+        survey(source, ByteTokenizer(), 2, skip_bad=True)
+        for shard in range(source.shards):
+            for record in source.read(shard):
+                try:
+                    assert isinstance(source.parse(record).text, str)
+                except BadRecord as error:
+                    assert error.report
+        survey(source, ByteTokenizer(), 2)
+
+    return read
+
+
+READERS = [
+    Reader("data, jsonl", jsonl, reader("jsonl"), MARKS),
+    Reader("data, jsonl.gz", jsonl_gz, reader("jsonl"), MARKS),
+    Reader("data, text", text, reader("text"), MARKS),
+    Reader("data, parquet", parquet, reader("parquet"), MARKS),
+]
