@@ -12,10 +12,13 @@ import inspect
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
+from quadriga.data.files import File
+from quadriga.data.layout import Anchor
 from quadriga.data.sources import Document, Record
 from quadriga.errors import Problem, UserError
 
@@ -29,6 +32,7 @@ class BuiltinSource:
 
     trusted = True
     disk_bytes = 0
+    files: tuple[File, ...] = ()
 
     def __init__(self, *, held_out: bool) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
@@ -60,6 +64,18 @@ class BuiltinSource:
 
     def place(self, shard: int, number: int) -> str:
         return self.names[shard]
+
+    def file_of(self, shard: int) -> File:
+        raise LookupError("no file of the user")
+
+    def layout(self) -> None:
+        return None
+
+    def anchor(self, shard: int) -> None:
+        return None
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        """Nothing: there is no file that a user could mend."""
 
 
 def _list_documents(root: Path) -> Iterator[tuple[str, int]]:

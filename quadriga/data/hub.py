@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quadriga import limits
 from quadriga.data.fields import TEXT, Field
+from quadriga.data.files import File
+from quadriga.data.layout import Anchor
 from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
@@ -19,6 +21,7 @@ class HubSource:
 
     trusted = True
     disk_bytes = 0
+    files: tuple[File, ...] = ()
 
     def __init__(
         self,
@@ -67,6 +70,18 @@ class HubSource:
 
     def place(self, shard: int, number: int) -> str:
         return f"{self._named}, shard {shard}, row {number + 1}"
+
+    def file_of(self, shard: int) -> File:
+        raise LookupError("no file of the user")
+
+    def layout(self) -> None:
+        return None
+
+    def anchor(self, shard: int) -> None:
+        return None
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        """Nothing: there is no file that a user could mend."""
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
         if self.field.name not in names:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from quadriga import limits
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File, fingerprint
+from quadriga.data.layout import Anchor, Cuts, anchor, cuts_of, moved, saved_form
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.data.streams import cut_points, lines_of, place
@@ -29,14 +32,41 @@ class JsonlSource:
         self.field = field
         self.disk_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint("jsonl", files) + field.mark
-        step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_RANGE, most=MOST_RANGE).step
-        self._ranges: list[tuple[int, int, int]] = []  # file, start, end
-        for index, file in enumerate(files):
-            if file.compressed:
-                self._ranges.append((index, 0, 0))
-            else:
-                self._ranges += [(index, at, min(at + step, file.size)) for at in range(0, file.size, step)]
+        self._step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_RANGE, most=MOST_RANGE).step
+        self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
+        self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
+
+    def _cut(self, cuts: Cuts) -> None:
+        ends = ((starts, file.size) for starts, file in zip(cuts, self.files, strict=True))
+        self._ranges = [
+            (index, start, end)  # of a compressed file, (0, its size on disk)
+            for index, (starts, size) in enumerate(ends)
+            for start, end in pairwise([*starts, size])
+        ]
         self.shards = len(self._ranges)
+
+    def file_of(self, shard: int) -> File:
+        return self.files[self._ranges[shard][0]]
+
+    def layout(self) -> dict[str, Any]:
+        return saved_form(self.files, self._step, self._moved)
+
+    def anchor(self, shard: int) -> Anchor | None:
+        index, start, end = self._ranges[shard]
+        return None if self.files[index].compressed else anchor(self.files[index], start, end)
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = cuts_of(self.files, saved)
+        self._step = saved["step"]
+        self._moved = {int(index): starts for index, starts in saved["cuts"].items()}
+        first = 0
+        for index, (file, size) in enumerate(zip(self.files, saved["sizes"], strict=True)):
+            count = len(cuts[index])
+            if file.size != size and not file.compressed:
+                own = {shard - first: known for shard, known in anchors.items() if first <= shard < first + count}
+                cuts[index] = self._moved[index] = moved(file, cuts[index], size, own)
+            first += count
+        self._cut(cuts)
 
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._ranges[shard]

@@ -7,10 +7,12 @@ every n-th document. Nothing here knows of ranks, threads or how far anyone has 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -56,14 +58,14 @@ class Lanes:
 
         Records that cannot be read are added to `left_out`, where `skip_bad` says to leave them out; else BadRecord.
         """
-        epoch, turn, skip = place.epoch, place.turn, place.document
+        epoch, turn, skip, start = place.epoch, place.turn, place.document, place
         count, in_a_row = place.left_out, 0
         barren = 0
         while barren <= BARREN_EPOCHS + self.count:
             barren += 1
             units = self._units(lane, epoch)
             while turn < len(units):
-                for number, record in enumerate(self._records(units[turn], epoch)):
+                for number, record, block in self._records(units[turn], epoch, start):
                     if number < skip:
                         continue
                     try:
@@ -80,12 +82,12 @@ class Lanes:
                     barren = in_a_row = 0
                     yield (
                         document._replace(id=(epoch, record.shard, record.number)),
-                        Place(epoch, turn, number, 0, count),
+                        Place(epoch, turn, number, 0, count, *block),
                     )
-                turn, skip = turn + 1, 0
+                turn, skip, start = turn + 1, 0, START
             if not self.endless:
                 return
-            epoch, turn = epoch + 1, 0
+            epoch, turn, skip, start = epoch + 1, 0, 0, START
         raise UserError(Problem("dataset", "the data holds no document", value=self.source.fingerprint))
 
     def _no_data(self, count: int, record: Record, error: BadRecord) -> UserError:
@@ -100,34 +102,62 @@ class Lanes:
 
     def _units(self, lane: int, epoch: int) -> npt.NDArray[np.int64]:
         """The (shard, part) pairs of a lane as one number each. The deal rotates, so that no lane stays short."""
-        order = self._order(self.source.shards * self._parts, "shards", epoch)
+        count = self.source.shards * self._parts
+        order = _dealt(count, f"{self.seed} {epoch} shards") if self.seed is not None else np.arange(count)
         return order[(lane + epoch) % self.count :: self.count]
 
-    def _records(self, unit: int, epoch: int) -> Iterator[Record]:
-        """One part of one shard, shuffled block by block."""
+    def _records(
+        self, unit: int, epoch: int, start: Place = START
+    ) -> Iterator[tuple[int, Record, tuple[int, int, int]]]:
+        """One part of one shard, shuffled block by block, from the block of `start` on: of each record its number in
+        the part, and the block (which, records before it, records in it)."""
         shard, part = divmod(int(unit), self._parts)
-        position = 0
-        for number, block in enumerate(_blocks(self.source.read(shard))):
-            for index in self._order(len(block), f"shard {shard} block {number}", epoch):
-                if position % self._parts == part:
-                    yield block[index]
-                position += 1
+        parts = self._parts
+        blocks = _blocks(self.source.read(shard), start.block, start.first, start.records)
+        for records, block in blocks:
+            _, first, count = block
+            for position, index in enumerate(self._order(count, f"shard {shard} block {block[0]}", epoch), first):
+                # A file that was mended may have fewer records than its last block had.
+                if position % parts == part and index < len(records):
+                    yield position // parts, records[index], block
+
+    def shard(self, lane: int, place: Place) -> tuple[int, int]:
+        """The shard that the lane stands in, and how many of its documents were dealt up to there, with that one."""
+        units = self._units(lane, place.epoch)
+        shard, part = divmod(int(units[place.turn]), self._parts)
+        return shard, place.document * self._parts + part + 1
 
     def _order(self, count: int, what: str, epoch: int) -> npt.NDArray[np.int64]:
         return shuffled(count, f"{self.seed} {epoch} {what}") if self.seed is not None else np.arange(count)
 
 
-def _blocks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    block: list[Record] = []
+def _blocks(
+    records: Iterator[Record], number: int, first: int, count: int
+) -> Iterator[tuple[list[Record], tuple[int, int, int]]]:
+    """The blocks from the `number`-th on, which has `count` records, with `first` before it; 0: as they come."""
+    if count:
+        block = list(islice(records, first, first + count))
+        yield block, (number, first, count)
+        number, first, block = number + 1, first + count, []
+    else:
+        number, first, block = 0, 0, []
     characters = 0
     for record in records:
         block.append(record)
         characters += len(record.data or "")
         if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
+            yield block, (number, first, len(block))
+            number, first, block, characters = number + 1, first + len(block), [], 0
     if block:
-        yield block
+        yield block, (number, first, len(block))
+
+
+@functools.lru_cache(maxsize=4)
+def _dealt(count: int, key: str) -> npt.NDArray[np.int64]:
+    """`shuffled`, kept for the lanes that ask for the same."""
+    order = shuffled(count, key)
+    order.flags.writeable = False
+    return order
 
 
 def shuffled(count: int, key: str) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.catalogue import open_source
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.lanes import Lanes
+from quadriga.data.layout import Anchor, changed, in_words, names_digest
 from quadriga.data.packing import START, LeftOut, Place, Window
 from quadriga.data.prefetch import Prefetcher
 from quadriga.data.survey import survey
 from quadriga.data.tokenizer import Tokenizer
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
 PREFETCH = 2  # batches ready, where the configuration leaves the choice
@@ -101,21 +103,75 @@ class Loader:
         return self._assemble(windows)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was consumed, JSON-able: the fingerprint, and of each lane [epoch, turn, document, token, left_out]."""
-        return {"fingerprint": self.fingerprint, "lanes": {str(row): list(self._places[row]) for row in self._rows}}
+        """What was consumed, JSON-able: the fingerprint, of each lane its place and how to find the beginning of its
+        shard, and how the files are cut into shards."""
+        lanes = {str(row): [*self._places[row], *self._anchor(row)] for row in self._rows}
+        return {"fingerprint": self.fingerprint, "lanes": lanes, "layout": self._lanes.source.layout()}
+
+    def _anchor(self, row: int) -> tuple[int, ...]:
+        if not self._lanes.endless or self._places[row] == START:
+            return ()
+        return self._lanes.source.anchor(self._lanes.shard(row, self._places[row])[0]) or ()
+
+    def differences(self, state: Mapping[str, Any]) -> list[Problem]:
+        """Why the data are not those that `state` was saved with; files that were mended since are no reason."""
+        found = differences(state["fingerprint"], self.fingerprint)
+        return [problem for problem in found if not (problem.where.endswith("dataset") and self._mended(state))]
+
+    def _mended(self, state: Mapping[str, Any]) -> bool:
+        """Whether the files have the names that they had, and are read in the same way."""
+        layout, here = state.get("layout"), self._lanes.source.fingerprint
+        saved = state["fingerprint"].partition(";")[0].removeprefix("dataset=")
+        same_kind = [part for at, part in enumerate(saved.split(":")) if at != 2] == [
+            part for at, part in enumerate(here.split(":")) if at != 2
+        ]
+        return same_kind and layout is not None and layout["names"] == names_digest(self._lanes.source.files)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, whose lanes are those of all ranks that ran; this rank takes its own.
 
-        Raises UserError where the data are not those that the state was saved with.
+        Raises UserError where the data are not those that the state was saved with, or a file that was mended since has
+        fewer documents than were read of it.
         """
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(*differences(state["fingerprint"], self.fingerprint))
+        if found := self.differences(state):
+            raise UserError(*found)
         missing = [row for row in self._rows if str(row) not in state["lanes"]]
         if missing:
             raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
         self.close()
-        self._places = {row: Place(*state["lanes"][str(row)]) for row in self._rows}
+        fields = len(Place._fields)
+        saved = {int(row): lane for row, lane in state["lanes"].items()}
+        places = {row: Place(*lane[:fields]) for row, lane in saved.items()}
+        if layout := state.get("layout"):
+            self._adopt(layout, places, {row: Anchor(*lane[fields:]) for row, lane in saved.items() if lane[fields:]})
+        self._places = {row: places[row] for row in self._rows}
+
+    def _adopt(self, layout: Mapping[str, Any], places: Mapping[int, Place], anchors: Mapping[int, Anchor]) -> None:
+        """Cut the files as the run did that saved; where they were mended since, say so, and check that it can go on.
+
+        `places` and `anchors`: of the lanes of all ranks, so that all cut alike.
+        """
+        source = self._lanes.source
+        source.adopt(layout, {})  # for the numbers of the shards
+        source.adopt(layout, {self._lanes.shard(row, places[row])[0]: known for row, known in anchors.items()})
+        mended = changed(source.files, layout)
+        if not mended:
+            return
+        logger.info(
+            "data: %s changed since the checkpoint was saved; reading goes on at the same document numbers",
+            in_words(mended),
+        )
+        needed: dict[int, int] = {}
+        for row in self._rows:
+            if places[row] != START:
+                shard, count = self._lanes.shard(row, places[row])
+                needed[shard] = max(needed.get(shard, 0), count)
+        for shard, count in needed.items():
+            file = source.file_of(shard)
+            if file in mended and (there := sum(1 for _ in islice(source.read(shard), count))) < count:
+                what = f"was read up to document {count:,} of shard {shard}, which now has {there:,}"
+                fix = "restore the documents that came before, or begin another run (--job.dump_folder)"
+                raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
 
     def close(self) -> None:
         """End the threads; what they had read ahead is read again by the next `next()`."""

@@ -26,6 +26,9 @@ class Place(NamedTuple):
     document: int = 0  # which document of that share
     token: int = 0  # which token of that document, its BOS included
     left_out: int = 0  # how many records of the lane could not be read so far, in all epochs (`on_bad_record`)
+    block: int = 0  # which block of the shard, of those that are shuffled, the document is in ...
+    first: int = 0  # ... how many records of the shard come before it ...
+    records: int = 0  # ... and how many it has; 0 where an older checkpoint does not say
 
 
 START = Place()

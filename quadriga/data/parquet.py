@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File, fingerprint
+from quadriga.data.layout import Anchor, Cuts, cuts_of, saved_form
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.errors import Problem, UserError, shortened
@@ -38,8 +39,32 @@ class ParquetSource:
                 problems += found
         if problems:
             raise UserError(*problems[:MOST_PROBLEMS])
-        self._spans = [(index, *span) for index, starts in enumerate(self._starts) for span in pairwise(starts)]
+        self._cut([starts[:-1] for starts in self._starts])
+
+    def _cut(self, cuts: Cuts) -> None:
+        """`cuts`: by file, the first row of each shard: the row groups, or those that the file had before."""
+        self._cuts = cuts
+        self._spans = [
+            (index, first, end)
+            for index, (firsts, starts) in enumerate(zip(cuts, self._starts, strict=True))
+            for first, end in pairwise([*firsts, starts[-1]])
+        ]
         self.shards = len(self._spans)
+
+    def file_of(self, shard: int) -> File:
+        return self.files[self._spans[shard][0]]
+
+    def layout(self) -> dict[str, Any]:
+        return saved_form(self.files, 0, dict(enumerate(self._cuts)))
+
+    def anchor(self, shard: int) -> None:
+        return None  # rows are numbered
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = cuts_of(self.files, saved)
+        self._cut(
+            [[min(first, starts[-1]) for first in firsts] for firsts, starts in zip(cuts, self._starts, strict=True)]
+        )
 
     def read(self, shard: int) -> Iterator[Record]:
         index, first, end = self._spans[shard]

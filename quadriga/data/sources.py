@@ -7,9 +7,11 @@ entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from quadriga.data.files import File
+from quadriga.data.layout import Anchor
 from quadriga.errors import Problem, UserError
 
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
@@ -82,3 +84,21 @@ class Source(Protocol):
 
     def place(self, shard: int, number: int) -> str:
         """Where a record lies, as a message says it: the file, and the line or row. May read the file up to there."""
+
+    @property
+    def files(self) -> Sequence[File]:
+        """The files, where they are files of the user; else ()."""
+
+    def file_of(self, shard: int) -> File:
+        """The file that the shard is in, one of `files`."""
+
+    def layout(self) -> dict[str, Any] | None:
+        """How the files are cut into shards (`layout.saved_form`); None where there are none."""
+
+    def anchor(self, shard: int) -> Anchor | None:
+        """How to find the beginning of the shard after its file was mended; None where its number is enough."""
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        """Cut the files as the run that saved `layout()` did, also where they were mended in the meantime.
+
+        `anchors`: by shard, of those that the run stood in."""

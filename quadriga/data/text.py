@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from quadriga.data.files import File, fingerprint
+from quadriga.data.layout import Anchor, Cuts, cuts_of, saved_form
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.data.streams import BROKEN_GZIP, broken_gzip, cut_points, line_at, open_bytes, place
@@ -25,14 +28,34 @@ class TextSource:
         self.files = files
         self.disk_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint("text", files)
-        total = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
-        self._spans: list[tuple[int, int, int]] = []  # file, nominal start and end; (0, 0) is a whole compressed file
-        for index, file in enumerate(files):
-            if file.compressed:
-                self._spans.append((index, 0, 0))
-            else:
-                self._spans += [(index, at, min(at + total, file.size)) for at in range(0, file.size, total)]
+        self._step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
+        self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
+        self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
+
+    def _cut(self, cuts: Cuts) -> None:
+        ends = ((starts, file.size) for starts, file in zip(cuts, self.files, strict=True))
+        self._spans = [  # file, nominal start and end
+            (index, start, end) for index, (starts, size) in enumerate(ends) for start, end in pairwise([*starts, size])
+        ]
         self.shards = len(self._spans)
+
+    def file_of(self, shard: int) -> File:
+        return self.files[self._spans[shard][0]]
+
+    def layout(self) -> dict[str, Any]:
+        return saved_form(self.files, self._step, self._moved)
+
+    def anchor(self, shard: int) -> None:
+        return None  # a segment begins at the line end that follows its cut, wherever that is
+
+    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = cuts_of(self.files, saved)
+        self._step = saved["step"]
+        self._moved = {int(index): starts for index, starts in saved["cuts"].items()}
+        for index, (file, size) in enumerate(zip(self.files, saved["sizes"], strict=True)):
+            if file.size != size and not file.compressed:
+                cuts[index] = self._moved[index] = [min(start, file.size) for start in cuts[index]]
+        self._cut(cuts)
 
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._spans[shard]

@@ -7,7 +7,7 @@ from typing import Any
 
 from quadriga.config import Run
 from quadriga.config.continuity import facts, refusals
-from quadriga.data.loader import Loader, differences
+from quadriga.data.loader import Loader
 from quadriga.errors import UserError
 from quadriga.log import logger
 
@@ -26,7 +26,7 @@ def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
     if "dataloader" in saved:
         wrong += [
             problem
-            for problem in differences(saved["dataloader"]["fingerprint"], loader.fingerprint)
+            for problem in loader.differences(saved["dataloader"])
             if not problem.where.endswith(("seed", "global_batch_size"))  # said above
         ]
     if wrong and not run.config.checkpoint.allow_change:

@@ -78,7 +78,7 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
         wind_to(state.schedule, extra["lr_scheduler"]["done"])
     if "dataloader" not in extra:
         return
-    if extra["dataloader"]["fingerprint"] == state.loader.fingerprint:
+    if not state.loader.differences(extra["dataloader"]):
         state.loader.load_state_dict(extra["dataloader"])
     else:  # only with `checkpoint.allow_change`
         logger.warning("these are other data than the checkpoint's: reading begins at their start")

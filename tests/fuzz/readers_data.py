@@ -53,7 +53,7 @@ def reader(kind: str):  # the dataset's name
                 try:
                     assert isinstance(source.parse(record).text, str)
                 except BadRecord as error:
-                    assert error.report
+                    str(error.report)
         survey(source, ByteTokenizer(), 2)
 
     return read
