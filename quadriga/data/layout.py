@@ -120,7 +120,7 @@ def _find(file: File, known: Anchor, by_all: int) -> int | None:
 def _begins_line(file: File, at: int) -> bool:
     with open_bytes(file) as stream:
         stream.seek(max(at - 1, 0))
-        return at == 0 or stream.read(1) == b"\n"
+        return at == 0 or (at > 0 and stream.read(1) == b"\n")
 
 
 def _matches(file: File, checksum: int, center: int) -> list[int]:
