@@ -1,0 +1,42 @@
+"""Checkpoints that somebody else wrote: `plan.json`, `.metadata` without it, and the files of tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from fuzzing import Reader
+
+from quadriga.checkpoint.folder import CheckpointError
+from quadriga.checkpoint.tensors import read, write
+from quadriga.errors import Problem, UserError
+
+SHAPES = {"model.a.weight": (6, 5), "model.b.weight": (7,), "model.c": ()}
+
+
+def build(folder: Path) -> None:
+    place = folder / "saved"
+    place.mkdir()
+    write(place, {name: torch.ones(shape) for name, shape in SHAPES.items()}, None)
+
+
+def build_older(folder: Path) -> None:
+    build(folder)
+    (folder / "saved/plan.json").unlink()
+
+
+def read_it(folder: Path) -> None:
+    """A fault of a checkpoint is told as such; for the driver it counts as a refusal, which it is."""
+    try:
+        read(folder / "saved", {name: torch.zeros(shape) for name, shape in SHAPES.items()}, None)
+    except CheckpointError as error:
+        raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
+
+
+TOKENS = [b'"torch.float32"', b"[[0],[1],0,0,9]", b"\x8c\x05posix\x8c\x06system\x93", b"PK\x03\x04", b"PK\x05\x06"]
+READERS = [
+    Reader("checkpoint: plan.json", build, read_it, TOKENS, ("saved/plan.json",)),
+    Reader("checkpoint: .metadata", build_older, read_it, TOKENS, ("saved/.metadata",)),
+    Reader("checkpoint: tensors", build, read_it, TOKENS, ("saved/*.distcp",)),
+]
