@@ -76,6 +76,7 @@ class CheckpointManager:
         self._last_save = time.monotonic()
         self._running: _BackgroundSave | None = None
         self._staging: Staging | None = None
+        self._saved: int | None = None  # the newest step that this run saved, or went on from
         self._refused: set[int] = set()  # steps whose files are known to be damaged
         self._remains: list[str] = []
         if section.enable and not section.load_only:
@@ -133,6 +134,7 @@ class CheckpointManager:
             state.load_state_dict(
                 {name: value for name, value in loaded[part].items() if f"{part}.{name}" not in unfilled}
             )
+        self._saved = found.step if found.resume else None
         seconds = time.monotonic() - start
         logger.info(f"loaded {found.path} in {show_seconds(seconds)}")
         self._tell("resume", found.step, path=found.path, seconds=seconds)
@@ -178,6 +180,10 @@ class CheckpointManager:
             step, blocked, lambda: self._write(step, copies, contents, said, began, blocked)
         )
 
+    def is_saved(self, step: int) -> bool:
+        """Whether the state of this step is published, or being written."""
+        return step in (self._saved, self._running.step if self._running else None)
+
     def close(self) -> None:
         """Wait for a save that is still being written. Raises CheckpointError where it failed."""
         self._finish_running(last=True)
@@ -216,6 +222,7 @@ class CheckpointManager:
             name, size = self.on_first_rank(lambda: self._publish(step, contents, extra, place, hashes))
         except (OSError, CheckpointError) as error:
             raise CheckpointError(self._after_failure(step, place, error)) from error
+        self._saved = step
         self._refused.discard(step)
         gone = self.on_first_rank(lambda: self._delete_old(step))
         seconds = time.monotonic() - began

@@ -102,6 +102,10 @@ class Loader:
         self._move_on({row: window.place for row, window in windows.items()})
         return self._assemble(windows)
 
+    def empty(self) -> Batch:
+        """A batch of the same shape in which no token counts."""
+        return self._assemble({})
+
     def state_dict(self) -> dict[str, Any]:
         """What was consumed, JSON-able: the fingerprint, of each lane its place and how to find the beginning of its
         shard, and how the files are cut into shards."""

@@ -45,6 +45,7 @@ from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.bad_records import BadRecords
 from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
+from quadriga.train.feed import Feed
 from quadriga.train.health import Health
 from quadriga.train.ledger import open_ledger
 from quadriga.train.passes import Loss, Pass, PipelinePass, Share, WholePass
@@ -144,6 +145,8 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     )
     if not config.checkpoint.create_seed_checkpoint:
         resume(run, state, checkpoints)
+    between_steps = process_group.host_group(patience)
+    state.feed = Feed(between_steps)
     return Trainer(
         run=run,
         backend=backend,
@@ -187,7 +190,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         wishes=Wishes(
             spec.folders.dump,
             environ,
-            process_group.host_group(patience),
+            between_steps,
             saves=config.checkpoint.enable and not config.checkpoint.load_only,
         ),
         watchdog=watchdog,

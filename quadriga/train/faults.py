@@ -13,6 +13,7 @@ from quadriga.errors import Fault, UserError
 from quadriga.train import guards, out_of_memory
 from quadriga.train.bad_steps import CommonFault
 from quadriga.train.build import Trainer
+from quadriga.train.feed import DataFault
 from quadriga.train.progress import Progress
 
 
@@ -31,7 +32,8 @@ class Witness:
         guards.take_the_word()  # where the watchdog ends this rank, it has told why
         line, events = _in_a_line(error), self.trainer.events
         lost_peer = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in guards.LOST_PEER)
-        if events.rank == 0 or not (lost_peer or isinstance(error, CommonFault)):
+        common = isinstance(error, CommonFault) or isinstance(error.__context__, DataFault)
+        if events.rank == 0 or not (lost_peer or common):
             events.tell("fault", self.trainer.state.step, error=line, lost_peer=lost_peer)
 
 

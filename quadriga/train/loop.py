@@ -16,6 +16,7 @@ from quadriga.train import header, wishes
 from quadriga.train.backends import leave_served
 from quadriga.train.build import Trainer, build
 from quadriga.train.faults import witnessed
+from quadriga.train.feed import DataFault
 from quadriga.train.hf import export_last_step
 from quadriga.train.progress import Progress
 from quadriga.train.resume import saved_extra, saved_tensors
@@ -40,7 +41,11 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
         leave_served(trainer.loggers, run, trainer.backend, trainer.events.attempt, trainer.state.step + 1)
         tell(trainer, "ready")
         with trainer.wishes.heard():
-            asked = train(trainer)
+            try:
+                asked = train(trainer)
+            except DataFault as fault:
+                save_last_whole_step(trainer)
+                raise fault.error from None
             # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end,
             # and an error made by closing would hide the first one. Every line and event is on disk when it is written.
             trainer.state.progress.at("leave")
@@ -74,16 +79,35 @@ def train(trainer: Trainer) -> int | None:
             trainer.write(record)
             trainer.checks.after_step(metrics, record)
             trainer.profiler.step(state.step)
-            if trainer.validator and trainer.validator.is_due(state.step):
-                validate(trainer)
             agreed = trainer.wishes.exchange(trainer.checkpoints.minutes_have_passed())
             last = state.step == spec.steps
             asked = None if last else agreed.leave
             if trainer.checkpoints.due(state.step, last, wanted=agreed.save or asked is not None):
                 save(trainer, last)
+            if trainer.validator and trainer.validator.is_due(state.step):
+                validate(trainer)  # after the save: what ends a validation costs no step
             if state.step % trainer.run.config.training.gc_freq == 0:
                 collect_garbage(trainer)
     return asked
+
+
+def save_last_whole_step(trainer: Trainer) -> None:
+    """What is saved, and told, before a run ends that cannot read its data. Call on all ranks; raises nothing that
+    would hide that."""
+    state, section = trainer.state, trainer.run.config.checkpoint
+    state.optimizer.zero_grad(set_to_none=True)
+    if not section.enable or section.load_only or state.step == 0:
+        return
+    try:
+        if not trainer.checkpoints.is_saved(state.step):
+            save(trainer, last=False)
+        trainer.checkpoints.close()
+    except Fault as error:
+        logger.error("%s", error)
+        return
+    path = trainer.checkpoints.on_first_rank(lambda: _saved_at(trainer.run.spec.folders.checkpoint, state.step))
+    if path is not None:
+        logger.info("the data cannot be read on; step %d is saved in %s: a start goes on from there", state.step, path)
 
 
 def leave(trainer: Trainer, asked: int) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from quadriga.data.loader import Loader
+from quadriga.train.feed import Feed
 from quadriga.train.health import Health
 from quadriga.train.progress import Progress
 
@@ -23,7 +24,7 @@ class TrainState:
     `parts` is the whole model, or the pipeline stages of it that this rank holds. `step` counts finished optimizer
     steps; `tokens_seen` the tokens they trained on. `attempt` counts the starts of this run in its folder, from 1;
     replayed steps carry the higher attempt. `device` is the one that this rank computes on. `progress` says where this
-    rank is within a step; `health` judges each step.
+    rank is within a step; `health` judges each step; `feed` takes the batches.
     """
 
     parts: tuple[nn.Module, ...]
@@ -37,6 +38,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     health: Health = field(default_factory=Health)
     device: torch.device = CPU
+    feed: Feed = field(default_factory=Feed)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for part in self.parts for parameter in part.parameters())

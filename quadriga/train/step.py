@@ -48,11 +48,13 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 
 def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
-    """Take the next batch, train on it, and leave the step's numbers on the device."""
+    """Take the next batch, train on it, and leave the step's numbers on the device.
+
+    Raises DataFault on all ranks, with the state of the step before, where one of them had no batch."""
     progress = state.progress
     progress.at("data", state.step + 1)
     with record_function("quadriga:data_wait"):
-        batch = state.loader.next()
+        batch = state.feed.next(state.loader)
     progress.at("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), dtype=torch.float64, device=recipe.device)  # whose sum does not depend on the order
@@ -60,6 +62,7 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
         reduce = recipe.reduce_gradients == "every_micro_batch"
         loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
         progress.beat()
+    state.feed.check(state.loader)  # from here on the step changes what a checkpoint holds
     progress.at("gradient norm")
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)

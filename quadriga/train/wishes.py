@@ -53,7 +53,8 @@ class Wishes:
         group: dist.ProcessGroup | None,
         saves: bool,
     ) -> None:
-        """`group`: a gloo group of all ranks and of no other use; None: one rank alone. `saves`: checkpoints are on."""
+        """`group`: a gloo group of all ranks, used by this thread alone; None: one rank alone. `saves`: checkpoints are
+        on."""
         self._folder, self._environ, self._group = Path(folder), environ, group
         self._saves = saves
         self._is_first = group is None or dist.get_rank() == 0
