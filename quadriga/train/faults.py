@@ -13,7 +13,6 @@ from quadriga.errors import Fault, UserError
 from quadriga.train import guards, out_of_memory
 from quadriga.train.bad_steps import CommonFault
 from quadriga.train.build import Trainer
-from quadriga.train.feed import DataFault
 from quadriga.train.progress import Progress
 
 
@@ -23,6 +22,7 @@ class Witness:
 
     progress: Progress
     trainer: Trainer | None = None
+    common: bool = False  # whether what ends this rank ends all, alike
 
     def tell(self, error: BaseException) -> None:
         """Add what ended this rank to the ledger, which is kept from when the run is built. What all ranks meet alike,
@@ -32,8 +32,7 @@ class Witness:
         guards.take_the_word()  # where the watchdog ends this rank, it has told why
         line, events = _in_a_line(error), self.trainer.events
         lost_peer = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in guards.LOST_PEER)
-        common = isinstance(error, CommonFault) or isinstance(error.__context__, DataFault)
-        if events.rank == 0 or not (lost_peer or common):
+        if events.rank == 0 or not (lost_peer or self.common or isinstance(error, CommonFault)):
             events.tell("fault", self.trainer.state.step, error=line, lost_peer=lost_peer)
 
 

@@ -41,11 +41,14 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
         leave_served(trainer.loggers, run, trainer.backend, trainer.events.attempt, trainer.state.step + 1)
         tell(trainer, "ready")
         with trainer.wishes.heard():
+            unreadable: Exception | None = None
             try:
                 asked = train(trainer)
             except DataFault as fault:
+                witness.common, unreadable = True, fault.error
+            if unreadable is not None:
                 save_last_whole_step(trainer)
-                raise fault.error from None
+                raise unreadable
             # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end,
             # and an error made by closing would hide the first one. Every line and event is on disk when it is written.
             trainer.state.progress.at("leave")
