@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.errors import Problem, UserError
+from quadriga.metrics.guarded import Guarded, WriteFailures
 from quadriga.metrics.jsonl import JsonLines
 from quadriga.reading import parse_json, read_lines
 
@@ -27,9 +28,18 @@ Ids = Sequence[tuple[int, int, int]]  # of one row
 class DocumentLog:
     """Writes the documents of one rank's rows; its lines outlive a kill of the process."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, rank: int, attempt: int, first_row: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        rank: int,
+        attempt: int,
+        first_row: int,
+        failures: WriteFailures | None = None,
+    ) -> None:
         """`folder` is that of the run. To be made by one rank of those that read the same rows."""
-        self._lines = JsonLines(Path(folder, DOCUMENTS_FOLDER, f"rank{rank}.jsonl"))
+        path = Path(folder, DOCUMENTS_FOLDER, f"rank{rank}.jsonl")
+        self._lines = Guarded(lambda: JsonLines(path), str(path), failures or WriteFailures(stops=False))
         self._attempt, self._first_row = attempt, first_row
 
     def write(self, step: int, rows: Sequence[Ids]) -> None:

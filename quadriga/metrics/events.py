@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.log import logger
+from quadriga.metrics.append import NOT_BLOCKING, make_way
 from quadriga.metrics.jsonl import cut_torn_line, tell
 from quadriga.metrics.lines import Bad, checked_lines
 
@@ -44,7 +45,11 @@ class Events:
         self.path = Path(folder, EVENTS_NAME)
         self.rank, self.attempt = rank, attempt
         if rank == 0:
-            cut_torn_line(self.path)
+            try:
+                make_way(self.path)
+                cut_torn_line(self.path)
+            except OSError as error:
+                _warn_once(self.path, str(error.strerror))
 
     def tell(self, event: str, step: int, **facts: Any) -> None:
         """Add a line. A folder that cannot be written is no reason to end a run: the line is lost then."""
@@ -56,7 +61,8 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line of JSON in one write, so that lines of several ranks never mix. Where that cannot be done, the line is
     lost and a warning says so, once."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        # Not through Appender, which gives half a line back: other ranks may have written behind it.
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_BLOCKING, 0o644)
         try:
             os.write(handle, (json.dumps(line) + "\n").encode())
         finally:
@@ -78,11 +84,6 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError, AttributeError):  # not Linux
         age = 0.0
     return time.time() - max(age, 0.0)
-
-
-def newest_attempt(folder: str | os.PathLike[str]) -> int:
-    """The highest attempt that left an event; 0 where none did."""
-    return max((event["attempt"] for event in read_events(folder)), default=0)
 
 
 def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None) -> list[Event]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from quadriga.errors import UserError
 from quadriga.log import logger
+from quadriga.metrics.append import Appender, make_way
 from quadriga.metrics.lines import Bad, checked_lines
 from quadriga.reading import parse_json, read_tail
 
@@ -24,27 +25,29 @@ MOST_ATTEMPTS = 10**9  # a number beyond was never counted up to
 
 
 class JsonLines:
-    """Appends records to a file. A last line that a kill tore is cut when the file is opened."""
+    """Appends records to a file, each line whole or not at all. A last line that a kill tore is cut when the file is
+    opened; what cannot be gone on with is set aside. Raises OSError where that, or a write, fails."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_way(self.path)
         cut_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line reaches the system when it is whole
+        self._file = Appender(self.path)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write((json.dumps(record) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut what follows the last newline of a file, if there is a file and it does not end in one."""
+    """Cut what follows the last newline of a file, if there is a file and it does not end in one. What does not begin
+    as a record does was not torn from one: it is ended, and left out by readers as a line that is none."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
+        whole = end = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(end - TAIL, 0)
             file.seek(start)
@@ -53,7 +56,12 @@ def cut_torn_line(path: Path) -> None:
                 end = start + newline + 1
                 break
             end = start
-        file.truncate(end)
+        file.seek(end)
+        if end == whole or file.read(1) == b"{":
+            file.truncate(end)
+        else:
+            file.seek(whole)
+            file.write(b"\n")
 
 
 def read_metrics(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +16,8 @@ from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Metrics
 from quadriga.errors import Problem, UserError
 from quadriga.log import is_logging_rank, logger
+from quadriga.metrics.append import Appender
+from quadriga.metrics.guarded import Guarded, WriteFailures
 from quadriga.metrics.jsonl import JsonLines
 from quadriga.units import show_count, show_seconds
 
@@ -38,22 +43,28 @@ def build_loggers(
     title: str = "",
     config: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
+    failures: WriteFailures | None = None,
 ) -> list[Logger]:
     """The loggers of this rank: the console on logging ranks, the files on rank 0, TensorBoard and W&B on every rank
     with `metrics.save_for_all_ranks`.
+
+    Files that cannot be written end nothing: that goes to `failures`.
 
     `steps`: the last step of the run; `first_step`: the one this attempt starts with; `title` and `config` (the whole
     configuration as plain data) are for W&B. Raises UserError where W&B is asked for and cannot be had.
     """
     loggers: list[Logger] = []
+    failures = failures or WriteFailures(section.on_write_failure == "stop")
     place = f"rank_{rank}" if section.save_for_all_ranks else ""
     writes_curves = rank == 0 or section.save_for_all_ranks
     if section.enable_wandb and writes_curves:  # first, for it alone may refuse, and no file must be open then
         loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
     if section.enable_tensorboard and writes_curves:
-        loggers.append(TensorBoard(Path(folders.tensorboard, place), first_step))
+        curves = Path(folders.tensorboard, place)
+        loggers.append(Guarded(lambda: TensorBoard(curves, first_step), str(curves), failures))
     if rank == 0:
-        loggers.append(JsonLines(Path(folders.dump, JSONL_NAME)))
+        lines = Path(folders.dump, JSONL_NAME)
+        loggers.append(Guarded(lambda: JsonLines(lines), str(lines), failures))
     if is_logging_rank(environ):
         loggers.append(Console(steps, colour=_wants_colour(section, environ)))
     return loggers[::-1]
@@ -151,21 +162,41 @@ def curves(record: Record) -> dict[str, float]:
 
 class TensorBoard:
     """Event files in `folder`. After a resume the curves go on from there: older events from `first_step` on are
-    marked as given up."""
+    marked as given up. Raises OSError where the file cannot be written: SummaryWriter of torch would write in a thread
+    of its own, whose errors surface elsewhere, and wait for ever once that thread has ended."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         # A quarter of a second of imports that only runs with TensorBoard pay.
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else None)
+        self._event, self._summary, self._records = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appender(folder / name)
+        begin = [self._event(wall_time=time.time(), file_version="brain.Event:2")]
+        if first_step > 1:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            begin.append(self._event(wall_time=time.time(), step=first_step, session_log=start))
+        try:
+            self._append(begin)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, record: Record) -> None:
-        for name, value in curves(record).items():
-            self._writer.add_scalar(name, value, global_step=record["step"], walltime=record["time"])
-        self._writer.flush()
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in curves(record).items()]
+        when = {"wall_time": record["time"], "step": record["step"]}
+        self._append([self._event(**when, summary=self._summary(value=[value])) for value in values])
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, events: Sequence[Any]) -> None:
+        buffer = io.BytesIO()
+        records = self._records(buffer)
+        for event in events:
+            records.write(event.SerializeToString())
+        self._file.write(buffer.getvalue())  # whole or not at all: a reader stops at a torn record
 
 
 class WeightsAndBiases:
@@ -193,7 +224,10 @@ class WeightsAndBiases:
         except wandb.Error as error:
             how = "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline to write to the run folder only"
             raise UserError(_wandb_problem(f"Weights & Biases did not start: {error}", how)) from error
-        id_file.write_text(self._run.id + "\n", encoding="utf-8")
+        try:
+            id_file.write_text(self._run.id + "\n", encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): a resumed run begins another one", id_file, error.strerror)
 
     def write(self, record: Record) -> None:
         self._run.log(curves(record), step=record["step"])

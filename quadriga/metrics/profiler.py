@@ -13,6 +13,7 @@ key `quadriga` stand `first_step` and `machine`, with whatever `notes` add.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -22,6 +23,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -34,6 +36,7 @@ from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
 from quadriga.cycles import Cycle
 from quadriga.log import logger
+from quadriga.metrics.guarded import WriteFailures
 
 ALLOCATOR_EVENTS = 100_000
 NOTES = "quadriga"  # the key of our own words in a trace
@@ -72,12 +75,15 @@ class Profiler:
         first_step: int,
         steps: int,
         notes: Notes | None = None,
+        failures: WriteFailures | None = None,
     ) -> None:
-        """`first_step`: the one this attempt starts with; `steps`: the last of the run.
+        """`first_step`: the one this attempt starts with; `steps`: the last of the run. `failures`: where traces that
+        cannot be written go to.
 
         `notes`: asked when a trace ends for what a reader of it must know and torch does not write.
         """
         self._first_step, self._notes = first_step, notes
+        self._failures = failures or WriteFailures(stops=False)
         self._section, self._rank, self._device = section, rank, device
         self._folder, self._snapshots = Path(folders.traces), Path(folders.memory_snapshots)
         self._step = first_step - 1
@@ -150,19 +156,31 @@ class Profiler:
     def _write_trace(self, done: profile) -> None:
         """Torch writes plain JSON while training waits; packing it is left to a thread."""
         target = self._folder / f"iteration_{self._step}" / f"rank{self._rank}_trace.json.gz"
-        target.parent.mkdir(parents=True, exist_ok=True)
         unpacked = target.with_name(f".{target.stem}")
-        done.export_chrome_trace(str(unpacked))
-        writer = Thread(target=_pack, args=(unpacked, target), name="trace")
+        with self._failures.tolerated(str(self._folder)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                done.export_chrome_trace(str(unpacked))
+                _refuse_half(unpacked)
+            except RuntimeError as error:  # of torch, where it says anything at all
+                raise OSError(str(error)) from error
+            self._pack_in_thread(unpacked, target)
+            return
+        with suppress(OSError):  # room for what else is written
+            unpacked.unlink(missing_ok=True)
+
+    def _pack_in_thread(self, unpacked: Path, target: Path) -> None:
+        writer = Thread(target=_pack, args=(unpacked, target, self._failures), name="trace")
         writer.start()
         self._writers = [*(old for old in self._writers if old.is_alive()), writer]
 
     def _write_snapshot(self, name: str) -> None:
         target = self._snapshots / name / f"rank{self._rank}_memory_snapshot.pickle"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            pickle.dump(torch.cuda.memory._snapshot(), file)
-        logger.info(f"memory snapshot: {target}")
+        with self._failures.tolerated(str(self._snapshots)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                pickle.dump(torch.cuda.memory._snapshot(), file)
+            logger.info(f"memory snapshot: {target}")
 
 
 def cycles(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
@@ -182,15 +200,26 @@ def cycles(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
     return action
 
 
-def _pack(unpacked: Path, target: Path) -> None:
+def _refuse_half(trace: Path) -> None:
+    """Torch says nothing where a disk is full: what it wrote ends anywhere then. Raises OSError."""
+    end = b""
+    with suppress(FileNotFoundError), trace.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - 16, 0))
+        end = file.read().rstrip()
+    if not end.endswith(b"}"):
+        raise OSError(errno.ENOSPC, "torch wrote no whole trace: no space left, or a quota")
+
+
+def _pack(unpacked: Path, target: Path, failures: WriteFailures) -> None:
     """A reader finds the whole file or none."""
     packing = target.with_name(f".{target.name}")
     try:
-        with unpacked.open("rb") as source, gzip.open(packing, "wb", compresslevel=FAST) as packed:
-            shutil.copyfileobj(source, packed, 1 << 20)
-        packing.rename(target)
-        unpacked.unlink()
-    except OSError as error:
-        logger.warning(f"the profiler trace {target} was not written, training goes on: {error}")
-    else:
-        logger.info(f"profiler trace: {target}")
+        with failures.tolerated(str(target.parent.parent)):
+            with unpacked.open("rb") as source, gzip.open(packing, "wb", compresslevel=FAST) as packed:
+                shutil.copyfileobj(source, packed, 1 << 20)
+            packing.rename(target)
+            logger.info(f"profiler trace: {target}")
+    finally:
+        for half in (unpacked, packing):
+            with suppress(OSError):
+                half.unlink(missing_ok=True)

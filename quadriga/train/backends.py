@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,8 +18,8 @@ from quadriga.comm.sharding import ShardCollectives, open_sharding
 from quadriga.config import Run
 from quadriga.estimate.heap import heap_of
 from quadriga.log import logger
-from quadriga.metrics.jsonl import JsonLines
-from quadriga.metrics.loggers import Logger
+from quadriga.metrics.guarded import Guarded
+from quadriga.metrics.loggers import JSONL_NAME, Logger
 
 
 def machine_for(backend: str | None, local_rank: int) -> Machine:
@@ -62,5 +63,5 @@ def leave_served(loggers: Sequence[Logger], run: Run, backend: str, attempt: int
         "backends": serving(backend, run.spec.degrees),
     }
     for each in loggers:
-        if isinstance(each, JsonLines):
+        if isinstance(each, Guarded) and Path(each.what).name == JSONL_NAME:
             each.write(record)

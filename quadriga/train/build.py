@@ -25,6 +25,7 @@ from quadriga.hardware import find_device
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.events import Events
+from quadriga.metrics.guarded import WriteFailures
 from quadriga.metrics.loggers import Logger, build_loggers
 from quadriga.metrics.meter import Meter, Record
 from quadriga.metrics.profiler import Profiler
@@ -74,6 +75,7 @@ class Trainer:
     recipe: Recipe
     meter: Meter
     loggers: list[Logger]
+    failures: WriteFailures
     profiler: Profiler
     checkpoints: CheckpointManager
     events: Events
@@ -114,9 +116,10 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     process_group.be_patient()  # until the first step is done the watchdog tells who is late
     for_shards = collectives_for_shards(run, backend, mesh, device)
     events = watchdog.events = open_ledger(spec, backend)
+    failures = WriteFailures(config.metrics.on_write_failure == "stop")
     if collectives.rank() == 0:
-        write_record(Path(spec.folders.dump), config, backend, spec.degrees, device)
-        write_estimate(Path(spec.folders.dump), run, device, events.attempt)
+        write_record(Path(spec.folders.dump), config, backend, spec.degrees, device, failures)
+        write_estimate(Path(spec.folders.dump), run, device, events.attempt, failures)
 
     progress.at("data")
     tokenizer = build_tokenizer(config.model.hf_assets_path)
@@ -174,7 +177,9 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             first_step=state.step + 1,
             title=config.job.description,
             config=config.model_dump(mode="json"),
+            failures=failures,
         ),
+        failures=failures,
         profiler=Profiler(
             config.profiling,
             spec.folders,
@@ -183,10 +188,11 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             first_step=state.step + 1,
             steps=spec.steps,
             notes=partial(trace_notes.notes, mesh, events.attempt),
+            failures=failures,
         ),
         checkpoints=checkpoints,
         events=events,
-        checks=build_checks(run, mesh, state, events, rows),
+        checks=build_checks(run, mesh, state, events, rows, failures),
         wishes=Wishes(
             spec.folders.dump,
             environ,
@@ -357,12 +363,16 @@ def dataloader_on(device: torch.device, section: Dataloader) -> Dataloader:
     return section.model_copy(update={"pin_memory": False})
 
 
-def build_checks(run: Run, mesh: Mesh, state: TrainState, events: Events, rows: range) -> Checks:
+def build_checks(
+    run: Run, mesh: Mesh, state: TrainState, events: Events, rows: range, failures: WriteFailures
+) -> Checks:
     folder = run.spec.folders.dump
     first_row = rows.start if mesh.reads_rows else None
     documents = None
     if run.config.metrics.log_documents and first_row is not None:
-        documents = DocumentLog(folder, rank=events.rank, attempt=events.attempt, first_row=first_row)
+        documents = DocumentLog(
+            folder, rank=events.rank, attempt=events.attempt, first_row=first_row, failures=failures
+        )
     return Checks(
         documents,
         BadSteps(state.health, state.parts, events, folder, first_row),

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from quadriga.comm import collectives
 from quadriga.config.run_spec import RunSpec
+from quadriga.errors import UserError
 from quadriga.json_collectives import broadcast_json
-from quadriga.metrics.events import Events, newest_attempt, process_start
+from quadriga.log import logger
+from quadriga.metrics.append import make_way
+from quadriga.metrics.events import EVENTS_NAME, Events, process_start
 from quadriga.metrics.jsonl import next_attempt
 from quadriga.metrics.loggers import JSONL_NAME
 
@@ -20,9 +23,19 @@ def open_ledger(spec: RunSpec, backend: str) -> Events:
         return Events(folder, collectives.rank(), broadcast_json(None))
     # The first rank decides, for it alone writes what the number is read from: a start may have ended before its first
     # figures, another one before its first event.
-    attempt = max(next_attempt(folder / JSONL_NAME), newest_attempt(folder) + 1)
+    attempt = max(_next_attempt(folder / name) for name in (JSONL_NAME, EVENTS_NAME))
     events = Events(folder, 0, broadcast_json(attempt))
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"world_size": spec.world_size, "layout": asdict(spec.degrees), "backend": backend}
     events.tell("start", 0, **facts, process_start=process_start())
     return events
+
+
+def _next_attempt(path: Path) -> int:
+    """By what an earlier start left; 1 where that cannot be read. It is set aside then."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_way(path)
+        return next_attempt(path)
+    except (OSError, UserError) as error:
+        logger.warning("%s cannot be read: starts of this run are counted anew (%s)", path, error)
+        return 1

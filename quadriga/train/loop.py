@@ -14,6 +14,7 @@ from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
 from quadriga.train import header, wishes
 from quadriga.train.backends import leave_served
+from quadriga.train.bad_steps import CommonFault
 from quadriga.train.build import Trainer, build
 from quadriga.train.faults import witnessed
 from quadriga.train.feed import DataFault
@@ -82,9 +83,13 @@ def train(trainer: Trainer) -> int | None:
             trainer.write(record)
             trainer.checks.after_step(metrics, record)
             trainer.profiler.step(state.step)
+            if trainer.failures.reason is not None:
+                trainer.wishes.failed_to_write()
             agreed = trainer.wishes.exchange(trainer.checkpoints.minutes_have_passed())
             last = state.step == spec.steps
             asked = None if last else agreed.leave
+            if agreed.leave == wishes.BY_LOST_FOLDER:
+                raise lost_folder(trainer)
             if trainer.checkpoints.due(state.step, last, wanted=agreed.save or asked is not None):
                 save(trainer, last)
             if trainer.validator and trainer.validator.is_due(state.step):
@@ -113,18 +118,43 @@ def save_last_whole_step(trainer: Trainer) -> None:
         logger.info("the data cannot be read on; step %d is saved in %s: a start goes on from there", state.step, path)
 
 
+def lost_folder(trainer: Trainer) -> CommonFault:
+    """What all ranks raise when the run folder is gone, or another one has its name."""
+    folder, state = trainer.run.spec.folders.dump, trainer.state
+    return CommonFault(
+        f"the run folder {folder} was removed or replaced in mid-run: stopped after step {state.step}\n"
+        "nothing was written into what has its name now; saves that lie elsewhere are whole\n"
+        "to do: find out who removed it; restore it from a copy to go on from its newest save, or begin anew"
+    )
+
+
 def leave(trainer: Trainer, asked: int) -> int:
     """The end of a run that was asked to leave; the exit code."""
     state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
     tell(trainer, "signal", name=wishes.name_of(asked))
     trainer.wishes.left()
+    if asked == wishes.BY_FAILED_WRITE and (not section.enable or section.load_only):
+        raise failed_write(trainer, None)
     if not section.enable or section.load_only:
         return wishes.farewell(asked, state.step, spec.steps, None)
     path = trainer.checkpoints.on_first_rank(lambda: _saved_at(spec.folders.checkpoint, state.step))
+    if asked == wishes.BY_FAILED_WRITE:
+        raise failed_write(trainer, path)
     if path is None:
         what = f"asked to leave, but step {state.step} could not be saved (see above)"
         raise Fault(f"{what}: a start goes on from the save before")
     return wishes.farewell(asked, state.step, spec.steps, path)
+
+
+def failed_write(trainer: Trainer, path: str | None) -> CommonFault:
+    """What all ranks raise where `metrics.on_write_failure` says to stop; `path`: where the last step is saved."""
+    reason = trainer.failures.reason or "another rank could not write its files"
+    saved = f"saved in {path}" if path else "not saved"
+    return CommonFault(
+        f'{reason}, and metrics.on_write_failure is "stop"\n'
+        f"stopped after step {trainer.state.step}, which is {saved}\n"
+        "to do: make room or mend the folder, and start again; or train on without: --metrics.on_write_failure go_on"
+    )
 
 
 def _saved_at(folder: str, step: int) -> str | None:

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from quadriga.config.run_spec import Degrees
 from quadriga.estimate.advice import advice_for, smaller_runs
 from quadriga.estimate.estimate import estimate
 from quadriga.hardware import find_device
+from quadriga.metrics.append import set_aside
+from quadriga.metrics.guarded import WriteFailures
 
 LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
 VARIABLES = (
@@ -35,17 +38,36 @@ VARIABLES = (
 )
 
 
-def write_record(folder: Path, config: JobConfig, backend: str, degrees: Degrees, device: torch.device) -> None:
+def write_record(
+    folder: Path, config: JobConfig, backend: str, degrees: Degrees, device: torch.device, failures: WriteFailures
+) -> None:
     """Write `config.toml`, `environment.json` and, on request, the configuration as JSON into the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    files = {"config.toml": to_toml(config)}
     if config.job.save_config_file is not None:
-        (folder / config.job.save_config_file).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    environment = json.dumps(describe_environment(backend, degrees, device), indent=2)
-    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+        files[config.job.save_config_file] = config.model_dump_json(indent=2) + "\n"
+    files["environment.json"] = json.dumps(describe_environment(backend, degrees, device), indent=2) + "\n"
+    for name, text in files.items():
+        _write(folder / name, text, failures)
 
 
-def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int) -> None:
+def _write(path: Path, text: str, failures: WriteFailures) -> None:
+    """Replace a file by another, whole; whatever lay there, a FIFO too, is no longer there."""
+    draft = path.with_name(f".{path.name}.draft")
+    with failures.tolerated(str(path)):
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.unlink(missing_ok=True)
+            draft.write_text(text, encoding="utf-8")
+            if path.is_dir() and not path.is_symlink():
+                set_aside(path, "a folder")
+            draft.replace(path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise
+
+
+def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int, failures: WriteFailures) -> None:
     """Leave `estimate.json`: what this run should hold, send and take on the device that it runs on.
 
     A copy for this start of the run goes to `estimates/attempt-N.json`, with which the traces of this start can be
@@ -55,10 +77,8 @@ def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int) -
     foreseen = estimate(run, known)
     content = foreseen.to_dict([each.to_dict() for each in advice_for(foreseen)])
     content |= {"attempt": attempt, "if_memory_runs_out": smaller_runs(foreseen)}
-    own = folder / "estimates" / f"attempt-{attempt}.json"
-    own.parent.mkdir(exist_ok=True)
-    for path in (own, folder / "estimate.json"):
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in (folder / "estimates" / f"attempt-{attempt}.json", folder / "estimate.json"):
+        _write(path, json.dumps(content, indent=2) + "\n", failures)
 
 
 def describe_environment(backend: str, degrees: Degrees, device: torch.device) -> dict[str, Any]:

@@ -29,6 +29,8 @@ LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAVE = signal.SIGUSR2
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 BY_FILE = 128  # stands for the file STOP among the numbers of signals
+# What a rank found itself. The greatest number is the one that all act on.
+BY_FAILED_WRITE, BY_LOST_FOLDER = 129, 130
 LOOK_SECONDS = 1.0  # between two looks for the files
 
 
@@ -61,6 +63,7 @@ class Wishes:
         self._leave, self._save = 0, False  # asked of this rank, by a signal or a file
         self._seen = False  # a file SAVE: one that is dropped during a save asks for another
         self._last_look = time.monotonic()
+        self._identity = _identity(self._folder)  # of the run folder, which may be removed, or become another
         self._under_way: tuple[dist.Work, torch.Tensor] | None = None
         self._outdated = False  # what is under way was asked before a save that has been made since
 
@@ -93,6 +96,10 @@ class Wishes:
         assert work is not None
         self._under_way, self._outdated = (work, wished), False
         return heard
+
+    def failed_to_write(self) -> None:
+        """Ask all ranks to save and leave, since this one cannot write what it must."""
+        self._leave = max(self._leave, BY_FAILED_WRITE)
 
     def saved(self) -> None:
         """Say that a save has been made: it answers every wish to save so far. Call on all ranks."""
@@ -130,18 +137,36 @@ class Wishes:
         if time.monotonic() - self._last_look < LOOK_SECONDS:
             return
         self._last_look = time.monotonic()
-        self._seen = (self._folder / SAVE_FILE).exists()
+        self._seen = os.path.lexists(self._folder / SAVE_FILE)
         self._save = self._save or self._seen
-        if (self._folder / STOP_FILE).exists():
+        if os.path.lexists(self._folder / STOP_FILE):
             self._leave = self._leave or BY_FILE
+        if _identity(self._folder) not in (None, self._identity):
+            self._leave = BY_LOST_FOLDER
 
     def _remove(self, name: str) -> None:
         if self._is_first:
-            (self._folder / name).unlink(missing_ok=True)
+            try:
+                (self._folder / name).unlink(missing_ok=True)
+            except OSError as error:  # a folder of this name, or a disk that became read-only
+                logger.warning("%s cannot be removed (%s)", self._folder / name, error.strerror)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name; (0, 0) where there is none, None where nobody can tell."""
+    try:
+        status = os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    except OSError:  # a server that does not answer now is no folder that is gone
+        return None
+    return status.st_dev, status.st_ino
 
 
 def name_of(leave: int) -> str:
     """What asked for the end of the run, in words."""
+    if leave in (BY_FAILED_WRITE, BY_LOST_FOLDER):
+        return "a failed write" if leave == BY_FAILED_WRITE else "the loss of the run folder"
     return f"the file {STOP_FILE}" if leave == BY_FILE else signal.Signals(leave).name
 
 

@@ -10,6 +10,7 @@ import pytest
 from launching import ROOT, launch, launch_environ
 from training import DEBUG_FILE, TINY
 
+from quadriga.checkpoint import folder as folders
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
 
@@ -24,10 +25,11 @@ def may_mount() -> bool:
 pytestmark = pytest.mark.skipif(not may_mount(), reason="needs a mount namespace (unshare -rm)")
 
 
-def train_on(options: str, folder, *arguments: str):
-    """Train on one rank with the checkpoint folder on a tmpfs of those mount options; afterwards it is listed."""
-    checkpoint = folder / "checkpoint"
-    checkpoint.mkdir()
+def train_on(options: str, folder, *arguments: str, mounted: str = "checkpoint"):
+    """Train on one rank with a folder of the run, or itself (`.`), on a tmpfs of those mount options; afterwards it is
+    listed."""
+    checkpoint = folder / mounted
+    checkpoint.mkdir(exist_ok=True)
     command = [
         sys.executable,
         "-m",
@@ -37,7 +39,13 @@ def train_on(options: str, folder, *arguments: str):
         "--job.dump_folder",
         str(folder),
     ]
-    command += [*TINY, "--training.steps=6", "--checkpoint.enable", "--checkpoint.interval=2", *arguments]
+    command += [
+        *(word for word in TINY if word.replace("no_enable", "enable") not in arguments),
+        "--training.steps=6",
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        *arguments,
+    ]
     script = f'mount -t tmpfs -o {options} tmpfs "$0" && {{ "$@"; code=$?; ls -A "$0"; exit $code; }}'
     return launch(["unshare", "-rm", "sh", "-c", script, str(checkpoint), *command], launch_environ(), ROOT)
 
@@ -78,3 +86,52 @@ def test_a_read_only_folder_is_told_before_the_first_step(tmp_path):
     assert "Read-only file system" in ended.err
     assert "Traceback" not in ended.err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def all_files(folder) -> tuple[str, ...]:
+    """Everything that a run can write, its checkpoints elsewhere."""
+    return (
+        *("--metrics.enable_tensorboard", "--metrics.log_documents", "--profiling.enable_profiling"),
+        *("--profiling.profile_freq=2", "--profiling.profiler_active=1", "--profiling.profiler_warmup=0"),
+        f"--checkpoint.folder=file://{folder}/elsewhere",
+    )
+
+
+def test_a_full_run_folder_ends_nothing(tmp_path):
+    """No room for records, metrics, curves, documents, events or traces: each is told once, and training goes on."""
+    (tmp_path / "run").mkdir()
+    ended = train_on("size=16k", tmp_path / "run", *all_files(tmp_path), mounted=".")
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    told = [line for line in ended.err.splitlines() if "cannot be written" in line]
+    for file in ("metrics.jsonl", "/tb", "documents/rank0.jsonl", "profile_trace", "estimate.json"):
+        (line,) = (line for line in told if f"{file} cannot be written" in line)
+        assert "No space left" in line or "no space left" in line
+        assert line.endswith("the run goes on")
+    assert folders.find(tmp_path / "elsewhere").step == 6
+    assert "finished: 6 steps" in ended.out
+
+
+def test_a_full_run_folder_stops_the_run_where_that_is_wanted(tmp_path):
+    (tmp_path / "run").mkdir()
+    arguments = (*all_files(tmp_path), "--metrics.on_write_failure=stop", "--checkpoint.interval=100")
+    ended = train_on("size=16k", tmp_path / "run", *arguments, mounted=".")
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    found = folders.find(tmp_path / "elsewhere")
+    assert 1 <= found.step < 6
+    *_, what, where, todo = ended.err.strip().splitlines()
+    assert "cannot be written" in what
+    assert 'metrics.on_write_failure is "stop"' in what
+    assert where == f"stopped after step {found.step}, which is saved in file://{found.path}"
+    assert todo.startswith("to do: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mounted", ["tb", "profile_trace"])
+def test_one_full_folder_takes_nothing_from_the_others(tmp_path, mounted):
+    ended = train_on("size=4k", tmp_path, *all_files(tmp_path / "saves"), mounted=mounted)
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert f"/{mounted}" in next(line for line in ended.err.splitlines() if "cannot be written" in line)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

@@ -66,7 +66,8 @@ LAZY_FILES = {"models/registry.py", "__init__.py", "train/build.py", "train/__ma
 LAZY_READERS = {"datasets", "pyarrow", "pyarrow.parquet", "tiktoken", "wandb", "tiktoken.load", "huggingface_hub"}
 LAZY_READERS |= {"torchao.float8", "torchao.float8.float8_linear"}  # optional, and asked for by one converter alone
 LAZY_READERS |= {
-    "torch.utils.tensorboard",
+    "tensorboard.compat.proto",
+    "tensorboard.summary.writer.record_writer",
     "quadriga.checkpoint.tensors",
     "quadriga.checkpoint.hf",
     "quadriga.checkpoint.hf_export",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from quadriga.config.schema.section import Amount, Count, Name, Section, Seed
 
 
@@ -35,6 +37,9 @@ class Metrics(Section):
 
     log_freq: Count = 10
     """Steps between two logged lines."""
+
+    on_write_failure: Literal["go_on", "stop"] = "go_on"
+    """When metrics, curves, traces and the like cannot be written (a full disk): train on, or save and stop."""
 
     log_documents: bool = False
     """Write which documents each step read: `documents/rankN.jsonl` in the run folder, of ranks that read rows."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from quadriga.metrics.events import EVENTS_NAME, Events, newest_attempt, read_events
+from quadriga.metrics.events import EVENTS_NAME, Events, read_events
+from quadriga.metrics.jsonl import next_attempt
 
 
 def test_what_is_told_is_read_back_and_torn_lines_are_left_out(tmp_path):
@@ -13,7 +14,7 @@ def test_what_is_told_is_read_back_and_torn_lines_are_left_out(tmp_path):
     later.tell("save_end", 4, bytes=12)
     told = [(event["event"], event["attempt"], event["step"]) for event in read_events(tmp_path)]
     assert told == [("start", 1, 0), ("save_end", 2, 4)]
-    assert newest_attempt(tmp_path) == 2
+    assert next_attempt(tmp_path / EVENTS_NAME) == 3
 
 
 def test_a_ledger_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, lines):
@@ -22,4 +23,4 @@ def test_a_ledger_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path,
     events.tell("fault", 4, error="y")
     assert len(lines) == 1
     assert "events.jsonl cannot be written (No such file or directory)" in lines[0]
-    assert newest_attempt(tmp_path) == 0
+    assert next_attempt(tmp_path / EVENTS_NAME) == 1
