@@ -116,7 +116,7 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
     of = pairs[0][0] if len(pairs) == 1 else "each run"
     image = intervals("Ratios of runs with their intervals", drawn, f"{of} / {against}; 1 is no difference")
     caption = (
-        "Each dot is the ratio of two runs by pairs of repeats, the bar its bootstrap interval. A bar that touches 1 "
+        "Each dot is the ratio of two runs by pairs of repeats, the bar its interval. A bar that touches 1 "
         "shows no difference."
     )
     return html.section("Ratios", html.figure(image, caption, numbers))

@@ -71,31 +71,35 @@ def read_card(path: Path) -> Card:
     """
     text = read_text(path, limits.CARD_BYTES, what="card")
     try:
-        card = yaml.load(text, Loader=_Plain)
+        card = _plain(yaml.load(text, Loader=_Plain))
     except RecursionError:
         raise UserError(Problem(shortened(path, 400), "the card cannot be read: it nests too deep")) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
         raise UserError(Problem(shortened(path, 400), f"the card cannot be read: {shortened(error, 300)}")) from None
     if not isinstance(card, dict):
         raise UserError(Problem(shortened(path, 400), "this is no card: it holds no fields"))
-    plain: Card = _plain(card)
-    return plain
+    return card
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without references: a few of them within each other stand for more than any memory holds."""
+    """YAML without references and tags: a few references within each other stand for more than any memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("references (*name) are not read in a card")
+        event = self.peek_event()
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags ({event.tag}) are not read in a card")
         return super().compose_node(parent, index)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(_plain(key)): _plain(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_plain(each) for each in value]
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("a number of more than 64 bits")
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
