@@ -219,7 +219,8 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
         ("a: " + "9" * 5000, "cannot be read"),
         ("a: !!python/object/apply:os.system [id]\n", "tags"),
         ("!!timestamp a: b\n", "tags"),
-        ("0x" + "f" * 5000 + ": 1\n", "more than 64 bits"),
+        ("a: 0x" + "f" * 5000 + "\n", "more than 64 bits"),
+        ("{0x" + "f" * 5000 + ": 1}\n", "cannot be read"),
         ("a: b\n" * 100_000, "longer than a card may be"),
     ):
         path: Path = tmp_path / "card.yaml"
