@@ -5,7 +5,7 @@
 #
 # NGPU           ranks on this machine (default 4)
 # CONFIG_FILE    the TOML file, relative to the caller's folder (default: the debug configuration)
-# COMM_BACKEND   nccl or gloo (default: nccl where CUDA is, else gloo; the choice is printed)
+# COMM_BACKEND   gloo, nccl, nccl-symm or nvshmem (default: nccl where CUDA is, else gloo; the choice is printed)
 # LOG_RANK       ranks that print progress, e.g. 0,1 (default 0)
 # MAX_RESTARTS   how often the ranks are started again when one fails, to go on from the newest checkpoint (default 0)
 # DRY_RUN        1: say what the run would be and exit; needs no GPU

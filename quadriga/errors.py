@@ -21,6 +21,8 @@ EXIT_SAVED = 75  # asked to leave: saved and left; the same start goes on from t
 
 
 NEWLINE = "\n"
+LONGEST = 600  # characters of one part of a problem, as it is shown
+MOST_SHOWN = 15  # problems of one report
 
 
 def printable(value: object, *, keep: str = "") -> str:
@@ -37,6 +39,12 @@ def shortened(value: object, most: int = 80) -> str:
     """`printable`, of at most `most` characters: what was read may be long, and messages repeat it."""
     text = str(value)
     return printable(text if len(text) <= most else text[: most - 3] + "...")
+
+
+def _text(value: str) -> str:
+    """Words of ours, which may be of several lines, and what they repeat."""
+    kept = value if len(value) <= 4 * LONGEST else value[: 4 * LONGEST - 3] + "..."
+    return printable(kept, keep=NEWLINE)
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,16 @@ class Problem:
 
     def __str__(self) -> str:
         # What a user or a file said may hold control characters; they would move the cursor or forge lines.
-        said = f" = {printable(self.value)}" if self.value is not None else ""
-        origin = f"  [{printable(self.source)}]" if self.source else ""
-        lines = [f"{printable(self.where)}{said}{origin}", f"    {printable(self.what, keep=NEWLINE)}"]
+        # And it may be long.
+        said = f" = {shortened(self.value, LONGEST)}" if self.value is not None else ""
+        origin = f"  [{shortened(self.source, LONGEST)}]" if self.source else ""
+        lines = [f"{shortened(self.where, LONGEST)}{said}{origin}", f"    {_text(self.what)}"]
         if self.allowed:
-            lines.append(f"    allowed: {printable(self.allowed, keep=NEWLINE)}")
+            lines.append(f"    allowed: {_text(self.allowed)}")
         if self.nearest:
-            lines.append(f"    did you mean: {printable(self.nearest)}")
+            lines.append(f"    did you mean: {shortened(self.nearest, LONGEST)}")
         if self.fix:
-            lines.append(f"    to do: {printable(self.fix, keep=NEWLINE)}")
+            lines.append(f"    to do: {_text(self.fix)}")
         return "\n".join(lines)
 
 
@@ -82,7 +91,10 @@ class UserError(Exception):
         """The whole report, one blank line between two problems."""
         count = len(self.problems)
         title = "1 problem" if count == 1 else f"{count} problems"
-        return f"quadriga: {title}\n\n" + "\n\n".join(str(problem) for problem in self.problems)
+        shown = [str(problem) for problem in self.problems[:MOST_SHOWN]]
+        if count > MOST_SHOWN:
+            shown.append(f"and {count - MOST_SHOWN} more")
+        return f"quadriga: {title}\n\n" + "\n\n".join(shown)
 
     def __str__(self) -> str:
         return self.report
@@ -113,6 +125,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was most likely meant to be, or None. Case does not count."""
+    if len(word) > 200:  # no name is as long, and comparing takes quadratic time
+        return None
     by_lower = {candidate.lower(): candidate for candidate in known}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[match[0]] if match else None

@@ -8,12 +8,12 @@ what one device has of it to other machines, by the maker's reference design.
 from __future__ import annotations
 
 import re
-import tomllib
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from quadriga.errors import Problem, UserError, nearest
+from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.limits import DEVICE_FIGURES
+from quadriga.reading import read_toml
 
 TERA, GIGA, GIB = 1e12, 1e9, 1024**3
 # Of the nominal size, read as GiB: torch says 39.4 of an "A100 40GB", 79.2 of an "H100 80GB", 95.0 of an "H100 96GB",
@@ -164,23 +164,39 @@ def device_named(name: str, key: str) -> Device:
 def _device_of_file(path: str, key: str) -> Device:
     """`name`, `memory` in GB, `memory_bandwidth`, `link_bandwidth`, `network_bandwidth` in GB/s, rates in TFLOP/s."""
     try:
-        said: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(Problem(key, f"the device's file cannot be read: {error}", path)) from None
+        said = read_toml(path, what="device file")
+    except UserError as error:
+        raise UserError(*(replace(each, source=key) for each in error.problems)) from None
+    where = shortened(path)
     texts = ("name", "link", "source")
     scales = {"memory": GIGA, "memory_bandwidth": GIGA, "link_bandwidth": GIGA, "network_bandwidth": GIGA}
     scales |= dict.fromkeys(("fp32", "tf32", "bf16", "fp8"), TERA)
+    allowed = f"{DEVICE_FIGURES[0]:g} to {DEVICE_FIGURES[1]:g}"
     known = [*texts, *scales]
     problems = [
-        Problem(f"{path}: {name}", "no such figure of a device", allowed=", ".join(known), nearest=nearest(name, known))
+        Problem(
+            f"{where}: {shortened(name)}",
+            "no such figure of a device",
+            allowed=", ".join(known),
+            nearest=nearest(name, known),
+        )
         for name in said
         if name not in known
     ]
-    problems += [Problem(f"{path}: {name}", "is missing") for name in ("name", "memory", "fp32") if name not in said]
     problems += [
-        Problem(f"{path}: {name}", "must be a number above 0", str(said[name]))
+        Problem(f"{where}: {shortened(name)}", "is missing") for name in ("name", "memory", "fp32") if name not in said
+    ]
+    problems += [
+        Problem(
+            f"{where}: {name}", "must be a number above 0, and within bounds", shortened(said[name]), allowed=allowed
+        )
         for name in scales
-        if name in said and (not isinstance(said[name], int | float) or isinstance(said[name], bool) or said[name] <= 0)
+        if name in said and not _is_figure(said[name])
+    ]
+    problems += [
+        Problem(f"{where}: {name}", "must be text", shortened(said[name]))
+        for name in texts
+        if name in said and not (isinstance(said[name], str) and said[name].isprintable())
     ]
     if problems:
         raise UserError(*problems)
@@ -188,3 +204,8 @@ def _device_of_file(path: str, key: str) -> Device:
     figures |= {"link": "its link", "source": path, "words": ("a device of the user's",)}
     figures |= {name: value if name in texts else value * scales[name] for name, value in said.items()}
     return Device(**figures)
+
+
+def _is_figure(value: Any) -> bool:
+    low, high = DEVICE_FIGURES
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # NaN is not

@@ -22,6 +22,22 @@ LOG_LINES = 3_000_000  # of one such file: read into 3 GB at most
 DRY_RUN_HASHED_BYTES = 256 * MIB  # of a checkpoint that a dry run verifies: some tenths of a second
 
 TOML_BYTES = 4 * MIB  # one configuration file
+CARD_BYTES = MIB  # a README.md beside a configuration
+EXTENDS = 20  # configuration files that extend one another
+TOML_PROBLEMS = 100  # of one configuration, after which no more are looked for
+TEXT, PATH, PATH_PART = 1 << 16, 4096, 255  # characters of a value, of one that is a path (Linux), and of a name in it
+TOML_INTEGER = 1 << 63  # TOML's integers are of 64 bits
+DEVICE_FIGURES = (1e-3, 1e9)  # TFLOP/s, GB and GB/s of a device that a user describes
+CSV_BYTES = 16 * MIB  # one pipeline schedule
+CSV_FAULTS = 20  # of one schedule, as they are shown
+
+# What a configuration may ask for. A dry run works through layers, stages and micro-batches one by one, and its figures
+# are products of many keys; these numbers keep both within seconds and within float64.
+COUNT = 10**9  # steps, rows, tokens and whatever is not named below
+SECONDS = 10**8  # three years: what timers and time-outs hold
+LAYERS = 1024  # of a model; the largest published ones have less than 130
+DEGREE = 1 << 17  # ranks along one axis; the largest clusters have 2^17 GPUs
+STAGE_PASSES = 1 << 14  # passes of one step through the stages of a pipeline, on all its ranks
 
 # One message of a rank to the others (`json_collectives`). The largest is the plan of a checkpoint: 1 M chunks are
 # about 200 MB of JSON.

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from quadriga.errors import printable
+
 logger = logging.getLogger("quadriga")
 
 
@@ -23,12 +25,21 @@ def is_logging_rank(environ: Mapping[str, str] = os.environ) -> bool:
     return int(environ.get("RANK", "0")) in logging_ranks(environ)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Escapes control characters, which may stand in names and values of users' files; a record with
+    `extra={"as_it_is": True}` holds ours (colours)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if getattr(record, "as_it_is", False) else printable(text, keep="\n\t")
+
+
 def start_logging(environ: Mapping[str, str] = os.environ) -> None:
     """Attach one handler to the `quadriga` logger. Called by entry points only, never by an import."""
     rank, several = environ.get("RANK", "0"), len(logging_ranks(environ)) > 1
     prefix = f"[rank {rank}] " if several and int(environ.get("WORLD_SIZE", "1")) > 1 else ""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    handler.setFormatter(PrintableFormatter(prefix + "%(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_logging_rank(environ) else logging.WARNING)

@@ -22,6 +22,7 @@ from quadriga.errors import Problem, UserError, shortened
 NAME_SHOWN = 400  # characters of a file's name in a message
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
+_DIGITS = re.compile(r"[0-9][0-9_]{399,}")
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
@@ -116,8 +117,15 @@ def read_toml(path: str | os.PathLike[str], most: int = limits.TOML_BYTES, *, wh
     Raises:
         UserError: as `read_text`, it is not TOML, or its tables nest deeper than `limits.JSON_DEPTH`.
     """
-    where = shortened(path, NAME_SHOWN)
-    text = read_text(path, most, what=what)
+    return parse_toml(read_text(path, most, what=what), shortened(path, NAME_SHOWN))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text; `where` names its origin in messages, to which the line is added.
+
+    Raises:
+        UserError: as `read_toml`.
+    """
     try:
         if _LONG_KEY.search(text):  # tomllib takes quadratic time for one
             raise RecursionError
@@ -125,10 +133,33 @@ def read_toml(path: str | os.PathLike[str], most: int = limits.TOML_BYTES, *, wh
     except RecursionError:
         raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels")) from None
     except ValueError as error:  # TOMLDecodeError, or a number of too many digits
-        raise UserError(Problem(where, f"not TOML: {shortened(error, 200)}")) from error
+        at, digits = re.search(r"at line (\d+)", str(error)), _DIGITS.search(text)
+        told, line = shortened(error, 200), text.count("\n") + 1  # tomllib tells no line where the text ends too early
+        if at is not None:
+            line = int(at.group(1))
+        elif not isinstance(error, tomllib.TOMLDecodeError) and digits is not None:
+            told, line = "a number of too many digits", text.count("\n", 0, digits.start()) + 1
+        fix = "see https://toml.io for the format"
+        raise UserError(Problem(f"{where}, line {line}", f"this is not TOML: {told}", fix=fix)) from error
     if _depth(found) > limits.JSON_DEPTH:
         raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels"))
+    if (key := _huge(found)) is not None:
+        raise UserError(Problem(where, f"`{shortened(key)}` holds a whole number of more than 64 bits"))
     return found
+
+
+def _huge(table: dict[str, Any]) -> str | None:
+    """The key of an integer that TOML does not have; tomllib reads them all the same."""
+    parts: list[tuple[str, Any]] = [("", table)]
+    while parts:
+        key, part = parts.pop()
+        if isinstance(part, dict):
+            parts += [(f"{key}.{name}" if key else name, value) for name, value in part.items()]
+        elif isinstance(part, list):
+            parts += [(key, value) for value in part]
+        elif isinstance(part, int) and not -limits.TOML_INTEGER <= part < limits.TOML_INTEGER:
+            return key
+    return None
 
 
 def _depth(value: Any) -> int:

@@ -15,7 +15,9 @@ from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.estimate.estimate import estimate
 from quadriga.estimate.report import device_rows, rows
 from quadriga.hardware import DEVICES, Device, device_named
+from quadriga.limits import CARD_BYTES
 from quadriga.models.registry import catalogue, count_parameters, flops_per_token
+from quadriga.reading import read_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +47,7 @@ def card_of(file: Path) -> Path:
 
 def put(place: Path, text: str, check: bool) -> bool:
     """Write a generated file, or only compare it. Whether it is out of date and stays so."""
-    if place.is_file() and place.read_text(encoding="utf-8") == text:
+    if place.is_file() and place.read_bytes() == text.encode():
         print(f"{place}: up to date", file=sys.stderr)
         return False
     if check:
@@ -63,14 +65,18 @@ def put(place: Path, text: str, check: bool) -> bool:
 def order_for(file: Path, gpus: int | None, device: str | None) -> Order:
     """What the card is made for: the options, and where they are silent what the card that is there was made for."""
     place = card_of(file)
-    there = read_order(place.read_text(encoding="utf-8")) if place.is_file() else None
+    there = read_order(read_text(place, CARD_BYTES, what="card")) if place.is_file() else None
     if gpus is None and there is None:
         fix = f"quadriga card {file} --ngpu N"
         raise UserError(
             Problem("--ngpu", "how many GPUs is the file meant for? There is no card yet that says so", fix=fix)
         )
+    name = os.path.relpath(file.resolve(), repository_of(file))
+    if not name.isprintable() or "-->" in name or "--!>" in name:
+        what = "a card begins with the name of its file, which cannot hold control characters or the end of a comment"
+        raise UserError(Problem("the file of a card", what, name, fix="rename the file"))
     return Order(
-        file=os.path.relpath(file.resolve(), repository_of(file)),
+        file=name,
         gpus=gpus or (there.gpus if there else 1),
         device=device or (there.device if there else None),
     )
@@ -80,7 +86,7 @@ def make_card(order: Order, file: Path) -> str:
     """The text of the card of `file`."""
     run = read(
         ["--job.config_file", str(file)],
-        {},
+        {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"},
         catalogue=catalogue(),
         backends=BACKENDS,
         world_size=order.gpus,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from quadriga import __version__
-from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable
 
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.report, file=sys.stderr)
         return EXIT_USAGE
     except Fault as fault:
-        print(f"quadriga: {fault}", file=sys.stderr)
+        print(printable(f"quadriga: {fault}", keep="\n"), file=sys.stderr)
         return fault.exit_code
     except BrokenPipeError:  # the reader of our output has gone: `quadriga keys | head`
         sys.stderr.close()

@@ -79,5 +79,5 @@ def symmetric_size(heap: Heap, environ: Mapping[str, str]) -> str:
 
 def _size(text: str) -> int | None:
     """As NVSHMEM reads it: `1073741824`, `1.5G`."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)b?", text.lower())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([kmgt]?)b?", text.lower())
     return int(float(found.group(1)) * SCALES[found.group(2)]) if found else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from quadriga.config import words
 from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_trouble, backend_trouble, memory_trouble
 from quadriga.config.keys import show
+from quadriga.config.markdown import argument, code, plain
 from quadriga.config.read import Run
 from quadriga.config.words import decimal_bytes, plural
 from quadriga.hardware import Device
@@ -44,6 +45,11 @@ class Order:
     device: str | None = None
 
     @property
+    def unit(self) -> str:
+        """What a rank is called: a GPU, but where the card is made for the CPU."""
+        return "rank" if (self.device or "").lower() == "cpu" else "GPU"
+
+    @property
     def line(self) -> str:
         device = f" --device {shlex.quote(self.device)}" if self.device else ""
         return f"<!-- quadriga card {shlex.quote(self.file)} --ngpu {self.gpus}{device} -->"
@@ -52,11 +58,14 @@ class Order:
 def read_order(card: str) -> Order | None:
     """The order in the first line of a card; None if there is none."""
     found = re.match(r"<!-- quadriga card (.+) -->\n", card)
-    match shlex.split(found[1]) if found else []:
-        case [file, "--ngpu", gpus]:
-            return Order(file, int(gpus))
-        case [file, "--ngpu", gpus, "--device", device]:
-            return Order(file, int(gpus), device)
+    try:
+        words_of_it = shlex.split(found[1]) if found else []
+    except ValueError:  # a quotation mark without its other half
+        return None
+    match words_of_it:
+        case [file, "--ngpu", gpus, *rest] if re.fullmatch(r"[1-9][0-9]{0,8}", gpus):
+            if not rest or (len(rest) == 2 and rest[0] == "--device"):
+                return Order(file, int(gpus), rest[1] if rest else None)
     return None
 
 
@@ -64,20 +73,20 @@ def render(run: Run, order: Order, figures: Figures, device: Device | None) -> s
     """The card as Markdown. `run` is resolved for `order.gpus` ranks; `device` is what `order.device` names."""
     sections = [
         f"{order.line}\n<!-- Made from the TOML file beside it; change that, and run the command above. -->",
-        f"# {run.config.job.description}",
-        _lead(run, figures),
+        f"# {plain(run.config.job.description)}",
+        _lead(run, figures, order.unit),
         "## At a glance",
-        _at_a_glance(run, figures),
+        _at_a_glance(run, figures, order.unit),
         "## How to run it",
         _how_to_run(run, order),
         "## How the work is shared",
-        _parallelism(run),
+        _parallelism(run, order.unit),
         "## Model and data",
         _model_and_data(run, figures),
         "## Hyper-parameters",
         _hyper_parameters(run),
         "## Memory and number formats",
-        _memory(run, figures),
+        _memory(run, figures, order.unit),
         "## What it leaves",
         _outputs(run, figures),
         "## Watch it",
@@ -101,26 +110,26 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _lead(run: Run, figures: Figures) -> str:
+def _lead(run: Run, figures: Figures, unit: str) -> str:
     spec = run.spec
     tokens = show_count(spec.steps * spec.tokens_per_step)
     return (
         f"Trains **{spec.model.name} {spec.model.flavor}** ({figures.parameters:,} parameters) from initial weights on "
-        f"`{run.config.training.dataset}` for {plural(spec.steps, 'step')} ({tokens} tokens) "
-        f"on **{plural(spec.world_size, 'GPU')}**.\n\n> {words.strategy(spec)}"
+        f"{code(run.config.training.dataset)} for {plural(spec.steps, 'step')} ({tokens} tokens) "
+        f"on **{plural(spec.world_size, unit)}**.\n\n> {words.strategy(spec, unit)}"
     )
 
 
-def _at_a_glance(run: Run, figures: Figures) -> str:
+def _at_a_glance(run: Run, figures: Figures, unit: str) -> str:
     config, spec = run.config, run.spec
     compile = config.compile
-    compiled = f"on ({', '.join(compile.components)}; {compile.backend})" if compile.enable else "off"
+    compiled = f"on ({', '.join(compile.components)}; {plain(compile.backend)})" if compile.enable else "off"
     profiling = config.profiling
     traces = f"on, {profiling.profiler_active} steps of every {profiling.profile_freq}"
     rows = [
-        ("total GPUs", f"{spec.world_size:,}"),
+        (f"total {unit}s", f"{spec.world_size:,}"),
         ("model", f"{spec.model.name} {spec.model.flavor}, {show_count(figures.parameters)} parameters"),
-        ("tokenizer", f"`{spec.tokenizer.path if spec.tokenizer.kind == 'bytes' else config.model.hf_assets_path}`"),
+        ("tokenizer", code(spec.tokenizer.path if spec.tokenizer.kind == "bytes" else config.model.hf_assets_path)),
         ("data", _data(run)),
         ("batch", words.batch(spec)),
         ("length", f"{plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
@@ -130,7 +139,7 @@ def _at_a_glance(run: Run, figures: Figures) -> str:
         ("compile", compiled),
         ("profiling", traces if profiling.enable_profiling else "off"),
         ("checkpoints", words.checkpoints(config.checkpoint)),
-        ("run folder", f"`{spec.folders.dump}`"),
+        ("run folder", f"{code(spec.folders.dump)}"),
     ]
     return _table(("what", "value"), rows)
 
@@ -138,8 +147,8 @@ def _at_a_glance(run: Run, figures: Figures) -> str:
 def _data(run: Run) -> str:
     training = run.config.training
     place = {"builtin": ", the Python standard library's text", "c4": ", streamed from the Hugging Face Hub"}
-    where = f" from `{training.dataset_path}`" if training.dataset_path else place.get(training.dataset, "")
-    return f"`{training.dataset}`{where}"
+    where = f" from {code(training.dataset_path)}" if training.dataset_path else place.get(training.dataset, "")
+    return f"{code(training.dataset)}{where}"
 
 
 def _how_to_run(run: Run, order: Order) -> str:
@@ -148,17 +157,18 @@ def _how_to_run(run: Run, order: Order) -> str:
     fetch = "python scripts/download_hf_assets.py          # tokenizer, once; its licence must be accepted on the Hub\n"
     machines = -(-gpus // GPUS_OF_A_MACHINE)
     if machines == 1:
-        script = f'CONFIG_FILE="{file}" NGPU={gpus} ./run_train.sh'
-        direct = f"torchrun --nproc_per_node={gpus} torchtitan/train.py --job.config_file {file}"
+        script = f"CONFIG_FILE={argument(file)} NGPU={gpus} ./run_train.sh"
+        direct = f"torchrun --nproc_per_node={gpus} torchtitan/train.py --job.config_file {shlex.quote(file)}"
         several = ""
     else:
         here = gpus // machines
         script = (
-            f'NNODES={machines} NODE_RANK=0 RDZV_ENDPOINT=node0:29500 NGPU={here} CONFIG_FILE="{file}" ./run_train.sh'
+            f"NNODES={machines} NODE_RANK=0 RDZV_ENDPOINT=node0:29500 NGPU={here} "
+            f"CONFIG_FILE={argument(file)} ./run_train.sh"
         )
         direct = (
             f"torchrun --nnodes={machines} --node_rank=0 --rdzv_backend=static --rdzv_endpoint=node0:29500 "
-            f"--nproc_per_node={here} torchtitan/train.py --job.config_file {file}"
+            f"--nproc_per_node={here} torchtitan/train.py --job.config_file {shlex.quote(file)}"
         )
         several = (
             f"\n\nStart this on each of the {machines} machines with {here} GPUs: NODE_RANK counts from 0 to "
@@ -168,24 +178,25 @@ def _how_to_run(run: Run, order: Order) -> str:
         "From the repository's root:\n\n```bash\npip install -r requirements.txt\n"
         + (fetch if needs_files else "")
         + "\n# rehearse: everything is checked, nothing is started, no GPU is needed\n"
-        f'DRY_RUN=1 NGPU={gpus} CONFIG_FILE="{file}" ./run_train.sh\n'
+        f"DRY_RUN=1 NGPU={gpus} CONFIG_FILE={argument(file)} ./run_train.sh\n"
         f"\n# with the script\n{script}\n\n# without it\n{direct}\n```{several}\n\n"
         "Every key can be changed behind the command: `--training.steps 20`, `--metrics.no_enable_tensorboard`. "
         "Paths are relative to the folder that the run is started from."
     )
 
 
-def _parallelism(run: Run) -> str:
+def _parallelism(run: Run, unit: str) -> str:
     degrees = run.spec.degrees
     sizes = [degrees.dp_replicate, degrees.dp_shard, degrees.tp, degrees.pp, degrees.cp]
     rows = [
-        (f"`{name}`", f"**{size}**" if size > 1 else "1", meaning)
+        (f"`{name}`", f"**{size}**" if size > 1 else "1", meaning.replace("GPUs", f"{unit}s"))
         for (name, meaning), size in zip(MEANINGS, sizes, strict=True)
     ]
     product = " x ".join(str(size) for size in sizes)
+    each = "one a GPU" if unit == "GPU" else "each a process on the CPU, or one a GPU"
     return (
         f"{_table(('degree', 'here', 'what it means'), rows)}\n\n"
-        f"{product} = {plural(run.spec.world_size, 'rank')}, one a GPU.{_other_numbers(run)}{_reduction(run)}"
+        f"{product} = {plural(run.spec.world_size, 'rank')}, {each}.{_other_numbers(run)}{_reduction(run)}"
     )
 
 
@@ -245,14 +256,14 @@ def _hyper_parameters(run: Run) -> str:
     return _table(("what", "value"), rows)
 
 
-def _memory(run: Run, figures: Figures) -> str:
+def _memory(run: Run, figures: Figures, unit: str) -> str:
     facts = [
         f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.",
         f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.",
         f"- CPU offload: {'on' if run.config.training.enable_cpu_offload else 'off'}.",
         f"- Compile: {'on' if run.config.compile.enable else 'off'}.",
     ]
-    estimated = _table(("estimated", "for one GPU"), figures.estimated)
+    estimated = _table(("estimated", f"for one {unit}"), figures.estimated)
     devices = _table(("device", "has", "needed", "verdict", "a step (uncalibrated)"), figures.devices)
     return (
         "\n".join(facts)
@@ -271,14 +282,14 @@ def _outputs(run: Run, figures: Figures) -> str:
     takes = "takes" if config.checkpoint.enable else "would take"
     snapshots = profiling.enable_memory_snapshot
     rows = [
-        (f"`{folders.dump}/config.toml`", "always", "the configuration as resolved"),
-        (f"`{folders.dump}/environment.json`", "always", "versions, devices, git commit"),
-        (f"`{folders.dump}/metrics.jsonl`", "always", "every logged step in full precision"),
-        (f"`{folders.tensorboard}/`", _on(metrics.enable_tensorboard), "TensorBoard curves"),
-        (f"`{folders.traces}/iteration_N/rankK_trace.json.gz`", _on(profiling.enable_profiling), traces),
-        (f"`{folders.memory_snapshots}/`", _on(snapshots), "history of the CUDA allocator"),
+        (code(f"{folders.dump}/config.toml"), "always", "the configuration as resolved"),
+        (code(f"{folders.dump}/environment.json"), "always", "versions, devices, git commit"),
+        (code(f"{folders.dump}/metrics.jsonl"), "always", "every logged step in full precision"),
+        (code(f"{folders.tensorboard}/"), _on(metrics.enable_tensorboard), "TensorBoard curves"),
+        (code(f"{folders.traces}/iteration_N/rankK_trace.json.gz"), _on(profiling.enable_profiling), traces),
+        (code(f"{folders.memory_snapshots}/"), _on(snapshots), "history of the CUDA allocator"),
         (
-            f"`{folders.checkpoint}/step-N/`",
+            code(f"{folders.checkpoint}/step-N/"),
             _on(config.checkpoint.enable),
             f"{saves}; one full save {takes} about {size}",
         ),
@@ -295,20 +306,21 @@ def _monitor(run: Run) -> str:
     lines = [
         f"- On the console: one line every {plural(metrics.log_freq, 'step')} from the ranks in LOG_RANK: loss, "
         "gradient norm before clipping, memory, tokens per second, data wait, time left.",
-        f"- `tail -f {folders.dump}/metrics.jsonl`",
+        "- " + code(f"tail -f {folders.dump}/metrics.jsonl"),
     ]
     if metrics.enable_tensorboard:
-        lines.append(f"- `tensorboard --logdir {folders.tensorboard}`")
+        lines.append("- " + code(f"tensorboard --logdir {folders.tensorboard}"))
     if metrics.enable_wandb:
         lines.append("- Weights & Biases: the project that WANDB_PROJECT names.")
     if run.config.profiling.enable_profiling:
-        lines.append(f"- Traces: open a file of `{folders.traces}/` in https://ui.perfetto.dev.")
+        lines.append("- Traces: open a file of " + code(f"{folders.traces}/") + " in https://ui.perfetto.dev.")
     return "\n".join(lines)
 
 
 def _validate(run: Run, order: Order) -> str:
     validation, training = run.config.validation, run.config.training
-    held_out = f"validation on `{validation.dataset}` at step 1 and every {plural(validation.freq, 'step')}"
+    dry_run = f"DRY_RUN=1 NGPU={order.gpus} CONFIG_FILE={shlex.quote(f'./{order.file}')} ./run_train.sh"
+    held_out = f"validation on {code(validation.dataset)} at step 1 and every {plural(validation.freq, 'step')}"
     if not validation.enable:
         dataset = "c4_validation" if training.dataset == "c4" else "builtin_validation"
         held_out = (
@@ -317,9 +329,8 @@ def _validate(run: Run, order: Order) -> str:
             "--validation.steps 20` switches it on"
         )
     return (
-        f"- The configuration: `DRY_RUN=1 NGPU={order.gpus} CONFIG_FILE=./{order.file} ./run_train.sh` "
-        "reads it strictly and reports every problem at once.\n"
-        f"- This card: `quadriga card {order.file} --check` fails when it is out of date.\n"
+        f"- The configuration: {code(dry_run)} reads it strictly and reports every problem at once.\n"
+        f"- This card: {code(f'quadriga card {shlex.quote(order.file)} --check')} fails when it is out of date.\n"
         f"- The loss on held-out text: {held_out}.\n"
         f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are near "
         f"ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
@@ -371,6 +382,6 @@ def _keys(run: Run) -> str:
         value: object = run.config
         for name in key.split("."):
             value = getattr(value, name)
-        rows.append((f"`{key}`", f"`{show(value)}`"))
+        rows.append((f"{code(key)}", code(show(value))))
     told = "All others have the defaults of `docs/configuration.md`."
     return f"{told}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"

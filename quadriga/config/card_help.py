@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quadriga.config.markdown import code
 from quadriga.config.read import Run
 
 MEANINGS = (
@@ -62,7 +63,7 @@ def memory_trouble(run: Run) -> str:
 def backend_trouble(run: Run) -> str:
     """What carries the bytes, and how a collective that hangs is found."""
     comm, folder = run.config.comm, run.spec.folders.comm_traces
-    traces = f"; each rank then writes its last collectives to `{folder}/`" if comm.trace_buf_size else ""
+    traces = f"; each rank then writes its last collectives to {code(f'{folder}/')}" if comm.trace_buf_size else ""
     return (
         "- **Communication backend.** nccl is taken where CUDA is, gloo where it is not, and the choice is printed at "
         "the start. `COMM_BACKEND=gloo` rehearses on CPUs; a backend that cannot be had stops the run before it "
@@ -78,11 +79,11 @@ def assets_trouble(run: Run) -> str:
         tokenizer = "The tokenizer is built in."
     else:
         tokenizer = (
-            f"The tokenizer is looked for in `{model.hf_assets_path}`; `python scripts/download_hf_assets.py` "
+            f"The tokenizer is looked for in {code(model.hf_assets_path)}; `python scripts/download_hf_assets.py` "
             "fetches it into `./assets/hf/Llama-3.1-8B` (accept the licence on the model's page first; set HF_TOKEN)."
         )
     if training.dataset_path is not None:
-        data = f"The data is read from `{training.dataset_path}`."
+        data = f"The data is read from {code(training.dataset_path)}."
     elif training.dataset == "c4":
         data = (
             "The data is streamed from the Hub; without a network, set `--training.dataset_path` to a folder of C4's "

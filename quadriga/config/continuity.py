@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from quadriga.config.read import Run
+from quadriga.config.rules_layout import divisors
 from quadriga.errors import Problem
+from quadriga.limits import COUNT
 
 NAMES = {"name", "flavor"}  # of a model: what counts is its numbers
 FIX = "restore what it was, begin another run (--job.dump_folder), or go on all the same: --checkpoint.allow_change"
@@ -50,12 +52,12 @@ def refusals(saved: Mapping[str, Any], run: Run) -> list[Problem]:
 
 def _way_back(key: str, was: Any, run: Run) -> str:
     """How to restore what it was, where one or two keys do."""
-    if key == BATCH and isinstance(was, int):
+    if key == BATCH and isinstance(was, int) and 0 < was <= COUNT:
         ranks, rows = run.spec.degrees.batch, run.spec.local_batch_size
-        if was % ranks or was < 1:
+        if was % ranks:
             return f"start on a number of data-parallel ranks that divides {was}, or: {FIX}"
         if (was // ranks) % rows:
-            rows = next(size for size in range(min(rows, was // ranks), 0, -1) if (was // ranks) % size == 0)
+            rows = max(size for size in divisors(was // ranks) if size <= rows)
             return f"set {key} to {was} and training.local_batch_size to {rows}; or: {FIX}"
     if was is not None and not isinstance(was, dict | list) and key != "model.head_dim":
         return f"set {key} to {was}; or: {FIX}"

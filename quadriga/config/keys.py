@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from quadriga.config.schema import JobConfig, Section
+from quadriga.errors import UserError
+from quadriga.reading import parse_json, parse_toml
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ def read_text(key: Key, text: str) -> Any:
 def _read_list(text: str) -> Any:
     if text.lstrip().startswith("["):
         try:
-            return tomllib.loads(f"it = {text}")["it"]
-        except tomllib.TOMLDecodeError:
+            return parse_toml(f"it = {text}", "command line")["it"]
+        except UserError:
             pass
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
+            return parse_json(text, "command line")
+        except UserError:
             return text
     return [item.strip() for item in text.split(",") if item.strip()]
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from quadriga.config import vocabulary
 from quadriga.config.keys import KEYS, Key, is_section, read_text, show
+from quadriga.config.paths import PATHS, expand
 from quadriga.config.schema import JobConfig
 from quadriga.config.sources import (
     COMMAND_LINE,
@@ -26,6 +27,7 @@ from quadriga.config.sources import (
     file_layers,
 )
 from quadriga.errors import Problem, nearest
+from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
 
 
 @dataclass
@@ -48,7 +50,10 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     arguments, problems = command_line_layer(argv)
     loaded.problems += problems
     file = next((entry.value.text for entry in reversed(arguments) if entry.key == CONFIG_FILE), None)
-    files, problems = file_layers(file) if file else ([], [])
+    place = expand(CONFIG_FILE, file, COMMAND_LINE, environ) if file else None
+    files, problems = (
+        ([], [place]) if isinstance(place, Problem) else file_layers(place, environ) if place else ([], [])
+    )
     loaded.problems += problems
     if problems:
         loaded.bad |= set(KEYS)  # what the file would have said is not known
@@ -56,7 +61,10 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     said: dict[str, Any] = {}
     for layer in [*files, environment_layer(environ), arguments]:
         _merge(layer, said, loaded)
+    if isinstance(place, str):
+        said[CONFIG_FILE] = place
     for key in said:
+        _place(key, said, loaded, environ)
         said[key] = _other_name(key, said, loaded)
     _validate(said, loaded)
     _remark_on_defaults(loaded)
@@ -67,6 +75,8 @@ def _merge(layer: Iterable[Entry], said: dict[str, Any], loaded: Loaded) -> None
     """Lay one source over the ones before it, under the keys of today."""
     spelled: dict[str, Entry] = {}
     for entry in layer:
+        if len(loaded.problems) >= TOML_PROBLEMS:
+            return
         today = _rename(entry, loaded)
         if today is None:
             continue
@@ -81,6 +91,42 @@ def _merge(layer: Iterable[Entry], said: dict[str, Any], loaded: Loaded) -> None
         spelled[today.key] = entry
         said[today.key] = value
         loaded.origin[today.key] = today.source
+
+
+def _place(key: str, said: dict[str, Any], loaded: Loaded, environ: Mapping[str, str]) -> None:
+    """Refuse text that no file or variable can hold, and put in what `~` and `$NAME` stand for in a path."""
+    value, source = said[key], loaded.origin[key]
+    if (wrong := _not_text(value, PATH if key in PATHS else TEXT)) is not None:
+        loaded.problems.append(Problem(key, wrong, show(value), source))
+        loaded.bad.add(key)
+        said[key] = KEYS[key].default
+    elif (
+        key in PATHS - {CONFIG_FILE}
+        and isinstance(value, str)
+        and (key != "estimate.device" or value.endswith(".toml"))
+    ):
+        expanded = expand(key, value, source, environ)
+        if isinstance(expanded, Problem):
+            loaded.problems.append(expanded)
+            loaded.bad.add(key)
+        else:
+            said[key] = expanded
+
+
+def _not_text(value: Any, longest: int) -> str | None:
+    if isinstance(value, tuple):
+        return next((wrong for item in value if (wrong := _not_text(item, longest))), None)
+    if not isinstance(value, str):
+        return None
+    if len(value) > longest:
+        return f"is longer than {longest} characters"
+    if "\0" in value:
+        return "holds a null character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8 text"
+    return None
 
 
 def _older(*names: str) -> str:
@@ -125,7 +171,11 @@ def _rename(entry: Entry, loaded: Loaded) -> Entry | None:
 def _renamed_value(old: str, value: Any) -> Any:
     values = vocabulary.RENAMED_VALUES.get(old, {})
     if isinstance(value, Text):
-        return Text(values.get(value.text, value.text)) if value.text is not None else value
+        if value.text is None:  # a switch without a value
+            return Text(values.get("true"))
+        return Text(values.get(value.text.lower(), value.text))
+    if isinstance(value, bool) and values:
+        return values.get(str(value).lower(), value)
     return values.get(value, value) if isinstance(value, str) else value
 
 
@@ -290,6 +340,28 @@ def _type_name(value: Any) -> str:
 
 def _remark_on_defaults(loaded: Loaded) -> None:
     """Say where a better default than the vocabulary's first home's changes what a file that relies on it does."""
+    _fit_the_cycle(loaded)
     if loaded.config.checkpoint.enable and "checkpoint.last_save_model_only" not in loaded.origin:
         what = "the last save holds the optimizer too, so that the run can be resumed and extended"
         loaded.notices.append(f"checkpoint.last_save_model_only is false by default: {what}")
+
+
+def _fit_the_cycle(loaded: Loaded) -> None:
+    """Shorten the default warm-up and recording of the profiler where a cycle, which older files give alone, is shorter
+    than both."""
+    profiling, table = loaded.config.profiling, "profiling"
+    length, warmup, active = profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active
+    if not profiling.enable_profiling or length >= warmup + active:
+        return
+    given = {name for name in ("profiler_warmup", "profiler_active") if f"{table}.{name}" in loaded.origin}
+    if "profiler_warmup" not in given:
+        warmup = max(min(warmup, length - (active if "profiler_active" in given else 1)), 0)
+    if "profiler_active" not in given:
+        active = max(min(active, length - warmup), 1)
+    if len(given) == 2 or length < warmup + active:
+        return
+    changes = {"profiler_warmup": warmup, "profiler_active": active}
+    section = profiling.model_copy(update=changes)
+    loaded.config = loaded.config.model_copy(update={table: section})
+    shown = " and ".join(f"{table}.{name} = {value}" for name, value in changes.items() if name not in given)
+    loaded.notices.append(f"{table}.profile_freq = {length} is shorter than a default cycle: {shown} fit into it")

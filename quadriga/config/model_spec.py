@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -13,6 +14,14 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+
+# By the values of `model.rope_scaling`; `none` is Llama 3 before 3.1.
+ROPE_SCALINGS: Mapping[str, RopeScaling | None] = {
+    "none": None,
+    "llama3.1": RopeScaling(factor=8.0),
+    "llama3.2": RopeScaling(factor=32.0),
+}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from quadriga.config.pipeline_order import Action, Order
+from quadriga.errors import shortened
+from quadriga.limits import CSV_FAULTS
 
-_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+_ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 _OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
 FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
 
@@ -29,19 +32,24 @@ class Fault:
 
 def parse(text: str, ranks: int, micro_batches: int) -> Order | list[Fault]:
     """The schedule, or every reason why it is none for so many ranks and micro-batches."""
-    rows = list(csv.reader(text.splitlines()))
-    faults = [
-        Fault(f"`{cell.strip()}` is no action", line)
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as error:  # a cell of more than 131,072 characters
+        return [Fault(f"no table of comma-separated cells: {error}")]
+    wrong = (
+        Fault(f"`{shortened(cell.strip())}` is no action", line)
         for line, row in enumerate(rows, 1)
         for cell in row
         if _actions(cell) is None
-    ]
+    )
+    faults = list(islice(wrong, CSV_FAULTS))
     if len(rows) != ranks:
         faults.insert(0, Fault(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks"))
     if faults:
         return faults
     schedule = Order(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
-    return list(_wrong_stages(schedule)) or list(_wrong_actions(schedule, micro_batches)) or schedule
+    found = islice(_wrong_stages(schedule), CSV_FAULTS), islice(_wrong_actions(schedule, micro_batches), CSV_FAULTS)
+    return list(found[0]) or list(found[1]) or schedule
 
 
 def _actions(cell: str) -> list[Action] | None:
@@ -61,8 +69,9 @@ def _wrong_stages(schedule: Order) -> Iterator[Fault]:
         for stage in sorted({action.stage for action in actions}):
             if holders.setdefault(stage, line) != line:
                 yield Fault(f"stage {stage} is computed by line {holders[stage]} already", line)
-    if gaps := set(range(max(holders, default=-1) + 1)) - holders.keys():
-        yield Fault(f"stage {min(gaps)} is computed by no line, and there are higher ones")
+    gap = next(stage for stage in range(len(holders) + 1) if stage not in holders)
+    if gap < len(holders):
+        yield Fault(f"stage {gap} is computed by no line, and there are higher ones")
 
 
 def _wrong_actions(schedule: Order, micro_batches: int) -> Iterator[Fault]:

@@ -15,6 +15,8 @@ from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
+from quadriga.limits import CSV_BYTES
+from quadriga.reading import read_text as bounded_text
 
 BATCH = "training.global_batch_size"
 Saved = Callable[[str], Mapping[str, Any] | None]
@@ -99,11 +101,11 @@ def _read_schedule(loaded: Loaded) -> tuple[str | None, list[Problem]]:
     if path is None or loaded.config.parallelism.pipeline_parallel_degree == 1:
         return None, []
     try:
-        return Path(path).read_text(encoding="utf-8"), []
-    except (OSError, UnicodeDecodeError) as error:
+        return bounded_text(path, CSV_BYTES, what="file"), []
+    except UserError as error:
         loaded.bad.add(key)
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        return None, [Problem(key, f"the file cannot be read: {reason}", path, loaded.origin.get(key, "default"))]
+        origin = loaded.origin.get(key, "default")
+        return None, [replace(each, where=key, value=path, source=origin) for each in error.problems]
 
 
 def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:

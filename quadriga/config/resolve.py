@@ -13,7 +13,7 @@ from quadriga.config import rules_backend, rules_layout, rules_pipeline, rules_r
 from quadriga.config.case import RULES, BackendFacts, Case, join_sources
 from quadriga.config.keys import show
 from quadriga.config.load import Loaded
-from quadriga.config.model_spec import ModelSpec
+from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
 from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig, Parallelism
 from quadriga.config.support import unsupported
@@ -100,10 +100,11 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
             what += "; masks that keep the documents of a sequence apart are not built"
     else:
         names = {spec_field.name for spec_field in fields(ModelSpec)} - {"name", "flavor"}
-        asked = {name: getattr(section, name, None) for name in names}
-        return replace(
-            family[section.flavor], **{name: value for name, value in asked.items() if value is not None}
-        ), None
+        asked = {name: getattr(section, name, None) for name in names - {"rope_scaling"}}
+        spec = family[section.flavor]
+        if section.rope_scaling != "flavor":
+            spec = replace(spec, rope_scaling=ROPE_SCALINGS[section.rope_scaling])
+        return replace(spec, **{name: value for name, value in asked.items() if value is not None}), None
     problem = Problem(
         key,
         what,

@@ -37,7 +37,8 @@ def backend_has_something_to_carry(case: Case) -> Verdicts:
 @rule(BACKEND, ASYNC_TP)
 def backend_overlaps_tensor_parallelism(case: Case) -> Verdicts:
     facts = _facts(case)
-    if facts and case.config.parallelism.enable_async_tensor_parallel and "async_tensor_parallel" not in facts.carries:
+    wanted = case.config.parallelism.enable_async_tensor_parallel and case.degrees.tp > 1
+    if facts and wanted and "async_tensor_parallel" not in facts.carries:
         yield Clash(
             "this backend cannot overlap communication with matrix products",
             _those_that_carry(case, "async_tensor_parallel"),

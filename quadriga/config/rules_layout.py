@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from quadriga.config.case import Case, Clash, Verdicts, rule
 
 DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
@@ -111,7 +113,7 @@ def global_batch_divides_over_ranks(case: Case) -> Verdicts:
         elif rest:
             fix = f"set {GLOBAL} to {near}, or change the local batch or the degrees"
         else:
-            size = next(size for size in range(min(rows, training.local_batch_size), 0, -1) if rows % size == 0)
+            size = max(size for size in divisors(rows) if size <= training.local_batch_size)
             fix = f"set {LOCAL} to {size}" + ("" if resumed else f", or {GLOBAL} to {near}")
         yield Clash(what, fix, f"-1, or a multiple of {one_pass}")
 
@@ -125,7 +127,14 @@ def experts_need_a_model_that_has_them(case: Case) -> Verdicts:
 
 def divisor_hint(key: str, whole: int, wrong: int) -> str:
     """The divisors of `whole` on both sides of `wrong`."""
-    below = max((part for part in range(1, min(wrong, whole) + 1) if whole % part == 0), default=1)
-    above = next((part for part in range(wrong, whole + 1) if whole % part == 0), whole)
+    parts = divisors(whole)
+    below = max((part for part in parts if part <= wrong), default=1)
+    above = min((part for part in parts if part >= wrong), default=whole)
     choice = " or ".join(str(part) for part in dict.fromkeys((below, above)))
     return f"set {key} to a divisor of {whole}, such as {choice}"
+
+
+def divisors(whole: int) -> list[int]:
+    """All of them, in no order."""
+    low = [part for part in range(1, isqrt(whole) + 1) if whole % part == 0]
+    return [*low, *(whole // part for part in low)]

@@ -13,6 +13,7 @@ from quadriga.config.pipeline_csv import Fault
 from quadriga.config.pipeline_order import Order
 from quadriga.config.rules_layout import LOCAL, divisor_hint
 from quadriga.errors import Problem, nearest
+from quadriga.limits import STAGE_PASSES
 
 PP = "parallelism.pipeline_parallel_degree"
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
@@ -204,6 +205,16 @@ def validation_batch_divides_into_micro_batches(case: Case) -> Verdicts:
     if case.degrees.pp > 1 and case.config.validation.enable and rows % size:
         fix = f"set validation.local_batch_size to a multiple of {size}"
         yield Clash("the pipeline's micro-batches must divide the validation batch, too", fix)
+
+
+@rule(PP, PER_STAGE, SCHEDULE, LOCAL, MICROBATCH)
+def pipeline_is_of_a_size_that_can_be_planned(case: Case) -> Verdicts:
+    stages, count = stage_count(case), micro_batches(case)
+    if case.degrees.pp > 1 and stages * count > STAGE_PASSES:
+        what = f"{stages} stages x {count} micro-batches are more passes than a schedule here may have"
+        size = case.config.training.local_batch_size // max(STAGE_PASSES // stages, 1) + 1
+        fix = f"set {MICROBATCH} to {size} or more" if stages < STAGE_PASSES else f"lower {PP}"
+        yield Clash(what, fix, f"at most {STAGE_PASSES}")
 
 
 @rule(SCHEDULE, PP, LOCAL, MICROBATCH)

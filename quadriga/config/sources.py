@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from quadriga.errors import Problem, nearest
+from quadriga.config.paths import expand
+from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.limits import EXTENDS, TOML_BYTES
+from quadriga.reading import parse_toml, read_text
 
 CONFIG_FILE = "job.config_file"
 COMMAND_LINE = "command line"
+NEIGHBOURS = 200  # entries of a folder among which a file is looked for that may have been meant
 ENVIRONMENT = {"COMM_BACKEND": "comm.backend"}
 
 
@@ -32,67 +37,81 @@ class Entry:
     source: str
 
 
-def file_layers(path: str) -> tuple[list[list[Entry]], list[Problem]]:
+def file_layers(path: str, environ: Mapping[str, str]) -> tuple[list[list[Entry]], list[Problem]]:
     """The entries of a TOML file and of its bases, the remotest base first."""
     layers: list[list[Entry]] = []
-    seen: list[Path] = []
+    seen: list[str] = []
     said_by: str | None = None
     while True:
-        here = Path(path)
-        if here.resolve() in seen:
-            chain = " -> ".join(str(file) for file in [*seen, here.resolve()])
+        problem = _unreadable(path, said_by)
+        here = os.path.realpath(path) if problem is None else ""
+        if here in seen:
+            chain = " -> ".join([*seen, here])
             return [], [Problem("extends", f"the files extend one another in a circle: {chain}", path, said_by)]
-        seen.append(here.resolve())
-        table, lines, problem = _read(here, path, said_by)
+        if len(seen) > EXTENDS:
+            allowed = f"at most {EXTENDS} files that extend one another"
+            return [], [Problem("extends", "the chain of files is too long", path, said_by, allowed)]
         if problem is not None:
             return [], [problem]
-        base = table.pop("extends", None)
+        seen.append(here)
+        try:
+            text = read_text(path, TOML_BYTES, what="configuration file")
+            table = parse_toml(text, shortened(path))
+        except UserError as error:
+            return [], list(error.problems)
+        lines, base = _Lines(text), table.pop("extends", None)
         layers.insert(0, [Entry(key, value, f"{path}, line {lines[key]}") for key, value in _leaves(table, lines)])
         if base is None:
             return layers, []
         said_by = f"{path}, line {lines['extends']}"
         if not isinstance(base, str) or not base:
             return [], [Problem("extends", "not the path of a file", repr(base), said_by, "a path in quotes")]
-        path = str(here.parent / base)
+        following = expand("extends", base, said_by, environ)
+        if isinstance(following, Problem):
+            return [], [following]
+        path = os.path.join(os.path.dirname(path), following)
 
 
-def _read(path: Path, said: str, said_by: str | None) -> tuple[dict[str, Any], Mapping[str, int], Problem | None]:
-    where = "extends" if said_by else CONFIG_FILE
-    source = said_by or COMMAND_LINE
+def _unreadable(path: str, said_by: str | None) -> Problem | None:
+    """Why there is no file to read, with what may have been meant."""
+    where, source = ("extends", said_by) if said_by else (CONFIG_FILE, COMMAND_LINE)
     try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), _Lines(text), None
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        number = line.group(1) if line else max(len(text.splitlines()), 1)  # else it is the end of the document
-        return (
-            {},
-            {},
-            Problem(f"{said}, line {number}", f"this is not TOML: {error}", fix="see https://toml.io for the format"),
-        )
-    except UnicodeDecodeError as error:
-        return {}, {}, Problem(said, f"this is not UTF-8 text: byte {error.start}", fix="save the file as UTF-8")
-    except IsADirectoryError:
-        problem = Problem(where, "a folder where a TOML file is needed", said, source, **_neighbours(path))
-    except FileNotFoundError:
-        problem = Problem(where, "no such file", said, source, **_neighbours(path.parent, path.name))
+        kind = os.stat(path).st_mode
+    except ValueError:
+        return Problem(where, "a null character in the name of a file", path, source)
+    except (FileNotFoundError, NotADirectoryError):
+        folder, name = os.path.split(path)
+        return Problem(where, "no such file", path, source, **_neighbours(folder or ".", name))
     except OSError as error:
-        problem = Problem(where, f"the file cannot be read: {error.strerror}", said, source)
-    return {}, {}, problem
+        return Problem(where, f"the file cannot be read: {error.strerror}", path, source)
+    if stat.S_ISDIR(kind):
+        return Problem(where, "a folder where a TOML file is needed", path, source, **_neighbours(path))
+    return None
 
 
-def _neighbours(folder: Path, name: str | None = None) -> dict[str, str]:
+def _neighbours(folder: str, name: str | None = None) -> dict[str, str]:
     """What a user may have meant: the TOML files of a folder, or else the nearest folder that is there."""
-    while not folder.is_dir():
-        name, folder = folder.name, folder.parent
+    while not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        folder = folder or "."
     try:
-        files = sorted(str(file) for pattern in ("*.toml", "*/*.toml") for file in folder.glob(pattern))
-        entries = [entry.name for entry in folder.iterdir()]
+        entries = _names(folder)
+        files = [file for file in entries if file.endswith(".toml")]
+        for entry in entries:
+            if os.path.isdir(inner := os.path.join(folder, entry)):
+                files += [os.path.join(entry, file) for file in _names(inner) if file.endswith(".toml")]
     except OSError:
         return {}
-    found = {"fix": f"choose one of {', '.join(files[:8])}"} if files else {"fix": f"no TOML file lies in {folder}"}
+    shown = sorted(os.path.normpath(os.path.join(folder, file)) for file in files)[:8]
+    found = {"fix": f"choose one of {', '.join(shown)}"} if shown else {"fix": f"no TOML file lies in {folder}"}
     close = nearest(name, entries) if name else None
-    return {**found, "nearest": str(folder / close)} if close else found
+    return {**found, "nearest": os.path.normpath(os.path.join(folder, close))} if close else found
+
+
+def _names(folder: str) -> list[str]:
+    """What lies in a folder; the first of very many."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in islice(entries, NEIGHBOURS)]
 
 
 class _Lines(dict[str, int]):
@@ -101,7 +120,7 @@ class _Lines(dict[str, int]):
     def __init__(self, text: str) -> None:
         super().__init__()
         table, fenced = "", False
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             fences = line.count('"""') + line.count("'''")
             if not fenced and (header := re.match(r"\s*\[([\w.\- ]+)\]", line)):
                 table = header.group(1).replace(" ", "") + "."

@@ -20,6 +20,7 @@ RENAMED: Mapping[str, str] = {
     "memory_estimation.enabled": "memory_estimation.enable",
     "model.tokenizer_path": "model.hf_assets_path",
     "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_method",
+    "mx.use_fp8_dim1_cast_triton_kernel": "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
 }
 
 # Tables of v0.1.0 that became tables of [quantize].
@@ -28,6 +29,7 @@ MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "qu
 # Values of a renamed key that have another name under the new one.
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     "parallelism.context_parallel_rotate_method": {"allgather": "allgather", "alltoall": "ring"},
+    "mx.use_fp8_dim1_cast_triton_kernel": {"true": "triton", "false": "torch"},
 }
 
 # Gone, and without effect on the run: accepted, with this remark.
@@ -60,6 +62,6 @@ CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx"
 def new_name(old: str) -> str | None:
     """The key of today that a key of an older release became; None where it was not renamed."""
     table, _, key = old.partition(".")
-    if table in MOVED_TABLES and key:
+    if table in MOVED_TABLES and key and old not in RENAMED:
         return f"{MOVED_TABLES[table]}.{key}"
     return RENAMED.get(old)

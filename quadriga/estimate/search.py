@@ -14,6 +14,7 @@ from typing import Any
 
 from quadriga.config import Run
 from quadriga.config.resolve import DEGREES
+from quadriga.config.rules_layout import divisors
 from quadriga.config.rules_pipeline import SPLIT_BACKWARD
 from quadriga.estimate.estimate import Estimate, estimate
 from quadriga.estimate.memory import memory_of
@@ -156,7 +157,7 @@ def _pipelines(run: Run, pp: int, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [part for part in range(1, number + 1) if number % part == 0]
+    return sorted(set(divisors(number)))
 
 
 def _powers(number: int) -> list[int]:

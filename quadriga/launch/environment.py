@@ -13,6 +13,7 @@ from pathlib import Path
 from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose
 from quadriga.comm.network import loopback_variables
 from quadriga.errors import Problem, UserError
+from quadriga.limits import COUNT, DEGREE
 from quadriga.log import logging_ranks
 
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
@@ -43,26 +44,38 @@ class Request:
 def read_request(environ: Mapping[str, str]) -> tuple[Request, list[Problem]]:
     """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK, DRY_RUN; what is wrong stands at its default."""
     problems: list[Problem] = []
-    ranks = _number(environ, "NGPU", DEFAULT_RANKS, 1, problems)
-    nodes = _number(environ, "NNODES", 1, 1, problems)
-    node = _number(environ, "NODE_RANK", 0, 0, problems)
-    restarts = _number(environ, "MAX_RESTARTS", 0, 0, problems)
+    ranks = _number(environ, "NGPU", DEFAULT_RANKS, (1, DEGREE), problems)
+    nodes = _number(environ, "NNODES", 1, (1, DEGREE), problems)
+    node = _number(environ, "NODE_RANK", 0, (0, DEGREE), problems)
+    restarts = _number(environ, "MAX_RESTARTS", 0, (0, COUNT), problems)
     dry_run = _switch(environ, "DRY_RUN", problems)
     endpoint = environ.get("RDZV_ENDPOINT") or None
     if nodes > 1 and not dry_run:
         problems += _several_machines(environ, nodes, node)
+    if ranks * nodes > DEGREE and not problems:
+        what = f"{ranks} ranks on each of {nodes} machines are too many"
+        problems.append(Problem("NGPU, NNODES", what, source="environment", allowed=f"at most {DEGREE} in all"))
+        ranks = nodes = 1
     problems += _log_rank(environ, ranks * nodes)
     return Request(ranks, nodes, node, endpoint, dry_run, restarts), problems
 
 
-def _number(environ: Mapping[str, str], name: str, default: int, least: int, problems: list[Problem]) -> int:
-    text = environ.get(name, "").strip()
+def _number(
+    environ: Mapping[str, str], name: str, default: int, bounds: tuple[int, int], problems: list[Problem]
+) -> int:
+    text, (least, most) = environ.get(name, "").strip(), bounds
     if not text:
         return default
-    if text.isdecimal() and int(text) >= least:
-        return int(text)
-    problems.append(Problem(name, "not a number that this variable can have", text, "environment", f"{least} or more"))
+    if (number := whole_number(text)) is not None and least <= number <= most:
+        return number
+    what, allowed = "not a number that this variable can have", f"{least} to {most}"
+    problems.append(Problem(name, what, text, "environment", allowed))
     return default
+
+
+def whole_number(text: str) -> int | None:
+    """Of a variable; None where it is none, or has more digits than any that is meant."""
+    return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
 def _switch(environ: Mapping[str, str], name: str, problems: list[Problem]) -> bool:
@@ -81,10 +94,15 @@ def _several_machines(environ: Mapping[str, str], nodes: int, node: int) -> list
         allowed = f"0 to {nodes - 1}"
         problems.append(Problem("NODE_RANK", f"there are {nodes} machines", str(node), "environment", allowed))
     endpoint = environ.get("RDZV_ENDPOINT", "")
-    if not re.fullmatch(r".+:\d+", endpoint):
+    host, _, port = endpoint.rpartition(":")
+    if not re.fullmatch(r"[\w.:\[\]%-]+", host, re.ASCII) or not 0 < (whole_number(port) or 0) < 65536:
         what = "must name the first machine and a free port on it, equal on all machines"
         fix = "for example RDZV_ENDPOINT=node0:29500"
-        problems.append(Problem("RDZV_ENDPOINT", what, endpoint or None, "environment", "host:port", fix=fix))
+        problems.append(
+            Problem(
+                "RDZV_ENDPOINT", what, endpoint or None, "environment", "host:port, the port from 1 to 65535", fix=fix
+            )
+        )
     return problems
 
 
@@ -144,7 +162,8 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     count = 0
     for entry in chosen.split(","):
         name = entry.strip()
-        if not name.startswith(("GPU-", "MIG-")) and not (name.isdecimal() and int(name) < present):
+        number = whole_number(name)
+        if not name.startswith(("GPU-", "MIG-")) and not (number is not None and number < present):
             break  # CUDA ignores this entry and all that follow
         count += 1
     return count

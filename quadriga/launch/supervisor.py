@@ -23,7 +23,7 @@ from quadriga.comm.heap import VARIABLE as SYMMETRIC_SIZE
 from quadriga.comm.heap import symmetric_size
 from quadriga.comm.network import INTERFACE_VARIABLES, loopback_variables, ports_in_words
 from quadriga.config import Run, read
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.estimate.heap import heap_of
 from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
 from quadriga.launch.dry_run import Verdict, describe
@@ -91,7 +91,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         request, run = check_at_the_door(argv, environ)
         if request.dry_run or run.config.only_rehearses:
             ready, ports = verdict(request, run, argv, environ), ports_in_words(environ, request.nodes)
-            print(describe(run, ready, ports), flush=True)
+            print(printable(describe(run, ready, ports), keep="\n"), flush=True)
             wanted = rehearsal or run.config.only_rehearses
             return rehearse(run, arguments(argv, environ), environ) if wanted else ready.code
         if rehearsal:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         print(error.report, file=sys.stderr)
         return error.exit_code
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(printable(error, keep="\n"), file=sys.stderr)
         return error.exit_code
     ours = rank_environment(environ, request) | heap
     logger.info("%s over %s (%s)", _ranks_in_words(request), backend, reason)

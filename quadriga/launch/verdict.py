@@ -20,7 +20,7 @@ from quadriga.config import Run
 from quadriga.config.continuity import refusals
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
-from quadriga.limits import DRY_RUN_HASHED_BYTES
+from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
 from quadriga.models import registry
 from quadriga.reading import read_json_object
 from quadriga.units import show_bytes
@@ -155,6 +155,8 @@ def _hf_weights(place: str, run: Run) -> None:
 def _not_writable(key: str, folder: str) -> list[Problem]:
     """Why nothing could be written at `folder`, which need not be there yet."""
     fix = f"choose a folder that you may write with --{key}"
+    if max(map(len, map(os.fsencode, folder.split("/")))) > PATH_PART:
+        return [Problem(key, f"cannot be written: a name of more than {PATH_PART} bytes", folder, fix=fix)]
     there = Path(folder).absolute()
     while not os.path.lexists(there):
         there = there.parent

@@ -85,7 +85,7 @@ class Console:
 
     def write(self, record: Record) -> None:
         columns = self._validation(record) if record["kind"] == "validation" else self._train(record)
-        logger.info("  ".join(self._paint(text, style) for text, style in columns))
+        logger.info("  ".join(self._paint(text, style) for text, style in columns), extra={"as_it_is": True})
 
     def close(self) -> None:
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import NoReturn
 from quadriga.checkpoint.folder import newest_extra
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.errors import EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError
+from quadriga.limits import RANKS
 from quadriga.log import start_logging
 from quadriga.models.registry import catalogue
 from quadriga.train import guards
@@ -29,6 +31,9 @@ tells the signals that a run heeds, and all exit codes.
 def main(argv: Sequence[str]) -> int:
     """Read the configuration, hold the run folder, train. Returns the exit code of this rank."""
     environ = os.environ
+    if problems := wrong_variables(environ):
+        print(UserError(*problems).report, file=sys.stderr)
+        return EXIT_USAGE
     guards.die_with_torchrun(environ)
     faulthandler.enable()
     if {"-h", "--help"} & set(argv):
@@ -52,6 +57,22 @@ def main(argv: Sequence[str]) -> int:
         return guards.interrupted(environ)
     except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
         return guards.report_failure(environ, error)
+
+
+def wrong_variables(environ: Mapping[str, str]) -> list[Problem]:
+    """What torchrun sets, and a user may have set by hand."""
+    problems = []
+    bounds = {"RANK": (0, RANKS), "WORLD_SIZE": (1, RANKS), "LOCAL_RANK": (0, RANKS), "MASTER_PORT": (0, 65535)}
+    for name, (least, most) in bounds.items():
+        text = environ.get(name)
+        if text is not None and not (re.fullmatch(r"[0-9]{1,9}", text) and least <= int(text) <= most):
+            problems.append(
+                Problem(name, "not a number that this variable can have", text, "environment", f"{least} to {most}")
+            )
+    if not problems and int(environ.get("RANK", "0")) >= int(environ.get("WORLD_SIZE", "1")):
+        what = "there is no such rank; torchrun sets both"
+        problems.append(Problem("RANK", what, environ["RANK"], "environment", "0 to WORLD_SIZE - 1"))
+    return problems
 
 
 def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:

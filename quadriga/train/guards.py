@@ -28,6 +28,7 @@ from quadriga.errors import (
     Fault,
     Problem,
     UserError,
+    printable,
 )
 from quadriga.log import logger
 from quadriga.processes import (
@@ -218,7 +219,7 @@ def report_failure(environ: Mapping[str, str], error: BaseException, since: floa
     if report is None:
         logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
     elif _is_first_to_say(report, environ):
-        print(report, file=sys.stderr)
+        print(printable(report, keep="\n\t"), file=sys.stderr)
     return _code(error)
 
 

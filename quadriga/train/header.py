@@ -9,6 +9,7 @@ import quadriga
 from quadriga.checkpoint import folder as checkpoint_folder
 from quadriga.comm import collectives
 from quadriga.config import Run, to_toml, words
+from quadriga.errors import printable
 from quadriga.estimate.carriers import carriers_in_words
 from quadriga.log import logger
 from quadriga.models import registry
@@ -86,5 +87,5 @@ def summarize(trainer: Trainer, seconds: float) -> None:
     if config.checkpoint.enable and not config.checkpoint.load_only:
         places.append(("checkpoint", f"{spec.folders.checkpoint}/step-{state.step}"))
     for name, place in places:
-        print(f"  {name:<10} {place}")
+        print(f"  {name:<10} {printable(place)}")
     sys.stdout.flush()

@@ -5,10 +5,15 @@ The values are those of the published presets; each is read in a dry run from a 
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
+from quadriga.config.keys import show
+from quadriga.errors import UserError
 from quadriga.models.registry import catalogue
 
 COMMON = """
@@ -269,3 +274,70 @@ def test_a_file_of_v010_loads_with_a_notice_for_each_older_key(tmp_path, monkeyp
     older += ["memory_estimation.enabled", "float8.filter_fqns", "force_recompute", "use_for_integration_test"]
     for key in older:
         assert sum(key in notice for notice in run.spec.notices) >= 1, key
+
+
+def leaves(table, prefix=""):
+    for name, value in table.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+
+
+def defaults(release):
+    return (Path(__file__).parent / f"defaults_{release}.toml").read_text()
+
+
+@pytest.mark.parametrize(("release", "count"), [("v010", 92), ("v022", 140)])
+def test_every_default_of_an_older_release_loads(release, count, tmp_path, monkeypatch):
+    """All at once, for training; and each alone, with a profiler and without."""
+    text = defaults(release)
+    keys = dict(leaves(tomllib.loads(text)))
+    assert abs(len(keys) - count) < 10
+    spec = dry_run(text, tmp_path, monkeypatch, 4, training=True).spec
+    assert spec.tokens_per_step == 4 * 8 * 2048
+    for key, value in keys.items():
+        table, _, name = key.rpartition(".")
+        for more in ("", "[profiling]\nenable_profiling = true\n"):
+            if more and table == "profiling":
+                continue
+            dry_run(f"{more}[{table}]\n{name} = {show(value)}\n", tmp_path, monkeypatch, 1, training=True)
+
+
+@pytest.mark.parametrize(("said", "kernel"), [("true", "triton"), ("false", "torch")])
+def test_the_mx_kernel_of_v010_is_one_of_today(said, kernel, tmp_path, monkeypatch):
+    text = f"[mx]\nuse_fp8_dim1_cast_triton_kernel = {said}"
+    run = dry_run(text, tmp_path, monkeypatch, 1)
+    assert run.config.quantize.linear.mx.mxfp8_dim1_cast_kernel_choice == kernel
+    assert any("is now quantize.linear.mx.mxfp8_dim1_cast_kernel_choice" in notice for notice in run.spec.notices)
+    argv = [f"--mx.use_fp8_dim1_cast_triton_kernel={said}"]
+    run = read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=False)
+    assert run.config.quantize.linear.mx.mxfp8_dim1_cast_kernel_choice == kernel
+
+
+@pytest.mark.parametrize(
+    ("keys", "warmup", "active"),
+    [
+        ("profile_freq = 7", 3, 4),
+        ("profile_freq = 4", 3, 1),
+        ("profile_freq = 2", 1, 1),
+        ("profile_freq = 1", 0, 1),
+        ("profile_freq = 6\nprofiler_active = 5", 1, 5),
+        ("profile_freq = 4\nprofiler_warmup = 0", 0, 4),
+        ("profile_freq = 10", 3, 5),
+    ],
+)
+def test_a_short_profiling_cycle_shortens_the_defaults(keys, warmup, active, tmp_path, monkeypatch):
+    run = dry_run(f"[profiling]\nenable_profiling = true\n{keys}", tmp_path, monkeypatch, 1)
+    assert (run.config.profiling.profiler_warmup, run.config.profiling.profiler_active) == (warmup, active)
+    assert any("is shorter than a default cycle" in notice for notice in run.spec.notices) == ("10" not in keys)
+
+
+def test_a_cycle_that_was_written_out_is_not_changed(tmp_path, monkeypatch):
+    keys = "profile_freq = 6\nprofiler_warmup = 3\nprofiler_active = 5"
+    with pytest.raises(UserError, match="a cycle must hold"):
+        dry_run(f"[profiling]\nenable_profiling = true\n{keys}", tmp_path, monkeypatch, 1)
+
+
+@pytest.mark.parametrize("backend", ["", '[comm]\nbackend = "gloo"\n'])
+def test_async_tensor_parallelism_without_tensor_parallelism_changes_nothing(backend, tmp_path, monkeypatch):
+    text = f"{backend}[parallelism]\nenable_async_tensor_parallel = true"
+    notices = dry_run(text, tmp_path, monkeypatch, 4, training=True).spec.notices
+    assert any("parallelism.enable_async_tensor_parallel changes nothing" in notice for notice in notices)

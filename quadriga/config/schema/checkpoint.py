@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quadriga.config.schema.section import Amount, Count, Name, NewestOrStep, Positive, Section
+from quadriga.config.schema.section import Amount, Count, Name, NewestOrStep, Positive, Seconds, Section
 
 State = Literal["model", "optimizer", "lr_scheduler", "dataloader", "train_state"]
 
@@ -60,7 +60,7 @@ class Checkpoint(Section):
     on_save_failure: Literal["go_on", "stop"] = "go_on"
     """When a save fails (a full disk): train on and try again at the next one, or stop. The last save always stops."""
 
-    timeout_seconds: Count = 1800
+    timeout_seconds: Seconds = 1800
     """How long a save or a load may take before it counts as hung; a run told to stop is given as long to save."""
 
     storage_retries: Amount = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quadriga.config.schema.section import Count, Name, Names, Positive, Section
+from quadriga.config.schema.section import Layers, Name, Names, Positive, Rows, Section, Width
 
 Converter = Literal[
     "quantize.linear.float8", "quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"
@@ -29,26 +29,29 @@ class Model(Section):
     print_after_conversion: bool = False
     """Print the module tree after the converters ran."""
 
-    dim: Count | None = None
+    dim: Width | None = None
     """Override of the flavor: width of the model."""
 
-    n_layers: Count | None = None
+    n_layers: Layers | None = None
     """Override of the flavor: number of transformer blocks."""
 
-    n_heads: Count | None = None
+    n_heads: Width | None = None
     """Override of the flavor: attention heads."""
 
-    n_kv_heads: Count | None = None
+    n_kv_heads: Width | None = None
     """Override of the flavor: key and value heads; must divide the attention heads."""
 
-    ffn_dim: Count | None = None
+    ffn_dim: Width | None = None
     """Override of the flavor: inner width of the feed-forward layers."""
 
-    vocab_size: Count | None = None
+    vocab_size: Rows | None = None
     """Override of the flavor: rows of the embedding; at least the size of the tokenizer."""
 
     rope_theta: Positive | None = None
     """Override of the flavor: base of the rotary frequencies."""
+
+    rope_scaling: Literal["flavor", "none", "llama3.1", "llama3.2"] = "flavor"
+    """Stretching of the rotary frequencies: the flavor's, or none (Llama 3), that of Llama 3.1, that of Llama 3.2."""
 
     tie_embeddings: bool | None = None
     """Override of the flavor: let the output layer share the weight of the embedding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, Names, Section
+from quadriga.config.schema.section import AllOrDegree, Amount, Count, Degree, Name, Names, Seconds, Section
 
 Schedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -14,10 +14,10 @@ Schedule = Literal[
 class Parallelism(Section):
     """How the run is cut. The product of all degrees is the number of ranks."""
 
-    data_parallel_replicate_degree: Count = 1
+    data_parallel_replicate_degree: Degree = 1
     """Copies of the model that read different data (DDP; with sharding: the outer degree of HSDP)."""
 
-    data_parallel_shard_degree: AllOrCount = -1
+    data_parallel_shard_degree: AllOrDegree = -1
     """Ranks that share one copy of parameters, gradients and optimizer state (FSDP); -1 takes all that remain."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
@@ -26,7 +26,7 @@ class Parallelism(Section):
     reduce_gradients: Literal["auto", "once", "every_micro_batch"] = "auto"
     """Under gradient accumulation: reduce gradients once a step (faster, more memory) or after each micro-batch."""
 
-    tensor_parallel_degree: Count = 1
+    tensor_parallel_degree: Degree = 1
     """Ranks that share each matrix product (tensor parallelism with sequence parallelism)."""
 
     enable_sequence_parallel: bool = True
@@ -38,7 +38,7 @@ class Parallelism(Section):
     enable_async_tensor_parallel: bool = False
     """Overlap the communication of tensor parallelism with its matrix products; needs `compile` of the model."""
 
-    pipeline_parallel_degree: Count = 1
+    pipeline_parallel_degree: Degree = 1
     """Ranks that the layers are spread over."""
 
     module_fqns_per_model_part: tuple[Names, ...] | None = None
@@ -65,7 +65,7 @@ class Parallelism(Section):
     pipeline_parallel_expert_parallel_overlap: bool = True
     """Overlap experts' communication in DualPipeV; without effect on models that have no experts."""
 
-    context_parallel_degree: Count = 1
+    context_parallel_degree: Degree = 1
     """Ranks that share one sequence."""
 
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
@@ -74,10 +74,10 @@ class Parallelism(Section):
     context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = "headtail"
     """How a sequence is dealt out: `headtail` gives each rank an early and a late piece; none gives one piece."""
 
-    expert_parallel_degree: Count = 1
+    expert_parallel_degree: Degree = 1
     """Ranks that experts are spread over; mixture-of-experts models only."""
 
-    expert_tensor_parallel_degree: Count = 1
+    expert_tensor_parallel_degree: Degree = 1
     """Ranks that share each expert; mixture-of-experts models only."""
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
@@ -90,10 +90,10 @@ class Comm(Section):
     backend: Name | None = None
     """`gloo`, `nccl`, `nccl-symm`, `nvshmem` (docs/communication.md); none: nccl where CUDA is, else gloo."""
 
-    init_timeout_seconds: Count = 300
+    init_timeout_seconds: Seconds = 300
     """How long the ranks may take to meet; until step 1 is done, 70 % of it without progress end the run."""
 
-    train_timeout_seconds: Count = 100
+    train_timeout_seconds: Seconds = 100
     """How long a collective may take after the first step."""
 
     trace_buf_size: Amount = 20000

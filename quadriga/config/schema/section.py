@@ -10,6 +10,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from quadriga import limits
+
 
 class Section(BaseModel):
     """One TOML table. Attribute names are the keys; nothing edits a section once it is made."""
@@ -23,10 +25,16 @@ def _not_zero(amount: int) -> int:
     return amount
 
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[int, Field(ge=0)]
-NewestOrStep = Annotated[int, Field(ge=-1)]
-AllOrCount = Annotated[int, AfterValidator(_not_zero), Field(ge=-1)]
+Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
+Amount = Annotated[int, Field(ge=0, le=limits.COUNT)]
+Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
+Width = Annotated[int, Field(ge=1, le=limits.MODEL_WIDTH)]
+Rows = Annotated[int, Field(ge=1, le=limits.VOCABULARY)]
+Seconds = Annotated[int, Field(ge=1, le=limits.SECONDS)]
+Degree = Annotated[int, Field(ge=1, le=limits.DEGREE)]
+NewestOrStep = Annotated[int, Field(ge=-1, le=limits.COUNT)]
+AllOrCount = Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=limits.COUNT)]
+AllOrDegree = Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=limits.DEGREE)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

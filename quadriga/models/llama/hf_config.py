@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from quadriga import limits
-from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec, RopeScaling
 from quadriga.errors import Problem, UserError, shortened
 
 _SIZES = {
@@ -74,7 +74,7 @@ def unlike(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Probl
             where,
             f"{(_SIZES | _OTHERS)[field.name]} is {getattr(theirs, field.name)}; "
             f"the model of this run has {getattr(spec, field.name)} ({_key(field.name)})",
-            fix="set the key to what the weights were made with",
+            fix=_way_to(field.name, getattr(theirs, field.name)),
         )
         for field in fields(ModelSpec)
         if field.name in _SIZES | _OTHERS and getattr(theirs, field.name) != getattr(spec, field.name)
@@ -82,7 +82,17 @@ def unlike(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Probl
 
 
 def _key(field: str) -> str:
-    return "model.flavor" if field in ("rope_scaling", "norm_eps") else f"model.{field}"
+    return "model.flavor" if field == "norm_eps" else f"model.{field}"
+
+
+def _way_to(field: str, value: Any) -> str:
+    """What to set so that the run has the value of the weights, where a key does."""
+    if field == "rope_scaling":
+        name = next((name for name, scaling in ROPE_SCALINGS.items() if scaling == value), None)
+        return f'set model.rope_scaling = "{name}"' if name else "no key has this scaling; choose other weights"
+    if field == "norm_eps":
+        return "no key changes it; choose other weights"
+    return f"set {_key(field)} = {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def positions(config: Mapping[str, Any]) -> int:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec, RopeScaling
 
 _LLAMA_VOCAB = 128_256  # 128,000 byte-pair tokens and 256 special ones
-_LLAMA_3_1 = RopeScaling(factor=8.0)
-_LLAMA_3_2 = RopeScaling(factor=32.0)
+_LLAMA_3_1, _LLAMA_3_2 = ROPE_SCALINGS["llama3.1"], ROPE_SCALINGS["llama3.2"]
 
 
 def _size(
-    flavor: str, layers: int, dim: int, heads: int, kv_heads: int, ffn_dim: int, rope: RopeScaling, tied: bool = False
+    flavor: str,
+    layers: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    ffn_dim: int,
+    rope: RopeScaling | None,
+    tied: bool = False,
 ) -> ModelSpec:
     return ModelSpec(
         name="llama3",

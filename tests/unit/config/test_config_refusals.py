@@ -190,11 +190,6 @@ WRONG = [
         ),
     ),
     Wrong(
-        "asynchronous tensor parallelism without tensor parallelism",
-        "[parallelism]\nenable_async_tensor_parallel = true",
-        ("parallelism.enable_async_tensor_parallel = true and parallelism.tensor_parallel_degree = 1",),
-    ),
-    Wrong(
         "second moment that bfloat16 cannot move",
         '[optimizer]\nbeta2 = 0.999\nstate_dtype = "bfloat16"',
         (
@@ -206,7 +201,7 @@ WRONG = [
     ),
     Wrong(
         "profiler longer than its cycle",
-        "[profiling]\nenable_profiling = true\nprofile_freq = 7",
+        "[profiling]\nenable_profiling = true\nprofile_freq = 7\nprofiler_warmup = 3\nprofiler_active = 5",
         (
             "profiling.profile_freq = 7 and profiling.profiler_warmup = 3 and profiling.profiler_active = 5",
             "set profiling.profile_freq to 8 or more",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quadriga.config.resolve import count_parameters
 from quadriga.models import registry
+from quadriga.models.registry import hf_config, hf_names
 
 SIZES = [spec for family in registry.catalogue().values() for spec in family.values()]
 
@@ -253,3 +254,17 @@ def test_missing_assets_are_noted_in_a_dry_run(write, door):
     assert "model.hf_assets_path = none/here" in told
     assert "training.dataset_path = none.txt" in told
     assert (spec.tokenizer.kind, spec.tokenizer.vocab_size) == ("missing", None)
+
+
+@pytest.mark.parametrize(("value", "factor"), [("flavor", 8.0), ("none", None), ("llama3.1", 8.0), ("llama3.2", 32.0)])
+def test_rotary_scaling_is_a_key(value, factor, write, door):
+    """Llama 3 before 3.1 has none; its 8B and 70B have the sizes of 3.1's."""
+    spec = door(write(f'[model]\nflavor = "8B"\nrope_scaling = "{value}"'), training=False).spec.model
+    assert (spec.rope_scaling and spec.rope_scaling.factor) == factor
+    config = hf_config(spec, bos_id=1, eos_id=2)
+    assert config["max_position_embeddings"] == (8192 if factor is None else 131072)
+    assert hf_names(spec).unlike(config, "config.json") == []
+    if factor is None:
+        scaled = door("--model.flavor=8B", training=False).spec.model
+        (problem,) = hf_names(scaled).unlike(config, "config.json")
+        assert problem.fix == 'set model.rope_scaling = "none"'

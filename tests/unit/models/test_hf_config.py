@@ -70,7 +70,7 @@ def test_every_difference_is_told_with_its_key():
         ("hidden_size", "model.dim"),
         ("num_attention_heads", "model.n_heads"),
         ("rope_theta", "model.rope_theta"),
-        ("rope_scaling", "model.flavor"),
+        ("rope_scaling", "model.rope_scaling"),
         ("rms_norm_eps", "model.flavor"),
         ("tie_word_embeddings", "model.tie_embeddings"),
     ):
