@@ -134,7 +134,9 @@ One TOML file is the whole experiment. What holds is, from weakest to strongest:
 On the command line every key is `--table.key value` or `--table.key=value`; a switch is also `--table.key` and
 `--table.no_key`; a list is `a,b` or `["a", "b"]`. An optional key is switched off by `"none"` or `""`.
 
-Paths inside a TOML file are relative to the folder that the run is started from.
+Paths inside a TOML file are relative to the folder that the run is started from. In every key that names a file or a
+folder, in `extends` and in `CONFIG_FILE`, `~` and `~user` stand for a home folder, `$NAME` and `${{NAME}}` for an
+environment variable; one that is not set is refused by name.
 
 Reading is strict: an unknown table or key, a value of the wrong type or out of range, and keys that do not go together
 are refused, all in one report with the file and the line. No key is ever dropped in silence. Quadriga's own names for

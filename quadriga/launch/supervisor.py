@@ -54,9 +54,9 @@ Trains on the ranks of this machine from one TOML file. Every key can be given b
 
 NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND gloo, nccl, nccl-symm or nvshmem; LOG_RANK (0)
 the ranks that print progress; MAX_RESTARTS (0) how often the ranks are started again when one fails, to go on from the
-newest checkpoint; DRY_RUN=1 says what the run would be and starts nothing, and with --rehearse builds it and takes a
-step with tensors that hold nothing; for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0);
-PYTHON the interpreter.
+newest checkpoint; DRY_RUN=1 says what the run would be and from which step it would go on, starts nothing, and leaves
+with the exit code of such a start; with --rehearse it builds the run and takes a step with tensors that hold nothing;
+for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0); PYTHON the interpreter.
 
 On one machine every port is opened on the loopback: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and
 NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME name that interface unless you set them. Several machines need a closed network.
