@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn
 
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 
 ROOT_MARK = "run_train.sh"
 
@@ -22,9 +23,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def rank_count(text: str) -> int:
-    """The type of `--ngpu`: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks (1 or more)")
+    """The type of `--ngpu`: a whole number from 1 to 999,999,999."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a number of ranks (1 or more)")
     return int(text)
 
 

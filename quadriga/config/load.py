@@ -61,7 +61,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     said: dict[str, Any] = {}
     for layer in [*files, environment_layer(environ), arguments]:
         _merge(layer, said, loaded)
-    if isinstance(place, str):
+    if isinstance(place, str) and CONFIG_FILE in said:
         said[CONFIG_FILE] = place
     for key in said:
         _place(key, said, loaded, environ)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quadriga.cli.main import main as command
 from quadriga.config.keys import KEYS
 from quadriga.config.paths import PATHS
 from quadriga.errors import MOST_SHOWN, Problem, UserError, nearest
@@ -221,3 +222,13 @@ def test_a_variable_that_is_not_set_is_refused_by_name(key, refusal):
     assert problem.nearest == "DATA"
     assert "names no variable" in refusal(f"--{key}=${{a b}}/x")[0].what
     assert "no home folder" in refusal(f"--{key}=~nobody-of-this-name/x")[0].what
+
+
+@pytest.mark.parametrize("value", [DIGITS, "0", "-1", "1e3", "\x1b[2J", "\N{ARABIC-INDIC DIGIT FIVE}"])
+def test_a_number_of_ranks_on_a_command_line(value, write, capsys):
+    assert command(["estimate", str(write("")), f"--ngpu={value}"]) == 2
+    assert all(char.isprintable() or char == "\n" for char in capsys.readouterr().err)
+
+
+def test_an_estimate_of_999999999_ranks_takes_moments(write, capsys):
+    assert command(["estimate", str(write("")), "--ngpu=999999999", "--device=H100"]) == 0
