@@ -51,8 +51,10 @@ def checkpoints_of(folder: str) -> str:
 
 def line(found: Found, state: str) -> str:
     words = [f"{found.path}: {', '.join(found.contents)}", show_bytes(folders.size(found)), state]
-    if "train_state" in found.extra:
-        words.append(f"{show_count(found.extra['train_state']['tokens_seen'])} tokens seen")
-    if "world_size" in found.extra:
-        words.append(f"saved on {found.extra['world_size']} ranks")
+    state_of_run, ranks = found.extra.get("train_state"), found.extra.get("world_size")
+    tokens = state_of_run.get("tokens_seen") if isinstance(state_of_run, dict) else None
+    if type(tokens) is int:
+        words.append(f"{show_count(tokens)} tokens seen")
+    if type(ranks) is int:
+        words.append(f"saved on {ranks} ranks")
     return "; ".join(words)

@@ -85,9 +85,9 @@ def _keep_the_saved_batch(loaded: Loaded, saved: Saved | None) -> None:
         return
     folder = checkpoint_folder(config)
     said = saved(folder)
-    if said is None or "global_batch_size" not in said:
+    rows = said.get("global_batch_size") if said is not None else None
+    if type(rows) is not int or rows < 1:  # what else a manifest says is told of when it is loaded
         return
-    rows = int(said["global_batch_size"])
     training = config.training.model_copy(update={"global_batch_size": rows})
     loaded.config = config.model_copy(update={"training": training})
     loaded.origin[BATCH] = f"{FROM_CHECKPOINT}{folder}"

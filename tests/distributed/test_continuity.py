@@ -7,10 +7,11 @@ import logging
 
 import pytest
 import torch
-from ranks import RankError
+from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, largest_difference, one_rank, train
 
 from quadriga.checkpoint import folder as folders
+from quadriga.errors import UserError
 
 SAVING = ("--checkpoint.enable", "--lr_scheduler.total_steps=6")
 FREE_BATCH = tuple(argument for argument in TINY if "global_batch_size" not in argument)
@@ -116,3 +117,43 @@ def test_checkpoints_may_lie_under_a_url(tmp_path):
     assert [record["attempt"] for record in records] == [1, 1, 2]
     assert json.loads((tmp_path / "elsewhere/step-3/train_state.json").read_text())["step"] == 3
     assert not (tmp_path / "run/checkpoint").exists()
+
+
+CANNOT_BE = {
+    "train_state": [None, {}, 7, {"step": 9, "tokens_seen": 1}, {"step": "2", "tokens_seen": 1}, {"step": 2}],
+    "dataloader": [None, {}, {"fingerprint": 3, "lanes": {}}, "x"],
+    "lr_scheduler": [None, {"done": "x"}, []],
+    "config": [None, 3],
+    "model": [None, []],
+    "world_size": [None, "1", [2]],
+    "global_batch_size": [None, "8", -1],
+}
+
+
+def refusals(argv: list[str], folder: str) -> list[str]:
+    """What a start on one rank says for each value that a manifest cannot have."""
+    from pathlib import Path
+
+    from quadriga.comm import process_group
+
+    manifest = Path(folder, "checkpoint/step-2/train_state.json")
+    sound, said = json.loads(manifest.read_text()), []
+    for key, values in CANNOT_BE.items():
+        for value in values:
+            manifest.write_text(folders.seal({**sound, "extra": {**sound["extra"], key: value}}))
+            try:
+                said.append(f"{key} = {value}: taken, exit code {one_rank(argv, log=False)}")
+            except UserError as error:
+                said.append(error.report)
+            process_group.stop()
+    return said
+
+
+def test_a_manifest_whose_run_cannot_be_is_told_in_one_message(tmp_path):
+    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
+    argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, *SAVING, "--training.steps=3"]
+    said = run_ranks(refusals, 1, argv, str(tmp_path), backend=None)[0]
+    assert len(said) == sum(map(len, CANNOT_BE.values()))
+    for report in said:
+        assert report.startswith("quadriga: "), report
+        assert len(report) < 4000
