@@ -104,9 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, name: str) -> None:
         if (repository := self._repository(name)) is None:
             return
-        files = [
-            {"rfilename": path, "size": len(body), "blobId": _etag(body)} for path, body in repository.files.items()
-        ]
+        files = [{"rfilename": path, **self._facts(path, body)} for path, body in repository.files.items()]
         facts = {
             "_id": "1",
             "id": name,
@@ -121,6 +119,16 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": files,
         }
         self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
+
+    @staticmethod
+    def _facts(path: str, body: bytes) -> dict[str, Any]:
+        """As the Hub lists a file: git's hash of it, or of the pointer to it, whose content is known by its SHA-256."""
+        if not path.endswith(".safetensors"):
+            return {"size": len(body), "blobId": git_sha1(body)}
+        oid = hashlib.sha256(body).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(body)}\n".encode()
+        lfs = {"sha256": oid, "size": len(body), "pointerSize": len(pointer)}
+        return {"size": len(body), "blobId": git_sha1(pointer), "lfs": lfs}
 
     def _send_file(self, name: str, path: str, token: str) -> None:
         if (repository := self._repository(name)) is None:
@@ -157,6 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True
+
+
+def git_sha1(body: bytes) -> str:
+    """The hash of a file in git."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 def _etag(body: bytes) -> str:
