@@ -29,12 +29,13 @@ from quadriga.checkpoint.hf_folder import Entry, HfFolder
 from quadriga.checkpoint.ranks import together
 from quadriga.checkpoint.tensors import HashingFiles, Writer, plain_errors
 from quadriga.checkpoint.words import misfits
-from quadriga.errors import Problem, UserError, nearest
+from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
 MISSING, SURPLUS = "the model needs tensors that are not there:", "tensors that the model has no place for:"
 RESHAPED = "shapes differ:"
+NAME_SHOWN = 200  # characters of a tensor's name; a file may hold any
 MODEL = "model."  # what DCP's names of weights begin with
 
 
@@ -175,7 +176,7 @@ def refuse_other_names(source: HfFolder, names: Names, wanted: Mapping[str, tupl
         if entry.shape != shapes[name]
     ]
     fix = "take the folder of the model that is configured, or set model.flavor and its sizes to those of the folder"
-    guess = nearest(missing[0], surplus) if missing else None
+    guess = nearest(missing[0], [name for name in surplus if len(name) < NAME_SHOWN]) if missing else None
     refuse(str(source.path), missing, surplus, reshaped, fix, guess)
 
 
@@ -188,6 +189,9 @@ def refuse(
     guess: str | None = None,
 ) -> None:
     """One UserError of all that does not fit, if anything."""
+    missing, surplus, reshaped = (
+        [shortened(one, NAME_SHOWN) for one in names] for names in (missing, surplus, reshaped)
+    )
     problems = [
         *(replace(problem, nearest=guess) for problem in misfits(where, [(MISSING, missing)], fix)),
         *misfits(where, [(SURPLUS, surplus), (RESHAPED, reshaped)], fix),

@@ -144,7 +144,7 @@ class _Opened:
             raise UserError(self._damaged(error)) from error
 
     def _damaged(self, error: Exception) -> Problem:
-        return Problem(str(self._path), f"damaged or incomplete: {error}", fix=AGAIN)
+        return Problem(str(self._path), f"damaged or incomplete: {shortened(error, 300)}", fix=AGAIN)
 
 
 def _names_in(path: Path) -> list[str]:
@@ -165,11 +165,12 @@ def _listed(index: Path) -> dict[str, Path]:
         {file for file in files.values() if Path(file).name != file or not file.endswith(".safetensors")}
     )
     if elsewhere:
-        what = f"names files that are no safetensors beside it: {show_some(elsewhere)}"
+        what = f"names files that are no safetensors beside it: {show_some([shortened(file) for file in elsewhere])}"
         raise UserError(Problem(str(index), what))
     absent = sorted({file for file in files.values() if not os.path.isfile(index.parent / file)})
     if absent:
-        raise UserError(Problem(str(index), f"names files that are not there: {show_some(absent)}", fix=AGAIN))
+        what = f"names files that are not there: {show_some([shortened(file) for file in absent])}"
+        raise UserError(Problem(str(index), what, fix=AGAIN))
     return {name: index.parent / file for name, file in files.items()}
 
 

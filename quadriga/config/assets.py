@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
     """
     if path == BUILTIN_TOKENIZER:
         return TokenizerFacts("bytes", path, BYTES_VOCAB)
-    file = _tokenizer_file(Path(path).expanduser())
+    file = _tokenizer_file(Path(os.path.expanduser(path)))
     if file is None:
         return TokenizerFacts("missing", path, None)
     is_json = file.suffix == ".json"
@@ -77,10 +78,10 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
 
 
 def _tokenizer_file(path: Path) -> Path | None:
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
-    return next((path / name for name in names if (path / name).is_file()), None)
+    return next((path / name for name in names if os.path.isfile(path / name)), None)
 
 
 def _json_vocab(content: Any) -> int:

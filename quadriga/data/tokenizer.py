@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -150,9 +151,9 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
 
 def tokenizer_file(hf_assets_path: str) -> Path:
     """The file of a tokenizer, in a folder or by itself. Raises UserError where there is none."""
-    path = Path(hf_assets_path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in LOOK_FOR if (path / name).is_file()]
+    path = Path(os.path.expanduser(hf_assets_path))
+    if os.path.isdir(path):
+        found = [path / name for name in LOOK_FOR if os.path.isfile(path / name)]
         if not found:
             there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
             what = f"the folder holds no tokenizer; there is {there}"
@@ -160,7 +161,7 @@ def tokenizer_file(hf_assets_path: str) -> Path:
                 Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=", ".join(LOOK_FOR), fix=FETCH)
             )
         path = found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         what = "there is no such file or folder"
         raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, fix=FETCH))
     return path

@@ -10,7 +10,10 @@ import base64
 import binascii
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +47,16 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, dict[str
         what = "leaves out merges at random (model.dropout), so that equal texts have unequal ids"
         raise UserError(Problem(str(path), what, fix="set it to null"))
     try:
-        # Not the text itself: where a key stands twice in it, what was looked at must be what is used.
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
-        tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        with _panics_unprinted():
+            # Not the text itself: where a key stands twice in it, what was looked at must be what is used.
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
+            tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
     except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
         raise unusable(error, path, "not a tokenizer of Hugging Face", fix) from None
-    encode(tokenizer, [PROBE], path)
+    with _panics_unprinted():
+        encode(tokenizer, [PROBE], path)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= largest < limits.VOCABULARY:
         what = f"its largest id is {largest}" if largest >= 0 else "its vocabulary is empty"
@@ -87,6 +92,27 @@ def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return UserError(Problem(str(path), f"{what}: {shortened(error, ERROR_SHOWN)}", fix=fix))
+
+
+@contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Where the body raises, leave out what was written to standard error meanwhile: Rust prints its panics there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(kept, 2)
+            raise
+        else:
+            os.dup2(kept, 2)
+            said.seek(0)
+            with open(kept, "wb", closefd=False) as stderr:
+                stderr.write(said.read())
+        finally:
+            os.close(kept)
 
 
 def _what_ends_the_process(document: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -297,3 +298,114 @@ def test_there_must_be_room_before_the_first_byte(hf, tmp_path, capsys, monkeypa
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     assert "157.88 KiB are to be written, and 1000 B are free there" in refused(hf, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"vocab_size": 10**400}, {"vocab_size": True}),
+        *({"num_attention_heads": 10**9, "hidden_size": 10**9}, {"num_key_value_heads": 10**9}, {"head_dim": [8]}),
+        *({"num_key_value_heads": "2"}, {"num_key_value_heads": False}, {"rms_norm_eps": "small"}, {"rms_norm_eps": 0}),
+        *({"rms_norm_eps": -1e-5}, {"rope_theta": "10000"}, {"rope_theta": 0}, {"rope_theta": []}, {"model_type": {}}),
+        *({"tie_word_embeddings": "false"}, {"tie_word_embeddings": 1}, {"rope_scaling": [1]}, {"rope_scaling": "x"}),
+        *({"rope_parameters": 3}, {"rope_scaling": {"rope_type": ["llama3"]}}, {"rope_scaling": {"type": "\x1b[2J"}}),
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 1,
+                          "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": "8", "low_freq_factor": 1, "high_freq_factor": 4,
+                          "original_max_position_embeddings": 64}},
+        *({"hidden_act": ["silu"] * 5000}, {"quantization_config": {"a" * 9999: 1}}, {"partial_rotary_factor": "half"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_none(hf, tmp_path, capsys, fields):
+    configure(hf, **fields)
+    told = refused(hf, tmp_path / "out", capsys)
+    assert str(hf / "config.json") in told
+    assert len(told) < 2000
+    assert "\x1b" not in told
+
+
+CONFIGS = {
+    "levels": b"[" * 200_000,
+    "digits": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "NaN": b'{"rope_theta": NaN}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_bytes_that_are_no_json(hf, tmp_path, capsys, kind, name):
+    split(hf)
+    (hf / name).write_bytes(CONFIGS[kind])
+    told = refused(hf, tmp_path / "out", capsys)
+    assert str(hf / name) in told
+    assert len(told) < 2000
+
+
+def test_what_is_no_file(hf, tmp_path, capsys):
+    (hf / "config.json").unlink()
+    os.mkfifo(hf / "config.json")
+    assert "is a FIFO, not a regular file" in refused(hf, tmp_path / "out", capsys)
+    (hf / "config.json").unlink()
+    (hf / "config.json").symlink_to("/dev/zero")
+    assert "is a device, not a regular file" in refused(hf, tmp_path / "out", capsys)
+    (hf / "config.json").unlink()
+    (hf / "config.json").symlink_to(tmp_path / "gone")
+    assert "cannot be read" in refused(hf, tmp_path / "out", capsys)
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(300 << 20)
+    (hf / "config.json").unlink()
+    (hf / "config.json").symlink_to(tmp_path / "large.json")
+    assert "is longer than a model's configuration may be" in refused(hf, tmp_path / "out", capsys)
+
+
+def test_an_index_with_names_of_any_length(hf, tmp_path, capsys):
+    index = split(hf, "a" * 5000 + ".safetensors")
+    assert "names files that are not there" in refused(hf, tmp_path / "out", capsys)
+    names = {f"\x1b[2J{number}" + "x" * 50_000: "model-00001-of-00001.safetensors" for number in range(30)}
+    index.write_text(json.dumps({"weight_map": names}))
+    told = refused(hf, tmp_path / "out", capsys)
+    assert len(told) < 10_000
+    assert "\x1b" not in told
+
+
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+NUMBERS = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+HEADERS = {
+    "a length beyond the file": (1 << 62).to_bytes(8, "little") + b"{}",
+    "a length of 200 MB": (200 << 20).to_bytes(8, "little") + b"{" * 100,
+    "levels": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "overlapping": header(a=NUMBERS, b={**NUMBERS, "data_offsets": [8, 24]}) + b"\0" * 24,
+    "beyond the file": header(a={**NUMBERS, "data_offsets": [0, 1 << 40], "shape": [1 << 38]}) + b"\0" * 16,
+    "another size": header(a={**NUMBERS, "shape": [3, 3]}) + b"\0" * 16,
+    "a shape that overflows": header(a={**NUMBERS, "shape": [1 << 62, 1 << 62]}) + b"\0" * 16,
+    "a hole": header(a={**NUMBERS, "data_offsets": [4, 20]}) + b"\0" * 20,
+    "another dtype": header(a={**NUMBERS, "dtype": "\x1b[2J"}) + b"\0" * 16,
+    "5,000 digits": header(a=NUMBERS).replace(b"16]", b"9" * 5000 + b"]"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_lie(hf, tmp_path, capsys, kind):
+    (hf / "model.safetensors").write_bytes(HEADERS[kind])
+    told = refused(hf, tmp_path / "out", capsys)
+    assert f"{hf / 'model.safetensors'}\n    damaged or incomplete" in told
+    assert len(told) < 2000
+
+
+def test_control_characters_of_arguments_are_escaped(hf, tmp_path, capsys):
+    assert main(["convert", "from-hf", f"{tmp_path}/\x1b[2Jnone", str(tmp_path / "out")]) == 2
+    assert main(["convert", "from-hf", str(hf), f"{tmp_path}/o\x1b[2J\nut"]) == 0
+    assert (
+        main(["convert", "to-hf", f"{tmp_path}/o\x1b[2J\nut", f"{tmp_path}/b\x07ack", "--tokenizer", "x\x1b[31m"]) == 2
+    )
+    assert main(["convert", "to-hf", f"{tmp_path}/o\x1b[2J\nut", f"{tmp_path}/b\x07ack"]) == 0
+    printed = capsys.readouterr()
+    assert not [c for c in printed.out + printed.err if not c.isprintable() and c != "\n"]
+    assert len(printed.out.splitlines()) == 2
