@@ -94,7 +94,7 @@ def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
     """
     path = Path(folder, EVENTS_NAME)
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     bad = Bad(path)
     events = [line for _, line in checked_lines(path, REQUIRED, bad)]

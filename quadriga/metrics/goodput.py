@@ -32,6 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from quadriga.errors import Problem, UserError
 from quadriga.metrics.events import Event, read_events
 from quadriga.metrics.jsonl import Record, records_of, tell
 from quadriga.metrics.lines import Bad
@@ -113,13 +114,15 @@ def goodput_of(folder: str | os.PathLike[str]) -> Goodput | None:
     """The account of the run in `folder`; None where it has left no line.
 
     Raises:
-        UserError: a log cannot be read, is no regular file, or is beyond a limit.
+        UserError: a log cannot be read, is no regular file, is beyond a limit, or no line of it is a record.
     """
     metrics, notices = Path(folder, JSONL_NAME), list[str]()
     bad = Bad(metrics)
-    records = list(records_of(metrics, REQUIRED, bad)) if metrics.exists() else []
+    records = list(records_of(metrics, REQUIRED, bad)) if os.path.lexists(metrics) else []
     tell(bad, notices)
     found = account(read_events(folder, notices), records)
+    if found is None and notices:
+        raise UserError(Problem("RUN", "\n".join(["nothing of its logs can be used:", *notices]), str(folder)))
     return None if found is None else replace(found, notices=tuple(notices))
 
 

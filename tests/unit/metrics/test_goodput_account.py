@@ -294,6 +294,19 @@ def test_lines_that_are_no_records_are_told_and_the_others_count(tmp_path, capsy
     assert "line 6: time is 'now', not a time" in of_events
 
 
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+def test_logs_that_hold_no_record_are_named(tmp_path, capsys, name):
+    (tmp_path / name).write_text("[" * 100_000 + "\n" + "x" * 1000 + "\n{}\n")
+    assert main(["goodput", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / name}: 3 lines are no records of a run" in told
+    assert len(told) < 1500
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("nowhere")
+    assert main(["goodput", str(tmp_path)]) == 2
+    assert f"{tmp_path / name}" in capsys.readouterr().err
+
+
 def test_what_an_error_said_cannot_move_the_cursor(tmp_path, capsys):
     fault = event("fault", 1350, 1, 30, error="\x1b[2Jgone\nstep 9 after 1 start " + "x" * 5000)
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*FIRST, fault]))
