@@ -25,6 +25,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.more
 def test_a_run_leaves_out_the_same_on_every_layout_and_after_a_resume(tmp_path, data):
     given = (*KEYS, f"--training.dataset_path={data}")
     straight = train(tmp_path / "one", 1, *given, "--training.steps=6")
@@ -58,3 +59,16 @@ def test_ranks_that_share_their_rows_count_them_once(tmp_path, data, axis):
     straight = train(tmp_path / "one", 1, *given)
     layout = (f"--parallelism.{axis}_parallel_degree=2", "--training.local_batch_size=2")
     compare(tmp_path, straight, train(tmp_path / "moved", 4, *given, *layout))
+
+
+def test_a_run_goes_on_where_it_was_after_its_file_was_mended(tmp_path, data):
+    """On other ranks than before; a line has grown, so that all bytes after it are elsewhere."""
+    given = (*KEYS, f"--training.dataset_path={data}")
+    straight = train(tmp_path / "one", 1, *given, "--training.steps=6")
+    train(tmp_path / "moved", 1, *given, "--training.steps=3")
+    lines = data.read_text().splitlines()
+    lines[1] = json.dumps({"id": "x" * 999, **json.loads(lines[1])})
+    data.write_text("\n".join(lines) + "\n")
+    moved = train(tmp_path / "moved", 2, *given, "--training.steps=6")
+    assert [record["bad_records"] for record in moved] == [record["bad_records"] for record in straight]
+    assert [record["loss"] for record in moved] == pytest.approx([record["loss"] for record in straight], rel=1e-5)
