@@ -19,7 +19,7 @@ from training import DEBUG_FILE, TINY, train
 
 from quadriga.metrics.jsonl import read_metrics
 
-STEPS = (*TINY, "--training.steps=6", "--lr_scheduler.total_steps=6")
+STEPS = (*TINY, "--training.steps=6", "--lr_scheduler.total_steps=6", "--comm.train_timeout_seconds=600")
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2")
 
 # The real loop, whose first rank stops before step 4 (after a restart: 5) until the test lets it go on. With DIE, rank
