@@ -19,7 +19,7 @@ from training import DEBUG_FILE, TINY, train
 
 from quadriga.metrics.jsonl import read_metrics
 
-STEPS = (*TINY, "--training.steps=6", "--lr_scheduler.total_steps=6", "--comm.train_timeout_seconds=600")
+STEPS = (*TINY, "--training.steps=6", "--lr_scheduler.total_steps=6", "--comm.train_timeout_seconds=150")
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2")
 
 # The real loop, whose first rank stops before step 4 (after a restart: 5) until the test lets it go on. With DIE, rank
@@ -119,6 +119,8 @@ def write_into_store(port: int, start: str, canary: Path) -> None:
     names |= {f"quadriga/watch/{start}/{name}" for name in ("0", "1", "alarm", "judge", "stack")}
     for name in sorted(names):
         store.set(name, base64.b64encode(code) if "rendezvous" in name else code)
+    alarm = f"quadriga/watch/{start}/alarm"
+    assert wait_until(lambda: store.get(alarm) == b"-", 100), "no rank has taken back what is no alarm"
 
 
 def numbers(records: list[dict[str, Any]]) -> list[tuple[object, ...]]:
