@@ -36,7 +36,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from quadriga import limits
 from quadriga.comm import flight_recorder
 from quadriga.config.schema import Comm
-from quadriga.errors import EXIT_STALLED, UserError
+from quadriga.errors import EXIT_STALLED, Problem, UserError
 from quadriga.log import logger
 from quadriga.metrics.events import Events
 from quadriga.processes import RESTART_COUNT, parent_of
@@ -108,8 +108,15 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
-        self._traces.mkdir(parents=True, exist_ok=True)
-        self._stack_file = self._stack_path(self._rank).open("w")
+        try:
+            self._traces.mkdir(parents=True, exist_ok=True)
+            self._stack_file = self._stack_path(self._rank).open("w")
+        except OSError as error:
+            what, fix = (
+                f"cannot be written: {error.strerror}",
+                "remove what lies there, make room, or name another folder",
+            )
+            raise UserError(Problem("comm.save_traces_folder", what, str(self._traces), fix=fix)) from error
         if number := stack_signal():
             faulthandler.register(number, file=self._stack_file, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

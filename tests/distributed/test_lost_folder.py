@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
 from quadriga.errors import EXIT_FAULT, Fault
@@ -45,3 +45,10 @@ def test_a_lost_run_folder_stops_the_run(tmp_path, replaced):
     assert ends[0][1] == ends[1][1]
     assert f"the run folder {folder} was removed or replaced in mid-run: stopped after step 4" in ends[0][1]
     assert (os.listdir(folder) if replaced else folder.exists()) in ([], False)
+
+
+def test_a_folder_for_traces_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "comm_traces").write_text("a file")
+    argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, "--training.steps=1"]
+    with pytest.raises(RankError, match=r"comm\.save_traces_folder = .*comm_traces"):
+        run_ranks(one_rank, 1, argv, backend=None)
