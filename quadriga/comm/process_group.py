@@ -26,8 +26,6 @@ BACKEND_MODULES: Mapping[str, ModuleType] = {
     "host-slots": host_slots,
 }
 
-PATIENCE = timedelta(days=7)  # longer than a run is prepared
-
 
 def start(
     comm: Comm, backend: str, traces_folder: str | None = None, environ: Mapping[str, str] = os.environ
@@ -74,14 +72,6 @@ def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any
     start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     place = {"rank": int(environ["RANK"]), "world_size": int(environ["WORLD_SIZE"])}
     return {"store": PrefixStore(f"quadriga/start/{start}", store), **place}
-
-
-def be_patient() -> None:
-    """Let ranks wait for one that downloads, reads or compiles for as long as it takes. Call on all ranks.
-
-    Nobody waits for a rank that hangs: `train.watchdog` finds it, and ends the run.
-    """
-    collectives.set_timeout(PATIENCE)
 
 
 def tighten_timeouts(comm: Comm) -> None:

@@ -113,7 +113,6 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     backend = choose(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
-    process_group.be_patient()  # until the first step is done the watchdog tells who is late
     for_shards = collectives_for_shards(run, backend, mesh, device)
     events = watchdog.events = open_ledger(spec, backend)
     failures = WriteFailures(config.metrics.on_write_failure == "stop")
@@ -142,6 +141,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     state.progress = progress
     state.health = Health(config.health, device)
     recipe = build_recipe(run, mesh, device, parts)
+    watchdog.meet("built")  # before a rank waits for another in a collective, which has a time limit
     patience = config.checkpoint.timeout_seconds
     checkpoints = CheckpointManager(
         config.checkpoint, spec.folders.checkpoint, process_group.host_group(patience), tell=events.tell

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,9 +18,13 @@ class Progress:
     phase: str = "start"
     since: float = field(default_factory=time.monotonic)
     beats: int = 0
+    before_first_pass: Callable[[], None] | None = None  # called once, when the first batch is there
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Say that the rank has come to a phase."""
+        if phase == "forward and backward" and self.before_first_pass is not None:
+            meet, self.before_first_pass = self.before_first_pass, None
+            meet()
         self.since = time.monotonic()
         self.phase = phase
         self.step = self.step if step is None else step

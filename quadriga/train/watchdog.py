@@ -67,6 +67,8 @@ class Watchdog:
     ) -> None:
         """`host_timeout_seconds`: how long collectives of host groups may take."""
         self.progress, self._environ, self._comm = progress, environ, comm
+        progress.before_first_pass = lambda: self.meet("first batch")
+        self._meeting = False
         self.events: Events | None = None  # where an end is told, once there is a ledger
         self._rank, self._world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         self._limit, self._host_limit = SHARE * comm.train_timeout_seconds, SHARE * host_timeout_seconds
@@ -121,6 +123,21 @@ class Watchdog:
             faulthandler.register(number, file=self._stack_file, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    def meet(self, place: str) -> None:
+        """Wait for all ranks, for as long as one of them gets on: a collective would give up after a fixed time.
+
+        Without torchrun's store collectives alone hold the ranks together, and their time limits count.
+        """
+        if self._world_size == 1 or self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return
+        store, pause = self._own_store(), 0.002
+        self._meeting = True
+        store.add(place, 1)
+        while store.add(place, 0) < self._world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        self._meeting = False
 
     def first_step_is_done(self) -> None:
         """From now on it is the others who tell whether this rank is late. Call on all ranks."""
@@ -179,12 +196,16 @@ class Watchdog:
         ours = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self._store is not None or self._world_size == 1 or not (ours or dist.is_initialized()):
             return
+        self._store = self._own_store()
+        for key in ("alarm", "judge"):
+            self._store.compare_set(key, "", NONE)
+
+    def _own_store(self) -> PrefixStore:
+        """A connection of its own, in a corner of this start of the ranks."""
         host, port = self._environ["MASTER_ADDR"], int(self._environ["MASTER_PORT"])
         timeout = timedelta(seconds=max(APART * self._pause, 1.0))
         store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-        self._store = PrefixStore(f"quadriga/watch/{self._environ.get(RESTART_COUNT, '0')}", store)
-        for key in ("alarm", "judge"):
-            self._store.compare_set(key, "", NONE)
+        return PrefixStore(f"quadriga/watch/{self._environ.get(RESTART_COUNT, '0')}", store)
 
     def _look_around(self, wait: Wait | None, host_wait: Wait | None, overdue: Wait | None) -> None:
         self._connect()
@@ -266,7 +287,7 @@ class Watchdog:
     def _say(self, wait: Wait | None = None, host_wait: Wait | None = None) -> None:
         """Let the others know where this rank is. Messages to the store are few and small."""
         starting = self._starting
-        waits = wait if not starting or self._activity.communicates else None
+        waits = wait if not starting or self._activity.communicates or self._meeting else None
         self._me = replace(
             self._me,
             count=self._me.count + 1,

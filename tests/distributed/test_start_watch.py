@@ -123,7 +123,9 @@ def test_of_two_ranks_the_one_that_hangs_is_named_by_both(place: str, tmp_path: 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("place", "how"), [("data", downloads), ("weights", compiles), ("first step", compiles)])
 def test_a_start_that_gets_on_is_left_alone(ranks: int, place: str, how, tmp_path: Path) -> None:
-    """For twice as long as nothing may move; the other rank waits for it."""
+    """For twice as long as nothing may move; the other rank waits for it, but for a collective within a step."""
+    if place == "first step" and ranks > 1:
+        pytest.skip("a collective within step 1 has its own time limit")
     folder = tmp_path / "run"
     assert run_ranks(held_up, ranks, str(folder), place, how, 0, backend=None, timeout=120) == [0] * ranks
     assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2]
