@@ -39,6 +39,11 @@ def test_a_resumed_run_is_timed_in_its_last_attempt(tmp_path: Path) -> None:
     assert seconds_a_step(logged(tmp_path, steps), Profiling(), tmp_path) == 1.0
 
 
+def test_the_first_two_steps_warm_up(tmp_path: Path) -> None:
+    records = logged(tmp_path, [(1, 1, 9.0), (1, 2, 8.0), (1, 3, 1.0), (1, 4, 1.0)])
+    assert seconds_a_step(records, Profiling(), tmp_path) == 1.0
+
+
 def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
     """A product of 100 and attention of 50 go forward. Backward, of events of a kind the outermost counts: a product of
     150, with another within, and autograd's own function for attention, 130."""

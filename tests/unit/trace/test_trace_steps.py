@@ -173,6 +173,15 @@ def test_after_a_resume_on_another_layout_a_trace_is_compared_with_its_own_start
     assert verdicts(run_with(tmp_path / "second", traced_by=2, estimates=both, newest=2)) == [False, True]
 
 
+def test_what_is_foreseen_of_a_step_is_calls_times_bytes(tmp_path):
+    run_with(tmp_path, traced_by=None, estimates={}, newest=1)
+    calls = {"axis": "shard", "collective": "all_gather", "calls": 4, "bytes": 500}
+    (tmp_path / "estimate.json").write_text(json.dumps({"communication": [calls]}))
+    row = next(row for row in analyse(tmp_path)["estimate"]["rows"] if row["collective"] == "all_gather")
+    assert (row["calls"], row["predicted_calls"]) == (1, 4)
+    assert (row["bytes"], row["predicted_bytes"], row["equal"]) == (2000, 2000, False)
+
+
 def test_a_trace_that_names_no_start_is_compared_with_the_newest(tmp_path):
     assert verdicts(run_with(tmp_path, traced_by=None, estimates={2: 2000}, newest=2)) == [True, True]
 
