@@ -163,9 +163,10 @@ def in_load(tensors):
     def read(*args, **keys):
         if FAULT["at"] == "before":
             strike()
-        original(*args, **keys)
+        result = original(*args, **keys)
         if FAULT["at"] == "after":
             strike()
+        return result
 
     tensors.read = read
 
@@ -186,7 +187,7 @@ def forget_moments(tensors):
 
     def read(place, wanted, group, **keys):
         kept = {name: value for name, value in wanted.items() if not name.startswith("optimizer.")}
-        original(place, kept, group, **{**keys, "may_hold_more": True})
+        return original(place, kept, group, **{**keys, "may_hold_more": True})
 
     tensors.read = read
 
