@@ -243,3 +243,19 @@ def test_a_spike_can_stop_the_run(tmp_path):
     assert "step 5: the loss is " in words
     assert "standard deviations" in words
     assert "--health.spike skip_step" in words
+
+
+def totals_of_a_rank_without_a_loss() -> tuple[bool, float]:
+    import torch.distributed as dist
+
+    from quadriga.config.run_spec import Degrees
+    from quadriga.train.health import add_up
+
+    mesh = build_mesh(Degrees(dp_shard=2), "cpu")
+    own_loss = torch.tensor(NAN if dist.get_rank() == 1 else 0.5, dtype=torch.float64)
+    totals = add_up(own_loss, torch.tensor(1.0), mesh)
+    return bool(totals.finite), totals.grad_norm.item()
+
+
+def test_every_rank_sees_that_another_rank_has_no_finite_loss():
+    assert run_ranks(totals_of_a_rank_without_a_loss, 2) == [(False, 1.0)] * 2

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.config.schema import LrScheduler
-from quadriga.optim.schedule import build_schedule, decay_steps, lr_factor
+from quadriga.optim.schedule import build_schedule, decay_steps, lr_factor, wind_to
 
 schedules = st.builds(
     LrScheduler,
@@ -110,3 +110,20 @@ def test_the_schedule_drives_every_group_and_resumes(section: LrScheduler, steps
     for each, driver in ((optimizer, schedule), (resumed_optimizer, resumed)):
         assert [group["lr"] for group in each.param_groups] == [expected] * 2
         assert driver.get_last_lr() == [expected] * 2
+
+
+def test_a_schedule_that_was_put_forward_goes_on_as_one_that_walked():
+    section = LrScheduler(warmup_steps=3)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    walked, put = (torch.optim.SGD([parameter], lr=1.0) for _ in range(2))
+    one, other = build_schedule(walked, section, 10), build_schedule(put, section, 10)
+    for _ in range(4):
+        walked.step()
+        one.step()
+    wind_to(other, 4)
+    for _ in range(3):
+        assert other.get_last_lr() == one.get_last_lr()
+        assert put.param_groups[0]["lr"] == walked.param_groups[0]["lr"]
+        for optimizer, schedule in ((walked, one), (put, other)):
+            optimizer.step()
+            schedule.step()
