@@ -30,7 +30,8 @@ def train(
     argv = [*given, "--job.dump_folder", str(folder), *arguments]
     codes = run_ranks(one_rank, ranks, argv, timeout=timeout, backend=None)
     assert codes == [0] * ranks
-    return read_metrics(folder / "metrics.jsonl")
+    metrics = folder / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.exists() else []  # of a run that only saved its seed there are none
 
 
 def one_rank(argv: list[str], log: bool = True) -> int:

@@ -269,3 +269,31 @@ def test_page_locking_without_cuda_is_said_to_have_no_effect(caplog):
     with caplog.at_level(logging.INFO, logger="quadriga"):
         make(pin_memory=True)
     assert "no effect" in caplog.text
+
+
+class OtherBytes(ByteTokenizer):
+    """As many ids, other ones."""
+
+    fingerprint = "other-bytes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"tokenizer": OtherBytes()}, "tokenizer"), ({"dataset": "builtin_validation"}, "dataset")]
+)
+def test_other_data_or_another_tokenizer_are_refused(changed, named):
+    loader = make()
+    state = loader.state_dict()
+    given = {"dataset": "builtin", "tokenizer": ByteTokenizer(), **changed}
+    other = build_loader(
+        given["dataset"],
+        None,
+        given["tokenizer"],
+        seed=7,
+        seq_len=64,
+        global_batch_size=ROWS,
+        rows=range(ROWS),
+        dataloader=Dataloader(),
+    )
+    with pytest.raises(UserError) as refused:
+        other.load_state_dict(state)
+    assert [problem.where for problem in refused.value.problems] == [f"data of the checkpoint: {named}"]
