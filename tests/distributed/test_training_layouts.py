@@ -7,7 +7,9 @@ heads, batch, accumulation, clipping, schedule.
 from __future__ import annotations
 
 import pytest
-from training import largest_difference, train
+from training import TINY, largest_difference, train
+
+from quadriga.metrics.jsonl import read_metrics
 
 LAYOUTS = {
     "FSDP 2": (2, ()),
@@ -37,6 +39,20 @@ def test_losses_of_twenty_short_steps_agree(name, one_rank, tmp_path):
     # Far within the promised 1e-6: gradients are summed in float64, so that the weights are the same to the bit.
     assert largest_difference(records, one_rank, "loss") <= 1e-12
     assert largest_difference(records, one_rank, "grad_norm") == 0
+
+
+def test_a_validation_is_that_of_one_rank(tmp_path):
+    """A batch of a validation has rows of every rank, so two ranks read as much in half as many batches."""
+    validation = ("--validation.enable", "--validation.dataset=builtin_validation", "--validation.seq_len=64")
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        steps = f"--validation.steps={4 // ranks}"
+        train(folder, ranks, *TINY, *validation, steps, "--training.steps=1", "--checkpoint.no_enable")
+        found += read_metrics(folder / "metrics.jsonl", kind="validation")
+    one, two = found
+    assert one["tokens"] == two["tokens"] > 0
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -7,12 +7,15 @@ import json
 import logging
 import threading
 import time
+from itertools import islice
 
 import pytest
 import torch
 
 from quadriga.config.schema import Dataloader
 from quadriga.data.batch import IGNORE
+from quadriga.data.catalogue import open_source
+from quadriga.data.lanes import Lanes
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
@@ -297,3 +300,12 @@ def test_other_data_or_another_tokenizer_are_refused(changed, named):
     with pytest.raises(UserError) as refused:
         other.load_state_dict(state)
     assert [problem.where for problem in refused.value.problems] == [f"data of the checkpoint: {named}"]
+
+
+def test_each_epoch_has_an_order_of_its_own(lines):
+    lanes = Lanes(open_source("jsonl", str(lines), lanes=1), ByteTokenizer(), 64, 1, seed=7)
+    read = [document.id for document, _ in islice(lanes.documents(0), 60)]
+    first, second = ([number for epoch, _, number in read if epoch == which] for which in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(set(first)), "each document once an epoch"
+    assert len(first) == 30
+    assert first != second

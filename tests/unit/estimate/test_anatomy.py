@@ -7,6 +7,7 @@ from estimating import keys, run_of
 from fake_ranks import on_fake_ranks, own, rehearsed_state
 
 from quadriga.config import Run
+from quadriga.estimate.anatomy import Weight, stages
 from quadriga.estimate.setup import Setup
 from quadriga.models.registry import count_parameters
 
@@ -96,3 +97,13 @@ def test_the_shards_of_every_size_add_up(flavor: str, degrees: dict[str, int]) -
     whole = sum(stage.held(tp, setup.shards, rank) for stage in setup.stages for rank in range(setup.shards))
     norms = (2 * model.n_layers + 1) * model.dim
     assert tp * (whole - norms) + norms == count_parameters(model)
+
+
+def test_tensor_parallelism_cuts_rows_and_columns_where_the_model_says() -> None:
+    run = run_of("--model.dim=32", "--model.ffn_dim=96", ranks=1)
+    weights = stages(run.spec.model, None)[0].block.weights
+    cuts = {weight.shape: weight.cut for weight in weights}
+    assert cuts[96, 32] == 0, "w1 and w3 are cut along what they make"
+    assert cuts[32, 96] == 1, "w2 is cut along what it takes"
+    assert cuts[(32,)] is None, "norms are whole"
+    assert Weight((32, 96), 1).local_shape(3) == (32, 32)

@@ -9,6 +9,8 @@ import pytest
 from estimating import COMPUTE, RECOMPUTE, by_group, keys, run_of
 from fake_ranks import on_fake_ranks, recorded_step
 
+from quadriga.estimate.communication import Calls
+
 SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--model.n_heads=8", "--model.n_kv_heads=4")
 TWICE = ("--training.global_batch_size=16",)  # two passes of a pipeline over two batch ranks
 FOUR_STAGES = ("--model.n_layers=8", "--parallelism.pipeline_parallel_layers_per_stage=1")
@@ -74,3 +76,18 @@ EIGHT_B = ("--model.flavor=8B", "--model.hf_assets_path=x", "--training.seq_len=
 def test_8b_sends_what_is_predicted(ranks: int, layout: tuple[str, ...]) -> None:
     run = run_of(*layout, *RECOMPUTE["op"], ranks=ranks, base=EIGHT_B)
     assert on_fake_ranks(recorded_step, run, 0) == [by_group(run, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all_gather", 1500.0),
+        ("reduce_scatter", 1500.0),
+        ("all_to_all", 1500.0),
+        ("all_reduce", 3000.0),
+        ("send", 2000.0),
+    ],
+)
+def test_what_a_ring_of_four_sends(kind: str, sent: float) -> None:
+    """(n - 1) / n of the bytes; an all-reduce is a reduce-scatter and an all-gather; a message is sent whole."""
+    assert Calls("shard", kind, 2.0, 1000.0, 4, "forward", "x").wire_bytes == sent
