@@ -63,6 +63,8 @@ MODEL_WIDTH = 1 << 24  # of hidden states and of the feed-forward part, and posi
 
 # Training data.
 DOCUMENT_BYTES = 64 * MIB  # one line of JSON lines, one cell of a Parquet column; a long book is 5 MB
+LINES_COUNTED = 64 * MIB  # of a data file that are read to name a line in a message, perhaps between two steps: 0.1 s
+LINES_COUNTED_PACKED = 16 * MIB  # the same of what a compressed file holds
 LINE_SKIPPED_BYTES = GIB  # how much of a longer line is read to find its end; beyond, the file has no lines
 BLANK_LINES = 10_000_000  # one after the other in JSON lines: some seconds of reading
 DATA_FILES = 1 << 20  # files and folders below one `dataset_path`

@@ -21,6 +21,7 @@ import http.client
 import os
 import re
 import signal
+import ssl
 import stat
 import sys
 import threading
@@ -61,8 +62,16 @@ NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 COMMIT, SHA1, SHA256 = (re.compile(f"[0-9a-f]{{{digits}}}") for digits in ("40,64", "40", "64"))
 
-# ValueError: of an address that the hub redirects to and that is none.
-NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError)
+# ssl.SSLError: of a body that is cut off or damaged within TLS. ValueError: of an address that the hub redirects to and
+# that is none.
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+    ValueError,
+)
 SILENT_SECONDS = 20.0  # without a byte
 WHOLE_SECONDS, LEAST_RATE = 60.0, 50_000  # a whole answer: so many seconds, and one for each so many bytes
 TRIES, CONNECT_TRIES = 5, 2

@@ -45,7 +45,7 @@ class Lanes:
         """The lane's windows from `place` on."""
         left_out: deque[LeftOut] = deque()  # read ahead of the windows
         documents = tokenized(self.documents(lane, place, left_out), self.tokenizer, self.seq_len)
-        for window in windows(documents, self.seq_len, skip=place.token):
+        for window in windows(documents, self.seq_len, place):
             passed = []
             while left_out and left_out[0].nth <= window.place.left_out:
                 passed.append(left_out.popleft())

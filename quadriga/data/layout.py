@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from quadriga.data.files import File
 from quadriga.data.streams import lines_of, open_bytes
 from quadriga.errors import UserError, shortened
+from quadriga.log import logger
 
-WINDOW = 1 << 20  # bytes before and after, in which the first line of a shard is looked for
+WINDOW = 1 << 20  # bytes before and after, in which the first line of a shard is looked for ...
+WIDE = 1 << 26  # ... and at most so many, as many as the file grew or shrank, where it is not found in those
 NAMES_SHOWN = 3
 
 Cuts = list[list[int]]  # by file: where its shards begin
@@ -86,23 +88,32 @@ def moved(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, An
 
     `anchors`: by number of the shard in the file, of those that are being read. Each begins at its first line, wherever
     that is now. What lies between is moved as the next one is: then a file that was mended within a shard under way
-    has all of its other lines in the shards that they were in.
+    has all of its other lines in the shards that they were in. Where that would leave nothing of a shard under way, it
+    keeps its length: what was removed lies behind it.
     """
     by_all = file.size - size
     found: dict[int, int] = {}
-    shift = 0
+    shift = lost = 0
     for number, known in sorted(anchors.items()):
-        at = _find(file, known, by_all)
+        at = _find(file, known, by_all, shift)
         if at is None and _begins_line(file, known.start + shift):
             at = known.start + shift  # the first line itself was mended
         if at is not None:
             found[number], shift = at, at - known.start
+        lost += at is None
+    if lost:
+        name = shortened(file.name)
+        what = f"{lost} of the shards that were being read begin cannot be found in it"
+        logger.warning("data: %s changed, and where %s: documents may be read twice or left out", name, what)
     cuts: list[int] = []
     shift = by_all
     for number in range(len(starts) - 1, -1, -1):
         if number in found:
             shift = found[number] - anchors[number].start
-        cuts.append(found[number] if number in found else starts[number] + shift if number else 0)
+        at = found[number] if number in found else starts[number] + shift if number else 0
+        if number - 1 in found and number not in found and at <= found[number - 1]:
+            at = starts[number] + found[number - 1] - anchors[number - 1].start
+        cuts.append(at)
     cuts.reverse()
     least = 0
     for number, at in enumerate(cuts):
@@ -111,10 +122,15 @@ def moved(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, An
     return cuts
 
 
-def _find(file: File, known: Anchor, by_all: int) -> int | None:
-    """Where the line is now: near where it was, or moved by what the file grew."""
-    places = [at for center in {known.start, known.start + by_all} for at in _matches(file, known.checksum, center)]
-    return min(places, key=lambda at: min(abs(at - known.start), abs(at - known.start - by_all)), default=None)
+def _find(file: File, known: Anchor, by_all: int, shift: int) -> int | None:
+    """Where the line is now: near where it was, or moved by what the file grew, or by `shift` as the one before it;
+    else farther from these places, since what was added or removed may lie on both sides."""
+    centers = {known.start, known.start + by_all, known.start + shift}
+    for window in (WINDOW, min(abs(by_all), WIDE)):
+        places = [at for center in centers for at in _matches(file, known.checksum, center, window)]
+        if places or abs(by_all) <= WINDOW:
+            return min(places, key=lambda at: min(abs(at - center) for center in centers), default=None)
+    return None
 
 
 def _begins_line(file: File, at: int) -> bool:
@@ -123,12 +139,12 @@ def _begins_line(file: File, at: int) -> bool:
         return at == 0 or (at > 0 and stream.read(1) == b"\n")
 
 
-def _matches(file: File, checksum: int, center: int) -> list[int]:
-    """Where lines with this checksum begin, within WINDOW of `center`."""
-    start = max(center - WINDOW, 0)
+def _matches(file: File, checksum: int, center: int, window: int) -> list[int]:
+    """Where lines with this checksum begin, within `window` bytes of `center`."""
+    start = max(center - window, 0)
     with open_bytes(file) as stream:
         stream.seek(start)
-        data = stream.read(center + WINDOW - start) if center + WINDOW > start else b""
+        data = stream.read(center + window - start) if center + window > start else b""
     at = data.find(b"\n") + 1 if start else 0
     places = []
     while at < len(data):

@@ -81,10 +81,11 @@ def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterat
         yield np.concatenate((before, ids, after)), place, document.id
 
 
-def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, skip: int = 0) -> Iterator[Window]:
+def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, start: Place = START) -> Iterator[Window]:
     """Windows of seq_len + 1 ids, each of which begins at the last id of the one before.
 
-    So every token is a label exactly once. `skip` tokens of the first document were read before. A last window that is
+    So every token is a label exactly once. The first `start.token` tokens of the document at `start` were read before;
+    where that document is not there any more, nothing is skipped of the one that comes instead. A last window that is
     not full comes out short, if it holds at least one token and its label.
     """
     window = np.empty(seq_len + 1, np.int64)
@@ -92,7 +93,7 @@ def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, sk
     place = START
     inside: list[DocumentId] = []
     for ids, place, document in documents:
-        at, skip = skip, 0
+        at = start.token if place[:3] == start[:3] else 0
         if at < len(ids):
             inside.append(document)
         while at < len(ids):

@@ -115,8 +115,9 @@ def _texts(column: Any) -> Iterator[str | bytes | None]:
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
-        column.validate(full=True)  # that no index lies outside of the dictionary
-        values = list(_texts(column.dictionary))
+        # Only what these rows use is decoded. `take` raises IndexError where an index lies outside of the dictionary.
+        used = column.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _texts(column.dictionary.take(used)), strict=True))
         for index in column.indices.to_pylist():
             yield None if index is None else values[index]
         return

@@ -6,7 +6,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, cast
 
 from quadriga import limits
@@ -91,8 +91,13 @@ def line_at(file: File, offset: int) -> int:
 
 
 def place(file: File, offset: int) -> str:
-    """Where in the file a byte lies, in the words of a message."""
-    return f"{shortened(file.path, NAME_SHOWN)}, line {line_at(file, offset)}"
+    """Where in the file a byte lies, in the words of a message: the line, or the byte (of the decompressed file) where
+    counting the lines before it would take long or cannot be done. Raises UserError where the file cannot be read."""
+    name = shortened(file.path, NAME_SHOWN)
+    if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
+        with suppress(*BROKEN_GZIP):
+            return f"{name}, line {line_at(file, offset)}"
+    return f"{name}, byte {offset:,}"
 
 
 def cut_points(size: int, *, lanes: int, least: int, most: int) -> range:

@@ -26,7 +26,7 @@ class _Findings:
     texts: list[str] = field(default_factory=list)  # kept while there are too few to be sure of one window
     text_bytes: int = 0
     bad: int = 0  # records that are left out
-    first_bad: list[Problem] = field(default_factory=list)
+    first_bad: BadRecord | None = None  # whose line is counted only if it is shown
 
 
 def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad: bool = False) -> None:
@@ -40,9 +40,9 @@ def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad:
     found = _look(source, least_tokens, None if whole else SAMPLED_RECORDS, skip_bad)
     if found.problems:
         raise UserError(*found.problems)
-    if found.bad and not found.documents:
+    if found.first_bad and not found.documents:
         what = f"none of the {found.bad:,} records that were looked at can be read"
-        raise UserError(Problem("dataset_path", what, fix="mend the data"), *found.first_bad)
+        raise UserError(Problem("dataset_path", what, fix="mend the data"), *found.first_bad.problems)
     if whole and found.text_bytes < least_tokens * BYTES_PER_TOKEN:
         tokens = _count_tokens(found, tokenizer)
         if tokens < least_tokens:
@@ -73,7 +73,7 @@ def _readable(source: Source, shard: int, records: int | None, found: _Findings,
             except BadRecord as error:
                 if skip_bad:
                     found.bad += 1
-                    found.first_bad = found.first_bad or list(error.problems)
+                    found.first_bad = found.first_bad or error
                     if found.bad > limits.BAD_RECORDS_IN_A_ROW:
                         return
                     continue

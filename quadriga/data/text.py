@@ -60,7 +60,12 @@ class TextSource:
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._spans[shard]
         file = self.files[index]
-        return _stream(file, shard) if file.compressed else _segment(file, shard, start, end)
+        if file.compressed:
+            yield from _stream(file, shard)
+            return
+        # One record, but for the last segment of a file that has grown since it was cut.
+        for first, last in pairwise([*range(start, end, self._step), end]):
+            yield from _segment(file, shard, first, last)
 
     def parse(self, record: Record) -> Document:
         file = self.files[self._spans[record.shard][0]]

@@ -105,7 +105,11 @@ class Document:
         try:
             if not borders:
                 raise ValueError
-            values: list[Any] = self._decode("[" + self._text[self._at : borders[-1].start() + 1] + "]")[0]
+            text = "[" + self._text[self._at : borders[-1].start() + 1] + "]"
+            values: list[Any]
+            values, end = self._decode(text)
+            if end < len(text):  # the events end before this border, which lies in the metadata that follow
+                raise ValueError
         except (ValueError, RecursionError):
             self._one_by_one = True  # until more is read: it is then said what is wrong with it
             return []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quadriga.data.loader import Loader
 from quadriga.data.packing import LeftOut
+from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.metrics.events import Events
 
@@ -22,7 +23,10 @@ class BadRecords:
     def tell(self, step: int, left_out: Sequence[LeftOut]) -> None:
         """Name the records that were left out for the batch of `step`, as long as they are few."""
         for record in left_out[: MOST_SHOWN - self._told]:
-            where = self._loader.place(record)
+            try:
+                where = self._loader.place(record)
+            except UserError:  # the file went away since; that it did is no reason to end the run here
+                where = f"shard {record.shard}, byte or row {record.number:,}"
             logger.warning("data: left out: %s: %s", where, record.what)
             self._events.tell("bad_record", step, place=where, reason=record.what)
             self._told += 1

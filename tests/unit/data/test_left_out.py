@@ -132,3 +132,30 @@ def test_data_that_cannot_be_read_at_all_end_a_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="101 records in a row cannot be read; the last of them: the object has no"):
         take(loader, 1000)
     loader.close()
+
+
+def test_nothing_is_skipped_of_the_document_that_comes_instead_of_one_that_is_gone(tmp_path):
+    """The run stood within a document that cannot be read any more: the next one is read from its beginning."""
+    path = tmp_path / "a.jsonl"
+    sound = [json.dumps({"text": f"<{i}>" + "abc " * 40}).encode() for i in range(DOCUMENTS)]
+    path.write_bytes(b"\n".join(sound) + b"\n")
+    loader = make(path, range(1))
+    batches = take(loader, 7)
+    state = loader.state_dict()
+    assert state["lanes"]["0"][3] > 4, "stands within a document"
+    (_, _, at) = batches[-1].documents[0][-1]
+    line = next(i for i in range(DOCUMENTS) if sum(len(text) + 1 for text in sound[:i]) == at)
+    following = take(make_at(path, state), 9)
+    path.write_bytes(b"\n".join([*sound[:line], b"#" * len(sound[line]), *sound[line + 1 :]]) + b"\n")
+    now = take(make_at(path, state), 6)
+    (_, _, first) = now[0].documents[0][0]
+    assert first == next(number for batch in following for _, _, number in batch.documents[0] if number != at)
+    ids = now[0].tokens[0].tolist()
+    assert bytes(i for i in ids if i < 256).startswith(b"<")
+    assert [record.number for record in now[0].left_out] == [at]
+
+
+def make_at(path, state):
+    loader = make(path, range(1))
+    loader.load_state_dict(json.loads(json.dumps(state)))
+    return loader

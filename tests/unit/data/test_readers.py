@@ -16,6 +16,7 @@ import pytest
 
 from quadriga import limits
 from quadriga.config.schema import Dataloader
+from quadriga.data import parquet
 from quadriga.data.catalogue import open_source
 from quadriga.data.fields import Field
 from quadriga.data.loader import build_loader
@@ -85,6 +86,25 @@ def test_bytes_that_are_no_text_are_named_by_row(tmp_path, kind):
     problem = refused("parquet", tmp_path / "a.parquet")
     assert problem.where == f"{tmp_path / 'a.parquet'}, row 2"
     assert "not UTF-8: byte 0xe9 at offset 3" in problem.what
+
+
+def test_of_a_dictionary_only_what_the_rows_use_is_decoded(monkeypatch):
+    class Dictionary:
+        """A column that says which of its values were taken."""
+
+        type = pa.dictionary(pa.int32(), pa.string())
+        indices = pa.array([7, None, 2, 7], pa.int32())
+        dictionary = pa.array(SENTENCES)
+
+    taken = []
+    real = parquet._texts
+    monkeypatch.setattr(parquet, "_texts", lambda column: taken.append(len(column)) or real(column))
+    assert list(real(Dictionary)) == [SENTENCES[7], None, SENTENCES[2], SENTENCES[7]]
+    assert taken == [2]
+    for index in (-1, len(SENTENCES)):
+        column = pa.DictionaryArray.from_arrays(pa.array([0, index], pa.int32()), pa.array(SENTENCES), safe=False)
+        with pytest.raises(IndexError, match="out of bounds"):
+            list(real(column))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import json
 import re
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -208,6 +210,26 @@ def test_bodies(run, script, monkeypatch, kind):
         code, told, files = run(endpoint)
     assert says in told
     assert (code, files) == ((0, {"config.json": BODY}) if kind == "other range" else (1, {}))
+
+
+@pytest.mark.parametrize("kind", [ssl.SSLError, ssl.SSLEOFError])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_body_that_breaks_off_within_tls_is_a_fault_of_the_network(run, monkeypatch, kind, times):
+    """Such an error is an OSError, as those of the disk are."""
+    read, failed = http.client.HTTPResponse.read1, []
+
+    def broken(response: http.client.HTTPResponse, size: int = -1) -> bytes:
+        if len(failed) < times:
+            failed.append(size)
+            raise kind(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed")
+        return read(response, size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", broken)
+    with serving(listing(), BODY) as (endpoint, _):
+        code, told, files = run(endpoint)
+    assert (code, files) == ((0, {"config.json": BODY}) if times == 1 else (1, {}))
+    assert ("broke off" in told) == (times > 1)
+    assert len(failed) > 1 or times == 1
 
 
 def test_a_token_does_not_go_to_another_host(script, run, monkeypatch):

@@ -41,6 +41,20 @@ def test_any_layout_and_any_cut_is_read_the_same(tmp_path, layout, chunk):
     assert document.metadata == {name: value for name, value in whole.items() if name != "traceEvents"}
 
 
+@pytest.mark.parametrize("chunk", [7, 100, 1 << 22])
+def test_objects_in_the_metadata_after_the_events_are_no_events(tmp_path, chunk):
+    groups = [{"pg_name": str(i), "ranks": [0, 1]} for i in range(3)]
+    events = [
+        {"ph": "X", "name": f"event {i}", "ts": i, "dur": 1, "args": {"of": [{"a": 1}, {"b": 2}]}} for i in range(5)
+    ]
+    metadata = {"distributedInfo": {"pg_config": groups, "rank": 3}, "z": 1}
+    path = tmp_path / "rank3_trace.json"
+    path.write_text(json.dumps({"traceEvents": events, **metadata}))
+    document = Document(path, chunk)
+    assert list(document) == events
+    assert (document.metadata, document.strays) == (metadata, 0)
+
+
 def test_a_bare_array_and_a_packed_file_with_a_plain_name_are_read(tmp_path):
     events = content()["traceEvents"]
     path = tmp_path / "kineto_trace_3.json"
