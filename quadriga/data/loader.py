@@ -112,6 +112,15 @@ class Loader:
         lanes = {str(row): [*self._places[row], *self._anchor(row)] for row in self._rows}
         return {"fingerprint": self.fingerprint, "lanes": lanes, "layout": self._lanes.source.layout()}
 
+    def mark(self) -> dict[int, Place]:
+        """What was consumed, for `back_to` of this loader; unlike `state_dict` it reads no file."""
+        return dict(self._places)
+
+    def back_to(self, mark: Mapping[int, Place]) -> None:
+        """Go on from where this loader stood at `mark`."""
+        self.close()
+        self._places = dict(mark)
+
     def _anchor(self, row: int) -> tuple[int, ...]:
         if not self._lanes.endless or self._places[row] == START:
             return ()

@@ -43,6 +43,8 @@ def where_it_starts(run: Run, *, look_deep: bool) -> str:
     """
     section, spec = run.config.checkpoint, run.spec
     problems = _not_writable("job.dump_folder", spec.folders.dump)
+    if not problems:
+        problems = _not_writable("comm.save_traces_folder", spec.folders.comm_traces)
     if look_deep and not problems:
         problems = _held(spec.folders.dump)
     try:
@@ -61,9 +63,12 @@ def where_it_starts(run: Run, *, look_deep: bool) -> str:
 
 def _from_checkpoints(run: Run, look_deep: bool) -> str:
     section, folder = run.config.checkpoint, run.spec.folders.checkpoint
-    found = _own(section, folder, look_deep)
+    seed = section.create_seed_checkpoint  # such a run loads nothing, so nothing that lies there hinders it
+    found = checkpoints.find(folder, section.load_step) if seed else _own(section, folder, look_deep)
     if found is not None and found.step >= run.spec.steps:
         return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
+    if seed:
+        return SCRATCH
     if found is not None:
         _fits(found, section, run)
         return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
@@ -78,6 +83,8 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
         return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
     if section.initial_load_model_only:
         return f"step 0, from the weights of {found.path}{_unverified(found, look_deep)}"
+    if found.resume and found.contents == ("model",):  # whatever is excluded from loading
+        raise UserError(words.holds_no(found, ["optimizer"]))
     _fits(found, section, run)
     return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
 

@@ -5,12 +5,14 @@ and it is any of these:
 
 - the run came to another phase, step or micro-batch (`Progress`);
 - the main thread was seen in a chain of functions in which it was not seen before in this phase;
-- this process or its children read or wrote `LEAST["bytes"]`;
-- its children (compilers) worked for `LEAST["child_seconds"]`;
-- it touched new memory, `LEAST["page_faults"]` pages (arithmetic on a CPU does so with every large result).
+- this process or its children read or wrote as much as `RATE` and `FLOOR` say between two looks;
+- its children (compilers) worked for as long;
+- it touched as many pages of new memory (arithmetic on a CPU does so with every large result).
 
-A loop without an end does none of them, although it works all the time. Where the system has no /proc, the figures
-that come from there are missing and the others decide.
+A loop without an end does none of them, although it works all the time. Nor does what reports on the run in the
+background: the least is asked of every pause between two looks, so that a trickle does not add up. A rank that only
+waits for others makes none. Where the system has no /proc, the figures that come from there are missing and the others
+decide.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from types import FrameType
 
 from quadriga.train.progress import Progress
 
-LEAST = {"bytes": 4096.0, "child_seconds": 0.2, "page_faults": 256.0}
+# Per second of the pause, and at least. Bytes: less than the slowest download, more than 24 KB every few seconds of a
+# system monitor at the usual pause of 5 s. Children: a twentieth of a core.
+RATE = {"bytes": 8192.0, "child_seconds": 0.05, "page_faults": 0.0}
+FLOOR = {"bytes": 4096.0, "child_seconds": 0.02, "page_faults": 256.0}
+MONITOR = "wandb"  # how the names of processes begin that report all the time, and do nothing for the run
 COMPILER = ("torch._dynamo", "torch._inductor", "triton")
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 INNERMOST = 4  # functions, in which a wait for other ranks shows
@@ -36,8 +42,10 @@ INNERMOST = 4  # functions, in which a wait for other ranks shows
 class Activity:
     """Looks at the main thread of this process. To be asked by one other thread alone, whose own work is left out."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, pause: float) -> None:
+        """`pause`: seconds between two looks."""
         self._progress = progress
+        self._least = {name: max(FLOOR[name], rate * pause) for name, rate in RATE.items()}
         self._place: tuple[object, ...] = ()
         self._chains: set[int] = set()
         self._counted: dict[str, float] = {}
@@ -48,9 +56,10 @@ class Activity:
         """Forget for how long nothing has moved: it was this process that did not run."""
         self._since = time.monotonic()
 
-    def look(self) -> float:
-        """Seconds since progress was last seen."""
-        if any(list(self._moves())):  # every measure is brought up to date, not only the first that moved
+    def look(self, waits: bool = False) -> float:
+        """Seconds since progress was last seen; there is none while this rank `waits` for others."""
+        moves = any(list(self._moves()))  # every measure is brought up to date, not only the first that moved
+        if moves and not waits:
             self._since = time.monotonic()
         return time.monotonic() - self._since
 
@@ -76,11 +85,8 @@ class Activity:
         yield chain not in self._chains
         self._chains.add(chain)
         for name, amount in _amounts():
-            least = self._counted.setdefault(name, amount) + LEAST[name]
-            # Less than before: a child is gone, and with it what it had done.
-            if amount >= least or amount < self._counted[name]:
-                self._counted[name] = amount
-                yield amount >= least
+            yield amount - self._counted.get(name, amount) >= self._least[name]
+            self._counted[name] = amount  # less than before where a child is gone, and with it what it had done
 
 
 def main_frames() -> Iterator[FrameType]:
@@ -117,8 +123,16 @@ def _descendants(pid: int) -> Iterator[int]:
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
             for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+                if _name(child).startswith(MONITOR):
+                    continue
                 yield int(child)
                 yield from _descendants(int(child))
+
+
+def _name(pid: str) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
 
 
 def _cpu_seconds(pid: int) -> float:

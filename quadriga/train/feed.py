@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
+from quadriga.data.packing import Place
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json, error_from_json, error_to_json
 
@@ -37,7 +38,7 @@ class Feed:
         self._group = group
         self._under_way: tuple[dist.Work, torch.Tensor] | None = None
         self._error: Exception | None = None
-        self._before: dict[str, Any] = {}
+        self._before: dict[int, Place] = {}
 
     def next(self, loader: Loader) -> Batch:
         """The next batch; an empty one where it cannot be read, of which `check` tells. Raises DataFault where nobody
@@ -48,7 +49,7 @@ class Feed:
                 return loader.next()
             except Exception as error:
                 raise DataFault(error) from error
-        self._before = loader.state_dict()
+        self._before = loader.mark()
         try:
             batch = loader.next()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
@@ -68,7 +69,7 @@ class Feed:
         work.wait()
         if not failed.item():
             return
-        loader.load_state_dict(self._before)
+        loader.back_to(self._before)
         told = all_gather_json(None if self._error is None else error_to_json(self._error), self._group)
         raise DataFault(_common(told)) from self._error
 

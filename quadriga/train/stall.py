@@ -34,7 +34,8 @@ class Beat:
 
     `seconds`: in its phase. `waits`: for how long it has waited for an operation of training, in seconds; None where it
     does not. `waits_in_host`: the same for host groups. `launched`: how many operations it has launched. `left`: it
-    trains no more. `still`: before the first step has ended, for how long the rank has made no progress.
+    trains no more. `still`: before the first step has ended, for how long the rank has made no progress. `next_silent`:
+    for how long the next rank has said nothing.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Beat:
     launched: int = 0
     left: bool = False
     still: float | None = None
+    next_silent: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -121,10 +123,39 @@ def silent_ranks(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> tuple
 
 
 def moving_ranks(beats: Mapping[int, Beat], silent: tuple[int, ...], limit: float) -> tuple[int, ...]:
-    """The ranks that have made progress in the last `limit` seconds of the start, and are alive."""
+    """The ranks that may have made progress in the last `limit` seconds of the start, or have done their first step.
+
+    A call that lets no other thread run (an import, say) makes a rank silent: what it does meanwhile cannot be seen, so
+    its silence counts as standstill.
+    """
+    silence = _silence(beats, silent)
     return tuple(
-        rank for rank, beat in beats.items() if beat.still is not None and beat.still <= limit and rank not in silent
+        rank
+        for rank, beat in beats.items()
+        if not beat.left
+        and (
+            (beat.still or 0.0) + silence[rank] <= limit
+            if rank in silent
+            else beat.count > 0 and (beat.still is None or beat.still <= limit)
+        )
     )
+
+
+def _silence(beats: Mapping[int, Beat], silent: tuple[int, ...]) -> dict[int, float]:
+    """For how long each silent rank has said nothing: as the rank before it says, and since when that one is silent."""
+    seconds: dict[int, float] = {}
+    for rank in sorted(silent):
+        past, before = 0.0, rank
+        for _ in range(len(beats)):
+            before = (before - 1) % len(beats)
+            if before in seconds:
+                past += beats[before].next_silent + seconds[before]
+                break
+            past += beats[before].next_silent
+            if before not in silent:
+                break
+        seconds[rank] = past
+    return seconds
 
 
 def waiting_ranks(beats: Mapping[int, Beat], host: bool) -> set[int]:

@@ -73,8 +73,8 @@ class Watchdog:
         self._rank, self._world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         self._limit, self._host_limit = SHARE * comm.train_timeout_seconds, SHARE * host_timeout_seconds
         self._start_limit = SHARE * comm.init_timeout_seconds
-        self._starting, self._activity = True, Activity(progress)
         self._pause = self._pause_within(comm.init_timeout_seconds)
+        self._starting, self._activity = True, Activity(progress, self._pause)
         self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
         self._me = Beat(self._rank, socket.gethostname(), os.getpid())
         self._heard: dict[int, Beat] = {}  # the last beat of each rank that was read
@@ -94,7 +94,12 @@ class Watchdog:
         self._waits = Waits(self._limit, self._host_limit, short=2 * self._pause)
         self._neighbour, self._judge = Still(), Still()
         self._activity.began_anew()
-        self._last_round = time.monotonic()
+        self._answered = time.monotonic()  # the store, last
+
+    def _ran_since(self, then: float, pause: float) -> None:
+        """After a pause: one that took far longer is one in which this process did not run."""
+        if time.monotonic() - then > APART * pause + 1:
+            self._began_anew()
 
     def __enter__(self) -> Self:
         self.start()
@@ -132,12 +137,16 @@ class Watchdog:
         if self._world_size == 1 or self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return
         store, pause = self._own_store(), 0.002
+        self._activity.began_anew()  # it got as far as this, and waits from now on
         self._meeting = True
-        store.add(place, 1)
-        while store.add(place, 0) < self._world_size:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
-        self._meeting = False
+        try:
+            store.add(place, 1)
+            while store.add(place, 0) < self._world_size:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+            self._activity.began_anew()  # all have come
+        finally:
+            self._meeting = False
 
     def first_step_is_done(self) -> None:
         """From now on it is the others who tell whether this rank is late. Call on all ranks."""
@@ -166,23 +175,26 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
-            now, late = time.monotonic(), APART * self._pause + 1
-            if now - self._last_round > late:
-                self._began_anew()
-            self._last_round = now
             wait, host_wait = self._standstill() if self._starting else self._waits.look()
             overdue = next((each for each in (wait, host_wait) if each is not None and each.is_too_long), None)
             try:
                 self._look_around(wait, host_wait, overdue)
+                self._answered = time.monotonic()
             except RuntimeError:  # of the store: its machine is gone, or it does not answer in time
-                if overdue is not None:
+                # A busy store may answer again, and in a start no rank waits for this one in a collective.
+                lost = not self._starting or time.monotonic() - self._answered > self._start_limit
+                if overdue is not None and lost:
                     self._end(self._stall({self._rank: self._me}, (), overdue, store_answers=False))
-            self._next_round.wait(self._pause)
+                if self._starting:
+                    self._store = None  # a connection that broke never answers: the next round makes another
+            then, pause = time.monotonic(), self._pause
+            self._next_round.wait(pause)
             self._next_round.clear()
+            self._ran_since(then, pause)
 
     def _standstill(self) -> tuple[Wait | None, Wait | None]:
         """For how long this rank has made no progress, before its first step has ended."""
-        seconds = self._activity.look()
+        seconds = self._activity.look(waits=self._meeting)
         where = f"phase {self._phase!r}"
         return Wait(seconds, f"{where}, without progress", self._start_limit), None
 
@@ -216,8 +228,8 @@ class Watchdog:
             return
         if (stall := self._alarm(self._store, self._store.compare_set("alarm", "", NONE))) is not None:
             self._end(stall)
-        if not self._starting:
-            overdue = overdue or self._silence_of_the_next(self._store, wait or host_wait)
+        silence = self._silence_of_the_next(self._store, wait or host_wait)
+        overdue = overdue or silence
         if overdue is None:
             return
         judge = self._store.compare_set("judge", NONE, str(self._rank)).decode(errors="replace")
@@ -231,6 +243,9 @@ class Watchdog:
         """Our own wait, made as long as the next rank has been silent, where that is too long in training."""
         beat = self._read(store, [(self._rank + 1) % self._world_size])[(self._rank + 1) % self._world_size]
         seconds = self._neighbour.seconds(beat.count)
+        self._me = replace(self._me, next_silent=seconds)
+        if self._starting:
+            return None
         return wait._replace(seconds=seconds) if wait and seconds > self._limit and not beat.left else None
 
     def _find_out(self, store: PrefixStore, overdue: Wait) -> None:
@@ -238,7 +253,9 @@ class Watchdog:
         starting = self._starting
         before = self._read(store, range(self._world_size))
         for _ in range(max(APART, round(ALIVE_SECONDS / self._pause))):
-            time.sleep(self._pause)
+            then, pause = time.monotonic(), self._pause
+            time.sleep(pause)
+            self._ran_since(then, pause)
             self._say(*(self._standstill() if starting else self._waits.look()))
         after = self._read(store, range(self._world_size))
         silent = silent_ranks(before, after)

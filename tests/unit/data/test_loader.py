@@ -153,6 +153,20 @@ def test_loading_state_into_a_running_loader_goes_back():
     assert torch.equal(again[0][0], then.tokens)
 
 
+def test_back_to_a_mark_reads_on_there_and_neither_looks_at_files(lines, monkeypatch):
+    loader = make(dataset="text", path=str(lines))
+    steps(loader, 3)
+    mark, state = loader.mark(), loader.state_dict()
+    following = steps(loader, 2)
+    with monkeypatch.context() as patch:
+        for name in ("layout", "anchor", "adopt"):
+            patch.setattr(type(loader._lanes.source), name, lambda *given: pytest.fail("a file was read"))
+        assert loader.mark() != mark
+        loader.back_to(mark)
+    assert loader.state_dict() == state
+    assert all(map(torch.equal, steps(loader, 2), following))
+
+
 def test_other_data_are_refused_by_name(lines):
     state = make().state_dict()
     with pytest.raises(UserError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,22 @@ def both(change: Callable[[str], Callable[[Path], object]], file: str) -> Callab
     return lambda folder: [change(f"checkpoint/step-{step}/{file}")(folder) for step in (2, 4)]
 
 
+def without_optimizer(folder: Path) -> None:
+    """As a last save of the model alone leaves it."""
+    from quadriga.checkpoint.manifest import seal
+
+    (folder / "checkpoint").rename(folder / "old")
+    path = folder / "old/step-4/train_state.json"
+    path.write_text(seal({**json.loads(path.read_text()), "contents": ["model"]}))
+
+
+def file_for_traces(folder: Path) -> None:
+    shutil.rmtree(folder / "comm_traces", ignore_errors=True)
+    (folder / "comm_traces").write_text("a file")
+
+
 MORE = ("--training.steps=6",)
+SEED = (*MORE, "--checkpoint.create_seed_checkpoint", "--debug.seed=7")
 CASES = [
     Case("goes on", 0, "step 4, from", MORE),
     Case("asked for a step", 0, "step 2, from", (*MORE, "--checkpoint.load_step=2")),
@@ -107,6 +123,27 @@ CASES = [
         lambda folder: [(folder / "checkpoint").rename(folder / "old"), flip("old/step-4/*.distcp")(folder)],
     ),
     Case("a file for a folder", 2, "job.dump_folder", ("--job.dump_folder=RUN/config.toml/here",)),
+    Case("a file for the traces", 2, "comm.save_traces_folder", MORE, file_for_traces),
+    Case(
+        "a model alone, to go on from",
+        2,
+        "holds no optimizer",
+        (
+            "--checkpoint.initial_load_path=RUN/old/step-4",
+            "--checkpoint.initial_load_model_only=false",
+            "--checkpoint.exclude_from_loading=optimizer",
+        ),
+        without_optimizer,
+    ),
+    Case("a seed beside damaged checkpoints", 0, "step 0", SEED, both(cut, "*.distcp")),
+    Case(
+        "a seed without the weights that the run will load",
+        0,
+        "step 0",
+        (*SEED, "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path=nowhere"),
+        lambda folder: (folder / "checkpoint").rename(folder / "old"),
+    ),
+    Case("a seed of a finished run", 0, "this run is finished", SEED[1:]),
     Case("a file for the checkpoints", 2, "checkpoint.folder", ("--checkpoint.folder=config.toml",)),
     Case(
         "no Hugging Face weights",
@@ -126,8 +163,6 @@ CASES = [
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quadriga.errors import causes
+from quadriga.train import activity as activity_module
 from quadriga.train.activity import Activity
 from quadriga.train.out_of_memory import is_out_of_memory
 from quadriga.train.progress import Progress
@@ -19,7 +23,7 @@ from quadriga.train.progress import Progress
 
 def moved(work, progress: Progress | None = None) -> bool:
     """Whether a second look from another thread, after `work` of this one, sees progress, functions left out."""
-    activity, found = Activity(progress or Progress()), []
+    activity, found = Activity(progress or Progress(), 0.1), []
     go, done = threading.Event(), threading.Event()
 
     def looked() -> bool:
@@ -67,8 +71,58 @@ def test_bytes_memory_and_children_are_progress() -> None:
         assert moved(lambda: os.read(file.fileno(), 8192))
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("bytes", 40960.0), ("child_seconds", 0.25), ("page_faults", 256.0)], ids=str
+)
+def test_a_trickle_does_not_add_up_and_a_slow_download_counts(name: str, least: float, monkeypatch) -> None:
+    """At the usual pause of 5 s: 24 KB of a system monitor every third look, against 8 KiB a second."""
+    amounts = iter([0.0, *(0.6 * least * n for n in range(1, 60)), 0.6 * least * 59 + least])
+    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([(name, next(amounts))]))
+    activity = Activity(Progress(), 5.0)
+    moved = [list(activity._moves())[-1] for _ in range(61)]
+    assert moved == [False] * 60 + [True]
+    # Less than before: a child is gone; what the others do from there on counts.
+    fewer = iter([1.0, 1.0 + least])
+    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([(name, next(fewer))]))
+    assert [list(activity._moves())[-1] for _ in range(2)] == [False, True]
+
+
+def test_a_rank_that_waits_for_others_makes_no_progress_whatever_else_goes_on(monkeypatch) -> None:
+    clock, amounts = [0.0], [0.0]
+    monkeypatch.setattr(activity_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([("bytes", amounts[0])]))
+    activity = Activity(Progress(), 5.0)
+    activity.look()
+    for _ in range(10):
+        clock[0], amounts[0] = clock[0] + 5, amounts[0] + 1e6
+        waited = activity.look(waits=True)
+    assert waited == 50
+    clock[0] += 5
+    activity.look(waits=True)
+    assert activity.look() == 55  # what went on meanwhile is no progress afterwards either
+    amounts[0] += 1e6
+    assert activity.look() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_processes_that_report_in_the_background_are_left_out(tmp_path: Path) -> None:
+    found = []
+    for name in ("wandb-core", "compiler"):
+        program = tmp_path / name
+        program.symlink_to(shutil.which("cat") or "")
+        with subprocess.Popen([str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(b"x")
+            child.stdin.flush()
+            child.stdout.read(1)  # it runs under its own name
+            found.append(child.pid in set(activity_module._descendants(os.getpid())))
+            child.stdin.close()
+    assert found == [False, True]
+
+
 def test_functions_that_were_not_seen_before_are_progress() -> None:
-    activity, found, back = Activity(Progress()), [], threading.Event()
+    activity, found, back = Activity(Progress(), 0.1), [], threading.Event()
 
     def seen_from_elsewhere() -> None:
         thread = threading.Thread(target=lambda: (found.append(list(activity._moves())[1]), back.set()))

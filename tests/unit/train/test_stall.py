@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from quadriga.errors import UserError
-from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks
+from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, moving_ranks, silent_ranks
 from quadriga.train.waits import Wait, worst
 
 STACK = """Thread 0x01 [gloo] (most recent call first):
@@ -59,6 +59,36 @@ def test_a_rank_that_has_left_is_neither_silent_nor_late() -> None:
     before = {rank: replace(beat, count=beat.count - (rank not in (0, 3))) for rank, beat in told.items()}
     assert silent_ranks(before, told) == (3,)
     assert late_rank(told, (), {1, 3}) == told[2]
+
+
+def test_a_silent_rank_moves_until_its_standstill_and_silence_exceed_the_limit() -> None:
+    """It may be in a call that lets no other thread run, of which its last word cannot tell."""
+    still = {f"rank{rank}": {"still": 300.0} for rank in range(4)}
+    still["rank2"] = {"still": 30.0}
+    for seconds, moving in ((20.0, (2,)), (180.0, (2,)), (181.0, ())):
+        told = beats(**{**still, "rank1": {"still": 300.0, "next_silent": seconds}})
+        assert moving_ranks(told, (2,), 210.0) == moving
+    assert moving_ranks(beats(**still), (), 210.0) == (2,)
+
+
+def test_of_ranks_that_fell_silent_in_a_row_the_silences_add_up() -> None:
+    """Rank 0 saw rank 1 stop 100 s ago, and rank 1 by then had not heard of rank 2 for 120 s; the ring closes."""
+    still = {f"rank{rank}": {"still": 0.0} for rank in range(4)}
+    told = beats(
+        **still | {"rank0": {"still": 300.0, "next_silent": 100.0}, "rank1": {"still": 0.0, "next_silent": 120.0}}
+    )
+    assert moving_ranks(told, (1, 2), 210.0) == (1, 3)
+    told = beats(
+        **still | {"rank3": {"still": 300.0, "next_silent": 100.0}, "rank0": {"still": 0.0, "next_silent": 120.0}}
+    )
+    assert moving_ranks(told, (0, 1), 210.0) == (0, 2)
+
+
+def test_a_rank_that_has_just_done_its_first_step_moves_and_one_never_heard_of_does_not_for_ever() -> None:
+    told = beats(**{f"rank{rank}": {"still": 300.0, "next_silent": 211.0} for rank in range(4)})
+    assert moving_ranks({**told, 1: Beat(1, "?", 0)}, (1,), 210.0) == ()
+    assert moving_ranks({**told, 1: replace(told[1], still=None)}, (), 210.0) == (1,)
+    assert moving_ranks({**told, 1: replace(told[1], still=None, left=True)}, (), 210.0) == ()
 
 
 def test_help_comes_from_the_same_machine() -> None:
