@@ -127,7 +127,7 @@ CASES = [
     Case(
         "a model alone, to go on from",
         2,
-        "holds no optimizer",
+        "holds model, but no optimizer",
         (
             "--checkpoint.initial_load_path=RUN/old/step-4",
             "--checkpoint.initial_load_model_only=false",

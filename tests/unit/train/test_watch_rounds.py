@@ -173,17 +173,14 @@ def test_waiting_ends_with_the_wait_and_with_its_failure(monkeypatch, tmp_path: 
     assert seen == [True, True, True]
 
 
-def test_a_process_that_did_not_run_begins_anew(monkeypatch, tmp_path: Path) -> None:
-    """The whole machine sleeps for an hour at second 100."""
-    waited = Round.wait
+@pytest.mark.parametrize("second", [100, 225], ids=["between rounds", "in a judgement"])
+def test_a_process_that_did_not_run_begins_anew(second: int, monkeypatch, tmp_path: Path) -> None:
+    """The machine sleeps for an hour."""
 
-    def sleeps(self: Round, seconds: float) -> None:
-        if 100 <= self._clock.now < 106:
-            self._clock.now += 3600 - 106
-        waited(self, seconds)
+    def sleep(self: Clock, seconds: float) -> None:
+        self.now += 3600 if second <= self.now < second + seconds else seconds
 
-    monkeypatch.setattr(Round, "wait", sleeps)
-    monkeypatch.setattr(Clock, "sleep", lambda self, seconds: setattr(self, "now", self.now + seconds))
+    monkeypatch.setattr(Clock, "sleep", sleep)
     when = ended(monkeypatch, tmp_path, lambda now: beat(now, max(0.0, now - 60)), until=9000)
     assert when is not None
-    assert 3590 + LIMIT < when[0] < 3610 + LIMIT + 6 * PAUSE
+    assert second + 3600 + LIMIT < when[0] < second + 3600 + LIMIT + 12 * PAUSE
