@@ -82,6 +82,7 @@ PLAN_TENSOR_BYTES = 1 << 50  # of one tensor; also the greatest extent of one of
 METADATA_BYTES = 768 * MIB  # of a `.metadata` that is read where there is no plan.json
 METADATA_VALUES = 80_000_000  # objects in it; a chunk has 6, and 15 entries of the pickle's memo
 METADATA_STACK = 1 << 18  # values that it may hold at once; pickles are written in batches of 1,000
+METADATA_TUPLE = 256  # values in one of its tuples: dimensions, or parts of a path
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
 SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
 SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7

@@ -309,10 +309,10 @@ def _finish_or_remove(files: Files, folder: Place, step: int, hidden_name: str) 
         if not files.exists(name):
             files.rename(path, name)
             return f"step-{step}: finished"
-        if not files.is_folder(name):
-            files.remove(name)
-            files.rename(path, name)
-            return f"step-{step}: finished, in the place of what was no folder"
+        outdated = _set_aside(files, folder, step)  # as `publish` was about to; it may be damaged, or no folder
+        files.rename(path, name)
+        files.remove(outdated)
+        return f"step-{step}: finished, in the place of an older one"
     files.remove(path)
     return f"{hidden_name}: removed"
 

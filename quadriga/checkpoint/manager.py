@@ -32,7 +32,7 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
 from quadriga.checkpoint.files import Place
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
-from quadriga.checkpoint.ranks import on_first_rank
+from quadriga.checkpoint.ranks import on_first_rank, together
 from quadriga.checkpoint.search import Search
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
@@ -130,10 +130,14 @@ class CheckpointManager:
             optional=f"{RANDOM}.",
         )
         words.tell_of_generators(unfilled, unused)
-        for part, state in wanted.items():
-            state.load_state_dict(
-                {name: value for name, value in loaded[part].items() if f"{part}.{name}" not in unfilled}
-            )
+
+        def put_back() -> None:
+            for part, state in wanted.items():
+                state.load_state_dict(
+                    {name: value for name, value in loaded[part].items() if f"{part}.{name}" not in unfilled}
+                )
+
+        together(self._group, put_back)  # the generators of one rank may be refused
         self._saved = found.step if found.resume else None
         seconds = time.monotonic() - start
         logger.info(f"loaded {found.path} in {show_seconds(seconds)}")

@@ -348,6 +348,8 @@ class Interpreter:
 
     def _put_tuple(self, values: tuple[Any, ...], at: int) -> int:
         """A tuple of plain values, or of tuples of them, and no deeper."""
+        if len(values) > limits.METADATA_TUPLE:  # it may be fetched, looked through and copied again and again
+            self._refuse(at, "a tuple longer than any of a plan")
         for value in values:
             kind = type(value)
             if kind is not int and kind not in PLAIN and (kind is not tuple or tuple in map(type, value)):

@@ -19,6 +19,7 @@ and range, chunks must tile their tensor and lie inside their file. DCP's object
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -115,10 +117,7 @@ def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequenc
 
 def parse(text: bytes) -> Plan:
     """The plan that a text holds. Raises PlanError; whether it fits the files is checked by `check_files`."""
-    if len(text) > limits.PLAN_BYTES:
-        raise PlanError(f"longer than a plan may be ({limits.PLAN_BYTES:,} bytes)")
-    if text.count(b"[") + text.count(b"{") > 4 * limits.PLAN_CHUNKS:
-        raise PlanError(f"more entries than a plan may have ({limits.PLAN_CHUNKS:,} chunks)")
+    check_text(text)
     try:
         raw = json.loads(text)
     except RecursionError:
@@ -126,6 +125,14 @@ def parse(text: bytes) -> Plan:
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
         raise PlanError(f"not JSON that can be read: {error}") from error
     return checked(raw)
+
+
+def check_text(text: bytes) -> None:
+    """Raise PlanError where a text is too large to be parsed."""
+    if len(text) > limits.PLAN_BYTES:
+        raise PlanError(f"longer than a plan may be ({limits.PLAN_BYTES:,} bytes)")
+    if text.count(b"[") + text.count(b"{") > 4 * limits.PLAN_CHUNKS:
+        raise PlanError(f"more entries than a plan may have ({limits.PLAN_CHUNKS:,} chunks)")
 
 
 def checked(raw: Any) -> Plan:
@@ -188,9 +195,36 @@ def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
             _refuse_chunk(name, chunk, shape)
         there += held
         seen.add(tuple(chunk[0]))
-    if there != numbers or len(seen) != len(chunks):
+    if there != numbers or len(seen) != len(chunks) or not (len(chunks) < 2 or _tile(chunks, shape)):
         raise PlanError(f"{shown(name)}: its {len(chunks)} chunks do not make up its shape {shown(shape)}")
     return PlannedTensor(dtype, tuple(shape), chunks)
+
+
+def _tile(chunks: list[Chunk], shape: list[int]) -> bool:
+    """Whether every number lies in exactly one chunk: then the corners of all chunks, each taken away where an odd
+    number of its coordinates are upper ends, leave the corners of the whole."""
+    if not math.prod(shape):
+        return True
+    split = [axis for axis in range(len(shape)) if any(chunk[1][axis] != shape[axis] for chunk in chunks)]
+    if not 0 < len(split) <= 4:  # no layout has more, and corners double with each
+        return False
+    # A corner is one number; it fits 64 bits, for a tensor has PLAN_TENSOR_BYTES at most. The last one is of the whole.
+    positive, negative = np.zeros((2, 2 ** len(split) // 2, len(chunks) + 1), np.int64)
+    bounds, stride = [], 1
+    for axis in split:
+        lower = [*(chunk[0][axis] for chunk in chunks), 0]
+        upper = [*(chunk[0][axis] + chunk[1][axis] for chunk in chunks), shape[axis]]
+        bounds.append((stride * np.array(lower, np.int64), stride * np.array(upper, np.int64)))
+        stride *= shape[axis] + 1
+    rows = (iter(positive), iter(negative))
+    for ends in itertools.product((0, 1), repeat=len(split)):
+        row = next(rows[sum(ends) % 2])
+        for bound, end in zip(bounds, ends, strict=True):
+            row += bound[end]
+    # Those of the whole have the other sign.
+    swapped = positive[:, -1].copy()
+    positive[:, -1], negative[:, -1] = negative[:, -1], swapped
+    return bool(np.array_equal(np.sort(positive, axis=None), np.sort(negative, axis=None)))
 
 
 def _held(chunk: Any, shape: list[int], files: int) -> int | None:

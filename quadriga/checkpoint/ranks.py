@@ -48,7 +48,7 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     except (UserError, CheckpointError) as failed:
         error = failed
     except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
-        error = CheckpointError(f"Hugging Face weights could not be read or written: {failed or type(failed).__name__}")
+        error = CheckpointError(f"weights could not be read or written: {failed or type(failed).__name__}")
         error.__cause__ = failed
     own = None if error is None else error_to_json(error)
     told: list[Any] = [own] if group is None else all_gather_json(own, group)

@@ -1,9 +1,10 @@
 """One chunk of a tensor out of a file of a checkpoint, whoever wrote that file.
 
-A chunk lies there as `torch.save` writes it: a zip archive with a small pickle and the numbers. `torch.load` with
-`weights_only=True` reads it; but that still calls whatever classes PyTorch holds to be safe (a `DeviceMesh`, say, that
-waits for other ranks), inflates archives, and makes storages of any size. So the archive is looked at before: the
-pickle must describe one plain tensor and nothing else, and the record of its numbers must have just their bytes.
+A chunk lies there as `torch.save` writes it: a zip archive with a small pickle and the numbers. It is not given to
+`torch.load`, not even with `weights_only=True`: that still calls whatever classes PyTorch holds to be safe (a
+`DeviceMesh`, say, that waits for other ranks), inflates archives, makes storages of any size, and takes the names of
+records without regard to case, so that it may read another record than was looked at. Here the pickle must describe one
+plain tensor and nothing else, the record of its numbers must have just their bytes, and the tensor is made of these.
 """
 
 from __future__ import annotations
@@ -103,9 +104,7 @@ def read_chunk(stream: Any, length: int, dtype: torch.dtype, shape: Sequence[int
     if length <= IN_MEMORY:
         stream = io.BytesIO(stream.read(length))
     try:
-        _check_archive(stream, length, dtype)
-        stream.seek(0)
-        tensor = torch.load(stream, map_location="cpu", weights_only=True)
+        tensor = _tensor(stream, length, dtype)
     except (OSError, PlanError):
         raise
     except Exception as error:
@@ -121,7 +120,20 @@ def read_chunk(stream: Any, length: int, dtype: torch.dtype, shape: Sequence[int
     return tensor
 
 
-def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> None:
+def _tensor(stream: Any, length: int, dtype: torch.dtype) -> torch.Tensor:
+    record, needed, (offset, *layout) = _check_archive(stream, length, dtype)
+    sizes, strides = layout[: len(layout) // 2], layout[len(layout) // 2 :]
+    if len(sizes) != len(strides):
+        _refuse("sizes and strides of different lengths")
+    if not needed:
+        return torch.empty(sizes, dtype=dtype)
+    content = _content(stream, record)
+    if len(content) != needed:
+        _refuse("its numbers end too early")
+    return torch.frombuffer(content, dtype=torch.uint8).view(dtype).as_strided(sizes, strides, offset)
+
+
+def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> tuple[zipfile.ZipInfo, int, list[int]]:
     with zipfile.ZipFile(stream) as archive:
         records = {record.filename: record for record in archive.infolist()}
         if not 0 < len(records) == len(archive.infolist()) <= limits.SHARD_RECORDS:
@@ -134,24 +146,30 @@ def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> None:
     pickles = [record for name, record in records.items() if name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > limits.SHARD_PICKLE_BYTES:
         _refuse("no pickle of one tensor")
-    key, needed = _described(_content(stream, pickles[0]), dtype)
+    key, needed, layout = _described(bytes(_content(stream, pickles[0])), dtype)
     numbers = records.get(pickles[0].filename.replace("data.pkl", f"data/{key}"))
     if numbers is None or numbers.file_size != needed:
         _refuse(f"{needed} bytes of numbers are promised and not there")
+    return numbers, needed, layout
 
 
-def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytes:
+def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytearray:
     """What a stored record holds. Not by `ZipFile.read`: a save leaves the CRC-32 out (see `tensors`)."""
     stream.seek(record.header_offset)
     header = stream.read(LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != b"PK\3\4":
         _refuse("its records are not where its directory says")
     stream.seek(record.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[26:30])))
-    return stream.read(record.file_size)
+    content, there = bytearray(record.file_size), 0
+    with memoryview(content) as view:
+        while count := cast(Any, stream).readinto(view[there:]):
+            there += count
+    return content[:there] if there < len(content) else content
 
 
-def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int]:
-    """(key, bytes) of the storage that a pickled tensor of this dtype has. Nothing is executed here."""
+def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int, list[int]]:
+    """The storage of a pickled tensor of this dtype: its key, its bytes, and [offset, *sizes, *strides] of the tensor
+    in it, in numbers. Nothing is executed here."""
     letters = ""
     names: list[str] = []
     texts: list[str] = []
@@ -178,7 +196,7 @@ def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int]:
         size = 1 if (rebuild, storage) == ("torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage") else 0
     if hooks != "collections OrderedDict" or known != dtype or not size:
         _refuse(f"its pickle describes something else than a tensor of {dtype}: {' '.join(names)[:200]!r}")
-    return texts[1], numbers[0] * size
+    return texts[1], numbers[0] * size, numbers[1:]
 
 
 def _refuse(what: str) -> NoReturn:

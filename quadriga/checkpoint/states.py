@@ -7,6 +7,7 @@ changed learning rate is never silently undone by a resume.
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from quadriga.errors import Problem, UserError, shortened
+
 CPU = torch.device("cpu")
+WORDS = 624  # of the state of a Mersenne Twister
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what compile and recompute put into names
 
 
@@ -81,18 +85,42 @@ class RandomState:
         return {f"{self._rank}.{name}": state for name, state in states.items()}
 
     def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
-        """Generators that are not among them stay as they are."""
-        states = {name.partition(".")[2]: state for name, state in loaded.items()}
-        if "torch" in states:
-            torch.set_rng_state(states["torch"])
-        if "python" in states:
-            version, *words = states["python"].tolist()
+        """Generators that are not among them stay as they are. Raises UserError where a state is none of its
+        generator."""
+        for name, state in loaded.items():
+            generator = name.partition(".")[2]
+            try:
+                self._put_back(generator, state)
+            except (ValueError, OverflowError, RuntimeError) as error:
+                what = f"what the checkpoint holds is no state of a random number generator: {shortened(error, 200)}"
+                fix = (
+                    "leave the generators out (--checkpoint.exclude_from_loading '[\"random\"]'): "
+                    "they then begin anew; or start from another checkpoint (--checkpoint.load_step)"
+                )
+                raise UserError(Problem(f"random.{name}", what, fix=fix)) from error
+
+    def _put_back(self, generator: str, state: torch.Tensor) -> None:
+        if generator == "torch":
+            _check_torch(state)
+            torch.set_rng_state(state)
+        elif generator == "python":
+            version, *words = state.tolist()
             random.setstate((version, tuple(words), None))
-        if "numpy" in states:
-            place, *keys = states["numpy"].tolist()
+        elif generator == "numpy":
+            place, *keys = state.tolist()
+            if not 0 <= place <= WORDS:  # NumPy does not look: the next draw would read memory of others
+                raise ValueError(f"position {place} of {WORDS}")
             np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))
-        if "cuda" in states and self._device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self._device)
+        elif generator == "cuda" and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+
+
+def _check_torch(state: torch.Tensor) -> None:
+    """Of torch's CPU generator: bytes of a seed (8), how many words are left (4), a flag (4), the next word (8), all
+    words and more. torch does not look whether as many are left, and would read behind them."""
+    left, following = struct.unpack_from("<i4xQ", state.numpy().tobytes(), 8)
+    if left + following > WORDS + 1:
+        raise ValueError(f"{left} words left from word {following} on, of {WORDS}")
 
 
 def plain(name: str) -> str:

@@ -60,7 +60,7 @@ def open_stored(
     if dist.get_rank(group) == 0:
         try:
             plan, text = _read_plan(place, facts or {}, retries)
-            text = text or plan.as_json()
+            text = text or _as_text(place, plan)
         except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
             error = failed
     told = broadcast_json(None if error is None else error_to_json(error), group)
@@ -88,6 +88,16 @@ def _read_plan(place: Place, facts: Mapping[str, FileFacts], retries: int) -> tu
         raise refused(join(place, name), error) from error
     except OSError as error:
         raise CheckpointError(f"{join(place, name)} cannot be read: {error.strerror or error}") from error
+
+
+def _as_text(place: Place, plan: Plan) -> bytes:
+    """The JSON of a plan that was read of `.metadata`. What the other ranks would refuse, this rank refuses for all."""
+    text = plan.as_json()
+    try:
+        plans.check_text(text)
+    except PlanError as error:
+        raise refused(join(place, METADATA), error) from error
+    return text
 
 
 def refused(path: str, error: PlanError) -> CheckpointError:

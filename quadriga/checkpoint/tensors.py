@@ -246,7 +246,8 @@ def _refuse_other_tensors(
     may_hold_more: bool,
 ) -> None:
     parts = {name.split(".", 1)[0] for name in tensors}
-    known = sorted(name for name in there if name.split(".", 1)[0] in parts)
+    # Without a first word that all names share, stages of a pipeline would not agree on this list, nor on its length.
+    known = [] if may_hold_more else sorted(name for name in there if name.split(".", 1)[0] in parts)
     missing = [name for name in tensors if name not in there]
     reshaped = [
         f"{name}: {list(there[name].shape)} saved, {list(tensors[name].shape)} here"
@@ -256,7 +257,8 @@ def _refuse_other_tensors(
     wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
     gathered: list[Any] = [[missing, reshaped]]
     if group is not None:  # with pipeline stages each rank holds some of the names
-        dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
+        if not may_hold_more:
+            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
         gathered = all_gather_json([missing, reshaped], group)
     missing = sorted({name for one, _ in gathered for name in one})
     reshaped = sorted({name for _, one in gathered for name in one})
@@ -275,7 +277,7 @@ def _refuse_other_tensors(
 
 @contextmanager
 def _hashed_once() -> Iterator[None]:
-    """torch's own CRC-32 of each tensor is left out (`torch.load` does without): a file is covered by its SHA-256."""
+    """torch's own CRC-32 of each tensor is left out (readers do without): a file is covered by its SHA-256."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from quadriga.config.schema.section import Amount, Count, Name, NewestOrStep, Positive, Seconds, Section
 
-State = Literal["model", "optimizer", "lr_scheduler", "dataloader", "train_state"]
+State = Literal["model", "optimizer", "lr_scheduler", "dataloader", "train_state", "random"]
 
 
 class Checkpoint(Section):

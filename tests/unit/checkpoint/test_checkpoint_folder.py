@@ -64,6 +64,20 @@ def test_a_kill_while_replacing_loses_neither(tmp_path):
     assert names(tmp_path) == ["step-5"]
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_kill_just_before_replacing_loses_nothing_either(tmp_path, is_damaged):
+    """Whole under its hidden name, with the older one still under the name that it was about to take."""
+    new = save(tmp_path, 40, {"which": "new"})
+    new.rename(tmp_path / "aside")
+    old = save(tmp_path, 40, {"which": "old"})
+    if is_damaged:  # why the run went back
+        (old / "__0_0.distcp").write_bytes(b"x")
+    (tmp_path / "aside").rename(folders.hidden(tmp_path, 40))
+    assert folders.clean_up(tmp_path) == ["step-40: finished, in the place of an older one"]
+    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert names(tmp_path) == ["step-40"]
+
+
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     save(tmp_path, 5, {"which": "old"})
     save(tmp_path, 5, {"which": "new"})

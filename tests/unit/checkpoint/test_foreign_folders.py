@@ -10,9 +10,12 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import run_ranks
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.folder import CheckpointError, NotWhole
@@ -357,3 +360,35 @@ def test_what_cannot_be_removed_is_told_and_holds_up_nothing(tmp_path, heard, mo
     assert manager(tmp_path).find().step == 3
     for name in (".step-9.saving", ".step-7.deleting"):
         assert f"{name}: could not be removed (Device or resource busy)" in heard.text
+
+
+STAGES = (("tok_embeddings.weight", "layers.0.w"), ("layers.1.w", "norm.weight", "output.weight"))
+
+
+def read_as_a_stage(place: str, lacking: str) -> list[float] | str:
+    from torch import distributed as dist
+
+    from quadriga.checkpoint.tensors import read
+
+    rank = dist.get_rank()
+    own = {f"model.{name}": torch.zeros(4) for name in STAGES[rank]}
+    if lacking and rank == 1:
+        own[f"model.{lacking}"] = torch.zeros(4)
+    try:
+        read(place, own, dist.new_group(backend="gloo"), may_hold_more=True, prefix="model.", optional="random.")
+    except UserError as error:
+        return str(error)
+    return [value.sum().item() for value in own.values()]
+
+
+def test_stages_of_a_pipeline_read_a_folder_whose_names_have_no_first_word_in_common(tmp_path):
+    from torch.distributed import checkpoint as dcp
+
+    saved = {name: torch.ones(4) for stage in STAGES for name in (*stage, "of.no.use")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(saved, checkpoint_id=tmp_path / "dcp")
+    assert run_ranks(read_as_a_stage, 2, str(tmp_path / "dcp"), "") == [[4.0] * 2, [4.0] * 3]
+    first, second = run_ranks(read_as_a_stage, 2, str(tmp_path / "dcp"), "layers.2.w")
+    assert first == second
+    assert "the checkpoint lacks layers.2.w" in first

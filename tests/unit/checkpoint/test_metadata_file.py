@@ -121,6 +121,7 @@ REFUSED = {
     "a number for the storage": (changed(storage_data=3), "a state that no Metadata has"),
     "a number of 9 bytes": (changed(planner_data={"a": 1 << 70}), "more than 64 bits"),
     "a long text": (changed(planner_data={"a": "a" * 5000}), "longer than any name"),
+    "a long tuple": (changed(planner_data={"a": (1,) * 257}), "a tuple longer than any of a plan"),
     "a float": (changed(planner_data={"a": 1.5}), "an opcode that no plan"),
     "not UTF-8": (b"\x80\x04\x8c\x02\xff\xff.", "not UTF-8"),
     "a memo entry that is not there": (b"\x80\x04j\xff\xff\xff\xff.", "never put there"),
