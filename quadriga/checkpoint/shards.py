@@ -125,12 +125,11 @@ def _tensor(stream: Any, length: int, dtype: torch.dtype) -> torch.Tensor:
     sizes, strides = layout[: len(layout) // 2], layout[len(layout) // 2 :]
     if len(sizes) != len(strides):
         _refuse("sizes and strides of different lengths")
-    if not needed:
-        return torch.empty(sizes, dtype=dtype)
     content = _content(stream, record)
     if len(content) != needed:
         _refuse("its numbers end too early")
-    return torch.frombuffer(content, dtype=torch.uint8).view(dtype).as_strided(sizes, strides, offset)
+    numbers = torch.frombuffer(content, dtype=torch.uint8).view(dtype) if needed else torch.empty(0, dtype=dtype)
+    return numbers.as_strided(sizes, strides, offset)  # refuses what does not lie in them
 
 
 def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> tuple[zipfile.ZipInfo, int, list[int]]:

@@ -159,6 +159,25 @@ def test_records_that_differ_in_case_are_not_confused():
     assert read.equal(torch.arange(4.0))
 
 
+@pytest.mark.parametrize("held", [0, 3])
+def test_a_tensor_of_more_numbers_than_its_storage_is_refused(held):
+    """It would be filled with what lay in memory before."""
+    tensor = torch.arange(200.0)
+    with zipfile.ZipFile(io.BytesIO(archive(tensor))) as sound, zipfile.ZipFile(file := io.BytesIO(), "w") as made:
+        for record in sound.infolist():
+            content = sound.read(record)
+            if record.filename.endswith("/data.pkl"):
+                assert content.count(b"K\xc8") == 2  # numbers of the storage; the size
+                content = content.replace(b"K\xc8", b"K" + bytes([held]), 1)
+            elif record.filename.endswith("/data/0"):
+                content = content[: 4 * held]
+            made.writestr(record.filename, content)
+        made.writestr("archive/padding", b"x" * 800)
+    data = file.getvalue()
+    with pytest.raises(PlanError, match="out of bounds for storage"):
+        shards.read_chunk(io.BytesIO(data), len(data), torch.float32, [200])
+
+
 TENSORS = [
     torch.arange(60.0).view(3, 4, 5),
     torch.arange(30.0).view(6, 5).t(),
