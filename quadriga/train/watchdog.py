@@ -136,14 +136,20 @@ class Watchdog:
         """
         if self._world_size == 1 or self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return
-        store, pause = self._own_store(), 0.002
+        store, pause, everyone = self._own_store(), 0.002, f"{place}/all"
         self._activity.began_anew()  # it got as far as this, and waits from now on
         self._meeting = True
         try:
-            store.add(place, 1)
-            while store.add(place, 0) < self._world_size:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.5)
+            # Names, whose values nobody reads: a counter that a stranger wrote over would end the store. The first rank
+            # looks for all of them, the others for its answer alone.
+            store.set(f"{place}/{self._rank}", "here")
+            names = [f"{place}/{rank}" for rank in range(self._world_size)] if self._rank == 0 else []
+            while not store.check([everyone]):
+                if names and store.check(names):
+                    store.set(everyone, "here")
+                else:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.5)
             self._activity.began_anew()  # all have come
         finally:
             self._meeting = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from quadriga.config.schema import Comm
 from quadriga.train import activity, waits, watchdog
@@ -158,19 +160,45 @@ def test_waiting_ends_with_the_wait_and_with_its_failure(monkeypatch, tmp_path: 
     watch = Watchdog(Comm(), 300.0, Progress(), str(tmp_path), environ)
     seen: list[bool] = []
 
-    def add(place: str, amount: int) -> int:
+    def called(what: str | list[str], value: str = "") -> bool:
         seen.append(watch._meeting)
-        if place == "gone":
+        if "gone" in str(what):
             raise RuntimeError("no answer")
-        return 2
+        return True
 
-    monkeypatch.setattr(watch, "_own_store", lambda: SimpleNamespace(add=add))
+    monkeypatch.setattr(watch, "_own_store", lambda: SimpleNamespace(set=called, check=called))
     watch.meet("here")
     assert not watch._meeting
     with pytest.raises(RuntimeError):
         watch.meet("gone")
     assert not watch._meeting
     assert seen == [True, True, True]
+
+
+def test_ranks_meet_when_the_first_one_has_seen_all(monkeypatch, tmp_path: Path) -> None:
+    store = HashStore()
+    watches = [
+        Watchdog(
+            Comm(),
+            300.0,
+            Progress(),
+            str(tmp_path),
+            {"RANK": str(rank), "WORLD_SIZE": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        )
+        for rank in range(3)
+    ]
+    threads = []
+    for watch in watches:
+        monkeypatch.setattr(watch, "_own_store", lambda: store)
+        threads.append(threading.Thread(target=watch.meet, args=("batch",), daemon=True))
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(0.2)
+    assert all(thread.is_alive() for thread in threads[:2]), "they wait for the third"
+    threads[2].start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("second", [100, 225], ids=["between rounds", "in a judgement"])
