@@ -61,7 +61,7 @@ def held_up(folder: str, place: str, how: Callable[[], None], who: int) -> int:
     }[place]
     inner, left = getattr(holder, name), [how]
 
-    def outer(*given, **named):  # type: ignore[no-untyped-def]
+    def outer(*given, **named):
         if int(os.environ["RANK"]) == who and left:
             left.pop()()
         return inner(*given, **named)

@@ -82,7 +82,7 @@ def build_long(folder: Path) -> None:
 def read_only(folder: Path) -> None:
     """Reading and checking alone, which is quick: no estimate is made."""
     known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": 1, "training": False}
-    read(["--job.config_file", str(folder / "run.toml")], {}, **known)  # type: ignore[arg-type]
+    read(["--job.config_file", str(folder / "run.toml")], {}, **known)
 
 
 def build_csv(folder: Path) -> None:
@@ -119,7 +119,7 @@ def read_environment(folder: Path) -> None:
     problems += wrong_variables(environ)
     known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": request.world_size, "training": False}
     try:
-        read([], environ, **known)  # type: ignore[arg-type]
+        read([], environ, **known)
     except UserError as error:
         problems += error.problems
     if problems:

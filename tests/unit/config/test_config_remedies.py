@@ -117,11 +117,11 @@ LAYOUTS = [
 def test_advice_is_accepted_and_saves_what_it_says(flavor: str, ranks: int, keys: tuple[str, ...], device: str) -> None:
     argv = [f"--model.flavor={flavor}", "--model.hf_assets_path=nowhere", *keys]
     known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": ranks, "training": False}
-    given = estimate(read(argv, {}, **known), device_named(device, "device"))  # type: ignore[arg-type]
+    given = estimate(read(argv, {}, **known), device_named(device, "device"))
     for piece in advice_for(given):
         ways = [f"--{key}={argument(value)}" for key, value in piece.keys]
         try:
-            tried = estimate(read([*argv, *ways], {}, **known), given.device)  # type: ignore[arg-type]
+            tried = estimate(read([*argv, *ways], {}, **known), given.device)
         except UserError as error:
             raise AssertionError(f"{piece} is refused: {error}") from error
         needed = tried.worst.reserved + tried.outside

@@ -95,7 +95,7 @@ def ended(
     environ = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     watch = Watchdog(Comm(), 300.0, Progress(), str(folder), environ)
     watch._meeting = True
-    watch._next_round = Round(clock, until, watch._stopped.set)  # type: ignore[assignment]
+    watch._next_round = Round(clock, until, watch._stopped.set)
     store: Any = Store(clock, other, fails)
     monkeypatch.setattr(watch, "_own_store", lambda: store)
     found: list[Stall] = []
