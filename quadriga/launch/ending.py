@@ -79,10 +79,12 @@ def deaths(folder: Path, records: Sequence[ExitRecord]) -> list[Death]:
 def first_to_fail(records: Sequence[ExitRecord], silent: Sequence[Death]) -> ExitRecord | Death | None:
     """What went wrong first. A lost peer is a consequence, and torchrun ends the survivors with SIGTERM."""
 
-    def order(failure: ExitRecord | Death) -> tuple[bool, float, bool]:
+    def order(failure: ExitRecord | Death) -> tuple[bool, int, int]:
+        # Within one second, which is as fine as torchrun's clock goes, a kill comes before what its peers tell, and
+        # what a rank tells comes before an exit code alone.
         if isinstance(failure, Death):
-            return failure.exitcode == -signal.SIGTERM, failure.time, False
-        return failure.lost_peer, failure.time, True
+            return failure.exitcode == -signal.SIGTERM, int(failure.time), 0 if failure.exitcode < 0 else 2
+        return failure.lost_peer, int(failure.time), 1
 
     failures: list[ExitRecord | Death] = [*records, *silent]
     return min(failures, key=order, default=None)

@@ -148,6 +148,8 @@ def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
     failure = first_failure(read_records(folder.with_name(str(restart - 1))))
     if failure is not None and failure.code in FINAL:
         failure.write(folder)
+        if failure.rank != _rank(environ):
+            ExitRecord(_rank(environ), failure.code, time.time(), failure.error, lost_peer=True).write(folder)
         return failure.code
     if environ.get("LOCAL_RANK", "0") == "0":
         cause = f"rank {failure.rank} failed:\n\n{failure.details}\n" if failure else "a rank died without a word"
