@@ -1,5 +1,7 @@
 """Fuzz readers from the command line, and record how many cases passed.
 
+A record keeps the rows of readers that were not fuzzed this time; each row names its commit.
+
 python tests/fuzz/run.py --cases 20000 [--only NAME ...] [--start N] [--record benchmarks/results/fuzz.json]
 """
 
@@ -24,7 +26,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="names of readers")
     parser.add_argument("--record", type=Path, help="a result file, written from a clean commit")
     given = parser.parse_args()
-    figures: dict[str, dict[str, float]] = {}
+    names = [reader.name for reader in readers()]
+    if unknown := set(given.only) - set(names):
+        parser.error(f"no such reader: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    figures: dict[str, dict[str, float | str]] = {}
     failed = 0
     for reader in readers():
         if given.only and reader.name not in given.only:
@@ -41,11 +46,15 @@ def main() -> int:
         }
         print(reader.name, json.dumps(figures[reader.name]), flush=True)
     if given.record and not failed:
-        from common import save
+        from common import git, save
 
+        commit = git("rev-parse", "--short=7", "HEAD")
+        before = json.loads(given.record.read_text())["figures"] if given.record.exists() else {}
+        fuzzed = {name: {**row, "commit": commit} for name, row in figures.items()}
+        figures = {name: row for name, row in (before | fuzzed).items() if name in names}
         claim = "whatever the bytes, a reader answers or refuses with one message"
         command = f"python tests/fuzz/run.py --cases {given.cases} --record {given.record.name}"
-        save(given.record.stem, figures, command=[command], claim=claim, folder=given.record.parent)
+        save(given.record.stem, figures, command=[command], claim=claim, folder=given.record.resolve().parent)
     return 1 if failed else 0
 
 
