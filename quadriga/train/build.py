@@ -200,7 +200,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             saves=config.checkpoint.enable and not config.checkpoint.load_only,
         ),
         watchdog=watchdog,
-        validator=build_validator(run, mesh, device, parts, tokenizer) if config.validation.enable else None,
+        validator=build_validator(run, mesh, device, parts, tokenizer, state.feed),
     )
 
 
@@ -334,9 +334,11 @@ def build_loss(run: Run, device: torch.device, parts: tuple[nn.Module, ...], div
 
 
 def build_validator(
-    run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], tokenizer: Any
-) -> Validator:
+    run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], tokenizer: Any, feed: Feed
+) -> Validator | None:
     section = run.config.validation
+    if not section.enable:
+        return None
     share = section.local_batch_size
     field = section.dataset_text_field or run.config.training.dataset_text_field
     loader = build_loader(
@@ -352,7 +354,7 @@ def build_validator(
         field=Field(field, "validation.dataset_text_field"),
     )
     forward = build_pass(run, mesh, device, parts, share, section.seq_len)
-    return Validator(loader, forward, device, section.freq, section.steps)
+    return Validator(loader, feed, forward, device, section.freq, section.steps)
 
 
 def dataloader_on(device: torch.device, section: Dataloader) -> Dataloader:

@@ -5,12 +5,14 @@
 3. Before the optimizer they read it. If so, no rank takes the step: weights and optimizer are those of the step before,
    the place in the data is put back, and every rank raises the same `DataFault`.
 
-Invariant: either all ranks take a step with whole batches, or none does.
+Invariant: either all ranks take a step with whole batches, or none does. In a validation the ranks agree on each batch
+before they use it: there is no step to give up.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -43,33 +45,62 @@ class Feed:
     def next(self, loader: Loader) -> Batch:
         """The next batch; an empty one where it cannot be read, of which `check` tells. Raises DataFault where nobody
         is asked."""
-        self._error = None
-        if self._group is None:
-            try:
-                return loader.next()
-            except Exception as error:
-                raise DataFault(error) from error
         self._before = loader.mark()
-        try:
-            batch = loader.next()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
-            batch, self._error = loader.empty(), error
-        failed = torch.tensor([self._error is not None], dtype=torch.int64)
-        work = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._under_way = work, failed
-        return batch
+        batch = self._read(loader)
+        self._ask()
+        return loader.empty() if batch is None else batch
 
     def check(self, loader: Loader) -> None:
         """Call on all ranks before the step changes anything. Raises DataFault on all where one had no batch; the
         loader is then where it stood before `next`."""
-        if self._under_way is None:
+        if self._failed_somewhere():
+            loader.back_to(self._before)
+            self._raise_common()
+
+    def one_pass(self, loader: Loader) -> Iterator[Batch]:
+        """The batches of one pass over a loader that is not endless, from its beginning. Call on all ranks: where one
+        cannot read a batch, all raise DataFault instead of using it."""
+        iter(loader)
+        while True:
+            batch = self._read(loader)
+            self._ask()
+            if self._failed_somewhere():
+                self._raise_common()
+            if batch is None:
+                return
+            yield batch
+
+    def _read(self, loader: Loader) -> Batch | None:
+        """The next batch; None at the end of a pass, and where it cannot be read: then `_error` says why."""
+        self._error = None
+        try:
+            return loader.next()
+        except StopIteration:
+            return None
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            if self._group is None:
+                raise DataFault(error) from error
+            self._error = error
+            return None
+
+    def _ask(self) -> None:
+        """Start to ask whether any rank met an error."""
+        if self._group is None:
             return
+        failed = torch.tensor([self._error is not None], dtype=torch.int64)
+        work = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._under_way = work, failed
+
+    def _failed_somewhere(self) -> bool:
+        """The answer; False where nobody was asked."""
+        if self._under_way is None:
+            return False
         (work, failed), self._under_way = self._under_way, None
         work.wait()
-        if not failed.item():
-            return
-        loader.back_to(self._before)
+        return bool(failed.item())
+
+    def _raise_common(self) -> NoReturn:
         told = all_gather_json(None if self._error is None else error_to_json(self._error), self._group)
         raise DataFault(_common(told)) from self._error
 

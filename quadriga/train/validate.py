@@ -11,6 +11,7 @@ from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.data.loader import Loader
 from quadriga.parallel.data_parallel import free_gathered_parameters
+from quadriga.train.feed import Feed
 from quadriga.train.passes import Pass
 
 
@@ -22,6 +23,7 @@ class Validator:
     """
 
     loader: Loader
+    feed: Feed
     forward: Pass
     device: torch.device
     freq: int
@@ -32,16 +34,21 @@ class Validator:
 
     @torch.no_grad()
     def mean_loss(self, parts: tuple[torch.nn.Module, ...], mesh: Mesh) -> tuple[float, int]:
-        """The mean cross-entropy in nats per token over all ranks, and the number of tokens it is the mean of."""
+        """The mean cross-entropy in nats per token over all ranks, and the number of tokens it is the mean of.
+
+        Raises DataFault on all ranks where one cannot read the text; the parts are then as they were.
+        """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nats, tokens): read once, at the end
         for part in parts:
             part.eval()
-        for batch in islice(self.loader, None if self.steps < 0 else self.steps):
-            total[0] += self.forward.evaluate(batch)
-            total[1] += (batch.labels != IGNORE).sum()
-        for part in parts:
-            free_gathered_parameters(part)
-            part.train()
+        try:
+            for batch in islice(self.feed.one_pass(self.loader), None if self.steps < 0 else self.steps):
+                total[0] += self.forward.evaluate(batch)
+                total[1] += (batch.labels != IGNORE).sum()
+        finally:
+            for part in parts:
+                free_gathered_parameters(part)
+                part.train()
         summed, tokens = mesh.reduce_sum(total).tolist()
         # Ranks that share their rows each count all tokens of them, and nats of their own part alone.
         tokens = tokens * mesh.batch_degree / mesh.loss_group.size()

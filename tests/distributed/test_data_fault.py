@@ -1,6 +1,6 @@
 """Data that one rank cannot read in mid-run: all ranks save the last whole step and leave with exit code 2.
 
-And what ends a validation costs no step: the save of the same step comes first.
+In a validation too. And what ends a validation costs no step: the save of the same step comes first.
 """
 
 from __future__ import annotations
@@ -84,6 +84,41 @@ def test_when_the_data_are_mended_the_run_goes_on_as_if_nothing_had_been(tmp_pat
     assert [record["attempt"] for record in resumed] == [1] * BROKEN + [2] * (STEPS - BROKEN)
     for key in ("loss", "grad_norm"):
         assert largest_difference(resumed, straight, key) == 0
+
+
+def ended_in_a_validation(argv: list[str], batches: int) -> tuple[int, str, str]:
+    """Exit code, report and log of a rank; the second one cannot read validation text after so many batches of it."""
+    import torch.distributed as dist
+
+    from quadriga.data.loader import Loader
+
+    real = Loader._one_pass
+
+    def one_pass(self):
+        for number, piece in enumerate(real(self)):
+            if number == batches and dist.get_rank() == 1:
+                raise UserError(Problem("held_out/3.jsonl, line 7", "not JSON: Expecting ',' delimiter"))
+            yield piece
+
+    Loader._one_pass = one_pass
+    return ended(argv, broken=False)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(2, ()), pytest.param(2, PP, marks=pytest.mark.slow), pytest.param(4, (), marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("batches", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_validation_text_that_one_rank_cannot_read_ends_the_run_at_its_step(tmp_path, ranks, more, batches):
+    argv = arguments(tmp_path, *more, "--validation.enable", "--validation.freq=2", "--validation.seq_len=16")
+    argv += ["--validation.dataset=builtin_validation", "--validation.steps=3", "--validation.local_batch_size=4"]
+    ends = run_ranks(ended_in_a_validation, ranks, argv, batches, backend=None, timeout=120)
+    assert {code for code, _, _ in ends} == {2}
+    (report,) = {report for _, report, _ in ends}
+    assert report.splitlines()[2] == "held_out/3.jsonl, line 7"
+    found = find(tmp_path / "checkpoint")
+    assert found.step == 1, "the first validation is at step 1"
+    assert damage(found) == []
 
 
 def failing_validation(argv: list[str]) -> int:
