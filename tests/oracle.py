@@ -41,6 +41,7 @@ class Setting:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_norms: bool = True
     max_norm: float = 0.6
 
 
@@ -53,11 +54,11 @@ class Trained:
 
 
 def learning_rate(setting: Setting, step: int) -> float:
-    """Linear warm-up, then linear decay that would reach its floor one step after the last. Steps count from 1."""
+    """Linear warm-up, then linear decay from the peak in its first step, that would reach its floor one step after the
+    last, as torchtitan v0.2.2 defines it. Steps count from 1."""
     if step <= setting.warmup:
         return setting.lr * (step / setting.warmup)
-    decay = setting.steps - setting.warmup
-    progress = (step - setting.warmup) / (decay + 1)
+    progress = (step - 1 - setting.warmup) / (setting.steps - setting.warmup)
     return setting.lr * (setting.min_lr_factor + (1.0 - setting.min_lr_factor) * (1.0 - progress))
 
 
@@ -168,10 +169,11 @@ def train(setting: Setting, data: Path, rows: dict[int, list[list[str]]], start:
     """Train from the weights `start` on the documents `rows`; one process, the whole batch at once."""
     model = build_model(setting, start)
     named = dict(model.named_parameters())
+    norms = setting.weight_decay if setting.decay_norms else 0.0
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": setting.weight_decay},
-            {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": norms},
         ],
         lr=setting.lr,
         betas=setting.betas,

@@ -145,8 +145,8 @@ assets that need no download are `training.dataset = "builtin"` and `model.hf_as
 
 Some defaults differ from those of the trainer in which this vocabulary grew up, where those were traps:
 `checkpoint.last_save_model_only` is false, so that a finished run can be resumed; `training.max_norm = 0` switches
-clipping off; `debug.seed` is a number, so that a run can be repeated; weight decay leaves norms and biases alone unless
-`optimizer.decay_norms_and_biases`; `profiling.profiler_active` is 5; traces go to `profile_trace`.
+clipping off; `debug.seed` is a number, so that a run can be repeated; `profiling.profiler_active` is 5; traces go to
+`profile_trace`.
 
 An editor can complete and check these files: `quadriga schema > quadriga.schema.json`.
 """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
+from quadriga.config.lr_phases import lr_phases
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
 
@@ -17,6 +18,7 @@ GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
 STATE_DTYPE = "optimizer.state_dtype"
 LEAST_FALL = 2**-8  # half of what lies between a bfloat16 number just above a power of two and the next
+SCHEDULE = ("lr_scheduler.warmup_steps", "training.steps")
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
 
@@ -99,30 +101,41 @@ def one_recipe_a_layer(case: Case) -> Verdicts:
             yield Clash(f"{' and '.join(asked)} convert the same layers", "keep one of them")
 
 
-@rule("lr_scheduler.warmup_steps", "training.steps")
+@rule("lr_scheduler.warmup_steps", "training.steps", "lr_scheduler.total_steps", "lr_scheduler.variant")
 def warmup_ends_within_the_run(case: Case) -> Verdicts:
-    warmup, steps = case.config.lr_scheduler.warmup_steps, case.config.training.steps
-    if warmup > steps:
+    schedule, steps = case.config.lr_scheduler, case.config.training.steps
+    warmup, total = schedule.warmup_steps, schedule.total_steps or steps
+    key = "training.steps" if schedule.total_steps is None else "lr_scheduler.total_steps"
+    if warmup > total:
+        what = f"lr_scheduler.warmup_steps = {warmup} is longer than {key} = {total}"
+        cut_off = schedule.variant == "early_decay"
+        yield f"{what}: the ramp is {'cut off, not rescaled' if cut_off else f'shortened to {total} steps'}"
+    elif warmup > steps:
         what = f"lr_scheduler.warmup_steps = {warmup} is longer than training.steps = {steps}"
-        yield f"{what}: the ramp is cut off, not rescaled"
+        yield f"{what}: the run ends within the ramp"
 
 
-@rule("lr_scheduler.total_steps", "training.steps")
+@rule("lr_scheduler.total_steps", *SCHEDULE, "optimizer.lr")
 def schedule_covers_the_run(case: Case) -> Verdicts:
-    total, steps = case.config.lr_scheduler.total_steps, case.config.training.steps
-    if total is not None and total < steps:
-        yield f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays where it ends"
+    schedule, steps = case.config.lr_scheduler, case.config.training.steps
+    total = schedule.total_steps
+    if total is None or total >= steps:
+        return
+    decays = lr_phases(schedule, steps).decay > 0 or schedule.variant == "early_decay"
+    rate = case.config.optimizer.lr * (schedule.min_lr_factor if decays else 1.0)
+    yield (
+        f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays where it ends, "
+        f"at {rate:g} from step {total + 1} on (torchtitan v0.2.2 computes beyond its end: negative or rising rates)"
+    )
 
 
-@rule("lr_scheduler.decay_ratio", "lr_scheduler.warmup_steps", "training.steps", "lr_scheduler.total_steps")
+@rule("lr_scheduler.decay_ratio", *SCHEDULE, "lr_scheduler.total_steps")
 def decay_fits_beside_the_warmup(case: Case) -> Verdicts:
     schedule = case.config.lr_scheduler
-    total = schedule.total_steps or case.config.training.steps
-    wanted = round(total * (schedule.decay_ratio or 0))
-    left = total - schedule.warmup_steps
-    if 0 <= left < wanted:
-        what = f"a warm-up of {schedule.warmup_steps} and a decay of {wanted} steps exceed {total}"
-        yield f"{what}: the decay takes {left} steps"
+    phases = lr_phases(schedule, case.config.training.steps)
+    if phases.decay < phases.wanted_decay:
+        what = f"a warm-up of {phases.warmup} and a decay of {phases.wanted_decay} steps exceed {phases.total}"
+        yield f"{what}: the decay takes {phases.decay} steps"
 
 
 @rule(*CYCLE)

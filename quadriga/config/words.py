@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quadriga.config.lr_phases import lr_phases
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
@@ -79,15 +80,16 @@ def batch(spec: RunSpec) -> str:
 def schedule(run: Run) -> str:
     """The learning rate over the run, in the phases that have any steps: ramp, plateau, decay."""
     section, lr = run.config.lr_scheduler, run.config.optimizer.lr
-    total = section.total_steps or run.spec.steps
-    warmup, left = min(section.warmup_steps, total), max(total - section.warmup_steps, 0)
-    decay = left if section.decay_ratio is None else min(round(total * section.decay_ratio), left)
-    phases = [f"a linear ramp of {plural(warmup, 'step')} to {lr:g}" if warmup else f"starts at {lr:g}"]
-    if left > decay:
-        phases.append(f"{plural(left - decay, 'step')} at {lr:g}")
-    if decay:
+    steps = lr_phases(section, run.spec.steps)
+    phases = [f"a linear ramp of {plural(steps.warmup, 'step')} to {lr:g}" if steps.warmup else f"starts at {lr:g}"]
+    if section.variant == "early_decay" and section.warmup_steps > steps.warmup:
+        phases = [f"a linear ramp to {lr:g} of which {steps.warmup:,} of {section.warmup_steps:,} steps are taken"]
+    if steps.plateau:
+        phases.append(f"{plural(steps.plateau, 'step')} at {lr:g}")
+    if steps.decay:
         floor = f"{lr * section.min_lr_factor:g}" if section.min_lr_factor else "0"
-        phases.append(f"a {section.decay_type} decay towards {floor} over {plural(decay, 'step')}")
+        early = ", begun a step early" if section.variant == "early_decay" else ""
+        phases.append(f"a {section.decay_type} decay towards {floor} over {plural(steps.decay, 'step')}{early}")
     return ", then ".join(phases)
 
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW, with weight decay where it belongs."""
+"""Adam and AdamW, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam (arXiv 1412.6980; decay added to the gradient) or AdamW (arXiv 1711.05101; decay applied to the weight).
 
-    Two parameter groups, always in this order, so that a checkpoint fits whatever decays: matrices, which decay, and
-    vectors (norms, biases), which decay only with `optimizer.decay_norms_and_biases`.
+    Two parameter groups, always in this order: matrices, and vectors (norms, biases), which do not decay without
+    `optimizer.decay_norms_and_biases`. Where both decay the update is that of one group, to the bit.
 
     torch's own optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype`, see `moments`.
 

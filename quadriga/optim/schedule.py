@@ -1,14 +1,23 @@
 """The learning rate over time, as a pure function of the step.
 
-Steps count from 1, as people and log files do. With W warm-up steps, a horizon of T steps and D decay steps:
+Steps count from 1, as people and log files do. With W warm-up steps, a schedule of T steps and D decay steps, the
+default (`lr_scheduler.variant = "torchtitan"`) is that of torchtitan v0.2.2, equal to the last digit:
 
     step s = 1 .. W        s / W                 the first step moves by 1/W of the peak, step W by all of it
     s = W+1 .. T-D         1                     the plateau
-    s = T-D+1 .. T         floor + (1 - floor) * shape((s - (T - D)) / (D + 1))
-    s > T                  floor                 the run outlives its schedule
+    s = T-D+1 .. T         floor + (1 - floor) * shape((s - 1 - (T - D)) / D)
+    s > T                  floor; 1 if D = 0     the run outlives its schedule, and the rate stays where it ends
 
-The decay would reach its floor at step T+1: no step of the run is spent at a learning rate of zero. A warm-up longer
-than the run is cut off, not rescaled: the ramp's slope is what was asked for.
+The first decay step is still at the peak, and the floor would be reached at step T+1: no step of the schedule is spent
+at a learning rate of zero. A warm-up longer than the schedule is shortened to it. Beyond step T+1 torchtitan v0.2.2
+continues the formula, to negative rates (linear, sqrt) or up again (cosine), and fails where D = 0: the rate is held
+here instead, and the configuration check says so before the run.
+
+`lr_scheduler.variant = "early_decay"` is the schedule that Quadriga had before. It differs in three points:
+
+    W > T                  s / W                 the warm-up is cut off, not shortened
+    s = T-D+1 .. T         floor + (1 - floor) * shape((s - (T - D)) / (D + 1))
+    s > T                  floor, also if D = 0
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import LrScheduler
 
 # From 1 to 0 as the argument goes from 0 to 1. `sqrt` is the 1 - sqrt cooldown of arXiv 2405.18392.
@@ -31,24 +41,31 @@ SHAPES: Mapping[str, Callable[[float], float]] = {
 
 def lr_factor(step: int, section: LrScheduler, steps: int) -> float:
     """The share of the peak learning rate at `step` (from 1) of a run of `steps`."""
-    horizon = section.total_steps or steps
-    decay = decay_steps(section, horizon)
+    if section.variant == "early_decay":
+        return _early_decay_factor(step, section, steps)
+    phases = lr_phases(section, steps)
+    if step <= phases.warmup:
+        return step / phases.warmup
+    decayed = min(step - 1, phases.total) - (phases.total - phases.decay)  # decay steps before this one
+    if decayed < 0 or phases.decay == 0:
+        return 1.0
+    return _between_peak_and_floor(decayed / phases.decay, section)
+
+
+def _early_decay_factor(step: int, section: LrScheduler, steps: int) -> float:
+    phases = lr_phases(section, steps)
     if step <= section.warmup_steps:
         return step / section.warmup_steps
-    if step <= horizon - decay:
-        return 1.0
-    if step > horizon:
+    if step > phases.total:
         return section.min_lr_factor
-    progress = (step - (horizon - decay)) / (decay + 1)
+    decayed = step - (phases.total - phases.decay)
+    if decayed <= 0:
+        return 1.0
+    return _between_peak_and_floor(decayed / (phases.decay + 1), section)
+
+
+def _between_peak_and_floor(progress: float, section: LrScheduler) -> float:
     return section.min_lr_factor + (1.0 - section.min_lr_factor) * SHAPES[section.decay_type](progress)
-
-
-def decay_steps(section: LrScheduler, horizon: int) -> int:
-    """How many of `horizon` steps decay: `decay_ratio` of them, or all after the warm-up; never part of the warm-up."""
-    after_warmup = max(0, horizon - section.warmup_steps)
-    if section.decay_ratio is None:
-        return after_warmup
-    return min(round(horizon * section.decay_ratio), after_warmup)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, section: LrScheduler, steps: int) -> LambdaLR:

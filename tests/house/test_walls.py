@@ -54,7 +54,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("compare", "metrics"): ("quadriga.metrics.jsonl", "quadriga.metrics.events"),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("data", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
-    ("optim", "config"): ("quadriga.config.schema",),
+    ("optim", "config"): ("quadriga.config.schema", "quadriga.config.lr_phases"),
     ("metrics", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("parallel", "config"): ("quadriga.config.schema",),
     ("checkpoint", "config"): ("quadriga.config.schema",),

@@ -26,10 +26,10 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
 
     weight_decay: NonNegative = 0.1
-    """Weight decay; on matrices only unless `decay_norms_and_biases`."""
+    """Weight decay, on all parameters; without `decay_norms_and_biases` on matrices only."""
 
-    decay_norms_and_biases: bool = False
-    """Apply the weight decay to norms and biases too."""
+    decay_norms_and_biases: bool = True
+    """Apply the weight decay to norms and biases too, as torchtitan does; false: to matrices only."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed: parameter by parameter, in lists, or in one fused kernel."""
@@ -45,7 +45,7 @@ class LrScheduler(Section):
     """The learning rate over time: a linear ramp, a plateau, a decay."""
 
     warmup_steps: Amount = 200
-    """Steps of the linear ramp at the start."""
+    """Steps of the linear ramp at the start; shortened where the schedule is shorter."""
 
     total_steps: Count | None = None
     """Length of the schedule where it is not `training.steps`."""
@@ -58,3 +58,6 @@ class LrScheduler(Section):
 
     min_lr_factor: Share = 0.0
     """Where the decay ends, as a fraction of the peak learning rate."""
+
+    variant: Literal["torchtitan", "early_decay"] = "torchtitan"
+    """Schedule of torchtitan, or that of Quadriga before it: decay from D/(D+1) of the peak on, warm-up cut off."""

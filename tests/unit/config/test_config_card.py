@@ -78,6 +78,14 @@ def test_the_layout_in_words(arguments, gpus, says, card):
             ["--lr_scheduler.decay_type", "cosine", "--lr_scheduler.total_steps", "300"],
             "a cosine decay towards 0 over 100",
         ),
+        (
+            ["--training.steps", "50", "--lr_scheduler.variant", "early_decay"],
+            "a linear ramp to 0.0008 of which 50 of 200 steps are taken",
+        ),
+        (
+            ["--lr_scheduler.variant", "early_decay"],
+            "a linear decay towards 0 over 9,800 steps, begun a step early",
+        ),
     ],
 )
 def test_the_schedule_in_words(arguments, says, door):

@@ -102,8 +102,28 @@ def test_folders_lie_in_the_run_folder(door):
     ("arguments", "says"),
     [
         (["--training.steps", "10"], "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10"),
-        (["--training.steps", "10"], "the ramp is cut off, not rescaled"),
-        (["--lr_scheduler.total_steps", "300"], "the rate stays where it ends"),
+        (["--training.steps", "10"], "the ramp is shortened to 10 steps"),
+        (
+            ["--training.steps", "10", "--lr_scheduler.variant", "early_decay"],
+            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10: the ramp is cut off, not rescaled",
+        ),
+        (
+            ["--lr_scheduler.total_steps", "100", "--training.steps", "50"],
+            "lr_scheduler.warmup_steps = 200 is longer than lr_scheduler.total_steps = 100: the ramp is shortened",
+        ),
+        (
+            ["--lr_scheduler.total_steps", "1000", "--training.steps", "50"],
+            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 50: the run ends within the ramp",
+        ),
+        (["--lr_scheduler.total_steps", "300"], "the rate stays where it ends, at 0 from step 301 on"),
+        (
+            ["--lr_scheduler.total_steps", "300", "--lr_scheduler.min_lr_factor", "0.5"],
+            "the rate stays where it ends, at 0.0004 from step 301 on",
+        ),
+        (
+            ["--lr_scheduler.total_steps", "300", "--lr_scheduler.decay_ratio", "0"],
+            "the rate stays where it ends, at 0.0008 from step 301 on",
+        ),
         (
             ["--training.steps", "10", "--lr_scheduler.warmup_steps", "5", "--lr_scheduler.decay_ratio", "0.8"],
             "the decay takes 5 steps",

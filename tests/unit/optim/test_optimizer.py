@@ -25,20 +25,35 @@ def update(section: Optimizer, steps: int = 3) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    model = small_model()
-    optimizer = build_optimizer(model.named_parameters(), Optimizer(weight_decay=0.1))
-    matrices, vectors = optimizer.param_groups
+def test_every_parameter_decays_unless_told_otherwise() -> None:
+    """As in torchtitan v0.2.2, which hands all parameters to the optimizer in one group."""
+    groups = build_optimizer(small_model().named_parameters(), Optimizer(weight_decay=0.1)).param_groups
+    assert [len(group["params"]) for group in groups] == [2, 3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_vectors_do_not_decay_where_they_are_told_not_to_and_the_groups_stay() -> None:
+    section = Optimizer(weight_decay=0.1, decay_norms_and_biases=False)
+    matrices, vectors = build_optimizer(small_model().named_parameters(), section).param_groups
     assert [parameter.dim() for parameter in matrices["params"]] == [2, 2]
     assert [parameter.dim() for parameter in vectors["params"]] == [1, 1, 1]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
 
 
-def test_vectors_decay_where_they_are_told_to_and_the_groups_stay() -> None:
-    section = Optimizer(weight_decay=0.1, decay_norms_and_biases=True)
-    groups = build_optimizer(small_model().named_parameters(), section).param_groups
-    assert [len(group["params"]) for group in groups] == [2, 3]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
+def test_two_groups_update_as_one_does(name: str, implementation: str) -> None:
+    """The bits of torch's optimizer over all parameters in one group: what torchtitan v0.2.2 builds."""
+    section = Optimizer(name=name, lr=0.01, implementation=implementation)  # type: ignore[arg-type]
+    model = small_model()
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+    flags = {"fused": implementation == "fused", "foreach": implementation == "foreach"}
+    optimizer = kind(model.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **flags)
+    for step in range(3):
+        model(torch.arange(7)).pow(2 + step).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(update(section), model.parameters(), strict=True))
 
 
 def test_frozen_parameters_are_left_out() -> None:
