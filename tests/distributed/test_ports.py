@@ -8,6 +8,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,34 @@ def test_so_is_that_of_one_process_without_torchrun(tmp_path: Path) -> None:
     run.end()
     assert run.starts == {"0"}
     assert run.numbers == numbers(train(tmp_path / "straight", 1, *STEPS))
+
+
+CLI = [sys.executable, "-m", "quadriga.cli"]
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("name", ["bench", "equivalence"])
+def test_so_are_those_of_the_runs_that_a_command_starts(tmp_path: Path, name: str) -> None:
+    varied = ["--vary", "activation_checkpoint.mode=none,full", "--repeat", "1", "--ngpu", "2", "--steps", "17"]
+    command = {
+        "bench": [*CLI, "bench", DEBUG_FILE, *varied, "--out", str(tmp_path / "out"), *TINY],
+        "equivalence": [*CLI, "equivalence", "--layout", "dp_shard=2"],
+    }[name]
+    running = Running(command, {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    seen: set[Listener] = set()
+
+    def ended() -> bool:
+        seen.update(listeners(running.family()))
+        return running.process.poll() is not None
+
+    try:
+        assert wait_until(ended, 240)
+        said = running.end(30)
+    finally:
+        running.kill_all()
+    assert said.code == 0, said.err
+    assert len({one.pid for one in seen}) >= 3, seen  # a store, and two ranks' gloo
+    assert {str(one) for one in seen if not one.is_loopback} == set()
 
 
 NAMED = """
