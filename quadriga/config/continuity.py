@@ -11,7 +11,8 @@ from quadriga.config.rules_layout import divisors
 from quadriga.errors import Problem
 from quadriga.limits import COUNT
 
-NAMES = {"name", "flavor"}  # of a model: what counts is its numbers
+# Of a model: its names, since its numbers count, and what only initial weights depend on, which a checkpoint replaces.
+NOT_COMPARED = {"name", "flavor", "depth_init"}
 FIX = "restore what it was, begin another run (--job.dump_folder), or go on all the same: --checkpoint.allow_change"
 BATCH = "training.global_batch_size"
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
@@ -33,7 +34,7 @@ def facts(run: Run) -> dict[str, Any]:
 def other_training(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
     """The differences that make it another training: of the model, the length of sequences, the seed, the batch."""
     model = saved.get("model")
-    for name in sorted(here["model"].keys() - NAMES):
+    for name in sorted(here["model"].keys() - NOT_COMPARED):
         was, now = model.get(name) if isinstance(model, Mapping) else None, here["model"][name]
         if was != now:
             yield f"model.{name}", was, now

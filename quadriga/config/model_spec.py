@@ -26,7 +26,10 @@ ROPE_SCALINGS: Mapping[str, RopeScaling | None] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One size of one model family. `dim` is the width, `ffn_dim` the inner width of the feed-forward layers."""
+    """One size of one model family. `dim` is the width, `ffn_dim` the inner width of the feed-forward layers.
+
+    `depth_init` is of the initial weights alone; nothing else depends on it.
+    """
 
     name: str
     flavor: str
@@ -40,6 +43,7 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    depth_init: bool = True
 
     @property
     def head_dim(self) -> int:

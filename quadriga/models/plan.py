@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter: full name, shape, and how it is born (`normal` with `std`, truncated at 3 std, or `ones`)."""
+    """One parameter: full name, shape, and its initial values: `ones`, or `normal` with mean 0.
+
+    `std`: the standard deviation of the normal distribution before it is cut.
+    `bound`: where it is cut, as an absolute value: all initial values lie in [-bound, bound]. inf: not cut.
+    """
 
     name: str
     shape: tuple[int, ...]
     init: str = "normal"  # normal | ones
     std: float = 0.02
+    bound: float = math.inf
 
 
 @dataclass(frozen=True)

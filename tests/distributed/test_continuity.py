@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import oracle
 import pytest
 import torch
 from ranks import RankError, run_ranks
@@ -49,6 +50,28 @@ def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(tmp_path, mon
     assert alone(tmp_path, monkeypatch, *TINY, *SAVING, "--training.steps=3", "--optimizer.lr=1e-4") == 0
     assert "changed since this checkpoint was saved: optimizer.lr: 0.0008 -> 0.0001" in heard.text
     assert "changed since this checkpoint was saved: training.steps: 2 -> 3" in heard.text
+
+
+def test_a_key_of_the_initial_weights_alone_is_no_other_training(tmp_path):
+    """They are in the checkpoint; so an older one, which does not say how they were drawn, resumes too."""
+    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
+    records = train(tmp_path, 1, *TINY, *SAVING, "--training.steps=3", "--model.no_depth_init")
+    assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_depth_init_reaches_the_initial_weights(tmp_path):
+    """Of two layers the second has 0.02 / sqrt(4) either way, the first 0.02 / sqrt(2) or as the second."""
+    found = {}
+    for name, given in (("deep", ()), ("equal", ("--model.no_depth_init",))):
+        train(tmp_path / name, 1, *TINY, *SAVING, *given, "--checkpoint.create_seed_checkpoint")
+        weights = oracle.read_weights(tmp_path / name / "checkpoint/step-0", tmp_path / f"{name}.pt")
+        found[name] = weights
+    first, second = (f"layers.{layer}.feed_forward.w3.weight" for layer in (0, 1))
+    assert [found["deep"][name].std().item() for name in (first, second)] == pytest.approx([0.0141421, 0.01], rel=0.06)
+    assert torch.equal(found["equal"][second], found["deep"][second])
+    torch.testing.assert_close(found["equal"][first], found["deep"][first] * 0.5**0.5)
+    untouched = [name for name in found["deep"] if not name.startswith("layers.0.")]
+    assert all(torch.equal(found["equal"][name], found["deep"][name]) for name in untouched)
 
 
 @pytest.mark.parametrize(

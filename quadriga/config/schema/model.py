@@ -56,6 +56,9 @@ class Model(Section):
     tie_embeddings: bool | None = None
     """Override of the flavor: let the output layer share the weight of the embedding."""
 
+    depth_init: bool = True
+    """Initial `wo`, `w2`, `w3`: standard deviation 0.02/sqrt(2(layer+1)), with `false` 0.02/sqrt(2 n_layers)."""
+
 
 class LinearFloat8(Section):
     """Linear layers in float8 (converter `quantize.linear.float8`)."""

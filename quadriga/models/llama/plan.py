@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.plan import ParallelPlan, ParameterPlan, ShardUnit, TensorCut
 
 _STD = 0.02
+_BOUND = 2.0  # of the matrices of a layer: at least 100 standard deviations, so that no value is ever cut
+_OUTPUT_STDS = 3.0  # where the output layer is cut, in standard deviations
 
 
-def _depth_scaled(layer: int) -> float:
-    """Of the two matrices that write to the residual stream: the deeper the layer, the less it says at first.
+def _scaled_std(spec: ModelSpec, layer: int) -> float:
+    """The standard deviation of `wo`, `w2` and `w3`, through which a layer adds to the residual stream.
 
-    Depth-scaled initialization (arXiv 1908.11365): the variance of the sum over the layers grows with the logarithm of
-    their number instead of with the number.
+    `depth_init`: 0.02 / sqrt(2 (layer + 1)), depth-scaled initialization (arXiv 1908.11365): the deeper the layer, the
+    less it adds at first. Otherwise 0.02 / sqrt(2 n_layers) in every layer, as in GPT-2.
     """
-    return _STD / float(2 * (layer + 1)) ** 0.5
+    return _STD / float(2 * (layer + 1 if spec.depth_init else spec.n_layers)) ** 0.5
 
 
 def _layer_parameters(spec: ModelSpec, layer: int) -> Iterator[ParameterPlan]:
     query, key_value = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    scaled, prefix = _depth_scaled(layer), f"layers.{layer}"
-    yield ParameterPlan(f"{prefix}.attention.wq.weight", (query, spec.dim), std=_STD)
-    yield ParameterPlan(f"{prefix}.attention.wk.weight", (key_value, spec.dim), std=_STD)
-    yield ParameterPlan(f"{prefix}.attention.wv.weight", (key_value, spec.dim), std=_STD)
-    yield ParameterPlan(f"{prefix}.attention.wo.weight", (spec.dim, query), std=scaled)
-    yield ParameterPlan(f"{prefix}.feed_forward.w1.weight", (spec.ffn_dim, spec.dim), std=_STD)
-    yield ParameterPlan(f"{prefix}.feed_forward.w2.weight", (spec.dim, spec.ffn_dim), std=scaled)
-    yield ParameterPlan(f"{prefix}.feed_forward.w3.weight", (spec.ffn_dim, spec.dim), std=_STD)
+    scaled, prefix = _scaled_std(spec, layer), f"layers.{layer}"
+    for name, shape, std in (
+        ("attention.wq", (query, spec.dim), _STD),
+        ("attention.wk", (key_value, spec.dim), _STD),
+        ("attention.wv", (key_value, spec.dim), _STD),
+        ("attention.wo", (spec.dim, query), scaled),
+        ("feed_forward.w1", (spec.ffn_dim, spec.dim), _STD),
+        ("feed_forward.w2", (spec.dim, spec.ffn_dim), scaled),
+        ("feed_forward.w3", (spec.ffn_dim, spec.dim), scaled),
+    ):
+        yield ParameterPlan(f"{prefix}.{name}.weight", shape, std=std, bound=_BOUND)
     yield ParameterPlan(f"{prefix}.attention_norm.weight", (spec.dim,), init="ones")
     yield ParameterPlan(f"{prefix}.ffn_norm.weight", (spec.dim,), init="ones")
 
 
+def _embeddings(spec: ModelSpec) -> ParameterPlan:
+    """Standard deviation 1, not cut. Tied to the output layer: 0.02, cut as that layer is.
+
+    A tied matrix also makes the logits of normed states, whose standard deviation is sqrt(dim) times its own: with 1 it
+    would be 45 for the 1B model, and the first loss far above ln(vocab_size). 0.02 is the `initializer_range` of the
+    published 1B and 3B models. (torchtitan v0.2.2 has no tied model.)
+    """
+    std, bound = (_STD, _OUTPUT_STDS * _STD) if spec.tie_embeddings else (1.0, math.inf)
+    return ParameterPlan("tok_embeddings.weight", (spec.vocab_size, spec.dim), std=std, bound=bound)
+
+
 def _parameters(spec: ModelSpec) -> Iterator[ParameterPlan]:
-    yield ParameterPlan("tok_embeddings.weight", (spec.vocab_size, spec.dim), std=_STD)
+    """All parameters, in order; the distributions of their initial values are those of torchtitan v0.2.2."""
+    yield _embeddings(spec)
     for layer in range(spec.n_layers):
         yield from _layer_parameters(spec, layer)
     yield ParameterPlan("norm.weight", (spec.dim,), init="ones")
     if not spec.tie_embeddings:
         # The logits of a normed state of `dim` entries begin with a variance of 1, whatever the width.
-        yield ParameterPlan("output.weight", (spec.vocab_size, spec.dim), std=spec.dim**-0.5)
+        std = spec.dim**-0.5
+        yield ParameterPlan("output.weight", (spec.vocab_size, spec.dim), std=std, bound=_OUTPUT_STDS * std)
 
 
 def _shard_units(spec: ModelSpec) -> Iterator[ShardUnit]:

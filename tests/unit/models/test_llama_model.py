@@ -35,6 +35,15 @@ def _build(spec: ModelSpec, seed: int = 1) -> Llama:
     return model
 
 
+def _far_from_initial(model: Llama) -> Llama:
+    """With weights under which every part of the model matters; initial ones leave the embeddings almost as they are,
+    where an error would hardly show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
 def _tokens(rows: int = 2, seq: int = 24, vocab: int = TINY.vocab_size) -> torch.Tensor:
     return torch.randint(vocab, (rows, seq))
 
@@ -50,10 +59,7 @@ def test_logits_equal_those_of_transformers(scaling: RopeScaling | None, tied: b
     from transformers import LlamaConfig, LlamaForCausalLM
 
     spec = dataclasses.replace(TINY, rope_scaling=scaling, tie_embeddings=tied, n_kv_heads=kv_heads)
-    ours = _build(spec)
-    with torch.no_grad():
-        for parameter in ours.parameters():  # away from the initial values, where an error would hardly show
-            parameter.mul_(1.5).add_(torch.randn_like(parameter) * 0.1)
+    ours = _far_from_initial(_build(spec))
     theirs = LlamaForCausalLM(LlamaConfig(**hf_config(spec)))
     result = theirs.load_state_dict(
         {to_hf(name): tensor for name, tensor in ours.state_dict().items()}, strict=not tied
@@ -117,7 +123,7 @@ def test_it_learns_with_nothing_distributed() -> None:
 
 
 def test_a_token_changes_only_what_follows_it() -> None:
-    model, tokens = _build(TINY), _tokens(1, 20)
+    model, tokens = _far_from_initial(_build(TINY)), _tokens(1, 20)
     changed = tokens.clone()
     changed[0, 11] = (changed[0, 11] + 1) % TINY.vocab_size
     with torch.no_grad():
@@ -127,7 +133,7 @@ def test_a_token_changes_only_what_follows_it() -> None:
 
 
 def test_positions_say_where_the_tokens_stand() -> None:
-    model, tokens = _build(dataclasses.replace(TINY, rope_scaling=SCALED)), _tokens(2, 16)
+    model, tokens = _far_from_initial(_build(dataclasses.replace(TINY, rope_scaling=SCALED))), _tokens(2, 16)
     with torch.no_grad():
         plain = model(tokens)
         assert torch.equal(plain, model(tokens, torch.arange(16)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -57,11 +58,32 @@ def test_recompute_units_are_the_blocks_in_order() -> None:
     assert parallel_plan(SIZES["debugmodel"]).recompute_units == tuple(f"layers.{layer}" for layer in range(6))
 
 
-def test_initial_deviations() -> None:
-    std = {parameter.name: parameter.std for parameter in parallel_plan(SIZES["8B"]).parameters}
-    assert std["tok_embeddings.weight"] == std["layers.31.attention.wq.weight"] == 0.02
-    assert std["layers.0.attention.wo.weight"] == pytest.approx(0.02 / math.sqrt(2))
-    assert std["layers.31.feed_forward.w2.weight"] == pytest.approx(0.02 / 8)
-    assert std["output.weight"] == 1 / 64
-    ones = {parameter.name for parameter in parallel_plan(SIZES["8B"]).parameters if parameter.init == "ones"}
-    assert ones == {name for name in std if name.split(".")[-2].endswith("norm")}
+PLAIN = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1")
+SCALED = ("attention.wo", "feed_forward.w2", "feed_forward.w3")
+
+
+@pytest.mark.parametrize(
+    ("depth_init", "first", "last"), [(True, 0.02 * 0.5**0.5, 0.0025), (False, 0.0025, 0.0025)], ids=["depth", "equal"]
+)
+def test_initial_distributions_of_the_8b_model(depth_init: bool, first: float, last: float) -> None:
+    """0.02 / sqrt(2) in the first layer and 0.02 / sqrt(64) in the last of 32; or the latter in all of them."""
+    plan = parallel_plan(dataclasses.replace(SIZES["8B"], depth_init=depth_init)).parameters
+    born = {each.name: (each.std, each.bound) for each in plan if each.init == "normal"}
+    assert born["tok_embeddings.weight"] == (1.0, math.inf)
+    assert born["output.weight"] == (1 / 64, 3 / 64)
+    for layer, scaled in ((0, first), (31, last)):
+        for name in PLAIN:
+            assert born[f"layers.{layer}.{name}.weight"] == (0.02, 2.0)
+        for name in SCALED:
+            assert born[f"layers.{layer}.{name}.weight"] == (pytest.approx(scaled, rel=1e-9), 2.0)
+    assert len(born) == 2 + 32 * len(PLAIN + SCALED)
+    ones = {each.name for each in plan if each.init == "ones"}
+    assert ones == {"norm.weight"} | {
+        f"layers.{n}.{name}.weight" for n in range(32) for name in ("attention_norm", "ffn_norm")
+    }
+
+
+@pytest.mark.parametrize("flavor", ["1B", "3B"])
+def test_a_tied_matrix_begins_as_an_output_layer_would(flavor: str) -> None:
+    tied = parallel_plan(SIZES[flavor]).parameters[0]
+    assert (tied.name, tied.std, tied.bound) == ("tok_embeddings.weight", 0.02, pytest.approx(0.06))

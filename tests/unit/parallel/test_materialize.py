@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -30,14 +31,21 @@ class Bag(nn.Module):
         self.table = torch.arange(3.0, device=self.table.device)
 
 
-def _filled(seed: int = 7, std: float = 0.02, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> Bag:
+def _filled(
+    seed: int = 7,
+    std: float = 0.02,
+    bound: float = math.inf,
+    dtype: torch.dtype = torch.float32,
+    **shapes: tuple[int, ...],
+) -> Bag:
     bag = Bag(**shapes).to(dtype)
-    materialize(bag, tuple(ParameterPlan(name, shape, std=std) for name, shape in shapes.items()), seed, CPU)
+    plan = tuple(ParameterPlan(name, shape, std=std, bound=bound) for name, shape in shapes.items())
+    materialize(bag, plan, seed, CPU)
     return bag
 
 
-def test_draws_are_normal_and_end_at_three_deviations() -> None:
-    values = _filled(weight=(1500, 1000), std=0.5).weight.detach().double() / 0.5
+def test_a_cut_distribution_is_normal_and_ends_at_its_bound() -> None:
+    values = _filled(weight=(1500, 1000), std=0.5, bound=1.5).weight.detach().double() / 0.5
     assert values.abs().max() <= 3.0
     assert values.abs().max() > 2.95
     assert values.mean().abs() < 5 / math.sqrt(values.numel())
@@ -47,6 +55,41 @@ def test_draws_are_normal_and_end_at_three_deviations() -> None:
     for edge, share in ((1.0, 0.68269), (2.0, 0.95450)):
         inside = (values.abs() < edge).double().mean().item()
         assert inside == pytest.approx(share / 0.99730, abs=2e-3)
+
+
+@pytest.mark.parametrize(("std", "bound"), [(1.0, math.inf), (0.02, 2.0), (0.0025, 2.0)])
+def test_a_distribution_that_is_not_cut_is_normal_to_its_tails(std: float, bound: float) -> None:
+    """Shares of a normal distribution beyond 1 to 4 standard deviations, from its tables; within 5 deviations of a
+    binomial count."""
+    values = _filled(weight=(2000, 1000), std=std, bound=bound).weight.detach().double() / std
+    assert values.abs().max() < 5.5
+    assert values.mean().abs() < 5 / math.sqrt(values.numel())
+    assert values.std().item() == pytest.approx(1.0, abs=2.5e-3)
+    assert (values**4).mean().item() == pytest.approx(3.0, abs=0.04)
+    for edge, beyond in ((1, 0.3173105), (2, 0.0455003), (3, 0.0026998), (4, 0.0000633)):
+        for side in (values > edge, values < -edge):
+            expected = values.numel() * beyond / 2
+            assert abs(side.sum().item() - expected) < 5 * math.sqrt(expected), edge
+
+
+@given(st.floats(1e-4, 10), st.floats(0.01, 1000) | st.just(math.inf))
+def test_the_ends_of_the_uniform_range_give_finite_numbers(std: float, stds: float) -> None:
+    """Where the inverse of the normal distribution is infinite: 0 and 1, of which 0 is drawn, and 1 - 2**-24."""
+    ends = torch.tensor([0.0, 2**-24, 0.5 - 2**-24, 0.5, 1 - 2**-23, 1 - 2**-24])
+    under_test._to_normal(ends, std, stds * std)
+    assert ends.isfinite().all()
+    assert (ends.abs() <= min(stds, 5.43) * std * (1 + 1e-6)).all()
+    assert torch.equal(ends, ends.sort().values)
+    assert ends[0].item() == pytest.approx(-ends[-1].item(), rel=1e-3 + 1e-2 * (stds > 5)), "symmetric"
+
+
+def test_a_distribution_that_is_not_cut_has_the_quantiles_of_a_normal_one() -> None:
+    """The k-th of 2**24 equal shares is drawn as its middle; expected values from another implementation."""
+    steps = [0, 1, 2**8, 2**20, 2**23 - 1, 2**23, 2**24 - 2**8, 2**24 - 1]
+    drawn = torch.tensor([step / 2**24 for step in steps])
+    under_test._to_normal(drawn, 1.0, math.inf)
+    expected = [NormalDist().inv_cdf((step + 0.5) / 2**24) for step in steps]
+    assert drawn.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def test_blocks_neither_repeat_nor_correlate() -> None:
