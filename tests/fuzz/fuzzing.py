@@ -35,6 +35,7 @@ from quadriga.errors import UserError
 
 HERE = Path(__file__).parent
 LONGEST_REPORT = 20_000  # characters: every problem of a file is told, each of them short
+NOT_READY = "Before it can train:"  # of a dry run, which prints what a start would refuse below what the run would be
 MEMORY_GROWTH = 1 << 30  # bytes over all cases of a reader
 
 
@@ -126,7 +127,8 @@ def _read(reader: Reader, folder: Path) -> str | None:
         return f"exit code {code} after {time.monotonic() - start:.1f} s: {err.getvalue()[-2000:]}"
     if "Traceback (most recent call last)" in err.getvalue():
         return f"a traceback was printed:\n{err.getvalue()[-2000:]}"
-    return _report_fault(err.getvalue()) if code == 2 else None
+    said = err.getvalue() or out.getvalue().partition(NOT_READY)[2]
+    return _report_fault(said) if code == 2 else None
 
 
 def _report_fault(report: str) -> str | None:
