@@ -58,7 +58,7 @@ class _Step:
         self.passes = setup.micro_batches  # of each stage
         self.first = sum(stage.first for stage in self.stages)
         self.last = sum(stage.last for stage in self.stages)
-        self.modes = [mode for stage in self.stages for mode in setup.modes_of_blocks(stage.blocks)]
+        self.modes = [mode for number in setup.stage_numbers(rank) for mode in setup.modes_of_blocks(number)]
         self.blocks = len(self.modes)
 
     def calls(self) -> Iterator[Calls]:

@@ -141,10 +141,11 @@ class _Rank:
         self.held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in self.stages)
         self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
         known = {} if known is None else known
-        for stage in self.stages:
-            if (stage, self._together) not in known:
-                known[stage, self._together] = StagePasses(setup, stage, self._together)
-        self.passes = [known[stage, self._together] for stage in self.stages]
+        keys = [(setup.stages[number], self._together, setup.modes_of_blocks(number)) for number in self.place]
+        for key in keys:
+            if key not in known:
+                known[key] = StagePasses(setup, *key)
+        self.passes = [known[key] for key in keys]
         self.loads = setup.loads(rank)
 
     def memory(self) -> Memory:

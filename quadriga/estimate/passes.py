@@ -32,12 +32,13 @@ class Part:
 
 
 class StagePasses:
-    """`together`: bytes of parameters that a pipeline keeps gathered; None where each unit is gathered by itself."""
+    """`together`: bytes of parameters that a pipeline keeps gathered; None where each unit is gathered by itself.
+    `modes`: how each block of the stage recomputes."""
 
-    def __init__(self, setup: Setup, stage: Stage, together: float | None) -> None:
+    def __init__(self, setup: Setup, stage: Stage, together: float | None, modes: tuple[str, ...]) -> None:
         self.setup, self.stage, self.together = setup, stage, together
         self.tp, self.shards = setup.degrees.tp, setup.shards
-        self.modes = setup.modes_of_blocks(stage.blocks)
+        self.modes = modes
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
         self._moments = dict[tuple[str, bool], tuple[Part, ...]]()

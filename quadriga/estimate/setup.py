@@ -183,17 +183,20 @@ class Setup:
     def compiled(self) -> bool:
         return self.run.config.compile.enable and "model" in self.run.config.compile.components
 
-    def modes_of_blocks(self, blocks: int) -> list[str]:
-        """How each block of a stage recomputes: `none`, `op` or `full`."""
-        section = self.recompute
+    def modes_of_blocks(self, number: int) -> tuple[str, ...]:
+        """How each block of stage `number` recomputes: `none`, `op` or `full`. As `parallel.activation_checkpoint` has
+        it, every Nth is counted over all stages of a rank."""
+        section, blocks = self.recompute, self.stages[number].blocks
         if section.mode in ("none", "memory_budget"):
-            return ["none"] * blocks
+            return ("none",) * blocks
         if section.mode == "full":
-            return ["full"] * blocks
+            return ("full",) * blocks
         if section.selective_ac_option == "op":
-            return ["op"] * blocks
-        every = int(section.selective_ac_option)
-        return ["none" if (number + 1) % every else "full" for number in range(blocks)]
+            return ("op",) * blocks
+        every = int(section.selective_ac_option) or 1
+        own = self.stage_numbers(self.run.spec.stage_ranks[number])
+        before = sum(self.stages[stage].blocks for stage in own if stage < number)
+        return tuple("none" if (before + count) % every else "full" for count in range(1, blocks + 1))
 
     def kept(self, mode: str) -> frozenset[str]:
         """Names of what a block keeps."""

@@ -150,7 +150,7 @@ class _Works:
             return self.of_pass(number, "B") if kind == "W" else Work()
         if (number, kind) not in self._passes:
             work = self.head[kind] if stage.last else Work()
-            for mode, count in Counter(self.setup.modes_of_blocks(stage.blocks)).items():
+            for mode, count in Counter(self.setup.modes_of_blocks(number)).items():
                 work += self.block(mode, kind).times(count)
             self._passes[number, kind] = work
         return self._passes[number, kind]

@@ -3,7 +3,7 @@
 | mode            | what a block keeps for the backward pass                                         |
 |-----------------|----------------------------------------------------------------------------------|
 | `none`          | everything                                                                       |
-| `selective` `N` | every Nth block keeps its input alone, the others everything                     |
+| `selective` `N` | every Nth block of a rank keeps its input alone, the others everything; 0 is 1   |
 | `selective` `op`| results of attention, of every second matrix product and of communication        |
 | `full`          | its input                                                                        |
 | `memory_budget` | what the compiler finds best within a share of the memory (needs `compile`)      |
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 # Dear to compute again: attention in each of its kernels (the CPU's has a name of its own) and over a sequence that is
 # shared, and what was sent. Not what was gathered: it is as many times larger than what is left of it as ranks sent it.
+# The largest absolute value that float8 takes its scale from is one number, and a pass over a whole matrix to find.
 KEPT = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -44,6 +46,7 @@ KEPT = frozenset(
         torch.ops.quadriga.ring_attention.default,
         c10d.reduce_scatter_tensor.default,
         c10d.all_to_all_single.default,
+        aten.max.default,
     }
 )
 
@@ -51,20 +54,31 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def apply_activation_checkpoint(
-    model: nn.Module, blocks: tuple[str, ...], section: ActivationCheckpoint, *, compiled: bool
+    model: nn.Module,
+    blocks: tuple[str, ...],
+    section: ActivationCheckpoint,
+    *,
+    compiled: bool,
+    blocks_before: int = 0,
+    run_folder: str = ".",
 ) -> None:
     """Make `blocks` (module names, in the order of the forward pass) recompute as `section` says.
 
     `memory_budget` sets `torch._functorch.config.activation_memory_budget`, which belongs to the whole process: torch's
-    partitioner has no other door. `compiled` says whether the blocks will be compiled.
+    partitioner has no other door.
+
+    Args:
+        compiled: whether the blocks will be compiled.
+        blocks_before: how many blocks the earlier pipeline stages of this rank hold: every Nth is counted over all.
+        run_folder: where `visualize_memory_budget_pareto` draws, in `memory_budget_pareto`.
 
     Raises:
         UserError: `memory_budget` without compile, or `debug` with `op`.
     """
     if section.mode == "memory_budget":
-        _set_memory_budget(section, compiled)
+        _set_memory_budget(section, compiled, run_folder)
         return
-    for name in blocks_that_recompute(blocks, section):
+    for name in blocks_that_recompute(blocks, section, blocks_before):
         block = model.get_submodule(name)
         options = _options(section)
         if _is_per_operation(section):
@@ -73,14 +87,17 @@ def apply_activation_checkpoint(
         block.forward = _recomputed(block.forward, options)
 
 
-def blocks_that_recompute(blocks: tuple[str, ...], section: ActivationCheckpoint) -> tuple[str, ...]:
-    """With `selective` `N` the Nth, 2Nth, ... block; otherwise all or none."""
+def blocks_that_recompute(
+    blocks: tuple[str, ...], section: ActivationCheckpoint, blocks_before: int = 0
+) -> tuple[str, ...]:
+    """With `selective` `N` the Nth, 2Nth, ... block of the rank, of which `blocks_before` come first; `0` means every
+    block. Otherwise all or none."""
     if section.mode in ("none", "memory_budget"):
         return ()
     if section.mode == "full" or _is_per_operation(section):
         return blocks
-    every = int(section.selective_ac_option)
-    return blocks[every - 1 :: every]
+    every = int(section.selective_ac_option) or 1
+    return tuple(block for count, block in enumerate(blocks, start=blocks_before + 1) if count % every == 0)
 
 
 def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) -> frozenset[tuple[int, int]]:
@@ -122,7 +139,7 @@ def _options(section: ActivationCheckpoint) -> dict[str, Any]:
     }
 
 
-def _set_memory_budget(section: ActivationCheckpoint, compiled: bool) -> None:
+def _set_memory_budget(section: ActivationCheckpoint, compiled: bool, run_folder: str) -> None:
     if not compiled:
         raise UserError(
             Problem(
@@ -134,6 +151,10 @@ def _set_memory_budget(section: ActivationCheckpoint, compiled: bool) -> None:
         )
     torch._functorch.config.activation_memory_budget = section.memory_budget
     torch._functorch.config.visualize_memory_budget_pareto = section.visualize_memory_budget_pareto
+    if section.visualize_memory_budget_pareto:
+        folder = Path(run_folder) / "memory_budget_pareto"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch._functorch.config.memory_budget_pareto_dir = str(folder)
 
 
 def _per_operation_contexts(forced: frozenset[tuple[int, int]]) -> Contexts:

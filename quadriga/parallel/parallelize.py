@@ -34,8 +34,14 @@ def parallelize(
     reshard_after_forward: bool,
     float8: LinearFloat8 | None = None,
     collectives: ShardCollectives | None = None,
+    blocks_before: int = 0,
+    run_folder: str = ".",
 ) -> None:
-    """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name."""
+    """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name.
+
+    `blocks_before`: recompute units of the earlier pipeline stages of this rank. `run_folder`: for figures of the
+    compiler's memory budget.
+    """
     compiled = compile.enable and "model" in compile.components
     in_pieces = training.loss_chunks > 1
 
@@ -57,7 +63,14 @@ def parallelize(
 
     # Inside compile, so that the compiler sees the recomputation and plans memory with it. Around compiled code it
     # would find one operation, to be kept or computed again as a whole.
-    apply_activation_checkpoint(model, plan.recompute_units, activation_checkpoint, compiled=compiled)
+    apply_activation_checkpoint(
+        model,
+        plan.recompute_units,
+        activation_checkpoint,
+        compiled=compiled,
+        blocks_before=blocks_before,
+        run_folder=run_folder,
+    )
 
     # Inside the cut, so that gathering and freeing parameters happen around the compiled code and not within it, where
     # they would break the graph.

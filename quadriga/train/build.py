@@ -17,11 +17,10 @@ from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
-from quadriga.config.schema import Dataloader, LinearFloat8, Training
+from quadriga.config.schema import Dataloader, LinearFloat8
 from quadriga.data.fields import Field
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
-from quadriga.hardware import find_device
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.events import Events
@@ -49,6 +48,7 @@ from quadriga.train.checks import Checks
 from quadriga.train.feed import Feed
 from quadriga.train.health import Health
 from quadriga.train.ledger import open_ledger
+from quadriga.train.numerics import peak_flops, set_numerics
 from quadriga.train.passes import Loss, Pass, PipelinePass, Share, WholePass
 from quadriga.train.record import write_estimate, write_record
 from quadriga.train.replicas import ReplicaCheck
@@ -218,12 +218,23 @@ def build_parts(
         parallelism.pipeline_parallel_first_stage_less_layers,
         parallelism.pipeline_parallel_last_stage_less_layers,
     )
-    own = stages_of_rank(ranks, mesh.pp.get_local_rank())
-    return tuple(build_part(run, mesh, device, plan.of_stage(stages[stage]), fill, for_shards) for stage in own)
+    parts: list[nn.Module] = []
+    blocks = 0
+    for stage in stages_of_rank(ranks, mesh.pp.get_local_rank()):
+        own = plan.of_stage(stages[stage])
+        parts.append(build_part(run, mesh, device, own, fill, for_shards, blocks_before=blocks))
+        blocks += len(own.recompute_units)
+    return tuple(parts)
 
 
 def build_part(
-    run: Run, mesh: Mesh, device: torch.device, plan: ParallelPlan, fill: Fill, for_shards: ShardCollectives | None
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    plan: ParallelPlan,
+    fill: Fill,
+    for_shards: ShardCollectives | None,
+    blocks_before: int = 0,
 ) -> nn.Module:
     """On meta, cut, then made real: no rank ever holds what it does not keep. `plan`: of the part, or of the whole."""
     config, spec = run.config, run.spec
@@ -241,6 +252,8 @@ def build_part(
         reshard_after_forward=spec.reshard_after_forward,
         float8=float8_of(run),
         collectives=for_shards,
+        blocks_before=blocks_before,
+        run_folder=spec.folders.dump,
     )
     if config.model.converters and config.model.print_after_conversion:
         logger.info("%s", model)
@@ -381,20 +394,3 @@ def build_checks(
         ReplicaCheck(run.config.health.replica_check_interval, state.parts, mesh),
         BadRecords(state.loader, events) if mesh.reads_rows else None,
     )
-
-
-def set_numerics(run: Run) -> None:
-    """What holds for the whole process: seed, determinism, and how float32 matrices are multiplied."""
-    debug = run.config.debug
-    torch.manual_seed(run.spec.seed)
-    torch.set_float32_matmul_precision(run.config.training.float32_matmul_precision)
-    if debug.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)
-
-
-def peak_flops(device: torch.device, training: Training) -> float | None:
-    """The dense peak of this device in FLOP/s at the computing dtype; None where the device is not in the table."""
-    if device.type != "cuda":
-        return None
-    known = find_device(torch.cuda.get_device_name(device))
-    return known.peak_flops(training.mixed_precision_param, training.float32_matmul_precision) if known else None

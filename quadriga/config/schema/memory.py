@@ -15,8 +15,9 @@ class ActivationCheckpoint(Section):
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """Which blocks recompute: some of their work, all of it, as much as a budget demands, or nothing."""
 
-    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]*)$", examples=["op", "2"])] = "2"
-    """With `selective`: `op` recomputes the cheap operations of every block, `N` the whole of every Nth block."""
+    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[0-9]{1,9})$", examples=["op", "2"])] = "2"
+    """With `selective`: `op` recomputes the cheap operations of every block, `N` the whole of every Nth block of a rank
+    (0: of every block)."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)
     """With `op`: linear layers whose matrix products are recomputed even so, by parts of their names."""
@@ -33,7 +34,7 @@ class ActivationCheckpoint(Section):
     preserve_rng_state: bool = True
     """Give the recomputation the random numbers of the first computation."""
 
-    determinism_check: Name = "default"
+    determinism_check: Literal["default", "none"] = "default"
     """How recomputed values are compared with the first ones: `default` (shape, type, device) or `none`."""
 
     debug: bool = False

@@ -108,8 +108,8 @@ WRONG = [
     ),
     Wrong(
         "recompute option",
-        '[activation_checkpoint]\nselective_ac_option = "0"',
-        ('activation_checkpoint.selective_ac_option = "0"', 'such as "op" or "2"'),
+        '[activation_checkpoint]\nselective_ac_option = "-1"',
+        ('activation_checkpoint.selective_ac_option = "-1"', 'such as "op" or "2"'),
     ),
     Wrong(
         "not TOML",

@@ -49,6 +49,7 @@ CASES = {
     "PP 2, ZBV, last": (2, 1, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "f32"),
     "PP 2, ZBV, full": (2, 1, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "full", "f32"),
     "PP 2, ZBV, FSDP 2": (4, 2, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "none", "bf16"),
+    "PP 2, ZBV, every 2nd of a rank": (2, 0, (*SMALL, *keys(pp=2, schedule="ZBVZeroBubble")), "2", "f32"),
     "PP 2, DualPipeV, op": (2, 1, (*SMALL, *keys(pp=2, schedule="DualPipeV")), "op", "f32"),
     "PP 2, TP 2, ZBV": (4, 0, (*SMALL, *keys(pp=2, tp=2, schedule="ZBVZeroBubble")), "none", "f32"),
     "PP 2, FSDP 2": (4, 2, (*SMALL, *keys(pp=2)), "op", "f32"),

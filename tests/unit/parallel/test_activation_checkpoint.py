@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.errors import UserError
 from quadriga.models.registry import build_model, parallel_plan
+from quadriga.parallel import activation_checkpoint
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint, blocks_that_recompute
 from quadriga.parallel.materialize import materialize
 
@@ -108,6 +112,16 @@ def test_every_nth_block() -> None:
     assert blocks_that_recompute(blocks, every[6]) == ()
     assert blocks_that_recompute(blocks, NONE) == ()
     assert blocks_that_recompute(blocks, FULL) == blocks_that_recompute(blocks, OP) == blocks
+    assert blocks_that_recompute(blocks, ActivationCheckpoint(selective_ac_option="0")) == blocks
+
+
+def test_every_nth_block_is_counted_over_the_stages_of_a_rank() -> None:
+    """As v0.2.2 does: a rank whose stages hold one block each recomputes every second of them, and not none."""
+    section = ActivationCheckpoint(selective_ac_option="2")
+    stages = (("a",), ("b",), ("c", "d", "e"), ("f",))
+    chosen = [blocks_that_recompute(own, section, sum(map(len, stages[:n]))) for n, own in enumerate(stages)]
+    assert chosen == [(), ("b",), ("d",), ("f",)]
+
 
 
 @given(st.integers(1, 40), st.integers(0, 40))
@@ -134,6 +148,24 @@ def test_fewer_bytes_are_kept() -> None:
 
     none, second, full = kept(NONE), kept(ActivationCheckpoint(selective_ac_option="2")), kept(FULL)
     assert full < second < none
+
+
+def test_the_largest_value_that_float8_scales_by_is_kept() -> None:
+    policy = activation_checkpoint._per_operation_policy(frozenset())
+    assert policy(None, torch.ops.aten.max.default, torch.ones(2)) == CheckpointPolicy.MUST_SAVE
+    assert policy(None, torch.ops.aten.abs.default, torch.ones(2)) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_the_pareto_figures_of_a_memory_budget_go_into_the_run_folder(tmp_path: Path, monkeypatch) -> None:
+    for name in ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir"):
+        monkeypatch.setattr(functorch, name, getattr(functorch, name))
+    section = ActivationCheckpoint(mode="memory_budget", memory_budget=0.25, visualize_memory_budget_pareto=True)
+    with torch.device("meta"):
+        model = build_model(SPEC)
+    apply_activation_checkpoint(model, PLAN.recompute_units, section, compiled=True, run_folder=str(tmp_path))
+    assert functorch.activation_memory_budget == 0.25
+    assert functorch.memory_budget_pareto_dir == str(tmp_path / "memory_budget_pareto")
+    assert Path(functorch.memory_budget_pareto_dir).is_dir()
 
 
 def test_a_memory_budget_without_compile_is_refused() -> None:

@@ -8,7 +8,7 @@ import torch
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.models.registry import catalogue
-from quadriga.train.build import set_numerics
+from quadriga.train.numerics import set_numerics
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,44 @@
+"""What holds for the whole process: seed, determinism, and how (and how fast at most) matrices are multiplied."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from quadriga.config import Run
+from quadriga.config.schema import Training
+from quadriga.hardware import find_device
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+ROWWISE = ("rowwise",)  # recipes whose scales are taken of what eager kernels would have rounded
+
+
+def set_numerics(run: Run) -> None:
+    """Call before the first operation on a device: cuBLAS reads its variable when it is opened.
+
+    `debug.deterministic` makes torch choose kernels whose results repeat, and gives cuBLAS a workspace of a fixed size,
+    without which torch refuses its products; a workspace that the environment names is kept.
+    """
+    config = run.config
+    torch.manual_seed(run.spec.seed)
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
+    if config.debug.deterministic:
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
+    if "quantize.linear.float8" in config.model.converters and config.quantize.linear.float8.recipe_name in ROWWISE:
+        # Fused kernels keep more digits than bfloat16 between two operations: the scale of a row would not be that of
+        # the numbers that are cast by it (https://github.com/pytorch/pytorch/issues/150859).
+        from torch._inductor import config as inductor  # slow to import, and of use here alone
+
+        inductor.emulate_precision_casts = True
+
+
+def peak_flops(device: torch.device, training: Training) -> float | None:
+    """The dense peak of this device in FLOP/s at the computing dtype; None where the device is not in the table."""
+    if device.type != "cuda":
+        return None
+    known = find_device(torch.cuda.get_device_name(device))
+    return known.peak_flops(training.mixed_precision_param, training.float32_matmul_precision) if known else None
