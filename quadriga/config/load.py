@@ -268,6 +268,8 @@ def _other_name(key: str, said: Mapping[str, Any], loaded: Loaded) -> Any:
         other = "jsonl" if reads_files else builtin
     if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
         other = "builtin:bytes"
+    if key == vocabulary.SCHEDULE and isinstance(value, str):
+        other = vocabulary.schedule_named(value, KEYS[key].choices)
     if key == "model.converters" and isinstance(value, tuple):
         other = tuple(vocabulary.CONVERTER_ALIASES.get(name, name) for name in value)
     if other != value:
@@ -341,7 +343,14 @@ def _type_name(value: Any) -> str:
 def _remark_on_defaults(loaded: Loaded) -> None:
     """Say where a better default than the vocabulary's first home's changes what a file that relies on it does."""
     _fit_the_cycle(loaded)
-    if loaded.config.checkpoint.enable and "checkpoint.last_save_model_only" not in loaded.origin:
+    if not loaded.config.checkpoint.enable or "checkpoint.last_save_model_only" in loaded.origin:
+        return
+    if loaded.config.checkpoint.export_dtype != "float32" and not loaded.config.checkpoint.last_save_in_hf:
+        section = loaded.config.checkpoint.model_copy(update={"last_save_model_only": True})
+        loaded.config = loaded.config.model_copy(update={"checkpoint": section})
+        what = "checkpoint.export_dtype converts a last save of weights alone"
+        loaded.notices.append(f"{what}: checkpoint.last_save_model_only is taken to be true")
+    else:
         what = "the last save holds the optimizer too, so that the run can be resumed and extended"
         loaded.notices.append(f"checkpoint.last_save_model_only is false by default: {what}")
 

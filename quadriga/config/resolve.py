@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
-from quadriga.config import rules_backend, rules_layout, rules_pipeline, rules_run
+from quadriga.config import rules_backend, rules_layout, rules_pipeline, rules_run, rules_torchtitan
 from quadriga.config.case import RULES, BackendFacts, Case, join_sources
 from quadriga.config.keys import show
 from quadriga.config.load import Loaded
@@ -21,7 +21,13 @@ from quadriga.errors import Problem, nearest
 from quadriga.units import DTYPE_BYTES, GIB, show_bytes
 
 Catalogue = Mapping[str, Mapping[str, ModelSpec]]
-RULE_BOOKS = (rules_layout, rules_pipeline, rules_run, rules_backend)  # importing them enters their rules
+RULE_BOOKS = (
+    rules_layout,
+    rules_pipeline,
+    rules_run,
+    rules_backend,
+    rules_torchtitan,
+)  # importing them enters their rules
 
 DEGREES = {
     "dp_replicate": "parallelism.data_parallel_replicate_degree",

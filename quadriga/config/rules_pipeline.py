@@ -55,8 +55,13 @@ def stage_count(case: Case) -> int:
         return len(parallelism.module_fqns_per_model_part)
     if parallelism.pipeline_parallel_layers_per_stage is None:
         return case.degrees.pp * (1 if parallelism.pipeline_parallel_schedule in SINGLE_STAGE else 2)
-    ends = parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
-    return -(-(case.model.n_layers + ends) // parallelism.pipeline_parallel_layers_per_stage)
+    return -(-(case.model.n_layers + _weight_of_ends(case)) // parallelism.pipeline_parallel_layers_per_stage)
+
+
+def _weight_of_ends(case: Case) -> int:
+    """In layers: of the embedding, which alone may be a stage, and of what follows the last layer."""
+    parallelism = case.config.parallelism
+    return parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
 
 
 def csv_schedule(case: Case) -> Order | list[Fault] | None:
@@ -93,7 +98,7 @@ def csv_file_is_a_schedule(case: Case) -> Verdicts:
         yield Problem(where, what, source=case.origin.get(CSV), allowed=pipeline_csv.FORMS)
 
 
-@rule(PP, "model.flavor", "model.n_layers", SCHEDULE, PER_STAGE)
+@rule(PP, "model.flavor", "model.n_layers", SCHEDULE, PER_STAGE, FIRST_LESS, LAST_LESS)
 def layers_fill_the_stages(case: Case) -> Verdicts:
     pp, parallelism = case.degrees.pp, case.config.parallelism
     if pp == 1 or parallelism.module_fqns_per_model_part is not None:
@@ -103,21 +108,22 @@ def layers_fill_the_stages(case: Case) -> Verdicts:
     stages = stage_count(case)
     if stages % pp:
         yield Clash(f"{stages} stages do not divide over {pp} ranks", "choose other layers per stage")
-    elif stages > case.model.n_layers:
+    elif stages > (room := case.model.n_layers + _weight_of_ends(case)):
         what = f"{stages} stages need at least as many layers, and the model has {case.model.n_layers}"
+        what += f" (and ends that count as {room - case.model.n_layers})"
         yield Clash(what, f"set model.n_layers to {stages} or more, or lower {PP}")
     elif parallelism.pipeline_parallel_layers_per_stage is not None:
         yield from _stages_fit_the_schedule(case, stages, "these layers per stage give")
 
 
-@rule(PP, "model.flavor", "model.n_layers", CSV, LISTED)
+@rule(PP, "model.flavor", "model.n_layers", CSV, LISTED, FIRST_LESS, LAST_LESS)
 def csv_file_and_stages_fit(case: Case) -> Verdicts:
     if not isinstance(custom := csv_schedule(case), Order):
         return
     stages, listed = len(custom.stage_ranks), case.config.parallelism.module_fqns_per_model_part
     if listed is not None and len(listed) != stages:
         yield Clash(f"{len(listed)} stages are listed, and the file computes {stages}")
-    elif listed is None and stages > case.model.n_layers:
+    elif listed is None and stages > case.model.n_layers + _weight_of_ends(case):
         yield Clash(f"{stages} stages need at least as many layers, and the model has {case.model.n_layers}")
 
 

@@ -59,11 +59,13 @@ def recompute_records_need_whole_blocks(case: Case) -> Verdicts:
         yield Clash(what, 'set selective_ac_option = "1" to look into it, or debug = false')
 
 
-@rule("compile.enable", "quantize.linear.float8.emulate", "model.converters")
+@rule("compile.enable", "compile.components", "quantize.linear.float8.emulate", "model.converters")
 def emulation_is_eager(case: Case) -> Verdicts:
-    emulates = case.config.quantize.linear.float8.emulate and "quantize.linear.float8" in case.config.model.converters
-    if emulates and case.config.compile.enable:
-        yield Clash("emulated float8 runs in eager mode only", "set compile.enable = false, or emulate = false")
+    compile = case.config.compile
+    emulates = case.config.quantize.linear.float8.emulate and FLOAT8 in case.config.model.converters
+    if emulates and compile.enable and "model" in compile.components:
+        fix = 'set compile.enable = false, or compile.components = ["loss"], or emulate = false'
+        yield Clash("emulated float8 runs in eager mode only", fix)
 
 
 @rule("quantize.linear.float8.enable_fsdp_float8_all_gather", "quantize.linear.float8.recipe_name", "model.converters")
@@ -80,7 +82,7 @@ def float8_scales_are_of_gathered_weights(case: Case) -> Verdicts:
     if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in case.config.model.converters:
         return
     if not float8.enable_fsdp_float8_all_gather:
-        yield Clash("scales are computed ahead for weights that are gathered in float8", f"set {GATHER} = true")
+        yield f"{PRECOMPUTE} changes nothing: scales are computed ahead for weights that are gathered in float8 ({GATHER})"
     elif case.config.training.enable_cpu_offload:
         yield Clash("scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
 

@@ -5,7 +5,7 @@ The releases meant here are those of the trainer in which the vocabulary grew up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 RENAMED: Mapping[str, str] = {
     "training.seed": "debug.seed",
@@ -56,7 +56,21 @@ REFUSED: Mapping[str, str] = {
     "parallelism.enable_compiled_autograd": "compiled autograd is not used here; use [compile] without it",
 }
 
+SCHEDULE = "parallelism.pipeline_parallel_schedule"
+# Base classes of PyTorch, by which a schedule of one's own (a CSV file) was called there.
+SCHEDULE_CLASSES: Mapping[str, str] = {
+    "pipelineschedulesingle": "1F1B",
+    "pipelineschedulemulti": "Interleaved1F1B",
+    "_pipelinescheduleruntime": "Interleaved1F1B",
+}
+
 CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
+
+
+def schedule_named(value: str, known: Collection[str]) -> str:
+    """A pipeline schedule as it is called here, of any capitals, as PyTorch takes it; `value` where none is meant."""
+    known_names = {name.lower(): name for name in known}
+    return known_names.get(value.lower()) or SCHEDULE_CLASSES.get(value.lower(), value)
 
 
 def new_name(old: str) -> str | None:

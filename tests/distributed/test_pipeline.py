@@ -125,6 +125,9 @@ def test_other_stages_and_micro_batches(plain: Trace) -> None:
     ]
     for traces in by_case(2, cases):
         assert_same_training(traces, plain)
+    bare, two = pipeline(2, "Interleaved1F1B"), ("--model.n_layers=2",)  # stages of the ends alone
+    for traces in by_case(2, [(*bare, *two)]):
+        assert_same_training(traces, alone(two)[0])
     (uneven,) = alone(FIVE)
     for traces in by_case(2, [(*pipeline(2), *FIVE), (*pipeline(2, "ZBVZeroBubble"), *FIVE)]):
         assert_same_training(traces, uneven)

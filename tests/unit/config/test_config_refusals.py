@@ -214,7 +214,7 @@ WRONG = [
     ),
     Wrong(
         "export without weights alone",
-        '[checkpoint]\nenable = true\nexport_dtype = "bfloat16"',
+        '[checkpoint]\nenable = true\nlast_save_model_only = false\nexport_dtype = "bfloat16"',
         ('checkpoint.export_dtype = "bfloat16" and checkpoint.last_save_model_only = false',),
     ),
     Wrong(

@@ -134,6 +134,10 @@ def test_folders_lie_in_the_run_folder(door):
         (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.999"], 'optimizer.state_dtype = "float32" would let'),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
         (["--debug.moe_force_load_balance"], "has no experts"),
+        (
+            ["--model.converters", "float8", "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"],
+            "precompute_float8_dynamic_scale_for_fsdp changes nothing",
+        ),
         (["--debug.deterministic_warn_only"], "changes nothing without debug.deterministic"),
         (["--training.dataloader.persistent_workers"], "workers always live as long as the run"),
         (
@@ -166,7 +170,7 @@ TP = ["--parallelism.tensor_parallel_degree"]
             32,
             "`ulysses` exchanges heads",
         ),
-        (["--parallelism.pipeline_parallel_degree", "7"], 7, "7 stages need at least as many layers"),
+        (["--parallelism.pipeline_parallel_degree", "9"], 9, "9 stages need at least as many layers"),
         ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "3"], 2, "must divide the local batch"),
         ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "4"], 2, "needs at least 2 micro-batches"),
         ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "2"], 2, "1F1B needs one stage a rank"),
@@ -213,11 +217,6 @@ TP = ["--parallelism.tensor_parallel_degree"]
             ],
             1,
             "tensorwise scaling only",
-        ),
-        (
-            ["--model.converters", "float8", "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"],
-            1,
-            "weights that are gathered in float8",
         ),
         (
             [

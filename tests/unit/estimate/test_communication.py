@@ -55,7 +55,14 @@ LAYOUTS = {
 }
 
 
-QUICK = {"FSDP 4, bf16, op", "TP 2, op, bf16", "CP 2, ring", "PP 2, FSDP 2", "all axes", "PP 2, TP 2, ZBV, every 2nd of a rank"}
+QUICK = {
+    "FSDP 4, bf16, op",
+    "TP 2, op, bf16",
+    "CP 2, ring",
+    "PP 2, FSDP 2",
+    "all axes",
+    "PP 2, TP 2, ZBV, every 2nd of a rank",
+}
 
 
 @pytest.mark.parametrize(

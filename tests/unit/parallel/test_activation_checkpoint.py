@@ -123,7 +123,6 @@ def test_every_nth_block_is_counted_over_the_stages_of_a_rank() -> None:
     assert chosen == [(), ("b",), ("d",), ("f",)]
 
 
-
 @given(st.integers(1, 40), st.integers(0, 40))
 def test_every_nth_of_any_number_of_blocks(every: int, count: int) -> None:
     blocks = tuple(map(str, range(count)))

@@ -1,0 +1,50 @@
+"""Where a value means something else here than in torchtitan v0.2.2 and numbers of the training depend on it: one notice.
+
+docs/from-torchtitan.md has the whole table, a row a key.
+"""
+
+from __future__ import annotations
+
+from quadriga.config.case import Case, Verdicts, rule
+
+SEED = "debug.seed"
+COMPUTES_IN = "training.mixed_precision_param"
+MAX_NORM = "training.max_norm"
+
+
+@rule(SEED)
+def seed_is_a_number(case: Case) -> Verdicts:
+    if SEED not in case.origin:
+        yield f"{SEED} is {case.config.debug.seed} by default, so that a run can be repeated (torchtitan drew one)"
+
+
+@rule(MAX_NORM)
+def clipping_has_an_off(case: Case) -> Verdicts:
+    if case.config.training.max_norm == 0:
+        yield f"{MAX_NORM} = 0 switches clipping off (in torchtitan it made every gradient 0)"
+
+
+@rule(
+    COMPUTES_IN,
+    "training.dtype",
+    "parallelism.data_parallel_shard_degree",
+    "parallelism.context_parallel_degree",
+    "parallelism.tensor_parallel_degree",
+    "parallelism.pipeline_parallel_degree",
+)
+def computing_format_holds_on_every_layout(case: Case) -> Verdicts:
+    """There `fully_shard` converts where the shard or the context degree is above 1. Elsewhere torch.autocast does, by
+    operation, and beside tensor or pipeline parallelism nothing."""
+    training, degrees = case.config.training, case.degrees
+    if training.mixed_precision_param == "float32" or degrees.dp_shard * degrees.cp > 1:
+        return
+    if degrees.tp * degrees.pp > 1:
+        there = f"torchtitan computes in training.dtype ({training.dtype})"
+        same = training.dtype == training.mixed_precision_param
+    else:
+        there, same = "torchtitan uses torch.autocast, which leaves sums between blocks in float32", False
+    if not same:
+        yield (
+            f"{COMPUTES_IN} = {training.mixed_precision_param} holds for the whole model, as under FSDP; without FSDP "
+            f'{there}. With "float32" both compute the same'
+        )
