@@ -82,7 +82,8 @@ def float8_scales_are_of_gathered_weights(case: Case) -> Verdicts:
     if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in case.config.model.converters:
         return
     if not float8.enable_fsdp_float8_all_gather:
-        yield f"{PRECOMPUTE} changes nothing: scales are computed ahead for weights that are gathered in float8 ({GATHER})"
+        what = f"scales are computed ahead for weights that are gathered in float8 ({GATHER})"
+        yield f"{PRECOMPUTE} changes nothing: {what}"
     elif case.config.training.enable_cpu_offload:
         yield Clash("scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
 

@@ -1,4 +1,4 @@
-"""Where a value means something else here than in torchtitan v0.2.2 and numbers of the training depend on it: one notice.
+"""One notice where a value means something else than in torchtitan v0.2.2 and numbers of the training depend on it.
 
 docs/from-torchtitan.md has the whole table, a row a key.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch._inductor.config
 
 from quadriga.config import Run
 from quadriga.config.schema import Training
@@ -31,9 +32,7 @@ def set_numerics(run: Run) -> None:
     if "quantize.linear.float8" in config.model.converters and config.quantize.linear.float8.recipe_name in ROWWISE:
         # Fused kernels keep more digits than bfloat16 between two operations: the scale of a row would not be that of
         # the numbers that are cast by it (https://github.com/pytorch/pytorch/issues/150859).
-        from torch._inductor import config as inductor  # slow to import, and of use here alone
-
-        inductor.emulate_precision_casts = True
+        torch._inductor.config.emulate_precision_casts = True
 
 
 def peak_flops(device: torch.device, training: Training) -> float | None:

@@ -16,7 +16,7 @@ class ActivationCheckpoint(Section):
     """Which blocks recompute: some of their work, all of it, as much as a budget demands, or nothing."""
 
     selective_ac_option: Annotated[str, Field(pattern=r"^(op|[0-9]{1,9})$", examples=["op", "2"])] = "2"
-    """With `selective`: `op` recomputes cheap operations of every block, `N` the whole of every Nth of a rank, 0 of all."""
+    """With `selective`: `op` recomputes cheap operations of every block, `N` the whole of every Nth of a rank."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)
     """With `op`: linear layers whose matrix products are recomputed even so, by parts of their names."""

@@ -48,7 +48,7 @@ LAYOUTS = {
     "PP 2, FSDP 2, interleaved, accumulated": (4, (*TWICE, *keys(pp=2, schedule="Interleaved1F1B")), "op", "f32"),
     "PP 2, FSDP 2, four stages a rank": (4, (*FOUR_STAGES, *keys(pp=2, schedule="Interleaved1F1B")), "none", "bf16"),
     "PP 2, TP 2, ZBV, full": (4, keys(pp=2, tp=2, schedule="ZBVZeroBubble"), "full", "bf16"),
-    "PP 2, TP 2, ZBV, every 2nd of a rank": (4, keys(pp=2, tp=2, schedule="ZBVZeroBubble"), "2", "f32"),
+    "PP 2, TP 2, ZBV, every 2nd": (4, keys(pp=2, tp=2, schedule="ZBVZeroBubble"), "2", "f32"),
     "PP 2, HSDP 2x2, DualPipeV": (8, keys(pp=2, rep=2, schedule="DualPipeV", reduce="every_micro_batch"), "op", "bf16"),
     "PP 2, TP 2": (4, keys(pp=2, tp=2), "op", "f32"),
     "all axes": (16, keys(pp=2, rep=2, cp=2, tp=2), "op", "bf16"),
@@ -61,7 +61,7 @@ QUICK = {
     "CP 2, ring",
     "PP 2, FSDP 2",
     "all axes",
-    "PP 2, TP 2, ZBV, every 2nd of a rank",
+    "PP 2, TP 2, ZBV, every 2nd",
 }
 
 
