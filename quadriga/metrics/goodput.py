@@ -119,6 +119,7 @@ def goodput_of(folder: str | os.PathLike[str]) -> Goodput | None:
     metrics, notices = Path(folder, JSONL_NAME), list[str]()
     bad = Bad(metrics)
     records = list(records_of(metrics, REQUIRED, bad)) if os.path.lexists(metrics) else []
+    records = [record for record in records if "time" in record]  # of an unknown kind: only its time can count
     tell(bad, notices)
     found = account(read_events(folder, notices), records)
     if found is None and notices:

@@ -294,6 +294,14 @@ def test_lines_that_are_no_records_are_told_and_the_others_count(tmp_path, capsy
     assert "line 6: time is 'now', not a time" in of_events
 
 
+def test_records_of_an_unknown_kind_that_lack_a_time_change_nothing(tmp_path, capsys):
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*FIRST, *SECOND]))
+    records = [*FIRST_RECORDS, {"kind": "validition", "attempt": 1, "step": 2}, *SECOND_RECORDS]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    assert main(["goodput", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["effective"] == pytest.approx(195 / 541)
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
 def test_logs_that_hold_no_record_are_named(tmp_path, capsys, name):
     (tmp_path / name).write_text("[" * 100_000 + "\n" + "x" * 1000 + "\n{}\n")
