@@ -18,9 +18,9 @@ from quadriga.config.sources import ENVIRONMENT
 def documentation() -> Mapping[str, str]:
     """The words under each key's field, read from the source of the schema, by `section.key`."""
     words: dict[type[Section], Mapping[str, str]] = {}
-    for key in KEYS.values():
-        if key.section not in words:
-            words[key.section] = _field_words(key.section)
+    for section in {key.section for key in KEYS.values()}:
+        own = [_field_words(base) for base in reversed(section.__mro__) if issubclass(base, Section)]
+        words[section] = {field: told for fields in own for field, told in fields.items()}
     return {name: words[key.section][name.rpartition(".")[2]] for name, key in KEYS.items()}
 
 

@@ -31,7 +31,8 @@ BARREN_EPOCHS = 1000
 @dataclass(frozen=True)
 class Lanes:
     """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch; `skip_bad` leaves
-    out records that cannot be read. They keep their numbers, so that a place is the same whether they can or not."""
+    out records that cannot be read. They keep their numbers, so that a place is the same whether they can or not.
+    `overlap` (0 or 1): how many ids of a window the next one begins with."""
 
     source: Source
     tokenizer: Tokenizer
@@ -40,12 +41,13 @@ class Lanes:
     seed: int | None
     endless: bool = True
     skip_bad: bool = False
+    overlap: int = 1
 
     def windows(self, lane: int, place: Place = START) -> Iterator[Window]:
         """The lane's windows from `place` on."""
         left_out: deque[LeftOut] = deque()  # read ahead of the windows
         documents = tokenized(self.documents(lane, place, left_out), self.tokenizer, self.seq_len)
-        for window in windows(documents, self.seq_len, place):
+        for window in windows(documents, self.seq_len, place, self.overlap):
             passed = []
             while left_out and left_out[0].nth <= window.place.left_out:
                 passed.append(left_out.popleft())

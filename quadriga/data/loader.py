@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, Fetching
 from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.catalogue import open_source
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.lanes import Lanes
 from quadriga.data.layout import Anchor, changed, in_words, names_digest
 from quadriga.data.packing import START, LeftOut, Place, Window
+from quadriga.data.position import place_before
 from quadriga.data.prefetch import Prefetcher
 from quadriga.data.survey import survey
 from quadriga.data.tokenizer import Tokenizer
@@ -24,7 +25,17 @@ from quadriga.log import logger
 
 PREFETCH = 2  # batches ready, where the configuration leaves the choice
 
-Piece = list[tuple[int, Window]]  # (row, window) of the rows that one thread feeds
+STREAM = 0  # the one lane of data that are not shuffled
+# What checkpoints mean that were saved before these could be chosen.
+FIRST_MEANING = {"shuffle": "true", "window_overlap": "1"}
+
+
+class Piece(NamedTuple):
+    """What one thread makes of one batch: `windows` by row, of the rows that it feeds; `places`: by lane, where the
+    next batch begins."""
+
+    windows: dict[int, Window]
+    places: dict[int, Place]
 
 
 def build_loader(
@@ -36,13 +47,15 @@ def build_loader(
     seq_len: int,
     global_batch_size: int,
     rows: range,
-    dataloader: Dataloader,
+    dataloader: Fetching,
     infinite: bool = True,
     field: Field = TEXT,
 ) -> Loader:
     """The loader of `rows` of the global batch.
 
-    infinite: for training: epochs without end, shuffled by `seed`, one whole optimizer step a batch.
+    infinite: for training: epochs without end, one whole optimizer step a batch. Shuffled by `seed`, row i is lane i.
+    With `dataloader.shuffle` false there is one stream of documents in the source's own order, whose windows fill the
+    rows of one batch after another; every rank reads all of it and keeps its rows.
     Not infinite: for validation: one pass in the data's own order each time it is iterated; every rank gets the same
     number of batches, the last of them filled up with rows whose labels are all IGNORE.
 
@@ -51,18 +64,20 @@ def build_loader(
     """
     if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
         raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
-    source = open_source(dataset, dataset_path, lanes=global_batch_size if infinite else 1, field=field)
+    shuffled = infinite and isinstance(dataloader, Dataloader) and dataloader.shuffle
+    count = global_batch_size if shuffled else 1
+    source = open_source(dataset, dataset_path, lanes=count, field=field)
     skip_bad = dataloader.on_bad_record == "skip"
     survey(source, tokenizer, seq_len + 1 if infinite else 2, skip_bad=skip_bad)
-    count = global_batch_size if infinite else 1
-    lanes = Lanes(source, tokenizer, seq_len, count, seed if infinite else None, infinite, skip_bad)
+    order = seed if shuffled else None
+    lanes = Lanes(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
     return Loader(lanes, global_batch_size, rows, dataloader)
 
 
 class Loader:
     """`next()` gives a Batch of len(rows) rows. `waited` is how many seconds the last one kept the trainer waiting."""
 
-    def __init__(self, lanes: Lanes, global_batch_size: int, rows: range, dataloader: Dataloader) -> None:
+    def __init__(self, lanes: Lanes, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
         self.waited = 0.0
         self._lanes = lanes
         self._global_batch_size = global_batch_size
@@ -71,7 +86,9 @@ class Loader:
         self._pin = dataloader.pin_memory and torch.cuda.is_available()
         if dataloader.pin_memory and not self._pin:
             logger.info("data: dataloader.pin_memory has no effect, since there is no CUDA here")
-        self._places = dict.fromkeys(rows, START)
+        self._in_order = lanes.endless and lanes.seed is None
+        self._lanes_read: Sequence[int] = (STREAM,) if self._in_order else rows
+        self._places = dict.fromkeys(self._lanes_read, START)
         self._prefetcher: Prefetcher | None = None
         self.fingerprint = "; ".join(
             (
@@ -79,6 +96,8 @@ class Loader:
                 f"tokenizer={lanes.tokenizer.fingerprint}",
                 f"seed={lanes.seed}",
                 f"global_batch_size={global_batch_size}",
+                f"shuffle={'false' if self._in_order else 'true'}",
+                f"window_overlap={lanes.overlap}",
             )
         )
 
@@ -98,9 +117,9 @@ class Loader:
             self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
         pieces: list[Piece] = self._prefetcher.next()
         self.waited = time.perf_counter() - started
-        windows = {row: window for piece in pieces for row, window in piece}
-        self._move_on({row: window.place for row, window in windows.items()})
-        return self._assemble(windows)
+        for piece in pieces:
+            self._move_on(piece.places)
+        return self._assemble({row: window for piece in pieces for row, window in piece.windows.items()})
 
     def empty(self) -> Batch:
         """A batch of the same shape in which no token counts."""
@@ -109,7 +128,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """What was consumed, JSON-able: the fingerprint, of each lane its place and how to find the beginning of its
         shard, and how the files are cut into shards."""
-        lanes = {str(row): [*self._places[row], *self._anchor(row)] for row in self._rows}
+        lanes = {str(lane): [*self._places[lane], *self._anchor(lane)] for lane in self._lanes_read}
         return {"fingerprint": self.fingerprint, "lanes": lanes, "layout": self._lanes.source.layout()}
 
     def mark(self) -> dict[int, Place]:
@@ -121,10 +140,20 @@ class Loader:
         self.close()
         self._places = dict(mark)
 
-    def _anchor(self, row: int) -> tuple[int, ...]:
-        if not self._lanes.endless or self._places[row] == START:
+    def start_at(self, documents: int, tokens_left: int) -> None:
+        """Go on `tokens_left` ids before the end of the `documents`-th document of an epoch: where torchtitan's loader
+        stands, which has read so many documents and not used so many ids. For data that are not shuffled.
+
+        Raises UserError where the data hold fewer documents or ids.
+        """
+        if not self._in_order:
+            raise ValueError("data that are shuffled have no place by the number of documents read")
+        self.back_to({STREAM: place_before(self._lanes, documents, tokens_left)})
+
+    def _anchor(self, lane: int) -> tuple[int, ...]:
+        if not self._lanes.endless or self._places[lane] == START:
             return ()
-        return self._lanes.source.anchor(self._lanes.shard(row, self._places[row])[0]) or ()
+        return self._lanes.source.anchor(self._lanes.shard(lane, self._places[lane])[0]) or ()
 
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
         """Why the data are not those that `state` was saved with; files that were mended since are no reason."""
@@ -148,16 +177,17 @@ class Loader:
         """
         if found := self.differences(state):
             raise UserError(*found)
-        missing = [row for row in self._rows if str(row) not in state["lanes"]]
+        missing = [lane for lane in self._lanes_read if str(lane) not in state["lanes"]]
         if missing:
             raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
         self.close()
         fields = len(Place._fields)
-        saved = {int(row): lane for row, lane in state["lanes"].items()}
-        places = {row: Place(*lane[:fields]) for row, lane in saved.items()}
+        saved = {int(lane): place for lane, place in state["lanes"].items()}
+        places = {lane: Place(*place[:fields]) for lane, place in saved.items()}
         if layout := state.get("layout"):
-            self._adopt(layout, places, {row: Anchor(*lane[fields:]) for row, lane in saved.items() if lane[fields:]})
-        self._places = {row: places[row] for row in self._rows}
+            anchors = {lane: Anchor(*place[fields:]) for lane, place in saved.items() if place[fields:]}
+            self._adopt(layout, places, anchors)
+        self._places = {lane: places[lane] for lane in self._lanes_read}
 
     def _adopt(self, layout: Mapping[str, Any], places: Mapping[int, Place], anchors: Mapping[int, Anchor]) -> None:
         """Cut the files as the run did that saved; where they were mended since, say so, and check that it can go on.
@@ -166,7 +196,7 @@ class Loader:
         """
         source = self._lanes.source
         source.adopt(layout, {})  # for the numbers of the shards
-        source.adopt(layout, {self._lanes.shard(row, places[row])[0]: known for row, known in anchors.items()})
+        source.adopt(layout, {self._lanes.shard(lane, places[lane])[0]: known for lane, known in anchors.items()})
         mended = changed(source.files, layout)
         if not mended:
             return
@@ -175,9 +205,9 @@ class Loader:
             in_words(mended),
         )
         needed: dict[int, int] = {}
-        for row in self._rows:
-            if places[row] != START:
-                shard, count = self._lanes.shard(row, places[row])
+        for lane in self._lanes_read:
+            if places[lane] != START:
+                shard, count = self._lanes.shard(lane, places[lane])
                 needed[shard] = max(needed.get(shard, 0), count)
         for shard, count in needed.items():
             file = source.file_of(shard)
@@ -193,24 +223,11 @@ class Loader:
             self._prefetcher = None
 
     def _feeds(self) -> list[Generator[Piece, None, None]]:
-        if not self._lanes.endless:
-            return [self._one_pass()]
+        if self._in_order or not self._lanes.endless:
+            place = self._places[STREAM] if self._in_order else START
+            return [_deal(self._lanes, place, self._rows, self._global_batch_size)]
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
         return [_feed(self._lanes, {row: self._places[row] for row in self._rows[i::threads]}) for i in range(threads)]
-
-    def _one_pass(self) -> Generator[Piece, None, None]:
-        """Every rank reads the whole pass and keeps its rows, so that all agree on the number of batches."""
-        piece: Piece = []
-        filled = 0  # rows of the global batch under way
-        for window in self._lanes.windows(0):
-            if filled in self._rows:
-                piece.append((filled, window))
-            filled += 1
-            if filled == self._global_batch_size:
-                yield piece
-                piece, filled = [], 0
-        if filled:
-            yield piece
 
     def _assemble(self, windows: Mapping[int, Window]) -> Batch:
         """Rows without a window, and the rest of a short one, are filled up with labels that no loss counts."""
@@ -227,8 +244,13 @@ class Loader:
             labels,
             documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
             left_out=tuple(record for row in sorted(windows) for record in windows[row].left_out),
-            bad_records=sum(place.left_out for place in self._places.values()) if self._lanes.skip_bad else None,
+            bad_records=self._bad_records() if self._lanes.skip_bad else None,
         )
+
+    def _bad_records(self) -> int:
+        """How many records were left out so far of what this rank counts: its lanes, or the stream if it has row 0."""
+        counts = not self._in_order or 0 in self._rows
+        return sum(place.left_out for place in self._places.values()) if counts else 0
 
     def place(self, record: LeftOut) -> str:
         """Where a record lies: file and line. May read the file up to there."""
@@ -237,20 +259,44 @@ class Loader:
     def _move_on(self, places: Mapping[int, Place]) -> None:
         before = self._places.get(0, START).epoch
         self._places.update(places)
-        if self._lanes.endless and self._places.get(0, START).epoch > before:
-            logger.info("data: epoch %d begins (lane 0)", self._places[0].epoch + 1)
+        if 0 in self._rows and self._lanes.endless and self._places[0].epoch > before:
+            lane = "" if self._in_order else " (lane 0)"
+            logger.info("data: epoch %d begins%s", self._places[0].epoch + 1, lane)
 
 
 def _feed(lanes: Lanes, places: Mapping[int, Place]) -> Generator[Piece, None, None]:
     """Endlessly one window of each row. A function of its own, so that no thread keeps a loader alive."""
     running = {row: lanes.windows(row, place) for row, place in places.items()}
     while True:
-        yield [(row, next(windows)) for row, windows in running.items()]
+        made = {row: next(windows) for row, windows in running.items()}
+        yield Piece(made, {row: window.place for row, window in made.items()})
+
+
+def _deal(lanes: Lanes, place: Place, rows: range, global_batch_size: int) -> Generator[Piece, None, None]:
+    """The windows of one lane dealt to the rows of batch after batch; those of `rows` are kept.
+
+    Every rank reads the whole lane, so that all agree on every place, and on the number of batches where it ends.
+    """
+    kept: dict[int, Window] = {}
+    row = 0  # of the global batch under way
+    for window in lanes.windows(STREAM, place):
+        if row in rows:
+            kept[row] = window
+        row += 1
+        if row == global_batch_size:
+            yield Piece(kept, {STREAM: window.place})
+            kept, row = {}, 0
+    if row:
+        yield Piece(kept, {})
 
 
 def differences(saved: str, here: str) -> list[Problem]:
     """What differs between two fingerprints of data, each as a problem; [] where they are the same."""
-    then, now = (dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
+    then, now = (FIRST_MEANING | dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
+    if then["shuffle"] == now["shuffle"] == "false":  # then neither changes which document is next
+        then, now = (
+            {key: said[key] for key in said if key not in ("seed", "global_batch_size")} for said in (then, now)
+        )
     fix = "restore what it was, or read the data given now from their start: --checkpoint.allow_change"
     return [
         Problem(f"data of the checkpoint: {key}", f"was {then.get(key)} when it was saved", value=now.get(key), fix=fix)

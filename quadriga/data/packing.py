@@ -81,12 +81,17 @@ def _encode(group: list[tuple[Document, Place]], tokenizer: Tokenizer) -> Iterat
         yield np.concatenate((before, ids, after)), place, document.id
 
 
-def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, start: Place = START) -> Iterator[Window]:
-    """Windows of seq_len + 1 ids, each of which begins at the last id of the one before.
+def windows(
+    documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, start: Place = START, overlap: int = 1
+) -> Iterator[Window]:
+    """Windows of seq_len + 1 ids, each of which begins with the last `overlap` ids (0 or 1) of the one before.
 
-    So every token is a label exactly once. The first `start.token` tokens of the document at `start` were read before;
-    where that document is not there any more, nothing is skipped of the one that comes instead. A last window that is
-    not full comes out short, if it holds at least one token and its label.
+    With an overlap of 1 every token is a label exactly once, and a last window that is not full comes out short, if it
+    holds at least one token and its label. With 0 the first id of a window is no label of any, and what is left at the
+    end is left out.
+
+    The first `start.token` tokens of the document at `start` were read before; where that document is not there any
+    more, nothing is skipped of the one that comes instead.
     """
     window = np.empty(seq_len + 1, np.int64)
     filled = 0
@@ -101,10 +106,10 @@ def windows(documents: Iterable[tuple[Ids, Place, DocumentId]], seq_len: int, st
             window[filled : filled + taken] = ids[at : at + taken]
             filled, at = filled + taken, at + taken
             if filled == seq_len + 1:
-                yield Window(window, place._replace(token=at - 1), tuple(inside))
+                yield Window(window, place._replace(token=at - overlap), tuple(inside))
                 last = window[-1]
                 window = np.empty(seq_len + 1, np.int64)
-                window[0], filled = last, 1
-                inside = [document]
-    if filled > 1:
+                window[0], filled = last, overlap
+                inside = [document] if at - overlap < len(ids) else []
+    if overlap and filled > 1:
         yield Window(window[:filled], place, tuple(inside))

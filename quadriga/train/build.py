@@ -17,7 +17,7 @@ from quadriga.comm.backend import BACKENDS, choose
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
-from quadriga.config.schema import Dataloader, LinearFloat8
+from quadriga.config.schema import Fetching, LinearFloat8
 from quadriga.data.fields import Field
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
@@ -370,7 +370,7 @@ def build_validator(
     return Validator(loader, feed, forward, device, section.freq, section.steps)
 
 
-def dataloader_on(device: torch.device, section: Dataloader) -> Dataloader:
+def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
     """Without page-locked memory where the run computes on CPU: to lock it would open a GPU wherever there is one."""
     if not section.pin_memory or device.type == "cuda":
         return section

@@ -11,7 +11,7 @@ from quadriga.config.schema.observe import Debug, Metrics, Profiling
 from quadriga.config.schema.optim import LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
-from quadriga.config.schema.training import Dataloader, Training, Validation
+from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
 
 __all__ = [
     "ActivationCheckpoint",
@@ -23,6 +23,7 @@ __all__ = [
     "Estimate",
     "Experimental",
     "FaultTolerance",
+    "Fetching",
     "GroupedFloat8",
     "GroupedMX",
     "Health",

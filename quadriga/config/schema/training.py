@@ -7,8 +7,8 @@ from typing import Literal
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Section
 
 
-class Dataloader(Section):
-    """How batches are fetched ahead of training."""
+class Fetching(Section):
+    """How batches are made of documents and fetched ahead: `validation.dataloader`, whose documents stay in order."""
 
     num_workers: Amount = 0
     """Threads that read and tokenize ahead of training, at most one a row of the batch; 0 is one too."""
@@ -24,6 +24,16 @@ class Dataloader(Section):
 
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A document that cannot be read (no JSON, no such field, not UTF-8, too long) ends the run, or is left out."""
+
+    window_overlap: Literal[0, 1] = 1
+    """Ids that a window of `seq_len` + 1 shares with the next: 1 makes each token a label once; 0 is torchtitan's."""
+
+
+class Dataloader(Fetching):
+    """How documents are ordered, made into batches and fetched ahead of training."""
+
+    shuffle: bool = True
+    """Mix the documents by seed and epoch; false reads them in the data's own order, as torchtitan does."""
 
 
 class Training(Section):
@@ -107,4 +117,4 @@ class Validation(Section):
     steps: AllOrCount = -1
     """Batches of one validation; -1 is the whole set."""
 
-    dataloader: Dataloader = Dataloader()
+    dataloader: Fetching = Fetching()
