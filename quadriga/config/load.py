@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quadriga.config import vocabulary
+from quadriga.config import their_data, vocabulary
 from quadriga.config.keys import KEYS, Key, is_section, read_text, show
 from quadriga.config.paths import PATHS, expand
 from quadriga.config.schema import JobConfig
@@ -66,6 +66,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     for key in said:
         _place(key, said, loaded, environ)
         said[key] = _other_name(key, said, loaded)
+    loaded.notices += their_data.read_as(said, loaded.origin)
     _validate(said, loaded)
     _remark_on_defaults(loaded)
     return loaded
@@ -262,10 +263,6 @@ def _frozen(value: Any) -> Any:
 def _other_name(key: str, said: Mapping[str, Any], loaded: Loaded) -> Any:
     """The value, or what it is called here where the vocabulary's first home has another name for it."""
     value, other = said[key], said[key]
-    reads_files = said.get(key.replace("dataset", "dataset_path")) is not None
-    if key in ("training.dataset", "validation.dataset") and value == "c4_test":
-        builtin = "builtin" if key.startswith("training") else "builtin_validation"
-        other = "jsonl" if reads_files else builtin
     if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
         other = "builtin:bytes"
     if key == vocabulary.SCHEDULE and isinstance(value, str):

@@ -26,6 +26,7 @@ RENAMED: Mapping[str, str] = {
 # Tables of v0.1.0 that became tables of [quantize].
 MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
 
+
 # Values of a renamed key that have another name under the new one.
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     "parallelism.context_parallel_rotate_method": {"allgather": "allgather", "alltoall": "ring"},

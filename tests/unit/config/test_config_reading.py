@@ -221,6 +221,39 @@ def test_c4_test_with_a_path_is_read_from_there(write, door):
     assert run.config.training.dataset == "jsonl"
 
 
+def test_c4_test_is_read_from_its_own_place_where_it_is_there(write, door):
+    """Relative to the folder that the run is started from, as there; training and validation alike."""
+    write('{"text": "one"}', "tests/assets/c4_test/data.json")
+    run = door(write('[training]\ndataset = "C4_test"\n[validation]\nenable = true\ndataset = "c4_test"'))
+    assert (run.config.training.dataset, run.config.training.dataset_path) == ("jsonl", "tests/assets/c4_test")
+    assert (run.config.validation.dataset, run.config.validation.dataset_path) == ("jsonl", "tests/assets/c4_test")
+    assert notices_of(run).count('"jsonl" in tests/assets/c4_test') == 2
+
+
+def test_c4_test_may_hold_parquet(write, door):
+    write("PAR1", "data/data.parquet")
+    run = door(write('[training]\ndataset = "c4_test"\ndataset_path = "data"'))
+    assert run.config.training.dataset == "parquet"
+
+
+ORDER = "documents are mixed, and each token is a label once; false and 0 give torchtitan's batches"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "more", "told"),
+    [
+        ("c4", "", True),
+        ("c4_test", "", False),  # nothing is there, so that the built-in corpus is read
+        ("builtin", "", False),
+        ("c4", "[training.dataloader]\nshuffle = true", False),
+        ("c4", "[training.dataloader]\nshuffle = false", False),
+    ],
+)
+def test_one_line_tells_of_shuffling_where_a_file_may_expect_the_order_of_the_data(write, door, dataset, more, told):
+    run = door(write(f'[training]\ndataset = "{dataset}"\n{more}'))
+    assert notices_of(run).count(ORDER) == told
+
+
 def test_tokenizer_path_is_honoured(write, door):
     write('{"model": {"vocab": {"a": 0, "b": 1}}}', "tok/tokenizer.json")
     run = door(write('[model]\ntokenizer_path = "tok"'))

@@ -49,9 +49,15 @@ def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
 
 
 @settings(max_examples=30)
-@given(shards=SHARDS.filter(any), count=st.integers(1, 5), seq_len=st.integers(1, 30), data=st.data())
-def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, data):
-    lanes = Lanes(ListSource(shards), ByteTokenizer(), seq_len, count, 3)
+@given(
+    shards=SHARDS.filter(any),
+    count=st.integers(1, 5),
+    seq_len=st.integers(1, 30),
+    overlap=st.integers(0, 1),
+    data=st.data(),
+)
+def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, overlap, data):
+    lanes = Lanes(ListSource(shards), ByteTokenizer(), seq_len, count, 3, overlap=overlap)
     lane, stop = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 20))
     run = list(islice(lanes.windows(lane), stop + 6))
     again = list(islice(lanes.windows(lane, run[stop].place), 5))
@@ -73,12 +79,16 @@ def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
 
 
 @settings(max_examples=60)
-@given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
-def test_a_window_knows_which_documents_its_tokens_are_from(documents, seq_len):
-    lanes = Lanes(ListSource([documents]), ByteTokenizer(), seq_len, 1, None, endless=False)
+@given(
+    documents=st.lists(st.text(max_size=40), min_size=1, max_size=30),
+    seq_len=st.integers(1, 50),
+    overlap=st.integers(0, 1),
+)
+def test_a_window_knows_which_documents_its_tokens_are_from(documents, seq_len, overlap):
+    lanes = Lanes(ListSource([documents]), ByteTokenizer(), seq_len, 1, None, endless=False, overlap=overlap)
     owners = [(0, 0, number) for number, text in enumerate(documents) for _ in range(len(text.encode()) + 2)]
     for number, window in enumerate(lanes.windows(0)):
-        start = number * seq_len
+        start = number * (seq_len + 1 - overlap)
         assert list(window.documents) == list(dict.fromkeys(owners[start : start + len(window.ids)]))
 
 
