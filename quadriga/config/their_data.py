@@ -1,4 +1,4 @@
-"""The data sets that a file of torchtitan can name: `c4`, `c4_validation`, and `c4_test`, which lies in its repository."""
+"""The data sets of torchtitan by name: `c4`, `c4_validation`, and `c4_test`, which lies in its repository."""
 
 from __future__ import annotations
 
