@@ -58,6 +58,9 @@ class FixedBatches:
     step: int = 0
     waited: float = 0.0
 
+    def mark(self) -> dict[int, Any]:
+        return {}
+
     def next(self) -> Batch:
         self.step += 1
         spec = self.run.spec

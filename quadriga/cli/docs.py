@@ -1,4 +1,4 @@
-"""`quadriga docs`: docs/configuration.md and every card of configs/, written anew or checked."""
+"""`quadriga docs`: docs/configuration.md, the tables of docs/from-torchtitan.md and every card of configs/."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from quadriga.cli.arguments import Parser, repository_of
 from quadriga.cli.card import card_of, make_card, order_for, put
 from quadriga.config.reference import reference_page
+from quadriga.config.torchtitan import renewed
 from quadriga.errors import EXIT_FAULT, EXIT_OK
 
 
@@ -17,6 +18,8 @@ def main(argv: Sequence[str]) -> int:
     check = parser.parse_args(argv).check
     root = repository_of(Path(__file__))
     stale = put(root / "docs" / "configuration.md", reference_page(), check)
+    page = root / "docs" / "from-torchtitan.md"
+    stale |= put(page, renewed(page.read_text(encoding="utf-8")), check)
     for file in sorted(root.glob("configs/*/*.toml")):
         stale |= put(card_of(file), make_card(order_for(file, None, None), file), check)
     return EXIT_FAULT if stale else EXIT_OK

@@ -143,7 +143,8 @@ are refused, all in one report with the file and the line. No key is ever droppe
 assets that need no download are `training.dataset = "builtin"` and `model.hf_assets_path = "builtin:bytes"`; the names
 `c4_test` and `./tests/assets/tokenizer` of other trainers' test files are read as these, with a notice.
 
-Some defaults differ from those of the trainer in which this vocabulary grew up, where those were traps:
+[from-torchtitan.md](from-torchtitan.md) tells of every key of torchtitan v0.2.2, in which this vocabulary grew up,
+whether it means the same here. Some defaults differ, where those were traps:
 `checkpoint.last_save_model_only` is false, so that a finished run can be resumed; `training.max_norm = 0` switches
 clipping off; `debug.seed` is a number, so that a run can be repeated; `profiling.profiler_active` is 5; traces go to
 `profile_trace`.

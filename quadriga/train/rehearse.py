@@ -31,6 +31,7 @@ from quadriga.config import JobConfig, Run, read
 from quadriga.config.schema import Health as HealthSection
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
+from quadriga.data.packing import Place
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
 from quadriga.estimate.communication import calls_of
 from quadriga.estimate.memory import memory_of
@@ -71,6 +72,10 @@ class EmptyLoader:
     rows: int
     seq_len: int
     waited: float = 0.0
+
+    def mark(self) -> dict[int, Place]:
+        """It stands where it stood."""
+        return {}
 
     def next(self) -> Batch:
         tokens = torch.zeros(self.rows, self.seq_len, dtype=torch.int64)
