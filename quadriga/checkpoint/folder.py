@@ -151,8 +151,8 @@ def read(path: Place) -> Found:
 
     This is quick: contents are compared by `damage`."""
     files, manifest = files_at(path), join(path, STATE_FILE)
+    said = _manifest(path)
     try:
-        said = manifests.parse(files.read(manifest), manifest)
         place = str(path) if said.folder == "." else join(path, said.folder)
         if not files.is_folder(place) and said.folder != ".":
             raise NotWhole(f"{place} is no folder")
@@ -232,10 +232,25 @@ def find(folder: Place, step: int = -1) -> Found | None:
     return None
 
 
-def newest_extra(folder: Place) -> dict[str, Any] | None:
-    """What the newest checkpoint says beside its tensors; None where there is none."""
-    found = find(folder)
-    return found.extra if found else None
+def newest_extra(folder: Place, step: int = -1) -> dict[str, Any] | None:
+    """What the newest checkpoint says beside its tensors, or that of `step`; None where there is none.
+
+    `folder` holds checkpoints, or is one. Every rank asks, so only the manifest is read: whether the checkpoint is
+    whole is looked at when it is loaded. Raises UserError where the folder cannot be listed."""
+    named = [join(folder, name) for number, name in reversed(_named(folder, PUBLISHED)) if step in (-1, number)]
+    for path in (*named, str(folder)):
+        with suppress(NotWhole):
+            return _manifest(path).extra
+    return None
+
+
+def _manifest(path: Place) -> manifests.Manifest:
+    """What the manifest in a folder says. Raises NotWhole where it cannot be read."""
+    manifest = join(path, STATE_FILE)
+    try:
+        return manifests.parse(files_at(path).read(manifest), manifest)
+    except OSError as error:
+        raise NotWhole(f"{manifest} cannot be read ({error.strerror or error})") from error
 
 
 def delete_old(

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from quadriga.config.case import value_of
+from quadriga.config.changed_defaults import started_with
 from quadriga.config.read import Run
-from quadriga.config.rules_layout import divisors
+from quadriga.config.rules_layout import FROM_CHECKPOINT, divisors
 from quadriga.errors import Problem
 from quadriga.limits import COUNT
 
@@ -43,11 +45,23 @@ def other_training(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterato
             yield key, saved.get(name), here[name]
 
 
+def not_kept(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:
+    """Keys whose default has changed, that the user does not set, and that are not what the run was started with.
+
+    `read` takes them from the newest checkpoint. They differ where another one is loaded, since that one is damaged,
+    and where the run was read without a look at its checkpoints.
+    """
+    for key, was in started_with(saved).items():
+        now = value_of(run.config, key)
+        if was != now and run.origin.get(key, FROM_CHECKPOINT).startswith(FROM_CHECKPOINT):
+            yield key, was, now
+
+
 def refusals(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     """A problem for each such difference, with what to set."""
     return [
         Problem(key, f"was {was} when the checkpoint was saved", value=str(now), fix=_way_back(key, was, run))
-        for key, was, now in other_training(saved, facts(run))
+        for key, was, now in [*other_training(saved, facts(run)), *not_kept(saved, run)]
     ]
 
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
 from quadriga.config.case import BackendFacts
+from quadriga.config.changed_defaults import started_with
+from quadriga.config.keys import KEYS, show
 from quadriga.config.load import Loaded, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules_layout import FROM_CHECKPOINT
@@ -19,7 +23,7 @@ from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text as bounded_text
 
 BATCH = "training.global_batch_size"
-Saved = Callable[[str], Mapping[str, Any] | None]
+Saved = Callable[[str, int], Mapping[str, Any] | None]  # of a folder and a step, -1 for the newest
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,16 @@ def read(
         world_size: number of ranks; None: as many as the degrees ask for.
         training: False for a dry run: missing files are noted, and what training does not support yet passes. So it
             is for a configuration that only rehearses.
-        saved: gives what the newest checkpoint in a folder says of its run; None where there is none.
+        saved: gives what the checkpoint of a step (-1: the newest) in a folder says of its run; None where there is
+            none. A run that goes on from one keeps what it was started with: a global batch of -1, and each key whose
+            default has changed since.
 
     Raises:
         UserError: with every problem that was found.
     """
     loaded = load(argv, environ)
     training = training and not loaded.config.only_rehearses
-    _keep_the_saved_batch(loaded, saved)
+    _keep_what_the_run_began_with(loaded, saved)
     tokenizer, problems, notices = _look_at_assets(loaded, training)
     schedule_csv, broken = _read_schedule(loaded)
     resolved = resolve(
@@ -78,20 +84,55 @@ def read(
     return Run(loaded.config, spec, loaded.origin)
 
 
-def _keep_the_saved_batch(loaded: Loaded, saved: Saved | None) -> None:
-    """A global batch of -1 means, for a run that goes on, the one that it was saved with."""
-    config = loaded.config
-    if saved is None or not config.checkpoint.enable or config.training.global_batch_size != -1 or BATCH in loaded.bad:
+def _keep_what_the_run_began_with(loaded: Loaded, saved: Saved | None) -> None:
+    """Take from the checkpoint that the run goes on from what the user does not set and what may have changed since."""
+    try:
+        place, said = _checkpoint_of(loaded.config, saved)
+    except UserError as error:  # a folder that cannot be listed
+        loaded.problems += error.problems
         return
-    folder = checkpoint_folder(config)
-    said = saved(folder)
-    rows = said.get("global_batch_size") if said is not None else None
-    if type(rows) is not int or rows < 1:  # what else a manifest says is told of when it is loaded
+    if said is None:
         return
-    training = config.training.model_copy(update={"global_batch_size": rows})
-    loaded.config = config.model_copy(update={"training": training})
-    loaded.origin[BATCH] = f"{FROM_CHECKPOINT}{folder}"
-    loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {folder} were saved with")
+    rows = said.get("global_batch_size")
+    if loaded.config.training.global_batch_size == -1 and BATCH not in loaded.bad and type(rows) is int and rows >= 1:
+        _take(loaded, BATCH, rows, place)
+        loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {place} were saved with")
+    for key, value in started_with(said).items():
+        # A value that the key cannot have is told of when the checkpoint is compared with the run.
+        if key in loaded.origin or value == KEYS[key].default or not _may_be(key, value):
+            continue
+        _take(loaded, key, value, place)
+        loaded.notices.append(
+            f"{key} = {show(value)}: what the run was started with that goes on from the checkpoints in {place} (the "
+            f"default is {show(KEYS[key].default)} now: set {key} to change it)"
+        )
+
+
+def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping[str, Any] | None]:
+    """Where the checkpoint lies that the run goes on from with its optimizer and schedule, and what it says."""
+    section, folder = config.checkpoint, checkpoint_folder(config)
+    if saved is None or not section.enable or section.create_seed_checkpoint:
+        return folder, None
+    said, elsewhere = saved(folder, section.load_step), section.initial_load_path
+    if said is not None or elsewhere is None or section.initial_load_model_only or section.initial_load_in_hf:
+        return folder, said
+    return elsewhere, saved(elsewhere, -1)
+
+
+def _take(loaded: Loaded, key: str, value: Any, place: str) -> None:
+    """Set a key to what the checkpoints in `place` say."""
+    table, name = key.split(".")
+    section = getattr(loaded.config, table).model_copy(update={name: value})
+    loaded.config = loaded.config.model_copy(update={table: section})
+    loaded.origin[key] = f"{FROM_CHECKPOINT}{place}"
+
+
+def _may_be(key: str, value: Any) -> bool:
+    try:
+        KEYS[key].section.model_validate({key.rpartition(".")[2]: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _read_schedule(loaded: Loaded) -> tuple[str | None, list[Problem]]:

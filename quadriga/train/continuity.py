@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quadriga.config import Run
+from quadriga.config.changed_defaults import started_with
 from quadriga.config.continuity import facts, refusals
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
@@ -20,7 +21,7 @@ def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
     Raises UserError where the model, the data, the seed or the batch differ, and `checkpoint.allow_change` is not set.
     """
     here = facts(run)
-    for key, was, now in changes(saved["config"], here["config"]):
+    for key, was, now in changes(saved["config"], here["config"], started_with(saved)):
         logger.info("changed since this checkpoint was saved: %s: %s -> %s", key, was, now)
     wrong = refusals(saved, run)
     if "dataloader" in saved:
@@ -35,9 +36,11 @@ def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
         logger.warning("%s is %s; it %s (checkpoint.allow_change)", problem.where, problem.value, problem.what)
 
 
-def changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Change]:
-    """Every key of two configurations whose value differs; a key that one of them lacks is None there."""
-    was, now = dict(flat(saved)), dict(flat(here))
+def changes(saved: Mapping[str, Any], here: Mapping[str, Any], meant: Mapping[str, Any]) -> list[Change]:
+    """Every key of two configurations whose value differs; a key that one of them lacks is None there.
+
+    `meant`: what the saved one meant by keys that it may lack, by key."""
+    was, now = {**meant, **dict(flat(saved))}, dict(flat(here))
     return [
         (key, was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
     ]

@@ -25,9 +25,19 @@ from quadriga.checkpoint import metadata_file, plan
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.tensors import read, stored_tensors
 from quadriga.config.schema import Checkpoint
+from quadriga.launch.supervisor import main as launch
 
 OLDER = Path(__file__).parent / "older"
 NUMBERS = ("loss", "grad_norm", "lr", "tokens_seen")
+GIVEN = ("--training.dataset_path", str(OLDER / "text"), "--training.steps=5")
+TODAY = ("--lr_scheduler.variant=torchtitan", "--optimizer.decay_norms_and_biases")
+# What commit 9b4208f itself trained when it resumed: steps 3, 4, 5, and what `norm_of` is at the end.
+THEN = [
+    (6.276911497116089, 9.644583702087402, 0.0005333333333333335, 96),
+    (6.414763689041138, 11.941086769104004, 0.0004, 128),
+    (6.278217077255249, 8.94572925567627, 0.00026666666666666673, 160),
+]
+NORM_THEN = 0.9974249079823494
 
 
 @pytest.fixture
@@ -64,11 +74,19 @@ def test_an_older_checkpoint_is_read_as_dcp_reads_it(older: Path) -> None:
     assert same(ours, by_dcp(older))
 
 
-def resumed(step: Path, ranks: int) -> list[tuple[float, ...]]:
-    arguments = ("--training.dataset_path", str(OLDER / "text"), "--training.steps=5")
-    records = train(step.parents[1], ranks, *arguments, file=str(OLDER / "tiny.toml"))
+def resumed(step: Path, ranks: int, *more: str) -> list[tuple[float, ...]]:
+    return trained(step.parents[1], ranks, *more)
+
+
+def trained(folder: Path, ranks: int, *more: str) -> list[tuple[float, ...]]:
+    records = train(folder, ranks, *GIVEN, *more, file=str(OLDER / "tiny.toml"))
     assert [record["step"] for record in records] == [3, 4, 5]
     return [tuple(record[name] for name in NUMBERS) for record in records]
+
+
+def norm_of(step: Path) -> float:
+    """The mean of the final norm's weights: it was 1 at first, and shrinks by learning rate x decay where it decays."""
+    return by_dcp(step)["model.norm.weight"].mean().item()
 
 
 def test_an_older_checkpoint_resumes_to_the_bit(older: Path, tmp_path: Path) -> None:
@@ -83,6 +101,47 @@ def test_an_older_checkpoint_resumes_to_the_bit(older: Path, tmp_path: Path) -> 
     assert (last / "plan.json").is_file(), "what is saved now has a plan"
     assert not same(by_dcp(last), by_dcp(older)), "it did train"
     assert same(by_dcp(last), by_dcp(newer.with_name("step-5")))
+
+
+def test_a_run_that_goes_on_keeps_the_schedule_and_the_decay_that_it_was_started_with(older: Path) -> None:
+    """Their defaults have changed since; the next start, from a checkpoint of today, keeps them too."""
+    for found, then in zip(resumed(older, 2), THEN, strict=True):
+        assert found == pytest.approx(then, rel=1e-5)
+        assert found[2] == then[2]
+    assert norm_of(older.with_name("step-5")) == pytest.approx(NORM_THEN, abs=1e-5)
+    records = train(older.parents[1], 1, *GIVEN[:2], "--training.steps=6", file=str(OLDER / "tiny.toml"))
+    assert records[-1]["lr"] == pytest.approx(8e-4 / 6, rel=1e-12)
+    said = folders.newest_extra(older.parent)
+    assert said is not None
+    assert (said["config"]["lr_scheduler"]["variant"], said["train_state"]["step"]) == ("early_decay", 6)
+    assert said["config"]["optimizer"]["decay_norms_and_biases"] is False
+
+
+def test_keys_that_are_set_win_over_what_the_run_was_started_with(older: Path) -> None:
+    rates = [numbers[2] for numbers in resumed(older, 2, *TODAY)]
+    assert rates == pytest.approx([8e-4 * 4 / 5, 8e-4 * 3 / 5, 8e-4 * 2 / 5], rel=1e-12)
+    assert norm_of(older.with_name("step-5")) < NORM_THEN - 1e-4
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_them_too(older: Path, tmp_path: Path) -> None:
+    new = ("--checkpoint.initial_load_path", str(older), "--checkpoint.no_initial_load_model_only")
+    found = trained(tmp_path / "new", 2, *new)
+    assert [numbers[2] for numbers in found] == [numbers[2] for numbers in THEN]
+    assert norm_of(tmp_path / "new/checkpoint/step-5") == pytest.approx(NORM_THEN, abs=1e-5)
+
+
+def test_the_dry_run_says_what_a_run_that_goes_on_keeps(older: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = [*GIVEN, "--job.dump_folder", str(older.parents[1])]
+    environ = {"CONFIG_FILE": str(OLDER / "tiny.toml"), "NGPU": "2", "DRY_RUN": "1"}
+    assert launch(argv, environ) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    kept = f"what the run was started with that goes on from the checkpoints in {older.parent}"
+    assert f'lr_scheduler.variant = "early_decay": {kept}' in told
+    assert f"optimizer.decay_norms_and_biases = false: {kept}" in told
+    assert launch([*argv, *TODAY], environ) == 0
+    told = capfd.readouterr().out
+    assert "early" not in told
+    assert "decay_norms_and_biases = false" not in told
 
 
 def test_stock_dcp_reads_what_is_saved_on_two_ranks(older: Path) -> None:

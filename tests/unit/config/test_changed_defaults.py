@@ -1,0 +1,148 @@
+"""What a run that goes on keeps of what it was started with, where defaults have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import Run, read
+from quadriga.config.case import value_of
+from quadriga.config.changed_defaults import OLD_DEFAULTS, started_with
+from quadriga.config.continuity import facts, refusals
+from quadriga.config.keys import KEYS
+from quadriga.errors import Problem, UserError
+from quadriga.models.registry import catalogue
+
+VARIANT, DECAY = "lr_scheduler.variant", "optimizer.decay_norms_and_biases"
+OLD: dict[str, Any] = {"config": {"lr_scheduler": {"warmup_steps": 1}, "optimizer": {"decay_norms_and_biases": False}}}
+NEW: dict[str, Any] = {
+    "config": {"lr_scheduler": {"variant": "torchtitan"}, "optimizer": {"decay_norms_and_biases": True}}
+}
+
+
+def going_on(*arguments: str, **checkpoints: Mapping[str, Any]) -> Run:
+    """Read a configuration; `checkpoints`: what the newest in each folder says."""
+    asked = ["--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin", *arguments]
+
+    def saved(folder: str, step: int) -> Mapping[str, Any] | None:
+        name = folder.replace("/", "_")
+        return checkpoints.get(name if step == -1 else f"{name}_{step}")
+
+    return read(asked, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=True, saved=saved)
+
+
+def kept(run: Run) -> tuple[Any, Any]:
+    return value_of(run.config, VARIANT), value_of(run.config, DECAY)
+
+
+def told(run: Run) -> list[str]:
+    """The keys of which a notice says that they were kept."""
+    return [notice.split()[0] for notice in run.spec.notices if "what the run was started with" in notice]
+
+
+ON = ("--checkpoint.enable", "--job.dump_folder=run")
+ELSEWHERE = (*ON, "--checkpoint.initial_load_path=other", "--checkpoint.no_initial_load_model_only")
+
+
+def test_the_table_names_keys_whose_default_is_another_now() -> None:
+    for key, old in OLD_DEFAULTS.items():
+        assert KEYS[key].default != old
+        section = KEYS[key].section.model_validate({key.rpartition(".")[2]: old})
+        assert getattr(section, key.rpartition(".")[2]) == old
+
+
+def test_a_new_run_has_the_defaults_of_today() -> None:
+    for run in (going_on(*ON), going_on(*ON, run_checkpoint=NEW)):
+        assert kept(run) == ("torchtitan", True)
+        assert told(run) == []
+
+
+def test_an_older_run_keeps_what_it_was_started_with_and_one_notice_a_key_says_so() -> None:
+    run = going_on(*ON, run_checkpoint=OLD)
+    assert kept(run) == ("early_decay", False)
+    assert told(run) == [VARIANT, DECAY]
+    assert (
+        f'{VARIANT} = "early_decay": what the run was started with that goes on from the checkpoints in run/checkpoint '
+        f'(the default is "torchtitan" now: set {VARIANT} to change it)'
+    ) in run.spec.notices
+    assert run.origin[VARIANT] == "the checkpoints in run/checkpoint"
+
+
+def test_what_the_user_says_wins() -> None:
+    run = going_on(*ON, f"--{VARIANT}=torchtitan", run_checkpoint=OLD)
+    assert kept(run) == ("torchtitan", False)
+    assert told(run) == [DECAY]
+    assert refusals({**facts(run), **OLD}, run) == []
+
+
+def test_the_checkpoint_that_is_asked_for_says_it() -> None:
+    assert kept(going_on(*ON, "--checkpoint.load_step=3", run_checkpoint=OLD, run_checkpoint_3=NEW)) == (
+        "torchtitan",
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (ELSEWHERE, ("early_decay", False)),
+        ((*ON, "--checkpoint.initial_load_path=other"), ("torchtitan", True)),  # weights alone: a new run
+        ((*ELSEWHERE, "--checkpoint.create_seed_checkpoint"), ("torchtitan", True)),  # loads nothing
+        (("--job.dump_folder=run",), ("torchtitan", True)),  # checkpoints are off
+    ],
+)
+def test_a_run_that_goes_on_from_another_folder(arguments: tuple[str, ...], expected: tuple[str, bool]) -> None:
+    assert kept(going_on(*arguments, other=OLD)) == expected
+
+
+def test_the_own_folder_comes_before_another() -> None:
+    assert kept(going_on(*ELSEWHERE, other=OLD, run_checkpoint=NEW)) == ("torchtitan", True)
+
+
+@pytest.mark.parametrize("config", [None, 3, []])
+def test_a_checkpoint_without_a_configuration_says_nothing(config: Any) -> None:
+    assert started_with({"config": config}) == {}
+    assert kept(going_on(*ON, run_checkpoint={"config": config})) == ("torchtitan", True)
+
+
+@pytest.mark.parametrize("section", [3, None, {"variant": "cubic"}, {"variant": ["torchtitan"]}])
+def test_a_value_that_cannot_be_is_not_taken_and_refused_when_compared(section: Any) -> None:
+    said = {"config": {**NEW["config"], "lr_scheduler": section}}
+    run = going_on(*ON, run_checkpoint=said)
+    assert value_of(run.config, VARIANT) in ("torchtitan", "early_decay")
+    if isinstance(section, dict):
+        assert [problem.where for problem in refusals({**facts(run), **said}, run)] == [VARIANT]
+
+
+def test_another_checkpoint_than_the_one_that_was_read_is_refused() -> None:
+    """The newest is damaged, and an older one of other settings is loaded: the ranks must not guess."""
+    run = going_on(*ON, run_checkpoint=NEW)
+    problems = refusals({**facts(run), **OLD}, run)
+    assert [problem.where for problem in problems] == [VARIANT, DECAY]
+    assert problems[0].what == "was early_decay when the checkpoint was saved"
+    assert (problems[0].fix or "").startswith(f"set {VARIANT} to early_decay")
+
+
+def test_a_folder_that_cannot_be_read_is_one_problem_among_others() -> None:
+    def saved(folder: str, step: int) -> None:
+        raise UserError(Problem(folder, "cannot be listed: Input/output error"))
+
+    with pytest.raises(UserError) as caught:
+        read(
+            ["--checkpoint.enable", "--training.stepz=3", "--model.hf_assets_path=builtin:bytes"],
+            {},
+            catalogue=catalogue(),
+            backends=BACKENDS,
+            world_size=1,
+            training=True,
+            saved=saved,
+        )
+    assert {"cannot be listed: Input/output error"} < {problem.what for problem in caught.value.problems}
+
+
+def test_the_batch_of_a_run_elsewhere_is_kept_too() -> None:
+    run = going_on(*ELSEWHERE, "--training.global_batch_size=-1", other={**OLD, "global_batch_size": 24})
+    assert run.spec.global_batch_size == 24
