@@ -5,11 +5,21 @@ docs/from-torchtitan.md has the whole table, a row a key.
 
 from __future__ import annotations
 
-from quadriga.config.case import Case, Verdicts, rule
+from quadriga.config.case import Case, Verdicts, rule, value_of
+from quadriga.config.keys import show
 
+FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # and defaults of there
 SEED = "debug.seed"
 COMPUTES_IN = "training.mixed_precision_param"
 MAX_NORM = "training.max_norm"
+
+
+@rule(*FILES)
+def defaults_need_no_files(case: Case) -> Verdicts:
+    said = [f"{key} = {show(value_of(case.config, key))}" for key in FILES if key not in case.origin]
+    if said:
+        there = " and ".join(show(FILES[key]) for key in FILES if key not in case.origin)
+        yield f"{' and '.join(said)} by default, so that no file is needed (in torchtitan {there})"
 
 
 @rule(SEED)

@@ -12,6 +12,8 @@ from quadriga.cli.card import card_of, make_card, order_for
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.config.card import read_order
+from quadriga.config.load import load
+from quadriga.config.torchtitan import keys_there
 from quadriga.models.registry import catalogue, count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -137,3 +139,36 @@ def test_the_reference_has_the_values_that_are_written_down():
     degrees = written["parallelism"]
     assert [degrees[f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context")] == [1, 1, 1]
     assert stated_gpus(file) == 4
+
+
+def test_the_reference_means_what_it_means_in_torchtitan():
+    """Beside keys of v0.2.2 it has marked ones alone, and they say what is done there; nothing is told of a difference."""
+    file = CONFIGS / "llama3_8b/llama3_8b.toml"
+    there, table, marked = keys_there(), "", {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        table = line.strip("[] ") if line.startswith("[") else table
+        key = f"{table}.{line.partition(' = ')[0]}"
+        if " = " in line and not line.startswith("#"):
+            assert (key in there) != ("(*)" in line), line
+            marked |= {key: line.partition(" = ")[2].split("#")[0].strip()} if "(*)" in line else {}
+    assert marked == {
+        "model.depth_init": "true",
+        "training.dataloader.shuffle": "false",
+        "training.dataloader.window_overlap": "0",
+        "optimizer.decay_norms_and_biases": "true",
+        "lr_scheduler.variant": '"torchtitan"',
+    }
+    notices = resolved(file, 4).spec.notices
+    assert not [notice for notice in notices if "torchtitan" in notice or "by default" in notice]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_says_what_it_chooses(file):
+    """Where other trainers, or older commits, do something else: written in the file or the one that it extends."""
+    origin = load(["--job.config_file", str(file)], {}).origin
+    chosen = {
+        *("training.dataloader.shuffle", "training.dataloader.window_overlap", "lr_scheduler.variant"),
+        *("lr_scheduler.decay_type", "optimizer.weight_decay", "optimizer.decay_norms_and_biases", "debug.seed"),
+        *("model.depth_init", "training.dtype", "training.mixed_precision_param"),
+    }
+    assert chosen <= origin.keys()
