@@ -142,7 +142,7 @@ def test_the_reference_has_the_values_that_are_written_down():
 
 
 def test_the_reference_means_what_it_means_in_torchtitan():
-    """Beside keys of v0.2.2 it has marked ones alone, and they say what is done there; nothing is told of a difference."""
+    """Beside keys of v0.2.2 it has marked ones alone, and they say what is done there."""
     file = CONFIGS / "llama3_8b/llama3_8b.toml"
     there, table, marked = keys_there(), "", {}
     for line in file.read_text(encoding="utf-8").splitlines():
