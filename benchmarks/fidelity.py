@@ -1,0 +1,433 @@
+"""The same file is the same run: what a file of torchtitan v0.2.2 trained there, it trains here.
+
+    python benchmarks/fidelity.py --cache FOLDER      # makes an environment with the package in FOLDER (a few GB)
+    python benchmarks/fidelity.py --oracle PYTHON     # one that is there; 20 minutes on 2 cores
+    python benchmarks/fidelity.py --oracle PYTHON --only cosine --out /tmp/trial
+
+Both trainers are given the same TOML file, the same tokenizer and documents, and the same weights: our seed checkpoint
+in Hugging Face's form, read on both sides by `checkpoint.initial_load_in_hf`. On the command line each gets its own
+folder, and ours gets the keys that torchtitan has not: documents in their order, windows that do not overlap. One rank
+on a CPU. Compared over all steps are learning rates (equal to the last digit), losses and gradient norms.
+
+Two more comparisons: initial weights, each side drawing its own from 5 seeds; and a file that holds every default of
+JobConfig as the package says it, with sizes that a CPU can train given to both sides on the command line.
+
+Needs nothing from outside but the package: the text is that of the Python standard library (or --text FILE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, command_line, refuse_a_dirty_tree, save, table, verdict
+from made_data import DOCUMENTS, TOKENIZER, cut, of_just, standard_library, write_documents, write_tokenizer
+from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
+from trainer import environment, last_words, write_toml
+
+from quadriga.metrics.jsonl import read_metrics
+
+CLAIM = (
+    "from the same file, weights and documents the learning rates of torchtitan v0.2.2 to the last digit, its losses "
+    "within 1e-5 and its gradient norms within 1e-4 (bfloat16: 2e-2), and initial weights of the same distributions"
+)
+STEPS, SEEDS = 30, 5
+SEQ_LEN, ROWS = 128, 2
+CHARACTERS, FEW_CHARACTERS = 400_000, 16_000  # of the documents; of those that end before the run does
+VALIDATION_STEPS = 4
+DEVIATION = 0.02  # relative, of a parameter's standard deviation
+
+# Ours alone: the order and the windows of torchtitan's data. Its own trainer knows no other.
+AS_THERE = (
+    "--training.dataloader.shuffle=false",
+    "--training.dataloader.window_overlap=0",
+    "--validation.dataloader.window_overlap=0",
+)
+BASE: dict[str, Any] = {
+    "job.description": "fidelity",
+    "model.name": "llama3",
+    "model.flavor": "debugmodel",
+    "model.hf_assets_path": f"./{TOKENIZER}",
+    "optimizer.name": "AdamW",
+    "optimizer.lr": 8e-4,
+    "lr_scheduler.warmup_steps": 5,
+    "training.dataset": "c4_test",
+    "training.local_batch_size": ROWS,
+    "training.seq_len": SEQ_LEN,
+    "training.steps": STEPS,
+    "training.mixed_precision_param": "float32",
+    "parallelism.data_parallel_shard_degree": 1,
+    "activation_checkpoint.mode": "none",
+    "checkpoint.enable": True,
+    "checkpoint.load_only": True,
+    "checkpoint.initial_load_path": "./weights",
+    "checkpoint.initial_load_in_hf": True,
+    "metrics.log_freq": 1,
+    "debug.seed": 42,
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Greatest relative differences over all steps."""
+
+    loss: float
+    grad_norm: float
+
+
+FLOAT32, BFLOAT16 = Targets(1e-5, 1e-4), Targets(2e-2, 2e-2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file that both train from: `BASE` with `changes`."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    targets: Targets = FLOAT32
+
+
+WSD = {"lr_scheduler.decay_ratio": 0.5}
+CASES = (
+    Case("debug file"),
+    Case("accumulation over 4 micro-batches", {"training.global_batch_size": 4 * ROWS}),
+    Case("documents that end before the run", {"training.dataset_path": "./few_documents"}),
+    Case("linear decay over half of the run", {**WSD, "lr_scheduler.min_lr_factor": 0.1}),
+    Case("sqrt decay", {"lr_scheduler.decay_type": "sqrt"}),
+    Case(
+        "sqrt decay over half, to a tenth",
+        {**WSD, "lr_scheduler.decay_type": "sqrt", "lr_scheduler.min_lr_factor": 0.1},
+    ),
+    Case("cosine decay", {"lr_scheduler.decay_type": "cosine"}),
+    Case("cosine decay to a tenth", {"lr_scheduler.decay_type": "cosine", "lr_scheduler.min_lr_factor": 0.1}),
+    Case("total_steps beyond the run", {"lr_scheduler.total_steps": 2 * STEPS, "lr_scheduler.decay_type": "cosine"}),
+    Case("warm-up longer than the run", {"lr_scheduler.warmup_steps": 200}),
+    Case("warm-up and decay that overlap", {"lr_scheduler.warmup_steps": 20, "lr_scheduler.decay_ratio": 0.8}),
+    Case("no warm-up, no decay", {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0}),
+    Case("weight decay off", {"optimizer.weight_decay": 0.0}),
+    Case("weight decay 1", {"optimizer.weight_decay": 1.0}),
+    Case("Adam, weight decay in the gradient", {"optimizer.name": "Adam"}),
+    Case(
+        "other betas, eps and clipping",
+        {
+            "optimizer.beta1": 0.8,
+            "optimizer.beta2": 0.99,
+            "optimizer.eps": 1e-6,
+            "training.max_norm": 0.1,
+        },
+    ),
+    Case("optimizer in a loop", {"optimizer.implementation": "for-loop"}),
+    Case("recompute every second block", {"activation_checkpoint.mode": "selective"}),
+    Case(
+        "recompute by operation",
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
+    ),
+    Case("recompute every block", {"activation_checkpoint.mode": "full"}),
+    Case(
+        "validation",
+        {
+            "validation.enable": True,
+            "validation.dataset": "c4_test",
+            "validation.dataset_path": "./held_out",
+            "validation.local_batch_size": ROWS,
+            "validation.seq_len": SEQ_LEN,
+            "validation.freq": 10,
+            "validation.steps": VALIDATION_STEPS,
+        },
+    ),
+    Case("mixed precision in bfloat16", {"training.mixed_precision_param": "bfloat16"}, BFLOAT16),
+    Case("all in bfloat16", {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}, BFLOAT16),
+)
+WEIGHTS = "initial weights"
+# The file with every default says 10,000 steps of 8 x 2,048 tokens; both sides get the same words on the command line.
+ON_A_CPU = (
+    *("--training.steps", str(STEPS), "--training.seq_len", str(SEQ_LEN), "--training.local_batch_size", str(ROWS)),
+    *("--metrics.log_freq", "1", "--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_in_hf"),
+    *("--checkpoint.initial_load_path", "./weights"),
+)
+DEFAULTS = {
+    "every default": ((), BFLOAT16),
+    "every default, in float32": (("--training.mixed_precision_param", "float32"), FLOAT32),
+}
+
+
+# --- the two trainers ------------------------------------------------------------------------------------------------
+
+
+class Sides:
+    """Both trainers in a folder that has tokenizer, documents and weights where the files say."""
+
+    def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
+        self._oracle, self._folder, self._runs = oracle, folder, 0
+        count = write_tokenizer(folder / TOKENIZER, text)
+        write_documents(folder / DOCUMENTS, cut(text))
+        write_documents(folder / "few_documents", cut(text[:FEW_CHARACTERS]))
+        # torchtitan's validation goes on where its last one, and one batch more, ended; from the end to the beginning.
+        # With data of just so many tokens each one begins with the first.
+        tokens = (VALIDATION_STEPS + 1) * ROWS * (SEQ_LEN + 1)
+        write_documents(folder / "held_out", of_just(tokens, text[::-1], count))
+        self.file(BASE, "base.toml")
+        self.convert(self.seed("base.toml", "weights-run"), "weights")
+
+    def file(self, keys: Mapping[str, Any], name: str) -> str:
+        tables: dict[str, dict[str, Any]] = {}
+        for key, value in keys.items():
+            section, _, last = key.rpartition(".")
+            tables.setdefault(section, {})[last] = value
+        return write_toml(self._folder / name, tables).name
+
+    def ours(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+        """Records of our training by kind: `step`, `validation`."""
+        folder = self._new("ours")
+        self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *arguments)
+        metrics = self._folder / folder / "metrics.jsonl"
+        return {"step": read_metrics(metrics), "validation": read_metrics(metrics, "validation")}
+
+    def theirs(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+        """Records of torchtitan's training by kind: `step`, `validation`, `parameter`."""
+        folder = self._new("theirs")
+        record = self._folder / f"{folder}.jsonl"
+        given = ["--job.config_file", file, "--job.dump_folder", folder, *arguments]
+        found: dict[str, list[dict[str, Any]]] = {"step": [], "validation": [], "parameter": []}
+        for one in self._oracle.train(self._folder, record, given):
+            found[one.pop("kind")].append(one)
+        return found
+
+    def seed(self, file: str, folder: str, *arguments: str) -> str:
+        """Save our initial weights in `folder`, a run folder."""
+        given = (
+            "--checkpoint.load_only=false",
+            "--checkpoint.initial_load_in_hf=false",
+            "--checkpoint.create_seed_checkpoint",
+        )
+        given += ("--checkpoint.initial_load_path=none",)
+        self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *given, *arguments)
+        return folder
+
+    def convert(self, run: str, out: str) -> Path:
+        self._quadriga("quadriga.cli", "convert", "to-hf", run, out)
+        return self._folder / out
+
+    def _quadriga(self, module: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        environ = environment(1, "cpu")
+        done = subprocess.run(command, cwd=self._folder, env=environ, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = last_words(done.stderr, 25)
+            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{said}")
+
+    def _new(self, side: str) -> str:
+        self._runs += 1
+        return f"{side}-{self._runs}"
+
+
+# --- the comparisons -------------------------------------------------------------------------------------------------
+
+
+def apart(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The greatest relative difference of a number over all steps."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs)
+
+
+def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Targets, steps: int) -> dict[str, Any]:
+    """How far two trainings are from each other, and whether that is within the targets.
+
+    Raises SystemExit where a side did not write down every step, or not the validations of the other.
+    """
+    for name, records in (("ours", ours["step"]), ("torchtitan's", theirs["step"])):
+        if [record["step"] for record in records] != list(range(1, steps + 1)):
+            raise SystemExit(f"not every step is in {name} records")
+    mine, others = ours["step"], theirs["step"]
+    unequal = [a["step"] for a, b in zip(mine, others, strict=True) if a["lr"] != b["lr"]]
+    found = {
+        "loss": apart(mine, others, "loss"),
+        "grad_norm": apart(mine, others, "grad_norm"),
+        "unequal_rates": unequal,
+        "targets": {"loss": targets.loss, "grad_norm": targets.grad_norm},
+        "losses": [[record["loss"] for record in side] for side in (mine, others)],
+        "grad_norms": [[record["grad_norm"] for record in side] for side in (mine, others)],
+        "rates": [record["lr"] for record in others],
+    }
+    met = found["loss"] <= targets.loss and found["grad_norm"] <= targets.grad_norm and not unequal
+    if ours["validation"] or theirs["validation"]:
+        at = [record["step"] for record in theirs["validation"]]
+        if [record["step"] for record in ours["validation"]] != at:
+            raise SystemExit("the two did not validate after the same steps")
+        found["validation_loss"] = apart(ours["validation"], theirs["validation"], "loss")
+        found["validated_after"] = at
+        met = met and found["validation_loss"] <= targets.loss
+    return {**found, "met": met}
+
+
+def case_compared(sides: Sides, case: Case, steps: int) -> dict[str, Any]:
+    file = sides.file({**BASE, **case.changes, "training.steps": steps}, f"{case.name.replace(' ', '-')}.toml")
+    found = compared(sides.ours(file, *AS_THERE), sides.theirs(file), case.targets, steps)
+    return {"changes": dict(case.changes), **found}
+
+
+def defaults_compared(sides: Sides, name: str, defaults: str, folder: Path, steps: int) -> dict[str, Any]:
+    more, targets = DEFAULTS[name]
+    (folder / "defaults.toml").write_text(defaults, encoding="utf-8")
+    words = (*ON_A_CPU, *more, "--training.steps", str(steps))
+    found = compared(
+        sides.ours("defaults.toml", *words, *AS_THERE), sides.theirs("defaults.toml", *words), targets, steps
+    )
+    keys = sum(len(table) for table in _leaf_tables(tomllib.loads(defaults)))
+    return {"command_line": list(words), "keys": keys, **found}
+
+
+def _leaf_tables(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from _leaf_tables(value)
+
+
+def weights_compared(sides: Sides, seeds: int) -> dict[str, Any]:
+    """Each side draws its own weights: mean and deviation of every parameter, and the first step's numbers."""
+    own = {key: value for key, value in BASE.items() if not key.startswith("checkpoint.")}
+    file = sides.file({**own, "training.steps": 1}, "own-weights.toml")
+    drawn: dict[str, dict[str, list[tuple[float, float]]]] = {"ours": {}, "theirs": {}}
+    first: dict[str, dict[str, list[float]]] = {side: {"loss": [], "grad_norm": []} for side in ("ours", "theirs")}
+    for seed in range(1, seeds + 1):
+        chosen = f"--debug.seed={seed}"
+        theirs, ours = sides.theirs(file, chosen), sides.ours(file, chosen, *AS_THERE)
+        for key in first["ours"]:
+            first["ours"][key].append(ours["step"][0][key])
+            first["theirs"][key].append(theirs["step"][0][key])
+        for one in theirs["parameter"]:
+            drawn["theirs"].setdefault(one["name"], []).append((one["mean"], one["std"]))
+        exported = sides.convert(sides.seed("base.toml", f"seed-{seed}", chosen), f"seed-{seed}-hf")
+        for name, moments in moments_of(exported):
+            drawn["ours"].setdefault(name, []).append(moments)
+    return weights_verdict(drawn, first)
+
+
+def moments_of(exported: Path) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Mean and standard deviation of each parameter of an export, by our name, which is torchtitan's too."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from quadriga.models.llama.hf_names import from_hf
+
+    for path in sorted(exported.glob("*.safetensors")):
+        for name, values in load_file(path).items():
+            whole = values.astype(np.float64)
+            yield from_hf(name), (float(whole.mean()), float(whole.std()))
+
+
+def weights_verdict(
+    drawn: Mapping[str, Mapping[str, list[tuple[float, float]]]], first: Mapping[str, Mapping[str, list[float]]]
+) -> dict[str, Any]:
+    if set(drawn["ours"]) != set(drawn["theirs"]):
+        raise SystemExit(f"not the same parameters: {sorted(set(drawn['ours']) ^ set(drawn['theirs']))}")
+    parameters = {}
+    for name, pairs in drawn["theirs"].items():
+        ours, theirs = (statistics.fmean(std for _, std in one) for one in (drawn["ours"][name], pairs))
+        # A parameter that is one number on both sides (the norms' ones) has no deviation; then the numbers count.
+        same = ours / theirs - 1 if theirs else ours + abs(drawn["ours"][name][0][0] - pairs[0][0])
+        parameters[name] = {"ours": ours, "theirs": theirs, "difference": same}
+    spread = {}
+    for key in first["ours"]:
+        mine, others = first["ours"][key], first["theirs"][key]
+        within = min(others) <= statistics.fmean(mine) <= max(others) and min(mine) <= statistics.fmean(others) <= max(
+            mine
+        )
+        spread[key] = {"ours": mine, "theirs": others, "mean_within_the_other_spread": within}
+    worst = max(abs(one["difference"]) for one in parameters.values())
+    met = worst <= DEVIATION and all(one["mean_within_the_other_spread"] for one in spread.values())
+    return {"parameters": parameters, "first_step": spread, "worst_deviation": worst, "target": DEVIATION, "met": met}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def row(name: str, found: Mapping[str, Any]) -> list[str]:
+    rates = f"{len(found['unequal_rates'])} unequal" if found["unequal_rates"] else "equal"
+    held_out = f"{found['validation_loss']:.1e}" if "validation_loss" in found else ""
+    return [name, rates, f"{found['loss']:.1e}", f"{found['grad_norm']:.1e}", held_out, verdict(found["met"])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan 0.2.2"
+    )
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="make such an environment in here, or use it again")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="what begins so, e.g. cosine")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the initial weights")
+    parser.add_argument("--text", type=Path, help="documents from this text instead of the standard library's")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
+    chosen = parser.parse_args()
+    names = [*(case.name for case in CASES), *DEFAULTS, WEIGHTS]
+    names = [name for name in names if not chosen.only or name.startswith(tuple(chosen.only))]
+    if not names:
+        parser.error("--only names nothing that there is")
+    if chosen.out == RESULTS:
+        refuse_a_dirty_tree()  # before the work, not after it
+    try:
+        oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
+    except OracleMissing as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    text = chosen.text.read_text(encoding="utf-8") if chosen.text else standard_library(CHARACTERS)
+    with tempfile.TemporaryDirectory(prefix="quadriga-fidelity-") as scratch:
+        found = measured(Sides(oracle, Path(scratch), text), oracle, names, chosen, Path(scratch))
+    header = ["file", "learning rates", "loss", "gradient norm", "validation", "claim"]
+    print(table(header, [row(name, one) for name, one in found.items() if name != WEIGHTS]))
+    if WEIGHTS in found:
+        print("\n" + weights_table(found[WEIGHTS]))
+    figures = {"oracle": dict(oracle.versions), "steps": chosen.steps, "compared": found}
+    path = save("fidelity", figures, command=command_line(), claim=CLAIM, folder=chosen.out)
+    print(f"\nwritten: {path}")
+    return 0 if all(one["met"] for one in found.values()) else 1
+
+
+def measured(
+    sides: Sides, oracle: Oracle, names: Sequence[str], chosen: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    cases, found = {case.name: case for case in CASES}, {}
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if name in cases:
+            found[name] = case_compared(sides, cases[name], chosen.steps)
+        elif name in DEFAULTS:
+            found[name] = defaults_compared(sides, name, oracle.defaults(), folder, chosen.steps)
+        else:
+            found[name] = weights_compared(sides, chosen.seeds)
+    return found
+
+
+def weights_table(found: Mapping[str, Any]) -> str:
+    rows = []
+    for key, one in found["first_step"].items():
+        shown = (
+            f"{statistics.fmean(one[side]):.4f} ({min(one[side]):.4f} to {max(one[side]):.4f})"
+            for side in ("ours", "theirs")
+        )
+        rows.append([f"first {key}", *shown, verdict(one["mean_within_the_other_spread"])])
+    worst = max(found["parameters"].items(), key=lambda item: abs(item[1]["difference"]))
+    rows.append(
+        [
+            f"worst std: {worst[0]}",
+            f"{worst[1]['ours']:.5f}",
+            f"{worst[1]['theirs']:.5f}",
+            verdict(found["worst_deviation"] <= found["target"]),
+        ]
+    )
+    return table(["initial weights", "ours", "torchtitan's", "claim"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

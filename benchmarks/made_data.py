@@ -1,0 +1,89 @@
+"""A small tokenizer and documents for `fidelity.py`, in the places where torchtitan's defaults look for them.
+
+The tokenizer has its BOS and EOS in `added_tokens_decoder` of tokenizer_config.json alone, as some published ones have.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import common  # noqa: F401 (finds the package)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from quadriga.data.builtin import BuiltinSource
+
+TOKENIZER = Path("tests", "assets", "tokenizer")  # `model.hf_assets_path` by default
+DOCUMENTS = Path("tests", "assets", "c4_test")  # what `c4_test` reads
+VOCABULARY = 2000  # beside BOS and EOS; the debug model has room for 2,048
+CHARACTERS = 2000  # of one document, at most
+
+
+def standard_library(characters: int) -> str:
+    """So much of the text of the Python standard library."""
+    source, text = BuiltinSource(held_out=False), ""
+    for shard in range(source.shards):
+        for record in source.read(shard):
+            text += source.parse(record).text
+        if len(text) >= characters:
+            return text[:characters]
+    raise SystemExit(f"the standard library has {len(text):,} characters of text; {characters:,} are needed")
+
+
+def write_tokenizer(folder: Path, text: str) -> Callable[[str], int]:
+    """Train a byte-level BPE on `text`; a function that counts the tokens of a document, BOS and EOS included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    size = tokenizer.get_vocab_size()
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = ("<|begin|>", "<|end|>")
+    config = {
+        "added_tokens_decoder": {str(size + at): {"content": token, **flags} for at, token in enumerate(special)},
+        "bos_token": special[0],
+        "eos_token": special[1],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return lambda document: len(tokenizer.encode(document).ids) + len(special)
+
+
+def cut(text: str) -> list[str]:
+    return [text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS)]
+
+
+def write_documents(folder: Path, documents: list[str]) -> None:
+    """One file of JSON lines with the fields of C4."""
+    folder.mkdir(parents=True)
+    lines = (json.dumps({"text": text, "timestamp": "", "url": ""}) + "\n" for text in documents)
+    (folder / "data.json").write_text("".join(lines), encoding="utf-8")
+
+
+def of_just(tokens: int, text: str, count: Callable[[str], int], documents: int = 4) -> list[str]:
+    """So many documents out of `text` that have so many tokens together, to the token.
+
+    Raises SystemExit where `text` does not have them.
+    """
+    found: list[str] = []
+    for piece in cut(text):
+        wanted = tokens // (documents - len(found))
+        beginning = next((part for part in _beginnings(piece, wanted, count) if count(part) == wanted), None)
+        if beginning is not None:
+            found.append(beginning)
+            tokens -= wanted
+        if len(found) == documents:
+            return found
+    raise SystemExit(f"the text does not have {documents} documents of {tokens} tokens together")
+
+
+def _beginnings(piece: str, tokens: int, count: Callable[[str], int]) -> Iterator[str]:
+    """Beginnings of about so many tokens: a longer one seldom has fewer."""
+    near = bisect_left(range(len(piece)), tokens, key=lambda end: count(piece[:end]))
+    return (piece[:end] for end in range(max(near - 20, 1), near + 20))

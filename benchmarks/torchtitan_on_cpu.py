@@ -1,0 +1,151 @@
+"""torchtitan v0.2.2 on a CPU, one rank, with every number of every step written down in full precision.
+
+Runs in an environment that has the package (`fidelity.py` makes one), never in ours:
+
+    python torchtitan_on_cpu.py train RECORD.jsonl --job.config_file FILE ...     # what follows is torchtitan's own
+    python torchtitan_on_cpu.py defaults                                          # its JobConfig as TOML
+    python torchtitan_on_cpu.py versions                                          # what is installed, as JSON
+
+No file of the package is touched. It takes for its device what PyTorch calls the accelerator, and a CPU is none to
+PyTorch; so it is handed a module that answers for the CPU, and one call is left out that no CPU backend has: a barrier
+that names a device, around timeouts that one rank does not need.
+
+Records, one JSON object a line: `parameter` (name, shape, mean and standard deviation, as drawn), `step` (loss,
+gradient norm before clipping, the learning rate that the step used) and `validation` (step, loss).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+SHOWN = ("torchtitan", "torch", "datasets", "tokenizers", "safetensors")
+BYTES = 1 << 34  # of memory, for percentages that nobody reads
+
+
+class CpuDevice:
+    """What torchtitan asks of `torch.cuda`, answered by `torch.cpu` where that has an answer."""
+
+    def __init__(self, cpu: Any) -> None:
+        self._cpu = cpu
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cpu, name)
+
+    def get_device_name(self, device: object = None) -> str:
+        return "cpu"
+
+    def get_device_properties(self, device: object = None) -> SimpleNamespace:
+        return SimpleNamespace(name="cpu", total_memory=BYTES)
+
+    def memory_stats(self, device: object = None) -> dict[str, int]:
+        return {}
+
+    def reset_peak_memory_stats(self, device: object = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+def take_the_cpu() -> None:
+    """Let torchtitan find the CPU for its device; to be called before anything else of it is imported."""
+    import torch
+
+    device = CpuDevice(torch.cpu)
+    with (
+        patch("torch._utils._get_available_device_type", lambda: "cpu"),
+        patch("torch._utils._get_device_module", lambda kind: device),
+    ):
+        import torchtitan.tools.utils
+    import torchtitan.distributed.utils
+
+    assert torchtitan.tools.utils.device_type == "cpu"
+    torchtitan.distributed.utils.set_pg_timeouts = lambda *_, **__: None
+
+
+def train(record: Path, arguments: list[str]) -> None:
+    """Train as `python -m torchtitan.train ARGUMENTS` does."""
+    if os.environ.get("WORLD_SIZE") != "1":
+        raise SystemExit("one rank alone: WORLD_SIZE=1")
+    sys.argv = ["torchtitan.train", *arguments]  # read when its modules are imported
+    take_the_cpu()
+    import torchtitan.train
+
+    class Recorded(torchtitan.train.Trainer):
+        def __init__(self, job_config: Any) -> None:
+            super().__init__(job_config)
+            for part in self.model_parts:
+                for name, parameter in part.named_parameters():
+                    write({"kind": "parameter", **describe(name, parameter)})
+            processor = self.metrics_processor
+            log, log_validation = processor.log, processor.log_validation
+
+            def log_step(step: int, loss: float, most: float, norm: float, extra_metrics: Mapping[str, Any]) -> None:
+                write({"kind": "step", "step": step, "loss": loss, "grad_norm": norm, "lr": extra_metrics["lr"]})
+                log(step, loss, most, norm, extra_metrics)
+
+            def log_held_out(loss: float, step: int, extra_metrics: Mapping[str, Any] | None = None) -> None:
+                write({"kind": "validation", "step": step, "loss": loss})
+                log_validation(loss, step, extra_metrics)
+
+            processor.log, processor.log_validation = log_step, log_held_out
+
+    with record.open("w", encoding="utf-8") as file:
+
+        def write(fields: Mapping[str, Any]) -> None:
+            file.write(json.dumps(fields) + "\n")
+            file.flush()
+
+        torchtitan.train.main(Recorded)
+
+
+def describe(name: str, parameter: Any) -> dict[str, Any]:
+    values = parameter.detach().double()
+    plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    deviation = float(values.std(correction=0))
+    return {"name": plain, "shape": list(values.shape), "mean": float(values.mean()), "std": deviation}
+
+
+def defaults() -> str:
+    """Every key of JobConfig with its default; TOML has no None, so those keys are left out."""
+    take_the_cpu()
+    from torchtitan.config import JobConfig
+
+    tables = []
+    for name, table in sections(dataclasses.asdict(JobConfig())):
+        lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+        if lines:
+            tables.append("\n".join([f"[{name}]", *lines, ""]))
+    return "\n".join(tables)
+
+
+def sections(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, table in tree.items():
+        if isinstance(table, dict):
+            yield f"{above}{name}", {key: value for key, value in table.items() if not isinstance(value, dict)}
+            yield from sections(table, f"{above}{name}.")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["train", record, *arguments]:
+            train(Path(record), arguments)
+        case ["defaults"]:
+            print(defaults())
+        case ["versions"]:
+            print(json.dumps({name: importlib.metadata.version(name) for name in SHOWN}))
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

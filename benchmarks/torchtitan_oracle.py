@@ -1,0 +1,119 @@
+"""torchtitan v0.2.2 as the oracle of `fidelity.py`: in an environment of its own, run on one rank of a CPU.
+
+The package cannot live beside ours: it brings its own datasets and tokenizers, and a folder of ours has its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import BENCHMARKS
+from trainer import environment, last_words
+
+DRIVER = BENCHMARKS / "torchtitan_on_cpu.py"
+NEEDED = {"torchtitan": "0.2.2", "torch": "2.13.0"}
+# One after the other: the second must not choose another torch. triton is imported there but not needed on a CPU.
+INSTALLS = (["torch==2.13.0"], ["torchtitan==0.2.2", "safetensors"], ["--no-deps", "triton"])
+SECONDS = 1800.0  # of one training run; a guard, not an expectation
+
+
+class OracleMissing(Exception):
+    """The package is not there and cannot be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    python: Path
+    versions: Mapping[str, str]
+
+    def train(self, start_folder: Path, record: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:
+        """Train there from `start_folder`; the records of `torchtitan_on_cpu.py`. SystemExit where it fails."""
+        with tempfile.TemporaryDirectory(prefix="torchtitan-cache-") as caches:
+            own = {"HF_HOME": caches, "HF_HUB_OFFLINE": "1"}
+            own |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            done = self._run(["train", str(record), *arguments], own, start_folder)
+        if done.returncode != 0:
+            raise SystemExit(f"torchtitan failed with exit code {done.returncode}:\n{last_words(done.stderr, 25)}")
+        return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+
+    def defaults(self) -> str:
+        """Its JobConfig with every default, as TOML."""
+        done = self._run(["defaults"], {}, BENCHMARKS)
+        if done.returncode != 0:
+            raise SystemExit(f"torchtitan did not say its defaults:\n{last_words(done.stderr)}")
+        return done.stdout
+
+    def _run(self, arguments: Sequence[str], own: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+        environ = {**without_ours(environment(1, "cpu")), **own}
+        command = [str(self.python), "-P", str(DRIVER), *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+
+
+def without_ours(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what would let it import from here: our root has a folder `torchtitan`."""
+    return {name: value for name, value in environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def find_oracle(python: Path) -> Oracle:
+    """The oracle in the environment of `python`. Raises OracleMissing: no such Python, or another version."""
+    try:
+        done = subprocess.run(
+            [str(python), "-P", str(DRIVER), "versions"],
+            env=without_ours(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SECONDS,
+        )
+    except OSError as error:
+        raise OracleMissing(f"{python} cannot be run: {error.strerror}") from error
+    if done.returncode != 0:
+        raise OracleMissing(f"{python} does not have torchtitan: {last_words(done.stderr, 1)}")
+    versions: dict[str, str] = json.loads(done.stdout)
+    for name, needed in NEEDED.items():
+        if versions[name].partition("+")[0] != needed:
+            raise OracleMissing(f"{python} has {name} {versions[name]}; {needed} is what is compared with")
+    return Oracle(python, versions)
+
+
+def build_oracle(cache: Path) -> Oracle:
+    """The oracle in `cache`/torchtitan-0.2.2, an environment that is made where it is missing or was left half made.
+
+    Raises OracleMissing where venv or pip fails, with the last of what they said.
+    """
+    folder = cache.resolve() / f"torchtitan-{NEEDED['torchtitan']}"
+    python = folder / "bin" / "python"
+    try:
+        return find_oracle(python)
+    except OracleMissing:
+        print(f"making the oracle's environment in {folder} ...", file=sys.stderr, flush=True)
+    _install([sys.executable, "-m", "venv", str(folder)])
+    for packages in INSTALLS:
+        _install([str(python), "-m", "pip", "install", "--disable-pip-version-check", *packages])
+    return find_oracle(python)
+
+
+def _install(command: Sequence[str]) -> None:
+    done = subprocess.run(command, env=without_ours(os.environ), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = last_words(done.stderr or done.stdout, 4)
+        fix = "give --oracle PYTHON where there is an environment with it"
+        raise OracleMissing(f"the oracle's environment cannot be made; {fix}\n$ python {' '.join(command[1:])}\n{said}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
