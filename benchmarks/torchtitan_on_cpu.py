@@ -10,8 +10,9 @@ No file of the package is touched. It takes for its device what PyTorch calls th
 PyTorch; so it is handed a module that answers for the CPU, and one call is left out that no CPU backend has: a barrier
 that names a device, around timeouts that one rank does not need.
 
-Records, one JSON object a line: `parameter` (name, shape, mean and standard deviation, as drawn), `step` (loss,
-gradient norm before clipping, the learning rate that the step used) and `validation` (step, loss).
+Records, one JSON object a line: `parameter` (name, shape, mean and standard deviation, as drawn), `step` (loss, the
+gradient norm before clipping as torchtitan has it, the norm of the same gradients summed in float64, the learning rate
+that the step used) and `validation` (step, loss).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -80,6 +82,16 @@ def train(record: Path, arguments: list[str]) -> None:
     take_the_cpu()
     import torchtitan.train
 
+    clip = torchtitan.distributed.utils.clip_grad_norm_
+    exact = [math.nan]  # of the step under way
+
+    def clip_and_measure(parameters: list[Any], *given: Any, **named: Any) -> Any:
+        gradients = [parameter.grad.double() for parameter in parameters if parameter.grad is not None]
+        exact[0] = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        return clip(parameters, *given, **named)
+
+    torchtitan.distributed.utils.clip_grad_norm_ = clip_and_measure
+
     class Recorded(torchtitan.train.Trainer):
         def __init__(self, job_config: Any) -> None:
             super().__init__(job_config)
@@ -90,7 +102,8 @@ def train(record: Path, arguments: list[str]) -> None:
             log, log_validation = processor.log, processor.log_validation
 
             def log_step(step: int, loss: float, most: float, norm: float, extra_metrics: Mapping[str, Any]) -> None:
-                write({"kind": "step", "step": step, "loss": loss, "grad_norm": norm, "lr": extra_metrics["lr"]})
+                norms = {"grad_norm": norm, "exact_grad_norm": exact[0]}
+                write({"kind": "step", "step": step, "loss": loss, **norms, "lr": extra_metrics["lr"]})
                 log(step, loss, most, norm, extra_metrics)
 
             def log_held_out(loss: float, step: int, extra_metrics: Mapping[str, Any] | None = None) -> None:
