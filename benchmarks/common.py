@@ -87,6 +87,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "equality": _TRAINING,
     "equivalence": (*_TRAINING, "equivalence"),
     "estimates": _PLANNING,
+    "fidelity": (*_TRAINING, "config"),
     "hta": ("metrics", "comm"),
     "kill_matrix": ("train", "checkpoint", "data", "launch"),
     "plan_speed": ("checkpoint",),

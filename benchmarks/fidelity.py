@@ -20,12 +20,15 @@ Needs nothing from outside but the package: the text is that of the Python stand
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +171,7 @@ class Sides:
     """Both trainers in a folder that has tokenizer, documents and weights where the files say."""
 
     def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
-        self._oracle, self._folder, self._runs = oracle, folder, 0
+        self._oracle, self._folder, self._numbers = oracle, folder, itertools.count()
         count = write_tokenizer(folder / TOKENIZER, text)
         write_documents(folder / DOCUMENTS, cut(text))
         write_documents(folder / "few_documents", cut(text[:FEW_CHARACTERS]))
@@ -186,15 +189,21 @@ class Sides:
             tables.setdefault(section, {})[last] = value
         return write_toml(self._folder / name, tables).name
 
+    def both(
+        self, file: str, *arguments: str
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+        """Records of our training and of torchtitan's, by kind: `step`, `validation`; of its also `parameter`."""
+        with ThreadPoolExecutor(1) as pool:
+            theirs = pool.submit(self.theirs, file, *arguments)
+            return self.ours(file, *arguments, *AS_THERE), theirs.result()
+
     def ours(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
-        """Records of our training by kind: `step`, `validation`."""
         folder = self._new("ours")
         self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *arguments)
         metrics = self._folder / folder / "metrics.jsonl"
         return {"step": read_metrics(metrics), "validation": read_metrics(metrics, "validation")}
 
     def theirs(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
-        """Records of torchtitan's training by kind: `step`, `validation`, `parameter`."""
         folder = self._new("theirs")
         record = self._folder / f"{folder}.jsonl"
         given = ["--job.config_file", file, "--job.dump_folder", folder, *arguments]
@@ -205,12 +214,8 @@ class Sides:
 
     def seed(self, file: str, folder: str, *arguments: str) -> str:
         """Save our initial weights in `folder`, a run folder."""
-        given = (
-            "--checkpoint.load_only=false",
-            "--checkpoint.initial_load_in_hf=false",
-            "--checkpoint.create_seed_checkpoint",
-        )
-        given += ("--checkpoint.initial_load_path=none",)
+        given = ["--checkpoint.create_seed_checkpoint", "--checkpoint.load_only=false"]
+        given += ["--checkpoint.initial_load_in_hf=false", "--checkpoint.initial_load_path=none"]
         self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *given, *arguments)
         return folder
 
@@ -227,17 +232,18 @@ class Sides:
             raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{said}")
 
     def _new(self, side: str) -> str:
-        self._runs += 1
-        return f"{side}-{self._runs}"
+        return f"{side}-{next(self._numbers)}"
 
 
 # --- the comparisons -------------------------------------------------------------------------------------------------
 
 
 def apart(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], key: str) -> float:
-    """The greatest relative difference of a number over all steps."""
-    pairs = zip(ours, theirs, strict=True)
-    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs)
+    """The greatest relative difference of a number over all steps; infinite where one of them is no finite number."""
+    pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
+    if not all(map(math.isfinite, itertools.chain(*pairs))):
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Targets, steps: int) -> dict[str, Any]:
@@ -274,7 +280,7 @@ def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Target
 
 def case_compared(sides: Sides, case: Case, steps: int) -> dict[str, Any]:
     file = sides.file({**BASE, **case.changes, "training.steps": steps}, f"{case.name.replace(' ', '-')}.toml")
-    found = compared(sides.ours(file, *AS_THERE), sides.theirs(file), case.targets, steps)
+    found = compared(*sides.both(file), case.targets, steps)
     return {"changes": dict(case.changes), **found}
 
 
@@ -282,9 +288,7 @@ def defaults_compared(sides: Sides, name: str, defaults: str, folder: Path, step
     more, targets = DEFAULTS[name]
     (folder / "defaults.toml").write_text(defaults, encoding="utf-8")
     words = (*ON_A_CPU, *more, "--training.steps", str(steps))
-    found = compared(
-        sides.ours("defaults.toml", *words, *AS_THERE), sides.theirs("defaults.toml", *words), targets, steps
-    )
+    found = compared(*sides.both("defaults.toml", *words), targets, steps)
     keys = sum(len(table) for table in _leaf_tables(tomllib.loads(defaults)))
     return {"command_line": list(words), "keys": keys, **found}
 
@@ -304,7 +308,7 @@ def weights_compared(sides: Sides, seeds: int) -> dict[str, Any]:
     first: dict[str, dict[str, list[float]]] = {side: {"loss": [], "grad_norm": []} for side in ("ours", "theirs")}
     for seed in range(1, seeds + 1):
         chosen = f"--debug.seed={seed}"
-        theirs, ours = sides.theirs(file, chosen), sides.ours(file, chosen, *AS_THERE)
+        ours, theirs = sides.both(file, chosen)
         for key in first["ours"]:
             first["ours"][key].append(ours["step"][0][key])
             first["theirs"][key].append(theirs["step"][0][key])

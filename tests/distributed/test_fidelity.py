@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def test_two_equal_trainings_are_within_the_targets():
     [
         ("step", "loss", 1 + 3e-5),
         ("step", "grad_norm", 1 - 3e-4),
+        ("step", "loss", math.nan),
         ("step", "lr", 1 + 2**-52),
         ("validation", "loss", 1.1),
     ],
