@@ -27,6 +27,7 @@ def _not_zero(amount: int) -> int:
 
 Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
 Amount = Annotated[int, Field(ge=0, le=limits.COUNT)]
+Overlap = Annotated[int, Field(ge=0, le=1)]
 Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
 Width = Annotated[int, Field(ge=1, le=limits.MODEL_WIDTH)]
 Rows = Annotated[int, Field(ge=1, le=limits.VOCABULARY)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Section
+from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
 
 
 class Fetching(Section):
@@ -25,7 +25,7 @@ class Fetching(Section):
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A document that cannot be read (no JSON, no such field, not UTF-8, too long) ends the run, or is left out."""
 
-    window_overlap: Literal[0, 1] = 1
+    window_overlap: Overlap = 1
     """Ids that a window of `seq_len` + 1 shares with the next: 1 makes each token a label once; 0 is torchtitan's."""
 
 

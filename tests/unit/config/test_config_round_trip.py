@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,3 +73,14 @@ def test_what_was_written_can_be_resolved_again(door, write):
     notices = tuple(notice for notice in run.spec.notices if " by default, so that " not in notice)
     assert len(notices) == len(run.spec.notices) - 2  # of files and of the seed: said where the keys are not
     assert again.spec == replace(run.spec, notices=notices)
+
+
+@pytest.mark.parametrize("name", sorted(KEYS.keys() - {"job.config_file"}))
+def test_every_number_and_word_can_be_given_on_the_command_line(name):
+    """As text, which a type that takes numbers alone must have turned into one."""
+    for value in {KEYS[name].default, *KEYS[name].choices}:
+        if value not in (None, "", ()) and tuple not in map(typing.get_origin, KEYS[name].kinds):
+            given = load([f"--{name}={str(value).lower() if isinstance(value, bool) else value}"], {}).config
+            for part in name.split("."):
+                given = getattr(given, part)
+            assert given == value
