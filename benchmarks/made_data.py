@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path, text: str) -> Callable[[str], int]:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return lambda document: len(tokenizer.encode(document).ids) + len(special)
 
