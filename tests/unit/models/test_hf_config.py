@@ -85,3 +85,11 @@ def test_positions_are_those_the_weights_were_made_for():
         assert positions_from_hf(config) == longest
     for nonsense in (None, "many", -1, 0, 1.5, True, 10**30):
         assert positions_from_hf({"max_position_embeddings": nonsense}) == 0
+
+
+def test_how_weights_are_drawn_is_not_exported() -> None:
+    """What is exported is trained; `depth_init` would say nothing of it."""
+    drawn_otherwise = dataclasses.replace(ODD, depth_init=False)
+    exported = hf_config(drawn_otherwise, bos_id=1, eos_id=2)
+    assert exported == hf_config(ODD, bos_id=1, eos_id=2)
+    assert spec_from_hf(exported, "config.json") == spec_from_hf(hf_config(ODD, bos_id=1, eos_id=2), "config.json")
