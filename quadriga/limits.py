@@ -86,6 +86,7 @@ METADATA_TUPLE = 256  # values in one of its tuples: dimensions, or parts of a p
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
 SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
 SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7
+OBJECT_BYTES = 16 * MIB  # of one value that is no tensor, in a checkpoint of another trainer
 
 # Traces of a profiler: 300 MB have about a million events.
 TRACE_BYTES = 8 * GIB  # of one file, unpacked

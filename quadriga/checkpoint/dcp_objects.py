@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quadriga.checkpoint.plan import DTYPES
+from quadriga.checkpoint.refusal import DTYPE_WORDS
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ NAMES: dict[tuple[str, str], Mark] = {
     (OLDER, "MEM_FORMAT_ENCODING"): MEMORY,
     ("torch.serialization", "_get_layout"): LAYOUT,
     ("torch", "Size"): SIZE,
-    **{("torch", word): Mark("dtype", word) for word in DTYPES},
+    **{("torch", word): Mark("dtype", word) for word in DTYPE_WORDS},
     **{(module, name): PATH for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
 }
 

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 from quadriga.checkpoint import manifest as manifests
+from quadriga.checkpoint import others
 from quadriga.checkpoint.files import Files, Place, files_at, is_url
 from quadriga.checkpoint.manifest import FORMAT, STATE_FILE, FileFacts, NotWhole, seal
 from quadriga.errors import Fault, Problem, UserError
@@ -57,6 +58,7 @@ class Found:
     resume: bool = True
     place: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)  # empty: not one of ours, and not to be verified
+    trainer: str = ""  # whose it is, where that is known and it is not ours: see `titan`
 
 
 def published(folder: Place, step: int) -> str:
@@ -129,7 +131,7 @@ def publish(
         raise
     files.flush_names(folder)
     if outdated is not None:
-        files.remove(outdated)
+        _remove_ours(files, outdated)
     return name
 
 
@@ -159,7 +161,7 @@ def read(path: Place) -> Found:
         there = set(files.names(place))
     except OSError as error:
         raise NotWhole(f"{manifest} cannot be read ({error.strerror or error})") from error
-    if (step := _step_in_name(path)) not in (None, said.step):
+    if (step := step_in_name(path)) not in (None, said.step):
         raise NotWhole(f"{manifest} is of step {said.step}, but its folder is called that of step {step}")
     for name, fact in said.files.items():
         file = join(place, name)
@@ -176,7 +178,8 @@ def read(path: Place) -> Found:
     return Found(said.step, str(path), said.contents, said.extra, place=place, files=said.files)
 
 
-def _step_in_name(path: Place) -> int | None:
+def step_in_name(path: Place) -> int | None:
+    """The step that a folder's name says, if any."""
     name = str(path).rstrip("/").rpartition("/")[2]
     matches = (pattern.fullmatch(name) for pattern in (PUBLISHED, SAVING, DELETING))
     return next((int(match[1]) for match in matches if match), None)
@@ -220,7 +223,8 @@ def unpublished_in(folder: Place) -> list[str]:
     files = files_at(folder)
     if files.renames:
         return [name for _, name in _named(folder, SAVING)]
-    return [name for _, name in _named(folder, PUBLISHED, with_manifest=False)]
+    named = _named(folder, PUBLISHED, with_manifest=False)
+    return [name for _, name in named if not others.is_someone_elses(files, join(folder, name))]
 
 
 def find(folder: Place, step: int = -1) -> Found | None:
@@ -326,7 +330,7 @@ def _finish_or_remove(files: Files, folder: Place, step: int, hidden_name: str) 
             return f"step-{step}: finished"
         outdated = _set_aside(files, folder, step)  # as `publish` was about to; it may be damaged, or no folder
         files.rename(path, name)
-        files.remove(outdated)
+        _remove_ours(files, outdated)
         return f"step-{step}: finished, in the place of an older one"
     files.remove(path)
     return f"{hidden_name}: removed"
@@ -386,11 +390,20 @@ def _may_be_folder(files: Files, path: Place) -> bool:
 
 
 def _set_aside(files: Files, folder: Place, step: int) -> str:
-    aside = join(folder, f".step-{step}.deleting")
+    """Take its name from step N; the name that it has now. What another trainer left is never removed."""
+    if others.is_someone_elses(files, published(folder, step)):
+        aside = others.name_aside(files, str(folder), step)
+    else:
+        aside = join(folder, f".step-{step}.deleting")
     if files.exists(aside):
         files.remove(aside)
     files.rename(published(folder, step), aside)
     return aside
+
+
+def _remove_ours(files: Files, path: Place) -> None:
+    if not others.is_someone_elses(files, path):
+        files.remove(path)
 
 
 def _remove_others(files: Files, path: Place, token: str) -> None:

@@ -34,6 +34,7 @@ from quadriga.checkpoint.files import Place
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import on_first_rank, together
 from quadriga.checkpoint.search import Search
+from quadriga.checkpoint.titan import Names
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
 from quadriga.json_collectives import gather_json
@@ -103,9 +104,10 @@ class CheckpointManager:
         kept = {part: value for part, value in found.extra.items() if part not in self._section.exclude_from_loading}
         return replace(found, extra=kept)
 
-    def load(self, found: Found, tensors: Mapping[str, Stateful]) -> None:
+    def load(self, found: Found, tensors: Mapping[str, Stateful], titan_names: Names | None = None) -> None:
         """Fill the given states from a checkpoint, saved on whatever layout. Only the model where `found.resume` is
-        False; nothing that `exclude_from_loading` names. Raises UserError where it does not fit them."""
+        False; nothing that `exclude_from_loading` names. `titan_names`: for a checkpoint of torchtitan. Raises
+        UserError where it does not fit them."""
         wanted = {
             part: state
             for part, state in tensors.items()
@@ -118,18 +120,22 @@ class CheckpointManager:
 
         start = time.monotonic()
         loaded = {part: state.state_dict() for part, state in wanted.items()}
-        foreign = not found.files  # it may hold more than weights, and name them as the model does
-        unfilled, unused = read(
-            found.place,
-            _flat(loaded),
-            self._group,
-            facts=found.files,
-            may_hold_more=foreign,
-            prefix="model." if foreign else "",
-            retries=self._section.storage_retries,
-            optional=f"{RANDOM}.",
-        )
-        words.tell_of_generators(unfilled, unused)
+        unfilled: list[str] = []
+        if found.trainer:
+            self._read_theirs(found, _flat(loaded), titan_names)
+        else:
+            foreign = not found.files  # it may hold more than weights, and name them as the model does
+            unfilled, unused = read(
+                found.place,
+                _flat(loaded),
+                self._group,
+                facts=found.files,
+                may_hold_more=foreign,
+                prefix="model." if foreign else "",
+                retries=self._section.storage_retries,
+                optional=f"{RANDOM}.",
+            )
+            words.tell_of_generators(unfilled, unused)
 
         def put_back() -> None:
             for part, state in wanted.items():
@@ -142,6 +148,13 @@ class CheckpointManager:
         seconds = time.monotonic() - start
         logger.info(f"loaded {found.path} in {show_seconds(seconds)}")
         self._tell("resume", found.step, path=found.path, seconds=seconds)
+
+    def _read_theirs(self, found: Found, tensors: Tensors, names: Names | None) -> None:
+        from quadriga.checkpoint.titan_read import read_titan
+
+        if names is None:
+            raise CheckpointError(f"{found.path} was saved by {found.trainer}, whose tensors nothing here knows")
+        read_titan(found.place, tensors, names, self._group, retries=self._section.storage_retries)
 
     def due(self, step: int, last: bool, wanted: bool = False) -> bool:
         """Whether to save after this step. `wanted`: somebody asked for it, or the minutes have passed; all ranks

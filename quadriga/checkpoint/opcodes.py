@@ -34,7 +34,7 @@ from quadriga.checkpoint.dcp_objects import (
     is_size,
     properties,
 )
-from quadriga.checkpoint.plan import PlanError, shown
+from quadriga.checkpoint.refusal import PlanError, shown
 
 STEP = 1 << 16  # bytes interpreted between two looks at the limits
 HIGHEST_PROTOCOL = 5

@@ -40,16 +40,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from quadriga import limits
+from quadriga.checkpoint.refusal import DTYPE_WORDS, FORMAT, PLAN_FILE, PlanError, shown
 
-PLAN_FILE = "plan.json"
-FORMAT = "quadriga-plan-1"
-DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+__all__ = ["PLAN_FILE", "PlanError", "shown"]  # of the readers of plans, for those who see this alone
+
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in DTYPE_WORDS if hasattr(torch, word)}
 FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 Chunk = list[Any]  # as JSON has it, see above
-
-
-class PlanError(Exception):
-    """A plan that is refused; the message says what is wrong with it and where."""
 
 
 @dataclass(frozen=True)
@@ -258,16 +255,3 @@ def _is_size(value: Any) -> bool:
 
 def _is_word(value: Any) -> bool:
     return type(value) is str and len(value) <= limits.PLAN_NAME
-
-
-def shown(value: Any) -> str:
-    """A value from outside for a message: on one line, and short."""
-    if type(value) in (list, tuple):
-        parts = ", ".join(shown(part) if type(part) is not list else "[...]" for part in value[:8])
-        return f"[{parts}, ...]" if len(value) > 8 else f"[{parts}]"
-    if type(value) is int and abs(value) >> 128:
-        return "a huge number"  # thousands of digits take quadratic time to print
-    if type(value) in (str, int, float, bool, type(None)):
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."
-    return f"a value of type {type(value).__name__}"

@@ -10,16 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import words
-from quadriga.checkpoint.files import Place, files_at, is_url
+from quadriga.checkpoint import titan, words
+from quadriga.checkpoint.files import Place, is_url
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import found_from_json, found_to_json
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
-
-PLAN = ".metadata"  # what every folder of torch.distributed.checkpoint has
 
 
 class Search:
@@ -49,8 +47,11 @@ class Search:
         asked = self._section.load_step
         if asked >= 0 and asked not in {found.step for found in whole} | self.refused.keys():
             raise UserError(words.no_such_step(asked, self._folder, whole))
-        for found in reversed(whole):
-            if asked in (-1, found.step) and self._is_good(found):
+        for one in reversed(whole):
+            found = self._looked_at(one) if asked in (-1, one.step) else None
+            if found is not None and self._is_good(found):
+                if found.trainer:
+                    logger.info(words.theirs_not_verified(found))
                 self._say_what_it_costs(found, whole)
                 return found
         if asked >= 0 or self.refused:
@@ -65,27 +66,46 @@ class Search:
         for reason in folders.no_folders(self._folder):
             logger.warning(reason)
         whole, damaged = folders.sorted_out(self._folder)
+        theirs, damaged = titan.candidates(self._folder, damaged)
+        whole = sorted([*whole, *theirs], key=lambda found: found.step)
         return [found_to_json(found) for found in whole], damaged
+
+    def _looked_at(self, found: Found) -> Found | None:
+        """The checkpoint, with what it holds; None where it is a candidate of torchtitan's that cannot be used."""
+        if not found.trainer:
+            return found
+        record, why = self._on_first_rank(lambda: self._look_at_theirs(found.path))
+        if record is None:
+            self.refused[found.step] = why
+        return None if record is None else found_from_json(record)
+
+    def _look_at_theirs(self, path: str) -> tuple[dict[str, Any] | None, str]:
+        try:
+            return found_to_json(titan.look(path)), words.no_manifest(path)
+        except NotWhole as reason:
+            return None, str(reason)
 
     def elsewhere(self, path: str) -> Found:
         """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
         found = found_from_json(self._on_first_rank(lambda: found_to_json(self._look_at(path))))
+        if found.trainer:
+            logger.info(words.theirs_not_verified(found))
         if found.files and not self._is_good(found):
             raise CheckpointError(words.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
-        if found.resume and self._section.initial_load_model_only:
+        if self._section.initial_load_model_only:
             return replace(found, resume=False, extra={})
-        if found.resume and found.contents == ("model",):  # of a last save without optimizer, or converted
+        alone = found.contents == ("model",)  # of a last save without optimizer, or converted
+        if alone and (found.resume or found.trainer):
             raise UserError(words.holds_no(found, ["optimizer"]))
         return found
 
     def _look_at(self, path: str) -> Found:
         try:
-            return folders.find(path) or folders.read(path)
+            found = titan.elsewhere(path)
         except NotWhole as reason:
-            files, manifest = files_at(path), folders.join(path, folders.STATE_FILE)
-            # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
-            if files.exists(manifest) or not files.exists(folders.join(path, PLAN)):
-                raise UserError(words.not_ours(path, reason)) from reason
+            raise UserError(words.not_ours(path, reason)) from reason
+        if found is not None:
+            return found
         logger.warning(words.not_verified(path))
         return Found(0, path, ("model",), resume=False, place=path)
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -110,7 +111,7 @@ def refused(path: str, error: PlanError) -> CheckpointError:
 
 def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts | None) -> bytes:
     def look() -> bytes:
-        with _opened(files, place, name) as file:
+        with open_file(files, place, name) as file:
             return file.read(most + 1)
 
     content = files.retried(look)
@@ -121,7 +122,7 @@ def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts |
     return content
 
 
-def _opened(files: Files, place: Place, name: str) -> IO[bytes]:
+def open_file(files: Files, place: Place, name: str) -> IO[bytes]:
     """A file of the folder. No link is followed: it could lead to any file of this machine."""
     if files.renames and (local(place) / name).is_symlink():
         raise PlanError(f"{plans.shown(name)} is a link, not a file of this folder")
@@ -189,7 +190,7 @@ class TensorReader(StorageReader):
         for name, items in by_file.items():
             path = join(self._place, name)
             try:
-                with _opened(self._files, self._place, name) as file:
+                with open_file(self._files, self._place, name) as file:
                     for info, item in sorted(items, key=lambda one: one[0].offset):
                         path = (
                             f"{join(self._place, name)} ({plans.shown(item.storage_index.fqn)} at byte {info.offset})"
@@ -208,11 +209,15 @@ class TensorReader(StorageReader):
         if info.transform_descriptors:
             kinds = plans.shown(", ".join(info.transform_descriptors))
             raise PlanError(f"was transformed as it was saved ({kinds}), which is not read: save it anew without")
-        saved = read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes)
-        for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            saved = saved.narrow(dimension, start, size)
-        target = planner.resolve_tensor(item).detach()
-        if target.shape != saved.shape:
-            raise PlanError(f"a part of shape {list(saved.shape)} for one of shape {list(target.shape)}")
-        target.copy_(saved)
-        planner.commit_tensor(item, target)
+        put(read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes), item, planner)
+
+
+def put(saved: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+    """Copy the part of a chunk that an item asks for to where it belongs."""
+    for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        saved = saved.narrow(dimension, start, size)
+    target = planner.resolve_tensor(item).detach()
+    if target.shape != saved.shape:
+        raise PlanError(f"a part of shape {list(saved.shape)} for one of shape {list(target.shape)}")
+    target.copy_(saved)
+    planner.commit_tensor(item, target)

@@ -85,10 +85,35 @@ def no_such_step(step: int, folder: str, whole: list[Found]) -> Problem:
 
 
 def holds_no(found: Found, absent: list[str]) -> Problem:
+    if found.trainer:
+        return weights_alone(found)
     return Problem(
         where=found.path,
         what=f"holds {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot go on from it",
         fix="start a new run from it: another job.dump_folder, and this folder as checkpoint.initial_load_path",
+    )
+
+
+def no_manifest(path: str) -> str:
+    return f"{path} has no train_state.json, and its tensors have not torchtitan's names"
+
+
+def weights_alone(found: Found) -> Problem:
+    """Of a last save of torchtitan."""
+    return Problem(
+        where=found.path,
+        what="torchtitan's last save: it holds the weights alone (its checkpoint.last_save_model_only), so no run can "
+        "go on from it",
+        fix="go on from an earlier step of that run (checkpoint.load_step); or start a new run from these weights: "
+        "another job.dump_folder, and this folder as checkpoint.initial_load_path",
+    )
+
+
+def theirs_not_verified(found: Found) -> str:
+    held = "weights and optimizer" if "optimizer" in found.contents else "the weights alone, as its last save does"
+    return (
+        f"{found.path} was saved by torchtitan and holds {held}. It has no hashes to verify it by. Rows of query and "
+        "key matrices are put in the order of rotated halves"
     )
 
 

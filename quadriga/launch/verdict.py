@@ -9,12 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quadriga.checkpoint import folder as checkpoints
-from quadriga.checkpoint import words
-from quadriga.checkpoint.files import files_at, is_url, local
+from quadriga.checkpoint import titan, words
+from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.config import Run
 from quadriga.config.continuity import refusals
@@ -26,7 +27,6 @@ from quadriga.reading import read_json_object
 from quadriga.units import show_bytes
 
 LOCK_NAME = ".lock"  # of train.guards
-FOREIGN_PLAN = ".metadata"  # what every folder of torch.distributed.checkpoint has
 SCRATCH = "step 0, from initial weights"
 
 
@@ -69,6 +69,9 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
         return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
     if seed:
         return SCRATCH
+    if found is not None and not found.resume:  # a seed of torchtitan's
+        _fits(found, section, run)
+        return f"step 0, from the weights of {found.path}, which torchtitan saved"
     if found is not None:
         _fits(found, section, run)
         return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
@@ -82,8 +85,9 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
     if found is None:
         return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
     if section.initial_load_model_only:
+        _fits_titan(replace(found, resume=False), section, run)
         return f"step 0, from the weights of {found.path}{_unverified(found, look_deep)}"
-    if found.resume and found.contents == ("model",):  # whatever is excluded from loading
+    if (found.resume or found.trainer) and found.contents == ("model",):  # whatever is excluded from loading
         raise UserError(words.holds_no(found, ["optimizer"]))
     _fits(found, section, run)
     return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
@@ -94,11 +98,21 @@ def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
     if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
         raise UserError(words.no_folder(folder))
     whole, damaged = checkpoints.sorted_out(folder)
+    theirs, damaged = titan.candidates(folder, damaged)
+    whole = sorted([*whole, *theirs], key=lambda found: found.step)
     refused, asked = dict(damaged), section.load_step
     if asked >= 0 and asked not in {found.step for found in whole} | refused.keys():
         raise UserError(words.no_such_step(asked, folder, whole))
     for found in reversed(whole):
         if asked not in (-1, found.step):
+            continue
+        if found.trainer:
+            try:
+                if looked := titan.look(found.path):
+                    return looked
+                refused[found.step] = words.no_manifest(found.path)
+            except NotWhole as reason:
+                refused[found.step] = str(reason)
             continue
         if not (wrong := _damage(found, look_deep)):
             return found
@@ -111,11 +125,10 @@ def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
 def _elsewhere(path: str, look_deep: bool) -> Found | None:
     """What `initial_load_path` names; None: a folder of another program, which DCP reads."""
     try:
-        found = checkpoints.find(path) or checkpoints.read(path)
+        found = titan.elsewhere(path)
     except NotWhole as reason:
-        files, manifest = files_at(path), checkpoints.join(path, checkpoints.STATE_FILE)
-        if files.exists(manifest) or not files.exists(checkpoints.join(path, FOREIGN_PLAN)):
-            raise UserError(words.not_ours(path, reason)) from reason
+        raise UserError(words.not_ours(path, reason)) from reason
+    if found is None:
         return None
     if wrong := _damage(found, look_deep):
         refused = {found.step: "; ".join(wrong)}
@@ -129,17 +142,36 @@ def _damage(found: Found, look_deep: bool) -> list[str]:
 
 
 def _unverified(found: Found, look_deep: bool) -> str:
+    if found.trainer:
+        return f", which {found.trainer} saved"
     size = checkpoints.size(found)
     return f" (its {show_bytes(size)} are verified at the start)" if look_deep and size > DRY_RUN_HASHED_BYTES else ""
 
 
 def _fits(found: Found, section: Checkpoint, run: Run) -> None:
     """Refuse a checkpoint from which this run cannot go on."""
+    if found.trainer:
+        _fits_titan(found, section, run)
+        return
     wanted = {"model", "optimizer"} - set(section.exclude_from_loading)
     if absent := sorted(wanted - set(found.contents)):
         raise UserError(words.holds_no(found, absent))
     if not section.allow_change and (changed := refusals(found.extra, run)):
         raise UserError(*changed)
+
+
+def _fits_titan(found: Found, section: Checkpoint, run: Run) -> None:
+    """Refuse a checkpoint of torchtitan that is not of this model, or lacks moments that are to be loaded."""
+    if not found.trainer:
+        return
+    parts = {"model", "optimizer"} if found.resume else {"model"}
+    wanted = parts - set(section.exclude_from_loading)
+    if absent := sorted(wanted - set(found.contents)):
+        raise UserError(words.holds_no(found, absent))
+    moments = titan.MOMENTS if "optimizer" in wanted else ()
+    titan.refuse_other_model(
+        found.path, titan.shapes_in(found.path), registry.titan_names(run.spec.model), wanted, moments
+    )
 
 
 def _hf_weights(place: str, run: Run) -> None:

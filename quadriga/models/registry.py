@@ -12,6 +12,7 @@ from quadriga.models.llama import hf_names as llama_hf_names
 from quadriga.models.llama import operations as llama_operations
 from quadriga.models.llama import plan as llama_plan
 from quadriga.models.llama import spec as llama_spec
+from quadriga.models.llama import titan_names as llama_titan_names
 from quadriga.models.operations import Cut, Kernels, Trace
 from quadriga.models.plan import ParallelPlan
 
@@ -66,6 +67,12 @@ def hf_names(spec: ModelSpec) -> llama_hf_names.HfNames:
     """The model's tensors on both sides of the Hugging Face door."""
     _known(spec)
     return llama_hf_names.HfNames(spec)
+
+
+def titan_names(spec: ModelSpec) -> llama_titan_names.TitanNames:
+    """The model's tensors in a checkpoint of torchtitan."""
+    _known(spec)
+    return llama_titan_names.TitanNames(spec)
 
 
 def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positions: int = 0) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from quadriga.config.words import plural
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
+from quadriga.models import registry
 from quadriga.optim.schedule import wind_to
 from quadriga.train import continuity
 from quadriga.train.hf import start_from_hf
 from quadriga.train.record import versions
 from quadriga.train.state import TrainState
+from quadriga.train.titan import go_on_from_titan
 
 
 def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
@@ -31,15 +33,19 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
         state.max_positions = start_from_hf(run, state.parts)
         return
     tensors = saved_tensors(state)
-    if found.resume:
+    if found.trainer:
+        del tensors["random"]
+    elif found.resume:
         with told_of(found):
             continuity.check(found.extra, run, state.loader)
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
-    checkpoints.load(found, tensors)
+    checkpoints.load(found, tensors, registry.titan_names(run.spec.model))
     state.max_positions = found.extra.get("max_positions", found.extra.get("seq_len", 0))
-    if found.resume:
+    if found.trainer and found.resume:
+        go_on_from_titan(run, state, found)
+    elif found.resume:
         with told_of(found):
             restore_extra(state, found.extra)
             if "train_state" in found.extra and state.step != found.step:

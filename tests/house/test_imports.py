@@ -21,6 +21,7 @@ LIGHT = [
     "quadriga.processes",
     "quadriga.config",
     "quadriga.checkpoint.folder",
+    "quadriga.checkpoint.titan",
     "quadriga.config.card",
     "quadriga.launch.supervisor",
     "quadriga.models.registry",

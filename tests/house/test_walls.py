@@ -46,7 +46,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("parallel", "models"): ("quadriga.models.plan", "quadriga.models.kv_heads"),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
     ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap", "quadriga.comm.network"),
-    ("launch", "checkpoint"): ("quadriga.checkpoint.folder", "quadriga.checkpoint.files", "quadriga.checkpoint.words"),
+    ("launch", "checkpoint"): tuple(f"quadriga.checkpoint.{part}" for part in ("folder", "files", "words", "titan")),
     ("cli", "comm"): ("quadriga.comm.backend",),
     ("estimate", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
@@ -70,6 +70,7 @@ LAZY_READERS |= {
     "tensorboard.summary.writer.record_writer",
     "quadriga.checkpoint.tensors",
     "quadriga.checkpoint.hf",
+    "quadriga.checkpoint.titan_read",
     "quadriga.checkpoint.hf_export",
     "fsspec.core",
 }  # half a second of start-up

@@ -1,0 +1,80 @@
+"""What `.metadata` of torch.distributed.checkpoint lists, tensors and other objects, without torch: see `opcodes`.
+
+Nothing of it is checked against files yet: `plan.checked` and `plan.check_files` do that for tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from quadriga import limits
+from quadriga.checkpoint.dcp_objects import Record, is_whole
+from quadriga.checkpoint.opcodes import Interpreter
+from quadriga.checkpoint.refusal import FORMAT, PlanError, shown
+
+
+@dataclass(frozen=True)
+class Entries:
+    """`plan`: the tensors, as `plan.json` has them. `objects`: what is no tensor, a pickle in an archive of
+    `torch.save` each: (file, first byte, bytes) by name. Those without a place are left out."""
+
+    plan: dict[str, Any]
+    objects: dict[str, tuple[str, int, int]]
+
+
+def read_entries(data: bytes) -> Entries:
+    """The entries that the bytes of a `.metadata` describe. Raises PlanError where they are anything else."""
+    if len(data) > limits.METADATA_BYTES:
+        raise PlanError(f"longer than a plan may be ({limits.METADATA_BYTES:,} bytes)")
+    with _no_collection():
+        return _entries(Interpreter(data).run())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of objects that all stay: looking through them for garbage, again and again, takes most of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _entries(value: Any) -> Entries:
+    if not is_whole(value, "Metadata"):
+        raise PlanError("holds something else than the plan of a checkpoint")
+    entries, storage = value.fields
+    infos = {}
+    for index, info in zip(storage[::2], storage[1::2], strict=True):
+        if not is_whole(index, "MetadataIndex") or not is_whole(info, "_StorageInfo"):
+            raise PlanError("its storage data are no places of tensors")
+        infos[index.fields] = info.fields
+    files: dict[str, int] = {}
+    tensors: dict[str, Any] = {}
+    objects: dict[str, tuple[str, int, int]] = {}
+    for name, entry in zip(entries[::2], entries[1::2], strict=True):
+        if type(name) is not str or type(entry) is not Record or name in tensors:
+            raise PlanError(f"{shown(name)} is no name of a tensor")
+        if entry.kind == "BytesStorageMetadata":
+            info = infos.get((name, None))
+            if info is not None and len(info) == 3:
+                objects[name] = info
+            continue
+        if not is_whole(entry, "TensorStorageMetadata"):
+            raise PlanError(f"{shown(name)} is neither a tensor nor bytes")
+        dtype, size, parts = entry.fields or ()
+        chunks = []
+        for part in parts:
+            offsets, sizes = part.fields
+            info = infos.get((name, offsets))
+            if info is None:
+                raise PlanError(f"{shown(name)} has a chunk at {shown(offsets)} that lies in no file")
+            chunks.append([[*offsets], [*sizes], files.setdefault(info[0], len(files)), *info[1:]])
+        tensors[name] = {"dtype": dtype, "shape": [*size], "chunks": chunks}
+    return Entries({"format": FORMAT, "files": [*files], "tensors": tensors}, objects)

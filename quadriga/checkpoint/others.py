@@ -1,0 +1,31 @@
+"""Folders called `step-N` that another trainer wrote: how they are told from ours, and kept."""
+
+from __future__ import annotations
+
+from quadriga.checkpoint.files import Files, Place
+from quadriga.checkpoint.manifest import METADATA, STATE_FILE
+from quadriga.checkpoint.refusal import PLAN_FILE
+
+HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's form
+
+
+def has_foreign_plan(files: Files, path: Place) -> bool:
+    """Whether a folder has DCP's plan, and nothing that every checkpoint of ours has. Its plan is not read."""
+    names = set(files.names(path))
+    return METADATA in names and not names & {STATE_FILE, PLAN_FILE}
+
+
+def is_someone_elses(files: Files, path: Place) -> bool:
+    """Whether a folder holds weights, and nothing that every checkpoint of ours has."""
+    names = set(files.names(path))
+    weights = METADATA in names or HF_INDEX in names or any(name.endswith(".safetensors") for name in names)
+    return weights and not names & {STATE_FILE, PLAN_FILE}
+
+
+def name_aside(files: Files, folder: str, step: int) -> str:
+    """A free name for another trainer's step N, whose place a save of ours takes. No trainer takes it for a step."""
+    name, number = f"{folder.rstrip('/')}/step_{step}.theirs", 1
+    while files.exists(name):
+        number += 1
+        name = f"{folder.rstrip('/')}/step_{step}.theirs-{number}"
+    return name

@@ -1,0 +1,257 @@
+"""Checkpoints of torchtitan (v0.2): recognised by the names in them, and what they say of their run. No torch.
+
+A save of its trainer is a folder of torch.distributed.checkpoint without a manifest. At the top level stand the weights
+(`layers.0.attention.wq.weight`), beside them `optimizer.state.NAME.exp_avg`, `exp_avg_sq` and `step`,
+`optimizer.param_groups.NAME.KEY`, `train_state.step` and `ntokens_seen`, `lr_scheduler.last_epoch`,
+`dataloader.dp_rank_N` and `dataloader.world_size`. Its last save holds the weights alone, unless it is told otherwise.
+
+There are no hashes. What can be seen is whether every tensor and value lies inside a file that is there. These folders
+are never changed here, and never deleted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from quadriga import limits
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint import others
+from quadriga.checkpoint.files import Files, Place, files_at, local
+from quadriga.checkpoint.folder import Found, NotWhole
+from quadriga.checkpoint.manifest import METADATA, STATE_FILE
+from quadriga.checkpoint.metadata_entries import Entries, read_entries
+from quadriga.checkpoint.plain_values import value_in_archive, value_of
+from quadriga.checkpoint.refusal import PlanError, shown
+from quadriga.checkpoint.words import misfits
+from quadriga.errors import UserError
+
+TRAINER = "torchtitan"
+STATE = "optimizer.state."  # what the names of moments begin with
+OTHERS = ("optimizer.", "train_state.", "lr_scheduler.", "dataloader.")  # what is no weight begins like one of these
+EMBEDDING = "tok_embeddings.weight"
+IN_LAYER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
+MOST_TOKENS = 1 << 53
+FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
+MODEL, OPTIMIZER = "model.", "optimizer."  # what our names begin with
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+FIX = "set model.flavor and its sizes to those of the run that saved it, or name another checkpoint"
+
+
+class Names(Protocol):
+    """The tensors of one model on torchtitan's side; `models.registry.titan_names` gives it."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor of the whole model, by name."""
+
+    def paired_rows(self, name: str) -> int:
+        """How many rows make a head, where rows of this tensor are paired; 0 where they are not."""
+
+
+def candidates(folder: Place, damaged: Iterable[tuple[int, str]]) -> tuple[list[Found], list[tuple[int, str]]]:
+    """Of the folders that are no checkpoint of ours (step, why): those that may be torchtitan's, and the others.
+
+    A candidate is to be looked at (`look`) before it is used. One whose weights are in Hugging Face's form is in
+    neither list."""
+    files, theirs, left = files_at(folder), [], []
+    for step, why in damaged:
+        path = folders.published(folder, step)
+        try:
+            if others.has_foreign_plan(files, path):
+                theirs.append(Found(step, path, (), place=path, trainer=TRAINER))
+            elif not others.is_someone_elses(files, path):
+                left.append((step, why))
+        except OSError:
+            left.append((step, why))
+    return theirs, left
+
+
+def newest(folder: Place, step: int = -1) -> Found | None:
+    """The newest checkpoint in a folder, ours or theirs, that is whole by name and size, or that of a step; None where
+    there is none."""
+    own = folders.find(folder, step)
+    theirs, _ = candidates(folder, folders.sorted_out(folder)[1])
+    for one in reversed(theirs):
+        if step in (-1, one.step) and (own is None or one.step > own.step):
+            with suppress(NotWhole):
+                if found := look(one.path):
+                    return found
+    return own
+
+
+def look(path: Place) -> Found | None:
+    """What a folder of theirs holds; None where its names are not torchtitan's.
+
+    `extra` has the parts that a checkpoint of ours has, as far as they can be known: `train_state` (`step`,
+    `tokens_seen`), `lr_scheduler` (`done`), `dataloader` (`ranks`; and `documents` and `tokens_left`, or `unknown`, the
+    reason). `resume` is False for step 0, of which only the weights are taken, as torchtitan does.
+
+    Raises NotWhole where a file is missing or too short, or a value is none that torchtitan saves.
+    """
+    files = files_at(path)
+    try:
+        entries = read_entries(_bytes(files, path, METADATA, 0, None, limits.METADATA_BYTES))
+        if not _is_titans(entries):
+            return None
+        _check_files(entries, files, path)
+        said = _Values(entries, files, path)
+        contents = ("model", "optimizer") if said.has_training else ("model",)
+        extra = said.extra() if said.has_training else {}
+    except PlanError as error:
+        raise NotWhole(f"{folders.join(path, METADATA)}: {error}") from error
+    except OSError as error:
+        raise NotWhole(f"{path} cannot be read ({error.strerror or error})") from error
+    named = folders.step_in_name(path)
+    step = extra["train_state"]["step"] if extra else named or 0
+    if extra and named is not None and named != step:
+        raise NotWhole(f"{path} is of step {step}, but its folder is called that of step {named}")
+    return Found(step, str(path), contents, extra, resume=step > 0, place=str(path), trainer=TRAINER)
+
+
+def elsewhere(path: Place) -> Found | None:
+    """The checkpoint that a folder is, or the newest in it; None for a folder of torch.distributed.checkpoint whose
+    names say nothing. Raises NotWhole where it is none."""
+    if found := newest(path):
+        return found
+    try:
+        return folders.read(path)
+    except NotWhole:
+        files = files_at(path)
+        # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
+        if files.exists(folders.join(path, STATE_FILE)) or not files.exists(folders.join(path, METADATA)):
+            raise
+        return look(path) if others.has_foreign_plan(files, path) else None
+
+
+def shapes_in(path: Place) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, by torchtitan's names, of a folder that `look` took."""
+    entries = read_entries(_bytes(files_at(path), path, METADATA, 0, None, limits.METADATA_BYTES))
+    return {name: tuple(entry["shape"]) for name, entry in entries.plan["tensors"].items()}
+
+
+def refuse_other_model(
+    where: str,
+    there: Mapping[str, tuple[int, ...]],
+    names: Names,
+    parts: Iterable[str] = ("model",),
+    moments: Iterable[str] = (),
+) -> None:
+    """UserError where a checkpoint has not exactly the weights of this model, or not the moments of each."""
+    shapes = names.shapes
+    weights = {name for name in there if not name.startswith(OTHERS)}
+    wanted = dict(shapes) if "model" in parts else {}
+    for name, key in itertools.product(shapes, moments):
+        wanted[f"{STATE}{name}.{key}"] = () if key == "step" else shapes[name]
+    missing = sorted(wanted.keys() - there.keys())
+    surplus = sorted(weights - shapes.keys()) if "model" in parts else []
+    reshaped = sorted(
+        f"{name}: {list(there[name])} there, {list(shape)} here"
+        for name, shape in wanted.items()
+        if name in there and there[name] != shape
+    )
+    kinds = (("the checkpoint lacks", missing), ("only the checkpoint has", surplus), ("shapes differ:", reshaped))
+    if problems := misfits(where, kinds, FIX):
+        raise UserError(*problems)
+
+
+def theirs(name: str) -> str:
+    """torchtitan's name for one of ours: `optimizer.norm.weight.step` -> `optimizer.state.norm.weight.step`."""
+    if name.startswith(MODEL):
+        return name.removeprefix(MODEL)
+    return STATE + name.removeprefix(OPTIMIZER)
+
+
+def _is_titans(entries: Entries) -> bool:
+    names = entries.plan["tensors"].keys()
+    return EMBEDDING in names or any(IN_LAYER.fullmatch(name) for name in names)
+
+
+class _Values:
+    """What is no tensor, read when it is asked for."""
+
+    def __init__(self, entries: Entries, files: Files, path: Place) -> None:
+        self._objects, self._files, self._path = entries.objects, files, path
+        moments = any(name.startswith(STATE) for name in entries.plan["tensors"])
+        self.has_training = moments and "train_state.step" in entries.objects
+
+    def extra(self) -> dict[str, Any]:
+        ranks = self._count("dataloader.world_size", least=1) if "dataloader.world_size" in self._objects else 0
+        step = self._count("train_state.step")
+        known = "train_state.ntokens_seen" in self._objects
+        # Each data-parallel rank counts its own tokens, and one of them saves the count.
+        tokens = self._count("train_state.ntokens_seen", most=MOST_TOKENS) * max(ranks, 1) if known else None
+        last = "lr_scheduler.last_epoch"
+        return {
+            "train_state": {"step": step, "tokens_seen": tokens},
+            "lr_scheduler": {"done": self._count(last) if last in self._objects else step},
+            "dataloader": {"ranks": ranks, **self._position(ranks)},
+        }
+
+    def _count(self, name: str, least: int = 0, most: int = limits.COUNT) -> int:
+        value = self._value(name)
+        if type(value) is not int or not least <= value <= most:
+            raise PlanError(f"{name} is {shown(value)}, which is no count")
+        return value
+
+    def _value(self, name: str) -> Any:
+        file, start, length = self._objects[name]
+        return value_in_archive(_bytes(self._files, self._path, file, start, length, limits.OBJECT_BYTES))
+
+    def _position(self, ranks: int) -> dict[str, Any]:
+        """How many documents the data loader has begun, and how many ids of them it has not dealt out."""
+        name = "dataloader.dp_rank_0"
+        if ranks != 1 or name not in self._objects:
+            there = f"it was saved by {ranks} data-parallel ranks, each with a part of the data of its own"
+            return {"unknown": there if ranks > 1 else "it holds no state of a data loader"}
+        try:
+            content = self._value(name)
+            state = value_of(content) if type(content) is bytes else None
+            position = state.get("dataset_state") if type(state) is dict else None
+            if type(state) is not dict or type(position) is not dict or type(state.get("_num_yielded")) is not int:
+                return {"unknown": "its data loader has worker processes"}
+            documents, buffer = position.get("sample_idx"), position.get("token_buffer")
+        except PlanError as error:
+            return {"unknown": f"the state of its data loader cannot be read: {error}"}
+        if type(documents) is not int or not 0 <= documents <= limits.COUNT or type(buffer) is not list:
+            return {"unknown": "its data were streamed, and their state names no document"}
+        return {"documents": documents, "tokens_left": len(buffer)}
+
+
+def _check_files(entries: Entries, files: Files, path: Place) -> None:
+    """Raise PlanError where a tensor or a value does not lie inside a file of this folder."""
+    plan: Mapping[str, Any] = entries.plan
+    ends: dict[str, int] = {}
+    for entry in plan["tensors"].values():
+        for _, _, file, start, length, *_ in entry["chunks"]:
+            name = plan["files"][file]
+            ends[name] = max(ends.get(name, 0), start + length)
+    for name, start, length in entries.objects.values():
+        ends[name] = max(ends.get(name, 0), start + length)
+    for name, end in ends.items():
+        if not FILE_NAME.fullmatch(name) or name in (".", ".."):
+            raise PlanError(f"{shown(name)} is no name of a file in the folder")
+        try:
+            size = files.size(folders.join(path, name))
+        except OSError as error:
+            raise PlanError(f"{name} cannot be read ({error.strerror or error})") from error
+        if size < end:
+            raise PlanError(f"{name} has {size} bytes, and at least {end} are needed")
+
+
+def _bytes(files: Files, path: Place, name: str, start: int, length: int | None, most: int) -> bytes:
+    """A part of a file of the folder (None: all of it). No link is followed: it could lead anywhere."""
+    if length is not None and (length > most or length < 0 or start < 0):
+        raise PlanError(f"{length} bytes of {name} from byte {start} on: more than a value may have, or none")
+    if files.renames and os.path.islink(local(path) / name):
+        raise PlanError(f"{shown(name)} is a link, not a file of this folder")
+    with files.open(folders.join(path, name), "rb") as file:
+        file.seek(start)
+        content = file.read(most + 1 if length is None else length)
+    if len(content) > most:
+        raise PlanError(f"{name} is longer than a plan may be ({most:,} bytes)")
+    return content
