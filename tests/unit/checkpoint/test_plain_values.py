@@ -1,0 +1,115 @@
+"""Plain values are read as they were pickled, by every writer; what is no plain value is refused, and runs nothing."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import random
+
+import pytest
+import torch
+
+from quadriga import limits
+from quadriga.checkpoint.plain_values import value_in_archive, value_of
+from quadriga.checkpoint.refusal import DTYPE_WORDS, PlanError
+
+VALUES = [
+    None,
+    True,
+    -(2**31),
+    2**62,
+    0.1,
+    float("inf"),
+    "text with ü",
+    "long " * 100,
+    b"\x00\xff bytes",
+    b"long" * 100,
+    [],
+    (1, 2, 3, 4),
+    {"a": [1, (2, {"b": None}), "a"], 3: b"x"},
+    list(range(70_000)),
+    {"token_buffer": [5, 300, 70_000], "sample_idx": 2, "_num_yielded": 1, "same": "sample_idx"},
+]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: str(value)[:20])
+def test_what_was_pickled(value, protocol):
+    assert value_of(pickle.dumps(value, protocol)) == value
+    assert value_of(pickle._dumps(value, protocol)) == value
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: str(value)[:20])
+def test_what_torch_saved(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    assert value_in_archive(stream.getvalue()) == value
+
+
+SHARED = [1, 2]
+REFUSED = {
+    "a function": pickle.dumps(len),
+    "a class": pickle.dumps(collections.OrderedDict(a=1)),
+    "a set": pickle.dumps({1, 2}),
+    "a shared list": pickle.dumps([SHARED, SHARED]),
+    "a huge number": pickle.dumps(1 << 200),
+    "a key that is no text": pickle.dumps({(1, 2): 3}),
+    "nothing": b"",
+    "an opcode alone": b"\x80\x04\x94.",
+    "a mark that stays": b"\x80\x04(.",
+    "two values": b"\x80\x04K\x01K\x02.",
+    "more behind it": pickle.dumps(1) + b"K",
+    "bytes by another coding": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-7\x86R.",
+    "another function": b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00lsX\x06\x00\x00\x00latin1\x86R.",
+    "a name without an end": b"\x80\x02c_codecs",
+    "protocol 0": pickle.dumps([1], 0),
+    "text that is none": b"\x80\x04\x8c\x02\xff\xff.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_plain_value_is_refused(name):
+    with pytest.raises(PlanError):
+        value_of(REFUSED[name])
+
+
+def test_what_is_too_long_is_not_looked_at():
+    with pytest.raises(PlanError, match="longer than a value may be"):
+        value_of(b"\x80\x04" + b"N" * limits.OBJECT_BYTES)
+    with pytest.raises(PlanError, match="longer than a value may be"):
+        value_in_archive(b"PK" * limits.OBJECT_BYTES)
+
+
+def test_a_tensor_is_no_plain_value():
+    stream = io.BytesIO()
+    torch.save(torch.ones(3), stream)
+    with pytest.raises(PlanError):
+        value_in_archive(stream.getvalue())
+
+
+def test_random_damage_is_refused_or_gives_plain_values():
+    draw = random.Random(5)
+    whole = pickle.dumps(VALUES[-1], 4)
+    for _ in range(3000):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        try:
+            value = value_of(bytes(data))
+        except PlanError:
+            continue
+        assert _is_plain(value)
+
+
+def _is_plain(value) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) in (str, int) and _is_plain(one) for key, one in value.items())
+    return type(value) in (int, float, str, bytes, bool, type(None))
+
+
+def test_every_dtype_of_torch_has_its_word():
+    there = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert there <= DTYPE_WORDS

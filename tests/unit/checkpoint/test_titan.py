@@ -1,0 +1,253 @@
+"""A checkpoint of torchtitan is recognised, read without unpickling, and gives weights and moments in our order."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from theirs import SPEC, by_dcp, expected, our_name, unpack
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint import titan
+from quadriga.checkpoint.folder import CheckpointError, NotWhole
+from quadriga.checkpoint.manager import CheckpointManager
+from quadriga.checkpoint.titan_read import halves, neighbours, read_titan
+from quadriga.config.schema import Checkpoint
+from quadriga.errors import UserError
+from quadriga.models import registry
+
+NAMES = registry.titan_names(SPEC)
+
+
+class Held:
+    """A part of a run: zeros of the right shapes."""
+
+    def __init__(self, keys: tuple[str, ...] = ()) -> None:
+        self.held = {name: torch.zeros(shape) for name, shape in NAMES.shapes.items()}
+        if keys:
+            self.held = {
+                f"{name}.{key}": torch.zeros(() if key == "step" else shape)
+                for name, shape in NAMES.shapes.items()
+                for key in keys
+            }
+
+    def state_dict(self):
+        return self.held
+
+    def load_state_dict(self, loaded):
+        self.held = dict(loaded)
+
+
+def parts() -> dict[str, Held]:
+    return {"model": Held(), "optimizer": Held(titan.MOMENTS)}
+
+
+def manager(folder: Path, **keys: object) -> CheckpointManager:
+    return CheckpointManager(Checkpoint(enable=True, **keys), folder)
+
+
+def flat(states: dict[str, Held]) -> dict[str, torch.Tensor]:
+    return {f"{part}.{name}": value for part, state in states.items() for name, value in state.held.items()}
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return unpack("one_rank", tmp_path / "checkpoint")
+
+
+def test_what_a_checkpoint_says_of_its_run(one, tmp_path):
+    whole, last = titan.look(one / "step-3"), titan.look(one / "step-6")
+    assert (whole.step, whole.contents, whole.trainer) == (3, ("model", "optimizer"), "torchtitan")
+    assert whole.extra["train_state"] == {"step": 3, "tokens_seen": 3 * 2 * 24}
+    assert whole.extra["lr_scheduler"] == {"done": 3}
+    place = whole.extra["dataloader"]
+    assert place.keys() == {"ranks", "documents", "tokens_left"}
+    assert place["ranks"] == 1
+    assert place["documents"] > 1
+    assert (last.step, last.contents, last.extra) == (6, ("model",), {})
+    two = titan.look(unpack("two_ranks", tmp_path / "two") / "step-2")
+    assert two.extra["train_state"] == {"step": 2, "tokens_seen": 2 * 2 * 2 * 24}, "each rank counts its own"
+    assert "2 data-parallel ranks" in two.extra["dataloader"]["unknown"]
+
+
+@pytest.mark.parametrize("name", ["one_rank", "two_ranks"])
+def test_weights_and_moments_are_those_of_dcp_with_rows_in_order(name, tmp_path):
+    step = unpack(name, tmp_path) / ("step-3" if name == "one_rank" else "step-2")
+    states = parts()
+    read_titan(step, flat(states), NAMES, None)
+    wanted = expected(step)
+    assert flat(states).keys() == wanted.keys()
+    for key, value in flat(states).items():
+        assert torch.equal(value, wanted[key]), key
+    moved = [key for key, value in by_dcp(step).items() if not torch.equal(value, wanted[our_name(key)])]
+    assert len(moved) == 2 * 2 * 3, "wq and wk of two layers, each with two moments"
+    assert wanted["optimizer.norm.weight.step"] == int(step.name[-1])
+
+
+def test_both_orders_are_each_others_reverse():
+    rows = torch.arange(24.0).reshape(24, 1).expand(24, 3).clone()
+    assert halves(rows, 8)[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert torch.equal(neighbours(halves(rows, 8), 8), rows)
+    assert torch.equal(halves(neighbours(rows, 4), 4), rows)
+
+
+def test_a_run_folder_of_theirs_goes_on_from_the_newest(one):
+    states, before = parts(), _contents(one)
+    keeper = manager(one, load_step=3, keep_latest_k=2)
+    found = keeper.find()
+    assert (found.step, found.resume, found.trainer) == (3, True, "torchtitan")
+    keeper.load(found, states, NAMES)
+    for step in (4, 5, 7):
+        keeper.save(step, states, {"n": step})
+    assert sorted(os.listdir(one)) == ["step-3", "step-5", "step-6", "step-7"], "of ours the two newest stay"
+    assert {name: content for name, content in _contents(one).items() if name in before} == before
+    ours = manager(one).find()
+    assert (ours.step, ours.trainer) == (7, ""), "the newest of both"
+
+
+def test_a_save_of_the_same_step_leaves_theirs(one):
+    states, before = parts(), _contents(one / "step-6")
+    keeper = manager(one, load_step=3)
+    keeper.load(keeper.find(), states, NAMES)
+    keeper.save(6, states, {})
+    assert _contents(one / "step_6.theirs") == before
+    assert folders.read(one / "step-6").step == 6
+    assert manager(one).find().trainer == ""
+
+
+def test_a_last_save_of_weights_alone(one, tmp_path):
+    """The newest cannot be gone on from, and says so; a new run can start from it."""
+    keeper = manager(one)
+    found = keeper.find()
+    with pytest.raises(UserError, match=r"weights alone.*no run can go on"):
+        keeper.load(found, parts(), NAMES)
+    with pytest.raises(UserError, match="weights alone"):
+        manager(tmp_path / "a", initial_load_path=str(one / "step-6"), initial_load_model_only=False).find()
+    states = parts()
+    keeper = manager(tmp_path / "b", initial_load_path=str(one / "step-6"))
+    found = keeper.find()
+    keeper.load(found, states, NAMES)
+    assert not found.resume
+    for key, value in expected(one / "step-6").items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(flat(states)[key], value.float()), key
+    assert not any(value.any() for value in states["optimizer"].held.values())
+
+
+@pytest.mark.parametrize("path", ["step-3", "."])
+def test_initial_load_path_takes_all_or_the_weights(path, one, tmp_path):
+    (one / "step-6").rename(tmp_path / "away")
+    for only in (True, False):
+        states = parts()
+        place = str(one / path) if path != "." else str(one)
+        keeper = manager(tmp_path / f"new{only}", initial_load_path=place, initial_load_model_only=only)
+        found = keeper.find()
+        assert found.resume != only
+        assert found.extra == {} if only else found.extra["train_state"]["step"] == 3
+        keeper.load(found, states, NAMES)
+        wanted = expected(one / "step-3")
+        for key, value in flat(states).items():
+            assert torch.equal(value, torch.zeros_like(value) if only and "optimizer" in key else wanted[key]), key
+
+
+def test_parts_can_be_left_out(one):
+    states = parts()
+    keeper = manager(one, load_step=3, exclude_from_loading=("optimizer", "dataloader"))
+    found = keeper.find()
+    keeper.load(found, states, NAMES)
+    assert found.extra.keys() == {"train_state", "lr_scheduler"}
+    assert states["model"].held["norm.weight"].any()
+    assert not any(value.any() for value in states["optimizer"].held.values())
+
+
+def test_another_model_is_refused_in_one_message(one):
+    from dataclasses import replace
+
+    for spec, what in (
+        (replace(SPEC, n_layers=3), r"the checkpoint lacks layers\.2\."),
+        (replace(SPEC, n_layers=1), r"only the checkpoint has layers\.1\."),
+        (replace(SPEC, ffn_dim=56), r"shapes differ: .*\[48, 16\] there, \[56, 16\] here"),
+        (replace(SPEC, tie_embeddings=True), r"only the checkpoint has output\.weight"),
+    ):
+        names = registry.titan_names(spec)
+        with pytest.raises(UserError, match=what):
+            read_titan(one / "step-3", {f"model.{n}": torch.zeros(s) for n, s in names.shapes.items()}, names, None)
+
+
+def test_a_torn_one_is_passed_over(one):
+    shard = one / "step-6/__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(NotWhole, match="are needed"):
+        titan.look(one / "step-6")
+    keeper = manager(one)
+    assert keeper.find().step == 3
+    (one / "step-3/__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match="no published checkpoint is good") as caught:
+        manager(one).find()
+    assert caught.value.exit_code == 3
+
+
+def test_names_that_are_not_theirs_are_no_checkpoint_of_theirs(tmp_path):
+    from quadriga.checkpoint.tensors import write
+
+    place = tmp_path / "step-3"
+    place.mkdir()
+    write(place, {"model.layers.0.attention.wq.weight": torch.ones(8, 8), "optimizer.a.exp_avg": torch.ones(3)}, None)
+    (place / "plan.json").unlink()
+    assert titan.look(place) is None
+    with pytest.raises(CheckpointError, match="have not torchtitan's names"):
+        manager(tmp_path).find()
+
+
+class Evil:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.flag),)
+
+
+@pytest.mark.parametrize("name", ["train_state.step", "lr_scheduler.last_epoch", "dataloader.dp_rank_0"])
+def test_a_crafted_value_runs_nothing(name, one, tmp_path):
+    flag = tmp_path / "flag"
+    stream = io.BytesIO()
+    torch.save(Evil(flag) if name != "dataloader.dp_rank_0" else pickle.dumps(Evil(flag)), stream)
+    archive, step = stream.getvalue(), one / "step-3"
+    _put(step, name, archive)
+    if name == "dataloader.dp_rank_0":
+        assert "cannot be read" in titan.look(step).extra["dataloader"]["unknown"]
+    else:
+        with pytest.raises(NotWhole, match="no plain value"):
+            titan.look(step)
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(-1, "no count"), (3.0, "no count"), ("3", "no count"), (4, "called that")]
+)
+def test_a_step_that_cannot_be_is_refused(value, what, one):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    _put(one / "step-3", "train_state.step", stream.getvalue())
+    with pytest.raises(NotWhole, match=what):
+        titan.look(one / "step-3")
+
+
+def _put(step: Path, name: str, archive: bytes) -> None:
+    """Write another value behind the others, and let `.metadata` lead there."""
+    with (step / "__0_0.distcp").open("ab") as file:
+        start = file.tell()
+        file.write(archive)
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn == name:
+            info.offset, info.length = start, len(archive)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
