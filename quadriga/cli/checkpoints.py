@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint import titan, words
 from quadriga.checkpoint.files import files_at
 from quadriga.checkpoint.folder import Found
 from quadriga.cli.arguments import Parser
@@ -24,23 +25,42 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     folder = checkpoints_of(chosen.folder)
     whole, damaged = folders.sorted_out(folder)
-    good = 0
+    candidates, damaged = titan.candidates(folder, damaged)
+    theirs, unfit = looked_at(candidates)
+    damaged += unfit
+    good = len(theirs)
     for found in whole:
         wrong = folders.damage(found) if chosen.verify else []
         good += not wrong
         print(line(found, "verified" if chosen.verify else "sizes are right"))
         for reason in wrong:
             print(f"  DAMAGED: {reason}")
+    for found in theirs:
+        print(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}: it has no hashes to verify it by")
     for _, reason in damaged:
         print(f"DAMAGED: {reason}")
     for reason in folders.no_folders(folder):
         print(reason)
     for name in folders.unpublished_in(folder):
         print(f"{name}: never published; the next start removes it")
-    if not whole and not damaged:
+    if not whole and not damaged and not theirs:
         print(f"{folder}: no checkpoint")
         return EXIT_OK
     return EXIT_OK if good else EXIT_NO_GOOD_CHECKPOINT
+
+
+def looked_at(candidates: Sequence[Found]) -> tuple[list[Found], list[tuple[int, str]]]:
+    """Those that torchtitan saved, and why the others are none."""
+    theirs, unfit = [], []
+    for one in candidates:
+        try:
+            if (found := titan.look(one.path)) is not None:
+                theirs.append(found)
+            else:
+                unfit.append((one.step, words.no_manifest(one.path)))
+        except folders.NotWhole as reason:
+            unfit.append((one.step, str(reason)))
+    return theirs, unfit
 
 
 def checkpoints_of(folder: str) -> str:
@@ -50,11 +70,11 @@ def checkpoints_of(folder: str) -> str:
 
 
 def line(found: Found, state: str) -> str:
-    words = [f"{found.path}: {', '.join(found.contents)}", show_bytes(folders.size(found)), state]
+    told = [f"{found.path}: {', '.join(found.contents)}", show_bytes(folders.size(found)), state]
     state_of_run, ranks = found.extra.get("train_state"), found.extra.get("world_size")
     tokens = state_of_run.get("tokens_seen") if isinstance(state_of_run, dict) else None
     if type(tokens) is int:
-        words.append(f"{show_count(tokens)} tokens seen")
+        told.append(f"{show_count(tokens)} tokens seen")
     if type(ranks) is int:
-        words.append(f"saved on {ranks} ranks")
-    return "; ".join(words)
+        told.append(f"saved on {ranks} ranks")
+    return "; ".join(told)

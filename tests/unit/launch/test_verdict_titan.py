@@ -1,0 +1,81 @@
+"""What the dry run says of a checkpoint of torchtitan is what a start says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from test_verdict import Case, dry_run, started, state
+from theirs import SIZES, run_folder
+from training import DEBUG_FILE, TINY, one_rank
+
+KEYS = (
+    *TINY,
+    *SIZES,
+    *("--checkpoint.enable", "--training.steps=9", "--checkpoint.load_step=3", "--training.dataset=builtin"),
+)
+FROM = ("--checkpoint.load_step=-1", "--checkpoint.folder=new", "--checkpoint.initial_load_path=RUN/checkpoint/step-3")
+LAST = (*FROM[:2], "--checkpoint.initial_load_path=RUN/checkpoint/step-6")
+ALL = ("--checkpoint.no_initial_load_model_only",)
+
+
+def cut(folder: Path) -> None:
+    shard = next(folder.glob("checkpoint/step-6/*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-500])
+
+
+def without_values(folder: Path) -> None:
+    for path in folder.glob("checkpoint/step-*/.metadata"):
+        path.write_bytes(b"\x80\x04cposix\nsystem\n.")
+
+
+CASES = [
+    Case("goes on", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved"),
+    Case("weights alone", 2, "holds the weights alone", ("--checkpoint.load_step=-1",)),
+    Case("weights alone, but finished", 0, "finished", ("--checkpoint.load_step=-1", "--training.steps=6")),
+    Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),
+    Case("none is good", 3, "no published checkpoint is good", ("--checkpoint.load_step=-1",), without_values),
+    Case("a step that is not there", 2, "has no checkpoint of this step", ("--checkpoint.load_step=2",)),
+    Case("another model", 2, "the checkpoint lacks layers.2.", ("--model.n_layers=3",)),
+    Case("another size", 2, "shapes differ", ("--model.ffn_dim=56",)),
+    Case("its weights", 0, "step 0, from the weights of RUN/checkpoint/step-3, which torchtitan saved", FROM),
+    Case("all of it", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved", (*FROM, *ALL)),
+    Case("the weights of its last save", 0, "step 0, from the weights of RUN/checkpoint/step-6", LAST),
+    Case("all of its last save", 2, "holds the weights alone", (*LAST, *ALL)),
+    Case("the weights of another model", 2, "shapes differ", (*FROM, "--model.ffn_dim=56")),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_dry_run_says_what_a_start_says(case: Case, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder("one_rank", tmp_path / "run")
+    if case.prepare is not None:
+        case.prepare(folder)
+    before = state(folder)
+    given = [f"--job.dump_folder={folder}", *KEYS, *case.keys]
+    argv = [key.replace("RUN", str(folder)) for key in given]
+    code, shown = dry_run(argv, capsys)
+    assert state(folder) == before
+    assert code == case.code, shown
+    assert case.says.replace("RUN", str(folder)) in " ".join(shown.split())
+    assert ("Ready to train." in shown) == (code == 0)
+    (start,) = run_ranks(started, 1, ["--job.config_file", DEBUG_FILE, *argv], backend=None)
+    assert start[0] == code, start
+    assert {name: one for name, one in state(folder).items() if name in before and "checkpoint/step-" in name} == {
+        name: one for name, one in before.items() if "checkpoint/step-" in name
+    }
+
+
+def test_ours_beside_theirs_is_taken_when_it_is_newer(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder("one_rank", tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint/step-6")
+    argv = [f"--job.dump_folder={folder}", *KEYS, "--checkpoint.load_step=-1", "--training.steps=4"]
+    assert run_ranks(one_rank, 1, ["--job.config_file", DEBUG_FILE, *argv], backend=None, timeout=120) == [0]
+    code, shown = dry_run([*argv, "--training.steps=5"], capsys)
+    assert code == 0, shown
+    assert f"step 4, from {folder}/checkpoint/step-4" in " ".join(shown.split())
+    assert (folder / "checkpoint/step-3/.metadata").exists()
