@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from quadriga.checkpoint.folder import Found
 from quadriga.config import Run
 from quadriga.log import logger
@@ -11,7 +14,7 @@ from quadriga.train.state import TrainState
 
 def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
     """Put what is no tensor where a checkpoint of torchtitan stood; parts that `checkpoint.exclude_from_loading` took
-    out stay as they are. One line says what could not be known. Its schedule is this run's: a function of the step.
+    out stay as they are. One line says what could not be known. The schedule is this run's: a function of the step.
     """
     if "train_state" in found.extra:
         state.step, tokens = found.extra["train_state"]["step"], found.extra["train_state"]["tokens_seen"]
@@ -22,6 +25,25 @@ def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
     if "lr_scheduler" in found.extra:
         wind_to(state.schedule, found.extra["lr_scheduler"]["done"])
     if "dataloader" in found.extra:
-        why = found.extra["dataloader"].get("unknown")
-        if why is not None:
-            logger.warning("the place in the data is not known: %s. Reading begins at the start of the data", why)
+        _take_place(run, state, found.extra["dataloader"])
+
+
+def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
+    """Read on where torchtitan's loader stood, if these data are read in the order in which it reads them."""
+    dataloader, why = run.config.training.dataloader, said.get("unknown")
+    if why is None and dataloader.shuffle:
+        why = "it is one in the data's own order, and training.dataloader.shuffle is true here"
+    if why is not None:
+        logger.warning("the place in the data is not taken over: %s. Reading begins at the start of the data", why)
+        return
+    state.loader.start_at(said["documents"], said["tokens_left"])
+    logger.info(
+        "data: going on behind document %d, of whose ids and those before it %d are still to come",
+        said["documents"],
+        said["tokens_left"],
+    )
+    if dataloader.window_overlap:
+        logger.warning(
+            "torchtitan's windows do not overlap, and here they do: training.dataloader.window_overlap = 0 reads as it "
+            "would have"
+        )

@@ -2,7 +2,7 @@
 
     python make.py PYTHON      # PYTHON: an environment with torch, torchtitan 0.2.2, safetensors and triton
 
-`data/` is the folder in which both trainers start: `tests/assets/c4_test/data.json` and `tests/assets/tokenizer`.
+`data/` has what both trainers find under `tests/assets` of the folder in which they start: `c4_test` and `tokenizer`.
 `one_rank.tar.gz`: checkpoint folder of 6 steps on one rank, step 3 whole, step 6 the weights alone in bfloat16.
 `two_ranks.tar.gz`: step 2 of a run on two ranks (FSDP 2). `losses.json`: loss and gradient norm by step of a run of 6
 steps on one rank, as torchtitan has them in memory.
@@ -60,7 +60,7 @@ def main(python: str) -> None:
         for ranks, steps, interval in ((1, 6, 3), (2, 3, 2)):
             folder = work / f"ranks_{ranks}"
             (folder / "tests").mkdir(parents=True)
-            (folder / "tests/assets").symlink_to(HERE / "data/tests/assets")
+            (folder / "tests/assets").symlink_to(HERE / "data")
             (folder / "run.toml").write_text(FILE)
             given = ["--job.config_file=run.toml", f"--training.steps={steps}", f"--checkpoint.interval={interval}"]
             start(python, folder, ranks, given)
@@ -71,7 +71,7 @@ def main(python: str) -> None:
 
 
 def make_data(python: str, folder: Path) -> None:
-    texts, tokenizer = folder / "tests/assets/c4_test", folder / "tests/assets/tokenizer"
+    texts, tokenizer = folder / "c4_test", folder / "tokenizer"
     texts.mkdir(parents=True, exist_ok=True)
     tokenizer.mkdir(parents=True, exist_ok=True)
     draw = random.Random(1)
@@ -90,6 +90,7 @@ def make_tokenizer(folder: Path, documents: list[str]) -> None:
     made.train_from_iterator(
         documents, trainers.BpeTrainer(vocab_size=BASE, initial_alphabet=alphabet, show_progress=False)
     )
+    made.add_special_tokens(["<|begin|>", "<|end|>"])
     made.save(str(folder / "tokenizer.json"))
     kinds = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(BASE + n): {"content": text, **kinds} for n, text in enumerate(("<|begin|>", "<|end|>"))}

@@ -1,0 +1,59 @@
+"""What of a checkpoint of torchtitan goes on that is no tensor, and the one line about what could not be known."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quadriga.checkpoint.folder import Found
+from quadriga.train.titan import go_on_from_titan
+
+
+class Loader:
+    at: tuple[int, int] | None = None
+
+    def start_at(self, documents: int, tokens_left: int) -> None:
+        self.at = documents, tokens_left
+
+
+def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0) -> SimpleNamespace:
+    dataloader = SimpleNamespace(shuffle=shuffle, window_overlap=overlap)
+    config = SimpleNamespace(training=SimpleNamespace(dataloader=dataloader))
+    run: Any = SimpleNamespace(config=config, spec=SimpleNamespace(tokens_per_step=100))
+    state: Any = SimpleNamespace(step=0, tokens_seen=0, loader=Loader())
+    go_on_from_titan(run, state, Found(7, "step-7", ("model", "optimizer"), extra, trainer="torchtitan"))
+    return state
+
+
+PLACE = {"ranks": 1, "documents": 5, "tokens_left": 30}
+CASES = {
+    "in order": (PLACE, False, 0, (5, 30), None),
+    "windows that overlap": (PLACE, False, 1, (5, 30), "window_overlap = 0 reads as it would have"),
+    "shuffled": (PLACE, True, 0, None, "training.dataloader.shuffle is true here"),
+    "of two ranks": ({"ranks": 2, "unknown": "two ranks"}, False, 0, None, "not taken over: two ranks. Reading begins"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_place_in_the_data(name, caplog):
+    said, shuffle, overlap, at, told = CASES[name]
+    with caplog.at_level(logging.WARNING):
+        state = go_on({"dataloader": said}, shuffle, overlap)
+    assert state.loader.at == at
+    assert [told in record.getMessage() for record in caplog.records] == ([True] if told else [])
+
+
+def test_the_step_and_the_tokens(caplog):
+    state = go_on({"train_state": {"step": 7, "tokens_seen": 1234}})
+    assert (state.step, state.tokens_seen) == (7, 1234)
+    with caplog.at_level(logging.WARNING):
+        assert go_on({"train_state": {"step": 7, "tokens_seen": None}}).tokens_seen == 700
+    assert "how many tokens" in caplog.text
+
+
+def test_parts_that_are_left_out_stay():
+    state = go_on({})
+    assert (state.step, state.tokens_seen, state.loader.at) == (0, 0, None)
