@@ -131,7 +131,7 @@ def publish(
         raise
     files.flush_names(folder)
     if outdated is not None:
-        _remove_ours(files, outdated)
+        others.remove_unless_someone_elses(files, outdated)
     return name
 
 
@@ -223,8 +223,8 @@ def unpublished_in(folder: Place) -> list[str]:
     files = files_at(folder)
     if files.renames:
         return [name for _, name in _named(folder, SAVING)]
-    named = _named(folder, PUBLISHED, with_manifest=False)
-    return [name for _, name in named if not others.is_someone_elses(files, join(folder, name))]
+    named = [name for _, name in _named(folder, PUBLISHED, with_manifest=False)]
+    return [name for name in named if not others.is_someone_elses(files, join(folder, name))]
 
 
 def find(folder: Place, step: int = -1) -> Found | None:
@@ -330,7 +330,7 @@ def _finish_or_remove(files: Files, folder: Place, step: int, hidden_name: str) 
             return f"step-{step}: finished"
         outdated = _set_aside(files, folder, step)  # as `publish` was about to; it may be damaged, or no folder
         files.rename(path, name)
-        _remove_ours(files, outdated)
+        others.remove_unless_someone_elses(files, outdated)
         return f"step-{step}: finished, in the place of an older one"
     files.remove(path)
     return f"{hidden_name}: removed"
@@ -399,11 +399,6 @@ def _set_aside(files: Files, folder: Place, step: int) -> str:
         files.remove(aside)
     files.rename(published(folder, step), aside)
     return aside
-
-
-def _remove_ours(files: Files, path: Place) -> None:
-    if not others.is_someone_elses(files, path):
-        files.remove(path)
 
 
 def _remove_others(files: Files, path: Place, token: str) -> None:

@@ -29,3 +29,8 @@ def name_aside(files: Files, folder: str, step: int) -> str:
         number += 1
         name = f"{folder.rstrip('/')}/step_{step}.theirs-{number}"
     return name
+
+
+def remove_unless_someone_elses(files: Files, path: Place) -> None:
+    if not is_someone_elses(files, path):
+        files.remove(path)
