@@ -96,6 +96,16 @@ def local(place: Place) -> Path:
     return Path(str(place).removeprefix("file://"))
 
 
+def try_to_write(folder: Place) -> None:
+    """Write a small file and remove it again. Raises OSError where that cannot be done."""
+    files, path = files_at(folder), f"{str(folder).rstrip('/')}/.try"
+    files.make(folder)
+    if files.exists(path):  # of a killed run; or something that would hold up who opens it
+        files.remove(path)
+    files.write(path, b"may this folder be written?")
+    files.remove(path)
+
+
 class LocalFiles:
     """Folders of this machine, shared file systems included."""
 

@@ -291,16 +291,6 @@ def no_folders(folder: Place) -> list[str]:
     return told
 
 
-def try_to_write(folder: Place) -> None:
-    """Write a small file and remove it again. Raises OSError where that cannot be done."""
-    files, path = files_at(folder), join(folder, ".try")
-    files.make(folder)
-    if files.exists(path):  # of a killed run; or something that would hold up who opens it
-        files.remove(path)
-    files.write(path, b"may this folder be written?")
-    files.remove(path)
-
-
 def clean_up(folder: Place) -> list[str]:
     """Remove what a killed run left of unpublished saves; what was done, in words. Call while no run writes here.
 

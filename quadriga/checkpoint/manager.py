@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import words
-from quadriga.checkpoint.files import Place
+from quadriga.checkpoint.files import Place, try_to_write
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import on_first_rank, together
 from quadriga.checkpoint.search import Search
@@ -284,7 +284,7 @@ class CheckpointManager:
 
     def _clean_up(self) -> list[str]:
         try:
-            folders.try_to_write(self._folder)
+            try_to_write(self._folder)
         except OSError as error:  # better now than after the first hours
             raise UserError(words.cannot_be_written(self._folder, error)) from error
         remains = folders.unpublished_in(self._folder)
