@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 from quadriga import __version__
-from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable
+from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable, shortened
 
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
@@ -29,6 +30,9 @@ COMMANDS = {
     "schema": "print the JSON Schema of the configuration, for editors",
     "version": "print the version",
 }
+
+# Of an operating system's call: what is wrong with the path that was given, not with the machine.
+OF_THE_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 USAGE = f"""usage: quadriga COMMAND [arguments]
 
@@ -76,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: `quadriga keys | head`
         sys.stderr.close()
         return EXIT_OK
+    except OSError as error:
+        if error.filename is None:
+            raise
+        what = f"cannot be used: {error.strerror}"
+        print(UserError(Problem(shortened(str(error.filename), 400), what)).report, file=sys.stderr)
+        return EXIT_USAGE if error.errno in OF_THE_PATH else EXIT_FAULT
 
 
 def _usage() -> str:

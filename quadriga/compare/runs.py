@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quadriga import limits
 from quadriga.compare.windows import Record, Window, counted
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.metrics.events import read_events
@@ -85,7 +86,7 @@ def read_setting(name: str, folder: Path, warmup: int) -> Setting:
     found = repeats_of(folder)
     repeats = {number: path for number, path in found.items() if has_finished(path)} or found
     if not repeats:
-        what = "no run is here" if folder.is_dir() else "there is no such folder"
+        what = "no run is here" if os.path.isdir(folder) else "there is no such folder"
         allowed = f"a run folder (with {METRICS}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
         raise UserError(Problem("RUN", what, str(folder), allowed=allowed))
     runs = [read_run(path, number, warmup) for number, path in repeats.items()]
@@ -93,7 +94,7 @@ def read_setting(name: str, folder: Path, warmup: int) -> Setting:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / METRICS).is_file()
+    return os.path.isfile(folder / METRICS)  # unlike Path.is_file it raises nothing for a path that cannot be
 
 
 def repeats_of(folder: Path) -> dict[int, Path]:
@@ -144,7 +145,16 @@ def _is_setting(setting: Any) -> bool:
     if not isinstance(setting, dict) or not isinstance(setting.get("name"), str):
         return False
     folder = setting.get("folder")  # a name within the bench's folder, and nothing else
-    return isinstance(folder, str) and folder == os.path.basename(folder) and folder.strip(".") != ""
+    return isinstance(folder, str) and folder == os.path.basename(folder) != "" and _is_file_name(folder)
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a file system can have it; `.` and `..` are none."""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return size <= limits.PATH_PART and "\0" not in text and text.strip(".") != ""
 
 
 def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[str]:
@@ -229,4 +239,4 @@ def table(flat: Flat, name: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no file. Raises UserError where it is damaged."""
-    return read_json_object(path, what="record") if path.exists() else None
+    return read_json_object(path, what="record") if os.path.exists(path) else None

@@ -36,7 +36,7 @@ class Window:
 
 def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
     """Of a table `[profiling]`, for a start of so many steps; None without the profiler."""
-    if not profiling.get("enable_profiling", False):
+    if profiling.get("enable_profiling") is not True:
         return None
     return Cycle.of(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -77,6 +78,25 @@ def test_mistakes_are_reported_with_exit_code_2(argv, says, folder, capsys):
     assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    "command", [["compare", "o" * 299], ["goodput"], ["trace"], ["checkpoints"], ["card"], ["dry-run"]]
+)
+def test_a_path_that_no_file_system_can_have_is_reported(command, capsys):
+    assert main([*command, "o" * 300]) == 2
+    told = capsys.readouterr().err
+    assert "o" * 299 in told
+    assert len(told) < 1500
+
+
+def test_a_file_system_that_fails_is_no_mistake_of_the_user(monkeypatch, capsys):
+    def fails(argv):
+        raise OSError(errno.EIO, "Input/output error", "a/metrics.jsonl")
+
+    monkeypatch.setattr("quadriga.cli.goodput.main", fails)
+    assert main(["goodput", "a"]) == 1
+    assert "a/metrics.jsonl\n    cannot be used: Input/output error" in capsys.readouterr().err
+
+
 def test_schema_is_json(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["training"]
@@ -86,7 +106,7 @@ def test_keys_explains_a_table(capsys):
     assert main(["keys", "lr_scheduler"]) == 0
     printed = capsys.readouterr().out
     assert "--lr_scheduler.warmup_steps" in printed
-    assert "Steps of the linear ramp at the start." in printed
+    assert "Steps of the linear ramp at the start; " in printed
 
 
 def test_a_card_is_written_checked_and_found_stale(folder, capsys):

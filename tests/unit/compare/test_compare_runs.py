@@ -11,6 +11,7 @@ from run_folders import make_pair, make_run, make_setting, no_traces
 
 from quadriga.compare.comparison import compare
 from quadriga.compare.runs import bench_of, folders_of, has_finished, names_of, read_setting
+from quadriga.compare.windows import cycle_of
 from quadriga.errors import UserError
 
 MODE, SEED, STEPS = "activation_checkpoint.mode", "debug.seed", "training.steps"
@@ -191,6 +192,18 @@ def test_the_folder_of_a_bench_stands_for_its_settings(tmp_path):
     assert folders == [tmp_path / "a", tmp_path / "b"]
     assert names_of(folders, bench_of(folders)) == ["mode=none", "mode=full"]
     assert bench_of([tmp_path / "a", tmp_path]) is None
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "\0", "\ud800", "a" * 256])
+def test_a_bench_s_setting_is_a_folder_that_can_be_there(tmp_path, name):
+    settings = [{"folder": "a", "name": "mode=none"}, {"folder": name, "name": "mode=full"}]
+    (tmp_path / "bench.json").write_text(json.dumps({"settings": settings, "varied": {MODE: ["none", "full"]}}))
+    with pytest.raises(UserError, match="no note of a bench"):
+        folders_of([tmp_path])
+
+
+def test_a_switch_of_the_profiler_that_is_no_switch_is_taken_for_off():
+    assert cycle_of({"enable_profiling": 1}, 10) is None
 
 
 def test_names_tell_runs_apart(tmp_path):
