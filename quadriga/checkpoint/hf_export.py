@@ -28,8 +28,8 @@ from quadriga.checkpoint.hf import (
 from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
 from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
 from quadriga.checkpoint.ranks import together
-from quadriga.checkpoint.stored import Stored, TensorPlanner, open_stored
-from quadriga.checkpoint.tensors import plain_errors
+from quadriga.checkpoint.stored import Stored, open_stored
+from quadriga.checkpoint.tensors import read_one
 from quadriga.log import logger
 from quadriga.units import show_bytes
 
@@ -125,13 +125,7 @@ class Weights:
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor in the dtype to be written; beside it only one saved piece of it is in memory."""
-        tensor = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
-        ours = MODEL + self._ours[name]
-        reader, planner = self._stored.reader([ours]), TensorPlanner()
-        planner.set_up_planner({ours: tensor}, reader.read_metadata(), is_coordinator=True)
-        with plain_errors(f"{self._stored.place} could not be read"):
-            reader.read_data(planner.create_local_plan(), planner).wait()
-        return that_fits(tensor, name)
+        return that_fits(read_one(self._stored, MODEL + self._ours[name], self.entries[name].dtype), name)
 
 
 def refuse_other_model(place: str, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Entry]) -> None:

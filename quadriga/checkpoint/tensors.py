@@ -32,7 +32,7 @@ from torch.futures import Future
 from quadriga.checkpoint.files import Files, Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
 from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
-from quadriga.checkpoint.stored import TensorPlanner, open_stored
+from quadriga.checkpoint.stored import Stored, TensorPlanner, open_stored
 from quadriga.checkpoint.words import misfits
 from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
@@ -107,6 +107,19 @@ def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
 def stored_tensors(place: Place, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
     """Name, shape and dtype of all tensors in a place. One process alone. Raises CheckpointError as `read` does."""
     return open_stored(place, None, facts).plan.tensors
+
+
+def read_one(stored: Stored, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A whole tensor (None: as it was saved); beside it only one saved piece of it is in memory. Needs no other rank.
+
+    Raises CheckpointError where it is damaged."""
+    planned = stored.plan.tensors[name]
+    tensor = torch.empty(planned.shape, dtype=dtype or planned.dtype)
+    reader, planner = stored.reader([name]), TensorPlanner()
+    planner.set_up_planner({name: tensor}, reader.read_metadata(), is_coordinator=True)
+    with plain_errors(f"{stored.place} could not be read"):
+        reader.read_data(planner.create_local_plan(), planner).wait()
+    return tensor
 
 
 class Staging:

@@ -40,7 +40,7 @@ def read_titan(
     moments = {name.rpartition(".")[2] for name in tensors if name.startswith(OPTIMIZER)}
     refuse_other_model(str(place), {n: one.shape for n, one in stored.plan.tensors.items()}, names, parts, moments)
     wanted = {theirs(name): tensor for name, tensor in tensors.items()}
-    paired = {name: names.paired_rows(_parameter(name)) for name, tensor in wanted.items() if tensor.dim()}
+    paired = {name: names.paired_rows(parameter_of(name)) for name, tensor in wanted.items() if tensor.dim()}
     paired = {name: rows for name, rows in paired.items() if rows}  # a count of steps has no rows
     with plain_errors(f"{place} could not be read"):
         load(
@@ -62,7 +62,7 @@ def neighbours(rows: torch.Tensor, head: int) -> torch.Tensor:
     return rows.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _parameter(name: str) -> str:
+def parameter_of(name: str) -> str:
     """The parameter that one of torchtitan's names belongs to."""
     return name.removeprefix(STATE).rpartition(".")[0] if name.startswith(STATE) else name
 

@@ -1,4 +1,4 @@
-"""`quadriga convert to-hf | from-hf`: a checkpoint of ours as a Hugging Face folder, and the other way round."""
+"""`quadriga convert to-hf | from-hf | to-torchtitan`: a checkpoint of ours in the form of others, or the way back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 ABOUT = (
     "to-hf: write the weights of a checkpoint (a folder `step-N`, or a run or checkpoint folder: its newest) as "
     "safetensors with config.json and tokenizer, which transformers loads. from-hf: write such a folder as "
-    "`step-0` of a checkpoint folder, for checkpoint.initial_load_path. Needs memory for one tensor, not for a model."
+    "`step-0` of a checkpoint folder, for checkpoint.initial_load_path. Both need memory for one tensor, not for a "
+    "model. to-torchtitan: write a checkpoint as `step-N` of a folder that torchtitan v0.2.2 goes on from: weights, "
+    "moments, step, schedule, and where the data were not shuffled the place in them, for one data-parallel rank; "
+    "start it where the run was started, so that its data are found. Needs memory for 2 GB of tensors. (Checkpoints "
+    "of torchtitan need no conversion: see checkpoint.initial_load_path.)"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTS = "checkpoint"  # the folder within a run folder that is looked into first
@@ -41,9 +45,9 @@ class Described:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("convert", ABOUT)
-    parser.add_argument("direction", choices=("to-hf", "from-hf"))
-    parser.add_argument("source", metavar="SOURCE", help="to-hf: CHECKPOINT; from-hf: a folder with safetensors")
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("direction", choices=("to-hf", "from-hf", "to-torchtitan"))
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint; from-hf: a folder with safetensors")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet; to-torchtitan: gets `step-N`")
     parser.add_argument("--dtype", choices=DTYPES, help="format of the weights (default: as they are)")
     parser.add_argument("--config", metavar="FILE", help="to-hf: the TOML file, for a checkpoint that does not hold it")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to-hf: its tokenizer (default: that of the run)")
@@ -51,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
     start_logging()
     if options.direction == "to-hf":
         to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
+    elif options.direction == "to-torchtitan":
+        from quadriga.cli.convert_titan import to_torchtitan
+
+        if options.config or options.tokenizer or options.dtype:
+            raise UserError(Problem("--config, --tokenizer, --dtype", "of no use for to-torchtitan"))
+        to_torchtitan(options.source, options.out)
     elif options.config or options.tokenizer:
         raise UserError(Problem("--config, --tokenizer", "of no use for from-hf: config.json says what the model is"))
     else:

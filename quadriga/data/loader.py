@@ -16,7 +16,7 @@ from quadriga.data.fields import TEXT, Field
 from quadriga.data.lanes import Lanes
 from quadriga.data.layout import Anchor, changed, in_words, names_digest
 from quadriga.data.packing import START, LeftOut, Place, Window
-from quadriga.data.position import place_before
+from quadriga.data.position import place_before, read_so_far
 from quadriga.data.prefetch import Prefetcher
 from quadriga.data.survey import survey
 from quadriga.data.tokenizer import Tokenizer
@@ -149,6 +149,12 @@ class Loader:
         if not self._in_order:
             raise ValueError("data that are shuffled have no place by the number of documents read")
         self.back_to({STREAM: place_before(self._lanes, documents, tokens_left)})
+
+    def read_so_far(self) -> tuple[int, list[int]]:
+        """The reverse of `start_at`: how many documents of the epoch are read, and their ids that are still to come."""
+        if not self._in_order:
+            raise ValueError("data that are shuffled have no place by the number of documents read")
+        return read_so_far(self._lanes, self._places[STREAM])
 
     def _anchor(self, lane: int) -> tuple[int, ...]:
         if not self._lanes.endless or self._places[lane] == START:

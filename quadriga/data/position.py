@@ -38,6 +38,29 @@ def place_before(lanes: Lanes, documents: int, tokens_left: int) -> Place:
     raise UserError(Problem("the training data", what, fix="name the data that the state was saved with"))
 
 
+def read_so_far(lanes: Lanes, place: Place) -> tuple[int, list[int]]:
+    """The reverse of `place_before`: how many documents of the epoch are read at a place, and their ids that no window
+    took yet. The document at the place counts as read.
+
+    Raises UserError where the data do not reach that far.
+    """
+    if place == START:
+        return 0, []
+    read, rest, inside = 0, list[Placed](), False
+    for document, at in lanes.documents(0, Place(epoch=place.epoch)):
+        inside = inside or at[:3] == place[:3]
+        if at.epoch > place.epoch:
+            break
+        if inside:
+            rest.append((document, at))
+        read += document.ends
+        if inside and document.ends:
+            ids = [int(one) for part, _, _ in tokenized(rest, lanes.tokenizer, lanes.seq_len) for one in part]
+            return read, ids[place.token :]
+    what = "end before the place at which the checkpoint was saved"
+    raise UserError(Problem("the training data", what, fix="name the data that the run was started with"))
+
+
 def _up_to(lanes: Lanes, documents: int, epoch: int) -> Iterator[Placed]:
     """All pieces of documents from the start of the stream to the end of the `documents`-th one of `epoch`."""
     read = 0

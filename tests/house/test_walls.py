@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"errors", "units", "metrics", "html", "cycles", "limits", "reading"},
     "cli": GROUND
     | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "equivalence", "estimate"}
-    | {"compare", "trace"},
+    | {"compare", "trace", "optim"},
 }
 
 # Where only one corner of a room may be seen. The first matching prefix decides.
@@ -48,6 +48,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap", "quadriga.comm.network"),
     ("launch", "checkpoint"): tuple(f"quadriga.checkpoint.{part}" for part in ("folder", "files", "words", "titan")),
     ("cli", "comm"): ("quadriga.comm.backend",),
+    ("cli", "optim"): ("quadriga.optim.schedule",),
     ("estimate", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("estimate", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
     ("equivalence", "comm"): ("quadriga.comm.backend",),

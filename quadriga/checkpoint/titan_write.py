@@ -1,0 +1,143 @@
+"""A checkpoint of ours as torchtitan v0.2 writes it: its trainer loads the folder and goes on.
+
+torch.distributed.checkpoint itself writes it, from names alone: every tensor is read from the checkpoint when its turn
+to be written comes, with rows of query and key matrices and of their moments back in torchtitan's order. What is needed
+in memory is what goes into one file.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from quadriga.checkpoint.files import Place, files_at, is_url, local
+from quadriga.checkpoint.folder import CheckpointError, Found, hidden, published
+from quadriga.checkpoint.hf import refuse_lack_of_room
+from quadriga.checkpoint.hf_folder import Entry
+from quadriga.checkpoint.plan import PlannedTensor
+from quadriga.checkpoint.stored import Stored, open_stored
+from quadriga.checkpoint.tensors import plain_errors, read_one
+from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, Names, refuse_other_model, theirs
+from quadriga.checkpoint.titan_read import neighbours, parameter_of
+from quadriga.errors import Problem, UserError
+
+IN_A_FILE = 2 * 10**9  # bytes
+
+
+def export_titan(
+    checkpoint: Found, out: Place, names: Names, states: Mapping[str, Any], group: Mapping[str, Any]
+) -> str:
+    """Write a published checkpoint as `step-N` of a checkpoint folder of torchtitan; its name. One process alone.
+
+    Args:
+        states: what else stands at the top level: `train_state`, `lr_scheduler`, `dataloader`; left out where the
+            checkpoint holds the weights alone.
+        group: the fields of the one parameter group of torchtitan's optimizer, which it keeps for each parameter.
+
+    Raises:
+        UserError: the folder cannot be taken, or the checkpoint is not of this model.
+        CheckpointError: it is damaged, or cannot be written; nothing of it is left then.
+    """
+    if is_url(out):
+        raise UserError(Problem(str(out), "torchtitan reads checkpoints from a folder", fix="name a folder"))
+    name, place, files = published(out, checkpoint.step), hidden(out, checkpoint.step), files_at(out)
+    if files.exists(name):
+        fix = "name another folder, or remove this one"
+        raise UserError(Problem(name, "is there already", fix=fix))
+    stored = open_stored(checkpoint.place or checkpoint.path, None, checkpoint.files)
+    saved = {theirs(ours): planned for ours, planned in _wanted(stored, checkpoint)}
+    whole = "optimizer" in checkpoint.contents
+    parts, moments = ("model", "optimizer") if whole else ("model",), MOMENTS if whole else ()
+    refuse_other_model(stored.place, {one: planned.shape for one, planned in saved.items()}, names, parts, moments)
+    refuse_lack_of_room(out, [Entry(planned.shape, planned.dtype) for planned in saved.values()])
+    if files.exists(place):
+        files.remove(place)
+    files.make(place)
+    try:
+        planner = _Planner(stored, names)
+        with plain_errors(f"{name} could not be written"):
+            save(_state_dict(saved, states, group), storage_writer=_Writer(place), planner=planner, no_dist=True)
+        files.flush_names(place)
+        files.rename(place, name)
+        files.flush_names(local(out))
+    except BaseException as error:
+        with suppress(OSError):
+            files.remove(place)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{name} could not be written: {error.strerror or error}") from error
+        raise
+    return name
+
+
+def _wanted(stored: Stored, checkpoint: Found) -> Iterator[tuple[str, PlannedTensor]]:
+    for name, planned in stored.plan.tensors.items():
+        part = name.partition(".")[0]
+        if part in ("model", "optimizer") and part in checkpoint.contents:
+            yield name, planned
+
+
+def _state_dict(
+    saved: Mapping[str, PlannedTensor], states: Mapping[str, Any], group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As torchtitan hands it to DCP, with promises (tensors without memory) for all tensors."""
+    promised = {name: torch.empty(planned.shape, dtype=planned.dtype, device="meta") for name, planned in saved.items()}
+    weights = {name: tensor for name, tensor in promised.items() if not name.startswith(OPTIMIZER)}
+    moments = {name.removeprefix(OPTIMIZER): tensor for name, tensor in promised.items() if name.startswith(OPTIMIZER)}
+    if not moments:
+        return weights
+    groups = {f"param_groups.{name}.{key}": value for name in weights for key, value in group.items()}
+    return {**weights, "optimizer": {**moments, **groups}, **states}
+
+
+class _Planner(DefaultSavePlanner):
+    """Makes each tensor when its turn to be written comes."""
+
+    def __init__(self, stored: Stored, names: Names) -> None:
+        super().__init__()
+        self._stored, self._names = stored, names
+        self._ours = {theirs(name): name for name in stored.plan.tensors if name.startswith((MODEL, OPTIMIZER))}
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        ours = self._ours.get(index.fqn)
+        if ours is None:
+            return super().lookup_object(index)
+        tensor = read_one(self._stored, ours)
+        head = self._names.paired_rows(parameter_of(index.fqn)) if tensor.dim() else 0
+        return neighbours(tensor, head) if head else tensor
+
+
+class _Writer(FileSystemWriter):
+    """Several files, since DCP keeps every tensor of a file in memory until the file is done."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        files: queue.Queue[tuple[Any, str, list[WriteItem]]] = queue.Queue()
+        for number, items in enumerate(_dealt(plan.items)):
+            name = f"{plan.storage_data.prefix}{number}.distcp"
+            files.put((self.fs.concat_path(self.path, name), name, items))
+        return self._write_data(planner, files)
+
+
+def _dealt(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
+    file: list[WriteItem] = []
+    size = 0
+    for item in items:
+        data = item.tensor_data
+        length = data.size.numel() * data.properties.dtype.itemsize if data is not None else 0
+        if file and size + length > IN_A_FILE:
+            yield file
+            file, size = [], 0
+        file.append(item)
+        size += length
+    if file:
+        yield file

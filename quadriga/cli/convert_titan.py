@@ -1,0 +1,157 @@
+"""`quadriga convert to-torchtitan`: what stands beside the tensors of a checkpoint of torchtitan, of one of ours."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quadriga.cli.convert import described_by, find_checkpoint
+from quadriga.config.changed_defaults import started_with
+from quadriga.config.schema import JobConfig
+from quadriga.errors import Problem, UserError, printable
+from quadriga.log import logger
+from quadriga.models import registry
+
+if TYPE_CHECKING:
+    from quadriga.checkpoint.folder import Found
+
+WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
+
+
+def to_torchtitan(source: str, out: str) -> None:
+    """Write a checkpoint of ours as `step-N` in `out`, which torchtitan v0.2.2 loads and goes on from."""
+    from quadriga.checkpoint.folder import CheckpointError, damage
+    from quadriga.checkpoint.titan_write import export_titan
+
+    found = find_checkpoint(source)
+    spec = described_by(found.extra, None, found.path).spec
+    if spec.tie_embeddings:
+        what = "the model shares its embedding with its output layer, which torchtitan's Llama does not"
+        raise UserError(Problem(found.path, what))
+    if wrong := damage(found):
+        raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
+    states: dict[str, Any] = {}
+    group: dict[str, Any] = {}
+    why: str | None = None
+    if "optimizer" in found.contents:
+        config = config_of(found)
+        states, group = states_of(found, config)
+        position, why = position_of(found, config)
+        if position is not None:
+            states["dataloader"] = position
+    name = export_titan(found, out, registry.titan_names(spec), states, group)
+    logger.info(f"{printable(found.path)} is now a checkpoint of torchtitan's: {printable(name)}")
+    start = f"--checkpoint.enable --checkpoint.initial_load_path {printable(name)}"
+    if not states:
+        logger.warning("it holds the weights alone, as the checkpoint does")
+    else:
+        start += " --checkpoint.no_initial_load_model_only"
+    if why is not None:
+        logger.warning(f"its place in the data is left out: {why}. Its loader begins anew with {WITHOUT_DATA}")
+        start += f" {WITHOUT_DATA}"
+    logger.info(f"torchtitan goes on from it with {start}")
+    print(printable(name))
+
+
+def config_of(found: Found) -> JobConfig:
+    """The configuration of the run that saved, with the defaults that held when it was started."""
+    saved = found.extra.get("config")
+    if not isinstance(saved, Mapping):
+        raise UserError(Problem(found.path, "the checkpoint does not say with what configuration it was saved"))
+    tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in saved.items()}
+    for key, value in started_with(found.extra).items():
+        section, name = key.split(".")
+        tables.setdefault(section, {}).setdefault(name, value)
+    try:
+        wanted = {name: tables[name] for name in ("model", "optimizer", "lr_scheduler", "training") if name in tables}
+        return JobConfig.model_validate_json(json.dumps(wanted))
+    except ValueError as error:
+        what = f"its configuration cannot be read: {str(error).partition(chr(10))[0]}"
+        raise UserError(Problem(found.path, what)) from error
+
+
+def states_of(found: Found, config: JobConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states of torchtitan's trainer and schedule, and the fields of its one parameter group."""
+    from quadriga.optim.schedule import lr_factor
+
+    section, said = config.optimizer, found.extra["train_state"]
+    done = found.extra["lr_scheduler"]["done"]
+    rate = section.lr * lr_factor(done + 1, config.lr_scheduler, config.training.steps)
+    if not section.decay_norms_and_biases and section.weight_decay:
+        logger.warning("torchtitan has one parameter group: there the weight decay is on norms too")
+    if config.lr_scheduler.variant != "torchtitan":
+        logger.warning("from the next step on torchtitan takes its own schedule (lr_scheduler.variant)")
+    group = {
+        "lr": rate,
+        "betas": (section.beta1, section.beta2),
+        "eps": section.eps,
+        "weight_decay": section.weight_decay,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": section.implementation == "foreach",
+        "capturable": False,
+        "differentiable": False,
+        "fused": section.implementation == "fused",
+        "decoupled_weight_decay": section.name == "AdamW",
+        "initial_lr": section.lr,
+    }
+    schedule = {
+        "base_lrs": [section.lr],
+        "last_epoch": done,
+        "_step_count": done + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [rate],
+    }
+    trainer = {"step": said["step"], "ntokens_seen": said["tokens_seen"]}
+    return {"train_state": trainer, "lr_scheduler": schedule}, group
+
+
+def position_of(found: Found, config: JobConfig) -> tuple[dict[str, Any] | None, str | None]:
+    """The state of torchtitan's data loader on one data-parallel rank; or None, and why it cannot be known."""
+    training, saved = config.training, found.extra.get("dataloader")
+    if training.dataloader.shuffle:
+        return None, "the run shuffled its data, and torchtitan reads them in their own order"
+    if not isinstance(saved, Mapping):
+        return None, "the checkpoint does not hold it"
+    from quadriga.data.fields import Field
+    from quadriga.data.loader import build_loader
+    from quadriga.data.tokenizer import build_tokenizer
+
+    batch = found.extra["global_batch_size"]
+    try:
+        loader = build_loader(
+            training.dataset,
+            training.dataset_path,
+            build_tokenizer(config.model.hf_assets_path),
+            seed=found.extra["seed"],
+            seq_len=training.seq_len,
+            global_batch_size=batch,
+            rows=range(batch),
+            dataloader=training.dataloader,
+            field=Field(training.dataset_text_field),
+        )
+        loader.load_state_dict(saved)
+        documents, ids = loader.read_so_far()
+    except UserError as error:
+        return None, f"the data cannot be read from here ({error.problems[0].where}: {error.problems[0].what})"
+    rows = training.local_batch_size
+    state = _loader_state(documents, ids, found.step * batch // rows, rows)
+    return {"dp_rank_0": pickle.dumps(state), "world_size": 1}, None
+
+
+def _loader_state(documents: int, ids: list[int], batches: int, rows: int) -> dict[str, Any]:
+    """What torchdata's StatefulDataLoader keeps in a process without workers, over torchtitan's data set."""
+    return {
+        "_index_sampler_state": None,
+        "_sampler_iter_state": {"samples_yielded": batches * rows},
+        "_sampler_iter_yielded": batches,
+        "_num_yielded": batches,
+        "_IterableDataset_len_called": None,
+        "_shared_seed": None,
+        "fetcher_state": {"dataset_iter_state": None, "fetcher_ended": False},
+        "dataset_state": {"token_buffer": ids, "sample_idx": documents},
+        "_iterator_finished": False,
+    }
