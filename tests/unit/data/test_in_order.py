@@ -261,6 +261,27 @@ def test_start_at_beyond_the_data_is_refused(data):
         make(data, shuffle=True).start_at(1, 0)
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_what_is_read_so_far_is_where_start_at_goes_on(data, overlap):
+    """Over more than one epoch, batch by batch; the ids are those that the next windows begin with."""
+    loader = make(data, window_overlap=overlap)
+    assert loader.read_so_far() == (0, [])
+    for _ in range(40):
+        read(loader, 1)
+        documents, ids = loader.read_so_far()
+        again = make(data, window_overlap=overlap)
+        again.start_at(documents, len(ids))
+        (following,) = read(again, 1)
+        first = following[0].flatten()[: min(len(ids), SEQ_LEN)].tolist()
+        assert first == ids[:SEQ_LEN]
+        mark = loader.mark()
+        assert torch.equal(following, read(loader, 1)[0])
+        loader.back_to(mark)
+    assert documents < 23 * 2
+    with pytest.raises(ValueError, match="shuffled"):
+        make(data, shuffle=True).read_so_far()
+
+
 @pytest.mark.parametrize("total", [1, 3])
 def test_validation_without_overlap_leaves_a_remainder_out(data, total):
     """As torchtitan does: whole windows alone, in order, the last batch filled up with rows that do not count."""

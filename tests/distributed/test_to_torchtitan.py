@@ -1,0 +1,133 @@
+"""What `quadriga convert to-torchtitan` writes is what torchtitan writes: names, kinds and values, rows in its order.
+
+That torchtitan itself goes on from it is shown with the package (`test_continue_torchtitan.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from theirs import SIZES, THEIRS, by_dcp, expected, run_folder
+from training import train
+
+from quadriga.checkpoint import folder as folders
+from quadriga.checkpoint import titan
+from quadriga.checkpoint.metadata_entries import read_entries
+from quadriga.checkpoint.plain_values import value_in_archive, value_of
+from quadriga.cli.convert import main
+from quadriga.errors import UserError
+
+QUIET = ("--metrics.no_enable_tensorboard", "--profiling.no_enable_profiling")
+KEPT = ("--checkpoint.export_dtype=float32",)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run of torchtitan went on here for one step, from step 3 to step 4, on two ranks."""
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "tests").mkdir()
+    (folder / "tests/assets").symlink_to(THEIRS / "data")
+    order = "[training.dataloader]\nshuffle = false\nwindow_overlap = 0\n"
+    (folder / "run.toml").write_text((THEIRS / "run.toml").read_text() + order)
+    run_folder("one_rank", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        go_on(folder / "out", 2, 4, "--checkpoint.load_step=3", "--training.local_batch_size=1")
+    return folder
+
+
+def go_on(folder: Path, ranks: int, steps: int, *arguments: str) -> list[dict[str, float]]:
+    keys = (*SIZES, *QUIET, *KEPT, "--lr_scheduler.total_steps=6", f"--training.steps={steps}", *arguments)
+    return train(folder, ranks, *keys, file=str(folder.parent / "run.toml"))
+
+
+def values(step: Path) -> dict[str, object]:
+    """What is no tensor, by name."""
+    found = {}
+    for name, (file, start, length) in read_entries((step / ".metadata").read_bytes()).objects.items():
+        found[name] = value_in_archive((step / file).read_bytes()[start : start + length])
+    return found
+
+
+def test_names_and_values_are_those_of_torchtitan(start, monkeypatch, capsys):
+    monkeypatch.chdir(start)
+    assert main(["to-torchtitan", "out/checkpoint/step-4", "there"]) == 0
+    assert capsys.readouterr().out == "there/step-4\n"
+    theirs, ours = start / "out/checkpoint/step-3", start / "there/step-4"
+    assert by_dcp(ours).keys() == by_dcp(theirs).keys()
+    saved, wanted = values(ours), values(theirs)
+    assert saved.keys() == wanted.keys()
+    assert {name: type(value) for name, value in saved.items()} == {name: type(one) for name, one in wanted.items()}
+    same = {name for name in saved if not name.endswith((".lr", "dp_rank_0", "_epoch", "_count", "_last_lr"))}
+    same -= {"train_state.step", "train_state.ntokens_seen", "optimizer.param_groups.norm.weight.initial_lr"}
+    assert {name: saved[name] for name in same} == {name: wanted[name] for name in same}
+    assert saved["train_state.step"] == saved["lr_scheduler.last_epoch"] == 4
+    assert saved["lr_scheduler._step_count"] == 5
+    assert saved["train_state.ntokens_seen"] == 4 * 48
+    steps = {one["step"]: one for one in json.loads((THEIRS / "losses.json").read_text())}
+    assert saved["lr_scheduler._last_lr"] == [steps[5]["lr"]]
+    assert saved["optimizer.param_groups.norm.weight.lr"] == steps[5]["lr"]
+    place, before = value_of(saved["dataloader.dp_rank_0"]), value_of(wanted["dataloader.dp_rank_0"])
+    assert place.keys() == before.keys()
+    assert (before["_num_yielded"], place["_num_yielded"]) == (3, 4 * 2), "batches of two rows there, of one here"
+    assert place["dataset_state"].keys() == before["dataset_state"].keys()
+    assert not [path for path in ours.iterdir() if path.suffix == ".json"]
+
+
+def test_tensors_are_ours_with_rows_in_their_order(start, monkeypatch):
+    monkeypatch.chdir(start)
+    main(["to-torchtitan", "out/checkpoint/step-4", "tensors"])
+    from test_older_checkpoints import empty
+
+    from quadriga.checkpoint.tensors import read
+
+    found = folders.read(start / "out/checkpoint/step-4")
+    ours = {name: value for name, value in empty(Path(found.place)).items() if not name.startswith("random")}
+    read(found.place, ours, None, facts=found.files, optional="random.", may_hold_more=True)
+    theirs = expected(start / "tensors/step-4")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    unturned = by_dcp(start / "tensors/step-4")["layers.1.attention.wk.weight"]
+    assert not torch.equal(unturned, ours["model.layers.1.attention.wk.weight"])
+
+
+def test_a_run_goes_on_from_it_with_the_same_losses(start, tmp_path, monkeypatch):
+    """Here, as from any checkpoint of torchtitan's: steps 5 and 6 are those of the run that stayed there."""
+    monkeypatch.chdir(start)
+    main(["to-torchtitan", "out", str(start / "again/checkpoint")])
+    wanted = {one["step"]: one["loss"] for one in json.loads((THEIRS / "losses.json").read_text())}
+    seen = go_on(start / "again", 1, 6)
+    assert [one["step"] for one in seen] == [5, 6]
+    for one in seen:
+        assert one["loss"] == pytest.approx(wanted[one["step"]], rel=1e-5)
+
+
+def test_what_cannot_be_known_is_left_out(start, tmp_path, monkeypatch, capsys):
+    """Shuffled data have no place there; the line says how its loader begins anew."""
+    monkeypatch.chdir(start)
+    shuffled = ("--training.dataloader.shuffle", "--training.dataloader.window_overlap=1")
+    go_on(start / "shuffled", 1, 1, *shuffled)
+    main(["to-torchtitan", "shuffled", str(tmp_path)])
+    assert "dataloader" not in {name.partition(".")[0] for name in values(tmp_path / "step-1")}
+    told = capsys.readouterr().err
+    assert "--checkpoint.exclude_from_loading dataloader" in told
+    assert "shuffled its data" in told
+
+
+def test_weights_alone_and_what_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(start)
+    go_on(start / "alone", 1, 1, "--checkpoint.last_save_model_only")
+    main(["to-torchtitan", "alone", str(tmp_path)])
+    assert titan.look(tmp_path / "step-1").contents == ("model",)
+    with pytest.raises(UserError, match="is there already"):
+        main(["to-torchtitan", "alone", str(tmp_path)])
+    with pytest.raises(UserError, match="of no use"):
+        main(["to-torchtitan", "alone", str(tmp_path / "b"), "--dtype", "bfloat16"])
+    go_on(start / "tied", 1, 1, "--model.tie_embeddings")
+    with pytest.raises(UserError, match="shares its embedding"):
+        main(["to-torchtitan", "tied", str(tmp_path / "c")])
+    assert not (tmp_path / "c").exists()
