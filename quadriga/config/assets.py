@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quadriga import limits
+from quadriga.config import tokenizer_files
 from quadriga.config.run_spec import TokenizerFacts
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.file_search import files_below, files_matching
-from quadriga.reading import parse_json, read_bytes
+from quadriga.reading import read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
 BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
@@ -49,39 +49,48 @@ DATASETS: Mapping[str, Source] = {
 
 
 def tokenizer_facts(path: str) -> TokenizerFacts:
-    """Kind and vocabulary size of the tokenizer at `path`: a folder, a file, or `builtin:bytes`.
+    """Kind and vocabulary size of the tokenizer at `path`: a folder (`tokenizer_files`), a file, or `builtin:bytes`.
 
-    A folder is searched for `tokenizer.json`, then `tokenizer.model`, then `original/tokenizer.model`. Where nothing
-    is there the kind is `missing` and the size None.
+    Where nothing is there the kind is `missing` and the size None.
 
     Raises:
-        UserError: a file is there, but it is no tokenizer.
+        UserError: a file is there, but it is no tokenizer; or what lies beside it cannot be used with it.
     """
     if path == BUILTIN_TOKENIZER:
         return TokenizerFacts("bytes", path, BYTES_VOCAB)
-    file = _tokenizer_file(Path(os.path.expanduser(path)))
+    file = tokenizer_files.find(path)
     if file is None:
         return TokenizerFacts("missing", path, None)
-    is_json = file.suffix == ".json"
     try:
-        content = read_bytes(file, limits.TOKENIZER_BYTES if is_json else limits.RANKS_BYTES, what="tokenizer")
-        size = _json_vocab(parse_json(content, str(file))) if is_json else _rank_count(content) + TIKTOKEN_SPECIALS
-        if size > limits.VOCABULARY:
-            raise ValueError(f"its largest id is {size - 1}; ids below {limits.VOCABULARY:,} are read")
+        if tokenizer_files.is_json(file):
+            return _json_facts(file)
+        size = _rank_count(read_bytes(file, limits.RANKS_BYTES, what="tokenizer")) + TIKTOKEN_SPECIALS
+        return TokenizerFacts("tiktoken", str(file), _bounded(size))
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError) and any(
+            problem.where != str(file) or problem.fix for problem in error.problems
+        ):
+            raise
         reason = error.problems[0].what if isinstance(error, UserError) else shortened(error)
         what = f"the file is no tokenizer that can be read here: {reason}"
         fix = "download it again (python scripts/download_hf_assets.py), or name another folder"
         forms = "tokenizer.json of the `tokenizers` library, or Llama 3's tokenizer.model"
         raise UserError(Problem(str(file), what, allowed=forms, fix=fix)) from error
-    return TokenizerFacts("huggingface" if is_json else "tiktoken", str(file), size)
 
 
-def _tokenizer_file(path: Path) -> Path | None:
-    if os.path.isfile(path):
-        return path
-    names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
-    return next((path / name for name in names if os.path.isfile(path / name)), None)
+def _json_facts(file: Path) -> TokenizerFacts:
+    files = tokenizer_files.read_tokenizer_files(file)
+    enlarged, tokens = files.enlarged, files.tokens
+    size = _bounded(_json_vocab(enlarged.document))
+    never = set(enlarged.added) - {tokens.bos, tokens.eos, *enlarged.changed}
+    met = max(number for text, number in enlarged.vocabulary.items() if text not in never) + 1
+    return TokenizerFacts("huggingface", str(file), size, min(met, size), files.notices)
+
+
+def _bounded(size: int) -> int:
+    if size > limits.VOCABULARY:
+        raise ValueError(f"its largest id is {size - 1}; ids below {limits.VOCABULARY:,} are read")
+    return size
 
 
 def _json_vocab(content: Any) -> int:

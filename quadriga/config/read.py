@@ -176,9 +176,10 @@ def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, lis
             files is not None and (problem := missing_files(key, dataset, files, origin.get(f"{key}_path"))) is not None
         ):
             missing.append(problem)
+    told = list(tokenizer.notices)
     if training:
-        return tokenizer, [*wrong, *missing], []
-    return tokenizer, wrong, [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing]
+        return tokenizer, [*wrong, *missing], told
+    return tokenizer, wrong, told + [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing]
 
 
 def _no_tokenizer(path: str, source: str) -> Problem:
@@ -187,5 +188,5 @@ def _no_tokenizer(path: str, source: str) -> Problem:
         fix = f"python scripts/download_hf_assets.py --repo_id meta-llama/{folder.name} --local_dir {folder.parent}"
     else:
         fix = "put one there; `python scripts/download_hf_assets.py` fetches that of Llama 3.1 into ./assets/hf"
-    what = "no tokenizer is there (tokenizer.json, tokenizer.model or original/tokenizer.model)"
+    what = "no tokenizer is there (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
     return Problem("model.hf_assets_path", what, path, source, "a folder or file, or builtin:bytes", fix=fix)

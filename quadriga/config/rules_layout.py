@@ -39,7 +39,9 @@ def tokenizer_fits_the_model(case: Case) -> Verdicts:
     size, rows = case.tokenizer.vocab_size, case.model.vocab_size
     if size is None:
         return
-    if size > rows:
+    if size > rows >= (case.tokenizer.met or size):
+        yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: no document gets the special tokens above them"
+    elif size > rows:
         what = f"the tokenizer has {size:,} ids and the model only {rows:,} rows in its embedding"
         yield Clash(what, f"set model.vocab_size to {size} or more, or choose the tokenizer that belongs to the model")
     elif size < rows:

@@ -42,11 +42,17 @@ class Folders:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What can be known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing."""
+    """What can be known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing.
+
+    `met`: one more than the largest id that a document can have, where special tokens with larger ones were added that
+    no document gets; `notices`: what its files are to be told of.
+    """
 
     kind: str
     path: str
     vocab_size: int | None
+    met: int | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

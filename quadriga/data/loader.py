@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -90,16 +91,25 @@ class Loader:
         self._lanes_read: Sequence[int] = (STREAM,) if self._in_order else rows
         self._places = dict.fromkeys(self._lanes_read, START)
         self._prefetcher: Prefetcher | None = None
-        self.fingerprint = "; ".join(
-            (
-                f"dataset={lanes.source.fingerprint}",
-                f"tokenizer={lanes.tokenizer.fingerprint}",
-                f"seed={lanes.seed}",
-                f"global_batch_size={global_batch_size}",
-                f"shuffle={'false' if self._in_order else 'true'}",
-                f"window_overlap={lanes.overlap}",
-            )
-        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what decides which ids come next; checked by a resume."""
+        lanes = self._lanes
+        said = {
+            "dataset": lanes.source.fingerprint,
+            "tokenizer": lanes.tokenizer.fingerprint,
+            "seed": lanes.seed,
+            "global_batch_size": self._global_batch_size,
+            "shuffle": "false" if self._in_order else "true",
+            "window_overlap": lanes.overlap,
+        }
+        return "; ".join(f"{key}={value}" for key, value in said.items())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one in use; after the state of an older run was loaded, perhaps its `earlier`."""
+        return self._lanes.tokenizer
 
     def __iter__(self) -> Iterator[Batch]:
         """Itself; a finite loader begins its pass again."""
@@ -164,7 +174,13 @@ class Loader:
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
         """Why the data are not those that `state` was saved with; files that were mended since are no reason."""
         found = differences(state["fingerprint"], self.fingerprint)
-        return [problem for problem in found if not (problem.where.endswith("dataset") and self._mended(state))]
+        still = {"dataset": self._mended(state), "tokenizer": self._earlier(state) is not None}
+        return [problem for problem in found if not still.get(problem.where.rpartition(" ")[2])]
+
+    def _earlier(self, state: Mapping[str, Any]) -> Tokenizer | None:
+        """The tokenizer as an older version of this program used it, where `state` was saved with that."""
+        earlier = self.tokenizer.earlier
+        return earlier if earlier and f"; tokenizer={earlier.fingerprint};" in state["fingerprint"] else None
 
     def _mended(self, state: Mapping[str, Any]) -> bool:
         """Whether the files have the names that they had, and are read in the same way."""
@@ -187,6 +203,10 @@ class Loader:
         if missing:
             raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
         self.close()
+        if (earlier := self._earlier(state)) is not None:
+            then, now = (f"BOS {one.bos_id}, EOS {one.eos_id}" for one in (earlier, self.tokenizer))
+            logger.info("data: documents get the ids %s, as when this run began; a new one gives %s", then, now)
+            self._lanes = replace(self._lanes, tokenizer=earlier)
         fields = len(Place._fields)
         saved = {int(lane): place for lane, place in state["lanes"].items()}
         places = {lane: Place(*place[:fields]) for lane, place in saved.items()}

@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, a Hugging Face `tokenizer.json`, or the `tokenizer.model` that Llama 3 was released with.
+"""Text to token ids: bytes, the files of the library `tokenizers`, or the `tokenizer.model` of Llama 3's release.
 
 Only the trainer puts BOS and EOS into the stream: a text that spells a special token is encoded as ordinary text.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import hashlib
 import os
 import re
@@ -19,16 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga import limits
-from quadriga.data.special_tokens import read_special_tokens
-from quadriga.data.tokenizer_json import begins_with, encode, is_byte_level, open_tokenizer
+from quadriga.config.special_tokens import SpecialTokens
+from quadriga.config.tokenizer_files import LOOK_FOR, find, is_json
+from quadriga.data.tokenizer_json import begins_with, encode, open_tokenizer
 from quadriga.errors import Problem, UserError
-from quadriga.log import logger
 from quadriga.reading import read_bytes
 
 Ids = npt.NDArray[np.int32]
 
 BYTES = "builtin:bytes"
-LOOK_FOR = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 FETCH = "python scripts/download_hf_assets.py fetches the tokenizer of Llama 3.1; builtin:bytes needs no file"
 
 # How Llama 3 splits text before merging: part of the tokenizer.model format, as published in meta-llama/llama-models.
@@ -52,7 +52,8 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """What begins a document; None: nothing. Where it is `eos_id` too, one of them stands between two documents."""
+        """What begins a document; None: nothing. Where it is `eos_id` too, one of them stands between two documents,
+        at the end of the first."""
 
     @property
     def eos_id(self) -> int | None: ...
@@ -60,6 +61,10 @@ class Tokenizer(Protocol):
     @property
     def named(self) -> Named:
         """BOS and EOS of the vocabulary, whether or not documents get them."""
+
+    @property
+    def earlier(self) -> Tokenizer | None:
+        """What older checkpoints were saved with where the same files gave documents other marks; else None."""
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +81,7 @@ class ByteTokenizer:
     eos_id = 257
     vocab_size = 258
     named = Named(256, 257)
+    earlier = None
     fingerprint = "bytes"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -83,30 +89,47 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """Hugging Face `tokenizer.json`; BOS and EOS as transformers finds them in the files beside it.
+    """A tokenizer of the library `tokenizers`; BOS and EOS as the files beside it name them (`config.special_tokens`).
 
-    EOS ends every document where the tokenizer has one, whatever `add_eos_token` says: that is about encoding a prompt.
-    BOS begins one unless `add_bos_token` is false; the file's own post-processor outweighs that, as in transformers.
+    Documents get what torchtitan v0.2.2 gives them: BOS before, EOS after, whatever `add_bos_token` and `add_eos_token`
+    say, which are about encoding a prompt. One token that is both stands before a document. Earlier versions left BOS
+    out where `add_bos_token` was false and the file's own post-processor does not add it, and put one that is both at
+    the end: `earlier`, for runs that began so.
     """
+
+    earlier: Tokenizer | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tokenizer, document, content = open_tokenizer(path, FETCH)
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        tokens = read_special_tokens(path.parent, vocabulary, is_byte_level(document))
+        self._tokenizer, files = open_tokenizer(path, FETCH)
+        tokens, vocabulary = files.tokens, self._tokenizer.get_vocab(with_added_tokens=True)
         bos, eos = (None if name is None else vocabulary[name] for name in (tokens.bos, tokens.eos))
         self.named = Named(bos, eos)
-        self.bos_id = bos if tokens.add_bos is not False or begins_with(self._tokenizer, bos, path) else None
-        self.eos_id = eos
-        if self.bos_id is None and self.eos_id is None:
-            what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
-            raise UserError(Problem(str(path), what, fix="name bos_token and eos_token in tokenizer_config.json"))
-        if tokens.guessed:
-            names = f"BOS {tokens.bos}, EOS {tokens.eos}"
-            logger.info(f"{path}: no file beside it names special tokens; the usual names give {names}")
+        if bos is None and eos is None:
+            self._without_marks(tokens)
         self.vocab_size = max(vocabulary.values()) + 1
-        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        self.fingerprint = f"json:{digest}:{None if self.bos_id == self.eos_id else self.bos_id}:{self.eos_id}"
+        digest = hashlib.blake2b(files.content, digest_size=8).hexdigest()
+        enlarged = files.enlarged
+        if enlarged.changed:
+            searched = repr([(text, enlarged.vocabulary[text]) for text in enlarged.changed])
+            digest += f"+{hashlib.blake2b(searched.encode(), digest_size=8).hexdigest()}"
+        self._mark(digest, bos, eos if eos != bos else None)
+        earlier = bos if tokens.add_bos is not False or begins_with(self._tokenizer, bos, path) else None
+        earlier = None if earlier == eos else earlier
+        if (earlier, eos) != (self.bos_id, self.eos_id) and (earlier, eos) != (None, None):
+            self.earlier = copy.copy(self)
+            self.earlier._mark(digest, earlier, eos)
+
+    def _mark(self, digest: str, bos: int | None, eos: int | None) -> None:
+        self.bos_id, self.eos_id = bos, eos
+        self.fingerprint = f"json:{digest}:{bos}:{eos}"
+
+    def _without_marks(self, tokens: SpecialTokens) -> None:
+        """Raises UserError, unless the files say that there is neither."""
+        what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
+        if tokens.guessed:
+            fix = "name bos_token and eos_token in tokenizer_config.json, or set both to null there to have it so"
+            raise UserError(Problem(str(self._path), what, fix=fix))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(ids, np.int32) for ids in encode(self._tokenizer, texts, self._path)]
@@ -127,6 +150,7 @@ class RanksTokenizer:
         self.bos_id = len(ranks)  # <|begin_of_text|>
         self.eos_id = len(ranks) + 1  # <|end_of_text|>
         self.named = Named(self.bos_id, self.eos_id)
+        self.earlier = None
         self.vocab_size = len(ranks) + LLAMA3_SPECIALS
         self.fingerprint = f"ranks:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
@@ -139,32 +163,26 @@ class RanksTokenizer:
 
 
 def build_tokenizer(hf_assets_path: str) -> Tokenizer:
-    """The tokenizer of `model.hf_assets_path`: `builtin:bytes`, a folder (see LOOK_FOR) or a file.
+    """The tokenizer of `model.hf_assets_path`: `builtin:bytes`, a folder (`config.tokenizer_files`) or a file.
 
-    Raises UserError where there is none, or one that cannot be read.
+    Raises UserError where there is none, or one that cannot be used.
     """
     if hf_assets_path == BYTES:
         return ByteTokenizer()
     path = tokenizer_file(hf_assets_path)
-    return JsonTokenizer(path) if path.suffix == ".json" else RanksTokenizer(path)
+    return JsonTokenizer(path) if is_json(path) else RanksTokenizer(path)
 
 
 def tokenizer_file(hf_assets_path: str) -> Path:
     """The file of a tokenizer, in a folder or by itself. Raises UserError where there is none."""
+    if (file := find(hf_assets_path)) is not None:
+        return file
     path = Path(os.path.expanduser(hf_assets_path))
+    what, allowed = "there is no such file or folder", None
     if os.path.isdir(path):
-        found = [path / name for name in LOOK_FOR if os.path.isfile(path / name)]
-        if not found:
-            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-            what = f"the folder holds no tokenizer; there is {there}"
-            raise UserError(
-                Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=", ".join(LOOK_FOR), fix=FETCH)
-            )
-        path = found[0]
-    if not os.path.isfile(path):
-        what = "there is no such file or folder"
-        raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, fix=FETCH))
-    return path
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        what, allowed = f"the folder holds no tokenizer; there is {there}", ", ".join(LOOK_FOR)
+    raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=allowed, fix=FETCH))
 
 
 def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

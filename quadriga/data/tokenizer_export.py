@@ -11,9 +11,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from quadriga import limits
-from quadriga.data.special_tokens import CONFIG, MAP, read_special_tokens, token_text
+from quadriga.config.added_tokens import MORE_TOKENS, OTHER_ROLES
+from quadriga.config.special_tokens import CONFIG, MAP, token_text
+from quadriga.config.tokenizer_files import is_json
 from quadriga.data.tokenizer import BYTES, FETCH, LLAMA3_SPECIALS, LLAMA3_SPLIT, read_ranks, tokenizer_file
-from quadriga.data.tokenizer_json import is_byte_level, open_tokenizer
+from quadriga.data.tokenizer_json import open_tokenizer
 from quadriga.reading import read_bytes
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"  # of Llama 3, and of the built-in tokenizer
@@ -25,34 +27,34 @@ KEPT: Mapping[str, type] = {
     "clean_up_tokenization_spaces": bool,
     "model_max_length": int,
 }
-OTHER_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
     """`tokenizer.json`, `tokenizer_config.json` and what lies beside them, by name.
 
-    The configuration names BOS and EOS and no token that the vocabulary lacks: transformers would add it.
+    Tokens that files beside the source's `tokenizer.json` add are written into it. The configuration names BOS and EOS
+    and no token that the vocabulary lacks: transformers would add it.
     Raises UserError as `build_tokenizer` does.
     """
     if hf_assets_path == BYTES:
         tokenizer = _byte_level({bytes([byte]): byte for byte in range(256)}, (BOS, EOS), split=None)
         return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), CONFIG: _config(BOS, EOS, {}, {})}
     path = tokenizer_file(hf_assets_path)
-    if path.suffix != ".json":
+    if not is_json(path):
         content = read_bytes(path, limits.RANKS_BYTES, what="tokenizer")
         others = (f"<|reserved_special_token_{number}|>" for number in range(LLAMA3_SPECIALS - 2))
         tokenizer = _byte_level(read_ranks(path, content), (BOS, EOS, *others), split=LLAMA3_SPLIT)
         files = {"tokenizer.json": tokenizer.to_str().encode(), CONFIG: _config(BOS, EOS, {}, {})}
         return {**files, "tokenizer.model": content}
-    opened, document, content = open_tokenizer(path, FETCH)
-    vocabulary = opened.get_vocab(with_added_tokens=True)
-    tokens = read_special_tokens(path.parent, vocabulary, is_byte_level(document))
+    _, read = open_tokenizer(path, FETCH)
+    enlarged, tokens = read.enlarged, read.tokens
     said = {**tokens.said.get(CONFIG, {}), **tokens.said.get(MAP, {})}
+    as_read = read.content.removeprefix(b"\xef\xbb\xbf")
+    whole = json.dumps(enlarged.document, ensure_ascii=False).encode()
     beside = {name: path.parent / name for name in BESIDE}
     return {
-        "tokenizer.json": content.removeprefix(b"\xef\xbb\xbf"),
-        CONFIG: _config(tokens.bos, tokens.eos, said, vocabulary),
+        "tokenizer.json": whole if enlarged.added or enlarged.changed else as_read,
+        CONFIG: _config(tokens.bos, tokens.eos, said, enlarged.vocabulary),
         **{name: _copied(file) for name, file in beside.items() if file.is_file()},
     }
 
@@ -65,7 +67,7 @@ def _config(bos: str | None, eos: str | None, said: Mapping[str, Any], vocabular
     """`tokenizer_config.json`. `said`: what the source's own files say; of it what transformers surely takes stays."""
     config: dict[str, Any] = {key: said[key] for key, kind in KEPT.items() if type(said.get(key)) is kind}
     config |= {key: said[key] for key in ("padding_side", "truncation_side") if said.get(key) in ("left", "right")}
-    config |= {role: text for role in OTHER_TOKENS if (text := token_text(said.get(role))) in vocabulary}
+    config |= {role: text for role in OTHER_ROLES if (text := token_text(said.get(role))) in vocabulary}
     for key in MORE_TOKENS:
         more = said.get(key)
         texts = [token_text(one) for one in more] if isinstance(more, list) else []

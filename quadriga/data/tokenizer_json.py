@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from typing import Any
 import tokenizers
 
 from quadriga import limits
+from quadriga.config.tokenizer_files import NOT_HUGGING_FACE, VOCABULARIES, TokenizerFiles, parts, read_tokenizer_files
 from quadriga.errors import Problem, UserError, shortened
-from quadriga.reading import parse_json, read_bytes
 
 PROBE = "Hello world 12 \u00e9\u6f22\n"  # a file that fails on every text is refused before training
 ERROR_SHOWN = 300  # characters of what the library says
 
 
-def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, dict[str, Any], bytes]:
-    """The tokenizer, which does not truncate, pad or read special tokens in a text; its file as JSON, and as bytes.
+def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, TokenizerFiles]:
+    """The tokenizer, which does not truncate, pad or read special tokens in a text; and what its files say.
 
     Raises:
         UserError: the file is no tokenizer, or one that cannot be used; `fix` is the remedy it names.
@@ -36,13 +36,15 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, dict[str
     # `tokenizers` would start one thread a core in every rank; `num_workers` says how many we want.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        content = read_bytes(path, limits.TOKENIZER_BYTES, what="tokenizer")
-        document = parse_json(content, str(path))
+        files = read_tokenizer_files(path)
     except UserError as error:
-        what = f"not a tokenizer of Hugging Face: {error.problems[0].what}"
+        if any(problem.where != str(path) for problem in error.problems) or path.name in VOCABULARIES:
+            raise
+        what = f"{NOT_HUGGING_FACE}: {error.problems[0].what}"
         raise UserError(Problem(str(path), what, fix=fix)) from error
+    document = files.enlarged.document
     if wrong := next(_what_ends_the_process(document), None):
-        raise UserError(Problem(str(path), f"not a tokenizer of Hugging Face: {wrong}", fix=fix))
+        raise UserError(Problem(str(path), f"{NOT_HUGGING_FACE}: {wrong}", fix=fix))
     if document["model"].get("dropout"):
         what = "leaves out merges at random (model.dropout), so that equal texts have unequal ids"
         raise UserError(Problem(str(path), what, fix="set it to null"))
@@ -54,14 +56,18 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, dict[str
             tokenizer.no_truncation()
             tokenizer.no_padding()
     except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
-        raise unusable(error, path, "not a tokenizer of Hugging Face", fix) from None
+        raise unusable(error, path, NOT_HUGGING_FACE, fix) from None
     with _panics_unprinted():
         encode(tokenizer, [PROBE], path)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= largest < limits.VOCABULARY:
         what = f"its largest id is {largest}" if largest >= 0 else "its vocabulary is empty"
         raise UserError(Problem(str(path), what, allowed=f"ids below {limits.VOCABULARY:,}", fix=fix))
-    return tokenizer, document, content
+    for text, number in files.enlarged.added.items():
+        if (given := tokenizer.token_to_id(text)) != number:
+            what = f"{shortened(text)} is added with the id {number}, and the library gives it {given}"
+            raise UserError(Problem(str(path), what, fix="write the token into tokenizer.json"))
+    return tokenizer, files
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], path: Path) -> list[list[int]]:
@@ -80,11 +86,6 @@ def begins_with(tokenizer: tokenizers.Tokenizer, token: int | None, path: Path) 
         return token is not None and tokenizer.encode("").ids[:1] == [token]
     except BaseException as error:  # noqa: BLE001 - as above
         raise unusable(error, path, "its post-processor cannot be used", "set post_processor to null") from None
-
-
-def is_byte_level(document: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer of the file maps bytes to characters, as GPT-2 and Llama 3 do."""
-    return any(part.get("type") == "ByteLevel" for part in _parts(document.get("pre_tokenizer"), "pretokenizers"))
 
 
 def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError:
@@ -129,19 +130,9 @@ def _what_ends_the_process(document: Any) -> Iterator[str]:
         wrong = next((second for second in seconds if not second.startswith(prefix)), None)
         if wrong is not None:
             yield f"a merge's second part, {shortened(wrong)}, lacks the prefix {shortened(prefix)}"
-    for part in _parts(document.get("normalizer"), "normalizers"):
+    for part in parts(document.get("normalizer"), "normalizers"):
         if part.get("type") == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
             yield "a precompiled_charsmap is damaged"
-
-
-def _parts(part: Any, inside: str) -> Iterator[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer and those in it."""
-    stack = [part]
-    while stack:
-        one = stack.pop()
-        if isinstance(one, dict):
-            yield one
-            stack += one[inside] if isinstance(one.get(inside), list) else []
 
 
 def _second(merge: object) -> str:

@@ -42,7 +42,7 @@ def where_it_starts(run: Run, *, look_deep: bool) -> str:
         CheckpointError: checkpoints are there and none is good; with exit code 3.
     """
     section, spec = run.config.checkpoint, run.spec
-    problems = _not_writable("job.dump_folder", spec.folders.dump)
+    problems = _no_tokenizer(run) + _not_writable("job.dump_folder", spec.folders.dump)
     if not problems:
         problems = _not_writable("comm.save_traces_folder", spec.folders.comm_traces)
     if look_deep and not problems:
@@ -59,6 +59,19 @@ def where_it_starts(run: Run, *, look_deep: bool) -> str:
     if problems:
         raise UserError(*problems)
     return start
+
+
+def _no_tokenizer(run: Run) -> list[Problem]:
+    """Why the tokenizer cannot be used, as each rank would find it. One that is missing is told of elsewhere."""
+    if run.spec.tokenizer.kind not in ("huggingface", "tiktoken"):
+        return []
+    from quadriga.data.tokenizer import build_tokenizer
+
+    try:
+        build_tokenizer(run.spec.tokenizer.path)
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def _from_checkpoints(run: Run, look_deep: bool) -> str:

@@ -200,7 +200,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             saves=config.checkpoint.enable and not config.checkpoint.load_only,
         ),
         watchdog=watchdog,
-        validator=build_validator(run, mesh, device, parts, tokenizer, state.feed),
+        validator=build_validator(run, mesh, device, parts, loader.tokenizer, state.feed),
     )
 
 

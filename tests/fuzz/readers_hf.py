@@ -42,6 +42,11 @@ TOKENIZER_CONFIG = {
     "chat_template": "{{ messages }}",
     "model_max_length": 100,
     "additional_special_tokens": ["<s>"],
+    "added_tokens_decoder": {
+        "5": {"content": "<s>", "special": True},
+        "7": {"content": "<more>", "lstrip": False, "normalized": False, "special": True},
+        "8": {"content": "ba", "special": False, "single_word": True},
+    },
 }
 
 
@@ -57,6 +62,11 @@ def build_bpe(folder: Path) -> None:
 
 def build_unigram(folder: Path) -> None:
     write_json(folder, tokenizer=UNIGRAM, tokenizer_config=TOKENIZER_CONFIG)
+
+
+def build_vocabulary(folder: Path) -> None:
+    write_json(folder, vocab={"a": 0, "b": 1, "ab": 2, "\u0120": 3}, tokenizer_config=TOKENIZER_CONFIG)
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
 
 
 def build_ranks(folder: Path) -> None:
@@ -123,7 +133,13 @@ def read_listing(folder: Path) -> None:
 
 
 READERS = [
-    Reader("tokenizer bpe", build_bpe, read_tokenizer, [b"\\p{L}+", b"(a+)+$", b"(?:a{1000}){1000}", b'"Regex"']),
+    Reader(
+        "tokenizer bpe",
+        build_bpe,
+        read_tokenizer,
+        [b"\\p{L}+", b"(a+)+$", b"(?:a{1000}){1000}", b'"Regex"', b'"1999999":'],
+    ),
+    Reader("tokenizer vocabulary", build_vocabulary, read_tokenizer, [b"# #", b"a b c", b'"9":', b'"content"']),
     Reader("tokenizer unigram", build_unigram, read_tokenizer),
     Reader("tokenizer ranks", build_ranks, read_tokenizer, [b" ", b"YQ==", b"9" * 4000, b"=" * 100]),
     Reader("hf config", build_weights, read_weights, [b"llama", b"1e300"], damages=("**/config.json",)),

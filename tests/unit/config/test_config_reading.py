@@ -236,6 +236,13 @@ def test_c4_test_may_hold_parquet(write, door):
     assert run.config.training.dataset == "parquet"
 
 
+def test_order_and_overlap_from_the_command_line(door, refusal):
+    given = door("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
+    assert (given.config.training.dataloader.shuffle, given.config.training.dataloader.window_overlap) == (False, 0)
+    (problem,) = refusal("--training.dataloader.window_overlap=2")
+    assert problem.where == "training.dataloader.window_overlap"
+
+
 ORDER = "documents are mixed, and each token is a label once; false and 0 give torchtitan's batches"
 
 

@@ -317,6 +317,47 @@ def test_other_data_or_another_tokenizer_are_refused(changed, named):
     assert [problem.where for problem in refused.value.problems] == [f"data of the checkpoint: {named}"]
 
 
+class Without(ByteTokenizer):
+    """As documents were made of before: no BOS."""
+
+    bos_id = None
+    fingerprint = "bytes-without"
+
+
+class WithEarlier(ByteTokenizer):
+    earlier = Without()
+
+
+def test_a_run_that_began_with_an_earlier_meaning_of_the_tokenizer_keeps_it(lines, caplog):
+    """And so do its own checkpoints."""
+
+    def loader(tokenizer):
+        return build_loader(
+            "jsonl",
+            str(lines),
+            tokenizer,
+            seed=7,
+            seq_len=64,
+            global_batch_size=ROWS,
+            rows=range(ROWS),
+            dataloader=Dataloader(),
+        )
+
+    whole = steps(loader(Without()), 7)
+    first = loader(Without())
+    head = steps(first, 3)
+    second = loader(WithEarlier())
+    with caplog.at_level(logging.INFO, logger="quadriga"):
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert "BOS None, EOS 257, as when this run began; a new one gives BOS 256, EOS 257" in caplog.text
+    assert second.tokenizer.bos_id is None
+    middle = steps(second, 2)
+    third = loader(WithEarlier())
+    third.load_state_dict(second.state_dict())
+    assert digest(head + middle + steps(third, 2)) == digest(whole)
+    assert digest(steps(loader(WithEarlier()), 7)) != digest(whole)
+
+
 def test_each_epoch_has_an_order_of_its_own(lines):
     lanes = Lanes(open_source("jsonl", str(lines), lanes=1), ByteTokenizer(), 64, 1, seed=7)
     read = [document.id for document, _ in islice(lanes.documents(0), 60)]

@@ -228,3 +228,38 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(folder: Path, caps
     code, shown = dry_run(arguments(folder, CASES[0]), capsys)
     assert code == 2
     assert "was None when the checkpoint was saved" in shown
+
+
+def unusable(folder: Path, name: str) -> str:
+    """A tokenizer that a rank would refuse; what the message says of it."""
+    from tokenizer_folders import byte_level, write_folder
+
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    if name == "vocab.json alone":
+        folder.mkdir()
+        (folder / "vocab.json").write_text('{"a": 0}')
+        return "without merges.txt"
+    if name == "no token":
+        write_folder(folder, byte_level(), tokenizer_config={**config, "added_tokens_decoder": {"x": {}}})
+        return "the entry of x is no token"
+    if name == "neither BOS nor EOS":
+        write_folder(folder, byte_level(["<x>"]))
+        return "neither a BOS nor an EOS token"
+    broken = byte_level()
+    broken["pre_tokenizer"] = {"type": "Unheard"}
+    write_folder(folder, broken, tokenizer_config=config)
+    return "not a tokenizer of Hugging Face"
+
+
+@pytest.mark.parametrize("name", ["vocab.json alone", "no token", "neither BOS nor EOS", "a part that is unknown"])
+@pytest.mark.parametrize("environ", [{"DRY_RUN": "1"}, {}], ids=["dry run", "start"])
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_the_launch(
+    name: str, environ: dict[str, str], tmp_path: Path, capsys
+) -> None:
+    says = unusable(tmp_path / "tok", name)
+    argv = [f"--job.dump_folder={tmp_path / 'run'}", *TINY, f"--model.hf_assets_path={tmp_path / 'tok'}"]
+    code = main(argv, {"CONFIG_FILE": DEBUG_FILE, "NGPU": "1", **environ})
+    shown = capsys.readouterr()
+    assert code == 2
+    assert says in " ".join((shown.out + shown.err).split())
+    assert not (tmp_path / "run").exists(), "no rank was started"

@@ -45,7 +45,8 @@ USUAL: Mapping[str, tuple[str, ...]] = {
 class SpecialTokens:
     """BOS and EOS by name, None where there is none. `add_bos`: what `add_bos_token` says, None where nothing.
 
-    `said`: the files that were read, by name; `guessed`: nothing was said, and these are the usual names.
+    `said`: the files that were read, by name; `guessed`: nothing was said, and these are the usual names, if the
+    vocabulary has them.
     """
 
     bos: str | None
@@ -62,8 +63,10 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
         vocabulary: ids by token, of the `tokenizer.json` there.
         byte_level: whether that works on bytes; transformers then ignores `LlamaTokenizer` as its class.
 
+    A token that is named and not in the vocabulary is one of those that `added_tokens` adds.
+
     Raises:
-        UserError: a file cannot be read, a token is no text, or it is not in the vocabulary.
+        UserError: a file cannot be read, or a token is no text.
     """
     said = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if (folder / name).is_file()}
     config = said.get(CONFIG, {})
@@ -73,7 +76,7 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
     for role in ROLES:
         for file in (MAP, CONFIG):
             if role in said.get(file, {}):
-                named[role] = _token(folder / file, role, said[file][role], vocabulary)
+                named[role] = _token(folder / file, role, said[file][role])
                 break
     defaults = _class_defaults(config, byte_level)
     for role, default in zip(ROLES, defaults, strict=True):
@@ -84,7 +87,7 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
         named = {role: next((name for name in USUAL[role] if name in vocabulary), None) for role in ROLES}
     add_bos = config.get("add_bos_token")
     if add_bos is not None and not isinstance(add_bos, bool):
-        raise UserError(_of_another_type(folder / CONFIG, "add_bos_token", add_bos, "true, false"))
+        raise UserError(of_another_type(folder / CONFIG, "add_bos_token", add_bos, "true, false"))
     return SpecialTokens(named.get("bos_token"), named.get("eos_token"), add_bos, said, guessed)
 
 
@@ -94,16 +97,12 @@ def token_text(value: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _token(file: Path, role: str, value: object, vocabulary: Mapping[str, int]) -> str | None:
+def _token(file: Path, role: str, value: object) -> str | None:
     if value is None or value == "":
         return None
     text = token_text(value)
     if text is None or len(text) > LONGEST_TOKEN:
-        raise UserError(_of_another_type(file, role, value, 'a token as text, an object with "content", or null'))
-    if text and text not in vocabulary:
-        what = f"names the token {shortened(text)} as {role}, which is not in tokenizer.json"
-        fix = "name a token of tokenizer.json, or null for none"
-        raise UserError(Problem(str(file), what, fix=fix))
+        raise UserError(of_another_type(file, role, value, 'a token as text, an object with "content", or null'))
     return text or None
 
 
@@ -112,7 +111,7 @@ def _class_defaults(config: Mapping[str, Any], byte_level: bool) -> tuple[str | 
     return (None, None) if name == "LlamaTokenizer" and byte_level else CLASS_DEFAULTS.get(name, (None, None))
 
 
-def _of_another_type(file: Path, key: str, value: object, allowed: str) -> Problem:
+def of_another_type(file: Path, key: str, value: object, allowed: str) -> Problem:
     return Problem(
         f"{file}, {key}", f"cannot be a JSON {json_type(value)} like this", shortened(value), allowed=allowed
     )

@@ -1,0 +1,201 @@
+"""Tokens that the files beside a `tokenizer.json` name and it lacks: they are added, as torchtitan v0.2.2 does.
+
+In this order, each with the next free id; a token that is there keeps its id, whatever `added_tokens_decoder` says:
+
+1. bos_token, eos_token, pad_token, unk_token, sep_token, cls_token, mask_token
+2. `added_tokens_decoder` of `tokenizer_config.json`, in the order of the file
+3. `extra_special_tokens`, else `additional_special_tokens` (transformers alone)
+
+transformers takes the second of these first, by id. Where that gives other ids, or a file names other ids than either,
+a notice says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga import limits
+from quadriga.config.special_tokens import CONFIG, LONGEST_TOKEN, MAP, SpecialTokens, of_another_type, token_text
+from quadriga.errors import Problem, UserError, shortened
+
+OTHER_ROLES = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+THEIR_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # the order of transformers
+MORE_TOKENS = ("extra_special_tokens", "additional_special_tokens")
+DECODER = "added_tokens_decoder"
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
+SHOWN = 4  # tokens that a notice names
+
+
+@dataclass(frozen=True)
+class Named:
+    """A token as a file names it. `id`: the one that the file gives it, if any; `flags`: how it is found in a text."""
+
+    text: str
+    id: int | None
+    flags: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """`document`: the `tokenizer.json` with the tokens in it; `vocabulary`: ids by token; `added`: those that it
+    lacked, with their ids; `changed`: tokens that a text is now searched for, so that it has other ids than with the
+    `tokenizer.json` alone; `notices`: what is to be said."""
+
+    document: dict[str, Any]
+    vocabulary: Mapping[str, int]
+    added: Mapping[str, int]
+    changed: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def vocabulary_of(document: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by token of a `tokenizer.json`, as far as it has the form of one."""
+    vocabulary: dict[str, int] = {}
+    model, added = document.get("model"), document.get("added_tokens")
+    entries = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(entries, list):
+        entries = {
+            item[0]: at
+            for at, item in enumerate(entries)
+            if isinstance(item, list) and item and isinstance(item[0], str)
+        }
+    if isinstance(entries, dict):
+        vocabulary = {token: number for token, number in entries.items() if type(number) is int}
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int:
+            vocabulary[entry["content"]] = entry["id"]
+    return vocabulary
+
+
+def enlarge(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) -> Enlarged:
+    """A `tokenizer.json` with the tokens that the files beside it name.
+
+    Raises UserError where an entry of `added_tokens_decoder` has another form, or no id is free for a token.
+    """
+    before = vocabulary_of(document)
+    roles, decoder, more = list(_roles(tokens)), list(_decoder(folder, tokens)), list(_more(tokens))
+    added = _ids(folder, document, before, [*roles, *decoder, *more])
+    vocabulary = {**before, **added}
+    flags = {one.text: one.flags for one in (*more, *roles, *decoder)}  # the last says it best
+    said = {one.text: one.flags for one in decoder}
+    old = document.get("added_tokens")
+    entries = {entry["content"]: entry for entry in old if _is_entry(entry)} if isinstance(old, list) else {}
+    changed = tuple(sorted(text for text in said if _matches(said[text]) != _matches(entries.get(text))))
+    for text in flags:
+        if text in added or text in changed:
+            entries[text] = {"id": vocabulary[text], "content": text, **flags[text]}
+    whole = dict(document)
+    if added or changed:
+        whole["added_tokens"] = sorted(entries.values(), key=lambda entry: entry["id"])
+    by_id = sorted(decoder, key=lambda one: one.id or 0)
+    theirs = _ids(folder, document, before, [*by_id, *_roles(tokens, THEIR_ROLES), *more])
+    notices = tuple(_notices(folder, vocabulary, decoder, added, theirs))
+    return Enlarged(whole, vocabulary, added, changed, notices)
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
+
+
+def _matches(flags: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """How a text is searched for the token; None for one that it is not: special ones, and those of the model."""
+    if flags is None or flags.get("special", True):
+        return None
+    return {name: bool(flags.get(name, name == "normalized")) for name in (*FLAGS, "normalized")}
+
+
+def _roles(tokens: SpecialTokens, others: Iterable[str] = OTHER_ROLES) -> Iterator[Named]:
+    config, named = tokens.said.get(CONFIG, {}), tokens.said.get(MAP, {})
+    for text in (tokens.bos, tokens.eos):
+        if text is not None:
+            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+    for role in others:
+        text = token_text(named[role] if role in named else config.get(role))
+        if text and len(text) <= LONGEST_TOKEN:
+            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+
+
+def _decoder(folder: Path, tokens: SpecialTokens) -> Iterator[Named]:
+    said = tokens.said.get(CONFIG, {}).get(DECODER)
+    if said is None:
+        return
+    if not isinstance(said, dict):
+        raise UserError(of_another_type(folder / CONFIG, DECODER, said, "an object: a token by its id"))
+    for key, entry in said.items():
+        text = token_text(entry) if isinstance(entry, dict) else None
+        if not (key.isascii() and key.isdigit() and len(key) < 20) or not text or len(text) > LONGEST_TOKEN:
+            allowed = 'an id, and an object with "content", such as "128000": {"content": "<|begin_of_text|>"}'
+            what = f"the entry of {shortened(key)} is no token"
+            raise UserError(Problem(f"{folder / CONFIG}, {DECODER}", what, shortened(entry), allowed=allowed))
+        flags = {name: entry.get(name, default) is True for name, default in FLAGS.items()}
+        special = entry.get("special", True) is not False
+        yield Named(
+            text, int(key), {**flags, "normalized": entry.get("normalized", not special) is True, "special": special}
+        )
+
+
+def _more(tokens: SpecialTokens) -> Iterator[Named]:
+    said = {**tokens.said.get(CONFIG, {}), **tokens.said.get(MAP, {})}
+    lists = (said[key] for key in MORE_TOKENS if isinstance(said.get(key), list))
+    for text in map(token_text, next(lists, [])):
+        if text and len(text) <= LONGEST_TOKEN:
+            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+
+
+def _ids(
+    folder: Path, document: Mapping[str, Any], vocabulary: Mapping[str, int], tokens: Iterable[Named]
+) -> dict[str, int]:
+    """The ids of the tokens that the vocabulary lacks, as the library `tokenizers` numbers them: above all that were
+    added so far, and not below the number of the model's own."""
+    model, added = document.get("model"), document.get("added_tokens")
+    own = model.get("vocab") if isinstance(model, dict) else None
+    size = len(own) if isinstance(own, dict | list) else 0
+    taken = {number: text for text, number in vocabulary.items()}
+    largest = max((entry["id"] for entry in added if _is_entry(entry)), default=-1) if isinstance(added, list) else -1
+    found: dict[str, int] = {}
+    for one in tokens:
+        if one.text in vocabulary or one.text in found:
+            continue
+        number = max(largest + 1, size)
+        if number in taken:
+            what = (
+                f"{shortened(one.text)} is to be added with the next id, {number}, which {shortened(taken[number])} has"
+            )
+            fix = "write the token into tokenizer.json: load the folder with AutoTokenizer and save it"
+            raise UserError(Problem(str(folder / CONFIG), what, fix=fix))
+        if number >= limits.VOCABULARY:
+            raise UserError(Problem(str(folder / CONFIG), f"adds tokens above the id {limits.VOCABULARY:,}"))
+        found[one.text] = largest = number
+    return found
+
+
+def _notices(
+    folder: Path,
+    vocabulary: Mapping[str, int],
+    decoder: Iterable[Named],
+    added: Mapping[str, int],
+    theirs: Mapping[str, int],
+) -> Iterator[str]:
+    config = folder / CONFIG
+    if wrong := [one for one in decoder if one.id != vocabulary[one.text]]:
+        named = _shown(f"{shortened(one.text)} {vocabulary[one.text]} (not {one.id})" for one in wrong)
+        other = [text for text in added if added[text] != theirs[text]]
+        same = (
+            f"transformers: {_shown(f'{shortened(t)} {theirs[t]}' for t in other)}" if other else "as in transformers"
+        )
+        yield (
+            f"{config}: ids are those of torchtitan, the next free ones, and not those of its {DECODER}: {named}; "
+            f"{same}. To choose ids, write the tokens into tokenizer.json"
+        )
+    elif other := [text for text in added if added[text] != theirs[text]]:
+        named = _shown(f"{shortened(text)} {added[text]} ({theirs[text]})" for text in other)
+        yield f"{config}: added tokens have the ids of torchtitan (in brackets those of transformers): {named}"
+
+
+def _shown(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more

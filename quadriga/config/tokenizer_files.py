@@ -1,0 +1,140 @@
+"""The files of a tokenizer: which ones a path means, and what they say, without the library that reads them.
+
+tokenizer.json                        of the library `tokenizers`
+tokenizer.model                       of Llama 3: base64 tokens and their ranks; also in original/
+vocab.json or vocab.txt, merges.txt   of GPT-2, read as torchtitan v0.2.2 does: without the merges that begin with #
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga import limits
+from quadriga.config.added_tokens import Enlarged, enlarge, vocabulary_of
+from quadriga.config.special_tokens import CONFIG, SpecialTokens, read_special_tokens
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.reading import decode, parse_json, read_bytes
+
+VOCABULARIES = ("vocab.json", "vocab.txt")
+MERGES = "merges.txt"
+LOOK_FOR = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", *VOCABULARIES)
+NOT_HUGGING_FACE = "not a tokenizer of Hugging Face"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """`content`: what tells this tokenizer from others; `enlarged`: with the tokens that other files add."""
+
+    file: Path
+    content: bytes
+    enlarged: Enlarged
+    tokens: SpecialTokens
+    notices: tuple[str, ...]
+
+
+def find(path: str) -> Path | None:
+    """The file of a tokenizer, in a folder or by itself; None where there is none."""
+    place = Path(os.path.expanduser(path))
+    if os.path.isfile(place):
+        return place
+    return next((place / name for name in LOOK_FOR if os.path.isfile(place / name)), None)
+
+
+def is_json(file: Path) -> bool:
+    """Whether the file is read by the library `tokenizers`, and not as ranks."""
+    return file.suffix == ".json" or file.name in VOCABULARIES
+
+
+def read_tokenizer_files(file: Path) -> TokenizerFiles:
+    """What a file and those beside it say. Raises UserError where one cannot be read, or they contradict each other."""
+    document, content, notices = _vocabulary(file) if file.name in VOCABULARIES else _tokenizer_json(file)
+    tokens = read_special_tokens(file.parent, vocabulary_of(document), is_byte_level(document))
+    enlarged = enlarge(file.parent, document, tokens)
+    return TokenizerFiles(file, content, enlarged, tokens, (*notices, *enlarged.notices, *_about_marks(file, tokens)))
+
+
+def _about_marks(file: Path, tokens: SpecialTokens) -> Iterator[str]:
+    if tokens.guessed and (tokens.bos or tokens.eos):
+        names = f"BOS {tokens.bos}, EOS {tokens.eos}"
+        yield f"{file}: no file beside it names special tokens; the usual names give {names} (torchtitan: none)"
+    elif not tokens.guessed and tokens.bos is None and tokens.eos is None:
+        yield f"{file.parent / CONFIG} names neither BOS nor EOS: documents run into one another"
+
+
+def is_byte_level(document: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer of the file maps bytes to characters, as GPT-2 and Llama 3 do."""
+    return any(part.get("type") == "ByteLevel" for part in parts(document.get("pre_tokenizer"), "pretokenizers"))
+
+
+def parts(part: Any, inside: str) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer and those in it."""
+    found: list[Mapping[str, Any]] = []
+    stack = [part]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, dict):
+            found.append(one)
+            stack += one[inside] if isinstance(one.get(inside), list) else []
+    return found
+
+
+def _tokenizer_json(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]:
+    content = read_bytes(file, limits.TOKENIZER_BYTES, what="tokenizer")
+    document = parse_json(content, str(file))
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        raise UserError(Problem(str(file), 'it has no object "model"'))
+    return document, content, ()
+
+
+def _vocabulary(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]:
+    """A `tokenizer.json` made of a vocabulary and merges."""
+    merges = file.parent / MERGES
+    if not os.path.isfile(merges):
+        what = f"a vocabulary without {MERGES}: each document would be one word, and so one unknown token"
+        fix = (
+            f"put {MERGES} beside it, or the tokenizer.json of the same model (AutoTokenizer.save_pretrained writes it)"
+        )
+        raise UserError(Problem(str(file), what, fix=fix))
+    text = _text(file)
+    lines = (line.strip() for line in _lines(text))
+    ids = {token: at for at, token in enumerate(lines) if token} if file.suffix == ".txt" else _ids(file, text)
+    pairs, left_out = [], 0
+    for line in _lines(_text(merges)):
+        both = line.split()
+        if line.strip().startswith("#"):
+            left_out += len(both) == 2 and not line.startswith("#version")
+        elif len(both) >= 2:
+            pairs.append(both[:2])
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": bytes_alone,
+        "decoder": {**bytes_alone, "add_prefix_space": True},
+        "model": {"type": "BPE", "vocab": ids, "merges": pairs},
+    }
+    notice = (
+        f"{merges}: {left_out:,} merges that begin with # are left out, as torchtitan does; a tokenizer.json has them"
+    )
+    return document, json.dumps(document).encode(), (notice,) if left_out else ()
+
+
+def _text(file: Path) -> str:
+    return decode(read_bytes(file, limits.TOKENIZER_BYTES, what="file of a tokenizer"), str(file))
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _ids(file: Path, text: str) -> dict[str, int]:
+    said = parse_json(text.encode(), str(file))
+    if isinstance(said, dict) and all(type(number) is int and number >= 0 for number in said.values()):
+        return said
+    what = f"not a vocabulary: {shortened(said)}"
+    raise UserError(Problem(str(file), what, allowed='an object of ids by token: {"a": 0, "b": 1}'))
