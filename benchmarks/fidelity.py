@@ -179,6 +179,8 @@ class Sides:
         # With data of just so many tokens each one begins with the first.
         tokens = (VALIDATION_STEPS + 1) * ROWS * (SEQ_LEN + 1)
         write_documents(folder / "held_out", of_just(tokens, text[::-1], count))
+        self.defaults = oracle.defaults()
+        (folder / "defaults.toml").write_text(self.defaults, encoding="utf-8")
         self.file(BASE, "base.toml")
         self.convert(self.seed("base.toml", "weights-run"), "weights")
 
@@ -284,12 +286,11 @@ def case_compared(sides: Sides, case: Case, steps: int) -> dict[str, Any]:
     return {"changes": dict(case.changes), **found}
 
 
-def defaults_compared(sides: Sides, name: str, defaults: str, folder: Path, steps: int) -> dict[str, Any]:
+def defaults_compared(sides: Sides, name: str, steps: int) -> dict[str, Any]:
     more, targets = DEFAULTS[name]
-    (folder / "defaults.toml").write_text(defaults, encoding="utf-8")
     words = (*ON_A_CPU, *more, "--training.steps", str(steps))
     found = compared(*sides.both("defaults.toml", *words), targets, steps)
-    keys = sum(len(table) for table in _leaf_tables(tomllib.loads(defaults)))
+    keys = sum(len(table) for table in _leaf_tables(tomllib.loads(sides.defaults)))
     return {"command_line": list(words), "keys": keys, **found}
 
 
@@ -376,6 +377,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="what begins so, e.g. cosine")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the initial weights")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="comparisons at a time, each of two processes")
     parser.add_argument("--text", type=Path, help="documents from this text instead of the standard library's")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
     chosen = parser.parse_args()
@@ -392,7 +394,7 @@ def main() -> int:
         return 1
     text = chosen.text.read_text(encoding="utf-8") if chosen.text else standard_library(CHARACTERS)
     with tempfile.TemporaryDirectory(prefix="quadriga-fidelity-") as scratch:
-        found = measured(Sides(oracle, Path(scratch), text), oracle, names, chosen, Path(scratch))
+        found = measured(Sides(oracle, Path(scratch), text), names, chosen)
     header = ["file", "learning rates", "loss", "gradient norm", "as printed", "validation", "claim"]
     print(table(header, [row(name, one) for name, one in found.items() if name != WEIGHTS]))
     if WEIGHTS in found:
@@ -403,19 +405,25 @@ def main() -> int:
     return 0 if all(one["met"] for one in found.values()) else 1
 
 
-def measured(
-    sides: Sides, oracle: Oracle, names: Sequence[str], chosen: argparse.Namespace, folder: Path
-) -> dict[str, Any]:
-    cases, found = {case.name: case for case in CASES}, {}
-    for name in names:
-        print(f"{name} ...", file=sys.stderr, flush=True)
+def measured(sides: Sides, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
+    """The comparisons by name; each is told when it is done."""
+    cases = {case.name: case for case in CASES}
+
+    def one(name: str) -> tuple[str, dict[str, Any]]:
         if name in cases:
-            found[name] = case_compared(sides, cases[name], chosen.steps)
+            found = case_compared(sides, cases[name], chosen.steps)
         elif name in DEFAULTS:
-            found[name] = defaults_compared(sides, name, oracle.defaults(), folder, chosen.steps)
+            found = defaults_compared(sides, name, chosen.steps)
         else:
-            found[name] = weights_compared(sides, chosen.seeds)
-    return found
+            found = weights_compared(sides, chosen.seeds)
+        shown = (
+            row(name, found) if name != WEIGHTS else [name, f"{found['worst_deviation']:.1%}", verdict(found["met"])]
+        )
+        print("  ".join(filter(None, shown)), file=sys.stderr, flush=True)
+        return name, found
+
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        return dict(pool.map(one, names))
 
 
 def weights_table(found: Mapping[str, Any]) -> str:
