@@ -28,6 +28,15 @@ def seed_is_a_number(case: Case) -> Verdicts:
         yield f"{SEED} is {case.config.debug.seed} by default, so that a run can be repeated (torchtitan drew one)"
 
 
+@rule("memory_estimation.enable", "comm.mode")
+def a_run_is_only_rehearsed(case: Case) -> Verdicts:
+    rehearsed = "the run is estimated and rehearsed, not trained"
+    if case.config.memory_estimation.enable:
+        yield f"memory_estimation.enable: {rehearsed} (torchtitan's trainer ignores it)"
+    elif case.config.comm.mode == "fake_backend":
+        yield f'comm.mode = "fake_backend": {rehearsed} (in torchtitan it takes steps)'
+
+
 @rule(MAX_NORM)
 def clipping_has_an_off(case: Case) -> Verdicts:
     if case.config.training.max_norm == 0:

@@ -5,16 +5,23 @@ The values are those of the published presets; each is read in a dry run from a 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from tokenizer_folders import TOKENIZER, write_folder
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
-from quadriga.config.keys import show
-from quadriga.errors import UserError
+from quadriga.config.case import value_of
+from quadriga.config.keys import KEYS, show
+from quadriga.config.torchtitan import keys_there
+from quadriga.errors import EXIT_OK, UserError
+from quadriga.launch.supervisor import main
 from quadriga.models.registry import catalogue
+from quadriga.optim.schedule import lr_factor
+from quadriga.parallel.activation_checkpoint import blocks_that_recompute
 
 COMMON = """
 [job]
@@ -248,6 +255,60 @@ def dry_run(text, tmp_path, monkeypatch, ranks, training=False):
 def test_a_preset_of_v022_loads(name, ranks, dp, tp, tokens, tmp_path, monkeypatch):
     spec = dry_run(PRESETS[name], tmp_path, monkeypatch, ranks).spec
     assert (spec.degrees.dp_shard, spec.degrees.tp, spec.tokens_per_step) == (dp, tp, tokens)
+
+
+RATES = {  # shares of the peak at some steps, from v0.2.2's own scheduler
+    "debug_model": {1: 0.5, 2: 1.0, 3: 1.0, 4: 0.875, 5: 0.75, 9: 0.25, 10: 0.125},
+    "llama3_8b": {1: 0.005, 200: 1.0, 201: 1.0, 202: 0.99875, 501: 0.625, 1000: 0.00125},
+    "llama3_70b": {1: 0.005, 200: 1.0, 201: 1.0, 202: 0.99875, 501: 0.625, 1000: 0.00125},
+    "llama3_405b": {1: 1 / 600, 600: 1.0, 601: 1.0, 602: 0.9995833333333334, 1501: 0.625, 3000: 1 / 2400},
+}
+RECOMPUTED = {  # of the blocks of one rank
+    "debug_model": ("layers.1", "layers.3", "layers.5"),
+    **{
+        name: tuple(f"layers.{block}" for block in range(blocks))
+        for name, blocks in (("llama3_8b", 32), ("llama3_70b", 80), ("llama3_405b", 126))
+    },
+}
+ALIKE_IN_ALL = {"debug.seed": 42, "profiling.profiler_active": 5}  # defaults of ours that no file says otherwise
+READ_AS = {
+    "debug_model": {"training.dataset": "builtin", "model.hf_assets_path": "builtin:bytes"},
+    "llama3_405b": {"model.converters": ["quantize.linear.float8"]},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_means_what_it_meant(name, tmp_path, monkeypatch):
+    """Each key of v0.2.2, of the file or its default, has its value here; and so have the things that follow."""
+    run = dry_run(PRESETS[name], tmp_path, monkeypatch, 512)
+    there = {key: told.default for key, told in keys_there().items()} | dict(leaves(tomllib.loads(PRESETS[name])))
+    there["job.config_file"] = "preset.toml"
+    differing = {}
+    for key, value in there.items():
+        if key in KEYS:
+            here = value_of(run.config, key)
+            here = list(here) if isinstance(here, tuple) else here
+            if here != value and (here or value):
+                differing[key] = here
+    assert differing == ALIKE_IN_ALL | READ_AS.get(name, {})
+    for step, rate in RATES[name].items():
+        assert lr_factor(step, run.config.lr_scheduler, run.spec.steps) == pytest.approx(rate, rel=1e-12)
+    blocks = tuple(f"layers.{number}" for number in range(run.spec.model.n_layers))
+    assert blocks_that_recompute(blocks, run.config.activation_checkpoint) == RECOMPUTED[name]
+    assert run.spec.reshard_after_forward
+    assert (run.spec.accumulation_steps, run.config.training.mixed_precision_param) == (1, "bfloat16")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_dry_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preset.toml").write_text(PRESETS[name])
+    (folder,) = re.findall(r'hf_assets_path = "\./(.*)"', PRESETS[name])
+    write_folder(tmp_path / folder, TOKENIZER)  # a small one
+    assert main([], {"DRY_RUN": "1", "NGPU": "512", "CONFIG_FILE": "preset.toml"}) == EXIT_OK
+    shown = capsys.readouterr().out
+    assert "Dry run of preset.toml" in shown
+    assert "Ready to train." in shown
 
 
 def test_the_debug_preset_trains_as_it_stands(tmp_path, monkeypatch):
