@@ -176,7 +176,8 @@ def test_a_restart_tells_of_the_start_before_and_stops_where_it_is_of_no_use(
     assert guards.end_of_the_start_before({**environ, RESTART_COUNT: "0"}) is None
     assert guards.end_of_the_start_before(environ) == (None if again else code)
     assert ("restart 1 of 3, since rank 1 failed:\n\nwhat it was, at length" in caplog.text) == again
-    assert [record.code for record in read_records(tmp_path / "1")] == ([] if again else [code])
+    told = [(record.rank, record.code, record.lost_peer) for record in read_records(tmp_path / "1")]
+    assert told == ([] if again else [(1, code, False), (0, code, True)]), "the failure, and who only follows it"
 
 
 def test_only_ranks_that_heed_signals_and_are_ours_get_them(tmp_path: Path) -> None:
