@@ -29,6 +29,20 @@ def test_a_run_that_changes_its_layout_reads_the_documents_of_the_straight_one(t
     )
 
 
+def test_data_in_order_are_one_stream_on_every_layout(tmp_path):
+    """Of a real run: 4 steps on 2 ranks, and 2 steps on one and 2 more on two of tensor parallelism."""
+    in_order = ("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
+    train(tmp_path / "straight", 2, *KEYS, *in_order, "--training.steps=4")
+    expected = read_documents(tmp_path / "straight")
+    names = [name for rows in expected.values() for row in rows.values() for name in row]
+    numbers = [tuple(map(int, name.split(":"))) for name in names]
+    assert numbers == sorted(numbers), "in the order of the data, row after row"
+    assert len(set(names)) > 1
+    train(tmp_path / "moved", 1, *KEYS, *in_order, "--training.steps=2")
+    train(tmp_path / "moved", 2, *KEYS, *in_order, "--training.steps=4", "--parallelism.tensor_parallel_degree=2")
+    assert read_documents(tmp_path / "moved") == expected
+
+
 def test_without_the_key_nothing_is_written(tmp_path):
     train(tmp_path, 1, *TINY, "--training.steps=1", "--checkpoint.no_enable")
     assert not (tmp_path / "documents").exists()

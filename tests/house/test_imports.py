@@ -62,6 +62,12 @@ def run_python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_a_tokenizer_is_built_without_torch():
+    """The launcher does it before every start."""
+    code = "import sys, quadriga.data.tokenizer; print('torch' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
 def test_light_rooms_load_no_torch():
     code = "import importlib, json, sys\n[importlib.import_module(n) for n in json.loads(sys.argv[1])]\n"
     code += "print([m for m in ('torch', 'numpy', 'datasets', 'tokenizers') if m in sys.modules])"
