@@ -1,0 +1,228 @@
+"""A run of torchtitan v0.2.2 goes on here, and a run of ours goes on there, as if nobody had changed the trainer.
+
+    python benchmarks/continue_torchtitan.py --cache FOLDER      # makes an environment with the package in FOLDER
+    python benchmarks/continue_torchtitan.py --oracle PYTHON     # one that is there; 5 minutes on 2 cores
+
+The debug model of torchtitan, float32, on a CPU; documents in their order, windows that do not overlap. Compared over
+the second half of a run are learning rates (equal to the last digit), losses and gradient norms, and at its end every
+weight and both moments of every parameter (the greatest difference, relative to the greatest number of the tensor):
+
+- there, then here: the whole run there; its checkpoint of half the steps, in a run folder of its own, goes on here on
+  one rank, with FSDP on two and with tensor parallelism on two;
+- here, then there: the whole run here; its checkpoint of half the steps goes through `quadriga convert to-torchtitan`,
+  and on there;
+- there, here and there again: the first run's checkpoint of half the steps, a quarter here, a quarter there.
+
+Needs nothing from outside but the package: the text is that of the Python standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, command_line, refuse_a_dirty_tree, save, table, verdict
+from made_data import DOCUMENTS, TOKENIZER, cut, standard_library, write_documents, write_tokenizer
+from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
+from trainer import environment, last_words, write_toml
+
+from quadriga.metrics.jsonl import read_metrics
+
+CLAIM = (
+    "a run of torchtitan v0.2.2 goes on here, and one of ours there, with the learning rates of the run that stayed to "
+    "the last digit, its losses within 1e-5, and its gradient norms within 1e-4"
+)
+STEPS, SEQ_LEN, ROWS, CHARACTERS = 20, 128, 2, 200_000
+LOSS, GRAD_NORM = 1e-5, 1e-4  # targets
+FILE: dict[str, dict[str, Any]] = {
+    "job": {"description": "the trainer changes"},
+    "model": {"name": "llama3", "flavor": "debugmodel", "hf_assets_path": f"./{TOKENIZER}"},
+    "optimizer": {"name": "AdamW", "lr": 8e-4},
+    "lr_scheduler": {"warmup_steps": 5},
+    "training": {
+        "dataset": "c4_test",
+        "local_batch_size": ROWS,
+        "seq_len": SEQ_LEN,
+        "steps": STEPS,
+        "mixed_precision_param": "float32",
+    },
+    "parallelism": {"data_parallel_shard_degree": 1},
+    "activation_checkpoint": {"mode": "none"},
+    "checkpoint": {"enable": True, "interval": STEPS // 2, "last_save_model_only": False},
+    "metrics": {"log_freq": 1},
+    "debug": {"seed": 42},
+}
+AS_THERE = ("--training.dataloader.shuffle=false", "--training.dataloader.window_overlap=0")
+LAYOUTS = {
+    "there, then here": (1, ()),
+    "there, then here with FSDP 2": (
+        2,
+        ("--parallelism.data_parallel_shard_degree=2", "--training.local_batch_size=1"),
+    ),
+    "there, then here with TP 2": (2, ("--parallelism.tensor_parallel_degree=2",)),
+}
+BACK, BOTH = "here, then there", "there, here and there again"
+Records = dict[int, dict[str, Any]]
+
+
+class Sides:
+    """Both trainers in a folder that has tokenizer and documents where the file says."""
+
+    def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
+        self._oracle, self.folder = oracle, folder
+        write_tokenizer(folder / TOKENIZER, text)
+        write_documents(folder / DOCUMENTS, cut(text))
+        write_toml(folder / "run.toml", FILE)
+
+    def there(self, run: str, *arguments: str) -> Records:
+        given = ["--job.config_file", "run.toml", "--job.dump_folder", run, *arguments]
+        records = self._oracle.train(self.folder, self.folder / f"{run}.jsonl", given)
+        # The sum of squares in float64, as ours is: torchtitan's own, in float32, is off by up to some 1e-4 on a CPU.
+        return {
+            one["step"]: {**one, "grad_norm": one.get("exact_grad_norm", one["grad_norm"])}
+            for one in records
+            if one["kind"] == "step"
+        }
+
+    def here(self, run: str, ranks: int = 1, *arguments: str) -> Records:
+        module = "quadriga.train" if ranks == 1 else "quadriga.launch"
+        given = ("--job.config_file", "run.toml", "--job.dump_folder", run, *AS_THERE, *arguments)
+        self._quadriga(ranks, module, *given)
+        return {one["step"]: one for one in read_metrics(self.folder / run / "metrics.jsonl")}
+
+    def to_torchtitan(self, run: str, out: str) -> None:
+        self._quadriga(1, "quadriga.cli", "convert", "to-torchtitan", run, f"{out}/checkpoint")
+
+    def hand_over(self, run: str, step: int, to: str) -> None:
+        """A run folder `to` in which that step of `run` alone lies."""
+        place = self.folder / to / "checkpoint"
+        place.mkdir(parents=True)
+        shutil.copytree(self.folder / run / "checkpoint" / f"step-{step}", place / f"step-{step}")
+
+    def _quadriga(self, ranks: int, module: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment(ranks, "cpu"), capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            said = last_words(done.stderr, 25)
+            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{said}")
+
+
+def compared(whole: Records, resumed: Records, first: int, steps: int) -> dict[str, Any]:
+    """How far the steps from `first` on are from those of the run that stayed with its trainer."""
+    wanted = list(range(first, steps + 1))
+    if sorted(resumed) != wanted or not set(wanted) <= whole.keys():
+        raise SystemExit(f"steps {first} to {steps} were to be trained, and {sorted(resumed)} were")
+    found = {
+        key: max(abs(resumed[n][key] - whole[n][key]) / abs(whole[n][key]) for n in wanted)
+        for key in ("loss", "grad_norm")
+    }
+    unequal = [n for n in wanted if resumed[n]["lr"] != whole[n]["lr"]]
+    losses = [[side[n]["loss"] for n in wanted] for side in (resumed, whole)]
+    met = found["loss"] <= LOSS and found["grad_norm"] <= GRAD_NORM and not unequal
+    return {**found, "unequal_rates": unequal, "first": first, "losses": losses, "met": met}
+
+
+def apart(one: Path, other: Path) -> dict[str, Any]:
+    """The greatest difference between the tensors of two checkpoints in torchtitan's form, by kind."""
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    from quadriga.checkpoint.tensors import stored_tensors
+
+    worst: dict[str, float] = {}
+    sides = []
+    for place in (one, other):
+        held = {name: torch.zeros(planned.shape) for name, planned in stored_tensors(place).items()}
+        dcp.load(held, checkpoint_id=place, no_dist=True)
+        sides.append(held)
+    if sides[0].keys() != sides[1].keys():
+        raise SystemExit(f"not the same tensors: {sorted(sides[0].keys() ^ sides[1].keys())[:5]}")
+    for name, value in sides[0].items():
+        kind = name.rpartition(".")[2]
+        most = float(sides[1][name].abs().max()) or 1.0
+        worst[kind] = max(worst.get(kind, 0.0), float((value - sides[1][name]).abs().max()) / most)
+    return worst
+
+
+def measured(sides: Sides, names: Sequence[str], steps: int) -> dict[str, Any]:
+    half, more = steps // 2, (f"--training.steps={steps}", f"--checkpoint.interval={steps // 2}")
+    found: dict[str, Any] = {}
+    if set(names) & ({BOTH} | LAYOUTS.keys()):
+        whole = sides.there("stays_there", *more)
+        end = sides.folder / "stays_there/checkpoint" / f"step-{steps}"
+    for number, name in enumerate(name for name in LAYOUTS if name in names):
+        say(name)
+        ranks, arguments = LAYOUTS[name]
+        run = f"goes_on_here_{number}"
+        sides.hand_over("stays_there", half, run)
+        found[name] = compared(whole, sides.here(run, ranks, *more, *arguments), half + 1, steps)
+        sides.to_torchtitan(run, f"{run}_there")
+        found[name]["tensors"] = apart(sides.folder / f"{run}_there/checkpoint/step-{steps}", end)
+    if BOTH in names:
+        say(BOTH)
+        there = half + (steps - half) // 2
+        sides.hand_over("stays_there", half, "for_a_while_here")
+        sides.here("for_a_while_here", 1, f"--lr_scheduler.total_steps={steps}", f"--training.steps={there}")
+        sides.to_torchtitan("for_a_while_here", "back_again")
+        found[BOTH] = compared(whole, sides.there("back_again", *more), there + 1, steps)
+        found[BOTH]["tensors"] = apart(sides.folder / f"back_again/checkpoint/step-{steps}", end)
+    if BACK in names:
+        say(BACK)
+        whole = sides.here("stays_here", 1, *more)
+        sides.to_torchtitan(f"stays_here/checkpoint/step-{half}", "goes_on_there")
+        found[BACK] = compared(whole, sides.there("goes_on_there", *more), half + 1, steps)
+        sides.to_torchtitan(f"stays_here/checkpoint/step-{steps}", "stays_here_there")
+        ends = [sides.folder / run / f"checkpoint/step-{steps}" for run in ("goes_on_there", "stays_here_there")]
+        found[BACK]["tensors"] = apart(*ends)
+    return found
+
+
+def say(what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def row(name: str, found: Mapping[str, Any]) -> list[str]:
+    rates = f"{len(found['unequal_rates'])} unequal" if found["unequal_rates"] else "equal"
+    tensors = (f"{found['tensors'][key]:.1e}" for key in ("weight", "exp_avg", "exp_avg_sq"))
+    return [name, rates, f"{found['loss']:.1e}", f"{found['grad_norm']:.1e}", *tensors, verdict(found["met"])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=CLAIM)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan")
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="make such an environment in here, or use it again")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="what begins so, e.g. here")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
+    chosen = parser.parse_args()
+    names = [name for name in (*LAYOUTS, BOTH, BACK) if not chosen.only or name.startswith(tuple(chosen.only))]
+    if not names:
+        parser.error("--only names nothing that there is")
+    if chosen.out == RESULTS:
+        refuse_a_dirty_tree()  # before the work, not after it
+    try:
+        oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
+    except OracleMissing as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="quadriga-continue-") as scratch:
+        found = measured(Sides(oracle, Path(scratch), standard_library(CHARACTERS)), names, chosen.steps)
+    header = ["run", "learning rates", "loss", "gradient norm", "weights", "exp_avg", "exp_avg_sq", "claim"]
+    print(table(header, [row(name, one) for name, one in found.items()]))
+    figures = {"oracle": dict(oracle.versions), "steps": chosen.steps, "runs": found}
+    path = save("continue_torchtitan", figures, command=command_line(), claim=CLAIM, folder=chosen.out)
+    print(f"\nwritten: {path}")
+    return 0 if all(one["met"] for one in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
