@@ -36,6 +36,7 @@ RUNS: dict[str, list[list[str]]] = {
     "shakespeare": [[]],
 }
 ELSEWHERE = {
+    "continue_torchtitan": "needs torchtitan 0.2.2 too: python benchmarks/continue_torchtitan.py --cache FOLDER",
     "fidelity": "needs an environment with torchtitan 0.2.2: python benchmarks/fidelity.py --cache FOLDER",
     "hta": "needs an environment with HolisticTraceAnalysis: python benchmarks/hta.py --hta-python PYTHON",
     "modes": "needs a GPU: python benchmarks/modes.py --models debug 1B",

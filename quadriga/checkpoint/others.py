@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from quadriga.checkpoint.files import Files, Place
+import os
+
+from quadriga.checkpoint.files import Files, Place, local
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.refusal import PLAN_FILE
 
@@ -16,7 +18,9 @@ def has_foreign_plan(files: Files, path: Place) -> bool:
 
 
 def is_someone_elses(files: Files, path: Place) -> bool:
-    """Whether a folder holds weights, and nothing that every checkpoint of ours has."""
+    """Whether a folder (no link to one) holds weights, and nothing that every checkpoint of ours has."""
+    if files.renames and os.path.islink(local(path)):
+        return False
     names = set(files.names(path))
     weights = METADATA in names or HF_INDEX in names or any(name.endswith(".safetensors") for name in names)
     return weights and not names & {STATE_FILE, PLAN_FILE}

@@ -73,13 +73,18 @@ def candidates(folder: Place, damaged: Iterable[tuple[int, str]]) -> tuple[list[
 
 def newest(folder: Place, step: int = -1) -> Found | None:
     """The newest checkpoint in a folder, ours or theirs, that is whole by name and size, or that of a step; None where
-    there is none."""
-    own = folders.find(folder, step)
-    theirs, _ = candidates(folder, folders.sorted_out(folder)[1])
-    for one in reversed(theirs):
-        if step in (-1, one.step) and (own is None or one.step > own.step):
-            with suppress(NotWhole):
-                if found := look(one.path):
+    there is none. Quick: of theirs only those are looked at that are newer than the newest of ours."""
+    own, files = folders.find(folder, step), files_at(folder)
+    if not files.renames:  # its trainer saves to folders alone
+        return own
+    named = sorted(int(match[1]) for name in files.names(folder) if (match := folders.PUBLISHED.fullmatch(name)))
+    for number in reversed(named):
+        path = folders.published(folder, number)
+        if own is not None and own.step >= number:
+            break
+        if step in (-1, number):
+            with suppress(NotWhole, OSError):
+                if files.is_folder(path) and others.has_foreign_plan(files, path) and (found := look(path)):
                     return found
     return own
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from quadriga.checkpoint.folder import Found
 from quadriga.config import Run
+from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.optim.schedule import wind_to
 from quadriga.train.state import TrainState
@@ -33,10 +34,14 @@ def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
     dataloader, why = run.config.training.dataloader, said.get("unknown")
     if why is None and dataloader.shuffle:
         why = "it is one in the data's own order, and training.dataloader.shuffle is true here"
+    if why is None:
+        try:
+            state.loader.start_at(said["documents"], said["tokens_left"])
+        except UserError as error:  # of other data: every rank meets the same
+            why = f"{error.problems[0].where} {error.problems[0].what}"
     if why is not None:
         logger.warning("the place in the data is not taken over: %s. Reading begins at the start of the data", why)
         return
-    state.loader.start_at(said["documents"], said["tokens_left"])
     logger.info(
         "data: going on behind document %d, of whose ids and those before it %d are still to come",
         said["documents"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from theirs import run_folder
+
 from quadriga.checkpoint import folder as folders
 from quadriga.cli.main import main
 
@@ -33,6 +35,18 @@ def test_lists_and_verifies(tmp_path, capsys):
     assert ".step-9.saving: never published" in out
     (first / "train_state.json").unlink()
     assert main(["checkpoints", str(tmp_path), "--verify"]) == 3
+
+
+def test_those_of_torchtitan_are_listed_as_such(tmp_path, capsys):
+    run_folder("one_rank", tmp_path)
+    assert main(["checkpoints", str(tmp_path), "--verify"]) == 0
+    whole, last = capsys.readouterr().out.splitlines()
+    assert whole.endswith("step-3: model, optimizer; saved by torchtitan: it has no hashes to verify it by")
+    assert last.endswith("step-6: model; saved by torchtitan: it has no hashes to verify it by")
+    for step in (3, 6):
+        (tmp_path / f"checkpoint/step-{step}/__0_0.distcp").unlink()
+    assert main(["checkpoints", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.count("DAMAGED") == 2
 
 
 def test_says_where_there_is_none(tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quadriga.checkpoint.folder import Found
+from quadriga.errors import Problem, UserError
 from quadriga.train.titan import go_on_from_titan
 
 
@@ -16,6 +17,8 @@ class Loader:
     at: tuple[int, int] | None = None
 
     def start_at(self, documents: int, tokens_left: int) -> None:
+        if documents > 100:
+            raise UserError(Problem("the training data", "hold 100 documents"))
         self.at = documents, tokens_left
 
 
@@ -33,6 +36,13 @@ CASES = {
     "in order": (PLACE, False, 0, (5, 30), None),
     "windows that overlap": (PLACE, False, 1, (5, 30), "window_overlap = 0 reads as it would have"),
     "shuffled": (PLACE, True, 0, None, "training.dataloader.shuffle is true here"),
+    "other data": (
+        {**PLACE, "documents": 101},
+        False,
+        0,
+        None,
+        "not taken over: the training data hold 100 documents.",
+    ),
     "of two ranks": ({"ranks": 2, "unknown": "two ranks"}, False, 0, None, "not taken over: two ranks. Reading begins"),
 }
 
