@@ -83,6 +83,7 @@ _PLANNING = ("estimate", "models", "config", "hardware.py")
 MEASURES: dict[str, tuple[str, ...]] = {
     "attention": ("estimate",),
     "bench_debug": (*_TRAINING, "compare"),
+    "continue_torchtitan": (*_TRAINING, "config", "cli"),
     "data_speed": ("data",),
     "equality": _TRAINING,
     "equivalence": (*_TRAINING, "equivalence"),
