@@ -39,9 +39,18 @@ class _Factors(torch.autograd.Function):
 
 def flip(parameter: Tensor, place: int = 0) -> None:
     """Turn over the lowest bit of one float32 number of this rank's shard."""
+    _local(parameter).view(torch.int32).flatten()[place] ^= 1
+
+
+def far_from_a_power_of_two(parameter: Tensor) -> int:
+    """Where a lowest bit outlives updates: a number that grows past a power of two is rounded to one bit less."""
+    share, exponent = torch.frexp(_local(parameter).flatten().abs())
+    return int(torch.ldexp(torch.minimum(share - 0.5, 1 - share), exponent).argmax())
+
+
+def _local(parameter: Tensor) -> Tensor:
     local = parameter.detach()
-    bits = (local.to_local() if isinstance(local, DTensor) else local).view(torch.int32).flatten()
-    bits[place] ^= 1
+    return local.to_local() if isinstance(local, DTensor) else local
 
 
 def give(*poisons: Poison) -> None:
@@ -64,7 +73,8 @@ def give(*poisons: Poison) -> None:
         if now in by_step and by_step[now].kills:
             os.kill(os.getpid(), signal.SIGKILL)
         if now in by_step and (name := by_step[now].flips):
-            flip(dict(pair for part in state.parts for pair in part.named_parameters())[name])
+            parameter = dict(pair for part in state.parts for pair in part.named_parameters())[name]
+            flip(parameter, far_from_a_power_of_two(parameter))
         return metrics
 
     build.summed_cross_entropy = poisoned_cross_entropy
