@@ -42,6 +42,17 @@ source = open_source("c4")
 lanes = Lanes(source, ByteTokenizer(), 32, 4, 3, endless=False)
 documents = [document.text for lane in range(4) for document, _ in lanes.documents(lane)]
 held_out = open_source("c4_validation")
+in_order = [document.text for document, _ in Lanes(source, ByteTokenizer(), 32, 1, None, endless=False).documents(0)]
+
+def unshuffled(state=None):
+    made = Loader(Lanes(source, ByteTokenizer(), 32, 1, None, overlap=0), 4, range(4), Dataloader(shuffle=False))
+    if state is not None:
+        made.load_state_dict(state)
+    return made
+
+stream = take(unshuffled(), 6)
+begun = unshuffled()
+stream_resumed = take(begun, 2) + take(unshuffled(json.loads(json.dumps(begun.state_dict()))), 4) == stream
 whole = take(loader(), 12)
 first = loader()
 head = take(first, 5)
@@ -57,6 +68,7 @@ def refused(*named):
 
 print(json.dumps({
     "fingerprint": source.fingerprint, "shards": source.shards, "documents": documents, "resumed": resumed,
+    "in_order": in_order, "stream": stream, "stream_resumed": stream_resumed,
     "held_out": [record.data for record in held_out.read(0)],
     "no_repository": refused("nobody/nothing", None, "train"),
 }))
@@ -93,6 +105,12 @@ def test_c4_streams_from_the_hub_once_each_and_resumes_exactly(tmp_path, root):
     assert found["documents"] != expected
     assert found["held_out"] == [f"validation 0 {row}\n" for row in range(ROWS)]
     assert found["resumed"]
+    # In the order of the files, as torchtitan streams them: documents, and windows that do not overlap.
+    assert found["in_order"] == [f"train {shard} {row}\n" for shard in range(SHARDS) for row in range(ROWS)]
+    ids = [one for text in found["in_order"] for one in (256, *text.encode(), 257)]
+    rows = [row for batch in found["stream"] for row in batch]
+    assert rows == [ids[at : at + 32] for at in range(0, 33 * len(rows), 33)]
+    assert found["stream_resumed"]
     assert "cannot be streamed from the Hub" in found["no_repository"]
     assert any("/resolve/" in request and "c4-train.00002" in request for request in asked)
 
