@@ -69,6 +69,45 @@ def equality_float32() -> list[dict[str, Any]]:
     return [one for one in figures("equality_float32")["layouts"] if one["ranks"] > 1]
 
 
+# --- fidelity --------------------------------------------------------------------------------------------------------
+
+INITIAL_WEIGHTS = "initial weights"  # the one comparison of fidelity that is no training
+
+
+def trained_alike(bfloat16: bool) -> dict[str, dict[str, Any]]:
+    found = {name: one for name, one in figures("fidelity")["compared"].items() if name != INITIAL_WEIGHTS}
+    return {name: one for name, one in found.items() if (one["targets"]["loss"] > 1e-5) == bfloat16}
+
+
+def furthest(key: str, bfloat16: bool = False) -> str:
+    """Of the files that meet their targets."""
+    return f"{max(one[key] for one in trained_alike(bfloat16).values() if one['met']):.1e}"
+
+
+def files_met() -> str:
+    found = [one["met"] for bfloat16 in (False, True) for one in trained_alike(bfloat16).values()]
+    return f"{sum(found)} of {len(found)}"
+
+
+ADAM = "Adam, weight decay in the gradient"
+
+
+def fidelity_table() -> Iterator[str]:
+    yield "| file | learning rates | loss | gradient norm | validation loss |"
+    yield "|---|---|---|---|---|"
+    for bfloat16 in (False, True):
+        for name, one in trained_alike(bfloat16).items():
+            rates = f"{len(one['unequal_rates'])} unequal" if one["unequal_rates"] else "equal"
+            held_out = f"{one['validation_loss']:.0e}" if "validation_loss" in one else ""
+            yield f"| {name} | {rates} | {one['loss']:.0e} | {one['grad_norm']:.0e} | {held_out} |"
+
+
+def first_step(key: str, side: str) -> str:
+    """The least and the greatest of the seeds."""
+    values = figures("fidelity")["compared"][INITIAL_WEIGHTS]["first_step"][key][side]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 # --- estimates -------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +213,20 @@ FIGURES: dict[str, Callable[[], str]] = {
     "float32 sum, worst step": lambda: str(
         max(equality_float32(), key=lambda one: one["greatest_over_all_steps"])["at_step"]
     ),
+    "fidelity files": lambda: str(len(trained_alike(False)) + len(trained_alike(True))),
+    "fidelity files met": files_met,
+    "fidelity Adam": lambda: f"{figures('fidelity')['compared'][ADAM]['loss']:.1e}",
+    "fidelity steps": lambda: str(figures("fidelity")["steps"]),
+    "fidelity loss": lambda: furthest("loss"),
+    "fidelity norm": lambda: furthest("grad_norm"),
+    "fidelity printed norm": lambda: furthest("printed_grad_norm"),
+    "fidelity bfloat16 loss": lambda: furthest("loss", True),
+    "fidelity bfloat16 norm": lambda: furthest("grad_norm", True),
+    "fidelity first loss": lambda: first_step("loss", "ours"),
+    "fidelity first loss there": lambda: first_step("loss", "theirs"),
+    "fidelity first norm": lambda: first_step("grad_norm", "ours"),
+    "fidelity first norm there": lambda: first_step("grad_norm", "theirs"),
+    "fidelity deviation": lambda: f"{100 * figures('fidelity')['compared'][INITIAL_WEIGHTS]['worst_deviation']:.2f} %",
     "active median": lambda: f"{figures('estimates')['median_error']:.2%}",
     "active worst": lambda: f"{figures('estimates')['worst_error']:.2%}",
     "published runs": lambda: str(len(figures("estimates")["reserved"])),
@@ -238,6 +291,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "search": search_table,
     "equivalence": equivalence_table,
+    "fidelity": fidelity_table,
     "active": active_table,
     "reserved": reserved_table,
     "step time": step_time_table,
