@@ -60,8 +60,11 @@ def apply_float8(model: nn.Module, cuts: tuple[TensorCut, ...], mesh: Mesh, sect
 def precompute_scales(
     optimizer: torch.optim.Optimizer, parts: tuple[nn.Module, ...], section: LinearFloat8 | None
 ) -> None:
-    """Where `section` asks for it: after each step, the scales of all weights that are gathered, in one reduction."""
+    """Where `section` asks for it: after each step, the scales of all weights that are gathered in float8, in one
+    reduction. Without that gather there are none."""
     if section is None or not section.precompute_float8_dynamic_scale_for_fsdp:
+        return
+    if not section.enable_fsdp_float8_all_gather:
         return
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 

@@ -79,3 +79,12 @@ def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_version_is_the_one_that_is_tested(root: Any) -> None:
     assert f"torchao=={float8.TORCHAO}\n" in (root / "requirements-dev.txt").read_text()
+
+
+def test_scales_are_not_computed_ahead_without_the_gather_that_takes_them() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    for gathered in (False, True):
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        section = LinearFloat8(precompute_float8_dynamic_scale_for_fsdp=True, enable_fsdp_float8_all_gather=gathered)
+        float8.precompute_scales(optimizer, (), section)
+        assert bool(optimizer._optimizer_step_post_hooks) is gathered
