@@ -89,7 +89,7 @@ def files_met() -> str:
     return f"{sum(found)} of {len(found)}"
 
 
-ADAM = "Adam, weight decay in the gradient"
+ADAM, UNCLIPPED = "Adam, weight decay in the gradient", "Adam, nothing clipped"
 
 
 def fidelity_table() -> Iterator[str]:
@@ -222,6 +222,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fidelity printed norm": lambda: furthest("printed_grad_norm"),
     "fidelity bfloat16 loss": lambda: furthest("loss", True),
     "fidelity bfloat16 norm": lambda: furthest("grad_norm", True),
+    "fidelity Adam unclipped": lambda: f"{figures('fidelity_adam')['compared'][UNCLIPPED]['loss']:.1e}",
     "fidelity first loss": lambda: first_step("loss", "ours"),
     "fidelity first loss there": lambda: first_step("loss", "theirs"),
     "fidelity first norm": lambda: first_step("grad_norm", "ours"),
