@@ -193,7 +193,15 @@ def seconds_of(name: str, part: str, run: int) -> str:
     return f"{rows[0]['by_run'][run]['seconds']:.2f}"
 
 
+def changed_trainer(key: str) -> str:
+    """The worst of all runs that changed the trainer."""
+    return f"{max(run[key] for run in figures('continue_torchtitan')['runs'].values()):.1e}"
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "continued loss": lambda: changed_trainer("loss"),
+    "continued norm": lambda: changed_trainer("grad_norm"),
+    "continued runs": lambda: str(len(figures("continue_torchtitan")["runs"])),
     "float32 layouts": lambda: str(len(of_dtype(False))),
     "bfloat16 layouts": lambda: str(len(of_dtype(True))),
     "all layouts": lambda: str(len(layouts())),
