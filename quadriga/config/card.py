@@ -332,8 +332,8 @@ def _validate(run: Run, order: Order) -> str:
         f"- The configuration: {code(dry_run)} reads it strictly and reports every problem at once.\n"
         f"- This card: {code(f'quadriga card {shlex.quote(order.file)} --check')} fails when it is out of date.\n"
         f"- The loss on held-out text: {held_out}.\n"
-        f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are near "
-        f"ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
+        f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are a little "
+        f"above ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
     )
 
 

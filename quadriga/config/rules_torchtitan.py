@@ -37,6 +37,16 @@ def a_run_is_only_rehearsed(case: Case) -> Verdicts:
         yield f'comm.mode = "fake_backend": {rehearsed} (in torchtitan it takes steps)'
 
 
+@rule("training.dataloader.num_workers")
+def threads_read_each_document_once(case: Case) -> Verdicts:
+    count = case.config.training.dataloader.num_workers
+    if count > 1:
+        yield (
+            f"training.dataloader.num_workers = {count}: threads, which change no batch (torchtitan has processes, "
+            f"each of which reads every document: {count} times an epoch)"
+        )
+
+
 @rule(MAX_NORM)
 def clipping_has_an_off(case: Case) -> Verdicts:
     if case.config.training.max_norm == 0:
