@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from quadriga.checkpoint.files import Files, Place, local
+from quadriga.checkpoint.files import Files, Place, files_at, local
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.refusal import PLAN_FILE
 
@@ -15,6 +15,15 @@ def has_foreign_plan(files: Files, path: Place) -> bool:
     """Whether a folder has DCP's plan, and nothing that every checkpoint of ours has. Its plan is not read."""
     names = set(files.names(path))
     return METADATA in names and not names & {STATE_FILE, PLAN_FILE}
+
+
+def is_foreign_here(path: Place) -> bool:
+    """`has_foreign_plan`, of what is in a file system; False where there is no such folder."""
+    files = files_at(path)
+    try:
+        return files.renames and has_foreign_plan(files, path)
+    except OSError:
+        return False
 
 
 def is_someone_elses(files: Files, path: Place) -> bool:

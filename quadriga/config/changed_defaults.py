@@ -31,10 +31,11 @@ def started_with(saved: Mapping[str, Any]) -> dict[str, Any]:
     config = saved.get("config")
     if not isinstance(config, Mapping):
         return {}
-    return {key: _at(config, key, default) for key, default in OLD_DEFAULTS.items()}
+    return {key: value_in(config, key, default) for key, default in OLD_DEFAULTS.items()}
 
 
-def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
+def value_in(config: Any, key: str, default: Any) -> Any:
+    """The value of a key in a configuration as nested tables, or what a checkpoint holds in its place."""
     *tables, name = key.split(".")
     table: Any = config
     for each in tables:

@@ -7,16 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from quadriga.config.case import value_of
-from quadriga.config.changed_defaults import started_with
+from quadriga.config.changed_defaults import started_with, value_in
+from quadriga.config.keys import KEYS, show
 from quadriga.config.read import Run
 from quadriga.config.rules_layout import FROM_CHECKPOINT, divisors
-from quadriga.errors import Problem
+from quadriga.errors import Problem, shortened
 from quadriga.limits import COUNT
 
 # Of a model: its names, since its numbers count, and what only initial weights depend on, which a checkpoint replaces.
 NOT_COMPARED = {"name", "flavor", "depth_init"}
 FIX = "restore what it was, begin another run (--job.dump_folder), or go on all the same: --checkpoint.allow_change"
 BATCH = "training.global_batch_size"
+ORDER = ("training.dataloader.shuffle", "training.dataloader.window_overlap")
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
 
 
@@ -65,6 +67,19 @@ def refusals(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     ]
 
 
+def other_order(saved: Mapping[str, Any], run: Run) -> list[Problem]:
+    """A problem for each key that changes the order of the data. A checkpoint that is older than a key means the
+    default. The ranks compare the data themselves too."""
+    before = {key: value_in(saved.get("config"), key, KEYS[key].default) for key in ORDER}
+    return [
+        Problem(
+            key, f"was {shortened(show(was))} when the checkpoint was saved", show(now), fix=_way_back(key, was, run)
+        )
+        for key, was in before.items()
+        if (now := value_of(run.config, key)) != was
+    ]
+
+
 def _way_back(key: str, was: Any, run: Run) -> str:
     """How to restore what it was, where one or two keys do."""
     if key == BATCH and isinstance(was, int) and 0 < was <= COUNT:
@@ -75,5 +90,5 @@ def _way_back(key: str, was: Any, run: Run) -> str:
             rows = max(size for size in divisors(was // ranks) if size <= rows)
             return f"set {key} to {was} and training.local_batch_size to {rows}; or: {FIX}"
     if was is not None and not isinstance(was, dict | list) and key != "model.head_dim":
-        return f"set {key} to {was}; or: {FIX}"
+        return f"set {key} to {was if isinstance(was, str) else show(was)}; or: {FIX}"
     return FIX

@@ -115,7 +115,9 @@ def recompute(section: ActivationCheckpoint) -> str:
         return "none: every activation is kept"
     if section.selective_ac_option == "op":
         return "selective (`op`): costly results such as matrix products are kept, cheap ones are computed again"
-    return f"selective ({section.selective_ac_option}): one of every {section.selective_ac_option} blocks is recomputed"
+    every = int(section.selective_ac_option) or 1
+    which = "every block" if every == 1 else f"one of every {every} blocks"
+    return f"selective ({section.selective_ac_option}): {which} is recomputed"
 
 
 def moments_dtype(run: Run) -> str:

@@ -69,7 +69,9 @@ def build_loader(
     count = global_batch_size if shuffled else 1
     source = open_source(dataset, dataset_path, lanes=count, field=field)
     skip_bad = dataloader.on_bad_record == "skip"
-    survey(source, tokenizer, seq_len + 1 if infinite else 2, skip_bad=skip_bad)
+    # A pass with overlap ends with a window that is not full; without overlap only whole windows come out of it.
+    least = seq_len + 1 if infinite or dataloader.window_overlap == 0 else 2
+    survey(source, tokenizer, least, skip_bad=skip_bad)
     order = seed if shuffled else None
     lanes = Lanes(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
     return Loader(lanes, global_batch_size, rows, dataloader)

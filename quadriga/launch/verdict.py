@@ -18,7 +18,7 @@ from quadriga.checkpoint import titan, words
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.config import Run
-from quadriga.config.continuity import refusals
+from quadriga.config.continuity import other_order, refusals
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
@@ -169,7 +169,12 @@ def _fits(found: Found, section: Checkpoint, run: Run) -> None:
     wanted = {"model", "optimizer"} - set(section.exclude_from_loading)
     if absent := sorted(wanted - set(found.contents)):
         raise UserError(words.holds_no(found, absent))
-    if not section.allow_change and (changed := refusals(found.extra, run)):
+    if section.allow_change:
+        return
+    changed = refusals(found.extra, run)
+    if "dataloader" not in section.exclude_from_loading:
+        changed += other_order(found.extra, run)
+    if changed:
         raise UserError(*changed)
 
 

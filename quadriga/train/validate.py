@@ -10,6 +10,7 @@ import torch
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.data.loader import Loader
+from quadriga.errors import Problem, UserError
 from quadriga.parallel.data_parallel import free_gathered_parameters
 from quadriga.train.feed import Feed
 from quadriga.train.passes import Pass
@@ -36,7 +37,8 @@ class Validator:
     def mean_loss(self, parts: tuple[torch.nn.Module, ...], mesh: Mesh) -> tuple[float, int]:
         """The mean cross-entropy in nats per token over all ranks, and the number of tokens it is the mean of.
 
-        Raises DataFault on all ranks where one cannot read the text; the parts are then as they were.
+        Raises DataFault on all ranks where one cannot read the text; the parts are then as they were. UserError where
+        the text holds no token that counts.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nats, tokens): read once, at the end
         for part in parts:
@@ -50,6 +52,9 @@ class Validator:
                 free_gathered_parameters(part)
                 part.train()
         summed, tokens = mesh.reduce_sum(total).tolist()
+        if tokens == 0:  # on all ranks alike
+            what = "its data hold no window of validation.seq_len tokens"
+            raise UserError(Problem("validation.dataset", what, fix="name more text, or shorten validation.seq_len"))
         # Ranks that share their rows each count all tokens of them, and nats of their own part alone.
         tokens = tokens * mesh.batch_degree / mesh.loss_group.size()
         return summed / tokens, int(tokens)

@@ -166,6 +166,19 @@ def test_a_folder_that_leads_nowhere_is_no_empty_one(tmp_path):
             manager(tmp_path / "checkpoint", **keys).find()
 
 
+def test_what_older_checkpoints_of_ours_say_is_not_of_a_newer_one_of_another_trainer(tmp_path):
+    save(tmp_path, 10, {"seed": 7})
+    theirs = tmp_path / "step-20"
+    theirs.mkdir()
+    (theirs / ".metadata").write_bytes(b"")
+    assert folders.newest_extra(tmp_path) is None
+    assert folders.newest_extra(tmp_path, 10)["seed"] == 7
+    theirs.rename(tmp_path / "step-5")
+    assert folders.newest_extra(tmp_path)["seed"] == 7
+    (tmp_path / "step-30").mkdir()  # torn: nothing is in it
+    assert folders.newest_extra(tmp_path)["seed"] == 7
+
+
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     save(tmp_path, 3)
 

@@ -92,6 +92,15 @@ def test_the_schedule_in_words(arguments, says, door):
     assert says in words.schedule(door(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("0", "every block is"), ("1", "every block is"), ("007", "one of every 7 blocks is"), ("2", "one of every 2")],
+)
+def test_recompute_in_words(option, says, door):
+    run = door("--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={option}")
+    assert f"selective ({option}): {says}" in words.recompute(run.config.activation_checkpoint)
+
+
 def test_state_and_save_are_arithmetic(card):
     text = card(*EIGHT_B, device="H100")
     assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB a rank" in text

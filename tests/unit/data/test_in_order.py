@@ -304,3 +304,19 @@ def test_validation_without_overlap_leaves_a_remainder_out(data, total):
         ]
         assert [[*tokens, labels[-1]] for tokens, labels in rows] == windows
     loader.close()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_validation_text_without_a_whole_window_is_refused_where_only_whole_ones_count(tmp_path, overlap):
+    file = write_jsonl(tmp_path / "short.jsonl", ["hello"])
+    fetching = Fetching(window_overlap=overlap)
+
+    def batches():
+        given = {"seq_len": SEQ_LEN + 40, "global_batch_size": 1, "rows": range(1), "dataloader": fetching}
+        return len(list(build_loader("jsonl", str(file), ByteTokenizer(), seed=0, infinite=False, **given)))
+
+    if overlap:
+        assert batches() == 1
+    else:
+        with pytest.raises(UserError, match="fewer than the"):
+            batches()

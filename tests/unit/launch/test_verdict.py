@@ -99,6 +99,11 @@ CASES = [
     Case("another batch", 2, "was 8 when the checkpoint was saved", (*MORE, "--training.global_batch_size=4")),
     Case("another batch, allowed", 0, "step 4", (*MORE, "--training.global_batch_size=4", "--checkpoint.allow_change")),
     Case("another seed", 2, "debug.seed", (*MORE, "--debug.seed=7")),
+    Case("another order", 2, "shuffle", (*MORE, "--training.dataloader.no_shuffle")),
+    Case("other windows", 2, "window_overlap", (*MORE, "--training.dataloader.window_overlap=0")),
+    Case(
+        "another order, allowed", 0, "step 4", (*MORE, "--training.dataloader.no_shuffle", "--checkpoint.allow_change")
+    ),
     Case("another model", 2, "model.n_layers", (*MORE, "--model.n_layers=3")),
     Case("other sequences", 2, "training.seq_len", (*MORE, "--training.seq_len=16")),
     Case(
