@@ -239,8 +239,8 @@ def find(folder: Place, step: int = -1) -> Found | None:
 def newest_extra(folder: Place, step: int = -1) -> dict[str, Any] | None:
     """What the newest checkpoint says beside its tensors, or that of `step`; None where there is none.
 
-    `folder` holds checkpoints, or is one. Every rank asks, so the manifest alone is read. None where the newest is another
-    trainer's: older ones of ours say nothing of that run. Raises UserError where the folder cannot be listed."""
+    `folder` holds checkpoints, or is one. Every rank asks, so the manifest alone is read. None where the newest is
+    another trainer's: older ones of ours say nothing of that run. UserError: the folder cannot be listed."""
     named = [join(folder, name) for number, name in reversed(_named(folder, PUBLISHED)) if step in (-1, number)]
     for path in (*named, str(folder)):
         with suppress(NotWhole):
