@@ -22,7 +22,7 @@ from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text as bounded_text
 
-BATCH = "training.global_batch_size"
+BATCH, SEED = "training.global_batch_size", "debug.seed"
 Saved = Callable[[str, int], Mapping[str, Any] | None]  # of a folder and a step, -1 for the newest
 
 
@@ -97,14 +97,16 @@ def _keep_what_the_run_began_with(loaded: Loaded, saved: Saved | None) -> None:
     if loaded.config.training.global_batch_size == -1 and BATCH not in loaded.bad and type(rows) is int and rows >= 1:
         _take(loaded, BATCH, rows, place)
         loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {place} were saved with")
+    if SEED not in loaded.origin and said.get("seed") == loaded.config.debug.seed:
+        _take(loaded, SEED, loaded.config.debug.seed, place)
     for key, value in started_with(said).items():
         # A value that the key cannot have is told of when the checkpoint is compared with the run.
         if key in loaded.origin or value == KEYS[key].default or not _may_be(key, value):
             continue
         _take(loaded, key, value, place)
         loaded.notices.append(
-            f"{key} = {show(value)}: what the run was started with that goes on from the checkpoints in {place} (the "
-            f"default is {show(KEYS[key].default)} now: set {key} to change it)"
+            f"{key} stays {show(value)}, with which the run in {place} was started (the default is now "
+            f"{show(KEYS[key].default)}; set the key to change it)"
         )
 
 

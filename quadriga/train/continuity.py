@@ -8,11 +8,13 @@ from typing import Any
 from quadriga.config import Run
 from quadriga.config.changed_defaults import started_with
 from quadriga.config.continuity import facts, refusals
+from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
 from quadriga.log import logger
 
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
+PLACES = {"job.config_file", "job.dump_folder"}  # another one is no change of the run
 
 
 def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
@@ -37,13 +39,14 @@ def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
 
 
 def changes(saved: Mapping[str, Any], here: Mapping[str, Any], meant: Mapping[str, Any]) -> list[Change]:
-    """Every key of two configurations whose value differs; a key that one of them lacks is None there.
+    """Every key of two configurations whose value differs, except where the run lies.
 
-    `meant`: what the saved one meant by keys that it may lack, by key."""
-    was, now = {**meant, **dict(flat(saved))}, dict(flat(here))
-    return [
-        (key, was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
-    ]
+    A key that the saved one lacks did not exist then, and is taken as its default of today; a key that is gone is None.
+    `meant`: what the saved one meant by keys that it may lack and whose default has changed, by key."""
+    defaults = dict(flat(JobConfig().model_dump(mode="json")))
+    was, now = {**defaults, **meant, **dict(flat(saved))}, dict(flat(here))
+    keys = sorted((was.keys() | now.keys()) - PLACES)
+    return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

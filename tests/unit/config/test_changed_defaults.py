@@ -19,7 +19,7 @@ from quadriga.config.continuity import facts, refusals
 from quadriga.config.keys import KEYS
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import catalogue
-from quadriga.train.continuity import flat
+from quadriga.train.continuity import changes, flat
 
 VARIANT, DECAY = "lr_scheduler.variant", "optimizer.decay_norms_and_biases"
 PLACES = {"job.config_file", "job.dump_folder", "training.dataset_path"}  # of that run
@@ -46,7 +46,7 @@ def kept(run: Run) -> tuple[Any, Any]:
 
 def told(run: Run) -> list[str]:
     """The keys of which a notice says that they were kept."""
-    return [notice.split()[0] for notice in run.spec.notices if "what the run was started with" in notice]
+    return [notice.split()[0] for notice in run.spec.notices if " stays " in notice]
 
 
 ON = ("--checkpoint.enable", "--job.dump_folder=run")
@@ -86,10 +86,39 @@ def test_an_older_run_keeps_what_it_was_started_with_and_one_notice_a_key_says_s
     assert kept(run) == ("early_decay", False)
     assert told(run) == [VARIANT, DECAY]
     assert (
-        f'{VARIANT} = "early_decay": what the run was started with that goes on from the checkpoints in run/checkpoint '
-        f'(the default is "torchtitan" now: set {VARIANT} to change it)'
+        f'{VARIANT} stays "early_decay", with which the run in run/checkpoint was started '
+        '(the default is now "torchtitan"; set the key to change it)'
     ) in run.spec.notices
     assert run.origin[VARIANT] == "the checkpoints in run/checkpoint"
+
+
+def test_the_seed_of_a_run_that_goes_on_is_no_news() -> None:
+    def notices(run: Run) -> int:
+        return sum("debug.seed is 42 by default" in notice for notice in run.spec.notices)
+
+    assert notices(going_on(*ON)) == 1
+    assert notices(going_on(*ON, run_checkpoint={**NEW, "seed": 42})) == 0
+    other = going_on(*ON, run_checkpoint={**NEW, "seed": 7})
+    assert (notices(other), other.spec.seed) == (1, 42)  # it is refused when the ranks compare
+    assert "debug.seed" in [problem.where for problem in refusals({**facts(other), **NEW, "seed": 7}, other)]
+
+
+def test_a_key_that_did_not_exist_is_a_change_only_if_it_is_no_default() -> None:
+    """What an older checkpoint lacks is not listed; where a run lies neither."""
+    run = going_on(*ON, "--training.dataloader.no_shuffle", "--optimizer.lr=1e-3")
+    here = facts(run)["config"]
+    saved = {
+        "job": {"config_file": "there.toml", "dump_folder": "there"},
+        "checkpoint": {"enable": True},
+        "optimizer": {"lr": 2e-3, "gone": 1},
+    }
+    assert changes(saved, here, started_with({"config": saved})) == [
+        ("lr_scheduler.variant", "early_decay", "torchtitan"),
+        ("optimizer.decay_norms_and_biases", False, True),
+        ("optimizer.gone", 1, None),
+        ("optimizer.lr", 2e-3, 1e-3),
+        ("training.dataloader.shuffle", True, False),
+    ]
 
 
 def test_what_the_user_says_wins() -> None:
