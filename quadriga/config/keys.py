@@ -56,7 +56,7 @@ class Key:
     @property
     def allowed(self) -> str:
         """What a value may be, in words."""
-        words = " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
+        words = self.field.title or " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
         if self.field.examples:
             words += ", such as " + " or ".join(show(example) for example in self.field.examples)
         return f"{words}, or none" if self.optional else words

@@ -262,15 +262,15 @@ def _frozen(value: Any) -> Any:
 
 def _other_name(key: str, said: Mapping[str, Any], loaded: Loaded) -> Any:
     """The value, or what it is called here where the vocabulary's first home has another name for it."""
-    value, other = said[key], said[key]
+    value, other, why = said[key], said[key], ""
     if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
-        other = "builtin:bytes"
+        other, why = "builtin:bytes", their_data.no_tokenizer()
     if key == vocabulary.SCHEDULE and isinstance(value, str):
         other = vocabulary.schedule_named(value, KEYS[key].choices)
     if key == "model.converters" and isinstance(value, tuple):
         other = tuple(vocabulary.CONVERTER_ALIASES.get(name, name) for name in value)
     if other != value:
-        loaded.notices.append(f"{key} = {show(value)} [{loaded.origin[key]}] is read as {show(other)}")
+        loaded.notices.append(f"{key} = {show(value)} [{loaded.origin[key]}] is read as {show(other)}{why}")
     return other
 
 

@@ -24,13 +24,26 @@ def read_as(said: dict[str, Any], origin: dict[str, str]) -> Iterator[str]:
         said[key] = name.lower()
         if said[key] == "c4_test":
             yield _test_data(table, name, said, origin)
-        if table == "training" and said[key] != "builtin" and SHUFFLE not in said:
-            overlap = said.get(OVERLAP, 1)
-            yield (
-                f"{SHUFFLE} is true and window_overlap {show(overlap)}: documents are mixed, and "
-                f"{'each token is a label once' if overlap else 'windows do not overlap'}; "
-                "false and 0 give torchtitan's batches"
-            )
+        if table == "training" and said[key] != "builtin":
+            yield from _order(said)
+
+
+def _order(said: dict[str, Any]) -> Iterator[str]:
+    """One line where the order of documents or the windows are others than torchtitan's, and nothing is said of them.
+
+    Nothing is said to a file that has `shuffle = true`: it has chosen other batches."""
+    overlap = said.get(OVERLAP, 1)
+    windows = "each token is a label once" if overlap else "windows do not overlap"
+    if SHUFFLE not in said:
+        yield (
+            f"{SHUFFLE} is true and {OVERLAP} {show(overlap)}: documents are mixed, and {windows}; torchtitan's "
+            "batches: shuffle = false and window_overlap = 0 in [training.dataloader]"
+        )
+    elif said[SHUFFLE] is False and OVERLAP not in said:
+        yield (
+            f"{OVERLAP} is {show(overlap)}: windows share a token, so that {windows}; torchtitan's batches: "
+            "window_overlap = 0 in [training.dataloader]"
+        )
 
 
 def _test_data(table: str, name: str, said: dict[str, Any], origin: dict[str, str]) -> str:
@@ -44,4 +57,15 @@ def _test_data(table: str, name: str, said: dict[str, Any], origin: dict[str, st
     parquet = isinstance(folder, str) and not data_files("jsonl", folder) and bool(data_files("parquet", folder))
     builtin = "builtin" if table == "training" else "builtin_validation"
     said[key] = builtin if folder is None else "parquet" if parquet else "jsonl"
+    if folder is None:
+        shown = f", since {TEST_DATA} is not there {_start_elsewhere()}, or name {path}"
     return f"{key} = {show(name)} [{origin[key]}] is read as {show(said[key])}{shown}"
+
+
+def no_tokenizer() -> str:
+    """Why the tokenizer of its tests is not the one that a file names."""
+    return f", since no tokenizer is there {_start_elsewhere()}, or name another folder"
+
+
+def _start_elsewhere() -> str:
+    return f"(looked for from {show(str(Path.cwd()))}): start in torchtitan's folder"

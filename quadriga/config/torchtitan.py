@@ -97,7 +97,7 @@ def _keys() -> str:
     for name, there in keys_there().items():
         table, _, key = name.rpartition(".")
         tables.setdefault(table, []).append((f"`{key}`", *_cells(name, there, said[name])))
-    head = ("key", "default there", "here", "what is printed", "the key that gives either")
+    head = ("key", "default there", "here", "what is printed", "the key that decides")
     return "\n\n".join(f"### [{table}]\n\n{_table(head, lines)}" for table, lines in tables.items())
 
 

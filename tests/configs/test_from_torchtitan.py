@@ -67,11 +67,11 @@ def test_a_default_of_another_value_has_a_row_that_says_so() -> None:
     }
 
 
-def test_every_row_says_what_is_printed_and_what_gives_either() -> None:
+def test_every_row_says_what_is_printed_and_which_key_decides() -> None:
     for name, row in rows().items():
         assert (row.same is None) != (row.differs is None), name
         assert row.free is not bool(row.printed or row.refused) or row.same is not None, f"{name}: printed, or free"
-        assert bool(row.key) == (row.differs is not None), f"{name}: the key that gives either"
+        assert bool(row.key) == (row.differs is not None), f"{name}: the key that decides"
         assert bool(row.refuses) == bool(row.refused), name
         for example in (row.example, row.refuses):
             tables = tomllib.loads(example)

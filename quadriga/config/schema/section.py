@@ -27,7 +27,8 @@ def _not_zero(amount: int) -> int:
 
 Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
 Amount = Annotated[int, Field(ge=0, le=limits.COUNT)]
-Overlap = Annotated[int, Field(ge=0, le=1)]
+# A title is what the key allows, in words.
+Overlap = Annotated[int, Field(ge=0, le=1, title="0 (torchtitan's windows) or 1 (each token is a label once)")]
 Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
 Width = Annotated[int, Field(ge=1, le=limits.MODEL_WIDTH)]
 Rows = Annotated[int, Field(ge=1, le=limits.VOCABULARY)]

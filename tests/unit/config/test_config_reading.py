@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -212,7 +215,12 @@ def test_the_names_of_test_assets_mean_what_is_built_in(write, door):
     assert run.config.model.hf_assets_path == "builtin:bytes"
     assert run.config.training.dataset == "builtin"
     assert run.config.validation.dataset == "builtin_validation"
-    assert notices_of(run).count("is read as") == 3
+    said = notices_of(run)
+    assert said.count("is read as") == 3
+    here = f"(looked for from {json.dumps(str(Path.cwd()))}): start in torchtitan's folder, or name "
+    assert f'is read as "builtin", since tests/assets/c4_test is not there {here}training.dataset_path' in said
+    assert f'"builtin_validation", since tests/assets/c4_test is not there {here}validation.dataset_path' in said
+    assert f'is read as "builtin:bytes", since no tokenizer is there {here}another folder' in said
 
 
 def test_c4_test_with_a_path_is_read_from_there(write, door):
@@ -241,24 +249,36 @@ def test_order_and_overlap_from_the_command_line(door, refusal):
     assert (given.config.training.dataloader.shuffle, given.config.training.dataloader.window_overlap) == (False, 0)
     (problem,) = refusal("--training.dataloader.window_overlap=2")
     assert problem.where == "training.dataloader.window_overlap"
+    assert problem.allowed == "0 (torchtitan's windows) or 1 (each token is a label once)"
 
 
-ORDER = "documents are mixed, and each token is a label once; false and 0 give torchtitan's batches"
+TABLE = "in [training.dataloader]"
+ORDER = (
+    "training.dataloader.shuffle is true and training.dataloader.window_overlap 1: documents are mixed, and each token "
+    f"is a label once; torchtitan's batches: shuffle = false and window_overlap = 0 {TABLE}"
+)
+WINDOWS = (
+    "training.dataloader.window_overlap is 1: windows share a token, so that each token is a label once; torchtitan's "
+    f"batches: window_overlap = 0 {TABLE}"
+)
 
 
 @pytest.mark.parametrize(
     ("dataset", "more", "told"),
     [
-        ("c4", "", True),
-        ("c4_test", "", False),  # nothing is there, so that the built-in corpus is read
-        ("builtin", "", False),
-        ("c4", "[training.dataloader]\nshuffle = true", False),
-        ("c4", "[training.dataloader]\nshuffle = false", False),
+        ("c4", "", [ORDER]),
+        ("c4_test", "", []),  # nothing is there, so that the built-in corpus is read
+        ("builtin", "", []),
+        ("c4", "[training.dataloader]\nshuffle = true", []),
+        ("c4", "[training.dataloader]\nshuffle = false", [WINDOWS]),
+        ("c4", "[training.dataloader]\nshuffle = false\nwindow_overlap = 1", []),
+        ("c4", "[training.dataloader]\nshuffle = false\nwindow_overlap = 0", []),
+        ("builtin", "[training.dataloader]\nshuffle = false", []),
     ],
 )
-def test_one_line_tells_of_shuffling_where_a_file_may_expect_the_order_of_the_data(write, door, dataset, more, told):
+def test_one_line_tells_of_other_batches_where_a_file_may_expect_torchtitans(write, door, dataset, more, told):
     run = door(write(f'[training]\ndataset = "{dataset}"\n{more}'))
-    assert notices_of(run).count(ORDER) == told
+    assert [notice for notice in run.spec.notices if TABLE in notice] == told
 
 
 def test_tokenizer_path_is_honoured(write, door):
