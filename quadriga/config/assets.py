@@ -21,6 +21,7 @@ from quadriga.file_search import files_below, files_matching
 from quadriga.reading import read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
+TEST_SET = "c4_test"  # torchtitan's; it is read as another one (`their_data`)
 BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
 TIKTOKEN_SPECIALS = 256  # ids that Llama 3 keeps beside the ranks of its tokenizer.model
 
@@ -133,8 +134,9 @@ def data_files(dataset: str, path: str) -> list[Path]:
 def dataset_problem(key: str, dataset: str, path: str | None, source: str | None) -> Problem | None:
     """Why the data set of `key` (`training.dataset` or `validation.dataset`) cannot be; files are not looked for."""
     if dataset not in DATASETS:
-        guess = nearest(dataset, DATASETS)
-        return Problem(key, "no data set has this name", dataset, source, ", ".join(DATASETS), guess, _by_suffix(path))
+        names = sorted([*DATASETS, TEST_SET])
+        guess = nearest(dataset, names)
+        return Problem(key, "no data set has this name", dataset, source, ", ".join(names), guess, _by_suffix(path))
     needs = DATASETS[dataset].path
     if needs == "needed" and path is None:
         fix = f"set {key}_path to a file, a folder or a glob"

@@ -150,7 +150,10 @@ def _fit_degrees(
     else:
         what = f"the degrees multiply to {shard * rest}, and there are {world_size} ranks"
         allowed = f"degrees whose product is {world_size}"
-    fix = f"start {max(shard, 1) * rest} ranks (NGPU), or change the degrees; dp_shard = -1 takes what remains"
+    ranks = max(shard, 1) * rest
+    fix = f"start {ranks} rank{'s' * (ranks > 1)} (NGPU={ranks} on one machine), or change the degrees"
+    if shard != -1 and world_size % rest == 0:
+        fix += f"; {DEGREES['dp_shard']} = -1 takes what remains"
     return others, Problem(where, what, None, sources or "default", allowed, fix=fix)
 
 

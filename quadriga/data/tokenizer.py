@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga import limits
-from quadriga.config.special_tokens import SpecialTokens
+from quadriga.config.special_tokens import CONFIG, SpecialTokens
 from quadriga.config.tokenizer_files import LOOK_FOR, find, is_json
 from quadriga.data.tokenizer_json import begins_with, encode, open_tokenizer
 from quadriga.errors import Problem, UserError
@@ -128,7 +128,8 @@ class JsonTokenizer:
         """Raises UserError, unless the files say that there is neither."""
         what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
         if tokens.guessed:
-            fix = "name bos_token and eos_token in tokenizer_config.json, or set both to null there to have it so"
+            begin = "name" if CONFIG in tokens.said else f"create {CONFIG} and name"
+            fix = f"{begin} bos_token and eos_token in {CONFIG}, or set both to null there to have it so"
             raise UserError(Problem(str(self._path), what, fix=fix))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:

@@ -139,14 +139,25 @@ WRONG = [
             "parallelism.data_parallel_replicate_degree (2) x parallelism.data_parallel_shard_degree (3)",
             "[run.toml, lines 2, 3]",
             "multiply to 6, and there are 4 ranks",
-            "start 6 ranks",
+            "start 6 ranks (NGPU=6 on one machine), or",
+            "parallelism.data_parallel_shard_degree = -1 takes",
         ),
         ranks=4,
     ),
     Wrong(
+        "one rank's degrees on two ranks",
+        "[parallelism]\ndata_parallel_shard_degree = 1",
+        ("multiply to 1, and there are 2 ranks", "start 1 rank (NGPU=1 on one machine), or"),
+        ranks=2,
+    ),
+    Wrong(
         "ranks that the other degrees do not divide",
         "[parallelism]\ndata_parallel_replicate_degree = 3",
-        ("4 ranks cannot be divided by 3", "a multiple of 3", "dp_shard = -1"),
+        (
+            "4 ranks cannot be divided by 3",
+            "a multiple of 3",
+            "start 3 ranks (NGPU=3 on one machine), or change the degrees",
+        ),
         ranks=4,
     ),
     Wrong(
@@ -304,6 +315,11 @@ WRONG = [
         "unknown data",
         '[training]\ndataset = "buildin"',
         ("training.dataset = buildin", "[run.toml, line 2]", "allowed: builtin, ", "did you mean: builtin"),
+    ),
+    Wrong(
+        "unknown data whose nearest name is torchtitan's",
+        '[training]\ndataset = "c5_test"',
+        ("training.dataset = c5_test", "c4, c4_test, c4_validation", "did you mean: c4_test"),
     ),
     Wrong(
         "unknown data with a path that tells",

@@ -95,8 +95,13 @@ def test_names_in_the_configuration_win(json_folder, tmp_path):
 def test_a_tokenizer_without_marks_is_refused(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
+    with pytest.raises(UserError, match="neither a BOS nor an EOS") as caught:
         build_tokenizer(str(tmp_path))
+    assert "create tokenizer_config.json and name bos_token and eos_token in" in caught.value.report
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="neither a BOS nor an EOS") as caught:
+        build_tokenizer(str(tmp_path))
+    assert "to do: name bos_token and eos_token in tokenizer_config.json" in caught.value.report
 
 
 def test_ranks_give_the_ids_of_tiktoken(ranks_file):
