@@ -7,6 +7,7 @@ from typing import Any
 
 from quadriga.checkpoint.folder import Found
 from quadriga.config import Run
+from quadriga.config.words import plural
 from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.optim.schedule import wind_to
@@ -43,9 +44,9 @@ def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
         logger.warning("the place in the data is not taken over: %s. Reading begins at the start of the data", why)
         return
     logger.info(
-        "data: going on behind document %d, of whose ids and those before it %d are still to come",
-        said["documents"],
-        said["tokens_left"],
+        "data: reading goes on where torchtitan stopped: %s read, with %s still to be trained on",
+        plural(said["documents"], "document"),
+        plural(said["tokens_left"], "id"),
     )
     if dataloader.window_overlap:
         logger.warning(

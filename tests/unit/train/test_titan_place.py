@@ -56,6 +56,12 @@ def test_the_place_in_the_data(name, caplog):
     assert [told in record.getMessage() for record in caplog.records] == ([True] if told else [])
 
 
+def test_it_says_where_reading_goes_on(caplog):
+    with caplog.at_level(logging.INFO):
+        go_on({"dataloader": PLACE})
+    assert "where torchtitan stopped: 5 documents read, with 30 ids still to be trained on" in caplog.text
+
+
 def test_the_step_and_the_tokens(caplog):
     state = go_on({"train_state": {"step": 7, "tokens_seen": 1234}})
     assert (state.step, state.tokens_seen) == (7, 1234)
