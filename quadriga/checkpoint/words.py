@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import is_url, local
@@ -115,6 +116,23 @@ def theirs_not_verified(found: Found) -> str:
         f"{found.path} was saved by torchtitan and holds {held}. It has no hashes to verify it by. Rows of query and "
         "key matrices are put in the order of rotated halves"
     )
+
+
+def unknown_place(said: Mapping[str, Any], shuffle: bool) -> str | None:
+    """Why this run cannot read on where torchtitan's data loader stood; None where it can, as far as its checkpoint
+    says (`said`: what `titan.look` found of the loader). Other data are met when they are opened."""
+    if (unknown := said.get("unknown")) is not None:
+        return str(unknown)
+    if not shuffle:
+        return None
+    return (
+        "it is one in the data's own order, and training.dataloader.shuffle is true here (to go on at its place: "
+        "training.dataloader.shuffle = false and training.dataloader.window_overlap = 0)"
+    )
+
+
+def place_is_lost(why: str) -> str:
+    return f"the place in the data is not taken over: {why}. Reading begins at the start of the data"
 
 
 def not_ours(path: str, reason: Exception) -> Problem:

@@ -87,7 +87,7 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
         return f"step 0, from the weights of {found.path}, which torchtitan saved"
     if found is not None:
         _fits(found, section, run)
-        return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
+        return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}{_lost_place(found, run)}"
     if section.initial_load_in_hf:
         place = section.initial_load_path or run.config.model.hf_assets_path
         _hf_weights(place, run)
@@ -103,7 +103,7 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
     if (found.resume or found.trainer) and found.contents == ("model",):  # whatever is excluded from loading
         raise UserError(words.holds_no(found, ["optimizer"]))
     _fits(found, section, run)
-    return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}"
+    return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}{_lost_place(found, run)}"
 
 
 def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
@@ -159,6 +159,14 @@ def _unverified(found: Found, look_deep: bool) -> str:
         return f", which {found.trainer} saved"
     size = checkpoints.size(found)
     return f" (its {show_bytes(size)} are verified at the start)" if look_deep and size > DRY_RUN_HASHED_BYTES else ""
+
+
+def _lost_place(found: Found, run: Run) -> str:
+    """That a run of torchtitan reads its data from the start, where the checkpoint and the configuration say so."""
+    if not found.trainer or "dataloader" in run.config.checkpoint.exclude_from_loading:
+        return ""
+    why = words.unknown_place(found.extra["dataloader"], run.config.training.dataloader.shuffle)
+    return f"; {words.place_is_lost(why)}" if why else ""
 
 
 def _fits(found: Found, section: Checkpoint, run: Run) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quadriga.checkpoint.folder import Found
+from quadriga.checkpoint.words import place_is_lost, unknown_place
+from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.words import plural
 from quadriga.errors import UserError
@@ -22,7 +24,7 @@ def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
         state.step, tokens = found.extra["train_state"]["step"], found.extra["train_state"]["tokens_seen"]
         if tokens is None:
             tokens = state.step * run.spec.tokens_per_step
-            logger.warning("it does not say how many tokens it has seen: taken as this run's batch times its steps")
+            _warn("it does not say how many tokens it has seen: taken as this run's batch times its steps")
         state.tokens_seen = tokens
     if "lr_scheduler" in found.extra:
         wind_to(state.schedule, found.extra["lr_scheduler"]["done"])
@@ -32,16 +34,15 @@ def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
 
 def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
     """Read on where torchtitan's loader stood, if these data are read in the order in which it reads them."""
-    dataloader, why = run.config.training.dataloader, said.get("unknown")
-    if why is None and dataloader.shuffle:
-        why = "it is one in the data's own order, and training.dataloader.shuffle is true here"
+    dataloader = run.config.training.dataloader
+    why = unknown_place(said, dataloader.shuffle)
     if why is None:
         try:
             state.loader.start_at(said["documents"], said["tokens_left"])
         except UserError as error:  # of other data: every rank meets the same
             why = f"{error.problems[0].where} {error.problems[0].what}"
     if why is not None:
-        logger.warning("the place in the data is not taken over: %s. Reading begins at the start of the data", why)
+        _warn(place_is_lost(why))
         return
     logger.info(
         "data: reading goes on where torchtitan stopped: %s read, with %s still to be trained on",
@@ -49,7 +50,13 @@ def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
         plural(said["tokens_left"], "id"),
     )
     if dataloader.window_overlap:
-        logger.warning(
+        _warn(
             "torchtitan's windows do not overlap, and here they do: training.dataloader.window_overlap = 0 reads as it "
             "would have"
         )
+
+
+def _warn(message: str) -> None:
+    """On the first rank alone: every rank finds the same."""
+    if collectives.rank() == 0:
+        logger.warning("%s", message)

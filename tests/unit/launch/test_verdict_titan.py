@@ -18,6 +18,7 @@ KEYS = (
 )
 FROM = ("--checkpoint.load_step=-1", "--checkpoint.folder=new", "--checkpoint.initial_load_path=RUN/checkpoint/step-3")
 LAST = (*FROM[:2], "--checkpoint.initial_load_path=RUN/checkpoint/step-6")
+IN_ORDER = ("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
 ALL = ("--checkpoint.no_initial_load_model_only",)
 
 
@@ -33,6 +34,16 @@ def without_values(folder: Path) -> None:
 
 CASES = [
     Case("goes on", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved"),
+    Case(
+        "goes on, with shuffled data", 0, "the place in the data is not taken over: it is one in the data's own order"
+    ),
+    Case("goes on in its data", 0, "which torchtitan saved run folder", IN_ORDER),
+    Case(
+        "goes on without its place",
+        0,
+        "which torchtitan saved run folder",
+        ("--checkpoint.exclude_from_loading=dataloader",),
+    ),
     Case("weights alone", 2, "holds the weights alone", ("--checkpoint.load_step=-1",)),
     Case("weights alone, but finished", 0, "finished", ("--checkpoint.load_step=-1", "--training.steps=6")),
     Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),

@@ -35,7 +35,7 @@ PLACE = {"ranks": 1, "documents": 5, "tokens_left": 30}
 CASES = {
     "in order": (PLACE, False, 0, (5, 30), None),
     "windows that overlap": (PLACE, False, 1, (5, 30), "window_overlap = 0 reads as it would have"),
-    "shuffled": (PLACE, True, 0, None, "training.dataloader.shuffle is true here"),
+    "shuffled": (PLACE, True, 0, None, "to go on at its place: training.dataloader.shuffle = false"),
     "other data": (
         {**PLACE, "documents": 101},
         False,
@@ -54,6 +54,14 @@ def test_the_place_in_the_data(name, caplog):
         state = go_on({"dataloader": said}, shuffle, overlap)
     assert state.loader.at == at
     assert [told in record.getMessage() for record in caplog.records] == ([True] if told else [])
+
+
+def test_the_first_rank_alone_says_it(monkeypatch, caplog):
+    monkeypatch.setattr("quadriga.comm.collectives.rank", lambda: 1)
+    with caplog.at_level(logging.WARNING):
+        go_on({"train_state": {"step": 7, "tokens_seen": None}, "dataloader": PLACE}, shuffle=True)
+        go_on({"dataloader": PLACE}, overlap=1)
+    assert not caplog.records
 
 
 def test_it_says_where_reading_goes_on(caplog):
