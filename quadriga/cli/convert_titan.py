@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quadriga.cli.convert import described_by, find_checkpoint
 from quadriga.config.changed_defaults import started_with
+from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError, printable
 from quadriga.log import logger
@@ -35,9 +36,12 @@ def to_torchtitan(source: str, out: str) -> None:
     states: dict[str, Any] = {}
     group: dict[str, Any] = {}
     why: str | None = None
+    ended = False
     if "optimizer" in found.contents:
         config = config_of(found)
         states, group = states_of(found, config)
+        phases = lr_phases(config.lr_scheduler, config.training.steps)
+        ended = found.extra["lr_scheduler"]["done"] >= phases.total
         position, why = position_of(found, config)
         if position is not None:
             states["dataloader"] = position
@@ -48,6 +52,9 @@ def to_torchtitan(source: str, out: str) -> None:
         logger.warning("it holds the weights alone, as the checkpoint does")
     else:
         start += " --checkpoint.no_initial_load_model_only"
+    if ended:
+        rest = "the end of this run's schedule: with more steps, torchtitan's first step uses it"
+        logger.warning(f"the rate saved is {group['lr']:g}, {rest}")
     if why is not None:
         logger.warning(f"its place in the data is left out: {why}. Its loader begins anew with {WITHOUT_DATA}")
         start += f" {WITHOUT_DATA}"

@@ -55,7 +55,9 @@ def values(step: Path) -> dict[str, object]:
 def test_names_and_values_are_those_of_torchtitan(start, monkeypatch, capsys):
     monkeypatch.chdir(start)
     assert main(["to-torchtitan", "out/checkpoint/step-4", "there"]) == 0
-    assert capsys.readouterr().out == "there/step-4\n"
+    told = capsys.readouterr()
+    assert told.out == "there/step-4\n"
+    assert "the rate saved" not in told.err
     theirs, ours = start / "out/checkpoint/step-3", start / "there/step-4"
     assert by_dcp(ours).keys() == by_dcp(theirs).keys()
     saved, wanted = values(ours), values(theirs)
@@ -116,6 +118,14 @@ def test_what_cannot_be_known_is_left_out(start, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "--checkpoint.exclude_from_loading dataloader" in told
     assert "shuffled its data" in told
+
+
+def test_a_finished_run_says_what_rate_its_next_step_has(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(start)
+    go_on(start / "finished", 1, 2, "--lr_scheduler.total_steps=2", "--lr_scheduler.warmup_steps=1")
+    main(["to-torchtitan", "finished", str(tmp_path)])
+    assert "the rate saved is 0, the end of this run's schedule" in capsys.readouterr().err
+    assert values(tmp_path / "step-2")["lr_scheduler._last_lr"] == [0.0]
 
 
 def test_weights_alone_and_what_is_refused(start, tmp_path, monkeypatch):
