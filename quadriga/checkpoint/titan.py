@@ -27,14 +27,15 @@ from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.checkpoint.refusal import PlanError, shown
-from quadriga.checkpoint.words import misfits
-from quadriga.errors import UserError
+from quadriga.errors import Problem, UserError
+from quadriga.units import show_some
 
 TRAINER = "torchtitan"
 STATE = "optimizer.state."  # what the names of moments begin with
 OTHERS = ("optimizer.", "train_state.", "lr_scheduler.", "dataloader.")  # what is no weight begins like one of these
 EMBEDDING = "tok_embeddings.weight"
 IN_LAYER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
+LAYER = re.compile(r"layers\.(\d+)\.")
 MOST_TOKENS = 1 << 53
 FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 MODEL, OPTIMIZER = "model.", "optimizer."  # what our names begin with
@@ -159,9 +160,23 @@ def refuse_other_model(
         for name, shape in wanted.items()
         if name in there and there[name] != shape
     )
+    if not (missing or surplus or reshaped):
+        return
+    saved, asked = _sizes({name: there[name] for name in weights}), _sizes(shapes)
+    if saved and asked and saved != asked:  # names and shapes would say the same at length
+        (layers, width, vocabulary), here = saved, ", ".join(f"{size:,}" for size in asked)
+        what = f"the checkpoint has {layers:,} layers, width {width:,}, vocabulary {vocabulary:,}"
+        raise UserError(Problem(where, f"another model: {what}; the configuration {here}", fix=FIX))
     kinds = (("the checkpoint lacks", missing), ("only the checkpoint has", surplus), ("shapes differ:", reshaped))
-    if problems := misfits(where, kinds, FIX):
-        raise UserError(*problems)
+    what = "; ".join(f"{kind} {show_some(names)}" for kind, names in kinds if names)
+    raise UserError(Problem(where, f"another model: {what}", fix=FIX))
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
+    """Layers, width and vocabulary of a whole model; None without an embedding."""
+    shape = shapes.get(EMBEDDING, ())
+    layers = {match[1] for name in shapes if (match := LAYER.match(name))}
+    return (len(layers), shape[1], shape[0]) if len(shape) == 2 else None
 
 
 def theirs(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -168,14 +169,16 @@ def test_another_model_is_refused_in_one_message(one):
     from dataclasses import replace
 
     for spec, what in (
-        (replace(SPEC, n_layers=3), r"the checkpoint lacks layers\.2\."),
-        (replace(SPEC, n_layers=1), r"only the checkpoint has layers\.1\."),
-        (replace(SPEC, ffn_dim=56), r"shapes differ: .*\[48, 16\] there, \[56, 16\] here"),
-        (replace(SPEC, tie_embeddings=True), r"only the checkpoint has output\.weight"),
+        (replace(SPEC, n_layers=3), r"has 2 layers, width 16, vocabulary 272; the configuration 3, 16, 272$"),
+        (replace(SPEC, n_layers=1, vocab_size=2048), r"has 2 layers, .*; the configuration 1, 16, 2,048$"),
+        (replace(SPEC, ffn_dim=56), r"another model: shapes differ: .*\[48, 16\] there, \[56, 16\] here"),
+        (replace(SPEC, tie_embeddings=True), r"another model: only the checkpoint has output\.weight$"),
     ):
         names = registry.titan_names(spec)
-        with pytest.raises(UserError, match=what):
+        with pytest.raises(UserError) as caught:
             read_titan(one / "step-3", {f"model.{n}": torch.zeros(s) for n, s in names.shapes.items()}, names, None)
+        (problem,) = caught.value.problems
+        assert re.search(what, problem.what), problem.what
 
 
 def test_a_torn_one_is_passed_over(one):

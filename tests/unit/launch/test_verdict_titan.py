@@ -49,7 +49,9 @@ CASES = [
     Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),
     Case("none is good", 3, "no published checkpoint is good", ("--checkpoint.load_step=-1",), without_values),
     Case("a step that is not there", 2, "has no checkpoint of this step", ("--checkpoint.load_step=2",)),
-    Case("another model", 2, "the checkpoint lacks layers.2.", ("--model.n_layers=3",)),
+    Case(
+        "another model", 2, "another model: the checkpoint has 2 layers, width 16, vocabulary", ("--model.n_layers=3",)
+    ),
     Case("another size", 2, "shapes differ", ("--model.ffn_dim=56",)),
     Case("its weights", 0, "step 0, from the weights of RUN/checkpoint/step-3, which torchtitan saved", FROM),
     Case("all of it", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved", (*FROM, *ALL)),
