@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.files import is_url, local
+from quadriga.checkpoint.files import files_at, is_url, local
 from quadriga.checkpoint.folder import Found
+from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.errors import Problem, UserError
 from quadriga.log import logger
 from quadriga.units import show_bytes, show_some
@@ -136,13 +137,36 @@ def place_is_lost(why: str) -> str:
 
 
 def not_ours(path: str, reason: Exception) -> Problem:
+    what, fix = f"no checkpoint: {reason}", None
+    with suppress(OSError, UserError):  # of a disk or server that does not answer: the reason tells of it
+        what, fix = _what_lies_at(path, what)
+    if _has_safetensors(path):
+        fix = "for Hugging Face weights add --checkpoint.initial_load_in_hf"
     return Problem(
         where="checkpoint.initial_load_path",
         value=path,
-        what=f"no checkpoint: {reason}",
+        what=what,
         allowed="a folder `step-N` of a run, the folder that holds them, or one of torch.distributed.checkpoint",
-        fix="for Hugging Face weights add --checkpoint.initial_load_in_hf" if _has_safetensors(path) else None,
+        fix=fix,
     )
+
+
+def _what_lies_at(path: str, damage: str) -> tuple[str, str | None]:
+    """What to say of a place that is no whole checkpoint, and what to do; `damage`: of one that has its files."""
+    files = files_at(path)
+    if not files.exists(path) and not files.names(path):
+        return "no checkpoint: nothing is there", "correct the path; relative ones are looked for from the start folder"
+    names = files.names(path) if is_url(path) or Path(path).is_dir() else []
+    if STATE_FILE in names or METADATA in names:
+        return damage, None
+    if torn := folders.damaged_in(path):
+        return f"no whole checkpoint is there: {'; '.join(torn)}", None
+    inside = folders.join(path, "checkpoint")
+    if any(folders.PUBLISHED.fullmatch(name) for name in files.names(inside)):
+        fix: str | None = f"its checkpoints lie in {inside}: name that folder, or a step-N in it"
+    else:
+        fix = "name a folder that holds one; for Hugging Face weights set checkpoint.initial_load_in_hf too"
+    return f"no checkpoint is there (neither {STATE_FILE} nor {METADATA})", fix
 
 
 def misfits(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str) -> list[Problem]:

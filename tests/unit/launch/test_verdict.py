@@ -109,9 +109,16 @@ CASES = [
     Case(
         "no weights to start from",
         2,
-        "no checkpoint",
+        "no checkpoint: nothing is there",
         ("--checkpoint.initial_load_path=nowhere",),
         lambda folder: (folder / "checkpoint").rename(folder / "old"),
+    ),
+    Case(
+        "a run folder for its checkpoints",
+        2,
+        "(neither train_state.json nor .metadata)",
+        ("--checkpoint.initial_load_path=RUN/old",),
+        lambda folder: [(folder / "old").mkdir(), (folder / "checkpoint").rename(folder / "old/checkpoint")],
     ),
     Case(
         "weights of the old folder",

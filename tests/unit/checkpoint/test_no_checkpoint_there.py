@@ -1,0 +1,23 @@
+"""What `initial_load_path` names and is no checkpoint is told for what it is."""
+
+from quadriga.checkpoint import words
+from quadriga.checkpoint.manifest import NotWhole
+
+
+def test_a_place_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint/step-3").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/model.safetensors").write_text("")
+    for path, what, fix in (
+        ("away", "nothing is there", "correct the path"),
+        ("file", "neither train_state.json nor .metadata", "initial_load_in_hf"),
+        ("hf", "neither train_state.json nor .metadata", "add --checkpoint.initial_load_in_hf"),
+        ("run", "neither train_state.json nor .metadata", f"lie in {run}/checkpoint"),
+        ("run/checkpoint", "step-3/train_state.json cannot be read", None),
+        ("run/checkpoint/step-3", "neither train_state.json nor .metadata", "name a folder that holds one"),
+    ):
+        problem = words.not_ours(str(tmp_path / path), NotWhole("train_state.json cannot be read"))
+        assert what in problem.what, path
+        assert (fix in problem.fix) if fix else problem.fix is None, path
