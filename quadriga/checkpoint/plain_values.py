@@ -9,6 +9,7 @@ and dicts cannot be shared through the memo, so that time and memory grow with t
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import zipfile
 from typing import Any, NoReturn
@@ -71,6 +72,7 @@ class _Values:
             if code == 0x2E:  # STOP
                 if len(stack) != 1 or self._at != len(self._data) or stack[0] in (MARK, ENCODE):
                     self._refuse(start, "an end with something left over")
+                self._check_depth(start)
                 return stack[0]
             if code in SIMPLE:
                 stack.append(SIMPLE[code])
@@ -129,6 +131,16 @@ class _Values:
             self._encode(start)
         else:
             self._refuse(start, "an opcode that no plain value is written with")
+
+    def _check_depth(self, start: int) -> None:
+        """Whoever goes through the value by recursion has to come to its end."""
+        level = self._stack
+        for _ in range(limits.METADATA_DEPTH):
+            inner = (one.values() if type(one) is dict else one for one in level if type(one) in (list, tuple, dict))
+            level = [*itertools.chain.from_iterable(inner)]
+            if not level:
+                return
+        self._refuse(start, f"a value that nests deeper than {limits.METADATA_DEPTH} levels")
 
     def _take(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count

@@ -26,7 +26,7 @@ class PlanError(Exception):
 def shown(value: Any) -> str:
     """A value from outside for a message: on one line, and short."""
     if type(value) in (list, tuple):
-        parts = ", ".join(shown(part) if type(part) is not list else "[...]" for part in value[:8])
+        parts = ", ".join("[...]" if type(part) in (list, tuple) else shown(part) for part in value[:8])
         return f"[{parts}, ...]" if len(value) > 8 else f"[{parts}]"
     if type(value) is int and abs(value) >> 128:
         return "a huge number"  # thousands of digits take quadratic time to print

@@ -12,7 +12,7 @@ import torch
 
 from quadriga import limits
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
-from quadriga.checkpoint.refusal import DTYPE_WORDS, PlanError
+from quadriga.checkpoint.refusal import DTYPE_WORDS, PlanError, shown
 
 VALUES = [
     None,
@@ -65,6 +65,8 @@ REFUSED = {
     "a name without an end": b"\x80\x02c_codecs",
     "protocol 0": pickle.dumps([1], 0),
     "text that is none": b"\x80\x04\x8c\x02\xff\xff.",
+    "a tuple of a thousand levels": b"\x80\x02N" + b"\x85" * 1000 + b".",
+    "a list of a hundred levels": b"\x80\x02" + b"]" * 100 + b"a" * 99 + b".",
 }
 
 
@@ -79,6 +81,14 @@ def test_what_is_too_long_is_not_looked_at():
         value_of(b"\x80\x04" + b"N" * limits.OBJECT_BYTES)
     with pytest.raises(PlanError, match="longer than a value may be"):
         value_in_archive(b"PK" * limits.OBJECT_BYTES)
+
+
+def test_a_value_of_any_depth_has_a_short_text():
+    value: object = ()
+    for _ in range(5000):
+        value = (value,)
+    assert shown(value) == "[[...]]"
+    assert shown([(1, 2), "a", 3]) == "[[...], 'a', 3]"
 
 
 def test_a_tensor_is_no_plain_value():
