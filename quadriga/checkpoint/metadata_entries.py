@@ -30,12 +30,12 @@ def read_entries(data: bytes) -> Entries:
     """The entries that the bytes of a `.metadata` describe. Raises PlanError where they are anything else."""
     if len(data) > limits.METADATA_BYTES:
         raise PlanError(f"longer than a plan may be ({limits.METADATA_BYTES:,} bytes)")
-    with _no_collection():
+    with no_collection():
         return _entries(Interpreter(data).run())
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Millions of objects that all stay: looking through them for garbage, again and again, takes most of the time."""
     was = gc.isenabled()
     gc.disable()

@@ -15,6 +15,7 @@ import zipfile
 from typing import Any, NoReturn
 
 from quadriga import limits
+from quadriga.checkpoint.metadata_entries import no_collection
 from quadriga.checkpoint.refusal import PlanError, shown
 
 MARK = object()
@@ -53,7 +54,8 @@ def value_of(data: bytes) -> Any:
     if len(data) > limits.OBJECT_BYTES:
         raise PlanError(f"longer than a value may be ({limits.OBJECT_BYTES:,} bytes)")
     try:
-        return _Values(data).run()
+        with no_collection():
+            return _Values(data).run()
     except (IndexError, struct.error):
         raise PlanError("ends too early, or takes what was never put there") from None
     except ValueError:
@@ -65,10 +67,11 @@ class _Values:
         self._data, self._at = data, 0
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._encoded = 0
 
     def run(self) -> Any:
         stack = self._stack
-        while True:
+        for _ in range(limits.OBJECT_OPCODES):
             start = self._at
             code = self._take(1)[0]
             if code == 0x2E:  # STOP
@@ -100,6 +103,7 @@ class _Values:
                 stack.append([] if code == 0x5D else {})
             else:
                 self._rarer(code, start)
+        raise PlanError(f"holds more values than one may ({limits.OBJECT_OPCODES:,} opcodes)")
 
     def _rarer(self, code: int, start: int) -> None:
         stack = self._stack
@@ -188,6 +192,8 @@ class _Values:
         keys = values[::2]
         if len(values) % 2 or not all(type(key) in (str, int) for key in keys):
             self._refuse(start, "keys that are neither texts nor numbers, or one without a value")
+        if any(type(key) is str and len(key) > limits.PLAN_NAME for key in keys):
+            self._refuse(start, "a key longer than any name")  # equal keys are compared letter by letter
         self._top(dict, start).update(zip(keys, values[1::2], strict=True))
 
     def _encode(self, start: int) -> None:
@@ -198,6 +204,9 @@ class _Values:
         text, coding = arguments
         if type(text) is not str or coding != "latin1":
             self._refuse(start, "a call that no plain value needs")
+        self._encoded += len(text)
+        if self._encoded > len(self._data):
+            self._refuse(start, "a text that is encoded again and again")
         self._stack.append(text.encode("latin1"))
 
     def _refuse(self, start: int, what: str) -> NoReturn:

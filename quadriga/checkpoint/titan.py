@@ -213,14 +213,14 @@ class _Values:
         }
 
     def _count(self, name: str, least: int = 0, most: int = limits.COUNT) -> int:
-        value = self._value(name)
+        value = self._value(name, limits.OBJECT_NUMBER_BYTES)
         if type(value) is not int or not least <= value <= most:
             raise PlanError(f"{name} is {shown(value)}, which is no count")
         return value
 
-    def _value(self, name: str) -> Any:
+    def _value(self, name: str, most: int = limits.OBJECT_BYTES) -> Any:
         file, start, length = self._objects[name]
-        return value_in_archive(_bytes(self._files, self._path, file, start, length, limits.OBJECT_BYTES))
+        return value_in_archive(_bytes(self._files, self._path, file, start, length, most))
 
     def _position(self, ranks: int) -> dict[str, Any]:
         """How many documents the data loader has begun, and how many ids of them it has not dealt out."""

@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 
 import pytest
@@ -66,6 +67,11 @@ REFUSED = {
     "another function": b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00lsX\x06\x00\x00\x00latin1\x86R.",
     "a name without an end": b"\x80\x02c_codecs",
     "protocol 0": pickle.dumps([1], 0),
+    "a text that is encoded many times": (
+        b"\x80\x02(" + b"c_codecs\nencode\nq\0X\x00\x10\x00\x00" + b"a" * 4096 + b"q\1"
+        b"X\x06\x00\x00\x00latin1q\2\x86R" + b"h\0h\1h\2\x86R" * 2 + b"t."
+    ),
+    "a key of a million letters": b"\x80\x02}X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"Ns.",
     "text that is none": b"\x80\x04\x8c\x02\xff\xff.",
     "a tuple of a thousand levels": b"\x80\x02N" + b"\x85" * 1000 + b".",
     "a list of a hundred levels": b"\x80\x02" + b"]" * 100 + b"a" * 99 + b".",
@@ -83,6 +89,26 @@ def test_what_is_too_long_is_not_looked_at():
         value_of(b"\x80\x04" + b"N" * limits.OBJECT_BYTES)
     with pytest.raises(PlanError, match="longer than a value may be"):
         value_in_archive(b"PK" * limits.OBJECT_BYTES)
+
+
+@pytest.mark.parametrize("opcode", [b"]", b"N", b"(", b"K\1"])
+def test_a_value_of_too_many_parts_ends_early(opcode, monkeypatch):
+    monkeypatch.setattr(limits, "OBJECT_OPCODES", 1000)
+    with pytest.raises(PlanError, match="more values than one may"):
+        value_of(b"\x80\x02" + opcode * 2000)
+    assert value_of(pickle.dumps([1] * 900)) == [1] * 900
+
+
+def test_memory_grows_little_with_a_value_of_the_longest(monkeypatch):
+    """All that an opcode of a byte can make is a list, of 64 bytes with its place."""
+    tracemalloc.start()
+    try:
+        monkeypatch.setattr(limits, "OBJECT_OPCODES", limits.OBJECT_OPCODES // 20)
+        with pytest.raises(PlanError):
+            value_of(b"\x80\x02" + b"]" * (limits.OBJECT_BYTES // 20))
+        assert tracemalloc.get_traced_memory()[1] < 200e6 / 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_value_of_any_depth_has_a_short_text():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from theirs import SPEC, by_dcp, expected, our_name, unpack
 
+from quadriga import limits
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import titan
 from quadriga.checkpoint.folder import CheckpointError, NotWhole
@@ -237,6 +238,15 @@ def test_a_step_that_cannot_be_is_refused(value, what, one):
     torch.save(value, stream)
     _put(one / "step-3", "train_state.step", stream.getvalue())
     with pytest.raises(NotWhole, match=what):
+        titan.look(one / "step-3")
+
+
+def test_a_number_is_short(one):
+    """Only a data loader's state may be long; a number behind megabytes of others is refused before it is read."""
+    stream = io.BytesIO()
+    torch.save("a" * 2 * limits.OBJECT_NUMBER_BYTES, stream)
+    _put(one / "step-3", "train_state.step", stream.getvalue())
+    with pytest.raises(NotWhole, match="more than a value may have"):
         titan.look(one / "step-3")
 
 
