@@ -20,10 +20,12 @@ from quadriga.checkpoint.refusal import FORMAT, PlanError, shown
 @dataclass(frozen=True)
 class Entries:
     """`plan`: the tensors, as `plan.json` has them. `objects`: what is no tensor, a pickle in an archive of
-    `torch.save` each: (file, first byte, bytes) by name. Those without a place are left out."""
+    `torch.save` each: (file, first byte, bytes) by name. Those without a place are left out, and those that were
+    transformed as they were saved: these are in `transformed`, the transforms by name."""
 
     plan: dict[str, Any]
     objects: dict[str, tuple[str, int, int]]
+    transformed: dict[str, list[Any]]
 
 
 def read_entries(data: bytes) -> Entries:
@@ -58,13 +60,18 @@ def _entries(value: Any) -> Entries:
     files: dict[str, int] = {}
     tensors: dict[str, Any] = {}
     objects: dict[str, tuple[str, int, int]] = {}
+    transformed: dict[str, list[Any]] = {}
     for name, entry in zip(entries[::2], entries[1::2], strict=True):
         if type(name) is not str or type(entry) is not Record or name in tensors:
             raise PlanError(f"{shown(name)} is no name of a tensor")
         if entry.kind == "BytesStorageMetadata":
             info = infos.get((name, None))
-            if info is not None and len(info) == 3:
-                objects[name] = info
+            if info is not None:
+                (file, start, length), kinds = info[:3], info[3:]
+                if kinds:
+                    transformed[name] = kinds[0]
+                else:
+                    objects[name] = file, start, length
             continue
         if not is_whole(entry, "TensorStorageMetadata"):
             raise PlanError(f"{shown(name)} is neither a tensor nor bytes")
@@ -77,4 +84,4 @@ def _entries(value: Any) -> Entries:
                 raise PlanError(f"{shown(name)} has a chunk at {shown(offsets)} that lies in no file")
             chunks.append([[*offsets], [*sizes], files.setdefault(info[0], len(files)), *info[1:]])
         tensors[name] = {"dtype": dtype, "shape": [*size], "chunks": chunks}
-    return Entries({"format": FORMAT, "files": [*files], "tensors": tensors}, objects)
+    return Entries({"format": FORMAT, "files": [*files], "tensors": tensors}, objects, transformed)

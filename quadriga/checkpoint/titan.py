@@ -104,6 +104,9 @@ def look(path: Place) -> Found | None:
         entries = read_entries(_bytes(files, path, METADATA, 0, None, limits.METADATA_BYTES))
         if not _is_titans(entries):
             return None
+        for name, kinds in entries.transformed.items():
+            what = f"was transformed as it was saved ({shown(kinds)}), which is not read: save it anew without"
+            raise PlanError(f"{shown(name)} {what}")
         _check_files(entries, files, path)
         said = _Values(entries, files, path)
         contents = ("model", "optimizer") if said.has_training else ("model",)

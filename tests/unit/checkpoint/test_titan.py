@@ -250,6 +250,17 @@ def test_a_number_is_short(one):
         titan.look(one / "step-3")
 
 
+def test_transformed_values_are_refused(one):
+    """They are not taken for absent: the training state would be lost without a word."""
+    metadata = pickle.loads((one / "step-3/.metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "train_state.step":
+            info.transform_descriptors = ["stream.zstd/1"]
+    (one / "step-3/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(NotWhole, match=r"'train_state\.step' was transformed as it was saved .*zstd"):
+        titan.look(one / "step-3")
+
+
 def _put(step: Path, name: str, archive: bytes) -> None:
     """Write another value behind the others, and let `.metadata` lead there."""
     with (step / "__0_0.distcp").open("ab") as file:
