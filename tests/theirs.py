@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import struct
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -71,3 +74,17 @@ def our_name(theirs: str) -> str:
 def copy_of(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     return to
+
+
+def zip64(value: bytes, start: int) -> bytes:
+    """An archive of one record whose first byte the directory gives as a number of 64 bits."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a/data.pkl", value)
+    content = stream.getvalue()
+    at, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
+    entry = bytearray(content[at:end])
+    entry[30:32], entry[42:46] = b"\x0c\x00", b"\xff" * 4
+    entry += struct.pack("<HHQ", 1, 8, start)
+    closing = content[end : end + 12] + struct.pack("<LL", len(entry), at) + content[end + 20 :]
+    return content[:at] + bytes(entry) + closing

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import torch
 from fuzzing import Reader
-from theirs import SPEC, unpack
+from theirs import SPEC, unpack, zip64
 
 from quadriga.checkpoint import titan
 from quadriga.checkpoint.folder import CheckpointError, NotWhole
+from quadriga.checkpoint.plain_values import value_in_archive, value_of
+from quadriga.checkpoint.refusal import PlanError, shown
 from quadriga.checkpoint.tensors import read, write
 from quadriga.checkpoint.titan_read import read_titan
 from quadriga.errors import Problem, UserError
@@ -57,11 +60,40 @@ def read_theirs(folder: Path) -> None:
         raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
 
 
+def build_value(folder: Path) -> None:
+    """A state as torchtitan's data loader has it, and an archive of it whose directory gives places in 64 bits."""
+    (folder / "value.pkl").write_bytes(pickle.dumps({"dataset_state": {"token_buffer": [5, 300], "name": b"x"}}, 2))
+    (folder / "value.zip").write_bytes(zip64((folder / "value.pkl").read_bytes(), 0))
+
+
+def read_value(folder: Path) -> None:
+    try:
+        for value in (
+            value_of((folder / "value.pkl").read_bytes()),
+            value_in_archive((folder / "value.zip").read_bytes()),
+        ):
+            assert len(shown(value)) < 1000
+            json.dumps(value, default=str)  # whoever goes through it by recursion comes to its end
+    except PlanError as error:
+        raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
+
+
+PICKLES = [
+    b"\x85" * 5000,
+    b"]" * 5000,
+    b"(" * 5000,
+    b"h\x00" * 300,
+    b"c_codecs\nencode\n",
+    b"}",
+    b"a" * 3000,
+    b"\xff" * 8,
+]
 TOKENS = [b'"torch.float32"', b"[[0],[1],0,0,9]", b"\x8c\x05posix\x8c\x06system\x93", b"PK\x03\x04", b"PK\x05\x06"]
 READERS = [
     Reader("checkpoint: plan.json", build, read_it, TOKENS, ("saved/plan.json",)),
     Reader("checkpoint: .metadata", build_older, read_it, TOKENS, ("saved/.metadata",)),
     Reader("checkpoint: torchtitan, .metadata", build_theirs, read_theirs, TOKENS, ("run/step-3/.metadata",)),
     Reader("checkpoint: torchtitan, values", build_theirs, read_theirs, TOKENS, ("run/step-3/*.distcp",)),
+    Reader("checkpoint: torchtitan, a value", build_value, read_value, PICKLES, ("value.*",)),
     Reader("checkpoint: tensors", build, read_it, TOKENS, ("saved/*.distcp",)),
 ]

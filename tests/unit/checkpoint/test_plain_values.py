@@ -6,12 +6,11 @@ import collections
 import io
 import pickle
 import random
-import struct
 import tracemalloc
-import zipfile
 
 import pytest
 import torch
+from theirs import zip64
 
 from quadriga import limits
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
@@ -117,20 +116,6 @@ def test_a_value_of_any_depth_has_a_short_text():
         value = (value,)
     assert shown(value) == "[[...]]"
     assert shown([(1, 2), "a", 3]) == "[[...], 'a', 3]"
-
-
-def zip64(value: bytes, start: int) -> bytes:
-    """An archive of one record whose first byte the directory gives as a number of 64 bits."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("a/data.pkl", value)
-    content = stream.getvalue()
-    at, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
-    entry = bytearray(content[at:end])
-    entry[30:32], entry[42:46] = b"\x0c\x00", b"\xff" * 4
-    entry += struct.pack("<HHQ", 1, 8, start)
-    closing = content[end : end + 12] + struct.pack("<LL", len(entry), at) + content[end + 20 :]
-    return content[:at] + bytes(entry) + closing
 
 
 @pytest.mark.parametrize("start", [1, 1 << 40, 1 << 63, (1 << 64) - 1])
