@@ -50,6 +50,8 @@ class Search:
         for one in reversed(whole):
             found = self._looked_at(one) if asked in (-1, one.step) else None
             if found is not None and self._is_good(found):
+                if words.is_last_save(found):  # whatever is excluded from loading: it does not say its step
+                    raise UserError(words.weights_alone(found))
                 if found.trainer:
                     logger.info(words.theirs_not_verified(found))
                 self._say_what_it_costs(found, whole)

@@ -100,6 +100,11 @@ def no_manifest(path: str) -> str:
     return f"{path} has no train_state.json, and its tensors have not torchtitan's names"
 
 
+def is_last_save(found: Found) -> bool:
+    """Whether it is torchtitan's last save: weights of a step above 0, and nothing else."""
+    return bool(found.trainer) and found.resume and found.contents == ("model",)
+
+
 def weights_alone(found: Found) -> Problem:
     """Of a last save of torchtitan."""
     return Problem(

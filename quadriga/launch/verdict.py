@@ -190,6 +190,8 @@ def _fits_titan(found: Found, section: Checkpoint, run: Run) -> None:
     """Refuse a checkpoint of torchtitan that is not of this model, or lacks moments that are to be loaded."""
     if not found.trainer:
         return
+    if words.is_last_save(found):  # whatever is excluded from loading
+        raise UserError(words.weights_alone(found))
     parts = {"model", "optimizer"} if found.resume else {"model"}
     wanted = parts - set(section.exclude_from_loading)
     if absent := sorted(wanted - set(found.contents)):

@@ -19,6 +19,7 @@ KEYS = (
 FROM = ("--checkpoint.load_step=-1", "--checkpoint.folder=new", "--checkpoint.initial_load_path=RUN/checkpoint/step-3")
 LAST = (*FROM[:2], "--checkpoint.initial_load_path=RUN/checkpoint/step-6")
 IN_ORDER = ("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
+NO_MOMENTS = "--checkpoint.exclude_from_loading=optimizer"
 ALL = ("--checkpoint.no_initial_load_model_only",)
 
 
@@ -45,6 +46,7 @@ CASES = [
         ("--checkpoint.exclude_from_loading=dataloader",),
     ),
     Case("weights alone", 2, "holds the weights alone", ("--checkpoint.load_step=-1",)),
+    Case("weights alone without the optimizer", 2, "holds the weights alone", ("--checkpoint.load_step=-1", NO_MOMENTS)),
     Case("weights alone, but finished", 0, "finished", ("--checkpoint.load_step=-1", "--training.steps=6")),
     Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),
     Case("none is good", 3, "no published checkpoint is good", ("--checkpoint.load_step=-1",), without_values),
