@@ -9,6 +9,8 @@ from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.refusal import PLAN_FILE
 
 HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's form
+SHARDED = "sharded"  # the folder in such a save that holds what each rank wrote
+SHARDS = (".safetensors", ".distcp")
 
 
 def has_foreign_plan(files: Files, path: Place) -> bool:
@@ -27,12 +29,18 @@ def is_foreign_here(path: Place) -> bool:
 
 
 def is_someone_elses(files: Files, path: Place) -> bool:
-    """Whether a folder (no link to one) holds weights, and nothing that every checkpoint of ours has."""
+    """Whether a folder (no link to one) holds weights, and nothing that every checkpoint of ours has. One that
+    a kill cut off counts: its shards may lack their plan, or lie in `sharded` alone."""
     if files.renames and os.path.islink(local(path)):
         return False
     names = set(files.names(path))
-    weights = METADATA in names or HF_INDEX in names or any(name.endswith(".safetensors") for name in names)
-    return weights and not names & {STATE_FILE, PLAN_FILE}
+    weights = names & {METADATA, HF_INDEX, SHARDED} or any(name.endswith(SHARDS) for name in names)
+    return bool(weights) and not names & {STATE_FILE, PLAN_FILE}
+
+
+def is_hugging_face(files: Files, path: Place) -> bool:
+    """Whether a folder holds weights in Hugging Face's form, not only what each rank wrote of them."""
+    return any(name == HF_INDEX or name.endswith(".safetensors") for name in files.names(path))
 
 
 def name_aside(files: Files, folder: str, step: int) -> str:

@@ -27,6 +27,7 @@ from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.checkpoint.refusal import PlanError, shown
+from quadriga.checkpoint.words import no_state
 from quadriga.errors import Problem, UserError
 from quadriga.units import show_some
 
@@ -57,31 +58,33 @@ class Names(Protocol):
 def candidates(folder: Place, damaged: Iterable[tuple[int, str]]) -> tuple[list[Found], list[tuple[int, str]]]:
     """Of the folders that are no checkpoint of ours (step, why): those that may be torchtitan's, and the others.
 
-    A candidate is to be looked at (`look`) before it is used. One whose weights are in Hugging Face's form is in
-    neither list."""
+    A candidate is to be looked at (`look`) before it is used."""
     files, theirs, left = files_at(folder), [], []
     for step, why in damaged:
         path = folders.published(folder, step)
         try:
             if others.has_foreign_plan(files, path):
                 theirs.append(Found(step, path, (), place=path, trainer=TRAINER))
-            elif not others.is_someone_elses(files, path):
+            elif others.is_someone_elses(files, path):
+                left.append((step, no_state(path, others.is_hugging_face(files, path))))
+            else:
                 left.append((step, why))
         except OSError:
             left.append((step, why))
     return theirs, left
 
 
-def newest(folder: Place, step: int = -1) -> Found | None:
+def newest(folder: Place, step: int = -1, least: int = 0) -> Found | None:
     """The newest checkpoint in a folder, ours or theirs, that is whole by name and size, or that of a step; None where
-    there is none. Quick: of theirs only those are looked at that are newer than the newest of ours."""
+    there is none. Of theirs only those are looked at that are newer than the newest of ours, and of step `least` on:
+    a look reads all of `.metadata`, which takes seconds for a large model."""
     own, files = folders.find(folder, step), files_at(folder)
     if not files.renames:  # its trainer saves to folders alone
         return own
     named = sorted(int(match[1]) for name in files.names(folder) if (match := folders.PUBLISHED.fullmatch(name)))
     for number in reversed(named):
         path = folders.published(folder, number)
-        if own is not None and own.step >= number:
+        if number < least or (own is not None and own.step >= number):
             break
         if step in (-1, number):
             with suppress(NotWhole, OSError):

@@ -100,6 +100,16 @@ def no_manifest(path: str) -> str:
     return f"{path} has no train_state.json, and its tensors have not torchtitan's names"
 
 
+def no_state(path: str, hugging_face: bool) -> str:
+    """Of a step that another trainer saved without a plan of torch.distributed.checkpoint."""
+    if not hugging_face:
+        return f"{path} holds no checkpoint of ours, and of another trainer's a part alone: its save never ended"
+    return (
+        f"{path} holds weights in Hugging Face's form, from which no run can go on: start a new run from them (another "
+        "job.dump_folder, this folder as checkpoint.initial_load_path, and checkpoint.initial_load_in_hf)"
+    )
+
+
 def is_last_save(found: Found) -> bool:
     """Whether it is torchtitan's last save: weights of a step above 0, and nothing else."""
     return bool(found.trainer) and found.resume and found.contents == ("model",)

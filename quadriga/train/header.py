@@ -60,7 +60,7 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
 def say_if_finished(run: Run) -> bool:
     """Whether the newest checkpoint is the last step already; then say so, and how to go on from there."""
     section, spec = run.config.checkpoint, run.spec
-    found = titan.newest(spec.folders.checkpoint, section.load_step)
+    found = titan.newest(spec.folders.checkpoint, section.load_step, least=spec.steps)  # on every rank
     if found is None or found.step < spec.steps:
         return False
     logger.info("this run is finished: %s is step %d of %d", found.path, found.step, spec.steps)

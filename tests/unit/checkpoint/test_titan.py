@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from quadriga.checkpoint.folder import CheckpointError, NotWhole
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.titan_read import halves, neighbours, read_titan
 from quadriga.config.schema import Checkpoint
-from quadriga.errors import UserError
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 from quadriga.models import registry
+from quadriga.train import header
 
 NAMES = registry.titan_names(SPEC)
 
@@ -54,6 +57,13 @@ def manager(folder: Path, **keys: object) -> CheckpointManager:
 
 def flat(states: dict[str, Held]) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value for part, state in states.items() for name, value in state.held.items()}
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
+    caplog.set_level(logging.INFO, "quadriga")
+    return caplog
 
 
 @pytest.fixture
@@ -204,6 +214,55 @@ def test_names_that_are_not_theirs_are_no_checkpoint_of_theirs(tmp_path):
     assert titan.look(place) is None
     with pytest.raises(CheckpointError, match="have not torchtitan's names"):
         manager(tmp_path).find()
+
+
+def test_whether_a_run_is_finished_is_seen_without_a_look_into_an_unfinished_one(one, monkeypatch):
+    """Every rank asks for it at each start, and `.metadata` of a large model has many megabytes."""
+    looked = []
+    real = titan.look
+    monkeypatch.setattr(titan, "look", lambda path: looked.append(Path(path).name) or real(path))
+    places = SimpleNamespace(checkpoint=str(one), dump=str(one.parent))
+    for steps, step, finished in ((9, -1, False), (7, 6, False), (6, -1, True), (5, -1, True), (3, 3, True)):
+        looked.clear()
+        spec = SimpleNamespace(steps=steps, folders=places)
+        run = SimpleNamespace(config=SimpleNamespace(checkpoint=Checkpoint(load_step=step)), spec=spec)
+        assert header.say_if_finished(run) == finished
+        assert looked == ([f"step-{6 if step == -1 else step}"] if finished else [])
+
+
+INDEX = "model.safetensors.index.json"
+WITHOUT_A_PLAN = {
+    "a last save in Hugging Face's form": ((INDEX, "model-00001-of-00001.safetensors"), "initial_load_in_hf"),
+    "shards that were never put together": (("sharded/shard-00001-model-00001-of-00001.safetensors",), "never ended"),
+    "a save that was cut off": (("__0_0.distcp", "__1_0.distcp"), "never ended"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_PLAN)
+def test_a_save_of_theirs_without_a_plan_is_named_and_kept(name, one, heard):
+    written, says = WITHOUT_A_PLAN[name]
+    (one / "step-6").rename(one.parent / "away")
+    for file in written:
+        (one / "step-6" / file).parent.mkdir(parents=True, exist_ok=True)
+        (one / "step-6" / file).write_bytes(file.encode())
+    before, states = _contents(one / "step-6"), parts()
+    keeper = manager(one)
+    assert keeper.find().step == 3
+    assert str(one / "step-6") in heard.text
+    assert says in heard.text
+    keeper.save(6, states, {})
+    assert _contents(one / "step_6.theirs") == before
+    assert folders.read(one / "step-6").step == 6
+
+
+def test_a_last_save_in_hugging_faces_form_alone_is_no_start_from_scratch(tmp_path):
+    (tmp_path / "step-6").mkdir()
+    (tmp_path / "step-6" / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="initial_load_in_hf") as told:
+        manager(tmp_path).find()
+    assert told.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
+    with pytest.raises(CheckpointError, match="initial_load_in_hf"):
+        manager(tmp_path, load_step=6).find()
 
 
 class Evil:

@@ -33,6 +33,14 @@ def without_values(folder: Path) -> None:
         path.write_bytes(b"\x80\x04cposix\nsystem\n.")
 
 
+def in_hugging_faces_form(folder: Path) -> None:
+    for step in (3, 6):
+        shutil.rmtree(folder / f"checkpoint/step-{step}")
+    place = folder / "checkpoint/step-5"
+    place.mkdir()
+    (place / "model.safetensors.index.json").write_text("{}")
+
+
 CASES = [
     Case("goes on", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved"),
     Case(
@@ -46,10 +54,13 @@ CASES = [
         ("--checkpoint.exclude_from_loading=dataloader",),
     ),
     Case("weights alone", 2, "holds the weights alone", ("--checkpoint.load_step=-1",)),
-    Case("weights alone without the optimizer", 2, "holds the weights alone", ("--checkpoint.load_step=-1", NO_MOMENTS)),
+    Case(
+        "weights alone without the optimizer", 2, "holds the weights alone", ("--checkpoint.load_step=-1", NO_MOMENTS)
+    ),
     Case("weights alone, but finished", 0, "finished", ("--checkpoint.load_step=-1", "--training.steps=6")),
     Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),
     Case("none is good", 3, "no published checkpoint is good", ("--checkpoint.load_step=-1",), without_values),
+    Case("in HF form", 3, "checkpoint.initial_load_in_hf", ("--checkpoint.load_step=-1",), in_hugging_faces_form),
     Case("a step that is not there", 2, "has no checkpoint of this step", ("--checkpoint.load_step=2",)),
     Case(
         "another model", 2, "another model: the checkpoint has 2 layers, width 16, vocabulary", ("--model.n_layers=3",)
