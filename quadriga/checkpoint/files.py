@@ -263,8 +263,11 @@ class ObjectFiles:
     def remove(self, path: Place) -> None:
         def remove() -> None:
             self._system.invalidate_cache()
-            if self._system.exists(str(path)):
+            try:
                 self._system.rm(str(path), recursive=True)
+            except FileNotFoundError:  # asked for afterwards, since it costs a store a request or two
+                if self._system.exists(str(path)):
+                    raise
 
         self.retried(remove)
 

@@ -119,7 +119,7 @@ def publish(
     if not files.renames:
         files.write(join(name, STATE_FILE), manifest)
         with suppress(OSError):  # it is published; what is left goes at the next start
-            _remove_others(files, name, token)
+            others.remove_saves(files, name, keep=token)
         return name
     files.write(join(place, STATE_FILE), manifest)  # flushes the names of all files of the place, too
     outdated = _set_aside(files, folder, step) if files.exists(name) else None
@@ -223,8 +223,18 @@ def unpublished_in(folder: Place) -> list[str]:
     files = files_at(folder)
     if files.renames:
         return [name for _, name in _named(folder, SAVING)]
+    return _without_manifest(files, folder, someone_elses=False)
+
+
+def someone_elses_in(folder: Place) -> list[str]:
+    """On an object store: the steps that another trainer saved, from which nothing here can go on."""
+    files = files_at(folder)
+    return [] if files.renames else _without_manifest(files, folder, someone_elses=True)
+
+
+def _without_manifest(files: Files, folder: Place, someone_elses: bool) -> list[str]:
     named = [name for _, name in _named(folder, PUBLISHED, with_manifest=False)]
-    return [name for name in named if not others.is_someone_elses(files, join(folder, name))]
+    return [name for name in named if others.is_someone_elses(files, join(folder, name)) == someone_elses]
 
 
 def find(folder: Place, step: int = -1) -> Found | None:
@@ -274,9 +284,8 @@ def delete_old(
             continue
         if files.renames:
             files.remove(_set_aside(files, folder, step))
-        else:  # without its manifest it is no checkpoint any more
-            files.remove(join(published(folder, step), STATE_FILE))
-            files.remove(published(folder, step))
+        else:
+            others.remove_step(files, published(folder, step))
         gone.append(step)
     return gone
 
@@ -304,7 +313,7 @@ def clean_up(folder: Place) -> list[str]:
             files.remove(join(folder, name))
             done.append(f"{name} (never published): removed")
         for found in whole_in(folder):
-            _remove_others(files, found.path, found.place.rpartition("/")[2])
+            others.remove_saves(files, found.path, keep=found.place.rpartition("/")[2])
         return done
     for step, hidden_name in [*_named(folder, SAVING), *_named(folder, DELETING)]:
         try:
@@ -346,11 +355,9 @@ def sorted_out(folder: Place) -> tuple[list[Found], list[tuple[int, str]]]:
 
 
 def _is_whole(path: Place) -> bool:
-    try:
-        read(path)
-    except NotWhole:
-        return False
-    return True
+    with suppress(NotWhole):
+        return bool(read(path))
+    return False
 
 
 def _named(folder: Place, pattern: re.Pattern[str], with_manifest: bool | None = None) -> list[tuple[int, str]]:
@@ -391,10 +398,3 @@ def _set_aside(files: Files, folder: Place, step: int) -> str:
         files.remove(aside)
     files.rename(published(folder, step), aside)
     return aside
-
-
-def _remove_others(files: Files, path: Place, token: str) -> None:
-    """On an object store: the files of saves of this step that are not the published one."""
-    for name in files.names(path):
-        if name not in (token, STATE_FILE):
-            files.remove(join(path, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from quadriga.checkpoint.files import Files, Place, files_at, local
-from quadriga.checkpoint.manifest import METADATA, STATE_FILE
+from quadriga.checkpoint.manifest import METADATA, STATE_FILE, TOKEN
 from quadriga.checkpoint.refusal import PLAN_FILE
 
 HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's form
@@ -55,3 +55,21 @@ def name_aside(files: Files, folder: str, step: int) -> str:
 def remove_unless_someone_elses(files: Files, path: Place) -> None:
     if not is_someone_elses(files, path):
         files.remove(path)
+
+
+def remove_saves(files: Files, path: Place, keep: str = "") -> None:
+    """On an object store: the files of our saves of a step, but those of the save `keep`. What another trainer left
+    under the same name stays."""
+    for name in files.names(path):
+        if TOKEN.fullmatch(name) and name != keep:
+            files.remove(f"{path}/{name}")
+
+
+def remove_step(files: Files, path: Place) -> None:
+    """On an object store: a checkpoint of ours. It is none as soon as its manifest is gone."""
+    manifest = f"{path}/{STATE_FILE}"
+    files.remove(manifest)
+    if all(TOKEN.fullmatch(name) for name in files.names(path)):
+        files.remove(path)  # at once, with a folder that holds nothing more, where the store has folders
+    else:
+        remove_saves(files, path)

@@ -67,6 +67,8 @@ class Search:
             raise UserError(words.no_folder(self._folder))  # a disk that is not mounted is no reason to start anew
         for reason in folders.no_folders(self._folder):
             logger.warning(reason)
+        if foreign := folders.someone_elses_in(self._folder):
+            logger.warning(words.not_read_from_stores(self._folder, foreign))
         whole, damaged = folders.sorted_out(self._folder)
         theirs, damaged = titan.candidates(self._folder, damaged)
         whole = sorted([*whole, *theirs], key=lambda found: found.step)

@@ -110,6 +110,13 @@ def no_state(path: str, hugging_face: bool) -> str:
     )
 
 
+def not_read_from_stores(folder: str, names: list[str]) -> str:
+    return (
+        f"{folder}: saved by another trainer, passed over and kept: {', '.join(names)}. To go on from such a step, "
+        "copy the folder to a disk: checkpoints of torchtitan are read from there alone"
+    )
+
+
 def is_last_save(found: Found) -> bool:
     """Whether it is torchtitan's last save: weights of a step above 0, and nothing else."""
     return bool(found.trainer) and found.resume and found.contents == ("model",)

@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"DAMAGED: {reason}")
     for reason in folders.no_folders(folder):
         print(reason)
+    for name in folders.someone_elses_in(folder):
+        print(f"{name}: saved by another trainer: it is read from a disk, not from an object store")
     for name in folders.unpublished_in(folder):
         print(f"{name}: never published; the next start removes it")
     if not whole and not damaged and not theirs:

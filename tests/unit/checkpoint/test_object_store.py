@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from contextlib import suppress
 from typing import ClassVar
@@ -14,6 +15,7 @@ from weights import Weights
 from quadriga.checkpoint import files as storage
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.manager import CheckpointManager
+from quadriga.cli.main import main
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
 
@@ -209,3 +211,28 @@ def test_a_manifest_that_was_written_though_its_request_failed_keeps_its_files(u
         one.save(8, {"model": Weights(8)}, {}, last=True)
     monkeypatch.undo()
     assert loaded(url) == (8, 8.0)
+
+
+@pytest.mark.parametrize("scheme", ["weak", "memory"])
+def test_what_another_trainer_saved_there_is_named_and_kept(scheme, url, monkeypatch, caplog):
+    """Beside a save of ours of the same step, too, as it is replaced, deleted and cleaned up after a kill."""
+    monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
+    url = url.replace("weak://", f"{scheme}://")
+    files = storage.files_at(url)
+    theirs = [f"{url}/step-{step}/{name}" for step in (3, 5) for name in (".metadata", "__0_0.distcp", "sharded/a")]
+    for path in theirs:
+        files.write(path, path.encode())
+    one = manager(url, keep_latest_k=2)
+    assert one.find() is None
+    assert "saved by another trainer, passed over and kept: step-3, step-5" in caplog.text
+    assert main(["checkpoints", url]) == 0
+    for step, value in ((3, 3), (5, 5), (5, 55), (8, 8), (9, 9)):  # the last two take the place of 3 and 5
+        one.save(step, {"model": Weights(value)}, {})
+        assert folders.find(url).step == step
+    files.write(f"{url}/step-5/{uuid.uuid4().hex}/__0_0.distcp", b"of a save that a kill cut off")
+    files.write(f"{url}/step-9/notes.txt", b"mine")
+    files.write(f"{url}/step-9/{uuid.uuid4().hex}/__0_0.distcp", b"of a save that a kill cut off")
+    assert loaded(url) == (9, 9.0)
+    assert {path: files.read(path) for path in theirs} == {path: path.encode() for path in theirs}
+    assert len(files.names(f"{url}/step-9")) == 3, "a manifest, one set of files, and what is not ours"
+    assert files.names(f"{url}/step-3") == [".metadata", "__0_0.distcp", "sharded"]
