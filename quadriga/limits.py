@@ -86,6 +86,7 @@ METADATA_TUPLE = 256  # values in one of its tuples: dimensions, or parts of a p
 METADATA_DEPTH = 64  # of its open lists, dicts and tuples; a plan nests 8 deep
 SHARD_PICKLE_BYTES = 64 * KIB  # of the pickle that describes one tensor; torch writes 200 bytes
 SHARD_RECORDS = 32  # of the archive of one tensor; torch writes 7
+BATCH_ROWS = 1 << 20  # of the global batch of a saved run, which a conversion reads; the largest have 65,536
 OBJECT_BYTES = 16 * MIB  # of one value that is no tensor, in a checkpoint of another trainer
 OBJECT_NUMBER_BYTES = 64 * KIB  # the same of a number; torch.save makes 1 KiB of it
 OBJECT_OPCODES = 2_000_000  # of its pickle: one a value. A long book that a data loader holds has 1.3 M token ids

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from quadriga import limits
 from quadriga.cli.arguments import Parser
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
@@ -71,9 +72,11 @@ def main(argv: Sequence[str]) -> int:
 def to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer: str | None) -> None:
     from quadriga.checkpoint.folder import CheckpointError, damage
     from quadriga.checkpoint.hf_export import export_hf
+    from quadriga.checkpoint.kept import told_of
 
     found = find_checkpoint(source)
-    described = described_by(found.extra, file, found.path)
+    with told_of(found, "name the configuration that it was saved with: --config FILE.toml"):
+        described = described_by(found.extra, file, found.path)
     if wrong := damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
     (bos_id, eos_id), files = tokenizer_of(tokenizer, described.tokenizer)
@@ -131,12 +134,16 @@ def described_by(extra: Mapping[str, Any], file: str | None, where: str) -> Desc
     numbers = dict(extra["model"])
     if numbers.get("rope_scaling") is not None:
         numbers["rope_scaling"] = RopeScaling(**numbers["rope_scaling"])
-    positions = extra.get("max_positions", 0)
+    spec, positions = ModelSpec(**numbers), extra.get("max_positions", 0)
+    sizes = (spec.n_layers, spec.dim, spec.n_heads, spec.n_kv_heads, spec.ffn_dim, spec.vocab_size)
+    most = (limits.MODEL_LAYERS, *[limits.MODEL_WIDTH] * 4, limits.VOCABULARY)
+    if not all(type(size) is int and 0 < size <= top for size, top in zip(sizes, most, strict=True)):
+        raise ValueError(f"no model has layers, widths, heads and ids of {sizes}")
     if "config" not in extra:
-        return Described(ModelSpec(**numbers), positions=positions)
+        return Described(spec, positions=positions)
     config = extra["config"]
     positions = max(positions, config["training"]["seq_len"])
-    return Described(ModelSpec(**numbers), config["model"]["hf_assets_path"], positions)
+    return Described(spec, config["model"]["hf_assets_path"], positions)
 
 
 def described_in(file: str) -> Described:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quadriga import limits
 from quadriga.cli.convert import described_by, find_checkpoint
 from quadriga.config.changed_defaults import started_with
 from quadriga.config.lr_phases import lr_phases
@@ -18,16 +19,19 @@ from quadriga.models import registry
 if TYPE_CHECKING:
     from quadriga.checkpoint.folder import Found
 
+ANOTHER = "name another checkpoint of the run"
 WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
 
 
 def to_torchtitan(source: str, out: str) -> None:
     """Write a checkpoint of ours as `step-N` in `out`, which torchtitan v0.2.2 loads and goes on from."""
     from quadriga.checkpoint.folder import CheckpointError, damage
+    from quadriga.checkpoint.kept import told_of
     from quadriga.checkpoint.titan_write import export_titan
 
     found = find_checkpoint(source)
-    spec = described_by(found.extra, None, found.path).spec
+    with told_of(found, ANOTHER):
+        spec = described_by(found.extra, None, found.path).spec
     if spec.tie_embeddings:
         what = "the model shares its embedding with its output layer, which torchtitan's Llama does not"
         raise UserError(Problem(found.path, what))
@@ -38,11 +42,12 @@ def to_torchtitan(source: str, out: str) -> None:
     why: str | None = None
     ended = False
     if "optimizer" in found.contents:
-        config = config_of(found)
-        states, group = states_of(found, config)
-        phases = lr_phases(config.lr_scheduler, config.training.steps)
-        ended = found.extra["lr_scheduler"]["done"] >= phases.total
-        position, why = position_of(found, config)
+        with told_of(found, ANOTHER):
+            config = config_of(found)
+            states, group = states_of(found, config)
+            phases = lr_phases(config.lr_scheduler, config.training.steps)
+            ended = found.extra["lr_scheduler"]["done"] >= phases.total
+            position, why = position_of(found, config)
         if position is not None:
             states["dataloader"] = position
     name = export_titan(found, out, registry.titan_names(spec), states, group)
@@ -84,7 +89,9 @@ def states_of(found: Found, config: JobConfig) -> tuple[dict[str, Any], dict[str
     from quadriga.optim.schedule import lr_factor
 
     section, said = config.optimizer, found.extra["train_state"]
-    done = found.extra["lr_scheduler"]["done"]
+    step, seen, done = said["step"], said["tokens_seen"], found.extra["lr_scheduler"]["done"]
+    if any(type(count) is not int or not 0 <= count < 1 << 63 for count in (step, seen, done)) or step != found.step:
+        raise ValueError(f"of step {found.step}, it counts step {step}, tokens {seen}, scheduler steps {done}")
     rate = section.lr * lr_factor(done + 1, config.lr_scheduler, config.training.steps)
     if not section.decay_norms_and_biases and section.weight_decay:
         logger.warning("torchtitan has one parameter group: there the weight decay is on norms too")
@@ -112,7 +119,7 @@ def states_of(found: Found, config: JobConfig) -> tuple[dict[str, Any], dict[str
         "_get_lr_called_within_step": False,
         "_last_lr": [rate],
     }
-    trainer = {"step": said["step"], "ntokens_seen": said["tokens_seen"]}
+    trainer = {"step": step, "ntokens_seen": seen}
     return {"train_state": trainer, "lr_scheduler": schedule}, group
 
 
@@ -127,13 +134,15 @@ def position_of(found: Found, config: JobConfig) -> tuple[dict[str, Any] | None,
     from quadriga.data.loader import build_loader
     from quadriga.data.tokenizer import build_tokenizer
 
-    batch = found.extra["global_batch_size"]
+    batch, seed = found.extra["global_batch_size"], found.extra["seed"]
+    if type(batch) is not int or not 0 < batch <= limits.BATCH_ROWS or type(seed) is not int:
+        raise ValueError(f"its batch has {batch} rows, its seed is {seed}")
     try:
         loader = build_loader(
             training.dataset,
             training.dataset_path,
             build_tokenizer(config.model.hf_assets_path),
-            seed=found.extra["seed"],
+            seed=seed,
             seq_len=training.seq_len,
             global_batch_size=batch,
             rows=range(batch),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from quadriga.checkpoint.folder import STATE_FILE, Found, join
+from quadriga.checkpoint.kept import told_of
 from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.continuity import facts
 from quadriga.config.words import plural
-from quadriga.errors import Problem, UserError, shortened
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.models import registry
@@ -50,17 +48,6 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
             restore_extra(state, found.extra)
             if "train_state" in found.extra and state.step != found.step:
                 raise ValueError(f"its train_state is of step {state.step}, the checkpoint of step {found.step}")
-
-
-@contextmanager
-def told_of(found: Found) -> Iterator[None]:
-    """What the manifest keeps of the run is read: where it is not what a run saves, one message says so."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = f"what it keeps of the run cannot be used ({type(error).__name__}: {shortened(error, 200)})"
-        fix = "start from another checkpoint (--checkpoint.load_step), or from its weights alone in a new run folder"
-        raise UserError(Problem(join(found.path, STATE_FILE), what, fix=fix)) from error
 
 
 def saved_tensors(state: TrainState) -> dict[str, Stateful]:

@@ -6,6 +6,7 @@ That torchtitan itself goes on from it is shown with the package (`test_continue
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from theirs import SIZES, THEIRS, by_dcp, expected, run_folder
 from training import train
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import titan
+from quadriga.checkpoint import manifest, titan
 from quadriga.checkpoint.metadata_entries import read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.cli.convert import main
@@ -126,6 +127,45 @@ def test_a_finished_run_says_what_rate_its_next_step_has(start, tmp_path, monkey
     main(["to-torchtitan", "finished", str(tmp_path)])
     assert "the rate saved is 0, the end of this run's schedule" in capsys.readouterr().err
     assert values(tmp_path / "step-2")["lr_scheduler._last_lr"] == [0.0]
+
+
+def _with(name: str, value: object, extra: dict) -> dict:
+    """`extra` with another value at `a.b`."""
+    extra = json.loads(json.dumps(extra))
+    *tables, last = name.split(".")
+    table = extra
+    for each in tables:
+        table = table[each]
+    table[last] = value
+    return extra
+
+
+CRAFTED = [
+    *(("train_state", None), ("train_state", {}), ("train_state.step", 7), ("train_state.tokens_seen", "many")),
+    *(("lr_scheduler", {}), ("lr_scheduler.done", -1), ("lr_scheduler.done", 1 << 70), ("global_batch_size", None)),
+    *(("global_batch_size", 10**12), ("global_batch_size", 0), ("seed", "one"), ("dataloader", {})),
+    *(("dataloader.lanes", {}), ("dataloader.lanes", 3), ("config.optimizer", 3), ("config.training", [])),
+    *(("config", {}), ("config.model", None), ("model", []), ("model.dim", None), ("max_positions", "x")),
+]
+
+
+def test_a_crafted_manifest_is_one_message(start, tmp_path, monkeypatch):
+    """One that fits its own hash: whoever writes a checkpoint can write it."""
+    monkeypatch.chdir(start)
+    step = tmp_path / "step-4"
+    shutil.copytree(start / "out/checkpoint/step-4", step)
+    file = step / "train_state.json"
+    sound = json.loads(file.read_text())
+    written = []
+    for number, (name, value) in enumerate(CRAFTED):
+        file.write_text(manifest.seal({**sound, "extra": _with(name, value, sound["extra"])}))
+        try:
+            main(["to-torchtitan", str(step), str(tmp_path / f"there{number}")])
+        except UserError:
+            assert not (tmp_path / f"there{number}").exists(), name
+        else:
+            written.append(name)
+    assert not written
 
 
 def test_weights_alone_and_what_is_refused(start, tmp_path, monkeypatch):
