@@ -155,16 +155,18 @@ def test_the_largest_value_that_float8_scales_by_is_kept() -> None:
     assert policy(None, torch.ops.aten.abs.default, torch.ones(2)) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def test_the_pareto_figures_of_a_memory_budget_go_into_the_run_folder(tmp_path: Path, monkeypatch) -> None:
-    for name in ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir"):
-        monkeypatch.setattr(functorch, name, getattr(functorch, name))
+def test_the_pareto_figures_of_a_memory_budget_go_into_the_run_folder(tmp_path: Path) -> None:
     section = ActivationCheckpoint(mode="memory_budget", memory_budget=0.25, visualize_memory_budget_pareto=True)
     with torch.device("meta"):
         model = build_model(SPEC)
-    apply_activation_checkpoint(model, PLAN.recompute_units, section, compiled=True, run_folder=str(tmp_path))
-    assert functorch.activation_memory_budget == 0.25
-    assert functorch.memory_budget_pareto_dir == str(tmp_path / "memory_budget_pareto")
-    assert Path(functorch.memory_budget_pareto_dir).is_dir()
+    set_by_it = ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir")
+    # Not by monkeypatch: it would delete torch's settings where it is to restore them.
+    with functorch.patch({name: getattr(functorch, name) for name in set_by_it}):
+        apply_activation_checkpoint(model, PLAN.recompute_units, section, compiled=True, run_folder=str(tmp_path))
+        assert functorch.activation_memory_budget == 0.25
+        assert functorch.memory_budget_pareto_dir == str(tmp_path / "memory_budget_pareto")
+        assert Path(functorch.memory_budget_pareto_dir).is_dir()
+    assert functorch.activation_memory_budget == 1.0
 
 
 def test_a_memory_budget_without_compile_is_refused() -> None:
