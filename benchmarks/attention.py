@@ -4,7 +4,7 @@
 
 Claim: within 20 % the kernel takes (1 + rows / length) times as long for an operation as a causal mask leaves, where
 `rows` is the height of the blocks that it works in (32 below 192 tokens, 64 below 768, 256 from there on: its source,
-FlashAttentionKernel.cpp), times what such a block costs (`BLOCKS` of quadriga/estimate/setup.py). The estimate of step
+FlashAttentionKernel.cpp), times what such a block costs (`BLOCKS` of quadriga/planning/setup.py). The estimate of step
 times on CPUs rests on it, so that rates measured at one length hold at another.
 """
 
@@ -19,7 +19,7 @@ import torch
 from common import command_line, save, table, verdict
 from torch.nn.functional import scaled_dot_product_attention
 
-from quadriga.estimate.setup import causal_cost
+from quadriga.planning.setup import causal_cost
 
 CLAIM = "the cost of an operation of attention on a CPU, relative to that at 1,024 tokens, is known within 20 %"
 TARGET = 0.20

@@ -22,7 +22,7 @@ from typing import Any
 
 from common import ROOT, child_environment, command_line, save, table, verdict
 
-from quadriga.compare.report import answers
+from quadriga.analysis.compare.report import answers
 
 FILE = "configs/debug/debug.toml"
 SMALL = ("--model.n_layers", "2")

@@ -78,27 +78,27 @@ def git(*arguments: str) -> str:
 
 
 # What each script measures: a result is as old as the last change of these folders.
-_TRAINING = ("train", "models", "optim", "parallel", "comm", "data", "metrics")
-_PLANNING = ("estimate", "models", "config", "hardware.py")
+_TRAINING = ("train", "resilience", "models", "optim", "parallel", "comm", "data", "metrics")
+_PLANNING = ("planning", "models", "config", "hardware.py")
 MEASURES: dict[str, tuple[str, ...]] = {
-    "attention": ("estimate",),
-    "bench_debug": (*_TRAINING, "compare"),
+    "attention": ("planning",),
+    "bench_debug": (*_TRAINING, "analysis/compare"),
     "continue_torchtitan": (*_TRAINING, "config", "cli"),
     "data_speed": ("data",),
     "equality": _TRAINING,
-    "equivalence": (*_TRAINING, "equivalence"),
+    "equivalence": (*_TRAINING, "rehearsal/equivalence"),
     "estimates": _PLANNING,
     "fidelity": (*_TRAINING, "config"),
     "hta": ("metrics", "comm"),
-    "kill_matrix": ("train", "checkpoint", "data", "launch"),
+    "kill_matrix": ("train", "resilience", "checkpoint", "data", "launch"),
     "plan_speed": ("checkpoint",),
-    "save_cost": ("checkpoint", "train"),
+    "save_cost": ("checkpoint", "train", "resilience"),
     "search": _PLANNING,
     "shakespeare": _TRAINING,
     "speed": _TRAINING,
-    "startup": (*_TRAINING, "cli", "launch", "config", "estimate"),
-    "step_time": (*_TRAINING, "estimate"),
-    "trace_speed": ("trace",),
+    "startup": (*_TRAINING, "cli", "launch", "config", "planning"),
+    "step_time": (*_TRAINING, "planning"),
+    "trace_speed": ("analysis/trace",),
 }
 EVERYTHING = ("",)  # of scripts that the table does not name: the whole package
 

@@ -4,8 +4,9 @@
     python benchmarks/equivalence.py --section "loss in pieces"     # those rows alone, into a file of their own
     python benchmarks/equivalence.py --table      # the table of all those files, for docs/numerics.md
 
-Claim: every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py. The rows are those of
-`quadriga equivalence` (which starts each by the launcher, also on GPUs); here the ranks are forked, as in the tests.
+Claim: every layout trains as one process does, to the tolerance in quadriga/rehearsal/equivalence/rows.py. The rows are
+those of `quadriga equivalence` (which starts each by the launcher, also on GPUs); here the ranks are forked, as in the
+tests.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 from common import RESULTS, ROOT, command_line, save
 
-from quadriga.equivalence.rows import SECTIONS
+from quadriga.rehearsal.equivalence.rows import SECTIONS
 
 FIGURES = ("loss", "grad_norm", "weights")
 TEST = "tests/distributed/equivalence/test_table.py::test_a_layout_trains_as_one_process_does"
-CLAIM = "every layout trains as one process does, to the tolerance in quadriga/equivalence/rows.py"
+CLAIM = "every layout trains as one process does, to the tolerance in quadriga/rehearsal/equivalence/rows.py"
 
 
 def run(section: str | None) -> int:

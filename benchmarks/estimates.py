@@ -5,7 +5,7 @@
 Two claims. Active memory: the most bytes that are alive in a step, predicted and counted in a rehearsal (real modules,
 fake tensors, every storage followed), within 3 % in the median and 8 % at worst. Reserved memory: what torch's
 allocator takes from a GPU, predicted and as published by torchtitan for all 18 runs of December 2024 on H100 GPUs with
-96 GB, whose configurations are written here; the two factors of `estimate/memory.py` are fitted to four of them.
+96 GB, whose configurations are written here; the two factors of `planning/memory.py` are fitted to four of them.
 Throughput stands beside it, at the assumed rates; what a published run had and the estimate leaves out is named.
 """
 
@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT / "tests"))  # the cases are those of the tests
 from estimating import keys, run_of
 from unit.estimate import test_memory
 
-from quadriga.estimate.estimate import estimate
 from quadriga.hardware import device_named
+from quadriga.planning.estimate import estimate
 from quadriga.units import GIB
 
 CLAIM = "active memory is predicted within 3 % in the median and 8 % at worst; 82.4 GiB reserved of 8B within 5 %"

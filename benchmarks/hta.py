@@ -21,7 +21,7 @@ from typing import Any
 
 from common import ROOT, child_environment, command_line, save, table, verdict
 
-from quadriga.trace.ccl_folder import newest_traces, read_rank
+from quadriga.analysis.ccl_bench.folder import newest_traces, read_rank
 
 CLAIM = "HolisticTraceAnalysis opens the traces of all ranks and finds their profiled steps"
 RUN = ("--training.steps=12", "--profiling.profile_freq=12", "--profiling.profiler_active=5", "--checkpoint.no_enable")

@@ -4,7 +4,8 @@
 
 Claim: NVSHMEM starts through PyTorch's symmetric memory; the collectives that `fully_shard` is given are right on one
 process, whose puts and signals go to itself; and, where the driver lets several processes share a GPU, they pass the
-exam of all backends (tests/distributed/exam_backend.py) on two. How fast any of it is between GPUs, one cannot tell.
+conformance test of all backends (tests/distributed/conformance_backend.py) on two. How fast any of it is between GPUs,
+one cannot tell.
 
 Each question is asked in processes of their own, which are ended after a while: what hangs or crashes is an answer too.
 """

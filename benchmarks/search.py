@@ -17,8 +17,8 @@ from common import command_line, save, table, verdict
 
 from quadriga.cli.estimate import read_run
 from quadriga.cli.search import as_dict, why
-from quadriga.estimate.search import search
 from quadriga.hardware import device_named
+from quadriga.planning.search import search
 
 CLAIM = "a search goes through 10,000 candidates in less than 20 seconds"
 TARGET = 500  # candidates a second

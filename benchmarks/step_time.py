@@ -26,10 +26,10 @@ from paired import estimate as interval
 from trainer import environment, last_words, trainer_command
 
 from quadriga.cli.estimate import read_run
-from quadriga.estimate.calibrate import calibrate
-from quadriga.estimate.estimate import estimate
-from quadriga.estimate.rates import Rates
 from quadriga.hardware import Device, find_device
+from quadriga.planning.calibrate import calibrate
+from quadriga.planning.estimate import estimate
+from quadriga.planning.rates import Rates
 
 CLAIM = "after calibration from one run, other batches, sequences and recompute modes are predicted within 10 %"
 TARGET = 0.10

@@ -45,8 +45,8 @@ RANK_MESSAGE_BYTES = 1 * GIB
 
 RANKS = 1_000_000  # of one run, as its records may say; no run has come near
 
-# What ranks say of themselves through the rendezvous store (`train.stall`): a beat is about 300 bytes, an alarm two of
-# them and a number for each silent rank. A stack is that of all threads, as faulthandler writes it.
+# What ranks say of themselves through the rendezvous store (`resilience.hang_report`): a beat is about 300 bytes, an
+# alarm two of them and a number for each silent rank. A stack is that of all threads, as faulthandler writes it.
 BEAT_BYTES = 4 * KIB
 ALARM_BYTES = 1 * MIB
 STACK_BYTES = 1 * MIB

@@ -8,9 +8,9 @@ from typing import Any
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.config.run_spec import Degrees
-from quadriga.estimate.communication import calls_of
-from quadriga.estimate.setup import Setup
 from quadriga.models.registry import catalogue
+from quadriga.planning.communication import calls_of
+from quadriga.planning.setup import Setup
 
 DEBUG = (
     *("--model.flavor=debugmodel", "--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin"),

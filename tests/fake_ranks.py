@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from quadriga.comm.mesh import build_mesh
 from quadriga.comm.record import Recorder, axes_of
 from quadriga.config import Run
+from quadriga.rehearsal.live_memory import LiveMemory
+from quadriga.rehearsal.rehearse import HOST, empty_state
 from quadriga.train.build import build_recipe
-from quadriga.train.live_memory import LiveMemory
-from quadriga.train.rehearse import HOST, empty_state
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step, with_last
 

@@ -62,7 +62,7 @@ def record(name: str, taken: int, given: int, dtype: str, group: str = "3", purp
 
 
 def two_steps(rank: int, kernels: dict[str, str], *, linked: bool = True, **about: Any) -> MadeTrace:
-    """Two equal steps of 1,000 us: the figures are worked out in tests/unit/trace/test_trace_by_hand.py.
+    """Two equal steps of 1,000 us: the figures are worked out in tests/unit/analysis/trace/test_trace_by_hand.py.
 
     `kernels`: names of the collectives' rows on the device; not `linked`: nothing tells who launched them.
     """

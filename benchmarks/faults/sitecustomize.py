@@ -172,7 +172,7 @@ def in_load(tensors):
 
 
 PATCHES = {
-    "step": ("quadriga.train.progress", in_step),
+    "step": ("quadriga.resilience.progress", in_step),
     "save": ("quadriga.checkpoint.tensors", in_save),
     "manifest": ("quadriga.checkpoint.files", in_manifest),
     "rename": ("quadriga.checkpoint.files", in_rename),

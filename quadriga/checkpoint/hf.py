@@ -26,9 +26,9 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import Place, files_at, local
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf_folder import Entry, HfFolder
+from quadriga.checkpoint.messages import misfits
 from quadriga.checkpoint.ranks import together
 from quadriga.checkpoint.tensors import HashingFiles, Writer, plain_errors
-from quadriga.checkpoint.words import misfits
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.log import logger
 from quadriga.units import show_bytes

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import words
+from quadriga.checkpoint import messages
 from quadriga.checkpoint.files import Place, try_to_write
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import on_first_rank, together
@@ -115,7 +115,7 @@ class CheckpointManager:
         }
         absent = sorted(wanted.keys() - set(found.contents))
         if absent:
-            raise UserError(words.holds_no(found, absent))
+            raise UserError(messages.holds_no(found, absent))
         from quadriga.checkpoint.tensors import read
 
         start = time.monotonic()
@@ -135,7 +135,7 @@ class CheckpointManager:
                 retries=self._section.storage_retries,
                 optional=f"{RANDOM}.",
             )
-            words.tell_of_generators(unfilled, unused)
+            messages.tell_of_generators(unfilled, unused)
 
         def put_back() -> None:
             for part, state in wanted.items():
@@ -280,13 +280,13 @@ class CheckpointManager:
         if self._first_rank and place:
             with suppress(OSError):
                 folders.give_up(self._folder, step, place)
-        return words.save_failed(self._folder, step, error)
+        return messages.save_failed(self._folder, step, error)
 
     def _clean_up(self) -> list[str]:
         try:
             try_to_write(self._folder)
         except OSError as error:  # better now than after the first hours
-            raise UserError(words.cannot_be_written(self._folder, error)) from error
+            raise UserError(messages.cannot_be_written(self._folder, error)) from error
         remains = folders.unpublished_in(self._folder)
         try:
             if done := folders.clean_up(self._folder):

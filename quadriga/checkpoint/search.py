@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import titan, words
+from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import Place, is_url
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.checkpoint.ranks import found_from_json, found_to_json
@@ -46,29 +46,29 @@ class Search:
         self.refused = dict(damaged)
         asked = self._section.load_step
         if asked >= 0 and asked not in {found.step for found in whole} | self.refused.keys():
-            raise UserError(words.no_such_step(asked, self._folder, whole))
+            raise UserError(messages.no_such_step(asked, self._folder, whole))
         for one in reversed(whole):
             found = self._looked_at(one) if asked in (-1, one.step) else None
             if found is not None and self._is_good(found):
-                if words.is_last_save(found):  # whatever is excluded from loading: it does not say its step
-                    raise UserError(words.weights_alone(found))
+                if messages.is_last_save(found):  # whatever is excluded from loading: it does not say its step
+                    raise UserError(messages.weights_alone(found))
                 if found.trainer:
-                    logger.info(words.theirs_not_verified(found))
+                    logger.info(messages.theirs_not_verified(found))
                 self._say_what_it_costs(found, whole)
                 return found
         if asked >= 0 or self.refused:
-            raise CheckpointError(words.none_is_good(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+            raise CheckpointError(messages.none_is_good(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT)
         if remains:
-            logger.warning(words.only_remains(self._folder, remains))
+            logger.warning(messages.only_remains(self._folder, remains))
         return None
 
     def _look(self) -> tuple[list[Any], list[tuple[int, str]]]:
         if not is_url(self._folder) and os.path.lexists(self._folder) and not os.path.isdir(self._folder):
-            raise UserError(words.no_folder(self._folder))  # a disk that is not mounted is no reason to start anew
+            raise UserError(messages.no_folder(self._folder))  # a disk that is not mounted is no reason to start anew
         for reason in folders.no_folders(self._folder):
             logger.warning(reason)
         if foreign := folders.someone_elses_in(self._folder):
-            logger.warning(words.not_read_from_stores(self._folder, foreign))
+            logger.warning(messages.not_read_from_stores(self._folder, foreign))
         whole, damaged = folders.sorted_out(self._folder)
         theirs, damaged = titan.candidates(self._folder, damaged)
         whole = sorted([*whole, *theirs], key=lambda found: found.step)
@@ -85,7 +85,7 @@ class Search:
 
     def _look_at_theirs(self, path: str) -> tuple[dict[str, Any] | None, str]:
         try:
-            return found_to_json(titan.look(path)), words.no_manifest(path)
+            return found_to_json(titan.look(path)), messages.no_manifest(path)
         except NotWhole as reason:
             return None, str(reason)
 
@@ -93,24 +93,24 @@ class Search:
         """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
         found = found_from_json(self._on_first_rank(lambda: found_to_json(self._look_at(path))))
         if found.trainer:
-            logger.info(words.theirs_not_verified(found))
+            logger.info(messages.theirs_not_verified(found))
         if found.files and not self._is_good(found):
-            raise CheckpointError(words.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+            raise CheckpointError(messages.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
         if self._section.initial_load_model_only:
             return replace(found, resume=False, extra={})
         alone = found.contents == ("model",)  # of a last save without optimizer, or converted
         if alone and (found.resume or found.trainer):
-            raise UserError(words.holds_no(found, ["optimizer"]))
+            raise UserError(messages.holds_no(found, ["optimizer"]))
         return found
 
     def _look_at(self, path: str) -> Found:
         try:
             found = titan.elsewhere(path)
         except NotWhole as reason:
-            raise UserError(words.not_ours(path, reason)) from reason
+            raise UserError(messages.not_ours(path, reason)) from reason
         if found is not None:
             return found
-        logger.warning(words.not_verified(path))
+        logger.warning(messages.not_verified(path))
         return Found(0, path, ("model",), resume=False, place=path)
 
     def _is_good(self, found: Found) -> bool:

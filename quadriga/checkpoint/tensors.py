@@ -31,9 +31,9 @@ from torch.futures import Future
 
 from quadriga.checkpoint.files import Files, Place, files_at
 from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
+from quadriga.checkpoint.messages import misfits
 from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
 from quadriga.checkpoint.stored import Stored, TensorPlanner, open_stored
-from quadriga.checkpoint.words import misfits
 from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 

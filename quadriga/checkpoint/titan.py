@@ -24,10 +24,10 @@ from quadriga.checkpoint import others
 from quadriga.checkpoint.files import Files, Place, files_at, local
 from quadriga.checkpoint.folder import Found, NotWhole
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
+from quadriga.checkpoint.messages import no_state
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.checkpoint.refusal import PlanError, shown
-from quadriga.checkpoint.words import no_state
 from quadriga.errors import Problem, UserError
 from quadriga.units import show_some
 

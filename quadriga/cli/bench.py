@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quadriga.analysis.compare.differences import NO_MATTER
+from quadriga.analysis.compare.plan import VARY, Choice, choices_of, leave_note, note_of, refuse_another_bench, turns
+from quadriga.analysis.compare.runs import Flat, flatten, has_finished, is_run, table
+from quadriga.analysis.compare.statistics import FEWEST_PAIRS
+from quadriga.analysis.compare.windows import FEWEST_WINDOWS, counted, foreseen_records
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.compare import add_arguments, compare_folders, show
-from quadriga.compare.differences import NO_MATTER
-from quadriga.compare.plan import VARY, Choice, choices_of, leave_note, note_of, refuse_another_bench, turns
-from quadriga.compare.runs import Flat, flatten, has_finished, is_run, table
-from quadriga.compare.statistics import FEWEST_PAIRS
-from quadriga.compare.windows import FEWEST_WINDOWS, counted, foreseen_records
 from quadriga.config import JobConfig, to_toml, vocabulary
 from quadriga.config.load import load
 from quadriga.config.sources import command_line_layer

@@ -12,11 +12,11 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.config.card import Figures, Order, read_order, render
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
-from quadriga.estimate.estimate import estimate
-from quadriga.estimate.report import device_rows, rows
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.limits import CARD_BYTES
 from quadriga.models.registry import catalogue, count_parameters, flops_per_token
+from quadriga.planning.estimate import estimate
+from quadriga.planning.report import device_rows, rows
 from quadriga.reading import read_text
 
 

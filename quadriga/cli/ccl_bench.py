@@ -9,14 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quadriga.cli.arguments import Parser, rank_count
-from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
-from quadriga.cli.estimate import ranks_of, read_run
-from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
-from quadriga.metrics.jsonl import Record, read_metrics
-from quadriga.models.registry import catalogue, count_parameters
-from quadriga.reading import read_json_object
-from quadriga.trace.ccl_bench import (
+from quadriga.analysis.ccl_bench.card import (
     Card,
     card_file,
     mistakes,
@@ -26,7 +19,7 @@ from quadriga.trace.ccl_bench import (
     value,
     write_card,
 )
-from quadriga.trace.ccl_folder import (
+from quadriga.analysis.ccl_bench.folder import (
     RankTrace,
     average_step_time,
     flatten,
@@ -35,6 +28,13 @@ from quadriga.trace.ccl_folder import (
     rank_files,
     read_rank,
 )
+from quadriga.cli.arguments import Parser, rank_count
+from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
+from quadriga.cli.estimate import ranks_of, read_run
+from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
+from quadriga.metrics.jsonl import Record, read_metrics
+from quadriga.models.registry import catalogue, count_parameters
+from quadriga.reading import read_json_object
 
 ABOUT = (
     "write RUN OUT: a run's newest traces, unpacked and flat, with a workload card, as CCL-Bench's tools take them. "
@@ -111,7 +111,7 @@ def _make(out: Path) -> None:
 
 def carried(folder: Path) -> dict[str, Any]:
     """By axis, which backend the traces show carrying its bytes, how many in a step, and how that was told."""
-    from quadriga.trace.analysis import analyse  # not needed to read a card
+    from quadriga.analysis.trace.analysis import analyse  # not needed to read a card
 
     found: dict[str, Any] = {}
     for row in analyse(folder)["collectives"]:

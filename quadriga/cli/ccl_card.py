@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quadriga.config import Run
-from quadriga.config.words import moments_dtype
+from quadriga.config.messages import moments_dtype
 from quadriga.hardware import Device, find_device
 from quadriga.models.registry import count_parameters
 

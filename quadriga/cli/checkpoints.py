@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import titan, words
+from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import files_at
 from quadriga.checkpoint.folder import Found
 from quadriga.cli.arguments import Parser
@@ -59,7 +59,7 @@ def looked_at(candidates: Sequence[Found]) -> tuple[list[Found], list[tuple[int,
             if (found := titan.look(one.path)) is not None:
                 theirs.append(found)
             else:
-                unfit.append((one.step, words.no_manifest(one.path)))
+                unfit.append((one.step, messages.no_manifest(one.path)))
         except folders.NotWhole as reason:
             unfit.append((one.step, str(reason)))
     return theirs, unfit

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quadriga.analysis.compare.comparison import compare
+from quadriga.analysis.compare.evidence import Analyse
+from quadriga.analysis.compare.report import lines
+from quadriga.analysis.compare.runs import bench_of, folders_of, names_of, read_setting
+from quadriga.analysis.compare.windows import WARMUP_STEPS
 from quadriga.cli.arguments import Parser
-from quadriga.compare.comparison import compare
-from quadriga.compare.evidence import Analyse
-from quadriga.compare.report import lines
-from quadriga.compare.runs import bench_of, folders_of, names_of, read_setting
-from quadriga.compare.windows import WARMUP_STEPS
 from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
 
 ABOUT = (
@@ -81,7 +81,7 @@ def compare_folders(named: Sequence[Path], accepted: Sequence[str], warmup: int)
 
 
 def reader_of_traces() -> Analyse:
-    from quadriga.trace.analysis import analyse  # not needed to see that runs cannot be compared
+    from quadriga.analysis.trace.analysis import analyse  # not needed to see that runs cannot be compared
 
     return analyse
 
@@ -89,7 +89,7 @@ def reader_of_traces() -> Analyse:
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1, allow_nan=False) if options.json else "\n".join(map(printable, lines(found))))
     if options.html:
-        from quadriga.compare.page import page
+        from quadriga.analysis.compare.page import page
 
         try:
             options.html.write_text(page(found), encoding="utf-8")

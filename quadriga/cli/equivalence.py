@@ -10,9 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count
-from quadriga.equivalence.rows import ROWS, ROWS_PER_STEP, SECTIONS, SEQ_LEN, STEPS, TOLERANCES, Row, parse_layout
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, nearest
 from quadriga.launch.environment import visible_gpus
+from quadriga.rehearsal.equivalence.rows import (
+    ROWS,
+    ROWS_PER_STEP,
+    SECTIONS,
+    SEQ_LEN,
+    STEPS,
+    TOLERANCES,
+    Row,
+    parse_layout,
+)
 
 ABOUT = (
     f"Train the debug model {STEPS} steps ({ROWS_PER_STEP} sequences of {SEQ_LEN} tokens each) on one plain process "
@@ -61,7 +70,7 @@ def chosen_rows(layouts: Sequence[str], sections: Sequence[str], most: int) -> l
 
 
 def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) -> int:
-    from quadriga.equivalence.trial import Trials, report, through_the_launcher  # imports torch
+    from quadriga.rehearsal.equivalence.trial import Trials, report, through_the_launcher  # imports torch
 
     width = max((len(row.name) for row in rows), default=0)
     print(f"{'layout':<{width}}  {COLUMNS}")

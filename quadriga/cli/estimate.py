@@ -11,14 +11,14 @@ from quadriga.cli.arguments import Parser, rank_count
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError, shortened
-from quadriga.estimate.advice import advice_for
-from quadriga.estimate.calibrate import Seconds, calibrate, newest_trace, seconds_a_step
-from quadriga.estimate.estimate import estimate
-from quadriga.estimate.rates import Rates
-from quadriga.estimate.report import lines
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.models.registry import catalogue
+from quadriga.planning.advice import advice_for
+from quadriga.planning.calibrate import Seconds, calibrate, newest_trace, seconds_a_step
+from quadriga.planning.estimate import estimate
+from quadriga.planning.rates import Rates
+from quadriga.planning.report import lines
 from quadriga.reading import read_json_object
 
 
@@ -57,7 +57,7 @@ def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
     run = read_run(str(place / "config.toml"), ranks_of(place), ())
     records = read_metrics(place / "metrics.jsonl", required=("step_seconds",))
     measured = seconds_a_step(records, run.config.profiling, place)
-    from quadriga.trace.busy import busy_seconds  # numpy, which other estimates do not need
+    from quadriga.analysis.trace.busy import busy_seconds  # numpy, which other estimates do not need
 
     seconds = Seconds(**busy_seconds(newest_trace(place)))
     return calibrate(place, run, device, seconds, measured)

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser
-from quadriga.config.words import plural
+from quadriga.config.messages import plural
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.goodput import Attempt, Goodput, goodput_of
 from quadriga.units import show_seconds

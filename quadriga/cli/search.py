@@ -12,8 +12,8 @@ from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.estimate import add_arguments, measured_rates, read_run
 from quadriga.config import Run, to_toml
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
-from quadriga.estimate.search import Candidate, Found, search
 from quadriga.hardware import device_named
+from quadriga.planning.search import Candidate, Found, search
 from quadriga.units import GIB, show_bytes
 
 

@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as one HTML page")
     parser.add_argument("--step", metavar="N", type=int, help="the traces of iteration_N; without it, the newest")
     options = parser.parse_args(argv)
-    from quadriga.trace.analysis import analyse
-    from quadriga.trace.report import lines
+    from quadriga.analysis.trace.analysis import analyse
+    from quadriga.analysis.trace.report import lines
 
     found = analyse(Path(options.folder), options.step)
     if options.html is not None:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write_page(target: Path, found: dict[str, object]) -> None:
-    from quadriga.trace.page import page
+    from quadriga.analysis.trace.page import page
 
     try:
         target.write_text(page(found), encoding="utf-8")

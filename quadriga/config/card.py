@@ -11,12 +11,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quadriga.config import words
+from quadriga.config import messages
 from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_trouble, backend_trouble, memory_trouble
 from quadriga.config.keys import show
 from quadriga.config.markdown import argument, code, plain
+from quadriga.config.messages import decimal_bytes, plural
 from quadriga.config.read import Run
-from quadriga.config.words import decimal_bytes, plural
 from quadriga.hardware import Device
 from quadriga.units import show_count, show_seconds
 
@@ -116,7 +116,7 @@ def _lead(run: Run, figures: Figures, unit: str) -> str:
     return (
         f"Trains **{spec.model.name} {spec.model.flavor}** ({figures.parameters:,} parameters) from initial weights on "
         f"{code(run.config.training.dataset)} for {plural(spec.steps, 'step')} ({tokens} tokens) "
-        f"on **{plural(spec.world_size, unit)}**.\n\n> {words.strategy(spec, unit)}"
+        f"on **{plural(spec.world_size, unit)}**.\n\n> {messages.strategy(spec, unit)}"
     )
 
 
@@ -131,14 +131,14 @@ def _at_a_glance(run: Run, figures: Figures, unit: str) -> str:
         ("model", f"{spec.model.name} {spec.model.flavor}, {show_count(figures.parameters)} parameters"),
         ("tokenizer", code(spec.tokenizer.path if spec.tokenizer.kind == "bytes" else config.model.hf_assets_path)),
         ("data", _data(run)),
-        ("batch", words.batch(spec)),
+        ("batch", messages.batch(spec)),
         ("length", f"{plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
         ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.lr:g}"),
-        ("number formats", words.formats(run)),
-        ("recompute", words.recompute(config.activation_checkpoint)),
+        ("number formats", messages.formats(run)),
+        ("recompute", messages.recompute(config.activation_checkpoint)),
         ("compile", compiled),
         ("profiling", traces if profiling.enable_profiling else "off"),
-        ("checkpoints", words.checkpoints(config.checkpoint)),
+        ("checkpoints", messages.checkpoints(config.checkpoint)),
         ("run folder", f"{code(spec.folders.dump)}"),
     ]
     return _table(("what", "value"), rows)
@@ -245,11 +245,11 @@ def _hyper_parameters(run: Run) -> str:
     decayed = "all parameters" if optimizer.decay_norms_and_biases else "matrices alone"
     rows = [
         ("optimizer", f"{optimizer.name} ({optimizer.implementation})"),
-        ("learning rate", words.schedule(run)),
+        ("learning rate", messages.schedule(run)),
         ("betas, eps", f"{optimizer.beta1:g}, {optimizer.beta2:g}, {optimizer.eps:g}"),
         ("weight decay", f"{optimizer.weight_decay:g}, on {decayed}"),
         ("clipping", f"global norm {training.max_norm:g}" if training.max_norm else "off"),
-        ("batch", words.batch(run.spec)),
+        ("batch", messages.batch(run.spec)),
         ("steps", f"{run.spec.steps:,}"),
         ("seed", f"{run.spec.seed}"),
     ]
@@ -258,8 +258,8 @@ def _hyper_parameters(run: Run) -> str:
 
 def _memory(run: Run, figures: Figures, unit: str) -> str:
     facts = [
-        f"- Formats: {words.formats(run)}. The same holds on every layout, one rank included.",
-        f"- Recompute: {words.recompute(run.config.activation_checkpoint)}.",
+        f"- Formats: {messages.formats(run)}. The same holds on every layout, one rank included.",
+        f"- Recompute: {messages.recompute(run.config.activation_checkpoint)}.",
         f"- CPU offload: {'on' if run.config.training.enable_cpu_offload else 'off'}.",
         f"- Compile: {'on' if run.config.compile.enable else 'off'}.",
     ]
@@ -277,8 +277,8 @@ def _outputs(run: Run, figures: Figures) -> str:
     config, folders = run.config, run.spec.folders
     profiling, metrics = config.profiling, config.metrics
     traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file a rank"
-    size = decimal_bytes(words.save_bytes(run, figures.parameters))
-    saves = words.checkpoints(config.checkpoint)
+    size = decimal_bytes(messages.save_bytes(run, figures.parameters))
+    saves = messages.checkpoints(config.checkpoint)
     takes = "takes" if config.checkpoint.enable else "would take"
     snapshots = profiling.enable_memory_snapshot
     rows = [

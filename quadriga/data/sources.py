@@ -2,7 +2,7 @@
 
 Reading a record is cheap and parsing it is not, so the two are apart: a lane that shares a shard with others, or skips
 to where it stood, parses only the documents that it keeps. To add a source: a class with the members of `Source`, one
-entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_source_exam.py`.
+entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_source_conformance.py`.
 """
 
 from __future__ import annotations

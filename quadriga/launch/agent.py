@@ -24,7 +24,7 @@ from typing import Any
 
 from quadriga.errors import EXIT_FAULT, EXIT_OK
 from quadriga.launch.environment import LOOPBACK_RENDEZVOUS
-from quadriga.processes import AGENT_PID, RECORDS, die_with_parent, last_start, ranks_that_heed
+from quadriga.resilience.processes import AGENT_PID, RECORDS, die_with_parent, last_start, ranks_that_heed
 
 LAUNCHER_PID = "QUADRIGA_LAUNCHER_PID"
 NOTE = "agent.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from quadriga.launch.supervisor import main
-from quadriga.processes import die_with_parent
+from quadriga.resilience.processes import die_with_parent
 
 STARTER_PID = "QUADRIGA_STARTER_PID"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

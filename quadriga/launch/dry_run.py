@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quadriga.checkpoint.folder import CheckpointError
-from quadriga.config import Run, words
-from quadriga.config.words import decimal_bytes, plural
+from quadriga.config import Run, messages
+from quadriga.config.messages import decimal_bytes, plural
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
-from quadriga.estimate.advice import advice_for
-from quadriga.estimate.carriers import carriers_in_words
-from quadriga.estimate.estimate import Estimate, estimate
-from quadriga.estimate.report import rows as estimated_rows
 from quadriga.hardware import device_named
 from quadriga.models.registry import count_parameters
+from quadriga.planning.advice import advice_for
+from quadriga.planning.carriers import carriers_in_words
+from quadriga.planning.estimate import Estimate, estimate
+from quadriga.planning.report import rows as estimated_rows
 from quadriga.units import show_count
 
 NAME_WIDTH, TEXT_WIDTH = 13, 104
@@ -88,17 +88,17 @@ def _rows(run: Run, verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "model", f"{count_parameters(model):,} parameters: {shape}"
     yield "tokenizer", f"{facts.path} ({known})"
     yield "data", training.dataset + (f" from {training.dataset_path}" if training.dataset_path else "")
-    yield "layout", words.strategy(spec)
-    yield "batch", words.batch(spec)
+    yield "layout", messages.strategy(spec)
+    yield "batch", messages.batch(spec)
     if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
         when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
         yield "", f"gradients are reduced {when}: {spec.reduce_reason}"
     yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"
-    yield "formats", words.formats(run)
-    yield "recompute", words.recompute(config.activation_checkpoint)
+    yield "formats", messages.formats(run)
+    yield "recompute", messages.recompute(config.activation_checkpoint)
     yield "backends", carriers_in_words(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
-    size = decimal_bytes(words.save_bytes(run, count_parameters(model)))
-    yield "checkpoints", f"{words.checkpoints(config.checkpoint)}; one full save takes about {size}"
+    size = decimal_bytes(messages.save_bytes(run, count_parameters(model)))
+    yield "checkpoints", f"{messages.checkpoints(config.checkpoint)}; one full save takes about {size}"
     if verdict.start is not None:
         yield "starts at", verdict.start
     yield "run folder", spec.folders.dump

@@ -11,7 +11,7 @@ from pathlib import Path
 from quadriga.errors import EXIT_FAULT, EXIT_OK
 from quadriga.launch.agent import NOTE
 from quadriga.log import logger
-from quadriga.processes import ExitRecord, last_start, read_records
+from quadriga.resilience.processes import ExitRecord, last_start, read_records
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from quadriga.comm.heap import symmetric_size
 from quadriga.comm.network import INTERFACE_VARIABLES, loopback_variables, ports_in_words
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
-from quadriga.estimate.heap import heap_of
 from quadriga.launch.agent import LAUNCHER_PID, SAVE, TORCHRUNS_OWN
 from quadriga.launch.dry_run import Verdict, describe
 from quadriga.launch.ending import conclude
@@ -40,7 +39,8 @@ from quadriga.launch.environment import (
 from quadriga.launch.verdict import where_it_starts
 from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
-from quadriga.processes import RECORDS, adopt_orphans
+from quadriga.planning.heap import heap_of
+from quadriga.resilience.processes import RECORDS, adopt_orphans
 
 LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_SECONDS = 5.0  # that what the ranks started has to end when they have ended
@@ -133,7 +133,7 @@ def rehearse(run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     shared = {**environ, "PYTHONPATH": _with_our_folder(environ), "WORLD_SIZE": str(run.spec.world_size)}
     print("\nRehearsal (tensors hold nothing, nothing is sent):", flush=True)
     for rank in ranks:
-        command = [sys.executable, "-m", "quadriga.train.rehearse", *argv]
+        command = [sys.executable, "-m", "quadriga.rehearsal.rehearse", *argv]
         code = subprocess.run(command, env={**shared, "RANK": str(rank)}, check=False).returncode
         if code != EXIT_OK:
             return code

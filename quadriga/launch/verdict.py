@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.checkpoint import folder as checkpoints
-from quadriga.checkpoint import titan, words
+from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
 from quadriga.config import Run
@@ -101,7 +101,7 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
         _fits_titan(replace(found, resume=False), section, run)
         return f"step 0, from the weights of {found.path}{_unverified(found, look_deep)}"
     if (found.resume or found.trainer) and found.contents == ("model",):  # whatever is excluded from loading
-        raise UserError(words.holds_no(found, ["optimizer"]))
+        raise UserError(messages.holds_no(found, ["optimizer"]))
     _fits(found, section, run)
     return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}{_lost_place(found, run)}"
 
@@ -109,13 +109,13 @@ def _from_checkpoints(run: Run, look_deep: bool) -> str:
 def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
     """The run's own newest good checkpoint, or that of `load_step`, as `checkpoint.search` chooses it."""
     if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
-        raise UserError(words.no_folder(folder))
+        raise UserError(messages.no_folder(folder))
     whole, damaged = checkpoints.sorted_out(folder)
     theirs, damaged = titan.candidates(folder, damaged)
     whole = sorted([*whole, *theirs], key=lambda found: found.step)
     refused, asked = dict(damaged), section.load_step
     if asked >= 0 and asked not in {found.step for found in whole} | refused.keys():
-        raise UserError(words.no_such_step(asked, folder, whole))
+        raise UserError(messages.no_such_step(asked, folder, whole))
     for found in reversed(whole):
         if asked not in (-1, found.step):
             continue
@@ -123,7 +123,7 @@ def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
             try:
                 if looked := titan.look(found.path):
                     return looked
-                refused[found.step] = words.no_manifest(found.path)
+                refused[found.step] = messages.no_manifest(found.path)
             except NotWhole as reason:
                 refused[found.step] = str(reason)
             continue
@@ -131,7 +131,7 @@ def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
             return found
         refused[found.step] = "; ".join(wrong)
     if asked >= 0 or refused:
-        raise CheckpointError(words.none_is_good(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise CheckpointError(messages.none_is_good(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
     return None
 
 
@@ -140,12 +140,12 @@ def _elsewhere(path: str, look_deep: bool) -> Found | None:
     try:
         found = titan.elsewhere(path)
     except NotWhole as reason:
-        raise UserError(words.not_ours(path, reason)) from reason
+        raise UserError(messages.not_ours(path, reason)) from reason
     if found is None:
         return None
     if wrong := _damage(found, look_deep):
         refused = {found.step: "; ".join(wrong)}
-        raise CheckpointError(words.none_is_good(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise CheckpointError(messages.none_is_good(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
     return found
 
 
@@ -165,8 +165,8 @@ def _lost_place(found: Found, run: Run) -> str:
     """That a run of torchtitan reads its data from the start, where the checkpoint and the configuration say so."""
     if not found.trainer or "dataloader" in run.config.checkpoint.exclude_from_loading:
         return ""
-    why = words.unknown_place(found.extra["dataloader"], run.config.training.dataloader.shuffle)
-    return f"; {words.place_is_lost(why)}" if why else ""
+    why = messages.unknown_place(found.extra["dataloader"], run.config.training.dataloader.shuffle)
+    return f"; {messages.place_is_lost(why)}" if why else ""
 
 
 def _fits(found: Found, section: Checkpoint, run: Run) -> None:
@@ -176,7 +176,7 @@ def _fits(found: Found, section: Checkpoint, run: Run) -> None:
         return
     wanted = {"model", "optimizer"} - set(section.exclude_from_loading)
     if absent := sorted(wanted - set(found.contents)):
-        raise UserError(words.holds_no(found, absent))
+        raise UserError(messages.holds_no(found, absent))
     if section.allow_change:
         return
     changed = refusals(found.extra, run)
@@ -190,12 +190,12 @@ def _fits_titan(found: Found, section: Checkpoint, run: Run) -> None:
     """Refuse a checkpoint of torchtitan that is not of this model, or lacks moments that are to be loaded."""
     if not found.trainer:
         return
-    if words.is_last_save(found):  # whatever is excluded from loading
-        raise UserError(words.weights_alone(found))
+    if messages.is_last_save(found):  # whatever is excluded from loading
+        raise UserError(messages.weights_alone(found))
     parts = {"model", "optimizer"} if found.resume else {"model"}
     wanted = parts - set(section.exclude_from_loading)
     if absent := sorted(wanted - set(found.contents)):
-        raise UserError(words.holds_no(found, absent))
+        raise UserError(messages.holds_no(found, absent))
     moments = titan.MOMENTS if "optimizer" in wanted else ()
     titan.refuse_other_model(
         found.path, titan.shapes_in(found.path), registry.titan_names(run.spec.model), wanted, moments

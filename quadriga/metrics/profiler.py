@@ -34,8 +34,8 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
-from quadriga.cycles import Cycle
 from quadriga.log import logger
+from quadriga.metrics.cycles import Cycle
 from quadriga.metrics.guarded import WriteFailures
 
 ALLOCATOR_EVENTS = 100_000

@@ -18,7 +18,7 @@ from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError
 from quadriga.limits import RANKS
 from quadriga.log import start_logging
 from quadriga.models.registry import catalogue
-from quadriga.train import guards
+from quadriga.resilience import process_guards
 
 HELP = """usage: python -m quadriga.train --job.config_file FILE [--section.key value ...]        one rank
        torchrun --nproc_per_node=N torchtitan/train.py --job.config_file FILE [...]    N ranks
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if problems := wrong_variables(environ):
         print(UserError(*problems).report, file=sys.stderr)
         return EXIT_USAGE
-    guards.die_with_torchrun(environ)
+    process_guards.die_with_torchrun(environ)
     faulthandler.enable()
     if {"-h", "--help"} & set(argv):
         from quadriga.config.help import print_keys
@@ -45,18 +45,18 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = check_at_the_door(argv, environ)
     except UserError as error:
-        return guards.report_at_the_door(environ, error)
+        return process_guards.report_at_the_door(environ, error)
     try:
         first = environ.get("RANK", "0") == "0"
-        with guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
+        with process_guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
             from quadriga.train.loop import run as train  # imports torch, which a wrong configuration need not wait for
 
-            ended = guards.end_of_the_start_before(environ)
-            return guards.leave(environ, train(run, environ)) if ended is None else ended
+            ended = process_guards.end_of_the_start_before(environ)
+            return process_guards.leave(environ, train(run, environ)) if ended is None else ended
     except KeyboardInterrupt:
-        return guards.interrupted(environ)
+        return process_guards.interrupted(environ)
     except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
-        return guards.report_failure(environ, error)
+        return process_guards.report_failure(environ, error)
 
 
 def wrong_variables(environ: Mapping[str, str]) -> list[Problem]:
@@ -102,7 +102,7 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
 def start() -> NoReturn:
     """The whole life of the process that torchrun starts."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a wish to save is no harm before there is anything to save
-    guards.end_process(main(sys.argv[1:]))
+    process_guards.end_process(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

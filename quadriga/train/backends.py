@@ -16,10 +16,10 @@ from quadriga.comm.heap import VARIABLE, symmetric_size
 from quadriga.comm.mesh import Mesh
 from quadriga.comm.sharding import ShardCollectives, open_sharding
 from quadriga.config import Run
-from quadriga.estimate.heap import heap_of
 from quadriga.log import logger
 from quadriga.metrics.guarded import Guarded
 from quadriga.metrics.loggers import JSONL_NAME, Logger
+from quadriga.planning.heap import heap_of
 
 
 def machine_for(backend: str | None, local_rank: int) -> Machine:

@@ -41,23 +41,23 @@ from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
+from quadriga.resilience.bad_steps import BadSteps
+from quadriga.resilience.health import Health
+from quadriga.resilience.replica_checks import ReplicaCheck
+from quadriga.resilience.stop_requests import Wishes
+from quadriga.resilience.watchdog import Watchdog
 from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.bad_records import BadRecords
-from quadriga.train.bad_steps import BadSteps
 from quadriga.train.checks import Checks
+from quadriga.train.event_log import open_ledger
 from quadriga.train.feed import Feed
-from quadriga.train.health import Health
-from quadriga.train.ledger import open_ledger
 from quadriga.train.numerics import peak_flops, set_numerics
 from quadriga.train.passes import Loss, Pass, PipelinePass, Share, WholePass
 from quadriga.train.record import write_estimate, write_record
-from quadriga.train.replicas import ReplicaCheck
 from quadriga.train.resume import resume
 from quadriga.train.state import TrainState
 from quadriga.train.step import Recipe, summed_cross_entropy
 from quadriga.train.validate import Validator
-from quadriga.train.watchdog import Watchdog
-from quadriga.train.wishes import Wishes
 
 Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 

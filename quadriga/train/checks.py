@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.meter import Record
 from quadriga.metrics.step_metrics import StepMetrics
+from quadriga.resilience.bad_steps import BadSteps
+from quadriga.resilience.replica_checks import ReplicaCheck
 from quadriga.train.bad_records import BadRecords
-from quadriga.train.bad_steps import BadSteps
-from quadriga.train.replicas import ReplicaCheck
 
 
 @dataclass(frozen=True)

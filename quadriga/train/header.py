@@ -8,11 +8,11 @@ from pathlib import Path
 import quadriga
 from quadriga.checkpoint import titan
 from quadriga.comm import collectives
-from quadriga.config import Run, to_toml, words
+from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
-from quadriga.estimate.carriers import carriers_in_words
 from quadriga.log import logger
 from quadriga.models import registry
+from quadriga.planning.carriers import carriers_in_words
 from quadriga.train.build import Trainer
 from quadriga.units import show_count, show_seconds
 
@@ -43,11 +43,11 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
         ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
         ("backends", carriers_in_words(trainer.run, trainer.backend)),
-        ("layout", words.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
-        ("batch", words.batch(spec)),
-        ("length", f"{words.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
-        ("formats", words.formats(trainer.run)),
-        ("recompute", words.recompute(config.activation_checkpoint)),
+        ("layout", messages.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
+        ("batch", messages.batch(spec)),
+        ("length", f"{messages.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
+        ("formats", messages.formats(trainer.run)),
+        ("recompute", messages.recompute(config.activation_checkpoint)),
         ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
         ("run folder", spec.folders.dump),
     ]

@@ -12,17 +12,18 @@ from quadriga.comm import process_group
 from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
-from quadriga.train import header, wishes
+from quadriga.resilience import stop_requests
+from quadriga.resilience.bad_steps import CommonFault
+from quadriga.resilience.failures import witnessed
+from quadriga.resilience.progress import Progress
+from quadriga.resilience.watchdog import Watchdog
+from quadriga.train import header
 from quadriga.train.backends import leave_served
-from quadriga.train.bad_steps import CommonFault
 from quadriga.train.build import Trainer, build
-from quadriga.train.faults import witnessed
 from quadriga.train.feed import DataFault
 from quadriga.train.hf import export_last_step
-from quadriga.train.progress import Progress
 from quadriga.train.resume import saved_extra, saved_tensors
 from quadriga.train.step import train_step
-from quadriga.train.watchdog import Watchdog
 
 
 def run(run: Run, environ: Mapping[str, str]) -> int:
@@ -32,7 +33,8 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
     with watchdog, witnessed(run, watchdog.progress) as witness:
         if run.config.checkpoint.enable and header.say_if_finished(run):
             return EXIT_OK
-        trainer = witness.trainer = build(run, environ, watchdog)
+        trainer = build(run, environ, watchdog)
+        witness.events, witness.last_step = trainer.events, lambda: trainer.state.step
         if run.config.checkpoint.create_seed_checkpoint:
             save(trainer, last=False)
             trainer.close()
@@ -88,7 +90,7 @@ def train(trainer: Trainer) -> int | None:
             agreed = trainer.wishes.exchange(trainer.checkpoints.minutes_have_passed())
             last = state.step == spec.steps
             asked = None if last else agreed.leave
-            if agreed.leave == wishes.BY_LOST_FOLDER:
+            if agreed.leave == stop_requests.BY_LOST_FOLDER:
                 raise lost_folder(trainer)
             if trainer.checkpoints.due(state.step, last, wanted=agreed.save or asked is not None):
                 save(trainer, last)
@@ -131,19 +133,19 @@ def lost_folder(trainer: Trainer) -> CommonFault:
 def leave(trainer: Trainer, asked: int) -> int:
     """The end of a run that was asked to leave; the exit code."""
     state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
-    tell(trainer, "signal", name=wishes.name_of(asked))
+    tell(trainer, "signal", name=stop_requests.name_of(asked))
     trainer.wishes.left()
-    if asked == wishes.BY_FAILED_WRITE and (not section.enable or section.load_only):
+    if asked == stop_requests.BY_FAILED_WRITE and (not section.enable or section.load_only):
         raise failed_write(trainer, None)
     if not section.enable or section.load_only:
-        return wishes.farewell(asked, state.step, spec.steps, None)
+        return stop_requests.farewell(asked, state.step, spec.steps, None)
     path = trainer.checkpoints.on_first_rank(lambda: _saved_at(spec.folders.checkpoint, state.step))
-    if asked == wishes.BY_FAILED_WRITE:
+    if asked == stop_requests.BY_FAILED_WRITE:
         raise failed_write(trainer, path)
     if path is None:
         what = f"asked to leave, but step {state.step} could not be saved (see above)"
         raise Fault(f"{what}: a start goes on from the save before")
-    return wishes.farewell(asked, state.step, spec.steps, path)
+    return stop_requests.farewell(asked, state.step, spec.steps, path)
 
 
 def failed_write(trainer: Trainer, path: str | None) -> CommonFault:

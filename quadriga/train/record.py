@@ -20,11 +20,11 @@ import quadriga
 from quadriga.comm.backend import serving
 from quadriga.config import JobConfig, Run, to_toml
 from quadriga.config.run_spec import Degrees
-from quadriga.estimate.advice import advice_for, smaller_runs
-from quadriga.estimate.estimate import estimate
 from quadriga.hardware import find_device
 from quadriga.metrics.append import set_aside
 from quadriga.metrics.guarded import WriteFailures
+from quadriga.planning.advice import advice_for, smaller_runs
+from quadriga.planning.estimate import estimate
 
 LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
 VARIABLES = (

@@ -11,7 +11,7 @@ from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.continuity import facts
-from quadriga.config.words import plural
+from quadriga.config.messages import plural
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.models import registry

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from quadriga.data.loader import Loader
+from quadriga.resilience.health import Health
+from quadriga.resilience.progress import Progress
 from quadriga.train.feed import Feed
-from quadriga.train.health import Health
-from quadriga.train.progress import Progress
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
-from quadriga.train.health import add_up
+from quadriga.resilience.health import add_up
 from quadriga.train.passes import Pass
 from quadriga.train.state import TrainState
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from quadriga.checkpoint.folder import Found
-from quadriga.checkpoint.words import place_is_lost, unknown_place
+from quadriga.checkpoint.messages import place_is_lost, unknown_place
 from quadriga.comm import collectives
 from quadriga.config import Run
-from quadriga.config.words import plural
+from quadriga.config.messages import plural
 from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.optim.schedule import wind_to

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from training import TINY, largest_difference, train
 
-from quadriga.equivalence.rows import TOLERANCES
 from quadriga.metrics.documents import read_documents
 from quadriga.metrics.jsonl import read_metrics
+from quadriga.rehearsal.equivalence.rows import TOLERANCES
 
 LEG = 3  # steps
 LEGS = 4

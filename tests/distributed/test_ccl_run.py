@@ -14,9 +14,9 @@ from chrome_format import violations
 from page_reading import keeps_the_house_rules
 from training import TINY, train
 
+from quadriga.analysis.ccl_bench.card import FIELDS, value
 from quadriga.cli.main import main
 from quadriga.metrics.jsonl import read_metrics
-from quadriga.trace.ccl_bench import FIELDS, value
 
 STEPS = 12
 KEYS = (

@@ -100,7 +100,7 @@ def _by_group(calls: Counter[tuple[str, str]], degrees: Degrees) -> Counter[tupl
 
 
 def read_run(degrees: Degrees, *more: str) -> Run:
-    from quadriga.equivalence.rows import DEGREE_KEYS
+    from quadriga.rehearsal.equivalence.rows import DEGREE_KEYS
 
     cuts = [f"--{key}={getattr(degrees, axis)}" for axis, key in DEGREE_KEYS.items()]
     return run_of(*cuts, *more, ranks=degrees.world_size, base=MODEL)
@@ -112,8 +112,8 @@ def recorded(degrees: Degrees, *more: str) -> tuple[Counter[tuple[str, str]], Co
 
     from quadriga.comm.mesh import build_mesh
     from quadriga.comm.record import Recorder, axes_of
+    from quadriga.rehearsal.rehearse import empty_loader
     from quadriga.train.build import build_parts, build_recipe, build_state
-    from quadriga.train.rehearse import empty_loader
     from quadriga.train.step import train_step
 
     run = read_run(degrees, *more)

@@ -49,9 +49,9 @@ def poisoned_steps(
 ) -> Outcome:
     import torch.distributed as dist
 
+    from quadriga.resilience.health import Health
     from quadriga.train import step
     from quadriga.train.build import build_recipe
-    from quadriga.train.health import Health
 
     genuine = step.summed_cross_entropy, step.train_step
     give(poison)
@@ -249,7 +249,7 @@ def totals_of_a_rank_without_a_loss() -> tuple[bool, float]:
     import torch.distributed as dist
 
     from quadriga.config.run_spec import Degrees
-    from quadriga.train.health import add_up
+    from quadriga.resilience.health import add_up
 
     mesh = build_mesh(Degrees(dp_shard=2), "cpu")
     own_loss = torch.tensor(NAN if dist.get_rank() == 1 else 0.5, dtype=torch.float64)

@@ -14,9 +14,10 @@ from quadriga.errors import EXIT_FAULT, Fault
 
 def train_and_lose(argv: list[str], folder: str, replaced: bool) -> tuple[int, str]:
     """After step 3 the folder is gone, or another one has its name."""
-    from quadriga.train import loop, wishes
+    from quadriga.resilience import stop_requests
+    from quadriga.train import loop
 
-    wishes.LOOK_SECONDS = 0.0
+    stop_requests.LOOK_SECONDS = 0.0
     real = loop.train_step
 
     def train_step(state, *given):

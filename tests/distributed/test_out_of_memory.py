@@ -12,7 +12,7 @@ from ranks import run_ranks
 from training import DEBUG_FILE, TINY
 
 from quadriga.metrics.events import read_events
-from quadriga.processes import RECORDS, read_records
+from quadriga.resilience.processes import RECORDS, read_records
 
 LARGE = (*TINY, "--model.vocab_size=8000", "--training.seq_len=512", "--training.local_batch_size=8")
 

@@ -14,7 +14,7 @@ from training import DEBUG_FILE, TINY, one_rank, train
 from quadriga.comm.mesh import build_mesh
 from quadriga.errors import Fault
 from quadriga.metrics.events import read_events
-from quadriga.train.replicas import BLOCK, ReplicaCheck, hashes_of
+from quadriga.resilience.replica_checks import BLOCK, ReplicaCheck, hashes_of
 
 REPLICATE = "--parallelism.data_parallel_replicate_degree="
 DDP = ("--parallelism.data_parallel_shard_degree=1",)

@@ -149,9 +149,9 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     from torch.profiler import ProfilerActivity, profile
 
     from quadriga.comm.mesh import build_mesh
+    from quadriga.rehearsal.rehearse import empty_loader
     from quadriga.train.backends import collectives_for_shards
     from quadriga.train.build import build_parts, build_recipe, build_state
-    from quadriga.train.rehearse import empty_loader
     from quadriga.train.step import train_step
 
     cpu = torch.device("cpu")
@@ -183,8 +183,8 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     ids=["FSDP 4", "FSDP 2, TP 2"],
 )
 def test_bytes_are_those_of_the_estimate_and_the_largest_call_fills_the_heap(layout: tuple[str, ...]) -> None:
-    from quadriga.estimate.communication import calls_of
-    from quadriga.estimate.setup import Setup
+    from quadriga.planning.communication import calls_of
+    from quadriga.planning.setup import Setup
 
     run = read_run(FLOAT32, *layout)
     expected: Counter[str] = Counter()

@@ -14,7 +14,7 @@ from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
 from quadriga.metrics.jsonl import read_metrics
-from quadriga.processes import RECORDS, ExitRecord, read_records
+from quadriga.resilience.processes import RECORDS, ExitRecord, read_records
 
 LIMIT = 6  # comm.init_timeout_seconds; a start stands still after 0.7 of it
 SHORT = (*TINY, f"--comm.init_timeout_seconds={LIMIT}", "--training.steps=2", "--comm.trace_buf_size=500")

@@ -8,7 +8,7 @@ import json
 import pytest
 from training import TINY, train
 
-from quadriga.trace.analysis import analyse
+from quadriga.analysis.trace.analysis import analyse
 
 PROFILED = (
     *(argument for argument in TINY if argument != "--profiling.no_enable_profiling"),

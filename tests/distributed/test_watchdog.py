@@ -15,7 +15,7 @@ from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
 from quadriga.metrics.events import read_events
-from quadriga.processes import RECORDS, read_records
+from quadriga.resilience.processes import RECORDS, read_records
 
 TIMEOUT = 15
 STALLING = (*TINY, f"--comm.train_timeout_seconds={TIMEOUT}", "--comm.trace_buf_size=500")

@@ -75,7 +75,7 @@ def test_results_know_their_commit_and_what_they_measure(tmp_path):
     path = common.save("x", {"a": 1}, command=["python", "benchmarks/search.py"], claim="c", folder=tmp_path)
     result = json.loads(path.read_text())
     assert set(result["measures"]) == {
-        "quadriga/estimate",
+        "quadriga/planning",
         "quadriga/models",
         "quadriga/config",
         "quadriga/hardware.py",

@@ -14,9 +14,9 @@ from fuzzing import Reader
 from made_traces import BASE_NS, MadeTrace, two_steps
 from run_folders import make_pair, make_run
 
+from quadriga.analysis.compare.report import lines
 from quadriga.checkpoint import folder as folders
 from quadriga.cli.main import main
-from quadriga.compare.report import lines
 from quadriga.config import JobConfig
 
 TOKENS = [b'"attempt": 0', b'"step": -1', b'"time": 1e300', b'"time": NaN', b'"step": 1e9', b"repeat-", b"\x1b[2J"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fuzzing import Reader
 
-from quadriga.train.stall import Beat, Stall, fault, helper_of, late_rank, silent_ranks
+from quadriga.resilience.hang_report import Beat, Stall, fault, helper_of, late_rank, silent_ranks
 
 BEAT = Beat(1, "host1", 4711, 7, 3, "forward", 1.5, 2.5, None, 99)
 ALARM = Stall(BEAT, (1, 2), BEAT, "gloo:all_reduce of group 0", 3, False, 4, 8.5, 1.8e9, 0)

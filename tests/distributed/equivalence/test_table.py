@@ -15,8 +15,8 @@ import pytest
 from ranks import RankError, run_ranks
 from training import one_rank
 
-from quadriga.equivalence.rows import ROWS, Row
-from quadriga.equivalence.trial import Failed, Trials, Verdict, report
+from quadriga.rehearsal.equivalence.rows import ROWS, Row
+from quadriga.rehearsal.equivalence.trial import Failed, Trials, Verdict, report
 
 ALL = [pytest.param(row, id=row.name) for row in ROWS]
 SAMPLE = [pytest.param(row, id=row.name) for row in ROWS if not row.slow]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from quadriga.analysis.ccl_bench.card import FIELDS, mistakes, value
+from quadriga.analysis.ccl_bench.folder import RankTrace
 from quadriga.cli.ccl_bench import own_step_time, steps_of
 from quadriga.cli.ccl_card import Told, card_of
 from quadriga.cli.estimate import read_run
-from quadriga.trace.ccl_bench import FIELDS, mistakes, value
-from quadriga.trace.ccl_folder import RankTrace
 
 H100 = {
     "quadriga": "0.1.0",

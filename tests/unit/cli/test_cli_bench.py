@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from run_folders import make_run, no_traces
 
+from quadriga.analysis.compare.plan import choices_of, turns
 from quadriga.cli import bench, compare
 from quadriga.cli.main import main
-from quadriga.compare.plan import choices_of, turns
 from quadriga.errors import UserError
 from quadriga.launch.supervisor import check_at_the_door
 

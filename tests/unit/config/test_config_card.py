@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.cli.card import figures_of
-from quadriga.config import words
+from quadriga.config import messages
 from quadriga.config.card import Order, read_order, render
 from quadriga.hardware import find_device
 
@@ -89,7 +89,7 @@ def test_the_layout_in_words(arguments, gpus, says, card):
     ],
 )
 def test_the_schedule_in_words(arguments, says, door):
-    assert says in words.schedule(door(*arguments))
+    assert says in messages.schedule(door(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_schedule_in_words(arguments, says, door):
 )
 def test_recompute_in_words(option, says, door):
     run = door("--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={option}")
-    assert f"selective ({option}): {says}" in words.recompute(run.config.activation_checkpoint)
+    assert f"selective ({option}): {says}" in messages.recompute(run.config.activation_checkpoint)
 
 
 def test_state_and_save_are_arithmetic(card):
@@ -178,10 +178,10 @@ def test_the_card_does_not_depend_on_where_it_is_made(card, write):
 
 def test_moments_in_a_format_of_their_own_are_saved_in_it(door):
     narrow = door("--optimizer.state_dtype", "bfloat16")
-    assert words.save_bytes(narrow, 1_000_000) == 8e6
-    assert "Adam's moments are held in bfloat16" in words.formats(narrow)
+    assert messages.save_bytes(narrow, 1_000_000) == 8e6
+    assert "Adam's moments are held in bfloat16" in messages.formats(narrow)
     wide = door("--training.dtype", "bfloat16", "--optimizer.state_dtype", "float32")
-    assert words.save_bytes(wide, 1_000_000) == 10e6
+    assert messages.save_bytes(wide, 1_000_000) == 10e6
 
 
 @pytest.mark.parametrize(
@@ -201,5 +201,5 @@ def test_the_card_says_on_how_many_ranks_the_file_runs(arguments, says, card, do
 
 def test_a_rank_can_be_called_by_another_name(door):
     run = door(ranks=2)
-    assert words.strategy(run.spec, "rank").startswith("FSDP over 2 ranks: ")
-    assert "GPU" not in words.strategy(run.spec, "rank")
+    assert messages.strategy(run.spec, "rank").startswith("FSDP over 2 ranks: ")
+    assert "GPU" not in messages.strategy(run.spec, "rank")

@@ -12,11 +12,11 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.config.keys import KEYS
 from quadriga.errors import Problem, UserError
-from quadriga.estimate.advice import advice_for
-from quadriga.estimate.estimate import estimate
-from quadriga.estimate.variants import argument
 from quadriga.hardware import device_named
 from quadriga.models.registry import catalogue
+from quadriga.planning.advice import advice_for
+from quadriga.planning.estimate import estimate
+from quadriga.planning.variants import argument
 
 VALUE = r'("[^"]*"|-?[\w.]+)'
 SET = re.compile(rf"(?:set |to |or |and |, )?([a-z_]+(?:\.[a-z0-9_]+)+)(?: = | to ){VALUE}")

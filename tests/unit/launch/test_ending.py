@@ -12,8 +12,8 @@ import pytest
 from quadriga.errors import EXIT_FAULT, EXIT_USAGE
 from quadriga.launch.agent import NOTE
 from quadriga.launch.ending import Death, conclude, first_to_fail
-from quadriga.processes import RECORDS, RESTART_COUNT, ExitRecord, read_records
-from quadriga.train import guards
+from quadriga.resilience import process_guards
+from quadriga.resilience.processes import RECORDS, RESTART_COUNT, ExitRecord, read_records
 
 REPORT = ExitRecord(1, EXIT_USAGE, 100.3, "data.jsonl, line 3: is not JSON", "report", is_report=True)
 LOST = ExitRecord(1, EXIT_FAULT, 100.3, "lost", "traceback", lost_peer=True)
@@ -44,7 +44,7 @@ def test_a_start_that_would_fail_the_same_way_again_ends_with_a_record_of_every_
     failed.write(tmp_path / "0")
     for rank in ("0", "1"):
         environ = {RECORDS: str(tmp_path), RESTART_COUNT: "1", "RANK": rank, "WORLD_SIZE": "2"}
-        assert guards.end_of_the_start_before(environ) == EXIT_USAGE
+        assert process_guards.end_of_the_start_before(environ) == EXIT_USAGE
     assert {record.rank for record in read_records(tmp_path / "1")} == {0, 1}
     early = {rank: {"pid": 7, "exitcode": EXIT_USAGE, "time": int(failed.time)} for rank in (0, 1)}
     (tmp_path / NOTE).write_text(json.dumps(early))

@@ -14,7 +14,7 @@ from quadriga.launch.agent import NOTE
 from quadriga.launch.ending import conclude
 from quadriga.launch.environment import LOOPBACK_RENDEZVOUS, Request
 from quadriga.launch.supervisor import arguments, heap_variables, torchrun_arguments
-from quadriga.processes import ExitRecord
+from quadriga.resilience.processes import ExitRecord
 
 LOST = "RuntimeError: Connection closed by peer"
 

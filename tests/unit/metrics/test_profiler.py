@@ -12,7 +12,7 @@ from torch.profiler import ProfilerAction
 
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
-from quadriga.cycles import Cycle
+from quadriga.metrics.cycles import Cycle
 from quadriga.metrics.profiler import Profiler, cycles
 
 CPU = torch.device("cpu")

@@ -1,0 +1,283 @@
+"""CCL-Bench's workload card (version 1): its fields, one that anybody wrote, and what is known to go wrong in them.
+
+The schema is that of its `workload_card_template.yaml`. Its figures rest on a card as much as on a trace: `mfu` is
+(6 (num_params - num_params_embedding) + 12 num_layers num_heads head_dim seq_len) x batch_size x seq_len / step time /
+(peak x total_count), so a wrong embedding or a local batch gives a wrong row of a table without any sign of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quadriga import limits
+from quadriga.analysis.ccl_bench.folder import RankTrace, average_step_time, inner, rank_files
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.hardware import find_device
+from quadriga.reading import read_text
+from quadriga.units import show_some
+
+Card = dict[str, Any]
+ARCH = "workload.model.model_arch"
+PLAN = "Model-executor.model_plan_parallelization"
+LIBRARY = "Model-executor.communication_library"
+FIELDS = (
+    *("version", "description", "hf_url", "trace_url", "contributor", "contact"),
+    *(f"workload.model.{name}" for name in ("phase", "moe", "granularity", "model_family", "precision")),
+    *("workload.model.epochs", "workload.model.iteration"),
+    *(f"{ARCH}.{name}" for name in ("num_params", "num_params_embedding", "num_layers", "num_heads", "head_dim")),
+    *(f"workload.data.{name}" for name in ("batch_size", "seq_len", "dataset")),
+    *(f"workload.hardware.network_topo.{name}" for name in ("topology", "bandwidth_gbps")),
+    *(f"workload.hardware.xpu_spec.{name}" for name in ("type", "model", "total_count", "count_per_node")),
+    "workload.hardware.driver_version",
+    *(f"Model-executor.framework.{name}" for name in ("name", "compiler_tool_selection")),
+    *(f"{PLAN}.{name}" for name in ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "pp_mb")),
+    *(f"{LIBRARY}.{name}" for name in ("name", "version", "env")),
+    "Model-executor.protocol_selection",
+    *("metric_source.traces", "metric_source.metrics_specific_trace"),
+)
+INFERENCE_FIELDS = ("workload.data.input_len", "workload.data.output_len")
+ENOUGH_STEPS = 5
+MOST_FILES = 16  # more are sampled by CCL-Bench's tools
+CLOSE = 0.02  # within which two counts are the same
+
+
+def value(card: Mapping[str, Any], path: str) -> Any:
+    """What stands at `workload.data.batch_size`; None where nothing does."""
+    found: Any = card
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def card_file(place: Path) -> Path:
+    """The card at a place: the file itself, or the first `*.yaml` of a folder, as CCL-Bench's tools take it."""
+    if place.is_file():
+        return place
+    found = sorted(place.glob("*.yaml")) or sorted(place.glob("*.yml"))
+    if not found:
+        what = "there is no card (*.yaml) in it" if place.is_dir() else "there is no such file or folder"
+        raise UserError(Problem("FOLDER", what, str(place), allowed="a folder with a card, or a card"))
+    return found[0]
+
+
+def read_card(path: Path) -> Card:
+    """The fields of a card; what is neither number, truth, list nor mapping is text.
+
+    Raises UserError where the file is no YAML, no mapping, or beyond a limit.
+    """
+    text = read_text(path, limits.CARD_BYTES, what="card")
+    try:
+        card = _plain(yaml.load(text, Loader=_Plain))
+    except RecursionError:
+        raise UserError(Problem(shortened(path, 400), "the card cannot be read: it nests too deep")) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
+        raise UserError(Problem(shortened(path, 400), f"the card cannot be read: {shortened(error, 300)}")) from None
+    if not isinstance(card, dict):
+        raise UserError(Problem(shortened(path, 400), "this is no card: it holds no fields"))
+    return card
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without references and tags: a few references within each other stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not read in a card")
+        event = self.peek_event()
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags ({event.tag}) are not read in a card")
+        return super().compose_node(parent, index)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("a number of more than 64 bits")
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def write_card(card: Card, path: Path) -> None:
+    """One card as YAML, fields in the order of the template."""
+    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110)
+    path.write_text(text, encoding="utf-8")
+
+
+def mistakes(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, int]) -> list[str]:
+    """What is wrong, or cannot be right, in a card and the traces beside it.
+
+    `embeddings`: of models that are known, numbers of the embedding table by numbers of the whole model.
+    """
+    found = [*_missing(card), *_embedding(card, traces, embeddings), *_batch(card, traces), *_utilization(card, traces)]
+    found += [*_profiled(traces), *_bandwidth(card), *_backend(card), *_degrees(card)]
+    return found
+
+
+def mistakes_of_layout(folder: Path, card: Card) -> Iterator[str]:
+    """What CCL-Bench's tools would not find, or take for something else, in a folder."""
+    cards = [path.name for path in sorted(folder.glob("*.yaml"))]
+    if len(cards) > 1:
+        yield f"{len(cards)} cards ({show_some(cards)}): the tools take whichever the folder lists first"
+    ours = set(rank_files(folder).values())
+    others = [path.name for path in sorted(folder.glob("*.json")) if path not in ours]
+    if others:
+        yield f"every *.json is read as a trace, so is {show_some(others)}"
+    if hidden := [path for pattern in ("*_trace.json.gz", "*/**/*_trace.json*") for path in folder.glob(pattern)]:
+        yield f"{len(hidden)} traces are packed or in sub-folders, where the tools do not look"
+    if len(ours) > MOST_FILES:
+        yield f"{len(ours)} traces: of more than {MOST_FILES}, the tools read a fixed random sample"
+    total = value(card, "workload.hardware.xpu_spec.total_count")
+    if ours and isinstance(total, int) and len(ours) != total:
+        yield f"traces of {len(ours)} ranks, but total_count is {total}"
+    listed = value(card, "metric_source.traces")
+    if ours and "json" not in (listed if isinstance(listed, list) else [listed]):
+        yield "metric_source.traces does not list `json`, so the tools do not read the traces"
+
+
+def utilization(card: Card, step_time: float | None) -> float | None:
+    """CCL-Bench's `mfu` as a share of 1, from a card and a step time in seconds; None where either does not tell it."""
+    arch = [_number(card, f"{ARCH}.{name}") for name in ("num_params", "num_layers", "num_heads", "head_dim")]
+    data = [_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len")]
+    total, peak = _number(card, "workload.hardware.xpu_spec.total_count"), _peak(card)
+    if None in (*arch, *data, total, peak, step_time) or not step_time or not total or not peak:
+        return None
+    parameters, layers, heads, width = (figure or 0.0 for figure in arch)
+    batch, length = (figure or 0.0 for figure in data)
+    weights = parameters - (_number(card, f"{ARCH}.num_params_embedding") or 0.0)
+    a_token = 6 * weights + 12 * layers * heads * width * length
+    return a_token * batch * length / step_time / (peak * total)
+
+
+def _peak(card: Card) -> float | None:
+    device = find_device(str(value(card, "workload.hardware.xpu_spec.model") or ""))
+    return device.peak_flops("bfloat16") if device else None
+
+
+def _missing(card: Card) -> Iterator[str]:
+    fields = FIELDS + (INFERENCE_FIELDS if _is_inference(card) else ())
+    absent = [field for field in fields if _is_empty(value(card, field))]
+    if absent:
+        yield f"{len(absent)} of {len(fields)} fields are missing or empty: {', '.join(absent)}"
+    astray = [name for name in ("num_params", "num_layers", "head_dim") if value(card, f"workload.model.{name}")]
+    if astray:
+        yield f"{', '.join(astray)} stand in workload.model, but `mfu` looks for them in {ARCH}"
+
+
+def _is_empty(said: Any) -> bool:
+    return said is None or (isinstance(said, list) and None in said)
+
+
+def _embedding(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, int]) -> Iterator[str]:
+    said, parameters = (_number(card, f"{ARCH}.{name}") for name in ("num_params_embedding", "num_params"))
+    if said is None:
+        return
+    tables = [trace.table for trace in traces if trace.table] if value(card, f"{PLAN}.tp") in (None, 1) else []
+    known = embeddings.get(int(parameters)) if parameters else None
+    right, source = (known, "this model's") if known else (max(tables, default=None), "the trace's")
+    if right and said != right:
+        twice = ": the output layer, which does multiply, was counted with it" if said == 2 * right else ""
+        yield f"num_params_embedding is {said:,.0f}, {source} is {right:,} (vocabulary x width){twice}; `mfu` is off"
+    elif not right and parameters and said >= parameters:
+        yield f"num_params_embedding {said:,.0f} is not below num_params {parameters:,.0f}"
+
+
+def _batch(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
+    batch, length = (_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len"))
+    if not batch or not length or _is_inference(card):
+        return
+    rows = _degree(card, "dp_replicate") * _degree(card, "dp_shard")
+    seen = max((trace.tokens for trace in traces if trace.tokens), default=None)
+    if seen is None:
+        scope = value(card, "workload.data.batch_size_scope")
+        if scope != "global" and rows > 1:
+            said = f"batch_size_scope says `{shortened(scope)}`" if scope else "the card does not say that it is global"
+            yield f"batch_size {batch:g} cannot be checked against the trace, and {said}; global is what `mfu` needs"
+        if batch % rows:
+            yield f"batch_size {batch:g} is no multiple of {rows} data-parallel ranks, so it is not the global batch"
+        return
+    tokens = seen * rows * _degree(card, "cp")
+    if abs(tokens - batch * length) > CLOSE * tokens:
+        times = tokens / (batch * length)
+        local = f", which is 1/{times:g} of them: the batch of one rank or one micro-batch" if times > 1 else ""
+        yield (
+            f"batch_size {batch:g} x seq_len {length:g} are {batch * length:,.0f} tokens a step, but the trace shows "
+            f"{tokens:,} over all ranks{local}; `mfu` and throughput are off by {times:.3g}"
+        )
+
+
+def _utilization(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
+    reached = utilization(card, average_step_time(traces))
+    if reached is not None and reached > 1:
+        yield f"by this card the devices reach {reached:.0%} of their peak: batch, model, count or device is wrong"
+
+
+def _profiled(traces: Sequence[RankTrace]) -> Iterator[str]:
+    if not traces:
+        yield "there is no trace of a rank beside the card, so nothing that it says could be checked"
+        return
+    fewest = min(len(trace.steps) for trace in traces)
+    if fewest == 0:
+        yield "a trace has no ProfilerStep marks: its steps cannot be counted"
+    elif fewest < ENOUGH_STEPS:
+        counted = len(inner([0] * fewest))
+        yield f"{fewest} profiled steps, of which `avg_step_time` counts {counted}: its own rule asks for 5 steady ones"
+    if len({tuple(trace.steps) for trace in traces}) > 1:
+        yield "the traces of the ranks are of different steps"
+
+
+def _bandwidth(card: Card) -> Iterator[str]:
+    said = value(card, "workload.hardware.network_topo.bandwidth_gbps")
+    if not isinstance(said, list):
+        return
+    numbers = [float(figure) for figure in said[:2] if _is_number(figure)]
+    if len(said) != 2:
+        yield f"bandwidth_gbps has {len(said)} figures, not two: scale-out, then scale-up"
+    elif len(numbers) == 2 and numbers[0] > numbers[1]:
+        yield f"bandwidth_gbps is {numbers}: scale-out comes first and is hardly above scale-up; the two look swapped"
+
+
+def _backend(card: Card) -> Iterator[str]:
+    name = str(value(card, f"{LIBRARY}.name") or "")
+    if "gloo" in name.lower():
+        yield (
+            "the library is Gloo, which runs on the host and starts no kernel: figures that look for kernels by name "
+            "(communication_fraction, total_communication_time, bandwidths) show 0 or nothing, which is not true"
+        )
+    elif "nvshmem" in name.lower() or "mscclpp" in name.lower().replace("+", "p"):
+        yield f"the library is said to be {shortened(name)}: no field says which one carried the bytes"
+
+
+def _degrees(card: Card) -> Iterator[str]:
+    total = value(card, "workload.hardware.xpu_spec.total_count")
+    names = ("dp_replicate", "dp_shard", "tp", "pp", "cp")
+    if isinstance(total, int) and any(value(card, f"{PLAN}.{name}") is not None for name in names):
+        product = 1
+        for name in names:
+            product *= _degree(card, name)
+        if product != total:
+            yield f"the product of {', '.join(names)} is {product}, but total_count is {total}"
+
+
+def _degree(card: Card, name: str) -> int:
+    said = value(card, f"{PLAN}.{name}")
+    return int(said) if isinstance(said, int) and 0 < said <= limits.RANKS else 1
+
+
+def _number(card: Card, path: str) -> float | None:
+    said = value(card, path)
+    return float(said) if _is_number(said) else None
+
+
+def _is_number(said: Any) -> bool:
+    """One that can be reckoned with: no truth, no NaN, and of a size that some figure could have."""
+    return type(said) in (int, float) and -1e30 < said < 1e30
+
+
+def _is_inference(card: Card) -> bool:
+    return value(card, "workload.model.phase") in ("inference", "serving")

@@ -1,0 +1,131 @@
+"""CCL-Bench's layout of a workload: one folder, flat, with a card and a plain trace a rank; and what its traces say.
+
+CCL-Bench (arXiv 2605.06544) opens neither sub-folders nor packed traces, takes the first `*.yaml` that it finds as the
+card, and takes every `*.json` for a trace.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import statistics
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.analysis.trace.fields import shape
+from quadriga.analysis.trace.find import find, rank_in_name
+from quadriga.analysis.trace.intervals import inside
+from quadriga.analysis.trace.read import read
+from quadriga.analysis.trace.rows import Rows
+from quadriga.analysis.trace.steps import STEP
+from quadriga.errors import Problem, UserError
+
+RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")
+LOOK_UP = "aten::embedding"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RankTrace:
+    """What a card can be held against, from the trace of one rank.
+
+    `steps`: seconds by the number of the profiled step. `tokens`: looked up in an embedding in the middle one of those
+    steps. `table`: numbers in that embedding. None where the trace shows no look-up (another stage of a pipeline, a
+    compiled model, no shapes).
+    """
+
+    rank: int
+    steps: Mapping[int, float]
+    tokens: int | None
+    table: int | None
+
+
+def newest_traces(run: Path) -> tuple[int, dict[int, Path]]:
+    """The last step of the newest cycle in a run folder, and its traces by rank. Raises UserError where there are
+    none."""
+    found = find(run)
+    by_rank = {rank: path for path in found.files if (rank := rank_in_name(path)) is not None}
+    if found.iteration is None or len(by_rank) < len(found.files):
+        allowed = "profile_trace/iteration_N/rankK_trace.json.gz"
+        raise UserError(Problem("RUN", "its traces do not lie as those of a run do", str(run), allowed=allowed))
+    return found.iteration, by_rank
+
+
+def flatten(traces: Mapping[int, Path], folder: Path) -> list[Path]:
+    """Write each trace unpacked as `rank<k>_trace.json` into a folder; their paths by rank. Raises UserError where one
+    cannot be unpacked."""
+    return [_unpack(source, folder / f"rank{rank}_trace.json") for rank, source in sorted(traces.items())]
+
+
+def _unpack(source: Path, target: Path) -> Path:
+    opener = gzip.open if source.suffix == ".gz" else open
+    try:
+        with opener(source, "rb") as packed, target.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, CHUNK)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(Problem(str(source), f"the trace cannot be unpacked: {error}")) from None
+    return target
+
+
+def rank_files(folder: Path) -> dict[int, Path]:
+    """By rank, the traces that CCL-Bench finds in a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        match = RANK_FILE.fullmatch(path.name)
+        if match:
+            found[int(match[1] or match[2])] = path
+    return found
+
+
+def read_rank(rank: int, path: Path) -> RankTrace:
+    """Steps and look-ups of one trace. Raises UserError where the file is no trace."""
+    trace = read(path, rank)
+    ops = trace.ops
+    numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP.match(name))}
+    marks: dict[int, tuple[float, float]] = {}
+    for at in np.flatnonzero(np.isin(ops.name, list(numbers))):
+        marks[numbers[int(ops.name[at])]] = (float(ops.start[at]), float(ops.end[at]))
+    marks = dict(sorted(marks.items()))
+    steps = {number: end - start for number, (start, end) in marks.items()}
+    lookups = np.flatnonzero(np.isin(ops.name, [number for number, name in enumerate(trace.names) if name == LOOK_UP]))
+    tokens, table = _looked_up(ops, lookups, list(marks.values()))
+    return RankTrace(rank, steps, tokens, table)
+
+
+def average_step_time(traces: Sequence[RankTrace]) -> float | None:
+    """CCL-Bench's `avg_step_time` in seconds: of each rank the mean step, without the first and the last where there
+    are more than two, then the mean over ranks. None where no trace has steps."""
+    means = [statistics.mean(kept) for trace in traces if (kept := inner(list(trace.steps.values())))]
+    return statistics.mean(means) if means else None
+
+
+def inner(steps: list[Any]) -> list[Any]:
+    """Those of a rank's steps, in their order, that `avg_step_time` counts."""
+    return steps[1:-1] if len(steps) > 2 else steps
+
+
+def _looked_up(
+    ops: Rows, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
+) -> tuple[int | None, int | None]:
+    """Tokens looked up in the median step and the size of the table; a look-up inside another one is the same one."""
+    tokens = [0] * len(marks)
+    windows = np.array(sorted(marks)).reshape(-1, 2)
+    order = lookups[np.lexsort((-ops.end[lookups], ops.start[lookups]))]
+    table, end = None, -1.0
+    for at, place in zip(order.tolist(), inside(ops.start[order], windows).tolist(), strict=True):
+        dims = ops.told[at].get("Input Dims") or []
+        if ops.start[at] < end or len(dims) < 2 or not isinstance(dims[0], list) or len(dims[0]) != 2:
+            continue
+        end = float(ops.end[at])
+        table = max(table or 0, shape(dims[0]))
+        if place >= 0:
+            tokens[place] += shape(dims[1])
+    seen = statistics.median_low(tokens) if tokens else 0
+    return (seen, table) if seen else (None, table)

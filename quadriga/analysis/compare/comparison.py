@@ -1,0 +1,285 @@
+"""The comparison of settings as one JSON-able object (`quadriga-compare-1`; docs/comparisons.md says what it holds)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+from quadriga.analysis.compare.differences import BACKEND, Differences, differences
+from quadriga.analysis.compare.evidence import (
+    EXPOSED,
+    Analyse,
+    Traced,
+    axes_of,
+    credit,
+    exposed_of,
+    exposed_on,
+    part_of,
+    read_traces,
+    where,
+)
+from quadriga.analysis.compare.runs import RunFolder, Setting
+from quadriga.analysis.compare.statistics import FEWEST_PAIRS, Ratio, median, middle_half, paired_ratio
+from quadriga.errors import Problem, UserError
+
+FORMAT = "quadriga-compare-1"
+SPEED = ("faster", "slower")
+STEP_TIME, THROUGHPUT = "step_time_s", "tokens_per_second"
+TOO_FEW, NO_DIFFERENCE, NOT_CREDITED = "too few runs", "no difference shown", "not credited"
+
+Values = dict[int, list[float]]  # of one setting: by number of the repeat
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that runs are compared by. `read` gives its values in one run, `words` what is said of the one that has
+    the better and of the one that has the worse of it."""
+
+    name: str
+    unit: str
+    lower_is_better: bool
+    read: Callable[[RunFolder], list[float]]
+    words: tuple[str, str] = ("better", "worse")
+
+
+def _peak(name: str) -> Callable[[RunFolder], list[float]]:
+    return lambda run: [max(values)] if (values := run.of_windows(name)) else []
+
+
+def _each(name: str) -> Callable[[RunFolder], list[float]]:
+    return lambda run: run.of_windows(name)
+
+
+FIGURES = (
+    Figure(STEP_TIME, "s", True, _each("step_seconds"), SPEED),
+    Figure(THROUGHPUT, "tokens/s", False, _each("tokens_per_second"), SPEED),
+    Figure("tflops", "TFLOP/s a device", False, _each("tflops")),
+    Figure("mfu", "share", False, _each("mfu")),
+    Figure("memory_reserved_gib", "GiB", True, _peak("memory_reserved_gib")),
+    Figure("memory_active_gib", "GiB", True, _peak("memory_active_gib")),
+    Figure("memory_peak_gib", "GiB", True, _peak("memory_peak_gib")),
+    Figure("data_wait_share", "share", True, _each("data_wait_share")),
+)
+
+
+def compare(
+    settings: Sequence[Setting],
+    *,
+    varied: Sequence[str] | None,
+    accepted: Sequence[str],
+    analyse: Analyse,
+    warmup: int,
+) -> dict[str, Any]:
+    """Compare each setting with the first.
+
+    Args:
+        settings: at least two, each with a name of its own.
+        varied: the keys that a bench varied; None for other runs.
+        accepted: further keys that the user lets differ.
+        analyse: reads the traces of a run folder (`analysis.trace.analysis`); raises UserError where it cannot.
+        warmup: the first steps of each run that were left out, to be told.
+
+    Raises:
+        UserError: the settings differ in more than was varied, or ran different rounds.
+    """
+    unlike = differences(settings, varied, accepted)
+    rounds = common_rounds(settings)
+    traced = {setting.name: read_traces(setting, analyse) for setting in settings}
+    credits = [credit(setting, traced[setting.name]) for setting in settings]
+    uncredited = {each["run"] for each in credits if not each["credited"]} if BACKEND in unlike.varied else set()
+    located = where(settings, traced)
+    reasons = {name: each.why_missing() for name, each in traced.items() if each.missing}
+    return {
+        "format": FORMAT,
+        "varied": {key: list(dict.fromkeys(map(_plain, values))) for key, values in unlike.varied.items()},
+        "runs": [
+            {
+                "name": setting.name,
+                "folder": str(setting.folder),
+                "values": {key: _plain(values[place]) for key, values in unlike.varied.items()},
+                "repeats": len(setting.runs),
+                "warnings": _warnings(setting),
+            }
+            for place, setting in enumerate(settings)
+        ],
+        "refused": None,
+        "headline": headline(settings),
+        "warmup_steps": warmup,
+        "comparisons": len(settings) - 1,
+        "figures": figures(settings, rounds, traced, uncredited),
+        "losses": losses(settings, unlike),
+        "where": located,
+        "backend": credits,
+        "not_measurable": {"where": "; ".join(f"{name}: {why}" for name, why in reasons.items())} if reasons else {},
+        "warnings": [*unlike.warnings, *order_warnings(settings, rounds)],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be a key of a dictionary: lists become text."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _warnings(setting: Setting) -> list[str]:
+    many = len(setting.runs) > 1
+    left_out = [f"{name} has not finished, and is left out" for name in setting.unfinished]
+    return left_out + [f"{run.folder.name}: {said}" if many else said for run in setting.runs for said in run.warnings]
+
+
+def headline(settings: Sequence[Setting]) -> str:
+    """The figure that decides which setting is faster: the time of a step, or, where steps differ in tokens, tokens."""
+    sizes = {tokens_a_step(run) for setting in settings for run in setting.runs}
+    return STEP_TIME if len(sizes) == 1 else THROUGHPUT
+
+
+def tokens_a_step(run: RunFolder) -> int:
+    last = run.records[-1]
+    return int(last["tokens_seen"] // last["step"])
+
+
+def common_rounds(settings: Sequence[Setting]) -> list[int]:
+    """The numbers of the repeats that every setting has."""
+    numbers = [{run.number for run in setting.runs} for setting in settings]
+    common = set.intersection(*numbers)
+    if not common:
+        what = "; ".join(f"{setting.name} has {sorted(own)}" for setting, own in zip(settings, numbers, strict=True))
+        raise UserError(Problem("RUN", f"no round is common to all settings: {what}", fix="repeat the missing runs"))
+    return sorted(common)
+
+
+def figures(
+    settings: Sequence[Setting], rounds: Sequence[int], traced: Mapping[str, Traced], uncredited: set[str]
+) -> list[dict[str, Any]]:
+    """All figures that every run has, those of the traces last."""
+    found = []
+    for figure in FIGURES:
+        values = [{run.number: figure.read(run) for run in setting.runs} for setting in settings]
+        found.append(_compared(figure, settings, values, rounds, uncredited))
+    for axis in (None, *axes_of(traced.values())):
+        name = EXPOSED if axis is None else exposed_on(axis)
+        figure = Figure(name, "s", True, lambda _run: [])
+        values = [_exposed(traced[setting.name], axis) for setting in settings]
+        found.append(_compared(figure, settings, values, rounds, uncredited))
+    return [each for each in found if each is not None]
+
+
+def _exposed(traced: Traced, axis: str | None) -> Values:
+    read = {
+        number: part_of(EXPOSED, analysis) if axis is None else exposed_of(axis, analysis)
+        for number, analysis in traced.analyses.items()
+    }
+    return {number: [value] for number, value in read.items() if value is not None}
+
+
+def _compared(
+    figure: Figure,
+    settings: Sequence[Setting],
+    values: Sequence[Values],
+    rounds: Sequence[int],
+    uncredited: set[str],
+) -> dict[str, Any] | None:
+    """One figure of all settings, each against the first; None where a run does not have it."""
+    if any(not own.get(number) for own in values for number in rounds):
+        return None
+    by_run = []
+    medians = [[median(own[number]) for number in rounds] for own in values]
+    for setting, own, samples in zip(settings, values, medians, strict=True):
+        everything = [value for number in rounds for value in own[number]]
+        spread = list(middle_half(everything))
+        by_run.append({"run": setting.name, "median": median(samples), "spread": spread, "samples": samples})
+    ratios = []
+    if all(value > 0 for samples in medians for value in samples):
+        first = settings[0].name
+        for setting, samples in zip(settings[1:], medians[1:], strict=True):
+            ratio = paired_ratio(samples, medians[0], comparisons=len(settings) - 1)
+            disputed = bool(uncredited & {setting.name, first})
+            ratios.append(_ratio(figure, setting.name, first, ratio, disputed))
+    return {
+        "name": figure.name,
+        "unit": figure.unit,
+        "lower_is_better": figure.lower_is_better,
+        "by_run": by_run,
+        "ratios": ratios,
+    }
+
+
+def _ratio(figure: Figure, run: str, against: str, ratio: Ratio, disputed: bool) -> dict[str, Any]:
+    if ratio.pairs < FEWEST_PAIRS:
+        verdict = TOO_FEW
+    elif not ratio.shows_a_difference:
+        verdict = NO_DIFFERENCE
+    else:
+        better = (ratio.ratio < 1) == figure.lower_is_better
+        verdict = NOT_CREDITED if disputed else figure.words[0 if better else 1]
+    return {
+        "run": run,
+        "against": against,
+        "ratio": ratio.ratio,
+        "interval": None if ratio.interval is None else list(ratio.interval),
+        "confidence": ratio.confidence,
+        "pairs": ratio.pairs,
+        "verdict": verdict,
+    }
+
+
+def losses(settings: Sequence[Setting], unlike: Differences) -> dict[str, Any]:
+    """The loss at the steps that all runs logged, the median of the repeats, and how far two settings are apart at
+    most. `largest_within_a_setting`: how far repeats of one setting are, at most."""
+    logged = [set(run.losses) for setting in settings for run in setting.runs]
+    steps = sorted(set.intersection(*logged))
+    curves = {setting.name: [_median_loss(setting, step) for step in steps] for setting in settings}
+    apart: list[dict[str, Any]] = [
+        {"step": step, "value": abs(one - other), "between": [a, b]}
+        for a, b in combinations(curves, 2)
+        for step, one, other in zip(steps, curves[a], curves[b], strict=True)
+        if one is not None and other is not None
+    ]
+    within = [_apart_within(setting, step) for setting in settings for step in steps]
+    known = [value for value in within if value is not None]
+    odd = sum(value is None for curve in curves.values() for value in curve)
+    notes = []
+    if unlike.of_the_data:
+        notes.append(f"not comparable: the settings read different batches ({', '.join(unlike.of_the_data)})")
+    if odd:
+        notes.append(f"{odd} losses are no finite numbers and are left out")
+    return {
+        "steps": steps,
+        "by_run": [{"run": name, "loss": curve} for name, curve in curves.items()],
+        "largest_difference": max(apart, key=lambda each: each["value"], default=None),
+        "largest_within_a_setting": max(known, default=None),
+        "note": "; ".join(notes) or None,
+    }
+
+
+def _median_loss(setting: Setting, step: int) -> float | None:
+    values = [run.losses[step] for run in setting.runs]
+    return median(values) if all(map(math.isfinite, values)) else None
+
+
+def _apart_within(setting: Setting, step: int) -> float | None:
+    values = [run.losses[step] for run in setting.runs]
+    return max(values) - min(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
+def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[str]:
+    """What the order of the runs does not guard against."""
+    runs = {number: [run for s in settings for run in s.runs if run.number == number] for number in rounds}
+    warnings = []
+    in_time = sorted((run.span for own in runs.values() for run in own), key=lambda span: span[0])
+    if any(after[0] < before[1] for before, after in pairwise(in_time)):
+        warnings.append("runs overlapped in time, so they may have slowed each other")
+    spans = [(min(run.span[0] for run in own), max(run.span[1] for run in own)) for own in runs.values()]
+    if any(after[0] < before[1] for before, after in pairwise(spans)):
+        warnings.append("the runs did not take turns, so a drift of the machine counts as a difference of the settings")
+    firsts = {min(own, key=lambda run: run.span[0]).folder.parent for own in runs.values()}
+    if len(rounds) >= FEWEST_PAIRS and len(firsts) == 1:
+        warnings.append("the same setting was always first, so what a round's start costs counts against it")
+    if len(settings) > 2:
+        many = len(settings) - 1
+        warnings.append(
+            f"{many} settings are compared with the first: each interval is widened so that all hold at once"
+        )
+    return warnings

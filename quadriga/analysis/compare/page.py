@@ -1,0 +1,237 @@
+"""The report of a comparison as one HTML page: which run is faster, or that none was shown to be; then the pictures.
+
+`page` takes what `quadriga compare --json` prints (`quadriga-compare-1`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from quadriga.analysis.compare.report import answers, show_value
+from quadriga.analysis.pages import page as html
+from quadriga.analysis.pages.charts import Bar, Part, legend, stacked_bars
+from quadriga.analysis.pages.markup import Markup
+from quadriga.analysis.pages.numbers import duration, number, share
+from quadriga.analysis.pages.plots import Interval, Series, curves, intervals, legend_of
+from quadriga.analysis.pages.style import BLUE, GREY, VERMILION
+
+VERDICTS = {"faster": BLUE, "better": BLUE, "slower": VERMILION, "worse": VERMILION}
+SHOWN_WITH = ("s", "GiB", "share")  # units that stand beside each figure
+Comparison = dict[str, Any]
+ROWS_OF_LOSSES = 20
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page. `comparison`: a dict of the format `quadriga-compare-1`."""
+    names = _names(comparison)
+    warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
+    warned += comparison.get("warnings", ())
+    return html.document(
+        f"{' and '.join(names)} compared" if len(names) == 2 else f"{len(names)} runs compared",
+        html.answer(*sentences(comparison)),
+        html.warnings(warned),
+        _backends(comparison["backend"]),
+        _ratios(comparison["figures"]),
+        _figures(comparison["figures"]),
+        _where(comparison["where"], comparison.get("not_measurable", {}).get("where")),
+        _losses(comparison["losses"]),
+        _runs(comparison),
+        source=_varied(comparison["varied"]),
+    )
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """The answer, in the words of the terminal; the refusal where there is one."""
+    if comparison["refused"]:
+        return [f"Not compared: {comparison['refused']}"]
+    return [
+        f"{said[0].upper()}{said[1:]}." if not said.startswith(_names(comparison)) else f"{said}."
+        for said in answers(comparison)
+    ]
+
+
+def _names(comparison: Comparison) -> tuple[str, ...]:
+    return tuple(run["name"] for run in comparison["runs"])
+
+
+def _backends(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    if not rows:
+        return None
+    cells = [
+        [row["run"], row["asked"] or "none", _carried(row["carried"]), "yes" if row["credited"] else "no", row["why"]]
+        for row in rows
+    ]
+    header = ["run", "asked for", "what carried the bytes", "credited", "why"]
+    return html.section("Which backend carried the bytes", html.table(header, cells, words=range(5)))
+
+
+def _carried(carried: Sequence[Mapping[str, Any]] | None) -> str | None:
+    if carried is None:
+        return None
+    return "; ".join(f"{each['axis']}: {each['backend']} ({_share(each['share_of_bytes'])})" for each in carried)
+
+
+def _share(part: float | None) -> str:
+    return "share not measurable" if part is None else f"{share(part)} of bytes"
+
+
+def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
+    rated = [(figure, ratio) for figure in figures for ratio in figure["ratios"]]
+    if not rated:
+        return None
+    cells = [
+        [
+            figure["name"],
+            ratio["run"],
+            ratio["against"],
+            _or_none(ratio["ratio"], number),
+            _range(ratio["interval"], number),
+            f"{100 * ratio['confidence']:.3g} %",
+            f"{ratio['pairs']}",
+            ratio["verdict"],
+        ]
+        for figure, ratio in rated
+    ]
+    header = ["figure", "run", "against", "ratio", "interval", "confidence", "pairs", "verdict"]
+    numbers = html.table(header, cells, words=(0, 1, 2, 7))
+    pairs = list(dict.fromkeys((ratio["run"], ratio["against"]) for _, ratio in rated))
+    drawn = [
+        Interval(
+            figure["name"] if len(pairs) == 1 else f"{figure['name']}: {ratio['run']}",
+            ratio["ratio"],
+            ratio["interval"][0],
+            ratio["interval"][1],
+            ratio["verdict"],
+            VERDICTS.get(ratio["verdict"], GREY),
+        )
+        for figure, ratio in rated
+        if ratio["ratio"] is not None and ratio["interval"]
+    ]
+    if not drawn:
+        return html.section("Ratios", numbers)
+    against = pairs[0][1]
+    of = pairs[0][0] if len(pairs) == 1 else "each run"
+    image = intervals("Ratios of runs with their intervals", drawn, f"{of} / {against}; 1 is no difference")
+    caption = (
+        "Each dot is the ratio of two runs by pairs of repeats, the bar its interval. A bar that touches 1 "
+        "shows no difference."
+    )
+    return html.section("Ratios", html.figure(image, caption, numbers))
+
+
+def _figures(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
+    if not figures:
+        return None
+    cells = []
+    for figure in figures:
+        name = figure["name"] if figure["unit"] in SHOWN_WITH else f"{figure['name']}, {figure['unit']}"
+        show = partial(show_value, unit=figure["unit"])
+        for run in figure["by_run"]:
+            samples = ", ".join(show(value) for value in run["samples"] if value is not None)
+            cells.append([name, run["run"], _or_none(run["median"], show), _range(run["spread"], show), samples])
+    header = ["figure", "run", "median", "middle half", "each repeat"]
+    return html.section("Figures", html.table(header, cells, words=(0, 1, 4)))
+
+
+def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup:
+    title = "Where the time went"
+    if not parts:
+        return html.section(title, html.missing(why or "no traces of these runs were read"))
+    runs = list(dict.fromkeys(each["run"] for part in parts for each in part["by_run"]))
+    legend_parts = [Part(run, index % GREY) for index, run in enumerate(runs)]
+    bars = []
+    for part in parts:
+        seconds = {each["run"]: each["seconds"] for each in part["by_run"]}
+        for index, run in enumerate(runs):
+            values = [seconds.get(run) if i == index else None for i in range(len(runs))]
+            bars.append(Bar(_part(part) if index == 0 else "", values))
+    cells = [[_part(part), *(_seconds_of(part, run) for run in runs)] for part in parts]
+    image = stacked_bars("Parts of a step by run", legend_parts, bars, "time a step")
+    numbers = html.table(["part of a step", *runs], cells)
+    caption = "The same part of a step in each run, one bar a run. Parts may overlap, so they need not add up."
+    reasons = html.missing(why) if why else None
+    return html.section(title, html.figure(image, caption, numbers, legend(legend_parts)), reasons)
+
+
+def _seconds_of(part: Mapping[str, Any], run: str) -> str | None:
+    found = next((each["seconds"] for each in part["by_run"] if each["run"] == run), None)
+    return _or_none(found, duration)
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """`exposed communication`, and below it `exposed on shard`."""
+    axis = part.get("axis")
+    return f"exposed on {axis}" if axis else part["part"].removesuffix("_s").replace("_", " ")
+
+
+def _losses(losses: Mapping[str, Any] | None) -> Markup:
+    title = "Losses"
+    if not losses or not losses["steps"]:
+        return html.section(title, html.missing("the runs have no logged step in common"))
+    steps = losses["steps"]
+    series = [
+        Series(run["run"], index, [(step, _figure(loss)) for step, loss in zip(steps, run["loss"], strict=True)])
+        for index, run in enumerate(losses["by_run"])
+    ]
+    largest = losses["largest_difference"]
+    said = "Only one run has losses."
+    if largest and largest["value"] == 0:
+        said = "All runs have the same losses, to the last digit."
+    elif largest:
+        said = (
+            f"The largest difference is {number(largest['value'])}, at step {largest['step']}, "
+            f"between {' and '.join(largest['between'])}."
+        )
+    within = losses.get("largest_within_a_setting")
+    if within is not None:
+        said += f" Repeats of one setting differ by {number(within)} at most."
+    if losses.get("note"):
+        said += f" {losses['note']}"
+    every = max(math.ceil(len(steps) / ROWS_OF_LOSSES), 1)
+    chosen = sorted({*range(0, len(steps), every), len(steps) - 1})
+    cells = [[f"{steps[i]:,}", *(_loss(run["loss"][i]) for run in losses["by_run"])] for i in chosen]
+    caption = f"Every {every} logged steps, and the last." if every > 1 else "Every logged step."
+    numbers = html.table(["step", *(run["run"] for run in losses["by_run"])], cells, caption=caption)
+    if not any(math.isfinite(loss) for each in series for _, loss in each.points):
+        return html.section(title, html.note("No loss is a finite number."), numbers)
+    image = curves("Loss by step", series, "step", "loss")
+    return html.section(
+        title, html.note(said), html.figure(image, "Loss of each run.", numbers, legend_of(series, lines=True))
+    )
+
+
+def _figure(loss: float | None) -> float:
+    """A loss that was not logged is no number, and leaves a hole in its curve."""
+    return math.nan if loss is None else float(loss)
+
+
+def _loss(loss: float | None) -> str:
+    return "not logged" if loss is None else f"{loss:.4f}"
+
+
+def _runs(comparison: Comparison) -> Markup:
+    keys = list(dict.fromkeys(key for run in comparison["runs"] for key in run["values"]))
+    cells = [
+        [run["name"], run["folder"], f"{run['repeats']}", *(str(run["values"].get(key, "")) for key in keys)]
+        for run in comparison["runs"]
+    ]
+    return html.section("Runs", html.table(["run", "folder", "repeats", *keys], cells, words=(0, 1)))
+
+
+def _varied(varied: Mapping[str, Sequence[Any]]) -> str:
+    if not varied:
+        return "Nothing was varied on purpose."
+    return "Varied: " + "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in varied.items())
+
+
+def _range(ends: Sequence[float | None] | None, show: Callable[[float], str]) -> str | None:
+    if not ends or ends[0] is None or ends[1] is None:
+        return None
+    return f"{show(ends[0])} to {show(ends[1])}"
+
+
+def _or_none(value: float | None, show: Callable[[float], str]) -> str | None:
+    return None if value is None else show(value)

@@ -1,0 +1,104 @@
+"""What a bench is going to run: the settings, the order of the runs, and the note that it leaves of both."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.analysis.compare.runs import BENCH, read_bench
+from quadriga.errors import Problem, UserError, shortened
+
+FORMAT = "quadriga-bench-1"
+VARY = "--vary"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting: by key, the value as text. `number` from 1."""
+
+    number: int
+    values: Mapping[str, str]
+
+    @property
+    def folder(self) -> str:
+        return f"setting-{self.number}"
+
+    @property
+    def name(self) -> str:
+        """`backend=nccl, mode=full`: the last words of the keys, unless two of them are alike."""
+        last = [key.rpartition(".")[2] for key in self.values]
+        short = len(set(last)) == len(last)
+        words = last if short else list(self.values)
+        return ", ".join(f"{word}={value}" for word, value in zip(words, self.values.values(), strict=True))
+
+
+def choices_of(varied: Sequence[str]) -> list[Choice]:
+    """Every combination of `KEY=A,B` texts. Raises UserError where one is not of that form."""
+    tables: dict[str, list[str]] = {}
+    for text in varied:
+        key, equals, values = text.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        found = _values(values)
+        form = "--vary section.key=VALUE,VALUE (a list as a value in brackets)"
+        if not equals or "." not in key:
+            raise UserError(Problem(VARY, "not of the form that is needed", text, allowed=form))
+        if key in tables:
+            raise UserError(Problem(VARY, f"{key} is varied twice", text, fix="name all its values at once"))
+        if len(found) < 2 or len(set(found)) < len(found) or "" in found:
+            raise UserError(Problem(VARY, "at least two values are needed, each once", text, allowed=form))
+        tables[key] = found
+    combined = itertools.product(*tables.values())
+    return [Choice(number, dict(zip(tables, values, strict=True))) for number, values in enumerate(combined, start=1)]
+
+
+def _values(text: str) -> list[str]:
+    """`a,b` -> a and b; commas within brackets belong to a list."""
+    return [value.strip() for value in re.split(r",(?![^\[]*\])", text)]
+
+
+def turns(count: int, rounds: int) -> Iterator[tuple[int, list[int]]]:
+    """By round, from 1, the places of `count` settings in the order in which they run: each is first in its turn."""
+    for number in range(rounds):
+        first = number % count
+        yield number + 1, [(first + place) % count for place in range(count)]
+
+
+def note_of(choices: Sequence[Choice], file: str, arguments: Sequence[str], ranks: int) -> dict[str, Any]:
+    """What `bench.json` says. `arguments`: the keys that all runs are given."""
+    keys = list(choices[0].values)
+    return {
+        "format": FORMAT,
+        "file": file,
+        "arguments": list(arguments),
+        "ranks": ranks,
+        "varied": {key: list(dict.fromkeys(choice.values[key] for choice in choices)) for key in keys},
+        "settings": [
+            {"folder": choice.folder, "name": choice.name, "values": dict(choice.values)} for choice in choices
+        ],
+    }
+
+
+def refuse_another_bench(folder: Path, note: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder holds a bench of other settings, or what is no bench at all."""
+    before = read_bench(folder / BENCH)
+    fix = "choose another folder (--out), or remove this one"
+    if before is None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(Problem("--out", "the folder is not empty, and holds no bench", str(folder), fix=fix))
+    for part in ("settings", "ranks"):
+        if before is not None and before.get(part) != note[part]:
+            said = f"{before['varied']} on {before.get('ranks')} ranks"
+            what = f"the folder holds a bench with other {part}: {shortened(said, 400)}"
+            raise UserError(Problem("--out", what, str(folder), fix=fix))
+
+
+def leave_note(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write `bench.json`; a reader finds the whole file or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{BENCH}"
+    draft.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / BENCH)

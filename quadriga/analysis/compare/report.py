@@ -1,0 +1,171 @@
+"""A comparison in words, for a terminal: the answer first, in one sentence a setting; then the table; then the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from quadriga.analysis.compare.comparison import NO_DIFFERENCE, NOT_CREDITED, TOO_FEW
+from quadriga.analysis.compare.statistics import FEWEST_PAIRS
+
+Comparison = dict[str, Any]
+
+
+def lines(comparison: Comparison) -> Iterator[str]:
+    yield from answers(comparison)
+    yield ""
+    yield from _setup(comparison)
+    yield ""
+    yield from _table(comparison)
+    yield ""
+    yield from _where(comparison)
+    yield from _losses(comparison["losses"])
+    yield from _backends(comparison)
+    yield from _warnings(comparison)
+
+
+def answers(comparison: Comparison) -> Iterator[str]:
+    """One sentence for each setting but the first. Percentages are of speed: steps or tokens in a second."""
+    figure = next(each for each in comparison["figures"] if each["name"] == comparison["headline"])
+    for ratio in figure["ratios"]:
+        yield _answer(ratio, figure, comparison)
+
+
+def _answer(ratio: dict[str, Any], figure: dict[str, Any], comparison: Comparison) -> str:
+    ours, other = ratio["run"], ratio["against"]
+    medians = {each["run"]: show_value(each["median"], figure["unit"]) for each in figure["by_run"]}
+    measured = f"{other} {medians[other]}, {ours} {medians[ours]}"
+    pairs = f"{ratio['pairs']} pair{'s' * (ratio['pairs'] != 1)}"
+    if ratio["verdict"] == TOO_FEW:
+        return f"too few runs to tell: {pairs}, at least {FEWEST_PAIRS} are needed ({measured})"
+    low, high = speed_interval(ratio, figure["lower_is_better"])
+    told = f"{_level(ratio)} interval {_range(low, high)}, {pairs}"
+    if ratio["verdict"] == NO_DIFFERENCE:
+        change = round(100 * (speed_ratio(ratio["ratio"], figure["lower_is_better"]) - 1), 1) + 0.0  # no -0.0
+        return f"no difference shown between {other} and {ours} (speed {change:+.1f} %, {told}; {measured})"
+    if ratio["verdict"] == NOT_CREDITED:
+        reasons = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
+        why = "; ".join(f"{run}: {reasons[run]}" for run in (other, ours) if run in reasons)
+        return f"no winner is named between {other} and {ours} ({why}); measured: {measured}, {told}"
+    speed = speed_ratio(ratio["ratio"], figure["lower_is_better"])
+    if speed > 1:
+        return f"{ours} is {100 * (speed - 1):.1f} % faster than {other} ({told}; {measured})"
+    told = f"{_level(ratio)} interval {_range(2 - high, 2 - low)}, {pairs}"
+    return f"{ours} is {100 * (1 - speed):.1f} % slower than {other} ({told}; {measured})"
+
+
+def speed_ratio(ratio: float, lower_is_better: bool) -> float:
+    """A ratio of times as one of speeds."""
+    return 1 / ratio if lower_is_better else ratio
+
+
+def speed_interval(ratio: dict[str, Any], lower_is_better: bool) -> tuple[float, float]:
+    low, high = sorted(speed_ratio(end, lower_is_better) for end in ratio["interval"])
+    return low, high
+
+
+def _range(low: float, high: float) -> str:
+    """Two ratios as changes in percent: 1.02 and 1.063 -> `2.0 to 6.3 %`."""
+    return f"{100 * (low - 1):.1f} to {100 * (high - 1):.1f} %"
+
+
+def _level(ratio: dict[str, Any]) -> str:
+    return f"{100 * ratio['confidence']:.3g} %"
+
+
+def show_value(value: float | None, unit: str) -> str:
+    """A figure with its unit, to four digits; `not measurable` for None."""
+    if value is None:
+        return "not measurable"
+    shown = {"s": f"{value:.4g} s", "GiB": f"{value:.2f} GiB", "share": f"{100 * value:.2f} %"}
+    return shown.get(unit, f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
+
+
+def _setup(comparison: Comparison) -> Iterator[str]:
+    varied = comparison["varied"]
+    for key, values in varied.items():
+        yield f"varied: {key} = {', '.join(map(str, values))}"
+    if not varied:
+        yield "nothing was varied: the runs are alike"
+    for run in comparison["runs"]:
+        count = run["repeats"]
+        yield f"  {run['name']}: {count} run{'s' * (count != 1)} in {run['folder']}"
+    yield f"the first {comparison['warmup_steps']} steps of each run are left out"
+
+
+def _table(comparison: Comparison) -> Iterator[str]:
+    """By figure: each setting's median and middle half; and its ratio to the first."""
+    rows = [("", "", "median", "middle half", "against the first", "interval", "")]
+    for figure in comparison["figures"]:
+        ratios = {ratio["run"]: ratio for ratio in figure["ratios"]}
+        for number, each in enumerate(figure["by_run"]):
+            low, high = (show_value(end, figure["unit"]) for end in each["spread"])
+            told = _ratio_cells(ratios[each["run"]]) if each["run"] in ratios else ("", "", "")
+            name = _name(figure) if number == 0 else ""
+            rows.append((name, each["run"], show_value(each["median"], figure["unit"]), f"{low} - {high}", *told))
+    return _aligned(rows)
+
+
+def _name(figure: dict[str, Any]) -> str:
+    return f"{figure['name']}, {figure['unit']}" if figure["unit"].startswith("T") else str(figure["name"])
+
+
+def _ratio_cells(ratio: dict[str, Any]) -> tuple[str, str, str]:
+    change = f"{100 * (ratio['ratio'] - 1):+.1f} %"
+    if ratio["interval"] is None:
+        return change, "", ratio["verdict"]
+    low, high = ratio["interval"]
+    return change, _range(low, high), ratio["verdict"]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """The first two columns and the last to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
+        yield "  ".join([*left, *right, row[-1]]).rstrip()
+
+
+def _where(comparison: Comparison) -> Iterator[str]:
+    rows = comparison["where"]
+    if rows is None:
+        yield f"where the time went: not measurable: {comparison['not_measurable']['where']}"
+        yield ""
+        return
+    yield "where the time of a traced step went (seconds, mean of the ranks; the profiler slows these steps)"
+    names = [run["name"] for run in comparison["runs"]]
+    table = [("", "", *names, "")]
+    for row in rows:
+        part = row["part"].removesuffix("_s").replace("_", " ")
+        shown = [show_value(each["seconds"], "s") for each in row["by_run"]]
+        table.append((part, "", *shown, ""))
+    yield from _aligned(table)
+    yield ""
+
+
+def _losses(losses: dict[str, Any]) -> Iterator[str]:
+    apart, within = losses["largest_difference"], losses["largest_within_a_setting"]
+    if apart is None:
+        yield "losses: no step was logged by all runs"
+    else:
+        steps = f"{len(losses['steps'])} logged steps"
+        between = " and ".join(apart["between"])
+        noise = "" if within is None else f"; repeats of one setting differ by at most {within:.3g}"
+        if apart["value"]:
+            yield f"losses: at most {apart['value']:.3g} apart, at step {apart['step']}, between {between}{noise}"
+        else:
+            yield f"losses: equal to the last digit at all {steps}{noise}"
+    if losses["note"]:
+        yield f"losses: {losses['note']}"
+
+
+def _backends(comparison: Comparison) -> Iterator[str]:
+    for each in comparison["backend"]:
+        yield f"backend of {each['run']}: asked for {each['asked']}; {each['why']}"
+
+
+def _warnings(comparison: Comparison) -> Iterator[str]:
+    own = [f"{run['name']}: {said}" for run in comparison["runs"] for said in run["warnings"]]
+    for said in [*comparison["warnings"], *own]:
+        yield f"warning: {said}"

@@ -1,0 +1,242 @@
+"""Run folders as a comparison reads them: one run, and a setting, which is one run or a folder of its repeats.
+
+RUN/config.toml, environment.json, metrics.jsonl, events.jsonl     one run, as quadriga/train leaves it
+SETTING/repeat-1/, repeat-2/, ...                                  repeats of one setting, one run folder each
+BENCH/bench.json, setting-1/, setting-2/, ...                      what `quadriga bench` leaves
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quadriga import limits
+from quadriga.analysis.compare.windows import Record, Window, counted
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.metrics.events import read_events
+from quadriga.metrics.jsonl import read_metrics
+from quadriga.reading import read_json_object, read_toml
+
+METRICS, CONFIG, ENVIRONMENT, BENCH = "metrics.jsonl", "config.toml", "environment.json", "bench.json"
+REPEAT = re.compile(r"repeat-([0-9]{1,9})")
+REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # what a comparison reads of each record
+MOST_SETTINGS = 1000  # of one bench
+# What of `config.toml` is reckoned with, and from which value on it can be.
+WHOLE = {
+    "training.steps": 1,
+    "profiling.profile_freq": 1,
+    "profiling.profiler_warmup": 0,
+    "profiling.profiler_active": 1,
+}
+Flat = dict[str, Any]  # `section.key` -> value
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run. `number`: which repeat it is, and so which round it belongs to, from 1."""
+
+    folder: Path
+    number: int
+    config: Flat
+    environment: Flat
+    records: list[Record]
+    windows: list[Window]
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """When its first and its last record were written, in seconds since the epoch."""
+        return self.records[0]["time"], self.records[-1]["time"]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {record["step"]: float(record["loss"]) for record in self.records}
+
+    def of_windows(self, name: str) -> list[float]:
+        """A figure of all windows that have it."""
+        values = (window.record.get(name) for window in self.windows)
+        return [float(value) for value in values if value is not None and math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The repeats of one setting, by number. `name` is how it is called in the report; `unfinished` are the folders of
+    repeats that did not come to their end and are left out."""
+
+    name: str
+    folder: Path
+    runs: list[RunFolder]
+    unfinished: list[str] = field(default_factory=list)
+
+
+def read_setting(name: str, folder: Path, warmup: int) -> Setting:
+    """A run folder, or a folder of repeats, under the name that it will be called by.
+
+    Raises:
+        UserError: it is neither, or what is in it cannot be read.
+    """
+    if is_run(folder):
+        return Setting(name, folder, [read_run(folder, 1, warmup)])
+    found = repeats_of(folder)
+    repeats = {number: path for number, path in found.items() if has_finished(path)} or found
+    if not repeats:
+        what = "no run is here" if os.path.isdir(folder) else "there is no such folder"
+        allowed = f"a run folder (with {METRICS}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
+        raise UserError(Problem("RUN", what, str(folder), allowed=allowed))
+    runs = [read_run(path, number, warmup) for number, path in repeats.items()]
+    return Setting(name, folder, runs, [path.name for number, path in found.items() if number not in repeats])
+
+
+def is_run(folder: Path) -> bool:
+    return os.path.isfile(folder / METRICS)  # unlike Path.is_file it raises nothing for a path that cannot be
+
+
+def repeats_of(folder: Path) -> dict[int, Path]:
+    """The runs in a folder of repeats by number."""
+    found = {int(match[1]): path for path in folder.glob("repeat-*") if (match := REPEAT.fullmatch(path.name))}
+    return {number: found[number] for number in sorted(found) if is_run(found[number])}
+
+
+def folders_of(named: Sequence[Path]) -> list[Path]:
+    """The folders of the settings: a folder of a bench stands for all of its settings."""
+    return [setting for folder in named for setting in (_settings_of_bench(folder) or [folder])]
+
+
+def _settings_of_bench(folder: Path) -> list[Path]:
+    found = read_bench(folder / BENCH)
+    return [folder / setting["folder"] for setting in found["settings"]] if found else []
+
+
+def bench_of(settings: Sequence[Path]) -> dict[str, Any] | None:
+    """What the bench says (`bench.json`) that all these folders are settings of; None where there is none."""
+    parents = {folder.resolve().parent for folder in settings}
+    found = read_bench(parents.pop() / BENCH) if len(parents) == 1 else None
+    known = {setting["folder"] for setting in found["settings"]} if found else set()
+    return found if {folder.resolve().name for folder in settings} <= known else None
+
+
+def read_bench(path: Path) -> dict[str, Any] | None:
+    """The note of a bench (see `analysis.compare.plan`), checked; None where there is no file.
+
+    Raises:
+        UserError: it is not one that `quadriga bench` has left.
+    """
+    found = read_json(path)
+    if found is None:
+        return None
+    settings, varied = found.get("settings"), found.get("varied")
+    known = isinstance(settings, list) and 0 < len(settings) <= MOST_SETTINGS and all(map(_is_setting, settings))
+    if not isinstance(settings, list) or not known or not isinstance(varied, dict):
+        allowed = '{"varied": {KEY: [VALUE, ...]}, "settings": [{"folder": "setting-1", "name": TEXT}, ...]}'
+        raise UserError(Problem(str(path), "this is no note of a bench", allowed=allowed, fix="bench anew, elsewhere"))
+    for key in ("folder", "name"):
+        if len({setting[key] for setting in settings}) < len(settings):
+            raise UserError(Problem(str(path), f"two settings of the bench have the same {key}"))
+    return found
+
+
+def _is_setting(setting: Any) -> bool:
+    if not isinstance(setting, dict) or not isinstance(setting.get("name"), str):
+        return False
+    folder = setting.get("folder")  # a name within the bench's folder, and nothing else
+    return isinstance(folder, str) and folder == os.path.basename(folder) != "" and _is_file_name(folder)
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a file system can have it; `.` and `..` are none."""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
+    return size <= limits.PATH_PART and "\0" not in text and text.strip(".") != ""
+
+
+def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[str]:
+    """A name for each: that of the bench, else the last words of the path that tell them apart."""
+    if bench is not None:
+        by_folder = {setting["folder"]: str(setting["name"]) for setting in bench["settings"]}
+        return [by_folder[folder.resolve().name] for folder in settings]
+    parts = [folder.resolve().parts for folder in settings]
+    longest = max(map(len, parts))
+    lengths = (length for length in range(1, longest + 1) if len({own[-length:] for own in parts}) == len(parts))
+    length = next(lengths, None)
+    if length is None:
+        raise UserError(Problem("RUN", "the same folder is named twice", str(settings[0])))
+    return ["/".join(own[-length:]) for own in parts]
+
+
+def read_run(folder: Path, number: int, warmup: int) -> RunFolder:
+    """One run folder. Lines of its metrics that are no records are left out, and a warning says so.
+
+    Raises:
+        UserError: a file of it cannot be read, or too few steps were logged.
+    """
+    warnings: list[str] = []
+    records = read_metrics(folder / METRICS, required=REQUIRED, notices=warnings)
+    config = flatten(read_toml(folder / CONFIG, what="configuration of a run"))
+    refuse_no_numbers(folder / CONFIG, config)
+    steps = config["training.steps"]
+    windows, slowed = counted(records, table(config, "profiling"), steps, warmup)
+    if not windows:
+        what = f"no window of steps is left after the warm-up of {warmup} steps ({len(records)} records)"
+        fix = "train longer, log more often (metrics.log_freq), or lower --warmup"
+        raise UserError(Problem("RUN", "; ".join([what, *warnings]), str(folder), fix=fix))
+    environment = read_json(folder / ENVIRONMENT)
+    warnings += [slowed] if slowed else []
+    if environment is None:
+        warnings.append(f"no {ENVIRONMENT}: on what machine and with which versions it ran is not known")
+    if records[-1]["step"] < steps:
+        warnings.append(f"ended after step {records[-1]['step']} of {steps}")
+    if (attempts := records[-1]["attempt"]) > 1:
+        warnings.append(f"was started {attempts} times")
+    if skipped := records[-1].get("skipped_steps", 0):
+        warnings.append(f"{skipped} of its steps were bad and skipped")
+    return RunFolder(folder, number, config, flatten(environment or {}), records, windows, warnings)
+
+
+def refuse_no_numbers(path: Path, config: Flat) -> None:
+    """Raise UserError where what is reckoned with is no whole number in its range."""
+    profiled = config.get("profiling.enable_profiling") is True
+    for key, least in WHOLE.items():
+        value = config.get(key)
+        if key.startswith("profiling.") and not profiled:
+            continue
+        if type(value) is not int or not least <= value < 2**63:
+            fix = "name the folder of a run that has ended (job.dump_folder)"
+            what = "the file lacks it" if value is None else "is no whole number that it can be"
+            shown = None if value is None else shortened(repr(value))
+            raise UserError(Problem(key, what, shown, source=str(path), allowed=f"{least} or more", fix=fix))
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the newest start of a run came to its end."""
+    events = read_events(folder)
+    newest = max((event["attempt"] for event in events), default=0)
+    return any(e["event"] == "end" and e["attempt"] == newest and e.get("code") == 0 for e in events)
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Flat:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: Flat = {}
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def table(flat: Flat, name: str) -> dict[str, Any]:
+    """One table of a flat configuration."""
+    return {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no file. Raises UserError where it is damaged."""
+    return read_json_object(path, what="record") if os.path.exists(path) else None

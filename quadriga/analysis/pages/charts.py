@@ -1,0 +1,150 @@
+"""Pictures of time: bars by rank cut into parts, and strips that show one step as it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quadriga.analysis.pages.markup import Markup, tag
+from quadriga.analysis.pages.numbers import duration, rounded
+from quadriga.analysis.pages.scales import Scale, linear
+
+WIDTH = 960.0
+LEFT, RIGHT = 185.0, 36.0  # of the picture, for names on the left and the end of an axis on the right
+BAR, GAP = 24.0, 10.0
+STRIP, STRIP_GAP, RANK_GAP = 15.0, 2.0, 10.0
+AXIS = 46.0
+THINNEST = 0.7  # of a span, so that a short one can be seen
+LETTER = 8.2  # mean width of a letter
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of all bars: its name and the number of its colour."""
+
+    name: str
+    colour: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a value or None for each part, and what it should add up to, where that is known."""
+
+    name: str
+    values: Sequence[float | None]
+    whole: float | None = None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What one lane of one rank was busy with: (start, end, name) in seconds."""
+
+    rank: str
+    lane: str
+    colour: int
+    spans: Sequence[tuple[float, float, str]]
+
+
+def picture(title: str, height: float, *parts: str | None) -> Markup:
+    """A drawing that is as wide as its place; `title` is read out to those who do not see it."""
+    box = f"0 0 {WIDTH:.0f} {height:.0f}"
+    return tag("svg", tag("title", title), *parts, class_="picture", viewBox=box, role="img", aria_label=title)
+
+
+def legend(parts: Sequence[Part]) -> Markup:
+    """Colours and their names, in the order of the parts."""
+    return tag("ul", *(tag("li", _swatch(part.colour), part.name) for part in parts), class_="legend")
+
+
+def _swatch(colour: int) -> Markup:
+    square = tag("rect", width=16, height=12, rx=2, class_=f"fill{colour}")
+    return tag("svg", square, width=16, height=12, aria_hidden="true")
+
+
+def stacked_bars(
+    title: str, parts: Sequence[Part], bars: Sequence[Bar], axis_title: str, show: Callable[[float], str] = duration
+) -> Markup:
+    """One bar a row, its parts side by side in their order; a tick marks the whole where it is known."""
+    longest = [max(sum(v for v in bar.values if v is not None), bar.whole or 0.0) for bar in bars]
+    scale = linear([*longest, 0.0], LEFT, WIDTH - RIGHT, from_zero=True)
+    foot = len(bars) * (BAR + GAP)
+    drawn = [_bar(bar, parts, scale, index * (BAR + GAP) + GAP / 2, show) for index, bar in enumerate(bars)]
+    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, show), *drawn)
+
+
+def _bar(bar: Bar, parts: Sequence[Part], scale: Scale, top: float, show: Callable[[float], str]) -> Markup:
+    pieces, reached = [], 0.0
+    for part, value in zip(parts, bar.values, strict=True):
+        if not value:
+            continue
+        start, end = scale(reached), scale(reached + value)
+        hint = tag("title", f"{bar.name}, {part.name}: {show(value)}")
+        pieces.append(_box(start, top, max(end - start - 1, THINNEST), BAR, f"fill{part.colour}", hint))
+        if end - start > (len(show(value)) + 1.5) * LETTER:
+            pieces.append(_inside(show(value), (start + end) / 2, top + BAR / 2 + 4.5))
+        reached += value
+    if all(value is None for value in bar.values):
+        pieces.append(tag("text", "not measurable", x=scale.start + 8, y=top + BAR / 2 + 4.5, class_="small"))
+    if bar.whole is not None:
+        at = scale(bar.whole)
+        pieces.append(tag("line", x1=at, x2=at, y1=top - 3, y2=top + BAR + 3, class_="axis"))
+    return tag("g", row_name(bar.name, top + BAR / 2), *pieces)
+
+
+def _inside(text: str, x: float, y: float) -> Markup:
+    """A figure on a coloured ground: dark letters with a light edge can be read on every colour."""
+    look = "fill:#111;stroke:#fff;stroke-width:3px;paint-order:stroke;stroke-linejoin:round"
+    return tag("text", text, x=x, y=y, text_anchor="middle", style=look)
+
+
+def _box(x: float, y: float, width: float, height: float, class_: str, hint: str | None = None) -> Markup:
+    return tag("rect", hint, x=x, y=y, width=width, height=height, class_=class_)
+
+
+def row_name(name: str, middle: float, room: float = LEFT) -> Markup:
+    """The name left of a row; what is too long for its place is cut, the whole is in its hint."""
+    most = int((room - 10) / LETTER)
+    shown = name if len(name) <= most else name[: most - 1] + "…"
+    return tag("text", tag("title", name), shown, x=room - 10, y=middle + 4.5, text_anchor="end")
+
+
+def horizontal_axis(scale: Scale, top: float, foot: float, title: str, show: Callable[[float], str]) -> Markup:
+    """Lines from `top` to `foot` at round figures, the figures below them, and what they count."""
+    drawn = []
+    for value in scale.ticks():
+        at = scale(value)
+        drawn.append(tag("line", x1=at, x2=at, y1=top, y2=foot, class_="grid"))
+        drawn.append(tag("text", rounded(show(value)), x=at, y=foot + 17, text_anchor="middle", class_="small"))
+    middle = (scale.start + scale.end) / 2
+    drawn.append(tag("text", title, x=middle, y=foot + 36, text_anchor="middle", class_="small"))
+    return tag("g", *drawn)
+
+
+def timeline(title: str, strips: Sequence[Strip], start: float, axis_title: str) -> Markup:
+    """Strips of all ranks below each other, on one axis of time that begins at `start`."""
+    scale = Scale(0.0, longest_of(strips, start), LEFT, WIDTH - RIGHT)
+    drawn, top, rank = [], 0.0, None
+    for strip in strips:
+        if strip.rank != rank:
+            top += RANK_GAP
+            drawn.append(tag("text", strip.rank, x=0, y=top + STRIP - 3))
+        rank = strip.rank
+        drawn.append(_strip(strip, scale, start, top))
+        top += STRIP + STRIP_GAP
+    return picture(title, top + AXIS + 4, horizontal_axis(scale, 0.0, top + 4, axis_title, duration), *drawn)
+
+
+def longest_of(strips: Sequence[Strip], start: float) -> float:
+    """Seconds from `start` to the end of the last span; 1 where nothing was busy."""
+    return max((end - start for strip in strips for _, end, _ in strip.spans), default=0.0) or 1.0
+
+
+def _strip(strip: Strip, scale: Scale, start: float, top: float) -> Markup:
+    ground = _box(scale.start, top, scale.end - scale.start, STRIP, "lane")
+    name = tag("text", strip.lane, x=LEFT - 10, y=top + STRIP - 3.5, text_anchor="end", class_="small")
+    spans = []
+    for begins, ends, what in strip.spans:
+        left, right = scale(begins - start), scale(ends - start)
+        hint = tag("title", f"{what}: {duration(ends - begins)}, from {duration(begins - start)}")
+        spans.append(_box(left, top, max(right - left, THINNEST), STRIP, f"fill{strip.colour}", hint))
+    return tag("g", ground, name, *spans)

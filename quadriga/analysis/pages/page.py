@@ -1,0 +1,101 @@
+"""A page that is one file: no script, nothing fetched, readable on paper and without its pictures.
+
+document("Where a step went", answer("It computed."), section("By rank", figure(picture, caption, numbers)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from quadriga.analysis.pages.markup import Markup, join, tag
+from quadriga.analysis.pages.style import style
+
+NO_REASON = "no reason was recorded"
+
+
+def document(title: str, *parts: str | None, source: str | None = None) -> str:
+    """The whole page; `source` names what it was made from."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        # Nothing is fetched and no script runs, whatever the names in the page hold.
+        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(style())),
+    )
+    top = (tag("h1", title), tag("p", source, class_="source") if source else None)
+    body = tag("body", tag("main", join(*top, *parts, by="\n")))
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def section(title: str, *parts: str | None) -> Markup:
+    return tag("section", tag("h2", title), *parts)
+
+
+def answer(*sentences: str) -> Markup:
+    """What a reader came for, first sentence in large."""
+    return tag("div", *(tag("p", sentence) for sentence in sentences), class_="answer", role="note")
+
+
+def warnings(lines: Sequence[str], title: str = "Warnings") -> Markup | None:
+    if not lines:
+        return None
+    listed = tag("ul", *(tag("li", line) for line in lines))
+    return tag("div", tag("strong", title), listed, class_="warnings", role="note")
+
+
+def note(text: str) -> Markup:
+    return tag("p", text, class_="note")
+
+
+def missing(why: str | None) -> Markup:
+    """What stands where a figure could not be had."""
+    return tag("span", f"not measurable: {why or NO_REASON}", class_="missing")
+
+
+def figure(picture: str, caption: str, numbers: str | None, legend: str | None = None) -> Markup:
+    """A picture with its legend, what it shows, and the table of its numbers."""
+    return tag("figure", legend, tag("div", picture, class_="scroll"), tag("figcaption", caption), numbers)
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str | None]],
+    *,
+    caption: str | None = None,
+    words: Collection[int] = (0,),
+) -> Markup:
+    """Rows of cells; columns of words (by number) stand to the left, those of figures to the right.
+
+    A cell that is None is one that could not be had: it says so, and the text beside the table says why.
+    """
+    head = tag("tr", *(tag("th", name, scope="col", class_=_side(i, words)) for i, name in enumerate(header)))
+    body = [tag("tr", *(_cell(cell, i, words) for i, cell in enumerate(row))) for row in rows]
+    caption_element = tag("caption", caption) if caption else None
+    return tag("div", tag("table", caption_element, tag("thead", head), tag("tbody", *body)), class_="scroll")
+
+
+def _cell(cell: str | None, column: int, words: Collection[int]) -> Markup:
+    if cell is None:
+        return tag("td", tag("span", "not measurable", class_="missing"), class_=_side(column, words))
+    if column == 0:
+        return tag("th", cell, scope="row", class_="left")
+    return tag("td", cell, class_=_side(column, words))
+
+
+def _side(column: int, words: Collection[int]) -> str | None:
+    return "left" if column in words else None
+
+
+def reasons(figures: Mapping[str, str | None]) -> Markup | None:
+    """One line for each figure that could not be had, and why; None where there is none."""
+    if not figures:
+        return None
+    listed = (tag("li", f"{name}: ", missing(why)) for name, why in figures.items())
+    return tag("ul", *listed, class_="note")
+
+
+def folded(title: str, content: str) -> Markup:
+    """What few readers want: open on a click, and on paper."""
+    return tag("details", tag("summary", title), content)

@@ -1,0 +1,143 @@
+"""Pictures of one figure against another: points on logarithmic axes, curves, and intervals around ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quadriga.analysis.pages.charts import AXIS, RIGHT, WIDTH, horizontal_axis, picture, row_name
+from quadriga.analysis.pages.markup import Markup, tag
+from quadriga.analysis.pages.numbers import number, rounded
+from quadriga.analysis.pages.scales import Scale, linear, logarithmic
+
+HEIGHT = 380.0  # of the space between the axes
+TOP = 14.0
+SIDE = 84.0  # for the figures of the vertical axis
+DASHES = (None, "7 4", "2 4", "10 3 2 3", "14 4", "4 2", "1 2")
+DOT = 4.6
+ROW = 34.0
+NAMES, MEANINGS = 330.0, 180.0  # of the picture of intervals, left and right
+Show = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together, with one colour, one mark and one dash: two of them can be told without colours."""
+
+    name: str
+    index: int
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the interval around it, and what it means."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    meaning: str
+    colour: int
+
+
+def mark_of(index: int, x: float, y: float, hint: str | None = None, size: float = DOT) -> Markup:
+    """Circle, square, triangle, diamond, triangle upside down, cross: by the number of the series."""
+    shapes = (
+        None, "M-1,-1 H1 V1 H-1 Z", "M0,-1.2 L1.15,0.9 H-1.15 Z", "M0,-1.35 L1.35,0 L0,1.35 L-1.35,0 Z",
+        "M0,1.2 L1.15,-0.9 H-1.15 Z", "M-1,-0.35 H-0.35 V-1 H0.35 V-0.35 H1 V0.35 H0.35 V1 H-0.35 V0.35 H-1 Z",
+    )  # fmt: skip
+    shape, colour = shapes[index % len(shapes)], f"fill{index % len(DASHES)}"
+    inner = tag("title", hint) if hint else None
+    if shape is None:
+        return tag("circle", inner, cx=x, cy=y, r=size, class_=colour)
+    return tag("path", inner, d=shape, transform=f"translate({x:.2f} {y:.2f}) scale({size:.2f})", class_=colour)
+
+
+def legend_of(series: Sequence[Series], *, lines: bool) -> Markup:
+    """Marks, dashes where they are drawn as lines, and names."""
+    listed = []
+    for each in series:
+        dash = _line([(0.0, 7.0), (30.0, 7.0)], each.index) if lines else None
+        listed.append(
+            tag("li", tag("svg", dash, mark_of(each.index, 15, 7), width=30, height=14, aria_hidden="true"), each.name)
+        )
+    return tag("ul", *listed, class_="legend")
+
+
+def log_log(title: str, series: Sequence[Series], x_title: str, y_title: str, x_show: Show, y_show: Show) -> Markup:
+    """Points on two logarithmic axes. Figures must be above 0."""
+    points = [point for each in series for point in each.points]
+    x = logarithmic([point[0] for point in points], SIDE, WIDTH - RIGHT)
+    y = logarithmic([point[1] for point in points], TOP + HEIGHT, TOP)
+    marks = [
+        mark_of(each.index, x(a), y(b), f"{each.name}: {x_show(a)}, {y_show(b)}")
+        for each in series
+        for a, b in each.points
+    ]
+    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, x_show), _vertical_axis(y, y_title, y_show))
+    return picture(title, TOP + HEIGHT + AXIS, *frame, *marks)
+
+
+def curves(title: str, series: Sequence[Series], x_title: str, y_title: str) -> Markup:
+    """One line a series, through its points by their order; what is no finite number is a hole in the line."""
+    finite = [point for each in series for point in each.points if math.isfinite(point[1])]
+    x = linear([point[0] for point in finite], SIDE, WIDTH - RIGHT)
+    y = linear([point[1] for point in finite], TOP + HEIGHT, TOP)
+    drawn: list[Markup] = []
+    for each in series:
+        for run in _unbroken(each.points):
+            drawn.append(_line([(x(a), y(b)) for a, b in run], each.index))
+        every = max(len(each.points) // 12, 1)
+        some = [(a, b) for a, b in each.points[each.index % every :: every] if math.isfinite(b)]
+        drawn += [mark_of(each.index, x(a), y(b), f"{each.name}, {number(a)}: {number(b)}") for a, b in some]
+    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, number), _vertical_axis(y, y_title, number))
+    return picture(title, TOP + HEIGHT + AXIS, *frame, *drawn)
+
+
+def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _line(points: Sequence[tuple[float, float]], index: int) -> Markup:
+    way = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    number_of_line = index % len(DASHES)
+    return tag("path", d=way, class_=f"line{number_of_line}", stroke_dasharray=DASHES[number_of_line])
+
+
+def _vertical_axis(scale: Scale, title: str, show: Show) -> Markup:
+    drawn = []
+    for value in scale.ticks():
+        at = scale(value)
+        drawn.append(tag("line", x1=SIDE, x2=WIDTH - RIGHT, y1=at, y2=at, class_="grid"))
+        drawn.append(tag("text", rounded(show(value)), x=SIDE - 8, y=at + 4, text_anchor="end", class_="small"))
+    middle = TOP + HEIGHT / 2
+    turned = f"translate(14 {middle:.0f}) rotate(-90)"
+    return tag("g", *drawn, tag("text", title, transform=turned, text_anchor="middle", class_="small"))
+
+
+def intervals(title: str, rows: Sequence[Interval], axis_title: str, reference: float = 1.0) -> Markup:
+    """Figures with their intervals around a line at `reference`: an interval that touches it shows no difference."""
+    ends = [end for row in rows for end in (row.low, row.high, row.value)]
+    scale = linear([*ends, reference], NAMES, WIDTH - MEANINGS)
+    foot = len(rows) * ROW
+    drawn = [_interval(row, scale, index * ROW + ROW / 2) for index, row in enumerate(rows)]
+    at = scale(reference)
+    line = tag("line", x1=at, x2=at, y1=0, y2=foot, class_="axis")
+    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, number), line, *drawn)
+
+
+def _interval(row: Interval, scale: Scale, middle: float) -> Markup:
+    low, high, hint = scale(row.low), scale(row.high), f"{row.name}: {number(row.value)}"
+    ends = [tag("line", x1=x, x2=x, y1=middle - 6, y2=middle + 6, class_=f"line{row.colour}") for x in (low, high)]
+    bar = tag("line", x1=low, x2=high, y1=middle, y2=middle, class_=f"line{row.colour}")
+    dot = tag("circle", tag("title", hint), cx=scale(row.value), cy=middle, r=5, class_=f"fill{row.colour}")
+    meaning = tag("text", row.meaning, x=WIDTH - MEANINGS + 14, y=middle + 4.5)
+    return tag("g", row_name(row.name, middle, NAMES), bar, *ends, dot, meaning)

@@ -1,0 +1,245 @@
+"""Traces of a run -> one dict that JSON can hold (`quadriga-trace-1`, docs/traces.md)."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from quadriga.analysis.trace import breakdown, collectives, prediction
+from quadriga.analysis.trace.find import TraceSet, find, rank_in_name
+from quadriga.analysis.trace.rank import RankResult, analyse_rank
+from quadriga.errors import Fault, Problem, UserError
+from quadriga.units import MIB, show_some
+
+FORMAT = "quadriga-trace-1"
+WORTH_A_PROCESS = 8 * MIB  # of files, packed or not: less is read sooner than a process starts
+TOP = 20
+FEW_STEPS = 5
+
+
+def analyse(place: Path, iteration: int | None = None, processes: int | None = None) -> dict[str, Any]:
+    """Analyse the traces of a run folder, a folder of traces, or one file.
+
+    Args:
+        iteration: which `iteration_N`; None: the newest.
+        processes: how many files are read at once; None: as many as there are cores.
+
+    Raises UserError: nothing to read, or a file that is no whole trace.
+    """
+    chosen = find(place, iteration)
+    ranks = sorted(_read_all(chosen.files, processes), key=lambda rank: rank.rank)
+    _refuse_twins(ranks)
+    why_apart = collectives.why_not_comparable(ranks)
+    met, contradictions = collectives.transfers(ranks) if why_apart is None else (None, 0)
+    measured = _whole_picture(ranks)
+    estimate, why_none = _estimate(ranks, chosen)
+    result = {
+        "format": FORMAT,
+        "source": str(place),
+        "iteration": chosen.iteration,
+        "device_type": "cuda" if any(rank.on_device for rank in ranks) else "cpu",
+        "ranks": [rank.rank for rank in ranks],
+        "world_size": _world_size(ranks),
+        "steps": [step.number for step in ranks[0].steps],
+        **measured,
+        "collectives": collectives.rows(ranks, met),
+        "kernels": _kernels(ranks),
+        "estimate": estimate,
+        "timeline": _timeline(ranks, why_apart is None),
+    }
+    result["not_measurable"] = _not_measurable(ranks, result, why_apart)
+    if estimate is None:
+        result["not_measurable"]["estimate"] = why_none
+    result["warnings"] = _warnings(ranks, chosen, contradictions, len(met or ()))
+    return result
+
+
+def _read_all(files: tuple[Path, ...], processes: int | None) -> list[RankResult]:
+    lone = 0 if len(files) == 1 else None
+    jobs = [(path, lone if rank_in_name(path) is None else None, len(files)) for path in files]
+    workers = min(processes or _cores(), len(files))
+    if workers == 1 or sum(path.stat().st_size for path in files) < WORTH_A_PROCESS:
+        return [analyse_rank(*job) for job in jobs]
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(analyse_rank, *zip(*jobs, strict=True)))
+    except BrokenProcessPool:
+        todo = "nothing was changed; give it more memory, or analyse one file at a time"
+        raise Fault(f"a process that read the traces was ended, most likely for lack of memory: {todo}") from None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _refuse_twins(ranks: list[RankResult]) -> None:
+    numbers = [rank.rank for rank in ranks]
+    twins = sorted({str(number) for number in numbers if numbers.count(number) > 1})
+    if twins:
+        what = f"several files say that they are of rank {show_some(twins)}"
+        raise UserError(Problem("TRACES", what, fix="keep one file a rank in the folder"))
+
+
+def _world_size(ranks: list[RankResult]) -> int:
+    return max([rank.world_size or 0 for rank in ranks] + [len(ranks)])
+
+
+def _whole_picture(ranks: list[RankResult]) -> dict[str, Any]:
+    """Times of steps, by rank, and who is the slowest."""
+    taken = [step.seconds for rank in ranks for step in rank.steps]
+    by_rank = [
+        {
+            "rank": rank.rank,
+            "mean": breakdown.mean(rank.figures),
+            "steps": [{"step": step.number, **figures} for step, figures in zip(rank.steps, rank.figures, strict=True)],
+        }
+        for rank in ranks
+    ]
+    return {
+        "step_time_s": {
+            "mean": statistics.fmean(taken),
+            "median": statistics.median(taken),
+            "min": min(taken),
+            "max": max(taken),
+        },
+        "by_rank": by_rank,
+        "slowest": _slowest(by_rank, statistics.median(taken)),
+    }
+
+
+def _slowest(by_rank: list[dict[str, Any]], step: float) -> dict[str, Any] | None:
+    """The rank with most time of its own, not spent in exposed communication, and by how much that is above the median
+    of all ranks. None: one rank, or communication is not known."""
+    own = {
+        entry["rank"]: entry["mean"]["seconds"] - entry["mean"]["exposed_communication_s"]
+        for entry in by_rank
+        if entry["mean"]["exposed_communication_s"] is not None
+    }
+    if len(own) < 2 or len(own) < len(by_rank):
+        return None
+    rank = max(own, key=lambda rank: own[rank])
+    by = own[rank] - statistics.median(own.values())
+    return {"rank": rank, "by_s": by, "by_share": by / step}
+
+
+def _kernels(ranks: list[RankResult]) -> dict[str, Any]:
+    """Means over ranks, a step. Shares are of the sum of all families."""
+    families: dict[str, float] = defaultdict(float)
+    blocks: dict[str, float] = defaultdict(float)
+    names: dict[str, float] = defaultdict(float)
+    numbers: dict[str, float] = defaultdict(float)
+    for rank in ranks:
+        scale = 1 / len(rank.steps) / len(ranks)
+        for name, seconds in rank.totals.families.items():
+            families[name] += seconds * scale
+        for name, seconds in (rank.totals.blocks or {}).items():
+            blocks[name] += seconds * scale
+        for name, (seconds, number) in rank.totals.names.items():
+            names[name] += seconds * scale
+            numbers[name] += number * scale
+    whole = sum(families.values())
+    top = _listed(names, whole)[:TOP]
+    return {
+        "families": _listed(families, whole),
+        "blocks": _listed(blocks, sum(blocks.values())),
+        "top": [{**entry, "calls_a_step": numbers[entry["name"]]} for entry in top],
+    }
+
+
+def _listed(seconds: dict[str, float], whole: float) -> list[dict[str, Any]]:
+    order = sorted(seconds.items(), key=lambda item: -item[1])
+    return [{"name": name, "seconds_a_step": each, "share": each / whole if whole else 0.0} for name, each in order]
+
+
+def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any] | None, str]:
+    """Calls and bytes beside those estimated for the start of the run that made the traces; None, and why."""
+    if chosen.run is None:
+        return None, "no estimate.json lies in the run folder"
+    predicted, why = prediction.of_attempt(chosen.run, ranks[0].attempt)
+    return ({"rows": collectives.against_estimate(ranks, predicted)} if predicted is not None else None), why
+
+
+def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:
+    """The middle step. Where clocks are comparable the ranks stand as they ran, else each starts at 0."""
+    begun = min((rank.origin_ns or 0 for rank in ranks), default=0)
+    shown = [rank.steps[len(rank.steps) // 2] for rank in ranks]
+    shifts = [((rank.origin_ns or 0) - begun) * 1e-9 if aligned else 0.0 for rank in ranks]
+    starts = [step.start + shift for step, shift in zip(shown, shifts, strict=True)]
+    zeros = [min(starts) - shift if aligned else start for start, shift in zip(starts, shifts, strict=True)]
+    strips = [
+        {"rank": rank.rank, "lane": lane, "spans": [[start - zero, end - zero, name] for start, end, name in spans]}
+        for rank, zero in zip(ranks, zeros, strict=True)
+        for lane, spans in rank.strips.items()
+    ]
+    return {"step": shown[0].number, "start_s": 0.0, "strips": strips}
+
+
+def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_apart: str | None) -> dict[str, str]:
+    """By figure, or by group of figures: why it is None."""
+    found: dict[str, str] = {}
+    if any(entry["mean"]["communication_s"] is None for entry in result["by_rank"]):
+        what = "no operation, annotation or kernel of the trace could be told to be a collective"
+        found["communication_s"] = f"{what}; if there was one, it stands among the computing or the idle time"
+        found["exposed_communication_s"] = "communication was not identified"
+    if result["device_type"] == "cpu":
+        found["memcpy_s"] = "a CPU has no copies between host and device"
+        found["host_idle_s"] = "the host is the device: what is neither work nor waiting is `rest_s`"
+    if not all(rank.has_data_marks for rank in ranks):
+        found["data_wait_s"] = "the trace has no mark of it (`quadriga:data_wait`, or that of torch's DataLoader)"
+    if not result["kernels"]["blocks"]:
+        found["blocks"] = "the trace has no marks of the model's blocks (FSDP leaves them)"
+    if result["slowest"] is None:
+        found["slowest"] = "it takes the traces of several ranks, and their exposed communication"
+    if result["collectives"]:
+        found |= _of_collectives(result["collectives"], why_apart)
+    return found
+
+
+def _of_collectives(rows: list[dict[str, Any]], why_apart: str | None) -> dict[str, str]:
+    found = {}
+    if why_apart is not None:
+        found["transfer_s"] = found["start_skew_s"] = found["bus_gb_s"] = why_apart
+    for row in rows:
+        name = f"{row['axis']} {row['collective']}"
+        if row["axis"] == "?":
+            found[f"axis of {name}"] = "the trace does not tell the group (over gloo, the profiler's notes do)"
+        if row["bytes_a_step"] is None:
+            found[f"bytes of {name}"] = "nothing in the trace tells the size of its tensors"
+        if row["seconds_a_step"] is None:
+            found[f"seconds of {name}"] = "the trace does not show where these calls ran"
+        if why_apart is None and row["transfer_s"] is None and row["axis"] != "host":
+            found[f"transfer of {name}"] = "no call of it is in the traces of all ranks of its group"
+    return found
+
+
+def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, met: int) -> list[str]:
+    found = [warning for rank in ranks for warning in rank.warnings]
+    world, steps = _world_size(ranks), {tuple(step.number for step in rank.steps) for rank in ranks}
+    if len(ranks) < world:
+        found.append(f"traces of {len(ranks)} of {world} ranks are here: what the others did is not known")
+    if len(steps) > 1:
+        found.append("the ranks' traces are not of the same steps")
+    if len(ranks[0].steps) < FEW_STEPS:
+        found.append(f"{len(ranks[0].steps)} profiled steps are few: means of less than {FEW_STEPS} say little")
+    if missing := sum(rank.missing for rank in ranks):
+        found.append(f"{missing} calls have no row on the device: they count, and their time does not")
+    if contradictions:
+        found.append(
+            f"{contradictions} of {contradictions + met} calls ended on one rank before another began them, as far as "
+            "the clocks say: they are left out of transfers"
+        )
+    if any(row_by_name(rank) for rank in ranks):
+        found.append("some communication was found by the names of kernels alone: its bytes and groups are not known")
+    if chosen.others:
+        found.append(f"of several iterations this is {chosen.iteration}; also here: {list(chosen.others)} (--step N)")
+    return found
+
+
+def row_by_name(rank: RankResult) -> bool:
+    return any(call.found_by == "name" for call in rank.calls)

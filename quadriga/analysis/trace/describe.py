@@ -1,0 +1,171 @@
+"""What a row of a trace says of a collective: its kind, its bytes, its group. Facts of torch's spellings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quadriga.analysis.trace.fields import Wrong, shape, whole
+
+# The first that occurs in an operation's name decides.
+KINDS = (
+    ("reduce_scatter", "reduce_scatter"),
+    ("reducescatter", "reduce_scatter"),
+    ("allgather", "all_gather"),
+    ("all_gather", "all_gather"),
+    ("allreduce", "all_reduce"),
+    ("all_reduce", "all_reduce"),
+    ("alltoall", "all_to_all"),
+    ("all_to_all", "all_to_all"),
+    ("broadcast", "broadcast"),
+    ("barrier", "barrier"),
+    ("sendrecv", "send_recv"),
+    ("send", "send"),
+    ("recv", "recv"),
+    ("scatter", "scatter"),
+    ("gather", "gather"),
+    ("reduce", "reduce"),
+)
+# As RecordFunction spells them for C++ (`c10::BFloat16`, `long int`) and for NCCL (`BFloat16`, `Long`).
+ITEM_BYTES = {
+    "double": 8, "long int": 8, "long": 8, "float": 4, "int": 4, "short": 2, "bfloat16": 2, "half": 2, "byte": 1,
+    "unsigned char": 1, "signed char": 1, "char": 1, "bool": 1, "complexfloat": 8, "complexdouble": 16,
+    "float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1,
+}  # fmt: skip
+OUTPUT_FIRST = ("all_gather", "reduce_scatter", "all_to_all")
+OWN = "quadriga:collective "  # the beginning of our own annotations (quadriga/comm/annotation.py)
+PURPOSES = {"default_pg": "world", "mesh_dp_shard": "shard"}
+UNKNOWN = "?"
+BY_NAME = re.compile(r"nccl|rccl|nvshmem|oneccl|all_?gather|reduce_?scatter|all_?reduce|all_?to_?all", re.IGNORECASE)
+
+
+@dataclass
+class Description:
+    """What is known of a call so far. `count`: numbers in the largest tensor that it takes or gives, `item` bytes of
+    one; `inputs`: numbers in what it takes, by which its row on gloo's threads is found. `group`: torch's name of it;
+    `ranks`: () where not said."""
+
+    kind: str
+    count: int | None = None
+    item: int | None = None
+    inputs: int | None = None
+    axis: str | None = None
+    group: str | None = None
+    purpose: str | None = None
+    ranks: tuple[int, ...] = ()
+    group_size: int | None = None
+    sequence: int | None = None
+    backend: str | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the largest tensor; 0 of a barrier."""
+        if self.kind == "barrier":
+            return 0
+        return None if self.count is None or self.item is None else self.count * self.item
+
+    def fill(self, other: Description) -> None:
+        """Take from `other`, an operation within this one, what is not known here. Both may know one tensor each."""
+        counts = [count for count in (self.count, other.count) if count is not None]
+        for name, value in vars(other).items():
+            if getattr(self, name) in (None, ()):
+                setattr(self, name, value)
+        self.count = max(counts, default=None)
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of collective that an operation or kernel is by its name; None: none."""
+    lower = name.lower()
+    return next((kind for word, kind in KINDS if word in lower), None)
+
+
+def item_bytes(dtype: str) -> int | None:
+    plain = dtype.removeprefix("c10::").lower()
+    return 1 if plain.startswith("float8") else ITEM_BYTES.get(plain)
+
+
+def described(name: str, told: Mapping[str, Any]) -> Description | None:
+    """Of an operation `namespace::operation`, of record_param_comms or of a kernel with its words; None: no call."""
+    if "Collective name" in told:
+        return _of_record(told)
+    namespace, _, operation = name.rpartition("::")
+    kind = kind_of(operation) if namespace else None
+    if kind is None:
+        return None
+    found = Description(kind, backend="symm_mem" if namespace == "symm_mem" else None)
+    if kind != "barrier":
+        _measure(found, namespace, told)
+    return found
+
+
+def own(name: str) -> Description:
+    """Of our own annotation: `quadriga:collective axis=shard kind=all_gather bytes=8 dtype=float32 ranks=4 ...`."""
+    said = dict(pair.split("=", 1) for pair in name.split() if "=" in pair)
+    size = said.get("bytes", "")
+    return Description(
+        said.get("kind", UNKNOWN),
+        count=_count(size),
+        item=1,
+        axis=said.get("axis"),
+        group_size=_count(said.get("ranks", "")),
+        backend=said.get("backend"),
+    )
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
+def axis_of(purpose: str) -> str:
+    """The axis that torch's description of a group names: `mesh_tp` -> `tp`."""
+    return PURPOSES.get(purpose) or purpose.removeprefix("mesh_") or UNKNOWN
+
+
+def _of_record(told: Mapping[str, Any]) -> Description | None:
+    """ParamCommsDebugInfo, as NCCL's process group leaves it on record_param_comms and Kineto on the kernels."""
+    kind = kind_of(told["Collective name"])
+    if kind is None:
+        return None
+    item = item_bytes(told.get("dtype", ""))
+    counts = [told[name] for name in ("In msg nelems", "Out msg nelems") if name in told]
+    return Description(
+        kind,
+        count=max(counts, default=None),
+        item=item,
+        group=told.get("Process Group Name") or None,
+        purpose=told.get("Process Group Description") or None,
+        ranks=_ranks(told.get("Process Group Ranks")),
+        group_size=told.get("Group size"),
+        sequence=_sequence(told.get("Seq")),
+    )
+
+
+def _measure(found: Description, namespace: str, told: Mapping[str, Any]) -> None:
+    """Sizes of what the operation was given. Those of c10d write into a given tensor, and name it first."""
+    dims, types = told.get("Input Dims") or (), told.get("Input type") or ()
+    tensors = [(each, kind) for each, kind in zip(dims, types, strict=False) if kind not in ("", "Scalar")]
+    if not tensors:
+        return
+    counts = [shape(dims) for dims, _ in tensors]
+    items = [item for _, kind in tensors if (item := item_bytes(kind))]
+    output_first = namespace == "c10d" and found.kind in OUTPUT_FIRST and len(counts) > 1
+    found.inputs = counts[1] if output_first else counts[0]
+    found.item = items[0] if items else None
+    found.count = max(counts)
+
+
+def _sequence(value: int | str | None) -> int | None:
+    """The number of a call in its group; None where the writer knew none."""
+    try:
+        return None if value is None else whole("Seq", value)
+    except Wrong:
+        return None
+
+
+def _ranks(value: str | tuple[int, ...] | None) -> tuple[int, ...]:
+    """`[0, 1]`, also as text; () where Kineto has cut a long list off."""
+    if value is None or isinstance(value, tuple):
+        return value or ()
+    return () if "..." in value else tuple(int(number) for number in re.findall(r"\d{1,9}", value))

@@ -1,0 +1,165 @@
+"""What the computing time went into: by family, by block of the model, by name."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.analysis.trace.calls import Found
+from quadriga.analysis.trace.host import Work
+from quadriga.analysis.trace.intervals import inside
+from quadriga.analysis.trace.read import RankTrace
+
+# The first that fits a kernel's or an operation's name decides.
+FAMILIES = tuple(
+    (family, re.compile(pattern, re.IGNORECASE))
+    for family, pattern in (
+        ("attention", r"attention|flash|fmha|sdpa"),
+        (
+            "matrix products",
+            r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm|_scaled_mm|matmul|linear)$|matmul",
+        ),
+        ("optimizer", r"adam|sgd|multi_tensor|_foreach_"),
+        ("loss", r"softmax|nll_loss|cross_entropy|logsumexp"),
+        ("norms", r"rms_?norm|layer_?norm|batch_?norm"),
+        ("embedding and indexing", r"embedding|index|gather|scatter"),
+        ("copies and casts", r"copy|memcpy|memset|cat_?array|::cat$|::stack$|::clone$|fill|zero|cast|chunk_cat|::to$"),
+        ("compiled", r"triton|CompiledFxGraph|CompiledFunction|Torch-Compiled|inductor"),
+        ("reductions", r"reduce|::(sum|mean|max|min|amax|norm|linalg_vector_norm)$"),
+        (
+            "elementwise",
+            r"elementwise|::\w*(add|sub|mul|div|pow|silu|gelu|exp|log|neg|sin|cos|rsqrt|where|addcmul)\w*$",
+        ),
+    )
+)
+OTHER = "other"
+COMMUNICATION = "communication"
+OUTSIDE = "outside of blocks"
+OPTIMIZER = re.compile(r"Optimizer\.step#")
+UNIT = re.compile(r"FSDP::(pre_forward|post_forward|pre_backward|post_backward)\w* ?\((.+)\)$")
+OPENS, CLOSES = {"pre_forward": "post_forward", "pre_backward": "post_backward"}, ("post_forward", "post_backward")
+TOP = 200  # names that a rank hands on
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the steps of one rank. `blocks` None: the trace has no marks of them."""
+
+    families: Mapping[str, float]
+    blocks: Mapping[str, float] | None
+    names: Mapping[str, tuple[float, int]]  # seconds, number
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """By piece of work: its name, when it was launched and when it ran, and its seconds."""
+
+    name: NDArray[np.int64]
+    launched: NDArray[np.float64]
+    ran: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+
+
+def totals(trace: RankTrace, found: Found, work: Work, sent_seconds: float) -> Totals:
+    """`sent_seconds`: of communication, in all steps together."""
+    pieces = _of_device(trace, found) if trace.on_device else _of_host(trace, work)
+    windows = np.array([[step.start, step.end] for step in trace.steps])
+    kept = inside(pieces.ran, windows) >= 0
+    by_name: dict[str, tuple[float, int]] = {}
+    count = len(trace.names)
+    seconds = np.bincount(pieces.name[kept], pieces.seconds[kept], minlength=count)
+    numbers = np.bincount(pieces.name[kept], minlength=count)
+    for number in np.flatnonzero(numbers):
+        by_name[trace.names[number]] = (float(seconds[number]), int(numbers[number]))
+    families: dict[str, float] = defaultdict(float)
+    for name, (taken, _) in by_name.items():
+        families[family_of(name)] += taken
+    if sent_seconds:
+        families[COMMUNICATION] = sent_seconds
+    largest = sorted(by_name.items(), key=lambda item: -item[1][0])[:TOP]
+    return Totals(dict(families), _blocks(trace, pieces, kept), dict(largest))
+
+
+def family_of(name: str) -> str:
+    return next((family for family, pattern in FAMILIES if pattern.search(name)), OTHER)
+
+
+def _of_device(trace: RankTrace, found: Found) -> _Pieces:
+    device, launches = trace.device, trace.launches
+    rows = np.flatnonzero(~found.owned)
+    launched = device.start[rows].copy()
+    order = np.argsort(launches.correlation, kind="stable")
+    known = launches.correlation[order]
+    if len(known):
+        place = np.minimum(np.searchsorted(known, device.correlation[rows]), len(known) - 1)
+        linked = (known[place] == device.correlation[rows]) & (device.correlation[rows] != 0)
+        launched[linked] = launches.start[order[place[linked]]]
+    return _Pieces(device.name[rows], launched, device.start[rows], device.end[rows] - device.start[rows])
+
+
+def _of_host(trace: RankTrace, work: Work) -> _Pieces:
+    start = trace.ops.start[work.rows]
+    return _Pieces(trace.ops.name[work.rows], start, start, work.seconds)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def _blocks(trace: RankTrace, pieces: _Pieces, kept: NDArray[np.bool_]) -> dict[str, float] | None:
+    """Seconds by the block (or unit of FSDP) during which work was launched."""
+    windows = _windows(trace)
+    if not any(label != "optimizer" for _, _, label in windows):
+        return None
+    cuts, labels = _innermost(windows)
+    place = np.searchsorted(cuts, pieces.launched[kept], "right") - 1
+    found: dict[str, float] = defaultdict(float)
+    seconds = pieces.seconds[kept]
+    for number in np.unique(place):
+        found[labels[number] if number >= 0 else OUTSIDE] += float(seconds[place == number].sum())
+    return dict(found)
+
+
+def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
+    """The optimizer's step, and what lies between the marks that FSDP leaves before and after a unit's passes."""
+    marks = {}
+    for number, name in enumerate(trace.names):
+        if match := UNIT.match(name):
+            marks[number] = (match.group(1), match.group(2))
+        elif OPTIMIZER.match(name):
+            marks[number] = ("whole", "optimizer")
+    ops = trace.ops
+    places = np.flatnonzero(np.isin(ops.name, list(marks)))
+    places = places[np.argsort(ops.start[places], kind="stable")]
+    windows: list[tuple[float, float, str]] = []
+    opened: dict[tuple[str, str], float] = {}
+    for at in places:
+        what, unit = marks[int(ops.name[at])]
+        start, end = float(ops.start[at]), float(ops.end[at])
+        if what == "whole":
+            windows.append((start, end, unit))
+        elif what in OPENS:
+            opened[OPENS[what], unit] = start
+        elif (what, unit) in opened:
+            windows.append((opened.pop((what, unit)), end, unit))
+    return windows
+
+
+def _innermost(windows: list[tuple[float, float, str]]) -> tuple[NDArray[np.float64], list[str]]:
+    """Moments at which the label changes, and the label from each on: of windows in each other the later one's."""
+    events = sorted([(start, 1, place) for place, (start, _, _) in enumerate(windows)])
+    events = sorted([*events, *((end, 0, place) for place, (_, end, _) in enumerate(windows))])
+    open_windows: dict[int, None] = {}
+    cuts, labels = [], []
+    for moment, opens, place in events:
+        if opens:
+            open_windows[place] = None
+        else:
+            open_windows.pop(place, None)
+        cuts.append(moment)
+        labels.append(windows[next(reversed(open_windows))][2] if open_windows else OUTSIDE)
+    return np.array(cuts), labels

@@ -1,0 +1,149 @@
+"""What stands in a trace beside its events: whose it is, when it began, which groups there are, and our own notes.
+
+Each value is checked once, here. One that is not as torch (or `quadriga.comm.trace_notes`) writes it is left out, with
+a warning that names it; what follows from it is then not measurable, and the analysis says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from quadriga import limits
+from quadriga.analysis.trace import fields
+from quadriga.reading import json_type
+
+OWN_NOTES = "quadriga"
+MOST_STEPS = 2**53  # of a run
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group. `purpose`: torch's description of it; `ranks`: () where the trace does not say."""
+
+    name: str
+    purpose: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Of Quadriga's own (docs/traces.md). `launches`: (ns since 1970, group, number) of calls."""
+
+    first_step: int = 0
+    attempt: int | None = None
+    machine: str | None = None
+    messages: str | None = None
+    axes: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    launches: tuple[tuple[int, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """`base_ns`: what times count from, in ns since 1970."""
+
+    rank: int | None
+    world_size: int | None
+    machine: str | None
+    backend: str | None
+    base_ns: int | None
+    groups: Mapping[str, Group]
+    notes: Notes
+    warnings: list[str]
+
+
+class _Part:
+    """An object of the metadata, whose values are asked for one by one."""
+
+    def __init__(self, name: str, value: Any, warnings: list[str]) -> None:
+        self._name, self._warnings = name, warnings
+        if value is not None and not isinstance(value, dict):
+            warnings.append(f"{name} is a JSON {json_type(value)}, not an object, and is left out")
+        self._values: Mapping[str, Any] = value if isinstance(value, dict) else {}
+
+    def get(self, key: str, check: Callable[[str, Any], T]) -> T | None:
+        """The checked value; None where there is none, or a wrong one, of which a warning tells."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        try:
+            return check(key, value)
+        except fields.Wrong as error:
+            self._warnings.append(f"{self._name}: {error}; it is left out")
+            return None
+
+
+def read_metadata(metadata: Mapping[str, Any], file: str) -> Metadata:
+    """The metadata of a trace; `file` names it in warnings."""
+    warnings: list[str] = []
+    outer = _Part(file, dict(metadata), warnings)
+    group = _Part(f"{file}: distributedInfo", metadata.get("distributedInfo"), warnings)
+    notes = read_notes(_Part(f"{file}: {OWN_NOTES}", metadata.get(OWN_NOTES), warnings))
+    return Metadata(
+        rank=group.get("rank", _rank),
+        world_size=group.get("world_size", _world_size),
+        machine=outer.get("host_name", fields.text) or notes.machine,
+        backend=group.get("backend", fields.text),
+        base_ns=outer.get("baseTimeNanoseconds", fields.whole),
+        groups=group.get("pg_config", _groups) or {},
+        notes=notes,
+        warnings=warnings,
+    )
+
+
+def read_notes(part: _Part) -> Notes:
+    return Notes(
+        first_step=part.get("first_step", _step) or 0,
+        attempt=part.get("attempt", _step),
+        machine=part.get("machine", fields.text),
+        messages=part.get("messages", fields.text),
+        axes=part.get("axes", _texts) or {},
+        same=part.get("same", _texts) or {},
+        launches=part.get("launches", _launches) or (),
+    )
+
+
+def _rank(what: str, value: Any) -> int:
+    return fields.whole(what, value, 0, limits.RANKS - 1)
+
+
+def _world_size(what: str, value: Any) -> int:
+    return fields.whole(what, value, 1, limits.RANKS)
+
+
+def _step(what: str, value: Any) -> int:
+    return fields.whole(what, value, 0, MOST_STEPS)
+
+
+def _texts(what: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise fields.Wrong(f"{what} is a JSON {json_type(value)}, not an object")
+    return {key: fields.text(f"{what}, {key}", each) for key, each in value.items()}
+
+
+def _launches(what: str, value: Any) -> tuple[tuple[int, str, int], ...]:
+    if not isinstance(value, list):
+        raise fields.Wrong(f"{what} is a JSON {json_type(value)}, not a list")
+    found = []
+    for each in value:
+        if not isinstance(each, list) or len(each) != 3:
+            raise fields.Wrong(f"a part of {what} is not [time, group, number]")
+        found.append((fields.whole(what, each[0]), fields.text(what, each[1]), fields.whole(what, each[2])))
+    return tuple(found)
+
+
+def _groups(what: str, value: Any) -> dict[str, Group]:
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise fields.Wrong(f"{what} is no list of objects")
+    found = [
+        Group(
+            fields.text("pg_name", each.get("pg_name", "")),
+            fields.text("pg_desc", each.get("pg_desc") or ""),
+            fields.ranks_of(each.get("ranks") or []),
+        )
+        for each in value
+    ]
+    return {group.name: group for group in found}

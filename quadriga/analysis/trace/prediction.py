@@ -1,0 +1,79 @@
+"""The calls and bytes of a step that a run's estimate foresaw, for the start of the run that made a trace.
+
+A run folder holds `estimate.json`, of its newest start, and `estimates/attempt-N.json`, of each. A trace says which
+start made it (`attempt` in its notes); an older one does not, and is compared with the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.analysis.trace import fields
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.reading import read_json_object
+
+ESTIMATE, BY_ATTEMPT = "estimate.json", "estimates/attempt-{}.json"
+MOST_CALLS = 100_000  # different calls of one estimate
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """`calls` a step, of `bytes` each."""
+
+    axis: str
+    collective: str
+    calls: float
+    bytes: float
+
+
+def of_attempt(run: Path, attempt: int | None) -> tuple[list[Predicted] | None, str]:
+    """What was foreseen for a start of the run, None: not known which; or None, and why it cannot be had.
+
+    Raises UserError: a file is there and is no estimate.
+    """
+    own = run / BY_ATTEMPT.format(attempt)
+    if attempt is not None and own.exists():
+        return _read(own), ""
+    newest = run / ESTIMATE
+    found = read_json_object(newest, what="run's estimate")
+    said = found.get("attempt")
+    if attempt is not None and said is not None and said != attempt:
+        return (
+            None,
+            f"the traces are of start {attempt} of the run, and of its estimate only that of start {said} is left",
+        )
+    return _calls(newest, found), ""
+
+
+def _read(path: Path) -> list[Predicted]:
+    return _calls(path, read_json_object(path, what="run's estimate"))
+
+
+def _calls(path: Path, estimate: Mapping[str, Any]) -> list[Predicted]:
+    calls = estimate.get("communication")
+    calls = [] if calls is None else calls
+    try:
+        if not isinstance(calls, list) or len(calls) > MOST_CALLS:
+            raise fields.Wrong("communication is no list of calls")
+        return [_call(call) for call in calls]
+    except fields.Wrong as error:
+        where = shortened(path, 400)
+        raise UserError(
+            Problem(where, f"this is no estimate of a run: {error}", fix="move it out of the folder")
+        ) from None
+
+
+def _call(call: Any) -> Predicted:
+    if not isinstance(call, dict):
+        raise fields.Wrong("a call in communication is no object")
+    axis, collective = (fields.text(name, call.get(name)) for name in ("axis", "collective"))
+    return Predicted(axis, collective, _amount("calls", call.get("calls")), _amount("bytes", call.get("bytes")))
+
+
+def _amount(name: str, value: Any) -> float:
+    if (type(value) is not int and type(value) is not float) or not 0 <= value < 2**63:
+        raise fields.Wrong(f"{name} is {shortened(repr(value))}, not a number of 0 or more")
+    return value

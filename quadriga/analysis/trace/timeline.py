@@ -1,0 +1,71 @@
+"""One step as strips of spans for drawing: no finer than can be seen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from quadriga.analysis.trace.breakdown import Activity, of_steps
+from quadriga.analysis.trace.calls import Found
+from quadriga.analysis.trace.intervals import NONE, Spans, clip, union, without
+from quadriga.analysis.trace.read import RankTrace
+from quadriga.analysis.trace.steps import Step
+
+SPANS = 2000  # of all ranks and lanes together, about
+Span = tuple[float, float, str]
+
+
+def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: int) -> dict[str, list[Span]]:
+    """By lane: spans in seconds from the trace's origin. `host` is what is left where nothing else runs."""
+    budget = max(SPANS // (4 * files), 8)
+    sent: dict[str, list[Spans]] = defaultdict(list)
+    for call in of_steps(found.calls):
+        if len(call.rows) and call.end > step.start and call.start < step.end:
+            name = f"{call.axis} {call.about.kind}"
+            sent[name].append(call.rows)
+    communication = [NONE] if active.communication is None else [active.communication]
+    waited = NONE if active.data_wait is None else active.data_wait
+    copies = NONE if active.memcpy is None else active.memcpy
+    whole = np.array([[step.start, step.end]])
+    idle = without(without(whole, union(active.compute, copies, *communication)), waited)
+    lanes = {
+        "compute": {"compute": active.compute},
+        "communication": {name: union(*rows) for name, rows in sent.items()},
+        "memcpy": {"copies": copies},
+        "host": {"data wait": waited, "idle": idle},
+    }
+    return {lane: _coarse(sets, step, budget) for lane, sets in lanes.items() if any(map(len, sets.values()))}
+
+
+def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
+    """All sets on one strip: gaps that are too narrow are closed, until few enough spans are left."""
+    gap = step.seconds / 4000
+    named = [(name, _without_gaps(clip(spans, step.start, step.end), gap)) for name, spans in sets.items()]
+    every = sorted((start, end, name) for name, spans in named for start, end in spans.tolist())
+    while True:
+        merged = _close(every, gap)
+        if len(merged) <= budget:
+            return merged
+        gap *= 1.5
+
+
+def _without_gaps(spans: Spans, gap: float) -> Spans:
+    """A union whose gaps are wider than `gap`: few, however many spans there were."""
+    if not len(spans):
+        return spans
+    begins = np.concatenate([[True], spans[1:, 0] - spans[:-1, 1] > gap])
+    ends = np.concatenate([begins[1:], [True]])
+    return np.column_stack([spans[begins, 0], spans[ends, 1]])
+
+
+def _close(spans: list[Span], gap: float) -> list[Span]:
+    """Spans of one name whose gap is narrow become one; of names that lie so close the longer one's stays."""
+    merged: list[Span] = []
+    for start, end, name in spans:
+        if merged and start - merged[-1][1] <= gap and (name == merged[-1][2] or end - start <= gap):
+            last = merged[-1]
+            merged[-1] = (last[0], max(last[1], end), last[2])
+        else:
+            merged.append((start, end, name))
+    return merged

@@ -1,0 +1,179 @@
+"""What a rank sends in one step: every collective by mesh axis, kind, number of calls and bytes. Exact arithmetic.
+
+Bytes are those of the largest tensor that a call takes or gives: what an all-gather puts together, what a
+reduce-scatter takes apart. What goes over the wire is less of it, or more (`wire_bytes`). A test holds calls and bytes
+equal to those recorded on real ranks and on fake groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quadriga.planning.activations import WIDE
+from quadriga.planning.anatomy import Unit
+from quadriga.planning.setup import Setup
+
+NUMBER = 8  # bytes of a float64: norms and losses
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls alike. `axis`: of the mesh (`shard` is dp_shard and cp as one; `world`, `loss`: see `comm.mesh`).
+
+    `size`: bytes of one call. `ranks`: of the group. `when`: `forward`, `backward`, `reduction`, `messages` or `norm`.
+    """
+
+    axis: str
+    kind: str
+    calls: float
+    size: float
+    ranks: int
+    when: str
+    what: str
+
+    @property
+    def bytes(self) -> float:
+        return self.calls * self.size
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one rank sends in the step, by the customary algorithms (rings)."""
+        share = (self.ranks - 1) / self.ranks
+        factor = {"all_gather": share, "reduce_scatter": share, "all_reduce": 2 * share, "all_to_all": share}
+        return self.bytes * factor.get(self.kind, 1.0)
+
+
+def calls_of(setup: Setup, rank: int) -> tuple[Calls, ...]:
+    """What the ranks of the pipeline's rank `rank` call in one step."""
+    wanted = _Step(setup, rank).calls()
+    return tuple(each for each in wanted if each.calls and each.ranks > 1)
+
+
+class _Step:
+    def __init__(self, setup: Setup, rank: int) -> None:
+        self.setup, self.degrees, self.rank = setup, setup.degrees, rank
+        self.stages = setup.stages_of(rank)
+        self.block, self.head = setup.block, setup.head
+        self.passes = setup.micro_batches  # of each stage
+        self.first = sum(stage.first for stage in self.stages)
+        self.last = sum(stage.last for stage in self.stages)
+        self.modes = [mode for number in setup.stage_numbers(rank) for mode in setup.modes_of_blocks(number)]
+        self.blocks = len(self.modes)
+
+    def calls(self) -> Iterator[Calls]:
+        yield from self._of_parameters()
+        if self.degrees.tp > 1:
+            yield from self._along_tensors()
+        if self.degrees.cp > 1:
+            yield from self._along_the_sequence()
+        if self.degrees.pp > 1:
+            yield from self._along_the_pipeline()
+        yield from self._of_norms()
+
+    # --- parameters and their gradients ------------------------------------------------------------------------------
+
+    def _of_parameters(self) -> Iterator[Calls]:
+        for number, stage in zip(self.setup.stage_numbers(self.rank), self.stages, strict=True):
+            times = self.passes
+            if self.degrees.pp > 1 and not self.setup.reshards:
+                times = self.setup.gathers(self.rank)[number]
+            for unit, count in stage.units():
+                if unit.weights:
+                    yield from self._of_unit(unit, count, times)
+
+    def _of_unit(self, unit: Unit, count: int, times: int) -> Iterator[Calls]:
+        setup, degrees, shards = self.setup, self.degrees, self.setup.shards
+        numbers = unit.gathered(degrees.tp, shards)
+        what = "blocks" if unit.is_block else "ends"
+        gather = Calls("shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what)
+        yield gather
+        if setup.reshards and (unit.reshard or setup.reshards_ends) and unit.weights_in_backward:
+            yield replace(gather, when="backward")
+        sent = 1 if setup.reduces_once else self.passes
+        size = setup.reduce_bytes * numbers
+        yield Calls("shard", "reduce_scatter", sent * count, size, shards, "reduction", what)
+        yield Calls("dp_replicate", "all_reduce", count, size / shards, degrees.dp_replicate, "reduction", what)
+
+    # --- tensor parallelism ------------------------------------------------------------------------------------------
+
+    def _along_tensors(self) -> Iterator[Calls]:
+        setup, tp = self.setup, self.degrees.tp
+        hidden = setup.tokens * setup.run.spec.model.dim * setup.itemsize
+        every = self.passes
+
+        def calls(kind: str, number: float, when: str, what: str, size: float = hidden) -> Calls:
+            return Calls("tp", kind, every * number, size, tp, when, what)
+
+        again = {"none": 0, "op": 0, "full": 2}
+        if setup.sequence_parallel:
+            gathers = {"none": 0, "op": 2, "full": 2}
+            yield calls("all_gather", 2 * self.blocks + self.last, "forward", "activations")
+            yield calls("all_gather", sum(gathers[mode] for mode in self.modes), "backward", "recomputed activations")
+            yield calls("all_gather", 2 * self.blocks + self.first, "backward", "gradients of activations")
+            yield calls("reduce_scatter", 2 * self.blocks + self.first, "forward", "activations")
+            yield calls("reduce_scatter", sum(again[mode] for mode in self.modes), "backward", "recomputed activations")
+            yield calls("reduce_scatter", 2 * self.blocks + self.last, "backward", "gradients of activations")
+            reductions = 1 if setup.reduces_once else self.passes
+            norms = 2 * self.blocks + self.last
+            size = setup.run.spec.model.dim * (setup.reduce_bytes if setup.keeps_gradients_whole else setup.itemsize)
+            yield Calls("tp", "all_reduce", reductions * norms, size, tp, "reduction", "gradients of norms")
+        else:
+            again["op"] = 2
+            yield calls("all_reduce", 2 * self.blocks + self.first, "forward", "activations")
+            yield calls("all_reduce", sum(again[mode] for mode in self.modes), "backward", "recomputed activations")
+            yield calls("all_reduce", 2 * self.blocks + self.last, "backward", "gradients of activations")
+        if setup.parallel_loss:
+            yield calls("all_reduce", 3 * self.last, "forward", "parts of the loss", setup.tokens * WIDE)
+        else:
+            whole = setup.tokens * setup.run.spec.model.vocab_size * setup.itemsize
+            yield calls("all_gather", self.last, "forward", "logits", whole)
+
+    # --- context parallelism -----------------------------------------------------------------------------------------
+
+    def _along_the_sequence(self) -> Iterator[Calls]:
+        setup, cp = self.setup, self.degrees.cp
+        method = setup.run.config.parallelism.context_parallel_method
+        model, tp = setup.run.spec.model, self.degrees.tp
+        query = setup.tokens * model.n_heads * model.head_dim * setup.itemsize / tp
+        key = setup.tokens * 2 * model.n_kv_heads * model.head_dim * setup.itemsize / tp
+        full = self.passes * sum(mode == "full" for mode in self.modes)
+        again = self.passes * sum(mode != "none" for mode in self.modes) if method == "allgather" else full
+        passes = self.passes * self.blocks
+
+        def calls(kind: str, number: float, when: str, what: str, size: float) -> Calls:
+            return Calls("cp", kind, number, size, cp, when, what)
+
+        if method == "allgather":
+            yield calls("all_gather", passes, "forward", "keys and values", cp * key)
+            yield calls("all_gather", again, "backward", "recomputed keys and values", cp * key)
+            yield calls("reduce_scatter", passes, "backward", "their gradients", cp * key)
+        elif method == "ring":
+            yield calls("all_to_all", (cp - 1) * passes, "forward", "keys and values", key)
+            yield calls("all_to_all", (cp - 1) * again, "backward", "recomputed keys and values", key)
+            yield calls("all_to_all", (cp - 1) * passes, "backward", "keys and values", key)
+            yield calls("all_to_all", (cp - 1) * passes, "backward", "their gradients", key * WIDE / setup.itemsize)
+        else:
+            for size, what in ((query + key, "queries, keys and values"), (query, "results")):
+                yield calls("all_to_all", passes, "forward", what, size)
+                yield calls("all_to_all", again, "backward", f"recomputed {what}", size)
+                yield calls("all_to_all", passes, "backward", "their gradients", size)
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def _along_the_pipeline(self) -> Iterator[Calls]:
+        size, pp = self.block.sizes["x"], self.degrees.pp
+        ahead, behind = self.setup.neighbours(self.rank)
+        for kind, first, then in (("send", ahead, behind), ("recv", behind, ahead)):
+            yield Calls("pp", kind, self.passes * first, size, pp, "messages", "activations")
+            yield Calls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")
+
+    def _of_norms(self) -> Iterator[Calls]:
+        """The squared norm: parameters that are cut along tp and those that are whole along it are summed apart."""
+        degrees = self.degrees
+        yield Calls("shard", "all_reduce", 2 if degrees.tp > 1 else 1, NUMBER, self.setup.shards, "norm", "norm")
+        yield Calls("tp", "all_reduce", 1, NUMBER, degrees.tp, "norm", "norm")
+        yield Calls("pp", "all_reduce", 1, NUMBER, degrees.pp, "norm", "norm")
+        counts_bad_records = self.setup.run.config.training.dataloader.on_bad_record == "skip"
+        table = (3 if counts_bad_records else 2) * NUMBER * degrees.world_size
+        yield Calls("world", "all_reduce", 1, table, degrees.world_size, "norm", "each rank's loss and norm")

@@ -1,0 +1,232 @@
+"""The estimate of a run: what its ranks hold, what they send, how long a step takes, and whether it fits. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.comm.heap import Heap
+from quadriga.config import Run
+from quadriga.hardware import Device
+from quadriga.models.registry import flops_per_token
+from quadriga.planning.communication import Calls, calls_of
+from quadriga.planning.heap import heap_of
+from quadriga.planning.memory import REST_FACTOR, STATE_FACTOR, Memory, memories_of
+from quadriga.planning.rates import Rates
+from quadriga.planning.setup import Setup
+from quadriga.planning.step_time import StepTime, step_time, strides
+from quadriga.units import GIB
+
+FORMAT = "quadriga-estimate-1"
+OUTSIDE, OUTSIDE_A_GROUP = 0.6 * GIB, 0.25 * GIB  # what CUDA and each communicator take beside torch's allocator
+COMFORTABLE = 0.9  # of what a device has: beyond it a run fits barely
+COMMON = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # where no device is named
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a rank's memory fits into a device: `word` is `fits`, `fits barely` or `does not fit`."""
+
+    needed: float
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def word(self) -> str:
+        if not self.fits:
+            return "does not fit"
+        return "fits" if self.needed <= COMFORTABLE * self.capacity else "fits barely"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that is known of a run before it starts. `device` None: no device was named."""
+
+    run: Run
+    device: Device | None
+    rates: Rates | None
+    gpus_per_node: int = 8
+
+    @cached_property
+    def setup(self) -> Setup:
+        backend = BACKENDS.get(self.run.spec.backend or "")
+        on_cpu = self.device.name == "CPU" if self.device else backend is not None and backend.device_type == "cpu"
+        return Setup(self.run, "cpu" if on_cpu else "cuda")
+
+    @cached_property
+    def memories(self) -> tuple[Memory, ...]:
+        """By rank of the pipeline."""
+        return memories_of(self.setup)
+
+    @cached_property
+    def worst(self) -> Memory:
+        return max(self.memories, key=lambda memory: memory.reserved)
+
+    @cached_property
+    def heap(self) -> Heap | None:
+        """What peers may write into, where the backend wants such memory."""
+        return heap_of(self.run)
+
+    @property
+    def outside(self) -> float:
+        """Bytes on the device beside torch's allocator: the driver's context, the communicators' buffers, the heap."""
+        degrees = self.setup.degrees
+        sizes = (degrees.pp, degrees.dp_replicate, self.setup.shards, degrees.cp, degrees.tp)
+        groups = sum(size > 1 for size in sizes) + (degrees.world_size > 1)
+        heap = self.heap.nvshmem_bytes if self.heap else 0
+        return 0.0 if self.setup.device_type == "cpu" else OUTSIDE + groups * OUTSIDE_A_GROUP + heap
+
+    def verdict(self, device: Device | None = None) -> Verdict | None:
+        """None where no device is named, or its memory is not known."""
+        chosen = device or self.device
+        if chosen is None or chosen.capacity is None:
+            return None
+        return Verdict(self.worst.reserved + self.outside, chosen.capacity)
+
+    @cached_property
+    def calls(self) -> tuple[Calls, ...]:
+        """Of the rank of the pipeline that sends most."""
+        by_rank = (calls_of(self.setup, rank) for rank in range(self.setup.degrees.pp))
+        return max(by_rank, key=lambda calls: sum(call.wire_bytes for call in calls))
+
+    @cached_property
+    def time(self) -> StepTime | None:
+        return step_time(self.setup, self.rates, self.gpus_per_node) if self.rates else None
+
+    @property
+    def tokens_per_second_per_device(self) -> float | None:
+        spec = self.run.spec
+        return spec.tokens_per_step / self.time.total / spec.world_size if self.time else None
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of the model, on all ranks, recompute not counted: what MFU counts."""
+        spec = self.run.spec
+        return flops_per_token(spec.model, spec.seq_len) * spec.tokens_per_step
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the device's dense peak; None where the time or the peak is not known, and in float8."""
+        training = self.run.config.training
+        if self.time is None or self.device is None or self.run.config.model.converters:
+            return None
+        peak = self.device.peak_flops(training.mixed_precision_param, training.float32_matmul_precision)
+        return self.flops_per_step / self.run.spec.world_size / self.time.total / peak if peak else None
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        kernels = "of a CPU" if self.setup.device_type == "cpu" else "of CUDA, with flash or memory-efficient attention"
+        known = [
+            f"kernels {kernels}",
+            f"reserved = {STATE_FACTOR:g} x state + {REST_FACTOR:g} x the most beside it (fitted to published runs)",
+            "all ranks of a group work at one speed",
+        ]
+        if self.setup.compiled:
+            known.append("what the compiler keeps is a model of it; compiled blocks are not measured on a GPU yet")
+        return (*known, *(self.rates.words if self.rates else ()))
+
+    def to_dict(self, advice: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """The documented JSON: docs/estimates.md."""
+        worst, verdict, spec, time = self.worst, self.verdict(), self.run.spec, self.time
+        return {
+            "format": FORMAT,
+            "device": self.device.slug if self.device else None,
+            "world_size": spec.world_size,
+            "degrees": asdict(spec.degrees),
+            "fits": verdict.fits if verdict else None,
+            "verdict": verdict.word if verdict else None,
+            "memory": {
+                "peak_active_gib": worst.peak.total / GIB,
+                "peak_reserved_gib": worst.reserved / GIB,
+                "outside_gib": self.outside / GIB,
+                "symmetric_heap_gib": self.heap.nvshmem_bytes / GIB if self.heap else None,
+                "capacity_gib": verdict.capacity / GIB if verdict else None,
+                "host_gib": worst.host / GIB,
+                "moment": worst.peak.name,
+                "by_kind": {kind: size / GIB for kind, size in worst.peak.parts.items()},
+                "binding": list(worst.binding),
+                "stages": [_of_rank(memory) for memory in self.memories],
+            },
+            "communication": [self._call(call) for call in self.calls],
+            "flops_per_step": self.flops_per_step,
+            "step_time_s": time.total if time else None,
+            "time": _seconds(time) if time else None,
+            "tokens_per_second_per_device": self.tokens_per_second_per_device,
+            "mfu": self.mfu,
+            "gpu_hours": time.total * spec.steps * spec.world_size / 3600 if time else None,
+            "calibrated": bool(self.rates and self.rates.measured),
+            "advice": list(advice),
+            "assumptions": list(self.assumptions),
+        }
+
+    def _call(self, call: Calls) -> dict[str, Any]:
+        inside = call.ranks * strides(self.setup)[call.axis] <= self.gpus_per_node
+        seconds = next((taken for other, taken in self.time.by_call if other == call), None) if self.time else None
+        return {
+            "axis": call.axis,
+            "collective": call.kind,
+            "what": call.what,
+            "when": call.when,
+            "calls": call.calls,
+            "bytes": call.size,
+            "bytes_on_the_wire": call.wire_bytes,
+            "ranks": call.ranks,
+            "across_machines": not inside,
+            "seconds": seconds,
+        }
+
+    def bytes_by_axis(self) -> dict[tuple[str, str], tuple[float, float, float]]:
+        """Calls, bytes and bytes on the wire of a step, by axis and kind; the most first."""
+        found: dict[tuple[str, str], tuple[float, float, float]] = defaultdict(lambda: (0.0, 0.0, 0.0))
+        for call in self.calls:
+            so_far = found[call.axis, call.kind]
+            found[call.axis, call.kind] = (
+                so_far[0] + call.calls,
+                so_far[1] + call.bytes,
+                so_far[2] + call.wire_bytes,
+            )
+        return dict(sorted(found.items(), key=lambda item: -item[1][2]))
+
+
+def _of_rank(memory: Memory) -> dict[str, Any]:
+    return {
+        "pipeline_rank": memory.rank,
+        "parameters_gib": memory.parameters / GIB,
+        "gradients_gib": memory.gradients / GIB,
+        "optimizer_gib": memory.moments / GIB,
+        "activations_gib": memory.activations / GIB,
+        "activations_a_block_gib": memory.activations_a_block / GIB,
+        "micro_batches_at_once": memory.in_flight,
+        "peak_active_gib": memory.peak.total / GIB,
+        "peak_reserved_gib": memory.reserved / GIB,
+        "moment": memory.peak.name,
+        "timeline": [{"moment": each.name, "active_gib": each.total / GIB} for each in memory.timeline],
+    }
+
+
+def _seconds(time: StepTime) -> dict[str, float]:
+    return {
+        "products_s": time.products,
+        "attention_s": time.attention,
+        "memory_bound_s": time.memory_bound,
+        "optimizer_s": time.optimizer,
+        "exposed_communication_s": time.communication,
+        "hidden_communication_s": time.hidden,
+        "bubble_s": time.bubble,
+        "host_s": time.host,
+    }
+
+
+def estimate(run: Run, device: Device | None, rates: Rates | None = None, gpus_per_node: int = 8) -> Estimate:
+    """The estimate of `run` on `device`. `rates`: measured ones; None: assumed from the device's data sheet."""
+    if rates is None and device is not None:
+        training = run.config.training
+        rates = Rates.assumed(device, training.mixed_precision_param, training.float32_matmul_precision)
+    return Estimate(run, device, rates, gpus_per_node)

@@ -1,0 +1,160 @@
+"""An estimate in words: whether it fits first, then why. For a terminal, and for a configuration's card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from quadriga.hardware import DEVICES, device_named
+from quadriga.planning.advice import Advice
+from quadriga.planning.estimate import COMMON, Estimate, estimate
+from quadriga.units import GIB, show_bytes, show_count, show_seconds
+
+WIDTH = 13  # of the names of rows
+
+
+def lines(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
+    """The page of `quadriga estimate`."""
+    spec = given.run.spec
+    device = f" on {given.device.slug}" if given.device else ""
+    yield f"Estimate of {spec.model.name} {spec.model.flavor}, {spec.world_size} ranks{device}"
+    yield ""
+    yield from (f"  {name:<{WIDTH}}{text}" for name, text in rows(given))
+    yield ""
+    yield from _timeline(given)
+    yield ""
+    yield from _communication(given)
+    if advice:
+        yield ""
+        yield "What would help:" if _too_large(given) else "What would be faster:"
+        yield from (f"  - {each}" for each in advice)
+    yield ""
+    yield "Assumed:"
+    yield from (f"  - {each}" for each in given.assumptions)
+
+
+def rows(given: Estimate) -> Iterator[tuple[str, str]]:
+    """(name, text): the verdict, memory, time. Names are empty where a row goes on."""
+    yield "verdict", verdict_words(given)
+    yield from memory_rows(given)
+    yield from time_rows(given)
+
+
+def verdict_words(given: Estimate) -> str:
+    needed = given.worst.reserved + given.outside
+    verdict = given.verdict()
+    if verdict is not None:
+        margin = verdict.capacity - needed
+        less = "are left" if margin >= 0 else "are missing"
+        return (
+            f"{verdict.word}: {show_bytes(needed)} of {show_bytes(verdict.capacity)} a device are needed, "
+            f"{show_bytes(abs(margin))} {less}"
+        )
+    if given.setup.device_type == "cpu":
+        return f"{show_bytes(needed)} a rank are needed; how much there is, is not known here"
+    return f"{show_bytes(needed)} a device are needed: {against_common(given)}"
+
+
+def against_common(given: Estimate) -> str:
+    """The verdict on a few common devices."""
+    found = []
+    for slug in COMMON:
+        verdict = given.verdict(device_named(slug, "device"))
+        assert verdict is not None
+        found.append(f"{slug} {verdict.word}")
+    return ", ".join(found)
+
+
+def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
+    """(device, what it has, what is needed, verdict, step) for every device of the table."""
+    for device in DEVICES:
+        if device.capacity is None:
+            continue
+        found = estimate(given.run, device, gpus_per_node=given.gpus_per_node)
+        verdict, time = found.verdict(), found.time
+        assert verdict is not None
+        step = _step(time.total) if time else "no units for this format"
+        yield device.slug, show_bytes(verdict.capacity), show_bytes(verdict.needed), verdict.word, step
+
+
+def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
+    worst = given.worst
+    where = f" (pipeline rank {worst.rank})" if len(given.memories) > 1 else ""
+    beside = f", {show_bytes(given.outside)} beside torch" if given.outside else ""
+    if given.outside and given.heap:
+        beside += ", the symmetric heap among it"
+    peak = worst.peak
+    amounts = f"active {show_bytes(peak.total)}, reserved {show_bytes(worst.reserved)}{beside}"
+    yield "memory", f"{amounts}; peak: {peak.name}{where}"
+    kinds = [part for part in sorted(peak.parts.items(), key=lambda part: -part[1]) if part[1] > 0.005 * peak.total]
+    yield "", "at the peak: " + ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds)
+    yield "", f"what binds: {' and '.join(worst.binding)}"
+    if given.heap:
+        yield "heap needed", str(given.heap)
+    host = " of host memory" if worst.host else ""
+    state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
+    parts = " + ".join(f"{name} {show_bytes(size)}" for name, size in state.items())
+    yield "state", f"{parts} = {show_bytes(sum(state.values()))}{host} a rank"
+    batches = f", {worst.in_flight} passes at once" if worst.in_flight > 1 else ""
+    each = show_bytes(worst.activations_a_block)
+    yield "activations", f"{show_bytes(worst.activations)}, {each} a block and micro-batch{batches}"
+
+
+def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
+    time, spec = given.time, given.run.spec
+    work = f"{show_count(given.flops_per_step)}FLOP of the model"
+    if time is None:
+        yield "time", f"not predicted without figures of a device; a step is {work}"
+        return
+    label = "" if given.rates and given.rates.measured else ", uncalibrated"
+    speed = given.tokens_per_second_per_device
+    mfu = f", MFU {given.mfu:.0%}" if given.mfu is not None else ""
+    yield "time", f"{_step(time.total)} a step{label}: {speed:,.0f} tokens/s a device{mfu}; {work}"
+    parts = {
+        "products": time.products,
+        "attention": time.attention,
+        "memory-bound": time.memory_bound,
+        "optimizer": time.optimizer,
+        "communication": time.communication,
+        "pipeline idle": time.bubble,
+        "host": time.host,
+    }
+    shares = sorted(parts.items(), key=lambda part: -part[1])
+    yield "", ", ".join(f"{name} {share / time.total:.0%}" for name, share in shares if share >= 0.005 * time.total)
+    whole = time.total * spec.steps
+    yield "", f"{spec.steps:,} steps: {show_seconds(whole)}, {whole * spec.world_size / 3600:,.1f} device-hours"
+
+
+def _timeline(given: Estimate) -> Iterator[str]:
+    if len(given.memories) == 1:
+        yield "  moment                     active      of which activations, logits, gathered, gradients"
+        for moment in sorted(given.worst.timeline, key=lambda each: -each.total)[:6]:
+            kinds = ("activations", "logits and loss", "gathered parameters", "gradients")
+            sizes = "  ".join(f"{moment.parts.get(kind, 0) / GIB:9.2f}" for kind in kinds)
+            yield f"  {moment.name:<24}{show_bytes(moment.total):>11}  {sizes}"
+        return
+    yield "  pipeline rank   active     reserved    state   activations  passes at once"
+    for memory in given.memories:
+        state = memory.parameters + memory.gradients + memory.moments
+        yield (
+            f"  {memory.rank:<13}{show_bytes(memory.peak.total):>11}{show_bytes(memory.reserved):>12}"
+            f"{show_bytes(state):>12}{show_bytes(memory.activations):>12}{memory.in_flight:>10}"
+        )
+
+
+def _communication(given: Estimate) -> Iterator[str]:
+    sent = given.bytes_by_axis()
+    if not sent:
+        yield "  Nothing is sent."
+        return
+    yield f"  {'axis':<14}{'collective':<16}{'calls a step':>12}  {'bytes':>12}  {'on the wire':>12}"
+    for (axis, kind), (calls, size, wire) in sent.items():
+        yield f"  {axis:<14}{kind:<16}{calls:>12,.0f}  {show_bytes(size):>12}  {show_bytes(wire):>12}"
+
+
+def _too_large(given: Estimate) -> bool:
+    verdict = given.verdict()
+    return verdict is not None and not verdict.fits
+
+
+def _step(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,278 @@
+"""What the estimates ask of a run, in one place: sizes of numbers, tokens of a rank, what is kept, what is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from quadriga.config import Run
+from quadriga.config.pipeline_order import Order
+from quadriga.config.rules_pipeline import SINGLE_STAGE
+from quadriga.config.run_spec import Degrees
+from quadriga.config.schema import ActivationCheckpoint
+from quadriga.models.operations import Cut, Kernels
+from quadriga.models.registry import block_trace, head_trace
+from quadriga.planning.activations import Activations, Holding, activations_of
+from quadriga.planning.anatomy import Stage, Unit, even_split, stages
+from quadriga.planning.loads import Load, loads_of
+from quadriga.planning.schedule import gathers, order_of
+from quadriga.units import DTYPE_BYTES
+
+BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
+# Copies of all parameters on a rank that an update makes and drops.
+OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
+
+
+# Blocks of torch's attention kernel for CPUs: from which length on, how many rows, and what an operation in one costs
+# beside one in the largest (FlashAttentionKernel.cpp; measured by benchmarks/attention.py).
+BLOCKS = ((768, 256, 1.0), (192, 64, 1.6), (0, 32, 2.0))
+
+
+def causal_cost(length: int) -> float:
+    """What an operation of attention costs on a CPU, of those that a causal mask leaves: blocks on the diagonal are
+    computed whole, and small ones more slowly."""
+    rows, each = next((rows, each) for start, rows, each in BLOCKS if length >= start)
+    return each * (1 + rows / length)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on a kind of device: `cpu` or `cuda`."""
+
+    run: Run
+    device_type: str = "cuda"
+
+    @cached_property
+    def degrees(self) -> Degrees:
+        return self.run.spec.degrees
+
+    @cached_property
+    def shards(self) -> int:
+        """Ranks that each parameter is cut over by `fully_shard`."""
+        return self.degrees.dp_shard * self.degrees.cp
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        return DTYPE_BYTES[self.run.config.training.dtype]
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes of a number in the computing dtype."""
+        return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.is_wrapped else self.parameter_bytes
+
+    @cached_property
+    def reduce_bytes(self) -> int:
+        return DTYPE_BYTES[self.run.config.training.mixed_precision_reduce]
+
+    @cached_property
+    def moment_bytes(self) -> int:
+        return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
+
+    @cached_property
+    def loss_pieces(self) -> int:
+        return self.run.config.training.loss_chunks
+
+    @cached_property
+    def offload(self) -> bool:
+        return self.run.config.training.enable_cpu_offload
+
+    @cached_property
+    def is_wrapped(self) -> bool:
+        """Whether `fully_shard` is there: as `parallel.data_parallel` decides."""
+        training, degrees = self.run.config.training, self.degrees
+        dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
+        return self.shards * degrees.dp_replicate * degrees.tp > 1 or len(dtypes) > 1 or self.offload
+
+    @cached_property
+    def reshards(self) -> bool:
+        return self.run.spec.reshard_after_forward and self.is_wrapped
+
+    @cached_property
+    def reshards_ends(self) -> bool:
+        """Whether the first units that the backward pass needs are let go as well."""
+        return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_pieces == 1
+
+    @cached_property
+    def reduces_once(self) -> bool:
+        return self.micro_batches == 1 or self.run.spec.reduce_gradients == "once"
+
+    @cached_property
+    def keeps_gradients_whole(self) -> bool:
+        """Whether gradients of several micro-batches are added up before they are reduced, in the reduce dtype."""
+        return self.is_wrapped and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
+
+    @cached_property
+    def micro_batches(self) -> int:
+        return self.run.spec.micro_batches
+
+    @cached_property
+    def micro_batches_a_call(self) -> int:
+        """Of one pass of local_batch_size rows through a pipeline."""
+        return self.run.spec.micro_batches // self.run.spec.accumulation_steps
+
+    def update_bytes(self, held: int, largest: int) -> float:
+        """What an update of `held` numbers, the greatest parameter having `largest`, makes and drops."""
+        section, wide = self.run.config.optimizer, DTYPE_BYTES["float32"]
+        copies = OPTIMIZER_COPIES[section.implementation]
+        if section.state_dtype is None:
+            return copies * held * self.parameter_bytes
+        narrow = 2 * (self.moment_bytes < wide) + 2 * (self.parameter_bytes < wide)  # moments; weights and gradients
+        return (narrow + copies) * min(max(BUCKET, largest), held) * wide
+
+    @cached_property
+    def rows(self) -> int:
+        """Of one micro-batch on one rank."""
+        if self.degrees.pp > 1:
+            return self.run.config.parallelism.pipeline_parallel_microbatch_size
+        return self.run.spec.local_batch_size
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of one micro-batch that one rank holds."""
+        return self.rows * self.run.spec.seq_len // self.degrees.cp
+
+    @cached_property
+    def sequence_parallel(self) -> bool:
+        return self.degrees.tp > 1 and self.run.config.parallelism.enable_sequence_parallel
+
+    @cached_property
+    def parallel_loss(self) -> bool:
+        return self.degrees.tp > 1 and not self.run.config.parallelism.disable_loss_parallel
+
+    @cached_property
+    def logits(self) -> float:
+        """How many of a micro-batch one rank makes a loss of."""
+        return self.tokens * self.run.spec.model.vocab_size / (self.degrees.tp if self.parallel_loss else 1)
+
+    @cached_property
+    def table_bytes(self) -> float:
+        """Of the rotary tables, and of tokens and labels."""
+        length = self.run.spec.seq_len // self.degrees.cp
+        rows = self.run.spec.local_batch_size
+        return 2 * length * self.run.spec.model.head_dim * self.itemsize + 2 * 8 * rows * length
+
+    @cached_property
+    def _cut(self) -> Cut:
+        method = self.run.config.parallelism.context_parallel_method
+        return Cut(self.degrees.tp > 1, self.sequence_parallel, method if self.degrees.cp > 1 else None)
+
+    @cached_property
+    def _holding(self) -> Holding:
+        degrees = self.degrees
+        sequence = self.run.config.parallelism.enable_sequence_parallel
+        return Holding(self.tokens, self.itemsize, degrees.tp, degrees.cp, sequence)
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        return Kernels.of(self.device_type, "float32" if self.itemsize == DTYPE_BYTES["float32"] else "bfloat16")
+
+    @cached_property
+    def block(self) -> Activations:
+        return activations_of(block_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
+
+    @cached_property
+    def head(self) -> Activations:
+        return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
+
+    @cached_property
+    def recompute(self) -> ActivationCheckpoint:
+        return self.run.config.activation_checkpoint
+
+    @cached_property
+    def compiled(self) -> bool:
+        return self.run.config.compile.enable and "model" in self.run.config.compile.components
+
+    def modes_of_blocks(self, number: int) -> tuple[str, ...]:
+        """How each block of stage `number` recomputes: `none`, `op` or `full`. As `parallel.activation_checkpoint` has
+        it, every Nth is counted over all stages of a rank."""
+        section, blocks = self.recompute, self.stages[number].blocks
+        if section.mode in ("none", "memory_budget"):
+            return ("none",) * blocks
+        if section.mode == "full":
+            return ("full",) * blocks
+        if section.selective_ac_option == "op":
+            return ("op",) * blocks
+        every = int(section.selective_ac_option) or 1
+        own = self.stage_numbers(self.run.spec.stage_ranks[number])
+        before = sum(self.stages[stage].blocks for stage in own if stage < number)
+        return tuple("none" if (before + count) % every else "full" for count in range(1, blocks + 1))
+
+    def kept(self, mode: str) -> frozenset[str]:
+        """Names of what a block keeps."""
+        return self.block.kept(mode, self.compiled, self._forced)
+
+    @cached_property
+    def _forced(self) -> frozenset[tuple[int, int]]:
+        patterns = self.recompute.per_op_sac_force_recompute_mm_shapes_by_fqns
+        operations = self.block.trace.operations
+        return frozenset(
+            each.matrix
+            for each in operations
+            if each.matrix is not None and any(pattern in each.module for pattern in patterns)
+        )
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """Parameters, gradients and moments on the pipeline rank that holds most: what no recompute makes smaller."""
+        if self.offload:
+            return 0.0
+        ranks = range(self.degrees.pp)
+        held = max(sum(stage.held(self.degrees.tp, self.shards) for stage in self.stages_of(rank)) for rank in ranks)
+        return held * (2 * self.parameter_bytes + 2 * self.moment_bytes)
+
+    def stages_of(self, number: int) -> tuple[Stage, ...]:
+        """Those of the pipeline's rank `number`."""
+        return tuple(self.stages[stage] for stage in self.stage_numbers(number))
+
+    def stage_numbers(self, number: int) -> tuple[int, ...]:
+        """Which stages the pipeline's rank `number` holds."""
+        return tuple(stage for stage, rank in enumerate(self.run.spec.stage_ranks) if rank == number)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        model, parallelism = self.run.spec.model, self.run.config.parallelism
+        if self.degrees.pp == 1:
+            return stages(model, None)
+        split = parallelism.module_fqns_per_model_part or even_split(
+            model,
+            len(self.run.spec.stage_ranks),
+            parallelism.pipeline_parallel_first_stage_less_layers,
+            parallelism.pipeline_parallel_last_stage_less_layers,
+        )
+        return stages(model, tuple(tuple(part) for part in split))
+
+    def neighbours(self, number: int) -> tuple[int, int]:
+        """Of the stages of the pipeline's rank `number`, how many have the next one, and the one before, elsewhere."""
+        ranks = self.run.spec.stage_ranks
+        own = [stage for stage, rank in enumerate(ranks) if rank == number]
+        ahead = sum(stage + 1 < len(ranks) and ranks[stage + 1] != number for stage in own)
+        return ahead, sum(stage > 0 and ranks[stage - 1] != number for stage in own)
+
+    @cached_property
+    def order(self) -> Order:
+        """What the ranks of the pipeline do in one pass of local_batch_size rows; without one, forward and backward."""
+        spec, pp = self.run.spec, self.degrees.pp
+        order = spec.own_schedule
+        if order is None:
+            schedule = self.run.config.parallelism.pipeline_parallel_schedule if pp > 1 else "1F1B"
+            order = order_of(schedule, pp, len(spec.stage_ranks) // pp, self.micro_batches_a_call)
+        # As `parallel.pipeline_parallel` has it: who recomputes makes both parts of a backward pass at once.
+        return order.in_one_part if self.recompute.recomputes else order
+
+    def loads(self, rank: int) -> tuple[Load, ...]:
+        """What lies beside the passes of the pipeline's rank `rank`."""
+        return loads_of(self.order, rank, again=self.run.spec.accumulation_steps > 1)
+
+    def gathers(self, rank: int) -> Mapping[int, int]:
+        """How often, in a step, the pipeline's rank `rank` puts each of its stages together, and keeps it so. torch's
+        schedules of one stage a rank do it once, the others in each pass of local_batch_size rows."""
+        schedule, spec = self.run.config.parallelism.pipeline_parallel_schedule, self.run.spec
+        if schedule in SINGLE_STAGE and spec.own_schedule is None:
+            return dict.fromkeys(self.stage_numbers(rank), 1)
+        once = gathers(self.order, rank)
+        return {stage: times * spec.accumulation_steps for stage, times in once.items()}
+
+    def gathered(self, unit: Unit) -> float:
+        """Bytes of a unit's parameters put together in the computing dtype."""
+        return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.is_wrapped else 0.0

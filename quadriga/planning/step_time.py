@@ -1,0 +1,287 @@
+"""How long a step takes: work over rates, what of the communication shows, the pipeline's idle time, the host.
+
+A rank's step is the sum of what its processor computes and of what it waits for. What the rates are is another matter
+(`rates`): assumed ones rank layouts, measured ones predict.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from quadriga.planning.communication import Calls, calls_of
+from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
+from quadriga.planning.setup import Setup, causal_cost
+
+ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
+LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
+# Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
+# gradient, clipping reads and writes it.
+UPDATE_NUMBERS = 10
+# Recompute per operation goes through Python twice for each of torch's operations, forward and again, of which there
+# are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
+DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
+OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations.
+
+    `forward_products`, `forward_attention`: of those FLOP, what forward passes do, the first time or again. `python`:
+    seconds in which the host asks what to do with an operation, beside launching it.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    operations: float = 0.0
+    forward_products: float = 0.0
+    forward_attention: float = 0.0
+    python: float = 0.0  # seconds
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.operations + other.operations,
+            self.forward_products + other.forward_products,
+            self.forward_attention + other.forward_attention,
+            self.python + other.python,
+        )
+
+    def times(self, factor: float) -> Work:
+        return Work(
+            factor * self.products,
+            factor * self.attention,
+            factor * self.memory,
+            factor * self.operations,
+            factor * self.forward_products,
+            factor * self.forward_attention,
+            factor * self.python,
+        )
+
+    def seconds(self, rates: Rates) -> tuple[float, float, float]:
+        """Of products, of attention and of what memory bounds, on a processor that is never kept waiting."""
+        products, attention = rates.forward_products or rates.products, rates.forward_attention or rates.attention
+        return (
+            (self.products - self.forward_products) / rates.products + self.forward_products / products,
+            (self.attention - self.forward_attention) / rates.attention + self.forward_attention / attention,
+            self.memory / rates.memory,
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest rank, by what they go to; `total` is their sum."""
+
+    products: float
+    attention: float
+    memory_bound: float
+    optimizer: float
+    communication: float  # what of it is not hidden
+    bubble: float
+    host: float  # what the processor waits for the host, and what is the same in every step
+    hidden: float  # communication beside computation: not part of the sum
+    by_call: tuple[tuple[Calls, float], ...]
+
+    @property
+    def compute(self) -> float:
+        return self.products + self.attention + self.memory_bound
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.optimizer + self.communication + self.bubble + self.host
+
+
+def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
+    """Of the pipeline rank that takes longest."""
+    works = _Works(setup)
+    idle = _idle_shares(works, rates) if setup.degrees.pp > 1 else (0.0,)
+    times = (_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
+    return max(times, key=lambda time: time.total)
+
+
+def _idle_shares(works: _Works, rates: Rates) -> tuple[float, ...]:
+    order = works.setup.order
+    passes = {what for counts in order.counts for what in counts}
+    return order.idle_shares({what: sum(works.of_pass(*what).seconds(rates)) for what in passes})
+
+
+def work_of(setup: Setup, rank: int) -> Work:
+    """Of all passes of one step, without the update."""
+    return _Works(setup).of_rank(rank)
+
+
+def forward_of(setup: Setup, rank: int) -> Work:
+    """Of the forward passes of one step alone."""
+    works, passes = _Works(setup), setup.order.counts[rank]
+    forward = (works.of_pass(*what).times(number) for what, number in passes.items() if what[1] == "F")
+    return sum(forward, Work()).times(setup.run.spec.accumulation_steps)
+
+
+def update_of(setup: Setup, rank: int) -> Work:
+    """The clipping of gradients and the update."""
+    held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in setup.stages_of(rank))
+    return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
+
+
+class _Works:
+    """What the parts of a model do for one micro-batch, each worked out once for all ranks."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self._blocks, self._passes = setup, dict[tuple[str, str], Work](), dict[tuple[int, str], Work]()
+
+    def of_rank(self, rank: int) -> Work:
+        """Of all passes of one step, without the update."""
+        work = Work()
+        for (stage, kind), number in self.setup.order.counts[rank].items():
+            work += self.of_pass(stage, kind).times(number)
+        return work.times(self.setup.run.spec.accumulation_steps)
+
+    def of_pass(self, number: int, kind: str) -> Work:
+        """One pass of a micro-batch through a stage: F forward, B backward, I and W its two parts, of which the first
+        stage, whose input needs no gradients, does the second alone."""
+        stage = self.setup.stages[number]
+        if stage.first and kind in "IW":
+            return self.of_pass(number, "B") if kind == "W" else Work()
+        if (number, kind) not in self._passes:
+            work = self.head[kind] if stage.last else Work()
+            for mode, count in Counter(self.setup.modes_of_blocks(number)).items():
+                work += self.block(mode, kind).times(count)
+            self._passes[number, kind] = work
+        return self._passes[number, kind]
+
+    def block(self, mode: str, kind: str) -> Work:
+        """What is computed again is part of each backward pass, or part of one."""
+        if (mode, kind) not in self._blocks:
+            again = Work() if kind == "F" else self._again(mode)
+            self._blocks[mode, kind] = _share(self.forward, kind, ATTENTION_BACKWARD) + again
+        return self._blocks[mode, kind]
+
+    def _again(self, mode: str) -> Work:
+        setup, forward = self.setup, self.forward
+        if mode == "op":
+            kept = setup.kept("op")
+            products = sum(
+                _product_flops(setup, each.matrix)
+                for each in setup.block.trace.operations
+                if each.matrix is not None and each.gives not in kept
+            )
+            asked = 0.0 if setup.compiled else DISPATCHES * len(setup.block.trace.operations)
+            again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
+            return again + Work(python=asked * DISPATCH_SECONDS)
+        return forward if mode == "full" else Work()
+
+    @cached_property
+    def forward(self) -> Work:
+        """Of a block."""
+        setup, trace, sizes = self.setup, self.setup.block.trace, self.setup.block.sizes
+        products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
+        model, degrees = setup.run.spec.model, setup.degrees
+        # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
+        length = setup.run.spec.seq_len
+        attention = 2.0 * setup.tokens * length * model.n_heads * model.head_dim / degrees.tp
+        attention *= causal_cost(length) if setup.device_type == "cpu" else 1.0
+        light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
+        touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
+        unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
+        touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
+        memory, operations = touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5
+        return Work(products, attention, memory, operations, products, attention)
+
+    @cached_property
+    def head(self) -> dict[str, Work]:
+        """The output layer and the loss, by kind of pass."""
+        setup, model = self.setup, self.setup.run.spec.model
+        compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
+        trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
+        products = _product_flops(setup, (model.dim, model.vocab_size))
+        forward = Work(products, 0.0, 4.0 * trips / 3 * setup.logits, 10, forward_products=products)
+        return {kind: _share(forward, kind, 0.0) for kind in "FBIW"}
+
+
+def _share(forward: Work, kind: str, attention: float) -> Work:
+    """What a kind of pass does where the forward pass does so much. A backward pass makes two products of each:
+    gradients of what came in, and of weights. `attention`: its backward pass, in forward passes."""
+    return {
+        "F": forward,
+        "B": Work(2 * forward.products, attention * forward.attention, 2 * forward.memory, 2 * forward.operations),
+        "I": Work(forward.products, attention * forward.attention, 2 * forward.memory, 1.5 * forward.operations),
+        "W": Work(forward.products, 0.0, 0.0, 0.5 * forward.operations),
+    }[kind]
+
+
+def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
+    return 2.0 * setup.tokens * matrix[0] * matrix[1] / setup.degrees.tp
+
+
+def call_seconds(calls: Calls, stride: int, rates: Rates, gpus_per_node: int) -> float:
+    """One call of a ring over `calls.ranks` ranks that stand `stride` apart (alpha-beta: Hockney, 1994)."""
+    inside = calls.ranks * stride <= gpus_per_node
+    start = CALL_SECONDS if inside else NETWORK_CALL_SECONDS
+    rate = rates.link if inside else rates.network
+    wire = calls.wire_bytes / calls.calls if calls.calls else 0.0
+    return start * (1 + (calls.ranks - 1) / 10) + wire / rate
+
+
+def strides(setup: Setup) -> dict[str, int]:
+    """How far neighbours of each axis stand apart: tp is innermost, pp outermost."""
+    degrees = setup.degrees
+    shard = degrees.cp * degrees.tp
+    replicate = shard * degrees.dp_shard
+    inner = {"tp": 1, "cp": degrees.tp, "shard": degrees.tp, "dp_replicate": replicate}
+    return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
+
+
+def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
+    """`idle_share`: how long the rank waits for other ranks of the pipeline, as a share of its own work."""
+    setup = works.setup
+    work, update = works.of_rank(rank), update_of(setup, rank)
+    apart = strides(setup)
+    timed = [
+        (call, call.calls * call_seconds(call, apart[call.axis], rates, gpus_per_node))
+        for call in calls_of(setup, rank)
+    ]
+    products, attention, memory = work.seconds(rates)
+    compute = products + attention + memory
+    shown, hidden = _shown(setup, timed, compute)
+    asked = work.operations * rates.operation + work.python
+    host = (asked if setup.device_type == "cpu" else max(asked - compute, 0.0)) + rates.step
+    idle = (compute + shown) * idle_share
+    return StepTime(
+        products=products,
+        attention=attention,
+        memory_bound=memory,
+        optimizer=update.memory / (rates.update or rates.memory),
+        communication=shown,
+        bubble=idle,
+        host=host,
+        hidden=hidden,
+        by_call=tuple(timed),
+    )
+
+
+def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -> tuple[float, float]:
+    """Seconds of communication that are seen, and that hide behind the blocks' work.
+
+    Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
+    not the first gather and the last reduction. Everything else is waited for; on a CPU all of it, where gloo moves
+    bytes with the processors that compute.
+    """
+    timed = list(timed)
+    if setup.device_type == "cpu":
+        return sum(seconds for _, seconds in timed), 0.0
+    beside = sum(seconds for call, seconds in timed if call.axis in OVERLAPS and call.when != "norm")
+    waited = sum(seconds for call, seconds in timed) - beside
+    if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed
+        messages = sum(seconds for call, seconds in timed if call.axis == "pp" and call.when == "messages")
+        waited -= messages
+        beside += messages
+    calls = max(sum(call.calls for call, _ in timed if call.axis in OVERLAPS and call.when != "norm"), 1)
+    ends = min(2 * beside / calls, beside)
+    seen = max(beside - compute, ends)
+    return waited + seen, beside - seen

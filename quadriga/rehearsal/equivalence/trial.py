@@ -1,0 +1,113 @@
+"""One row of the table, run and compared: through the launcher, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quadriga
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
+from quadriga.models.registry import catalogue, parallel_plan
+from quadriga.rehearsal.equivalence.compare import Differences, Outcome, compare, outcome
+from quadriga.rehearsal.equivalence.rows import SECTIONS, STEPS, TOLERANCES, Keys, Row, arguments
+
+LAST_LINES = 15  # of a failed run's output
+
+Train = Callable[[Path, int, Sequence[str]], None]  # run folder, ranks, command line
+
+
+class Failed(Exception):
+    """A row's run did not end well; the message is the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    row: Row
+    differences: Differences | None  # None: the run failed
+    seconds: float
+    why: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.differences is not None and self.differences.within(self.row.tolerance)
+
+
+@dataclass
+class Trials:
+    """Runs rows within `folder`, and the plain process of each kind of model once.
+
+    `train` runs one training to its end, or raises `Failed`. `further` keys are given to every run.
+    """
+
+    folder: Path
+    train: Train
+    further: Sequence[str] = ()
+    _plain: dict[Keys, Outcome] = field(default_factory=dict)
+
+    def run(self, row: Row) -> Verdict:
+        start = time.perf_counter()
+        try:
+            differences = compare(self._outcome(row), self.plain(row))
+        except (Failed, ValueError) as error:
+            return Verdict(row, None, time.perf_counter() - start, str(error))
+        return Verdict(row, differences, time.perf_counter() - start)
+
+    def plain(self, row: Row) -> Outcome:
+        """What the plain process of the row's model left."""
+        if row.model not in self._plain:
+            self._plain[row.model] = self._outcome(row.alone())
+        return self._plain[row.model]
+
+    def _outcome(self, row: Row) -> Outcome:
+        """Train and read what is left; the run folder, with its checkpoint, is not kept."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            command = [*arguments(row.keys()), *self.further, "--job.dump_folder", folder]
+            run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
+            self.train(Path(folder), row.ranks, command)
+            return outcome(Path(folder), parallel_plan(run.spec.model).parameters, STEPS)
+
+
+def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
+    """Train in processes of their own, quietly. Raises Failed with the end of their output."""
+    environ = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0"}
+    for name in ("CONFIG_FILE", "DRY_RUN", "NNODES", "NODE_RANK", "RDZV_ENDPOINT"):
+        environ.pop(name, None)
+    started = [sys.executable, "-m", "quadriga.launch", *command]
+    done = subprocess.run(started, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failed("\n".join(done.stderr.strip().splitlines()[-LAST_LINES:]))
+
+
+def report(verdicts: Sequence[Verdict], command: str) -> dict[str, Any]:
+    """The figures of all rows for a file, with what was run where."""
+    return {
+        "benchmark": "equivalence",
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {"quadriga": quadriga.__version__, "python": platform.python_version(), "torch": torch.__version__},
+        "tolerance": TOLERANCES,
+        "rows": [
+            {
+                "section": next((name for name, rows in SECTIONS.items() if verdict.row in rows), ""),
+                "layout": verdict.row.name,
+                "ranks": verdict.row.ranks,
+                "met": verdict.met,
+                "seconds": round(verdict.seconds, 1),
+                **(asdict(verdict.differences) if verdict.differences else {"failed": verdict.why}),
+            }
+            for verdict in verdicts
+        ],
+    }

@@ -1,0 +1,242 @@
+"""A rehearsal: the real build and one real step of one rank, with tensors that hold nothing and a group that sends
+nothing (`DRY_RUN=1 ... --rehearse`). No GPU, no data, little memory, whatever the size of the run.
+
+What it proves: that the configuration can be built and stepped through, and what the step sends. What it cannot: that
+the numbers are right, or how long anything takes on the real machine.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from quadriga.comm.backend import BACKENDS
+from quadriga.comm.mesh import Mesh, build_mesh
+from quadriga.comm.record import Recorder, axes_of
+from quadriga.config import JobConfig, Run, read
+from quadriga.config.schema import Health as HealthSection
+from quadriga.data.batch import Batch
+from quadriga.data.loader import Loader
+from quadriga.data.packing import Place
+from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
+from quadriga.models.plan import ParameterPlan
+from quadriga.models.registry import catalogue
+from quadriga.planning.communication import calls_of
+from quadriga.planning.memory import memory_of
+from quadriga.planning.setup import Setup
+from quadriga.rehearsal.live_memory import LiveMemory
+from quadriga.resilience.health import Health
+from quadriga.train.build import build_parts, build_recipe, build_state
+from quadriga.train.state import TrainState
+from quadriga.train.step import Recipe, train_step
+from quadriga.units import show_bytes, show_count
+
+HOST = torch.device("cpu")
+PROMISED = 0.03  # how far an estimate of active memory may be from what is found
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank's rehearsal showed.
+
+    `held`: parameters, its own shards alone. `peak`: bytes that were alive at most, from the forward pass to the end of
+    the backward pass. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
+    """
+
+    rank: int
+    held: int
+    peak: int
+    build_seconds: float
+    step_seconds: float
+    calls: tuple[tuple[str, str, int, int], ...]
+
+
+@dataclass
+class EmptyLoader:
+    """Hands out one batch of token 0, again and again."""
+
+    rows: int
+    seq_len: int
+    waited: float = 0.0
+
+    def mark(self) -> dict[int, Place]:
+        """It stands where it stood."""
+        return {}
+
+    def next(self) -> Batch:
+        tokens = torch.zeros(self.rows, self.seq_len, dtype=torch.int64)
+        return Batch(tokens, tokens)
+
+
+def empty_loader(run: Run) -> Loader:
+    """Stands in for a loader where nothing but the next batch is asked of it."""
+    return cast(Loader, EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len))
+
+
+def rehearse(run: Run, rank: int) -> Rehearsal:
+    """Build what `rank` would hold, and take one step. Starts and ends a process group of its own."""
+    start = time.perf_counter()
+    dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
+    try:
+        mesh = build_mesh(run.spec.degrees, HOST.type)
+        with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
+            state = empty_state(run, mesh, nothing)
+            recipe = build_recipe(run, mesh, HOST, state.parts)
+            built = time.perf_counter()
+            with Recorder(axes_of(mesh)) as recorder, LiveMemory() as live:
+                peak = _step(state, recipe, mesh, live)
+        stepped = time.perf_counter()
+        sizes = recorder.bytes()
+        calls = [(kind, axis, count, sizes[kind, axis]) for (kind, axis), count in recorder.counts().items()]
+        return Rehearsal(
+            rank=rank,
+            peak=peak,
+            held=sum(_own(parameter).numel() for parameter in state.parameters()),
+            build_seconds=built - start,
+            step_seconds=stepped - built,
+            calls=tuple(sorted(calls, key=lambda call: -call[3])),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(state: TrainState, recipe: Recipe, mesh: Mesh, live: LiveMemory) -> int:
+    """One step. Returns the most bytes that were alive in it, parameters and optimizer state among them.
+
+    Until the update: on fake tensors it makes temporaries that no real one makes.
+    """
+    for parameter in state.parameters():
+        live.look(parameter.detach())
+    moments = 2 * sum(
+        _own(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
+    )
+    peaks: list[int] = []
+    update = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(live.peak))
+    train_step(state, recipe, mesh)
+    update.remove()
+    return peaks[0] + moments
+
+
+def state_itemsize(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+    """Bytes of a number of the optimizer's moments."""
+    state = optimizer.state.get(parameter, {})
+    return next((value.itemsize for value in state.values() if value.dim() > 0), parameter.itemsize)
+
+
+def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
+    """The state of a run before its first step, of tensors without memory."""
+
+    def hold_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
+        reset_buffers = part.reset_buffers
+        assert callable(reset_buffers)
+        with nothing:
+            part.to_empty(device=device)
+            reset_buffers()
+
+    with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
+        parts = build_parts(run, mesh, HOST, fill=hold_nothing)
+    state = build_state(run, parts, empty_loader(run))
+    state.health = Health(HealthSection(non_finite="ignore", spike="ignore"))  # there is no number to look at
+    return state
+
+
+def rehearsable(run: Run) -> tuple[Run, list[str]]:
+    """The run as it can be rehearsed, and what was left out of it."""
+    left_out, config = [], run.config
+    if config.compile.enable:
+        left_out.append("compile: the blocks are rehearsed uncompiled")
+        config = _changed(config, "compile", enable=False)
+    if config.model.converters:
+        left_out.append("converters: linear layers are rehearsed in the dtype they are converted from")
+        config = _changed(config, "model", converters=())
+    if config.parallelism.enable_async_tensor_parallel:
+        left_out.append("asynchronous tensor parallelism: it is part of what the compiler does")
+        config = _changed(config, "parallelism", enable_async_tensor_parallel=False)
+    spec = run.spec
+    if spec.accumulation_steps > 1:
+        left_out.append(f"accumulation: one of the {spec.accumulation_steps} passes of a step is rehearsed")
+        rows = spec.global_batch_size // spec.accumulation_steps
+        in_one_pass = spec.micro_batches // spec.accumulation_steps
+        spec = replace(spec, global_batch_size=rows, accumulation_steps=1, micro_batches=in_one_pass)
+    return replace(run, config=config, spec=spec), left_out
+
+
+def _changed(config: JobConfig, table: str, **values: object) -> JobConfig:
+    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
+
+
+def report(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+    yield (
+        f"  rank {rehearsal.rank} of {run.spec.world_size}: built in {rehearsal.build_seconds:.1f} s, one step in "
+        f"{rehearsal.step_seconds:.1f} s; it holds {show_count(rehearsal.held)} parameters and sends, each step,"
+    )
+    for kind, axis, count, size in rehearsal.calls:
+        yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {show_bytes(size):>12}"
+
+
+def compare(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+    """What was estimated beside what was found, on the kernels of this machine."""
+    setup = Setup(run, HOST.type)
+    rank = rehearsal.rank // (run.spec.world_size // run.spec.degrees.pp)
+    foreseen = memory_of(setup, rank)
+    expected = foreseen.peak.total
+    error = expected / rehearsal.peak - 1
+    beyond = f"; more than {PROMISED:.0%} is a fault of the estimate" if abs(error) > PROMISED else ""
+    yield (
+        f"    active memory  {show_bytes(rehearsal.peak)} at most; estimated {show_bytes(expected)} "
+        f"({error:+.1%}{beyond})"
+    )
+    sent = Counter[str]()
+    for kind, _, _, size in rehearsal.calls:
+        sent[kind] += size
+    told = Counter[str]()
+    for call in calls_of(setup, rank):
+        told[call.kind] += round(call.bytes)
+    wrong = [f"{kind} {show_bytes(told[kind])}" for kind in sent | told if sent[kind] != told[kind]]
+    yield (
+        "    communication  as estimated"
+        if not wrong
+        else f"    communication  estimated otherwise: {', '.join(wrong)}"
+    )
+
+
+def _own(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Rehearse rank RANK of WORLD_SIZE of the run of `argv`, and print what was found."""
+    try:
+        world_size = int(environ["WORLD_SIZE"])
+        run = read(argv, environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
+        run, left_out = rehearsable(run)
+        print("".join(f"  without {what}\n" for what in left_out), end="")
+        found = rehearse(run, int(environ["RANK"]))
+        print("\n".join((*report(found, run), *compare(found, run))), flush=True)
+    except UserError as error:
+        print(error.report, file=sys.stderr)
+        return error.exit_code
+    except Exception:  # noqa: BLE001 - told once, here, with where it happened; the launcher passes the code on
+        print(f"the rehearsal failed:\n\n{traceback.format_exc()}", file=sys.stderr)
+        return EXIT_FAULT
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"  the rehearsal itself took {show_bytes(peak)} of memory")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

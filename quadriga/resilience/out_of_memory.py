@@ -1,0 +1,122 @@
+"""What is said when memory runs out: where, how much was held, and the two changes of configuration that help most."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from quadriga.config import Run
+from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault, causes
+from quadriga.resilience.progress import Progress
+from quadriga.units import show_bytes
+
+ESTIMATE = "estimate.json"  # what this launch has left in the run folder
+SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that the host or the device has no memory left."""
+    return any(_says_so(each) for each in causes(error))
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Fault:
+    """The report on an error for which `is_out_of_memory` holds."""
+    on_device = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
+    where = f"step {progress.step}, phase {progress.phase!r}" if progress.step else f"phase {progress.phase!r}"
+    advice = _estimated(Path(run.spec.folders.dump, ESTIMATE)) or list(changes(run, progress.phase, on_device))
+    lines = [
+        f"rank {rank} ran out of {'device' if on_device else 'host'} memory in {where}",
+        "",
+        *(f"    {text}" for text in (_of_device() if on_device else _of_host())),
+        f"    asked for  {_first_line(error)}",
+        "",
+        "What would help most:",
+        *(f"    {change}" for change in advice[:2]),
+        "",
+        "Checkpoints that were finished before are whole: a start goes on from the newest one.",
+    ]
+    return Fault("\n".join(lines), EXIT_OUT_OF_MEMORY)
+
+
+def _of_device() -> Iterator[str]:
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    most = show_bytes(torch.cuda.max_memory_allocated())
+    yield f"allocated  {show_bytes(torch.cuda.memory_allocated())}, at most {most} so far"
+    yield f"reserved   {show_bytes(torch.cuda.memory_reserved())} of {show_bytes(total)} on the device"
+
+
+def _of_host() -> Iterator[str]:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    yield f"held       {show_bytes(most)} by this process at its peak"
+
+
+def _first_line(error: BaseException) -> str:
+    error = next((each for each in causes(error) if _says_so(each)), error)
+    said = next((line for line in str(error).splitlines() if any(sign in line.lower() for sign in SIGNS)), str(error))
+    return said.splitlines()[0].strip() if said else type(error).__name__
+
+
+def _estimated(path: Path) -> list[str]:
+    """What the estimate of the run would change: strings, best first. [] where there is none that can be read."""
+    try:
+        advice = json.loads(path.read_text())["if_memory_runs_out"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [line for line in advice if isinstance(line, str)] if isinstance(advice, list) else []
+
+
+def changes(run: Run, phase: str, on_device: bool) -> Iterator[str]:
+    """All changes of configuration that would save memory, best first. Pure.
+
+    Where parameters and optimizer state weigh most, these are spread first; elsewhere activations come first.
+    """
+    of_state, of_activations = list(_for_state(run, on_device)), list(_for_activations(run))
+    yield from (*of_state, *of_activations) if phase in STATE_PHASES else (*of_activations, *of_state)
+    yield "a machine with more memory, or less beside this run on it"
+
+
+def _for_activations(run: Run) -> Iterator[str]:
+    config, rows, batch = run.config, run.config.training.local_batch_size, run.spec.global_batch_size
+    if config.activation_checkpoint.mode != "full":
+        yield "--activation_checkpoint.mode=full: keeps one activation a block, for about a third more work"
+    if rows > config.parallelism.pipeline_parallel_microbatch_size:
+        fewer = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
+        batches = f"--training.local_batch_size={fewer} --training.global_batch_size={batch}"
+        yield f"{batches}: the same batch in {rows // fewer} times as many passes"
+    if config.training.loss_chunks == 1:
+        yield "--training.loss_chunks=8: holds the logits of an eighth of the tokens at a time, for no more work"
+    if config.training.mixed_precision_param == "float32":
+        yield "--training.mixed_precision_param=bfloat16: halves activations"
+    if run.spec.degrees.dp_shard % 2 == 0 and batch % max(run.spec.degrees.batch // 2, 1) == 0:
+        context = 2 * run.spec.degrees.cp
+        yield f"--parallelism.context_parallel_degree={context}: a rank holds half as much of a sequence"
+
+
+def _for_state(run: Run, on_device: bool) -> Iterator[str]:
+    degrees, config = run.spec.degrees, run.config
+    if degrees.dp_replicate > 1:
+        yield (
+            "--parallelism.data_parallel_replicate_degree=1 --parallelism.data_parallel_shard_degree=-1: "
+            f"spreads parameters and optimizer state over {degrees.dp_replicate} times as many ranks"
+        )
+    elif degrees.world_size == 1 or degrees.dp_shard > 1:
+        yield "more ranks (NGPU, NNODES): parameters and optimizer state are spread over all of them"
+    if run.spec.reduce_gradients == "once" and run.spec.accumulation_steps > 1:
+        yield "--parallelism.reduce_gradients=every_micro_batch: holds no gradients of the whole model between them"
+    if not run.spec.reshard_after_forward and degrees.dp_shard > 1:
+        yield "--parallelism.fsdp_reshard_after_forward=always: holds one block of gathered parameters at a time"
+    if on_device and not config.training.enable_cpu_offload:
+        yield "--training.enable_cpu_offload: keeps parameters and optimizer state in host memory, at a cost in speed"
+    if config.checkpoint.enable and config.checkpoint.async_mode != "disabled":
+        yield "--checkpoint.async_mode=disabled: makes no copy of the state in host memory to save it"

@@ -1,0 +1,297 @@
+"""What keeps a run from harm at its edges: no orphaned rank, no two runs in one folder, no failure without a word."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quadriga.errors import (
+    EXIT_FAULT,
+    EXIT_NO_GOOD_CHECKPOINT,
+    EXIT_NOT_FINITE,
+    EXIT_OK,
+    EXIT_STALLED,
+    EXIT_USAGE,
+    Fault,
+    Problem,
+    UserError,
+    printable,
+)
+from quadriga.log import logger
+from quadriga.resilience.processes import (
+    AGENT_PID,
+    RESTART_COUNT,
+    ExitRecord,
+    die_with_parent,
+    first_failure,
+    read_records,
+    records_folder,
+)
+
+LOCK_NAME = ".lock"
+LOCK_PATIENCE_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
+DOOR_PATIENCE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 60.0  # longer than any report takes
+INTERRUPTED = 130  # 128 + SIGINT
+LEFT = "quadriga/left"  # where ranks of a bare torchrun note that they were asked to leave
+FINAL = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
+# How gloo, NCCL and the rendezvous store say that the other side has not come, or is gone.
+TIMED_OUT = ("timed out waiting", "watchdog caught collective operation timeout")
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "remote process exited",
+    "socket closed",
+    "recvvalue failed",
+    "failed to recv",
+    "communicator was aborted",
+    "did not signal within",
+    *TIMED_OUT,
+)
+
+
+def die_with_torchrun(environ: Mapping[str, str]) -> None:
+    """Let this rank end with the torchrun that started it, also when that one is killed by SIGKILL.
+
+    A process that was started by hand is left alone: `nohup python -m quadriga.train &` must outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return
+    agent = environ.get(AGENT_PID)
+    die_with_parent(int(agent) if agent else None)
+    if not agent and os.getppid() == 1 and not _is_python(1):
+        os._exit(EXIT_FAULT)  # a bare torchrun (itself process 1 in some containers) was gone before we asked
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/exe")).name.startswith("python")
+    except OSError:  # not ours to look at, so not the torchrun of this user
+        return False
+
+
+@contextmanager
+def lock_run_folder(folder: str) -> Iterator[None]:
+    """Hold `folder` for this process alone; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another run holds the folder, or it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        fix = "choose a folder that you may write with --job.dump_folder"
+        raise UserError(Problem("job.dump_folder", f"cannot be written: {error.strerror}", folder, fix=fix)) from None
+    try:
+        if _take(handle, folder):
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: str) -> bool:
+    """Lock the open file, waiting a moment for a dying holder. False where the file system knows no locks."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(_in_use(handle, folder)) from None
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be locked (%s); see to it that no other run writes there", folder, error.strerror
+            )
+            return False
+
+
+def _in_use(handle: int, folder: str) -> Problem:
+    holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+    fix = "wait for that run to end, stop it, or choose another folder with --job.dump_folder"
+    return Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)
+
+
+def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
+    """After a restart by torchrun: say what ended the start before. To be called when torch is imported.
+
+    Returns the exit code with which this start ends at once, where the run was asked to leave or would only meet the
+    same again; None where it is to try.
+    """
+    restart, folder = int(environ.get(RESTART_COUNT, "0")), records_folder(environ)
+    if restart == 0:
+        return None
+    if folder is None:
+        store = _store(environ)
+        said = store.get(LEFT) if store.check([LEFT]) else b""
+        return int(said) if re.fullmatch(rb"[1-9]\d{0,2}", said) else None  # anybody can write to this store
+    failure = first_failure(read_records(folder.with_name(str(restart - 1))))
+    if failure is not None and failure.code in FINAL:
+        failure.write(folder)
+        if failure.rank != _rank(environ):
+            ExitRecord(_rank(environ), failure.code, time.time(), failure.error, lost_peer=True).write(folder)
+        return failure.code
+    if environ.get("LOCAL_RANK", "0") == "0":
+        cause = f"rank {failure.rank} failed:\n\n{failure.details}\n" if failure else "a rank died without a word"
+        logger.warning("restart %d of %s, since %s", restart, environ.get("TORCHELASTIC_MAX_RESTARTS", "?"), cause)
+    return None
+
+
+def leave(environ: Mapping[str, str], code: int) -> int:
+    """Record an end that is no failure; a `code` other than 0 says that this rank was asked to leave.
+
+    Returns what torchrun is to be told. Where the launcher reads the record that is 0, for torchrun would kill ranks
+    that are slower to leave, or start all of them again.
+    """
+    asked, folder = code != EXIT_OK, records_folder(environ)
+    if folder is None:
+        if asked and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            with suppress(RuntimeError):
+                _store(environ).set(LEFT, str(code))
+        return code
+    ExitRecord(_rank(environ), code, time.time(), asked=asked).write(folder)
+    return EXIT_OK
+
+
+def interrupted(environ: Mapping[str, str]) -> int:
+    """Record a Ctrl-C before training began: there is nothing to save."""
+    folder = records_folder(environ)
+    if folder is not None:
+        ExitRecord(_rank(environ), INTERRUPTED, time.time()).write(folder)
+    return INTERRUPTED
+
+
+def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
+    """Report what is wrong with the configuration: every rank of a machine finds the same, so the first one says it.
+
+    The others must not leave before it: torchrun would kill it while it speaks. They wait to be ended by torchrun in
+    their turn, and speak after all if nobody comes.
+    """
+    folder = records_folder(environ)
+    if folder is not None:
+        _record(folder, environ, error)  # the launcher shows it
+        return error.exit_code
+    if int(environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(DOOR_PATIENCE_SECONDS)
+    print(error.report, file=sys.stderr)
+    return error.exit_code
+
+
+_last_words = threading.RLock()
+
+
+def take_the_word() -> None:
+    """See to it that this thread alone reports the end of this rank; wait for that end where another has begun to."""
+    if not _last_words.acquire(blocking=False):
+        time.sleep(LAST_WORDS_SECONDS)
+
+
+def report_failure(environ: Mapping[str, str], error: BaseException, since: float | None = None) -> int:
+    """Report what ended this rank: in full, or in a line where the launcher shows the first failure in full.
+
+    `since`: when it went wrong, in seconds since the epoch; now, if not given.
+    """
+    take_the_word()
+    folder = records_folder(environ)
+    if folder is not None:
+        record = _record(folder, environ, error, since)
+        logger.error("rank %d failed: %s", record.rank, record.error)
+        return record.code
+    report = _report(error)
+    if report is None:
+        logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
+    elif _is_first_to_say(report, environ):
+        print(printable(report, keep="\n\t"), file=sys.stderr)
+    return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, UserError | Fault):
+        return error.exit_code
+    return EXIT_STALLED if _says(error, TIMED_OUT) else EXIT_FAULT
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def _report(error: BaseException) -> str | None:
+    """What is shown of an error as it stands; None where it is the traceback that tells."""
+    if isinstance(error, UserError):
+        return error.report
+    return str(error) if isinstance(error, Fault) else None
+
+
+def _record(folder: Path, environ: Mapping[str, str], error: BaseException, since: float | None = None) -> ExitRecord:
+    report, text = _report(error), "".join(traceback.format_exception_only(error)).strip()
+    line = str(error.problems[0]) if isinstance(error, UserError) else report or text
+    record = ExitRecord(
+        rank=_rank(environ),
+        code=_code(error),
+        time=since or time.time(),
+        error=line.splitlines()[0],
+        details=report or _traceback(error),
+        is_report=report is not None,
+        lost_peer=_says(error, LOST_PEER),
+    )
+    record.write(folder)
+    return record
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave with `code`. A failed rank leaves at once: a communicator that waits for the others must not hold it."""
+    if code == EXIT_OK:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _rank(environ: Mapping[str, str]) -> int:
+    return int(environ.get("RANK", "0"))
+
+
+def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
+    """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
+    if int(environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        store = _store(environ)
+        return store is None or store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
+    except RuntimeError:  # no store to ask: better said twice than not at all
+        return True
+
+
+def _store(environ: Mapping[str, str]) -> Any:
+    """The store of torchrun, by a connection of our own. None before torch is imported, which is not done for this:
+    one rank alone can fail then."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None:
+        return None
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)

@@ -1,0 +1,93 @@
+"""Elements, figures and scales that pages are made of."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from page_reading import read_page
+
+from quadriga.analysis.pages.markup import UNSAFE, join, tag
+from quadriga.analysis.pages.numbers import decimal_bytes, duration, number, rounded, share, whole
+from quadriga.analysis.pages.scales import linear, logarithmic
+
+
+@given(st.text(), st.text())
+@example("\x1b[2J\ud800\x00\u202e", "\ud800\r\x07")
+def test_whatever_a_name_holds_stays_text(name, hint):
+    """But for control characters, halves of pairs and marks of direction: these are replaced, one for one."""
+    text = tag("p", name, tag("b", "bold"), title=hint)
+    text.encode()
+    page = read_page(text)
+    assert [element.name for element in page.inner] == ["p"]
+    assert page.inner[0].text == UNSAFE.sub("\ufffd", name) + "bold"
+    assert page.inner[0].attributes["title"] == UNSAFE.sub("\ufffd", hint)
+
+
+def test_attributes_and_children():
+    assert tag("rect", None, x=1.0, stroke_width=0.126, class_="a", dash=None) == (
+        '<rect x="1" stroke-width="0.13" class="a"></rect>'
+    )
+    assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
+    assert join("a<b", None, tag("i", "&"), by=" ") == "a&lt;b <i>&amp;</i>"
+    assert tag("p", str(tag("i"))[:]) == "<p>&lt;i&gt;&lt;/i&gt;</p>", "a plain copy of markup is text again"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (0.01234, "0.0123"), (12.345, "12.3"), (1234.5, "1,230"), (-5.5, "−5.50"), (1e-5, "1.00e-5"),
+     (2.5e9, "2.50e9"), (math.inf, "inf")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, shown):
+    assert number(value) == shown
+
+
+def test_units():
+    assert [duration(s) for s in (1.234, 0.0456, 7.89e-6, 0, 0.9999)] == [
+        "1.23 s",
+        "45.6 ms",
+        "7.89 µs",
+        "0 s",
+        "1.00 s",
+    ]
+    assert [share(0.2539), share(-0.01)] == ["25.4 %", "−1.0 %"]
+    assert [whole(1234), whole(1234.0), whole(2.5)] == ["1,234", "1,234", "2.5"]
+    assert [decimal_bytes(b) for b in (10.0, 1000, 2_500_000, 1e9)] == ["10 B", "1 kB", "2.5 MB", "1 GB"]
+    assert [rounded(t) for t in ("0.920", "50.0 ms", "1,000", "10.05", "100")] == [
+        "0.92",
+        "50 ms",
+        "1,000",
+        "10.05",
+        "100",
+    ]
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20))
+@example([0.0, 5e-324])
+@example([1e9, 1e9 + 1e-6])
+def test_a_linear_scale_holds_its_values(values):
+    scale = linear(values, 10, 110)
+    assert all(10 - 1e-6 <= scale(value) <= 110 + 1e-6 for value in values)
+    assert 2 <= len(scale.ticks()) <= 9
+    assert all(10 - 1e-6 <= scale(tick) <= 110 + 1e-6 for tick in scale.ticks())
+
+
+@given(st.lists(st.floats(1e-6, 1e12), min_size=1, max_size=20))
+def test_a_logarithmic_scale_holds_its_values(values):
+    scale = logarithmic(values, 100, 0)
+    assert all(-1e-6 <= scale(value) <= 100 + 1e-6 for value in values)
+    assert len(scale.ticks()) >= 2
+
+
+def test_scales_by_hand():
+    scale = linear([0.3, 4.1], 0, 100, from_zero=True)
+    assert (scale.low, scale.high) == (0, 5)
+    assert scale(2.5) == 50
+    assert scale.ticks() == [0, 1, 2, 3, 4, 5]
+    log = logarithmic([20, 900], 0, 100)
+    assert (log.low, log.high) == (10, 1000)
+    assert log(100) == pytest.approx(50)
+    assert log.ticks() == pytest.approx([10, 20, 50, 100, 200, 500, 1000])
+    assert logarithmic([1, 1e9], 0, 1).ticks() == pytest.approx([1, 1e2, 1e4, 1e6, 1e8])
