@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import BENCHMARKS, child_environment, table
+from common import BENCHMARKS, child_environment, text_table
 
 # The quick ones first. With arguments where a script has one claim for each.
 RUNS: dict[str, list[list[str]]] = {
@@ -35,7 +35,7 @@ RUNS: dict[str, list[list[str]]] = {
     "kill_matrix": [["--trials", "80"]],
     "shakespeare": [[]],
 }
-ELSEWHERE = {
+NOT_RUN_HERE = {
     "continue_torchtitan": "needs torchtitan 0.2.2 too: python benchmarks/continue_torchtitan.py --cache FOLDER",
     "fidelity": "needs an environment with torchtitan 0.2.2: python benchmarks/fidelity.py --cache FOLDER",
     "hta": "needs an environment with HolisticTraceAnalysis: python benchmarks/hta.py --hta-python PYTHON",
@@ -62,8 +62,8 @@ def main() -> int:
             code = subprocess.run(command, env=child_environment(), check=False).returncode
             minutes = (time.perf_counter() - start) / 60
             rows.append([shown, f"{minutes:.1f} min", "held" if code == 0 else f"exit code {code}"])
-    rows += [[name, "", f"left out: {why}"] for name, why in ELSEWHERE.items()]
-    print("\n" + table(["benchmark", "time", "claim"], rows))
+    rows += [[name, "", f"left out: {why}"] for name, why in NOT_RUN_HERE.items()]
+    print("\n" + text_table(["benchmark", "time", "claim"], rows))
     return 0 if all(row[2] == "held" or row[2].startswith("left out") for row in rows) else 1
 
 

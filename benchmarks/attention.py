@@ -16,23 +16,23 @@ import sys
 import time
 
 import torch
-from common import command_line, save, table, verdict
+from common import command_line, met_or_missed, save, text_table
 from torch.nn.functional import scaled_dot_product_attention
 
-from quadriga.planning.setup import causal_cost
+from quadriga.planning.setup import causal_attention_cost
 
 CLAIM = "the cost of an operation of attention on a CPU, relative to that at 1,024 tokens, is known within 20 %"
 TARGET = 0.20
 LENGTHS = (64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048)
-TOKENS, HEADS, TURNS = 2048, 16, 7
+TOKENS, HEADS, REPEATS = 2048, 16, 7
 
 
-def seconds(length: int, width: int) -> float:
+def attention_seconds(length: int, width: int) -> float:
     """Of a forward and a backward pass over TOKENS tokens; the best of TURNS."""
     shape = (TOKENS // length, HEADS, length, width)
     query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
     taken = []
-    for _ in range(TURNS):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
         taken.append(time.perf_counter() - start)
@@ -42,19 +42,21 @@ def seconds(length: int, width: int) -> float:
 def main() -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     costs = {
-        length: statistics.mean(seconds(length, width) / length / (TOKENS // length * length) for width in (16, 64))
+        length: statistics.mean(
+            attention_seconds(length, width) / length / (TOKENS // length * length) for width in (16, 64)
+        )
         for length in LENGTHS
     }
     measured = {length: cost / costs[1024] for length, cost in costs.items()}
-    foreseen = {length: causal_cost(length) / causal_cost(1024) for length in LENGTHS}
-    errors = {length: foreseen[length] / measured[length] - 1 for length in LENGTHS}
+    predicted = {length: causal_attention_cost(length) / causal_attention_cost(1024) for length in LENGTHS}
+    errors = {length: predicted[length] / measured[length] - 1 for length in LENGTHS}
     rows = [
-        [length, f"{measured[length]:.2f}", f"{foreseen[length]:.2f}", f"{errors[length]:+.0%}"] for length in LENGTHS
+        [length, f"{measured[length]:.2f}", f"{predicted[length]:.2f}", f"{errors[length]:+.0%}"] for length in LENGTHS
     ]
-    print(table(["tokens", "cost of an operation", "foreseen", "error"], rows))
+    print(text_table(["tokens", "cost of an operation", "foreseen", "error"], rows))
     met = max(map(abs, errors.values())) <= TARGET
-    print(f"\ntarget: within {TARGET:.0%}: {verdict(met)}")
-    figures = {"measured": measured, "foreseen": foreseen, "errors": errors, "target": TARGET, "met": met}
+    print(f"\ntarget: within {TARGET:.0%}: {met_or_missed(met)}")
+    figures = {"measured": measured, "foreseen": predicted, "errors": errors, "target": TARGET, "met": met}
     save("attention", figures, command=command_line(), claim=CLAIM)
     return 0 if met else 1
 

@@ -117,7 +117,7 @@ def shard(model: Llama, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def batches(shape: Shape, rows: int, device: torch.device, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+def random_batches(shape: Shape, rows: int, device: torch.device, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, labels), each (rows, seq_len), without end."""
     generator = torch.Generator().manual_seed(rank)
     windows = torch.randint(shape.vocab_size, (POOL, rows, shape.seq_len + 1), generator=generator).to(device)
@@ -126,7 +126,9 @@ def batches(shape: Shape, rows: int, device: torch.device, rank: int) -> Iterato
             yield window[:, :-1], window[:, 1:]
 
 
-def train(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], micro_batch: int, steps: int, talks: bool) -> None:
+def train(
+    model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], micro_batch: int, steps: int, prints_loss: bool
+) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -142,7 +144,7 @@ def train(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], micro_batch: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value = mean.item()  # every rank waits for its step, as every rank of ours does
-        if talks:
+        if prints_loss:
             print(f"step {step} loss {value:.4f}", flush=True)
 
 
@@ -169,7 +171,13 @@ def main() -> None:
     if ranks > 1:
         shard(model, device)
     rows = shape.batch // ranks
-    train(model, batches(shape, rows, device, rank), chosen.micro_batch or rows, chosen.steps, talks=rank == 0)
+    train(
+        model,
+        random_batches(shape, rows, device, rank),
+        chosen.micro_batch or rows,
+        chosen.steps,
+        prints_loss=rank == 0,
+    )
 
 
 if __name__ == "__main__":

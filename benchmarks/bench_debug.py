@@ -20,16 +20,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from common import ROOT, child_environment, command_line, save, table, verdict
+from common import ROOT, child_environment, command_line, met_or_missed, save, text_table
 
-from quadriga.analysis.compare.report import answers
+from quadriga.analysis.compare.report import format_answers
 
 FILE = "configs/debug/debug.toml"
 SMALL = ("--model.n_layers", "2")
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     varied: str
     keys: tuple[str, ...]
     verdict: str
@@ -38,14 +38,14 @@ class Case:
 
 
 CASES = {
-    "unlike": Case(
+    "unlike": BenchCase(
         "parallelism.reduce_gradients=once,every_micro_batch",
         (*SMALL, "--training.seq_len", "32", "--training.local_batch_size", "1"),
         "slower",
         1e-4,
         "quadriga bench finds reducing gradients after every micro-batch slower than once a step",
     ),
-    "alike": Case(
+    "alike": BenchCase(
         "profiling.save_traces_folder=profile_trace,traces",
         (*SMALL, "--training.seq_len", "128", "--training.global_batch_size", "4"),
         "no difference shown",
@@ -56,7 +56,7 @@ CASES = {
 SHOWN = ("step_time_s", "tokens_per_second", "memory_peak_gib", "exposed_communication_s")
 
 
-def measure(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
+def measure(case: BenchCase, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
     arguments = [FILE, "--vary", case.varied, "--repeat", str(repeats), "--ngpu", str(ranks), "--steps", str(steps)]
     arguments += case.keys
     start = time.perf_counter()
@@ -69,14 +69,14 @@ def measure(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
         raise SystemExit(f"{case.varied}: exit code {done.returncode}")
     found = json.loads(done.stdout)
     ratio = found["figures"][0]["ratios"][0]
-    credited = all(each["credited"] for each in found["backend"])
+    verified = all(each["credited"] for each in found["backend"])
     alike = found["losses"]["largest_difference"]["value"] <= case.losses_within
     return {
         "bench": " ".join(["quadriga", "bench", *arguments]),
         "seconds": round(time.perf_counter() - start, 1),
         "expected": case.verdict,
-        "met": ratio["verdict"] == case.verdict and credited and alike,
-        "answer": next(answers(found)),
+        "met": ratio["verdict"] == case.verdict and verified and alike,
+        "answer": next(format_answers(found)),
         "ratio_of_step_times": ratio,
         "figures": [figure for figure in found["figures"] if figure["name"] in SHOWN],
         "where": found["where"],
@@ -100,9 +100,9 @@ def main() -> int:
         ratio, met = found["ratio_of_step_times"], met and found["met"]
         low, high = ratio["interval"] or (float("nan"), float("nan"))
         interval = f"{low:.3f} to {high:.3f}"
-        rows.append([case.varied, f"{ratio['ratio']:.3f}", interval, ratio["verdict"], verdict(found["met"])])
+        rows.append([case.varied, f"{ratio['ratio']:.3f}", interval, ratio["verdict"], met_or_missed(found["met"])])
         save(f"bench_debug_{name}", found, command=command_line(), claim=case.claim)
-    print(table(["varied", "ratio of step times", "95 % interval", "verdict", "claim"], rows))
+    print(text_table(["varied", "ratio of step times", "95 % interval", "verdict", "claim"], rows))
     return 0 if met else 1
 
 

@@ -26,7 +26,7 @@ TABLE = re.compile(r"(<!--table ([^>]*?)-->\n)(.*?)(<!--/table-->)", re.DOTALL)
 
 
 @cache
-def figures(name: str) -> Any:
+def result_figures(name: str) -> Any:
     """The figures of results/`name`.json."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
 
@@ -34,16 +34,16 @@ def figures(name: str) -> Any:
 # --- equivalence -----------------------------------------------------------------------------------------------------
 
 
-def layouts() -> list[dict[str, Any]]:
-    return [*figures("equivalence"), *figures("equivalence_loss_in_pieces")]
+def equivalence_layouts() -> list[dict[str, Any]]:
+    return [*result_figures("equivalence"), *result_figures("equivalence_loss_in_pieces")]
 
 
-def of_dtype(bfloat16: bool) -> list[dict[str, Any]]:
-    return [row for row in layouts() if (row["section"] == "bfloat16") == bfloat16]
+def layouts_of_dtype(bfloat16: bool) -> list[dict[str, Any]]:
+    return [row for row in equivalence_layouts() if (row["section"] == "bfloat16") == bfloat16]
 
 
-def greatest(key: str, bfloat16: bool) -> str:
-    return f"{max(row[key] for row in of_dtype(bfloat16)):.1e}"
+def max_equivalence_difference(key: str, bfloat16: bool) -> str:
+    return f"{max(row[key] for row in layouts_of_dtype(bfloat16)):.1e}"
 
 
 def round_up(value: float) -> str:
@@ -57,7 +57,7 @@ def equivalence_table() -> Iterator[str]:
     yield "| layout | ranks | loss | gradient norm | weights |"
     yield "|---|---|---|---|---|"
     section = None
-    for row in layouts():
+    for row in equivalence_layouts():
         if row["section"] != section:
             section = row["section"]
             yield f"| **{section}** | | | | |"
@@ -66,7 +66,7 @@ def equivalence_table() -> Iterator[str]:
 
 
 def equality_float32() -> list[dict[str, Any]]:
-    return [one for one in figures("equality_float32")["layouts"] if one["ranks"] > 1]
+    return [one for one in result_figures("equality_float32")["layouts"] if one["ranks"] > 1]
 
 
 # --- fidelity --------------------------------------------------------------------------------------------------------
@@ -74,18 +74,18 @@ def equality_float32() -> list[dict[str, Any]]:
 INITIAL_WEIGHTS = "initial weights"  # the one comparison of fidelity that is no training
 
 
-def trained_alike(bfloat16: bool) -> dict[str, dict[str, Any]]:
-    found = {name: one for name, one in figures("fidelity")["compared"].items() if name != INITIAL_WEIGHTS}
+def fidelity_runs(bfloat16: bool) -> dict[str, dict[str, Any]]:
+    found = {name: one for name, one in result_figures("fidelity")["compared"].items() if name != INITIAL_WEIGHTS}
     return {name: one for name, one in found.items() if (one["targets"]["loss"] > 1e-5) == bfloat16}
 
 
-def furthest(key: str, bfloat16: bool = False) -> str:
+def max_fidelity_difference(key: str, bfloat16: bool = False) -> str:
     """Of the files that meet their targets."""
-    return f"{max(one[key] for one in trained_alike(bfloat16).values() if one['met']):.1e}"
+    return f"{max(one[key] for one in fidelity_runs(bfloat16).values() if one['met']):.1e}"
 
 
 def files_met() -> str:
-    found = [one["met"] for bfloat16 in (False, True) for one in trained_alike(bfloat16).values()]
+    found = [one["met"] for bfloat16 in (False, True) for one in fidelity_runs(bfloat16).values()]
     return f"{sum(found)} of {len(found)}"
 
 
@@ -96,7 +96,7 @@ def fidelity_table() -> Iterator[str]:
     yield "| file | learning rates | loss | gradient norm | validation loss |"
     yield "|---|---|---|---|---|"
     for bfloat16 in (False, True):
-        for name, one in trained_alike(bfloat16).items():
+        for name, one in fidelity_runs(bfloat16).items():
             rates = f"{len(one['unequal_rates'])} unequal" if one["unequal_rates"] else "equal"
             held_out = f"{one['validation_loss']:.0e}" if "validation_loss" in one else ""
             yield f"| {name} | {rates} | {one['loss']:.0e} | {one['grad_norm']:.0e} | {held_out} |"
@@ -104,7 +104,7 @@ def fidelity_table() -> Iterator[str]:
 
 def first_step(key: str, side: str) -> str:
     """The least and the greatest of the seeds."""
-    values = figures("fidelity")["compared"][INITIAL_WEIGHTS]["first_step"][key][side]
+    values = result_figures("fidelity")["compared"][INITIAL_WEIGHTS]["first_step"][key][side]
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
@@ -114,14 +114,14 @@ def first_step(key: str, side: str) -> str:
 def active_table() -> Iterator[str]:
     yield "| debug model, layout and recompute | measured, MiB | predicted, MiB | error |"
     yield "|---|---|---|---|"
-    for name, one in figures("estimates")["active"].items():
+    for name, one in result_figures("estimates")["active"].items():
         error = one["predicted"] / one["measured"] - 1
         yield f"| {name} | {one['measured'] / 2**20:.2f} | {one['predicted'] / 2**20:.2f} | {error:+.2%} |"
 
 
 def reserved_errors(speed: bool = False, names: str = "") -> list[float]:
     mine, theirs = ("tokens_per_second", "published_tokens_per_second") if speed else ("reserved", "published")
-    found = {name: one[mine] / one[theirs] - 1 for name, one in figures("estimates")["reserved"].items()}
+    found = {name: one[mine] / one[theirs] - 1 for name, one in result_figures("estimates")["reserved"].items()}
     return [error for name, error in found.items() if name.startswith(names)]
 
 
@@ -131,7 +131,7 @@ def reserved_table() -> Iterator[str]:
         "| tokens/s a GPU | published | error |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
-    for name, one in figures("estimates")["reserved"].items():
+    for name, one in result_figures("estimates")["reserved"].items():
         memory = one["reserved"] / one["published"] - 1
         speed = one["tokens_per_second"] / one["published_tokens_per_second"] - 1
         note = one["not_modelled"] or ("(the factors are fitted to it)" if one["fitted"] else "")
@@ -143,7 +143,7 @@ def reserved_table() -> Iterator[str]:
 def step_time_table() -> Iterator[str]:
     yield "| | measured, s | predicted, s | error | 95 % of the median |"
     yield "|---|---|---|---|---|"
-    for name, one in figures("step_time")["cases"].items():
+    for name, one in result_figures("step_time")["cases"].items():
         error, low, high = (100 * one[key] for key in ("error", "error_low", "error_high"))
         yield (
             f"| {name} | {one['measured']:.3f} | {one['predicted']:.3f} | {error:+.1f} % "
@@ -154,7 +154,7 @@ def step_time_table() -> Iterator[str]:
 def search_table() -> Iterator[str]:
     yield "| file | GPUs | the first, tokens/s a GPU | the second | why |"
     yield "|---|---|---|---|---|"
-    for model, found in figures("search")["searches"].items():
+    for model, found in result_figures("search")["searches"].items():
         first, second = (f"{one['name']}: {one['tokens_per_second_per_device']:,.0f}" for one in found["best"][:2])
         yield f"| {model} | {found['devices']} | {first} | {second} | {found['why']} |"
 
@@ -162,58 +162,58 @@ def search_table() -> Iterator[str]:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed(name: str, shape: str, ranks: int) -> dict[str, Any]:
-    return next(row for row in figures(name) if (row["shape"], row["ranks"]) == (shape, ranks))
+def speed_case(name: str, shape: str, ranks: int) -> dict[str, Any]:
+    return next(row for row in result_figures(name) if (row["shape"], row["ranks"]) == (shape, ranks))
 
 
-def ratio(name: str, shape: str, ranks: int) -> Callable[[], str]:
+def speed_ratio_text(name: str, shape: str, ranks: int) -> Callable[[], str]:
     """The median ratio of step times with its interval."""
 
     def shown() -> str:
-        found = speed(name, shape, ranks)["ratio"]
+        found = speed_case(name, shape, ranks)["ratio"]
         return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f}, {found['count']} pairs)"
 
     return shown
 
 
-def answer(position: int, key: str) -> str:
-    return f"{figures('startup')['answers'][position][key]:.2f} s"
+def startup_answer(position: int, key: str) -> str:
+    return f"{result_figures('startup')['answers'][position][key]:.2f} s"
 
 
 def kill_kinds() -> dict[str, int]:
-    return {name: kills for name, (kills, _) in figures("kill_matrix")["counts"].items()}
+    return {name: kills for name, (kills, _) in result_figures("kill_matrix")["counts"].items()}
 
 
-def bench(name: str) -> dict[str, Any]:
-    return figures(f"bench_debug_{name}")
+def bench_figures(name: str) -> dict[str, Any]:
+    return result_figures(f"bench_debug_{name}")
 
 
-def seconds_of(name: str, part: str, run: int) -> str:
-    rows = [row for row in bench(name)["where"] if row["part"] == part]
+def bench_part_seconds(name: str, part: str, run: int) -> str:
+    rows = [row for row in bench_figures(name)["where"] if row["part"] == part]
     return f"{rows[0]['by_run'][run]['seconds']:.2f}"
 
 
-def changed_trainer(key: str) -> str:
+def worst_continuation(key: str) -> str:
     """The worst of all runs that changed the trainer."""
-    return f"{max(run[key] for run in figures('continue_torchtitan')['runs'].values()):.1e}"
+    return f"{max(run[key] for run in result_figures('continue_torchtitan')['runs'].values()):.1e}"
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "continued loss": lambda: changed_trainer("loss"),
-    "continued norm": lambda: changed_trainer("grad_norm"),
-    "continued runs": lambda: str(len(figures("continue_torchtitan")["runs"])),
-    "float32 layouts": lambda: str(len(of_dtype(False))),
-    "bfloat16 layouts": lambda: str(len(of_dtype(True))),
-    "all layouts": lambda: str(len(layouts())),
-    "float32 loss": lambda: greatest("loss", False),
-    "float32 norm": lambda: greatest("grad_norm", False),
-    "float32 weights": lambda: greatest("weights", False),
-    "bfloat16 loss": lambda: greatest("loss", True),
-    "bfloat16 norm": lambda: greatest("grad_norm", True),
-    "bfloat16 weights": lambda: greatest("weights", True),
-    "float32 loss within": lambda: round_up(max(row["loss"] for row in of_dtype(False))),
-    "bfloat16 loss within": lambda: round_up(max(row["loss"] for row in of_dtype(True))),
-    "equal steps": lambda: str(min(one["bit_equal_steps"] for one in figures("equality")["layouts"])),
+    "continued loss": lambda: worst_continuation("loss"),
+    "continued norm": lambda: worst_continuation("grad_norm"),
+    "continued runs": lambda: str(len(result_figures("continue_torchtitan")["runs"])),
+    "float32 layouts": lambda: str(len(layouts_of_dtype(False))),
+    "bfloat16 layouts": lambda: str(len(layouts_of_dtype(True))),
+    "all layouts": lambda: str(len(equivalence_layouts())),
+    "float32 loss": lambda: max_equivalence_difference("loss", False),
+    "float32 norm": lambda: max_equivalence_difference("grad_norm", False),
+    "float32 weights": lambda: max_equivalence_difference("weights", False),
+    "bfloat16 loss": lambda: max_equivalence_difference("loss", True),
+    "bfloat16 norm": lambda: max_equivalence_difference("grad_norm", True),
+    "bfloat16 weights": lambda: max_equivalence_difference("weights", True),
+    "float32 loss within": lambda: round_up(max(row["loss"] for row in layouts_of_dtype(False))),
+    "bfloat16 loss within": lambda: round_up(max(row["loss"] for row in layouts_of_dtype(True))),
+    "equal steps": lambda: str(min(one["bit_equal_steps"] for one in result_figures("equality")["layouts"])),
     "float32 sum, 20 steps": lambda: (
         f"{max(one['greatest_relative_difference']['20'] for one in equality_float32()):.1e}"
     ),
@@ -221,81 +221,85 @@ FIGURES: dict[str, Callable[[], str]] = {
     "float32 sum, worst step": lambda: str(
         max(equality_float32(), key=lambda one: one["greatest_over_all_steps"])["at_step"]
     ),
-    "fidelity files": lambda: str(len(trained_alike(False)) + len(trained_alike(True))),
+    "fidelity files": lambda: str(len(fidelity_runs(False)) + len(fidelity_runs(True))),
     "fidelity files met": files_met,
-    "fidelity Adam": lambda: f"{figures('fidelity')['compared'][ADAM]['loss']:.1e}",
-    "fidelity steps": lambda: str(figures("fidelity")["steps"]),
-    "fidelity loss": lambda: furthest("loss"),
-    "fidelity norm": lambda: furthest("grad_norm"),
-    "fidelity printed norm": lambda: furthest("printed_grad_norm"),
-    "fidelity bfloat16 loss": lambda: furthest("loss", True),
-    "fidelity bfloat16 norm": lambda: furthest("grad_norm", True),
-    "fidelity Adam unclipped": lambda: f"{figures('fidelity_adam')['compared'][UNCLIPPED]['loss']:.1e}",
+    "fidelity Adam": lambda: f"{result_figures('fidelity')['compared'][ADAM]['loss']:.1e}",
+    "fidelity steps": lambda: str(result_figures("fidelity")["steps"]),
+    "fidelity loss": lambda: max_fidelity_difference("loss"),
+    "fidelity norm": lambda: max_fidelity_difference("grad_norm"),
+    "fidelity printed norm": lambda: max_fidelity_difference("printed_grad_norm"),
+    "fidelity bfloat16 loss": lambda: max_fidelity_difference("loss", True),
+    "fidelity bfloat16 norm": lambda: max_fidelity_difference("grad_norm", True),
+    "fidelity Adam unclipped": lambda: f"{result_figures('fidelity_adam')['compared'][UNCLIPPED]['loss']:.1e}",
     "fidelity first loss": lambda: first_step("loss", "ours"),
     "fidelity first loss there": lambda: first_step("loss", "theirs"),
     "fidelity first norm": lambda: first_step("grad_norm", "ours"),
     "fidelity first norm there": lambda: first_step("grad_norm", "theirs"),
-    "fidelity deviation": lambda: f"{100 * figures('fidelity')['compared'][INITIAL_WEIGHTS]['worst_deviation']:.2f} %",
-    "active median": lambda: f"{figures('estimates')['median_error']:.2%}",
-    "active worst": lambda: f"{figures('estimates')['worst_error']:.2%}",
-    "published runs": lambda: str(len(figures("estimates")["reserved"])),
+    "fidelity deviation": lambda: (
+        f"{100 * result_figures('fidelity')['compared'][INITIAL_WEIGHTS]['worst_deviation']:.2f} %"
+    ),
+    "active median": lambda: f"{result_figures('estimates')['median_error']:.2%}",
+    "active worst": lambda: f"{result_figures('estimates')['worst_error']:.2%}",
+    "published runs": lambda: str(len(result_figures("estimates")["reserved"])),
     "reserved least": lambda: f"{min(reserved_errors()):+.1%}",
     "reserved most": lambda: f"{max(reserved_errors()):+.1%}",
     "reserved below": lambda: str(sum(error < 0 for error in reserved_errors())),
     "speed 8B least": lambda: f"{min(reserved_errors(True, '8B')):.0%}",
     "speed 8B most": lambda: f"{max(reserved_errors(True, '8B')):.0%}",
-    "speed 8B bfloat16 least": lambda: f"{min(unmodelled_free('8B')):.0%}",
-    "speed 8B bfloat16 most": lambda: f"{max(unmodelled_free('8B')):.0%}",
+    "speed 8B bfloat16 least": lambda: f"{min(errors_without_unmodelled('8B')):.0%}",
+    "speed 8B bfloat16 most": lambda: f"{max(errors_without_unmodelled('8B')):.0%}",
     "speed 70B": lambda: " and ".join(f"{-error:.0%}" for error in reserved_errors(True, "70B")),
     "speed 405B slowest": lambda: f"{-min(reserved_errors(True, '405B')):.0%}",
     "speed 405B fastest": lambda: f"{max(reserved_errors(True, '405B')):.0%}",
     "step time worst": lambda: (
-        f"{100 * max(abs(one['error']) for one in figures('step_time')['cases'].values()):.1f} %"
+        f"{100 * max(abs(one['error']) for one in result_figures('step_time')['cases'].values()):.1f} %"
     ),
-    "attention worst": lambda: f"{100 * max(map(abs, figures('attention')['errors'].values())):.0f} %",
-    "candidates a second": lambda: f"{figures('search')['candidates_a_second']:,.0f}",
-    "shakespeare": lambda: f"{figures('shakespeare')['nats_per_byte']:.3f}",
-    "help median": lambda: answer(0, "median"),
-    "dry run median": lambda: answer(1, "median"),
-    "first step ratio": lambda: f"{figures('startup')['first_step']['ratio']:.2f}",
-    "speed debug 1": ratio("speed", "debug", 1),
-    "speed small 1": ratio("speed", "small", 1),
-    "speed debug 2": ratio("speed", "debug", 2),
-    "speed debug 4": ratio("speed", "debug", 4),
-    "speed small 2": ratio("speed", "small", 2),
-    "speed debug bfloat16": ratio("speed_bfloat16_short", "debug", 1),
-    "speed small bfloat16": ratio("speed_bfloat16_small_short", "small", 1),
-    "kill trials": lambda: str(figures("kill_matrix")["trials"]),
-    "kills": lambda: str(figures("kill_matrix")["kills"]),
-    "kills that differ": lambda: str(len(figures("kill_matrix")["different"])),
-    "save cost": lambda: f"{100 * figures('save_cost')['inflation']['median']:.1f} %",
-    "save cost quartiles": lambda: quartiles("save_cost"),
-    "save size": lambda: f"{figures('save_cost')['bytes_a_save'] / 2**30:.2f} GiB",
-    "save seconds": lambda: f"{figures('save_cost')['seconds_a_save']:.1f} s",
-    "save waited": lambda: f"{figures('save_cost')['seconds_training_waited']:.2f} s",
-    "save step": lambda: f"{figures('save_cost')['seconds_a_step_without']:.1f} s",
-    "save memory before": lambda: f"{figures('save_cost')['memory_gib']['before the first save']:.1f}",
-    "save memory most": lambda: f"{figures('save_cost')['memory_gib']['at most']:.1f} GiB",
-    "save cost 1024": lambda: f"{100 * figures('save_cost_1024_tokens')['inflation']['median']:.1f} %",
-    "save cost 1024 quartiles": lambda: quartiles("save_cost_1024_tokens"),
-    "save cost 1024 pairs": lambda: str(len(figures("save_cost_1024_tokens")["blocks"])),
-    "save step 1024": lambda: f"{figures('save_cost_1024_tokens')['seconds_a_step_without']:.1f} s",
-    "plan seconds": lambda: f"{figures('plan_speed')['plan.json']['seconds']:.1f} s",
-    "plan memory": lambda: f"{figures('plan_speed')['plan.json']['peak_bytes'] / 1e9:.2f} GB",
-    "older plan seconds": lambda: f"{figures('plan_speed')['.metadata']['seconds']:.1f} s",
-    "older plan memory": lambda: f"{figures('plan_speed')['.metadata']['peak_bytes'] / 1e9:.2f} GB",
-    "trace megabytes": lambda: f"{figures('trace_speed')['bytes'] / 1e6:.0f} MB",
-    "trace plain": lambda: f"{figures('trace_speed')['plain']['seconds']:.0f} s",
-    "trace packed": lambda: f"{figures('trace_speed')['packed']['seconds']:.0f} s",
+    "attention worst": lambda: f"{100 * max(map(abs, result_figures('attention')['errors'].values())):.0f} %",
+    "candidates a second": lambda: f"{result_figures('search')['candidates_a_second']:,.0f}",
+    "shakespeare": lambda: f"{result_figures('shakespeare')['nats_per_byte']:.3f}",
+    "help median": lambda: startup_answer(0, "median"),
+    "dry run median": lambda: startup_answer(1, "median"),
+    "first step ratio": lambda: f"{result_figures('startup')['first_step']['ratio']:.2f}",
+    "speed debug 1": speed_ratio_text("speed", "debug", 1),
+    "speed small 1": speed_ratio_text("speed", "small", 1),
+    "speed debug 2": speed_ratio_text("speed", "debug", 2),
+    "speed debug 4": speed_ratio_text("speed", "debug", 4),
+    "speed small 2": speed_ratio_text("speed", "small", 2),
+    "speed debug bfloat16": speed_ratio_text("speed_bfloat16_short", "debug", 1),
+    "speed small bfloat16": speed_ratio_text("speed_bfloat16_small_short", "small", 1),
+    "kill trials": lambda: str(result_figures("kill_matrix")["trials"]),
+    "kills": lambda: str(result_figures("kill_matrix")["kills"]),
+    "kills that differ": lambda: str(len(result_figures("kill_matrix")["different"])),
+    "save cost": lambda: f"{100 * result_figures('save_cost')['inflation']['median']:.1f} %",
+    "save cost quartiles": lambda: inflation_quartiles("save_cost"),
+    "save size": lambda: f"{result_figures('save_cost')['bytes_a_save'] / 2**30:.2f} GiB",
+    "save seconds": lambda: f"{result_figures('save_cost')['seconds_a_save']:.1f} s",
+    "save waited": lambda: f"{result_figures('save_cost')['seconds_training_waited']:.2f} s",
+    "save step": lambda: f"{result_figures('save_cost')['seconds_a_step_without']:.1f} s",
+    "save memory before": lambda: f"{result_figures('save_cost')['memory_gib']['before the first save']:.1f}",
+    "save memory most": lambda: f"{result_figures('save_cost')['memory_gib']['at most']:.1f} GiB",
+    "save cost 1024": lambda: f"{100 * result_figures('save_cost_1024_tokens')['inflation']['median']:.1f} %",
+    "save cost 1024 quartiles": lambda: inflation_quartiles("save_cost_1024_tokens"),
+    "save cost 1024 pairs": lambda: str(len(result_figures("save_cost_1024_tokens")["blocks"])),
+    "save step 1024": lambda: f"{result_figures('save_cost_1024_tokens')['seconds_a_step_without']:.1f} s",
+    "plan seconds": lambda: f"{result_figures('plan_speed')['plan.json']['seconds']:.1f} s",
+    "plan memory": lambda: f"{result_figures('plan_speed')['plan.json']['peak_bytes'] / 1e9:.2f} GB",
+    "older plan seconds": lambda: f"{result_figures('plan_speed')['.metadata']['seconds']:.1f} s",
+    "older plan memory": lambda: f"{result_figures('plan_speed')['.metadata']['peak_bytes'] / 1e9:.2f} GB",
+    "trace megabytes": lambda: f"{result_figures('trace_speed')['bytes'] / 1e6:.0f} MB",
+    "trace plain": lambda: f"{result_figures('trace_speed')['plain']['seconds']:.0f} s",
+    "trace packed": lambda: f"{result_figures('trace_speed')['packed']['seconds']:.0f} s",
     "trace memory": lambda: (
-        f"{max(figures('trace_speed')[kind]['peak_bytes'] for kind in ('plain', 'packed')) / 1e9:.1f} GB"
+        f"{max(result_figures('trace_speed')[kind]['peak_bytes'] for kind in ('plain', 'packed')) / 1e9:.1f} GB"
     ),
-    "bench answer": lambda: bench("unlike")["answer"].split(" (")[0].replace("reduce_gradients=", ""),
-    "bench interval": lambda: slower_interval(bench("unlike")["ratio_of_step_times"]["interval"]),
-    "bench exposed": lambda: " and ".join(seconds_of("unlike", "exposed_communication_s", run) for run in (0, 1)),
-    "bench compute": lambda: " and ".join(seconds_of("unlike", "compute_s", run) for run in (0, 1)),
-    "bench losses": lambda: f"{bench('unlike')['largest_difference_of_losses']['value']:.1e}",
-    "alike interval": lambda: slower_interval(bench("alike")["ratio_of_step_times"]["interval"], of_speed=True),
+    "bench answer": lambda: bench_figures("unlike")["answer"].split(" (")[0].replace("reduce_gradients=", ""),
+    "bench interval": lambda: slower_interval(bench_figures("unlike")["ratio_of_step_times"]["interval"]),
+    "bench exposed": lambda: " and ".join(
+        bench_part_seconds("unlike", "exposed_communication_s", run) for run in (0, 1)
+    ),
+    "bench compute": lambda: " and ".join(bench_part_seconds("unlike", "compute_s", run) for run in (0, 1)),
+    "bench losses": lambda: f"{bench_figures('unlike')['largest_difference_of_losses']['value']:.1e}",
+    "alike interval": lambda: slower_interval(bench_figures("alike")["ratio_of_step_times"]["interval"], of_speed=True),
 }
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "search": search_table,
@@ -307,9 +311,9 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def unmodelled_free(names: str) -> list[float]:
+def errors_without_unmodelled(names: str) -> list[float]:
     """Errors of the speed of runs that had nothing that the estimate leaves out."""
-    runs = figures("estimates")["reserved"]
+    runs = result_figures("estimates")["reserved"]
     return [
         one["tokens_per_second"] / one["published_tokens_per_second"] - 1
         for name, one in runs.items()
@@ -317,8 +321,8 @@ def unmodelled_free(names: str) -> list[float]:
     ]
 
 
-def quartiles(name: str) -> str:
-    found = figures(name)["inflation"]
+def inflation_quartiles(name: str) -> str:
+    found = result_figures(name)["inflation"]
     return f"{100 * found['lower quartile']:.1f} to {100 * found['upper quartile']:.1f} %"
 
 
@@ -330,7 +334,7 @@ def slower_interval(interval: list[float], of_speed: bool = False) -> str:
     return f"{changes[0]:.1f} to {changes[1]:.1f} %"
 
 
-def differences(page: str) -> list[str]:
+def outdated_figures(page: str) -> list[str]:
     """What stands in a page and is not what its result says; a name that is not known is one of them."""
     wrong = []
     for name, shown in FIGURE.findall(page):
@@ -344,7 +348,7 @@ def differences(page: str) -> list[str]:
     return wrong
 
 
-def renewed(page: str) -> str:
+def with_current_figures(page: str) -> str:
     page = FIGURE.sub(lambda m: f"<!--figure {m[1]}-->{FIGURES[m[1]]()}<!--/figure-->", page)
     return TABLE.sub(lambda m: f"{m[1]}" + "\n".join(TABLES[m[2]]()) + f"\n{m[4]}", page)
 
@@ -357,8 +361,8 @@ def main() -> int:
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if given.write:
-            path.write_text(renewed(page), encoding="utf-8")
-        for difference in [] if given.write else differences(page):
+            path.write_text(with_current_figures(page), encoding="utf-8")
+        for difference in [] if given.write else outdated_figures(page):
             print(f"{Path(path).relative_to(ROOT)}: {difference}")
             wrong += 1
     return 1 if wrong else 0

@@ -100,16 +100,16 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "step_time": (*_TRAINING, "planning"),
     "trace_speed": ("analysis/trace",),
 }
-EVERYTHING = ("",)  # of scripts that the table does not name: the whole package
+WHOLE_PACKAGE = ("",)  # of scripts that the table does not name: the whole package
 
 
 def measured_folders(script: str, commit: str = "HEAD") -> dict[str, str]:
     """The folders that a script measures, each with its hash as git knows it at `commit` (empty: unknown)."""
-    folders = [f"quadriga/{name}".rstrip("/") for name in MEASURES.get(script, EVERYTHING)]
+    folders = [f"quadriga/{name}".rstrip("/") for name in MEASURES.get(script, WHOLE_PACKAGE)]
     return {folder: git("rev-parse", f"{commit}:{folder}") for folder in folders}
 
 
-def refuse_a_dirty_tree() -> None:
+def require_clean_tree() -> None:
     """A figure belongs to a commit. Results themselves may be new: several are measured in a row.
 
     Raises SystemExit, naming the files.
@@ -124,7 +124,7 @@ def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder:
     Raises SystemExit where the tree has changes that are not committed (elsewhere than in `RESULTS` it may).
     """
     if folder == RESULTS:
-        refuse_a_dirty_tree()
+        require_clean_tree()
     script = Path(" ".join(command).split()[1]).stem if len(" ".join(command).split()) > 1 else name
     result = {
         "benchmark": name,
@@ -149,7 +149,7 @@ def command_line() -> list[str]:
     return ["python", f"benchmarks/{Path(script).name}", *shown]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -160,7 +160,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
 
-def verdict(met: bool) -> str:
+def met_or_missed(met: bool) -> str:
     return "met" if met else "MISSED"
 
 

@@ -28,10 +28,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, refuse_a_dirty_tree, save, table, verdict
-from made_data import DOCUMENTS, TOKENIZER, cut, standard_library, write_documents, write_tokenizer
+from common import RESULTS, command_line, met_or_missed, require_clean_tree, save, text_table
+from made_data import DOCUMENTS, TOKENIZER, split_documents, standard_library, write_documents, write_tokenizer
 from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
-from trainer import environment, last_words, write_toml
+from trainer import environment, output_tail, write_toml
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -40,8 +40,8 @@ CLAIM = (
     "the last digit, its losses within 1e-5, and its gradient norms within 1e-4"
 )
 STEPS, SEQ_LEN, ROWS, CHARACTERS = 20, 128, 2, 200_000
-LOSS, GRAD_NORM = 1e-5, 1e-4  # targets
-FILE: dict[str, dict[str, Any]] = {
+LOSS_TARGET, GRAD_NORM_TARGET = 1e-5, 1e-4  # targets
+BASE_CONFIG: dict[str, dict[str, Any]] = {
     "job": {"description": "the trainer changes"},
     "model": {"name": "llama3", "flavor": "debugmodel", "hf_assets_path": f"./{TOKENIZER}"},
     "optimizer": {"name": "AdamW", "lr": 8e-4},
@@ -59,7 +59,7 @@ FILE: dict[str, dict[str, Any]] = {
     "metrics": {"log_freq": 1},
     "debug": {"seed": 42},
 }
-AS_THERE = ("--training.dataloader.shuffle=false", "--training.dataloader.window_overlap=0")
+TORCHTITAN_DATA_ORDER = ("--training.dataloader.shuffle=false", "--training.dataloader.window_overlap=0")
 LAYOUTS = {
     "there, then here": (1, ()),
     "there, then here with FSDP 2": (
@@ -68,20 +68,20 @@ LAYOUTS = {
     ),
     "there, then here with TP 2": (2, ("--parallelism.tensor_parallel_degree=2",)),
 }
-BACK, BOTH = "here, then there", "there, here and there again"
+TO_TORCHTITAN, ROUND_TRIP = "here, then there", "there, here and there again"
 Records = dict[int, dict[str, Any]]
 
 
-class Sides:
+class ContinuationTrainers:
     """Both trainers in a folder that has tokenizer and documents where the file says."""
 
     def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
         self._oracle, self.folder = oracle, folder
         write_tokenizer(folder / TOKENIZER, text)
-        write_documents(folder / DOCUMENTS, cut(text))
-        write_toml(folder / "run.toml", FILE)
+        write_documents(folder / DOCUMENTS, split_documents(text))
+        write_toml(folder / "run.toml", BASE_CONFIG)
 
-    def there(self, run: str, *arguments: str) -> Records:
+    def train_torchtitan(self, run: str, *arguments: str) -> Records:
         given = ["--job.config_file", "run.toml", "--job.dump_folder", run, *arguments]
         records = self._oracle.train(self.folder, self.folder / f"{run}.jsonl", given)
         # The sum of squares in float64, as ours is: torchtitan's own, in float32, is off by up to some 1e-4 on a CPU.
@@ -91,16 +91,16 @@ class Sides:
             if one["kind"] == "step"
         }
 
-    def here(self, run: str, ranks: int = 1, *arguments: str) -> Records:
+    def train_quadriga(self, run: str, ranks: int = 1, *arguments: str) -> Records:
         module = "quadriga.train" if ranks == 1 else "quadriga.launch"
-        given = ("--job.config_file", "run.toml", "--job.dump_folder", run, *AS_THERE, *arguments)
+        given = ("--job.config_file", "run.toml", "--job.dump_folder", run, *TORCHTITAN_DATA_ORDER, *arguments)
         self._quadriga(ranks, module, *given)
         return {one["step"]: one for one in read_metrics(self.folder / run / "metrics.jsonl")}
 
     def to_torchtitan(self, run: str, out: str) -> None:
         self._quadriga(1, "quadriga.cli", "convert", "to-torchtitan", run, f"{out}/checkpoint")
 
-    def hand_over(self, run: str, step: int, to: str) -> None:
+    def copy_checkpoint(self, run: str, step: int, to: str) -> None:
         """A run folder `to` in which that step of `run` alone lies."""
         place = self.folder / to / "checkpoint"
         place.mkdir(parents=True)
@@ -112,11 +112,11 @@ class Sides:
             command, cwd=self.folder, env=environment(ranks, "cpu"), capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            said = last_words(done.stderr, 25)
-            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{said}")
+            tail = output_tail(done.stderr, 25)
+            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{tail}")
 
 
-def compared(whole: Records, resumed: Records, first: int, steps: int) -> dict[str, Any]:
+def compare_steps(whole: Records, resumed: Records, first: int, steps: int) -> dict[str, Any]:
     """How far the steps from `first` on are from those of the run that stayed with its trainer."""
     wanted = list(range(first, steps + 1))
     if sorted(resumed) != wanted or not set(wanted) <= whole.keys():
@@ -127,11 +127,11 @@ def compared(whole: Records, resumed: Records, first: int, steps: int) -> dict[s
     }
     unequal = [n for n in wanted if resumed[n]["lr"] != whole[n]["lr"]]
     losses = [[side[n]["loss"] for n in wanted] for side in (resumed, whole)]
-    met = found["loss"] <= LOSS and found["grad_norm"] <= GRAD_NORM and not unequal
+    met = found["loss"] <= LOSS_TARGET and found["grad_norm"] <= GRAD_NORM_TARGET and not unequal
     return {**found, "unequal_rates": unequal, "first": first, "losses": losses, "met": met}
 
 
-def apart(one: Path, other: Path) -> dict[str, Any]:
+def tensor_differences(one: Path, other: Path) -> dict[str, Any]:
     """The greatest difference between the tensors of two checkpoints in torchtitan's form, by kind."""
     import torch
     from torch.distributed import checkpoint as dcp
@@ -155,47 +155,47 @@ def apart(one: Path, other: Path) -> dict[str, Any]:
     return worst
 
 
-def measured(sides: Sides, names: Sequence[str], steps: int) -> dict[str, Any]:
+def measure_all(sides: ContinuationTrainers, names: Sequence[str], steps: int) -> dict[str, Any]:
     half, more = steps // 2, (f"--training.steps={steps}", f"--checkpoint.interval={steps // 2}")
     found: dict[str, Any] = {}
-    if set(names) & ({BOTH} | LAYOUTS.keys()):
-        whole = sides.there("stays_there", *more)
+    if set(names) & ({ROUND_TRIP} | LAYOUTS.keys()):
+        whole = sides.train_torchtitan("stays_there", *more)
         end = sides.folder / "stays_there/checkpoint" / f"step-{steps}"
     for number, name in enumerate(name for name in LAYOUTS if name in names):
-        say(name)
+        log_progress(name)
         ranks, arguments = LAYOUTS[name]
         run = f"goes_on_here_{number}"
-        sides.hand_over("stays_there", half, run)
-        found[name] = compared(whole, sides.here(run, ranks, *more, *arguments), half + 1, steps)
+        sides.copy_checkpoint("stays_there", half, run)
+        found[name] = compare_steps(whole, sides.train_quadriga(run, ranks, *more, *arguments), half + 1, steps)
         sides.to_torchtitan(run, f"{run}_there")
-        found[name]["tensors"] = apart(sides.folder / f"{run}_there/checkpoint/step-{steps}", end)
-    if BOTH in names:
-        say(BOTH)
+        found[name]["tensors"] = tensor_differences(sides.folder / f"{run}_there/checkpoint/step-{steps}", end)
+    if ROUND_TRIP in names:
+        log_progress(ROUND_TRIP)
         there = half + (steps - half) // 2
-        sides.hand_over("stays_there", half, "for_a_while_here")
-        sides.here("for_a_while_here", 1, f"--lr_scheduler.total_steps={steps}", f"--training.steps={there}")
+        sides.copy_checkpoint("stays_there", half, "for_a_while_here")
+        sides.train_quadriga("for_a_while_here", 1, f"--lr_scheduler.total_steps={steps}", f"--training.steps={there}")
         sides.to_torchtitan("for_a_while_here", "back_again")
-        found[BOTH] = compared(whole, sides.there("back_again", *more), there + 1, steps)
-        found[BOTH]["tensors"] = apart(sides.folder / f"back_again/checkpoint/step-{steps}", end)
-    if BACK in names:
-        say(BACK)
-        whole = sides.here("stays_here", 1, *more)
+        found[ROUND_TRIP] = compare_steps(whole, sides.train_torchtitan("back_again", *more), there + 1, steps)
+        found[ROUND_TRIP]["tensors"] = tensor_differences(sides.folder / f"back_again/checkpoint/step-{steps}", end)
+    if TO_TORCHTITAN in names:
+        log_progress(TO_TORCHTITAN)
+        whole = sides.train_quadriga("stays_here", 1, *more)
         sides.to_torchtitan(f"stays_here/checkpoint/step-{half}", "goes_on_there")
-        found[BACK] = compared(whole, sides.there("goes_on_there", *more), half + 1, steps)
+        found[TO_TORCHTITAN] = compare_steps(whole, sides.train_torchtitan("goes_on_there", *more), half + 1, steps)
         sides.to_torchtitan(f"stays_here/checkpoint/step-{steps}", "stays_here_there")
         ends = [sides.folder / run / f"checkpoint/step-{steps}" for run in ("goes_on_there", "stays_here_there")]
-        found[BACK]["tensors"] = apart(*ends)
+        found[TO_TORCHTITAN]["tensors"] = tensor_differences(*ends)
     return found
 
 
-def say(what: str) -> None:
+def log_progress(what: str) -> None:
     print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def row(name: str, found: Mapping[str, Any]) -> list[str]:
     rates = f"{len(found['unequal_rates'])} unequal" if found["unequal_rates"] else "equal"
     tensors = (f"{found['tensors'][key]:.1e}" for key in ("weight", "exp_avg", "exp_avg_sq"))
-    return [name, rates, f"{found['loss']:.1e}", f"{found['grad_norm']:.1e}", *tensors, verdict(found["met"])]
+    return [name, rates, f"{found['loss']:.1e}", f"{found['grad_norm']:.1e}", *tensors, met_or_missed(found["met"])]
 
 
 def main() -> int:
@@ -207,20 +207,24 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
     chosen = parser.parse_args()
-    names = [name for name in (*LAYOUTS, BOTH, BACK) if not chosen.only or name.startswith(tuple(chosen.only))]
+    names = [
+        name for name in (*LAYOUTS, ROUND_TRIP, TO_TORCHTITAN) if not chosen.only or name.startswith(tuple(chosen.only))
+    ]
     if not names:
         parser.error("--only names nothing that there is")
     if chosen.out == RESULTS:
-        refuse_a_dirty_tree()  # before the work, not after it
+        require_clean_tree()  # before the work, not after it
     try:
         oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
     except OracleMissing as reason:
         print(reason, file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="quadriga-continue-") as scratch:
-        found = measured(Sides(oracle, Path(scratch), standard_library(CHARACTERS)), names, chosen.steps)
+        found = measure_all(
+            ContinuationTrainers(oracle, Path(scratch), standard_library(CHARACTERS)), names, chosen.steps
+        )
     header = ["run", "learning rates", "loss", "gradient norm", "weights", "exp_avg", "exp_avg_sq", "claim"]
-    print(table(header, [row(name, one) for name, one in found.items()]))
+    print(text_table(header, [row(name, one) for name, one in found.items()]))
     figures = {"oracle": dict(oracle.versions), "steps": chosen.steps, "runs": found}
     path = save("continue_torchtitan", figures, command=command_line(), claim=CLAIM, folder=chosen.out)
     print(f"\nwritten: {path}")

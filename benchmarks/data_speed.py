@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from common import command_line, save, table, usable_cores
+from common import command_line, save, text_table, usable_cores
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from quadriga.config.schema import Dataloader
@@ -97,7 +97,7 @@ def loader_speed(assets: str, workers: int, tokens: int) -> float:
         loader.close()
 
 
-def ways(folder: Path, documents: list[str], tokens: int) -> Iterator[tuple[str, Callable[[], float]]]:
+def measurements(folder: Path, documents: list[str], tokens: int) -> Iterator[tuple[str, Callable[[], float]]]:
     """Everything that is measured, by name."""
     assets = str(folder)
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -117,17 +117,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="quadriga-data-") as name:
         documents = texts(8_000_000)
         folder = train_tokenizer(Path(name), documents[::4])
-        measured = dict(ways(folder, documents, chosen.tokens))
+        measured = dict(measurements(folder, documents, chosen.tokens))
         speeds: dict[str, list[float]] = {way: [] for way in measured}
         for _ in range(chosen.rounds):
             for way, run in measured.items():
                 speeds[way].append(run())
-    figures = report(speeds)
+    figures = print_speeds(speeds)
     print(f"\nwritten: {save('data_speed', figures, command=command_line(), claim=CLAIM)}")
     return 0
 
 
-def report(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def print_speeds(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Print the table and return its figures. Shares are of the library alone with as many threads."""
     medians = {way: statistics.median(values) for way, values in speeds.items()}
     one, many, no_worker, workers, _ = medians
@@ -145,7 +145,7 @@ def report(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
     for each in figures:
         share = each["share_of_the_library"]
         rows.append([each["what"], f"{each['tokens_per_second']:,.0f}", f"{share:.2f}" if share else ""])
-    print(table(["", "tokens/s", "share of the library"], rows))
+    print(text_table(["", "tokens/s", "share of the library"], rows))
     return figures
 
 

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, command_line, save, table, verdict
-from trainer import environment, last_words
+from common import ROOT, command_line, met_or_missed, save, text_table
+from trainer import environment, output_tail
 
 from quadriga.metrics.jsonl import read_metrics
 
 TARGETS = {20: 1e-6, 200: 1e-5}  # steps: greatest relative difference
 CLAIM = "every layout's losses are within 1e-6 of one rank's over 20 steps, within 1e-5 over 200"
 DEBUG_FILE = ROOT / "configs" / "debug" / "debug.toml"
-OFF = ("checkpoint.enable", "profiling.enable_profiling", "metrics.enable_tensorboard")
+DISABLED_KEYS = ("checkpoint.enable", "profiling.enable_profiling", "metrics.enable_tensorboard")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Layout:
         return self.replicate * self.shard
 
 
-ALONE = Layout("one rank", 1, 1)
+ONE_RANK = Layout("one rank", 1, 1)
 LAYOUTS = (
     Layout("FSDP over 2", 1, 2),
     Layout("FSDP over 4", 1, 4),
@@ -52,12 +52,12 @@ LAYOUTS = (
 )
 
 
-def losses(layout: Layout, steps: int) -> tuple[list[float], float]:
+def train_losses(layout: Layout, steps: int) -> tuple[list[float], float]:
     """The loss of every step, and the seconds that the run took."""
     with tempfile.TemporaryDirectory(prefix="quadriga-equality-") as folder:
         command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", str(DEBUG_FILE)]
         command += ["--job.dump_folder", str(Path(folder, "run")), "--training.steps", str(steps)]
-        command += [word for key in OFF for word in (f"--{key}", "false")]
+        command += [word for key in DISABLED_KEYS for word in (f"--{key}", "false")]
         command += ["--parallelism.data_parallel_replicate_degree", str(layout.replicate)]
         command += ["--parallelism.data_parallel_shard_degree", str(layout.shard), "--metrics.log_freq", "1"]
         environ = environment(layout.ranks, "cpu")
@@ -65,31 +65,31 @@ def losses(layout: Layout, steps: int) -> tuple[list[float], float]:
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
         if done.returncode != 0:
-            raise SystemExit(f"{layout.name} failed with exit code {done.returncode}:\n{last_words(done.stderr)}")
+            raise SystemExit(f"{layout.name} failed with exit code {done.returncode}:\n{output_tail(done.stderr)}")
         records = read_metrics(Path(folder, "run", "metrics.jsonl"))
     if [record["step"] for record in records] != list(range(1, steps + 1)):
         raise SystemExit(f"{layout.name}: not every step is in metrics.jsonl")
     return [record["loss"] for record in records], seconds
 
 
-def differences(ours: list[float], alone: list[float]) -> list[float]:
-    return [abs(a - b) / abs(b) for a, b in zip(ours, alone, strict=True)]
+def relative_differences(ours: list[float], one_rank: list[float]) -> list[float]:
+    return [abs(a - b) / abs(b) for a, b in zip(ours, one_rank, strict=True)]
 
 
-def compare(layout: Layout, ours: list[float], alone: list[float], seconds: float) -> dict[str, Any]:
-    apart = differences(ours, alone)
-    spans = {steps: target for steps, target in TARGETS.items() if steps <= len(apart)}
-    greatest = {str(steps): max(apart[:steps]) for steps in spans}
+def compare_layout(layout: Layout, ours: list[float], one_rank: list[float], seconds: float) -> dict[str, Any]:
+    differences = relative_differences(ours, one_rank)
+    spans = {steps: target for steps, target in TARGETS.items() if steps <= len(differences)}
+    greatest = {str(steps): max(differences[:steps]) for steps in spans}
     return {
         "layout": layout.name,
         "ranks": layout.ranks,
         "greatest_relative_difference": greatest,
-        "greatest_over_all_steps": max(apart),
-        "at_step": apart.index(max(apart)) + 1,
-        "bit_equal_steps": sum(difference == 0 for difference in apart),
+        "greatest_over_all_steps": max(differences),
+        "at_step": differences.index(max(differences)) + 1,
+        "bit_equal_steps": sum(difference == 0 for difference in differences),
         "losses": ours,
         "seconds": round(seconds, 1),
-        "met": all(max(apart[:steps]) <= target for steps, target in spans.items()),
+        "met": all(max(differences[:steps]) <= target for steps, target in spans.items()),
     }
 
 
@@ -101,27 +101,27 @@ def main() -> int:
     if chosen.steps < min(TARGETS):
         parser.error(f"at least {min(TARGETS)} steps")
     layouts = [each for each in LAYOUTS if not chosen.only or each.name.startswith(tuple(chosen.only))]
-    print(f"{ALONE.name} ...", file=sys.stderr, flush=True)
-    alone, seconds = losses(ALONE, chosen.steps)
-    compared = [compare(ALONE, alone, alone, seconds)]
+    print(f"{ONE_RANK.name} ...", file=sys.stderr, flush=True)
+    one_rank, seconds = train_losses(ONE_RANK, chosen.steps)
+    compared = [compare_layout(ONE_RANK, one_rank, one_rank, seconds)]
     for layout in layouts:
         print(f"{layout.name} ...", file=sys.stderr, flush=True)
-        ours, seconds = losses(layout, chosen.steps)
-        compared.append(compare(layout, ours, alone, seconds))
+        ours, seconds = train_losses(layout, chosen.steps)
+        compared.append(compare_layout(layout, ours, one_rank, seconds))
     spans = [str(steps) for steps in TARGETS if steps <= chosen.steps]
-    apart = [f"{span} steps (<= {TARGETS[int(span)]:.0e})" for span in spans]
-    header = ["layout", "last loss", *apart, "bit-equal", "time", "claim"]
-    print(table(header, [row(figures, spans) for figures in compared]))
+    differences = [f"{span} steps (<= {TARGETS[int(span)]:.0e})" for span in spans]
+    header = ["layout", "last loss", *differences, "bit-equal", "time", "claim"]
+    print(text_table(header, [row(figures, spans) for figures in compared]))
     figures = {"steps": chosen.steps, "layouts": compared}
     print(f"\nwritten: {save('equality', figures, command=command_line(), claim=CLAIM)}")
     return 0 if all(figures["met"] for figures in compared) else 1
 
 
 def row(figures: dict[str, Any], spans: list[str]) -> list[str]:
-    apart = figures["greatest_relative_difference"]
-    shown = [f"{apart[span]:.1e}" for span in spans]
+    differences = figures["greatest_relative_difference"]
+    shown = [f"{differences[span]:.1e}" for span in spans]
     equal, time_taken = f"{figures['bit_equal_steps']} steps", f"{figures['seconds']:.0f} s"
-    return [figures["layout"], f"{figures['losses'][-1]:.6f}", *shown, equal, time_taken, verdict(figures["met"])]
+    return [figures["layout"], f"{figures['losses'][-1]:.6f}", *shown, equal, time_taken, met_or_missed(figures["met"])]
 
 
 if __name__ == "__main__":

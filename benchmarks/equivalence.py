@@ -30,7 +30,7 @@ TEST = "tests/distributed/equivalence/test_table.py::test_a_layout_trains_as_one
 CLAIM = "every layout trains as one process does, to the tolerance in quadriga/rehearsal/equivalence/rows.py"
 
 
-def run(section: str | None) -> int:
+def run_tests(section: str | None) -> int:
     tests = ["tests/distributed/equivalence"]
     if section is not None:
         tests = [f"{TEST}[{row.name}]" for row in SECTIONS[section]]
@@ -45,7 +45,7 @@ def run(section: str | None) -> int:
     return code
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def markdown_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| layout | ranks | loss | gradient norm | weights |"
     yield "|---|---|---|---|---|"
     section = None
@@ -53,11 +53,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         if row["section"] != section:
             section = row["section"]
             yield f"| **{section}** | | | | |"
-        figures = " | ".join("failed" if "failed" in row else shown(row[name]) for name in FIGURES)
+        figures = " | ".join("failed" if "failed" in row else format_figure(row[name]) for name in FIGURES)
         yield f"| {row['layout']} | {row['ranks']} | {figures} |"
 
 
-def shown(figure: float) -> str:
+def format_figure(figure: float) -> str:
     return f"{figure:.0e}" if figure else "0"
 
 
@@ -66,10 +66,10 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of the last results")
     parser.add_argument("--section", choices=list(SECTIONS), help="those rows alone")
     chosen = parser.parse_args()
-    code = 0 if chosen.table else run(chosen.section)
+    code = 0 if chosen.table else run_tests(chosen.section)
     files = [RESULTS / "equivalence.json", *sorted(RESULTS.glob("equivalence_*.json"))]
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["figures"]]
-    print("\n".join(table(rows)))
+    print("\n".join(markdown_table(rows)))
     return code
 
 

@@ -17,12 +17,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from common import ROOT, command_line, save, table, verdict
+from common import ROOT, command_line, met_or_missed, save, text_table
 
 sys.path.insert(0, str(ROOT / "tests"))  # the cases are those of the tests
 
 from estimating import keys, run_of
-from unit.estimate import test_memory
+from unit.planning import test_memory
 
 from quadriga.hardware import device_named
 from quadriga.planning.estimate import estimate
@@ -137,16 +137,16 @@ def main() -> int:
         [name, f"{measured / 2**20:.2f}", f"{predicted / 2**20:.2f}", f"{errors[name]:+.2%}"]
         for name, (measured, predicted) in active.items()
     ]
-    print(table(["active memory, MiB", "measured", "predicted", "error"], rows))
+    print(text_table(["active memory, MiB", "measured", "predicted", "error"], rows))
     median, worst = statistics.median(map(abs, errors.values())), max(map(abs, errors.values()))
     met = median <= test_memory.MEDIAN and worst <= test_memory.WORST
-    print(f"\nmedian {median:.2%}, worst {worst:.2%}: {verdict(met)}\n")
+    print(f"\nmedian {median:.2%}, worst {worst:.2%}: {met_or_missed(met)}\n")
     points: dict[str, dict[str, Any]] = {
         name: {**predicted(one), "not_modelled": one.not_modelled, "fitted": one.fitted}
         for name, one in PUBLISHED.items()
     }
     header = ["reserved memory, GiB", "note", "active", "reserved", "published", "error", "tok/s", "published", "error"]
-    print(table(header, reserved_rows(points)))
+    print(text_table(header, reserved_rows(points)))
     first = points["8B, FSDP 8, eager"]
     met = met and abs(first["reserved"] / first["published"] - 1) <= 0.05
     figures = {
@@ -158,7 +158,7 @@ def main() -> int:
         "met": met,
     }
     save("estimates", figures, command=command_line(), claim=CLAIM)
-    print(f"\n{verdict(met)}")
+    print(f"\n{met_or_missed(met)}")
     return 0 if met else 1
 
 

@@ -33,10 +33,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, refuse_a_dirty_tree, save, table, verdict
-from made_data import DOCUMENTS, TOKENIZER, cut, of_just, standard_library, write_documents, write_tokenizer
+from common import RESULTS, command_line, met_or_missed, require_clean_tree, save, text_table
+from made_data import (
+    DOCUMENTS,
+    TOKENIZER,
+    documents_with_tokens,
+    split_documents,
+    standard_library,
+    write_documents,
+    write_tokenizer,
+)
 from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
-from trainer import environment, last_words, write_toml
+from trainer import environment, output_tail, write_toml
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -51,7 +59,7 @@ VALIDATION_STEPS = 4
 DEVIATION = 0.02  # relative, of a parameter's standard deviation
 
 # Ours alone: the order and the windows of torchtitan's data. Its own trainer knows no other.
-AS_THERE = (
+TORCHTITAN_DATA_ORDER = (
     "--training.dataloader.shuffle=false",
     "--training.dataloader.window_overlap=0",
     "--validation.dataloader.window_overlap=0",
@@ -92,7 +100,7 @@ FLOAT32, BFLOAT16 = Targets(1e-5, 1e-4), Targets(2e-2, 2e-2)
 
 
 @dataclass(frozen=True)
-class Case:
+class FidelityCase:
     """A file that both train from: `BASE` with `changes`."""
 
     name: str
@@ -102,28 +110,30 @@ class Case:
 
 WSD = {"lr_scheduler.decay_ratio": 0.5}
 CASES = (
-    Case("debug file"),
-    Case("accumulation over 4 micro-batches", {"training.global_batch_size": 4 * ROWS}),
-    Case("documents that end before the run", {"training.dataset_path": "./few_documents"}),
-    Case("linear decay over half of the run", {**WSD, "lr_scheduler.min_lr_factor": 0.1}),
-    Case("sqrt decay", {"lr_scheduler.decay_type": "sqrt"}),
-    Case(
+    FidelityCase("debug file"),
+    FidelityCase("accumulation over 4 micro-batches", {"training.global_batch_size": 4 * ROWS}),
+    FidelityCase("documents that end before the run", {"training.dataset_path": "./few_documents"}),
+    FidelityCase("linear decay over half of the run", {**WSD, "lr_scheduler.min_lr_factor": 0.1}),
+    FidelityCase("sqrt decay", {"lr_scheduler.decay_type": "sqrt"}),
+    FidelityCase(
         "sqrt decay over half, to a tenth",
         {**WSD, "lr_scheduler.decay_type": "sqrt", "lr_scheduler.min_lr_factor": 0.1},
     ),
-    Case("cosine decay", {"lr_scheduler.decay_type": "cosine"}),
-    Case("cosine decay to a tenth", {"lr_scheduler.decay_type": "cosine", "lr_scheduler.min_lr_factor": 0.1}),
-    Case("total_steps beyond the run", {"lr_scheduler.total_steps": 2 * STEPS, "lr_scheduler.decay_type": "cosine"}),
-    Case("warm-up longer than the run", {"lr_scheduler.warmup_steps": 200}),
-    Case("warm-up and decay that overlap", {"lr_scheduler.warmup_steps": 20, "lr_scheduler.decay_ratio": 0.8}),
-    Case("no warm-up, no decay", {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0}),
-    Case("weight decay off", {"optimizer.weight_decay": 0.0}),
-    Case("weight decay 1", {"optimizer.weight_decay": 1.0}),
+    FidelityCase("cosine decay", {"lr_scheduler.decay_type": "cosine"}),
+    FidelityCase("cosine decay to a tenth", {"lr_scheduler.decay_type": "cosine", "lr_scheduler.min_lr_factor": 0.1}),
+    FidelityCase(
+        "total_steps beyond the run", {"lr_scheduler.total_steps": 2 * STEPS, "lr_scheduler.decay_type": "cosine"}
+    ),
+    FidelityCase("warm-up longer than the run", {"lr_scheduler.warmup_steps": 200}),
+    FidelityCase("warm-up and decay that overlap", {"lr_scheduler.warmup_steps": 20, "lr_scheduler.decay_ratio": 0.8}),
+    FidelityCase("no warm-up, no decay", {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0}),
+    FidelityCase("weight decay off", {"optimizer.weight_decay": 0.0}),
+    FidelityCase("weight decay 1", {"optimizer.weight_decay": 1.0}),
     # The decay is added to the clipped gradient, and torchtitan clips by its own inexact norm; without clipping it is
     # seen that nothing else differs.
-    Case("Adam, weight decay in the gradient", {"optimizer.name": "Adam"}),
-    Case("Adam, nothing clipped", {"optimizer.name": "Adam", "training.max_norm": 1e9}),
-    Case(
+    FidelityCase("Adam, weight decay in the gradient", {"optimizer.name": "Adam"}),
+    FidelityCase("Adam, nothing clipped", {"optimizer.name": "Adam", "training.max_norm": 1e9}),
+    FidelityCase(
         "other betas, eps and clipping",
         {
             "optimizer.beta1": 0.8,
@@ -132,14 +142,14 @@ CASES = (
             "training.max_norm": 0.1,
         },
     ),
-    Case("optimizer in a loop", {"optimizer.implementation": "for-loop"}),
-    Case("recompute every second block", {"activation_checkpoint.mode": "selective"}),
-    Case(
+    FidelityCase("optimizer in a loop", {"optimizer.implementation": "for-loop"}),
+    FidelityCase("recompute every second block", {"activation_checkpoint.mode": "selective"}),
+    FidelityCase(
         "recompute by operation",
         {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
     ),
-    Case("recompute every block", {"activation_checkpoint.mode": "full"}),
-    Case(
+    FidelityCase("recompute every block", {"activation_checkpoint.mode": "full"}),
+    FidelityCase(
         "validation",
         {
             "validation.enable": True,
@@ -151,8 +161,10 @@ CASES = (
             "validation.steps": VALIDATION_STEPS,
         },
     ),
-    Case("mixed precision in bfloat16", {"training.mixed_precision_param": "bfloat16"}, BFLOAT16),
-    Case("all in bfloat16", {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}, BFLOAT16),
+    FidelityCase("mixed precision in bfloat16", {"training.mixed_precision_param": "bfloat16"}, BFLOAT16),
+    FidelityCase(
+        "all in bfloat16", {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}, BFLOAT16
+    ),
 )
 WEIGHTS = "initial weights"
 # The file with every default says 10,000 steps of 8 x 2,048 tokens; both sides get the same words on the command line.
@@ -170,18 +182,18 @@ DEFAULTS = {
 # --- the two trainers ------------------------------------------------------------------------------------------------
 
 
-class Sides:
+class FidelityTrainers:
     """Both trainers in a folder that has tokenizer, documents and weights where the files say."""
 
     def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
         self._oracle, self._folder, self._numbers = oracle, folder, itertools.count()
         count = write_tokenizer(folder / TOKENIZER, text)
-        write_documents(folder / DOCUMENTS, cut(text))
-        write_documents(folder / "few_documents", cut(text[:FEW_CHARACTERS]))
+        write_documents(folder / DOCUMENTS, split_documents(text))
+        write_documents(folder / "few_documents", split_documents(text[:FEW_CHARACTERS]))
         # torchtitan's validation goes on where its last one, and one batch more, ended; from the end to the beginning.
         # With data of just so many tokens each one begins with the first.
         tokens = (VALIDATION_STEPS + 1) * ROWS * (SEQ_LEN + 1)
-        write_documents(folder / "held_out", of_just(tokens, text[::-1], count))
+        write_documents(folder / "held_out", documents_with_tokens(tokens, text[::-1], count))
         self.defaults = oracle.defaults()
         (folder / "defaults.toml").write_text(self.defaults, encoding="utf-8")
         self.file(BASE, "base.toml")
@@ -200,7 +212,7 @@ class Sides:
         """Records of our training and of torchtitan's, by kind: `step`, `validation`; of its also `parameter`."""
         with ThreadPoolExecutor(1) as pool:
             theirs = pool.submit(self.theirs, file, *arguments)
-            return self.ours(file, *arguments, *AS_THERE), theirs.result()
+            return self.ours(file, *arguments, *TORCHTITAN_DATA_ORDER), theirs.result()
 
     def ours(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
         folder = self._new("ours")
@@ -233,8 +245,8 @@ class Sides:
         environ = environment(1, "cpu")
         done = subprocess.run(command, cwd=self._folder, env=environ, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = last_words(done.stderr, 25)
-            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{said}")
+            tail = output_tail(done.stderr, 25)
+            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{tail}")
 
     def _new(self, side: str) -> str:
         return f"{side}-{next(self._numbers)}"
@@ -243,7 +255,7 @@ class Sides:
 # --- the comparisons -------------------------------------------------------------------------------------------------
 
 
-def apart(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], key: str) -> float:
+def max_relative_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], key: str) -> float:
     """The greatest relative difference of a number over all steps; infinite where one of them is no finite number."""
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
     if not all(map(math.isfinite, itertools.chain(*pairs))):
@@ -251,7 +263,9 @@ def apart(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Targets, steps: int) -> dict[str, Any]:
+def compare_trainings(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Targets, steps: int
+) -> dict[str, Any]:
     """How far two trainings are from each other, and whether that is within the targets.
 
     Raises SystemExit where a side did not write down every step, or not the validations of the other.
@@ -263,9 +277,9 @@ def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Target
     unequal = [a["step"] for a, b in zip(mine, others, strict=True) if a["lr"] != b["lr"]]
     exact = [{**record, "grad_norm": record["exact_grad_norm"]} for record in others]
     found = {
-        "loss": apart(mine, others, "loss"),
-        "grad_norm": apart(mine, exact, "grad_norm"),
-        "printed_grad_norm": apart(mine, others, "grad_norm"),
+        "loss": max_relative_difference(mine, others, "loss"),
+        "grad_norm": max_relative_difference(mine, exact, "grad_norm"),
+        "printed_grad_norm": max_relative_difference(mine, others, "grad_norm"),
         "unequal_rates": unequal,
         "targets": {"loss": targets.loss, "grad_norm": targets.grad_norm},
         "losses": [[record["loss"] for record in side] for side in (mine, others)],
@@ -277,24 +291,24 @@ def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Target
         at = [record["step"] for record in theirs["validation"]]
         if [record["step"] for record in ours["validation"]] != at:
             raise SystemExit("the two did not validate after the same steps")
-        found["validation_loss"] = apart(ours["validation"], theirs["validation"], "loss")
+        found["validation_loss"] = max_relative_difference(ours["validation"], theirs["validation"], "loss")
         found["validated_after"] = at
         met = met and found["validation_loss"] <= targets.loss
     return {**found, "met": met}
 
 
-def case_compared(sides: Sides, case: Case, steps: int) -> dict[str, Any]:
+def compare_case(sides: FidelityTrainers, case: FidelityCase, steps: int) -> dict[str, Any]:
     file = sides.file({**BASE, **case.changes, "training.steps": steps}, f"{case.name.replace(' ', '-')}.toml")
-    found = compared(*sides.both(file), case.targets, steps)
+    found = compare_trainings(*sides.both(file), case.targets, steps)
     return {"changes": dict(case.changes), **found}
 
 
-def defaults_compared(sides: Sides, name: str, steps: int) -> dict[str, Any]:
+def compare_defaults(sides: FidelityTrainers, name: str, steps: int) -> dict[str, Any]:
     more, targets = DEFAULTS[name]
-    words = (*ON_A_CPU, *more, "--training.steps", str(steps))
-    found = compared(*sides.both("defaults.toml", *words), targets, steps)
+    arguments = (*ON_A_CPU, *more, "--training.steps", str(steps))
+    found = compare_trainings(*sides.both("defaults.toml", *arguments), targets, steps)
     keys = sum(len(table) for table in _leaf_tables(tomllib.loads(sides.defaults)))
-    return {"command_line": list(words), "keys": keys, **found}
+    return {"command_line": list(arguments), "keys": keys, **found}
 
 
 def _leaf_tables(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -304,7 +318,7 @@ def _leaf_tables(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _leaf_tables(value)
 
 
-def weights_compared(sides: Sides, seeds: int) -> dict[str, Any]:
+def compare_weights(sides: FidelityTrainers, seeds: int) -> dict[str, Any]:
     """Each side draws its own weights: mean and deviation of every parameter, and the first step's numbers."""
     own = {key: value for key, value in BASE.items() if not key.startswith("checkpoint.")}
     file = sides.file({**own, "training.steps": 1}, "own-weights.toml")
@@ -321,7 +335,7 @@ def weights_compared(sides: Sides, seeds: int) -> dict[str, Any]:
         exported = sides.convert(sides.seed("base.toml", f"seed-{seed}", chosen), f"seed-{seed}-hf")
         for name, moments in moments_of(exported):
             drawn["ours"].setdefault(name, []).append(moments)
-    return weights_verdict(drawn, first)
+    return weights_result(drawn, first)
 
 
 def moments_of(exported: Path) -> Iterator[tuple[str, tuple[float, float]]]:
@@ -337,7 +351,7 @@ def moments_of(exported: Path) -> Iterator[tuple[str, tuple[float, float]]]:
             yield from_hf(name), (float(whole.mean()), float(whole.std()))
 
 
-def weights_verdict(
+def weights_result(
     drawn: Mapping[str, Mapping[str, list[tuple[float, float]]]], first: Mapping[str, Mapping[str, list[float]]]
 ) -> dict[str, Any]:
     if set(drawn["ours"]) != set(drawn["theirs"]):
@@ -367,7 +381,7 @@ def row(name: str, found: Mapping[str, Any]) -> list[str]:
     rates = f"{len(found['unequal_rates'])} unequal" if found["unequal_rates"] else "equal"
     held_out = f"{found['validation_loss']:.1e}" if "validation_loss" in found else ""
     norms = (f"{found[key]:.1e}" for key in ("grad_norm", "printed_grad_norm"))
-    return [name, rates, f"{found['loss']:.1e}", *norms, held_out, verdict(found["met"])]
+    return [name, rates, f"{found['loss']:.1e}", *norms, held_out, met_or_missed(found["met"])]
 
 
 def main() -> int:
@@ -390,7 +404,7 @@ def main() -> int:
     if not names:
         parser.error("--only names nothing that there is")
     if chosen.out == RESULTS:
-        refuse_a_dirty_tree()  # before the work, not after it
+        require_clean_tree()  # before the work, not after it
     try:
         oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
     except OracleMissing as reason:
@@ -398,9 +412,9 @@ def main() -> int:
         return 1
     text = chosen.text.read_text(encoding="utf-8") if chosen.text else standard_library(CHARACTERS)
     with tempfile.TemporaryDirectory(prefix="quadriga-fidelity-") as scratch:
-        found = measured(Sides(oracle, Path(scratch), text), names, chosen)
+        found = measure_all(FidelityTrainers(oracle, Path(scratch), text), names, chosen)
     header = ["file", "learning rates", "loss", "gradient norm", "as printed", "validation", "claim"]
-    print(table(header, [row(name, one) for name, one in found.items() if name != WEIGHTS]))
+    print(text_table(header, [row(name, one) for name, one in found.items() if name != WEIGHTS]))
     if WEIGHTS in found:
         print("\n" + weights_table(found[WEIGHTS]))
     figures = {"oracle": dict(oracle.versions), "steps": chosen.steps, "compared": found}
@@ -409,19 +423,21 @@ def main() -> int:
     return 0 if all(one["met"] for one in found.values()) else 1
 
 
-def measured(sides: Sides, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
+def measure_all(sides: FidelityTrainers, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """The comparisons by name; each is told when it is done."""
     cases = {case.name: case for case in CASES}
 
     def one(name: str) -> tuple[str, dict[str, Any]]:
         if name in cases:
-            found = case_compared(sides, cases[name], chosen.steps)
+            found = compare_case(sides, cases[name], chosen.steps)
         elif name in DEFAULTS:
-            found = defaults_compared(sides, name, chosen.steps)
+            found = compare_defaults(sides, name, chosen.steps)
         else:
-            found = weights_compared(sides, chosen.seeds)
+            found = compare_weights(sides, chosen.seeds)
         shown = (
-            row(name, found) if name != WEIGHTS else [name, f"{found['worst_deviation']:.1%}", verdict(found["met"])]
+            row(name, found)
+            if name != WEIGHTS
+            else [name, f"{found['worst_deviation']:.1%}", met_or_missed(found["met"])]
         )
         print("  ".join(filter(None, shown)), file=sys.stderr, flush=True)
         return name, found
@@ -437,17 +453,17 @@ def weights_table(found: Mapping[str, Any]) -> str:
             f"{statistics.fmean(one[side]):.4f} ({min(one[side]):.4f} to {max(one[side]):.4f})"
             for side in ("ours", "theirs")
         )
-        rows.append([f"first {key}", *shown, verdict(one["mean_within_the_other_spread"])])
+        rows.append([f"first {key}", *shown, met_or_missed(one["mean_within_the_other_spread"])])
     worst = max(found["parameters"].items(), key=lambda item: abs(item[1]["difference"]))
     rows.append(
         [
             f"worst std: {worst[0]}",
             f"{worst[1]['ours']:.5f}",
             f"{worst[1]['theirs']:.5f}",
-            verdict(found["worst_deviation"] <= found["target"]),
+            met_or_missed(found["worst_deviation"] <= found["target"]),
         ]
     )
-    return table(["initial weights", "ours", "torchtitan's", "claim"], rows)
+    return text_table(["initial weights", "ours", "torchtitan's", "claim"], rows)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child_environment, command_line, save, table, verdict
+from common import ROOT, child_environment, command_line, met_or_missed, save, text_table
 
-from quadriga.analysis.ccl_bench.folder import newest_traces, read_rank
+from quadriga.analysis.ccl_bench.folder import newest_traces, read_rank_summary
 
 CLAIM = "HolisticTraceAnalysis opens the traces of all ranks and finds their profiled steps"
 RUN = ("--training.steps=12", "--profiling.profile_freq=12", "--profiling.profiler_active=5", "--checkpoint.no_enable")
@@ -52,13 +52,13 @@ for name, arguments in calls.items():
         found["analyses"][name] = {"error": f"{type(error).__name__}: {error}"[:200]}
 print(json.dumps(found))
 """
-QUIET: dict[str, Any] = {"visualize": False}
+NO_PLOTS: dict[str, Any] = {"visualize": False}
 CALLS: dict[str, dict[str, Any]] = {
-    "get_temporal_breakdown": QUIET,
-    "get_idle_time_breakdown": QUIET,
-    "get_gpu_kernel_breakdown": QUIET,
-    "get_comm_comp_overlap": QUIET,
-    "get_cuda_kernel_launch_stats": QUIET,
+    "get_temporal_breakdown": NO_PLOTS,
+    "get_idle_time_breakdown": NO_PLOTS,
+    "get_gpu_kernel_breakdown": NO_PLOTS,
+    "get_comm_comp_overlap": NO_PLOTS,
+    "get_cuda_kernel_launch_stats": NO_PLOTS,
     "get_aten_op_kernels_and_delay": {},
     "get_memory_bw_summary": {},
     "get_queue_length_summary": {},
@@ -74,26 +74,26 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="a run folder with traces (default: train one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.run or trained(Path(scratch) / "run")
+        folder = options.run or train_run(Path(scratch) / "run")
         _, traces = newest_traces(folder)
-        ours = sorted(read_rank(0, traces[0]).steps)
-        found = analysed(options.hta_python, traces[0].parent)
+        ours = sorted(read_rank_summary(0, traces[0]).steps)
+        found = run_analyses(options.hta_python, traces[0].parent)
     met = found["ranks"] == sorted(traces) and set(found["steps"]) <= set(ours) and len(found["steps"]) >= len(ours) - 1
     rows = [[name, answer.get("error") or answer["answer"]] for name, answer in found["analyses"].items()]
-    print(table(["analysis", "answer"], [[name, str(answer)[:90]] for name, answer in rows]))
-    print(f"\nranks {found['ranks']}, steps {found['steps']} of our {ours}: {verdict(met)}")
+    print(text_table(["analysis", "answer"], [[name, str(answer)[:90]] for name, answer in rows]))
+    print(f"\nranks {found['ranks']}, steps {found['steps']} of our {ours}: {met_or_missed(met)}")
     save("hta", {"our_steps": ours, **found}, command=command_line(), claim=CLAIM)
     return 0 if met else 1
 
 
-def trained(folder: Path) -> Path:
+def train_run(folder: Path) -> Path:
     command = [sys.executable, "-m", "quadriga.cli", "train", str(ROOT / "configs/debug/debug.toml"), "--ngpu", "2"]
     command += ["--job.dump_folder", str(folder), *RUN]
     subprocess.run(command, env=child_environment(), check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
-def analysed(python: str, folder: Path) -> dict[str, Any]:
+def run_analyses(python: str, folder: Path) -> dict[str, Any]:
     command = [python, "-c", CHILD, str(folder), json.dumps(CALLS)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

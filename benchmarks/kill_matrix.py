@@ -37,17 +37,17 @@ from common import (
     child_environment,
     command_line,
     measured_folders,
-    refuse_a_dirty_tree,
+    met_or_missed,
+    require_clean_tree,
     save,
-    table,
-    verdict,
+    text_table,
 )
 
 from quadriga.metrics.jsonl import read_metrics
 
 CLAIM = "a run that was killed anywhere ends as the undisturbed run does, bit for bit"
 STEPS, INTERVAL, KEPT = 10, 2, 2
-MOST_STARTS, START_SECONDS = 6, 300
+MAX_STARTS, START_SECONDS = 6, 300
 PHASES = ("data", "forward and backward", "gradient norm", "optimizer")
 SAVES_OF_A_START = STEPS // INTERVAL
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -82,52 +82,57 @@ class Trial:
     faults: tuple[dict[str, Any], ...]
 
 
-def draw(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS), modes: tuple[str, ...] = MODES) -> Trial:
+def draw_trial(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS), modes: tuple[str, ...] = MODES) -> Trial:
     """The trial of a seed."""
-    dice = random.Random(f"kill matrix {seed}")
-    layout = dice.choice(layouts)
+    rng = random.Random(f"kill matrix {seed}")
+    layout = rng.choice(layouts)
     ranks = LAYOUTS[layout][0]
     first = ("step", "save", "manifest", "rename", "remove")[seed % 5]  # the same share for each
-    faults = [fault(dice, first, ranks)]
-    if dice.random() < 0.4:
-        faults.append(fault(dice, dice.choice(("verify", "load", "save", "step", "rename")), ranks))
-    return Trial(seed, layout, dice.choice(modes), tuple(faults))
+    faults = [draw_fault(rng, first, ranks)]
+    if rng.random() < 0.4:
+        faults.append(draw_fault(rng, rng.choice(("verify", "load", "save", "step", "rename")), ranks))
+    return Trial(seed, layout, rng.choice(modes), tuple(faults))
 
 
-def fault(dice: random.Random, moment: str, ranks: int) -> dict[str, Any]:
+def draw_fault(rng: random.Random, moment: str, ranks: int) -> dict[str, Any]:
     """A place to strike at, and whom. What rank 0 alone does, is struck at on rank 0."""
     places: dict[str, Any] = {
-        "step": [dice.randint(2, STEPS), dice.choice(PHASES)],
-        "save": dice.random() * SAVES_OF_A_START,  # in saves; bytes, once the size of one is known
-        "manifest": [dice.randint(1, SAVES_OF_A_START), dice.randint(0, 3000)],
-        "rename": [dice.randint(1, 2 * SAVES_OF_A_START - KEPT), dice.choice(("before", "after"))],
-        "remove": dice.randint(1, SAVES_OF_A_START - KEPT),
-        "verify": dice.randint(1, 200_000),
-        "load": dice.choice(("before", "after")),
+        "step": [rng.randint(2, STEPS), rng.choice(PHASES)],
+        "save": rng.random() * SAVES_OF_A_START,  # in saves; bytes, once the size of one is known
+        "manifest": [rng.randint(1, SAVES_OF_A_START), rng.randint(0, 3000)],
+        "rename": [rng.randint(1, 2 * SAVES_OF_A_START - KEPT), rng.choice(("before", "after"))],
+        "remove": rng.randint(1, SAVES_OF_A_START - KEPT),
+        "verify": rng.randint(1, 200_000),
+        "load": rng.choice(("before", "after")),
     }
-    alone = moment in ("manifest", "rename", "remove")
-    victim = dice.choice(("this rank", "all ranks", "torchrun", "launcher"))
-    return {"moment": moment, "at": places[moment], "rank": 0 if alone else dice.randrange(ranks), "victim": victim}
+    only_rank_0 = moment in ("manifest", "rename", "remove")
+    victim = rng.choice(("this rank", "all ranks", "torchrun", "launcher"))
+    return {
+        "moment": moment,
+        "at": places[moment],
+        "rank": 0 if only_rank_0 else rng.randrange(ranks),
+        "victim": victim,
+    }
 
 
-def start(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
+def start_run(folder: Path, layout: str, mode: str, fault: dict[str, Any] | None = None) -> int:
     """One start of the run, to its end; the exit code. Nothing of it is alive afterwards."""
     ranks, keys = LAYOUTS[layout]
     command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", str(ROOT / "configs/debug/debug.toml")]
     command += ["--job.dump_folder", str(folder), *MODEL, *keys, f"--checkpoint.async_mode={mode}"]
     environ = child_environment(NGPU=str(ranks), COMM_BACKEND="gloo", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    if strike is not None:
-        environ["QUADRIGA_FAULT"] = json.dumps(strike)
+    if fault is not None:
+        environ["QUADRIGA_FAULT"] = json.dumps(fault)
     environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS / "faults"), environ["PYTHONPATH"]])
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         code = subprocess.run(
             command, env=environ, stdout=log, stderr=log, timeout=START_SECONDS, check=False
         ).returncode
-    wait_for_the_end(folder)
+    wait_for_exit(folder)
     return code
 
 
-def wait_for_the_end(folder: Path) -> None:
+def wait_for_exit(folder: Path) -> None:
     """A killed launcher leaves ranks that are about to die: they hold the folder's lock until they have."""
     deadline = time.monotonic() + 20
     while (holders := [pid for pid in processes() if str(folder) in command_of(pid)]) and time.monotonic() < deadline:
@@ -147,7 +152,7 @@ def command_of(pid: int) -> str:
         return ""
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def final_state(folder: Path) -> dict[str, Any]:
     """All that must be equal."""
     from quadriga.metrics.documents import read_documents
 
@@ -157,28 +162,28 @@ def outcome(folder: Path) -> dict[str, Any]:
         "gradient norms": [record["grad_norm"] for record in records],
         "tokens": [record["tokens_seen"] for record in records],
         "documents": {str(step): rows for step, rows in sorted(read_documents(folder).items())},
-        "state": hash_of_the_end(folder),
+        "state": final_state_hash(folder),
     }
 
 
-def hash_of_the_end(folder: Path) -> str:
+def final_state_hash(folder: Path) -> str:
     """Of the weights, the optimizer state and the place in the data after the last step."""
     import torch
 
     from quadriga.checkpoint import folder as folders
-    from quadriga.checkpoint.tensors import read, stored_tensors
+    from quadriga.checkpoint.tensors import load_tensors, stored_tensors
 
-    found = folders.read(folder / "checkpoint" / f"step-{STEPS}")
-    if wrong := folders.damage(found):
+    found = folders.read_checkpoint(folder / "checkpoint" / f"step-{STEPS}")
+    if wrong := folders.find_damage(found):
         raise SystemExit("; ".join(wrong))
-    stored = {name: entry for name, entry in stored_tensors(found.place).items() if not name.startswith("random.")}
+    stored = {name: entry for name, entry in stored_tensors(found.location).items() if not name.startswith("random.")}
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
-    read(found.place, tensors, None, may_hold_more=True)
+    load_tensors(found.location, tensors, None, may_hold_more=True)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    told = {part: found.extra[part] for part in ("lr_scheduler", "dataloader")}
-    digest.update(json.dumps([told, found.extra["train_state"]["tokens_seen"]], sort_keys=True).encode())
+    state = {part: found.extra[part] for part in ("lr_scheduler", "dataloader")}
+    digest.update(json.dumps([state, found.extra["train_state"]["tokens_seen"]], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -194,20 +199,20 @@ class Matrix:
         """What came of a trial: `starts`, `codes`, `struck` (of its faults), `differs` (empty: bit for bit equal)."""
         undisturbed = self.undisturbed(trial.layout, trial.mode)
         folder = self._folder / f"trial-{trial.seed}"
-        began, codes, struck = time.monotonic(), [], []
+        began, codes, hits = time.monotonic(), [], []
         while not codes or codes[-1] != 0:
-            if len(codes) == MOST_STARTS:
-                raise SystemExit(f"trial {trial.seed} did not end in {MOST_STARTS} starts; see {folder}.log")
+            if len(codes) == MAX_STARTS:
+                raise SystemExit(f"trial {trial.seed} did not end in {MAX_STARTS} starts; see {folder}.log")
             number = len(codes)
-            codes.append(start(folder, trial.layout, trial.mode, self._strike(trial, number)))
+            codes.append(start_run(folder, trial.layout, trial.mode, self._fault(trial, number)))
             if number < len(trial.faults):
-                struck.append(self._marker(trial, number).exists())
-        ours = outcome(folder)
+                hits.append(self._marker(trial, number).exists())
+        ours = final_state(folder)
         return {
             **asdict(trial),
             "starts": len(codes),
             "codes": codes,
-            "struck": struck,
+            "struck": hits,
             "differs": [what for what in undisturbed if ours[what] != undisturbed[what]],
             "seconds": round(time.monotonic() - began, 1),
         }
@@ -216,20 +221,20 @@ class Matrix:
         key = layout, mode
         if key not in self._undisturbed:
             folder = self._folder / f"undisturbed-{len(self._undisturbed)}"
-            if code := start(folder, layout, mode):
+            if code := start_run(folder, layout, mode):
                 raise SystemExit(f"the undisturbed run failed with exit code {code}; see {folder}.log")
-            self._undisturbed[key] = outcome(folder)
+            self._undisturbed[key] = final_state(folder)
             sizes = [path.stat().st_size for path in (folder / f"checkpoint/step-{STEPS}").glob("*.distcp")]
             self._bytes[key] = min(sizes)
         return self._undisturbed[key]
 
-    def _strike(self, trial: Trial, number: int) -> dict[str, Any] | None:
+    def _fault(self, trial: Trial, number: int) -> dict[str, Any] | None:
         if number >= len(trial.faults):
             return None
-        strike = dict(trial.faults[number], marker=str(self._marker(trial, number)))
-        if strike["moment"] == "save":
-            strike["at"] = int(strike["at"] * self._bytes[trial.layout, trial.mode])
-        return strike
+        fault = dict(trial.faults[number], marker=str(self._marker(trial, number)))
+        if fault["moment"] == "save":
+            fault["at"] = int(fault["at"] * self._bytes[trial.layout, trial.mode])
+        return fault
 
     def _marker(self, trial: Trial, number: int) -> Path:
         return self._folder / f"trial-{trial.seed}-fault-{number}"
@@ -246,7 +251,7 @@ def main() -> int:
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     if options.results == RESULTS:
-        refuse_a_dirty_tree()
+        require_clean_tree()
     code = code_hash()
     log = options.results / "kill_matrix.jsonl"
     trials = map(json.loads, log.read_text().splitlines()) if log.exists() else iter(())
@@ -256,13 +261,13 @@ def main() -> int:
         matrix = Matrix(Path(folder))
         for seed in wanted:
             if seed not in done:
-                trial = draw(seed, tuple(options.layouts), tuple(options.modes))
+                trial = draw_trial(seed, tuple(options.layouts), tuple(options.modes))
                 outcome = matrix.run(replace(trial, faults=trial.faults[:1]) if options.single else trial)
                 done[seed] = {**outcome, "code": code}
                 with log.open("a") as file:
                     file.write(json.dumps(done[seed]) + "\n")
-            print(line(done[seed]), flush=True)
-    return conclude([done[seed] for seed in wanted], options.results)
+            print(format_trial(done[seed]), flush=True)
+    return summarize([done[seed] for seed in wanted], options.results)
 
 
 def code_hash() -> str:
@@ -270,7 +275,7 @@ def code_hash() -> str:
     return hashlib.sha256(json.dumps(measured_folders("kill_matrix"), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def line(trial: dict[str, Any]) -> str:
+def format_trial(trial: dict[str, Any]) -> str:
     what = ", then ".join(
         f"{fault['victim']} killed at {fault['moment']} {fault['at']} by rank {fault['rank']}"
         + ("" if hit else " (never came there)")
@@ -280,7 +285,7 @@ def line(trial: dict[str, Any]) -> str:
     return f"trial {trial['seed']}: {trial['layout']}, save {trial['mode']}: {what}; {trial['starts']} starts: {end}"
 
 
-def conclude(trials: list[dict[str, Any]], results: Path) -> int:
+def summarize(trials: list[dict[str, Any]], results: Path) -> int:
     counts: dict[str, list[int]] = {}
     for trial in trials:
         for fault, hit in zip(trial["faults"], trial["struck"], strict=False):
@@ -292,11 +297,13 @@ def conclude(trials: list[dict[str, Any]], results: Path) -> int:
         counts.setdefault(f"layout: {trial['layout']}", [0, 0])[0] += sum(trial["struck"])
         counts.setdefault(f"save: {trial['mode']}", [0, 0])[0] += sum(trial["struck"])
     different = [trial["seed"] for trial in trials if trial["differs"]]
-    print("\n" + table(("", "kills", "runs that differ"), [(what, *pair) for what, pair in sorted(counts.items())]))
+    print(
+        "\n" + text_table(("", "kills", "runs that differ"), [(what, *pair) for what, pair in sorted(counts.items())])
+    )
     met = not different
     kills = sum(sum(trial["struck"]) for trial in trials)
     which = f": {different}" if different else ""
-    print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ{which}; {verdict(met)}")
+    print(f"\n{len(trials)} trials, {kills} kills, {len(different)} that differ{which}; {met_or_missed(met)}")
     figures = {"trials": len(trials), "kills": kills, "different": different, "counts": counts, "met": met}
     figures["code"] = code_hash()
     save("kill_matrix", figures, command=command_line(), claim=CLAIM, folder=results)

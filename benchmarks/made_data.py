@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path, text: str) -> Callable[[str], int]:
     return lambda document: len(tokenizer.encode(document).ids) + len(special)
 
 
-def cut(text: str) -> list[str]:
+def split_documents(text: str) -> list[str]:
     return [text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS)]
 
 
@@ -66,15 +66,15 @@ def write_documents(folder: Path, documents: list[str]) -> None:
     (folder / "data.json").write_text("".join(lines), encoding="utf-8")
 
 
-def of_just(tokens: int, text: str, count: Callable[[str], int], documents: int = 4) -> list[str]:
+def documents_with_tokens(tokens: int, text: str, count: Callable[[str], int], documents: int = 4) -> list[str]:
     """So many documents out of `text` that have so many tokens together, to the token.
 
     Raises SystemExit where `text` does not have them.
     """
     found: list[str] = []
-    for piece in cut(text):
+    for document in split_documents(text):
         wanted = tokens // (documents - len(found))
-        beginning = next((part for part in _beginnings(piece, wanted, count) if count(part) == wanted), None)
+        beginning = next((part for part in _prefixes(document, wanted, count) if count(part) == wanted), None)
         if beginning is not None:
             found.append(beginning)
             tokens -= wanted
@@ -83,7 +83,7 @@ def of_just(tokens: int, text: str, count: Callable[[str], int], documents: int 
     raise SystemExit(f"the text does not have {documents} documents of {tokens} tokens together")
 
 
-def _beginnings(piece: str, tokens: int, count: Callable[[str], int]) -> Iterator[str]:
+def _prefixes(document: str, tokens: int, count: Callable[[str], int]) -> Iterator[str]:
     """Beginnings of about so many tokens: a longer one seldom has fewer."""
-    near = bisect_left(range(len(piece)), tokens, key=lambda end: count(piece[:end]))
-    return (piece[:end] for end in range(max(near - 20, 1), near + 20))
+    near = bisect_left(range(len(document)), tokens, key=lambda end: count(document[:end]))
+    return (document[:end] for end in range(max(near - 20, 1), near + 20))

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import command_line, save, table, verdict
-from trainer import environment, last_words
+from common import command_line, met_or_missed, save, text_table
+from trainer import environment, output_tail
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -36,12 +36,12 @@ FLOAT8 = (*BF16, "--model.converters", "quantize.linear.float8", "--quantize.lin
 
 @dataclass(frozen=True)
 class Mode:
-    """`like`: the mode whose losses it is held against; `within`: the greatest relative difference allowed."""
+    """`baseline`: the mode whose losses it is held against; `tolerance`: the greatest relative difference allowed."""
 
     name: str
     keys: tuple[str, ...]
-    like: str
-    within: float
+    baseline: str
+    tolerance: float
 
 
 def modes(device: str) -> tuple[Mode, ...]:
@@ -72,28 +72,38 @@ def train(model: str, mode: Mode, steps: int, device: str, further: list[str]) -
         command += ["--training.steps", str(steps), "--job.dump_folder", str(Path(folder, "run")), *further]
         done = subprocess.run(command, env=environment(1, device), capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise SystemExit(f"{model}, {mode.name}: exit code {done.returncode}\n{last_words(done.stderr)}")
+            raise SystemExit(f"{model}, {mode.name}: exit code {done.returncode}\n{output_tail(done.stderr)}")
         return read_metrics(Path(folder, "run", "metrics.jsonl"))
 
 
-def compare(model: str, mode: Mode, losses: list[float], like: list[float], last: dict[str, Any]) -> dict[str, Any]:
-    apart = max(abs(a - b) / b for a, b in zip(losses, like, strict=True))
+def compare_mode(
+    model: str, mode: Mode, losses: list[float], baseline: list[float], last: dict[str, Any]
+) -> dict[str, Any]:
+    difference = max(abs(a - b) / b for a, b in zip(losses, baseline, strict=True))
     return {
         "model": model,
         "mode": mode.name,
-        "against": mode.like,
-        "greatest_relative_difference": apart,
-        "allowed": mode.within,
+        "against": mode.baseline,
+        "greatest_relative_difference": difference,
+        "allowed": mode.tolerance,
         "losses": losses,
         "last_record": last,
-        "met": apart <= mode.within and losses[-1] < losses[0],
+        "met": difference <= mode.tolerance and losses[-1] < losses[0],
     }
 
 
 def row(figures: dict[str, Any]) -> list[str]:
     first, last = (f"{figures['losses'][step]:.4f}" for step in (0, -1))
-    apart = f"{figures['greatest_relative_difference']:.1e}"
-    return [figures["model"], figures["mode"], first, last, figures["against"], apart, verdict(figures["met"])]
+    difference = f"{figures['greatest_relative_difference']:.1e}"
+    return [
+        figures["model"],
+        figures["mode"],
+        first,
+        last,
+        figures["against"],
+        difference,
+        met_or_missed(figures["met"]),
+    ]
 
 
 def main() -> int:
@@ -114,9 +124,9 @@ def main() -> int:
             print(f"{model}, {mode.name} ...", file=sys.stderr, flush=True)
             records = train(model, mode, chosen.steps, chosen.device, chosen.further)
             losses[mode.name] = [record["loss"] for record in records]
-            results.append(compare(model, mode, losses[mode.name], losses[mode.like], records[-1]))
+            results.append(compare_mode(model, mode, losses[mode.name], losses[mode.baseline], records[-1]))
     header = ["model", "mode", "first loss", "last loss", "against", "difference", "claim"]
-    print(table(header, [row(each) for each in results]))
+    print(text_table(header, [row(each) for each in results]))
     name = "modes" if chosen.device == "cpu" else "modes_cuda"
     print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")
     return 0 if all(each["met"] for each in results) else 1

@@ -23,19 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child_environment, command_line, save, table
+from common import ROOT, child_environment, command_line, save, text_table
 
 CLAIM = "NVSHMEM starts through PyTorch, and our collectives are right on one process and on two that share a GPU"
-PATIENCE = 180.0  # seconds a question
+TIMEOUT = 180.0  # seconds a question
 LARGEST = 1 << 28  # bytes of the largest call
 CALLS = 50
 
 
-def starts() -> dict[str, Any]:
+def check_nvshmem() -> dict[str, Any]:
     """NVSHMEM starts, gives memory, and puts with a signal from a process to itself."""
     import torch
 
-    transport = made(1 << 20)
+    transport = build_transport(1 << 20)
     with torch.cuda.stream(torch.cuda.Stream()):
         transport.memory.zero_()
         transport.memory[:8].fill_(7)
@@ -48,38 +48,38 @@ def starts() -> dict[str, Any]:
 
 
 def one_process() -> dict[str, Any]:
-    """The exam's questions on a group of one, and what a call costs that moves nothing to anybody."""
+    """The conformance checks on a group of one, and what a call costs that moves nothing to anybody."""
     import torch
 
-    exam = examiners()
-    pair = exam.nvshmem()
-    for question in exam.QUESTIONS:
+    conformance = import_conformance_checks()
+    pair = conformance.nvshmem()
+    for question in conformance.CHECKS:
         question(pair)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(CALLS):
-        exam.gather(pair, 0, 1000, torch.bfloat16)
+        conformance.run_all_gather(pair, 0, 1000, torch.bfloat16)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     pair.close()
-    return {"right": True, "questions": len(exam.QUESTIONS), "microseconds_a_gather": 1e6 * seconds / CALLS}
+    return {"right": True, "questions": len(conformance.CHECKS), "microseconds_a_gather": 1e6 * seconds / CALLS}
 
 
 def two_processes() -> dict[str, Any]:
-    """The exam on two processes of one GPU."""
-    exam = examiners()
-    answered = exam.sit(exam.nvshmem, *exam.QUESTIONS)
-    return {"right": len(answered) == len(exam.QUESTIONS), "questions": len(answered)}
+    """The conformance checks on two processes of one GPU."""
+    conformance = import_conformance_checks()
+    answered = conformance.run_checks(conformance.nvshmem, *conformance.CHECKS)
+    return {"right": len(answered) == len(conformance.CHECKS), "questions": len(answered)}
 
 
 QUESTIONS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
-    "NVSHMEM starts": (starts, 1),
+    "NVSHMEM starts": (check_nvshmem, 1),
     "the exam on one process": (one_process, 1),
     "the exam on two processes of one GPU": (two_processes, 2),
 }
 
 
-def made(size: int) -> Any:
+def build_transport(size: int) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -89,14 +89,14 @@ def made(size: int) -> Any:
     return NvshmemTransport(dist.group.WORLD, size, torch.device("cuda", 0))
 
 
-def examiners() -> Any:
+def import_conformance_checks() -> Any:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/distributed")]
-    import exam_backend
+    import conformance_backend
 
-    return exam_backend
+    return conformance_backend
 
 
-def answer(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
+def run_process(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
     """One process of a question. The group is gloo's: NCCL refuses two ranks on one GPU, and nothing here needs it."""
     import torch
     import torch.distributed as dist
@@ -111,7 +111,7 @@ def answer(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
     os._exit(0)  # NVSHMEM's own end at exit is not what is asked here
 
 
-def ask(name: str, folder: Path) -> dict[str, Any]:
+def run_question(name: str, folder: Path) -> dict[str, Any]:
     ranks, out, store = QUESTIONS[name][1], folder / "answer.json", folder / "store"
     for left in (out, store):
         left.unlink(missing_ok=True)
@@ -121,16 +121,16 @@ def ask(name: str, folder: Path) -> dict[str, Any]:
         subprocess.Popen([*command, "--rank", str(rank)], env=environ, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
-    deadline, said = time.monotonic() + PATIENCE, []
+    deadline, errors = time.monotonic() + TIMEOUT, []
     for child in children:
         try:
-            said.append(child.communicate(timeout=max(deadline - time.monotonic(), 1))[1])
+            errors.append(child.communicate(timeout=max(deadline - time.monotonic(), 1))[1])
         except subprocess.TimeoutExpired:
             child.kill()
-            said.append(f"{child.communicate()[1]}\nno answer within {PATIENCE:g} s")
+            errors.append(f"{child.communicate()[1]}\nno answer within {TIMEOUT:g} s")
     if out.exists():
         return {"right": False, **json.loads(out.read_text())}
-    return {"right": False, "why": [text.strip().splitlines()[-5:] for text in said]}
+    return {"right": False, "why": [text.strip().splitlines()[-5:] for text in errors]}
 
 
 def main() -> int:
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.answer:
-        answer(chosen.answer, chosen.rank, QUESTIONS[chosen.answer][1], chosen.store, chosen.out)
+        run_process(chosen.answer, chosen.rank, QUESTIONS[chosen.answer][1], chosen.store, chosen.out)
     import torch
 
     from quadriga.comm.nvshmem import is_offered
@@ -153,13 +153,13 @@ def main() -> int:
         print(f"not measured: PyTorch {torch.__version__} does not offer NVSHMEM")
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        figures = {name: ask(name, Path(folder)) for name in QUESTIONS}
+        figures = {name: run_question(name, Path(folder)) for name in QUESTIONS}
     path = save("nvshmem_one_gpu", figures, command=command_line(), claim=CLAIM)
     rows = [
         [name, "right" if found["right"] else f"NOT: {found.get('why', 'wrong values')}"]
         for name, found in figures.items()
     ]
-    print(table(["question", "answer"], rows))
+    print(text_table(["question", "answer"], rows))
     print(f"written: {path.name}")
     return 0 if all(found["right"] for found in figures.values()) else 1
 

@@ -6,7 +6,7 @@ out. Who goes first changes from pair to pair. The result is the median of the r
 
 A step ends where a line of the command's output matches its pattern, so each command must print one a step. The lines
 are seen by a thread that waits for them; the command is stopped some tenths of a millisecond later, which is the same
-for both and is kept small by making a turn at least `SHORTEST_TURN` long. Linux only (/proc, SIGSTOP).
+for both and is kept small by making a turn at least `MIN_INTERVAL` long. Linux only (/proc, SIGSTOP).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SHORTEST_TURN = 0.25  # seconds
+MIN_INTERVAL = 0.25  # seconds
 FEWEST_PAIRS = 5
 STEP_LIMIT = 600.0  # seconds without a step after which a command counts as hung
-PATIENCE = 10.0  # seconds
+STOP_TIMEOUT = 10.0  # seconds
 RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
-class Command:
+class TimedCommand:
     """A training command. `step_line`: a regular expression that one line of output a step matches."""
 
     name: str
@@ -59,7 +59,7 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MedianEstimate:
     """A median, where it lies with 95 % confidence, and the middle half of what was measured."""
 
     median: float
@@ -70,51 +70,53 @@ class Estimate:
     count: int
 
 
-class Failed(Exception):
+class CommandFailed(Exception):
     """A command ended or hung before its next step. Carries the last lines that it printed."""
 
 
-def leave_nothing_behind() -> None:
+def exit_on_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does, by way of `finally`, so that no stopped command stays behind."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
-def take_turns(ours: Command, reference: Command, *, pairs: int, seconds: float, warmup: int = 2) -> Timings:
+def time_interleaved(
+    ours: TimedCommand, reference: TimedCommand, *, pairs: int, seconds: float, warmup: int = 2
+) -> Timings:
     """Start both commands and time pairs of turns after `warmup` untimed steps of each. Both are killed at the end.
 
     There are `pairs` pairs, or as many as fit into `seconds` if those are fewer, but at least FEWEST_PAIRS. Raises
     Failed where a command ends or hangs.
     """
     timings = Timings()
-    with started(reference) as theirs, started(ours) as mine:
+    with running_command(reference) as theirs, running_command(ours) as mine:
         for process in (theirs, mine):  # one after the other, so that neither start disturbs the other's
             process.wait_for_step()
             process.stop()
         # The step before the first turn is not timed whole, so each warms up by itself and shows its own length.
-        slowest = max(process.turn(steps=1) for _ in range(max(warmup, 1)) for process in (theirs, mine))
-        steps = max(1, math.ceil(SHORTEST_TURN / slowest))
+        slowest = max(process.run_steps(steps=1) for _ in range(max(warmup, 1)) for process in (theirs, mine))
+        steps = max(1, math.ceil(MIN_INTERVAL / slowest))
         deadline = time.perf_counter() + seconds
         for pair in range(pairs):
             if pair >= FEWEST_PAIRS and time.perf_counter() > deadline:
                 break
-            turns: list[tuple[list[float], Running]] = [(timings.ours, mine), (timings.reference, theirs)]
-            for taken, process in turns if pair % 2 else reversed(turns):
-                taken.append(process.turn(steps) / steps)
+            order: list[tuple[list[float], RunningCommand]] = [(timings.ours, mine), (timings.reference, theirs)]
+            for taken, process in order if pair % 2 else reversed(order):
+                taken.append(process.run_steps(steps) / steps)
     return timings
 
 
-def seconds_to_first_step(command: Command) -> float:
+def seconds_to_first_step(command: TimedCommand) -> float:
     """From the start of the process to its first step line; the process is killed then."""
-    with started(command) as process:
+    with running_command(command) as process:
         return process.wait_for_step() - process.started_at
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate_median(values: Sequence[float]) -> MedianEstimate:
     """The median with a 95 % percentile-bootstrap interval. The same numbers give the same interval."""
     draw = random.Random(0)
     resampled = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     ordered = sorted(values)
-    return Estimate(
+    return MedianEstimate(
         median=statistics.median(values),
         low=resampled[int(0.025 * RESAMPLES)],
         high=resampled[int(0.975 * RESAMPLES)],
@@ -124,10 +126,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     )
 
 
-class Running:
+class RunningCommand:
     """A started command and all its children, which can be stopped, and continued for some steps."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: TimedCommand) -> None:
         self.command = command
         self.last_lines: deque[str] = deque(maxlen=25)
         self._steps: queue.SimpleQueue[float | None] = queue.SimpleQueue()
@@ -146,7 +148,7 @@ class Running:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def turn(self, steps: int) -> float:
+    def run_steps(self, steps: int) -> float:
         """Continue, run to the end of the `steps`-th step, stop. Returns the seconds that took."""
         while not self._steps.empty():  # printed while the stop was on its way
             self._check(self._steps.get())
@@ -162,7 +164,7 @@ class Running:
         try:
             return self._check(self._steps.get(timeout=STEP_LIMIT))
         except queue.Empty:
-            raise Failed(f"{self.command.name}: no step in {STEP_LIMIT:.0f} s\n" + self.tail()) from None
+            raise CommandFailed(f"{self.command.name}: no step in {STEP_LIMIT:.0f} s\n" + self.tail()) from None
 
     def stop(self) -> None:
         """The processes known from the last stop at once, then whatever has been started since."""
@@ -171,16 +173,16 @@ class Running:
         self._signal(signal.SIGSTOP)
 
     def kill(self) -> None:
-        """The children first, so that a launcher may clear up after them; it gets `PATIENCE` seconds for that."""
+        """The children first, so that a launcher may clear up after them; it gets `STOP_TIMEOUT` seconds for that."""
         self._pids = descendants(self._process.pid)[1:]
         if self._pids:
             self._signal(signal.SIGKILL)
             self._process.send_signal(signal.SIGCONT)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(PATIENCE)
+                self._process.wait(STOP_TIMEOUT)
         self._process.kill()
         self._process.wait()
-        self._reader.join(PATIENCE)
+        self._reader.join(STOP_TIMEOUT)
 
     def tail(self) -> str:
         return "\n".join(self.last_lines)
@@ -196,7 +198,7 @@ class Running:
 
     def _check(self, seen: float | None) -> float:
         if seen is None:
-            raise Failed(f"{self.command.name}: ended before its next step\n" + self.tail())
+            raise CommandFailed(f"{self.command.name}: ended before its next step\n" + self.tail())
         return seen
 
     def _signal(self, number: signal.Signals) -> None:
@@ -206,8 +208,8 @@ class Running:
 
 
 @contextmanager
-def started(command: Command) -> Iterator[Running]:
-    running = Running(command)
+def running_command(command: TimedCommand) -> Iterator[RunningCommand]:
+    running = RunningCommand(command)
     try:
         yield running
     finally:

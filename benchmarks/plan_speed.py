@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import child_environment, command_line, save, table, verdict
+from common import child_environment, command_line, met_or_missed, save, text_table
 
 RANKS = 1024
-MOST_SECONDS, MOST_BYTES = 15.0, 2e9
+MAX_SECONDS, MAX_BYTES = 15.0, 2e9
 FORMS = ("plan.json", ".metadata")
 
 
@@ -39,24 +39,24 @@ def main() -> None:
         print(json.dumps(measure(options.read, Path(options.folder))))
         return
     if options.make:
-        make(Path(options.folder), options.chunks)
+        write_plans(Path(options.folder), options.chunks)
         return
     with tempfile.TemporaryDirectory() as folder:
         # In a child of its own: the largest resident set of a process counts what its parent held when it forked.
-        child("--make", "--chunks", str(options.chunks), "--folder", folder)
-        figures = {form: dict(json.loads(child("--read", form, "--folder", folder))) for form in FORMS}
+        run_child("--make", "--chunks", str(options.chunks), "--folder", folder)
+        figures = {form: dict(json.loads(run_child("--read", form, "--folder", folder))) for form in FORMS}
     rows = []
     for form, one in figures.items():
-        one["met"] = one["seconds"] <= MOST_SECONDS and one["peak_bytes"] <= MOST_BYTES
+        one["met"] = one["seconds"] <= MAX_SECONDS and one["peak_bytes"] <= MAX_BYTES
         seconds, memory = f"{one['seconds']:.1f} s", f"{one['peak_bytes'] / 1e9:.2f} GB"
-        rows.append((form, f"{one['chunks']:,}", seconds, memory, verdict(one["met"])))
-    print(table(("form", "chunks", "read and checked", "memory", "<= 15 s, <= 2 GB"), rows))
+        rows.append((form, f"{one['chunks']:,}", seconds, memory, met_or_missed(one["met"])))
+    print(text_table(("form", "chunks", "read and checked", "memory", "<= 15 s, <= 2 GB"), rows))
     claim = f"a plan of {options.chunks:,} chunks is read and checked within 15 s and 2 GB"
     print(save("plan_speed", figures, command=command_line(), claim=claim))
     sys.exit(not all(one["met"] for one in figures.values()))
 
 
-def child(*arguments: str) -> str:
+def run_child(*arguments: str) -> str:
     """What a process of this script says in its last line."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
@@ -68,7 +68,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
 
     start, busy = time.perf_counter(), time.process_time()
     content = (folder / form).read_bytes()
-    read = plan.parse(content) if form == "plan.json" else metadata_file.read(content)
+    read = plan.parse_plan(content) if form == "plan.json" else metadata_file.read_plan(content)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     start = time.perf_counter()
     if form == "plan.json":
@@ -83,7 +83,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def make(folder: Path, chunks: int) -> None:
+def write_plans(folder: Path, chunks: int) -> None:
     """Both forms of the plan of 2-D tensors, rows dealt to the ranks."""
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo

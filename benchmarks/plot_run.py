@@ -61,16 +61,16 @@ Points = list[tuple[float, float]]
 def draw(title: str, curve: Points, validation: Points) -> str:
     """The whole SVG. `curve` and `validation` are (step, loss)."""
     losses = [loss for _, loss in curve + validation]
-    room = 0.06 * (max(losses) - min(losses)) or 0.5
+    margin = 0.06 * (max(losses) - min(losses)) or 0.5
     across = Axis(0, max(step for step, _ in curve), LEFT, WIDTH - RIGHT)
-    down = Axis(min(losses) - room, max(losses) + room, HEIGHT - BOTTOM, TOP)
+    down = Axis(min(losses) - margin, max(losses) + margin, HEIGHT - BOTTOM, TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{escape(title, {chr(34): "&quot;"})}">',
         f"<style>{STYLE}</style>",
         f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
         *grid(across, down),
-        f'<polyline class="curve" points="{" ".join(place(point, across, down, ",") for point in curve)}"/>',
+        f'<polyline class="curve" points="{" ".join(coordinates(point, across, down, ",") for point in curve)}"/>',
         *(dot(point, across, down, "validation", 3.5) for point in validation),
         *last_loss(curve, across, down),
         *legend(bool(validation)),
@@ -94,7 +94,7 @@ def grid(across: Axis, down: Axis) -> list[str]:
     return parts
 
 
-def place(point: tuple[float, float], across: Axis, down: Axis, between: str) -> str:
+def coordinates(point: tuple[float, float], across: Axis, down: Axis, between: str) -> str:
     return f"{across.at(point[0]):.1f}{between}{down.at(point[1]):.1f}"
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, git, measured_folders, table
+from common import RESULTS, git, measured_folders, text_table
 
 
 def script_of(result: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def main() -> int:
         commit = result["versions"]["commit"]
         dirty = "; not from a clean commit" if commit.endswith("+") else ""
         rows.append([path.stem, commit, result["date"][:10], (", ".join(changed) or "as measured") + dirty])
-    print(table(["result", "commit", "date", "changed since"], rows))
+    print(text_table(["result", "commit", "date", "changed since"], rows))
     head = git("rev-parse", "--short", "HEAD")
     print(f"\n{old} of {len(rows)} results are older than the code they measure (HEAD {head})")
     return 1 if old else 0

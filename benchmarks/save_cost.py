@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import command_line, quartiles, save, table, verdict
-from trainer import environment, last_words
+from common import command_line, met_or_missed, quartiles, save, text_table
+from trainer import environment, output_tail
 
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
@@ -48,7 +48,7 @@ def train(steps: int, tokens: int, mode: str, device: str, folder: Path) -> None
     command += [f"--checkpoint.interval={2 * BLOCK}", f"--checkpoint.async_mode={mode}", "--checkpoint.keep_latest_k=2"]
     done = subprocess.run(command, env=environment(1, device), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{last_words(done.stderr)}")
+        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{output_tail(done.stderr)}")
 
 
 def figures_of(folder: Path, steps: int) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def main() -> int:
     ]
     if figures["memory_gib"]:
         rows += [[f"memory, {when}", f"{peak:.2f} GiB"] for when, peak in figures["memory_gib"].items()]
-    print(table(["saving every 10 steps", chosen.mode], rows))
-    print(f"\ntarget: at most {TARGET:.0%}: {verdict(met)}")
+    print(text_table(["saving every 10 steps", chosen.mode], rows))
+    print(f"\ntarget: at most {TARGET:.0%}: {met_or_missed(met)}")
     figures |= {
         "target": TARGET,
         "tokens_a_step": chosen.tokens,

@@ -13,10 +13,10 @@ import sys
 import time
 from typing import Any
 
-from common import command_line, save, table, verdict
+from common import command_line, met_or_missed, save, text_table
 
-from quadriga.cli.estimate import read_run
-from quadriga.cli.search import as_dict, why
+from quadriga.cli.estimate import run_from_file
+from quadriga.cli.search import candidate_dict, explain_winner
 from quadriga.hardware import device_named
 from quadriga.planning.search import search
 
@@ -30,8 +30,8 @@ SEARCHES = {
 }
 
 
-def look(file: str, ranks: int) -> dict[str, Any]:
-    run, device = read_run(file, ranks, ()), device_named(DEVICE, "")
+def timed_search(file: str, ranks: int) -> dict[str, Any]:
+    run, device = run_from_file(file, ranks, ()), device_named(DEVICE, "")
     start = time.perf_counter()
     found = search(run, device)
     seconds = time.perf_counter() - start
@@ -40,23 +40,23 @@ def look(file: str, ranks: int) -> dict[str, Any]:
         "candidates": found.tried,
         "fitting": found.fitting,
         "seconds": seconds,
-        "best": [as_dict(each) for each in found.best[:5]],
-        "why": why(found.best[0], found.best[1]),
+        "best": [candidate_dict(each) for each in found.best[:5]],
+        "why": explain_winner(found.best[0], found.best[1]),
     }
 
 
 def main() -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    figures = {name: look(*arguments) for name, arguments in SEARCHES.items()}
+    figures = {name: timed_search(*arguments) for name, arguments in SEARCHES.items()}
     rows = []
     for name, each in figures.items():
         first, second = each["best"][:2]
         rows.append([name, f"{each['candidates']:,} in {each['seconds']:.1f} s", first["name"], second["name"]])
-    print(table(["file", "candidates", "first", "second"], rows))
+    print(text_table(["file", "candidates", "first", "second"], rows))
     print("\n" + "\n".join(f"{name}: {each['why']}" for name, each in figures.items()))
     rate = sum(each["candidates"] for each in figures.values()) / sum(each["seconds"] for each in figures.values())
     met = rate >= TARGET
-    print(f"\n{rate:,.0f} candidates a second; target: {TARGET:,}: {verdict(met)}")
+    print(f"\n{rate:,.0f} candidates a second; target: {TARGET:,}: {met_or_missed(met)}")
     all_figures = {"device": DEVICE, "searches": figures, "candidates_a_second": rate, "target": TARGET, "met": met}
     save("search", all_figures, command=command_line(), claim=CLAIM)
     return 0 if met else 1

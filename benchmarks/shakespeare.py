@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import command_line, save, table, verdict
-from trainer import environment, last_words, write_toml
+from common import command_line, met_or_missed, save, text_table
+from trainer import environment, output_tail, write_toml
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -91,7 +91,7 @@ def train(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, env=environment(1, "cpu"), capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{last_words(done.stderr)}")
+        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{output_tail(done.stderr)}")
     record = folder / "run" / "metrics.jsonl"
     end = read_metrics(record, kind="validation")[-1]
     if end["step"] != STEPS or end["tokens"] != held_out + 1:
@@ -129,7 +129,7 @@ def main() -> int:
         figures = train(chosen, Path(folder))
     row = [f"{figures['nats_per_byte']:.4f}", f"{figures['training_loss']:.4f}", f"{figures['seconds']:.0f} s"]
     header = ["parameters", "nats per held-out byte", "last training loss", "time", f"<= {TARGET}"]
-    print(table(header, [[figures["parameters"], *row, verdict(figures["met"])]]))
+    print(text_table(header, [[figures["parameters"], *row, met_or_missed(figures["met"])]]))
     if not try_only:
         print(f"\nwritten: {save('shakespeare', figures, command=command_line(), claim=CLAIM)}")
     return 0 if figures["met"] else 1

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import command_line, save, table, verdict
-from paired import Estimate, Failed, Timings, estimate, leave_nothing_behind, take_turns
+from common import command_line, met_or_missed, save, text_table
+from paired import CommandFailed, MedianEstimate, Timings, estimate_median, exit_on_sigterm, time_interleaved
 from shapes import DTYPES, SHAPES, Shape
-from trainer import bare_command, same_model, trainer_command, write_toml
+from trainer import bare_command, matching_config, trainer_command, write_toml
 
 TARGET = 0.97
 CLAIM = f"the whole trainer runs at {TARGET} or more of a bare PyTorch loop of the same model"
@@ -33,7 +33,7 @@ HEADER = ["case", "ours ms", "bare ms", "ours tok/s", "ratio", "95 % of median",
 
 
 @dataclass(frozen=True)
-class Case:
+class SpeedCase:
     shape: str
     dtype: str
     ranks: int
@@ -43,33 +43,33 @@ class Case:
         return f"{self.shape}-{self.dtype}-{self.ranks}"
 
 
-def cases(ranks: list[int]) -> list[Case]:
+def all_cases(ranks: list[int]) -> list[SpeedCase]:
     """Both shapes and dtypes in one process; over several ranks both shapes in float32, where gloo is at its best."""
-    one = [Case(shape, dtype, 1) for shape in SHAPES for dtype in DTYPES if 1 in ranks]
-    return one + [Case(shape, "float32", count) for count in ranks if count > 1 for shape in SHAPES]
+    one = [SpeedCase(shape, dtype, 1) for shape in SHAPES for dtype in DTYPES if 1 in ranks]
+    return one + [SpeedCase(shape, "float32", count) for count in ranks if count > 1 for shape in SHAPES]
 
 
-def shape_of(case: Case, chosen: argparse.Namespace) -> Shape:
+def shape_of(case: SpeedCase, chosen: argparse.Namespace) -> Shape:
     named = SHAPES[case.shape]
     return replace(named, seq_len=chosen.seq_len or named.seq_len, batch=chosen.batch or named.batch)
 
 
-def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
+def measure(case: SpeedCase, chosen: argparse.Namespace) -> dict[str, Any]:
     """Figures of one case, over `chosen.starts` fresh starts of both sides."""
     shape, by_start = shape_of(case, chosen), list[Timings]()
     for _ in range(chosen.starts):
         with tempfile.TemporaryDirectory(prefix="quadriga-speed-") as folder:
-            tables = same_model(shape, case.dtype, case.ranks, Path(folder))
+            tables = matching_config(shape, case.dtype, case.ranks, Path(folder))
             tables["compile"] = {"enable": chosen.compile}
             ours = trainer_command(write_toml(Path(folder, "run.toml"), tables), case.ranks, chosen.device)
             arguments = ["--shape", case.shape, "--dtype", case.dtype, "--attention", chosen.attention]
             arguments += ["--seq_len", str(shape.seq_len), "--batch", str(shape.batch), "--steps", "1000000"]
             reference = bare_command(case.ranks, chosen.device, *arguments)
-            by_start.append(take_turns(ours, reference, pairs=chosen.pairs, seconds=chosen.seconds))
+            by_start.append(time_interleaved(ours, reference, pairs=chosen.pairs, seconds=chosen.seconds))
     tokens = shape.batch * shape.seq_len
-    ours_seconds = estimate([seconds for timings in by_start for seconds in timings.ours])
-    reference_seconds = estimate([seconds for timings in by_start for seconds in timings.reference])
-    ratio = estimate([ratio for timings in by_start for ratio in timings.ratios])
+    ours_seconds = estimate_median([seconds for timings in by_start for seconds in timings.ours])
+    reference_seconds = estimate_median([seconds for timings in by_start for seconds in timings.reference])
+    ratio = estimate_median([ratio for timings in by_start for ratio in timings.ratios])
     return {
         **asdict(case),
         "seq_len": shape.seq_len,
@@ -78,7 +78,7 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
         "bare_attention": chosen.attention,
         "compiled": chosen.compile,
         "ratio": asdict(ratio),
-        "ratio_of_each_start": [round(estimate(timings.ratios).median, 4) for timings in by_start],
+        "ratio_of_each_start": [round(estimate_median(timings.ratios).median, 4) for timings in by_start],
         "ours_step_seconds": ours_seconds.median,
         "bare_step_seconds": reference_seconds.median,
         "ours_tokens_per_second": tokens / ours_seconds.median,
@@ -88,7 +88,7 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(figures: dict[str, Any]) -> list[str]:
-    ratio = Estimate(**figures["ratio"])
+    ratio = MedianEstimate(**figures["ratio"])
     return [
         f"{figures['shape']}-{figures['dtype']}-{figures['ranks']}",
         f"{1000 * figures['ours_step_seconds']:.0f}",
@@ -98,7 +98,7 @@ def row(figures: dict[str, Any]) -> list[str]:
         f"{ratio.low:.3f} to {ratio.high:.3f}",
         f"{ratio.quartile_1:.3f} to {ratio.quartile_3:.3f}",
         str(ratio.count),
-        verdict(figures["met"]),
+        met_or_missed(figures["met"]),
     ]
 
 
@@ -116,26 +116,26 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile on our side; the bare loop stays eager")
     parser.add_argument("--name", help="of the result file; default: speed, or speed_cuda")
     chosen = parser.parse_args()
-    leave_nothing_behind()
-    wanted = [parse(name) for name in chosen.only] if chosen.only else cases(chosen.ranks)
+    exit_on_sigterm()
+    wanted = [parse_case(name) for name in chosen.only] if chosen.only else all_cases(chosen.ranks)
     results: list[dict[str, Any]] = []
     for case in wanted:
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         try:
             figures = measure(case, chosen)
-        except Failed as failure:
+        except CommandFailed as failure:
             print(failure, file=sys.stderr)
             break
         results.append(figures)
-    print(table(HEADER, [row(figures) for figures in results]))
+    print(text_table(HEADER, [row(figures) for figures in results]))
     name = chosen.name or ("speed" if chosen.device == "cpu" else "speed_cuda")
     print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")
     return 0 if len(results) == len(wanted) and all(figures["met"] for figures in results) else 1
 
 
-def parse(name: str) -> Case:
+def parse_case(name: str) -> SpeedCase:
     shape, dtype, ranks = name.split("-")
-    return Case(shape, dtype, int(ranks))
+    return SpeedCase(shape, dtype, int(ranks))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child_environment, command_line, save, table, verdict
-from paired import Command, Failed, leave_nothing_behind, seconds_to_first_step
+from common import ROOT, child_environment, command_line, met_or_missed, save, text_table
+from paired import CommandFailed, TimedCommand, exit_on_sigterm, seconds_to_first_step
 from trainer import STEP_LINE, bare_command, environment
 
 ANSWER_TARGET, FIRST_STEP_TARGET = 1.0, 1.5  # seconds; times the bare script
@@ -37,11 +37,11 @@ def seconds_to_answer(argv: list[str], environ: dict[str, str]) -> float:
     done = subprocess.run(argv, check=False, env=environ, capture_output=True, text=True)
     taken = time.perf_counter() - start
     if done.returncode != 0:
-        raise Failed(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
+        raise CommandFailed(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
     return taken
 
 
-def answers(repeats: int) -> list[dict[str, Any]]:
+def time_commands(repeats: int) -> list[dict[str, Any]]:
     """`quadriga --help` and the dry run, from a cold interpreter each time."""
     launch = {"DRY_RUN": "1", "NGPU": "4", "CONFIG_FILE": str(REFERENCE_FILE), "PYTHON": sys.executable}
     commands = {
@@ -65,7 +65,7 @@ def answers(repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, Any]:
+def time_first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, Any]:
     """Seconds from the command to its first step line, ours and the bare script's in turn; one more start of each goes
     ahead untimed, so that both find their files in the page cache."""
     ours, bare = [], []
@@ -73,7 +73,7 @@ def first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="quadriga-startup-") as folder:
             argv = [sys.executable, "-m", "quadriga.train", "--job.config_file", str(DEBUG_FILE)]
             argv += ["--job.dump_folder", str(Path(folder, "run")), *overrides]
-            quick = seconds_to_first_step(Command("quadriga", argv, STEP_LINE, environment(1, device)))
+            quick = seconds_to_first_step(TimedCommand("quadriga", argv, STEP_LINE, environment(1, device)))
         plain = seconds_to_first_step(bare_command(1, device, *DEBUG_BATCH, "--steps", "1"))
         if repeat:
             ours.append(quick)
@@ -95,18 +95,21 @@ def first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, An
     }
 
 
-def show(commands: list[dict[str, Any]], first: dict[str, Any]) -> None:
-    rows = [[each["what"], seconds(each["median"]), seconds(each["best"]), verdict(each["met"])] for each in commands]
-    print(table(["command", "median", "best", f"< {ANSWER_TARGET} s"], rows))
+def print_tables(commands: list[dict[str, Any]], first: dict[str, Any]) -> None:
     rows = [
-        ["quadriga", seconds(first["ours_median"]), seconds(first["ours_best"]), ""],
-        ["bare script", seconds(first["bare_median"]), seconds(first["bare_best"]), ""],
-        ["ratio", f"{first['ratio']:.2f}", f"{first['ratio_of_the_best']:.2f}", verdict(first["met"])],
+        [each["what"], seconds_text(each["median"]), seconds_text(each["best"]), met_or_missed(each["met"])]
+        for each in commands
     ]
-    print("\n" + table(["to the first step", "median", "best", f"<= {FIRST_STEP_TARGET}"], rows))
+    print(text_table(["command", "median", "best", f"< {ANSWER_TARGET} s"], rows))
+    rows = [
+        ["quadriga", seconds_text(first["ours_median"]), seconds_text(first["ours_best"]), ""],
+        ["bare script", seconds_text(first["bare_median"]), seconds_text(first["bare_best"]), ""],
+        ["ratio", f"{first['ratio']:.2f}", f"{first['ratio_of_the_best']:.2f}", met_or_missed(first["met"])],
+    ]
+    print("\n" + text_table(["to the first step", "median", "best", f"<= {FIRST_STEP_TARGET}"], rows))
 
 
-def seconds(amount: float) -> str:
+def seconds_text(amount: float) -> str:
     return f"{amount:.2f} s"
 
 
@@ -116,14 +119,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--override", nargs=argparse.REMAINDER, default=[], help="further arguments of the debug run")
     chosen = parser.parse_args()
-    leave_nothing_behind()
+    exit_on_sigterm()
     try:
-        commands = answers(chosen.repeats)
-        first = first_steps(chosen.repeats, chosen.device, chosen.override)
-    except Failed as failure:
+        commands = time_commands(chosen.repeats)
+        first = time_first_steps(chosen.repeats, chosen.device, chosen.override)
+    except CommandFailed as failure:
         print(failure, file=sys.stderr)
         return 1
-    show(commands, first)
+    print_tables(commands, first)
     results = {"answers": commands, "first_step": first}
     name = "startup" if chosen.device == "cpu" else "startup_cuda"
     print(f"\nwritten: {save(name, results, command=command_line(), claim=CLAIM)}")

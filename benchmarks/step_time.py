@@ -20,12 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, command_line, save, table, verdict
-from paired import Command, Timings, leave_nothing_behind, take_turns
-from paired import estimate as interval
-from trainer import environment, last_words, trainer_command
+from common import ROOT, command_line, met_or_missed, save, text_table
+from paired import TimedCommand, Timings, exit_on_sigterm, time_interleaved
+from paired import estimate_median as interval
+from trainer import environment, output_tail, trainer_command
 
-from quadriga.cli.estimate import read_run
+from quadriga.cli.estimate import run_from_file
 from quadriga.hardware import Device, find_device
 from quadriga.planning.calibrate import calibrate
 from quadriga.planning.estimate import estimate
@@ -64,48 +64,50 @@ CASES = {
 }
 
 
-def rates_of_a_run(folder: Path, device: Device | None, device_type: str) -> Rates:
+def calibrated_rates(folder: Path, device: Device | None, device_type: str) -> Rates:
     """Train the run to calibrate from, and calibrate."""
     command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", FILE, *SHARED, *BASE, *PROFILED]
     command += [f"--job.dump_folder={folder}"]
     done = subprocess.run(command, env=environment(1, device_type), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{last_words(done.stderr)}")
-    return calibrate(folder, read_run(FILE, 1, (*SHARED, *BASE, *PROFILED)), device)
+        raise SystemExit(f"the run failed with exit code {done.returncode}:\n{output_tail(done.stderr)}")
+    return calibrate(folder, run_from_file(FILE, 1, (*SHARED, *BASE, *PROFILED)), device)
 
 
-def seconds_of(arguments: tuple[str, ...], device: Device | None, rates: Rates) -> float:
+def predicted_step_seconds(arguments: tuple[str, ...], device: Device | None, rates: Rates) -> float:
     """Of a step, as predicted."""
-    time = estimate(read_run(FILE, 1, (*SHARED, *arguments, *ENDLESS)), device, rates).time
+    time = estimate(run_from_file(FILE, 1, (*SHARED, *arguments, *ENDLESS)), device, rates).time
     assert time is not None
     return time.total
 
 
-def in_turns(arguments: tuple[str, ...], chosen: argparse.Namespace) -> Timings:
+def time_case(arguments: tuple[str, ...], chosen: argparse.Namespace) -> Timings:
     """Steps of a case (`ours`) and of the run that is calibrated from (`reference`)."""
     with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
 
-        def endless(name: str, keys: tuple[str, ...]) -> Command:
+        def endless(name: str, keys: tuple[str, ...]) -> TimedCommand:
             where = f"--job.dump_folder={folder}/{name}"
             return trainer_command(ROOT / FILE, 1, chosen.device, *SHARED, *keys, *ENDLESS, where)
 
-        return take_turns(endless("case", arguments), endless("base", BASE), pairs=chosen.pairs, seconds=chosen.seconds)
+        return time_interleaved(
+            endless("case", arguments), endless("base", BASE), pairs=chosen.pairs, seconds=chosen.seconds
+        )
 
 
-def measured(name: str, chosen: argparse.Namespace, device: Device | None, rates: list[Rates]) -> dict[str, Any]:
-    timings = in_turns(CASES[name], chosen)
+def measure_case(name: str, chosen: argparse.Namespace, device: Device | None, rates: list[Rates]) -> dict[str, Any]:
+    timings = time_case(CASES[name], chosen)
     longer = interval([case / base for case, base in zip(timings.ours, timings.reference, strict=True)])
-    foreseen = statistics.median(
-        seconds_of(CASES[name], device, each) / seconds_of(BASE, device, each) for each in rates
+    predicted = statistics.median(
+        predicted_step_seconds(CASES[name], device, each) / predicted_step_seconds(BASE, device, each) for each in rates
     )
     base = statistics.median(timings.reference)
     return {
         "base_seconds": base,
         "measured": longer.median * base,
-        "predicted": foreseen * base,
-        "error": foreseen / longer.median - 1,
-        "error_low": foreseen / longer.high - 1,
-        "error_high": foreseen / longer.low - 1,
+        "predicted": predicted * base,
+        "error": predicted / longer.median - 1,
+        "error_low": predicted / longer.high - 1,
+        "error_high": predicted / longer.low - 1,
         "pairs": longer.count,
     }
 
@@ -117,14 +119,14 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=60, help="most pairs of turns of each case")
     parser.add_argument("--seconds", type=float, default=40, help="of turns of each case, from the sixth pair on")
     chosen = parser.parse_args()
-    leave_nothing_behind()
+    exit_on_sigterm()
     device = find_device(chosen.name)
     with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
         numbers = range(CALIBRATIONS)
-        rates = [rates_of_a_run(Path(folder, str(number)), device, chosen.device) for number in numbers]
+        rates = [calibrated_rates(Path(folder, str(number)), device, chosen.device) for number in numbers]
     figures: dict[str, dict[str, Any]] = {}
     for name in CASES:
-        figures[name] = measured(name, chosen, device, rates)
+        figures[name] = measure_case(name, chosen, device, rates)
         print(f"{name}: done", file=sys.stderr, flush=True)
     rows = [
         [
@@ -137,9 +139,9 @@ def main() -> int:
         ]
         for name, each in figures.items()
     ]
-    print(table(["one step, seconds", "measured", "predicted", "error", "95 % of median", "pairs"], rows))
+    print(text_table(["one step, seconds", "measured", "predicted", "error", "95 % of median", "pairs"], rows))
     met = all(abs(each["error"]) <= TARGET for each in figures.values())
-    print(f"\ntarget: within {TARGET:.0%}: {verdict(met)}")
+    print(f"\ntarget: within {TARGET:.0%}: {met_or_missed(met)}")
     name = "step_time" if chosen.device == "cpu" else f"step_time_{chosen.device}"
     saved = {"cases": figures, "calibrations": CALIBRATIONS, "target": TARGET, "met": met}
     save(name, saved, command=command_line(), claim=CLAIM)

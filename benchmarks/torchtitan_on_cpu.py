@@ -29,8 +29,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-SHOWN = ("torchtitan", "torch", "datasets", "tokenizers", "safetensors")
-BYTES = 1 << 34  # of memory, for percentages that nobody reads
+REPORTED_PACKAGES = ("torchtitan", "torch", "datasets", "tokenizers", "safetensors")
+MEMORY_BYTES = 1 << 34  # of memory, for percentages that nobody reads
 
 
 class CpuDevice:
@@ -46,7 +46,7 @@ class CpuDevice:
         return "cpu"
 
     def get_device_properties(self, device: object = None) -> SimpleNamespace:
-        return SimpleNamespace(name="cpu", total_memory=BYTES)
+        return SimpleNamespace(name="cpu", total_memory=MEMORY_BYTES)
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
         return {}
@@ -58,7 +58,7 @@ class CpuDevice:
         pass
 
 
-def take_the_cpu() -> None:
+def use_cpu_device() -> None:
     """Let torchtitan find the CPU for its device; to be called before anything else of it is imported."""
     import torch
 
@@ -79,7 +79,7 @@ def train(record: Path, arguments: list[str]) -> None:
     if os.environ.get("WORLD_SIZE") != "1":
         raise SystemExit("one rank alone: WORLD_SIZE=1")
     sys.argv = ["torchtitan.train", *arguments]  # read when its modules are imported
-    take_the_cpu()
+    use_cpu_device()
     import torchtitan.train
 
     clip = torchtitan.distributed.utils.clip_grad_norm_
@@ -92,7 +92,7 @@ def train(record: Path, arguments: list[str]) -> None:
 
     torchtitan.distributed.utils.clip_grad_norm_ = clip_and_measure
 
-    class Recorded(torchtitan.train.Trainer):
+    class RecordingTrainer(torchtitan.train.Trainer):
         def __init__(self, job_config: Any) -> None:
             super().__init__(job_config)
             for part in self.model_parts:
@@ -106,11 +106,11 @@ def train(record: Path, arguments: list[str]) -> None:
                 write({"kind": "step", "step": step, "loss": loss, **norms, "lr": extra_metrics["lr"]})
                 log(step, loss, most, norm, extra_metrics)
 
-            def log_held_out(loss: float, step: int, extra_metrics: Mapping[str, Any] | None = None) -> None:
+            def log_validation_loss(loss: float, step: int, extra_metrics: Mapping[str, Any] | None = None) -> None:
                 write({"kind": "validation", "step": step, "loss": loss})
                 log_validation(loss, step, extra_metrics)
 
-            processor.log, processor.log_validation = log_step, log_held_out
+            processor.log, processor.log_validation = log_step, log_validation_loss
 
     with record.open("w", encoding="utf-8") as file:
 
@@ -118,7 +118,7 @@ def train(record: Path, arguments: list[str]) -> None:
             file.write(json.dumps(fields) + "\n")
             file.flush()
 
-        torchtitan.train.main(Recorded)
+        torchtitan.train.main(RecordingTrainer)
 
 
 def describe(name: str, parameter: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def describe(name: str, parameter: Any) -> dict[str, Any]:
 
 def defaults() -> str:
     """Every key of JobConfig with its default; TOML has no None, so those keys are left out."""
-    take_the_cpu()
+    use_cpu_device()
     from torchtitan.config import JobConfig
 
     tables = []
@@ -155,7 +155,7 @@ def main() -> None:
         case ["defaults"]:
             print(defaults())
         case ["versions"]:
-            print(json.dumps({name: importlib.metadata.version(name) for name in SHOWN}))
+            print(json.dumps({name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}))
         case _:
             raise SystemExit(__doc__)
 

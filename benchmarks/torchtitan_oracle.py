@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from common import BENCHMARKS
-from trainer import environment, last_words
+from trainer import environment, output_tail
 
 DRIVER = BENCHMARKS / "torchtitan_on_cpu.py"
 NEEDED = {"torchtitan": "0.2.2", "torch": "2.13.0"}
 # One after the other: the second must not choose another torch. triton is imported there but not needed on a CPU.
 INSTALLS = (["torch==2.13.0"], ["torchtitan==0.2.2", "safetensors"], ["--no-deps", "triton"])
-SECONDS = 1800.0  # of one training run; a guard, not an expectation
+TIMEOUT_SECONDS = 1800.0  # of one training run; a guard, not an expectation
 
 
 class OracleMissing(Exception):
@@ -43,25 +43,25 @@ class Oracle:
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             done = self._run(["train", str(record), *arguments], own, start_folder)
         if done.returncode != 0:
-            raise SystemExit(f"torchtitan failed with exit code {done.returncode}:\n{last_words(done.stderr, 25)}")
+            raise SystemExit(f"torchtitan failed with exit code {done.returncode}:\n{output_tail(done.stderr, 25)}")
         return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
 
     def defaults(self) -> str:
         """Its JobConfig with every default, as TOML."""
         done = self._run(["defaults"], {}, BENCHMARKS)
         if done.returncode != 0:
-            raise SystemExit(f"torchtitan did not say its defaults:\n{last_words(done.stderr)}")
+            raise SystemExit(f"torchtitan did not say its defaults:\n{output_tail(done.stderr)}")
         return done.stdout
 
     def _run(self, arguments: Sequence[str], own: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-        environ = {**without_ours(environment(1, "cpu")), **own}
+        environ = {**without_python_path(environment(1, "cpu")), **own}
         command = [str(self.python), "-P", str(DRIVER), *arguments]
         return subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS
+            command, cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
         )
 
 
-def without_ours(environ: Mapping[str, str]) -> dict[str, str]:
+def without_python_path(environ: Mapping[str, str]) -> dict[str, str]:
     """Without what would let it import from here: our root has a folder `torchtitan`."""
     return {name: value for name, value in environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
@@ -71,16 +71,16 @@ def find_oracle(python: Path) -> Oracle:
     try:
         done = subprocess.run(
             [str(python), "-P", str(DRIVER), "versions"],
-            env=without_ours(os.environ),
+            env=without_python_path(os.environ),
             capture_output=True,
             text=True,
             check=False,
-            timeout=SECONDS,
+            timeout=TIMEOUT_SECONDS,
         )
     except OSError as error:
         raise OracleMissing(f"{python} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
-        raise OracleMissing(f"{python} does not have torchtitan: {last_words(done.stderr, 1)}")
+        raise OracleMissing(f"{python} does not have torchtitan: {output_tail(done.stderr, 1)}")
     versions: dict[str, str] = json.loads(done.stdout)
     for name, needed in NEEDED.items():
         if versions[name].partition("+")[0] != needed:
@@ -106,11 +106,11 @@ def build_oracle(cache: Path) -> Oracle:
 
 
 def _install(command: Sequence[str]) -> None:
-    done = subprocess.run(command, env=without_ours(os.environ), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=without_python_path(os.environ), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = last_words(done.stderr or done.stdout, 4)
+        tail = output_tail(done.stderr or done.stdout, 4)
         fix = "give --oracle PYTHON where there is an environment with it"
-        raise OracleMissing(f"the oracle's environment cannot be made; {fix}\n$ python {' '.join(command[1:])}\n{said}")
+        raise OracleMissing(f"the oracle's environment cannot be made; {fix}\n$ python {' '.join(command[1:])}\n{tail}")
 
 
 def free_port() -> int:

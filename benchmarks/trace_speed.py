@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, child_environment, command_line, describe_machine, save, table, verdict
+from common import ROOT, child_environment, command_line, describe_machine, met_or_missed, save, text_table
 
 SECONDS, BYTES = 60.0, 2e9
 STEPS, COLLECTIVE_EVERY = 5, 60  # one collective for so many kernels: about what FSDP x TP sends
@@ -43,19 +43,19 @@ def events(rank: int, size: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         at = 30.0 * number + rank
         if number % a_step == 0:
-            yield host("user_annotation", f"ProfilerStep#{number // a_step}", at, 30.0 * a_step, {})
+            yield complete_event("user_annotation", f"ProfilerStep#{number // a_step}", at, 30.0 * a_step, {})
         collective = number % COLLECTIVE_EVERY == 0
         name = "c10d::_allgather_base_" if collective else "aten::linear"
-        yield host("cpu_op", name, at + 1, 25, OPERATION)
+        yield complete_event("cpu_op", name, at + 1, 25, OPERATION)
         inner = record(number) if collective else OPERATION
-        yield host("cpu_op", "record_param_comms" if collective else "aten::addmm", at + 2, 22, inner)
-        yield host("cuda_runtime", "cudaLaunchKernel", at + 10, 3, {"correlation": number + 1, "cbid": 211})
+        yield complete_event("cpu_op", "record_param_comms" if collective else "aten::addmm", at + 2, 22, inner)
+        yield complete_event("cuda_runtime", "cudaLaunchKernel", at + 10, 3, {"correlation": number + 1, "cbid": 211})
         kernel = "ncclDevKernel_AllGather_RING_LL" if collective else f"ampere_bf16_s16816gemm_bf16_{number % 97}x128"
-        told = {**KERNEL, "correlation": number + 1}
-        yield {**host("kernel", kernel, at + 20, 26, told), "pid": 0, "tid": 7}
+        args = {**KERNEL, "correlation": number + 1}
+        yield {**complete_event("kernel", kernel, at + 20, 26, args), "pid": 0, "tid": 7}
 
 
-def host(category: str, name: str, start: float, seconds: float, told: dict[str, Any]) -> dict[str, Any]:
+def complete_event(category: str, name: str, start: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:
     return {
         "ph": "X",
         "cat": category,
@@ -64,7 +64,7 @@ def host(category: str, name: str, start: float, seconds: float, told: dict[str,
         "tid": 4242,
         "ts": 4575754941083.954 + start,
         "dur": seconds,
-        "args": {"External id": int(start), **told},
+        "args": {"External id": int(start), **args},
     }
 
 
@@ -83,9 +83,9 @@ def record(number: int) -> dict[str, Any]:
 
 def write(folder: Path, rank: int, size: int) -> int:
     path = folder / f"rank{rank}_trace.json"
-    about = {"distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 8}, "host_name": "one"}
+    metadata = {"distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 8}, "host_name": "one"}
     with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({**about, "baseTimeNanoseconds": 10**18})[:-1] + ', "traceEvents": [\n')
+        file.write(json.dumps({**metadata, "baseTimeNanoseconds": 10**18})[:-1] + ', "traceEvents": [\n')
         for number, event in enumerate(events(rank, size)):
             file.write((",\n" if number else "") + json.dumps(event))
         file.write("\n]}\n")
@@ -151,9 +151,9 @@ def main() -> None:
     met = all(figures[way]["seconds"] < SECONDS and figures[way]["peak_bytes"] < BYTES for way in ("plain", "packed"))
     rows = [(way, figures[way]["seconds"], round(figures[way]["peak_bytes"] / 1e9, 2)) for way in ("plain", "packed")]
     print(f"{size / 1e6:.0f} MB in {options.ranks} files, {processes} processes")
-    print(table(("files", "seconds", "GB"), rows))
+    print(text_table(("files", "seconds", "GB"), rows))
     claim = f"a set of 300 MB is analysed in under {SECONDS:.0f} s and {BYTES / 1e9:.0f} GB on 2 cores"
-    print(f"{claim}: {verdict(met)}")
+    print(f"{claim}: {met_or_missed(met)}")
     save("trace_speed", {**figures, "met": met}, command=command_line(), claim=claim)
 
 

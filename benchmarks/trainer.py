@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import BENCHMARKS, child_environment, usable_cores
-from paired import Command
+from paired import TimedCommand
 from shapes import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, Shape
 
 STEP_LINE = r"\bstep +\d+/\d+ +loss"  # of quadriga's console
@@ -32,7 +32,7 @@ def write_toml(path: Path, tables: Tables) -> Path:
     return path
 
 
-def same_model(shape: Shape, dtype: str, ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
+def matching_config(shape: Shape, dtype: str, ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
     """The configuration that trains what `bare.py` trains: same sizes, dtypes, batch, optimizer; nothing recomputed.
 
     All else is left at its default: real text is read and tokenized, every step is metered, logged and written to
@@ -66,18 +66,18 @@ def same_model(shape: Shape, dtype: str, ranks: int, folder: Path) -> dict[str, 
     }
 
 
-def trainer_command(config_file: Path, ranks: int, device: str, *overrides: str) -> Command:
+def trainer_command(config_file: Path, ranks: int, device: str, *overrides: str) -> TimedCommand:
     """The whole trainer: `python -m quadriga.train` for one rank, the launcher (so torchrun) for several."""
     module = "quadriga.train" if ranks == 1 else "quadriga.launch"
     argv = [sys.executable, "-m", module, "--job.config_file", str(config_file), *overrides]
-    return Command("quadriga", argv, STEP_LINE, environment(ranks, device))
+    return TimedCommand("quadriga", argv, STEP_LINE, environment(ranks, device))
 
 
-def bare_command(ranks: int, device: str, *arguments: str) -> Command:
+def bare_command(ranks: int, device: str, *arguments: str) -> TimedCommand:
     """The reference loop, alone or under torchrun."""
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     argv = [sys.executable, *starter, str(BENCHMARKS / "bare.py"), "--device", device, *arguments]
-    return Command("bare PyTorch", argv, BARE_STEP_LINE, environment(ranks, device))
+    return TimedCommand("bare PyTorch", argv, BARE_STEP_LINE, environment(ranks, device))
 
 
 def environment(ranks: int, device: str) -> dict[str, str]:
@@ -98,6 +98,6 @@ def environment(ranks: int, device: str) -> dict[str, str]:
     return child_environment(**chosen)
 
 
-def last_words(output: str, lines: int = 15) -> str:
+def output_tail(output: str, lines: int = 15) -> str:
     """The end of a failed command's output, for an error message."""
     return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()[-lines:])

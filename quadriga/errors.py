@@ -1,6 +1,6 @@
-"""What a user is told when something is wrong: problems that can be acted on, never a traceback.
+"""What a user sees when something is wrong: problems that can be acted on, never a traceback.
 
-Every room may raise `UserError`; only the entry points (`quadriga.launch`, `quadriga.train`, `quadriga.cli`) catch it,
+Any package may raise `UserError`; only the entry points (`quadriga.launch`, `quadriga.train`, `quadriga.cli`) catch it,
 print its report once and leave with its exit code.
 """
 
@@ -21,8 +21,8 @@ EXIT_SAVED = 75  # asked to leave: saved and left; the same start goes on from t
 
 
 NEWLINE = "\n"
-LONGEST = 600  # characters of one part of a problem, as it is shown
-MOST_SHOWN = 15  # problems of one report
+MAX_PART_CHARS = 600  # characters of one part of a problem, as it is shown
+MAX_PROBLEMS = 15  # problems of one report
 
 
 def printable(value: object, *, keep: str = "") -> str:
@@ -43,7 +43,7 @@ def shortened(value: object, most: int = 80) -> str:
 
 def _text(value: str) -> str:
     """Words of ours, which may be of several lines, and what they repeat."""
-    kept = value if len(value) <= 4 * LONGEST else value[: 4 * LONGEST - 3] + "..."
+    kept = value if len(value) <= 4 * MAX_PART_CHARS else value[: 4 * MAX_PART_CHARS - 3] + "..."
     return printable(kept, keep=NEWLINE)
 
 
@@ -65,13 +65,13 @@ class Problem:
     def __str__(self) -> str:
         # What a user or a file said may hold control characters; they would move the cursor or forge lines.
         # And it may be long.
-        said = f" = {shortened(self.value, LONGEST)}" if self.value is not None else ""
-        origin = f"  [{shortened(self.source, LONGEST)}]" if self.source else ""
-        lines = [f"{shortened(self.where, LONGEST)}{said}{origin}", f"    {_text(self.what)}"]
+        value_text = f" = {shortened(self.value, MAX_PART_CHARS)}" if self.value is not None else ""
+        origin = f"  [{shortened(self.source, MAX_PART_CHARS)}]" if self.source else ""
+        lines = [f"{shortened(self.where, MAX_PART_CHARS)}{value_text}{origin}", f"    {_text(self.what)}"]
         if self.allowed:
             lines.append(f"    allowed: {_text(self.allowed)}")
         if self.nearest:
-            lines.append(f"    did you mean: {shortened(self.nearest, LONGEST)}")
+            lines.append(f"    did you mean: {shortened(self.nearest, MAX_PART_CHARS)}")
         if self.fix:
             lines.append(f"    to do: {_text(self.fix)}")
         return "\n".join(lines)
@@ -91,9 +91,9 @@ class UserError(Exception):
         """The whole report, one blank line between two problems."""
         count = len(self.problems)
         title = "1 problem" if count == 1 else f"{count} problems"
-        shown = [str(problem) for problem in self.problems[:MOST_SHOWN]]
-        if count > MOST_SHOWN:
-            shown.append(f"and {count - MOST_SHOWN} more")
+        shown = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
+        if count > MAX_PROBLEMS:
+            shown.append(f"and {count - MAX_PROBLEMS} more")
         return f"quadriga: {title}\n\n" + "\n\n".join(shown)
 
     def __str__(self) -> str:

@@ -12,14 +12,14 @@ from quadriga import limits
 from quadriga.errors import Problem, UserError, shortened
 
 
-class Below(NamedTuple):
+class FolderListing(NamedTuple):
     """What lies below a folder, as names relative to it, sorted."""
 
     files: list[str]  # entries of every kind that are no folders
     repeated: list[str]  # links to a folder that is read under another name, or that the search began in
 
 
-def files_below(folder: str | os.PathLike[str]) -> Below:
+def files_below(folder: str | os.PathLike[str]) -> FolderListing:
     """All entries of a folder and its sub-folders; hidden ones are left out. Links to folders are followed.
 
     Each folder is read once, under its own name where it has one below `folder`: so a cycle of links ends, and the
@@ -58,7 +58,7 @@ def files_below(folder: str | os.PathLike[str]) -> Below:
             if len(files) + len(seen) + len(links) > limits.DATA_FILES:
                 allowed = f"at most {limits.DATA_FILES:,} files and folders"
                 raise UserError(Problem(shortened(root, 400), "the folder holds too many files", allowed=allowed))
-    return Below(sorted(files), sorted(repeated))
+    return FolderListing(sorted(files), sorted(repeated))
 
 
 def _entries(root: str, name: str) -> tuple[list[str], list[str], list[str]]:
@@ -88,10 +88,10 @@ def files_matching(pattern: str) -> list[str]:
     at = parts.index("**")
     above = "/".join(parts[:at]) or ("/" if pattern.startswith("/") else ".")
     folders = sorted(glob.glob(above)) if glob.has_magic(above) else [above]
-    below = ((folder, files_below(folder).files) for folder in folders if os.path.isdir(folder))
+    listings = ((folder, files_below(folder).files) for folder in folders if os.path.isdir(folder))
     return sorted(
         name if above == "." else os.path.join(folder, name)
-        for folder, names in below
+        for folder, names in listings
         for name in names
         if _matches(name.split("/"), parts[at:])
     )

@@ -18,7 +18,7 @@ from quadriga.reading import read_toml
 TERA, GIGA, GIB = 1e12, 1e9, 1024**3
 # Of the nominal size, read as GiB: torch says 39.4 of an "A100 40GB", 79.2 of an "H100 80GB", 95.0 of an "H100 96GB",
 # 139.8 of an "H200 141GB". Error correction in the same memory takes more.
-CAPACITY_SHARE, WITH_ERROR_CORRECTION = 0.985, 0.925
+CAPACITY_SHARE, ECC_CAPACITY_SHARE = 0.985, 0.925
 NETWORK = 50 * GIGA  # 400 Gbit/s a device
 
 
@@ -30,7 +30,7 @@ class Device:
     """
 
     name: str
-    words: tuple[str, ...]  # all of these occur, as words, in the name that a driver reports
+    keywords: tuple[str, ...]  # all of these occur, as words, in the name that a driver reports
     fp32: float | None
     tf32: float | None
     bf16: float | None
@@ -118,7 +118,7 @@ DEVICES = (
     ),
     Device(
         "L40S", ("l40s",), 91.6 * TERA, 183 * TERA, 362.05 * TERA, 733 * TERA,
-        48 * GIGA, 864 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA L40S data sheet", 25 * GIGA, WITH_ERROR_CORRECTION,
+        48 * GIGA, 864 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA L40S data sheet", 25 * GIGA, ECC_CAPACITY_SHARE,
     ),
     Device(
         "RTX 4090", ("rtx", "4090"), 82.6 * TERA, 82.6 * TERA, 165.2 * TERA, 330.3 * TERA,
@@ -139,10 +139,10 @@ DEVICES = (
 def find_device(name: str) -> Device | None:
     """The device that a driver (`NVIDIA H100 80GB HBM3`) or a user (`h100`, `h100-80gb`) names; None if it is not in
     the table. A size that the name tells must be the device's, but for Grace Hopper's, which tells another memory's."""
-    words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    keywords = set(re.findall(r"[a-z0-9]+", name.lower()))
+    sizes = {word for word in keywords if re.fullmatch(r"\d+gb", word)}
     for device in DEVICES:
-        if words.issuperset(device.words):
+        if keywords.issuperset(device.keywords):
             own = f"{(device.memory or 0) / GIGA:.0f}gb"
             return device if not sizes or own in sizes or device.name == "GH200" else None
     return None
@@ -151,7 +151,7 @@ def find_device(name: str) -> Device | None:
 def device_named(name: str, key: str) -> Device:
     """The device of the table, or of a TOML file of the user's, with the fields of `Device`. Raises UserError."""
     if name.endswith(".toml"):
-        return _device_of_file(name, key)
+        return _device_from_file(name, key)
     device = find_device(name)
     if device is None:
         known = [device.slug for device in DEVICES]
@@ -161,10 +161,10 @@ def device_named(name: str, key: str) -> Device:
     return device
 
 
-def _device_of_file(path: str, key: str) -> Device:
+def _device_from_file(path: str, key: str) -> Device:
     """`name`, `memory` in GB, `memory_bandwidth`, `link_bandwidth`, `network_bandwidth` in GB/s, rates in TFLOP/s."""
     try:
-        said = read_toml(path, what="device file")
+        raw = read_toml(path, what="device file")
     except UserError as error:
         raise UserError(*(replace(each, source=key) for each in error.problems)) from None
     where = shortened(path)
@@ -180,29 +180,29 @@ def _device_of_file(path: str, key: str) -> Device:
             allowed=", ".join(known),
             nearest=nearest(name, known),
         )
-        for name in said
+        for name in raw
         if name not in known
     ]
     problems += [
-        Problem(f"{where}: {shortened(name)}", "is missing") for name in ("name", "memory", "fp32") if name not in said
+        Problem(f"{where}: {shortened(name)}", "is missing") for name in ("name", "memory", "fp32") if name not in raw
     ]
     problems += [
         Problem(
-            f"{where}: {name}", "must be a number above 0, and within bounds", shortened(said[name]), allowed=allowed
+            f"{where}: {name}", "must be a number above 0, and within bounds", shortened(raw[name]), allowed=allowed
         )
         for name in scales
-        if name in said and not _is_figure(said[name])
+        if name in raw and not _is_figure(raw[name])
     ]
     problems += [
-        Problem(f"{where}: {name}", "must be text", shortened(said[name]))
+        Problem(f"{where}: {name}", "must be text", shortened(raw[name]))
         for name in texts
-        if name in said and not (isinstance(said[name], str) and said[name].isprintable())
+        if name in raw and not (isinstance(raw[name], str) and raw[name].isprintable())
     ]
     if problems:
         raise UserError(*problems)
     figures: dict[str, Any] = dict.fromkeys((each.name for each in fields(Device)[2:10]), None)
-    figures |= {"link": "its link", "source": path, "words": ("a device of the user's",)}
-    figures |= {name: value if name in texts else value * scales[name] for name, value in said.items()}
+    figures |= {"link": "its link", "source": path, "keywords": ("a device of the user's",)}
+    figures |= {name: value if name in texts else value * scales[name] for name, value in raw.items()}
     return Device(**figures)
 
 

@@ -23,12 +23,12 @@ import torch.distributed as dist
 from quadriga.errors import EXIT_FAULT, Fault, Problem, UserError
 from quadriga.limits import RANK_MESSAGE_BYTES
 
-UNSENT = -1  # the length of a message that could not be made
+ENCODE_FAILED = -1  # the length of a message that could not be made
 
 
 def all_gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """What every rank of the group passed in, by rank, on every rank."""
-    text, lengths = _announced(item, group)
+    text, lengths = _exchange_lengths(item, group)
     if len(lengths) == 1:
         return [_value(text, 0)]
     own = _padded(text, max(lengths))
@@ -39,7 +39,7 @@ def all_gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 def gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
     """What every rank of the group passed in, by rank, on its first rank; None on the others."""
-    text, lengths = _announced(item, group)
+    text, lengths = _exchange_lengths(item, group)
     if len(lengths) == 1:
         return [_value(text, 0)]
     own = _padded(text, max(lengths))
@@ -50,7 +50,7 @@ def gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any] 
 
 def broadcast_json(item: Any, group: dist.ProcessGroup | None = None) -> Any:
     """What the group's first rank passed in, on every rank; the others may pass None."""
-    text, failed = _tried(item) if _is_first(group) else (b"", None)
+    text, failed = _encode(item) if _is_first(group) else (b"", None)
     data = _broadcast(text, group, failed)
     return _value(data, 0)
 
@@ -85,27 +85,27 @@ def error_from_json(record: Mapping[str, Any], fault: type[Fault] = Fault) -> Ex
     return RuntimeError(f"on the first rank: {record['message']}")
 
 
-def _announced(item: Any, group: dist.ProcessGroup | None) -> tuple[bytes, list[int]]:
+def _exchange_lengths(item: Any, group: dist.ProcessGroup | None) -> tuple[bytes, list[int]]:
     """The own message, and the lengths of all ranks' messages. Raises on every rank where one has none to send."""
-    text, failed = _tried(item)
+    text, failed = _encode(item)
     ranks = _size(group)
-    lengths = [torch.tensor([UNSENT if failed else len(text)]) for _ in range(ranks)]
+    lengths = [torch.tensor([ENCODE_FAILED if failed else len(text)]) for _ in range(ranks)]
     if ranks > 1:
         own = lengths[0].clone()
         dist.all_gather(lengths, own, group=group)
     numbers = [int(length) for length in lengths]
     for rank, number in enumerate(numbers):
-        _refuse_length(number, rank, failed)
+        _check_length(number, rank, failed)
     return text, numbers
 
 
 def _broadcast(data: bytes, group: dist.ProcessGroup | None, failed: Exception | None) -> bytes:
-    announced = torch.tensor([UNSENT if failed else len(data)])
+    length_tensor = torch.tensor([ENCODE_FAILED if failed else len(data)])
     several = _size(group) > 1
     if several:
-        dist.broadcast(announced, group=group, group_src=0)
-    length = int(announced)
-    _refuse_length(length, 0, failed)
+        dist.broadcast(length_tensor, group=group, group_src=0)
+    length = int(length_tensor)
+    _check_length(length, 0, failed)
     if not several:
         return data
     sent = _padded(data, length)
@@ -113,17 +113,17 @@ def _broadcast(data: bytes, group: dist.ProcessGroup | None, failed: Exception |
     return data if _is_first(group) else sent[:length].numpy().tobytes()
 
 
-def _refuse_length(length: int, rank: int, failed: Exception | None) -> None:
+def _check_length(length: int, rank: int, failed: Exception | None) -> None:
     if failed is not None:
         raise failed
-    if length == UNSENT:
+    if length == ENCODE_FAILED:
         raise RuntimeError(f"rank {rank} could not put its value into JSON")
     if not 0 <= length <= RANK_MESSAGE_BYTES:
         what = f"rank {rank} announced a message of {length} bytes; at most {RANK_MESSAGE_BYTES} are taken"
         raise Fault(what, EXIT_FAULT)
 
 
-def _tried(item: Any) -> tuple[bytes, Exception | None]:
+def _encode(item: Any) -> tuple[bytes, Exception | None]:
     try:
         return json.dumps(item, separators=(",", ":")).encode(), None
     except (TypeError, ValueError, RecursionError) as error:

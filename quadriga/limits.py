@@ -22,14 +22,14 @@ LOG_LINES = 3_000_000  # of one such file: read into 3 GB at most
 DRY_RUN_HASHED_BYTES = 256 * MIB  # of a checkpoint that a dry run verifies: some tenths of a second
 
 TOML_BYTES = 4 * MIB  # one configuration file
-CARD_BYTES = MIB  # a README.md beside a configuration
+README_BYTES = 256 * KIB  # a README.md beside a configuration
 EXTENDS = 20  # configuration files that extend one another
 TOML_PROBLEMS = 100  # of one configuration, after which no more are looked for
 TEXT, PATH, PATH_PART = 1 << 16, 4096, 255  # characters of a value, of one that is a path (Linux), and of a name in it
 TOML_INTEGER = 1 << 63  # TOML's integers are of 64 bits
 DEVICE_FIGURES = (1e-3, 1e9)  # TFLOP/s, GB and GB/s of a device that a user describes
 CSV_BYTES = 16 * MIB  # one pipeline schedule
-CSV_FAULTS = 20  # of one schedule, as they are shown
+CSV_PROBLEMS = 20  # of one schedule, as they are shown
 
 # What a configuration may ask for. A dry run works through layers, stages and micro-batches one by one, and its figures
 # are products of many keys; these numbers keep both within seconds and within float64.
@@ -45,10 +45,10 @@ RANK_MESSAGE_BYTES = 1 * GIB
 
 RANKS = 1_000_000  # of one run, as its records may say; no run has come near
 
-# What ranks say of themselves through the rendezvous store (`resilience.hang_report`): a beat is about 300 bytes, an
-# alarm two of them and a number for each silent rank. A stack is that of all threads, as faulthandler writes it.
-BEAT_BYTES = 4 * KIB
-ALARM_BYTES = 1 * MIB
+# What ranks say of themselves through the rendezvous store (`resilience.hang_report`): a heartbeat is about 300 bytes,
+# a hang report two of them and a number for each silent rank. A stack is that of all threads, written by faulthandler.
+HEARTBEAT_BYTES = 4 * KIB
+HANG_REPORT_BYTES = 1 * MIB
 STACK_BYTES = 1 * MIB
 
 # Tokenizers. The largest published files are 34 MB (tokenizer.json) and 4 MB (tiktoken), with 262,144 ids.
@@ -100,4 +100,4 @@ TRACE_CALLS = 500_000  # of them, those whose arguments are kept: collectives an
 TRACE_NAMES = 1_000_000  # different names of one file
 TRACE_NAME = 4_000  # characters of a name that are read; templates of C++ have some 3,000
 TRACE_STEPS = 10_000  # profiled steps of one file
-CARD_BYTES = 256 * KIB  # a card of CCL-Bench; theirs have 4 KiB, and YAML is slow to read
+CCL_CARD_BYTES = 256 * KIB  # a card of CCL-Bench; theirs have 4 KiB, and YAML is slow to read

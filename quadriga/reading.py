@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 from quadriga import limits
 from quadriga.errors import Problem, UserError, shortened
 
-NAME_SHOWN = 400  # characters of a file's name in a message
+MAX_NAME_CHARS = 400  # characters of a file's name in a message
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 _DIGITS = re.compile(r"[0-9][0-9_]{399,}")
@@ -42,7 +42,7 @@ def opened(path: str | os.PathLike[str], *, what: str = "file") -> Iterator[Bina
             yield file
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(Problem(shortened(path, NAME_SHOWN), f"the {what} cannot be read: {reason}")) from error
+        raise UserError(Problem(shortened(path, MAX_NAME_CHARS), f"the {what} cannot be read: {reason}")) from error
 
 
 def _open(path: str | os.PathLike[str]) -> int:
@@ -71,7 +71,7 @@ def read_text(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, wh
     Raises:
         UserError: as `read_bytes`, or it is not UTF-8.
     """
-    return decode(read_bytes(path, most, what=what), shortened(path, NAME_SHOWN))
+    return decode(read_bytes(path, most, what=what), shortened(path, MAX_NAME_CHARS))
 
 
 def decode(content: bytes, where: str) -> str:
@@ -94,7 +94,7 @@ def read_json(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, wh
     Raises:
         UserError: as `read_text` and `parse_json`.
     """
-    return parse_json(read_text(path, most, what=what), shortened(path, NAME_SHOWN))
+    return parse_json(read_text(path, most, what=what), shortened(path, MAX_NAME_CHARS))
 
 
 def read_json_object(
@@ -117,7 +117,7 @@ def read_toml(path: str | os.PathLike[str], most: int = limits.TOML_BYTES, *, wh
     Raises:
         UserError: as `read_text`, it is not TOML, or its tables nest deeper than `limits.JSON_DEPTH`.
     """
-    return parse_toml(read_text(path, most, what=what), shortened(path, NAME_SHOWN))
+    return parse_toml(read_text(path, most, what=what), shortened(path, MAX_NAME_CHARS))
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -134,21 +134,24 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels")) from None
     except ValueError as error:  # TOMLDecodeError, or a number of too many digits
         at, digits = re.search(r"at line (\d+)", str(error)), _DIGITS.search(text)
-        told, line = shortened(error, 200), text.count("\n") + 1  # tomllib tells no line where the text ends too early
+        reason, line = (
+            shortened(error, 200),
+            text.count("\n") + 1,
+        )  # tomllib tells no line where the text ends too early
         if at is not None:
             line = int(at.group(1))
         elif not isinstance(error, tomllib.TOMLDecodeError) and digits is not None:
-            told, line = "a number of too many digits", text.count("\n", 0, digits.start()) + 1
+            reason, line = "a number of too many digits", text.count("\n", 0, digits.start()) + 1
         fix = "see https://toml.io for the format"
-        raise UserError(Problem(f"{where}, line {line}", f"this is not TOML: {told}", fix=fix)) from error
+        raise UserError(Problem(f"{where}, line {line}", f"this is not TOML: {reason}", fix=fix)) from error
     if _depth(found) > limits.JSON_DEPTH:
         raise UserError(Problem(where, f"the TOML nests deeper than {limits.JSON_DEPTH} levels"))
-    if (key := _huge(found)) is not None:
+    if (key := _oversized_integer(found)) is not None:
         raise UserError(Problem(where, f"`{shortened(key)}` holds a whole number of more than 64 bits"))
     return found
 
 
-def _huge(table: dict[str, Any]) -> str | None:
+def _oversized_integer(table: dict[str, Any]) -> str | None:
     """The key of an integer that TOML does not have; tomllib reads them all the same."""
     parts: list[tuple[str, Any]] = [("", table)]
     while parts:
@@ -244,7 +247,7 @@ def json_type(value: object) -> str:
 
 
 def _refuse(path: str | os.PathLike[str], what: str, allowed: str | None = None, *, fix: str | None = None) -> NoReturn:
-    raise UserError(Problem(shortened(Path(path), NAME_SHOWN), what, allowed=allowed, fix=fix))
+    raise UserError(Problem(shortened(Path(path), MAX_NAME_CHARS), what, allowed=allowed, fix=fix))
 
 
 def file_kind(mode: int) -> str:

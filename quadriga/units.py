@@ -11,12 +11,12 @@ GIB = 1024**3
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
-def show_some(words: Sequence[str], most: int = 5) -> str:
+def format_some(names: Sequence[str], most: int = 5) -> str:
     """`a, b and 7 more`: the first of many words alike."""
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def show_bytes(amount: float) -> str:
+def format_bytes(amount: float) -> str:
     """`8030261248` -> `7.48 GiB`."""
     for unit, name in ((1024**4, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(amount) >= unit:
@@ -24,7 +24,7 @@ def show_bytes(amount: float) -> str:
     return f"{amount:.0f} B"
 
 
-def show_count(amount: float) -> str:
+def format_count(amount: float) -> str:
     """`8030261248` -> `8.03 B`; below ten thousand the number itself."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(amount) >= unit:
@@ -32,7 +32,7 @@ def show_count(amount: float) -> str:
     return f"{amount / 1e3:.1f} k" if abs(amount) >= 1e4 else f"{amount:,.0f}"
 
 
-def show_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """`4210.3` -> `1h10m`; below one minute with one decimal."""
     if seconds < 60:
         return f"{seconds:.1f}s"

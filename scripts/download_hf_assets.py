@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quadriga import limits
 from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, NEWLINE, Problem, UserError, printable, shortened
 from quadriga.reading import json_type, parse_json
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
 DEFAULT_REPOSITORY = "meta-llama/Llama-3.1-8B"
 DEFAULT_FOLDER = "./assets/hf"
@@ -164,12 +164,12 @@ def download(repo_id: str, assets: Sequence[str], target: Path, token: str | Non
     hub = Hub(endpoint, repo_id, token, target)
     commit, present = read_listing(hub.listing(), hub.listing_url, repo_id)
     names = files_of(assets, present, repo_id)
-    total = show_bytes(sum(present[name].size for name in names))
+    total = format_bytes(sum(present[name].size for name in names))
     say(f"{repo_id}: {len(names)} files, {total}, from {endpoint} to {target}")
     try:
         target.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names, start=1):
-            say(f"[{number}/{len(names)}] {name}  {show_bytes(present[name].size)}")
+            say(f"[{number}/{len(names)}] {name}  {format_bytes(present[name].size)}")
             yield fetched(hub, commit, name, present[name]).absolute()
     except OSError as error:
         raise of_the_disk(error, target) from error
@@ -291,7 +291,7 @@ class Hub:
     def fetch(self, url: str, part: Path, file: RemoteFile, name: str) -> None:
         """Bring `part` to the content that the Hub states. Raises MachineError where that does not come."""
         seconds = WHOLE_SECONDS + file.size / LEAST_RATE
-        with time_limit(seconds, f"{name} did not come: {show_bytes(file.size)} in {seconds:.0f} s is too slow"):
+        with time_limit(seconds, f"{name} did not come: {format_bytes(file.size)} in {seconds:.0f} s is too slow"):
             began = part.exists()  # by an earlier call
             self._again_and_again(lambda: self._fetch(url, part, file, name))
             if began and not file.describes(part):

@@ -27,7 +27,7 @@ LOCAL = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
-    if "torch" in sys.modules:  # tests of the torch-free rooms do not pay for the import
+    if "torch" in sys.modules:  # tests of the torch-free packages do not pay for the import
         sys.modules["torch"].manual_seed(0)
         sys.modules["torch"].set_num_threads(1)  # threads that wait for each other are slow where workers share cores
 

@@ -1,7 +1,7 @@
 """Checkpoints that somebody made to run code, to read what they should not, or to exhaust the machine. For tests.
 
 Each function of `ATTACKS` changes a whole folder `step-N` of ours. If anything of it is executed, the file `flag` comes
-to be. `seal_again` makes the manifest fit, as an attacker can: its hash holds no secret.
+to be. `reseal_manifest` makes the manifest fit, as an attacker can: its hash holds no secret.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from quadriga.checkpoint.files import LocalFiles
-from quadriga.checkpoint.folder import STATE_FILE, seal, sha256
+from quadriga.checkpoint.folder import STATE_FILE, format_manifest, sha256
 
 
-class Harm:
+class CommandPickle:
     """A pickle that runs a command."""
 
     def __init__(self, flag: Path) -> None:
@@ -39,7 +39,7 @@ class Harm:
         return os.system, (f"touch {self.flag}",)
 
 
-def seal_again(step: Path) -> None:
+def reseal_manifest(step: Path) -> None:
     manifest = step / STATE_FILE
     state = json.loads(manifest.read_text())
     state["files"] = {
@@ -47,7 +47,7 @@ def seal_again(step: Path) -> None:
         for file in sorted(step.iterdir())
         if file.name != STATE_FILE
     }
-    manifest.write_text(seal(state))
+    manifest.write_text(format_manifest(state))
 
 
 def metadata_of(step: Path) -> Metadata:
@@ -69,7 +69,7 @@ def second_unpickling_differs(step: Path, flag: Path, protocol: int = 2) -> None
     metadata = metadata_of(step)
     name = a_weight(metadata)
     real = metadata.state_dict_metadata[name]
-    torch.save(Harm(flag), step / "__9_0.distcp")
+    torch.save(CommandPickle(flag), step / "__9_0.distcp")
     size = (step / "__9_0.distcp").stat().st_size
     entry = type("Entry", (), {})()
     metadata.state_dict_metadata[name] = entry
@@ -112,7 +112,7 @@ def class_is_swapped(step: Path, flag: Path) -> None:
 
 def a_command_is_called(step: Path, flag: Path) -> None:
     metadata = metadata_of(step)
-    metadata.planner_data = {"a": Harm(flag)}
+    metadata.planner_data = {"a": CommandPickle(flag)}
     without_plan(step, pickle.dumps(metadata))
 
 
@@ -120,23 +120,23 @@ def bytes_are_planned(step: Path, flag: Path) -> None:
     """What is a tensor for the run is pickled bytes here: DCP's own planner would unpickle them."""
     metadata = metadata_of(step)
     name = a_weight(metadata)
-    torch.save(Harm(flag), step / "__9_0.distcp")
+    torch.save(CommandPickle(flag), step / "__9_0.distcp")
     size = (step / "__9_0.distcp").stat().st_size
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
     metadata.storage_data[MetadataIndex(name)] = _StorageInfo("__9_0.distcp", 0, size)
     without_plan(step, pickle.dumps(metadata))
 
 
-def the_plan_lies_and_so_does_metadata(step: Path, flag: Path) -> None:
+def plan_and_metadata_are_forged(step: Path, flag: Path) -> None:
     """`.metadata` would run a command; `plan.json` calls pickled bytes a tensor."""
-    (step / ".metadata").write_bytes(pickle.dumps(Harm(flag)))
-    torch.save([Harm(flag), bytes(100_000)], step / "__9_0.distcp")
+    (step / ".metadata").write_bytes(pickle.dumps(CommandPickle(flag)))
+    torch.save([CommandPickle(flag), bytes(100_000)], step / "__9_0.distcp")
     _change_plan(step, lambda chunk, files: _at(chunk, files, "__9_0.distcp", step))
 
 
 def a_shard_is_a_pickle(step: Path, flag: Path) -> None:
     """Not even an archive."""
-    (step / "__9_0.distcp").write_bytes(pickle.dumps(Harm(flag)) + bytes(4000))
+    (step / "__9_0.distcp").write_bytes(pickle.dumps(CommandPickle(flag)) + bytes(4000))
     _change_plan(step, lambda chunk, files: _at(chunk, files, "__9_0.distcp", step))
 
 
@@ -223,7 +223,7 @@ ATTACKS: dict[str, Callable[[Path, Path], None]] = {
     attack.__name__: attack
     for attack in (
         *(second_unpickling_differs, second_unpickling_differs_in_a_later_protocol, build_on_a_class),
-        *(class_is_swapped, a_command_is_called, bytes_are_planned, the_plan_lies_and_so_does_metadata),
+        *(class_is_swapped, a_command_is_called, bytes_are_planned, plan_and_metadata_are_forged),
         *(a_shard_is_a_pickle, a_shard_calls_what_torch_holds_to_be_safe, a_shard_is_inflated),
         *(a_shard_has_another_dtype, a_chunk_lies_outside, a_chunk_lies_outside_in_metadata),
         *(numbers_are_huge, a_file_is_elsewhere, a_shard_is_a_link, chunks_leave_a_hole),

@@ -1,4 +1,4 @@
-"""What the tests of the estimate share: runs read through the door, and their rehearsal with fake tensors."""
+"""What the tests of the estimate share: runs read with all checks, and their rehearsal with fake tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.config.run_spec import Degrees
 from quadriga.models.registry import catalogue
-from quadriga.planning.communication import calls_of
+from quadriga.planning.communication import collective_calls
 from quadriga.planning.setup import Setup
 
 DEBUG = (
@@ -44,10 +44,10 @@ COMPUTE = {
 
 def keys(**degrees: Any) -> tuple[str, ...]:
     """`tp=2, schedule="GPipe"` as arguments."""
-    return tuple(f"--parallelism.{SHORT[name]}={_shown(value)}" for name, value in degrees.items())
+    return tuple(f"--parallelism.{SHORT[name]}={_format_value(value)}" for name, value in degrees.items())
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -62,7 +62,7 @@ def by_group(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counter[tup
     calls: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     same = one_name_a_group(degrees)
-    for call in calls_of(Setup(run, "cpu"), rank // (degrees.world_size // degrees.pp)):
+    for call in collective_calls(Setup(run, "cpu"), rank // (degrees.world_size // degrees.pp)):
         name = call.kind, same.get(call.axis, call.axis)
         calls[name] += round(call.calls)
         sizes[name] += round(call.bytes)

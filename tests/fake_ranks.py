@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import build_mesh
-from quadriga.comm.record import Recorder, axes_of
 from quadriga.config import Run
 from quadriga.rehearsal.live_memory import LiveMemory
 from quadriga.rehearsal.rehearse import HOST, empty_state
-from quadriga.train.build import build_recipe
+from quadriga.train.build import build_step_config
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step, with_last
 
@@ -51,11 +51,11 @@ def rehearsed_state(run: Run) -> tuple[TrainState, Callable[[], None]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode as nothing:
         state = empty_state(run, mesh, nothing)
-        recipe = build_recipe(run, mesh, HOST, state.parts)
+        step_config = build_step_config(run, mesh, HOST, state.parts)
 
     def step() -> None:
         with mode:
-            train_step(state, recipe, mesh)
+            train_step(state, step_config, mesh)
 
     return state, step
 
@@ -65,9 +65,9 @@ def recorded_step(run: Run, rank: int) -> tuple[Counter[tuple[str, str]], Counte
     mesh = build_mesh(run.spec.degrees, HOST.type)
     with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
         state = empty_state(run, mesh, nothing)
-        recipe = build_recipe(run, mesh, HOST, state.parts)
-        with Recorder(axes_of(mesh)) as recorder:
-            train_step(state, recipe, mesh)
+        step_config = build_step_config(run, mesh, HOST, state.parts)
+        with CallRecorder(axis_by_ranks(mesh)) as recorder:
+            train_step(state, step_config, mesh)
     return recorder.counts(), recorder.bytes()
 
 
@@ -76,13 +76,13 @@ def peak_of_passes(run: Run, rank: int) -> int:
     mesh = build_mesh(run.spec.degrees, HOST.type)
     with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
         state = empty_state(run, mesh, nothing)
-        recipe = build_recipe(run, mesh, HOST, state.parts)
+        step_config = build_step_config(run, mesh, HOST, state.parts)
         with LiveMemory() as live:
             for parameter in state.parameters():
-                live.look(parameter.detach())
+                live.track(parameter.detach())
             batch = state.loader.next()
-            before = live.mark()
-            for micro_batch, last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
-                reduce = recipe.reduce_gradients == "every_micro_batch"
-                recipe.forward_backward.train(micro_batch, reduce=reduce, last=last)
+            before = live.reset_peak()
+            for micro_batch, last in with_last(batch.micro_batches(step_config.micro_batch_rows)):
+                reduce = step_config.reduce_gradients == "every_micro_batch"
+                step_config.forward_backward.train(micro_batch, reduce=reduce, last=last)
             return live.peak - before

@@ -13,20 +13,21 @@ from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
-class Poison:
+class InjectedFault:
     """At `step`, on `rank`, losses are multiplied by `loss`, and their gradients by `loss` and `gradient`. After it the
-    lowest bit of one number of the parameter named `flips` is turned over, as a cosmic ray would; or it is killed.
+    lowest bit of one number of the parameter named `flip_bit_of` is turned over, as a cosmic ray would; or the
+    rank is killed.
     """
 
     step: int
     rank: int = 0
     loss: float = 1.0
     gradient: float = 1.0
-    flips: str | None = None
-    kills: bool = False
+    flip_bit_of: str | None = None
+    kill: bool = False
 
 
-class _Factors(torch.autograd.Function):
+class _ScaleLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, loss: float, gradient: float) -> Tensor:
         ctx.factor = loss * gradient
@@ -37,15 +38,15 @@ class _Factors(torch.autograd.Function):
         return given * ctx.factor, None, None
 
 
-def flip(parameter: Tensor, place: int = 0) -> None:
+def flip_lowest_bit(parameter: Tensor, place: int = 0) -> None:
     """Turn over the lowest bit of one float32 number of this rank's shard."""
     _local(parameter).view(torch.int32).flatten()[place] ^= 1
 
 
 def far_from_a_power_of_two(parameter: Tensor) -> int:
     """Where a lowest bit outlives updates: a number that grows past a power of two is rounded to one bit less."""
-    share, exponent = torch.frexp(_local(parameter).flatten().abs())
-    return int(torch.ldexp(torch.minimum(share - 0.5, 1 - share), exponent).argmax())
+    mantissa, exponent = torch.frexp(_local(parameter).flatten().abs())
+    return int(torch.ldexp(torch.minimum(mantissa - 0.5, 1 - mantissa), exponent).argmax())
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -53,29 +54,30 @@ def _local(parameter: Tensor) -> Tensor:
     return local.to_local() if isinstance(local, DTensor) else local
 
 
-def give(*poisons: Poison) -> None:
-    """Poison this process, a rank: its losses are multiplied in the steps named. Call before the trainer is built."""
+def inject(*faults: InjectedFault) -> None:
+    """Inject faults into this process, a rank: its losses are multiplied in the steps named. Call it before
+    the trainer is built."""
     from quadriga.train import build, loop, step
 
     rank, cross_entropy, train_step = int(os.environ["RANK"]), step.summed_cross_entropy, step.train_step
-    by_step = {poison.step: poison for poison in poisons if poison.rank == rank}
+    by_step = {injected.step: injected for injected in faults if injected.rank == rank}
     now = 0
 
-    def poisoned_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy_with_faults(logits: Tensor, labels: Tensor) -> Tensor:
         value = cross_entropy(logits, labels)
-        poison = by_step.get(now)
-        return value if poison is None else _Factors.apply(value, poison.loss, poison.gradient)
+        injected = by_step.get(now)
+        return value if injected is None else _ScaleLoss.apply(value, injected.loss, injected.gradient)
 
-    def counting_train_step(state: Any, recipe: Any, mesh: Any) -> Any:
+    def counting_train_step(state: Any, step_config: Any, mesh: Any) -> Any:
         nonlocal now
         now = state.step + 1
-        metrics = train_step(state, recipe, mesh)
-        if now in by_step and by_step[now].kills:
+        metrics = train_step(state, step_config, mesh)
+        if now in by_step and by_step[now].kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        if now in by_step and (name := by_step[now].flips):
+        if now in by_step and (name := by_step[now].flip_bit_of):
             parameter = dict(pair for part in state.parts for pair in part.named_parameters())[name]
-            flip(parameter, far_from_a_power_of_two(parameter))
+            flip_lowest_bit(parameter, far_from_a_power_of_two(parameter))
         return metrics
 
-    build.summed_cross_entropy = poisoned_cross_entropy
+    build.summed_cross_entropy = cross_entropy_with_faults
     step.train_step = loop.train_step = counting_train_step

@@ -1,4 +1,4 @@
-"""Small Llamas for the tests of the Hugging Face door: as ours, as checkpoints, and as folders of theirs."""
+"""Small Llamas for the tests of Hugging Face import and export: as ours, as checkpoints, and as folders of theirs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.folder import Found
-from quadriga.checkpoint.hf_folder import Entry
+from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.checkpoint.hf_folder import TensorInfo
 from quadriga.checkpoint.hf_write import WeightFile, write_weights
-from quadriga.checkpoint.tensors import write
+from quadriga.checkpoint.tensors import save_tensors
 from quadriga.config.model_spec import ModelSpec, RopeScaling
 from quadriga.models.llama.model import Llama
 from quadriga.models.registry import hf_config, hf_names, parallel_plan
@@ -37,20 +37,20 @@ def random_model(spec: ModelSpec, seed: int = 1) -> Llama:
     return model
 
 
-def save(model: Llama, folder: Path, step: int = 7, config: Mapping[str, Any] | None = None) -> Found:
+def save(model: Llama, folder: Path, step: int = 7, config: Mapping[str, Any] | None = None) -> CheckpointInfo:
     """A published checkpoint of the model alone."""
     place = folders.prepare(folder, step)
-    hashes = write(place, {f"model.{name}": value for name, value in model.state_dict().items()}, None)
+    hashes = save_tensors(place, {f"model.{name}": value for name, value in model.state_dict().items()}, None)
     extra = {"model": asdict(model.spec)} | ({} if config is None else {"config": dict(config)})
-    return folders.read(folders.publish(folder, step, ("model",), extra, place, hashes))
+    return folders.read_checkpoint(folders.publish(folder, step, ("model",), extra, place, hashes))
 
 
 def write_hf(model: Llama, folder: Path) -> Path:
     """The model as a folder of Hugging Face's, one file, without their library."""
     folder.mkdir(parents=True)
     names = hf_names(model.spec)
-    tensors = {names.theirs(name): value for name, value in model.state_dict().items()}
-    entries = {name: Entry(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    tensors = {names.hf_name(name): value for name, value in model.state_dict().items()}
+    entries = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with (folder / "model.safetensors").open("wb") as stream:
         write_weights(stream, WeightFile("model.safetensors", entries), tensors.__getitem__)
     (folder / "config.json").write_text(json.dumps(hf_config(model.spec, bos_id=None, eos_id=None)))

@@ -1,6 +1,6 @@
 """Real launches for tests: started as a user starts them, and never left behind.
 
-A test of the launcher or of the process guards may put a few lines in the place of the training loop (`stand_in`);
+A test of the launcher or of the process guards may put a few lines in the place of the training loop (`replace_loop`);
 everything around the loop stays the real thing: run_train.sh, launcher, torchrun, ranks, signals, exit records.
 """
 
@@ -33,23 +33,23 @@ LAUNCH = [sys.executable, "-m", "quadriga.launch"]
 TRAIN = [sys.executable, "-m", "quadriga.train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
-_HOOK = """
+_LOOP_HOOK = """
 import importlib.abc, importlib.util, sys
 
-class StandIn(importlib.abc.MetaPathFinder):
+class LoopFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "quadriga.train.loop":
             return importlib.util.spec_from_file_location(name, {loop!r})
 
-sys.meta_path.insert(0, StandIn())
+sys.meta_path.insert(0, LoopFinder())
 """
 
 
-def stand_in(folder: Path, loop: str) -> dict[str, str]:
+def replace_loop(folder: Path, loop: str) -> dict[str, str]:
     """Variables under which every rank runs `loop`, the source of a module with `run(run, environ) -> int`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loop.py").write_text(loop)
-    (folder / "sitecustomize.py").write_text(_HOOK.format(loop=str(folder / "loop.py")))
+    (folder / "sitecustomize.py").write_text(_LOOP_HOOK.format(loop=str(folder / "loop.py")))
     return {"PYTHONPATH": str(folder)}
 
 
@@ -62,7 +62,7 @@ def launch_environ(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Ended:
+class LaunchResult:
     code: int
     out: str
     err: str
@@ -71,13 +71,13 @@ class Ended:
 
 def launch(
     command: list[str], environ: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 180
-) -> Ended:
+) -> LaunchResult:
     """Run a command to its end. It has `timeout` seconds, after which all that it started is killed."""
     start = time.monotonic()
     running = Running(command, environ, cwd)
     try:
         out, err = running.process.communicate(timeout=timeout)
-        return Ended(running.process.returncode, out, err, time.monotonic() - start)
+        return LaunchResult(running.process.returncode, out, err, time.monotonic() - start)
     finally:
         running.kill_all()
 
@@ -97,7 +97,7 @@ class Running:
         )
         self.seen: set[int] = {self.process.pid}
 
-    def family(self) -> set[int]:
+    def process_tree(self) -> set[int]:
         """The process and all its descendants that live now."""
         children = _children()
         found, new = set(), {self.process.pid}
@@ -108,18 +108,18 @@ class Running:
         return found
 
     def has_started(self, module: str) -> bool:
-        """Whether a process of the family runs a module of this name."""
-        return any(module in command_line(pid) for pid in self.family())
+        """Whether a process of the tree runs a module of this name."""
+        return any(module in command_line(pid) for pid in self.process_tree())
 
-    def end(self, timeout: float = 120) -> Ended:
+    def end(self, timeout: float = 120) -> LaunchResult:
         """Wait for the end of the process, and for what it said."""
         start = time.monotonic()
         out, err = self.process.communicate(timeout=timeout)
-        return Ended(self.process.returncode, out, err, time.monotonic() - start)
+        return LaunchResult(self.process.returncode, out, err, time.monotonic() - start)
 
     def kill_all(self) -> None:
         if self.process.poll() is None:
-            self.family()
+            self.process_tree()
         for pid in self.seen:
             with suppress(ProcessLookupError):
                 if pid != self.process.pid or self.process.poll() is None:
@@ -139,7 +139,7 @@ def _children() -> dict[int, list[int]]:
 
 
 def command_line(pid: int) -> list[str]:
-    """Its words; none where the process has ended."""
+    """Its arguments; none where the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:

@@ -24,8 +24,8 @@ class MadeTrace:
             self.about["host_name"] = machine
         self._shift = shift
 
-    def host(self, name: str, start: float, end: float, category: str = "cpu_op", **told: Any) -> None:
-        self._add(name, category, start, end, HOST, told)
+    def host(self, name: str, start: float, end: float, category: str = "cpu_op", **args: Any) -> None:
+        self._add(name, category, start, end, HOST, args)
 
     def mark(self, name: str, start: float, end: float) -> None:
         self.host(name, start, end, "user_annotation")
@@ -34,17 +34,17 @@ class MadeTrace:
         self._add("cudaLaunchKernel", "cuda_runtime", at, at + 1, HOST, {"correlation": correlation})
 
     def device(
-        self, name: str, start: float, end: float, correlation: int, category: str = "kernel", **told: Any
+        self, name: str, start: float, end: float, correlation: int, category: str = "kernel", **args: Any
     ) -> None:
-        self._add(name, category, start, end, STREAM, {"correlation": correlation, **told})
+        self._add(name, category, start, end, STREAM, {"correlation": correlation, **args})
 
     def write(self, path: Path, **layout: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**self.about, "traceEvents": self.events}, **layout))
 
-    def _add(self, name: str, category: str, start: float, end: float, thread: int, told: dict[str, Any]) -> None:
+    def _add(self, name: str, category: str, start: float, end: float, thread: int, args: dict[str, Any]) -> None:
         event = {"ph": "X", "cat": category, "name": name, "pid": 1, "tid": thread}
-        self.events.append({**event, "ts": start + self._shift, "dur": end - start, "args": told})
+        self.events.append({**event, "ts": start + self._shift, "dur": end - start, "args": args})
 
 
 def record(name: str, taken: int, given: int, dtype: str, group: str = "3", purpose: str = "mesh_dp_shard") -> Any:

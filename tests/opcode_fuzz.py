@@ -42,15 +42,15 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         SEEN.append(event)
 
 
-class Watch:
+class ExecutionWatch:
     """`seen`: what was executed while `reading`. An audit hook cannot be removed, so it is one that sleeps."""
 
     installed: ClassVar[bool] = False
 
-    def __enter__(self) -> Watch:
-        if not Watch.installed:
+    def __enter__(self) -> ExecutionWatch:
+        if not ExecutionWatch.installed:
             sys.addaudithook(_hook)
-            Watch.installed = True
+            ExecutionWatch.installed = True
         self.seen = SEEN
         SEEN.clear()
         return self
@@ -69,10 +69,10 @@ class Watch:
     def unpickle(self, data: bytes) -> None:
         """As pickle does it, but for names of other modules than this one, and programs that could exhaust memory."""
         with suppress(Exception):
-            _Careful(io.BytesIO(data)).load()
+            _RestrictedUnpickler(io.BytesIO(data)).load()
 
 
-class _Careful(pickle._Unpickler):  # the one in Python: its memo is a dict, so a huge index is no bomb
+class _RestrictedUnpickler(pickle._Unpickler):  # the one in Python: its memo is a dict, so a huge index is no bomb
     def find_class(self, module: str, name: str) -> Any:
         SEEN.append("pickle.find_class")
         if (module, name) == ("opcode_fuzz", "Canary"):

@@ -59,11 +59,11 @@ def read_page(text: str) -> Element:
     return reader.root
 
 
-def keeps_the_house_rules(text: str) -> Element:
+def assert_page_rules(text: str) -> Element:
     """One file, no script, nothing fetched; every picture has a name, a caption and the table of its numbers."""
     page = read_page(text)
     assert not page.all("script")
-    assert not [word for word in ("src=", "href=", "@import", "url(", "http://", "https://jfly") if word in text]
+    assert not [part for part in ("src=", "href=", "@import", "url(", "http://", "https://jfly") if part in text]
     assert page.all("html")[0].attributes["lang"] == "en"
     for picture in page.all("svg", "picture"):
         assert picture.attributes["role"] == "img"

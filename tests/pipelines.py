@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from tiny import whole
+from tiny import to_full_tensor
 from torch.distributed.fsdp import FSDPModule
 from training import DEBUG_FILE, TINY
 
@@ -19,7 +19,7 @@ from quadriga.data.loader import Loader
 from quadriga.models.registry import catalogue
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
-from quadriga.train.build import build_parts, build_pass, build_recipe
+from quadriga.train.build import build_forward_backward, build_parts, build_step_config
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step
 
@@ -38,15 +38,15 @@ def pipeline(ranks: int, schedule: str = "1F1B") -> Arguments:
 
 
 @dataclass
-class Trace:
+class PipelineTrace:
     """Per step the loss and the norm; the loss of a validation batch; then the weights that this rank holds, whole."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     validation: float = 0.0
-    born: dict[str, torch.Tensor] = field(default_factory=dict)
+    initial_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    left_whole: list[str] = field(default_factory=list)  # modules whose gathered parameters outlived a step
+    left_unsharded: list[str] = field(default_factory=list)  # modules whose gathered parameters outlived a step
 
 
 @dataclass
@@ -58,7 +58,7 @@ class FixedBatches:
     step: int = 0
     waited: float = 0.0
 
-    def mark(self) -> dict[int, Any]:
+    def snapshot(self) -> dict[int, Any]:
         return {}
 
     def next(self) -> Batch:
@@ -83,17 +83,17 @@ def make_state(run: Run, mesh: Any) -> TrainState:
     return TrainState(parts, optimizer, schedule, cast(Loader, FixedBatches(run, mesh.batch_rank)))
 
 
-def train(arguments: Arguments) -> Trace:
+def train(arguments: Arguments) -> PipelineTrace:
     run = read_run(arguments, dist.get_world_size())
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
-    recipe = build_recipe(run, mesh, CPU, state.parts)
-    trace = Trace(born=whole_weights(state))
+    step_config = build_step_config(run, mesh, CPU, state.parts)
+    trace = PipelineTrace(initial_weights=whole_weights(state))
     for _ in range(run.spec.steps):
-        metrics = train_step(state, recipe, mesh)
+        metrics = train_step(state, step_config, mesh)
         trace.losses.append(float(metrics.loss))
         trace.norms.append(float(metrics.grad_norm))
-        trace.left_whole += gathered(state)
+        trace.left_unsharded += unsharded_modules(state)
     trace.weights = whole_weights(state)
     trace.validation = validate(run, mesh, state)
     return trace
@@ -101,7 +101,9 @@ def train(arguments: Arguments) -> Trace:
 
 def validate(run: Run, mesh: Any, state: TrainState, rows: int = 2) -> float:
     """The mean loss of the same rows on all ranks: fewer than some schedules could train on."""
-    forward = build_pass(run, mesh, CPU, state.parts, rows, run.spec.seq_len, divisor=rows * run.spec.seq_len)
+    forward = build_forward_backward(
+        run, mesh, CPU, state.parts, rows, run.spec.seq_len, divisor=rows * run.spec.seq_len
+    )
     batch = FixedBatches(run, 0, step=1000).next()
     with torch.no_grad():
         loss = forward.evaluate(Batch(batch.tokens[:rows], batch.labels[:rows]))
@@ -109,27 +111,27 @@ def validate(run: Run, mesh: Any, state: TrainState, rows: int = 2) -> float:
     return float(mesh.reduce_sum(loss)) / mesh.batch_degree
 
 
-def train_all(cases: list[Arguments]) -> list[Trace]:
+def train_all(cases: list[Arguments]) -> list[PipelineTrace]:
     """Several cases on the same ranks, so that a test starts them once."""
     return [train(case) for case in cases]
 
 
 def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: whole(parameter) for part in state.parts for name, parameter in part.named_parameters()}
+    return {name: to_full_tensor(parameter) for part in state.parts for name, parameter in part.named_parameters()}
 
 
-def gathered(state: TrainState) -> list[str]:
+def unsharded_modules(state: TrainState) -> list[str]:
     """The modules whose parameters are still whole though they are cut over ranks."""
     found = []
     for part in state.parts:
         for name, module in part.named_modules():
             if isinstance(module, FSDPModule):
                 groups = module._get_fsdp_state()._state_ctx.all_states
-                found += [name for each in groups if _is_whole(each)]
+                found += [name for each in groups if _is_unsharded(each)]
     return found
 
 
-def _is_whole(state: Any) -> bool:
+def _is_unsharded(state: Any) -> bool:
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = [state._fsdp_param_group] if groups is None else groups
     return any(group is not None and group.is_unsharded for group in groups)

@@ -1,4 +1,4 @@
-"""The sockets that processes listen on, as the kernel lists them, and what a stranger may do to them."""
+"""The sockets that processes listen on, as the kernel lists them, and a client that attacks them."""
 
 from __future__ import annotations
 
@@ -62,30 +62,30 @@ def _address(text: str) -> str:
     return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
 
 
-class Stranger:
-    """Somebody without manners: for each port 1 kB of garbage, a connection that says nothing, half a number and
-    stays, and 200 connections at once. `leave` closes those that stay."""
+class HostileClient:
+    """A client that attacks: for each port 1 kB of garbage, a connection that says nothing, half a number and
+    stays, and 200 connections at once. `close` closes those that stay."""
 
     def __init__(self) -> None:
         self._open: list[socket.socket] = []
 
     def attack(self, port: int) -> None:
-        rude = self._connect(port)
-        if rude is not None:
+        garbage = self._connect(port)
+        if garbage is not None:
             with suppress(OSError):
-                rude.sendall(GARBAGE)
-            self._open.append(rude)
+                garbage.sendall(GARBAGE)
+            self._open.append(garbage)
         half = self._connect(port)
         if half is not None:
             with suppress(OSError):
                 half.sendall(b"\x01\x00\x00")
             self._open.append(half)
-        crowd = [self._connect(port) for _ in range(CONNECTIONS)]
-        for one in crowd:
+        burst = [self._connect(port) for _ in range(CONNECTIONS)]
+        for one in burst:
             if one is not None:
                 one.close()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         for one in self._open:
             one.close()
 

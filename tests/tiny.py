@@ -1,4 +1,4 @@
-"""A tiny Llama, its batches, and a few steps of training through the real rooms, on any layout. For tests."""
+"""A tiny Llama, its batches, and a few steps of training through the real packages, on any layout. For tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.optim.optimizer import build_optimizer
-from quadriga.parallel.context_parallel import own_positions
+from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
@@ -49,7 +49,7 @@ class Case:
 
 
 @dataclass
-class Trace:
+class TrainingTrace:
     """What a rank saw: per step the loss of the global batch and the norm; at the end names, and whole weights."""
 
     losses: list[float] = field(default_factory=list)
@@ -82,15 +82,15 @@ def batch(step: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def train(case: Case, steps: int = 3) -> Trace:
+def train(case: Case, steps: int = 3) -> TrainingTrace:
     """The steps as `quadriga.train` takes them: each rank adds its part of the mean loss over the global batch."""
     mesh = build_mesh(case.degrees, "cpu")
     model = make_model(case, mesh)
     optimizer = build_optimizer(model.named_parameters(), Optimizer(lr=1e-2))
     mine = slice(mesh.batch_rank * GLOBAL_BATCH // mesh.batch_degree, None)
     balancer = case.parallelism.context_parallel_load_balancer
-    positions = own_positions(SEQ_LEN, mesh.cp.get_local_rank(), mesh.cp.size(), balancer)
-    trace = Trace()
+    positions = local_positions(SEQ_LEN, mesh.cp.get_local_rank(), mesh.cp.size(), balancer)
+    trace = TrainingTrace()
     for step in range(steps):
         share = GLOBAL_BATCH // mesh.batch_degree
         tokens, labels = (rows[mine][:share, positions] for rows in batch(step, case.spec.vocab_size))
@@ -108,14 +108,14 @@ def train(case: Case, steps: int = 3) -> Trace:
         trace.norms.append(clip_gradients(model.parameters(), 1.0).item())
         optimizer.step()
         optimizer.zero_grad()
-    trace.weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    trace.weights = {name: to_full_tensor(parameter) for name, parameter in model.named_parameters()}
     return trace
 
 
-def train_all(cases: list[Case]) -> list[Trace]:
+def train_all(cases: list[Case]) -> list[TrainingTrace]:
     """Several cases on the same ranks, so that a test starts them once."""
     return [train(case) for case in cases]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

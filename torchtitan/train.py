@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, in place of this folder
 
-from quadriga.train.__main__ import start  # noqa: E402
+from quadriga.train.__main__ import run_rank  # noqa: E402
 
-start()
+run_rank()

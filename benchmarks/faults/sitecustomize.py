@@ -5,7 +5,7 @@ when it comes to the place `at` of `moment`:
 
 | moment | at |
 |---|---|
-| step | [step, phase] of `Progress.at` |
+| step | [step, phase] of `Progress.enter_phase` |
 | save | how many bytes of checkpoint files this rank has written since its start; the write is cut there |
 | manifest | [which one since the start, how many of its bytes are written] |
 | rename | [which one since the start, "before" or "after"] |
@@ -30,7 +30,7 @@ FAULT = json.loads(os.environ.get("QUADRIGA_FAULT", "null"))
 VICTIMS = ("this rank", "all ranks", "torchrun", "launcher")
 
 
-def strike():
+def kill_victim():
     """Kill, once."""
     try:
         os.close(os.open(FAULT["marker"], os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -54,7 +54,7 @@ def peers(agent):
         return [int(pid) for pid in file.read().split() if int(pid) != os.getpid()]
 
 
-def before(owner, name, when):
+def call_before(owner, name, when):
     """Call `when(...)` with the arguments before each call of `owner.name`; it may strike."""
     original = getattr(owner, name)
 
@@ -65,144 +65,144 @@ def before(owner, name, when):
     setattr(owner, name, wrapped)
 
 
-class Count:
+class Counter:
     def __init__(self):
         self.n = 0
 
-    def up(self, by=1):
+    def add(self, by=1):
         self.n += by
         return self.n
 
 
-def in_step(progress):
+def patch_step(progress):
     wanted = FAULT["at"]
 
     def when(self, phase, step=None):
         if [self.step if step is None else step, phase] == wanted:
-            strike()
+            kill_victim()
 
-    before(progress.Progress, "at", when)
+    call_before(progress.Progress, "enter_phase", when)
 
 
-def in_save(tensors):
-    written = Count()
+def patch_save(tensors):
+    written = Counter()
     original = tensors._HashedStream.write
 
     def write(self, data):
         data = memoryview(data).cast("B")
-        room = FAULT["at"] - written.n
-        if 0 <= room < len(data):
-            original(self, data[:room])
+        remaining = FAULT["at"] - written.n
+        if 0 <= remaining < len(data):
+            original(self, data[:remaining])
             self.flush()
-            strike()
-            data = data[room:]
-        written.up(len(data))
+            kill_victim()
+            data = data[remaining:]
+        written.add(len(data))
         return original(self, data)
 
     tensors._HashedStream.write = write
 
 
-def in_manifest(files):
-    written = Count()
+def patch_manifest(files):
+    written = Counter()
     number, length = FAULT["at"]
 
     def when(self, path, data):
-        if str(path).endswith("train_state.json") and written.up() == number:
+        if str(path).endswith("train_state.json") and written.add() == number:
             with open(path, "wb") as file:
                 file.write(data[:length])
-            strike()
+            kill_victim()
 
-    before(files.LocalFiles, "write", when)
+    call_before(files.LocalFiles, "write", when)
 
 
-def in_rename(files):
-    renamed = Count()
+def patch_rename(files):
+    renamed = Counter()
     number, side = FAULT["at"]
     original = files.LocalFiles.rename
 
     def rename(self, path, new):
-        hit = not str(path).endswith(".metadata.tmp") and renamed.up() == number
+        hit = not str(path).endswith(".metadata.tmp") and renamed.add() == number
         if hit and side == "before":
-            strike()
+            kill_victim()
         original(self, path, new)
         if hit and side == "after":
-            strike()
+            kill_victim()
 
     files.LocalFiles.rename = rename
 
 
-def in_remove(files):
-    removed = Count()
-    before(
+def patch_remove(files):
+    removed = Counter()
+    call_before(
         files.LocalFiles,
         "remove",
-        lambda self, path: None if str(path).endswith(".try") or removed.up() != FAULT["at"] else strike(),
+        lambda self, path: None if str(path).endswith(".try") or removed.add() != FAULT["at"] else kill_victim(),
     )
 
 
-def in_verify(folder):
+def patch_verify(folder):
     import hashlib
 
-    read = Count()
+    read = Counter()
 
     def sha256(files, path):
         digest = hashlib.sha256()
         with files.open(path, "rb") as file:
             while chunk := file.read(1 << 12):
-                if read.up(len(chunk)) >= FAULT["at"]:
-                    strike()
+                if read.add(len(chunk)) >= FAULT["at"]:
+                    kill_victim()
                 digest.update(chunk)
         return digest.hexdigest()
 
     folder.sha256 = sha256
 
 
-def in_load(tensors):
-    original = tensors.read
+def patch_load(tensors):
+    original = tensors.load_tensors
 
     def read(*args, **keys):
         if FAULT["at"] == "before":
-            strike()
+            kill_victim()
         result = original(*args, **keys)
         if FAULT["at"] == "after":
-            strike()
+            kill_victim()
         return result
 
-    tensors.read = read
+    tensors.load_tensors = read
 
 
 PATCHES = {
-    "step": ("quadriga.resilience.progress", in_step),
-    "save": ("quadriga.checkpoint.tensors", in_save),
-    "manifest": ("quadriga.checkpoint.files", in_manifest),
-    "rename": ("quadriga.checkpoint.files", in_rename),
-    "remove": ("quadriga.checkpoint.files", in_remove),
-    "verify": ("quadriga.checkpoint.folder", in_verify),
-    "load": ("quadriga.checkpoint.tensors", in_load),
+    "step": ("quadriga.resilience.progress", patch_step),
+    "save": ("quadriga.checkpoint.tensors", patch_save),
+    "manifest": ("quadriga.checkpoint.files", patch_manifest),
+    "rename": ("quadriga.checkpoint.files", patch_rename),
+    "remove": ("quadriga.checkpoint.files", patch_remove),
+    "verify": ("quadriga.checkpoint.folder", patch_verify),
+    "load": ("quadriga.checkpoint.tensors", patch_load),
 }
 
 
-def forget_moments(tensors):
-    original = tensors.read
+def drop_moments(tensors):
+    original = tensors.load_tensors
 
     def read(place, wanted, group, **keys):
         kept = {name: value for name, value in wanted.items() if not name.startswith("optimizer.")}
         return original(place, kept, group, **{**keys, "may_hold_more": True})
 
-    tensors.read = read
+    tensors.load_tensors = read
 
 
-def forget_the_place_in_the_data(loader):
+def drop_data_position(loader):
     loader.Loader.load_state_dict = lambda self, state: None
 
 
 DEFECTS = {
-    "moments": ("quadriga.checkpoint.tensors", forget_moments),
-    "data": ("quadriga.data.loader", forget_the_place_in_the_data),
+    "moments": ("quadriga.checkpoint.tensors", drop_moments),
+    "data": ("quadriga.data.loader", drop_data_position),
 }
 
 
-class Patched(importlib.abc.MetaPathFinder):
+class PatchingFinder(importlib.abc.MetaPathFinder):
     """Lets one module be imported as it is, and patches it then."""
 
     def __init__(self, module, patch):
@@ -215,15 +215,15 @@ class Patched(importlib.abc.MetaPathFinder):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module
 
-        def exec_module(made):
-            load(made)
-            self.patch(made)
+        def exec_module(module):
+            load(module)
+            self.patch(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
-    sys.meta_path.insert(0, Patched(*PATCHES[FAULT["moment"]]))
+    sys.meta_path.insert(0, PatchingFinder(*PATCHES[FAULT["moment"]]))
 if defect := os.environ.get("QUADRIGA_DEFECT"):
-    sys.meta_path.insert(0, Patched(*DEFECTS[defect]))
+    sys.meta_path.insert(0, PatchingFinder(*DEFECTS[defect]))

@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quadriga.checkpoint.refusal import DTYPE_WORDS
+from quadriga.checkpoint.plan_format import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
-class Mark:
+class GlobalName:
     """A name that the pickle has asked for: of a class, a function, a dtype."""
 
     kind: str
     value: Any = None
 
 
-class Record:
+class DcpRecord:
     """An object of a class of DCP's. `fields`: what `BUILD` gave it, checked and in the order of `KINDS`."""
 
     __slots__ = ("fields", "kind")
@@ -37,21 +37,21 @@ class Pairs(list[Any]):
     __slots__ = ()
 
 
-SIZE, LAYOUT, MEMORY, PATH = Mark("Size"), Mark("layout"), Mark("memory format"), Mark("path")
-STRIDED, A_FORMAT, A_PATH = Mark("strided"), Mark("a memory format"), Mark("a path")
+SIZE, LAYOUT, MEMORY, PATH = GlobalName("Size"), GlobalName("layout"), GlobalName("memory format"), GlobalName("path")
+STRIDED, A_FORMAT, A_PATH = GlobalName("strided"), GlobalName("a memory format"), GlobalName("a path")
 METADATA = "torch.distributed.checkpoint.metadata"
 RECORDS = {"Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
 RECORDS |= {"TensorProperties", "MetadataIndex", "StorageMeta"}
 OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.0 to 2.2 had TensorProperties
-NAMES: dict[tuple[str, str], Mark] = {
-    **{(METADATA, name): Mark("record", name) for name in RECORDS},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Mark("record", "_StorageInfo"),
-    (OLDER, "TensorProperties"): Mark("record", "TensorProperties"),
+NAMES: dict[tuple[str, str], GlobalName] = {
+    **{(METADATA, name): GlobalName("record", name) for name in RECORDS},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): GlobalName("record", "_StorageInfo"),
+    (OLDER, "TensorProperties"): GlobalName("record", "TensorProperties"),
     (METADATA, "_MEM_FORMAT_ENCODING"): MEMORY,
     (OLDER, "MEM_FORMAT_ENCODING"): MEMORY,
     ("torch.serialization", "_get_layout"): LAYOUT,
     ("torch", "Size"): SIZE,
-    **{("torch", word): Mark("dtype", word) for word in DTYPE_WORDS},
+    **{("torch", name): GlobalName("dtype", name) for name in DTYPE_NAMES},
     **{(module, name): PATH for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
 }
 
@@ -74,7 +74,7 @@ def properties(state: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if len(state) != 5 or state[1] is not STRIDED or state[3] is not A_FORMAT:
         return None
     dtype = state[0]
-    return (dtype.value,) if type(dtype) is Mark and dtype.kind == "dtype" else None
+    return (dtype.value,) if type(dtype) is GlobalName and dtype.kind == "dtype" else None
 
 
 def _chunk(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -87,9 +87,9 @@ def _tensor(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
     if state.keys() != {"properties", "size", "chunks"}:
         return None
     properties, size, chunks = state["properties"], state["size"], state["chunks"]
-    if not is_whole(properties, "TensorProperties") or not is_size(size) or type(chunks) is not list:
+    if not is_built(properties, "TensorProperties") or not is_size(size) or type(chunks) is not list:
         return None
-    if not all(is_whole(chunk, "ChunkStorageMetadata") for chunk in chunks):
+    if not all(is_built(chunk, "ChunkStorageMetadata") for chunk in chunks):
         return None
     return properties.fields[0], size, chunks
 
@@ -136,6 +136,6 @@ FIELDS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...] | None]] = {
 }
 
 
-def is_whole(value: Any, kind: str) -> bool:
+def is_built(value: Any, kind: str) -> bool:
     """Whether it is an object of that class that has its state."""
-    return type(value) is Record and value.kind == kind and value.fields is not None
+    return type(value) is DcpRecord and value.kind == kind and value.fields is not None

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 BLOCK = 1 << 12  # what a disk is written in: positions, lengths and addresses are multiples of it
-PIECE = 1 << 22  # bytes that are sent to the disk together
+BUFFER_BYTES = 1 << 22  # bytes that are sent to the disk together
 
 
 def create(path: Path) -> IO[bytes]:
@@ -36,18 +36,18 @@ class DirectFile:
 
     def __init__(self, handle: int, direct: int) -> None:
         self._handle, self._direct = handle, direct
-        self._piece = mmap.mmap(-1, PIECE)  # begins at a page of memory, as the disk wants it
+        self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # begins at a page of memory, as the disk wants it
         self._filled = self._sent = 0
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         length = len(left)
         while left:
-            taken = left[: PIECE - self._filled]
-            self._piece[self._filled : self._filled + len(taken)] = taken
+            taken = left[: BUFFER_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(taken)] = taken
             self._filled += len(taken)
             left = left[len(taken) :]
-            if self._filled == PIECE:
+            if self._filled == BUFFER_BYTES:
                 self.flush()
         return length
 
@@ -55,7 +55,7 @@ class DirectFile:
         """Send whole blocks; what is less than one stays here until `close`."""
         whole = self._filled - self._filled % BLOCK
         self._send(whole)
-        self._piece.move(0, whole, self._filled - whole)
+        self._buffer.move(0, whole, self._filled - whole)
         self._filled -= whole
 
     def tell(self) -> int:
@@ -74,7 +74,7 @@ class DirectFile:
             self._send(self._filled)
             os.fsync(self._handle)
         finally:
-            self._give_up()
+            self._close_handle()
 
     def __enter__(self) -> DirectFile:
         return self
@@ -82,15 +82,15 @@ class DirectFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close() if kind is None else self._give_up()
+        self.close() if kind is None else self._close_handle()
 
     def _send(self, length: int) -> None:
-        with memoryview(self._piece) as piece:
+        with memoryview(self._buffer) as buffer:
             sent = 0
             while sent < length:
-                sent += os.write(self._handle, piece[sent:length])
+                sent += os.write(self._handle, buffer[sent:length])
         self._sent += length
 
-    def _give_up(self) -> None:
+    def _close_handle(self) -> None:
         os.close(self._handle)
         self._handle = -1

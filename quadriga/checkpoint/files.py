@@ -21,9 +21,14 @@ from quadriga.checkpoint import direct
 from quadriga.errors import Problem, UserError
 
 T = TypeVar("T")
-Place = str | os.PathLike[str]
+Location = str | os.PathLike[str]
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # trying again will not help
+PERMANENT_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)  # trying again will not help
 
 
 class Files(Protocol):
@@ -31,72 +36,72 @@ class Files(Protocol):
 
     renames: bool  # whether a folder can be renamed at once
 
-    def open(self, path: Place, mode: str) -> IO[bytes]: ...
+    def open(self, path: Location, mode: str) -> IO[bytes]: ...
 
-    def create(self, path: Place) -> IO[bytes]:
+    def create(self, path: Location) -> IO[bytes]:
         """A new large file, to be written from its beginning to its end; durable when it has been closed."""
 
-    def names(self, folder: Place) -> list[str]:
+    def names(self, folder: Location) -> list[str]:
         """What lies in a folder, sorted; [] where there is none."""
 
-    def exists(self, path: Place) -> bool:
+    def exists(self, path: Location) -> bool:
         """Whether anything has the name; a link has, wherever it leads."""
 
-    def is_file(self, path: Place) -> bool: ...
+    def is_file(self, path: Location) -> bool: ...
 
-    def is_folder(self, path: Place) -> bool:
+    def is_folder(self, path: Location) -> bool:
         """Whether it is a folder itself, and no link to one."""
 
-    def size(self, path: Place) -> int:
+    def size(self, path: Location) -> int:
         """Of a regular file, in bytes. What is no regular file is an OSError."""
 
-    def read(self, path: Place) -> bytes:
+    def read(self, path: Location) -> bytes:
         """The content of a small file. One longer than `limits.JSON_BYTES` is an OSError."""
 
-    def write(self, path: Place, data: bytes) -> None:
+    def write(self, path: Location, data: bytes) -> None:
         """The whole of a small file, durable when this returns, as are the names of the files beside it."""
 
-    def make(self, folder: Place) -> None:
+    def make(self, folder: Location) -> None:
         """A folder, and those above it that are missing, durably."""
 
-    def rename(self, path: Place, new: Place) -> None:
+    def rename(self, path: Location, new: Location) -> None:
         """A file; where `renames`, a folder too, and at once."""
 
-    def remove(self, path: Place) -> None:
+    def remove(self, path: Location) -> None:
         """A file, a link (never what it leads to), or a folder with all that is in it."""
 
-    def flush_names(self, folder: Place) -> None:
+    def flush_names(self, folder: Location) -> None:
         """Make the names in a folder durable; flushing a file covers its contents only."""
 
     def retried(self, work: Callable[[], T]) -> T:
         """The result of `work`, which is begun again when the storage fails in a way that may pass."""
 
 
-def is_url(place: Place) -> bool:
-    return "://" in str(place)
+def is_url(location: Location) -> bool:
+    return "://" in str(location)
 
 
-def files_at(place: Place, retries: int = 5) -> Files:
+def files_at(location: Location, retries: int = 5) -> Files:
     """The file system of a path or URL; `file://` is this machine. Raises UserError for a protocol without a driver."""
-    if not is_url(place) or str(place).startswith("file://"):
+    if not is_url(location) or str(location).startswith("file://"):
         return LocalFiles()
     try:
         from fsspec.core import url_to_fs
 
-        return ObjectFiles(url_to_fs(str(place))[0], retries)
+        return ObjectFiles(url_to_fs(str(location))[0], retries)
     except (ImportError, ValueError) as error:
-        protocol = str(place).partition("://")[0]
+        protocol = str(location).partition("://")[0]
         driver = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
         fix = f"pip install {driver or 'fsspec'}" if driver or isinstance(error, ImportError) else "see fsspec's list"
-        raise UserError(Problem("checkpoint", f"cannot be reached: {error}", str(place), fix=fix)) from None
+        raise UserError(Problem("checkpoint", f"cannot be reached: {error}", str(location), fix=fix)) from None
 
 
-def local(place: Place) -> Path:
+def local(location: Location) -> Path:
     """The path that a `file://` URL or a path means."""
-    return Path(str(place).removeprefix("file://"))
+    return Path(str(location).removeprefix("file://"))
 
 
-def try_to_write(folder: Place) -> None:
+def try_to_write(folder: Location) -> None:
     """Write a small file and remove it again. Raises OSError where that cannot be done."""
     files, path = files_at(folder), f"{str(folder).rstrip('/')}/.try"
     files.make(folder)
@@ -111,16 +116,16 @@ class LocalFiles:
 
     renames = True
 
-    def open(self, path: Place, mode: str) -> IO[bytes]:
+    def open(self, path: Location, mode: str) -> IO[bytes]:
         return open_regular(local(path)) if mode == "rb" else cast(IO[bytes], local(path).open(mode))
 
-    def create(self, path: Place) -> IO[bytes]:
+    def create(self, path: Location) -> IO[bytes]:
         return direct.create(local(path))
 
-    def names(self, folder: Place) -> list[str]:
+    def names(self, folder: Location) -> list[str]:
         return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
 
-    def exists(self, path: Place) -> bool:
+    def exists(self, path: Location) -> bool:
         try:
             os.lstat(local(path))
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -129,47 +134,47 @@ class LocalFiles:
             return True
         return True
 
-    def is_file(self, path: Place) -> bool:
+    def is_file(self, path: Location) -> bool:
         return local(path).is_file()
 
-    def is_folder(self, path: Place) -> bool:
+    def is_folder(self, path: Location) -> bool:
         return stat.S_ISDIR(os.lstat(local(path)).st_mode)
 
-    def size(self, path: Place) -> int:
+    def size(self, path: Location) -> int:
         status = os.stat(local(path))
         _refuse_other_kinds(status.st_mode, path)
         return status.st_size
 
-    def read(self, path: Place) -> bytes:
+    def read(self, path: Location) -> bytes:
         with self.open(path, "rb") as file:
             content = file.read(limits.JSON_BYTES + 1)
         _refuse_longer(len(content), path)
         return content
 
-    def write(self, path: Place, data: bytes) -> None:
+    def write(self, path: Location, data: bytes) -> None:
         with local(path).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         self.flush_names(local(path).parent)
 
-    def make(self, folder: Place) -> None:
+    def make(self, folder: Location) -> None:
         path = local(folder).absolute()
         missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for each in reversed(missing):
             self.flush_names(each.parent)
 
-    def rename(self, path: Place, new: Place) -> None:
+    def rename(self, path: Location, new: Location) -> None:
         local(path).rename(local(new))
 
-    def remove(self, path: Place) -> None:
+    def remove(self, path: Location) -> None:
         if self.is_folder(path):
-            shutil.rmtree(local(path), onerror=_unless_it_is_gone)
+            shutil.rmtree(local(path), onerror=_ignore_missing)
         else:
             local(path).unlink()
 
-    def flush_names(self, folder: Place) -> None:
+    def flush_names(self, folder: Location) -> None:
         handle = os.open(local(folder), os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -193,20 +198,20 @@ def open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
-def _refuse_other_kinds(mode: int, path: Place) -> None:
+def _refuse_other_kinds(mode: int, path: Location) -> None:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
-def _refuse_longer(length: int, path: Place) -> None:
+def _refuse_longer(length: int, path: Location) -> None:
     if length > limits.JSON_BYTES:
         raise OSError(errno.EFBIG, f"longer than {limits.JSON_BYTES:,} bytes", str(path))
 
 
-def _unless_it_is_gone(_call: Any, _path: str, told: Any) -> None:
+def _ignore_missing(_call: Any, _path: str, failure: Any) -> None:
     """Of `rmtree`: what somebody else removed meanwhile is what was wanted."""
-    if not isinstance(told[1], FileNotFoundError):
-        raise told[1]
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 class ObjectFiles:
@@ -217,14 +222,14 @@ class ObjectFiles:
     def __init__(self, system: Any, retries: int) -> None:
         self._system, self._retries = system, retries
 
-    def open(self, path: Place, mode: str) -> IO[bytes]:
+    def open(self, path: Location, mode: str) -> IO[bytes]:
         return cast(IO[bytes], self._system.open(str(path), mode))
 
-    def create(self, path: Place) -> IO[bytes]:
+    def create(self, path: Location) -> IO[bytes]:
         return self.open(path, "wb")
 
-    def names(self, folder: Place) -> list[str]:
-        def look() -> list[str]:
+    def names(self, folder: Location) -> list[str]:
+        def list_names() -> list[str]:
             self._system.invalidate_cache()
             try:
                 found = self._system.ls(str(folder), detail=False)
@@ -232,35 +237,35 @@ class ObjectFiles:
                 return []
             return sorted({path.rstrip("/").rpartition("/")[2] for path in found})
 
-        return self.retried(look)
+        return self.retried(list_names)
 
-    def exists(self, path: Place) -> bool:
+    def exists(self, path: Location) -> bool:
         return self.retried(lambda: bool(self._system.exists(str(path))))
 
-    def is_file(self, path: Place) -> bool:
+    def is_file(self, path: Location) -> bool:
         return self.retried(lambda: bool(self._system.isfile(str(path))))
 
-    def is_folder(self, path: Place) -> bool:
+    def is_folder(self, path: Location) -> bool:
         return True  # a prefix of names; a store has no links
 
-    def size(self, path: Place) -> int:
+    def size(self, path: Location) -> int:
         return self.retried(lambda: int(self._system.size(str(path))))
 
-    def read(self, path: Place) -> bytes:
+    def read(self, path: Location) -> bytes:
         _refuse_longer(self.size(path), path)
         return self.retried(lambda: bytes(self._system.cat_file(str(path))))
 
-    def write(self, path: Place, data: bytes) -> None:
+    def write(self, path: Location, data: bytes) -> None:
         self.retried(lambda: self._system.pipe_file(str(path), data))
 
-    def make(self, folder: Place) -> None:
+    def make(self, folder: Location) -> None:
         self.retried(lambda: self._system.makedirs(str(folder), exist_ok=True))
 
-    def rename(self, path: Place, new: Place) -> None:
+    def rename(self, path: Location, new: Location) -> None:
         self.write(new, self.read(path))
         self.remove(path)
 
-    def remove(self, path: Place) -> None:
+    def remove(self, path: Location) -> None:
         def remove() -> None:
             self._system.invalidate_cache()
             try:
@@ -271,7 +276,7 @@ class ObjectFiles:
 
         self.retried(remove)
 
-    def flush_names(self, folder: Place) -> None:
+    def flush_names(self, folder: Location) -> None:
         return None  # an object is durable when its request was answered
 
     def retried(self, work: Callable[[], T]) -> T:
@@ -279,7 +284,7 @@ class ObjectFiles:
         for left in reversed(range(self._retries + 1)):
             try:
                 return work()
-            except FINAL:
+            except PERMANENT_ERRORS:
                 raise
             except OSError:  # fsspec's drivers turn their own errors into it
                 if not left:

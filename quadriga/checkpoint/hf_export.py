@@ -15,31 +15,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quadriga.checkpoint.files import Files, Place, files_at, local
-from quadriga.checkpoint.folder import Found, join
+from quadriga.checkpoint.files import Files, Location, files_at, local
+from quadriga.checkpoint.folder import CheckpointInfo, join
 from quadriga.checkpoint.hf import (
     MODEL,
-    Names,
-    refuse,
-    refuse_lack_of_room,
-    refuse_what_is_there,
-    that_fits,
+    HfTensorNames,
+    check_float16_range,
+    refuse_existing,
+    refuse_lack_of_space,
+    refuse_mismatch,
 )
-from quadriga.checkpoint.hf_folder import CONFIG, INDEX, Entry
-from quadriga.checkpoint.hf_write import WeightFile, deal, index_of, write_weights
-from quadriga.checkpoint.ranks import together
-from quadriga.checkpoint.stored import Stored, open_stored
-from quadriga.checkpoint.tensors import read_one
+from quadriga.checkpoint.hf_folder import CONFIG, INDEX, TensorInfo
+from quadriga.checkpoint.hf_write import WeightFile, assign_to_files, index_of, write_weights
+from quadriga.checkpoint.ranks import on_all_ranks
+from quadriga.checkpoint.stored import StoredTensors, open_stored
+from quadriga.checkpoint.tensors import load_tensor
 from quadriga.log import logger
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
 MOST_IN_A_FILE = 2 * 10**9  # bytes
 
 
 def export_hf(
-    checkpoint: Found,
-    out: Place,
-    names: Names,
+    checkpoint: CheckpointInfo,
+    out: Location,
+    names: HfTensorNames,
     config: Mapping[str, Any],
     group: dist.ProcessGroup | None,
     *,
@@ -65,70 +65,70 @@ def export_hf(
     """
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     files = files_at(out)
-    place = _hidden(out) if files.renames else str(out)
+    location = _hidden(out) if files.renames else str(out)
 
-    def begin() -> Weights:
-        held = Weights(stored, names, dtype)
+    def begin() -> HfWeights:
+        held = HfWeights(stored, names, dtype)
         if rank == 0:
             if not replace:
-                refuse_what_is_there(out)
-            refuse_lack_of_room(out, held.entries.values())
-            _remove(files, place)
-            files.make(place)
+                refuse_existing(out)
+            refuse_lack_of_space(out, held.entries.values())
+            _remove(files, location)
+            files.make(location)
         return held
 
-    def write_own() -> None:
+    def write_files() -> None:
         for file in parts[rank::ranks]:
-            files.retried(partial(_write, files, join(place, file.name), file, weights.read))
-            logger.info(f"wrote {file.name}: {show_bytes(file.size)}, {len(file.tensors)} tensors")
+            files.retried(partial(_write, files, join(location, file.name), file, weights.read))
+            logger.info(f"wrote {file.name}: {format_bytes(file.size)}, {len(file.tensors)} tensors")
 
     def finish() -> None:
         if rank == 0:
-            _write_the_rest(files, place, parts, {**config, "torch_dtype": weights.dtype_word}, tokenizer or {})
-            _publish(files, place, str(out))
+            _write_metadata(files, location, parts, {**config, "torch_dtype": weights.dtype_name}, tokenizer or {})
+            _publish(files, location, str(out))
 
     try:
-        stored = open_stored(checkpoint.place or checkpoint.path, group, checkpoint.files)
-        weights = together(group, begin)
-        parts = deal(weights.entries, most)
-        together(group, write_own)
-        together(group, finish)
+        stored = open_stored(checkpoint.location or checkpoint.path, group, checkpoint.files)
+        weights = on_all_ranks(group, begin)
+        parts = assign_to_files(weights.entries, most)
+        on_all_ranks(group, write_files)
+        on_all_ranks(group, finish)
     except BaseException:
         if rank == 0 and files.renames:
             with suppress(OSError):
-                _remove(files, place)
+                _remove(files, location)
         raise
 
 
-class Weights:
+class HfWeights:
     """The weights of a checkpoint by Hugging Face's names. Its plan is read once, its tensors one at a time."""
 
-    def __init__(self, stored: Stored, names: Names, dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: StoredTensors, names: HfTensorNames, dtype: torch.dtype | None) -> None:
         """Raises UserError where the checkpoint holds another model than `names` is of."""
         self._stored = stored
         saved = {
-            name.removeprefix(MODEL): Entry(planned.shape, planned.dtype)
+            name.removeprefix(MODEL): TensorInfo(planned.shape, planned.dtype)
             for name, planned in stored.plan.tensors.items()
             if name.startswith(MODEL)
         }
-        refuse_other_model(stored.place, names.shapes, saved)
-        self._ours = {names.theirs(name): name for name in names.shapes}
+        refuse_other_model(stored.location, names.shapes, saved)
+        self._ours = {names.hf_name(name): name for name in names.shapes}
         self.entries = {
-            theirs: Entry(saved[name].shape, dtype or saved[name].dtype) for theirs, name in self._ours.items()
+            theirs: TensorInfo(saved[name].shape, dtype or saved[name].dtype) for theirs, name in self._ours.items()
         }
 
     @property
-    def dtype_word(self) -> str:
+    def dtype_name(self) -> str:
         """The dtype that most of the tensors are to be written in, as `config.json` calls it."""
         dtypes = [entry.dtype for entry in self.entries.values()]
         return str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor in the dtype to be written; beside it only one saved piece of it is in memory."""
-        return that_fits(read_one(self._stored, MODEL + self._ours[name], self.entries[name].dtype), name)
+        return check_float16_range(load_tensor(self._stored, MODEL + self._ours[name], self.entries[name].dtype), name)
 
 
-def refuse_other_model(place: str, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Entry]) -> None:
+def refuse_other_model(location: str, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, TensorInfo]) -> None:
     """UserError where a checkpoint does not hold exactly the tensors of a model."""
     reshaped = [
         f"{name}: {list(entry.shape)} saved, {list(shapes[name])} here"
@@ -136,7 +136,9 @@ def refuse_other_model(place: str, shapes: Mapping[str, tuple[int, ...]], saved:
         if name in shapes and entry.shape != shapes[name]
     ]
     missing, surplus = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
-    refuse(place, missing, surplus, reshaped, "name the configuration that it was saved with: --config FILE.toml")
+    refuse_mismatch(
+        location, missing, surplus, reshaped, "name the configuration that it was saved with: --config FILE.toml"
+    )
 
 
 def _write(files: Files, path: str, file: WeightFile, tensor: Callable[[str], torch.Tensor]) -> None:
@@ -144,33 +146,33 @@ def _write(files: Files, path: str, file: WeightFile, tensor: Callable[[str], to
         write_weights(stream, file, tensor)
 
 
-def _write_the_rest(
-    files: Files, place: str, weights: list[WeightFile], config: Mapping[str, Any], tokenizer: Mapping[str, bytes]
+def _write_metadata(
+    files: Files, location: str, weights: list[WeightFile], config: Mapping[str, Any], tokenizer: Mapping[str, bytes]
 ) -> None:
     if len(weights) > 1:
-        files.write(join(place, INDEX), _as_json(index_of(weights)))
+        files.write(join(location, INDEX), _as_json(index_of(weights)))
     for name, content in tokenizer.items():
-        files.write(join(place, name), content)
-    files.write(join(place, CONFIG), _as_json(config))  # the last one: transformers reads nothing without it
+        files.write(join(location, name), content)
+    files.write(join(location, CONFIG), _as_json(config))  # the last one: transformers reads nothing without it
 
 
-def _publish(files: Files, place: str, out: str) -> None:
+def _publish(files: Files, location: str, out: str) -> None:
     if not files.renames:
         return
-    files.flush_names(place)
+    files.flush_names(location)
     _remove(files, out)  # empty, or to be replaced
-    files.rename(place, out)
+    files.rename(location, out)
     files.flush_names(local(out).absolute().parent)
 
 
-def _hidden(out: Place) -> str:
+def _hidden(out: Location) -> str:
     path = local(out).absolute()
     return str(path.with_name(f".{path.name}.saving"))
 
 
-def _remove(files: Files, place: Place) -> None:
-    if files.exists(place):
-        files.remove(place)
+def _remove(files: Files, location: Location) -> None:
+    if files.exists(location):
+        files.remove(location)
 
 
 def _as_json(content: Mapping[str, object]) -> bytes:

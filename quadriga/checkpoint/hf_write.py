@@ -15,11 +15,11 @@ from typing import IO
 
 import torch
 
-from quadriga.checkpoint.hf_folder import FORMATS, SINGLE, Entry
+from quadriga.checkpoint.hf_folder import FORMATS, SINGLE, TensorInfo
 
 HEADER_STEP = 8  # bytes that the header's length is a multiple of, so that the tensors behind it are aligned
-PIECE = 1 << 26  # bytes handed over at a time
-WORDS = {dtype: word for word, dtype in FORMATS.items()}
+CHUNK_BYTES = 1 << 26  # bytes handed over at a time
+FORMAT_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,28 @@ class WeightFile:
     """One file of weights, before it is written. `tensors`: by the names in the file, in its order."""
 
     name: str
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def size(self) -> int:
         """Bytes of the tensors."""
-        return sum(map(entry_bytes, self.tensors.values()))
+        return sum(map(tensor_bytes, self.tensors.values()))
 
 
-def entry_bytes(entry: Entry) -> int:
+def tensor_bytes(entry: TensorInfo) -> int:
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
-def deal(tensors: Mapping[str, Entry], most: int) -> list[WeightFile]:
+def assign_to_files(tensors: Mapping[str, TensorInfo], most: int) -> list[WeightFile]:
     """The files for these tensors, in their order: as much in one as stays below `most` bytes, at least one tensor."""
-    groups: list[dict[str, Entry]] = [{}]
+    groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
     for name, entry in tensors.items():
-        if groups[-1] and filled + entry_bytes(entry) > most:
+        if groups[-1] and filled + tensor_bytes(entry) > most:
             groups.append({})
             filled = 0
         groups[-1][name] = entry
-        filled += entry_bytes(entry)
+        filled += tensor_bytes(entry)
     if len(groups) == 1:
         return [WeightFile(SINGLE, groups[0])]
     names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
@@ -60,7 +60,7 @@ def index_of(files: Sequence[WeightFile]) -> dict[str, object]:
     entries = [entry for file in files for entry in file.tensors.values()]
     numbers = sum(math.prod(entry.shape) for entry in entries)
     return {
-        "metadata": {"total_parameters": numbers, "total_size": sum(map(entry_bytes, entries))},
+        "metadata": {"total_parameters": numbers, "total_size": sum(map(tensor_bytes, entries))},
         "weight_map": {name: file.name for file in files for name in file.tensors},
     }
 
@@ -77,17 +77,17 @@ def write_weights(stream: IO[bytes], file: WeightFile, tensor: Callable[[str], t
             stream.write(piece)
 
 
-def _header(tensors: Mapping[str, Entry]) -> bytes:
-    said: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
     end = 0
     for name, entry in tensors.items():
-        start, end = end, end + entry_bytes(entry)
-        said[name] = {"dtype": WORDS[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(said, separators=(",", ":")).encode()
+        start, end = end, end + tensor_bytes(entry)
+        header[name] = {"dtype": FORMAT_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_STEP)
     return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(value: torch.Tensor) -> Iterator[memoryview]:
-    for piece in value.detach().contiguous().view(-1).view(torch.uint8).split(PIECE):
+    for piece in value.detach().contiguous().view(-1).view(torch.uint8).split(CHUNK_BYTES):
         yield memoryview(piece.numpy())

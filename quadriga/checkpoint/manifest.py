@@ -21,11 +21,11 @@ METADATA = ".metadata"  # DCP's own file: every checkpoint has one
 FORMAT = "quadriga-2"
 TOKEN = re.compile(r"[0-9a-f]{32}")  # the folder of a save on an object store
 SHA256 = re.compile(r"[0-9a-f]{64}")
-READ_BY_A_LOAD = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file is listed, or refused
-OUTSIDE = {"", ".", "..", STATE_FILE}
+LOADED_FILES = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file is listed, or refused
+RESERVED_NAMES = {"", ".", "..", STATE_FILE}
 
 
-class NotWhole(Exception):
+class InvalidCheckpoint(Exception):
     """A folder that is no whole checkpoint of ours; the message says why and names the file."""
 
     def __init__(self, reason: str) -> None:
@@ -51,36 +51,38 @@ class Manifest:
     extra: dict[str, Any]
 
 
-def seal(state: Mapping[str, Any]) -> str:
+def format_manifest(state: Mapping[str, Any]) -> str:
     """The text of a manifest, which holds the hash of its own remainder: no bit of it can change unnoticed."""
     text = json.dumps({key: value for key, value in state.items() if key != "sha256"}, indent=1)
     return json.dumps({**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
-def parse(content: bytes, where: str) -> Manifest:
-    """What a manifest says. `where` names the file. Raises NotWhole where it is damaged or cannot be so."""
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """What a manifest says. `where` names the file. Raises InvalidCheckpoint where it is damaged or cannot be so."""
     try:
         state = parse_json(content, where, nan=True)
     except UserError as error:
-        raise NotWhole(f"{where} is damaged ({error.problems[0].what})") from error
+        raise InvalidCheckpoint(f"{where} is damaged ({error.problems[0].what})") from error
     if not isinstance(state, dict):
-        raise NotWhole(f"{where} is damaged (it holds a JSON {json_type(state)})")
+        raise InvalidCheckpoint(f"{where} is damaged (it holds a JSON {json_type(state)})")
     if state.get("format") != FORMAT:
-        raise NotWhole(f"{where} has format {shortened(repr(state.get('format')))}, this version reads {FORMAT!r}")
-    if seal(state).encode() != content:
-        raise NotWhole(f"{where} is damaged (its own hash differs)")
-    if (wrong := _wrong(state)) is not None:
-        raise NotWhole(f"{where} is no manifest of a checkpoint ({wrong})")
+        raise InvalidCheckpoint(
+            f"{where} has format {shortened(repr(state.get('format')))}, this version reads {FORMAT!r}"
+        )
+    if format_manifest(state).encode() != content:
+        raise InvalidCheckpoint(f"{where} is damaged (its own hash differs)")
+    if (wrong := _find_error(state)) is not None:
+        raise InvalidCheckpoint(f"{where} is no manifest of a checkpoint ({wrong})")
     files = {name: FileFacts(entry["size"], entry["sha256"]) for name, entry in state["files"].items()}
     return Manifest(state["step"], tuple(state["contents"]), state["folder"], files, state["extra"])
 
 
-def unlisted(manifest: Manifest, there: set[str]) -> list[str]:
+def unlisted_files(manifest: Manifest, there: set[str]) -> list[str]:
     """Names of files that a load might read and whose content nothing vouches for."""
-    return sorted(name for name in there - manifest.files.keys() if READ_BY_A_LOAD.fullmatch(name))
+    return sorted(name for name in there - manifest.files.keys() if LOADED_FILES.fullmatch(name))
 
 
-def _wrong(state: Mapping[str, Any]) -> str | None:
+def _find_error(state: Mapping[str, Any]) -> str | None:
     """The first value that a manifest cannot have."""
     step, contents, folder, files = (state.get(key) for key in ("step", "contents", "folder", "files"))
     if type(step) is not int or step < 0:
@@ -93,11 +95,13 @@ def _wrong(state: Mapping[str, Any]) -> str | None:
         return "its files or its extra are no table"
     if METADATA not in files:
         return f"it does not list {METADATA}"
-    return next((f"its entry of {shortened(name)}" for name, entry in files.items() if not _may_be(name, entry)), None)
+    return next(
+        (f"its entry of {shortened(name)}" for name, entry in files.items() if not _is_valid_entry(name, entry)), None
+    )
 
 
-def _may_be(name: str, entry: Any) -> bool:
-    if name in OUTSIDE or "/" in name or "\0" in name or not isinstance(entry, dict):
+def _is_valid_entry(name: str, entry: Any) -> bool:
+    if name in RESERVED_NAMES or "/" in name or "\0" in name or not isinstance(entry, dict):
         return False
     size, digest = entry.get("size"), entry.get("sha256")
     good = type(size) is int and size >= 0 and isinstance(digest, str) and SHA256.fullmatch(digest) is not None

@@ -10,11 +10,11 @@ from typing import Any
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import files_at, is_url, local
-from quadriga.checkpoint.folder import Found
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.errors import Problem, UserError
 from quadriga.log import logger
-from quadriga.units import show_bytes, show_some
+from quadriga.units import format_bytes, format_some
 
 
 def save_failed(folder: str, step: int, error: Exception) -> str:
@@ -25,8 +25,8 @@ def save_failed(folder: str, step: int, error: Exception) -> str:
     if not is_url(folder):
         with suppress(OSError):
             path = local(folder).absolute()
-            place = next(one for one in (path, *path.parents) if one.exists())
-            lines.append(f"room left there: {show_bytes(shutil.disk_usage(place).free)}")
+            location = next(one for one in (path, *path.parents) if one.exists())
+            lines.append(f"room left there: {format_bytes(shutil.disk_usage(location).free)}")
     lines.append("make room or mend the folder; a start goes on from the newest whole one")
     return "\n".join(lines)
 
@@ -40,7 +40,7 @@ def cannot_be_written(folder: str, error: OSError) -> Problem:
     )
 
 
-def no_folder(folder: str) -> Problem:
+def not_a_folder(folder: str) -> Problem:
     return Problem(
         where="checkpoint.folder",
         value=folder,
@@ -49,7 +49,7 @@ def no_folder(folder: str) -> Problem:
     )
 
 
-def none_is_good(folder: str, asked: int, refused: Mapping[int, str]) -> str:
+def no_valid_checkpoint(folder: str, asked: int, refused: Mapping[int, str]) -> str:
     what = f"step {asked}, which was asked for, is damaged" if asked >= 0 else "no published checkpoint is good"
     lines = [f"{folder}: {what}", *(reason for step, reason in sorted(refused.items()) if asked in (-1, step))]
     lines.append("nothing was changed, and nothing is started from scratch unasked")
@@ -60,7 +60,7 @@ def none_is_good(folder: str, asked: int, refused: Mapping[int, str]) -> str:
     return "\n".join(lines)
 
 
-def tell_of_generators(unfilled: Sequence[str], unused: Sequence[str]) -> None:
+def log_generator_changes(unfilled: Sequence[str], unused: Sequence[str]) -> None:
     """Of random generators that only one side has: a run moved between machines with and without CUDA."""
     if unfilled:
         names = ", ".join(name.rpartition(".")[2] for name in unfilled)
@@ -77,7 +77,7 @@ def only_remains(folder: str, remains: Iterable[str]) -> str:
     )
 
 
-def no_such_step(step: int, folder: str, whole: list[Found]) -> Problem:
+def no_such_step(step: int, folder: str, whole: list[CheckpointInfo]) -> Problem:
     return Problem(
         where="checkpoint.load_step",
         value=str(step),
@@ -86,9 +86,9 @@ def no_such_step(step: int, folder: str, whole: list[Found]) -> Problem:
     )
 
 
-def holds_no(found: Found, absent: list[str]) -> Problem:
+def missing_contents(found: CheckpointInfo, absent: list[str]) -> Problem:
     if found.trainer:
-        return weights_alone(found)
+        return weights_only(found)
     return Problem(
         where=found.path,
         what=f"holds {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot go on from it",
@@ -117,12 +117,12 @@ def not_read_from_stores(folder: str, names: list[str]) -> str:
     )
 
 
-def is_last_save(found: Found) -> bool:
+def is_last_save(found: CheckpointInfo) -> bool:
     """Whether it is torchtitan's last save: weights of a step above 0, and nothing else."""
     return bool(found.trainer) and found.resume and found.contents == ("model",)
 
 
-def weights_alone(found: Found) -> Problem:
+def weights_only(found: CheckpointInfo) -> Problem:
     """Of a last save of torchtitan."""
     return Problem(
         where=found.path,
@@ -133,7 +133,7 @@ def weights_alone(found: Found) -> Problem:
     )
 
 
-def theirs_not_verified(found: Found) -> str:
+def titan_not_verified(found: CheckpointInfo) -> str:
     held = "weights and optimizer" if "optimizer" in found.contents else "the weights alone, as its last save does"
     return (
         f"{found.path} was saved by torchtitan and holds {held}. It has no hashes to verify it by. Rows of query and "
@@ -141,10 +141,10 @@ def theirs_not_verified(found: Found) -> str:
     )
 
 
-def unknown_place(said: Mapping[str, Any], shuffle: bool) -> str | None:
+def unknown_position(loader: Mapping[str, Any], shuffle: bool) -> str | None:
     """Why this run cannot read on where torchtitan's data loader stood; None where it can, as far as its checkpoint
-    says (`said`: what `titan.look` found of the loader). Other data are met when they are opened."""
-    if (unknown := said.get("unknown")) is not None:
+    says (`loader`: what `titan.inspect` found of the loader). Other data are met when they are opened."""
+    if (unknown := loader.get("unknown")) is not None:
         return str(unknown)
     if not shuffle:
         return None
@@ -154,14 +154,14 @@ def unknown_place(said: Mapping[str, Any], shuffle: bool) -> str | None:
     )
 
 
-def place_is_lost(why: str) -> str:
+def position_lost(why: str) -> str:
     return f"the place in the data is not taken over: {why}. Reading begins at the start of the data"
 
 
-def not_ours(path: str, reason: Exception) -> Problem:
+def not_a_checkpoint(path: str, reason: Exception) -> Problem:
     what, fix = f"no checkpoint: {reason}", None
     with suppress(OSError, UserError):  # of a disk or server that does not answer: the reason tells of it
-        what, fix = _what_lies_at(path, what)
+        what, fix = _describe_contents(path, what)
     if _has_safetensors(path):
         fix = "for Hugging Face weights add --checkpoint.initial_load_in_hf"
     return Problem(
@@ -173,7 +173,7 @@ def not_ours(path: str, reason: Exception) -> Problem:
     )
 
 
-def _what_lies_at(path: str, damage: str) -> tuple[str, str | None]:
+def _describe_contents(path: str, damage: str) -> tuple[str, str | None]:
     """What to say of a place that is no whole checkpoint, and what to do; `damage`: of one that has its files."""
     files = files_at(path)
     if not files.exists(path) and not files.names(path):
@@ -191,9 +191,9 @@ def _what_lies_at(path: str, damage: str) -> tuple[str, str | None]:
     return f"no checkpoint is there (neither {STATE_FILE} nor {METADATA})", fix
 
 
-def misfits(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str) -> list[Problem]:
+def mismatches(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str) -> list[Problem]:
     """A problem for each kind of what does not fit, of which there is any: (the kind in words, the names)."""
-    return [Problem(where, f"{kind} {show_some(names)}", fix=fix) for kind, names in kinds if names]
+    return [Problem(where, f"{kind} {format_some(names)}", fix=fix) for kind, names in kinds if names]
 
 
 def not_verified(path: str) -> str:

@@ -1,6 +1,6 @@
 """What `.metadata` of torch.distributed.checkpoint lists, tensors and other objects, without torch: see `opcodes`.
 
-Nothing of it is checked against files yet: `plan.checked` and `plan.check_files` do that for tensors.
+Nothing of it is checked against files yet: `plan.validate_plan` and `plan.check_files` do that for tensors.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quadriga import limits
-from quadriga.checkpoint.dcp_objects import Record, is_whole
+from quadriga.checkpoint.dcp_objects import DcpRecord, is_built
 from quadriga.checkpoint.opcodes import Interpreter
-from quadriga.checkpoint.refusal import FORMAT, PlanError, shown
+from quadriga.checkpoint.plan_format import FORMAT, PlanError, format_raw
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ def read_entries(data: bytes) -> Entries:
     """The entries that the bytes of a `.metadata` describe. Raises PlanError where they are anything else."""
     if len(data) > limits.METADATA_BYTES:
         raise PlanError(f"longer than a plan may be ({limits.METADATA_BYTES:,} bytes)")
-    with no_collection():
+    with gc_disabled():
         return _entries(Interpreter(data).run())
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Millions of objects that all stay: looking through them for garbage, again and again, takes most of the time."""
     was = gc.isenabled()
     gc.disable()
@@ -49,12 +49,12 @@ def no_collection() -> Iterator[None]:
 
 
 def _entries(value: Any) -> Entries:
-    if not is_whole(value, "Metadata"):
+    if not is_built(value, "Metadata"):
         raise PlanError("holds something else than the plan of a checkpoint")
     entries, storage = value.fields
     infos = {}
     for index, info in zip(storage[::2], storage[1::2], strict=True):
-        if not is_whole(index, "MetadataIndex") or not is_whole(info, "_StorageInfo"):
+        if not is_built(index, "MetadataIndex") or not is_built(info, "_StorageInfo"):
             raise PlanError("its storage data are no places of tensors")
         infos[index.fields] = info.fields
     files: dict[str, int] = {}
@@ -62,8 +62,8 @@ def _entries(value: Any) -> Entries:
     objects: dict[str, tuple[str, int, int]] = {}
     transformed: dict[str, list[Any]] = {}
     for name, entry in zip(entries[::2], entries[1::2], strict=True):
-        if type(name) is not str or type(entry) is not Record or name in tensors:
-            raise PlanError(f"{shown(name)} is no name of a tensor")
+        if type(name) is not str or type(entry) is not DcpRecord or name in tensors:
+            raise PlanError(f"{format_raw(name)} is no name of a tensor")
         if entry.kind == "BytesStorageMetadata":
             info = infos.get((name, None))
             if info is not None:
@@ -73,15 +73,15 @@ def _entries(value: Any) -> Entries:
                 else:
                     objects[name] = file, start, length
             continue
-        if not is_whole(entry, "TensorStorageMetadata"):
-            raise PlanError(f"{shown(name)} is neither a tensor nor bytes")
+        if not is_built(entry, "TensorStorageMetadata"):
+            raise PlanError(f"{format_raw(name)} is neither a tensor nor bytes")
         dtype, size, parts = entry.fields or ()
         chunks = []
         for part in parts:
             offsets, sizes = part.fields
             info = infos.get((name, offsets))
             if info is None:
-                raise PlanError(f"{shown(name)} has a chunk at {shown(offsets)} that lies in no file")
+                raise PlanError(f"{format_raw(name)} has a chunk at {format_raw(offsets)} that lies in no file")
             chunks.append([[*offsets], [*sizes], files.setdefault(info[0], len(files)), *info[1:]])
         tensors[name] = {"dtype": dtype, "shape": [*size], "chunks": chunks}
     return Entries({"format": FORMAT, "files": [*files], "tensors": tensors}, objects, transformed)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from quadriga.checkpoint.metadata_entries import read_entries
-from quadriga.checkpoint.plan import Plan, checked
+from quadriga.checkpoint.plan import Plan, validate_plan
 
 
-def read(data: bytes) -> Plan:
+def read_plan(data: bytes) -> Plan:
     """The plan that the bytes of a `.metadata` describe. Raises PlanError where they are anything else."""
-    return checked(read_entries(data).plan)
+    return validate_plan(read_entries(data).plan)

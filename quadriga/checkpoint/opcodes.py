@@ -28,13 +28,13 @@ from quadriga.checkpoint.dcp_objects import (
     SIZE,
     SMALL,
     STRIDED,
-    Mark,
+    DcpRecord,
+    GlobalName,
     Pairs,
-    Record,
     is_size,
     properties,
 )
-from quadriga.checkpoint.refusal import PlanError, shown
+from quadriga.checkpoint.plan_format import PlanError, format_raw
 
 STEP = 1 << 16  # bytes interpreted between two looks at the limits
 HIGHEST_PROTOCOL = 5
@@ -51,10 +51,10 @@ RECORD = re.compile(rb"(" + _GET + rb")\)\x81\x94\}\x94\(" + _ENTRY * 2 + rb"(?:
 SIZES = re.compile(rb"(" + _GET + rb")(?:(" + _NUMBER + rb"{1,3})([\x85\x86\x87])\x94|\))\x85\x94R\x94", re.DOTALL)
 NUMBER = re.compile(_NUMBER, re.DOTALL)
 KNOWN = 1 << 16  # meanings that are kept
-Meaning = tuple[type, Any, tuple[Any, ...]]  # the type of a value, the value, what was memoized on the way
+Decoded = tuple[type, Any, tuple[Any, ...]]  # the type of a value, the value, what was memoized on the way
 Layout = tuple[str, tuple[type, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]]
-NO_MEANING: Meaning = (type(None), None, ())
-PLAIN = {int, str, bool, type(None), Mark}
+NOT_DECODED: Decoded = (type(None), None, ())
+PLAIN = {int, str, bool, type(None), GlobalName}
 
 
 def _number(code: bytes) -> int:
@@ -70,7 +70,7 @@ class Interpreter:
         self._marks: list[int] = []
         self._memo: list[Any] = []
         self._made = 0  # records, lists and dicts
-        self._known: dict[bytes, Meaning] = {}  # what `_meaning` said: an entry of the memo is never changed
+        self._known: dict[bytes, Decoded] = {}  # what `_decode` said: an entry of the memo is never changed
         self._layouts: dict[tuple[bytes, ...], Layout] = {}
 
     def run(self) -> Any:
@@ -101,7 +101,7 @@ class Interpreter:
                     value = memo[number]
                     if value is UNSHARED:
                         self._refuse(at, "a list or a dict that stands in two places")
-                    behind = self._record(at) if type(value) is Mark and value.kind == "record" else 0
+                    behind = self._record(at) if type(value) is GlobalName and value.kind == "record" else 0
                     if behind:
                         at = behind
                         continue
@@ -131,8 +131,8 @@ class Interpreter:
                 elif code == 0x8C:  # SHORT_BINUNICODE
                     start, at = at + 2, at + 2 + data[at + 1]
                     push(str(data[start:at], "utf-8"))
-                elif code in OTHERS:
-                    at = OTHERS[code](self, at)
+                elif code in OTHER_OPCODES:
+                    at = OTHER_OPCODES[code](self, at)
                 elif code == 0x2E:  # STOP
                     return self._result(at)
                 else:
@@ -148,15 +148,15 @@ class Interpreter:
         codes = (name, key, other_key, last_key)
         kind, kinds, order = self._layouts.get(codes) or self._layout(codes)
         known, memo = self._known, self._memo
-        record, before = Record(kind), len(memo)
-        a = known.get(first) or self._meaning(first)
+        record, before = DcpRecord(kind), len(memo)
+        a = known.get(first) or self._decode(first)
         memo += (record, UNSHARED, *a[2])  # at once: what follows may fetch it
-        b = known.get(second) or self._meaning(second)
+        b = known.get(second) or self._decode(second)
         memo += b[2]
         types: tuple[type, ...] = (a[0], b[0])
         values: tuple[Any, ...] = (a[1], b[1])
         if third is not None:
-            c = known.get(third) or self._meaning(third)
+            c = known.get(third) or self._decode(third)
             memo += c[2]
             types, values = (*types, c[0]), (*values, c[1])
         if types != kinds:
@@ -178,18 +178,18 @@ class Interpreter:
         layout = self._layouts[codes] = kind, tuple(wanted[key] for key in keys), order
         return layout
 
-    def _meaning(self, code: bytes) -> Meaning:
+    def _decode(self, code: bytes) -> Decoded:
         """The value of a few opcodes that fetch something, or make a number or a Size, and what they memoize."""
         entries: tuple[Any, ...] = ()
         if sizes := SIZES.fullmatch(code):
             value: Any = tuple(map(_number, NUMBER.findall(sizes[2] or b"")))
             if self._memo[_number(sizes[1])] is not SIZE or (sizes[3] and ord(sizes[3]) - 0x84 != len(value)):
-                return NO_MEANING
+                return NOT_DECODED
             entries = (UNSHARED, UNSHARED, value) if sizes[3] else (UNSHARED, value)
         else:
             value = self._memo[_number(code)] if code[0] in b"hj" else _number(code)
         if not (type(value) in (int, str) or is_size(value)):
-            return NO_MEANING
+            return NOT_DECODED
         if len(self._known) >= KNOWN:
             self._known.clear()
         meaning = self._known[code] = type(value), value, entries
@@ -262,21 +262,21 @@ class Interpreter:
             self._refuse(at, "a name that is no text")
         mark = NAMES.get((module, name))
         if mark is None:
-            self._refuse(at, f"{shown(f'{module}.{name}')}, which is no part of a checkpoint's plan")
+            self._refuse(at, f"{format_raw(f'{module}.{name}')}, which is no part of a checkpoint's plan")
         self._stack.append(mark)
         return at + 1
 
     def _new_object(self, at: int) -> int:
         arguments, cls = self._stack.pop(), self._stack.pop()
-        if arguments != () or type(arguments) is not tuple or type(cls) is not Mark or cls.kind != "record":
+        if arguments != () or type(arguments) is not tuple or type(cls) is not GlobalName or cls.kind != "record":
             self._refuse(at, "an object that no plan has")
         self._made += 1
-        self._stack.append(Record(cls.value))
+        self._stack.append(DcpRecord(cls.value))
         return at + 1
 
     def _call(self, at: int) -> int:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if type(function) is not Mark or type(arguments) is not tuple:
+        if type(function) is not GlobalName or type(arguments) is not tuple:
             self._refuse(at, "a call of what is no function")
         if function is SIZE and len(arguments) == 1 and is_size(arguments[0]):
             self._stack.append(arguments[0])
@@ -287,12 +287,12 @@ class Interpreter:
         elif function is PATH and all(type(part) is str for part in arguments):
             self._stack.append(A_PATH)
         else:
-            self._refuse(at, f"a call of {shown(function.kind)} as no plan makes it")
+            self._refuse(at, f"a call of {format_raw(function.kind)} as no plan makes it")
         return at + 1
 
     def _build(self, at: int) -> int:
         state, record = self._stack.pop(), self._stack[-1]
-        if type(record) is not Record or record.fields is not None:
+        if type(record) is not DcpRecord or record.fields is not None:
             self._refuse(at, "a state for what is no object of a plan, or has one already")
         fields: tuple[Any, ...] | None = None
         if type(state) is Pairs:
@@ -306,8 +306,8 @@ class Interpreter:
         record.fields = fields
         return at + 1
 
-    def _pairs(self, place: int, at: int) -> Pairs:
-        target = self._stack[place] if place >= 0 else None
+    def _pairs(self, index: int, at: int) -> Pairs:
+        target = self._stack[index] if index >= 0 else None
         if type(target) is not Pairs:
             self._refuse(at, "entries for what is no dict")
         return target
@@ -361,7 +361,7 @@ class Interpreter:
         raise PlanError(f"byte {at} (opcode {self._data[at]:#04x}): {what}")
 
 
-OTHERS: dict[int, Callable[[Interpreter, int], int]] = {
+OTHER_OPCODES: dict[int, Callable[[Interpreter, int], int]] = {
     0x80: Interpreter._protocol,
     0x95: Interpreter._frame,
     0x58: Interpreter._text,

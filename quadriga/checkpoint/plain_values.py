@@ -15,8 +15,8 @@ import zipfile
 from typing import Any, NoReturn
 
 from quadriga import limits
-from quadriga.checkpoint.metadata_entries import no_collection
-from quadriga.checkpoint.refusal import PlanError, shown
+from quadriga.checkpoint.metadata_entries import gc_disabled
+from quadriga.checkpoint.plan_format import PlanError, format_raw
 
 MARK = object()
 ENCODE = object()  # `_codecs.encode`
@@ -54,7 +54,7 @@ def value_of(data: bytes) -> Any:
     if len(data) > limits.OBJECT_BYTES:
         raise PlanError(f"longer than a value may be ({limits.OBJECT_BYTES:,} bytes)")
     try:
-        with no_collection():
+        with gc_disabled():
             return _Values(data).run()
     except (IndexError, struct.error):
         raise PlanError("ends too early, or takes what was never put there") from None
@@ -131,7 +131,7 @@ class _Values:
         elif code == 0x63:  # GLOBAL
             name = [self._line(), self._line()]
             if name != ["_codecs", "encode"]:
-                self._refuse(start, f"{shown('.'.join(name))}, which no plain value needs")
+                self._refuse(start, f"{format_raw('.'.join(name))}, which no plain value needs")
             stack.append(ENCODE)
         elif code == 0x52:  # REDUCE
             self._encode(start)
@@ -171,11 +171,11 @@ class _Values:
 
     def _since_mark(self, start: int) -> list[Any]:
         stack = self._stack
-        place = next((at for at in range(len(stack) - 1, -1, -1) if stack[at] is MARK), -1)
-        if place < 0:
+        index = next((at for at in range(len(stack) - 1, -1, -1) if stack[at] is MARK), -1)
+        if index < 0:
             raise IndexError
-        values = stack[place + 1 :]
-        del stack[place:]
+        values = stack[index + 1 :]
+        del stack[index:]
         return self._plain(values, start)
 
     def _plain(self, values: list[Any], start: int) -> list[Any]:

@@ -40,11 +40,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from quadriga import limits
-from quadriga.checkpoint.refusal import DTYPE_WORDS, FORMAT, PLAN_FILE, PlanError, shown
+from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, PLAN_FILE, PlanError, format_raw
 
-__all__ = ["PLAN_FILE", "PlanError", "shown"]  # of the readers of plans, for those who see this alone
+__all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # of the readers of plans, for those who see this alone
 
-DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in DTYPE_WORDS if hasattr(torch, word)}
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in DTYPE_NAMES if hasattr(torch, word)}
 FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 Chunk = list[Any]  # as JSON has it, see above
 
@@ -70,10 +70,10 @@ class Plan:
             planned = self.tensors[name]
             chunks = []
             for number, (offsets, sizes, file, start, length, *transforms) in enumerate(planned.chunks):
-                place = torch.Size(offsets)
-                chunks.append(ChunkStorageMetadata(place, torch.Size(sizes)))
+                position = torch.Size(offsets)
+                chunks.append(ChunkStorageMetadata(position, torch.Size(sizes)))
                 info = _StorageInfo(self.files[file], start, length, *transforms)
-                storage[MetadataIndex(name, place, number)] = info
+                storage[MetadataIndex(name, position, number)] = info
             properties = TensorProperties(dtype=planned.dtype)
             tensors[name] = TensorStorageMetadata(properties, torch.Size(planned.shape), chunks)
         return Metadata(cast(dict[str, Any], tensors), storage_data=storage, storage_meta=StorageMeta())
@@ -112,7 +112,7 @@ def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequenc
     return (head + ",\n".join(lines) + "\n}}\n").encode()
 
 
-def parse(text: bytes) -> Plan:
+def parse_plan(text: bytes) -> Plan:
     """The plan that a text holds. Raises PlanError; whether it fits the files is checked by `check_files`."""
     check_text(text)
     try:
@@ -121,7 +121,7 @@ def parse(text: bytes) -> Plan:
         raise PlanError("nests deeper than a plan does") from None
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
         raise PlanError(f"not JSON that can be read: {error}") from error
-    return checked(raw)
+    return validate_plan(raw)
 
 
 def check_text(text: bytes) -> None:
@@ -132,18 +132,18 @@ def check_text(text: bytes) -> None:
         raise PlanError(f"more entries than a plan may have ({limits.PLAN_CHUNKS:,} chunks)")
 
 
-def checked(raw: Any) -> Plan:
+def validate_plan(raw: Any) -> Plan:
     """The plan of a JSON value. Raises PlanError where any of it is not as it must be."""
     if type(raw) is not dict or raw.keys() != {"format", "files", "tensors"}:
         raise PlanError('no JSON object of "format", "files" and "tensors"')
     if raw["format"] != FORMAT:
-        raise PlanError(f"has format {shown(raw['format'])}, this version reads {FORMAT!r}")
+        raise PlanError(f"has format {format_raw(raw['format'])}, this version reads {FORMAT!r}")
     files, tensors = raw["files"], raw["tensors"]
     if type(files) is not list or type(tensors) is not dict:
         raise PlanError('"files" must be an array and "tensors" an object')
     for name in files:
         if type(name) is not str or name in (".", "..") or not FILE_NAME.fullmatch(name):
-            raise PlanError(f"{shown(name)} is no name of a file in the folder")
+            raise PlanError(f"{format_raw(name)} is no name of a file in the folder")
     chunks_left = limits.PLAN_CHUNKS
     planned = {}
     for name, entry in tensors.items():
@@ -158,31 +158,31 @@ def check_files(plan: Plan, sizes: Mapping[str, int]) -> None:
     """Raise PlanError where a chunk does not lie inside one of these files; `sizes` in bytes, by name."""
     for file in plan.files:
         if file not in sizes:
-            raise PlanError(f"{shown(file)} is no regular file of this checkpoint")
+            raise PlanError(f"{format_raw(file)} is no regular file of this checkpoint")
     ends = [sizes[file] for file in plan.files]
     for name, planned in plan.tensors.items():
         for _, _, file, start, length, *_ in planned.chunks:
             if start + length > ends[file]:
                 what = f"bytes {start} to {start + length} of {plan.files[file]}, which has {ends[file]}"
-                raise PlanError(f"{shown(name)} lies at {what}")
+                raise PlanError(f"{format_raw(name)} lies at {what}")
 
 
 def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
     if len(name) > limits.PLAN_NAME or not name:
-        raise PlanError(f"{shown(name)} is no name of a tensor (1 to {limits.PLAN_NAME} characters)")
+        raise PlanError(f"{format_raw(name)} is no name of a tensor (1 to {limits.PLAN_NAME} characters)")
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "chunks"}:
-        raise PlanError(f'{shown(name)}: no JSON object of "dtype", "shape" and "chunks"')
+        raise PlanError(f'{format_raw(name)}: no JSON object of "dtype", "shape" and "chunks"')
     word, shape, chunks = entry["dtype"], entry["shape"], entry["chunks"]
     dtype = DTYPES.get(word) if type(word) is str else None
     if dtype is None:
-        raise PlanError(f"{shown(name)}: {shown(word)} is no dtype of this torch")
+        raise PlanError(f"{format_raw(name)}: {format_raw(word)} is no dtype of this torch")
     if type(shape) is not list or len(shape) > limits.PLAN_DIMENSIONS or not all(map(_is_size, shape)):
-        raise PlanError(f"{shown(name)}: {shown(shape)} is no shape")
+        raise PlanError(f"{format_raw(name)}: {format_raw(shape)} is no shape")
     numbers = math.prod(shape)
     if numbers * dtype.itemsize > limits.PLAN_TENSOR_BYTES:
-        raise PlanError(f"{shown(name)}: a tensor of shape {shown(shape)} is too large")
+        raise PlanError(f"{format_raw(name)}: a tensor of shape {format_raw(shape)} is too large")
     if type(chunks) is not list:
-        raise PlanError(f'{shown(name)}: "chunks" must be an array')
+        raise PlanError(f'{format_raw(name)}: "chunks" must be an array')
     there = 0
     seen = set()
     for chunk in chunks:
@@ -193,7 +193,7 @@ def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
         there += held
         seen.add(tuple(chunk[0]))
     if there != numbers or len(seen) != len(chunks) or not (len(chunks) < 2 or _tile(chunks, shape)):
-        raise PlanError(f"{shown(name)}: its {len(chunks)} chunks do not make up its shape {shown(shape)}")
+        raise PlanError(f"{format_raw(name)}: its {len(chunks)} chunks do not make up its shape {format_raw(shape)}")
     return PlannedTensor(dtype, tuple(shape), chunks)
 
 
@@ -246,7 +246,7 @@ def _held(chunk: Any, shape: list[int], files: int) -> int | None:
 
 
 def _refuse_chunk(name: str, chunk: Any, shape: list[int]) -> NoReturn:
-    raise PlanError(f"{shown(name)}: {shown(chunk)} is no chunk of a tensor of shape {shown(shape)}")
+    raise PlanError(f"{format_raw(name)}: {format_raw(chunk)} is no chunk of a tensor of shape {format_raw(shape)}")
 
 
 def _is_size(value: Any) -> bool:

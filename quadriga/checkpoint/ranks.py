@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from quadriga.checkpoint.folder import CheckpointError, FileFacts, Found
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, FileFacts
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json, broadcast_json, error_from_json, error_to_json
 
@@ -31,15 +31,15 @@ def on_first_rank(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
             result = work()
         except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
             error = failed
-    told = broadcast_json([result, None if error is None else error_to_json(error)], group)
+    outcome = broadcast_json([result, None if error is None else error_to_json(error)], group)
     if error is not None:
         raise error
-    if told[1] is not None:
-        raise error_from_json(told[1], CheckpointError)
-    return cast(T, told[0])
+    if outcome[1] is not None:
+        raise error_from_json(outcome[1], CheckpointError)
+    return cast(T, outcome[0])
 
 
-def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
+def on_all_ranks(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     """This rank's result. Where the work failed on any rank, every rank raises: the error of the first that failed."""
     result: T | None = None
     error: Exception | None = None
@@ -51,19 +51,19 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
         error = CheckpointError(f"weights could not be read or written: {failed or type(failed).__name__}")
         error.__cause__ = failed
     own = None if error is None else error_to_json(error)
-    told: list[Any] = [own] if group is None else all_gather_json(own, group)
-    first = next((rank for rank, one in enumerate(told) if one is not None), None)
+    outcome: list[Any] = [own] if group is None else all_gather_json(own, group)
+    first = next((rank for rank, one in enumerate(outcome) if one is not None), None)
     if first is None:
         return cast(T, result)
     if error is not None and (group is None or first == dist.get_rank(group)):
         raise error  # never from itself: a chain of causes must end
-    raise error_from_json(told[first], CheckpointError) from error
+    raise error_from_json(outcome[first], CheckpointError) from error
 
 
-def found_to_json(found: Found | None) -> dict[str, Any] | None:
+def info_to_json(found: CheckpointInfo | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
-def found_from_json(record: Mapping[str, Any]) -> Found:
+def info_from_json(record: Mapping[str, Any]) -> CheckpointInfo:
     files = {name: FileFacts(**facts) for name, facts in record["files"].items()}
-    return Found(**{**record, "contents": tuple(record["contents"]), "files": files})
+    return CheckpointInfo(**{**record, "contents": tuple(record["contents"]), "files": files})

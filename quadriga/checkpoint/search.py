@@ -11,16 +11,16 @@ import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages, titan
-from quadriga.checkpoint.files import Place, is_url
-from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
-from quadriga.checkpoint.ranks import found_from_json, found_to_json
+from quadriga.checkpoint.files import Location, is_url
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.ranks import info_from_json, info_to_json
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 
 
-class Search:
+class CheckpointSearch:
     """One look at the checkpoints, by all ranks together, who share the work of hashing.
 
     `refused`: why, by step, published checkpoints were not taken. `steps_lost`: between the newest published one and
@@ -30,7 +30,7 @@ class Search:
     def __init__(
         self,
         section: Checkpoint,
-        folder: Place,
+        folder: Location,
         group: dist.ProcessGroup | None,
         on_first_rank: Callable[[Callable[[], Any]], Any],
     ) -> None:
@@ -39,91 +39,95 @@ class Search:
         self.refused: dict[int, str] = {}
         self.steps_lost = 0
 
-    def own(self, remains: list[str]) -> Found | None:
+    def find_own(self, remains: list[str]) -> CheckpointInfo | None:
         """The run's own newest good checkpoint, or that of `load_step`. `remains`: what lay there unpublished."""
-        records, damaged = self._on_first_rank(self._look)
-        whole = [found_from_json(record) for record in records]
+        records, damaged = self._on_first_rank(self._list)
+        whole = [info_from_json(record) for record in records]
         self.refused = dict(damaged)
         asked = self._section.load_step
         if asked >= 0 and asked not in {found.step for found in whole} | self.refused.keys():
             raise UserError(messages.no_such_step(asked, self._folder, whole))
         for one in reversed(whole):
-            found = self._looked_at(one) if asked in (-1, one.step) else None
-            if found is not None and self._is_good(found):
+            found = self._inspected(one) if asked in (-1, one.step) else None
+            if found is not None and self._is_intact(found):
                 if messages.is_last_save(found):  # whatever is excluded from loading: it does not say its step
-                    raise UserError(messages.weights_alone(found))
+                    raise UserError(messages.weights_only(found))
                 if found.trainer:
-                    logger.info(messages.theirs_not_verified(found))
-                self._say_what_it_costs(found, whole)
+                    logger.info(messages.titan_not_verified(found))
+                self._log_lost_steps(found, whole)
                 return found
         if asked >= 0 or self.refused:
-            raise CheckpointError(messages.none_is_good(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+            raise CheckpointError(
+                messages.no_valid_checkpoint(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT
+            )
         if remains:
             logger.warning(messages.only_remains(self._folder, remains))
         return None
 
-    def _look(self) -> tuple[list[Any], list[tuple[int, str]]]:
+    def _list(self) -> tuple[list[Any], list[tuple[int, str]]]:
         if not is_url(self._folder) and os.path.lexists(self._folder) and not os.path.isdir(self._folder):
-            raise UserError(messages.no_folder(self._folder))  # a disk that is not mounted is no reason to start anew
-        for reason in folders.no_folders(self._folder):
+            raise UserError(
+                messages.not_a_folder(self._folder)
+            )  # a disk that is not mounted is no reason to start anew
+        for reason in folders.non_folders_in(self._folder):
             logger.warning(reason)
-        if foreign := folders.someone_elses_in(self._folder):
+        if foreign := folders.foreign_steps_in(self._folder):
             logger.warning(messages.not_read_from_stores(self._folder, foreign))
-        whole, damaged = folders.sorted_out(self._folder)
-        theirs, damaged = titan.candidates(self._folder, damaged)
+        whole, damaged = folders.list_checkpoints(self._folder)
+        theirs, damaged = titan.find_candidates(self._folder, damaged)
         whole = sorted([*whole, *theirs], key=lambda found: found.step)
-        return [found_to_json(found) for found in whole], damaged
+        return [info_to_json(found) for found in whole], damaged
 
-    def _looked_at(self, found: Found) -> Found | None:
+    def _inspected(self, found: CheckpointInfo) -> CheckpointInfo | None:
         """The checkpoint, with what it holds; None where it is a candidate of torchtitan's that cannot be used."""
         if not found.trainer:
             return found
-        record, why = self._on_first_rank(lambda: self._look_at_theirs(found.path))
+        record, why = self._on_first_rank(lambda: self._inspect_titan(found.path))
         if record is None:
             self.refused[found.step] = why
-        return None if record is None else found_from_json(record)
+        return None if record is None else info_from_json(record)
 
-    def _look_at_theirs(self, path: str) -> tuple[dict[str, Any] | None, str]:
+    def _inspect_titan(self, path: str) -> tuple[dict[str, Any] | None, str]:
         try:
-            return found_to_json(titan.look(path)), messages.no_manifest(path)
-        except NotWhole as reason:
+            return info_to_json(titan.inspect(path)), messages.no_manifest(path)
+        except InvalidCheckpoint as reason:
             return None, str(reason)
 
-    def elsewhere(self, path: str) -> Found:
+    def find_initial(self, path: str) -> CheckpointInfo:
         """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
-        found = found_from_json(self._on_first_rank(lambda: found_to_json(self._look_at(path))))
+        found = info_from_json(self._on_first_rank(lambda: info_to_json(self._inspect_initial(path))))
         if found.trainer:
-            logger.info(messages.theirs_not_verified(found))
-        if found.files and not self._is_good(found):
-            raise CheckpointError(messages.none_is_good(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+            logger.info(messages.titan_not_verified(found))
+        if found.files and not self._is_intact(found):
+            raise CheckpointError(messages.no_valid_checkpoint(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
         if self._section.initial_load_model_only:
             return replace(found, resume=False, extra={})
         alone = found.contents == ("model",)  # of a last save without optimizer, or converted
         if alone and (found.resume or found.trainer):
-            raise UserError(messages.holds_no(found, ["optimizer"]))
+            raise UserError(messages.missing_contents(found, ["optimizer"]))
         return found
 
-    def _look_at(self, path: str) -> Found:
+    def _inspect_initial(self, path: str) -> CheckpointInfo:
         try:
-            found = titan.elsewhere(path)
-        except NotWhole as reason:
-            raise UserError(messages.not_ours(path, reason)) from reason
+            found = titan.find_at(path)
+        except InvalidCheckpoint as reason:
+            raise UserError(messages.not_a_checkpoint(path, reason)) from reason
         if found is not None:
             return found
         logger.warning(messages.not_verified(path))
-        return Found(0, path, ("model",), resume=False, place=path)
+        return CheckpointInfo(0, path, ("model",), resume=False, location=path)
 
-    def _is_good(self, found: Found) -> bool:
+    def _is_intact(self, found: CheckpointInfo) -> bool:
         """Every file's hash is the one that was written down. Each rank reads its share of the files."""
         ranks, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
-        wrong = folders.damage(found, sorted(found.files)[rank::ranks])
+        wrong = folders.find_damage(found, sorted(found.files)[rank::ranks])
         if self._group is not None:
             wrong = [reason for one in all_gather_json(wrong, self._group) for reason in one]
         if wrong:
             self.refused[found.step] = "; ".join(wrong)
         return not wrong
 
-    def _say_what_it_costs(self, found: Found, whole: list[Found]) -> None:
+    def _log_lost_steps(self, found: CheckpointInfo, whole: list[CheckpointInfo]) -> None:
         for _, reason in sorted(self.refused.items()):
             logger.warning(f"{reason}: this checkpoint is passed over")
         newest = max([step for step in self.refused if step > found.step], default=found.step)

@@ -31,7 +31,9 @@ class ModelState:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors themselves, not copies; sharded ones as DTensors."""
-        return {plain(name): value.detach() for part in self._parts for name, value in part.state_dict().items()}
+        return {
+            strip_wrappers(name): value.detach() for part in self._parts for name, value in part.state_dict().items()
+        }
 
     def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
         _copy(self.state_dict(), loaded)
@@ -43,7 +45,7 @@ class OptimizerState:
     def __init__(self, parts: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
         self._optimizers = tuple(optimizers)
         named = (pair for part in parts for pair in part.named_parameters())
-        self._names: dict[torch.Tensor, str] = {parameter: plain(name) for name, parameter in named}
+        self._names: dict[torch.Tensor, str] = {parameter: strip_wrappers(name) for name, parameter in named}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors themselves, not copies. Before the first step they are made, as zeros."""
@@ -90,7 +92,7 @@ class RandomState:
         for name, state in loaded.items():
             generator = name.partition(".")[2]
             try:
-                self._put_back(generator, state)
+                self._restore(generator, state)
             except (ValueError, OverflowError, RuntimeError) as error:
                 what = f"what the checkpoint holds is no state of a random number generator: {shortened(error, 200)}"
                 fix = (
@@ -99,7 +101,7 @@ class RandomState:
                 )
                 raise UserError(Problem(f"random.{name}", what, fix=fix)) from error
 
-    def _put_back(self, generator: str, state: torch.Tensor) -> None:
+    def _restore(self, generator: str, state: torch.Tensor) -> None:
         if generator == "torch":
             _check_torch(state)
             torch.set_rng_state(state)
@@ -107,10 +109,10 @@ class RandomState:
             version, *words = state.tolist()
             random.setstate((version, tuple(words), None))
         elif generator == "numpy":
-            place, *keys = state.tolist()
-            if not 0 <= place <= WORDS:  # NumPy does not look: the next draw would read memory of others
-                raise ValueError(f"position {place} of {WORDS}")
-            np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))
+            position, *keys = state.tolist()
+            if not 0 <= position <= WORDS:  # NumPy does not look: the next draw would read memory of others
+                raise ValueError(f"position {position} of {WORDS}")
+            np.random.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
         elif generator == "cuda" and self._device.type == "cuda":
             torch.cuda.set_rng_state(state, self._device)
 
@@ -123,7 +125,7 @@ def _check_torch(state: torch.Tensor) -> None:
         raise ValueError(f"{left} words left from word {following} on, of {WORDS}")
 
 
-def plain(name: str) -> str:
+def strip_wrappers(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")

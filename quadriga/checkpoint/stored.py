@@ -27,7 +27,7 @@ from torch.futures import Future
 from quadriga import limits
 from quadriga.checkpoint import metadata_file
 from quadriga.checkpoint import plan as plans
-from quadriga.checkpoint.files import Files, Place, files_at, local
+from quadriga.checkpoint.files import Files, Location, files_at, local
 from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
 from quadriga.checkpoint.plan import PLAN_FILE, Plan, PlanError
 from quadriga.checkpoint.shards import Slice, read_chunk
@@ -36,72 +36,75 @@ from quadriga.json_collectives import broadcast_bytes, broadcast_json, error_fro
 METADATA = ".metadata"  # DCP's own plan, a pickle
 
 
-class Stored:
+class StoredTensors:
     """The tensors in a place. Needs no other rank."""
 
-    def __init__(self, place: Place, plan: Plan, retries: int = 5) -> None:
-        self.place, self.plan = str(place), plan
-        self._files = files_at(place, retries)
+    def __init__(self, location: Location, plan: Plan, retries: int = 5) -> None:
+        self.location, self.plan = str(location), plan
+        self._files = files_at(location, retries)
 
     def reader(self, names: Iterable[str]) -> TensorReader:
         """DCP's reader of these tensors, all of which must be in the plan."""
-        return TensorReader(self.place, self._files, self.plan.metadata(names))
+        return TensorReader(self.location, self._files, self.plan.metadata(names))
 
 
 def open_stored(
-    place: Place, group: dist.ProcessGroup | None, facts: Mapping[str, FileFacts] | None = None, retries: int = 5
-) -> Stored:
+    location: Location, group: dist.ProcessGroup | None, facts: Mapping[str, FileFacts] | None = None, retries: int = 5
+) -> StoredTensors:
     """The tensors in a place. `facts`: what the manifest says of its files; empty or None: there is no manifest.
 
     Call on all ranks of the group. Raises CheckpointError on every rank where the plan is missing, damaged, or not
     just the plan of tensors in the files of this folder."""
     if group is None:
-        return Stored(place, _read_plan(place, facts or {}, retries)[0], retries)
+        return StoredTensors(location, _read_plan(location, facts or {}, retries)[0], retries)
     plan, text, error = None, b"", None
     if dist.get_rank(group) == 0:
         try:
-            plan, text = _read_plan(place, facts or {}, retries)
-            text = text or _as_text(place, plan)
+            plan, text = _read_plan(location, facts or {}, retries)
+            text = text or _as_text(location, plan)
         except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
             error = failed
-    told = broadcast_json(None if error is None else error_to_json(error), group)
+    error_record = broadcast_json(None if error is None else error_to_json(error), group)
     if error is not None:
         raise error
-    if told is not None:
-        raise error_from_json(told, CheckpointError)
+    if error_record is not None:
+        raise error_from_json(error_record, CheckpointError)
     text = broadcast_bytes(text, group)
-    return Stored(place, plan or plans.parse(text), retries)
+    return StoredTensors(location, plan or plans.parse_plan(text), retries)
 
 
-def _read_plan(place: Place, facts: Mapping[str, FileFacts], retries: int) -> tuple[Plan, bytes]:
+def _read_plan(location: Location, facts: Mapping[str, FileFacts], retries: int) -> tuple[Plan, bytes]:
     """The plan, and its JSON where that is what was read."""
-    files, name = files_at(place, retries), METADATA
+    files, name = files_at(location, retries), METADATA
     try:
-        if PLAN_FILE in facts if facts else files.exists(join(place, PLAN_FILE)):
+        if PLAN_FILE in facts if facts else files.exists(join(location, PLAN_FILE)):
             name = PLAN_FILE
-            text = _content(files, place, name, limits.PLAN_BYTES, facts.get(name))
-            plan = plans.parse(text)
+            text = _content(files, location, name, limits.PLAN_BYTES, facts.get(name))
+            plan = plans.parse_plan(text)
         else:
-            text, plan = b"", metadata_file.read(_content(files, place, name, limits.METADATA_BYTES, facts.get(name)))
-        plans.check_files(plan, {file: _size(files, place, file, facts) for file in plan.files})
+            text, plan = (
+                b"",
+                metadata_file.read_plan(_content(files, location, name, limits.METADATA_BYTES, facts.get(name))),
+            )
+        plans.check_files(plan, {file: _size(files, location, file, facts) for file in plan.files})
         return plan, text
     except PlanError as error:
-        raise refused(join(place, name), error) from error
+        raise refusal_error(join(location, name), error) from error
     except OSError as error:
-        raise CheckpointError(f"{join(place, name)} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{join(location, name)} cannot be read: {error.strerror or error}") from error
 
 
-def _as_text(place: Place, plan: Plan) -> bytes:
+def _as_text(location: Location, plan: Plan) -> bytes:
     """The JSON of a plan that was read of `.metadata`. What the other ranks would refuse, this rank refuses for all."""
     text = plan.as_json()
     try:
         plans.check_text(text)
     except PlanError as error:
-        raise refused(join(place, METADATA), error) from error
+        raise refusal_error(join(location, METADATA), error) from error
     return text
 
 
-def refused(path: str, error: PlanError) -> CheckpointError:
+def refusal_error(path: str, error: PlanError) -> CheckpointError:
     return CheckpointError(
         f"{path} is refused: {error}\n"
         "nothing in this checkpoint was run, and no tensor was taken from it\n"
@@ -109,9 +112,9 @@ def refused(path: str, error: PlanError) -> CheckpointError:
     )
 
 
-def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts | None) -> bytes:
+def _content(files: Files, location: Location, name: str, most: int, fact: FileFacts | None) -> bytes:
     def look() -> bytes:
-        with open_file(files, place, name) as file:
+        with open_file(files, location, name) as file:
             return file.read(most + 1)
 
     content = files.retried(look)
@@ -122,22 +125,22 @@ def _content(files: Files, place: Place, name: str, most: int, fact: FileFacts |
     return content
 
 
-def open_file(files: Files, place: Place, name: str) -> IO[bytes]:
+def open_file(files: Files, location: Location, name: str) -> IO[bytes]:
     """A file of the folder. No link is followed: it could lead to any file of this machine."""
-    if files.renames and (local(place) / name).is_symlink():
-        raise PlanError(f"{plans.shown(name)} is a link, not a file of this folder")
-    return files.open(join(place, name), "rb")
+    if files.renames and (local(location) / name).is_symlink():
+        raise PlanError(f"{plans.format_raw(name)} is a link, not a file of this folder")
+    return files.open(join(location, name), "rb")
 
 
-def _size(files: Files, place: Place, name: str, facts: Mapping[str, FileFacts]) -> int:
+def _size(files: Files, location: Location, name: str, facts: Mapping[str, FileFacts]) -> int:
     if facts:
         if name not in facts:
-            raise PlanError(f"{plans.shown(name)} is no file that the manifest lists")
+            raise PlanError(f"{plans.format_raw(name)} is no file that the manifest lists")
         return facts[name].size  # compared with the file when the manifest was read
     try:
-        return files.size(join(place, name))
+        return files.size(join(location, name))
     except OSError as error:
-        raise PlanError(f"{plans.shown(name)}, in which tensors are to lie: {error.strerror or error}") from error
+        raise PlanError(f"{plans.format_raw(name)}, in which tensors are to lie: {error.strerror or error}") from error
 
 
 class TensorPlanner(DefaultLoadPlanner):
@@ -148,14 +151,14 @@ class TensorPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         """DCP's own unpickles what was stored."""
-        raise PlanError(f"{plans.shown(read_item.dest_index.fqn)} is a pickled object, which is not read")
+        raise PlanError(f"{plans.format_raw(read_item.dest_index.fqn)} is a pickled object, which is not read")
 
 
 class TensorReader(StorageReader):
     """Reads the tensors of a plan that was checked."""
 
-    def __init__(self, place: str, files: Files, metadata: Metadata) -> None:
-        self._place, self._files, self._metadata = place, files, metadata
+    def __init__(self, location: str, files: Files, metadata: Metadata) -> None:
+        self._location, self._files, self._metadata = location, files, metadata
 
     def read_metadata(self) -> Metadata:
         return self._metadata
@@ -174,7 +177,7 @@ class TensorReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False  # made by `Stored.reader`, not found by DCP
+        return False  # made by `StoredTensors.reader`, not found by DCP
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         self._files.retried(lambda: self._read(plan, planner))
@@ -188,16 +191,15 @@ class TensorReader(StorageReader):
             info = self._metadata.storage_data[item.storage_index]
             by_file.setdefault(info.relative_path, []).append((info, item))
         for name, items in by_file.items():
-            path = join(self._place, name)
+            path = join(self._location, name)
             try:
-                with open_file(self._files, self._place, name) as file:
+                with open_file(self._files, self._location, name) as file:
                     for info, item in sorted(items, key=lambda one: one[0].offset):
-                        path = (
-                            f"{join(self._place, name)} ({plans.shown(item.storage_index.fqn)} at byte {info.offset})"
-                        )
+                        tensor = plans.format_raw(item.storage_index.fqn)
+                        path = f"{join(self._location, name)} ({tensor} at byte {info.offset})"
                         self._fill(file, info, item, planner)
             except PlanError as error:
-                raise refused(path, error) from error
+                raise refusal_error(path, error) from error
 
     def _fill(self, file: IO[bytes], info: _StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
         if item.type is not LoadItemType.TENSOR:
@@ -207,12 +209,12 @@ class TensorReader(StorageReader):
         assert item.storage_index.index is not None
         chunk, dtype = entry.chunks[item.storage_index.index], entry.properties.dtype
         if info.transform_descriptors:
-            kinds = plans.shown(", ".join(info.transform_descriptors))
+            kinds = plans.format_raw(", ".join(info.transform_descriptors))
             raise PlanError(f"was transformed as it was saved ({kinds}), which is not read: save it anew without")
-        put(read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes), item, planner)
+        copy_part(read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes), item, planner)
 
 
-def put(saved: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+def copy_part(saved: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     """Copy the part of a chunk that an item asks for to where it belongs."""
     for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         saved = saved.narrow(dimension, start, size)

@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from quadriga.checkpoint.files import Files, Place, files_at
+from quadriga.checkpoint.files import Files, Location, files_at
 from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
-from quadriga.checkpoint.messages import misfits
+from quadriga.checkpoint.messages import mismatches
 from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
-from quadriga.checkpoint.stored import Stored, TensorPlanner, open_stored
+from quadriga.checkpoint.stored import StoredTensors, TensorPlanner, open_stored
 from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 
@@ -41,19 +41,23 @@ Tensors = Mapping[str, torch.Tensor]
 COPIED_AHEAD = 10_000_000  # bytes from the device, by DCP
 
 
-def write(place: Place, tensors: Tensors, group: dist.ProcessGroup | None, retries: int = 5) -> dict[str, str]:
+def save_tensors(
+    location: Location, tensors: Tensors, group: dist.ProcessGroup | None, retries: int = 5
+) -> dict[str, str]:
     """Write all ranks' tensors into an empty place, durably; the SHA-256 of each file that this rank wrote, by name.
 
     Raises the same error on every rank."""
-    files = HashingFiles(files_at(place, retries))
-    writer = Writer(str(place), files, on_cuda=any(value.device.type == "cuda" for value in tensors.values()))
-    with plain_errors(f"{place} could not be written"), _hashed_once():
+    files = HashingFiles(files_at(location, retries))
+    writer = CheckpointWriter(
+        str(location), files, on_cuda=any(value.device.type == "cuda" for value in tensors.values())
+    )
+    with convert_dcp_errors(f"{location} could not be written"), _without_crc32():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
 
-def read(
-    place: Place,
+def load_tensors(
+    location: Location,
     tensors: Tensors,
     group: dist.ProcessGroup | None,
     *,
@@ -63,7 +67,7 @@ def read(
     retries: int = 5,
     optional: str | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Fill the tensors in place from what `write` wrote, whatever layout wrote it.
+    """Fill the tensors in place from what `save_tensors` wrote, whatever layout wrote it.
 
     `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
     missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
@@ -77,7 +81,7 @@ def read(
         facts: what the manifest says of the files there; None or empty where there is no manifest.
         prefix: what all names here begin with, and need not begin with there.
     """
-    stored = open_stored(place, group, facts, retries)
+    stored = open_stored(location, group, facts, retries)
     there = stored.plan.tensors
     if prefix and not all(name.startswith(prefix) for name in there):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -88,8 +92,8 @@ def read(
     wanted = {name: value for name, value in tensors.items() if name not in unfilled}
     due = {name: value for name, value in wanted.items() if name not in may_lack}
     expected = {name: entry for name, entry in there.items() if name not in may_lack}
-    _refuse_other_tensors(str(place), due, expected, group, may_hold_more)
-    with plain_errors(f"{place} could not be read"):
+    _refuse_other_tensors(str(location), due, expected, group, may_hold_more)
+    with convert_dcp_errors(f"{location} could not be read"):
         load(
             wanted,
             storage_reader=stored.reader(wanted),
@@ -104,12 +108,13 @@ def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
     return entry is not None and entry.shape == tuple(value.shape)
 
 
-def stored_tensors(place: Place, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
-    """Name, shape and dtype of all tensors in a place. One process alone. Raises CheckpointError as `read` does."""
-    return open_stored(place, None, facts).plan.tensors
+def stored_tensors(location: Location, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
+    """Name, shape and dtype of all tensors in a place. One process alone. Raises CheckpointError as `load_tensors`
+    does."""
+    return open_stored(location, None, facts).plan.tensors
 
 
-def read_one(stored: Stored, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+def load_tensor(stored: StoredTensors, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A whole tensor (None: as it was saved); beside it only one saved piece of it is in memory. Needs no other rank.
 
     Raises CheckpointError where it is damaged."""
@@ -117,7 +122,7 @@ def read_one(stored: Stored, name: str, dtype: torch.dtype | None = None) -> tor
     tensor = torch.empty(planned.shape, dtype=dtype or planned.dtype)
     reader, planner = stored.reader([name]), TensorPlanner()
     planner.set_up_planner({name: tensor}, reader.read_metadata(), is_coordinator=True)
-    with plain_errors(f"{stored.place} could not be read"):
+    with convert_dcp_errors(f"{stored.location} could not be read"):
         reader.read_data(planner.create_local_plan(), planner).wait()
     return tensor
 
@@ -217,18 +222,18 @@ class _HashedStream:
         self._stream.close()
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Writes `plan.json` beside DCP's files.
 
     When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
 
-    def __init__(self, place: str, files: HashingFiles, on_cuda: bool = False) -> None:
+    def __init__(self, location: str, files: HashingFiles, on_cuda: bool = False) -> None:
         # Without CUDA tensors nothing is copied ahead: DCP would open a GPU for it wherever there is one.
         ahead = COPIED_AHEAD if on_cuda else 0
         # What `create` made is durable when it is closed.
-        super().__init__(place, sync_files=False, per_thread_copy_ahead=ahead)
+        super().__init__(location, sync_files=False, per_thread_copy_ahead=ahead)
         self.fs: Any = files
-        self.path: Any = place
+        self.path: Any = location
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         return self.fs.files.retried(lambda: self._write_once(plan, planner))
@@ -252,7 +257,7 @@ class Writer(FileSystemWriter):
 
 
 def _refuse_other_tensors(
-    place: str,
+    location: str,
     tensors: Tensors,
     there: Mapping[str, PlannedTensor],
     group: dist.ProcessGroup | None,
@@ -283,13 +288,15 @@ def _refuse_other_tensors(
         ("only the checkpoint has", surplus),
         ("shapes differ:", reshaped),
     )
-    problems = misfits(place, kinds, "start with the configuration that saved it, or with another job.dump_folder")
+    problems = mismatches(
+        location, kinds, "start with the configuration that saved it, or with another job.dump_folder"
+    )
     if problems:
         raise UserError(*problems)
 
 
 @contextmanager
-def _hashed_once() -> Iterator[None]:
+def _without_crc32() -> Iterator[None]:
     """torch's own CRC-32 of each tensor is left out (readers do without): a file is covered by its SHA-256."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -300,18 +307,18 @@ def _hashed_once() -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(what: str) -> Iterator[None]:
+def convert_dcp_errors(what: str) -> Iterator[None]:
     """One CheckpointError with each failed rank's own words; no warning that one process is alone, which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
             yield
         except CheckpointException as error:
-            lines = [f"rank {rank}: {_in_words(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
+            lines = [f"rank {rank}: {_format_error(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
             raise CheckpointError("\n".join([what, *lines])) from error
         except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{what}\n{_in_words(error)}") from error
+            raise CheckpointError(f"{what}\n{_format_error(error)}") from error
 
 
-def _in_words(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     return str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"

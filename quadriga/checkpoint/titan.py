@@ -20,20 +20,25 @@ from typing import Any, Protocol
 
 from quadriga import limits
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import others
-from quadriga.checkpoint.files import Files, Place, files_at, local
-from quadriga.checkpoint.folder import Found, NotWhole
+from quadriga.checkpoint import foreign
+from quadriga.checkpoint.files import Files, Location, files_at, local
+from quadriga.checkpoint.folder import CheckpointInfo, InvalidCheckpoint
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
 from quadriga.checkpoint.messages import no_state
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
-from quadriga.checkpoint.refusal import PlanError, shown
+from quadriga.checkpoint.plan_format import PlanError, format_raw
 from quadriga.errors import Problem, UserError
-from quadriga.units import show_some
+from quadriga.units import format_some
 
 TRAINER = "torchtitan"
 STATE = "optimizer.state."  # what the names of moments begin with
-OTHERS = ("optimizer.", "train_state.", "lr_scheduler.", "dataloader.")  # what is no weight begins like one of these
+NON_WEIGHT_PREFIXES = (
+    "optimizer.",
+    "train_state.",
+    "lr_scheduler.",
+    "dataloader.",
+)  # what is no weight begins like one of these
 EMBEDDING = "tok_embeddings.weight"
 IN_LAYER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -44,7 +49,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 FIX = "set model.flavor and its sizes to those of the run that saved it, or name another checkpoint"
 
 
-class Names(Protocol):
+class TitanTensorNames(Protocol):
     """The tensors of one model on torchtitan's side; `models.registry.titan_names` gives it."""
 
     @property
@@ -55,18 +60,20 @@ class Names(Protocol):
         """How many rows make a head, where rows of this tensor are paired; 0 where they are not."""
 
 
-def candidates(folder: Place, damaged: Iterable[tuple[int, str]]) -> tuple[list[Found], list[tuple[int, str]]]:
+def find_candidates(
+    folder: Location, damaged: Iterable[tuple[int, str]]
+) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
     """Of the folders that are no checkpoint of ours (step, why): those that may be torchtitan's, and the others.
 
-    A candidate is to be looked at (`look`) before it is used."""
+    A candidate is to be looked at (`inspect`) before it is used."""
     files, theirs, left = files_at(folder), [], []
     for step, why in damaged:
-        path = folders.published(folder, step)
+        path = folders.published_path(folder, step)
         try:
-            if others.has_foreign_plan(files, path):
-                theirs.append(Found(step, path, (), place=path, trainer=TRAINER))
-            elif others.is_someone_elses(files, path):
-                left.append((step, no_state(path, others.is_hugging_face(files, path))))
+            if foreign.has_foreign_plan(files, path):
+                theirs.append(CheckpointInfo(step, path, (), location=path, trainer=TRAINER))
+            elif foreign.has_foreign_weights(files, path):
+                left.append((step, no_state(path, foreign.has_hugging_face_weights(files, path))))
             else:
                 left.append((step, why))
         except OSError:
@@ -74,88 +81,88 @@ def candidates(folder: Place, damaged: Iterable[tuple[int, str]]) -> tuple[list[
     return theirs, left
 
 
-def newest(folder: Place, step: int = -1, least: int = 0) -> Found | None:
+def find_newest(folder: Location, step: int = -1, least: int = 0) -> CheckpointInfo | None:
     """The newest checkpoint in a folder, ours or theirs, that is whole by name and size, or that of a step; None where
     there is none. Of theirs only those are looked at that are newer than the newest of ours, and of step `least` on:
     a look reads all of `.metadata`, which takes seconds for a large model."""
-    own, files = folders.find(folder, step), files_at(folder)
+    own, files = folders.find_complete(folder, step), files_at(folder)
     if not files.renames:  # its trainer saves to folders alone
         return own
     named = sorted(int(match[1]) for name in files.names(folder) if (match := folders.PUBLISHED.fullmatch(name)))
     for number in reversed(named):
-        path = folders.published(folder, number)
+        path = folders.published_path(folder, number)
         if number < least or (own is not None and own.step >= number):
             break
         if step in (-1, number):
-            with suppress(NotWhole, OSError):
-                if files.is_folder(path) and others.has_foreign_plan(files, path) and (found := look(path)):
+            with suppress(InvalidCheckpoint, OSError):
+                if files.is_folder(path) and foreign.has_foreign_plan(files, path) and (found := inspect(path)):
                     return found
     return own
 
 
-def look(path: Place) -> Found | None:
+def inspect(path: Location) -> CheckpointInfo | None:
     """What a folder of theirs holds; None where its names are not torchtitan's.
 
     `extra` has the parts that a checkpoint of ours has, as far as they can be known: `train_state` (`step`,
     `tokens_seen`), `lr_scheduler` (`done`), `dataloader` (`ranks`; and `documents` and `tokens_left`, or `unknown`, the
     reason). `resume` is False for step 0, of which only the weights are taken, as torchtitan does.
 
-    Raises NotWhole where a file is missing or too short, or a value is none that torchtitan saves.
+    Raises InvalidCheckpoint where a file is missing or too short, or a value is none that torchtitan saves.
     """
     files = files_at(path)
     try:
         entries = read_entries(_bytes(files, path, METADATA, 0, None, limits.METADATA_BYTES))
-        if not _is_titans(entries):
+        if not _has_titan_names(entries):
             return None
         for name, kinds in entries.transformed.items():
-            what = f"was transformed as it was saved ({shown(kinds)}), which is not read: save it anew without"
-            raise PlanError(f"{shown(name)} {what}")
+            what = f"was transformed as it was saved ({format_raw(kinds)}), which is not read: save it anew without"
+            raise PlanError(f"{format_raw(name)} {what}")
         _check_files(entries, files, path)
-        said = _Values(entries, files, path)
-        contents = ("model", "optimizer") if said.has_training else ("model",)
-        extra = said.extra() if said.has_training else {}
+        run_state = _RunState(entries, files, path)
+        contents = ("model", "optimizer") if run_state.has_training else ("model",)
+        extra = run_state.extra() if run_state.has_training else {}
     except PlanError as error:
-        raise NotWhole(f"{folders.join(path, METADATA)}: {error}") from error
+        raise InvalidCheckpoint(f"{folders.join(path, METADATA)}: {error}") from error
     except OSError as error:
-        raise NotWhole(f"{path} cannot be read ({error.strerror or error})") from error
+        raise InvalidCheckpoint(f"{path} cannot be read ({error.strerror or error})") from error
     named = folders.step_in_name(path)
     step = extra["train_state"]["step"] if extra else named or 0
     if extra and named is not None and named != step:
-        raise NotWhole(f"{path} is of step {step}, but its folder is called that of step {named}")
-    return Found(step, str(path), contents, extra, resume=step > 0, place=str(path), trainer=TRAINER)
+        raise InvalidCheckpoint(f"{path} is of step {step}, but its folder is called that of step {named}")
+    return CheckpointInfo(step, str(path), contents, extra, resume=step > 0, location=str(path), trainer=TRAINER)
 
 
-def elsewhere(path: Place) -> Found | None:
+def find_at(path: Location) -> CheckpointInfo | None:
     """The checkpoint that a folder is, or the newest in it; None for a folder of torch.distributed.checkpoint whose
-    names say nothing. Raises NotWhole where it is none."""
-    if found := newest(path):
+    names say nothing. Raises InvalidCheckpoint where it is none."""
+    if found := find_newest(path):
         return found
     try:
-        return folders.read(path)
-    except NotWhole:
+        return folders.read_checkpoint(path)
+    except InvalidCheckpoint:
         files = files_at(path)
         # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
         if files.exists(folders.join(path, STATE_FILE)) or not files.exists(folders.join(path, METADATA)):
             raise
-        return look(path) if others.has_foreign_plan(files, path) else None
+        return inspect(path) if foreign.has_foreign_plan(files, path) else None
 
 
-def shapes_in(path: Place) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, by torchtitan's names, of a folder that `look` took."""
+def shapes_in(path: Location) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, by torchtitan's names, of a folder that `inspect` took."""
     entries = read_entries(_bytes(files_at(path), path, METADATA, 0, None, limits.METADATA_BYTES))
     return {name: tuple(entry["shape"]) for name, entry in entries.plan["tensors"].items()}
 
 
-def refuse_other_model(
+def refuse_other_titan_model(
     where: str,
     there: Mapping[str, tuple[int, ...]],
-    names: Names,
+    names: TitanTensorNames,
     parts: Iterable[str] = ("model",),
     moments: Iterable[str] = (),
 ) -> None:
     """UserError where a checkpoint has not exactly the weights of this model, or not the moments of each."""
     shapes = names.shapes
-    weights = {name for name in there if not name.startswith(OTHERS)}
+    weights = {name for name in there if not name.startswith(NON_WEIGHT_PREFIXES)}
     wanted = dict(shapes) if "model" in parts else {}
     for name, key in itertools.product(shapes, moments):
         wanted[f"{STATE}{name}.{key}"] = () if key == "step" else shapes[name]
@@ -174,7 +181,7 @@ def refuse_other_model(
         what = f"the checkpoint has {layers:,} layers, width {width:,}, vocabulary {vocabulary:,}"
         raise UserError(Problem(where, f"another model: {what}; the configuration {here}", fix=FIX))
     kinds = (("the checkpoint lacks", missing), ("only the checkpoint has", surplus), ("shapes differ:", reshaped))
-    what = "; ".join(f"{kind} {show_some(names)}" for kind, names in kinds if names)
+    what = "; ".join(f"{kind} {format_some(names)}" for kind, names in kinds if names)
     raise UserError(Problem(where, f"another model: {what}", fix=FIX))
 
 
@@ -185,22 +192,22 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None
     return (len(layers), shape[1], shape[0]) if len(shape) == 2 else None
 
 
-def theirs(name: str) -> str:
+def titan_name(name: str) -> str:
     """torchtitan's name for one of ours: `optimizer.norm.weight.step` -> `optimizer.state.norm.weight.step`."""
     if name.startswith(MODEL):
         return name.removeprefix(MODEL)
     return STATE + name.removeprefix(OPTIMIZER)
 
 
-def _is_titans(entries: Entries) -> bool:
+def _has_titan_names(entries: Entries) -> bool:
     names = entries.plan["tensors"].keys()
     return EMBEDDING in names or any(IN_LAYER.fullmatch(name) for name in names)
 
 
-class _Values:
+class _RunState:
     """What is no tensor, read when it is asked for."""
 
-    def __init__(self, entries: Entries, files: Files, path: Place) -> None:
+    def __init__(self, entries: Entries, files: Files, path: Location) -> None:
         self._objects, self._files, self._path = entries.objects, files, path
         moments = any(name.startswith(STATE) for name in entries.plan["tensors"])
         self.has_training = moments and "train_state.step" in entries.objects
@@ -221,7 +228,7 @@ class _Values:
     def _count(self, name: str, least: int = 0, most: int = limits.COUNT) -> int:
         value = self._value(name, limits.OBJECT_NUMBER_BYTES)
         if type(value) is not int or not least <= value <= most:
-            raise PlanError(f"{name} is {shown(value)}, which is no count")
+            raise PlanError(f"{name} is {format_raw(value)}, which is no count")
         return value
 
     def _value(self, name: str, most: int = limits.OBJECT_BYTES) -> Any:
@@ -248,7 +255,7 @@ class _Values:
         return {"documents": documents, "tokens_left": len(buffer)}
 
 
-def _check_files(entries: Entries, files: Files, path: Place) -> None:
+def _check_files(entries: Entries, files: Files, path: Location) -> None:
     """Raise PlanError where a tensor or a value does not lie inside a file of this folder."""
     plan: Mapping[str, Any] = entries.plan
     ends: dict[str, int] = {}
@@ -260,7 +267,7 @@ def _check_files(entries: Entries, files: Files, path: Place) -> None:
         ends[name] = max(ends.get(name, 0), start + length)
     for name, end in ends.items():
         if not FILE_NAME.fullmatch(name) or name in (".", ".."):
-            raise PlanError(f"{shown(name)} is no name of a file in the folder")
+            raise PlanError(f"{format_raw(name)} is no name of a file in the folder")
         try:
             size = files.size(folders.join(path, name))
         except OSError as error:
@@ -269,12 +276,12 @@ def _check_files(entries: Entries, files: Files, path: Place) -> None:
             raise PlanError(f"{name} has {size} bytes, and at least {end} are needed")
 
 
-def _bytes(files: Files, path: Place, name: str, start: int, length: int | None, most: int) -> bytes:
+def _bytes(files: Files, path: Location, name: str, start: int, length: int | None, most: int) -> bytes:
     """A part of a file of the folder (None: all of it). No link is followed: it could lead anywhere."""
     if length is not None and (length > most or length < 0 or start < 0):
         raise PlanError(f"{length} bytes of {name} from byte {start} on: more than a value may have, or none")
     if files.renames and os.path.islink(local(path) / name):
-        raise PlanError(f"{shown(name)} is a link, not a file of this folder")
+        raise PlanError(f"{format_raw(name)} is a link, not a file of this folder")
     with files.open(folders.join(path, name), "rb") as file:
         file.seek(start)
         content = file.read(most + 1 if length is None else length)

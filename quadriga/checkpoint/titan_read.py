@@ -1,9 +1,9 @@
 """Weights and moments of a checkpoint of torchtitan into ours, on any layout. See `titan` for what lies there.
 
-Rows of query and key matrices are paired as neighbours there and by halves here (`Names.paired_rows`); their moments
-with them. A rank reads the heads that its shard touches, out of the files that hold them, and puts their rows in our
-order before any of them is copied: no rank talks to another, and at most one tensor of the model is in memory beside
-the shard.
+Rows of query and key matrices are paired as neighbours there and by halves here (`TitanTensorNames.paired_rows`); their
+moments with them. A rank reads the heads that its shard touches, out of the files that hold them, and puts their rows
+in our order before any of them is copied: no rank talks to another, and at most one tensor of the model is in memory
+beside the shard.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from quadriga.checkpoint.files import Files, Place, files_at
+from quadriga.checkpoint.files import Files, Location, files_at
 from quadriga.checkpoint.folder import join
 from quadriga.checkpoint.plan import Chunk, Plan, PlanError, PlannedTensor
 from quadriga.checkpoint.shards import Slice, read_chunk
-from quadriga.checkpoint.stored import TensorPlanner, TensorReader, open_file, open_stored, put, refused
-from quadriga.checkpoint.tensors import Tensors, plain_errors
-from quadriga.checkpoint.titan import OPTIMIZER, STATE, Names, refuse_other_model, theirs
+from quadriga.checkpoint.stored import TensorPlanner, TensorReader, copy_part, open_file, open_stored, refusal_error
+from quadriga.checkpoint.tensors import Tensors, convert_dcp_errors
+from quadriga.checkpoint.titan import OPTIMIZER, STATE, TitanTensorNames, refuse_other_titan_model, titan_name
 
 
 def read_titan(
-    place: Place, tensors: Tensors, names: Names, group: dist.ProcessGroup | None, *, retries: int = 5
+    location: Location, tensors: Tensors, names: TitanTensorNames, group: dist.ProcessGroup | None, *, retries: int = 5
 ) -> None:
     """Fill this rank's tensors, plain ones or DTensors of any layout, by our flat names (`model.NAME`,
     `optimizer.NAME.exp_avg`), in place. Dtypes are converted.
@@ -35,34 +35,36 @@ def read_titan(
     Call on all ranks. Raises UserError on every rank where the checkpoint is not of this model, or lacks moments;
     CheckpointError where it is damaged.
     """
-    stored = open_stored(place, group, None, retries)
+    stored = open_stored(location, group, None, retries)
     parts = {name.partition(".")[0] for name in tensors}
     moments = {name.rpartition(".")[2] for name in tensors if name.startswith(OPTIMIZER)}
-    refuse_other_model(str(place), {n: one.shape for n, one in stored.plan.tensors.items()}, names, parts, moments)
-    wanted = {theirs(name): tensor for name, tensor in tensors.items()}
-    paired = {name: names.paired_rows(parameter_of(name)) for name, tensor in wanted.items() if tensor.dim()}
+    refuse_other_titan_model(
+        str(location), {n: one.shape for n, one in stored.plan.tensors.items()}, names, parts, moments
+    )
+    wanted = {titan_name(name): tensor for name, tensor in tensors.items()}
+    paired = {name: names.paired_rows(parameter_name(name)) for name, tensor in wanted.items() if tensor.dim()}
     paired = {name: rows for name, rows in paired.items() if rows}  # a count of steps has no rows
-    with plain_errors(f"{place} could not be read"):
+    with convert_dcp_errors(f"{location} could not be read"):
         load(
             wanted,
-            storage_reader=_Reader(str(place), files_at(place, retries), stored.plan, wanted, paired),
+            storage_reader=_Reader(str(location), files_at(location, retries), stored.plan, wanted, paired),
             planner=TensorPlanner(),
             process_group=group,
             no_dist=group is None,
         )
 
 
-def halves(rows: torch.Tensor, head: int) -> torch.Tensor:
+def interleaved_to_halves(rows: torch.Tensor, head: int) -> torch.Tensor:
     """Whole heads of `head` rows each, whose rows are paired as neighbours, with rows paired by halves; a copy."""
     return rows.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def neighbours(rows: torch.Tensor, head: int) -> torch.Tensor:
-    """The reverse of `halves`."""
+def halves_to_interleaved(rows: torch.Tensor, head: int) -> torch.Tensor:
+    """The reverse of `interleaved_to_halves`."""
     return rows.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def parameter_of(name: str) -> str:
+def parameter_name(name: str) -> str:
     """The parameter that one of torchtitan's names belongs to."""
     return name.removeprefix(STATE).rpartition(".")[0] if name.startswith(STATE) else name
 
@@ -74,12 +76,14 @@ class _Reader(TensorReader):
     chunks do.
     """
 
-    def __init__(self, place: str, files: Files, plan: Plan, names: Iterable[str], paired: Mapping[str, int]) -> None:
+    def __init__(
+        self, location: str, files: Files, plan: Plan, names: Iterable[str], paired: Mapping[str, int]
+    ) -> None:
         names = list(names)
         self._saved, self._paired = plan, paired
         tensors = {name: plan.tensors[name] for name in names}
         tensors |= {name: _in_blocks(plan.tensors[name], head) for name, head in paired.items()}
-        super().__init__(place, files, Plan(plan.files, tensors).metadata(names))
+        super().__init__(location, files, Plan(plan.files, tensors).metadata(names))
         self._blocks = {name: tensors[name].chunks for name in paired}
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
@@ -92,7 +96,7 @@ class _Reader(TensorReader):
         for (name, number), items in by_block.items():
             rows = self._block(name, self._blocks[name][number])
             for item in items:
-                put(rows, item, planner)
+                copy_part(rows, item, planner)
 
     def _block(self, name: str, block: Chunk) -> torch.Tensor:
         """The rows of a block, which the saved chunks in it make up."""
@@ -101,19 +105,19 @@ class _Reader(TensorReader):
         for offsets, sizes, file, start, length, *transforms in planned.chunks:
             if not first <= offsets[0] < first + count:
                 continue
-            path = join(self._place, self._saved.files[file])
+            path = join(self._location, self._saved.files[file])
             try:
                 if transforms:
                     raise PlanError("was transformed as it was saved, which is not read: save it anew without")
-                with open_file(self._files, self._place, self._saved.files[file]) as stream:
+                with open_file(self._files, self._location, self._saved.files[file]) as stream:
                     saved = read_chunk(Slice(stream, start, length), length, planned.dtype, sizes)
             except PlanError as error:
-                raise refused(f"{path} ({name} at byte {start})", error) from error
+                raise refusal_error(f"{path} ({name} at byte {start})", error) from error
             part = rows
             for dimension, (offset, size) in enumerate(zip((offsets[0] - first, *offsets[1:]), sizes, strict=True)):
                 part = part.narrow(dimension, offset, size)
             part.copy_(saved)
-        return halves(rows, self._paired[name])
+        return interleaved_to_halves(rows, self._paired[name])
 
 
 def _in_blocks(planned: PlannedTensor, head: int) -> PlannedTensor:

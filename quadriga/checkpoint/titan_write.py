@@ -21,22 +21,26 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from quadriga.checkpoint.files import Place, files_at, is_url, local
-from quadriga.checkpoint.folder import CheckpointError, Found, hidden, published
-from quadriga.checkpoint.hf import refuse_lack_of_room
-from quadriga.checkpoint.hf_folder import Entry
+from quadriga.checkpoint.files import Location, files_at, is_url, local
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, published_path, staging_path
+from quadriga.checkpoint.hf import refuse_lack_of_space
+from quadriga.checkpoint.hf_folder import TensorInfo
 from quadriga.checkpoint.plan import PlannedTensor
-from quadriga.checkpoint.stored import Stored, open_stored
-from quadriga.checkpoint.tensors import plain_errors, read_one
-from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, Names, refuse_other_model, theirs
-from quadriga.checkpoint.titan_read import neighbours, parameter_of
+from quadriga.checkpoint.stored import StoredTensors, open_stored
+from quadriga.checkpoint.tensors import convert_dcp_errors, load_tensor
+from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, TitanTensorNames, refuse_other_titan_model, titan_name
+from quadriga.checkpoint.titan_read import halves_to_interleaved, parameter_name
 from quadriga.errors import Problem, UserError
 
 IN_A_FILE = 2 * 10**9  # bytes
 
 
 def export_titan(
-    checkpoint: Found, out: Place, names: Names, states: Mapping[str, Any], group: Mapping[str, Any]
+    checkpoint: CheckpointInfo,
+    out: Location,
+    names: TitanTensorNames,
+    states: Mapping[str, Any],
+    group: Mapping[str, Any],
 ) -> str:
     """Write a published checkpoint as `step-N` of a checkpoint folder of torchtitan; its name. One process alone.
 
@@ -51,36 +55,38 @@ def export_titan(
     """
     if is_url(out):
         raise UserError(Problem(str(out), "torchtitan reads checkpoints from a folder", fix="name a folder"))
-    name, place, files = published(out, checkpoint.step), hidden(out, checkpoint.step), files_at(out)
+    name, location, files = published_path(out, checkpoint.step), staging_path(out, checkpoint.step), files_at(out)
     if files.exists(name):
         fix = "name another folder, or remove this one"
         raise UserError(Problem(name, "is there already", fix=fix))
-    stored = open_stored(checkpoint.place or checkpoint.path, None, checkpoint.files)
-    saved = {theirs(ours): planned for ours, planned in _wanted(stored, checkpoint)}
+    stored = open_stored(checkpoint.location or checkpoint.path, None, checkpoint.files)
+    saved = {titan_name(ours): planned for ours, planned in _wanted(stored, checkpoint)}
     whole = "optimizer" in checkpoint.contents
     parts, moments = ("model", "optimizer") if whole else ("model",), MOMENTS if whole else ()
-    refuse_other_model(stored.place, {one: planned.shape for one, planned in saved.items()}, names, parts, moments)
-    refuse_lack_of_room(out, [Entry(planned.shape, planned.dtype) for planned in saved.values()])
-    if files.exists(place):
-        files.remove(place)
-    files.make(place)
+    refuse_other_titan_model(
+        stored.location, {one: planned.shape for one, planned in saved.items()}, names, parts, moments
+    )
+    refuse_lack_of_space(out, [TensorInfo(planned.shape, planned.dtype) for planned in saved.values()])
+    if files.exists(location):
+        files.remove(location)
+    files.make(location)
     try:
         planner = _Planner(stored, names)
-        with plain_errors(f"{name} could not be written"):
-            save(_state_dict(saved, states, group), storage_writer=_Writer(place), planner=planner, no_dist=True)
-        files.flush_names(place)
-        files.rename(place, name)
+        with convert_dcp_errors(f"{name} could not be written"):
+            save(_state_dict(saved, states, group), storage_writer=_Writer(location), planner=planner, no_dist=True)
+        files.flush_names(location)
+        files.rename(location, name)
         files.flush_names(local(out))
     except BaseException as error:
         with suppress(OSError):
-            files.remove(place)
+            files.remove(location)
         if isinstance(error, OSError):
             raise CheckpointError(f"{name} could not be written: {error.strerror or error}") from error
         raise
     return name
 
 
-def _wanted(stored: Stored, checkpoint: Found) -> Iterator[tuple[str, PlannedTensor]]:
+def _wanted(stored: StoredTensors, checkpoint: CheckpointInfo) -> Iterator[tuple[str, PlannedTensor]]:
     for name, planned in stored.plan.tensors.items():
         part = name.partition(".")[0]
         if part in ("model", "optimizer") and part in checkpoint.contents:
@@ -91,9 +97,13 @@ def _state_dict(
     saved: Mapping[str, PlannedTensor], states: Mapping[str, Any], group: Mapping[str, Any]
 ) -> dict[str, Any]:
     """As torchtitan hands it to DCP, with promises (tensors without memory) for all tensors."""
-    promised = {name: torch.empty(planned.shape, dtype=planned.dtype, device="meta") for name, planned in saved.items()}
-    weights = {name: tensor for name, tensor in promised.items() if not name.startswith(OPTIMIZER)}
-    moments = {name.removeprefix(OPTIMIZER): tensor for name, tensor in promised.items() if name.startswith(OPTIMIZER)}
+    placeholders = {
+        name: torch.empty(planned.shape, dtype=planned.dtype, device="meta") for name, planned in saved.items()
+    }
+    weights = {name: tensor for name, tensor in placeholders.items() if not name.startswith(OPTIMIZER)}
+    moments = {
+        name.removeprefix(OPTIMIZER): tensor for name, tensor in placeholders.items() if name.startswith(OPTIMIZER)
+    }
     if not moments:
         return weights
     groups = {f"param_groups.{name}.{key}": value for name in weights for key, value in group.items()}
@@ -103,18 +113,18 @@ def _state_dict(
 class _Planner(DefaultSavePlanner):
     """Makes each tensor when its turn to be written comes."""
 
-    def __init__(self, stored: Stored, names: Names) -> None:
+    def __init__(self, stored: StoredTensors, names: TitanTensorNames) -> None:
         super().__init__()
         self._stored, self._names = stored, names
-        self._ours = {theirs(name): name for name in stored.plan.tensors if name.startswith((MODEL, OPTIMIZER))}
+        self._ours = {titan_name(name): name for name in stored.plan.tensors if name.startswith((MODEL, OPTIMIZER))}
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         ours = self._ours.get(index.fqn)
         if ours is None:
             return super().lookup_object(index)
-        tensor = read_one(self._stored, ours)
-        head = self._names.paired_rows(parameter_of(index.fqn)) if tensor.dim() else 0
-        return neighbours(tensor, head) if head else tensor
+        tensor = load_tensor(self._stored, ours)
+        head = self._names.paired_rows(parameter_name(index.fqn)) if tensor.dim() else 0
+        return halves_to_interleaved(tensor, head) if head else tensor
 
 
 class _Writer(FileSystemWriter):
@@ -122,13 +132,13 @@ class _Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         files: queue.Queue[tuple[Any, str, list[WriteItem]]] = queue.Queue()
-        for number, items in enumerate(_dealt(plan.items)):
+        for number, items in enumerate(_assign_to_files(plan.items)):
             name = f"{plan.storage_data.prefix}{number}.distcp"
             files.put((self.fs.concat_path(self.path, name), name, items))
         return self._write_data(planner, files)
 
 
-def _dealt(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
+def _assign_to_files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
     file: list[WriteItem] = []
     size = 0
     for item in items:

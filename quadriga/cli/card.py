@@ -10,13 +10,13 @@ from pathlib import Path
 from quadriga.cli.arguments import Parser, rank_count, repository_of
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.config.card import Figures, Order, read_order, render
+from quadriga.config.card import CardFigures, CardTarget, read_target, render_card
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import DEVICES, Device, device_named
-from quadriga.limits import CARD_BYTES
+from quadriga.limits import README_BYTES
 from quadriga.models.registry import catalogue, count_parameters, flops_per_token
 from quadriga.planning.estimate import estimate
-from quadriga.planning.report import device_rows, rows
+from quadriga.planning.report import device_rows, estimate_rows
 from quadriga.reading import read_text
 
 
@@ -33,19 +33,19 @@ def main(argv: Sequence[str]) -> int:
     stale = 0
     for name in options.files:
         file = Path(name)
-        card = make_card(order_for(file, options.ngpu, options.device), file)
+        card = make_card(target_for(file, options.ngpu, options.device), file)
         if options.print:
             print(card, end="")
         else:
-            stale += put(card_of(file), card, options.check)
+            stale += write_or_check(card_path(file), card, options.check)
     return EXIT_FAULT if stale else EXIT_OK
 
 
-def card_of(file: Path) -> Path:
+def card_path(file: Path) -> Path:
     return file.parent / "README.md"
 
 
-def put(place: Path, text: str, check: bool) -> bool:
+def write_or_check(place: Path, text: str, check: bool) -> bool:
     """Write a generated file, or only compare it. Whether it is out of date and stays so."""
     if place.is_file() and place.read_bytes() == text.encode():
         print(f"{place}: up to date", file=sys.stderr)
@@ -62,10 +62,10 @@ def put(place: Path, text: str, check: bool) -> bool:
     return False
 
 
-def order_for(file: Path, gpus: int | None, device: str | None) -> Order:
+def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
     """What the card is made for: the options, and where they are silent what the card that is there was made for."""
-    place = card_of(file)
-    there = read_order(read_text(place, CARD_BYTES, what="card")) if place.is_file() else None
+    place = card_path(file)
+    there = read_target(read_text(place, README_BYTES, what="card")) if place.is_file() else None
     if gpus is None and there is None:
         fix = f"quadriga card {file} --ngpu N"
         raise UserError(
@@ -75,35 +75,35 @@ def order_for(file: Path, gpus: int | None, device: str | None) -> Order:
     if not name.isprintable() or "-->" in name or "--!>" in name:
         what = "a card begins with the name of its file, which cannot hold control characters or the end of a comment"
         raise UserError(Problem("the file of a card", what, name, fix="rename the file"))
-    return Order(
+    return CardTarget(
         file=name,
         gpus=gpus or (there.gpus if there else 1),
         device=device or (there.device if there else None),
     )
 
 
-def make_card(order: Order, file: Path) -> str:
+def make_card(target: CardTarget, file: Path) -> str:
     """The text of the card of `file`."""
     run = read(
         ["--job.config_file", str(file)],
         {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"},
         catalogue=catalogue(),
         backends=BACKENDS,
-        world_size=order.gpus,
+        world_size=target.gpus,
         training=False,
     )
-    device = _device(order.device or run.config.estimate.device)
-    return render(run, order, figures_of(run, device), device)
+    device = _device(target.device or run.config.estimate.device)
+    return render_card(run, target, figures_of(run, device), device)
 
 
-def figures_of(run: Run, device: Device | None) -> Figures:
+def figures_of(run: Run, device: Device | None) -> CardFigures:
     """What arithmetic says of a run, for its card."""
-    model, foreseen = run.spec.model, estimate(run, device)
-    return Figures(
+    model, predicted = run.spec.model, estimate(run, device)
+    return CardFigures(
         count_parameters(model),
         flops_per_token(model, run.spec.seq_len),
-        tuple(rows(foreseen)),
-        tuple(device_rows(foreseen)),
+        tuple(estimate_rows(predicted)),
+        tuple(device_rows(predicted)),
     )
 
 

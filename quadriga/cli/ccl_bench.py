@@ -11,26 +11,26 @@ from typing import Any
 
 from quadriga.analysis.ccl_bench.card import (
     Card,
+    card_errors,
     card_file,
-    mistakes,
-    mistakes_of_layout,
+    field_value,
+    layout_errors,
+    model_flops_utilization,
     read_card,
-    utilization,
-    value,
     write_card,
 )
 from quadriga.analysis.ccl_bench.folder import (
-    RankTrace,
+    RankSummary,
     average_step_time,
-    flatten,
-    inner,
     newest_traces,
     rank_files,
-    read_rank,
+    read_rank_summary,
+    unpack_traces,
+    without_ends,
 )
 from quadriga.cli.arguments import Parser, rank_count
-from quadriga.cli.ccl_card import CARD_NAME, Told, card_of
-from quadriga.cli.estimate import ranks_of, read_run
+from quadriga.cli.ccl_card import CARD_NAME, CardOptions, build_card
+from quadriga.cli.estimate import run_from_file, world_size_of
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.jsonl import Record, read_metrics
 from quadriga.models.registry import catalogue, count_parameters
@@ -41,7 +41,7 @@ ABOUT = (
     "read FOLDER: what a card says, and what in it is known to go wrong: held against the traces beside it. "
     "docs/ccl-bench.md tells what each field means."
 )
-SHOWN = {
+SUMMARY_FIELDS = {
     "description": "description",
     "model": "workload.model.model_family",
     "phase": "workload.model.phase",
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="write: a folder that does not exist yet, or is empty")
     parser.add_argument("--json", action="store_true", help="read: print card, step time and mistakes as one object")
-    for name, about in Told.ABOUT.items():
+    for name, about in CardOptions.ABOUT.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"write: {about}")
     parser.add_argument("--scale-out-gbps", type=float, metavar="N", help="write: of the network, in Gbit/s a device")
     parser.add_argument("--scale-up-gbps", type=float, metavar="N", help="write: within a machine, in Gbit/s a device")
@@ -70,35 +70,35 @@ def main(argv: Sequence[str]) -> int:
     if options.action == "read":
         if options.out:
             raise UserError(Problem("OUT", "`read` writes nothing", options.out))
-        return read(Path(options.place), options.json)
+        return inspect_card(Path(options.place), options.json)
     if not options.out:
         raise UserError(Problem("OUT", "is missing: name the folder to write"))
-    texts = {name: getattr(options, name) for name in Told.ABOUT}
-    told = Told(options.scale_out_gbps, options.scale_up_gbps, options.gpus_per_node, texts)
-    return write(Path(options.place), Path(options.out), told)
+    texts = {name: getattr(options, name) for name in CardOptions.ABOUT}
+    given = CardOptions(options.scale_out_gbps, options.scale_up_gbps, options.gpus_per_node, texts)
+    return export_run(Path(options.place), Path(options.out), given)
 
 
-def write(folder: Path, out: Path, told: Told) -> int:
+def export_run(folder: Path, out: Path, given: CardOptions) -> int:
     """Write a run's traces and card into `out`, and say how its step time compares with the run's own metrics."""
-    run = read_run(str(folder / "config.toml"), ranks_of(folder), ())
+    run = run_from_file(str(folder / "config.toml"), world_size_of(folder), ())
     environment = read_json_object(folder / "environment.json", what="record of a run")
     last_step, packed = newest_traces(folder)
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
     if absent:
         raise UserError(Problem("RUN", f"the newest traces lack those of ranks {absent}", str(folder)))
     records = _records(folder)
-    _make(out)
-    traces = [read_rank(rank, path) for rank, path in enumerate(flatten(packed, out))]
-    profiled = steps_of(traces[0], last_step)
-    card = card_of(run, environment, told, profiled, records[-1] if records else None, carried(out))
+    _make_empty_folder(out)
+    traces = [read_rank_summary(rank, path) for rank, path in enumerate(unpack_traces(packed, out))]
+    profiled = profiled_steps(traces[0], last_step)
+    card = build_card(run, environment, given, profiled, records[-1] if records else None, collectives_by_axis(out))
     write_card(card, out / CARD_NAME)
     print(out / CARD_NAME)
-    print("\n".join(_compared(traces, own_step_time(records, inner(profiled)))))
-    print("\n".join(_warnings(_found(out, card, traces))))
+    print("\n".join(_step_time_lines(traces, logged_step_time(records, without_ends(profiled)))))
+    print("\n".join(_warnings(_card_mistakes(out, card, traces))))
     return EXIT_OK
 
 
-def _make(out: Path) -> None:
+def _make_empty_folder(out: Path) -> None:
     """An empty folder; the tools would read whatever else is in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _make(out: Path) -> None:
         raise UserError(Problem("OUT", "the folder is not empty, and the tools would read what is in it", str(out)))
 
 
-def carried(folder: Path) -> dict[str, Any]:
+def collectives_by_axis(folder: Path) -> dict[str, Any]:
     """By axis, which backend the traces show carrying its bytes, how many in a step, and how that was told."""
     from quadriga.analysis.trace.analysis import analyse  # not needed to read a card
 
@@ -120,22 +120,27 @@ def carried(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read(place: Path, as_json: bool) -> int:
+def inspect_card(place: Path, as_json: bool) -> int:
     file = card_file(place)
     card = read_card(file)
     files = rank_files(place) if place.is_dir() else {}
-    traces = [read_rank(rank, path) for rank, path in sorted(files.items())]
-    found = _found(place, card, traces)
+    traces = [read_rank_summary(rank, path) for rank, path in sorted(files.items())]
+    found = _card_mistakes(place, card, traces)
     seconds = average_step_time(traces)
     if as_json:
-        shown = {"card": card, "avg_step_time_s": seconds, "mfu": utilization(card, seconds), "mistakes": found}
-        print(json.dumps(shown, indent=2, default=str))
+        summary = {
+            "card": card,
+            "avg_step_time_s": seconds,
+            "mfu": model_flops_utilization(card, seconds),
+            "mistakes": found,
+        }
+        print(json.dumps(summary, indent=2, default=str))
         return EXIT_OK
     print(printable(file))
-    for name, path in SHOWN.items():
-        said = value(card, path)
-        print(f"  {name:<12} {'not said' if said is None else shortened(said, 200)}")
-    reached = utilization(card, seconds)
+    for name, path in SUMMARY_FIELDS.items():
+        text = field_value(card, path)
+        print(f"  {name:<12} {'not said' if text is None else shortened(text, 200)}")
+    reached = model_flops_utilization(card, seconds)
     print(
         f"  {'step':<12} " + (f"{seconds:.6g} s (avg_step_time)" if seconds else "not measurable: no trace with steps")
     )
@@ -148,11 +153,11 @@ def _why_no_mfu(seconds: float | None) -> str:
     return "not measurable: " + ("the card lacks a figure or a known device" if seconds else "no step time")
 
 
-def _found(place: Path, card: Card, traces: Sequence[RankTrace]) -> list[str]:
+def _card_mistakes(place: Path, card: Card, traces: Sequence[RankSummary]) -> list[str]:
     sizes = [spec for family in catalogue().values() for spec in family.values()]
     embeddings = {count_parameters(spec): spec.vocab_size * spec.dim for spec in sizes}
-    layout = mistakes_of_layout(place, card) if place.is_dir() else ()
-    return [*mistakes(card, traces, embeddings), *layout]
+    layout = layout_errors(place, card) if place.is_dir() else ()
+    return [*card_errors(card, traces, embeddings), *layout]
 
 
 def _warnings(found: Sequence[str]) -> Iterator[str]:
@@ -160,13 +165,13 @@ def _warnings(found: Sequence[str]) -> Iterator[str]:
     yield from (f"  - {printable(line)}" for line in found)
 
 
-def steps_of(trace: RankTrace, last_step: int) -> list[int]:
+def profiled_steps(trace: RankSummary, last_step: int) -> list[int]:
     """The run's steps that a trace holds; the last of them names its folder."""
     newest = max(trace.steps, default=0)
     return [last_step - newest + number for number in trace.steps]
 
 
-def own_step_time(records: Sequence[Record], steps: Sequence[int]) -> float | None:
+def logged_step_time(records: Sequence[Record], steps: Sequence[int]) -> float | None:
     """Seconds a step by the run's metrics, over those of `steps` that logged lines cover; None where none is covered.
 
     A line covers the steps since the one before it in the same attempt.
@@ -179,9 +184,9 @@ def own_step_time(records: Sequence[Record], steps: Sequence[int]) -> float | No
     return total / covered if covered else None
 
 
-def _compared(traces: Sequence[RankTrace], own: float | None) -> Iterator[str]:
+def _step_time_lines(traces: Sequence[RankSummary], own: float | None) -> Iterator[str]:
     seconds = average_step_time(traces)
-    counted = len(inner(list(traces[0].steps)))
+    counted = len(without_ends(list(traces[0].steps)))
     if seconds is None:
         yield "avg_step_time: not measurable: the traces have no marks of steps"
         return

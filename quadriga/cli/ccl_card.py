@@ -26,12 +26,12 @@ FAMILIES = {
     "3B": "llama-3.2-3b",
 }
 HUB = "https://huggingface.co/meta-llama/"
-NOT_TOLD = "not told; an option of `quadriga ccl-bench write` does"
+NOT_GIVEN = "not told; an option of `quadriga ccl-bench write` does"
 BITS = 8 / 1e9  # from bytes/s to Gbit/s
 
 
 @dataclass(frozen=True)
-class Told:
+class CardOptions:
     """What a run folder cannot know, from the command line; None where it was not told."""
 
     scale_out_gbps: float | None
@@ -50,45 +50,48 @@ class Told:
     }
 
 
-def card_of(
+def build_card(
     run: Run,
     environment: Mapping[str, Any],
-    told: Told,
+    given: CardOptions,
     profiled: Sequence[int],
     last: Mapping[str, Any] | None,
-    carried: Mapping[str, Any],
+    collectives_by_axis: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The card of a run. `environment`: its environment.json; `profiled`: the run's steps that the traces hold;
-    `last`: its newest training record; `carried`: by axis, the collectives that the traces show."""
+    `last`: its newest training record; `collectives_by_axis`: by axis, the collectives that the traces show."""
     device = _device(environment)
     nodes = _nodes(environment)
     return {
         "version": 1,
-        "description": _description(run, told, profiled),
-        "hf_url": told.texts["hf_url"] or _hf_url(run),
-        "trace_url": told.texts["trace_url"],
-        "contributor": told.texts["contributor"],
-        "contact": told.texts["contact"],
+        "description": _description(run, given, profiled),
+        "hf_url": given.texts["hf_url"] or _hf_url(run),
+        "trace_url": given.texts["trace_url"],
+        "contributor": given.texts["contributor"],
+        "contact": given.texts["contact"],
         "workload": {
             "model": _model(run),
             "data": _data(run),
-            "hardware": _hardware(run, environment, told, device, nodes),
+            "hardware": _hardware(run, environment, given, device, nodes),
         },
         "Model-executor": _executor(run, environment),
         "metric_source": {"traces": ["json"], "metrics_specific_trace": []},
         "quadriga": {
-            **_ours(run, environment, profiled, last),
-            "collective_backend": {"declared": environment.get("backend"), "achieved": dict(carried) or None},
-            "empty_fields": _empty(environment, told),
+            **_quadriga_section(run, environment, profiled, last),
+            "collective_backend": {
+                "declared": environment.get("backend"),
+                "achieved": dict(collectives_by_axis) or None,
+            },
+            "empty_fields": _empty(environment, given),
         },
     }
 
 
-def _description(run: Run, told: Told, profiled: Sequence[int]) -> str:
+def _description(run: Run, given: CardOptions, profiled: Sequence[int]) -> str:
     spec = run.spec
-    said = told.texts["description"] or run.config.job.description
+    text = given.texts["description"] or run.config.job.description
     return (
-        f"{said.rstrip('.')}. Batch: {spec.global_batch_size} sequences globally = {spec.degrees.batch} data-parallel "
+        f"{text.rstrip('.')}. Batch: {spec.global_batch_size} sequences globally = {spec.degrees.batch} data-parallel "
         f"ranks x {spec.local_batch_size} local x {spec.accumulation_steps} accumulated, of {spec.seq_len} tokens. "
         f"Profiled steps: {len(profiled)}."
     )
@@ -129,23 +132,23 @@ def _data(run: Run) -> dict[str, Any]:
 
 
 def _hardware(
-    run: Run, environment: Mapping[str, Any], told: Told, device: Device | None, nodes: int
+    run: Run, environment: Mapping[str, Any], given: CardOptions, device: Device | None, nodes: int
 ) -> dict[str, Any]:
     link = device.link if device else None
-    scale_up = told.scale_up_gbps or (device.link_bandwidth * BITS if device and device.link_bandwidth else None)
+    scale_up = given.scale_up_gbps or (device.link_bandwidth * BITS if device and device.link_bandwidth else None)
     on_gpu = bool(environment.get("devices"))
     return {
         "network_topo": {
-            "topology": told.texts["topology"] or (link if nodes == 1 else None),
-            "bandwidth_gbps": [told.scale_out_gbps, scale_up],  # the schema's order: scale-out, scale-up
+            "topology": given.texts["topology"] or (link if nodes == 1 else None),
+            "bandwidth_gbps": [given.scale_out_gbps, scale_up],  # the schema's order: scale-out, scale-up
         },
         "xpu_spec": {
             "type": "GPU" if on_gpu else "CPU",
-            "model": _device_word(device, environment),
+            "model": _device_name(device, environment),
             "total_count": run.spec.world_size,
-            "count_per_node": told.gpus_per_node or run.spec.world_size // nodes,
+            "count_per_node": given.gpus_per_node or run.spec.world_size // nodes,
         },
-        "driver_version": told.texts["driver_version"] or _cuda(environment) or ("none" if not on_gpu else None),
+        "driver_version": given.texts["driver_version"] or _cuda(environment) or ("none" if not on_gpu else None),
     }
 
 
@@ -176,7 +179,7 @@ def _executor(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ours(
+def _quadriga_section(
     run: Run,
     environment: Mapping[str, Any],
     profiled: Sequence[int],
@@ -206,11 +209,11 @@ def _ours(
     }
 
 
-def _empty(environment: Mapping[str, Any], told: Told) -> dict[str, str]:
+def _empty(environment: Mapping[str, Any], given: CardOptions) -> dict[str, str]:
     """Why fields stand empty."""
-    why = {name: NOT_TOLD for name in ("trace_url", "contributor", "contact") if not told.texts[name]}
-    if told.scale_out_gbps is None:
-        why["bandwidth_gbps[0] (scale-out)"] = NOT_TOLD
+    why = {name: NOT_GIVEN for name in ("trace_url", "contributor", "contact") if not given.texts[name]}
+    if given.scale_out_gbps is None:
+        why["bandwidth_gbps[0] (scale-out)"] = NOT_GIVEN
     if environment.get("backend") != "gloo":
         why["protocol_selection"] = "the library chooses it, and the run does not record its choice"
     return why
@@ -226,7 +229,7 @@ def _device(environment: Mapping[str, Any]) -> Device | None:
     return find_device(str(names[0]))
 
 
-def _device_word(device: Device | None, environment: Mapping[str, Any]) -> str:
+def _device_name(device: Device | None, environment: Mapping[str, Any]) -> str:
     """`nvidia_h100`, as the tables of CCL-Bench's tools spell it; what is not in our table as the driver spells it."""
     if device is None:
         return str((environment.get("devices") or ["cpu"])[0])
@@ -242,8 +245,8 @@ def _cuda(environment: Mapping[str, Any]) -> str | None:
 
 def _nodes(environment: Mapping[str, Any]) -> int:
     """Machines of the run, as its launcher was told; 1 where it was not."""
-    said = str((environment.get("environment") or {}).get("NNODES", "1"))
-    return int(said) if said.isdecimal() and int(said) > 0 else 1
+    text = str((environment.get("environment") or {}).get("NNODES", "1"))
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
 def _torch(environment: Mapping[str, Any]) -> str:

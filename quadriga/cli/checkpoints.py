@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import files_at
-from quadriga.checkpoint.folder import Found
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
-from quadriga.units import show_bytes, show_count
+from quadriga.units import format_bytes, format_count
 
 ABOUT = (
     "List the checkpoints of a run: step, contents, size, and on how many ranks they were saved. "
@@ -23,60 +23,60 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", help="a run folder, its checkpoint folder, or a URL")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
     chosen = parser.parse_args(argv)
-    folder = checkpoints_of(chosen.folder)
-    whole, damaged = folders.sorted_out(folder)
-    candidates, damaged = titan.candidates(folder, damaged)
-    theirs, unfit = looked_at(candidates)
-    damaged += unfit
-    good = len(theirs)
+    folder = checkpoint_folder_of(chosen.folder)
+    whole, damaged = folders.list_checkpoints(folder)
+    candidates, damaged = titan.find_candidates(folder, damaged)
+    titan_checkpoints, rejected = split_titan(candidates)
+    damaged += rejected
+    good = len(titan_checkpoints)
     for found in whole:
-        wrong = folders.damage(found) if chosen.verify else []
+        wrong = folders.find_damage(found) if chosen.verify else []
         good += not wrong
-        print(line(found, "verified" if chosen.verify else "sizes are right"))
+        print(format_checkpoint(found, "verified" if chosen.verify else "sizes are right"))
         for reason in wrong:
             print(f"  DAMAGED: {reason}")
-    for found in theirs:
+    for found in titan_checkpoints:
         print(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}: it has no hashes to verify it by")
     for _, reason in damaged:
         print(f"DAMAGED: {reason}")
-    for reason in folders.no_folders(folder):
+    for reason in folders.non_folders_in(folder):
         print(reason)
-    for name in folders.someone_elses_in(folder):
+    for name in folders.foreign_steps_in(folder):
         print(f"{name}: saved by another trainer: it is read from a disk, not from an object store")
     for name in folders.unpublished_in(folder):
         print(f"{name}: never published; the next start removes it")
-    if not whole and not damaged and not theirs:
+    if not whole and not damaged and not titan_checkpoints:
         print(f"{folder}: no checkpoint")
         return EXIT_OK
     return EXIT_OK if good else EXIT_NO_GOOD_CHECKPOINT
 
 
-def looked_at(candidates: Sequence[Found]) -> tuple[list[Found], list[tuple[int, str]]]:
+def split_titan(candidates: Sequence[CheckpointInfo]) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
     """Those that torchtitan saved, and why the others are none."""
-    theirs, unfit = [], []
+    titan_checkpoints, rejected = [], []
     for one in candidates:
         try:
-            if (found := titan.look(one.path)) is not None:
-                theirs.append(found)
+            if (found := titan.inspect(one.path)) is not None:
+                titan_checkpoints.append(found)
             else:
-                unfit.append((one.step, messages.no_manifest(one.path)))
-        except folders.NotWhole as reason:
-            unfit.append((one.step, str(reason)))
-    return theirs, unfit
+                rejected.append((one.step, messages.no_manifest(one.path)))
+        except folders.InvalidCheckpoint as reason:
+            rejected.append((one.step, str(reason)))
+    return titan_checkpoints, rejected
 
 
-def checkpoints_of(folder: str) -> str:
+def checkpoint_folder_of(folder: str) -> str:
     """A run folder keeps them in `checkpoint/`, unless its configuration says otherwise."""
     inside = folders.join(folder, "checkpoint")
     return inside if files_at(folder).exists(inside) else folder
 
 
-def line(found: Found, state: str) -> str:
-    told = [f"{found.path}: {', '.join(found.contents)}", show_bytes(folders.size(found)), state]
+def format_checkpoint(found: CheckpointInfo, state: str) -> str:
+    parts = [f"{found.path}: {', '.join(found.contents)}", format_bytes(folders.checkpoint_bytes(found)), state]
     state_of_run, ranks = found.extra.get("train_state"), found.extra.get("world_size")
     tokens = state_of_run.get("tokens_seen") if isinstance(state_of_run, dict) else None
     if type(tokens) is int:
-        told.append(f"{show_count(tokens)} tokens seen")
+        parts.append(f"{format_count(tokens)} tokens seen")
     if type(ranks) is int:
-        told.append(f"saved on {ranks} ranks")
-    return "; ".join(told)
+        parts.append(f"saved on {ranks} ranks")
+    return "; ".join(parts)

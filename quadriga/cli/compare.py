@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quadriga.analysis.compare.comparison import compare
+from quadriga.analysis.compare.comparison import compare_settings
 from quadriga.analysis.compare.evidence import Analyse
-from quadriga.analysis.compare.report import lines
-from quadriga.analysis.compare.runs import bench_of, folders_of, names_of, read_setting
+from quadriga.analysis.compare.report import format_comparison
+from quadriga.analysis.compare.runs import find_bench, folders_of, names_of, read_setting
 from quadriga.analysis.compare.windows import WARMUP_STEPS
 from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
         default=[],
         help="keys in which the runs may differ, such as training.steps or environment.git.commit",
     )
-    add_arguments(parser)
+    add_compare_arguments(parser)
     options = parser.parse_args(argv)
     found = compare_folders([Path(run) for run in options.runs], options.accept_difference, options.warmup)
-    show(found, options)
+    print_comparison(found, options)
     return EXIT_OK
 
 
-def add_arguments(parser: Parser) -> None:
+def add_compare_arguments(parser: Parser) -> None:
     help = f"steps at the start of each run that do not count (default {WARMUP_STEPS})"
     parser.add_argument("--warmup", type=step_count, default=WARMUP_STEPS, metavar="STEPS", help=help)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
@@ -64,35 +64,39 @@ def page_file(text: str) -> Path:
     return path
 
 
-def compare_folders(named: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
+def compare_folders(paths: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
     """The comparison of run folders. Raises UserError where they are not to be compared."""
-    folders = folders_of(named)
+    folders = folders_of(paths)
     if len(folders) < 2:
         raise UserError(
             Problem("RUN", "two runs are needed to compare", fix="name another run, or a folder of a bench")
         )
-    bench = bench_of(folders)
+    bench = find_bench(folders)
     names = names_of(folders, bench)
     settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
     varied = None if bench is None else list(bench["varied"])
     runs = sum(len(setting.runs) for setting in settings)
     print(f"reading the traces of {runs} runs", file=sys.stderr, flush=True)
-    return compare(settings, varied=varied, accepted=accepted, analyse=reader_of_traces(), warmup=warmup)
+    return compare_settings(settings, varied=varied, accepted=accepted, analyse=load_analyse(), warmup=warmup)
 
 
-def reader_of_traces() -> Analyse:
+def load_analyse() -> Analyse:
     from quadriga.analysis.trace.analysis import analyse  # not needed to see that runs cannot be compared
 
     return analyse
 
 
-def show(found: dict[str, Any], options: argparse.Namespace) -> None:
-    print(json.dumps(found, indent=1, allow_nan=False) if options.json else "\n".join(map(printable, lines(found))))
+def print_comparison(found: dict[str, Any], options: argparse.Namespace) -> None:
+    print(
+        json.dumps(found, indent=1, allow_nan=False)
+        if options.json
+        else "\n".join(map(printable, format_comparison(found)))
+    )
     if options.html:
-        from quadriga.analysis.compare.page import page
+        from quadriga.analysis.compare.page import comparison_page
 
         try:
-            options.html.write_text(page(found), encoding="utf-8")
+            options.html.write_text(comparison_page(found), encoding="utf-8")
         except OSError as error:
             raise Fault(f"{options.html} cannot be written: {error}") from None
         print(f"the page is {options.html}", file=sys.stderr)

@@ -19,7 +19,7 @@ from quadriga.models import registry
 if TYPE_CHECKING:
     import torch
 
-    from quadriga.checkpoint.folder import Found
+    from quadriga.checkpoint.folder import CheckpointInfo
 
 ABOUT = (
     "to-hf: write the weights of a checkpoint (a folder `step-N`, or a run or checkpoint folder: its newest) as "
@@ -35,7 +35,7 @@ CHECKPOINTS = "checkpoint"  # the folder within a run folder that is looked into
 
 
 @dataclass(frozen=True)
-class Described:
+class SavedModel:
     """What is known of a saved model. `tokenizer`: as `model.hf_assets_path` says it, "" where nothing is known;
     `positions`: of the longest sequences that the weights were made for, 0 where that is not known."""
 
@@ -55,38 +55,38 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     start_logging()
     if options.direction == "to-hf":
-        to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
+        convert_to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
     elif options.direction == "to-torchtitan":
-        from quadriga.cli.convert_titan import to_torchtitan
+        from quadriga.cli.convert_titan import convert_to_torchtitan
 
         if options.config or options.tokenizer or options.dtype:
             raise UserError(Problem("--config, --tokenizer, --dtype", "of no use for to-torchtitan"))
-        to_torchtitan(options.source, options.out)
+        convert_to_torchtitan(options.source, options.out)
     elif options.config or options.tokenizer:
         raise UserError(Problem("--config, --tokenizer", "of no use for from-hf: config.json says what the model is"))
     else:
-        from_hf(options.source, options.out, options.dtype)
+        convert_from_hf(options.source, options.out, options.dtype)
     return EXIT_OK
 
 
-def to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer: str | None) -> None:
-    from quadriga.checkpoint.folder import CheckpointError, damage
+def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer: str | None) -> None:
+    from quadriga.checkpoint.extra_errors import convert_extra_errors
+    from quadriga.checkpoint.folder import CheckpointError, find_damage
     from quadriga.checkpoint.hf_export import export_hf
-    from quadriga.checkpoint.kept import told_of
 
     found = find_checkpoint(source)
-    with told_of(found, "name the configuration that it was saved with: --config FILE.toml"):
-        described = described_by(found.extra, file, found.path)
-    if wrong := damage(found):
+    with convert_extra_errors(found, "name the configuration that it was saved with: --config FILE.toml"):
+        model = saved_model(found.extra, file, found.path)
+    if wrong := find_damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
-    (bos_id, eos_id), files = tokenizer_of(tokenizer, described.tokenizer)
-    config = registry.hf_config(described.spec, bos_id=bos_id, eos_id=eos_id, positions=described.positions)
-    export_hf(found, out, registry.hf_names(described.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
+    (bos_id, eos_id), files = tokenizer_of(tokenizer, model.tokenizer)
+    config = registry.hf_config(model.spec, bos_id=bos_id, eos_id=eos_id, positions=model.positions)
+    export_hf(found, out, registry.hf_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
     logger.info(f"{printable(found.path)} is now in Hugging Face's form in {printable(out)}")
     print(printable(out))
 
 
-def from_hf(source: str, out: str, dtype: str | None) -> None:
+def convert_from_hf(source: str, out: str, dtype: str | None) -> None:
     from quadriga.checkpoint.hf import import_hf
     from quadriga.checkpoint.hf_folder import HfFolder
 
@@ -100,22 +100,28 @@ def from_hf(source: str, out: str, dtype: str | None) -> None:
     print(printable(name))
 
 
-def find_checkpoint(source: str) -> Found:
+def find_checkpoint(source: str) -> CheckpointInfo:
     """The checkpoint that a folder is, or the newest whole one in it or in a folder in it."""
     from quadriga.checkpoint.files import files_at
-    from quadriga.checkpoint.folder import STATE_FILE, NotWhole, damaged_in, find, join
-    from quadriga.checkpoint.folder import read as read_folder
+    from quadriga.checkpoint.folder import (
+        STATE_FILE,
+        InvalidCheckpoint,
+        damaged_in,
+        find_complete,
+        join,
+        read_checkpoint,
+    )
 
     files = files_at(source)
     try:
         if files.exists(join(source, STATE_FILE)):
-            return read_folder(source)
-    except NotWhole as reason:
+            return read_checkpoint(source)
+    except InvalidCheckpoint as reason:
         raise UserError(Problem(source, f"no whole checkpoint: {reason}")) from reason
     inside = [join(source, name) for name in sorted(files.names(source), key=lambda name: name != CHECKPOINTS)]
     damaged = []
     for folder in (source, *inside):
-        if found := find(folder):
+        if found := find_complete(folder):
             return found
         damaged += damaged_in(folder)
     what = f"no whole checkpoint: {'; '.join(damaged)}" if damaged else "there is no checkpoint of ours"
@@ -124,10 +130,10 @@ def find_checkpoint(source: str) -> Found:
     raise UserError(Problem(source, what, allowed="a folder `step-N`, the folder around it, or a run folder"))
 
 
-def described_by(extra: Mapping[str, Any], file: str | None, where: str) -> Described:
+def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> SavedModel:
     """The model that a checkpoint says it holds; where it says nothing, that of a TOML file."""
     if file is not None:
-        return described_in(file)
+        return model_from_config(file)
     if "model" not in extra:
         fix = "name the configuration that it was saved with: --config FILE.toml"
         raise UserError(Problem(where, "the checkpoint does not say what model it holds", fix=fix))
@@ -140,13 +146,13 @@ def described_by(extra: Mapping[str, Any], file: str | None, where: str) -> Desc
     if not all(type(size) is int and 0 < size <= top for size, top in zip(sizes, most, strict=True)):
         raise ValueError(f"no model has layers, widths, heads and ids of {sizes}")
     if "config" not in extra:
-        return Described(spec, positions=positions)
+        return SavedModel(spec, positions=positions)
     config = extra["config"]
     positions = max(positions, config["training"]["seq_len"])
-    return Described(spec, config["model"]["hf_assets_path"], positions)
+    return SavedModel(spec, config["model"]["hf_assets_path"], positions)
 
 
-def described_in(file: str) -> Described:
+def model_from_config(file: str) -> SavedModel:
     run = read(
         ["--job.config_file", file],
         {},
@@ -155,23 +161,23 @@ def described_in(file: str) -> Described:
         world_size=None,
         training=False,
     )
-    return Described(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
+    return SavedModel(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
 
 
-def tokenizer_of(asked_for: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
+def tokenizer_of(requested: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
     """The ids that begin and end a text, and the tokenizer's files. Of one that is no longer where the run had it:
     None, no files, and a word."""
     from quadriga.data.tokenizer import build_tokenizer
     from quadriga.data.tokenizer_export import transformers_files
 
-    place = asked_for or known
+    place = requested or known
     if not place:
         logger.warning("no tokenizer is known: token ids are left open; --tokenizer FOLDER names one")
         return (None, None), {}
     try:
-        return build_tokenizer(place).named, transformers_files(place)
+        return build_tokenizer(place).special_ids, transformers_files(place)
     except UserError:
-        if asked_for or os.path.exists(place):
+        if requested or os.path.exists(place):
             raise
         logger.warning(f"no tokenizer is at {printable(place)}: token ids are left open; --tokenizer FOLDER names one")
         return (None, None), {}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
-from quadriga.cli.convert import described_by, find_checkpoint
+from quadriga.cli.convert import find_checkpoint, saved_model
 from quadriga.config.changed_defaults import started_with
 from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import JobConfig
@@ -17,37 +17,37 @@ from quadriga.log import logger
 from quadriga.models import registry
 
 if TYPE_CHECKING:
-    from quadriga.checkpoint.folder import Found
+    from quadriga.checkpoint.folder import CheckpointInfo
 
-ANOTHER = "name another checkpoint of the run"
+USE_ANOTHER = "name another checkpoint of the run"
 WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
 
 
-def to_torchtitan(source: str, out: str) -> None:
+def convert_to_torchtitan(source: str, out: str) -> None:
     """Write a checkpoint of ours as `step-N` in `out`, which torchtitan v0.2.2 loads and goes on from."""
-    from quadriga.checkpoint.folder import CheckpointError, damage
-    from quadriga.checkpoint.kept import told_of
+    from quadriga.checkpoint.extra_errors import convert_extra_errors
+    from quadriga.checkpoint.folder import CheckpointError, find_damage
     from quadriga.checkpoint.titan_write import export_titan
 
     found = find_checkpoint(source)
-    with told_of(found, ANOTHER):
-        spec = described_by(found.extra, None, found.path).spec
+    with convert_extra_errors(found, USE_ANOTHER):
+        spec = saved_model(found.extra, None, found.path).spec
     if spec.tie_embeddings:
         what = "the model shares its embedding with its output layer, which torchtitan's Llama does not"
         raise UserError(Problem(found.path, what))
-    if wrong := damage(found):
+    if wrong := find_damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
     states: dict[str, Any] = {}
     group: dict[str, Any] = {}
     why: str | None = None
     ended = False
     if "optimizer" in found.contents:
-        with told_of(found, ANOTHER):
+        with convert_extra_errors(found, USE_ANOTHER):
             config = config_of(found)
             states, group = states_of(found, config)
             phases = lr_phases(config.lr_scheduler, config.training.steps)
             ended = found.extra["lr_scheduler"]["done"] >= phases.total
-            position, why = position_of(found, config)
+            position, why = loader_state_of(found, config)
         if position is not None:
             states["dataloader"] = position
     name = export_titan(found, out, registry.titan_names(spec), states, group)
@@ -67,7 +67,7 @@ def to_torchtitan(source: str, out: str) -> None:
     print(printable(name))
 
 
-def config_of(found: Found) -> JobConfig:
+def config_of(found: CheckpointInfo) -> JobConfig:
     """The configuration of the run that saved, with the defaults that held when it was started."""
     saved = found.extra.get("config")
     if not isinstance(saved, Mapping):
@@ -84,12 +84,12 @@ def config_of(found: Found) -> JobConfig:
         raise UserError(Problem(found.path, what)) from error
 
 
-def states_of(found: Found, config: JobConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def states_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The states of torchtitan's trainer and schedule, and the fields of its one parameter group."""
     from quadriga.optim.schedule import lr_factor
 
-    section, said = config.optimizer, found.extra["train_state"]
-    step, seen, done = said["step"], said["tokens_seen"], found.extra["lr_scheduler"]["done"]
+    section, train_state = config.optimizer, found.extra["train_state"]
+    step, seen, done = train_state["step"], train_state["tokens_seen"], found.extra["lr_scheduler"]["done"]
     if any(type(count) is not int or not 0 <= count < 1 << 63 for count in (step, seen, done)) or step != found.step:
         raise ValueError(f"of step {found.step}, it counts step {step}, tokens {seen}, scheduler steps {done}")
     rate = section.lr * lr_factor(done + 1, config.lr_scheduler, config.training.steps)
@@ -123,7 +123,7 @@ def states_of(found: Found, config: JobConfig) -> tuple[dict[str, Any], dict[str
     return {"train_state": trainer, "lr_scheduler": schedule}, group
 
 
-def position_of(found: Found, config: JobConfig) -> tuple[dict[str, Any] | None, str | None]:
+def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any] | None, str | None]:
     """The state of torchtitan's data loader on one data-parallel rank; or None, and why it cannot be known."""
     training, saved = config.training, found.extra.get("dataloader")
     if training.dataloader.shuffle:

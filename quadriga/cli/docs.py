@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, repository_of
-from quadriga.cli.card import card_of, make_card, order_for, put
+from quadriga.cli.card import card_path, make_card, target_for, write_or_check
 from quadriga.config.reference import reference_page
-from quadriga.config.torchtitan import renewed
+from quadriga.config.torchtitan import regenerate
 from quadriga.errors import EXIT_FAULT, EXIT_OK
 
 
@@ -17,9 +17,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
     check = parser.parse_args(argv).check
     root = repository_of(Path(__file__))
-    stale = put(root / "docs" / "configuration.md", reference_page(), check)
+    stale = write_or_check(root / "docs" / "configuration.md", reference_page(), check)
     page = root / "docs" / "from-torchtitan.md"
-    stale |= put(page, renewed(page.read_text(encoding="utf-8")), check)
+    stale |= write_or_check(page, regenerate(page.read_text(encoding="utf-8")), check)
     for file in sorted(root.glob("configs/*/*.toml")):
-        stale |= put(card_of(file), make_card(order_for(file, None, None), file), check)
+        stale |= write_or_check(card_path(file), make_card(target_for(file, None, None), file), check)
     return EXIT_FAULT if stale else EXIT_OK

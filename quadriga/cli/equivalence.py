@@ -40,15 +40,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print the rows and run nothing")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, keys = parser.parse_known_args(argv)
-    most = options.max_ranks or visible_gpus(os.environ) or 4
-    rows = chosen_rows(options.layout, options.section, most)
+    max_ranks = options.max_ranks or visible_gpus(os.environ) or 4
+    rows = chosen_rows(options.layout, options.section, max_ranks)
     if options.list:
         print("\n".join(f"{row.ranks:>2} ranks  {row.name}" for row in rows))
         return EXIT_OK
     return run_rows(rows, keys, options.json)
 
 
-def chosen_rows(layouts: Sequence[str], sections: Sequence[str], most: int) -> list[Row]:
+def chosen_rows(layouts: Sequence[str], sections: Sequence[str], max_ranks: int) -> list[Row]:
     """The rows asked for; one that is named by --layout runs whatever its size."""
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
@@ -66,30 +66,34 @@ def chosen_rows(layouts: Sequence[str], sections: Sequence[str], most: int) -> l
     except ValueError as error:
         raise UserError(Problem("--layout", str(error))) from None
     pool = [row for name in sections for row in SECTIONS[name]] if sections or named else list(ROWS)
-    return [*named, *(row for row in pool if row.ranks <= most)]
+    return [*named, *(row for row in pool if row.ranks <= max_ranks)]
 
 
 def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) -> int:
-    from quadriga.rehearsal.equivalence.trial import Trials, report, through_the_launcher  # imports torch
+    from quadriga.rehearsal.equivalence.trial import Trials, summarize_results, train_with_launcher  # imports torch
 
     width = max((len(row.name) for row in rows), default=0)
     print(f"{'layout':<{width}}  {COLUMNS}")
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="quadriga-equivalence-") as folder:
-        trials = Trials(Path(folder), through_the_launcher, keys)
+        trials = Trials(Path(folder), train_with_launcher, keys)
         for row in rows:
             verdict = trials.run(row)
             verdicts.append(verdict)
-            shown = f"{verdict.row.name:<{width}}  "
+            row_label = f"{verdict.row.name:<{width}}  "
             if verdict.differences is None:
-                print(f"{shown}failed after {verdict.seconds:.0f} s\n{verdict.why}", flush=True)
+                print(f"{row_label}failed after {verdict.seconds:.0f} s\n{verdict.why}", flush=True)
                 continue
-            apart = verdict.differences
-            figures = f"{apart.loss:>9.1e} {apart.grad_norm:>9.1e} {apart.weights:>9.1e} {verdict.seconds:>8.1f}"
-            print(shown + figures + ("" if verdict.met else f"  past the tolerance ({apart.weights_of})"), flush=True)
+            differences = verdict.differences
+            figures = f"{differences.loss:>9.1e} {differences.grad_norm:>9.1e} {differences.weights:>9.1e}"
+            figures += f" {verdict.seconds:>8.1f}"
+            print(
+                row_label + figures + ("" if verdict.met else f"  past the tolerance ({differences.weights_of})"),
+                flush=True,
+            )
     if json_file is not None:
-        told = report(verdicts, " ".join(["quadriga", *sys.argv[1:]]))
-        Path(json_file).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        summary = summarize_results(verdicts, " ".join(["quadriga", *sys.argv[1:]]))
+        Path(json_file).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     missed = sum(not verdict.met for verdict in verdicts)
     print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts train as one process does, to the tolerance of")
     for dtype, tolerance in TOLERANCES.items():

@@ -15,20 +15,20 @@ from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.models.registry import catalogue
 from quadriga.planning.advice import advice_for
-from quadriga.planning.calibrate import Seconds, calibrate, newest_trace, seconds_a_step
+from quadriga.planning.calibrate import ProfiledStep, calibrate, newest_trace, seconds_a_step
 from quadriga.planning.estimate import estimate
 from quadriga.planning.rates import Rates
-from quadriga.planning.report import lines
+from quadriga.planning.report import format_estimate
 from quadriga.reading import read_json_object
 
 
 def main(argv: Sequence[str]) -> int:
     about = "Say what each rank of a run will hold, what it will send, and how long a step will take. Needs no GPU."
     parser = Parser("estimate", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
-    add_arguments(parser)
+    add_estimate_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON (docs/estimates.md says what it holds)")
     options, keys = parser.parse_known_args(argv)
-    run = read_run(options.file, options.ngpu, keys)
+    run = run_from_file(options.file, options.ngpu, keys)
     name = options.device or run.config.estimate.device
     device = device_named(name, "--device") if name else None
     found = estimate(run, device, measured_rates(options.calibrate, device), options.gpus_per_node)
@@ -36,11 +36,11 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(found.to_dict([each.to_dict() for each in advice]), indent=2))
     else:
-        print("\n".join(lines(found, advice)))
+        print("\n".join(format_estimate(found, advice)))
     return EXIT_OK
 
 
-def add_arguments(parser: Parser) -> None:
+def add_estimate_arguments(parser: Parser) -> None:
     parser.add_argument("file", help="the TOML file")
     parser.add_argument("--ngpu", type=rank_count, help="ranks in all (default: as many as the degrees ask for)")
     known = ", ".join(device.slug for device in DEVICES)
@@ -54,16 +54,16 @@ def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
     if folder is None:
         return None
     place = Path(folder)
-    run = read_run(str(place / "config.toml"), ranks_of(place), ())
+    run = run_from_file(str(place / "config.toml"), world_size_of(place), ())
     records = read_metrics(place / "metrics.jsonl", required=("step_seconds",))
     measured = seconds_a_step(records, run.config.profiling, place)
     from quadriga.analysis.trace.busy import busy_seconds  # numpy, which other estimates do not need
 
-    seconds = Seconds(**busy_seconds(newest_trace(place)))
+    seconds = ProfiledStep(**busy_seconds(newest_trace(place)))
     return calibrate(place, run, device, seconds, measured)
 
 
-def ranks_of(folder: Path) -> int:
+def world_size_of(folder: Path) -> int:
     """How many ranks a run had, by its `environment.json`. Raises UserError where that does not tell it."""
     file = folder / "environment.json"
     ranks = read_json_object(file, what="record of a run").get("world_size")
@@ -73,7 +73,7 @@ def ranks_of(folder: Path) -> int:
     return ranks
 
 
-def read_run(file: str, ranks: int | None, keys: Sequence[str]) -> Run:
+def run_from_file(file: str, ranks: int | None, keys: Sequence[str]) -> Run:
     """The run of a file, as a dry run reads it."""
     arguments = ["--job.config_file", file, *keys]
     return read(arguments, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)

@@ -10,8 +10,8 @@ from pathlib import Path
 from quadriga.cli.arguments import Parser
 from quadriga.config.messages import plural
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
-from quadriga.metrics.goodput import Attempt, Goodput, goodput_of
-from quadriga.units import show_seconds
+from quadriga.metrics.goodput import Attempt, Goodput, read_goodput
+from quadriga.units import format_seconds
 
 ABOUT = (
     "Say how much of a run's wall time trained, was spent starting, saving or waiting for data, or was lost, from its "
@@ -25,29 +25,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     options = parser.parse_args(argv)
-    found = goodput_of(options.run)
+    found = read_goodput(options.run)
     if found is None:
         what = "no run has left a line here" if Path(options.run).is_dir() else "there is no such folder"
         raise UserError(Problem("RUN", what, options.run, allowed="a folder with events.jsonl or metrics.jsonl"))
-    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(map(printable, lines(found))))
+    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(map(printable, format_goodput(found))))
     return EXIT_OK
 
 
-def lines(found: Goodput) -> Iterator[str]:
+def format_goodput(found: Goodput) -> Iterator[str]:
     """The account for a person."""
     attempts = found.attempts
     faults = sum(bool(attempt.faults) for attempt in attempts)
     figures = [plural(len(attempts), "start"), plural(faults, "fault"), plural(found.saves, "save")]
     yield f"step {attempts[-1].last_step:,} after {', '.join(figures)}"
-    yield f"{_date(attempts[0].began)} to {_date(attempts[-1].last)}: {show_seconds(found.wall_seconds)}"
+    yield f"{_date(attempts[0].began)} to {_date(attempts[-1].last)}: {format_seconds(found.wall_seconds)}"
     yield ""
     for kind, (name, meaning) in _meanings(found).items():
         share = 100 * found.shares[kind]
-        yield f"  {name:<16} {show_seconds(found.seconds[kind]):>8} {share:6.1f}%   {meaning}".rstrip()
+        yield f"  {name:<16} {format_seconds(found.seconds[kind]):>8} {share:6.1f}%   {meaning}".rstrip()
     yield ""
     yield f"effective training time: {100 * found.shares['trained']:.1f}%"
     if found.idle_seconds:
-        yield f"idle: {show_seconds(found.idle_seconds)} from a start that finished the run to the next; not counted"
+        yield f"idle: {format_seconds(found.idle_seconds)} from a start that finished the run to the next; not counted"
     yield ""
     yield f"  {'start':<6} {'began':<19}  {'steps':<17}  ended"
     for attempt in attempts:

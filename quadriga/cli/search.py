@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count
-from quadriga.cli.estimate import add_arguments, measured_rates, read_run
+from quadriga.cli.estimate import add_estimate_arguments, measured_rates, run_from_file
 from quadriga.config import Run, to_toml
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import device_named
-from quadriga.planning.search import Candidate, Found, search
-from quadriga.units import GIB, show_bytes
+from quadriga.planning.search import Candidate, SearchResult, search
+from quadriga.units import GIB, format_bytes
 
 
 def main(argv: Sequence[str]) -> int:
     about = "Try every legal layout for so many devices by arithmetic, and rank those that fit by predicted speed."
     parser = Parser("search", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
-    add_arguments(parser)
+    add_estimate_arguments(parser)
     parser.add_argument("--target-global-batch", type=rank_count, help="rows of a step (default: those of the file)")
     parser.add_argument("--top", type=rank_count, default=10, help="how many layouts to show (default 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     if options.ngpu is None or options.device is None:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
         raise UserError(Problem("--ngpu and --device", "a search needs both", fix=fix))
-    run, device = read_run(options.file, options.ngpu, keys), device_named(options.device, "--device")
-    refuse_stages_of_the_users(run)
+    run, device = run_from_file(options.file, options.ngpu, keys), device_named(options.device, "--device")
+    refuse_fixed_stages(run)
     rates = measured_rates(options.calibrate, device)
     start = time.perf_counter()
     found = search(
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     )
     seconds = time.perf_counter() - start
     if options.json:
-        print(json.dumps([as_dict(each) for each in found.best[: options.top]], indent=2))
+        print(json.dumps([candidate_dict(each) for each in found.best[: options.top]], indent=2))
     else:
         print("\n".join(_table(found, options.top, seconds, calibrated=rates is not None)))
     if not found.best:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def refuse_stages_of_the_users(run: Run) -> None:
+def refuse_fixed_stages(run: Run) -> None:
     """A winner deals out the stages itself, and is written with all other keys of the file."""
     for name in ("pipeline_parallel_schedule_csv", "module_fqns_per_model_part", "pipeline_parallel_layers_per_stage"):
         if getattr(run.config.parallelism, name) is not None:
@@ -61,7 +61,7 @@ def refuse_stages_of_the_users(run: Run) -> None:
             raise UserError(Problem(f"parallelism.{name}", "a search deals out the stages itself", fix=fix))
 
 
-def _table(found: Found, top: int, seconds: float, calibrated: bool) -> list[str]:
+def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> list[str]:
     label = "" if calibrated else " (uncalibrated: for ranking)"
     lines = [
         f"{found.tried:,} candidates in {seconds:.1f} s, {found.fitting:,} of them fit; the best of each layout:",
@@ -71,15 +71,15 @@ def _table(found: Found, top: int, seconds: float, calibrated: bool) -> list[str
     for each in found.best[:top]:
         time_of_step = each.estimate.time
         assert time_of_step is not None
-        needed = each.estimate.worst.reserved + each.estimate.outside
+        needed = each.estimate.worst.reserved + each.estimate.outside_allocator
         speed = f"{each.tokens_per_second:>18,.0f}  {time_of_step.total:>8.3f}s"
-        lines.append(f"  {speed}  {show_bytes(needed):>10}  {each.name}")
+        lines.append(f"  {speed}  {format_bytes(needed):>10}  {each.name}")
     if len(found.best) > 1:
-        lines += ["", why(found.best[0], found.best[1])]
+        lines += ["", explain_winner(found.best[0], found.best[1])]
     return lines
 
 
-def why(first: Candidate, second: Candidate) -> str:
+def explain_winner(first: Candidate, second: Candidate) -> str:
     """What makes the winner faster than the next one."""
     one, other = first.estimate.time, second.estimate.time
     assert one is not None
@@ -99,7 +99,7 @@ def why(first: Candidate, second: Candidate) -> str:
     return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms a step)."
 
 
-def as_dict(candidate: Candidate) -> dict[str, object]:
+def candidate_dict(candidate: Candidate) -> dict[str, object]:
     found = candidate.estimate
     assert found.time is not None
     return {
@@ -107,12 +107,12 @@ def as_dict(candidate: Candidate) -> dict[str, object]:
         "set": dict(candidate.variant.changes),
         "tokens_per_second_per_device": candidate.tokens_per_second,
         "step_time_s": found.time.total,
-        "needed_gib": (found.worst.reserved + found.outside) / GIB,
+        "needed_gib": (found.worst.reserved + found.outside_allocator) / GIB,
     }
 
 
 def _write(path: Path, file: str, ranks: int, keys: Sequence[str]) -> None:
-    """The winner, read through the door again, so that what is written is what will be trained."""
-    run = read_run(file, ranks, keys)
+    """The winner, read and checked again, so that what is written is what will be trained."""
+    run = run_from_file(file, ranks, keys)
     path.write_text(to_toml(run.config), encoding="utf-8")
     print(f"the winner is in {path}: quadriga train {path} --ngpu {ranks}", file=sys.stderr)

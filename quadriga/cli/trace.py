@@ -25,19 +25,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", metavar="N", type=int, help="the traces of iteration_N; without it, the newest")
     options = parser.parse_args(argv)
     from quadriga.analysis.trace.analysis import analyse
-    from quadriga.analysis.trace.report import lines
+    from quadriga.analysis.trace.report import format_trace
 
     found = analyse(Path(options.folder), options.step)
     if options.html is not None:
         _write_page(options.html, found)
-    print(json.dumps(found, indent=1) if options.json else "\n".join(map(printable, lines(found))))
+    print(json.dumps(found, indent=1) if options.json else "\n".join(map(printable, format_trace(found))))
     return EXIT_OK
 
 
 def _write_page(target: Path, found: dict[str, object]) -> None:
-    from quadriga.analysis.trace.page import page
+    from quadriga.analysis.trace.page import trace_page
 
     try:
-        target.write_text(page(found), encoding="utf-8")
+        target.write_text(trace_page(found), encoding="utf-8")
     except OSError as error:
         raise Fault(f"{target} cannot be written: {error}") from None

@@ -20,17 +20,17 @@ class BackendFacts:
 
     `device_type` is where the tensors live that it moves, and so where a run over it trains. `carries` names what it
     can move or take part in: dtypes (`float32`, `bfloat16`, `float64`, `float8`) and features
-    (`async_tensor_parallel`). `beside`: the backend of everything but the parameters and gradients of `shard`, where
-    that is another one; such a backend has nothing to do in a run that shards nothing. `on_host`: of CPU tensors.
-    `capability`: the least compute capability of a device. `needs`: what PyTorch must offer, as in `Machine.offers`.
-    `with_slots`: parameters and gradients go through memory that peers write into (`comm.heap`). `hidden`: for tests;
-    never named as a choice.
+    (`async_tensor_parallel`). `fallback_backend`: the backend of everything but the parameters and gradients of
+    `shard`, where that is another one; such a backend has nothing to do in a run that shards nothing. `on_host`: of CPU
+    tensors. `capability`: the least compute capability of a device. `needs`: what PyTorch must offer, as in
+    `Machine.offers`. `with_slots`: parameters and gradients go through memory that peers write into (`comm.heap`).
+    `hidden`: for tests; never named as a choice.
     """
 
     name: str
     device_type: str
     carries: frozenset[str]
-    beside: str | None = None
+    fallback_backend: str | None = None
     on_host: str = "gloo"
     capability: tuple[int, int] | None = None
     needs: str | None = None
@@ -38,25 +38,33 @@ class BackendFacts:
     hidden: bool = False
 
 
-NUMBERS = frozenset({"float32", "bfloat16", "float64"})
+DTYPES = frozenset({"float32", "bfloat16", "float64"})
 FLOAT8, ASYNC_TP = "float8", "async_tensor_parallel"
 NCCL_SYMMETRIC, NVSHMEM = "NCCL's symmetric memory for FSDP", "NVSHMEM"
 
 BACKENDS: Mapping[str, BackendFacts] = {
     facts.name: facts
     for facts in (
-        BackendFacts("gloo", "cpu", NUMBERS),
-        BackendFacts("nccl", "cuda", NUMBERS | {FLOAT8, ASYNC_TP}),
+        BackendFacts("gloo", "cpu", DTYPES),
+        BackendFacts("nccl", "cuda", DTYPES | {FLOAT8, ASYNC_TP}),
         # Symmetric memory has one owner a process, and asynchronous tensor parallelism wants to be it.
-        BackendFacts("nccl-symm", "cuda", NUMBERS | {FLOAT8}, beside="nccl", capability=(9, 0), needs=NCCL_SYMMETRIC),
         BackendFacts(
-            "nvshmem", "cuda", NUMBERS | {FLOAT8}, beside="nccl", capability=(7, 0), needs=NVSHMEM, with_slots=True
+            "nccl-symm", "cuda", DTYPES | {FLOAT8}, fallback_backend="nccl", capability=(9, 0), needs=NCCL_SYMMETRIC
         ),
-        BackendFacts("host-slots", "cpu", NUMBERS | {FLOAT8}, beside="gloo", with_slots=True, hidden=True),
+        BackendFacts(
+            "nvshmem",
+            "cuda",
+            DTYPES | {FLOAT8},
+            fallback_backend="nccl",
+            capability=(7, 0),
+            needs=NVSHMEM,
+            with_slots=True,
+        ),
+        BackendFacts("host-slots", "cpu", DTYPES | {FLOAT8}, fallback_backend="gloo", with_slots=True, hidden=True),
     )
 }
 
-HOW_TO_GET = {
+INSTALL_HINTS = {
     NCCL_SYMMETRIC: "install PyTorch 2.13 or newer, or choose nccl",
     NVSHMEM: "install a build of PyTorch with NVSHMEM and the package of its library (nvidia-nvshmem-cu12 or -cu13), "
     "or choose nccl",
@@ -74,7 +82,7 @@ class Machine:
     capability: tuple[int, int] | None = None
 
 
-def choose(requested: str | None, machine: Machine) -> str:
+def choose_backend(requested: str | None, machine: Machine) -> str:
     """The name of the backend that a run will use.
 
     Args:
@@ -87,13 +95,13 @@ def choose(requested: str | None, machine: Machine) -> str:
     """
     if not requested:
         return "nccl" if machine.cuda else "gloo"
-    problem = _why_not(requested, machine)
+    problem = _refusal(requested, machine)
     if problem is not None:
         raise UserError(problem)
     return requested
 
 
-def _why_not(requested: str, machine: Machine) -> Problem | None:
+def _refusal(requested: str, machine: Machine) -> Problem | None:
     facts = BACKENDS.get(requested)
     if facts is None:
         what = "no backend has this name"
@@ -108,7 +116,7 @@ def _why_not(requested: str, machine: Machine) -> Problem | None:
             "comm.backend",
             f"PyTorch {machine.torch} does not offer {facts.needs}",
             requested,
-            fix=HOW_TO_GET[facts.needs],
+            fix=INSTALL_HINTS[facts.needs],
         )
     if facts.capability is not None and machine.capability is not None and machine.capability < facts.capability:
         least, here = (".".join(map(str, each)) for each in (facts.capability, machine.capability))
@@ -117,30 +125,30 @@ def _why_not(requested: str, machine: Machine) -> Problem | None:
     return None
 
 
-def serving(backend: str, degrees: Degrees) -> dict[str, str]:
+def backend_by_axis(backend: str, degrees: Degrees) -> dict[str, str]:
     """By axis which backend carries its bytes, of the axes that this run has. `shard`: parameters and gradients;
     `norms`: the small sums over all axes; `host`: what lies in host memory, such as checkpoints and agreements."""
     facts = BACKENDS[backend]
-    rest = facts.beside or backend
+    rest = facts.fallback_backend or backend
     axes = {"dp_replicate": degrees.dp_replicate, "cp": degrees.cp, "tp": degrees.tp, "pp": degrees.pp}
-    served = {SHARD: backend} if shards(degrees) > 1 else {}
-    served |= {axis: rest for axis, size in axes.items() if size > 1}
-    return served | ({"norms": rest, "host": facts.on_host} if degrees.world_size > 1 else {})
+    by_axis = {SHARD: backend} if shard_degree(degrees) > 1 else {}
+    by_axis |= {axis: rest for axis, size in axes.items() if size > 1}
+    return by_axis | ({"norms": rest, "host": facts.on_host} if degrees.world_size > 1 else {})
 
 
-def shards(degrees: Degrees) -> int:
+def shard_degree(degrees: Degrees) -> int:
     """Ranks that parameters are cut over."""
     return degrees.dp_shard * degrees.cp
 
 
-def in_words(served: Mapping[str, str], shares: Mapping[str, float] | None = None) -> str:
+def format_backends(by_axis: Mapping[str, str], shares: Mapping[str, float] | None = None) -> str:
     """`nvshmem: shard; nccl: tp, norms; gloo: host`, and behind a backend its share of the bytes, where it is given."""
     axes: dict[str, list[str]] = {}
-    for axis, backend in served.items():
+    for axis, backend in by_axis.items():
         axes.setdefault(backend, []).append(axis)
     found = {name: f" ({_percent(share)})" for name, share in (shares or {}).items()}
-    words = (f"{backend}: {', '.join(names)}{found.get(backend, '')}" for backend, names in axes.items())
-    return "; ".join(words) or "nothing is sent"
+    parts = (f"{backend}: {', '.join(names)}{found.get(backend, '')}" for backend, names in axes.items())
+    return "; ".join(parts) or "nothing is sent"
 
 
 def _percent(share: float) -> str:

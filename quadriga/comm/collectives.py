@@ -33,7 +33,7 @@ def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.P
     return result
 
 
-def numbers_of_all(numbers: torch.Tensor) -> torch.Tensor:
+def all_gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
     """What every rank passed in, to the bit, on every rank: shape (ranks, *shape), float or integer.
 
     A sum of tables that are empty but for a rank's own row: its time grows with the logarithm of the number of ranks,

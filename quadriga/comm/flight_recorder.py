@@ -23,7 +23,7 @@ class Traffic(NamedTuple):
     ended: int
 
 
-class Operation(NamedTuple):
+class GroupOperation(NamedTuple):
     """One operation: torch's name of it, the name of its group, and what the group is for."""
 
     kind: str
@@ -42,7 +42,7 @@ def traffic() -> dict[str, Traffic]:
     return found
 
 
-def first_open(group: str) -> Operation | None:
+def oldest_pending(group: str) -> GroupOperation | None:
     """The operation of a group that has waited longest; if none waits, its newest. Reads all entries."""
     own = [
         entry
@@ -52,7 +52,7 @@ def first_open(group: str) -> Operation | None:
     ]
     waiting = [entry for entry in own if not entry["retired"] and entry["state"] != "completed"]
     entry = waiting[0] if waiting else own[-1] if own else None
-    return Operation(entry["profiling_name"], *entry["process_group"]) if entry else None
+    return GroupOperation(entry["profiling_name"], *entry["process_group"]) if entry else None
 
 
 class Launch(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quadriga.errors import Problem, UserError
-from quadriga.units import MIB, show_bytes
+from quadriga.units import MIB, format_bytes
 
 # `fully_shard` frees the output of an all-gather when it has copied it out, and in a forward pass not before the next
 # one is on its way: two are alive at once.
@@ -50,8 +50,8 @@ class Heap:
         return -(-(self.bytes + RESERVE) // MIB) * MIB
 
     def __str__(self) -> str:
-        parts = f"{GATHER_BUFFERS} x {show_bytes(self.gather)} for all-gathers, {show_bytes(self.scatter)} for sums"
-        return f"{show_bytes(self.nvshmem_bytes)} a rank ({parts}, {show_bytes(RESERVE)} in reserve)"
+        parts = f"{GATHER_BUFFERS} x {format_bytes(self.gather)} for all-gathers, {format_bytes(self.scatter)} for sums"
+        return f"{format_bytes(self.nvshmem_bytes)} a rank ({parts}, {format_bytes(RESERVE)} in reserve)"
 
 
 def _aligned(size: int) -> int:

@@ -1,6 +1,6 @@
 """A transport over memory that the processes of one machine share: the slots of `comm.slots` without a GPU.
 
-It keeps the contract that NVSHMEM keeps: everything on a line happens later than the call, in the line's order; a
+It keeps the contract that NVSHMEM keeps: everything on a queue happens later than the call, in the queue's order; a
 signal is seen after the bytes that went before it; a wait ends at just the value that it waits for. It is there for
 tests of that logic, and says so.
 """
@@ -35,29 +35,29 @@ PAUSES = (0.0, 2e-5, 1e-4, 1e-3)  # seconds between looks at a word, the longer 
 LOOKS = 50  # with each of them
 
 
-class HostDone:
+class HostCompletion:
     def __init__(self) -> None:
         self.future: Future[None] = Future()
 
     def wait(self) -> None:
         self.future.result()
 
-    def reached(self) -> bool:
+    def is_done(self) -> bool:
         return self.future.done()
 
 
-class HostLine:
+class HostQueue:
     """A thread that does one piece of work after the other. What fails is raised where it is waited for, and so is
-    all that follows: after a failure nothing on the line can be trusted."""
+    all that follows: after a failure nothing on the queue can be trusted."""
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], HostDone] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], HostCompletion] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], None]) -> HostDone:
-        done = HostDone()
+    def submit(self, work: Callable[[], None]) -> HostCompletion:
+        done = HostCompletion()
         self._waiting.put((work, done))
         return done
 
@@ -79,7 +79,7 @@ class HostLine:
 def _failure_of(work: Callable[[], None]) -> Exception | None:
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - raised again in `HostDone.wait`
+    except Exception as error:  # noqa: BLE001 - raised again in `HostCompletion.wait`
         return error
     return None
 
@@ -95,7 +95,7 @@ class HostTransport:
     def __init__(self, group: dist.ProcessGroup, size: int, timeout_seconds: float) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._timeout = timeout_seconds
-        self._lines: list[HostLine] = []
+        self._queues: list[HostQueue] = []
         self._fence = threading.Lock()
         self._closed = False
         words = WORDS_A_RANK * self.size
@@ -119,9 +119,9 @@ class HostTransport:
     def memory(self) -> Tensor:
         return self._memories[self.rank]
 
-    def line(self) -> HostLine:
-        self._lines.append(HostLine())
-        return self._lines[-1]
+    def new_queue(self) -> HostQueue:
+        self._queues.append(HostQueue())
+        return self._queues[-1]
 
     def put(self, start: int, stop: int, peer: int, word: int, value: int) -> None:
         self._memories[peer][start:stop].copy_(self.memory[start:stop])
@@ -154,9 +154,9 @@ class HostTransport:
 
     def close(self) -> None:
         self._closed = True
-        for line in self._lines:
-            line.end()
-        self._lines.clear()
+        for each in self._queues:
+            each.end()
+        self._queues.clear()
         self._words.clear()
         self._memories = [torch.empty(0, dtype=torch.uint8)] * self.size
 

@@ -68,7 +68,7 @@ class Mesh:
     def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
 
-    def of_loss(self, by_rank: torch.Tensor) -> torch.Tensor:
+    def loss_rows(self, by_rank: torch.Tensor) -> torch.Tensor:
         """Of a table with a row a rank, the rows of one `loss_group`, the same one on every rank."""
         return by_rank[:: self.tp.size()]  # the innermost axis
 

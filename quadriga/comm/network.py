@@ -21,7 +21,7 @@ def loopback_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {} if name is None else {variable: name for variable in INTERFACE_VARIABLES if not environ.get(variable)}
 
 
-def ports_in_words(environ: Mapping[str, str], machines: int) -> str:
+def format_ports(environ: Mapping[str, str], machines: int) -> str:
     """Where a run that the launcher starts listens, for the dry run and the log."""
     if machines > 1:
         return f"the {machines} machines listen on all interfaces: their network must be closed (docs/operations.md)"

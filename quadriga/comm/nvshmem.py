@@ -25,34 +25,34 @@ from quadriga.comm import nccl
 from quadriga.comm.collectives import barrier
 from quadriga.comm.slots import WORDS_A_RANK
 from quadriga.errors import Fault
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
 PROCESS_GROUP, device = nccl.PROCESS_GROUP, nccl.device
 HIGH_PRIORITY = -1  # as the streams of `fully_shard` have it
 
 
-class StreamDone:
+class StreamCompletion:
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)
 
-    def reached(self) -> bool:
+    def is_done(self) -> bool:
         return self._event.query()
 
 
-class StreamLine:
+class StreamQueue:
     """A stream: what is submitted is enqueued at once, behind the caller's stream, and done later."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=HIGH_PRIORITY)
 
-    def submit(self, work: Callable[[], None]) -> StreamDone:
+    def submit(self, work: Callable[[], None]) -> StreamCompletion:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
-        return StreamDone(self._stream.record_event())
+        return StreamCompletion(self._stream.record_event())
 
 
 class NvshmemTransport:
@@ -68,15 +68,14 @@ class NvshmemTransport:
             self.memory: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
             self._words: Tensor = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
         except RuntimeError as error:
-            what = (
-                f"NVSHMEM did not start, or did not give the {show_bytes(size)} of symmetric memory that the run needs"
-            )
+            needed = f"{format_bytes(size)} of symmetric memory that the run needs"
+            what = f"NVSHMEM did not start, or did not give the {needed}"
             raise Fault(f"{what}: {error}\nNothing was trained. NVSHMEM_DEBUG=INFO tells more.") from error
         torch.cuda.synchronize(device)
         barrier()  # nobody may signal before the words of all are 0
 
-    def line(self) -> StreamLine:
-        return StreamLine(self._device)
+    def new_queue(self) -> StreamQueue:
+        return StreamQueue(self._device)
 
     def put(self, start: int, stop: int, peer: int, word: int, value: int) -> None:
         self._put(self.memory[start:stop], peer, word, value)

@@ -13,13 +13,13 @@ from quadriga.comm.collectives import gather_in_symmetric_memory
 from quadriga.comm.heap import Heap
 from quadriga.comm.host_slots import HostTransport
 from quadriga.comm.nvshmem import NvshmemTransport
-from quadriga.comm.slots import Sharding
+from quadriga.comm.slots import SlotCollectives
 
 
 class ShardCollectives(Protocol):
-    """What takes the place of torch's own. `carried`: bytes so far by kind of call, where that is counted."""
+    """What takes the place of torch's own. `bytes_by_collective`: bytes so far, where they are counted."""
 
-    carried: Counter[str]
+    bytes_by_collective: Counter[str]
 
     def install(self, module: FSDPModule) -> None:
         """Let the parameters and gradients of `module` go this way."""
@@ -32,7 +32,7 @@ class NcclSymmetric:
     """NCCL's collectives, on buffers that torch takes from NCCL's symmetric memory."""
 
     def __init__(self) -> None:
-        self.carried: Counter[str] = Counter()
+        self.bytes_by_collective: Counter[str] = Counter()
 
     def install(self, module: FSDPModule) -> None:
         gather_in_symmetric_memory(module)
@@ -41,7 +41,7 @@ class NcclSymmetric:
         pass
 
 
-def open_sharding(
+def open_shard_collectives(
     backend: str, group: dist.ProcessGroup, heap: Heap | None, device: torch.device, timeout_seconds: float
 ) -> ShardCollectives | None:
     """The collectives of a run whose parameters are sharded over `group`; None where torch's own serve.
@@ -54,5 +54,5 @@ def open_sharding(
     if heap is None:
         return None
     if backend == "nvshmem":
-        return Sharding(NvshmemTransport(group, heap.bytes, device), heap, backend)
-    return Sharding(HostTransport(group, heap.bytes, timeout_seconds), heap, backend)
+        return SlotCollectives(NvshmemTransport(group, heap.bytes, device), heap, backend)
+    return SlotCollectives(HostTransport(group, heap.bytes, timeout_seconds), heap, backend)

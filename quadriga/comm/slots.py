@@ -17,7 +17,7 @@ when its own stream has come to this call, so after everything that read the buf
 being overwritten unread: a sender is at its next call only when it has heard our `full`, which we say after we have
 read its `ready`; and it says `full` again only after our next `ready`, which follows our reading of its `full`.
 
-**Order.** The calls of one kind run one after the other on a line of their own, whatever stream they come from: a
+**Order.** The calls of one kind run one after the other on a queue of their own, whatever stream they come from: a
 stream on a GPU, a thread on a CPU.
 """
 
@@ -42,26 +42,26 @@ WORDS_A_RANK = 4  # `ready` and `full`, of two kinds of calls
 AXIS = "shard"
 
 
-class Done(Protocol):
-    """The end of what was submitted to a line."""
+class Completion(Protocol):
+    """The end of what was submitted to a queue."""
 
     def wait(self) -> None:
         """Let what the caller does next come after it: the caller's stream waits on a GPU, the caller on a CPU."""
 
-    def reached(self) -> bool: ...
+    def is_done(self) -> bool: ...
 
 
-class Line(Protocol):
+class WorkQueue(Protocol):
     """Work that is done one piece after the other."""
 
-    def submit(self, work: Callable[[], None]) -> Done:
+    def submit(self, work: Callable[[], None]) -> Completion:
         """Do `work` after what the caller has done so far and after what was submitted before."""
 
 
 class Transport(Protocol):
     """Memory of `size` ranks that each may write into the others', at the same place as in its own.
 
-    `memory`: of this rank, bytes. `put`, `signal` and `wait` are called from within the work of a line. Words are 0 in
+    `memory`: of this rank, bytes. `put`, `signal` and `wait` are called from within the work of a queue. Words are 0 in
     the beginning.
     """
 
@@ -74,15 +74,15 @@ class Transport(Protocol):
     @property
     def memory(self) -> Tensor: ...
 
-    def line(self) -> Line:
+    def new_queue(self) -> WorkQueue:
         """A new one."""
 
     def put(self, start: int, stop: int, peer: int, word: int, value: int) -> None:
         """Copy bytes [start, stop) of our memory to the same place at `peer`, then set `word` there. What comes later
-        on this line may change the bytes here."""
+        on this queue may change the bytes here."""
 
     def signal(self, peer: int, word: int, value: int) -> None:
-        """Set `word` at `peer`, after all that this line put there before."""
+        """Set `word` at `peer`, after all that this queue put there before."""
 
     def wait(self, peer: int, word: int, value: int) -> None:
         """Go on when `peer` has set our `word` to just `value`, and see what it put before."""
@@ -94,7 +94,7 @@ class Transport(Protocol):
 class SlotWork(dist.Work):
     """A call that was made with `async_op=True`."""
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: Completion) -> None:
         super().__init__()
         self._done = done
 
@@ -103,14 +103,14 @@ class SlotWork(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        return self._done.reached()
+        return self._done.is_done()
 
 
 class Exchange:
-    """The calls of one kind: their line, their number, their words."""
+    """The calls of one kind: their queue, their number, their words."""
 
     def __init__(self, transport: Transport, kind: int) -> None:
-        self.transport, self._line, self._calls = transport, transport.line(), 0
+        self.transport, self._queue, self._calls = transport, transport.new_queue(), 0
         self._ready, self._full = (2 * kind * transport.size, (2 * kind + 1) * transport.size)
 
     def run(self, steps: Callable[[int], None], async_op: bool) -> dist.Work | None:
@@ -122,7 +122,7 @@ class Exchange:
             with torch.no_grad():
                 steps(number)
 
-        done = self._line.submit(work)
+        done = self._queue.submit(work)
         if async_op:
             return SlotWork(done)
         done.wait()
@@ -133,7 +133,7 @@ class Exchange:
         rank, size = self.transport.rank, self.transport.size
         return ((rank + distance) % size for distance in range(1, size))
 
-    def shake_hands(self, number: int) -> None:
+    def handshake(self, number: int) -> None:
         """Say that peers may write to us, and hear the same of all of them."""
         for peer in self.peers():
             self.transport.signal(peer, self._ready + self.transport.rank, number)
@@ -151,9 +151,14 @@ class Exchange:
 class SlotAllGather(AllGather):
     """Outputs are buffers of the transport's memory, handed out in turn; torch gives one back by letting go of it."""
 
-    def __init__(self, exchange: Exchange, heap: Heap, backend: str, carried: Counter[str]) -> None:
-        self._exchange, self._heap, self._backend, self._carried = exchange, heap, backend, carried
-        self._turn = 0
+    def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
+        self._exchange, self._heap, self._backend, self._bytes_by_collective = (
+            exchange,
+            heap,
+            backend,
+            bytes_by_collective,
+        )
+        self._next_buffer = 0
         self._held: list[weakref.ref[Tensor] | None] = [None] * len(heap.gather_starts)
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -162,7 +167,7 @@ class SlotAllGather(AllGather):
         wanted = math.prod(shape) * dtype.itemsize
         if wanted > self._heap.gather:
             raise ValueError(f"an all-gather of {wanted} bytes was asked for; buffers of {self._heap.gather} were made")
-        index, self._turn = self._turn, (self._turn + 1) % len(self._held)
+        index, self._next_buffer = self._next_buffer, (self._next_buffer + 1) % len(self._held)
         holder = self._held[index]
         if holder is not None and holder() is not None:
             raise RuntimeError(f"more than {len(self._held)} outputs of all-gathers are in use at once")
@@ -187,12 +192,12 @@ class SlotAllGather(AllGather):
             own = output_tensor.view(transport.size, -1)[transport.rank]
             if own.data_ptr() != input_tensor.data_ptr():
                 own.copy_(input_tensor.view(-1))
-            exchange.shake_hands(number)
+            exchange.handshake(number)
             for peer in exchange.peers():
                 exchange.put(start, size, peer, number)
             exchange.wait_until_full(number)
 
-        self._carried["all_gather"] += transport.size * size
+        self._bytes_by_collective["all_gather"] += transport.size * size
         with annotated(AXIS, "all_gather", output_tensor, transport.size, self._backend):
             return exchange.run(steps, async_op)
 
@@ -200,8 +205,13 @@ class SlotAllGather(AllGather):
 class SlotReduceScatter(ReduceScatter):
     """Chunks meet in a scratch of the transport's memory; inputs and outputs are ordinary tensors."""
 
-    def __init__(self, exchange: Exchange, heap: Heap, backend: str, carried: Counter[str]) -> None:
-        self._exchange, self._heap, self._backend, self._carried = exchange, heap, backend, carried
+    def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
+        self._exchange, self._heap, self._backend, self._bytes_by_collective = (
+            exchange,
+            heap,
+            backend,
+            bytes_by_collective,
+        )
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty([int(length) for length in size], dtype=dtype, device=device)
@@ -229,7 +239,7 @@ class SlotReduceScatter(ReduceScatter):
 
         def steps(number: int) -> None:
             chunks, own = input_tensor.view(transport.size, -1), slots[transport.rank]
-            exchange.shake_hands(number)
+            exchange.handshake(number)
             for peer in exchange.peers():
                 own.copy_(chunks[peer])
                 exchange.put(start + transport.rank * size, size, peer, number)
@@ -237,7 +247,7 @@ class SlotReduceScatter(ReduceScatter):
             exchange.wait_until_full(number)
             output_tensor.view(-1).copy_(torch.sum(slots, dim=0, dtype=_wide(slots.dtype)))
 
-        self._carried["reduce_scatter"] += whole
+        self._bytes_by_collective["reduce_scatter"] += whole
         with annotated(AXIS, "reduce_scatter", input_tensor, transport.size, self._backend):
             return exchange.run(steps, async_op)
 
@@ -258,14 +268,14 @@ def _check(whole: Tensor, part: Tensor, group: dist.ProcessGroup, transport: Tra
         raise ValueError("tensors must be contiguous")
 
 
-class Sharding:
-    """The two collectives of `fully_shard` over one transport. `carried`: bytes so far, by kind of call."""
+class SlotCollectives:
+    """The two collectives of `fully_shard` over one transport. `bytes_by_collective`: bytes so far, by kind of call."""
 
     def __init__(self, transport: Transport, heap: Heap, backend: str) -> None:
         self._transport = transport
-        self.carried: Counter[str] = Counter()
-        self.all_gather = SlotAllGather(Exchange(transport, 0), heap, backend, self.carried)
-        self.reduce_scatter = SlotReduceScatter(Exchange(transport, 1), heap, backend, self.carried)
+        self.bytes_by_collective: Counter[str] = Counter()
+        self.all_gather = SlotAllGather(Exchange(transport, 0), heap, backend, self.bytes_by_collective)
+        self.reduce_scatter = SlotReduceScatter(Exchange(transport, 1), heap, backend, self.bytes_by_collective)
 
     def install(self, module: FSDPModule) -> None:
         """Let the parameters and gradients of `module` go this way."""

@@ -1,4 +1,4 @@
-"""Configuration: one TOML file, strictly read. `read` is the door; the sections are in `quadriga.config.schema`."""
+"""Configuration: one TOML file, strictly read. `read` is the entry; the sections are in `quadriga.config.schema`."""
 
 from __future__ import annotations
 

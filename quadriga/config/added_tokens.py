@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from quadriga import limits
-from quadriga.config.special_tokens import CONFIG, LONGEST_TOKEN, MAP, SpecialTokens, of_another_type, token_text
+from quadriga.config.special_tokens import CONFIG, MAP, MAX_TOKEN_CHARS, SpecialTokens, token_text, type_problem
 from quadriga.errors import Problem, UserError, shortened
 
 OTHER_ROLES = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-THEIR_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # the order of transformers
+TRANSFORMERS_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # the order of transformers
 MORE_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 DECODER = "added_tokens_decoder"
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
-SHOWN = 4  # tokens that a notice names
+MAX_LISTED = 4  # tokens that a notice names
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedToken:
     """A token as a file names it. `id`: the one that the file gives it, if any; `flags`: how it is found in a text."""
 
     text: str
@@ -39,10 +39,10 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Enlarged:
+class ExtendedTokenizer:
     """`document`: the `tokenizer.json` with the tokens in it; `vocabulary`: ids by token; `added`: those that it
     lacked, with their ids; `changed`: tokens that a text is now searched for, so that it has other ids than with the
-    `tokenizer.json` alone; `notices`: what is to be said."""
+    `tokenizer.json` alone; `notices`: what there is to note."""
 
     document: dict[str, Any]
     vocabulary: Mapping[str, int]
@@ -70,7 +70,7 @@ def vocabulary_of(document: Mapping[str, Any]) -> dict[str, int]:
     return vocabulary
 
 
-def enlarge(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) -> Enlarged:
+def extend_tokenizer(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) -> ExtendedTokenizer:
     """A `tokenizer.json` with the tokens that the files beside it name.
 
     Raises UserError where an entry of `added_tokens_decoder` has another form, or no id is free for a token.
@@ -80,10 +80,10 @@ def enlarge(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) ->
     added = _ids(folder, document, before, [*roles, *decoder, *more])
     vocabulary = {**before, **added}
     flags = {one.text: one.flags for one in (*more, *roles, *decoder)}  # the last says it best
-    said = {one.text: one.flags for one in decoder}
+    raw = {one.text: one.flags for one in decoder}
     old = document.get("added_tokens")
     entries = {entry["content"]: entry for entry in old if _is_entry(entry)} if isinstance(old, list) else {}
-    changed = tuple(sorted(text for text in said if _matches(said[text]) != _matches(entries.get(text))))
+    changed = tuple(sorted(text for text in raw if _matches(raw[text]) != _matches(entries.get(text))))
     for text in flags:
         if text in added or text in changed:
             entries[text] = {"id": vocabulary[text], "content": text, **flags[text]}
@@ -91,9 +91,9 @@ def enlarge(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) ->
     if added or changed:
         whole["added_tokens"] = sorted(entries.values(), key=lambda entry: entry["id"])
     by_id = sorted(decoder, key=lambda one: one.id or 0)
-    theirs = _ids(folder, document, before, [*by_id, *_roles(tokens, THEIR_ROLES), *more])
-    notices = tuple(_notices(folder, vocabulary, decoder, added, theirs))
-    return Enlarged(whole, vocabulary, added, changed, notices)
+    transformers_ids = _ids(folder, document, before, [*by_id, *_roles(tokens, TRANSFORMERS_ROLES), *more])
+    notices = tuple(_notices(folder, vocabulary, decoder, added, transformers_ids))
+    return ExtendedTokenizer(whole, vocabulary, added, changed, notices)
 
 
 def _is_entry(entry: object) -> bool:
@@ -107,46 +107,46 @@ def _matches(flags: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return {name: bool(flags.get(name, name == "normalized")) for name in (*FLAGS, "normalized")}
 
 
-def _roles(tokens: SpecialTokens, others: Iterable[str] = OTHER_ROLES) -> Iterator[Named]:
-    config, named = tokens.said.get(CONFIG, {}), tokens.said.get(MAP, {})
+def _roles(tokens: SpecialTokens, others: Iterable[str] = OTHER_ROLES) -> Iterator[NamedToken]:
+    config, named = tokens.raw.get(CONFIG, {}), tokens.raw.get(MAP, {})
     for text in (tokens.bos, tokens.eos):
         if text is not None:
-            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
     for role in others:
         text = token_text(named[role] if role in named else config.get(role))
-        if text and len(text) <= LONGEST_TOKEN:
-            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+        if text and len(text) <= MAX_TOKEN_CHARS:
+            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
 
 
-def _decoder(folder: Path, tokens: SpecialTokens) -> Iterator[Named]:
-    said = tokens.said.get(CONFIG, {}).get(DECODER)
-    if said is None:
+def _decoder(folder: Path, tokens: SpecialTokens) -> Iterator[NamedToken]:
+    raw = tokens.raw.get(CONFIG, {}).get(DECODER)
+    if raw is None:
         return
-    if not isinstance(said, dict):
-        raise UserError(of_another_type(folder / CONFIG, DECODER, said, "an object: a token by its id"))
-    for key, entry in said.items():
+    if not isinstance(raw, dict):
+        raise UserError(type_problem(folder / CONFIG, DECODER, raw, "an object: a token by its id"))
+    for key, entry in raw.items():
         text = token_text(entry) if isinstance(entry, dict) else None
-        if not (key.isascii() and key.isdigit() and len(key) < 20) or not text or len(text) > LONGEST_TOKEN:
+        if not (key.isascii() and key.isdigit() and len(key) < 20) or not text or len(text) > MAX_TOKEN_CHARS:
             allowed = 'an id, and an object with "content", such as "128000": {"content": "<|begin_of_text|>"}'
             what = f"the entry of {shortened(key)} is no token"
             raise UserError(Problem(f"{folder / CONFIG}, {DECODER}", what, shortened(entry), allowed=allowed))
         flags = {name: entry.get(name, default) is True for name, default in FLAGS.items()}
         special = entry.get("special", True) is not False
-        yield Named(
+        yield NamedToken(
             text, int(key), {**flags, "normalized": entry.get("normalized", not special) is True, "special": special}
         )
 
 
-def _more(tokens: SpecialTokens) -> Iterator[Named]:
-    said = {**tokens.said.get(CONFIG, {}), **tokens.said.get(MAP, {})}
-    lists = (said[key] for key in MORE_TOKENS if isinstance(said.get(key), list))
+def _more(tokens: SpecialTokens) -> Iterator[NamedToken]:
+    raw = {**tokens.raw.get(CONFIG, {}), **tokens.raw.get(MAP, {})}
+    lists = (raw[key] for key in MORE_TOKENS if isinstance(raw.get(key), list))
     for text in map(token_text, next(lists, [])):
-        if text and len(text) <= LONGEST_TOKEN:
-            yield Named(text, None, {**FLAGS, "normalized": False, "special": True})
+        if text and len(text) <= MAX_TOKEN_CHARS:
+            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
 
 
 def _ids(
-    folder: Path, document: Mapping[str, Any], vocabulary: Mapping[str, int], tokens: Iterable[Named]
+    folder: Path, document: Mapping[str, Any], vocabulary: Mapping[str, int], tokens: Iterable[NamedToken]
 ) -> dict[str, int]:
     """The ids of the tokens that the vocabulary lacks, as the library `tokenizers` numbers them: above all that were
     added so far, and not below the number of the model's own."""
@@ -175,27 +175,29 @@ def _ids(
 def _notices(
     folder: Path,
     vocabulary: Mapping[str, int],
-    decoder: Iterable[Named],
+    decoder: Iterable[NamedToken],
     added: Mapping[str, int],
-    theirs: Mapping[str, int],
+    transformers_ids: Mapping[str, int],
 ) -> Iterator[str]:
     config = folder / CONFIG
     if wrong := [one for one in decoder if one.id != vocabulary[one.text]]:
-        named = _shown(f"{shortened(one.text)} {vocabulary[one.text]} (not {one.id})" for one in wrong)
-        other = [text for text in added if added[text] != theirs[text]]
+        named = _format_list(f"{shortened(one.text)} {vocabulary[one.text]} (not {one.id})" for one in wrong)
+        other = [text for text in added if added[text] != transformers_ids[text]]
         same = (
-            f"transformers: {_shown(f'{shortened(t)} {theirs[t]}' for t in other)}" if other else "as in transformers"
+            f"transformers: {_format_list(f'{shortened(t)} {transformers_ids[t]}' for t in other)}"
+            if other
+            else "as in transformers"
         )
         yield (
             f"{config}: ids are those of torchtitan, the next free ones, and not those of its {DECODER}: {named}; "
             f"{same}. To choose ids, write the tokens into tokenizer.json"
         )
-    elif other := [text for text in added if added[text] != theirs[text]]:
-        named = _shown(f"{shortened(text)} {added[text]} ({theirs[text]})" for text in other)
+    elif other := [text for text in added if added[text] != transformers_ids[text]]:
+        named = _format_list(f"{shortened(text)} {added[text]} ({transformers_ids[text]})" for text in other)
         yield f"{config}: added tokens have the ids of torchtitan (in brackets those of transformers): {named}"
 
 
-def _shown(texts: Iterable[str]) -> str:
+def _format_list(texts: Iterable[str]) -> str:
     texts = list(texts)
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+    more = f" and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
+    return ", ".join(texts[:MAX_LISTED]) + more

@@ -21,13 +21,13 @@ from quadriga.file_search import files_below, files_matching
 from quadriga.reading import read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
-TEST_SET = "c4_test"  # torchtitan's; it is read as another one (`their_data`)
+TEST_SET = "c4_test"  # torchtitan's; it is read as another one (`titan_datasets`)
 BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
 TIKTOKEN_SPECIALS = 256  # ids that Llama 3 keeps beside the ranks of its tokenizer.model
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetKind:
     """One kind of data set. `suffixes`: which files of a folder are read; `path`: none, optional or needed."""
 
     suffixes: tuple[str, ...]
@@ -38,14 +38,14 @@ def _plain_or_gz(*suffixes: str) -> tuple[str, ...]:
     return (*suffixes, *(suffix + ".gz" for suffix in suffixes))
 
 
-DATASETS: Mapping[str, Source] = {
-    "builtin": Source((), "none"),
-    "builtin_validation": Source((), "none"),
-    "c4": Source((".json.gz",), "optional"),
-    "c4_validation": Source((".json.gz",), "optional"),
-    "text": Source(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
-    "jsonl": Source(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed"),
-    "parquet": Source((".parquet",), "needed"),
+DATASETS: Mapping[str, DatasetKind] = {
+    "builtin": DatasetKind((), "none"),
+    "builtin_validation": DatasetKind((), "none"),
+    "c4": DatasetKind((".json.gz",), "optional"),
+    "c4_validation": DatasetKind((".json.gz",), "optional"),
+    "text": DatasetKind(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
+    "jsonl": DatasetKind(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed"),
+    "parquet": DatasetKind((".parquet",), "needed"),
 }
 
 
@@ -59,7 +59,7 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
     """
     if path == BUILTIN_TOKENIZER:
         return TokenizerFacts("bytes", path, BYTES_VOCAB)
-    file = tokenizer_files.find(path)
+    file = tokenizer_files.find_tokenizer(path)
     if file is None:
         return TokenizerFacts("missing", path, None)
     try:
@@ -81,11 +81,11 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
 
 def _json_facts(file: Path) -> TokenizerFacts:
     files = tokenizer_files.read_tokenizer_files(file)
-    enlarged, tokens = files.enlarged, files.tokens
-    size = _bounded(_json_vocab(enlarged.document))
-    never = set(enlarged.added) - {tokens.bos, tokens.eos, *enlarged.changed}
-    met = max(number for text, number in enlarged.vocabulary.items() if text not in never) + 1
-    return TokenizerFacts("huggingface", str(file), size, min(met, size), files.notices)
+    extended, tokens = files.extended, files.tokens
+    size = _bounded(_json_vocab(extended.document))
+    never = set(extended.added) - {tokens.bos, tokens.eos, *extended.changed}
+    used_vocab_size = max(number for text, number in extended.vocabulary.items() if text not in never) + 1
+    return TokenizerFacts("huggingface", str(file), size, min(used_vocab_size, size), files.notices)
 
 
 def _bounded(size: int) -> int:

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quadriga.config import messages
-from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_trouble, backend_trouble, memory_trouble
-from quadriga.config.keys import show
+from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_help, backend_help, memory_help
+from quadriga.config.keys import format_toml
 from quadriga.config.markdown import argument, code, plain
 from quadriga.config.messages import decimal_bytes, plural
 from quadriga.config.read import Run
 from quadriga.hardware import Device
-from quadriga.units import show_count, show_seconds
+from quadriga.units import format_count, format_seconds
 
-GPUS_OF_A_MACHINE = 8
+GPUS_PER_MACHINE = 8
 
 
 @dataclass(frozen=True)
-class Figures:
+class CardFigures:
     """What arithmetic says: trained numbers, FLOPs of one token forward and backward, and rows of the estimate.
 
     `estimated`: (what, for one rank). `devices`: (device, has, needs, verdict, a step).
@@ -37,7 +37,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Order:
+class CardTarget:
     """What a card is made for: the TOML file as seen from the repository's root, the number of GPUs, the device."""
 
     file: str
@@ -50,51 +50,51 @@ class Order:
         return "rank" if (self.device or "").lower() == "cpu" else "GPU"
 
     @property
-    def line(self) -> str:
+    def header(self) -> str:
         device = f" --device {shlex.quote(self.device)}" if self.device else ""
         return f"<!-- quadriga card {shlex.quote(self.file)} --ngpu {self.gpus}{device} -->"
 
 
-def read_order(card: str) -> Order | None:
-    """The order in the first line of a card; None if there is none."""
+def read_target(card: str) -> CardTarget | None:
+    """The target in the first line of a card; None if there is none."""
     found = re.match(r"<!-- quadriga card (.+) -->\n", card)
     try:
-        words_of_it = shlex.split(found[1]) if found else []
+        arguments = shlex.split(found[1]) if found else []
     except ValueError:  # a quotation mark without its other half
         return None
-    match words_of_it:
+    match arguments:
         case [file, "--ngpu", gpus, *rest] if re.fullmatch(r"[1-9][0-9]{0,8}", gpus):
             if not rest or (len(rest) == 2 and rest[0] == "--device"):
-                return Order(file, int(gpus), rest[1] if rest else None)
+                return CardTarget(file, int(gpus), rest[1] if rest else None)
     return None
 
 
-def render(run: Run, order: Order, figures: Figures, device: Device | None) -> str:
-    """The card as Markdown. `run` is resolved for `order.gpus` ranks; `device` is what `order.device` names."""
+def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Device | None) -> str:
+    """The card as Markdown. `run` is resolved for `target.gpus` ranks; `device` is what `target.device` names."""
     sections = [
-        f"{order.line}\n<!-- Made from the TOML file beside it; change that, and run the command above. -->",
+        f"{target.header}\n<!-- Made from the TOML file beside it; change that, and run the command above. -->",
         f"# {plain(run.config.job.description)}",
-        _lead(run, figures, order.unit),
+        _lead(run, figures, target.unit),
         "## At a glance",
-        _at_a_glance(run, figures, order.unit),
+        _at_a_glance(run, figures, target.unit),
         "## How to run it",
-        _how_to_run(run, order),
+        _how_to_run(run, target),
         "## How the work is shared",
-        _parallelism(run, order.unit),
+        _parallelism(run, target.unit),
         "## Model and data",
         _model_and_data(run, figures),
         "## Hyper-parameters",
         _hyper_parameters(run),
         "## Memory and number formats",
-        _memory(run, figures, order.unit),
+        _memory(run, figures, target.unit),
         "## What it leaves",
         _outputs(run, figures),
         "## Watch it",
         _monitor(run),
         "## Check it",
-        _validate(run, order),
+        _validate(run, target),
         "## If something goes wrong",
-        _trouble(run),
+        _troubleshooting(run),
         "## Environment variables",
         _table(("variable", "if unset", "meaning"), ENVIRONMENT),
         "## Hardware",
@@ -110,9 +110,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _lead(run: Run, figures: Figures, unit: str) -> str:
+def _lead(run: Run, figures: CardFigures, unit: str) -> str:
     spec = run.spec
-    tokens = show_count(spec.steps * spec.tokens_per_step)
+    tokens = format_count(spec.steps * spec.tokens_per_step)
     return (
         f"Trains **{spec.model.name} {spec.model.flavor}** ({figures.parameters:,} parameters) from initial weights on "
         f"{code(run.config.training.dataset)} for {plural(spec.steps, 'step')} ({tokens} tokens) "
@@ -120,7 +120,7 @@ def _lead(run: Run, figures: Figures, unit: str) -> str:
     )
 
 
-def _at_a_glance(run: Run, figures: Figures, unit: str) -> str:
+def _at_a_glance(run: Run, figures: CardFigures, unit: str) -> str:
     config, spec = run.config, run.spec
     compile = config.compile
     compiled = f"on ({', '.join(compile.components)}; {plain(compile.backend)})" if compile.enable else "off"
@@ -128,11 +128,11 @@ def _at_a_glance(run: Run, figures: Figures, unit: str) -> str:
     traces = f"on, {profiling.profiler_active} steps of every {profiling.profile_freq}"
     rows = [
         (f"total {unit}s", f"{spec.world_size:,}"),
-        ("model", f"{spec.model.name} {spec.model.flavor}, {show_count(figures.parameters)} parameters"),
+        ("model", f"{spec.model.name} {spec.model.flavor}, {format_count(figures.parameters)} parameters"),
         ("tokenizer", code(spec.tokenizer.path if spec.tokenizer.kind == "bytes" else config.model.hf_assets_path)),
         ("data", _data(run)),
         ("batch", messages.batch(spec)),
-        ("length", f"{plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
+        ("length", f"{plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens"),
         ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.lr:g}"),
         ("number formats", messages.formats(run)),
         ("recompute", messages.recompute(config.activation_checkpoint)),
@@ -151,11 +151,11 @@ def _data(run: Run) -> str:
     return f"{code(training.dataset)}{where}"
 
 
-def _how_to_run(run: Run, order: Order) -> str:
-    file, gpus = f"./{order.file}", run.spec.world_size
+def _how_to_run(run: Run, target: CardTarget) -> str:
+    file, gpus = f"./{target.file}", run.spec.world_size
     needs_files = run.config.model.hf_assets_path != "builtin:bytes"
     fetch = "python scripts/download_hf_assets.py          # tokenizer, once; its licence must be accepted on the Hub\n"
-    machines = -(-gpus // GPUS_OF_A_MACHINE)
+    machines = -(-gpus // GPUS_PER_MACHINE)
     if machines == 1:
         script = f"CONFIG_FILE={argument(file)} NGPU={gpus} ./run_train.sh"
         direct = f"torchrun --nproc_per_node={gpus} torchtitan/train.py --job.config_file {shlex.quote(file)}"
@@ -222,7 +222,7 @@ def _reduction(run: Run) -> str:
     return f" Gradients are reduced {when}: {spec.reduce_reason}."
 
 
-def _model_and_data(run: Run, figures: Figures) -> str:
+def _model_and_data(run: Run, figures: CardFigures) -> str:
     model, training = run.spec.model, run.config.training
     heads = f"{model.n_heads}, {model.n_kv_heads} for keys and values, each {model.head_dim} wide"
     scaling = f", frequencies stretched by {model.rope_scaling.factor:g}" if model.rope_scaling else ""
@@ -256,7 +256,7 @@ def _hyper_parameters(run: Run) -> str:
     return _table(("what", "value"), rows)
 
 
-def _memory(run: Run, figures: Figures, unit: str) -> str:
+def _memory(run: Run, figures: CardFigures, unit: str) -> str:
     facts = [
         f"- Formats: {messages.formats(run)}. The same holds on every layout, one rank included.",
         f"- Recompute: {messages.recompute(run.config.activation_checkpoint)}.",
@@ -273,7 +273,7 @@ def _memory(run: Run, figures: Figures, unit: str) -> str:
     )
 
 
-def _outputs(run: Run, figures: Figures) -> str:
+def _outputs(run: Run, figures: CardFigures) -> str:
     config, folders = run.config, run.spec.folders
     profiling, metrics = config.profiling, config.metrics
     traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file a rank"
@@ -317,9 +317,9 @@ def _monitor(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _validate(run: Run, order: Order) -> str:
+def _validate(run: Run, target: CardTarget) -> str:
     validation, training = run.config.validation, run.config.training
-    dry_run = f"DRY_RUN=1 NGPU={order.gpus} CONFIG_FILE={shlex.quote(f'./{order.file}')} ./run_train.sh"
+    dry_run = f"DRY_RUN=1 NGPU={target.gpus} CONFIG_FILE={shlex.quote(f'./{target.file}')} ./run_train.sh"
     held_out = f"validation on {code(validation.dataset)} at step 1 and every {plural(validation.freq, 'step')}"
     if not validation.enable:
         dataset = "c4_validation" if training.dataset == "c4" else "builtin_validation"
@@ -330,19 +330,19 @@ def _validate(run: Run, order: Order) -> str:
         )
     return (
         f"- The configuration: {code(dry_run)} reads it strictly and reports every problem at once.\n"
-        f"- This card: {code(f'quadriga card {shlex.quote(order.file)} --check')} fails when it is out of date.\n"
+        f"- This card: {code(f'quadriga card {shlex.quote(target.file)} --check')} fails when it is out of date.\n"
         f"- The loss on held-out text: {held_out}.\n"
         f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are a little "
         f"above ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
     )
 
 
-def _trouble(run: Run) -> str:
+def _troubleshooting(run: Run) -> str:
     fewer = f"- **Fewer GPUs than {run.spec.world_size}.** NGPU must not exceed what is visible (`nvidia-smi -L`)."
-    return "\n".join([memory_trouble(run), backend_trouble(run), assets_trouble(run), fewer])
+    return "\n".join([memory_help(run), backend_help(run), assets_help(run), fewer])
 
 
-def _hardware(run: Run, figures: Figures, device: Device | None) -> str:
+def _hardware(run: Run, figures: CardFigures, device: Device | None) -> str:
     link = "- The GPUs of a machine should share a fast link (NVLink or its like): the parameters travel over it."
     if run.spec.degrees.dp_shard == 1:
         link = (
@@ -368,7 +368,7 @@ def _hardware(run: Run, figures: Figures, device: Device | None) -> str:
         least = figures.flops_per_token * run.spec.tokens_per_step / (peak * run.spec.world_size)
         lines.append(
             f"- Its peak for {compute} matrix products is {peak / 1e12:.4g} TFLOP/s, so that a step takes at "
-            f"least {show_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}: a bound from arithmetic, "
+            f"least {format_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}: a bound from arithmetic, "
             "not a measurement."
         )
     return "\n".join([*lines, link, cpu])
@@ -382,6 +382,6 @@ def _keys(run: Run) -> str:
         value: object = run.config
         for name in key.split("."):
             value = getattr(value, name)
-        rows.append((f"{code(key)}", code(show(value))))
-    told = "All others have the defaults of `docs/configuration.md`."
-    return f"{told}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"
+        rows.append((f"{code(key)}", code(format_toml(value))))
+    note = "All others have the defaults of `docs/configuration.md`."
+    return f"{note}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"

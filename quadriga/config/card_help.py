@@ -39,7 +39,7 @@ ENVIRONMENT = (
 )
 
 
-def memory_trouble(run: Run) -> str:
+def memory_help(run: Run) -> str:
     """Ways out of an out-of-memory error that this run has not taken yet, the cheapest first."""
     config, ways = run.config, []
     training, recompute = config.training, config.activation_checkpoint
@@ -60,7 +60,7 @@ def memory_trouble(run: Run) -> str:
     return f"- **Out of memory.** In this order: {'; '.join(ways)}."
 
 
-def backend_trouble(run: Run) -> str:
+def backend_help(run: Run) -> str:
     """What carries the bytes, and how a collective that hangs is found."""
     comm, folder = run.config.comm, run.spec.folders.comm_traces
     traces = f"; each rank then writes its last collectives to {code(f'{folder}/')}" if comm.trace_buf_size else ""
@@ -72,7 +72,7 @@ def backend_trouble(run: Run) -> str:
     )
 
 
-def assets_trouble(run: Run) -> str:
+def assets_help(run: Run) -> str:
     """What must be there before the run, and how to get it."""
     model, training = run.config.model, run.config.training
     if model.hf_assets_path == "builtin:bytes":

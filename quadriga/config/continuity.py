@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from quadriga.config.case import value_of
 from quadriga.config.changed_defaults import started_with, value_in
-from quadriga.config.keys import KEYS, show
+from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.read import Run
+from quadriga.config.rules import config_value
 from quadriga.config.rules_layout import FROM_CHECKPOINT, divisors
 from quadriga.errors import Problem, shortened
 from quadriga.limits import COUNT
@@ -22,7 +22,7 @@ ORDER = ("training.dataloader.shuffle", "training.dataloader.window_overlap")
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
 
 
-def facts(run: Run) -> dict[str, Any]:
+def run_facts(run: Run) -> dict[str, Any]:
     """What a checkpoint keeps of the configuration, to be compared later and read by a person."""
     return {
         "config": run.config.model_dump(mode="json"),
@@ -35,7 +35,7 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-def other_training(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
+def training_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
     """The differences that make it another training: of the model, the length of sequences, the seed, the batch."""
     model = saved.get("model")
     for name in sorted(here["model"].keys() - NOT_COMPARED):
@@ -47,40 +47,43 @@ def other_training(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterato
             yield key, saved.get(name), here[name]
 
 
-def not_kept(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:
+def default_changes(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:
     """Keys whose default has changed, that the user does not set, and that are not what the run was started with.
 
     `read` takes them from the newest checkpoint. They differ where another one is loaded, since that one is damaged,
     and where the run was read without a look at its checkpoints.
     """
     for key, was in started_with(saved).items():
-        now = value_of(run.config, key)
+        now = config_value(run.config, key)
         if was != now and run.origin.get(key, FROM_CHECKPOINT).startswith(FROM_CHECKPOINT):
             yield key, was, now
 
 
-def refusals(saved: Mapping[str, Any], run: Run) -> list[Problem]:
+def resume_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     """A problem for each such difference, with what to set."""
     return [
-        Problem(key, f"was {was} when the checkpoint was saved", value=str(now), fix=_way_back(key, was, run))
-        for key, was, now in [*other_training(saved, facts(run)), *not_kept(saved, run)]
+        Problem(key, f"was {was} when the checkpoint was saved", value=str(now), fix=_restore_hint(key, was, run))
+        for key, was, now in [*training_changes(saved, run_facts(run)), *default_changes(saved, run)]
     ]
 
 
-def other_order(saved: Mapping[str, Any], run: Run) -> list[Problem]:
+def data_order_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     """A problem for each key that changes the order of the data. A checkpoint that is older than a key means the
     default. The ranks compare the data themselves too."""
     before = {key: value_in(saved.get("config"), key, KEYS[key].default) for key in ORDER}
     return [
         Problem(
-            key, f"was {shortened(show(was))} when the checkpoint was saved", show(now), fix=_way_back(key, was, run)
+            key,
+            f"was {shortened(format_toml(was))} when the checkpoint was saved",
+            format_toml(now),
+            fix=_restore_hint(key, was, run),
         )
         for key, was in before.items()
-        if (now := value_of(run.config, key)) != was
+        if (now := config_value(run.config, key)) != was
     ]
 
 
-def _way_back(key: str, was: Any, run: Run) -> str:
+def _restore_hint(key: str, was: Any, run: Run) -> str:
     """How to restore what it was, where one or two keys do."""
     if key == BATCH and isinstance(was, int) and 0 < was <= COUNT:
         ranks, rows = run.spec.degrees.batch, run.spec.local_batch_size
@@ -90,5 +93,5 @@ def _way_back(key: str, was: Any, run: Run) -> str:
             rows = max(size for size in divisors(was // ranks) if size <= rows)
             return f"set {key} to {was} and training.local_batch_size to {rows}; or: {FIX}"
     if was is not None and not isinstance(was, dict | list) and key != "model.head_dim":
-        return f"set {key} to {was if isinstance(was, str) else show(was)}; or: {FIX}"
+        return f"set {key} to {was if isinstance(was, str) else format_toml(was)}; or: {FIX}"
     return FIX

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from quadriga.config.keys import KEYS, Key, show
+from quadriga.config.keys import KEYS, Key, format_toml
 from quadriga.config.reference import documentation, tables
 from quadriga.errors import Problem, UserError, nearest
 
@@ -18,17 +18,19 @@ def print_keys(words: Sequence[str] = ()) -> None:
 
     A word leads to a key if it is its table, or part of its name or of its meaning.
     """
-    console, told, found = Console(highlight=False), documentation(), False
+    console, documented, found = Console(highlight=False), documentation(), False
     for name, about, keys in tables():
-        asked = [key for key in keys if all(_asked(word.lower(), name, key, told[key.name]) for word in words)]
-        if asked:
+        matching = [
+            key for key in keys if all(_matches(word.lower(), name, key, documented[key.name]) for word in words)
+        ]
+        if matching:
             found = True
             console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}\n"))
-        for key in asked:
-            values = f"  {key.allowed}; default {show(key.default)}"
+        for key in matching:
+            values = f"  {key.allowed}; default {format_toml(key.default)}"
             console.print(_indented(Text.assemble((f"--{key.name}", "green"), (values, "dim")), 2))
-            console.print(_indented(Text(told[key.name]), 6))
-        if asked:
+            console.print(_indented(Text(documented[key.name]), 6))
+        if matching:
             console.print()
     if not found:
         text = " ".join(words)
@@ -39,5 +41,5 @@ def _indented(text: Text, columns: int) -> Padding:
     return Padding(text, (0, 0, 0, columns), expand=False)
 
 
-def _asked(word: str, table: str, key: Key, meaning: str) -> bool:
+def _matches(word: str, table: str, key: Key, meaning: str) -> bool:
     return word.strip("[]") == table or word in key.name or word in meaning.lower()

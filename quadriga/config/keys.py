@@ -33,16 +33,16 @@ class Key:
     @property
     def kinds(self) -> tuple[Any, ...]:
         """The types that a value may have, `None` apart."""
-        return tuple(kind for kind in _members(self.field.annotation) if kind is not types.NoneType)
+        return tuple(kind for kind in _union_members(self.field.annotation) if kind is not types.NoneType)
 
     @property
     def optional(self) -> bool:
-        return types.NoneType in _members(self.field.annotation)
+        return types.NoneType in _union_members(self.field.annotation)
 
     @property
-    def plain_kinds(self) -> tuple[Any, ...]:
+    def plain_types(self) -> tuple[Any, ...]:
         """The same without their limits: `int` for a number of at least 1."""
-        return tuple(_peel(kind, [])[0] for kind in self.kinds)
+        return tuple(_unwrap_annotated(kind, [])[0] for kind in self.kinds)
 
     @property
     def boolean(self) -> bool:
@@ -51,15 +51,15 @@ class Key:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words that are allowed, where only some are (also as items of a list)."""
-        return tuple(word for kind in self.kinds for word in _choices(kind))
+        return tuple(choice for kind in self.kinds for choice in _choices(kind))
 
     @property
     def allowed(self) -> str:
         """What a value may be, in words."""
-        words = self.field.title or " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
+        text = self.field.title or " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
         if self.field.examples:
-            words += ", such as " + " or ".join(show(example) for example in self.field.examples)
-        return f"{words}, or none" if self.optional else words
+            text += ", such as " + " or ".join(format_toml(example) for example in self.field.examples)
+        return f"{text}, or none" if self.optional else text
 
 
 def _flatten(section: type[Section], prefix: str) -> Iterator[Key]:
@@ -75,16 +75,16 @@ def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def read_text(key: Key, text: str) -> Any:
+def parse_value(key: Key, text: str) -> Any:
     """The value that `text` from a command line or a variable stands for; the text itself where it stands for none.
 
     Lists are a comma-separated text, or a literal in TOML's or JSON's form.
     """
-    kinds = key.plain_kinds
+    kinds = key.plain_types
     if bool in kinds:
         return {"true": True, "false": False}.get(text.lower(), text)
     if any(typing.get_origin(kind) is tuple for kind in kinds):
-        return _read_list(text)
+        return _parse_list(text)
     for number in (int, float):
         if number in kinds:
             try:
@@ -94,7 +94,7 @@ def read_text(key: Key, text: str) -> Any:
     return text
 
 
-def _read_list(text: str) -> Any:
+def _parse_list(text: str) -> Any:
     if text.lstrip().startswith("["):
         try:
             return parse_toml(f"it = {text}", "command line")["it"]
@@ -107,7 +107,7 @@ def _read_list(text: str) -> Any:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def show(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """A value as it would be written in TOML; `none` for an optional key that is off."""
     if value is None:
         return "none"
@@ -116,27 +116,27 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(item) for item in value) + "]"
+        return "[" + ", ".join(format_toml(item) for item in value) + "]"
     return str(value)
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def _union_members(annotation: Any) -> tuple[Any, ...]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
 
 
-def _peel(kind: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
-    """An annotated type as (plain type, all that is said of it)."""
+def _unwrap_annotated(kind: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
+    """An annotated type as (plain type, all its metadata)."""
     if typing.get_origin(kind) is typing.Annotated:
         plain, *extra = typing.get_args(kind)
-        said = [part for item in extra for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        return plain, [*metadata, *said]
+        details = [part for item in extra for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return plain, [*metadata, *details]
     return kind, metadata
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    kind, _ = _peel(kind, [])
+    kind, _ = _unwrap_annotated(kind, [])
     if typing.get_origin(kind) is Literal:
         return typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
@@ -145,16 +145,16 @@ def _choices(kind: Any) -> tuple[str, ...]:
 
 
 def _describe(kind: Any, metadata: list[Any]) -> str:
-    kind, metadata = _peel(kind, metadata)
+    kind, metadata = _unwrap_annotated(kind, metadata)
     if choices := _choices(kind) if typing.get_origin(kind) is Literal else ():
-        return " | ".join(show(choice) for choice in choices)
+        return " | ".join(format_toml(choice) for choice in choices)
     if typing.get_origin(kind) is tuple:
         return f"a list of {_plural(typing.get_args(kind)[0])}"
     if kind is bool:
         return "true or false"
     if kind is str:
         return "text"
-    limits = " and ".join(_limit(item) for item in metadata if isinstance(item, Ge | Gt | Le | Lt))
+    limits = " and ".join(_describe_bound(item) for item in metadata if isinstance(item, Ge | Gt | Le | Lt))
     noun = "a whole number" if kind is int else "a number"
     if any(isinstance(item, AfterValidator) for item in metadata):  # the one validator of the schema: all, or a count
         return f"-1, or {noun} of at least 1"
@@ -162,13 +162,13 @@ def _describe(kind: Any, metadata: list[Any]) -> str:
 
 
 def _plural(kind: Any) -> str:
-    kind, _ = _peel(kind, [])
+    kind, _ = _unwrap_annotated(kind, [])
     if typing.get_origin(kind) is tuple:
         return f"lists of {_plural(typing.get_args(kind)[0])}"
-    return " | ".join(show(choice) for choice in _choices(kind)) or "names"
+    return " | ".join(format_toml(choice) for choice in _choices(kind)) or "names"
 
 
-def _limit(limit: Ge | Gt | Le | Lt) -> str:
+def _describe_bound(limit: Ge | Gt | Le | Lt) -> str:
     match limit:
         case Ge(bound):
             return f"of at least {bound}"

@@ -1,4 +1,4 @@
-"""What the human wrote, weighed key by key: defaults < `extends` base < TOML < environment < command line.
+"""What the user wrote, merged key by key: defaults < `extends` base < TOML < environment < command line.
 
 Nothing is dropped in silence: a key is known and well typed, or it is renamed or removed and a notice says so, or it
 is a problem. All problems are found, not only the first.
@@ -13,15 +13,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quadriga.config import their_data, vocabulary
-from quadriga.config.keys import KEYS, Key, is_section, read_text, show
+from quadriga.config import legacy_keys, titan_datasets
+from quadriga.config.keys import KEYS, Key, format_toml, is_section, parse_value
 from quadriga.config.paths import PATHS, expand
 from quadriga.config.schema import JobConfig
 from quadriga.config.sources import (
     COMMAND_LINE,
     CONFIG_FILE,
     Entry,
-    Text,
+    RawText,
     command_line_layer,
     environment_layer,
     file_layers,
@@ -31,8 +31,8 @@ from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
 
 
 @dataclass
-class Loaded:
-    """A configuration, who said what in it (`origin`), and what is to be said of it.
+class LoadedConfig:
+    """A configuration, where each key was set (`origin`), and the notices about it.
 
     `bad` names the keys that were refused; they have their default in `config`, so that the others can be checked.
     """
@@ -44,9 +44,9 @@ class Loaded:
     bad: set[str] = field(default_factory=set)
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
-    """Read and weigh a configuration. `argv` without the program's name; `--job.config_file` names the TOML file."""
-    loaded = Loaded()
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
+    """Read and merge a configuration. `argv` without the program's name; `--job.config_file` names the TOML file."""
+    loaded = LoadedConfig()
     arguments, problems = command_line_layer(argv)
     loaded.problems += problems
     file = next((entry.value.text for entry in reversed(arguments) if entry.key == CONFIG_FILE), None)
@@ -56,51 +56,53 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     )
     loaded.problems += problems
     if problems:
-        loaded.bad |= set(KEYS)  # what the file would have said is not known
+        loaded.bad |= set(KEYS)  # what the file would have set is not known
 
-    said: dict[str, Any] = {}
+    raw: dict[str, Any] = {}
     for layer in [*files, environment_layer(environ), arguments]:
-        _merge(layer, said, loaded)
-    if isinstance(place, str) and CONFIG_FILE in said:
-        said[CONFIG_FILE] = place
-    for key in said:
-        _place(key, said, loaded, environ)
-        said[key] = _other_name(key, said, loaded)
-    loaded.notices += their_data.read_as(said, loaded.origin)
-    _validate(said, loaded)
-    _remark_on_defaults(loaded)
+        _merge(layer, raw, loaded)
+    if isinstance(place, str) and CONFIG_FILE in raw:
+        raw[CONFIG_FILE] = place
+    for key in raw:
+        _expand_path(key, raw, loaded, environ)
+        raw[key] = _resolve_alias(key, raw, loaded)
+    loaded.notices += titan_datasets.resolve_datasets(raw, loaded.origin)
+    _validate(raw, loaded)
+    _note_defaults(loaded)
     return loaded
 
 
-def _merge(layer: Iterable[Entry], said: dict[str, Any], loaded: Loaded) -> None:
+def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) -> None:
     """Lay one source over the ones before it, under the keys of today."""
-    spelled: dict[str, Entry] = {}
+    seen_keys: dict[str, Entry] = {}
     for entry in layer:
         if len(loaded.problems) >= TOML_PROBLEMS:
             return
-        today = _rename(entry, loaded)
-        if today is None:
+        renamed = _rename(entry, loaded)
+        if renamed is None:
             continue
-        key = KEYS[today.key]
-        twin = spelled.get(today.key)
-        value = _typed(key, today, loaded)
-        if twin is not None and twin.key != entry.key and value != said[today.key]:
-            what = f"the old name {_older(twin.key, entry.key)} and the new one stand side by side and differ"
-            fix = f"keep {today.key} alone"
-            loaded.problems.append(Problem(f"{twin.key}, {entry.key}", what, show(value), entry.source, fix=fix))
-            loaded.bad.add(today.key)
-        spelled[today.key] = entry
-        said[today.key] = value
-        loaded.origin[today.key] = today.source
+        key = KEYS[renamed.key]
+        earlier = seen_keys.get(renamed.key)
+        value = _typed(key, renamed, loaded)
+        if earlier is not None and earlier.key != entry.key and value != raw[renamed.key]:
+            what = f"the old name {_old_name(earlier.key, entry.key)} and the new one stand side by side and differ"
+            fix = f"keep {renamed.key} alone"
+            loaded.problems.append(
+                Problem(f"{earlier.key}, {entry.key}", what, format_toml(value), entry.source, fix=fix)
+            )
+            loaded.bad.add(renamed.key)
+        seen_keys[renamed.key] = entry
+        raw[renamed.key] = value
+        loaded.origin[renamed.key] = renamed.source
 
 
-def _place(key: str, said: dict[str, Any], loaded: Loaded, environ: Mapping[str, str]) -> None:
+def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: Mapping[str, str]) -> None:
     """Refuse text that no file or variable can hold, and put in what `~` and `$NAME` stand for in a path."""
-    value, source = said[key], loaded.origin[key]
+    value, source = raw[key], loaded.origin[key]
     if (wrong := _not_text(value, PATH if key in PATHS else TEXT)) is not None:
-        loaded.problems.append(Problem(key, wrong, show(value), source))
+        loaded.problems.append(Problem(key, wrong, format_toml(value), source))
         loaded.bad.add(key)
-        said[key] = KEYS[key].default
+        raw[key] = KEYS[key].default
     elif (
         key in PATHS - {CONFIG_FILE}
         and isinstance(value, str)
@@ -111,7 +113,7 @@ def _place(key: str, said: dict[str, Any], loaded: Loaded, environ: Mapping[str,
             loaded.problems.append(expanded)
             loaded.bad.add(key)
         else:
-            said[key] = expanded
+            raw[key] = expanded
 
 
 def _not_text(value: Any, longest: int) -> str | None:
@@ -130,11 +132,11 @@ def _not_text(value: Any, longest: int) -> str | None:
     return None
 
 
-def _older(*names: str) -> str:
+def _old_name(*names: str) -> str:
     return next(name for name in names if name not in KEYS)
 
 
-def _rename(entry: Entry, loaded: Loaded) -> Entry | None:
+def _rename(entry: Entry, loaded: LoadedConfig) -> Entry | None:
     """The entry under its name of today; None, with a notice or a problem, where there is none."""
     name, value = entry.key, entry.value
     if name == CONFIG_FILE and entry.source != COMMAND_LINE:
@@ -144,25 +146,25 @@ def _rename(entry: Entry, loaded: Loaded) -> Entry | None:
         return None
     if name in KEYS:
         return entry
-    if name in vocabulary.REMOVED:
-        remark = vocabulary.REMOVED[name]
+    if name in legacy_keys.REMOVED:
+        remark = legacy_keys.REMOVED[name]
         loaded.notices.append(f"{name} [{entry.source}] is gone and changes nothing: {remark}")
         return None
-    if name in vocabulary.REFUSED:
-        _refuse_unless_off(entry, vocabulary.REFUSED[name], loaded)
+    if name in legacy_keys.REFUSED:
+        _refuse_unless_off(entry, legacy_keys.REFUSED[name], loaded)
         return None
-    if (new := vocabulary.new_name(name)) is not None:
+    if (new := legacy_keys.renamed_key(name)) is not None:
         loaded.notices.append(f"{name} [{entry.source}] is now {new}")
         return _rename(Entry(new, _renamed_value(name, value), entry.source), loaded)
     if value == {} and name in _tables():
         return None
     section, _, leaf = name.rpartition(".")
     switch = f"{section}.{leaf.removeprefix('no_')}"
-    if isinstance(value, Text) and leaf.startswith("no_") and switch in KEYS and KEYS[switch].boolean:
+    if isinstance(value, RawText) and leaf.startswith("no_") and switch in KEYS and KEYS[switch].boolean:
         if value.text is None:
             return Entry(switch, False, entry.source)
         fix = f"write --{name}, or --{switch} false"
-        loaded.problems.append(Problem(name, "takes no value", show(value.text), entry.source, fix=fix))
+        loaded.problems.append(Problem(name, "takes no value", format_toml(value.text), entry.source, fix=fix))
         loaded.bad.add(switch)
         return None
     loaded.problems.append(_unknown(entry))
@@ -170,22 +172,22 @@ def _rename(entry: Entry, loaded: Loaded) -> Entry | None:
 
 
 def _renamed_value(old: str, value: Any) -> Any:
-    values = vocabulary.RENAMED_VALUES.get(old, {})
-    if isinstance(value, Text):
+    values = legacy_keys.RENAMED_VALUES.get(old, {})
+    if isinstance(value, RawText):
         if value.text is None:  # a switch without a value
-            return Text(values.get("true"))
-        return Text(values.get(value.text.lower(), value.text))
+            return RawText(values.get("true"))
+        return RawText(values.get(value.text.lower(), value.text))
     if isinstance(value, bool) and values:
         return values.get(str(value).lower(), value)
     return values.get(value, value) if isinstance(value, str) else value
 
 
-def _refuse_unless_off(entry: Entry, reason: str, loaded: Loaded) -> None:
-    text = entry.value.text if isinstance(entry.value, Text) else None
+def _refuse_unless_off(entry: Entry, reason: str, loaded: LoadedConfig) -> None:
+    text = entry.value.text if isinstance(entry.value, RawText) else None
     if not entry.value or (text is not None and text.lower() in ("", "false", "none", "[]")):
         loaded.notices.append(f"{entry.key} [{entry.source}] is gone; it was off and changes nothing")
         return
-    shown = text if isinstance(entry.value, Text) else show(entry.value)
+    shown = text if isinstance(entry.value, RawText) else format_toml(entry.value)
     what = "this key of older releases would change the run, and cannot be honoured"
     loaded.problems.append(Problem(entry.key, what, shown, entry.source, fix=reason))
 
@@ -234,13 +236,13 @@ def _short_list(table: str, keys: list[str]) -> str:
 def _as_written(entry: Entry) -> str | None:
     if isinstance(entry.value, dict):
         return None
-    return entry.value.text if isinstance(entry.value, Text) else show(entry.value)
+    return entry.value.text if isinstance(entry.value, RawText) else format_toml(entry.value)
 
 
-def _typed(key: Key, entry: Entry, loaded: Loaded) -> Any:
+def _typed(key: Key, entry: Entry, loaded: LoadedConfig) -> Any:
     """The value as the schema takes it: text read, lists as tuples, `"none"` and `""` of an optional key as None."""
     value = entry.value
-    if isinstance(value, Text):
+    if isinstance(value, RawText):
         if value.text is None:
             if key.boolean:
                 return True
@@ -250,49 +252,52 @@ def _typed(key: Key, entry: Entry, loaded: Loaded) -> Any:
             return key.default
         if key.optional and value.text.lower() in ("", "none"):
             return None
-        value = read_text(key, value.text)
+        value = parse_value(key, value.text)
     if key.optional and isinstance(value, str) and value.lower() in ("", "none"):
         return None
-    return _frozen(value)
+    return _as_tuples(value)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _other_name(key: str, said: Mapping[str, Any], loaded: Loaded) -> Any:
+def _resolve_alias(key: str, raw: Mapping[str, Any], loaded: LoadedConfig) -> Any:
     """The value, or what it is called here where the vocabulary's first home has another name for it."""
-    value, other, why = said[key], said[key], ""
+    value, alias, why = raw[key], raw[key], ""
     if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
-        other, why = "builtin:bytes", their_data.no_tokenizer()
-    if key == vocabulary.SCHEDULE and isinstance(value, str):
-        other = vocabulary.schedule_named(value, KEYS[key].choices)
+        alias, why = "builtin:bytes", titan_datasets.missing_tokenizer()
+    if key == legacy_keys.SCHEDULE and isinstance(value, str):
+        alias = legacy_keys.resolve_schedule(value, KEYS[key].choices)
     if key == "model.converters" and isinstance(value, tuple):
-        other = tuple(vocabulary.CONVERTER_ALIASES.get(name, name) for name in value)
-    if other != value:
-        loaded.notices.append(f"{key} = {show(value)} [{loaded.origin[key]}] is read as {show(other)}{why}")
-    return other
+        alias = tuple(legacy_keys.CONVERTER_ALIASES.get(name, name) for name in value)
+    if alias != value:
+        loaded.notices.append(
+            f"{key} = {format_toml(value)} [{loaded.origin[key]}] is read as {format_toml(alias)}{why}"
+        )
+    return alias
 
 
 def _is_test_tokenizer(value: Any) -> bool:
     return isinstance(value, str) and value.removeprefix("./").rstrip("/") == "tests/assets/tokenizer"
 
 
-def _validate(said: Mapping[str, Any], loaded: Loaded) -> None:
+def _validate(raw: Mapping[str, Any], loaded: LoadedConfig) -> None:
     """Make the frozen configuration; a value that the schema refuses is a problem, and its key keeps the default."""
     try:
-        loaded.config = JobConfig.model_validate(_nested(said))
+        loaded.config = JobConfig.model_validate(_nested(raw))
     except ValidationError as error:
         refused: dict[str, Problem] = {}
-        for fault in error.errors(include_url=False):
-            path = ".".join(str(part) for part in fault["loc"])
-            name = next(key for key in said if path == key or path.startswith(key + "."))
+        for pydantic_error in error.errors(include_url=False):
+            path = ".".join(str(part) for part in pydantic_error["loc"])
+            name = next(key for key in raw if path == key or path.startswith(key + "."))
             refused.setdefault(
-                name, _refused(KEYS[name], said[name], fault["input"], fault["type"], loaded.origin[name])
+                name,
+                _refused(KEYS[name], raw[name], pydantic_error["input"], pydantic_error["type"], loaded.origin[name]),
             )
         loaded.problems += refused.values()
         loaded.bad |= refused.keys()
-        loaded.config = JobConfig.model_validate(_nested({key: said[key] for key in said if key not in refused}))
+        loaded.config = JobConfig.model_validate(_nested({key: raw[key] for key in raw if key not in refused}))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,10 +312,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Problem:
-    """A schema error in the words of a user. `culprit` is the value itself or the item of a list that is wrong."""
+    """A schema error as a `Problem`. `culprit` is the value itself or the item of a list that is wrong."""
     guess = nearest(culprit, key.choices) if isinstance(culprit, str) and key.choices else None
     if kind == "literal_error":
-        what = f"unknown value {show(culprit)}" if culprit != value else "unknown value"
+        what = f"unknown value {format_toml(culprit)}" if culprit != value else "unknown value"
     elif kind.endswith(("_type", "_parsing")):
         what = f"wrong type: {_type_name(culprit)}"
     elif kind == "finite_number":
@@ -322,7 +327,7 @@ def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Prob
     else:
         what = "out of range"
     written = isinstance(value, str) and source == COMMAND_LINE
-    return Problem(key.name, what, value if written else show(value), source, key.allowed, guess)
+    return Problem(key.name, what, value if written else format_toml(value), source, key.allowed, guess)
 
 
 def _type_name(value: Any) -> str:
@@ -337,9 +342,9 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _remark_on_defaults(loaded: Loaded) -> None:
+def _note_defaults(loaded: LoadedConfig) -> None:
     """Say where a better default than the vocabulary's first home's changes what a file that relies on it does."""
-    _fit_the_cycle(loaded)
+    _shorten_profiler_cycle(loaded)
     if not loaded.config.checkpoint.enable or "checkpoint.last_save_model_only" in loaded.origin:
         return
     if loaded.config.checkpoint.export_dtype != "float32" and not loaded.config.checkpoint.last_save_in_hf:
@@ -352,7 +357,7 @@ def _remark_on_defaults(loaded: Loaded) -> None:
         loaded.notices.append(f"checkpoint.last_save_model_only is false by default: {what}")
 
 
-def _fit_the_cycle(loaded: Loaded) -> None:
+def _shorten_profiler_cycle(loaded: LoadedConfig) -> None:
     """Shorten the default warm-up and recording of the profiler where a cycle, which older files give alone, is shorter
     than both."""
     profiling, table = loaded.config.profiling, "profiling"

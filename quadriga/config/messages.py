@@ -6,7 +6,7 @@ from quadriga.config.lr_phases import lr_phases
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
-from quadriga.units import DTYPE_BYTES, show_bytes
+from quadriga.units import DTYPE_BYTES, format_bytes
 
 MOMENTS = 2  # that Adam keeps of each parameter
 
@@ -19,8 +19,8 @@ def decimal_bytes(amount: float) -> str:
     """`96363134976` -> `96.4 GB (89.75 GiB)`."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if amount >= unit:
-            return f"{amount / unit:.3g} {name} ({show_bytes(amount)})"
-    return show_bytes(amount)
+            return f"{amount / unit:.3g} {name} ({format_bytes(amount)})"
+    return format_bytes(amount)
 
 
 def strategy(spec: RunSpec, unit: str = "GPU") -> str:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from quadriga.config.pipeline_order import Action, Order
+from quadriga.config.pipeline_order import Action, PipelineOrder
 from quadriga.errors import shortened
-from quadriga.limits import CSV_FAULTS
+from quadriga.limits import CSV_PROBLEMS
 
 _ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 _OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
@@ -23,32 +23,37 @@ FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
 
 
 @dataclass(frozen=True)
-class Fault:
+class ScheduleProblem:
     """What is wrong, and in which line of the file (from 1); None: in the whole of it."""
 
     what: str
     line: int | None = None
 
 
-def parse(text: str, ranks: int, micro_batches: int) -> Order | list[Fault]:
+def parse(text: str, ranks: int, micro_batches: int) -> PipelineOrder | list[ScheduleProblem]:
     """The schedule, or every reason why it is none for so many ranks and micro-batches."""
     try:
         rows = list(csv.reader(text.splitlines()))
     except csv.Error as error:  # a cell of more than 131,072 characters
-        return [Fault(f"no table of comma-separated cells: {error}")]
-    wrong = (
-        Fault(f"`{shortened(cell.strip())}` is no action", line)
+        return [ScheduleProblem(f"no table of comma-separated cells: {error}")]
+    unreadable = (
+        ScheduleProblem(f"`{shortened(cell.strip())}` is no action", line)
         for line, row in enumerate(rows, 1)
         for cell in row
         if _actions(cell) is None
     )
-    faults = list(islice(wrong, CSV_FAULTS))
+    problems = list(islice(unreadable, CSV_PROBLEMS))
     if len(rows) != ranks:
-        faults.insert(0, Fault(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks"))
-    if faults:
-        return faults
-    schedule = Order(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
-    found = islice(_wrong_stages(schedule), CSV_FAULTS), islice(_wrong_actions(schedule, micro_batches), CSV_FAULTS)
+        problems.insert(
+            0, ScheduleProblem(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks")
+        )
+    if problems:
+        return problems
+    schedule = PipelineOrder(tuple(tuple(action for cell in row for action in _actions(cell) or ()) for row in rows))
+    found = (
+        islice(_stage_problems(schedule), CSV_PROBLEMS),
+        islice(_action_problems(schedule, micro_batches), CSV_PROBLEMS),
+    )
     return list(found[0]) or list(found[1]) or schedule
 
 
@@ -60,55 +65,57 @@ def _actions(cell: str) -> list[Action] | None:
     return None if None in found else [Action(int(m[1]), m[2], int(m[3])) for m in found if m]
 
 
-def _wrong_stages(schedule: Order) -> Iterator[Fault]:
+def _stage_problems(schedule: PipelineOrder) -> Iterator[ScheduleProblem]:
     """Stages are 0, 1, 2 ... and each is computed by one rank; each rank has one."""
-    holders: dict[int, int] = {}
+    owners: dict[int, int] = {}
     for line, actions in enumerate(schedule.ranks, 1):
         if not actions:
-            yield Fault("the rank computes nothing", line)
+            yield ScheduleProblem("the rank computes nothing", line)
         for stage in sorted({action.stage for action in actions}):
-            if holders.setdefault(stage, line) != line:
-                yield Fault(f"stage {stage} is computed by line {holders[stage]} already", line)
-    gap = next(stage for stage in range(len(holders) + 1) if stage not in holders)
-    if gap < len(holders):
-        yield Fault(f"stage {gap} is computed by no line, and there are higher ones")
+            if owners.setdefault(stage, line) != line:
+                yield ScheduleProblem(f"stage {stage} is computed by line {owners[stage]} already", line)
+    gap = next(stage for stage in range(len(owners) + 1) if stage not in owners)
+    if gap < len(owners):
+        yield ScheduleProblem(f"stage {gap} is computed by no line, and there are higher ones")
 
 
-def _wrong_actions(schedule: Order, micro_batches: int) -> Iterator[Fault]:
+def _action_problems(schedule: PipelineOrder, micro_batches: int) -> Iterator[ScheduleProblem]:
     """Each stage computes each micro-batch forward once, then backward once; and the lines do not wait in a circle."""
     for line, actions in enumerate(schedule.ranks, 1):
         done: set[Action] = set()
         for action in actions:
-            if (what := _out_of_turn(action, done, micro_batches)) is not None:
-                yield Fault(f"{action}: {what}", line)
+            if (what := _out_of_order(action, done, micro_batches)) is not None:
+                yield ScheduleProblem(f"{action}: {what}", line)
             done.add(action)
         for stage in sorted({action.stage for action in actions}):
             for each in range(micro_batches):
                 if not {Action(stage, "B", each), Action(stage, "W", each)} & done:
-                    yield Fault(f"stage {stage} does not finish the backward pass of micro-batch {each}", line)
+                    yield ScheduleProblem(
+                        f"stage {stage} does not finish the backward pass of micro-batch {each}", line
+                    )
                     break
-    if stuck := schedule.stuck:
-        waits = ", ".join(f"{action} in line {rank + 1}" for rank, action in stuck)
-        yield Fault(f"the ranks wait for each other for ever: {waits}")
+    if deadlock := schedule.deadlock:
+        waits = ", ".join(f"{action} in line {rank + 1}" for rank, action in deadlock)
+        yield ScheduleProblem(f"the ranks wait for each other for ever: {waits}")
 
 
-def _out_of_turn(action: Action, done: set[Action], micro_batches: int) -> str | None:
+def _out_of_order(action: Action, done: set[Action], micro_batches: int) -> str | None:
     """Why this action cannot follow those that its rank has done."""
 
-    def has(kind: str) -> bool:
+    def is_done(kind: str) -> bool:
         return Action(action.stage, kind, action.micro_batch) in done
 
     if action.micro_batch >= micro_batches:
         return f"there are only {micro_batches} micro-batches, counted from 0"
-    if action in done or (action.kind in "BI" and (has("B") or has("I"))):
+    if action in done or (action.kind in "BI" and (is_done("B") or is_done("I"))):
         return "it is done already"
-    if action.kind in "BI" and not has("F"):
+    if action.kind in "BI" and not is_done("F"):
         return "its forward pass does not stand before it"
-    if action.kind == "W" and not has("I"):
+    if action.kind == "W" and not is_done("I"):
         return "its I does not stand before it"
     return None
 
 
-def show(faults: Sequence[Fault], path: str) -> list[tuple[str, str]]:
+def format_problems(problems: Sequence[ScheduleProblem], path: str) -> list[tuple[str, str]]:
     """(where, what) of each fault."""
-    return [(path if fault.line is None else f"{path}, line {fault.line}", fault.what) for fault in faults]
+    return [(path if problem.line is None else f"{path}, line {problem.line}", problem.what) for problem in problems]

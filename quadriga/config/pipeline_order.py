@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import accumulate, islice
 from typing import NamedTuple
 
-ALIVE = {"F": 1, "B": -1, "I": 0, "W": -1}  # passes whose activations an action makes, or lets go
+ACTIVATION_DELTA = {"F": 1, "B": -1, "I": 0, "W": -1}  # passes whose activations an action makes, or lets go
 
 
 class Action(NamedTuple):
@@ -25,7 +25,7 @@ class Action(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: one object an order, of which much is worked out once
-class Order:
+class PipelineOrder:
     """The actions of each rank. Stages are numbered without a gap, and each is computed by one rank."""
 
     ranks: tuple[tuple[Action, ...], ...]
@@ -33,25 +33,25 @@ class Order:
     @cached_property
     def stage_ranks(self) -> tuple[int, ...]:
         """Which rank computes each stage."""
-        holders = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
-        return tuple(holders[stage] for stage in range(len(holders)))
+        owners = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+        return tuple(owners[stage] for stage in range(len(owners)))
 
     @cached_property
-    def passes_at_once(self) -> tuple[int, ...]:
+    def in_flight(self) -> tuple[int, ...]:
         """By rank, the most forward passes at a time whose backward pass is not finished."""
-        return tuple(max(accumulate(ALIVE[action.kind] for action in actions)) for actions in self.ranks)
+        return tuple(max(accumulate(ACTIVATION_DELTA[action.kind] for action in actions)) for actions in self.ranks)
 
     @cached_property
     def splits_backward(self) -> bool:
         return any(action.kind == "I" for actions in self.ranks for action in actions)
 
     @cached_property
-    def in_one_part(self) -> Order:
+    def merged_backward(self) -> PipelineOrder:
         """The same where the first part of a backward pass does the work of both."""
         if not self.splits_backward:
             return self
         whole = {"I": "B"}
-        return Order(
+        return PipelineOrder(
             tuple(
                 tuple(each._replace(kind=whole.get(each.kind, each.kind)) for each in actions if each.kind != "W")
                 for actions in self.ranks
@@ -68,49 +68,49 @@ class Order:
 
         `seconds`: of an action, by stage and kind. Messages take no time.
         """
-        ends = max(_walk(self, seconds).now)
+        ends = max(_simulate(self, seconds).now)
         busy = [sum(number * seconds[what] for what, number in counts.items()) for counts in self.counts]
         return tuple(ends / each - 1 for each in busy)
 
     @property
-    def stuck(self) -> tuple[tuple[int, Action], ...]:
+    def deadlock(self) -> tuple[tuple[int, Action], ...]:
         """Where the ranks wait for each other for ever: each with the action that it never comes past."""
-        seconds = {(stage, kind): 1.0 for stage in range(len(self.stage_ranks)) for kind in ALIVE}
-        places = zip(_walk(self, seconds).at, self.ranks, strict=True)
+        seconds = {(stage, kind): 1.0 for stage in range(len(self.stage_ranks)) for kind in ACTIVATION_DELTA}
+        places = zip(_simulate(self, seconds).at, self.ranks, strict=True)
         return tuple((rank, actions[at]) for rank, (at, actions) in enumerate(places) if at < len(actions))
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Progress:
     """How far each rank has come, in actions, and when it did."""
 
     at: list[int]
     now: list[float]
 
 
-def _walk(order: Order, seconds: Mapping[tuple[int, str], float]) -> _Walk:
+def _simulate(order: PipelineOrder, seconds: Mapping[tuple[int, str], float]) -> _Progress:
     """Each rank does what it can until no rank can do more."""
     last = len(order.stage_ranks) - 1
     forward: dict[tuple[int, int], float] = {}
     backward: dict[tuple[int, int], float] = {}
-    walk = _Walk([0] * len(order.ranks), [0.0] * len(order.ranks))
-    moved = True
-    while moved:
-        moved = False
+    progress = _Progress([0] * len(order.ranks), [0.0] * len(order.ranks))
+    advanced = True
+    while advanced:
+        advanced = False
         for rank, actions in enumerate(order.ranks):
-            now = walk.now[rank]
-            for stage, kind, each in islice(actions, walk.at[rank], None):
-                fed: float | None = 0.0
+            now = progress.now[rank]
+            for stage, kind, each in islice(actions, progress.at[rank], None):
+                ready: float | None = 0.0
                 if kind == "F":
-                    fed = forward.get((stage - 1, each)) if stage else 0.0
+                    ready = forward.get((stage - 1, each)) if stage else 0.0
                 elif kind != "W":
-                    fed = backward.get((stage + 1, each)) if stage < last else 0.0
-                if fed is None:
+                    ready = backward.get((stage + 1, each)) if stage < last else 0.0
+                if ready is None:
                     break
-                now = max(now, fed) + seconds[stage, kind]
+                now = max(now, ready) + seconds[stage, kind]
                 if kind != "W":
                     (forward if kind == "F" else backward)[stage, each] = now
-                walk.at[rank] += 1
-                moved = True
-            walk.now[rank] = now
-    return walk
+                progress.at[rank] += 1
+                advanced = True
+            progress.now[rank] = now
+    return progress

@@ -1,4 +1,4 @@
-"""The door: a command line and an environment in, a run out, or every reason why not."""
+"""The entry point: a command line and an environment in, a run out, or every reason why not."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
-from quadriga.config.case import BackendFacts
 from quadriga.config.changed_defaults import started_with
-from quadriga.config.keys import KEYS, show
-from quadriga.config.load import Loaded, load
+from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
+from quadriga.config.rules import BackendProtocol
 from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
-from quadriga.reading import read_text as bounded_text
+from quadriga.reading import read_text
 
 BATCH, SEED = "training.global_batch_size", "debug.seed"
 Saved = Callable[[str, int], Mapping[str, Any] | None]  # of a folder and a step, -1 for the newest
@@ -40,7 +40,7 @@ def read(
     environ: Mapping[str, str],
     *,
     catalogue: Catalogue,
-    backends: Mapping[str, BackendFacts],
+    backends: Mapping[str, BackendProtocol],
     world_size: int | None,
     training: bool,
     saved: Saved | None = None,
@@ -64,8 +64,8 @@ def read(
     """
     loaded = load(argv, environ)
     training = training and not loaded.config.only_rehearses
-    _keep_what_the_run_began_with(loaded, saved)
-    tokenizer, problems, notices = _look_at_assets(loaded, training)
+    _inherit_from_checkpoint(loaded, saved)
+    tokenizer, problems, notices = _check_assets(loaded, training)
     schedule_csv, broken = _read_schedule(loaded)
     resolved = resolve(
         loaded,
@@ -84,29 +84,29 @@ def read(
     return Run(loaded.config, spec, loaded.origin)
 
 
-def _keep_what_the_run_began_with(loaded: Loaded, saved: Saved | None) -> None:
+def _inherit_from_checkpoint(loaded: LoadedConfig, saved: Saved | None) -> None:
     """Take from the checkpoint that the run goes on from what the user does not set and what may have changed since."""
     try:
-        place, said = _checkpoint_of(loaded.config, saved)
+        place, checkpoint = _checkpoint_of(loaded.config, saved)
     except UserError as error:  # a folder that cannot be listed
         loaded.problems += error.problems
         return
-    if said is None:
+    if checkpoint is None:
         return
-    rows = said.get("global_batch_size")
+    rows = checkpoint.get("global_batch_size")
     if loaded.config.training.global_batch_size == -1 and BATCH not in loaded.bad and type(rows) is int and rows >= 1:
-        _take(loaded, BATCH, rows, place)
+        _set_from_checkpoint(loaded, BATCH, rows, place)
         loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {place} were saved with")
-    if SEED not in loaded.origin and said.get("seed") == loaded.config.debug.seed:
-        _take(loaded, SEED, loaded.config.debug.seed, place)
-    for key, value in started_with(said).items():
+    if SEED not in loaded.origin and checkpoint.get("seed") == loaded.config.debug.seed:
+        _set_from_checkpoint(loaded, SEED, loaded.config.debug.seed, place)
+    for key, value in started_with(checkpoint).items():
         # A value that the key cannot have is told of when the checkpoint is compared with the run.
-        if key in loaded.origin or value == KEYS[key].default or not _may_be(key, value):
+        if key in loaded.origin or value == KEYS[key].default or not _is_valid(key, value):
             continue
-        _take(loaded, key, value, place)
+        _set_from_checkpoint(loaded, key, value, place)
         loaded.notices.append(
-            f"{key} stays {show(value)}, with which the run in {place} was started (the default is now "
-            f"{show(KEYS[key].default)}; set the key to change it)"
+            f"{key} stays {format_toml(value)}, with which the run in {place} was started (the default is now "
+            f"{format_toml(KEYS[key].default)}; set the key to change it)"
         )
 
 
@@ -115,13 +115,13 @@ def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping
     section, folder = config.checkpoint, checkpoint_folder(config)
     if saved is None or not section.enable or section.create_seed_checkpoint:
         return folder, None
-    said, elsewhere = saved(folder, section.load_step), section.initial_load_path
-    if said is not None or elsewhere is None or section.initial_load_model_only or section.initial_load_in_hf:
-        return folder, said
+    checkpoint, elsewhere = saved(folder, section.load_step), section.initial_load_path
+    if checkpoint is not None or elsewhere is None or section.initial_load_model_only or section.initial_load_in_hf:
+        return folder, checkpoint
     return elsewhere, saved(elsewhere, -1)
 
 
-def _take(loaded: Loaded, key: str, value: Any, place: str) -> None:
+def _set_from_checkpoint(loaded: LoadedConfig, key: str, value: Any, place: str) -> None:
     """Set a key to what the checkpoints in `place` say."""
     table, name = key.split(".")
     section = getattr(loaded.config, table).model_copy(update={name: value})
@@ -129,7 +129,7 @@ def _take(loaded: Loaded, key: str, value: Any, place: str) -> None:
     loaded.origin[key] = f"{FROM_CHECKPOINT}{place}"
 
 
-def _may_be(key: str, value: Any) -> bool:
+def _is_valid(key: str, value: Any) -> bool:
     try:
         KEYS[key].section.model_validate({key.rpartition(".")[2]: value})
     except ValidationError:
@@ -137,21 +137,21 @@ def _may_be(key: str, value: Any) -> bool:
     return True
 
 
-def _read_schedule(loaded: Loaded) -> tuple[str | None, list[Problem]]:
+def _read_schedule(loaded: LoadedConfig) -> tuple[str | None, list[Problem]]:
     """The text of the pipeline's CSV file. A file that cannot be read makes its key a bad one."""
     key = "parallelism.pipeline_parallel_schedule_csv"
     path = loaded.config.parallelism.pipeline_parallel_schedule_csv
     if path is None or loaded.config.parallelism.pipeline_parallel_degree == 1:
         return None, []
     try:
-        return bounded_text(path, CSV_BYTES, what="file"), []
+        return read_text(path, CSV_BYTES, what="file"), []
     except UserError as error:
         loaded.bad.add(key)
         origin = loaded.origin.get(key, "default")
         return None, [replace(each, where=key, value=path, source=origin) for each in error.problems]
 
 
-def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:
+def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:
     """What is there of tokenizer, data and initial weights. What is missing is a problem in training, else a notice."""
     config, origin = loaded.config, loaded.origin
     wrong: list[Problem] = []
@@ -178,10 +178,14 @@ def _look_at_assets(loaded: Loaded, training: bool) -> tuple[TokenizerFacts, lis
             files is not None and (problem := missing_files(key, dataset, files, origin.get(f"{key}_path"))) is not None
         ):
             missing.append(problem)
-    told = list(tokenizer.notices)
+    tokenizer_notices = list(tokenizer.notices)
     if training:
-        return tokenizer, [*wrong, *missing], told
-    return tokenizer, wrong, told + [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing]
+        return tokenizer, [*wrong, *missing], tokenizer_notices
+    return (
+        tokenizer,
+        wrong,
+        tokenizer_notices + [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing],
+    )
 
 
 def _no_tokenizer(path: str, source: str) -> Problem:

@@ -1,4 +1,4 @@
-"""The vocabulary told to people and editors: the words under each field, the JSON Schema, the reference page."""
+"""The vocabulary for people and editors: the documentation under each field, the JSON Schema, the reference page."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from quadriga.config import support, vocabulary
-from quadriga.config.keys import KEYS, Key, show
+from quadriga.config import legacy_keys, support
+from quadriga.config.keys import KEYS, Key, format_toml
 from quadriga.config.schema import JobConfig, Section
 from quadriga.config.sources import ENVIRONMENT
 
 
 def documentation() -> Mapping[str, str]:
-    """The words under each key's field, read from the source of the schema, by `section.key`."""
-    words: dict[type[Section], Mapping[str, str]] = {}
+    """The documentation under each key's field, read from the source of the schema, by `section.key`."""
+    docs: dict[type[Section], Mapping[str, str]] = {}
     for section in {key.section for key in KEYS.values()}:
-        own = [_field_words(base) for base in reversed(section.__mro__) if issubclass(base, Section)]
-        words[section] = {field: told for fields in own for field, told in fields.items()}
-    return {name: words[key.section][name.rpartition(".")[2]] for name, key in KEYS.items()}
+        own = [_field_docs(base) for base in reversed(section.__mro__) if issubclass(base, Section)]
+        docs[section] = {field: text for fields in own for field, text in fields.items()}
+    return {name: docs[key.section][name.rpartition(".")[2]] for name, key in KEYS.items()}
 
 
-def _field_words(section: type[Section]) -> Mapping[str, str]:
+def _field_docs(section: type[Section]) -> Mapping[str, str]:
     source = Path(str(sys.modules[section.__module__].__file__)).read_text(encoding="utf-8")
     body = next(
         node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == section.__name__
     )
     return {
-        field.target.id: words.value.value
-        for field, words in pairwise(body)
+        field.target.id: docs.value.value
+        for field, docs in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
-        and isinstance(words, ast.Expr)
-        and isinstance(words.value, ast.Constant)
-        and isinstance(words.value.value, str)
+        and isinstance(docs, ast.Expr)
+        and isinstance(docs.value, ast.Constant)
+        and isinstance(docs.value.value, str)
     }
 
 
@@ -52,14 +52,14 @@ def tables() -> Iterator[tuple[str, str, list[Key]]]:
 def json_schema() -> dict[str, Any]:
     """A JSON Schema (draft 2020-12) of the TOML files, with which an editor completes and checks them."""
     schema = JobConfig.model_json_schema(mode="validation")
-    words = documentation()
+    docs = documentation()
     by_section: dict[str, dict[str, str]] = {}
     for name, key in KEYS.items():
-        by_section.setdefault(key.section.__name__, {})[name.rpartition(".")[2]] = words[name]
+        by_section.setdefault(key.section.__name__, {})[name.rpartition(".")[2]] = docs[name]
     for section, definition in schema["$defs"].items():
-        for name, told in definition["properties"].items():
+        for name, field in definition["properties"].items():
             if name in by_section.get(section, {}):
-                told["description"] = by_section[section][name]
+                field["description"] = by_section[section][name]
     schema["properties"]["extends"] = {
         "type": "string",
         "minLength": 1,
@@ -82,11 +82,12 @@ def _without_null(node: Any) -> Any:
 
 def reference_page() -> str:
     """`docs/configuration.md`."""
-    words = documentation()
+    docs = documentation()
     page = [_INTRODUCTION.strip(), "## Tables and keys"]
     for name, about, keys in tables():
         rows = [
-            (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{show(key.default)}`", words[key.name]) for key in keys
+            (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{format_toml(key.default)}`", docs[key.name])
+            for key in keys
         ]
         page += [f"### [{name}]", about, _markdown(("key", "value", "default", "meaning"), rows)]
     page += _older_names()
@@ -94,14 +95,14 @@ def reference_page() -> str:
 
 
 def _older_names() -> list[str]:
-    renamed = [(f"`{old}`", f"`{new}`") for old, new in vocabulary.RENAMED.items()]
-    renamed += [(f"`[{old}]`", f"`[{new}]`") for old, new in vocabulary.MOVED_TABLES.items()]
+    renamed = [(f"`{old}`", f"`{new}`") for old, new in legacy_keys.RENAMED.items()]
+    renamed += [(f"`[{old}]`", f"`[{new}]`") for old, new in legacy_keys.MOVED_TABLES.items()]
     renamed += [
-        (f'`model.converters = ["{old}"]`', f'`["{new}"]`') for old, new in vocabulary.CONVERTER_ALIASES.items()
+        (f'`model.converters = ["{old}"]`', f'`["{new}"]`') for old, new in legacy_keys.CONVERTER_ALIASES.items()
     ]
-    gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in vocabulary.REMOVED.items()]
-    gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in vocabulary.REFUSED.items()]
-    missing = [(", ".join(f"`{key}`" for key in item.keys), item.feature, item.instead) for item in support.NOT_BUILT]
+    gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in legacy_keys.REMOVED.items()]
+    gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in legacy_keys.REFUSED.items()]
+    missing = [(", ".join(f"`{key}`" for key in item.keys), item.name, item.instead) for item in support.UNSUPPORTED]
     return [
         "## Older names",
         "Files written for earlier releases of this vocabulary load; a notice names the new key.",

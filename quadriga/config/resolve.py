@@ -10,24 +10,24 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
 from quadriga.config import rules_backend, rules_layout, rules_pipeline, rules_run, rules_torchtitan
-from quadriga.config.case import RULES, BackendFacts, Case, join_sources
-from quadriga.config.keys import show
-from quadriga.config.load import Loaded
+from quadriga.config.keys import format_toml
+from quadriga.config.load import LoadedConfig
 from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
+from quadriga.config.rules import RULES, BackendProtocol, RuleContext, join_sources
 from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig, Parallelism
-from quadriga.config.support import unsupported
+from quadriga.config.support import unsupported_features
 from quadriga.errors import Problem, nearest
-from quadriga.units import DTYPE_BYTES, GIB, show_bytes
+from quadriga.units import DTYPE_BYTES, GIB, format_bytes
 
 Catalogue = Mapping[str, Mapping[str, ModelSpec]]
-RULE_BOOKS = (
+RULE_MODULES = (
     rules_layout,
     rules_pipeline,
     rules_run,
     rules_backend,
     rules_torchtitan,
-)  # importing them enters their rules
+)  # importing them registers their rules
 
 DEGREES = {
     "dp_replicate": "parallelism.data_parallel_replicate_degree",
@@ -50,10 +50,10 @@ class Resolved:
 
 
 def resolve(
-    loaded: Loaded,
+    loaded: LoadedConfig,
     *,
     catalogue: Catalogue,
-    backends: Mapping[str, BackendFacts],
+    backends: Mapping[str, BackendProtocol],
     tokenizer: TokenizerFacts,
     world_size: int | None,
     training: bool,
@@ -79,15 +79,15 @@ def resolve(
             result.problems.append(problem)
         bad.add(DEGREES["dp_shard"])
 
-    case = Case(config, loaded.origin, model, degrees, tokenizer, backends, training, schedule_csv)
-    verdicts = [verdict for rule in RULES if not bad.intersection(rule.keys) for verdict in rule.apply(case)]
-    for verdict in [*verdicts, *unsupported(case, bad)]:
-        if isinstance(verdict, Problem):
-            result.problems.append(verdict)
+    ctx = RuleContext(config, loaded.origin, model, degrees, tokenizer, backends, training, schedule_csv)
+    findings = [finding for rule in RULES if not bad.intersection(rule.keys) for finding in rule.apply(ctx)]
+    for finding in [*findings, *unsupported_features(ctx, bad)]:
+        if isinstance(finding, Problem):
+            result.problems.append(finding)
         else:
-            result.notices.append(verdict)
+            result.notices.append(finding)
     if not result.problems and not loaded.problems:
-        result.spec = spec_of(case)
+        result.spec = build_spec(ctx)
     return result
 
 
@@ -114,13 +114,13 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
     problem = Problem(
         key,
         what,
-        show(getattr(section, key.removeprefix("model."))),
+        format_toml(getattr(section, key.removeprefix("model."))),
         origin.get(key, "default"),
         ", ".join(known),
         nearest(value, known),
     )
-    anything = next(iter(next(iter(catalogue.values())).values()))
-    return anything, problem
+    any_model = next(iter(next(iter(catalogue.values())).values()))
+    return any_model, problem
 
 
 def _fit_degrees(
@@ -157,22 +157,22 @@ def _fit_degrees(
     return others, Problem(where, what, None, sources or "default", allowed, fix=fix)
 
 
-def spec_of(case: Case) -> RunSpec:
+def build_spec(ctx: RuleContext) -> RunSpec:
     """What follows from a configuration that breaks no rule."""
-    config, degrees = case.config, case.degrees
+    config, degrees = ctx.config, ctx.degrees
     training = config.training
-    one_pass = training.local_batch_size * degrees.batch
-    global_batch = one_pass if training.global_batch_size == -1 else training.global_batch_size
+    batch_per_pass = training.local_batch_size * degrees.batch
+    global_batch = batch_per_pass if training.global_batch_size == -1 else training.global_batch_size
     reshard = config.parallelism.fsdp_reshard_after_forward
-    accumulation = global_batch // one_pass
+    accumulation = global_batch // batch_per_pass
     in_pipeline = training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size
     micro_batches = accumulation * (in_pipeline if degrees.pp > 1 else 1)
-    reduce, reason = _when_to_reduce(case, micro_batches)
+    reduce, reason = _when_to_reduce(ctx, micro_batches)
     return RunSpec(
         world_size=degrees.world_size,
         degrees=degrees,
-        model=case.model,
-        tokenizer=case.tokenizer,
+        model=ctx.model,
+        tokenizer=ctx.tokenizer,
         seq_len=training.seq_len,
         local_batch_size=training.local_batch_size,
         global_batch_size=global_batch,
@@ -185,25 +185,25 @@ def spec_of(case: Case) -> RunSpec:
         reduce_reason=reason,
         backend=config.comm.backend,
         folders=_folders(config),
-        stage_ranks=rules_pipeline.stage_ranks(case),
-        own_schedule=rules_pipeline.own_schedule(case),
+        stage_ranks=rules_pipeline.stage_ranks(ctx),
+        custom_schedule=rules_pipeline.custom_schedule(ctx),
     )
 
 
-def _when_to_reduce(case: Case, micro_batches: int) -> tuple[str, str]:
+def _when_to_reduce(ctx: RuleContext, micro_batches: int) -> tuple[str, str]:
     """`once` or `every_micro_batch`, and why: once a step keeps gradients whole that are sharded otherwise."""
-    choice, degrees = case.config.parallelism.reduce_gradients, case.degrees
+    choice, degrees = ctx.config.parallelism.reduce_gradients, ctx.degrees
     if choice != "auto":
         return choice, "the configuration says so"
     if micro_batches == 1:
         return "once", "there is one micro-batch a step"
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so that waiting costs no memory"
-    each = DTYPE_BYTES[case.config.training.mixed_precision_reduce]
-    size = each * count_parameters(case.model) // (degrees.tp * degrees.pp)
+    each = DTYPE_BYTES[ctx.config.training.mixed_precision_reduce]
+    size = each * count_parameters(ctx.model) // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
-        return "once", f"gradients kept whole take {show_bytes(size)} a rank"
-    return "every_micro_batch", f"gradients kept whole would take {show_bytes(size)} a rank"
+        return "once", f"gradients kept whole take {format_bytes(size)} a rank"
+    return "every_micro_batch", f"gradients kept whole would take {format_bytes(size)} a rank"
 
 
 def count_parameters(model: ModelSpec) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isqrt
 
-from quadriga.config.case import Case, Clash, Verdicts, rule
+from quadriga.config.rules import Conflict, Findings, RuleContext, rule
 
 DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
 DP_SHARD = "parallelism.data_parallel_shard_degree"
@@ -15,101 +15,103 @@ LOCAL, GLOBAL, SEQ_LEN = "training.local_batch_size", "training.global_batch_siz
 
 
 @rule("model.flavor", "model.dim", "model.n_heads")
-def width_divides_into_heads(case: Case) -> Verdicts:
-    if case.model.dim % case.model.n_heads:
-        yield Clash(
-            "the heads must divide the width", divisor_hint("model.n_heads", case.model.dim, case.model.n_heads)
+def width_divides_into_heads(ctx: RuleContext) -> Findings:
+    if ctx.model.dim % ctx.model.n_heads:
+        yield Conflict(
+            "the heads must divide the width", divisor_hint("model.n_heads", ctx.model.dim, ctx.model.n_heads)
         )
-    elif case.model.head_dim % 2:
-        what = f"heads of odd width ({case.model.head_dim}) cannot be rotated by position embeddings"
-        yield Clash(what, "choose dim = n_heads x an even number")
+    elif ctx.model.head_dim % 2:
+        what = f"heads of odd width ({ctx.model.head_dim}) cannot be rotated by position embeddings"
+        yield Conflict(what, "choose dim = n_heads x an even number")
 
 
 @rule("model.flavor", "model.n_heads", "model.n_kv_heads")
-def query_heads_divide_into_kv_heads(case: Case) -> Verdicts:
-    heads, kv_heads = case.model.n_heads, case.model.n_kv_heads
+def query_heads_divide_into_kv_heads(ctx: RuleContext) -> Findings:
+    heads, kv_heads = ctx.model.n_heads, ctx.model.n_kv_heads
     if heads % kv_heads:
-        yield Clash(
+        yield Conflict(
             "the key and value heads must divide the query heads", divisor_hint("model.n_kv_heads", heads, kv_heads)
         )
 
 
 @rule("model.flavor", "model.vocab_size", "model.hf_assets_path")
-def tokenizer_fits_the_model(case: Case) -> Verdicts:
-    size, rows = case.tokenizer.vocab_size, case.model.vocab_size
+def tokenizer_fits_the_model(ctx: RuleContext) -> Findings:
+    size, rows = ctx.tokenizer.vocab_size, ctx.model.vocab_size
     if size is None:
         return
-    if size > rows >= (case.tokenizer.met or size):
+    if size > rows >= (ctx.tokenizer.used_vocab_size or size):
         yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: no document gets the special tokens above them"
     elif size > rows:
         what = f"the tokenizer has {size:,} ids and the model only {rows:,} rows in its embedding"
-        yield Clash(what, f"set model.vocab_size to {size} or more, or choose the tokenizer that belongs to the model")
+        yield Conflict(
+            what, f"set model.vocab_size to {size} or more, or choose the tokenizer that belongs to the model"
+        )
     elif size < rows:
         yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: the others are never met"
 
 
 @rule(TP, "model.flavor", "model.n_heads", "model.n_kv_heads")
-def heads_divide_over_tensor_ranks(case: Case) -> Verdicts:
-    tp = case.degrees.tp
-    for name, heads in (("attention heads", case.model.n_heads), ("key and value heads", case.model.n_kv_heads)):
+def heads_divide_over_tensor_ranks(ctx: RuleContext) -> Findings:
+    tp = ctx.degrees.tp
+    for name, heads in (("attention heads", ctx.model.n_heads), ("key and value heads", ctx.model.n_kv_heads)):
         if heads % tp:
-            yield Clash(f"{heads} {name} do not divide over {tp} ranks", divisor_hint(TP, heads, tp))
+            yield Conflict(f"{heads} {name} do not divide over {tp} ranks", divisor_hint(TP, heads, tp))
 
 
 @rule(TP, "model.flavor", "model.ffn_dim", "model.vocab_size")
-def widths_divide_over_tensor_ranks(case: Case) -> Verdicts:
-    tp = case.degrees.tp
-    for name, width in (("feed-forward width", case.model.ffn_dim), ("vocabulary", case.model.vocab_size)):
+def widths_divide_over_tensor_ranks(ctx: RuleContext) -> Findings:
+    tp = ctx.degrees.tp
+    for name, width in (("feed-forward width", ctx.model.ffn_dim), ("vocabulary", ctx.model.vocab_size)):
         if width % tp:
-            yield Clash(f"the {name} of {width} does not divide over {tp} ranks", divisor_hint(TP, width, tp))
+            yield Conflict(f"the {name} of {width} does not divide over {tp} ranks", divisor_hint(TP, width, tp))
 
 
 @rule(SEQ_LEN, TP, CP, "parallelism.context_parallel_load_balancer")
-def sequence_divides_over_ranks(case: Case) -> Verdicts:
-    yield from _sequence_divides(case, SEQ_LEN, case.config.training.seq_len)
+def sequence_divides_over_ranks(ctx: RuleContext) -> Findings:
+    yield from _sequence_divides(ctx, SEQ_LEN, ctx.config.training.seq_len)
 
 
 @rule("validation.seq_len", TP, CP, "parallelism.context_parallel_load_balancer")
-def validation_sequence_divides_over_ranks(case: Case) -> Verdicts:
-    if case.config.validation.enable:
-        yield from _sequence_divides(case, "validation.seq_len", case.config.validation.seq_len)
+def validation_sequence_divides_over_ranks(ctx: RuleContext) -> Findings:
+    if ctx.config.validation.enable:
+        yield from _sequence_divides(ctx, "validation.seq_len", ctx.config.validation.seq_len)
 
 
-def _sequence_divides(case: Case, key: str, seq_len: int) -> Verdicts:
-    tp, cp = case.degrees.tp, case.degrees.cp
-    pieces = 2 if cp > 1 and case.config.parallelism.context_parallel_load_balancer == "headtail" else 1
-    divisor = tp * cp * pieces
+def _sequence_divides(ctx: RuleContext, key: str, seq_len: int) -> Findings:
+    tp, cp = ctx.degrees.tp, ctx.degrees.cp
+    chunks = 2 if cp > 1 and ctx.config.parallelism.context_parallel_load_balancer == "headtail" else 1
+    divisor = tp * cp * chunks
     if seq_len % divisor:
         near = max(seq_len // divisor, 1) * divisor
-        what = f"a sequence must divide into {divisor} equal pieces (tp x cp" + (" x 2)" if pieces == 2 else ")")
-        yield Clash(what, f"set {key} to a multiple of {divisor}, such as {near} or {near + divisor}")
+        what = f"a sequence must divide into {divisor} equal pieces (tp x cp" + (" x 2)" if chunks == 2 else ")")
+        yield Conflict(what, f"set {key} to a multiple of {divisor}, such as {near} or {near + divisor}")
 
 
 @rule(CP, "parallelism.context_parallel_method", TP, "model.flavor", "model.n_heads", "model.n_kv_heads")
-def heads_divide_over_ulysses_ranks(case: Case) -> Verdicts:
-    cp, tp = case.degrees.cp, case.degrees.tp
-    if cp == 1 or case.config.parallelism.context_parallel_method != "ulysses":
+def heads_divide_over_ulysses_ranks(ctx: RuleContext) -> Findings:
+    cp, tp = ctx.degrees.cp, ctx.degrees.tp
+    if cp == 1 or ctx.config.parallelism.context_parallel_method != "ulysses":
         return
-    if case.model.n_heads % (cp * tp) or case.model.n_kv_heads % (cp * tp):
+    if ctx.model.n_heads % (cp * tp) or ctx.model.n_kv_heads % (cp * tp):
         what = f"`ulysses` exchanges heads, which must divide over the {cp * tp} ranks of cp x tp"
-        yield Clash(what, "choose `allgather` or `ring`, or a degree that divides both numbers of heads")
+        yield Conflict(what, "choose `allgather` or `ring`, or a degree that divides both numbers of heads")
 
 
 @rule(CP, "parallelism.context_parallel_load_balancer")
-def load_balancer_is_known_here(case: Case) -> Verdicts:
-    if case.degrees.cp > 1 and case.config.parallelism.context_parallel_load_balancer == "ptrr":
-        yield Clash("`ptrr` balances block masks, which no model here has", allowed='"headtail", or none')
+def load_balancer_is_known_here(ctx: RuleContext) -> Findings:
+    if ctx.degrees.cp > 1 and ctx.config.parallelism.context_parallel_load_balancer == "ptrr":
+        yield Conflict("`ptrr` balances block masks, which no model here has", allowed='"headtail", or none')
 
 
 @rule(GLOBAL, LOCAL, DP_REPLICATE, DP_SHARD)
-def global_batch_divides_over_ranks(case: Case) -> Verdicts:
-    training, dp = case.config.training, case.degrees.batch
+def global_batch_divides_over_ranks(ctx: RuleContext) -> Findings:
+    training, dp = ctx.config.training, ctx.degrees.batch
     one_pass = training.local_batch_size * dp
     if training.global_batch_size != -1 and training.global_batch_size % one_pass:
         what = f"the global batch must be a multiple of local batch x data-parallel ranks = {one_pass}"
         near = max(round(training.global_batch_size / one_pass), 1) * one_pass
         rows, rest = divmod(training.global_batch_size, dp)
-        resumed = case.origin.get(GLOBAL, "").startswith(FROM_CHECKPOINT)  # which a run that goes on must keep
+        resumed = ctx.origin.get(GLOBAL, "").startswith(FROM_CHECKPOINT)  # which a run that goes on must keep
         if rest and resumed:
             fix = f"start on a number of data-parallel ranks that divides {training.global_batch_size}"
         elif rest:
@@ -117,14 +119,14 @@ def global_batch_divides_over_ranks(case: Case) -> Verdicts:
         else:
             size = max(size for size in divisors(rows) if size <= training.local_batch_size)
             fix = f"set {LOCAL} to {size}" + ("" if resumed else f", or {GLOBAL} to {near}")
-        yield Clash(what, fix, f"-1, or a multiple of {one_pass}")
+        yield Conflict(what, fix, f"-1, or a multiple of {one_pass}")
 
 
 @rule("parallelism.expert_parallel_degree", "parallelism.expert_tensor_parallel_degree", "model.name")
-def experts_need_a_model_that_has_them(case: Case) -> Verdicts:
-    parallelism = case.config.parallelism
+def experts_need_a_model_that_has_them(ctx: RuleContext) -> Findings:
+    parallelism = ctx.config.parallelism
     if parallelism.expert_parallel_degree > 1 or parallelism.expert_tensor_parallel_degree > 1:
-        yield Clash(f"{case.model.name} has no experts to spread", "leave both degrees at 1")
+        yield Conflict(f"{ctx.model.name} has no experts to spread", "leave both degrees at 1")
 
 
 def divisor_hint(key: str, whole: int, wrong: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
-from quadriga.config.case import Case, Clash, Verdicts, rule, value_of
 from quadriga.config.lr_phases import lr_phases
+from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
 
@@ -24,89 +24,93 @@ USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experime
 
 
 @rule(ASYNC_TP, TP, SEQUENCE_PARALLEL, "compile.enable", "compile.components", "compile.backend")
-def async_tensor_parallel_has_something_to_overlap(case: Case) -> Verdicts:
-    compile = case.config.compile
-    if not case.config.parallelism.enable_async_tensor_parallel:
+def async_tensor_parallel_has_something_to_overlap(ctx: RuleContext) -> Findings:
+    compile = ctx.config.compile
+    if not ctx.config.parallelism.enable_async_tensor_parallel:
         return
-    if case.degrees.tp == 1:
+    if ctx.degrees.tp == 1:
         yield f"{ASYNC_TP} changes nothing: there is no tensor parallelism whose communication could overlap"
     elif not (compile.enable and "model" in compile.components):
-        yield Clash(
+        yield Conflict(
             "the overlap is made by the compiler", 'set compile.enable = true, with "model" in compile.components'
         )
     elif compile.backend != "inductor":
-        yield Clash("the overlap is made by inductor", 'set compile.backend = "inductor"')
-    elif not case.config.parallelism.enable_sequence_parallel:
+        yield Conflict("the overlap is made by inductor", 'set compile.backend = "inductor"')
+    elif not ctx.config.parallelism.enable_sequence_parallel:
         what = "the overlap is of gathering and scattering along the sequence, which are not cut without it"
-        yield Clash(what, f"set {SEQUENCE_PARALLEL} = true, or {ASYNC_TP} = false")
+        yield Conflict(what, f"set {SEQUENCE_PARALLEL} = true, or {ASYNC_TP} = false")
 
 
 @rule("activation_checkpoint.mode", "compile.enable", "compile.components")
-def memory_budget_needs_compile(case: Case) -> Verdicts:
-    compile = case.config.compile
-    if case.config.activation_checkpoint.mode == "memory_budget" and not (
+def memory_budget_needs_compile(ctx: RuleContext) -> Findings:
+    compile = ctx.config.compile
+    if ctx.config.activation_checkpoint.mode == "memory_budget" and not (
         compile.enable and "model" in compile.components
     ):
         fix = 'set compile.enable = true, with "model" in compile.components; or choose "selective" or "full"'
-        yield Clash("the budget is kept by the compiler, which chooses what to recompute", fix)
+        yield Conflict("the budget is kept by the compiler, which chooses what to recompute", fix)
 
 
 @rule("activation_checkpoint.debug", "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
-def recompute_records_need_whole_blocks(case: Case) -> Verdicts:
-    recompute = case.config.activation_checkpoint
+def recompute_records_need_whole_blocks(ctx: RuleContext) -> Findings:
+    recompute = ctx.config.activation_checkpoint
     if recompute.debug and recompute.mode == "selective" and recompute.selective_ac_option == "op":
         what = "PyTorch's records of a failed recomputation do not work with a choice by operation"
-        yield Clash(what, 'set selective_ac_option = "1" to look into it, or debug = false')
+        yield Conflict(what, 'set selective_ac_option = "1" to look into it, or debug = false')
 
 
 @rule("compile.enable", "compile.components", "quantize.linear.float8.emulate", "model.converters")
-def emulation_is_eager(case: Case) -> Verdicts:
-    compile = case.config.compile
-    emulates = case.config.quantize.linear.float8.emulate and FLOAT8 in case.config.model.converters
+def emulation_is_eager(ctx: RuleContext) -> Findings:
+    compile = ctx.config.compile
+    emulates = ctx.config.quantize.linear.float8.emulate and FLOAT8 in ctx.config.model.converters
     if emulates and compile.enable and "model" in compile.components:
         fix = 'set compile.enable = false, or compile.components = ["loss"], or emulate = false'
-        yield Clash("emulated float8 runs in eager mode only", fix)
+        yield Conflict("emulated float8 runs in eager mode only", fix)
 
 
 @rule("quantize.linear.float8.enable_fsdp_float8_all_gather", "quantize.linear.float8.recipe_name", "model.converters")
-def float8_gather_is_tensorwise(case: Case) -> Verdicts:
-    float8 = case.config.quantize.linear.float8
-    wanted = float8.enable_fsdp_float8_all_gather and "quantize.linear.float8" in case.config.model.converters
+def float8_gather_is_tensorwise(ctx: RuleContext) -> Findings:
+    float8 = ctx.config.quantize.linear.float8
+    wanted = float8.enable_fsdp_float8_all_gather and "quantize.linear.float8" in ctx.config.model.converters
     if wanted and float8.recipe_name not in (None, "tensorwise"):
-        yield Clash("weights can be gathered in float8 with tensorwise scaling only", allowed='"tensorwise", or none')
+        yield Conflict(
+            "weights can be gathered in float8 with tensorwise scaling only", allowed='"tensorwise", or none'
+        )
 
 
 @rule(PRECOMPUTE, GATHER, "training.enable_cpu_offload", "model.converters")
-def float8_scales_are_of_gathered_weights(case: Case) -> Verdicts:
-    float8 = case.config.quantize.linear.float8
-    if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in case.config.model.converters:
+def float8_scales_are_of_gathered_weights(ctx: RuleContext) -> Findings:
+    float8 = ctx.config.quantize.linear.float8
+    if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in ctx.config.model.converters:
         return
     if not float8.enable_fsdp_float8_all_gather:
         what = f"scales are computed ahead for weights that are gathered in float8 ({GATHER})"
         yield f"{PRECOMPUTE} changes nothing: {what}"
-    elif case.config.training.enable_cpu_offload:
-        yield Clash("scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
+    elif ctx.config.training.enable_cpu_offload:
+        yield Conflict(
+            "scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false"
+        )
 
 
 @rule("quantize.linear.float8.filter_fqns", "quantize.linear.float8.recipe_name", "model.converters")
-def float8_thresholds_are_known(case: Case) -> Verdicts:
-    float8 = case.config.quantize.linear.float8
-    wanted = "auto_filter_small_kn" in float8.filter_fqns and FLOAT8 in case.config.model.converters
+def float8_thresholds_are_known(ctx: RuleContext) -> Findings:
+    float8 = ctx.config.quantize.linear.float8
+    wanted = "auto_filter_small_kn" in float8.filter_fqns and FLOAT8 in ctx.config.model.converters
     if wanted and float8.recipe_name == "rowwise_with_gw_hp":
-        yield Clash("torchao has no thresholds for this recipe", "name the layers to leave, by parts of their names")
+        yield Conflict("torchao has no thresholds for this recipe", "name the layers to leave, by parts of their names")
 
 
 @rule("model.converters")
-def one_recipe_a_layer(case: Case) -> Verdicts:
+def one_recipe_a_layer(ctx: RuleContext) -> Findings:
     for kind in ("quantize.linear", "quantize.grouped_mm"):
-        asked = [name for name in case.config.model.converters if name.startswith(kind)]
+        asked = [name for name in ctx.config.model.converters if name.startswith(kind)]
         if len(asked) > 1:
-            yield Clash(f"{' and '.join(asked)} convert the same layers", "keep one of them")
+            yield Conflict(f"{' and '.join(asked)} convert the same layers", "keep one of them")
 
 
 @rule("lr_scheduler.warmup_steps", "training.steps", "lr_scheduler.total_steps", "lr_scheduler.variant")
-def warmup_ends_within_the_run(case: Case) -> Verdicts:
-    schedule, steps = case.config.lr_scheduler, case.config.training.steps
+def warmup_ends_within_the_run(ctx: RuleContext) -> Findings:
+    schedule, steps = ctx.config.lr_scheduler, ctx.config.training.steps
     warmup, total = schedule.warmup_steps, schedule.total_steps or steps
     key = "training.steps" if schedule.total_steps is None else "lr_scheduler.total_steps"
     if warmup > total:
@@ -119,13 +123,13 @@ def warmup_ends_within_the_run(case: Case) -> Verdicts:
 
 
 @rule("lr_scheduler.total_steps", *SCHEDULE, "optimizer.lr")
-def schedule_covers_the_run(case: Case) -> Verdicts:
-    schedule, steps = case.config.lr_scheduler, case.config.training.steps
+def schedule_covers_the_run(ctx: RuleContext) -> Findings:
+    schedule, steps = ctx.config.lr_scheduler, ctx.config.training.steps
     total = schedule.total_steps
     if total is None or total >= steps:
         return
     decays = lr_phases(schedule, steps).decay > 0 or schedule.variant == "early_decay"
-    rate = case.config.optimizer.lr * (schedule.min_lr_factor if decays else 1.0)
+    rate = ctx.config.optimizer.lr * (schedule.min_lr_factor if decays else 1.0)
     yield (
         f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays where it ends, "
         f"at {rate:g} from step {total + 1} on (torchtitan v0.2.2 computes beyond its end: negative or rising rates)"
@@ -133,115 +137,115 @@ def schedule_covers_the_run(case: Case) -> Verdicts:
 
 
 @rule("lr_scheduler.decay_ratio", *SCHEDULE, "lr_scheduler.total_steps")
-def decay_fits_beside_the_warmup(case: Case) -> Verdicts:
-    schedule = case.config.lr_scheduler
-    phases = lr_phases(schedule, case.config.training.steps)
+def decay_fits_beside_the_warmup(ctx: RuleContext) -> Findings:
+    schedule = ctx.config.lr_scheduler
+    phases = lr_phases(schedule, ctx.config.training.steps)
     if phases.decay < phases.wanted_decay:
         what = f"a warm-up of {phases.warmup} and a decay of {phases.wanted_decay} steps exceed {phases.total}"
         yield f"{what}: the decay takes {phases.decay} steps"
 
 
 @rule(*CYCLE)
-def profiler_fits_its_cycle(case: Case) -> Verdicts:
-    profiling = case.config.profiling
+def profiler_fits_its_cycle(ctx: RuleContext) -> Findings:
+    profiling = ctx.config.profiling
     needed = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and profiling.profile_freq < needed:
-        yield Clash("a cycle must hold the warm-up and the recorded steps", f"set {CYCLE[0]} to {needed} or more")
+        yield Conflict("a cycle must hold the warm-up and the recorded steps", f"set {CYCLE[0]} to {needed} or more")
 
 
 @rule("profiling.enable_profiling", "profiling.profile_freq", "training.steps")
-def profiler_finishes_a_cycle(case: Case) -> Verdicts:
-    profiling, steps = case.config.profiling, case.config.training.steps
+def profiler_finishes_a_cycle(ctx: RuleContext) -> Findings:
+    profiling, steps = ctx.config.profiling, ctx.config.training.steps
     if profiling.enable_profiling and profiling.profile_freq > steps:
         what = f"profiling.profile_freq = {profiling.profile_freq} is longer than training.steps = {steps}"
         yield f"{what}: the last steps are traced"
 
 
 @rule("checkpoint.keep_latest_k", "checkpoint.enable")
-def two_saves_are_kept(case: Case) -> Verdicts:
-    checkpoint = case.config.checkpoint
+def two_saves_are_kept(ctx: RuleContext) -> Findings:
+    checkpoint = ctx.config.checkpoint
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
-        yield Clash(
+        yield Conflict(
             "a single save leaves nothing to fall back on while the next is written", allowed="0 (all), or 2 and more"
         )
 
 
 @rule("checkpoint.enable", "checkpoint.initial_load_path")
-def initial_load_needs_checkpoints(case: Case) -> Verdicts:
-    checkpoint = case.config.checkpoint
+def initial_load_needs_checkpoints(ctx: RuleContext) -> Findings:
+    checkpoint = ctx.config.checkpoint
     if checkpoint.initial_load_path is not None and not checkpoint.enable:
-        yield Clash(
+        yield Conflict(
             "weights are loaded by [checkpoint], which is off",
             "set checkpoint.enable = true (and load_only, to save nothing)",
         )
 
 
 @rule("checkpoint.load_step", "training.steps", "checkpoint.enable")
-def load_step_lies_within_the_run(case: Case) -> Verdicts:
-    checkpoint, steps = case.config.checkpoint, case.config.training.steps
+def load_step_lies_within_the_run(ctx: RuleContext) -> Findings:
+    checkpoint, steps = ctx.config.checkpoint, ctx.config.training.steps
     if checkpoint.enable and checkpoint.load_step > steps:
-        yield Clash(
+        yield Conflict(
             "the run would end before the step that it starts from", "raise training.steps, or load an earlier step"
         )
 
 
 @rule("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only", "checkpoint.enable")
-def hf_weights_are_weights_alone(case: Case) -> Verdicts:
-    checkpoint = case.config.checkpoint
+def hf_weights_are_weights_alone(ctx: RuleContext) -> Findings:
+    checkpoint = ctx.config.checkpoint
     if checkpoint.enable and checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         fix = "set checkpoint.initial_load_model_only = true"
-        yield Clash("Hugging Face weights come without an optimizer and a position in the data", fix)
+        yield Conflict("Hugging Face weights come without an optimizer and a position in the data", fix)
 
 
 @rule("checkpoint.initial_load_in_hf", "checkpoint.initial_load_path", "model.hf_assets_path", "checkpoint.enable")
-def hf_weights_lie_somewhere(case: Case) -> Verdicts:
-    checkpoint, assets = case.config.checkpoint, case.config.model.hf_assets_path
+def hf_weights_lie_somewhere(ctx: RuleContext) -> Findings:
+    checkpoint, assets = ctx.config.checkpoint, ctx.config.model.hf_assets_path
     if not (checkpoint.enable and checkpoint.initial_load_in_hf) or checkpoint.initial_load_path is not None:
         return
     if assets == BUILTIN_TOKENIZER:
-        yield Clash("no folder of weights is named", "set checkpoint.initial_load_path to the folder of safetensors")
+        yield Conflict("no folder of weights is named", "set checkpoint.initial_load_path to the folder of safetensors")
 
 
 @rule("checkpoint.export_dtype", "checkpoint.last_save_model_only", "checkpoint.last_save_in_hf")
-def export_needs_a_save_of_weights(case: Case) -> Verdicts:
-    checkpoint = case.config.checkpoint
+def export_needs_a_save_of_weights(ctx: RuleContext) -> Findings:
+    checkpoint = ctx.config.checkpoint
     exported = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
     if checkpoint.enable and checkpoint.export_dtype != "float32" and not exported:
         fix = "set checkpoint.last_save_model_only = true, or checkpoint.last_save_in_hf = true"
-        yield Clash(
+        yield Conflict(
             "a save that can be resumed keeps the weights as they are; only one of weights alone is converted", fix
         )
 
 
 @rule("training.seq_len", "validation.seq_len")
-def validation_sees_the_same_lengths(case: Case) -> Verdicts:
-    validation, seq_len = case.config.validation, case.config.training.seq_len
+def validation_sees_the_same_lengths(ctx: RuleContext) -> Findings:
+    validation, seq_len = ctx.config.validation, ctx.config.training.seq_len
     if validation.enable and validation.seq_len > seq_len:
         yield f"validation.seq_len = {validation.seq_len} is longer than the {seq_len} tokens that training sees"
 
 
 @rule("debug.deterministic", "debug.deterministic_warn_only")
-def warn_only_needs_deterministic(case: Case) -> Verdicts:
-    if case.config.debug.deterministic_warn_only and not case.config.debug.deterministic:
+def warn_only_needs_deterministic(ctx: RuleContext) -> Findings:
+    if ctx.config.debug.deterministic_warn_only and not ctx.config.debug.deterministic:
         yield "debug.deterministic_warn_only changes nothing without debug.deterministic"
 
 
 @rule("training.dtype")
-def narrow_parameters_lose_small_updates(case: Case) -> Verdicts:
-    if case.config.training.dtype == "bfloat16":
+def narrow_parameters_lose_small_updates(ctx: RuleContext) -> Findings:
+    if ctx.config.training.dtype == "bfloat16":
         yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates round away"
 
 
 @rule(STATE_DTYPE, "optimizer.beta1", "optimizer.beta2", "training.dtype")
-def moments_can_fall(case: Case) -> Verdicts:
+def moments_can_fall(ctx: RuleContext) -> Findings:
     """Where gradients are small, a moment falls by (1 - beta) of itself a step.
 
     A bfloat16 number has 8 binary digits: its neighbours are at most 2^-7 of it away, and a step by less than half of
     that is rounded away. Below 1 - beta = 2^-8 some numbers in each octave do not fall, and none below them is reached;
     below 2^-9 none falls at all. (A second moment that is stuck too high makes every later update too small.)
     """
-    optimizer = case.config.optimizer
-    if (optimizer.state_dtype or case.config.training.dtype) != "bfloat16":
+    optimizer = ctx.config.optimizer
+    if (optimizer.state_dtype or ctx.config.training.dtype) != "bfloat16":
         return
     for name in ("beta1", "beta2"):
         beta = getattr(optimizer, name)
@@ -255,31 +259,31 @@ def moments_can_fall(case: Case) -> Verdicts:
             yield f'{what}; {STATE_DTYPE} = "float32" would let it'
         else:
             fix = f'set {STATE_DTYPE} = "float32", or optimizer.{name} to 0.996 or less'
-            yield Clash(what, fix)
+            yield Conflict(what, fix)
 
 
 @rule("training.dataloader.persistent_workers")
-def workers_persist_anyway(case: Case) -> Verdicts:
-    if case.config.training.dataloader.persistent_workers:
+def workers_persist_anyway(ctx: RuleContext) -> Findings:
+    if ctx.config.training.dataloader.persistent_workers:
         yield "training.dataloader.persistent_workers changes nothing: workers always live as long as the run"
 
 
 @rule("profiling.save_traces_folder", "metrics.save_tb_folder", "checkpoint.folder", "comm.save_traces_folder")
-def folders_are_apart(case: Case) -> Verdicts:
-    config = case.config
+def folders_are_apart(ctx: RuleContext) -> Findings:
+    config = ctx.config
     names = [config.profiling.save_traces_folder, config.metrics.save_tb_folder, config.checkpoint.folder]
     names += [config.comm.save_traces_folder, config.profiling.save_memory_snapshot_folder]
     plain = [name.strip("./") for name in names]
     if len(set(plain)) < len(plain):
-        yield Clash("two kinds of output would share one folder", "give each a name of its own")
+        yield Conflict("two kinds of output would share one folder", "give each a name of its own")
 
 
-def _refuse_user_code(key: str) -> Callable[[Case], Verdicts]:
-    def user_code_comes_through_python(case: Case) -> Verdicts:
-        if value_of(case.config, key):
+def _refuse_user_code(key: str) -> Callable[[RuleContext], Findings]:
+    def user_code_comes_through_python(ctx: RuleContext) -> Findings:
+        if config_value(ctx.config, key):
             what = "a configuration file imports no code here"
             fix = "leave it empty; code of your own enters through Python: import quadriga and call its builders"
-            yield Clash(what, fix)
+            yield Conflict(what, fix)
 
     return user_code_comes_through_python
 
@@ -289,23 +293,23 @@ for _key in USER_CODE:
 
 
 @rule("estimate.device")
-def device_is_known(case: Case) -> Verdicts:
-    if case.config.estimate.device is not None:
+def device_is_known(ctx: RuleContext) -> Findings:
+    if ctx.config.estimate.device is not None:
         try:
-            device_named(case.config.estimate.device, "estimate.device")
+            device_named(ctx.config.estimate.device, "estimate.device")
         except UserError as error:
-            yield from (Clash(each.what, each.fix or "", each.allowed, each.nearest) for each in error.problems)
+            yield from (Conflict(each.what, each.fix or "", each.allowed, each.nearest) for each in error.problems)
 
 
 @rule("debug.moe_force_load_balance", "parallelism.expert_parallel_comm_backend")
-def expert_settings_have_no_effect(case: Case) -> Verdicts:
-    if case.config.debug.moe_force_load_balance or case.config.parallelism.expert_parallel_comm_backend != "standard":
-        yield f"{case.model.name} has no experts: the settings that are about them change nothing"
+def expert_settings_have_no_effect(ctx: RuleContext) -> Findings:
+    if ctx.config.debug.moe_force_load_balance or ctx.config.parallelism.expert_parallel_comm_backend != "standard":
+        yield f"{ctx.model.name} has no experts: the settings that are about them change nothing"
 
 
 @rule("activation_checkpoint.selective_ac_option", "model.n_layers")
-def selective_option_meets_a_block(case: Case) -> Verdicts:
-    recompute, layers = case.config.activation_checkpoint, case.model.n_layers
+def selective_option_meets_a_block(ctx: RuleContext) -> Findings:
+    recompute, layers = ctx.config.activation_checkpoint, ctx.model.n_layers
     option = recompute.selective_ac_option
     if recompute.mode == "selective" and option != "op" and int(option) > layers:
         yield f"activation_checkpoint.selective_ac_option = {option} exceeds the {layers} blocks: nothing is recomputed"

@@ -5,8 +5,8 @@ docs/from-torchtitan.md has the whole table, a row a key.
 
 from __future__ import annotations
 
-from quadriga.config.case import Case, Verdicts, rule, value_of
-from quadriga.config.keys import show
+from quadriga.config.keys import format_toml
+from quadriga.config.rules import Findings, RuleContext, config_value, rule
 
 FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # and defaults of there
 SEED = "debug.seed"
@@ -15,31 +15,31 @@ MAX_NORM = "training.max_norm"
 
 
 @rule(*FILES)
-def defaults_need_no_files(case: Case) -> Verdicts:
-    said = [f"{key} = {show(value_of(case.config, key))}" for key in FILES if key not in case.origin]
-    if said:
-        there = " and ".join(show(FILES[key]) for key in FILES if key not in case.origin)
-        yield f"{' and '.join(said)} by default, so that no file is needed (in torchtitan {there})"
+def defaults_need_no_files(ctx: RuleContext) -> Findings:
+    defaulted = [f"{key} = {format_toml(config_value(ctx.config, key))}" for key in FILES if key not in ctx.origin]
+    if defaulted:
+        there = " and ".join(format_toml(FILES[key]) for key in FILES if key not in ctx.origin)
+        yield f"{' and '.join(defaulted)} by default, so that no file is needed (in torchtitan {there})"
 
 
 @rule(SEED)
-def seed_is_a_number(case: Case) -> Verdicts:
-    if SEED not in case.origin:
-        yield f"{SEED} is {case.config.debug.seed} by default, so that a run can be repeated (torchtitan drew one)"
+def seed_is_a_number(ctx: RuleContext) -> Findings:
+    if SEED not in ctx.origin:
+        yield f"{SEED} is {ctx.config.debug.seed} by default, so that a run can be repeated (torchtitan drew one)"
 
 
 @rule("memory_estimation.enable", "comm.mode")
-def a_run_is_only_rehearsed(case: Case) -> Verdicts:
+def a_run_is_only_rehearsed(ctx: RuleContext) -> Findings:
     rehearsed = "the run is estimated and rehearsed, not trained"
-    if case.config.memory_estimation.enable:
+    if ctx.config.memory_estimation.enable:
         yield f"memory_estimation.enable: {rehearsed} (torchtitan's trainer ignores it)"
-    elif case.config.comm.mode == "fake_backend":
+    elif ctx.config.comm.mode == "fake_backend":
         yield f'comm.mode = "fake_backend": {rehearsed} (in torchtitan it takes steps)'
 
 
 @rule("training.dataloader.num_workers")
-def threads_read_each_document_once(case: Case) -> Verdicts:
-    count = case.config.training.dataloader.num_workers
+def threads_read_each_document_once(ctx: RuleContext) -> Findings:
+    count = ctx.config.training.dataloader.num_workers
     if count > 1:
         yield (
             f"training.dataloader.num_workers = {count}: threads, which change no batch (torchtitan has processes, "
@@ -48,8 +48,8 @@ def threads_read_each_document_once(case: Case) -> Verdicts:
 
 
 @rule(MAX_NORM)
-def clipping_has_an_off(case: Case) -> Verdicts:
-    if case.config.training.max_norm == 0:
+def clipping_has_an_off(ctx: RuleContext) -> Findings:
+    if ctx.config.training.max_norm == 0:
         yield f"{MAX_NORM} = 0 switches clipping off (in torchtitan it made every gradient 0)"
 
 
@@ -61,10 +61,10 @@ def clipping_has_an_off(case: Case) -> Verdicts:
     "parallelism.tensor_parallel_degree",
     "parallelism.pipeline_parallel_degree",
 )
-def computing_format_holds_on_every_layout(case: Case) -> Verdicts:
+def computing_format_holds_on_every_layout(ctx: RuleContext) -> Findings:
     """There `fully_shard` converts where the shard or the context degree is above 1. Elsewhere torch.autocast does, by
     operation, and beside tensor or pipeline parallelism nothing."""
-    training, degrees = case.config.training, case.degrees
+    training, degrees = ctx.config.training, ctx.degrees
     if training.mixed_precision_param == "float32" or degrees.dp_shard * degrees.cp > 1:
         return
     if degrees.tp * degrees.pp > 1:

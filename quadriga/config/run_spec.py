@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quadriga.config.model_spec import ModelSpec
-from quadriga.config.pipeline_order import Order
+from quadriga.config.pipeline_order import PipelineOrder
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Folders:
 class TokenizerFacts:
     """What can be known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing.
 
-    `met`: one more than the largest id that a document can have, where special tokens with larger ones were added that
-    no document gets; `notices`: what its files are to be told of.
+    `used_vocab_size`: one more than the largest id that a document can have, where special tokens with larger ones were
+    added that no document gets; `notices`: what there is to note about its files.
     """
 
     kind: str
     path: str
     vocab_size: int | None
-    met: int | None = None
+    used_vocab_size: int | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -76,7 +76,7 @@ class RunSpec:
     backend: str | None  # None: nccl where CUDA is, else gloo, decided where the run starts
     folders: Folders
     stage_ranks: tuple[int, ...] = (0,)  # which rank along the pipeline holds each stage of the model
-    own_schedule: Order | None = None  # of the CSV file, where there is one
+    custom_schedule: PipelineOrder | None = None  # of the CSV file, where there is one
     notices: tuple[str, ...] = ()
 
     @property

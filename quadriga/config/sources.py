@@ -17,12 +17,12 @@ from quadriga.reading import parse_toml, read_text
 
 CONFIG_FILE = "job.config_file"
 COMMAND_LINE = "command line"
-NEIGHBOURS = 200  # entries of a folder among which a file is looked for that may have been meant
+MAX_ENTRIES = 200  # entries of a folder among which a file is looked for that may have been meant
 ENVIRONMENT = {"COMM_BACKEND": "comm.backend"}
 
 
 @dataclass(frozen=True)
-class Text:
+class RawText:
     """A value that came as text and is still to be read; None is a switch without a value (`--section.key`)."""
 
     text: str | None
@@ -30,7 +30,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Entry:
-    """One key, its value, and who said it. Tables of a TOML file are entries too until they are taken apart."""
+    """One key, its value, and where it was set. Tables of a TOML file are entries too until they are taken apart."""
 
     key: str
     value: Any
@@ -41,16 +41,16 @@ def file_layers(path: str, environ: Mapping[str, str]) -> tuple[list[list[Entry]
     """The entries of a TOML file and of its bases, the remotest base first."""
     layers: list[list[Entry]] = []
     seen: list[str] = []
-    said_by: str | None = None
+    named_by: str | None = None
     while True:
-        problem = _unreadable(path, said_by)
+        problem = _unreadable(path, named_by)
         here = os.path.realpath(path) if problem is None else ""
         if here in seen:
             chain = " -> ".join([*seen, here])
-            return [], [Problem("extends", f"the files extend one another in a circle: {chain}", path, said_by)]
+            return [], [Problem("extends", f"the files extend one another in a circle: {chain}", path, named_by)]
         if len(seen) > EXTENDS:
             allowed = f"at most {EXTENDS} files that extend one another"
-            return [], [Problem("extends", "the chain of files is too long", path, said_by, allowed)]
+            return [], [Problem("extends", "the chain of files is too long", path, named_by, allowed)]
         if problem is not None:
             return [], [problem]
         seen.append(here)
@@ -63,33 +63,33 @@ def file_layers(path: str, environ: Mapping[str, str]) -> tuple[list[list[Entry]
         layers.insert(0, [Entry(key, value, f"{path}, line {lines[key]}") for key, value in _leaves(table, lines)])
         if base is None:
             return layers, []
-        said_by = f"{path}, line {lines['extends']}"
+        named_by = f"{path}, line {lines['extends']}"
         if not isinstance(base, str) or not base:
-            return [], [Problem("extends", "not the path of a file", repr(base), said_by, "a path in quotes")]
-        following = expand("extends", base, said_by, environ)
+            return [], [Problem("extends", "not the path of a file", repr(base), named_by, "a path in quotes")]
+        following = expand("extends", base, named_by, environ)
         if isinstance(following, Problem):
             return [], [following]
         path = os.path.join(os.path.dirname(path), following)
 
 
-def _unreadable(path: str, said_by: str | None) -> Problem | None:
+def _unreadable(path: str, named_by: str | None) -> Problem | None:
     """Why there is no file to read, with what may have been meant."""
-    where, source = ("extends", said_by) if said_by else (CONFIG_FILE, COMMAND_LINE)
+    where, source = ("extends", named_by) if named_by else (CONFIG_FILE, COMMAND_LINE)
     try:
         kind = os.stat(path).st_mode
     except ValueError:
         return Problem(where, "a null character in the name of a file", path, source)
     except (FileNotFoundError, NotADirectoryError):
         folder, name = os.path.split(path)
-        return Problem(where, "no such file", path, source, **_neighbours(folder or ".", name))
+        return Problem(where, "no such file", path, source, **_nearby_files(folder or ".", name))
     except OSError as error:
         return Problem(where, f"the file cannot be read: {error.strerror}", path, source)
     if stat.S_ISDIR(kind):
-        return Problem(where, "a folder where a TOML file is needed", path, source, **_neighbours(path))
+        return Problem(where, "a folder where a TOML file is needed", path, source, **_nearby_files(path))
     return None
 
 
-def _neighbours(folder: str, name: str | None = None) -> dict[str, str]:
+def _nearby_files(folder: str, name: str | None = None) -> dict[str, str]:
     """What a user may have meant: the TOML files of a folder, or else the nearest folder that is there."""
     while not os.path.isdir(folder):
         folder, name = os.path.split(folder)
@@ -111,7 +111,7 @@ def _neighbours(folder: str, name: str | None = None) -> dict[str, str]:
 def _names(folder: str) -> list[str]:
     """What lies in a folder; the first of very many."""
     with os.scandir(folder) as entries:
-        return [entry.name for entry in islice(entries, NEIGHBOURS)]
+        return [entry.name for entry in islice(entries, MAX_ENTRIES)]
 
 
 class _Lines(dict[str, int]):
@@ -143,7 +143,7 @@ def _leaves(table: Mapping[str, Any], lines: Mapping[str, int], prefix: str = ""
 
 
 def environment_layer(environ: Mapping[str, str]) -> list[Entry]:
-    return [Entry(key, Text(environ[name]), name) for name, key in ENVIRONMENT.items() if environ.get(name)]
+    return [Entry(key, RawText(environ[name]), name) for name, key in ENVIRONMENT.items() if environ.get(name)]
 
 
 def command_line_layer(argv: Sequence[str]) -> tuple[list[Entry], list[Problem]]:
@@ -161,5 +161,5 @@ def command_line_layer(argv: Sequence[str]) -> tuple[list[Entry], list[Problem]]
         value: str | None = text if equals else None
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
-        entries.append(Entry(name.replace("-", "_"), Text(value), COMMAND_LINE))
+        entries.append(Entry(name.replace("-", "_"), RawText(value), COMMAND_LINE))
     return entries, problems

@@ -20,7 +20,7 @@ from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import json_type, read_json_object
 
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
-LONGEST_TOKEN = 1000  # characters
+MAX_TOKEN_CHARS = 1000  # characters
 ROLES = ("bos_token", "eos_token")
 
 # What classes of transformers take where no file says anything: (BOS, EOS).
@@ -35,7 +35,7 @@ CLASS_DEFAULTS: Mapping[str, tuple[str | None, str | None]] = {
 }
 
 # The usual names, for a vocabulary of which no file says anything.
-USUAL: Mapping[str, tuple[str, ...]] = {
+COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "bos_token": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
     "eos_token": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
 }
@@ -45,14 +45,14 @@ USUAL: Mapping[str, tuple[str, ...]] = {
 class SpecialTokens:
     """BOS and EOS by name, None where there is none. `add_bos`: what `add_bos_token` says, None where nothing.
 
-    `said`: the files that were read, by name; `guessed`: nothing was said, and these are the usual names, if the
+    `raw`: the files that were read, by name; `guessed`: no file names any, and these are the usual names, if the
     vocabulary has them.
     """
 
     bos: str | None
     eos: str | None
     add_bos: bool | None
-    said: Mapping[str, Mapping[str, Any]]
+    raw: Mapping[str, Mapping[str, Any]]
     guessed: bool
 
 
@@ -68,15 +68,15 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
     Raises:
         UserError: a file cannot be read, or a token is no text.
     """
-    said = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if (folder / name).is_file()}
-    config = said.get(CONFIG, {})
+    raw = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if (folder / name).is_file()}
+    config = raw.get(CONFIG, {})
     if "added_tokens_decoder" in config:
-        said.pop(MAP, None)
+        raw.pop(MAP, None)
     named: dict[str, str | None] = {}
     for role in ROLES:
         for file in (MAP, CONFIG):
-            if role in said.get(file, {}):
-                named[role] = _token(folder / file, role, said[file][role])
+            if role in raw.get(file, {}):
+                named[role] = _token(folder / file, role, raw[file][role])
                 break
     defaults = _class_defaults(config, byte_level)
     for role, default in zip(ROLES, defaults, strict=True):
@@ -84,11 +84,11 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
             named.setdefault(role, default)
     guessed = not named
     if guessed:
-        named = {role: next((name for name in USUAL[role] if name in vocabulary), None) for role in ROLES}
+        named = {role: next((name for name in COMMON_NAMES[role] if name in vocabulary), None) for role in ROLES}
     add_bos = config.get("add_bos_token")
     if add_bos is not None and not isinstance(add_bos, bool):
-        raise UserError(of_another_type(folder / CONFIG, "add_bos_token", add_bos, "true, false"))
-    return SpecialTokens(named.get("bos_token"), named.get("eos_token"), add_bos, said, guessed)
+        raise UserError(type_problem(folder / CONFIG, "add_bos_token", add_bos, "true, false"))
+    return SpecialTokens(named.get("bos_token"), named.get("eos_token"), add_bos, raw, guessed)
 
 
 def token_text(value: object) -> str | None:
@@ -101,8 +101,8 @@ def _token(file: Path, role: str, value: object) -> str | None:
     if value is None or value == "":
         return None
     text = token_text(value)
-    if text is None or len(text) > LONGEST_TOKEN:
-        raise UserError(of_another_type(file, role, value, 'a token as text, an object with "content", or null'))
+    if text is None or len(text) > MAX_TOKEN_CHARS:
+        raise UserError(type_problem(file, role, value, 'a token as text, an object with "content", or null'))
     return text or None
 
 
@@ -111,7 +111,7 @@ def _class_defaults(config: Mapping[str, Any], byte_level: bool) -> tuple[str | 
     return (None, None) if name == "LlamaTokenizer" and byte_level else CLASS_DEFAULTS.get(name, (None, None))
 
 
-def of_another_type(file: Path, key: str, value: object, allowed: str) -> Problem:
+def type_problem(file: Path, key: str, value: object, allowed: str) -> Problem:
     return Problem(
         f"{file}, {key}", f"cannot be a JSON {json_type(value)} like this", shortened(value), allowed=allowed
     )

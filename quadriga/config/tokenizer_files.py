@@ -15,34 +15,34 @@ from pathlib import Path
 from typing import Any
 
 from quadriga import limits
-from quadriga.config.added_tokens import Enlarged, enlarge, vocabulary_of
+from quadriga.config.added_tokens import ExtendedTokenizer, extend_tokenizer, vocabulary_of
 from quadriga.config.special_tokens import CONFIG, SpecialTokens, read_special_tokens
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import decode, parse_json, read_bytes
 
 VOCABULARIES = ("vocab.json", "vocab.txt")
 MERGES = "merges.txt"
-LOOK_FOR = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", *VOCABULARIES)
+CANDIDATES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", *VOCABULARIES)
 NOT_HUGGING_FACE = "not a tokenizer of Hugging Face"
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """`content`: what tells this tokenizer from others; `enlarged`: with the tokens that other files add."""
+    """`content`: what tells this tokenizer from others; `extended`: with the tokens that other files add."""
 
     file: Path
     content: bytes
-    enlarged: Enlarged
+    extended: ExtendedTokenizer
     tokens: SpecialTokens
     notices: tuple[str, ...]
 
 
-def find(path: str) -> Path | None:
+def find_tokenizer(path: str) -> Path | None:
     """The file of a tokenizer, in a folder or by itself; None where there is none."""
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):
         return place
-    return next((place / name for name in LOOK_FOR if os.path.isfile(place / name)), None)
+    return next((place / name for name in CANDIDATES if os.path.isfile(place / name)), None)
 
 
 def is_json(file: Path) -> bool:
@@ -54,11 +54,13 @@ def read_tokenizer_files(file: Path) -> TokenizerFiles:
     """What a file and those beside it say. Raises UserError where one cannot be read, or they contradict each other."""
     document, content, notices = _vocabulary(file) if file.name in VOCABULARIES else _tokenizer_json(file)
     tokens = read_special_tokens(file.parent, vocabulary_of(document), is_byte_level(document))
-    enlarged = enlarge(file.parent, document, tokens)
-    return TokenizerFiles(file, content, enlarged, tokens, (*notices, *enlarged.notices, *_about_marks(file, tokens)))
+    extended = extend_tokenizer(file.parent, document, tokens)
+    return TokenizerFiles(
+        file, content, extended, tokens, (*notices, *extended.notices, *_special_token_notices(file, tokens))
+    )
 
 
-def _about_marks(file: Path, tokens: SpecialTokens) -> Iterator[str]:
+def _special_token_notices(file: Path, tokens: SpecialTokens) -> Iterator[str]:
     if tokens.guessed and (tokens.bos or tokens.eos):
         names = f"BOS {tokens.bos}, EOS {tokens.eos}"
         yield f"{file}: no file beside it names special tokens; the usual names give {names} (torchtitan: none)"
@@ -133,8 +135,8 @@ def _lines(text: str) -> list[str]:
 
 
 def _ids(file: Path, text: str) -> dict[str, int]:
-    said = parse_json(text.encode(), str(file))
-    if isinstance(said, dict) and all(type(number) is int and number >= 0 for number in said.values()):
-        return said
-    what = f"not a vocabulary: {shortened(said)}"
+    raw = parse_json(text.encode(), str(file))
+    if isinstance(raw, dict) and all(type(number) is int and number >= 0 for number in raw.values()):
+        return raw
+    what = f"not a vocabulary: {shortened(raw)}"
     raise UserError(Problem(str(file), what, allowed='an object of ids by token: {"a": 0, "b": 1}'))

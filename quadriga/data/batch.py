@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quadriga.data.packing import LeftOut
+from quadriga.data.packing import SkippedRecord
 from quadriga.data.sources import DocumentId
 
 IGNORE = -100  # a label that no loss counts
@@ -17,7 +17,7 @@ IGNORE = -100  # a label that no loss counts
 class Batch:
     """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len).
 
-    `documents` says of each row which documents it is from; `left_out` names the records that could not be read on the
+    `documents` says of each row which documents it is from; `skipped` names the records that could not be read on the
     way, and `bad_records` counts them since the first epoch, of these rows; None where such a record ends the run. A
     micro-batch does not know.
     """
@@ -25,7 +25,7 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: tuple[tuple[DocumentId, ...], ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
     bad_records: int | None = None
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:

@@ -62,7 +62,7 @@ class BuiltinSource:
         assert isinstance(record.data, str)
         return Document(record.data)
 
-    def place(self, shard: int, number: int) -> str:
+    def format_location(self, shard: int, number: int) -> str:
         return self.names[shard]
 
     def file_of(self, shard: int) -> File:
@@ -74,7 +74,7 @@ class BuiltinSource:
     def anchor(self, shard: int) -> None:
         return None
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         """Nothing: there is no file that a user could mend."""
 
 

@@ -17,10 +17,10 @@ BUILTIN_DATASETS = {"builtin": False, "builtin_validation": True}  # name: is it
 LOCAL_DATASETS = ("text", "jsonl", "parquet")
 
 
-def open_source(dataset: str, dataset_path: str | None = None, *, lanes: int = 1, field: Field = TEXT) -> Source:
+def open_source(dataset: str, dataset_path: str | None = None, *, streams: int = 1, field: Field = TEXT) -> Source:
     """The source that `training.dataset` names.
 
-    `lanes` is how many readers will share it: files that can be entered anywhere are cut into enough shards for all.
+    `streams` is how many readers will share it: files that can be entered anywhere are cut into enough shards for all.
     `field`: where the documents of JSON lines, Parquet and the Hub are.
     Raises UserError: an unknown name, no file at the path, a format that cannot be read.
     """
@@ -35,7 +35,7 @@ def open_source(dataset: str, dataset_path: str | None = None, *, lanes: int = 1
         raise UserError(
             Problem("dataset", what, value=dataset, allowed=", ".join(known), nearest=nearest(dataset, known))
         )
-    return _open_local(dataset, dataset_path, lanes, field)
+    return _open_local(dataset, dataset_path, streams, field)
 
 
 def _refuse_path(dataset: str, dataset_path: str | None) -> None:
@@ -52,13 +52,13 @@ def _open_c4(dataset: str, dataset_path: str | None, field: Field) -> Source:
     return JsonlSource(c4_files(dataset_path, HUB_DATASETS[dataset]), field=field)
 
 
-def _open_local(dataset: str, dataset_path: str | None, lanes: int, field: Field) -> Source:
+def _open_local(dataset: str, dataset_path: str | None, streams: int, field: Field) -> Source:
     if dataset_path is None:
         fix = "set dataset_path to a file, a folder or a glob"
         raise UserError(Problem("dataset_path", f"dataset {dataset} needs a path", fix=fix))
     files = find_files(dataset, dataset_path)
     if dataset == "text":
-        return TextSource(files, lanes=lanes)
+        return TextSource(files, streams=streams)
     if dataset == "jsonl":
-        return JsonlSource(files, lanes=lanes, field=field)
+        return JsonlSource(files, streams=streams, field=field)
     return ParquetSource(files, field=field)

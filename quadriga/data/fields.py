@@ -19,11 +19,11 @@ class Field:
     key: str = "training.dataset_text_field"
 
     @property
-    def mark(self) -> str:
+    def fingerprint_suffix(self) -> str:
         """What it adds to the fingerprint of the data."""
         return "" if self.name == DEFAULT else f":{self.name.replace(';', '_')}"
 
-    def listed(self, names: Iterable[str]) -> str:
+    def format_names(self, names: Iterable[str]) -> str:
         """The fields that are there, for a message."""
         names = [shortened(name, 40) for name in names]
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quadriga.errors import Problem, UserError, shortened
-from quadriga.file_search import Below, files_below, files_matching
+from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
 from quadriga.reading import file_kind
 
@@ -49,11 +49,11 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
         found = [name for name in inside.files if name.lower().endswith(suffixes)]
         _refuse_saved_by_datasets(kind, path, inside.files, found)
         if not found:
-            there = ", ".join(_shown(inside.files)) or "nothing"
+            there = ", ".join(_format_names(inside.files)) or "nothing"
             what = f"the folder holds no {kind} file; there is {there}"
             raise UserError(Problem("dataset_path", what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
         files = _describe([(path / name, name) for name in found], path)
-        _notice(kind, pattern, inside, found)
+        _warn_unexpected(kind, pattern, inside, found)
         return files
     if path.exists():
         return _describe([(path, path.name)], path.parent)
@@ -64,7 +64,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
         raise UserError(Problem("dataset_path", what, value=pattern, fix=fix))
     root = Path(os.path.commonpath([file.parent for file in matching]))
     files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
-    _notice(kind, pattern, Below([], []), [file.name for file in files])
+    _warn_unexpected(kind, pattern, FolderListing([], []), [file.name for file in files])
     return files
 
 
@@ -133,7 +133,7 @@ def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], fo
         raise UserError(*(Problem(shortened(folder / name, 400), what, fix=fix) for name in taken[:MOST_PROBLEMS]))
 
 
-def _notice(kind: str, pattern: str, inside: Below, found: Sequence[str]) -> None:
+def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequence[str]) -> None:
     """Say what a reader of the folder may not expect."""
     there = set(found)
     if twice := [name for name in found if name + ".gz" in there]:
@@ -141,16 +141,16 @@ def _notice(kind: str, pattern: str, inside: Below, found: Sequence[str]) -> Non
         more = f", and {len(twice) - 1} more such pairs" if len(twice) > 1 else ""
         logger.warning("data: %s are both read%s; if one is a copy of the other, remove it", both, more)
     if inside.repeated:
-        names = ", ".join(_shown(inside.repeated))
+        names = ", ".join(_format_names(inside.repeated))
         logger.warning("data: links in %s to folders that are read already are left out: %s", shortened(pattern), names)
     packed = tuple(suffix + end for suffix in SUFFIXES[kind] for end in UNREADABLE)
     packed += (".parquet.gz",) if kind == "parquet" else ()
     if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
-        names = ", ".join(_shown(left_out))
+        names = ", ".join(_format_names(left_out))
         logger.warning("data: %d files are left out, since their compression is not read: %s", len(left_out), names)
 
 
-def _shown(names: Iterable[str]) -> list[str]:
+def _format_names(names: Iterable[str]) -> list[str]:
     names = list(names)
     more = [f"and {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
     return [shortened(name) for name in names[:MOST_NAMES]] + more

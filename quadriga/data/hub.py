@@ -32,9 +32,9 @@ class HubSource:
         *,
         field: Field = TEXT,
     ) -> None:
-        self._named = "/".join(part for part in (path, name, split) if part)
+        self._name = "/".join(part for part in (path, name, split) if part)
         self.field = field
-        logger.info("data: opening %s on the Hub", self._named)  # which, with no network, is tried for half a minute
+        logger.info("data: opening %s on the Hub", self._name)  # which, with no network, is tried for half a minute
         rows = _stream(path, name, split, data_files)
         names = rows.column_names  # None where only the files know
         if names is not None:
@@ -42,7 +42,7 @@ class HubSource:
             rows = rows.select_columns([field.name])
         self._rows = rows.with_format("arrow")
         self.shards = int(self._rows.num_shards)
-        self.fingerprint = f"hub:{self._named}:{self.shards}{field.mark}"
+        self.fingerprint = f"hub:{self._name}:{self.shards}{field.fingerprint_suffix}"
 
     def read(self, shard: int) -> Iterator[Record]:
         row = 0
@@ -55,8 +55,8 @@ class HubSource:
         except UserError:
             raise
         except Exception as error:
-            said = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
-            what = f"streaming {self._named} stopped in shard {shard} after row {row}: {said}"
+            reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+            what = f"streaming {self._name} stopped in shard {shard} after row {row}: {reason}"
             raise Fault(f"{what}. Checkpoints are not touched; start again to go on from the last") from error
 
     def parse(self, record: Record) -> Document:
@@ -64,12 +64,12 @@ class HubSource:
             if len(record.data) <= limits.DOCUMENT_BYTES:
                 return Document(record.data)
             what = f"the document is longer than the {limits.DOCUMENT_BYTES:,} characters that it may have"
-            raise BadRecord(what, lambda: self.place(record.shard, record.number))
+            raise BadRecord(what, lambda: self.format_location(record.shard, record.number))
         what, allowed = f"`{self.field.name}` is not a string", "a string in every row"
-        raise BadRecord(what, lambda: self.place(record.shard, record.number), allowed)
+        raise BadRecord(what, lambda: self.format_location(record.shard, record.number), allowed)
 
-    def place(self, shard: int, number: int) -> str:
-        return f"{self._named}, shard {shard}, row {number + 1}"
+    def format_location(self, shard: int, number: int) -> str:
+        return f"{self._name}, shard {shard}, row {number + 1}"
 
     def file_of(self, shard: int) -> File:
         raise LookupError("no file of the user")
@@ -80,13 +80,13 @@ class HubSource:
     def anchor(self, shard: int) -> None:
         return None
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         """Nothing: there is no file that a user could mend."""
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
         if self.field.name not in names:
-            what = f"the data set has no column `{self.field.name}`; its columns are {self.field.listed(names)}"
-            raise UserError(Problem(f"dataset {self._named}", what, fix=self.field.fix(names)))
+            what = f"the data set has no column `{self.field.name}`; its columns are {self.field.format_names(names)}"
+            raise UserError(Problem(f"dataset {self._name}", what, fix=self.field.fix(names)))
 
 
 def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] | None) -> Any:

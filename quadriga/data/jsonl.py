@@ -10,10 +10,10 @@ from typing import Any
 from quadriga import limits
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, anchor, cuts_of, moved, saved_form
+from quadriga.data.layout import Anchor, Cuts, find_anchor, layout_state, move_cuts, saved_cuts
+from quadriga.data.line_reader import cut_points, format_location, lines_of
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
-from quadriga.data.streams import cut_points, lines_of, place
 from quadriga.errors import Problem, UserError
 from quadriga.reading import json_type
 
@@ -27,12 +27,12 @@ class JsonlSource:
 
     trusted = False
 
-    def __init__(self, files: Sequence[File], *, lanes: int = 1, field: Field = TEXT) -> None:
+    def __init__(self, files: Sequence[File], *, streams: int = 1, field: Field = TEXT) -> None:
         self.files = files
         self.field = field
         self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("jsonl", files) + field.mark
-        self._step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_RANGE, most=MOST_RANGE).step
+        self.fingerprint = fingerprint("jsonl", files) + field.fingerprint_suffix
+        self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_RANGE, most=MOST_RANGE).step
         self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
         self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
 
@@ -49,14 +49,14 @@ class JsonlSource:
         return self.files[self._ranges[shard][0]]
 
     def layout(self) -> dict[str, Any]:
-        return saved_form(self.files, self._step, self._moved)
+        return layout_state(self.files, self._step, self._moved)
 
     def anchor(self, shard: int) -> Anchor | None:
         index, start, end = self._ranges[shard]
-        return None if self.files[index].compressed else anchor(self.files[index], start, end)
+        return None if self.files[index].compressed else find_anchor(self.files[index], start, end)
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        cuts = cuts_of(self.files, saved)
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = saved_cuts(self.files, saved)
         self._step = saved["step"]
         self._moved = {int(index): starts for index, starts in saved["cuts"].items()}
         first = 0
@@ -64,7 +64,7 @@ class JsonlSource:
             count = len(cuts[index])
             if file.size != size and not file.compressed:
                 own = {shard - first: known for shard, known in anchors.items() if first <= shard < first + count}
-                cuts[index] = self._moved[index] = moved(file, cuts[index], size, own)
+                cuts[index] = self._moved[index] = move_cuts(file, cuts[index], size, own)
             first += count
         self._cut(cuts)
 
@@ -79,7 +79,9 @@ class JsonlSource:
                 yield Record(shard, offset, line)
             elif (blank := blank + 1) > limits.BLANK_LINES:
                 what = f"more than {limits.BLANK_LINES:,} empty lines end here"
-                raise UserError(Problem(self.place(shard, offset), what, fix="check whether this is a data file"))
+                raise UserError(
+                    Problem(self.format_location(shard, offset), what, fix="check whether this is a data file")
+                )
 
     def parse(self, record: Record) -> Document:
         line = record.data
@@ -95,25 +97,25 @@ class JsonlSource:
                 return Document(text)
         except (ValueError, RecursionError, LookupError, TypeError):
             pass  # looked at closely below, where it costs the others nothing
-        return self._look_closely(record, line)
+        return self._diagnose(record, line)
 
-    def place(self, shard: int, number: int) -> str:
-        return place(self.files[self._ranges[shard][0]], number)
+    def format_location(self, shard: int, number: int) -> str:
+        return format_location(self.files[self._ranges[shard][0]], number)
 
-    def _look_closely(self, record: Record, line: bytes) -> Document:
+    def _diagnose(self, record: Record, line: bytes) -> Document:
         """The document of a line that the plain way did not read. Raises what is wrong with it."""
         refuse_if_foreign(self.files[self._ranges[record.shard][0]], "jsonl")
         try:
-            said = line.decode("utf-8")
+            decoded = line.decode("utf-8")
         except UnicodeDecodeError as error:
             at = record._replace(number=record.number + error.start)  # of a mark that was taken off, 3 bytes less
             what = f"byte 0x{line[error.start]:02x} is not UTF-8 text"
             fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
             raise self._refused(at, what, fix=fix) from error
         try:
-            value = json.loads(said, parse_int=_no_number)  # the text alone counts: numbers may be of any length
+            value = json.loads(decoded, parse_int=_ignore_number)  # the text alone counts: numbers may be of any length
         except json.JSONDecodeError as error:
-            whole = said.strip() in ("[", "{")  # a JSON document of several lines
+            whole = decoded.strip() in ("[", "{")  # a JSON document of several lines
             hint = "write one object a line: jq -c '.[]' IN > OUT" if whole else None
             raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
         except RecursionError:
@@ -129,7 +131,7 @@ class JsonlSource:
         if not isinstance(value, dict):
             return f"the line is a JSON {json_type(value)}, not an object with a `{name}`"
         if name not in value:
-            return f"the object has no `{name}`; its keys are {self.field.listed(map(repr, value))}"
+            return f"the object has no `{name}`; its keys are {self.field.format_names(map(repr, value))}"
         if isinstance(value[name], str):
             return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
         return f"`{name}` is a JSON {json_type(value[name])}, not a string"
@@ -137,10 +139,10 @@ class JsonlSource:
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
         allowed = f'one object a line: {{"{self.field.name}": "..."}}'
         shard, number = record.shard, record.number
-        return BadRecord(what, lambda: self.place(shard, number), allowed, fix)
+        return BadRecord(what, lambda: self.format_location(shard, number), allowed, fix)
 
 
-def _no_number(digits: str) -> int:
+def _ignore_number(digits: str) -> int:
     return 0
 
 

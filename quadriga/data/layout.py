@@ -1,8 +1,8 @@
 """How files are cut into shards, kept with a checkpoint: so a run goes on in files that were mended in the meantime.
 
-A lane's place counts documents from the beginning of a shard. Where shards begin follows from the sizes of the files,
-which a mended file changes; so a resume takes over the cuts of the run that saved, moved to where the same lines are
-now. The saved form is `{"names": ..., "sizes": [...], "newest": ..., "step": ..., "cuts": {"<file>": [...]}}`.
+A stream's cursor counts documents from the beginning of a shard. Where shards begin follows from the sizes of the
+files, which a mended file changes; so a resume takes over the cuts of the run that saved, moved to where the same lines
+are now. The saved form is `{"names": ..., "sizes": [...], "newest": ..., "step": ..., "cuts": {"<file>": [...]}}`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quadriga.data.files import File
-from quadriga.data.streams import lines_of, open_bytes
+from quadriga.data.line_reader import lines_of, open_bytes
 from quadriga.errors import UserError, shortened
 from quadriga.log import logger
 
@@ -32,7 +32,7 @@ class Anchor(NamedTuple):
     checksum: int
 
 
-def saved_form(files: Sequence[File], step: int, cuts: Mapping[int, list[int]]) -> dict[str, Any]:
+def layout_state(files: Sequence[File], step: int, cuts: Mapping[int, list[int]]) -> dict[str, Any]:
     """What a checkpoint keeps, JSON-able. `cuts`: of the files that are not cut every `step`."""
     return {
         "names": names_digest(files),
@@ -50,7 +50,7 @@ def names_digest(files: Sequence[File]) -> str:
     return digest.hexdigest()
 
 
-def cuts_of(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
+def saved_cuts(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
     """Where the saved run cut the files, as they were then."""
     cuts = saved["cuts"]
     return [
@@ -63,18 +63,18 @@ def cuts_of(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
     ]
 
 
-def changed(files: Sequence[File], saved: Mapping[str, Any]) -> list[File]:
+def changed_files(files: Sequence[File], saved: Mapping[str, Any]) -> list[File]:
     """The files that have another size than then, or were written after the saved run listed them."""
     pairs = zip(files, saved["sizes"], strict=True)
     return [file for file, size in pairs if file.size != size or file.modified > saved["newest"]]
 
 
-def in_words(files: Sequence[File]) -> str:
+def format_files(files: Sequence[File]) -> str:
     names = ", ".join(shortened(file.name) for file in files[:NAMES_SHOWN])
     return names + (f" and {len(files) - NAMES_SHOWN} more" if len(files) > NAMES_SHOWN else "")
 
 
-def anchor(file: File, start: int, end: int) -> Anchor | None:
+def find_anchor(file: File, start: int, end: int) -> Anchor | None:
     """The first line of the shard of a plain file; None where it has none, or cannot be read."""
     try:
         offset, line = next(lines_of(file, start, end), (0, None))
@@ -83,7 +83,7 @@ def anchor(file: File, start: int, end: int) -> Anchor | None:
     return None if line is None else Anchor(offset, zlib.crc32(line))
 
 
-def moved(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
+def move_cuts(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
     """Where the shards of a file of `size` bytes begin, now that it has another size.
 
     `anchors`: by number of the shard in the file, of those that are being read. Each begins at its first line, wherever

@@ -11,7 +11,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, cuts_of, saved_form
+from quadriga.data.layout import Anchor, Cuts, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.errors import Problem, UserError, shortened
@@ -30,7 +30,7 @@ class ParquetSource:
         self.files = files
         self.field = field
         self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("parquet", files) + field.mark
+        self.fingerprint = fingerprint("parquet", files) + field.fingerprint_suffix
         problems: list[Problem] = []
         self._starts: list[list[int]] = []  # by file: the first row of every row group, and the number of rows
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
@@ -55,13 +55,13 @@ class ParquetSource:
         return self.files[self._spans[shard][0]]
 
     def layout(self) -> dict[str, Any]:
-        return saved_form(self.files, 0, dict(enumerate(self._cuts)))
+        return layout_state(self.files, 0, dict(enumerate(self._cuts)))
 
     def anchor(self, shard: int) -> None:
         return None  # rows are numbered
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        cuts = cuts_of(self.files, saved)
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = saved_cuts(self.files, saved)
         self._cut(
             [[min(first, starts[-1]) for first in firsts] for firsts, starts in zip(cuts, self._starts, strict=True)]
         )
@@ -103,11 +103,11 @@ class ParquetSource:
             raise self._refused(record, what, fix="cut the document into several")
         return Document(text)
 
-    def place(self, shard: int, number: int) -> str:
+    def format_location(self, shard: int, number: int) -> str:
         return f"{shortened(self.files[self._spans[shard][0]].path, 400)}, row {number + 1}"
 
     def _refused(self, record: Record, what: str, allowed: str | None = None, fix: str | None = None) -> BadRecord:
-        return BadRecord(what, lambda: self.place(record.shard, record.number), allowed, fix)
+        return BadRecord(what, lambda: self.format_location(record.shard, record.number), allowed, fix)
 
 
 def _texts(column: Any) -> Iterator[str | bytes | None]:
@@ -170,7 +170,7 @@ def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
             names = list(schema.names)
             if names.count(field.name) != 1:
                 how = "no column" if field.name not in names else f"{names.count(field.name)} columns"
-                what = f"the file has {how} `{field.name}`; its columns are {field.listed(names)}"
+                what = f"the file has {how} `{field.name}`; its columns are {field.format_names(names)}"
                 allowed = f"one row a document, in a string column `{field.name}`"
                 return [], [Problem(shortened(file.path, 400), what, allowed=allowed, fix=field.fix(names))]
             kind = schema.field(field.name).type
@@ -196,6 +196,6 @@ def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
 
 
 def _damaged(file: File, error: Exception, where: str = "") -> Problem:
-    said = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
-    fix = "decrypt it first" if "encrypted" in said.lower() else "fetch or write the file again"
-    return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {said}", fix=fix)
+    reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+    fix = "decrypt it first" if "encrypted" in reason.lower() else "fetch or write the file again"
+    return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {reason}", fix=fix)

@@ -1,8 +1,8 @@
 """Where documents come from. A source is a row of shards; a shard is read from its beginning, record by record.
 
-Reading a record is cheap and parsing it is not, so the two are apart: a lane that shares a shard with others, or skips
-to where it stood, parses only the documents that it keeps. To add a source: a class with the members of `Source`, one
-entry in `catalogue.open_source`, and the resume exam in `tests/unit/data/test_source_conformance.py`.
+Reading a record is cheap and parsing it is not, so the two are apart: a stream that shares a shard with others, or
+skips to where it stood, parses only the documents that it keeps. To add a source: a class with the members of `Source`,
+one entry in `catalogue.open_source`, and the conformance test in `tests/unit/data/test_source_conformance.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Document(NamedTuple):
     text: str
     begins: bool = True
     ends: bool = True
-    id: DocumentId = (0, 0, 0)  # lanes give it
+    id: DocumentId = (0, 0, 0)  # streams give it
 
 
 class Record(NamedTuple):
@@ -42,10 +42,12 @@ class BadRecord(UserError):
     The problem is made when it is asked for, since the number of a line takes a read of all lines before it.
     """
 
-    def __init__(self, what: str, place: Callable[[], str], allowed: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self, what: str, location: Callable[[], str], allowed: str | None = None, fix: str | None = None
+    ) -> None:
         Exception.__init__(self, what)
         self.what = what
-        self._make: Callable[[], Problem] = lambda: Problem(place(), what, allowed=allowed, fix=fix)
+        self._make: Callable[[], Problem] = lambda: Problem(location(), what, allowed=allowed, fix=fix)
 
     def __getattr__(self, name: str) -> Any:
         if name != "problems":
@@ -82,7 +84,7 @@ class Source(Protocol):
     def parse(self, record: Record) -> Document:
         """The document in a record. Raises BadRecord that names file and line; UserError where the file is at fault."""
 
-    def place(self, shard: int, number: int) -> str:
+    def format_location(self, shard: int, number: int) -> str:
         """Where a record lies, as a message says it: the file, and the line or row. May read the file up to there."""
 
     @property
@@ -93,12 +95,12 @@ class Source(Protocol):
         """The file that the shard is in, one of `files`."""
 
     def layout(self) -> dict[str, Any] | None:
-        """How the files are cut into shards (`layout.saved_form`); None where there are none."""
+        """How the files are cut into shards (`layout.layout_state`); None where there are none."""
 
     def anchor(self, shard: int) -> Anchor | None:
         """How to find the beginning of the shard after its file was mended; None where its number is enough."""
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         """Cut the files as the run that saved `layout()` did, also where they were mended in the meantime.
 
         `anchors`: by shard, of those that the run stood in."""

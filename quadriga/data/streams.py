@@ -1,108 +1,177 @@
-"""The bytes of text and JSON-lines files: opened, decompressed, cut into lines of bounded length, decoded."""
+"""Streams: row i of the global batch is fed by stream i, whoever holds that row.
+
+The shards of a source are assigned to streams anew in each epoch, in an order that depends on (seed, epoch) alone, so
+that each document goes to exactly one stream an epoch. Where shards are fewer than streams, a shard is assigned in
+parts, each of every n-th document. Nothing here knows of ranks, threads or how far anyone has read ahead.
+"""
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
+import functools
+import hashlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import BinaryIO, cast
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
 
 from quadriga import limits
-from quadriga.data.files import File
-from quadriga.data.recognize import refuse_if_foreign
-from quadriga.errors import Problem, UserError, shortened
-from quadriga.reading import opened
+from quadriga.data.packing import START, Cursor, SkippedRecord, Window, tokenized, windows
+from quadriga.data.sources import BadRecord, Document, Record, Source
+from quadriga.data.tokenizer import Tokenizer
+from quadriga.errors import Problem, UserError
 
-NAME_SHOWN = 400  # characters of a path in a message
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-@contextmanager
-def open_bytes(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Raises UserError where the file cannot be opened or read."""
-    with opened(file.path, what="data file") as plain:
-        if file.compressed:
-            with gzip.GzipFile(fileobj=plain, mode="rb") as stream:
-                # GzipFile's own `readline` is a Python call a line.
-                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 17))
-        else:
-            yield plain
+BLOCK_RECORDS = 1024  # records of a shard that are shuffled together ...
+BLOCK_CHARACTERS = 1 << 21  # ... or fewer, if they are long
+EMPTY_EPOCHS = 1000
 
 
-def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """Every line with its offset, of those whose first byte lies in [start, end); of a compressed file, all.
+@dataclass(frozen=True)
+class Streams:
+    """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch; `skip_bad` leaves
+    out records that cannot be read. They keep their numbers, so that a cursor is the same whether they can or not.
+    `overlap` (0 or 1): how many ids of a window the next one begins with."""
 
-    None stands for a line that is longer than `limits.DOCUMENT_BYTES`.
-    Raises UserError where a compressed file is broken, or no line end is found within `limits.LINE_SKIPPED_BYTES`.
+    source: Source
+    tokenizer: Tokenizer
+    seq_len: int
+    count: int
+    seed: int | None
+    endless: bool = True
+    skip_bad: bool = False
+    overlap: int = 1
+
+    def windows(self, stream: int, cursor: Cursor = START) -> Iterator[Window]:
+        """The stream's windows from `cursor` on."""
+        skipped: deque[SkippedRecord] = deque()  # read ahead of the windows
+        documents = tokenized(self.documents(stream, cursor, skipped), self.tokenizer, self.seq_len)
+        for window in windows(documents, self.seq_len, cursor, self.overlap):
+            passed = []
+            while skipped and skipped[0].nth <= window.cursor.skipped:
+                passed.append(skipped.popleft())
+            yield window._replace(skipped=tuple(passed)) if passed else window
+
+    def documents(
+        self, stream: int, cursor: Cursor = START, skipped: deque[SkippedRecord] | None = None
+    ) -> Iterator[tuple[Document, Cursor]]:
+        """The stream's documents from the one at `cursor` on, each with its own cursor.
+
+        Records that cannot be read are added to `skipped`, where `skip_bad` says to leave them out; else BadRecord.
+        """
+        epoch, unit, skip, start = cursor.epoch, cursor.unit, cursor.document, cursor
+        count, in_a_row = cursor.skipped, 0
+        empty = 0
+        while empty <= EMPTY_EPOCHS + self.count:
+            empty += 1
+            units = self._units(stream, epoch)
+            while unit < len(units):
+                for number, record, block in self._records(units[unit], epoch, start):
+                    if number < skip:
+                        continue
+                    try:
+                        document = self.source.parse(record)
+                    except BadRecord as error:
+                        if not self.skip_bad:
+                            raise
+                        count, in_a_row = count + 1, in_a_row + 1
+                        if skipped is not None:
+                            skipped.append(SkippedRecord(count, record.shard, record.number, error.what))
+                        if in_a_row > limits.BAD_RECORDS_IN_A_ROW:
+                            raise self._no_data(in_a_row, record, error) from error
+                        continue
+                    empty = in_a_row = 0
+                    yield (
+                        document._replace(id=(epoch, record.shard, record.number)),
+                        Cursor(epoch, unit, number, 0, count, *block),
+                    )
+                unit, skip, start = unit + 1, 0, START
+            if not self.endless:
+                return
+            epoch, unit, skip, start = epoch + 1, 0, 0, START
+        raise UserError(Problem("dataset", "the data holds no document", value=self.source.fingerprint))
+
+    def _no_data(self, count: int, record: Record, error: BadRecord) -> UserError:
+        where = self.source.format_location(record.shard, record.number)
+        what = f"{count:,} records in a row cannot be read; the last of them: {error.what}"
+        return UserError(Problem(where, what, fix="mend the data, or name the right data set, format and field"))
+
+    @property
+    def _parts(self) -> int:
+        """Into how many parts each shard is assigned: as few as give every stream one."""
+        return -(-self.count // self.source.shards)
+
+    def _units(self, stream: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The (shard, part) pairs of a stream as one number each. The assignment rotates, so that no stream stays
+        short."""
+        count = self.source.shards * self._parts
+        order = _cached_order(count, f"{self.seed} {epoch} shards") if self.seed is not None else np.arange(count)
+        return order[(stream + epoch) % self.count :: self.count]
+
+    def _records(
+        self, unit: int, epoch: int, start: Cursor = START
+    ) -> Iterator[tuple[int, Record, tuple[int, int, int]]]:
+        """One part of one shard, shuffled block by block, from the block of `start` on: of each record its number in
+        the part, and the block (which, records before it, records in it)."""
+        shard, part = divmod(int(unit), self._parts)
+        parts = self._parts
+        blocks = _blocks(self.source.read(shard), start.block, start.first, start.records)
+        for records, block in blocks:
+            _, first, count = block
+            for position, index in enumerate(self._order(count, f"shard {shard} block {block[0]}", epoch), first):
+                # A file that was mended may have fewer records than its last block had.
+                if position % parts == part and index < len(records):
+                    yield position // parts, records[index], block
+
+    def shard(self, stream: int, cursor: Cursor) -> tuple[int, int]:
+        """The shard that the stream stands in, and how many of its documents were assigned up to there, with that
+        one."""
+        units = self._units(stream, cursor.epoch)
+        shard, part = divmod(int(units[cursor.unit]), self._parts)
+        return shard, cursor.document * self._parts + part + 1
+
+    def _order(self, count: int, what: str, epoch: int) -> npt.NDArray[np.int64]:
+        return shuffled(count, f"{self.seed} {epoch} {what}") if self.seed is not None else np.arange(count)
+
+
+def _blocks(
+    records: Iterator[Record], number: int, first: int, count: int
+) -> Iterator[tuple[list[Record], tuple[int, int, int]]]:
+    """The blocks from the `number`-th on, which has `count` records, with `first` before it; 0: as they come."""
+    if count:
+        block = list(islice(records, first, first + count))
+        yield block, (number, first, count)
+        number, first, block = number + 1, first + count, []
+    else:
+        number, first, block = 0, 0, []
+    characters = 0
+    for record in records:
+        block.append(record)
+        characters += len(record.data or "")
+        if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
+            yield block, (number, first, len(block))
+            number, first, block, characters = number + 1, first + len(block), [], 0
+    if block:
+        yield block, (number, first, len(block))
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_order(count: int, key: str) -> npt.NDArray[np.int64]:
+    """`shuffled`, kept for the streams that ask for the same."""
+    order = shuffled(count, key)
+    order.flags.writeable = False
+    return order
+
+
+def shuffled(count: int, key: str) -> npt.NDArray[np.int64]:
+    """A permutation of range(count) that only `key` decides, in every version of every library.
+
+    Sorts by splitmix64 (Steele, Lea, Flood 2014) of the index, offset by a hash of the key; NumPy's own generators may
+    change their streams between releases.
     """
-    number, longest = 0, limits.DOCUMENT_BYTES
-    with open_bytes(file) as stream:
-        offset = start
-        if start > 0:
-            stream.seek(start - 1)
-            offset += _to_line_end(stream, file, start) - 1
-        try:
-            while (end is None or offset < end) and (line := stream.readline(longest + 1)):
-                number += 1
-                if len(line) <= longest or line.endswith(b"\n"):
-                    yield offset, line
-                    offset += len(line)
-                else:
-                    begins = offset
-                    offset += len(line) + _to_line_end(stream, file, begins)
-                    yield begins, None
-        except BROKEN_GZIP as error:
-            raise UserError(broken_gzip(file, number, error)) from error
-
-
-def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
-    """Read to the end of the line; how many bytes that were."""
-    passed = 0
-    while piece := stream.readline(1 << 20):
-        passed += len(piece)
-        if piece.endswith(b"\n"):
-            break
-        if passed > limits.LINE_SKIPPED_BYTES:
-            what = f"the line that holds byte {begins:,} has no end within {limits.LINE_SKIPPED_BYTES:,} bytes"
-            fix = "write one JSON object a line; or check whether this is a data file"
-            raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
-    return passed
-
-
-def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
-    """What is wrong with a compressed file that broke off after so many lines. Raises what it is, if no such file."""
-    refuse_if_foreign(file, "text")
-    truncated = isinstance(error, EOFError)
-    what = "the compressed file is cut off" if truncated else f"the compressed file is damaged ({error})"
-    where = f"{shortened(file.path, NAME_SHOWN)}, after line {lines}"
-    return Problem(where, what, fix="fetch or write the file again")
-
-
-def line_at(file: File, offset: int) -> int:
-    """The number of the line (from 1) that holds the byte at `offset` of the decompressed file."""
-    lines = 1
-    with open_bytes(file) as stream:
-        while offset > 0 and (chunk := stream.read(min(offset, 1 << 16))):
-            lines += chunk.count(b"\n")
-            offset -= len(chunk)
-    return lines
-
-
-def place(file: File, offset: int) -> str:
-    """Where in the file a byte lies, in the words of a message: the line, or the byte (of the decompressed file) where
-    counting the lines before it would take long or cannot be done. Raises UserError where the file cannot be read."""
-    name = shortened(file.path, NAME_SHOWN)
-    if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
-        with suppress(*BROKEN_GZIP):
-            return f"{name}, line {line_at(file, offset)}"
-    return f"{name}, byte {offset:,}"
-
-
-def cut_points(size: int, *, lanes: int, least: int, most: int) -> range:
-    """Where a file of `size` bytes is cut, nominally: at least four shards for each lane, if they stay above `least`.
-
-    At most about 2^17 shards, since each epoch sorts them.
-    """
-    return range(0, size, min(max(size // (4 * lanes), least), max(most, size >> 17)))
+    start = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8")
+    mixed = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")

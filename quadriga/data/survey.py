@@ -37,7 +37,7 @@ def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad:
     if source.trusted:
         return
     whole = source.disk_bytes <= WHOLE_BYTES
-    found = _look(source, least_tokens, None if whole else SAMPLED_RECORDS, skip_bad)
+    found = _scan(source, least_tokens, None if whole else SAMPLED_RECORDS, skip_bad)
     if found.problems:
         raise UserError(*found.problems)
     if found.first_bad and not found.documents:
@@ -50,7 +50,7 @@ def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad:
             raise UserError(Problem("dataset_path", what, fix="add data, or lower seq_len"))
 
 
-def _look(source: Source, least_tokens: int, records: int | None, skip_bad: bool) -> _Findings:
+def _scan(source: Source, least_tokens: int, records: int | None, skip_bad: bool) -> _Findings:
     found = _Findings()
     stride = 1 if records is None else -(-source.shards // SAMPLED_SHARDS)
     for shard in range(0, source.shards, stride):

@@ -1,4 +1,4 @@
-"""Plain text files. A file is one document; a long one is cut at line ends into segments that several lanes share."""
+"""Plain text files. A file is one document; a long one is cut at line ends into segments that several streams share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, cuts_of, saved_form
+from quadriga.data.layout import Anchor, Cuts, layout_state, saved_cuts
+from quadriga.data.line_reader import BROKEN_GZIP, broken_gzip, cut_points, format_location, line_at, open_bytes
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
 from quadriga.data.sources import BadRecord, Document, Record
-from quadriga.data.streams import BROKEN_GZIP, broken_gzip, cut_points, line_at, open_bytes, place
 from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
@@ -24,11 +24,11 @@ class TextSource:
 
     trusted = False
 
-    def __init__(self, files: Sequence[File], *, lanes: int = 1) -> None:
+    def __init__(self, files: Sequence[File], *, streams: int = 1) -> None:
         self.files = files
         self.disk_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint("text", files)
-        self._step = cut_points(self.disk_bytes, lanes=lanes, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
+        self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
         self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
         self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
 
@@ -43,13 +43,13 @@ class TextSource:
         return self.files[self._spans[shard][0]]
 
     def layout(self) -> dict[str, Any]:
-        return saved_form(self.files, self._step, self._moved)
+        return layout_state(self.files, self._step, self._moved)
 
     def anchor(self, shard: int) -> None:
         return None  # a segment begins at the line end that follows its cut, wherever that is
 
-    def adopt(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        cuts = cuts_of(self.files, saved)
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        cuts = saved_cuts(self.files, saved)
         self._step = saved["step"]
         self._moved = {int(index): starts for index, starts in saved["cuts"].items()}
         for index, (file, size) in enumerate(zip(self.files, saved["sizes"], strict=True)):
@@ -79,10 +79,10 @@ class TextSource:
             refuse_if_foreign(file, "text")
             shard, at, what = record.shard, record.number + error.start, f"byte 0x{data[error.start]:02x} is not UTF-8"
             fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
-            raise BadRecord(what, lambda: self.place(shard, at), fix=fix) from error
+            raise BadRecord(what, lambda: self.format_location(shard, at), fix=fix) from error
 
-    def place(self, shard: int, number: int) -> str:
-        return place(self.files[self._spans[shard][0]], number)
+    def format_location(self, shard: int, number: int) -> str:
+        return format_location(self.files[self._spans[shard][0]], number)
 
 
 def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from quadriga import limits
 from quadriga.config.special_tokens import CONFIG, SpecialTokens
-from quadriga.config.tokenizer_files import LOOK_FOR, find, is_json
+from quadriga.config.tokenizer_files import CANDIDATES, find_tokenizer, is_json
 from quadriga.data.tokenizer_json import begins_with, encode, open_tokenizer
 from quadriga.errors import Problem, UserError
 from quadriga.reading import read_bytes
@@ -40,7 +40,7 @@ LLAMA3_SPECIALS = 256
 LONGEST_PIECE = 20_000  # tiktoken's split takes quadratic time, or the whole stack, on one endless word
 
 
-class Named(NamedTuple):
+class SpecialIds(NamedTuple):
     bos_id: int | None
     eos_id: int | None
 
@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None: ...
 
     @property
-    def named(self) -> Named:
+    def special_ids(self) -> SpecialIds:
         """BOS and EOS of the vocabulary, whether or not documents get them."""
 
     @property
@@ -80,7 +80,7 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 257
     vocab_size = 258
-    named = Named(256, 257)
+    special_ids = SpecialIds(256, 257)
     earlier = None
     fingerprint = "bytes"
 
@@ -104,31 +104,31 @@ class JsonTokenizer:
         self._tokenizer, files = open_tokenizer(path, FETCH)
         tokens, vocabulary = files.tokens, self._tokenizer.get_vocab(with_added_tokens=True)
         bos, eos = (None if name is None else vocabulary[name] for name in (tokens.bos, tokens.eos))
-        self.named = Named(bos, eos)
+        self.special_ids = SpecialIds(bos, eos)
         if bos is None and eos is None:
-            self._without_marks(tokens)
+            self._check_special_ids(tokens)
         self.vocab_size = max(vocabulary.values()) + 1
         digest = hashlib.blake2b(files.content, digest_size=8).hexdigest()
-        enlarged = files.enlarged
-        if enlarged.changed:
-            searched = repr([(text, enlarged.vocabulary[text]) for text in enlarged.changed])
+        extended = files.extended
+        if extended.changed:
+            searched = repr([(text, extended.vocabulary[text]) for text in extended.changed])
             digest += f"+{hashlib.blake2b(searched.encode(), digest_size=8).hexdigest()}"
-        self._mark(digest, bos, eos if eos != bos else None)
+        self._set_special_ids(digest, bos, eos if eos != bos else None)
         earlier = bos if tokens.add_bos is not False or begins_with(self._tokenizer, bos, path) else None
         earlier = None if earlier == eos else earlier
         if (earlier, eos) != (self.bos_id, self.eos_id) and (earlier, eos) != (None, None):
             self.earlier = copy.copy(self)
-            self.earlier._mark(digest, earlier, eos)
+            self.earlier._set_special_ids(digest, earlier, eos)
 
-    def _mark(self, digest: str, bos: int | None, eos: int | None) -> None:
+    def _set_special_ids(self, digest: str, bos: int | None, eos: int | None) -> None:
         self.bos_id, self.eos_id = bos, eos
         self.fingerprint = f"json:{digest}:{bos}:{eos}"
 
-    def _without_marks(self, tokens: SpecialTokens) -> None:
+    def _check_special_ids(self, tokens: SpecialTokens) -> None:
         """Raises UserError, unless the files say that there is neither."""
         what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
         if tokens.guessed:
-            begin = "name" if CONFIG in tokens.said else f"create {CONFIG} and name"
+            begin = "name" if CONFIG in tokens.raw else f"create {CONFIG} and name"
             fix = f"{begin} bos_token and eos_token in {CONFIG}, or set both to null there to have it so"
             raise UserError(Problem(str(self._path), what, fix=fix))
 
@@ -150,7 +150,7 @@ class RanksTokenizer:
         )
         self.bos_id = len(ranks)  # <|begin_of_text|>
         self.eos_id = len(ranks) + 1  # <|end_of_text|>
-        self.named = Named(self.bos_id, self.eos_id)
+        self.special_ids = SpecialIds(self.bos_id, self.eos_id)
         self.earlier = None
         self.vocab_size = len(ranks) + LLAMA3_SPECIALS
         self.fingerprint = f"ranks:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
@@ -176,13 +176,13 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
 
 def tokenizer_file(hf_assets_path: str) -> Path:
     """The file of a tokenizer, in a folder or by itself. Raises UserError where there is none."""
-    if (file := find(hf_assets_path)) is not None:
+    if (file := find_tokenizer(hf_assets_path)) is not None:
         return file
     path = Path(os.path.expanduser(hf_assets_path))
     what, allowed = "there is no such file or folder", None
     if os.path.isdir(path):
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        what, allowed = f"the folder holds no tokenizer; there is {there}", ", ".join(LOOK_FOR)
+        what, allowed = f"the folder holds no tokenizer; there is {there}", ", ".join(CANDIDATES)
     raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=allowed, fix=FETCH))
 
 

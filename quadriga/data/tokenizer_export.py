@@ -21,8 +21,8 @@ from quadriga.reading import read_bytes
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"  # of Llama 3, and of the built-in tokenizer
 # Any class of a model would build its own tokenizer around the vocabulary; this one takes the file as it is.
 CLASS = "PreTrainedTokenizerFast"
-BESIDE = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied where they are
-KEPT: Mapping[str, type] = {
+COPIED_FILES = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied where they are
+COPIED_KEYS: Mapping[str, type] = {
     "chat_template": str,
     "clean_up_tokenization_spaces": bool,
     "model_max_length": int,
@@ -47,14 +47,14 @@ def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
         files = {"tokenizer.json": tokenizer.to_str().encode(), CONFIG: _config(BOS, EOS, {}, {})}
         return {**files, "tokenizer.model": content}
     _, read = open_tokenizer(path, FETCH)
-    enlarged, tokens = read.enlarged, read.tokens
-    said = {**tokens.said.get(CONFIG, {}), **tokens.said.get(MAP, {})}
+    extended, tokens = read.extended, read.tokens
+    source_config = {**tokens.raw.get(CONFIG, {}), **tokens.raw.get(MAP, {})}
     as_read = read.content.removeprefix(b"\xef\xbb\xbf")
-    whole = json.dumps(enlarged.document, ensure_ascii=False).encode()
-    beside = {name: path.parent / name for name in BESIDE}
+    whole = json.dumps(extended.document, ensure_ascii=False).encode()
+    beside = {name: path.parent / name for name in COPIED_FILES}
     return {
-        "tokenizer.json": whole if enlarged.added or enlarged.changed else as_read,
-        CONFIG: _config(tokens.bos, tokens.eos, said, enlarged.vocabulary),
+        "tokenizer.json": whole if extended.added or extended.changed else as_read,
+        CONFIG: _config(tokens.bos, tokens.eos, source_config, extended.vocabulary),
         **{name: _copied(file) for name, file in beside.items() if file.is_file()},
     }
 
@@ -63,13 +63,20 @@ def _copied(file: Path) -> bytes:
     return read_bytes(file, limits.TOKENIZER_BYTES, what="file of a tokenizer")
 
 
-def _config(bos: str | None, eos: str | None, said: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes:
-    """`tokenizer_config.json`. `said`: what the source's own files say; of it what transformers surely takes stays."""
-    config: dict[str, Any] = {key: said[key] for key, kind in KEPT.items() if type(said.get(key)) is kind}
-    config |= {key: said[key] for key in ("padding_side", "truncation_side") if said.get(key) in ("left", "right")}
-    config |= {role: text for role in OTHER_ROLES if (text := token_text(said.get(role))) in vocabulary}
+def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes:
+    """`tokenizer_config.json`. `source_config`: what the source's own files say; of it what transformers surely takes
+    stays."""
+    config: dict[str, Any] = {
+        key: source_config[key] for key, kind in COPIED_KEYS.items() if type(source_config.get(key)) is kind
+    }
+    config |= {
+        key: source_config[key]
+        for key in ("padding_side", "truncation_side")
+        if source_config.get(key) in ("left", "right")
+    }
+    config |= {role: text for role in OTHER_ROLES if (text := token_text(source_config.get(role))) in vocabulary}
     for key in MORE_TOKENS:
-        more = said.get(key)
+        more = source_config.get(key)
         texts = [token_text(one) for one in more] if isinstance(more, list) else []
         if known := [text for text in texts if text in vocabulary]:
             config[key] = known

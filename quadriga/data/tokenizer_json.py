@@ -42,14 +42,14 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, Tokenize
             raise
         what = f"{NOT_HUGGING_FACE}: {error.problems[0].what}"
         raise UserError(Problem(str(path), what, fix=fix)) from error
-    document = files.enlarged.document
-    if wrong := next(_what_ends_the_process(document), None):
+    document = files.extended.document
+    if wrong := next(_fatal_defects(document), None):
         raise UserError(Problem(str(path), f"{NOT_HUGGING_FACE}: {wrong}", fix=fix))
     if document["model"].get("dropout"):
         what = "leaves out merges at random (model.dropout), so that equal texts have unequal ids"
         raise UserError(Problem(str(path), what, fix="set it to null"))
     try:
-        with _panics_unprinted():
+        with _panic_output_suppressed():
             # Not the text itself: where a key stands twice in it, what was looked at must be what is used.
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
             tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
@@ -57,13 +57,13 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, Tokenize
             tokenizer.no_padding()
     except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
         raise unusable(error, path, NOT_HUGGING_FACE, fix) from None
-    with _panics_unprinted():
+    with _panic_output_suppressed():
         encode(tokenizer, [PROBE], path)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= largest < limits.VOCABULARY:
         what = f"its largest id is {largest}" if largest >= 0 else "its vocabulary is empty"
         raise UserError(Problem(str(path), what, allowed=f"ids below {limits.VOCABULARY:,}", fix=fix))
-    for text, number in files.enlarged.added.items():
+    for text, number in files.extended.added.items():
         if (given := tokenizer.token_to_id(text)) != number:
             what = f"{shortened(text)} is added with the id {number}, and the library gives it {given}"
             raise UserError(Problem(str(path), what, fix="write the token into tokenizer.json"))
@@ -96,12 +96,12 @@ def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError
 
 
 @contextmanager
-def _panics_unprinted() -> Iterator[None]:
+def _panic_output_suppressed() -> Iterator[None]:
     """Where the body raises, leave out what was written to standard error meanwhile: Rust prints its panics there."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except BaseException:
@@ -109,14 +109,14 @@ def _panics_unprinted() -> Iterator[None]:
             raise
         else:
             os.dup2(kept, 2)
-            said.seek(0)
+            captured.seek(0)
             with open(kept, "wb", closefd=False) as stderr:
-                stderr.write(said.read())
+                stderr.write(captured.read())
         finally:
             os.close(kept)
 
 
-def _what_ends_the_process(document: Any) -> Iterator[str]:
+def _fatal_defects(document: Any) -> Iterator[str]:
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         yield 'it has no object "model"'
         return

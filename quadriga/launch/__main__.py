@@ -1,4 +1,4 @@
-"""`python -m quadriga.launch`: check the run at the door, then train on all ranks of this machine."""
+"""`python -m quadriga.launch`: check the run before the launch, then train on all ranks of this machine."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ def refuse(what: str) -> None:
     sys.exit(2)
 
 
-if sys.version_info < (3, 11):  # noqa: UP036 - said before an older Python meets what it cannot read
+if sys.version_info < (3, 11):  # noqa: UP036 - printed before an older Python meets what it cannot read
     refuse(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
 if importlib.util.find_spec("pydantic") is None:
     refuse(f"what it needs is not installed for {sys.executable}: pip install -r requirements.txt")

@@ -18,7 +18,7 @@ from quadriga.launch.supervisor import main
 from quadriga.resilience.processes import die_with_parent
 
 STARTER_PID = "QUADRIGA_STARTER_PID"
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tuple[int, int | None]:
@@ -26,7 +26,7 @@ def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tu
     signal that was meant to end us meanwhile, which was passed on to it; it dies with this process."""
     command = [sys.executable, "-m", "quadriga.launch.child", *argv]
     received: list[int] = []
-    with log.open("wb") as file, heeding(received) as give:
+    with log.open("wb") as file, forward_signals(received) as attach:
         child = subprocess.Popen(
             command,
             env={**environ, STARTER_PID: str(os.getpid())},
@@ -35,44 +35,48 @@ def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tu
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
         )
-        give(child)
+        attach(child)
         code = child.wait()
     return code, received[0] if received else None
 
 
 @contextmanager
-def heeding(received: list[int]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+def forward_signals(received: list[int]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
     """Pass signals on to a child, and remember them; those that come before there is one follow when it is given."""
     children: list[subprocess.Popen[bytes]] = []
 
-    def take(number: int, _frame: FrameType | None) -> None:
+    def receive(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         for child in children:
             child.send_signal(number)
 
-    def give(child: subprocess.Popen[bytes]) -> None:
+    def attach(child: subprocess.Popen[bytes]) -> None:
         for number in received:
             child.send_signal(number)
         children.append(child)
 
-    before = {number: signal.signal(number, take) for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.signal(number, receive)
+        for number in FORWARDED_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
-        yield give
+        yield attach
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def environment_of(environ: Mapping[str, str], ranks: int | None) -> dict[str, str]:
+def launch_environment(environ: Mapping[str, str], ranks: int | None) -> dict[str, str]:
     """The variables of a launch from here: as run_train.sh sets them, and nothing that would make of it a dry run,
     another file, or a run that starts its ranks again. `ranks`: of this machine, where NGPU is not to say."""
-    ours = str(Path(__file__).resolve().parents[2])
+    source_root = str(Path(__file__).resolve().parents[2])
     kept = {name: value for name, value in environ.items() if name not in ("CONFIG_FILE", "DRY_RUN", "MAX_RESTARTS")}
     return {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         **kept,
         **({} if ranks is None else {"NGPU": str(ranks)}),
-        "PYTHONPATH": os.pathsep.join(filter(None, [ours, environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [source_root, environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module
     }
 

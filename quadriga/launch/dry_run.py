@@ -13,16 +13,16 @@ from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
 from quadriga.hardware import device_named
 from quadriga.models.registry import count_parameters
 from quadriga.planning.advice import advice_for
-from quadriga.planning.carriers import carriers_in_words
+from quadriga.planning.backend_by_axis import format_backend_by_axis
 from quadriga.planning.estimate import Estimate, estimate
-from quadriga.planning.report import rows as estimated_rows
-from quadriga.units import show_count
+from quadriga.planning.report import estimate_rows as estimated_rows
+from quadriga.units import format_count
 
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StartCheck:
     """What a start would refuse a run for: `problems`, or `fault`, checkpoints of which none is good. Else `start`,
     from where it would begin; none where it only rehearses."""
 
@@ -36,37 +36,37 @@ class Verdict:
         return EXIT_USAGE if self.problems else self.fault.exit_code if self.fault else EXIT_OK
 
 
-def describe(run: Run, verdict: Verdict, ports: str = "") -> str:
+def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
     """The summary of a run, and whether it would start as things stand. `ports`: where its ranks listen."""
-    missing = verdict.problems
+    missing = start_check.problems
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
-    foreseen = foresee(run)
+    predicted = predict(run)
     lines = [f"Dry run of {source}: {model.name} {model.flavor} on {plural(run.spec.world_size, 'rank')}", ""]
-    rows = (*_rows(run, verdict), *([("ports", ports)] if ports else []), *estimated_rows(foreseen))
+    rows = (*_rows(run, start_check), *([("ports", ports)] if ports else []), *estimated_rows(predicted))
     lines += [line for name, text in rows for line in _wrapped(name, text)]
-    if advice := advice_for(foreseen):
-        helps = "would be faster" if verdict_fits(foreseen) else "would help"
+    if advice := advice_for(predicted):
+        helps = "would be faster" if fits_in_memory(predicted) else "would help"
         lines += ["", f"What {helps}:", *(f"  - {each}" for each in advice)]
-    told = tuple(f"{problem.where} = " for problem in missing)
-    notices = [notice for notice in run.spec.notices if not (told and notice.startswith(told))]
+    reported = tuple(f"{problem.where} = " for problem in missing)
+    notices = [notice for notice in run.spec.notices if not (reported and notice.startswith(reported))]
     if notices:
         lines += ["", "Notices:", *(f"  - {notice}" for notice in notices)]
-    if missing or verdict.fault:
+    if missing or start_check.fault:
         lines += ["", "Before it can train:", ""]
-        lines += ["  " + line for each in (*missing, verdict.fault) if each for line in str(each).splitlines()]
+        lines += ["  " + line for each in (*missing, start_check.fault) if each for line in str(each).splitlines()]
     else:
         lines += ["", "Ready to be rehearsed." if run.config.only_rehearses else "Ready to train."]
     return "\n".join(lines)
 
 
-def foresee(run: Run) -> Estimate:
+def predict(run: Run) -> Estimate:
     """The estimate on the device that `estimate.device` names, if it does."""
     name = run.config.estimate.device
     return estimate(run, device_named(name, "estimate.device") if name else None)
 
 
-def verdict_fits(foreseen: Estimate) -> bool:
-    verdict = foreseen.verdict()
+def fits_in_memory(predicted: Estimate) -> bool:
+    verdict = predicted.memory_fit()
     return verdict is not None and verdict.fits
 
 
@@ -75,7 +75,7 @@ def _wrapped(name: str, text: str) -> list[str]:
     return [f"  {name:<{NAME_WIDTH}}{first}", *(" " * (NAME_WIDTH + 2) + line for line in rest)]
 
 
-def _rows(run: Run, verdict: Verdict) -> Iterator[tuple[str, str]]:
+def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     config, spec, model = run.config, run.spec, run.spec.model
     heads = f"{model.n_heads} heads" + f" ({model.n_kv_heads} for keys and values)" * (
         model.n_kv_heads != model.n_heads
@@ -83,7 +83,7 @@ def _rows(run: Run, verdict: Verdict) -> Iterator[tuple[str, str]]:
     shape = f"{model.n_layers} layers, {model.dim:,} wide, {heads}, vocabulary {model.vocab_size:,}"
     facts, training = spec.tokenizer, config.training
     known = facts.kind if facts.vocab_size is None else f"{facts.kind}, {facts.vocab_size:,} ids"
-    tokens = show_count(spec.steps * spec.tokens_per_step)
+    tokens = format_count(spec.steps * spec.tokens_per_step)
     yield "description", config.job.description
     yield "model", f"{count_parameters(model):,} parameters: {shape}"
     yield "tokenizer", f"{facts.path} ({known})"
@@ -96,9 +96,9 @@ def _rows(run: Run, verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"
     yield "formats", messages.formats(run)
     yield "recompute", messages.recompute(config.activation_checkpoint)
-    yield "backends", carriers_in_words(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
+    yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
     size = decimal_bytes(messages.save_bytes(run, count_parameters(model)))
     yield "checkpoints", f"{messages.checkpoints(config.checkpoint)}; one full save takes about {size}"
-    if verdict.start is not None:
-        yield "starts at", verdict.start
+    if start_check.start is not None:
+        yield "starts at", start_check.start
     yield "run folder", spec.folders.dump

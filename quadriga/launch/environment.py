@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose
+from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose_backend
 from quadriga.comm.network import loopback_variables
 from quadriga.errors import Problem, UserError
 from quadriga.limits import COUNT, DEGREE
@@ -23,7 +23,7 @@ FSDP_SOURCE, SYMMETRIC_CLASS = "distributed/fsdp/_fully_shard/_fsdp_collectives.
 
 
 @dataclass(frozen=True)
-class Request:
+class LaunchRequest:
     """The launch as the variables describe it: `ranks` on each of `nodes` machines, of which this is number `node`.
 
     `restarts`: how often the ranks are started again when one fails.
@@ -41,51 +41,51 @@ class Request:
         return self.ranks * self.nodes
 
 
-def read_request(environ: Mapping[str, str]) -> tuple[Request, list[Problem]]:
+def read_launch_request(environ: Mapping[str, str]) -> tuple[LaunchRequest, list[Problem]]:
     """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK, DRY_RUN; what is wrong stands at its default."""
     problems: list[Problem] = []
-    ranks = _number(environ, "NGPU", DEFAULT_RANKS, (1, DEGREE), problems)
-    nodes = _number(environ, "NNODES", 1, (1, DEGREE), problems)
-    node = _number(environ, "NODE_RANK", 0, (0, DEGREE), problems)
-    restarts = _number(environ, "MAX_RESTARTS", 0, (0, COUNT), problems)
-    dry_run = _switch(environ, "DRY_RUN", problems)
+    ranks = _read_number(environ, "NGPU", DEFAULT_RANKS, (1, DEGREE), problems)
+    nodes = _read_number(environ, "NNODES", 1, (1, DEGREE), problems)
+    node = _read_number(environ, "NODE_RANK", 0, (0, DEGREE), problems)
+    restarts = _read_number(environ, "MAX_RESTARTS", 0, (0, COUNT), problems)
+    dry_run = _read_switch(environ, "DRY_RUN", problems)
     endpoint = environ.get("RDZV_ENDPOINT") or None
     if nodes > 1 and not dry_run:
-        problems += _several_machines(environ, nodes, node)
+        problems += _node_problems(environ, nodes, node)
     if ranks * nodes > DEGREE and not problems:
         what = f"{ranks} ranks on each of {nodes} machines are too many"
         problems.append(Problem("NGPU, NNODES", what, source="environment", allowed=f"at most {DEGREE} in all"))
         ranks = nodes = 1
-    problems += _log_rank(environ, ranks * nodes)
-    return Request(ranks, nodes, node, endpoint, dry_run, restarts), problems
+    problems += _log_rank_problems(environ, ranks * nodes)
+    return LaunchRequest(ranks, nodes, node, endpoint, dry_run, restarts), problems
 
 
-def _number(
+def _read_number(
     environ: Mapping[str, str], name: str, default: int, bounds: tuple[int, int], problems: list[Problem]
 ) -> int:
     text, (least, most) = environ.get(name, "").strip(), bounds
     if not text:
         return default
-    if (number := whole_number(text)) is not None and least <= number <= most:
+    if (number := parse_whole_number(text)) is not None and least <= number <= most:
         return number
     what, allowed = "not a number that this variable can have", f"{least} to {most}"
     problems.append(Problem(name, what, text, "environment", allowed))
     return default
 
 
-def whole_number(text: str) -> int | None:
+def parse_whole_number(text: str) -> int | None:
     """Of a variable; None where it is none, or has more digits than any that is meant."""
     return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
-def _switch(environ: Mapping[str, str], name: str, problems: list[Problem]) -> bool:
+def _read_switch(environ: Mapping[str, str], name: str, problems: list[Problem]) -> bool:
     text = environ.get(name, "").strip().lower()
     if text not in YES | NO:
         problems.append(Problem(name, "neither on nor off", text, "environment", "1 or 0"))
     return text in YES
 
 
-def _several_machines(environ: Mapping[str, str], nodes: int, node: int) -> list[Problem]:
+def _node_problems(environ: Mapping[str, str], nodes: int, node: int) -> list[Problem]:
     problems = []
     if not environ.get("NODE_RANK", "").strip():
         fix = f"set NODE_RANK=0 on the first machine, up to {nodes - 1} on the last (under Slurm: $SLURM_NODEID)"
@@ -95,7 +95,7 @@ def _several_machines(environ: Mapping[str, str], nodes: int, node: int) -> list
         problems.append(Problem("NODE_RANK", f"there are {nodes} machines", str(node), "environment", allowed))
     endpoint = environ.get("RDZV_ENDPOINT", "")
     host, _, port = endpoint.rpartition(":")
-    if not re.fullmatch(r"[\w.:\[\]%-]+", host, re.ASCII) or not 0 < (whole_number(port) or 0) < 65536:
+    if not re.fullmatch(r"[\w.:\[\]%-]+", host, re.ASCII) or not 0 < (parse_whole_number(port) or 0) < 65536:
         what = "must name the first machine and a free port on it, equal on all machines"
         fix = "for example RDZV_ENDPOINT=node0:29500"
         problems.append(
@@ -106,14 +106,14 @@ def _several_machines(environ: Mapping[str, str], nodes: int, node: int) -> list
     return problems
 
 
-def _log_rank(environ: Mapping[str, str], world_size: int) -> list[Problem]:
+def _log_rank_problems(environ: Mapping[str, str], world_size: int) -> list[Problem]:
     text = environ.get("LOG_RANK", "")
     allowed = f"ranks from 0 to {world_size - 1}, separated by commas"
     try:
-        strangers = sorted(rank for rank in logging_ranks(environ) if not 0 <= rank < world_size)
+        unknown = sorted(rank for rank in logging_ranks(environ) if not 0 <= rank < world_size)
     except ValueError:
         return [Problem("LOG_RANK", "not a list of ranks", text, "environment", allowed)]
-    if strangers:
+    if unknown:
         return [Problem("LOG_RANK", f"this run has {world_size} ranks", text, "environment", allowed)]
     return []
 
@@ -162,7 +162,7 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     count = 0
     for entry in chosen.split(","):
         name = entry.strip()
-        number = whole_number(name)
+        number = parse_whole_number(name)
         if not name.startswith(("GPU-", "MIG-")) and not (number is not None and number < present):
             break  # CUDA ignores this entry and all that follow
         count += 1
@@ -194,7 +194,7 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, gpus: int) -> tuple[str, str]:
+def launch_backend(requested: str | None, ranks: int, build: TorchBuild | None, gpus: int) -> tuple[str, str]:
     """The backend of a training run on this machine, and why, in a clause.
 
     Raises:
@@ -207,7 +207,7 @@ def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
     if asked is not None and asked.device_type == "cuda" and gpus and build.cuda is None:
         fix = "install a build of PyTorch with CUDA, or choose gloo to train on the CPU"
         raise UserError(Problem("comm.backend", f"PyTorch {build.version} is built without CUDA", requested, fix=fix))
-    backend = choose(requested, Machine(gpus > 0 and build.cuda is not None, build.version, build.offers))
+    backend = choose_backend(requested, Machine(gpus > 0 and build.cuda is not None, build.version, build.offers))
     if BACKENDS[backend].device_type == "cuda" and gpus < ranks:
         fix = f"set NGPU={gpus}, or COMM_BACKEND=gloo to rehearse on the CPU"
         raise UserError(Problem("NGPU", f"NGPU={ranks} but {gpus} GPU{'s' * (gpus != 1)} visible", fix=fix))
@@ -220,7 +220,7 @@ def choose_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
     return backend, "no CUDA device is visible"
 
 
-def rank_environment(environ: Mapping[str, str], request: Request) -> dict[str, str]:
+def rank_environment(environ: Mapping[str, str], request: LaunchRequest) -> dict[str, str]:
     """Variables for the ranks of this machine that the caller left open."""
     extra = {}
     if "OMP_NUM_THREADS" not in environ:

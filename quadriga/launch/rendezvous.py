@@ -46,8 +46,8 @@ class LoopbackRendezvous(RendezvousHandler):
         if parameters.max_nodes != 1:
             raise ValueError(f"{LOOPBACK_RENDEZVOUS} is for one machine, and {parameters.max_nodes} are to meet")
         self._run_id = parameters.run_id
-        self._own: Store = HashStore()
-        self._for_ranks: TCPStore | None = None
+        self._agent_store: Store = HashStore()
+        self._rank_store: TCPStore | None = None
 
     def get_backend(self) -> str:
         return LOOPBACK_RENDEZVOUS
@@ -58,9 +58,9 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._own = HashStore()
-        self._for_ranks = loopback_store()  # the one before closes: what dead ranks left there misleads nobody
-        return RendezvousInfo(self._own, 0, 1, RendezvousStoreInfo(LOOPBACK_ADDRESS, self._for_ranks.port))
+        self._agent_store = HashStore()
+        self._rank_store = loopback_store()  # the one before closes: what dead ranks left there misleads nobody
+        return RendezvousInfo(self._agent_store, 0, 1, RendezvousStoreInfo(LOOPBACK_ADDRESS, self._rank_store.port))
 
     def is_closed(self) -> bool:
         return False
@@ -75,5 +75,5 @@ class LoopbackRendezvous(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        self._for_ranks = None
+        self._rank_store = None
         return True

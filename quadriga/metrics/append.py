@@ -20,12 +20,12 @@ class Appender:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_BLOCKING, 0o644)
 
-    def write(self, piece: bytes) -> None:
+    def write(self, data: bytes) -> None:
         before = os.fstat(self._handle).st_size
-        left = memoryview(piece)
+        rest = memoryview(data)
         try:
-            while left:
-                left = left[os.write(self._handle, left) :]
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
         except OSError:
             with suppress(OSError):  # what was written of it must not stand before the next piece
                 os.ftruncate(self._handle, before)
@@ -37,7 +37,7 @@ class Appender:
             os.close(handle)
 
 
-def make_way(path: Path) -> None:
+def ensure_appendable(path: Path) -> None:
     """See to it that a run can append to `path`: what lies there and is no file to read and write is set aside.
 
     Raises OSError where that cannot be done.

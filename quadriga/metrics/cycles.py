@@ -14,7 +14,7 @@ class Cycle:
     active: int
 
     @classmethod
-    def of(cls, profile_freq: int, profiler_warmup: int, profiler_active: int, steps: int) -> Cycle:
+    def of_run(cls, profile_freq: int, profiler_warmup: int, profiler_active: int, steps: int) -> Cycle:
         """For a start of so many steps: one that is shorter than a cycle has a cycle of its own length."""
         length = min(profile_freq, steps)
         active = min(profiler_active, length)

@@ -44,13 +44,13 @@ class DocumentLog:
 
     def write(self, step: int, rows: Sequence[Ids]) -> None:
         """`rows`: the documents of each row of this rank's share of the step's batch."""
-        self._lines.write({"step": step, "attempt": self._attempt, "rows": shown(rows, self._first_row)})
+        self._lines.write({"step": step, "attempt": self._attempt, "rows": format_documents(rows, self._first_row)})
 
     def close(self) -> None:
         self._lines.close()
 
 
-def shown(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]]:
+def format_documents(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]]:
     """The names of the documents by row of the global batch."""
     return {
         str(row): [f"{epoch}:{shard}:{number}" for epoch, shard, number in ids]

@@ -1,4 +1,4 @@
-"""`events.jsonl`: the ledger of a run, one JSON object a line: what happened when, over all of its attempts.
+"""`events.jsonl`: the event log of a run, one JSON object a line: what happened when, over all of its attempts.
 
 Every line has `event`, `time` (seconds since the epoch), `attempt` (the start of the run that wrote it, from 1), `rank`
 and `step` (finished steps). The events and what else they say:
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.log import logger
-from quadriga.metrics.append import NOT_BLOCKING, make_way
-from quadriga.metrics.jsonl import cut_torn_line, tell
-from quadriga.metrics.lines import Bad, checked_lines
+from quadriga.metrics.append import NOT_BLOCKING, ensure_appendable
+from quadriga.metrics.jsonl import cut_torn_line, emit_notices
+from quadriga.metrics.lines import BadLines, checked_lines
 
 EVENTS_NAME = "events.jsonl"
 REQUIRED = ("event", "time", "attempt", "rank", "step")
@@ -38,7 +38,7 @@ REQUIRED = ("event", "time", "attempt", "rank", "step")
 Event = dict[str, Any]
 
 
-class Events:
+class EventLog:
     """Appends events, each in one write, so that lines of several ranks never mix. Safe to use from any thread."""
 
     def __init__(self, folder: str | os.PathLike[str], rank: int, attempt: int) -> None:
@@ -46,12 +46,12 @@ class Events:
         self.rank, self.attempt = rank, attempt
         if rank == 0:
             try:
-                make_way(self.path)
+                ensure_appendable(self.path)
                 cut_torn_line(self.path)
             except OSError as error:
                 _warn_once(self.path, str(error.strerror))
 
-    def tell(self, event: str, step: int, **facts: Any) -> None:
+    def log_event(self, event: str, step: int, **facts: Any) -> None:
         """Add a line. A folder that cannot be written is no reason to end a run: the line is lost then."""
         line = {"event": event, "time": time.time(), "attempt": self.attempt, "rank": self.rank, "step": step}
         append_line(self.path, {**line, **facts})
@@ -76,7 +76,7 @@ def _warn_once(path: Path, reason: str) -> None:
     logger.warning("%s cannot be written (%s): what it should say is lost, the run goes on", path, reason)
 
 
-def process_start() -> float:
+def process_start_time() -> float:
     """When this process began, in seconds since the epoch; now, where the system does not say."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
@@ -88,7 +88,7 @@ def process_start() -> float:
 
 def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None) -> list[Event]:
     """All events of a run in the order of their time; [] where there are none. Lines that are no events are left out
-    and told: added to `notices`, or logged as a warning.
+    and named: added to `notices`, or logged as a warning.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
@@ -96,7 +96,7 @@ def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None
     path = Path(folder, EVENTS_NAME)
     if not os.path.lexists(path):
         return []
-    bad = Bad(path)
+    bad = BadLines(path)
     events = [line for _, line in checked_lines(path, REQUIRED, bad)]
-    tell(bad, notices)
+    emit_notices(bad, notices)
     return sorted(events, key=lambda event: float(event["time"]))

@@ -34,8 +34,8 @@ from typing import Any
 
 from quadriga.errors import Problem, UserError
 from quadriga.metrics.events import Event, read_events
-from quadriga.metrics.jsonl import Record, records_of, tell
-from quadriga.metrics.lines import Bad
+from quadriga.metrics.jsonl import Record, emit_notices, iter_records
+from quadriga.metrics.lines import BadLines
 from quadriga.metrics.loggers import JSONL_NAME
 
 # What a record of each kind must tell beside attempt and step.
@@ -110,24 +110,24 @@ class Goodput:
         }
 
 
-def goodput_of(folder: str | os.PathLike[str]) -> Goodput | None:
+def read_goodput(folder: str | os.PathLike[str]) -> Goodput | None:
     """The account of the run in `folder`; None where it has left no line.
 
     Raises:
         UserError: a log cannot be read, is no regular file, is beyond a limit, or no line of it is a record.
     """
     metrics, notices = Path(folder, JSONL_NAME), list[str]()
-    bad = Bad(metrics)
-    records = list(records_of(metrics, REQUIRED, bad)) if os.path.lexists(metrics) else []
+    bad = BadLines(metrics)
+    records = list(iter_records(metrics, REQUIRED, bad)) if os.path.lexists(metrics) else []
     records = [record for record in records if "time" in record]  # of an unknown kind: only its time can count
-    tell(bad, notices)
-    found = account(read_events(folder, notices), records)
+    emit_notices(bad, notices)
+    found = compute_goodput(read_events(folder, notices), records)
     if found is None and notices:
         raise UserError(Problem("RUN", "\n".join(["nothing of its logs can be used:", *notices]), str(folder)))
     return None if found is None else replace(found, notices=tuple(notices))
 
 
-def account(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
+def compute_goodput(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
     """The account of a run by its events and its records, of all attempts; None where there are none."""
     by_attempt: dict[int, tuple[list[Event], list[Record]]] = defaultdict(lambda: ([], []))
     for event in events:
@@ -153,7 +153,7 @@ def account(events: Sequence[Event], records: Sequence[Record]) -> Goodput | Non
             idle += pause
         else:
             seconds["down"] += pause
-        attempts.append(start.told(limit, is_newest=not attempts))
+        attempts.append(start.to_attempt(limit, is_newest=not attempts))
         skipped += start.count("skip", limit)
         saves += start.count("save_end", limit)
         limit = min(limit, start.first_step if start.ready is not None else math.inf)
@@ -173,7 +173,7 @@ class _Start:
         self.first_step = 0
         if ready is not None:
             self.ready, self.first_step = float(ready["time"]), int(ready["step"])
-        elif self.training:  # no ledger was kept: the clock of a record begins right before the first step
+        elif self.training:  # no event log was kept: the clock of a record begins right before the first step
             self.ready = float(self.training[0]["time"] - self.training[0]["elapsed_seconds"])
             self.first_step = self.training[0]["step"] - 1
         lines = (*events, *records)
@@ -182,8 +182,8 @@ class _Start:
         self.began = min([*times, math.inf if self.ready is None else self.ready])
         if start is not None:
             self.began = float(start["process_start"] if "process_start" in start else start["time"])
-        told = (*events, *self.training, *self.validations)
-        marks = [(float(line["time"]), int(line["step"])) for line in told if line.get("rank", 0) == 0]
+        timed = (*events, *self.training, *self.validations)
+        marks = [(float(line["time"]), int(line["step"])) for line in timed if line.get("rank", 0) == 0]
         self.marks = list(_rising(marks, self.ready, self.first_step))
 
     @property
@@ -226,7 +226,7 @@ class _Start:
         kept = {"started": self.ready - self.began, "trained": useful - together, "lost": self.last - given_up}
         return kept | waits
 
-    def told(self, limit: float, is_newest: bool) -> Attempt:
+    def to_attempt(self, limit: float, is_newest: bool) -> Attempt:
         faults = sorted((e for e in self.events if e["event"] == "fault"), key=lambda e: bool(e.get("lost_peer")))
         end = self._first("end")
         if end is not None:

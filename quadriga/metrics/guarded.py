@@ -14,13 +14,13 @@ from quadriga.errors import printable
 from quadriga.log import logger
 
 
-class Writer(Protocol):
+class RecordWriter(Protocol):
     def write(self, record: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-W = TypeVar("W", bound=Writer)
+W = TypeVar("W", bound=RecordWriter)
 
 
 class WriteFailures:

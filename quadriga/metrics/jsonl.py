@@ -15,13 +15,13 @@ from typing import Any
 
 from quadriga.errors import UserError
 from quadriga.log import logger
-from quadriga.metrics.append import Appender, make_way
-from quadriga.metrics.lines import Bad, checked_lines
+from quadriga.metrics.append import Appender, ensure_appendable
+from quadriga.metrics.lines import BadLines, checked_lines
 from quadriga.reading import parse_json, read_tail
 
 Record = dict[str, Any]
 TAIL = 1 << 16  # more than the longest line
-MOST_ATTEMPTS = 10**9  # a number beyond was never counted up to
+MAX_ATTEMPT = 10**9  # a number beyond was never counted up to
 
 
 class JsonLines:
@@ -30,7 +30,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        make_way(self.path)
+        ensure_appendable(self.path)
         cut_torn_line(self.path)
         self._file = Appender(self.path)
 
@@ -75,18 +75,18 @@ def read_metrics(
 
     `kind` is "train" or "validation". What an earlier attempt logged beyond the step where a later one began again is
     left out, for that branch of the run was given up. Lines that are no records, or lack one of the `required` fields,
-    are left out and told: added to `notices`, or logged as a warning.
+    are left out and named: added to `notices`, or logged as a warning.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
     """
-    bad = Bad(Path(path))
+    bad = BadLines(Path(path))
     every: list[tuple[bool, Record]] = []  # whether it begins an attempt
     newest = 0
-    for record in records_of(Path(path), {kind: required}, bad):
+    for record in iter_records(Path(path), {kind: required}, bad):
         every.append((record["attempt"] > newest, record))
         newest = max(newest, record["attempt"])
-    tell(bad, notices)
+    emit_notices(bad, notices)
     kept: dict[int, Record] = {}
     limit: float = math.inf  # from this step on a later attempt trained again
     for begins, record in reversed(every):
@@ -97,7 +97,7 @@ def read_metrics(
     return [kept[step] for step in sorted(kept)]
 
 
-def tell(bad: Bad, notices: list[str] | None) -> None:
+def emit_notices(bad: BadLines, notices: list[str] | None) -> None:
     """Say which lines of a file are left out: into `notices`, or to the log."""
     if notices is not None:
         notices += bad.notices
@@ -122,12 +122,12 @@ def next_attempt(path: str | os.PathLike[str]) -> int:
         except UserError:
             continue
         attempt = found.get("attempt") if isinstance(found, dict) else None
-        if type(attempt) is int and 1 <= attempt < MOST_ATTEMPTS:
+        if type(attempt) is int and 1 <= attempt < MAX_ATTEMPT:
             return attempt + 1
     return 1
 
 
-def records_of(path: Path, required: Mapping[str, Collection[str]], bad: Bad) -> Iterator[Record]:
+def iter_records(path: Path, required: Mapping[str, Collection[str]], bad: BadLines) -> Iterator[Record]:
     """Every record of a file of ours, in its order. `required`: by kind, the fields beside attempt and step that a
     record must have; lines that are no records go to `bad`."""
     for number, line in checked_lines(path, ("attempt", "step"), bad):

@@ -1,7 +1,7 @@
 """Checked reading of a run's logs, `metrics.jsonl` and `events.jsonl`: one JSON object a line.
 
 A line is checked once, here: whoever reads it later finds each field that is named below of the type that it says. A
-line that is none (damaged, forged, of another program) is left out and told with its number; the others are used.
+line that is none (damaged, forged, of another program) is left out and named with its number; the others are used.
 Limits of size stand in `quadriga.limits`; a file beyond one, or one that is no regular file, is refused.
 """
 
@@ -22,22 +22,22 @@ Line = dict[str, Any]
 # Whole numbers, from 0 (attempts: from 1).
 COUNTS = {"attempt", "step", "rank", "tokens_seen", "tokens", "skipped_steps", "world_size", "bytes", "steps_lost"}
 # Seconds since the epoch, up to the year 9999: what a calendar can show.
-MOMENTS = {"time", "process_start"}
+TIMES = {"time", "process_start"}
 LATEST = 253_000_000_000
 # Durations, in seconds, and shares: finite, from 0.
 AMOUNTS = {"seconds", "blocked_seconds", "step_seconds", "elapsed_seconds", "data_wait", "data_wait_share"}
-MOST = 1e12
+MAX_AMOUNT = 1e12
 # Figures: any number, NaN and the infinities included, or null.
 FIGURES = {"loss", "max_loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_device", "tflops", "mfu"}
 FIGURES |= {"memory_reserved_gib", "memory_active_gib", "memory_peak_gib", "eta_seconds"}
 TEXTS = {"kind", "event", "error", "reason", "name", "path"}
 LARGEST = 2**63  # of any number: what other programs can hold, and float64 arithmetic takes without overflow
-MOST_PARTS = 1000  # of an object or a list within a line
+MAX_PARTS = 1000  # of an object or a list within a line
 SHOWN = 3  # bad lines that a notice names
 
 
 @dataclass
-class Bad:
+class BadLines:
     """The lines of a file that are left out: their number, and of the first ones where they are and why."""
 
     path: Path
@@ -53,17 +53,17 @@ class Bad:
     @property
     def notices(self) -> list[str]:
         """What a user is told: one line, or none."""
-        said = []
+        notices = []
         if self.count:
             more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
             some = "1 line is no record" if self.count == 1 else f"{self.count:,} lines are no records"
-            said.append(f"{self.path}: {some} of a run and left out ({'; '.join(self.first)}{more})")
+            notices.append(f"{self.path}: {some} of a run and left out ({'; '.join(self.first)}{more})")
         if self.torn:
-            said.append(f"{self.path}: the last line is half written, as a kill leaves it, and left out")
-        return said
+            notices.append(f"{self.path}: the last line is half written, as a kill leaves it, and left out")
+        return notices
 
 
-def checked_lines(path: Path, required: Collection[str], bad: Bad) -> Iterator[tuple[int, Line]]:
+def checked_lines(path: Path, required: Collection[str], bad: BadLines) -> Iterator[tuple[int, Line]]:
     """(number, line): the lines of a file that have the `required` fields, and known fields of their types.
 
     Others go to `bad`.
@@ -105,10 +105,10 @@ def _wrong(key: str, value: Any) -> str | None:
         least = 1 if key == "attempt" else 0
         right = type(value) is int and least <= value < LARGEST
         return None if right else f"{shortened(repr(value))}, not a whole number from {least} on"
-    if key in MOMENTS:
+    if key in TIMES:
         return None if _is_number(value) and 0 <= value <= LATEST else f"{shortened(repr(value))}, not a time"
     if key in AMOUNTS:
-        right = _is_number(value) and 0 <= value <= MOST
+        right = _is_number(value) and 0 <= value <= MAX_AMOUNT
         return None if right else f"{shortened(repr(value))}, not a duration or share of 0 or more"
     if key in FIGURES:
         return None if value is None or _is_number(value) else f"{shortened(repr(value))}, not a number"
@@ -119,11 +119,11 @@ def _wrong(key: str, value: Any) -> str | None:
 
 def _wrong_parts(key: str, value: dict[str, Any] | list[Any]) -> str | None:
     """Objects and lists are for further facts, which are few and plain."""
-    if key in COUNTS | MOMENTS | AMOUNTS | FIGURES | TEXTS:
+    if key in COUNTS | TIMES | AMOUNTS | FIGURES | TEXTS:
         return f"a JSON {json_type(value)}, not one value"
     parts = value.values() if isinstance(value, dict) else value
-    if len(value) > MOST_PARTS or any(isinstance(part, dict | list) for part in parts):
-        return f"a JSON {json_type(value)} of more than {MOST_PARTS} parts, or with others within"
+    if len(value) > MAX_PARTS or any(isinstance(part, dict | list) for part in parts):
+        return f"a JSON {json_type(value)} of more than {MAX_PARTS} parts, or with others within"
     return None
 
 

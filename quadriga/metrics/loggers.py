@@ -19,7 +19,7 @@ from quadriga.log import is_logging_rank, logger
 from quadriga.metrics.append import Appender
 from quadriga.metrics.guarded import Guarded, WriteFailures
 from quadriga.metrics.jsonl import JsonLines
-from quadriga.units import show_count, show_seconds
+from quadriga.units import format_count, format_seconds
 
 Record = dict[str, Any]
 JSONL_NAME = "metrics.jsonl"
@@ -60,8 +60,8 @@ def build_loggers(
     if section.enable_wandb and writes_curves:  # first, for it alone may refuse, and no file must be open then
         loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
     if section.enable_tensorboard and writes_curves:
-        curves = Path(folders.tensorboard, place)
-        loggers.append(Guarded(lambda: TensorBoard(curves, first_step), str(curves), failures))
+        curves_folder = Path(folders.tensorboard, place)
+        loggers.append(Guarded(lambda: TensorBoard(curves_folder, first_step), str(curves_folder), failures))
     if rank == 0:
         lines = Path(folders.dump, JSONL_NAME)
         loggers.append(Guarded(lambda: JsonLines(lines), str(lines), failures))
@@ -103,14 +103,14 @@ class Console:
             columns.append((f"MFU {100 * record['mfu']:5.1f}%", self.BOLD))
         waits = self.RED if record["data_wait_share"] > 0.05 else self.DIM
         columns.append((f"data wait {100 * record['data_wait_share']:4.1f}%", waits))
-        columns.append((f"left {show_seconds(record['eta_seconds'])}", self.DIM))
+        columns.append((f"left {format_seconds(record['eta_seconds'])}", self.DIM))
         return columns
 
     def _validation(self, record: Record) -> list[tuple[str, str]]:
         return [
             (f"step {record['step']:>{self._width}}/{self._steps}", self.BOLD),
             (f"validation loss {record['loss']:.5f}", self.GREEN),
-            (f"over {show_count(record['tokens'])} tokens in {show_seconds(record['seconds'])}", self.DIM),
+            (f"over {format_count(record['tokens'])} tokens in {format_seconds(record['seconds'])}", self.DIM),
         ]
 
     def _paint(self, text: str, style: str) -> str:
@@ -154,7 +154,7 @@ VALIDATION_CURVES: Sequence[tuple[str, str, float]] = (
 )
 
 
-def curves(record: Record) -> dict[str, float]:
+def curves_of_record(record: Record) -> dict[str, float]:
     """A record under the vocabulary's metric names; what is not known is left out."""
     names = VALIDATION_CURVES if record["kind"] == "validation" else CURVES
     return {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
@@ -184,7 +184,7 @@ class TensorBoard:
             raise
 
     def write(self, record: Record) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in curves(record).items()]
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in curves_of_record(record).items()]
         when = {"wall_time": record["time"], "step": record["step"]}
         self._append([self._event(**when, summary=self._summary(value=[value])) for value in values])
 
@@ -230,7 +230,7 @@ class WeightsAndBiases:
             logger.warning("%s cannot be written (%s): a resumed run begins another one", id_file, error.strerror)
 
     def write(self, record: Record) -> None:
-        self._run.log(curves(record), step=record["step"])
+        self._run.log(curves_of_record(record), step=record["step"])
 
     def close(self) -> None:
         self._run.finish()

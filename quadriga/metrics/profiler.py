@@ -129,7 +129,7 @@ class Profiler:
 
     def _build(self, steps: int) -> profile:
         section = self._section
-        cycle = Cycle.of(section.profile_freq, section.profiler_warmup, section.profiler_active, steps)
+        cycle = Cycle.of_run(section.profile_freq, section.profiler_warmup, section.profiler_active, steps)
         if cycle.length < section.profile_freq:
             what = f"the last {cycle.active} of them are recorded"
             logger.info(f"profiling: {steps} steps are less than one cycle; {what}")
@@ -139,14 +139,14 @@ class Profiler:
         else:  # torch's tracer prints a line at each start and stop; on a GPU its warnings are worth having
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         return _Profile(
-            self._told,
+            self._metadata,
             activities=activities,
-            schedule=cycles(cycle, steps),
+            schedule=profiler_schedule(cycle, steps),
             on_trace_ready=self._write_trace,
             record_shapes=True,
         )
 
-    def _told(self, since_ns: int) -> Mapping[str, Any]:
+    def _metadata(self, since_ns: int) -> Mapping[str, Any]:
         return {
             "first_step": self._first_step,
             "machine": socket.gethostname(),
@@ -161,7 +161,7 @@ class Profiler:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 done.export_chrome_trace(str(unpacked))
-                _refuse_half(unpacked)
+                _check_complete(unpacked)
             except RuntimeError as error:  # of torch, where it says anything at all
                 raise OSError(str(error)) from error
             self._pack_in_thread(unpacked, target)
@@ -183,7 +183,7 @@ class Profiler:
             logger.info(f"memory snapshot: {target}")
 
 
-def cycles(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
+def profiler_schedule(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
     """What to do at the step that is I steps after the first: each cycle's last `active` steps are recorded, and
     nothing is begun after the last of all `steps`."""
 
@@ -200,7 +200,7 @@ def cycles(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
     return action
 
 
-def _refuse_half(trace: Path) -> None:
+def _check_complete(trace: Path) -> None:
     """Torch says nothing where a disk is full: what it wrote ends anywhere then. Raises OSError."""
     end = b""
     with suppress(FileNotFoundError), trace.open("rb") as file:

@@ -16,8 +16,9 @@ class StepMetrics:
     `loss` is the mean cross-entropy of the step's global batch in nats per token, `max_loss` the greatest of the ranks'
     own means; `grad_norm` is the global L2 norm before clipping. `skipped`: how many steps of the run so far were bad
     and left the weights alone; `verdict`: on this one (see `resilience.health`). `data_wait` is in seconds.
-    `documents`: by row of this rank, the names of those that the row was made of. `left_out`: records of this rank's
-    rows that could not be read, each with where it is and why; `bad_records`: how many those of all ranks are so far.
+    `documents`: by row of this rank, the names of those that the row was made of. `skipped_records`: records of this
+    rank's rows that could not be read, each with where it is and why; `bad_records`: how many those of all ranks are so
+    far.
     """
 
     step: int
@@ -30,5 +31,5 @@ class StepMetrics:
     skipped: torch.Tensor
     verdict: torch.Tensor
     documents: Sequence[Sequence[tuple[int, int, int]]] = ()
-    left_out: Sequence[Any] = ()
+    skipped_records: Sequence[Any] = ()
     bad_records: torch.Tensor | None = None

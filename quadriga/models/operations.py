@@ -32,14 +32,14 @@ class Operation:
 
     `kind`: product (of a matrix, `matrix` is (in, out) and `module` its name), attention, norm, add (of two streams),
     cheap (by element), gather, scatter and reduce (over tensor-parallel ranks), gather_keys and exchange (over
-    context-parallel ranks). `takes` and `gives` name values; `saves` those that the backward pass needs,
+    context-parallel ranks). `inputs` and `output` name values; `saved` those that the backward pass needs,
     of both and of earlier ones. `extra`: values that come beside the result and serve the backward pass alone.
     """
 
     kind: str
-    takes: tuple[str, ...]
-    gives: str
-    saves: tuple[str, ...] = ()
+    inputs: tuple[str, ...]
+    output: str
+    saved: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     matrix: tuple[int, int] | None = None
     module: str = ""
@@ -51,7 +51,7 @@ class Trace:
 
     values: Mapping[str, Value]
     operations: tuple[Operation, ...]
-    gives: str
+    output: str
 
 
 @dataclass
@@ -66,19 +66,19 @@ class Tracer:
         name: str,
         value: Value,
         kind: str,
-        takes: tuple[str, ...],
-        saves: tuple[str, ...] = (),
+        inputs: tuple[str, ...],
+        saved: tuple[str, ...] = (),
         extra: Mapping[str, Value] | None = None,
         matrix: tuple[int, int] | None = None,
         module: str = "",
     ) -> str:
         self.values[name] = value
         self.values.update(extra or {})
-        self.operations.append(Operation(kind, takes, name, saves, tuple(extra or ()), matrix, module))
+        self.operations.append(Operation(kind, inputs, name, saved, tuple(extra or ()), matrix, module))
         return name
 
-    def trace(self, gives: str) -> Trace:
-        return Trace(self.values, tuple(self.operations), gives)
+    def trace(self, output: str) -> Trace:
+        return Trace(self.values, tuple(self.operations), output)
 
 
 @dataclass(frozen=True)

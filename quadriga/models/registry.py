@@ -34,7 +34,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def parallel_plan(spec: ModelSpec) -> ParallelPlan:
-    """How the model may be cut, and how each of its parameters is born."""
+    """How the model may be cut, and how each of its parameters is initialized."""
     _known(spec)
     return llama_plan.parallel_plan(spec)
 

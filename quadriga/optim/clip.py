@@ -20,20 +20,20 @@ EPSILON = 1e-6  # keeps the division finite; the customary value
 class GradientNorms:
     """`total`: over all gradients and all ranks that hold a part of them, float32, shape (), before any clipping.
 
-    `own`: of each gradient, in the order given, the norm of this rank's part of it; on a CPU the norms of its rows.
+    `local`: of each gradient, in the order given, the norm of this rank's part of it; on a CPU the norms of its rows.
     """
 
     total: Tensor
-    own: list[Tensor]
+    local: list[Tensor]
 
     def first_not_finite(self) -> Tensor:
         """Which gradient is the first that holds a number that is not finite: int64, shape (); -1 where none does."""
-        if not self.own:
+        if not self.local:
             return torch.tensor(-1)
-        if self.own[0].device.type == "cpu":
-            found = (number for number, norms in enumerate(self.own) if not norms.isfinite().all())
+        if self.local[0].device.type == "cpu":
+            found = (number for number, norms in enumerate(self.local) if not norms.isfinite().all())
             return torch.tensor(next(found, -1))
-        finite = torch.stack(self.own).isfinite().int()
+        finite = torch.stack(self.local).isfinite().int()
         return torch.where(finite.all(), -1, finite.argmin())
 
 
@@ -41,9 +41,9 @@ class GradientNorms:
 def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients of this global norm to `max_norm`, if that is above 0 and they exceed it; no device sync."""
     if max_norm > 0 and gradients:
-        own = [_local(gradient) for gradient in gradients]
+        local = [_to_local(gradient) for gradient in gradients]
         scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-        torch._foreach_mul_(own, scale.to(own[0].device))
+        torch._foreach_mul_(local, scale.to(local[0].device))
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -62,20 +62,20 @@ def gradient_norms(gradients: Iterable[Tensor], sum_over_stages: Reduce | None =
     the losses of two layouts would drift apart faster than by the order of their sums alone.
     """
     gradients = list(gradients)
-    own = _own_norms([_local(gradient) for gradient in gradients])
+    local = _local_norms([_to_local(gradient) for gradient in gradients])
     by_mesh: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
-    for gradient, norms in zip(gradients, own, strict=True):
-        by_mesh[_holders(gradient)].append(norms)
-    squares = [_over_holders(_sum_of_squares(norms), mesh, dims) for (mesh, dims), norms in by_mesh.items()]
+    for gradient, norms in zip(gradients, local, strict=True):
+        by_mesh[_shard_axes(gradient)].append(norms)
+    squares = [_sum_over_shards(_sum_of_squares(norms), mesh, dims) for (mesh, dims), norms in by_mesh.items()]
     square = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    return GradientNorms((sum_over_stages(square) if sum_over_stages else square).sqrt().float(), own)
+    return GradientNorms((sum_over_stages(square) if sum_over_stages else square).sqrt().float(), local)
 
 
-def _local(gradient: Tensor) -> Tensor:
+def _to_local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _holders(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+def _shard_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     """Over which axes of which mesh the gradient is spread. Copies along other axes are the same and count once."""
     if not isinstance(gradient, DTensor):
         return None, ()
@@ -85,7 +85,7 @@ def _holders(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     return gradient.device_mesh, cut
 
 
-def _own_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     if tensors[0].device.type == "cpu":
@@ -107,7 +107,7 @@ def _row_norms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).unsqueeze(0)
 
 
-def _over_holders(square: Tensor, mesh: DeviceMesh | None, axes: tuple[int, ...]) -> Tensor:
+def _sum_over_shards(square: Tensor, mesh: DeviceMesh | None, axes: tuple[int, ...]) -> Tensor:
     for axis in axes:
         assert mesh is not None
         if mesh.size(axis) > 1:

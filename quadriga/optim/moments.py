@@ -31,7 +31,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
     """Adam (arXiv 1412.6980) or, with `decoupled_weight_decay`, AdamW (arXiv 1711.05101).
 
     Its state has the names and shapes of torch's: `step` (float32), `exp_avg` and `exp_avg_sq`, both in `dtype`.
-    Parameters may be plain or DTensors, float32 or bfloat16. A step that `found_inf` withholds (see `withhold.py`)
+    Parameters may be plain or DTensors, float32 or bfloat16. A step that `found_inf` skips (see `skip_update.py`)
     leaves the state as it is, to the bit: to widen a number and to round it back changes nothing.
 
     Args:
@@ -57,14 +57,14 @@ class AdamWithMomentsIn(torch.optim.Adam):
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self._state_of(parameter, group) for parameter in parameters]
         held = (
-            [_own(parameter) for parameter in parameters],
-            [_own(state["exp_avg"]) for state in states],
-            [_own(state["exp_avg_sq"]) for state in states],
+            [_to_local(parameter) for parameter in parameters],
+            [_to_local(state["exp_avg"]) for state in states],
+            [_to_local(state["exp_avg_sq"]) for state in states],
         )
         weights, means, squares = wide = [[each.float() for each in column] for column in held]
         adam(
             weights,
-            [_own(each.grad).float() for each in parameters if each.grad is not None],  # as `step` has picked them
+            [_to_local(each.grad).float() for each in parameters if each.grad is not None],  # as `step` has picked them
             means,
             squares,
             [],
@@ -101,7 +101,7 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        more = _own(parameter).numel()
+        more = _to_local(parameter).numel()
         if bucket and size + more > BUCKET:
             yield bucket
             bucket, size = [], 0
@@ -111,6 +111,6 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _to_local(tensor: Tensor) -> Tensor:
     """What this rank holds of it, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -73,7 +73,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, section: LrScheduler, steps
     return LambdaLR(optimizer, lambda done: lr_factor(done + 1, section, steps))
 
 
-def wind_to(schedule: LambdaLR, done: int) -> None:
+def fast_forward(schedule: LambdaLR, done: int) -> None:
     """Put the schedule where `done` steps have been taken: what a resume needs, since the factor is a pure function.
 
     The rates follow the schedule as it is configured now, not as it was when a checkpoint was saved.

@@ -35,14 +35,14 @@ MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 # Dear to compute again: attention in each of its kernels (the CPU's has a name of its own) and over a sequence that is
 # shared, and what was sent. Not what was gathered: it is as many times larger than what is left of it as ranks sent it.
 # The largest absolute value that float8 takes its scale from is one number, and a pass over a whole matrix to find.
-KEPT = frozenset(
+SAVED_OPERATIONS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_attention_math.default,
-        torch.ops.quadriga.attention_of_pieces.default,
+        torch.ops.quadriga.chunk_attention.default,
         torch.ops.quadriga.ring_attention.default,
         c10d.reduce_scatter_tensor.default,
         c10d.all_to_all_single.default,
@@ -65,7 +65,7 @@ def apply_activation_checkpoint(
     """Make `blocks` (module names, in the order of the forward pass) recompute as `section` says.
 
     `memory_budget` sets `torch._functorch.config.activation_memory_budget`, which belongs to the whole process: torch's
-    partitioner has no other door.
+    partitioner has no other interface.
 
     Args:
         compiled: whether the blocks will be compiled.
@@ -172,7 +172,7 @@ def _per_operation_policy(forced: frozenset[tuple[int, int]]) -> Callable[..., C
     counts = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in KEPT:
+        if operation in SAVED_OPERATIONS:
             return CheckpointPolicy.MUST_SAVE
         if operation not in MATRIX_PRODUCTS or tuple(args[-1].shape) in forced:
             return CheckpointPolicy.PREFER_RECOMPUTE

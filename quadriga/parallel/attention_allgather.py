@@ -25,21 +25,21 @@ class AllGatherAttention(nn.Module):
         # The sequence goes first: a gather lays the ranks' parts one after the other along dimension 0.
         local = torch.stack((k, v)).movedim(3, 0).contiguous()
         gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(local, self.cut.size, self.group_name))
-        whole_k, whole_v = self.cut.put_together(gathered).movedim(0, 3).unbind()
-        out, _ = attention_of_pieces(q, whole_k, whole_v, self.cut.starts(q.shape[2]))
+        whole_k, whole_v = self.cut.to_sequence_order(gathered).movedim(0, 3).unbind()
+        out, _ = chunk_attention(q, whole_k, whole_v, self.cut.starts(q.shape[2]))
         return out
 
 
-@torch.library.custom_op("quadriga::attention_of_pieces", mutates_args=())
-def attention_of_pieces(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("quadriga::chunk_attention", mutates_args=())
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Causal attention of a part of a sequence to the whole of it: (out, lse).
 
     An operation of its own, so that no mask of queries x keys is made and nothing but `out` and `lse` is kept.
 
     Args:
-        q: (batch, heads, part, head_dim), as many equally long pieces as there are `starts`, one after the other.
+        q: (batch, heads, part, head_dim), as many equally long chunks as there are `starts`, one after the other.
         k, v: (batch, kv_heads, seq, head_dim), in natural order.
-        starts: the pieces' first positions.
+        starts: the chunks' first positions.
     """
     length = q.shape[2] // len(starts)
     out, lse = empty_result(q)
@@ -51,8 +51,8 @@ def attention_of_pieces(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) 
     return out, lse
 
 
-@torch.library.custom_op("quadriga::attention_of_pieces_backward", mutates_args=())
-def attention_of_pieces_backward(
+@torch.library.custom_op("quadriga::chunk_attention_backward", mutates_args=())
+def chunk_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Those of k and v are added up in float32 before they are rounded."""
@@ -61,33 +61,33 @@ def attention_of_pieces_backward(
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for number, start in enumerate(starts):
         own, seen = slice(number * length, (number + 1) * length), slice(0, start + length)
-        dq[:, :, own], piece_dk, piece_dv = attend_backward(
+        dq[:, :, own], chunk_dk, chunk_dv = attend_backward(
             *(grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own], lse[:, :, own]), causal=True
         )
-        dk[:, :, seen] += piece_dk
-        dv[:, :, seen] += piece_dv
+        dk[:, :, seen] += chunk_dk
+        dv[:, :, seen] += chunk_dv
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@attention_of_pieces.register_fake
+@chunk_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
     return empty_result(q)
 
 
-@attention_of_pieces_backward.register_fake
+@chunk_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(q, k, v)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.starts = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_of_pieces_backward(grad, *ctx.saved_tensors, ctx.starts), None
+    return *chunk_attention_backward(grad, *ctx.saved_tensors, ctx.starts), None
 
 
-attention_of_pieces.register_autograd(_backward, setup_context=_keep)
+chunk_attention.register_autograd(_backward, setup_context=_setup_context)

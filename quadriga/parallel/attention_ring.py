@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.comm.record import SENDS_WITHIN
+from quadriga.comm.call_recorder import SENDS_INSIDE
 from quadriga.parallel.attention_kernels import attend, attend_backward, empty_gradients, empty_result, merge
 from quadriga.parallel.sequence_cut import SequenceCut
 
@@ -31,13 +31,13 @@ class RingAttention(nn.Module):
         self.cut, self.group_name = cut, group_name
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = ring_attention(q, k, v, self.cut.rank, self.cut.size, self.cut.pieces, self.group_name)
+        out, _ = ring_attention(q, k, v, self.cut.rank, self.cut.size, self.cut.chunks, self.group_name)
         return out
 
 
 @torch.library.custom_op("quadriga::ring_attention", mutates_args=())
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str
+    q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, chunks: int, group_name: str
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a rank's part of a sequence to the whole of it: (out, lse).
 
@@ -46,19 +46,19 @@ def ring_attention(
 
     Args:
         q: (batch, heads, part, head_dim). k, v: (batch, kv_heads, part, head_dim).
-        rank, size, pieces: see `SequenceCut`.
+        rank, size, chunks: see `SequenceCut`.
     """
     kv = torch.stack((k, v))
-    coming = _send_on(kv, rank, size, group_name)
+    coming = _send_to_next(kv, rank, size, group_name)
     out, lse = attend(q, k, v, causal=True)
     out = out.float()
     for step in range(1, size):
         kv = c10d.wait_tensor(coming)
         if step < size - 1:
-            coming = _send_on(kv, rank, size, group_name)
-        met = _meeting(step, rank, pieces, q.shape[2])
-        if met is not None:
-            ours, theirs = met
+            coming = _send_to_next(kv, rank, size, group_name)
+        visible = _visible_keys(step, rank, chunks, q.shape[2])
+        if visible is not None:
+            ours, theirs = visible
             new = attend(q[:, :, ours], kv[0][:, :, theirs], kv[1][:, :, theirs], causal=False)
             out[:, :, ours], lse[:, :, ours] = merge((out[:, :, ours], lse[:, :, ours]), new)
     result, result_lse = empty_result(q)
@@ -75,48 +75,48 @@ def ring_attention_backward(
     lse: Tensor,
     rank: int,
     size: int,
-    pieces: int,
+    chunks: int,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, added up in float32."""
     kv = torch.stack((k, v))
-    coming = _send_on(kv, rank, size, group_name)
+    coming = _send_to_next(kv, rank, size, group_name)
     dq, dk, dv = (x.float() for x in attend_backward(grad, q, k, v, out, lse, causal=True))
-    travelling: Tensor | None = None
+    kv_grads_in_flight: Tensor | None = None
     for step in range(1, size):
         kv = c10d.wait_tensor(coming)
         if step < size - 1:
-            coming = _send_on(kv, rank, size, group_name)
+            coming = _send_to_next(kv, rank, size, group_name)
         passing = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-        met = _meeting(step, rank, pieces, q.shape[2])
-        if met is not None:
-            ours, theirs = met
+        visible = _visible_keys(step, rank, chunks, q.shape[2])
+        if visible is not None:
+            ours, theirs = visible
             seen = (kv[0][:, :, theirs], kv[1][:, :, theirs])
             mine = (grad[:, :, ours], q[:, :, ours], *seen, out[:, :, ours], lse[:, :, ours])
             part, passing[0][:, :, theirs], passing[1][:, :, theirs] = attend_backward(*mine, causal=False)
             dq[:, :, ours] += part
-        if travelling is not None:
-            passing += c10d.wait_tensor(travelling)
+        if kv_grads_in_flight is not None:
+            passing += c10d.wait_tensor(kv_grads_in_flight)
         # The last rank that keys and values come to is the one before their home.
-        travelling = _send_on(passing, rank, size, group_name)
-    home = c10d.wait_tensor(travelling)
-    return _rounded(dq, q), _rounded(dk + home[0], k), _rounded(dv + home[1], v)
+        kv_grads_in_flight = _send_to_next(passing, rank, size, group_name)
+    kv_grads = c10d.wait_tensor(kv_grads_in_flight)
+    return _rounded(dq, q), _rounded(dk + kv_grads[0], k), _rounded(dv + kv_grads[1], v)
 
 
-def _meeting(step: int, rank: int, pieces: int, length: int) -> tuple[slice, slice] | None:
+def _visible_keys(step: int, rank: int, chunks: int, length: int) -> tuple[slice, slice] | None:
     """Which of our `length` queries see which keys of the rank that is `step` before us on the ring; None: no two.
 
-    Of a rank before us in the sequence (the ring has not closed yet) all queries see the early piece, and none the
-    late one, which stands behind our own. Of a rank behind us only our late piece sees anything, and it sees both.
+    Of a rank before us in the sequence (the ring has not closed yet) all queries see the early chunk, and none the
+    late one, which stands behind our own. Of a rank behind us only our late chunk sees anything, and it sees both.
     """
     is_before_us = step <= rank
-    if pieces == 1:
+    if chunks == 1:
         return (EVERYTHING, EVERYTHING) if is_before_us else None
     half = length // 2
     return (EVERYTHING, slice(0, half)) if is_before_us else (slice(half, None), EVERYTHING)
 
 
-def _send_on(tensor: Tensor, rank: int, size: int, group_name: str) -> Tensor:
+def _send_to_next(tensor: Tensor, rank: int, size: int, group_name: str) -> Tensor:
     """Start to send to the next rank; what comes from the rank before us, there after `wait_tensor`.
 
     An all-to-all in which each rank has but one receiver: point to point on the wire.
@@ -132,7 +132,7 @@ def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @ring_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, pieces: int, group_name: str) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, chunks: int, group_name: str) -> tuple[Tensor, Tensor]:
     return empty_result(q)
 
 
@@ -141,7 +141,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     return empty_gradients(q, k, v)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.ring = inputs
     ctx.save_for_backward(q, k, v, *output)
 
@@ -150,7 +150,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *ring_attention_backward(grad, *ctx.saved_tensors, *ctx.ring), None, None, None, None
 
 
-ring_attention.register_autograd(_backward, setup_context=_keep)
+ring_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _sends(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *ring: Any) -> Iterator[tuple[str, int]]:
@@ -166,5 +166,5 @@ def _backward_sends(
         yield "all_to_all", 2 * k.numel() * torch.float32.itemsize
 
 
-SENDS_WITHIN["quadriga::ring_attention"] = _sends
-SENDS_WITHIN["quadriga::ring_attention_backward"] = _backward_sends
+SENDS_INSIDE["quadriga::ring_attention"] = _sends
+SENDS_INSIDE["quadriga::ring_attention_backward"] = _backward_sends

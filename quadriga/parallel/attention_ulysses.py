@@ -25,10 +25,10 @@ class UlyssesAttention(nn.Module):
         heads = [x.shape[1] // size for x in (q, k, v)]
         # (batch, ranks, heads, part, head_dim), so that one exchange carries all three; then ranks and part go first.
         by_rank = torch.cat([x.unflatten(1, (size, -1)) for x in (q, k, v)], dim=2)
-        whole = self.cut.put_together(self._exchanged(by_rank.permute(1, 3, 0, 2, 4)))
+        whole = self.cut.to_sequence_order(self._exchanged(by_rank.permute(1, 3, 0, 2, 4)))
         attended = self.core(*whole.permute(1, 2, 0, 3).split(heads, dim=1))
-        dealt = self.cut.deal_out(attended.permute(2, 0, 1, 3)).unflatten(0, (size, -1))
-        return self._exchanged(dealt).unflatten(0, (size, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        by_rank = self.cut.to_rank_order(attended.permute(2, 0, 1, 3)).unflatten(0, (size, -1))
+        return self._exchanged(by_rank).unflatten(0, (size, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 
     def _exchanged(self, x: Tensor) -> Tensor:
         """(ranks, part, ...), for each rank what it shall get -> (ranks * part, ...), from each rank what it sent."""

@@ -30,7 +30,7 @@ def maybe_compile_loss(loss: F, section: Compile, *, sliced_on_cpu: bool = False
     Not by inductor where logits are cut along the vocabulary on a CPU (`sliced_on_cpu`): for some numbers of tokens its
     code computes a wrong loss there without a word, in torch 2.13 (of 4 and 8 tokens without gradients, of 22 with).
 
-    Once for each number of tokens, of which a run has few: two where the loss is made in pieces, and those of
+    Once for each number of tokens, of which a run has few: two where the loss is made in chunks, and those of
     validation. One graph for any number of them fails in torch 2.13 on logits that are DTensors (endless recursion).
     """
     if not (section.enable and "loss" in section.components):

@@ -37,7 +37,7 @@ METHODS = {"allgather": AllGatherAttention, "ring": RingAttention, "ulysses": Ul
 def apply_context_parallel(
     model: nn.Module, attention_units: tuple[str, ...], mesh: DeviceMesh, parallelism: Parallelism
 ) -> None:
-    """Let attention see the whole sequence, of which each rank of the one-dimensional `mesh` holds `own_positions`.
+    """Let attention see the whole sequence, of which each rank of the one-dimensional `mesh` holds `local_positions`.
 
     Each of `attention_units` is replaced by a module without parameters that takes and gives what it did, of the rank's
     part of the sequence: q (batch, heads, part, head_dim), k and v with as many heads or fewer.
@@ -49,19 +49,19 @@ def apply_context_parallel(
         model.set_submodule(name, method(model.get_submodule(name), cut, group_name))
 
 
-def own_positions(seq_len: int, rank: int, degree: int, load_balancer: str | None) -> Tensor:
+def local_positions(seq_len: int, rank: int, degree: int, load_balancer: str | None) -> Tensor:
     """Where in the whole sequence the tokens of `rank` stand: int64 (seq_len / degree,), on the host.
 
     Raises:
-        ValueError: the sequence does not divide into equal pieces, or the load balancer is not known here.
+        ValueError: the sequence does not divide into equal chunks, or the load balancer is not known here.
     """
     cut = _cut(rank, degree, load_balancer)
-    if seq_len % (degree * cut.pieces):
-        raise ValueError(f"{seq_len} tokens do not divide into {degree * cut.pieces} equal pieces")
+    if seq_len % (degree * cut.chunks):
+        raise ValueError(f"{seq_len} tokens do not divide into {degree * cut.chunks} equal pieces")
     return cut.positions(seq_len // degree)
 
 
 def _cut(rank: int, degree: int, load_balancer: str | None) -> SequenceCut:
     if load_balancer not in ("headtail", None):
         raise ValueError(f"no load balancer {load_balancer!r} for causal attention: headtail, or None")
-    return SequenceCut(rank, degree, pieces=2 if load_balancer == "headtail" and degree > 1 else 1)
+    return SequenceCut(rank, degree, chunks=2 if load_balancer == "headtail" and degree > 1 else 1)

@@ -101,7 +101,7 @@ def free_gathered_parameters(model: nn.Module) -> None:
 def _always(parallelism: Parallelism, training: Training) -> bool:
     """`always` frees even the units that the plan would keep, the first ones that the backward pass needs.
 
-    But not where the loss is made in pieces: it needs the output layer's weights once the forward pass is through.
+    But not where the loss is made in chunks: it needs the output layer's weights once the forward pass is through.
     """
     return parallelism.fsdp_reshard_after_forward == "always" and training.loss_chunks == 1
 

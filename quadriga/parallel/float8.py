@@ -21,7 +21,7 @@ from quadriga.config.schema import LinearFloat8
 from quadriga.errors import Problem, UserError
 from quadriga.log import logger
 from quadriga.models.plan import TensorCut
-from quadriga.parallel.tensor_parallel import own_output
+from quadriga.parallel.tensor_parallel import plain_output
 
 TABLE = "quantize.linear.float8"
 TORCHAO = "0.18.0"
@@ -43,18 +43,18 @@ def apply_float8(model: nn.Module, cuts: tuple[TensorCut, ...], mesh: Mesh, sect
         _check_device(mesh.device_mesh.device_type)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    left = dict(_left_as_they_are(model, cuts, mesh.tp.size(), section))
+    unconverted = dict(_unconverted_layers(model, cuts, mesh.tp.size(), section))
     config = Float8LinearConfig.from_recipe_name(section.recipe_name or "tensorwise")
     config = replace(
         config, emulate=section.emulate, enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather
     )
-    convert_to_float8_training(model, module_filter_fn=lambda module, name: name not in left, config=config)
+    convert_to_float8_training(model, module_filter_fn=lambda module, name: name not in unconverted, config=config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and section.enable_fsdp_float8_all_gather:
             module.register_state_dict_post_hook(_save_plain_weight)
         if isinstance(module, nn.Linear) and "." not in name:  # not within a block
-            module.register_forward_hook(own_output)  # torchao's layer gives a view
-    _tell(model, left, section)
+            module.register_forward_hook(plain_output)  # torchao's layer gives a view
+    _log_summary(model, unconverted, section)
 
 
 def precompute_scales(
@@ -90,7 +90,7 @@ def _save_plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, me
     state[name] = plain
 
 
-def _left_as_they_are(
+def _unconverted_layers(
     model: nn.Module, cuts: tuple[TensorCut, ...], tp: int, section: LinearFloat8
 ) -> Iterator[tuple[str, str]]:
     """Names of linear layers that are not converted, each with the reason."""
@@ -121,14 +121,14 @@ def _size_filter(section: LinearFloat8) -> Callable[[nn.Module, str], bool]:
     return is_large
 
 
-def _tell(model: nn.Module, left: dict[str, str], section: LinearFloat8) -> None:
+def _log_summary(model: nn.Module, unconverted: dict[str, str], section: LinearFloat8) -> None:
     from torchao.float8.float8_linear import Float8Linear
 
     count = sum(isinstance(module, Float8Linear) for module in model.modules())
     how = "emulated, for its numerics and not for speed" if section.emulate else section.recipe_name or "tensorwise"
     logger.info(f"float8: {count} linear layers ({how})")
-    for reason in dict.fromkeys(left.values()):
-        names = [name for name, why in left.items() if why == reason]
+    for reason in dict.fromkeys(unconverted.values()):
+        names = [name for name, why in unconverted.items() if why == reason]
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         logger.info(f"float8: {len(names)} left as they are, {reason}: {shown}")
 

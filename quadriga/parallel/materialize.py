@@ -25,7 +25,7 @@ from quadriga.models.plan import ParameterPlan
 
 BLOCK_ELEMENTS = 2**18
 _CENTRE = 1 - 2**-24  # see `_to_normal`
-_PIECE = 2**15  # small enough for the nearest cache, and for PyTorch not to split it over threads of its own
+_CHUNK = 2**15  # small enough for the nearest cache, and for PyTorch not to split it over threads of its own
 
 
 def materialize(model: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
@@ -86,9 +86,9 @@ def draw(seed: int, name: str, block: int, shape: tuple[int, ...], std: float, b
     key = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
     drawn = torch.empty(shape)
-    for piece in drawn.view(-1).split(_PIECE):
-        generator.random(out=piece.numpy(), dtype=np.float32)
-        _to_normal(piece, std, bound)
+    for chunk in drawn.view(-1).split(_CHUNK):
+        generator.random(out=chunk.numpy(), dtype=np.float32)
+        _to_normal(chunk, std, bound)
     return drawn
 
 

@@ -14,7 +14,7 @@ from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
-from quadriga.parallel.chunked_loss import hand_on_hidden_states
+from quadriga.parallel.chunked_loss import return_hidden_states
 from quadriga.parallel.compile import apply_compile
 from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
@@ -43,19 +43,18 @@ def parallelize(
     compiler's memory budget.
     """
     compiled = compile.enable and "model" in compile.components
-    in_pieces = training.loss_chunks > 1
 
     # Before everything else: it puts other modules in the place of linear layers, and all that follows hangs on them.
     if float8 is not None:
         apply_float8(model, plan.tensor_cuts, mesh, float8)
 
     # After the exchange, which would bring another output layer. What was to come out of it is made within the loss.
-    if in_pieces and plan.logits_unit is not None:
-        hand_on_hidden_states(model, plan.logits_unit)
+    if training.loss_chunks > 1 and plan.logits_unit is not None:
+        return_hidden_states(model, plan.logits_unit)
 
     # Then the cut: everything later finds the slices of the matrices where the matrices were.
     if mesh.tp.size() > 1:
-        apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism, loss_in_pieces=in_pieces)
+        apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism, loss_chunks=training.loss_chunks)
 
     # Before recompute and compile, which take the attention that they find into a block.
     if mesh.cp.size() > 1:

@@ -48,7 +48,7 @@ from quadriga.parallel.data_parallel import set_gradient_sync
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def take_out(model: nn.Module, modules: Sequence[str]) -> None:
+def remove_modules(model: nn.Module, modules: Sequence[str]) -> None:
     """Remove `modules` (full names) from `model`, in place: layers by their key, ends by None. Other names stay."""
     for name in modules:
         above, _, last = name.rpartition(".")
@@ -65,7 +65,7 @@ def stages_of_rank(stage_ranks: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Wires:
+class StageShapes:
     """What goes from stage to stage for one micro-batch.
 
     `shape`: of hidden states (rows, tokens, dim) as one rank holds them: with sequence parallelism its part of the
@@ -105,7 +105,7 @@ class Pipeline:
         stage_ranks: Sequence[int],
         mesh: DeviceMesh,
         device: torch.device,
-        wires: Wires,
+        stage_shapes: StageShapes,
         micro_batches: int,
         parallelism: Parallelism,
         loss: Loss,
@@ -113,11 +113,11 @@ class Pipeline:
     ) -> None:
         self._parts = dict(parts)
         self._stage_ranks = tuple(stage_ranks)
-        self._mesh, self._device, self._wires = mesh, device, wires
+        self._mesh, self._device, self._stage_shapes = mesh, device, stage_shapes
         self._micro_batches, self._parallelism, self._loss = micro_batches, parallelism, loss
-        self._weights_later = _nothing_is_left if recomputes else None
+        self._dw_builder = _no_weight_grads if recomputes else None
         self._is_first, self._is_last = 0 in parts, len(stage_ranks) - 1 in parts
-        self._call = _Call()
+        self._call = _CallState()
 
     def train(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, reduce: bool, last: bool) -> Tensor:
         """Forward and backward through all stages: gradients are added to those that are there.
@@ -135,7 +135,7 @@ class Pipeline:
         """
         self._call.set(positions, reduce, last)
         losses: list[Tensor] = []
-        with _own_error():
+        with _stage_error():
             self._training.step(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
         return self._sum(losses)
 
@@ -143,7 +143,7 @@ class Pipeline:
         """Forward alone. Arguments and result as those of `train`."""
         self._call.set(positions, reduce=False, last=False)
         losses: list[Tensor] = []
-        with _own_error():
+        with _stage_error():
             self._forward_only.eval(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
         return self._sum(losses)
 
@@ -160,7 +160,7 @@ class Pipeline:
 
     @cached_property
     def _forward_only(self) -> _PipelineSchedule:
-        """Stage by stage, each with all micro-batches: works for any number of them and for any dealing of stages.
+        """Stage by stage, each with all micro-batches: works for any number of them and for any assignment of stages.
 
         torch's own `eval` of a schedule runs the backward pass as well, with nothing to do, and stumbles in a V.
         """
@@ -180,7 +180,7 @@ class Pipeline:
         schedule.pipeline_order_with_comms = _add_send_recv(
             order, stage_to_rank=self._stage_ranks.__getitem__, num_stages=len(self._stage_ranks)
         )
-        for stage in stages:  # the schedule has just dealt them out in a loop
+        for stage in stages:  # the schedule has just assigned them in a loop
             stage.stage_index_to_group_rank = dict(enumerate(self._stage_ranks))
         return schedule
 
@@ -190,11 +190,11 @@ class Pipeline:
             _Stage(
                 *(part, index, len(self._stage_ranks), self._device),
                 mesh=self._mesh,
-                wires=self._wires,
+                stage_shapes=self._stage_shapes,
                 call=self._call,
                 micro_batches=self._micro_batches,
                 reshards=self._parallelism.fsdp_reshard_after_forward == "always",
-                weights_later=self._weights_later,
+                dw_builder=self._dw_builder,
             )
             for index, part in self._parts.items()
         ]
@@ -211,7 +211,7 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum()
 
 
-class _Call:
+class _CallState:
     """What the stages are to know of the call that is running."""
 
     positions: Tensor
@@ -240,24 +240,24 @@ class _Stage(PipelineStage):
         device: torch.device,
         *,
         mesh: DeviceMesh,
-        wires: Wires,
-        call: _Call,
+        stage_shapes: StageShapes,
+        call: _CallState,
         micro_batches: int,
         reshards: bool,
-        weights_later: Callable[[], Callable[[], None]] | None,
+        dw_builder: Callable[[], Callable[[], None]] | None,
     ) -> None:
         super().__init__(
             part,
             index,
             count,
             device,
-            input_args=wires.tokens() if index == 0 else wires.hidden_states(),
-            output_args=wires.hidden_states(),  # the last stage's output goes nowhere, so its shape does not matter
+            input_args=stage_shapes.tokens() if index == 0 else stage_shapes.hidden_states(),
+            output_args=stage_shapes.hidden_states(),  # the last stage's goes nowhere: its shape does not matter
             group=mesh.get_group(),
-            dw_builder=weights_later,
+            dw_builder=dw_builder,
         )
         self.call, self._micro_batches, self._reshards = call, micro_batches, reshards
-        self._gone_back = 0
+        self._backward_count = 0
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.submod(*args, positions=self.call.positions, **kwargs)
@@ -270,34 +270,34 @@ class _Stage(PipelineStage):
         if backward_type == "input":
             gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
             return _sendable(gradients), groups
-        self._gone_back += 1
-        last = self._gone_back == self._micro_batches
+        self._backward_count += 1
+        last = self._backward_count == self._micro_batches
         if backward_type == "full":
             # torch reduces nothing until the end; here units reduce one by one, as they do without a pipeline.
-            self._prepare(self.call.reduce, last and self.call.last)
+            self._set_gradient_sync(self.call.reduce, last and self.call.last)
             return _sendable(stage_backward(**bwd_kwargs)), None
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if not last:
-            self._collect(reduce=self.call.reduce, last=False)
+            self._reduce_gradients(reduce=self.call.reduce, last=False)
         return _sendable(gradients), groups
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of the stage's part in a call."""
         assert grad_scale_factor == 1, "losses are sums, whose gradients are not divided"
-        self._gone_back = 0
-        self._collect(self.call.reduce or self.call.last, self.call.last)
+        self._backward_count = 0
+        self._reduce_gradients(self.call.reduce or self.call.last, self.call.last)
 
-    def _prepare(self, reduce: bool, last: bool) -> None:
+    def _set_gradient_sync(self, reduce: bool, last: bool) -> None:
         """Parameters that stay together after a forward pass do so until the last call, for what follows."""
         if isinstance(self.submod, FSDPModule):
             set_gradient_sync(self.submod, reduce, last)
             self.submod.set_reshard_after_backward(last or self._reshards)
             self.submod.set_is_last_backward(True)  # wait for the reductions, and let their buffers go
 
-    def _collect(self, reduce: bool, last: bool) -> None:
+    def _reduce_gradients(self, reduce: bool, last: bool) -> None:
         """Reduce the gradients that are there or, if not, add them up in the reduce dtype."""
         if isinstance(self.submod, FSDPModule):
-            self._prepare(reduce, last)
+            self._set_gradient_sync(reduce, last)
             # Autograd's last hook: it treats every unit whose own hook has not fired. (torch hangs `state` on the
             # function at its import, which a type checker does not see; its own pipelining calls the same.)
             fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
@@ -308,10 +308,10 @@ class _Stage(PipelineStage):
         return []
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> Any:
-        return _Yes()
+        return _VotedYes()
 
     def _warmup_backward_result(self, received_result: Any = None) -> Any:
-        return _Yes()
+        return _VotedYes()
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
@@ -319,12 +319,12 @@ class _Stage(PipelineStage):
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]  # torch 2.13 has it no more, nor calls it
 
 
-def _nothing_is_left() -> Callable[[], None]:
+def _no_weight_grads() -> Callable[[], None]:
     """What the second part of a backward pass does where the first one did everything."""
     return lambda: None
 
 
-class _Yes:
+class _VotedYes:
     """The outcome of a vote, as torch reads it. Not a tensor: in a rehearsal those hold nothing."""
 
     def item(self) -> int:
@@ -337,7 +337,7 @@ def _sendable(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]
 
 
 @contextmanager
-def _own_error() -> Iterator[None]:
+def _stage_error() -> Iterator[None]:
     """Raise what went wrong in a stage itself, and not torch's report that something did.
 
     The report lists arguments and hides a user's mistake, which has its own exit code.

@@ -55,11 +55,11 @@ def apply_tensor_parallel(
     mesh: DeviceMesh,
     parallelism: Parallelism,
     *,
-    loss_in_pieces: bool = False,
+    loss_chunks: int = 1,
 ) -> None:
     """Cut `model` over the one-dimensional `mesh`, in place. It may be on meta, or a pipeline stage; names stay.
 
-    With `loss_in_pieces` hidden states come out of it, whole, as a DTensor: `chunked_loss` makes logits of them.
+    With `loss_chunks` above 1 hidden states come out of it, whole, as a DTensor: `chunked_loss` makes logits of them.
 
     Gradients of parameters that are whole on every rank come out as sums to be made (`Partial`), one part a rank:
     `fully_shard`, applied later, makes them.
@@ -69,13 +69,13 @@ def apply_tensor_parallel(
     """
     hidden = SEQUENCE if parallelism.enable_sequence_parallel else WHOLE
     logits: Placement | None = WHOLE if parallelism.disable_loss_parallel else FEATURES
-    if loss_in_pieces:
+    if loss_chunks > 1:
         logits = None
     for cut in cuts:
         module = model.get_submodule(cut.module)
         _cut(module, cut.style, mesh, hidden, logits)
         if "." not in cut.module:  # not within a block
-            module.register_forward_hook(own_output)
+            module.register_forward_hook(plain_output)
     if parallelism.enable_async_tensor_parallel:
         _overlap_communication(mesh)
 
@@ -150,7 +150,7 @@ def _convert(
     parallelize_module(module, mesh, style)
 
 
-class _Own(torch.autograd.Function):
+class _PlainTensor(torch.autograd.Function):
     """The same numbers in a tensor that has arrived and is a view of no other. Copies nothing."""
 
     @staticmethod
@@ -162,8 +162,8 @@ class _Own(torch.autograd.Function):
         return gradient
 
 
-def own_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """What the ends of the model hand on: a plain tensor, in which nothing of the way it came is left.
+def plain_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What the ends of the model return: a plain tensor, in which nothing of the way it came is left.
 
     The embedding's output is still on its way (`AsyncCollectiveTensor`), and a compiled block that is given such a
     tensor computes wrong gradients or fails in the backward pass. An eager block loses nothing by waiting here: its
@@ -172,7 +172,7 @@ def own_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Te
     """
     if isinstance(output, DTensor):
         return output
-    own: Tensor = _Own.apply(output)
+    own: Tensor = _PlainTensor.apply(output)
     return own
 
 

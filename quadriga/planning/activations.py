@@ -15,14 +15,14 @@ from functools import cache, cached_property, lru_cache
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.operations import Cut, Kernels, Operation, Trace, Value
 
-WIDE = 4  # bytes of float32
-KEPT_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
+FLOAT32_BYTES = 4
+SAVED_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
 WEIGHTED = ("product", "norm")  # that have parameters
-REMADE_KINDS = ("cheap", "norm")  # that the compiler computes again where that saves memory
+RECOMPUTABLE_KINDS = ("cheap", "norm")  # that the compiler computes again where that saves memory
 
 
 @dataclass(frozen=True)
-class Holding:
+class LocalSizes:
     """What one rank holds of a micro-batch: `tokens` of its own; `itemsize` of the computing dtype, in bytes."""
 
     tokens: int
@@ -39,24 +39,24 @@ class Holding:
             "features": self.tokens / self.tp,
             "sequence": self.tokens * self.cp / self.tp,
         }[value.spread]
-        return tokens * value.width * (WIDE if value.float32 else self.itemsize)
+        return tokens * value.width * (FLOAT32_BYTES if value.float32 else self.itemsize)
 
 
 class Activations:
     """Sizes of one trace on one rank."""
 
-    def __init__(self, trace: Trace, holding: Holding) -> None:
-        self.trace, self.holding = trace, holding
-        self.sizes: Mapping[str, float] = {name: holding.size(value) for name, value in trace.values.items()}
-        self.everything = frozenset(name for operation in trace.operations for name in operation.saves)
+    def __init__(self, trace: Trace, local_sizes: LocalSizes) -> None:
+        self.trace, self.local_sizes = trace, local_sizes
+        self.sizes: Mapping[str, float] = {name: local_sizes.size(value) for name, value in trace.values.items()}
+        self.all_saved = frozenset(name for operation in trace.operations for name in operation.saved)
 
     def bytes(self, names: Iterable[str]) -> float:
         return sum(self.sizes[name] for name in names)
 
     @cached_property
-    def weighted(self) -> float:
+    def weighted_outputs(self) -> float:
         """Bytes of what the operations with weights of their own give."""
-        return self.bytes(each.gives for each in self.trace.operations if each.kind in WEIGHTED)
+        return self.bytes(each.output for each in self.trace.operations if each.kind in WEIGHTED)
 
     @cache  # noqa: B019
     def kept(self, mode: str, compiled: bool, forced: frozenset[tuple[int, int]] = frozenset()) -> frozenset[str]:
@@ -68,53 +68,57 @@ class Activations:
             return frozenset({"x"})
         if mode == "op":
             return frozenset({"x", *self._kept_per_operation(forced)})
-        return self._remade(self.everything) if compiled else self.everything
+        return self._without_recomputable(self.all_saved) if compiled else self.all_saved
 
     def _kept_per_operation(self, forced: frozenset[tuple[int, int]]) -> Iterable[str]:
         products = 0
         for operation in self.trace.operations:
-            if operation.kind in KEPT_KINDS:
-                yield from (operation.gives, *operation.extra)
+            if operation.kind in SAVED_KINDS:
+                yield from (operation.output, *operation.extra)
             elif operation.kind == "product" and operation.matrix not in forced:
                 products += 1
                 if products % 2 == 1:
-                    yield operation.gives
+                    yield operation.output
 
-    def _remade(self, names: frozenset[str]) -> frozenset[str]:
+    def _without_recomputable(self, names: frozenset[str]) -> frozenset[str]:
         """Without what can be made again from what is kept anyway, or from less."""
         kept = set(names)
         for operation in reversed(self.trace.operations):
-            made = kept.intersection((operation.gives, *operation.extra))
-            if operation.kind not in REMADE_KINDS or not made:
+            made = kept.intersection((operation.output, *operation.extra))
+            if operation.kind not in RECOMPUTABLE_KINDS or not made:
                 continue
             small = {name for name in made if self.trace.values[name].width == 1}  # a norm's statistics
-            sources = set(operation.takes) - kept
+            sources = set(operation.inputs) - kept
             if self.bytes(sources) < self.bytes(made - small):
                 kept = (kept - (made - small)) | sources
         return frozenset(kept)
 
     @cache  # noqa: B019 - as many as `activations_of` keeps
-    def backward_peak(self, alive: frozenset[str], weight_itemsize: float, added: bool = False) -> float:
+    def backward_peak(self, alive: frozenset[str], weight_itemsize: float, accumulates: bool = False) -> float:
         """The most that the backward pass needs at once: of `alive`, which is freed on the way, of gradients of
         values, and of the gradients of its matrices, which take `weight_itemsize` bytes a number (0: made elsewhere).
 
-        `added`: each matrix's gradient is added to one that is there, and dropped.
+        `accumulates`: each matrix's gradient is added to one that is there, and dropped.
         """
-        return _BackwardWalk(self, alive, weight_itemsize, added).to_the_end()
+        return _BackwardWalk(self, alive, weight_itemsize, accumulates).run()
 
     @cached_property
-    def inputs_peak(self) -> float:
+    def bwd_input_peak(self) -> float:
         """The most that gradients of inputs alone need at once, beside what the forward pass left, all of which stays:
         gradients of what operations with weights give stay as well."""
-        return _BackwardWalk(self, frozenset(), 0.0, added=False, keeps=True).to_the_end()
+        return _BackwardWalk(self, frozenset(), 0.0, accumulates=False, keeps_output_grads=True).run()
 
 
 @lru_cache(maxsize=256)
 def activations_of(
-    trace: Callable[[ModelSpec, Cut, Kernels], Trace], model: ModelSpec, cut: Cut, kernels: Kernels, holding: Holding
+    trace: Callable[[ModelSpec, Cut, Kernels], Trace],
+    model: ModelSpec,
+    cut: Cut,
+    kernels: Kernels,
+    local_sizes: LocalSizes,
 ) -> Activations:
     """Of the part of a model that `trace` writes down: kept, since thousands of candidates share few of them."""
-    return Activations(trace(model, cut, kernels), holding)
+    return Activations(trace(model, cut, kernels), local_sizes)
 
 
 class _BackwardWalk:
@@ -125,49 +129,49 @@ class _BackwardWalk:
         activations: Activations,
         alive: frozenset[str],
         weight_itemsize: float,
-        added: bool,
-        keeps: bool = False,
+        accumulates: bool,
+        keeps_output_grads: bool = False,
     ) -> None:
-        self._all, self._alive, self._weight, self._added = activations, set(alive), weight_itemsize, added
-        self._keeps, self._kept = keeps, 0.0
-        self._gradients = {activations.trace.gives: activations.sizes[activations.trace.gives]}
+        self._all, self._alive, self._weight, self._accumulates = activations, set(alive), weight_itemsize, accumulates
+        self._keeps_output_grads, self._kept = keeps_output_grads, 0.0
+        self._gradients = {activations.trace.output: activations.sizes[activations.trace.output]}
         self._weights = 0.0
         self._first_use = {}
         for operation in reversed(activations.trace.operations):
-            self._first_use.update(dict.fromkeys(operation.saves, operation))
-        self.peak = self._now()
+            self._first_use.update(dict.fromkeys(operation.saved, operation))
+        self.peak = self._alive_bytes()
 
-    def _now(self) -> float:
+    def _alive_bytes(self) -> float:
         return self._all.bytes(self._alive) + sum(self._gradients.values()) + self._weights + self._kept
 
-    def to_the_end(self) -> float:
+    def run(self) -> float:
         for operation in reversed(self._all.trace.operations):
-            self.through(operation)
+            self.step_through(operation)
         return self.peak
 
-    def through(self, operation: Operation) -> None:
-        sizes, holding = self._all.sizes, self._all.holding
-        given = self._gradients.pop(operation.gives, 0.0)
+    def step_through(self, operation: Operation) -> None:
+        sizes, local_sizes = self._all.sizes, self._all.local_sizes
+        given = self._gradients.pop(operation.output, 0.0)
         if operation.kind == "add":  # the same gradient flows on to both, in one tensor
-            one, other = operation.takes
+            one, other = operation.inputs
             self._gradients[one] = self._gradients.get(one, 0.0) + given
             self._gradients.setdefault(other, 0.0)
         else:
-            made = [sizes[name] for name in operation.takes]
+            made = [sizes[name] for name in operation.inputs]
             if operation.matrix is not None:
-                self._weights += self._weight * operation.matrix[0] * operation.matrix[1] / holding.tp
-            beside = self._beside(operation)
-            self.peak = max(self.peak, self._now() + given + sum(made) + beside)
-            if self._keeps and operation.kind in WEIGHTED:
-                self._kept += sizes[operation.gives]
-            if self._added:
+                self._weights += self._weight * operation.matrix[0] * operation.matrix[1] / local_sizes.tp
+            temporary = self._temporary_bytes(operation)
+            self.peak = max(self.peak, self._alive_bytes() + given + sum(made) + temporary)
+            if self._keeps_output_grads and operation.kind in WEIGHTED:
+                self._kept += sizes[operation.output]
+            if self._accumulates:
                 self._weights = 0.0
-            for name, size in zip(operation.takes, made, strict=True):
+            for name, size in zip(operation.inputs, made, strict=True):
                 self._gradients[name] = max(self._gradients.get(name, 0.0), size)
-        self._alive -= {name for name in operation.saves if self._first_use[name] is operation}
-        self.peak = max(self.peak, self._now())
+        self._alive -= {name for name in operation.saved if self._first_use[name] is operation}
+        self.peak = max(self.peak, self._alive_bytes())
 
-    def _beside(self, operation: Operation) -> float:
+    def _temporary_bytes(self, operation: Operation) -> float:
         """What an operation's own backward pass makes and drops: a norm in several steps works on copies."""
         if operation.kind == "norm" and any("unscaled" in name for name in operation.extra):
             return 3 * self._all.bytes(name for name in operation.extra if "unscaled" in name)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from quadriga.config.keys import show
+from quadriga.config.keys import format_toml
 from quadriga.planning.estimate import Estimate, estimate
-from quadriga.planning.variants import Variant, argument, vary
-from quadriga.units import GIB, show_bytes
+from quadriga.planning.variants import Variant, format_argument, vary
+from quadriga.units import GIB, format_bytes
 
-MOST = 4  # pieces of advice
+MAX_ADVICE = 4  # pieces of advice
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Advice:
     """`keys`: what to set. `saves`: bytes a device. `slower`: share of the step, None where time is not known."""
 
     keys: tuple[tuple[str, Any], ...]
-    words: str
+    summary: str
     needed: float
     saves: float
     slower: float | None
     fits: bool
 
     def __str__(self) -> str:
-        price = "" if self.slower is None else f", the step {_price(self.slower)}"
+        price = "" if self.slower is None else f", the step {_format_slowdown(self.slower)}"
         end = " and fits" if self.fits else ", which does not suffice alone"
-        settings = ", ".join(f"{key} = {show(value)}" for key, value in self.keys)
-        return f"{self.words} ({settings}): needs {show_bytes(self.needed)}{price}{end}"
+        settings = ", ".join(f"{key} = {format_toml(value)}" for key, value in self.keys)
+        return f"{self.summary} ({settings}): needs {format_bytes(self.needed)}{price}{end}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "set": dict(self.keys),
-            "words": self.words,
+            "words": self.summary,
             "needed_gib": self.needed / GIB,
             "saves_gib": self.saves / GIB,
             "slower": self.slower,
@@ -44,7 +44,7 @@ class Advice:
         }
 
 
-def _price(slower: float) -> str:
+def _format_slowdown(slower: float) -> str:
     if abs(slower) < 0.005:
         return "as fast"
     return f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
@@ -52,17 +52,17 @@ def _price(slower: float) -> str:
 
 def advice_for(given: Estimate) -> tuple[Advice, ...]:
     """At most a few, the most helpful first. Nothing where no device is named."""
-    verdict = given.verdict()
-    if verdict is None:
+    fit = given.memory_fit()
+    if fit is None:
         return ()
-    return tuple(_to_fit(given) if not verdict.fits else _to_be_faster(given))[:MOST]
+    return tuple(_to_fit(given) if not fit.fits else _to_be_faster(given))[:MAX_ADVICE]
 
 
-def smaller_runs(given: Estimate) -> list[str]:
+def format_memory_savings(given: Estimate) -> list[str]:
     """What to set so that less memory is needed, in words, what saves most first."""
-    tried = [_weighed(given, (name, variant)) for name, variant in _smaller(given)]
+    tried = [_evaluated(given, (name, variant)) for name, variant in _smaller(given)]
     return [
-        f"{' '.join(f'--{key}={argument(value)}' for key, value in each.keys)}: saves {show_bytes(each.saves)}"
+        f"{' '.join(f'--{key}={format_argument(value)}' for key, value in each.keys)}: saves {format_bytes(each.saves)}"
         for each in sorted(tried, key=lambda each: -each.saves)
         if each.saves > 0
     ]
@@ -70,12 +70,12 @@ def smaller_runs(given: Estimate) -> list[str]:
 
 def _to_fit(given: Estimate) -> Iterator[Advice]:
     """Single changes that suffice, the cheapest first; else pairs; else what saves most."""
-    single = [_weighed(given, (name, variant)) for name, variant in _smaller(given)]
+    single = [_evaluated(given, (name, variant)) for name, variant in _smaller(given)]
     enough = [each for each in single if each.fits]
     if not enough:
         steps = list(_smaller(given))
         pairs = [
-            _weighed(given, one, other)
+            _evaluated(given, one, other)
             for one, other in combinations(steps, 2)
             if not {key for key, _ in one[1].changes} & {key for key, _ in other[1].changes}
         ]
@@ -86,28 +86,28 @@ def _to_fit(given: Estimate) -> Iterator[Advice]:
 
 
 def _to_be_faster(given: Estimate) -> Iterator[Advice]:
-    tried = [_weighed(given, (name, variant)) for name, variant in _faster(given)]
+    tried = [_evaluated(given, (name, variant)) for name, variant in _faster(given)]
     yield from sorted(
         (each for each in tried if each.fits and each.slower is not None and each.slower < -0.01),
         key=lambda each: each.slower or 0.0,
     )
 
 
-def _weighed(given: Estimate, *steps: tuple[str, Variant]) -> Advice:
+def _evaluated(given: Estimate, *steps: tuple[str, Variant]) -> Advice:
     changes = {key.replace(".", "__"): value for _, variant in steps for key, value in variant.changes}
     variant = vary(given.run, **changes)
     measured = given.rates if given.rates and given.rates.measured else None
     tried = estimate(variant.run, given.device, measured, given.gpus_per_node)
-    verdict = tried.verdict()
-    needed = tried.worst.reserved + tried.outside
+    fit = tried.memory_fit()
+    needed = tried.worst.reserved + tried.outside_allocator
     before, after = given.tokens_per_second_per_device, tried.tokens_per_second_per_device
     return Advice(
         keys=variant.changes,
-        words=" and ".join(name for name, _ in steps),
+        summary=" and ".join(name for name, _ in steps),
         needed=needed,
-        saves=given.worst.reserved + given.outside - needed,
+        saves=given.worst.reserved + given.outside_allocator - needed,
         slower=before / after - 1 if before and after else None,
-        fits=verdict is not None and verdict.fits,
+        fits=fit is not None and fit.fits,
     )
 
 

@@ -18,7 +18,7 @@ from quadriga.config.schema import Profiling
 from quadriga.errors import Problem, UserError
 from quadriga.hardware import Device
 from quadriga.metrics.cycles import Cycle
-from quadriga.planning.communication import calls_of
+from quadriga.planning.communication import collective_calls
 from quadriga.planning.rates import OPERATION_SECONDS, Rates
 from quadriga.planning.setup import Setup
 from quadriga.planning.step_time import forward_of, update_of, work_of
@@ -27,7 +27,7 @@ ITERATION = re.compile(r"iteration_([0-9]{1,15})")
 
 
 @dataclass(frozen=True)
-class Seconds:
+class ProfiledStep:
     """Of one profiled step, on the rank of the trace: what its processor was busy with. `forward_products`,
     `forward_attention`: outside of the backward pass; None where the trace does not tell, as that of a GPU."""
 
@@ -40,7 +40,7 @@ class Seconds:
     forward_attention: float | None
 
 
-def calibrate(folder: Path, run: Run, device: Device | None, seconds: Seconds, measured: float) -> Rates:
+def calibrate(folder: Path, run: Run, device: Device | None, seconds: ProfiledStep, measured: float) -> Rates:
     """Rates of the machine that `run` was trained on, in `folder`. `seconds`: of its trace; `measured`: of a step
     without the profiler. Raises UserError where these do not tell them."""
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
@@ -52,7 +52,7 @@ def calibrate(folder: Path, run: Run, device: Device | None, seconds: Seconds, m
         what = "the run's trace shows no matrix products or no attention, or more of them than its steps take"
         raise UserError(Problem("--calibrate", what, str(folder)))
     link = device.link_bandwidth if device and device.link_bandwidth else None
-    sent = sum(call.wire_bytes for call in calls_of(setup, 0))
+    sent = sum(call.wire_bytes for call in collective_calls(setup, 0))
     if seconds.collectives > 0 and sent:
         link = sent / (scale * seconds.collectives)
     products = _by_direction(
@@ -103,10 +103,12 @@ def seconds_a_step(records: Sequence[Mapping[str, Any]], profiling: Profiling, f
     newest = records[-1]["attempt"]
     attempt = [record for record in records if record["attempt"] == newest]  # each warms up anew
     first, last = attempt[0]["step"], attempt[-1]["step"]
-    cycle = Cycle.of(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
+    cycle = Cycle.of_run(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
     settled = attempt[2:] or attempt
-    calm = [each for each in settled if not profiling.enable_profiling or not cycle.disturbs(each["step"], first)]
-    return statistics.median(each["step_seconds"] for each in (calm if len(calm) >= 3 else settled))
+    undisturbed = [
+        each for each in settled if not profiling.enable_profiling or not cycle.disturbs(each["step"], first)
+    ]
+    return statistics.median(each["step_seconds"] for each in (undisturbed if len(undisturbed) >= 3 else settled))
 
 
 def newest_trace(folder: Path) -> Path:

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from quadriga.planning.activations import WIDE
-from quadriga.planning.anatomy import Unit
+from quadriga.planning.activations import FLOAT32_BYTES
+from quadriga.planning.parameters import Unit
 from quadriga.planning.setup import Setup
 
-NUMBER = 8  # bytes of a float64: norms and losses
+FLOAT64_BYTES = 8  # norms and losses
 
 
 @dataclass(frozen=True)
-class Calls:
+class CollectiveCalls:
     """Calls alike. `axis`: of the mesh (`shard` is dp_shard and cp as one; `world`, `loss`: see `comm.mesh`).
 
     `size`: bytes of one call. `ranks`: of the group. `when`: `forward`, `backward`, `reduction`, `messages` or `norm`.
@@ -44,13 +44,13 @@ class Calls:
         return self.bytes * factor.get(self.kind, 1.0)
 
 
-def calls_of(setup: Setup, rank: int) -> tuple[Calls, ...]:
+def collective_calls(setup: Setup, rank: int) -> tuple[CollectiveCalls, ...]:
     """What the ranks of the pipeline's rank `rank` call in one step."""
-    wanted = _Step(setup, rank).calls()
+    wanted = _StepCalls(setup, rank).calls()
     return tuple(each for each in wanted if each.calls and each.ranks > 1)
 
 
-class _Step:
+class _StepCalls:
     def __init__(self, setup: Setup, rank: int) -> None:
         self.setup, self.degrees, self.rank = setup, setup.degrees, rank
         self.stages = setup.stages_of(rank)
@@ -61,49 +61,53 @@ class _Step:
         self.modes = [mode for number in setup.stage_numbers(rank) for mode in setup.modes_of_blocks(number)]
         self.blocks = len(self.modes)
 
-    def calls(self) -> Iterator[Calls]:
-        yield from self._of_parameters()
+    def calls(self) -> Iterator[CollectiveCalls]:
+        yield from self._parameter_calls()
         if self.degrees.tp > 1:
-            yield from self._along_tensors()
+            yield from self._tensor_parallel_calls()
         if self.degrees.cp > 1:
-            yield from self._along_the_sequence()
+            yield from self._context_parallel_calls()
         if self.degrees.pp > 1:
-            yield from self._along_the_pipeline()
-        yield from self._of_norms()
+            yield from self._pipeline_calls()
+        yield from self._norm_calls()
 
     # --- parameters and their gradients ------------------------------------------------------------------------------
 
-    def _of_parameters(self) -> Iterator[Calls]:
+    def _parameter_calls(self) -> Iterator[CollectiveCalls]:
         for number, stage in zip(self.setup.stage_numbers(self.rank), self.stages, strict=True):
             times = self.passes
             if self.degrees.pp > 1 and not self.setup.reshards:
-                times = self.setup.gathers(self.rank)[number]
+                times = self.setup.gather_counts(self.rank)[number]
             for unit, count in stage.units():
                 if unit.weights:
-                    yield from self._of_unit(unit, count, times)
+                    yield from self._unit_calls(unit, count, times)
 
-    def _of_unit(self, unit: Unit, count: int, times: int) -> Iterator[Calls]:
+    def _unit_calls(self, unit: Unit, count: int, times: int) -> Iterator[CollectiveCalls]:
         setup, degrees, shards = self.setup, self.degrees, self.setup.shards
         numbers = unit.gathered(degrees.tp, shards)
         what = "blocks" if unit.is_block else "ends"
-        gather = Calls("shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what)
+        gather = CollectiveCalls(
+            "shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what
+        )
         yield gather
         if setup.reshards and (unit.reshard or setup.reshards_ends) and unit.weights_in_backward:
             yield replace(gather, when="backward")
         sent = 1 if setup.reduces_once else self.passes
         size = setup.reduce_bytes * numbers
-        yield Calls("shard", "reduce_scatter", sent * count, size, shards, "reduction", what)
-        yield Calls("dp_replicate", "all_reduce", count, size / shards, degrees.dp_replicate, "reduction", what)
+        yield CollectiveCalls("shard", "reduce_scatter", sent * count, size, shards, "reduction", what)
+        yield CollectiveCalls(
+            "dp_replicate", "all_reduce", count, size / shards, degrees.dp_replicate, "reduction", what
+        )
 
     # --- tensor parallelism ------------------------------------------------------------------------------------------
 
-    def _along_tensors(self) -> Iterator[Calls]:
+    def _tensor_parallel_calls(self) -> Iterator[CollectiveCalls]:
         setup, tp = self.setup, self.degrees.tp
         hidden = setup.tokens * setup.run.spec.model.dim * setup.itemsize
         every = self.passes
 
-        def calls(kind: str, number: float, when: str, what: str, size: float = hidden) -> Calls:
-            return Calls("tp", kind, every * number, size, tp, when, what)
+        def calls(kind: str, number: float, when: str, what: str, size: float = hidden) -> CollectiveCalls:
+            return CollectiveCalls("tp", kind, every * number, size, tp, when, what)
 
         again = {"none": 0, "op": 0, "full": 2}
         if setup.sequence_parallel:
@@ -116,22 +120,22 @@ class _Step:
             yield calls("reduce_scatter", 2 * self.blocks + self.last, "backward", "gradients of activations")
             reductions = 1 if setup.reduces_once else self.passes
             norms = 2 * self.blocks + self.last
-            size = setup.run.spec.model.dim * (setup.reduce_bytes if setup.keeps_gradients_whole else setup.itemsize)
-            yield Calls("tp", "all_reduce", reductions * norms, size, tp, "reduction", "gradients of norms")
+            size = setup.run.spec.model.dim * (setup.reduce_bytes if setup.keeps_unsharded_grads else setup.itemsize)
+            yield CollectiveCalls("tp", "all_reduce", reductions * norms, size, tp, "reduction", "gradients of norms")
         else:
             again["op"] = 2
             yield calls("all_reduce", 2 * self.blocks + self.first, "forward", "activations")
             yield calls("all_reduce", sum(again[mode] for mode in self.modes), "backward", "recomputed activations")
             yield calls("all_reduce", 2 * self.blocks + self.last, "backward", "gradients of activations")
         if setup.parallel_loss:
-            yield calls("all_reduce", 3 * self.last, "forward", "parts of the loss", setup.tokens * WIDE)
+            yield calls("all_reduce", 3 * self.last, "forward", "parts of the loss", setup.tokens * FLOAT32_BYTES)
         else:
             whole = setup.tokens * setup.run.spec.model.vocab_size * setup.itemsize
             yield calls("all_gather", self.last, "forward", "logits", whole)
 
     # --- context parallelism -----------------------------------------------------------------------------------------
 
-    def _along_the_sequence(self) -> Iterator[Calls]:
+    def _context_parallel_calls(self) -> Iterator[CollectiveCalls]:
         setup, cp = self.setup, self.degrees.cp
         method = setup.run.config.parallelism.context_parallel_method
         model, tp = setup.run.spec.model, self.degrees.tp
@@ -141,8 +145,8 @@ class _Step:
         again = self.passes * sum(mode != "none" for mode in self.modes) if method == "allgather" else full
         passes = self.passes * self.blocks
 
-        def calls(kind: str, number: float, when: str, what: str, size: float) -> Calls:
-            return Calls("cp", kind, number, size, cp, when, what)
+        def calls(kind: str, number: float, when: str, what: str, size: float) -> CollectiveCalls:
+            return CollectiveCalls("cp", kind, number, size, cp, when, what)
 
         if method == "allgather":
             yield calls("all_gather", passes, "forward", "keys and values", cp * key)
@@ -152,7 +156,9 @@ class _Step:
             yield calls("all_to_all", (cp - 1) * passes, "forward", "keys and values", key)
             yield calls("all_to_all", (cp - 1) * again, "backward", "recomputed keys and values", key)
             yield calls("all_to_all", (cp - 1) * passes, "backward", "keys and values", key)
-            yield calls("all_to_all", (cp - 1) * passes, "backward", "their gradients", key * WIDE / setup.itemsize)
+            yield calls(
+                "all_to_all", (cp - 1) * passes, "backward", "their gradients", key * FLOAT32_BYTES / setup.itemsize
+            )
         else:
             for size, what in ((query + key, "queries, keys and values"), (query, "results")):
                 yield calls("all_to_all", passes, "forward", what, size)
@@ -161,19 +167,21 @@ class _Step:
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
-    def _along_the_pipeline(self) -> Iterator[Calls]:
+    def _pipeline_calls(self) -> Iterator[CollectiveCalls]:
         size, pp = self.block.sizes["x"], self.degrees.pp
         ahead, behind = self.setup.neighbours(self.rank)
         for kind, first, then in (("send", ahead, behind), ("recv", behind, ahead)):
-            yield Calls("pp", kind, self.passes * first, size, pp, "messages", "activations")
-            yield Calls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")
+            yield CollectiveCalls("pp", kind, self.passes * first, size, pp, "messages", "activations")
+            yield CollectiveCalls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")
 
-    def _of_norms(self) -> Iterator[Calls]:
+    def _norm_calls(self) -> Iterator[CollectiveCalls]:
         """The squared norm: parameters that are cut along tp and those that are whole along it are summed apart."""
         degrees = self.degrees
-        yield Calls("shard", "all_reduce", 2 if degrees.tp > 1 else 1, NUMBER, self.setup.shards, "norm", "norm")
-        yield Calls("tp", "all_reduce", 1, NUMBER, degrees.tp, "norm", "norm")
-        yield Calls("pp", "all_reduce", 1, NUMBER, degrees.pp, "norm", "norm")
+        yield CollectiveCalls(
+            "shard", "all_reduce", 2 if degrees.tp > 1 else 1, FLOAT64_BYTES, self.setup.shards, "norm", "norm"
+        )
+        yield CollectiveCalls("tp", "all_reduce", 1, FLOAT64_BYTES, degrees.tp, "norm", "norm")
+        yield CollectiveCalls("pp", "all_reduce", 1, FLOAT64_BYTES, degrees.pp, "norm", "norm")
         counts_bad_records = self.setup.run.config.training.dataloader.on_bad_record == "skip"
-        table = (3 if counts_bad_records else 2) * NUMBER * degrees.world_size
-        yield Calls("world", "all_reduce", 1, table, degrees.world_size, "norm", "each rank's loss and norm")
+        table = (3 if counts_bad_records else 2) * FLOAT64_BYTES * degrees.world_size
+        yield CollectiveCalls("world", "all_reduce", 1, table, degrees.world_size, "norm", "each rank's loss and norm")

@@ -13,7 +13,7 @@ from quadriga.comm.heap import Heap
 from quadriga.config import Run
 from quadriga.hardware import Device
 from quadriga.models.registry import flops_per_token
-from quadriga.planning.communication import Calls, calls_of
+from quadriga.planning.communication import CollectiveCalls, collective_calls
 from quadriga.planning.heap import heap_of
 from quadriga.planning.memory import REST_FACTOR, STATE_FACTOR, Memory, memories_of
 from quadriga.planning.rates import Rates
@@ -22,14 +22,15 @@ from quadriga.planning.step_time import StepTime, step_time, strides
 from quadriga.units import GIB
 
 FORMAT = "quadriga-estimate-1"
-OUTSIDE, OUTSIDE_A_GROUP = 0.6 * GIB, 0.25 * GIB  # what CUDA and each communicator take beside torch's allocator
-COMFORTABLE = 0.9  # of what a device has: beyond it a run fits barely
-COMMON = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # where no device is named
+# What CUDA and each communicator take beside torch's allocator.
+CUDA_CONTEXT_BYTES, BYTES_PER_GROUP = 0.6 * GIB, 0.25 * GIB
+COMFORTABLE_SHARE = 0.9  # of what a device has: beyond it a run fits barely
+COMMON_DEVICES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # where no device is named
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a rank's memory fits into a device: `word` is `fits`, `fits barely` or `does not fit`."""
+class MemoryFit:
+    """Whether a rank's memory fits into a device: `label` is `fits`, `fits barely` or `does not fit`."""
 
     needed: float
     capacity: float
@@ -39,10 +40,10 @@ class Verdict:
         return self.needed <= self.capacity
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         if not self.fits:
             return "does not fit"
-        return "fits" if self.needed <= COMFORTABLE * self.capacity else "fits barely"
+        return "fits" if self.needed <= COMFORTABLE_SHARE * self.capacity else "fits barely"
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,25 @@ class Estimate:
         return heap_of(self.run)
 
     @property
-    def outside(self) -> float:
+    def outside_allocator(self) -> float:
         """Bytes on the device beside torch's allocator: the driver's context, the communicators' buffers, the heap."""
         degrees = self.setup.degrees
         sizes = (degrees.pp, degrees.dp_replicate, self.setup.shards, degrees.cp, degrees.tp)
         groups = sum(size > 1 for size in sizes) + (degrees.world_size > 1)
         heap = self.heap.nvshmem_bytes if self.heap else 0
-        return 0.0 if self.setup.device_type == "cpu" else OUTSIDE + groups * OUTSIDE_A_GROUP + heap
+        return 0.0 if self.setup.device_type == "cpu" else CUDA_CONTEXT_BYTES + groups * BYTES_PER_GROUP + heap
 
-    def verdict(self, device: Device | None = None) -> Verdict | None:
+    def memory_fit(self, device: Device | None = None) -> MemoryFit | None:
         """None where no device is named, or its memory is not known."""
         chosen = device or self.device
         if chosen is None or chosen.capacity is None:
             return None
-        return Verdict(self.worst.reserved + self.outside, chosen.capacity)
+        return MemoryFit(self.worst.reserved + self.outside_allocator, chosen.capacity)
 
     @cached_property
-    def calls(self) -> tuple[Calls, ...]:
+    def calls(self) -> tuple[CollectiveCalls, ...]:
         """Of the rank of the pipeline that sends most."""
-        by_rank = (calls_of(self.setup, rank) for rank in range(self.setup.degrees.pp))
+        by_rank = (collective_calls(self.setup, rank) for rank in range(self.setup.degrees.pp))
         return max(by_rank, key=lambda calls: sum(call.wire_bytes for call in calls))
 
     @cached_property
@@ -130,27 +131,27 @@ class Estimate:
         ]
         if self.setup.compiled:
             known.append("what the compiler keeps is a model of it; compiled blocks are not measured on a GPU yet")
-        return (*known, *(self.rates.words if self.rates else ()))
+        return (*known, *(self.rates.descriptions if self.rates else ()))
 
     def to_dict(self, advice: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """The documented JSON: docs/estimates.md."""
-        worst, verdict, spec, time = self.worst, self.verdict(), self.run.spec, self.time
+        worst, fit, spec, time = self.worst, self.memory_fit(), self.run.spec, self.time
         return {
             "format": FORMAT,
             "device": self.device.slug if self.device else None,
             "world_size": spec.world_size,
             "degrees": asdict(spec.degrees),
-            "fits": verdict.fits if verdict else None,
-            "verdict": verdict.word if verdict else None,
+            "fits": fit.fits if fit else None,
+            "verdict": fit.label if fit else None,
             "memory": {
                 "peak_active_gib": worst.peak.total / GIB,
                 "peak_reserved_gib": worst.reserved / GIB,
-                "outside_gib": self.outside / GIB,
+                "outside_gib": self.outside_allocator / GIB,
                 "symmetric_heap_gib": self.heap.nvshmem_bytes / GIB if self.heap else None,
-                "capacity_gib": verdict.capacity / GIB if verdict else None,
+                "capacity_gib": fit.capacity / GIB if fit else None,
                 "host_gib": worst.host / GIB,
                 "moment": worst.peak.name,
-                "by_kind": {kind: size / GIB for kind, size in worst.peak.parts.items()},
+                "by_kind": {kind: size / GIB for kind, size in worst.peak.by_kind.items()},
                 "binding": list(worst.binding),
                 "stages": [_of_rank(memory) for memory in self.memories],
             },
@@ -166,7 +167,7 @@ class Estimate:
             "assumptions": list(self.assumptions),
         }
 
-    def _call(self, call: Calls) -> dict[str, Any]:
+    def _call(self, call: CollectiveCalls) -> dict[str, Any]:
         inside = call.ranks * strides(self.setup)[call.axis] <= self.gpus_per_node
         seconds = next((taken for other, taken in self.time.by_call if other == call), None) if self.time else None
         return {
@@ -202,7 +203,7 @@ def _of_rank(memory: Memory) -> dict[str, Any]:
         "gradients_gib": memory.gradients / GIB,
         "optimizer_gib": memory.moments / GIB,
         "activations_gib": memory.activations / GIB,
-        "activations_a_block_gib": memory.activations_a_block / GIB,
+        "activations_a_block_gib": memory.activations_per_block / GIB,
         "micro_batches_at_once": memory.in_flight,
         "peak_active_gib": memory.peak.total / GIB,
         "peak_reserved_gib": memory.reserved / GIB,

@@ -13,63 +13,64 @@ from functools import cached_property
 from typing import Any
 
 from quadriga.planning.loads import Load
-from quadriga.planning.passes import Part, StagePasses
-from quadriga.planning.schedule import together
+from quadriga.planning.passes import PassSnapshot, StagePasses
+from quadriga.planning.schedule import unsharded_stages
 from quadriga.planning.setup import Setup
 
 # What the allocator takes from the device for what is active (`reserved`): fitted to published runs, docs/estimates.md.
 STATE_FACTOR, REST_FACTOR = 1.10, 1.18
-STATE = ("parameters", "optimizer state")  # and gradients
+STATE_KINDS = ("parameters", "optimizer state")  # and gradients
 
 
 @dataclass(frozen=True)
-class Beside:
+class OtherPasses:
     """What is on a rank beside a pass, in bytes: activations of other passes, gradients of other stages' parameters.
-    `begun`: those of the stage itself are there as well."""
+    `has_weight_grads`: those of the stage itself are there as well."""
 
     activations: float
     gradients: float
-    begun: bool
+    has_weight_grads: bool
 
-    def covers(self, other: Beside) -> bool:
+    def dominates(self, other: OtherPasses) -> bool:
         """Whether every moment of a pass holds as much beside this as beside `other`."""
         return (
             self.activations >= other.activations
             and self.activations + self.gradients >= other.activations + other.gradients
-            and self.begun >= other.begun
+            and self.has_weight_grads >= other.has_weight_grads
         )
 
 
-NOTHING = Beside(0.0, 0.0, begun=False)
+NO_OTHER_PASSES = OtherPasses(0.0, 0.0, has_weight_grads=False)
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What is alive at one moment, in bytes. `static`: at every one of them. `whole`: gradients are not cut up."""
+class MemorySnapshot:
+    """What is alive at one moment, in bytes. `static`: at every one of them. `unsharded_grads`: gradients are not cut
+    up."""
 
     name: str
-    static: Part
-    part: Part
-    beside: Beside
-    whole: bool
+    static: PassSnapshot
+    in_pass: PassSnapshot
+    others: OtherPasses
+    unsharded_grads: bool
 
     @cached_property
     def total(self) -> float:
-        return self.static.total + self.part.total + self.beside.activations + self.beside.gradients
+        return self.static.total + self.in_pass.total + self.others.activations + self.others.gradients
 
     @property
-    def beside_the_state(self) -> float:
+    def outside_state(self) -> float:
         """All but parameters, moments of the optimizer, and gradients of which each rank holds its part."""
-        gradients = 0.0 if self.whole else self.part.parts.get("gradients", 0.0) + self.beside.gradients
-        return self.total - gradients - sum(self.static.parts.get(kind, 0.0) for kind in STATE)
+        gradients = 0.0 if self.unsharded_grads else self.in_pass.by_kind.get("gradients", 0.0) + self.others.gradients
+        return self.total - gradients - sum(self.static.by_kind.get(kind, 0.0) for kind in STATE_KINDS)
 
     @cached_property
-    def parts(self) -> dict[str, float]:
+    def by_kind(self) -> dict[str, float]:
         """By kind."""
-        found = {**self.static.parts, **self.part.parts}
-        for kind, size in (("activations", self.beside.activations), ("gradients", self.beside.gradients)):
+        found = {**self.static.by_kind, **self.in_pass.by_kind}
+        for kind, size in (("activations", self.others.activations), ("gradients", self.others.gradients)):
             found[kind] = found.get(kind, 0.0) + size
-        if self.whole:
+        if self.unsharded_grads:
             found["whole gradients"] = found.pop("gradients")
         return {kind.replace("_", " "): size for kind, size in found.items() if size}
 
@@ -79,7 +80,7 @@ class Memory:
     """What the ranks of one pipeline rank hold, those that hold most of it; in bytes.
 
     `parameters`, `gradients`, `moments`: the state; gradients live from the backward pass to the update. `activations`:
-    what forward passes leave behind, of all micro-batches under way; `activations_a_block`: of one block and one
+    what forward passes leave behind, of all micro-batches under way; `activations_per_block`: of one block and one
     micro-batch. `host`: of the state, what lies in host memory.
     """
 
@@ -88,13 +89,13 @@ class Memory:
     gradients: float
     moments: float
     activations: float
-    activations_a_block: float
+    activations_per_block: float
     in_flight: int
     host: float
-    timeline: tuple[Moment, ...]
+    timeline: tuple[MemorySnapshot, ...]
 
     @cached_property
-    def peak(self) -> Moment:
+    def peak(self) -> MemorySnapshot:
         return max(self.timeline, key=lambda moment: moment.total)
 
     @property
@@ -105,7 +106,7 @@ class Memory:
         pieces of other sizes.
         """
         state = self.parameters + self.gradients + self.moments if not self.host else 0.0
-        rest = max(moment.beside_the_state for moment in self.timeline)
+        rest = max(moment.outside_state for moment in self.timeline)
         return max(STATE_FACTOR * state + REST_FACTOR * rest, self.peak.total)
 
     @property
@@ -113,7 +114,7 @@ class Memory:
         """The kinds that make most of the peak, the greatest first, until two thirds of it are named."""
         named: list[str] = []
         so_far = 0.0
-        for kind, size in sorted(self.peak.parts.items(), key=lambda part: -part[1]):
+        for kind, size in sorted(self.peak.by_kind.items(), key=lambda part: -part[1]):
             if so_far >= 2 / 3 * self.peak.total:
                 break
             named.append(kind)
@@ -141,7 +142,7 @@ class _Rank:
         self.held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in self.stages)
         self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
         known = {} if known is None else known
-        keys = [(setup.stages[number], self._together, setup.modes_of_blocks(number)) for number in self.place]
+        keys = [(setup.stages[number], self._unsharded_bytes, setup.modes_of_blocks(number)) for number in self.place]
         for key in keys:
             if key not in known:
                 known[key] = StagePasses(setup, *key)
@@ -155,15 +156,15 @@ class _Rank:
             parameters=parameters,
             gradients=parameters,
             moments=moments,
-            activations=max(self.left(load) for load in self.loads),
-            activations_a_block=max(size for each in self.passes for size in (0.0, *each.kept.values())),
+            activations=max(self.held_activations(load) for load in self.loads),
+            activations_per_block=max(size for each in self.passes for size in (0.0, *each.kept.values())),
             in_flight=max(sum(load.passes) for load in self.loads),
             host=2 * parameters + moments if self.setup.offload else 0.0,
             timeline=tuple(self._timeline()),
         )
 
     @cached_property
-    def _together(self) -> float | None:
+    def _unsharded_bytes(self) -> float | None:
         """Parameters that are together at once in a pipeline which does not reshard."""
         setup = self.setup
         if setup.degrees.pp == 1 or setup.reshards:
@@ -172,17 +173,17 @@ class _Rank:
             number: sum(count * setup.gathered(unit) for unit, count in stage.units())
             for number, stage in zip(self.place, self.stages, strict=True)
         }
-        return max(sum(sizes[number] for number in stages) for stages in together(setup.order, self.rank))
+        return max(sum(sizes[number] for number in stages) for stages in unsharded_stages(setup.order, self.rank))
 
     @cached_property
-    def _static(self) -> Part:
+    def _static(self) -> PassSnapshot:
         setup = self.setup
         on_device = 0 if setup.offload else self.held
         state = {
             "parameters": setup.parameter_bytes * on_device,
             "optimizer state": 2 * setup.moment_bytes * on_device,
         }
-        return Part.of("always", {**state, "tables and messages": setup.table_bytes + self._messages})
+        return PassSnapshot.of("always", {**state, "tables and messages": setup.table_bytes + self._messages})
 
     @property
     def _messages(self) -> float:
@@ -190,45 +191,55 @@ class _Rank:
         if self.setup.degrees.pp == 1:
             return 0.0
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
-        return neighbours * self.setup.micro_batches_a_call * self.setup.block.sizes["x"]
+        return neighbours * self.setup.micro_batches_per_call * self.setup.block.sizes["x"]
 
-    def left(self, load: Load) -> float:
+    def held_activations(self, load: Load) -> float:
         """Activations of all passes, the one at work among them."""
         return sum(
-            passes * each.left + halves * each.left_by_inputs + fed * each.x
-            for each, passes, halves, fed in zip(self.passes, load.passes, load.halves, load.fed, strict=True)
+            passes * each.held_until_backward + n_pending_wgrad * each.held_until_wgrad + n_bwd_input * each.x
+            for each, passes, n_pending_wgrad, n_bwd_input in zip(
+                self.passes, load.passes, load.n_pending_wgrad, load.n_bwd_input, strict=True
+            )
         )
 
-    def _timeline(self) -> Iterator[Moment]:
-        for (stage, kind), alike in self._heaviest().items():
-            for beside in alike:
-                for part in self.passes[self.place[stage]].moments(kind, beside.begun):
-                    yield self._moment(part, beside)
-        final = sum(each.final for each in self.passes)
-        if self.setup.degrees.pp > 1 and self.setup.keeps_gradients_whole:
-            reduced = max(each.reduced for each in self.passes)
-            parts = {"gathered_parameters": self._together or 0.0, "gradients": final, "reduction": reduced}
-            yield self._moment(Part.of("reductions", parts), NOTHING)
-        parts = {"gradients": final, "temporaries": self._update}
-        yield self._moment(Part.of("optimizer", parts), NOTHING)
+    def _timeline(self) -> Iterator[MemorySnapshot]:
+        for (stage, kind), undominated in self._heaviest().items():
+            for others in undominated:
+                for in_pass in self.passes[self.place[stage]].snapshots(kind, others.has_weight_grads):
+                    yield self._snapshot(in_pass, others)
+        final = sum(each.final_grads for each in self.passes)
+        if self.setup.degrees.pp > 1 and self.setup.keeps_unsharded_grads:
+            reduced = max(each.reduction_bytes for each in self.passes)
+            by_kind = {"gathered_parameters": self._unsharded_bytes or 0.0, "gradients": final, "reduction": reduced}
+            yield self._snapshot(PassSnapshot.of("reductions", by_kind), NO_OTHER_PASSES)
+        by_kind = {"gradients": final, "temporaries": self._update}
+        yield self._snapshot(PassSnapshot.of("optimizer", by_kind), NO_OTHER_PASSES)
 
-    def _moment(self, part: Part, beside: Beside) -> Moment:
-        return Moment(part.name, self._static, part, beside, self.setup.keeps_gradients_whole)
+    def _snapshot(self, in_pass: PassSnapshot, others: OtherPasses) -> MemorySnapshot:
+        return MemorySnapshot(in_pass.name, self._static, in_pass, others, self.setup.keeps_unsharded_grads)
 
-    def _heaviest(self) -> dict[tuple[int, str], list[Beside]]:
+    def _heaviest(self) -> dict[tuple[int, str], list[OtherPasses]]:
         """By stage and kind of pass, what is beside it at its worst: nothing that is covered by another."""
-        found: dict[tuple[int, str], list[Beside]] = {}
+        found: dict[tuple[int, str], list[OtherPasses]] = {}
         for load in self.loads:
-            beside = self._beside(load)
-            alike = found.setdefault((load.stage, load.kind), [])
-            if not any(other.covers(beside) for other in alike):
-                alike[:] = [other for other in alike if not beside.covers(other)] + [beside]
+            others = self._other_passes(load)
+            undominated = found.setdefault((load.stage, load.kind), [])
+            if not any(other.dominates(others) for other in undominated):
+                undominated[:] = [other for other in undominated if not others.dominates(other)] + [others]
         return found
 
-    def _beside(self, load: Load) -> Beside:
+    def _other_passes(self, load: Load) -> OtherPasses:
         place = self.place[load.stage]
-        others = (each.final for number, each in enumerate(self.passes) if load.begun[number] and number != place)
-        return Beside(self.left(load) - self.passes[place].left, sum(others), load.begun[place])
+        others = (
+            each.final_grads
+            for number, each in enumerate(self.passes)
+            if load.has_weight_grads[number] and number != place
+        )
+        return OtherPasses(
+            self.held_activations(load) - self.passes[place].held_until_backward,
+            sum(others),
+            load.has_weight_grads[place],
+        )
 
     @property
     def _update(self) -> float:

@@ -9,50 +9,55 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from quadriga.planning.activations import WIDE
-from quadriga.planning.anatomy import Stage, Unit
+from quadriga.planning.activations import FLOAT32_BYTES
+from quadriga.planning.parameters import Stage, Unit
 from quadriga.planning.setup import Setup
 
 # Float32 numbers a logit that the loss makes beside those it keeps: forward pass, backward pass.
 LOSS_COPIES = {"plain": (0, 2), "parallel": (1, 3)}
-Parts = tuple[str, dict[str, float]]  # a moment's name, and what is alive in it by kind
+NamedBytes = tuple[str, dict[str, float]]  # a moment's name, and what is alive in it by kind
 
 
 @dataclass(frozen=True)
-class Part:
+class PassSnapshot:
     """A moment of a pass, and what the pass itself and its stage's gradients take in it: by kind, and in all."""
 
     name: str
-    parts: Mapping[str, float]
+    by_kind: Mapping[str, float]
     total: float
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, float]) -> Part:
-        return cls(name, parts, sum(parts.values()))
+    def of(cls, name: str, by_kind: Mapping[str, float]) -> PassSnapshot:
+        return cls(name, by_kind, sum(by_kind.values()))
 
 
 class StagePasses:
-    """`together`: bytes of parameters that a pipeline keeps gathered; None where each unit is gathered by itself.
+    """`unsharded_bytes`: of parameters that a pipeline keeps gathered; None where each unit is gathered by itself.
     `modes`: how each block of the stage recomputes."""
 
-    def __init__(self, setup: Setup, stage: Stage, together: float | None, modes: tuple[str, ...]) -> None:
-        self.setup, self.stage, self.together = setup, stage, together
+    def __init__(self, setup: Setup, stage: Stage, unsharded_bytes: float | None, modes: tuple[str, ...]) -> None:
+        self.setup, self.stage, self.unsharded_bytes = setup, stage, unsharded_bytes
         self.tp, self.shards = setup.degrees.tp, setup.shards
         self.modes = modes
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
-        self._moments = dict[tuple[str, bool], tuple[Part, ...]]()
+        self._snapshots = dict[tuple[str, bool], tuple[PassSnapshot, ...]]()
 
     # --- what a pass leaves until its backward pass ------------------------------------------------------------------
 
     @cached_property
-    def left(self) -> float:
+    def held_until_backward(self) -> float:
         """All of it, the logarithms of the probabilities among it."""
-        whole = self.stage.last and self.setup.loss_pieces == 1
-        return self.of_blocks + self.of_head + self.output + (self.setup.logits * WIDE if whole else 0.0)
+        whole = self.stage.last and self.setup.loss_chunks == 1
+        return (
+            self.block_activations
+            + self.head_activations
+            + self.output
+            + (self.setup.logits * FLOAT32_BYTES if whole else 0.0)
+        )
 
     @cached_property
-    def of_blocks(self) -> float:
+    def block_activations(self) -> float:
         return sum(self.kept[mode] for mode in self.modes) - self._received
 
     @property
@@ -70,18 +75,18 @@ class StagePasses:
         return self.setup.logits * self.setup.itemsize if self.stage.last else self.x
 
     @cached_property
-    def of_head(self) -> float:
-        """Of the last norm and the output layer. A loss in pieces keeps gradients in the place of the layer's input."""
+    def head_activations(self) -> float:
+        """Of the last norm and the output layer. A loss in chunks keeps gradients in the place of the layer's input."""
         head = self.setup.head
         if not self.stage.last:
             return 0.0
-        if self.setup.loss_pieces == 1:
-            return head.bytes(head.everything)
-        return head.bytes(head.everything - {self._head_input}) + self._of_pieces
+        if self.setup.loss_chunks == 1:
+            return head.bytes(head.all_saved)
+        return head.bytes(head.all_saved - {self._head_input}) + self._loss_chunk_grads
 
     @property
     def _head_input(self) -> str:
-        return self.setup.head.trace.operations[-1].takes[0]
+        return self.setup.head.trace.operations[-1].inputs[0]
 
     @property
     def _output_matrix(self) -> int:
@@ -91,18 +96,18 @@ class StagePasses:
         return matrix[0] * matrix[1] // self.tp
 
     @property
-    def _of_pieces(self) -> float:
-        """Gradients that a loss in pieces has made: of the hidden states and of the output matrix."""
+    def _loss_chunk_grads(self) -> float:
+        """Gradients that a loss in chunks has made: of the hidden states and of the output matrix."""
         return self.setup.head.sizes[self._head_input] + self._output_matrix * self.setup.itemsize
 
     @cached_property
-    def left_by_inputs(self) -> float:
+    def held_until_wgrad(self) -> float:
         """What gradients of inputs leave until those of weights: gradients of what each weight gives. The last one of
         them is what was received; the loss itself, and its logits, are gone."""
-        blocks = len(self.modes) * self.setup.block.weighted
+        blocks = len(self.modes) * self.setup.block.weighted_outputs
         if not self.stage.last:
             return blocks - self.x
-        return blocks + self.setup.head.weighted - self.output - self.setup.logits * WIDE
+        return blocks + self.setup.head.weighted_outputs - self.output - self.setup.logits * FLOAT32_BYTES
 
     # --- parameters and their gradients ------------------------------------------------------------------------------
 
@@ -112,8 +117,8 @@ class StagePasses:
         With resharding: of the block that is at work and of the one before it, which is fetched ahead, where there are
         ranks to fetch it from. A pipeline keeps everything together to its last micro-batch.
         """
-        if self.together is not None:
-            return self.together
+        if self.unsharded_bytes is not None:
+            return self.unsharded_bytes
         setup, one = self.setup, self.setup.gathered(self.stage.block)
         if setup.reshards:
             ahead = 1 if setup.shards > 1 and blocks > 1 else 0
@@ -121,28 +126,28 @@ class StagePasses:
             return kept + one * (min(blocks, 1) + ahead)
         return blocks * one + sum(map(setup.gathered, ends))
 
-    def _made(self, unit: Unit) -> float:
+    def _unreduced_grads(self, unit: Unit) -> float:
         """Before they are reduced: whole, in the computing dtype. Where nothing is wrapped they are final."""
-        return self.setup.itemsize * unit.whole(self.tp) if self.setup.is_wrapped else 0.0
+        return self.setup.itemsize * unit.whole(self.tp) if self.setup.uses_fsdp else 0.0
 
-    def _final(self, unit: Unit) -> float:
+    def _final_grads(self, unit: Unit) -> float:
         """What is left of them on the device until the update."""
-        if self.setup.keeps_gradients_whole:
+        if self.setup.keeps_unsharded_grads:
             return self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
         return 0.0 if self.setup.offload else self.setup.parameter_bytes * unit.held(self.tp, self.shards)
 
-    def _sent(self, unit: Unit) -> float:
+    def _reduction_buffer(self, unit: Unit) -> float:
         """The buffer of the reduction."""
         whole = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
-        return whole if self.setup.is_wrapped and not self.setup.keeps_gradients_whole else 0.0
+        return whole if self.setup.uses_fsdp and not self.setup.keeps_unsharded_grads else 0.0
 
     @cached_property
-    def final(self) -> float:
+    def final_grads(self) -> float:
         """Of the whole stage."""
-        return sum(count * self._final(unit) for unit, count in self.stage.units())
+        return sum(count * self._final_grads(unit) for unit, count in self.stage.units())
 
     @property
-    def reduced(self) -> float:
+    def reduction_bytes(self) -> float:
         """What the reduction of gradients that were kept whole makes, of the greatest unit: what is sent, and what
         comes back. Without tensor parallelism the gradients go as soon as they are copied."""
 
@@ -158,109 +163,120 @@ class StagePasses:
         return self.stage.others[-1:] if self.stage.last else ()
 
     @property
-    def _ties(self) -> bool:
+    def _is_tied(self) -> bool:
         """Whether one unit stands at both ends: together, and its gradients unsent, until all blocks are through."""
         return self.stage.first and self.stage.last and len(self.stage.others) == 1
 
     @property
     def _first_units(self) -> tuple[Unit, ...]:
-        if self._ties:
+        if self._is_tied:
             return self.stage.others
         return tuple(unit for unit in self.stage.others if unit not in self._head_units)
 
     # --- moments -----------------------------------------------------------------------------------------------------
 
-    def moments(self, kind: str, begun: bool) -> tuple[Part, ...]:
-        """Of an action: F a forward pass, B a backward pass, I and W its two parts. `begun`: gradients of the stage's
-        parameters are there already."""
-        if (kind, begun) not in self._moments:
+    def snapshots(self, kind: str, has_weight_grads: bool) -> tuple[PassSnapshot, ...]:
+        """Of an action: F a forward pass, B a backward pass, I and W its two parts. `has_weight_grads`: gradients of
+        the stage's parameters are there already."""
+        if (kind, has_weight_grads) not in self._snapshots:
             found = [
-                (name, {key: size for key, size in parts.items() if size}) for name, parts in self._of(kind, begun)
+                (name, {key: size for key, size in by_kind.items() if size})
+                for name, by_kind in self._named_bytes(kind, has_weight_grads)
             ]
-            self._moments[kind, begun] = tuple(Part(name, parts, sum(parts.values())) for name, parts in found)
-        return self._moments[kind, begun]
+            self._snapshots[kind, has_weight_grads] = tuple(
+                PassSnapshot(name, by_kind, sum(by_kind.values())) for name, by_kind in found
+            )
+        return self._snapshots[kind, has_weight_grads]
 
-    def _of(self, kind: str, begun: bool) -> Iterator[Parts]:
+    def _named_bytes(self, kind: str, has_weight_grads: bool) -> Iterator[NamedBytes]:
         """The first stage has no input to make gradients of, and leaves all to the second part of a backward pass."""
         if kind == "F":
-            yield from self._loss(begun)
+            yield from self._loss(has_weight_grads)
         elif kind == "B" or (kind == "W" and self.stage.first):
-            yield from self._backward(begun)
+            yield from self._backward(has_weight_grads)
         elif kind == "I" and not self.stage.first:
-            yield from self._of_inputs(begun)
+            yield from self._bwd_inputs(has_weight_grads)
         elif kind == "W":
-            yield from self._of_weights(begun)
+            yield from self._bwd_weights(has_weight_grads)
 
-    def _before(self, begun: bool) -> float:
+    def _existing_grads(self, has_weight_grads: bool) -> float:
         """Gradients of parameters that are there."""
-        return self.final if begun else 0.0
+        return self.final_grads if has_weight_grads else 0.0
 
-    def _loss(self, begun: bool) -> Iterator[Parts]:
+    def _loss(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if self.stage.last:
             forward, _ = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
-            in_compute = self.setup.itemsize + (WIDE if self.setup.itemsize < WIDE else 0)  # as made, and widened
-            yield "loss", self._of_loss(begun, in_compute + WIDE * (1 + forward))
+            in_compute = self.setup.itemsize + (
+                FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
+            )  # as made, and widened
+            yield "loss", self._loss_bytes(has_weight_grads, in_compute + FLOAT32_BYTES * (1 + forward))
 
-    def _of_loss(self, begun: bool, bytes_a_logit: float) -> dict[str, float]:
+    def _loss_bytes(self, has_weight_grads: bool, bytes_a_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
-        kept = self.of_blocks + self.of_head
-        if setup.loss_pieces > 1:
+        kept = self.block_activations + self.head_activations
+        if setup.loss_chunks > 1:
             # The input of the output layer is still there, and the sum of the matrix's gradients is float32.
-            kept += head.sizes[self._head_input] + self._output_matrix * (WIDE - setup.itemsize)
+            kept += head.sizes[self._head_input] + self._output_matrix * (FLOAT32_BYTES - setup.itemsize)
         return {
             "gathered_parameters": self.gathered(0 if setup.reshards else len(self.modes), self.stage.others),
-            "gradients": self._before(begun),
+            "gradients": self._existing_grads(has_weight_grads),
             "activations": kept,
-            "logits_and_loss": setup.logits / setup.loss_pieces * bytes_a_logit,
+            "logits_and_loss": setup.logits / setup.loss_chunks * bytes_a_logit,
         }
 
-    def _backward(self, begun: bool) -> Iterator[Parts]:
+    def _backward(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if self.stage.last:
-            yield from self._of_output_layer(begun)
-        yield from self._blocks(begun)
+            yield from self._output_layer(has_weight_grads)
+        yield from self._blocks(has_weight_grads)
         if self.stage.first:
-            yield from self._embedding(begun)
+            yield from self._embedding(has_weight_grads)
 
-    def _of_output_layer(self, begun: bool) -> Iterator[Parts]:
+    def _output_layer(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         setup, head = self.setup, self.setup.head
         _, copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
-        loss = self._of_loss(begun, WIDE * (1 + copies))
+        loss = self._loss_bytes(has_weight_grads, FLOAT32_BYTES * (1 + copies))
         loss["logits_and_loss"] += self.output
         yield "loss, backward", loss
-        made = sum(self._made(unit) or (0.0 if begun else self._final(unit)) for unit in self._head_units)
-        if setup.loss_pieces > 1:
-            piece = (setup.logits / setup.loss_pieces + self._output_matrix) * setup.itemsize
-            yield "loss, a piece's weights", {**loss, "logits_and_loss": piece}
-            kept = self.of_blocks + self.of_head + self._of_pieces
-            alive = {"gathered_parameters": loss["gathered_parameters"], "gradients": self._before(begun) + made}
+        made = sum(
+            self._unreduced_grads(unit) or (0.0 if has_weight_grads else self._final_grads(unit))
+            for unit in self._head_units
+        )
+        if setup.loss_chunks > 1:
+            chunk = (setup.logits / setup.loss_chunks + self._output_matrix) * setup.itemsize
+            yield "loss, a piece's weights", {**loss, "logits_and_loss": chunk}
+            kept = self.block_activations + self.head_activations + self._loss_chunk_grads
+            alive = {
+                "gathered_parameters": loss["gathered_parameters"],
+                "gradients": self._existing_grads(has_weight_grads) + made,
+            }
             yield "output layer, backward", {**alive, "activations": kept}
             return
-        walk = head.backward_peak(head.everything, 0.0) - head.sizes[head.trace.gives]
+        walk = head.backward_peak(head.all_saved, 0.0) - head.sizes[head.trace.output]
         yield (
             "output layer, backward",
             {
                 **loss,
-                "gradients": self._before(begun) + made,
-                "activations": self.of_blocks + walk,
+                "gradients": self._existing_grads(has_weight_grads) + made,
+                "activations": self.block_activations + walk,
                 "logits_and_loss": setup.logits * setup.itemsize + self.output,
             },
         )
 
-    def _blocks(self, begun: bool) -> Iterator[Parts]:
+    def _blocks(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         setup, block = self.setup, self.setup.block
-        done = self._before(begun)
-        if not begun or self._ties:
-            done += sum(map(self._made if self._ties else self._final, self._head_units))
-        gone = list(accumulate(self.kept[mode] for mode in reversed(self.modes)))
-        added = begun and not setup.is_wrapped
-        walk = block.backward_peak(block.everything | {"x"}, setup.itemsize, added)
-        final, count = 0.0 if begun else self._final(self.stage.block), len(self.modes)
-        sent = self._sent(self.stage.block)
+        done = self._existing_grads(has_weight_grads)
+        if not has_weight_grads or self._is_tied:
+            done += sum(map(self._unreduced_grads if self._is_tied else self._final_grads, self._head_units))
+        freed = list(accumulate(self.kept[mode] for mode in reversed(self.modes)))
+        accumulates = has_weight_grads and not setup.uses_fsdp
+        walk = block.backward_peak(block.all_saved | {"x"}, setup.itemsize, accumulates)
+        final, count = 0.0 if has_weight_grads else self._final_grads(self.stage.block), len(self.modes)
+        sent = self._reduction_buffer(self.stage.block)
         ends = sorted({0, 1, count - 2, count - 1} & set(range(count)))
         for number in ends if len(self.kept) == 1 else range(count):  # alike ones lie between
-            kept = self.output + self.of_blocks - gone[number]
+            kept = self.output + self.block_activations - freed[number]
             alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
-            waiting = sent if number or self._ties else sum(map(self._sent, self._head_units))
+            waiting = sent if number or self._is_tied else sum(map(self._reduction_buffer, self._head_units))
             yield (
                 f"block {count - 1 - number}, backward",
                 {
@@ -274,60 +290,65 @@ class StagePasses:
                 f"block {count - 1 - number}, reduction",
                 {
                     **alive,
-                    "gradients": done + (number + 1) * final + self._made(self.stage.block),
+                    "gradients": done + (number + 1) * final + self._unreduced_grads(self.stage.block),
                     "reduction": sent,
                     "activations": kept + block.sizes["x"],
                 },
             )
 
-    def _embedding(self, begun: bool) -> Iterator[Parts]:
+    def _embedding(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if not self.stage.others:
             return
         embedding = self.stage.others[0]
-        made = self._made(embedding) if not begun or self.setup.is_wrapped else 0.0
-        done = self.final if begun else self.final - self._final(embedding)
-        final = self._final(embedding) if not made or not begun else 0.0
+        made = self._unreduced_grads(embedding) if not has_weight_grads or self.setup.uses_fsdp else 0.0
+        done = self.final_grads if has_weight_grads else self.final_grads - self._final_grads(embedding)
+        final = self._final_grads(embedding) if not made or not has_weight_grads else 0.0
         yield (
             "embedding, backward",
             {
-                "gathered_parameters": self.together or 0.0,
+                "gathered_parameters": self.unsharded_bytes or 0.0,
                 "gradients": done + made + final,
-                "reduction": max(self._sent(self.stage.block), self._sent(embedding)),
+                "reduction": max(self._reduction_buffer(self.stage.block), self._reduction_buffer(embedding)),
                 "activations": self.output + self.x,
             },
         )
 
     # --- a backward pass in two parts --------------------------------------------------------------------------------
 
-    def _of_inputs(self, begun: bool) -> Iterator[Parts]:
+    def _bwd_inputs(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         """Gradients of inputs alone: nothing is let go, and gradients of what each weight gives stay for the rest."""
         block, head = self.setup.block, self.setup.head
-        kept = self.of_blocks + self.of_head
-        together, before = self.gathered(len(self.modes), self.stage.others), self._before(begun)
-        alive = {"gathered_parameters": together, "gradients": before}
+        kept = self.block_activations + self.head_activations
+        unsharded_bytes, before = (
+            self.gathered(len(self.modes), self.stage.others),
+            self._existing_grads(has_weight_grads),
+        )
+        alive = {"gathered_parameters": unsharded_bytes, "gradients": before}
         if self.stage.last:
             _, copies = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
-            loss = self.setup.logits * WIDE * (1 + copies) + self.output
+            loss = self.setup.logits * FLOAT32_BYTES * (1 + copies) + self.output
             yield "loss, backward", {**alive, "activations": kept, "logits_and_loss": loss}
-        of_head = head.weighted if self.stage.last else self.output
+        of_head = head.weighted_outputs if self.stage.last else self.output
         for number in sorted({0, len(self.modes) - 1} & set(range(len(self.modes)))):
-            walk = number * block.weighted + block.inputs_peak
+            walk = number * block.weighted_outputs + block.bwd_input_peak
             yield f"block {len(self.modes) - 1 - number}, inputs", {**alive, "activations": kept + of_head + walk}
 
-    def _of_weights(self, begun: bool) -> Iterator[Parts]:
+    def _bwd_weights(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         """Gradients of weights: each unit's activations go as they are made, and wrapped ones wait for each other."""
-        left = self.left_by_inputs + self.x + (0.0 if self.stage.last else self.output)
+        held = self.held_until_wgrad + self.x + (0.0 if self.stage.last else self.output)
         alive = {"gathered_parameters": self.gathered(len(self.modes), self.stage.others)}
         matrix = self.setup.itemsize * self.stage.block.largest(self.tp, 1)
         yield (
             "weights, first",
             {
                 **alive,
-                "gradients": self._before(begun),
-                "reduction": matrix if begun or self.setup.is_wrapped else self._final(self.stage.block),
-                "activations": self.of_blocks + self.of_head + left,
+                "gradients": self._existing_grads(has_weight_grads),
+                "reduction": matrix
+                if has_weight_grads or self.setup.uses_fsdp
+                else self._final_grads(self.stage.block),
+                "activations": self.block_activations + self.head_activations + held,
             },
         )
-        made = sum(count * self._made(unit) for unit, count in self.stage.units())
-        alive["gradients"] = self.final
+        made = sum(count * self._unreduced_grads(unit) for unit, count in self.stage.units())
+        alive["gradients"] = self.final_grads
         yield "weights, last", {**alive, "reduction": made}

@@ -50,7 +50,7 @@ class Rates:
         )
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def descriptions(self) -> tuple[str, ...]:
         """What was assumed, or where it was measured."""
         if self.measured:
             return (f"rates measured in {self.measured}",)

@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from quadriga.hardware import DEVICES, device_named
 from quadriga.planning.advice import Advice
-from quadriga.planning.estimate import COMMON, Estimate, estimate
-from quadriga.units import GIB, show_bytes, show_count, show_seconds
+from quadriga.planning.estimate import COMMON_DEVICES, Estimate, estimate
+from quadriga.units import GIB, format_bytes, format_count, format_seconds
 
 WIDTH = 13  # of the names of rows
 
 
-def lines(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
+def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
     """The page of `quadriga estimate`."""
     spec = given.run.spec
     device = f" on {given.device.slug}" if given.device else ""
     yield f"Estimate of {spec.model.name} {spec.model.flavor}, {spec.world_size} ranks{device}"
     yield ""
-    yield from (f"  {name:<{WIDTH}}{text}" for name, text in rows(given))
+    yield from (f"  {name:<{WIDTH}}{text}" for name, text in estimate_rows(given))
     yield ""
     yield from _timeline(given)
     yield ""
@@ -32,35 +32,35 @@ def lines(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
     yield from (f"  - {each}" for each in given.assumptions)
 
 
-def rows(given: Estimate) -> Iterator[tuple[str, str]]:
+def estimate_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     """(name, text): the verdict, memory, time. Names are empty where a row goes on."""
-    yield "verdict", verdict_words(given)
+    yield "verdict", format_memory_fit(given)
     yield from memory_rows(given)
     yield from time_rows(given)
 
 
-def verdict_words(given: Estimate) -> str:
-    needed = given.worst.reserved + given.outside
-    verdict = given.verdict()
-    if verdict is not None:
-        margin = verdict.capacity - needed
+def format_memory_fit(given: Estimate) -> str:
+    needed = given.worst.reserved + given.outside_allocator
+    fit = given.memory_fit()
+    if fit is not None:
+        margin = fit.capacity - needed
         less = "are left" if margin >= 0 else "are missing"
         return (
-            f"{verdict.word}: {show_bytes(needed)} of {show_bytes(verdict.capacity)} a device are needed, "
-            f"{show_bytes(abs(margin))} {less}"
+            f"{fit.label}: {format_bytes(needed)} of {format_bytes(fit.capacity)} a device are needed, "
+            f"{format_bytes(abs(margin))} {less}"
         )
     if given.setup.device_type == "cpu":
-        return f"{show_bytes(needed)} a rank are needed; how much there is, is not known here"
-    return f"{show_bytes(needed)} a device are needed: {against_common(given)}"
+        return f"{format_bytes(needed)} a rank are needed; how much there is, is not known here"
+    return f"{format_bytes(needed)} a device are needed: {format_common_devices(given)}"
 
 
-def against_common(given: Estimate) -> str:
+def format_common_devices(given: Estimate) -> str:
     """The verdict on a few common devices."""
     found = []
-    for slug in COMMON:
-        verdict = given.verdict(device_named(slug, "device"))
-        assert verdict is not None
-        found.append(f"{slug} {verdict.word}")
+    for slug in COMMON_DEVICES:
+        fit = given.memory_fit(device_named(slug, "device"))
+        assert fit is not None
+        found.append(f"{slug} {fit.label}")
     return ", ".join(found)
 
 
@@ -70,38 +70,38 @@ def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
         if device.capacity is None:
             continue
         found = estimate(given.run, device, gpus_per_node=given.gpus_per_node)
-        verdict, time = found.verdict(), found.time
-        assert verdict is not None
+        fit, time = found.memory_fit(), found.time
+        assert fit is not None
         step = _step(time.total) if time else "no units for this format"
-        yield device.slug, show_bytes(verdict.capacity), show_bytes(verdict.needed), verdict.word, step
+        yield device.slug, format_bytes(fit.capacity), format_bytes(fit.needed), fit.label, step
 
 
 def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     worst = given.worst
     where = f" (pipeline rank {worst.rank})" if len(given.memories) > 1 else ""
-    beside = f", {show_bytes(given.outside)} beside torch" if given.outside else ""
-    if given.outside and given.heap:
+    beside = f", {format_bytes(given.outside_allocator)} beside torch" if given.outside_allocator else ""
+    if given.outside_allocator and given.heap:
         beside += ", the symmetric heap among it"
     peak = worst.peak
-    amounts = f"active {show_bytes(peak.total)}, reserved {show_bytes(worst.reserved)}{beside}"
+    amounts = f"active {format_bytes(peak.total)}, reserved {format_bytes(worst.reserved)}{beside}"
     yield "memory", f"{amounts}; peak: {peak.name}{where}"
-    kinds = [part for part in sorted(peak.parts.items(), key=lambda part: -part[1]) if part[1] > 0.005 * peak.total]
-    yield "", "at the peak: " + ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds)
+    kinds = [part for part in sorted(peak.by_kind.items(), key=lambda part: -part[1]) if part[1] > 0.005 * peak.total]
+    yield "", "at the peak: " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds)
     yield "", f"what binds: {' and '.join(worst.binding)}"
     if given.heap:
         yield "heap needed", str(given.heap)
     host = " of host memory" if worst.host else ""
     state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
-    parts = " + ".join(f"{name} {show_bytes(size)}" for name, size in state.items())
-    yield "state", f"{parts} = {show_bytes(sum(state.values()))}{host} a rank"
+    parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in state.items())
+    yield "state", f"{parts} = {format_bytes(sum(state.values()))}{host} a rank"
     batches = f", {worst.in_flight} passes at once" if worst.in_flight > 1 else ""
-    each = show_bytes(worst.activations_a_block)
-    yield "activations", f"{show_bytes(worst.activations)}, {each} a block and micro-batch{batches}"
+    each = format_bytes(worst.activations_per_block)
+    yield "activations", f"{format_bytes(worst.activations)}, {each} a block and micro-batch{batches}"
 
 
 def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     time, spec = given.time, given.run.spec
-    work = f"{show_count(given.flops_per_step)}FLOP of the model"
+    work = f"{format_count(given.flops_per_step)}FLOP of the model"
     if time is None:
         yield "time", f"not predicted without figures of a device; a step is {work}"
         return
@@ -121,7 +121,7 @@ def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     shares = sorted(parts.items(), key=lambda part: -part[1])
     yield "", ", ".join(f"{name} {share / time.total:.0%}" for name, share in shares if share >= 0.005 * time.total)
     whole = time.total * spec.steps
-    yield "", f"{spec.steps:,} steps: {show_seconds(whole)}, {whole * spec.world_size / 3600:,.1f} device-hours"
+    yield "", f"{spec.steps:,} steps: {format_seconds(whole)}, {whole * spec.world_size / 3600:,.1f} device-hours"
 
 
 def _timeline(given: Estimate) -> Iterator[str]:
@@ -129,15 +129,15 @@ def _timeline(given: Estimate) -> Iterator[str]:
         yield "  moment                     active      of which activations, logits, gathered, gradients"
         for moment in sorted(given.worst.timeline, key=lambda each: -each.total)[:6]:
             kinds = ("activations", "logits and loss", "gathered parameters", "gradients")
-            sizes = "  ".join(f"{moment.parts.get(kind, 0) / GIB:9.2f}" for kind in kinds)
-            yield f"  {moment.name:<24}{show_bytes(moment.total):>11}  {sizes}"
+            sizes = "  ".join(f"{moment.by_kind.get(kind, 0) / GIB:9.2f}" for kind in kinds)
+            yield f"  {moment.name:<24}{format_bytes(moment.total):>11}  {sizes}"
         return
     yield "  pipeline rank   active     reserved    state   activations  passes at once"
     for memory in given.memories:
         state = memory.parameters + memory.gradients + memory.moments
         yield (
-            f"  {memory.rank:<13}{show_bytes(memory.peak.total):>11}{show_bytes(memory.reserved):>12}"
-            f"{show_bytes(state):>12}{show_bytes(memory.activations):>12}{memory.in_flight:>10}"
+            f"  {memory.rank:<13}{format_bytes(memory.peak.total):>11}{format_bytes(memory.reserved):>12}"
+            f"{format_bytes(state):>12}{format_bytes(memory.activations):>12}{memory.in_flight:>10}"
         )
 
 
@@ -148,12 +148,12 @@ def _communication(given: Estimate) -> Iterator[str]:
         return
     yield f"  {'axis':<14}{'collective':<16}{'calls a step':>12}  {'bytes':>12}  {'on the wire':>12}"
     for (axis, kind), (calls, size, wire) in sent.items():
-        yield f"  {axis:<14}{kind:<16}{calls:>12,.0f}  {show_bytes(size):>12}  {show_bytes(wire):>12}"
+        yield f"  {axis:<14}{kind:<16}{calls:>12,.0f}  {format_bytes(size):>12}  {format_bytes(wire):>12}"
 
 
 def _too_large(given: Estimate) -> bool:
-    verdict = given.verdict()
-    return verdict is not None and not verdict.fits
+    fit = given.memory_fit()
+    return fit is not None and not fit.fits
 
 
 def _step(seconds: float) -> str:

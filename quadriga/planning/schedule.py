@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from itertools import islice, pairwise
 
-from quadriga.config.pipeline_order import Action, Order
+from quadriga.config.pipeline_order import Action, PipelineOrder
 
-AHEAD = 3  # stages whose parameters torch's pipelines put together at once
+UNSHARDED_AHEAD = 3  # stages whose parameters torch's pipelines put together at once
 
 
 @lru_cache(maxsize=1024)
-def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) -> Order:
+def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) -> PipelineOrder:
     """The order of a schedule of torch's, by its name in the configuration."""
-    deal = {
+    add_actions = {
         "GPipe": _all_forward_first,
         "LoopedBFS": _all_forward_first,
         "1F1B": _one_forward_one_backward,
@@ -29,22 +29,22 @@ def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) 
         "DualPipeV": _dual_pipe,
     }[schedule]
     split = schedule == "InterleavedZeroBubble"
-    rows = [_Row(rank, ranks, stages_a_rank, micro_batches, split) for rank in range(ranks)]
+    rows = [_RankActions(rank, ranks, stages_a_rank, micro_batches, split) for rank in range(ranks)]
     for row in rows:
-        deal(row)
-    return Order(tuple(tuple(row.actions) for row in rows))
+        add_actions(row)
+    return PipelineOrder(tuple(tuple(row.actions) for row in rows))
 
 
 @lru_cache(maxsize=4096)
-def together(order: Order, rank: int) -> tuple[frozenset[int], ...]:
+def unsharded_stages(order: PipelineOrder, rank: int) -> tuple[frozenset[int], ...]:
     """Which stages of a rank have their parameters together, one after the other, where they are cut up: those of the
-    next `AHEAD` stages that it will work on. torch fetches and frees them so."""
+    next `UNSHARDED_AHEAD` stages that it will work on. torch fetches and frees them so."""
     actions, found = order.ranks[rank], list[frozenset[int]]()
     for place in range(len(actions)):
         wanted: set[int] = set()
         for action in islice(actions, place, None):
             wanted.add(action.stage)
-            if len(wanted) == AHEAD:
+            if len(wanted) == UNSHARDED_AHEAD:
                 break
         if not found or found[-1] != wanted:
             found.append(frozenset(wanted))
@@ -52,13 +52,13 @@ def together(order: Order, rank: int) -> tuple[frozenset[int], ...]:
 
 
 @lru_cache(maxsize=4096)
-def gathers(order: Order, rank: int) -> Mapping[int, int]:
+def gather_counts(order: PipelineOrder, rank: int) -> Mapping[int, int]:
     """How often each stage of a rank is put together."""
-    seen = together(order, rank)
+    seen = unsharded_stages(order, rank)
     return Counter(stage for before, now in pairwise((frozenset[int](), *seen)) for stage in now - before)
 
 
-class _Row:
+class _RankActions:
     """What one rank does. Each stage takes its micro-batches in turn, so that stage and kind say which is next."""
 
     def __init__(self, rank: int, ranks: int, stages: int, micro_batches: int, split: bool) -> None:
@@ -66,10 +66,10 @@ class _Row:
         self.after = ranks - 1 - rank
         self.first, self.second = rank, 2 * ranks - 1 - rank  # in a V
         self.actions: list[Action] = []
-        self.owed: list[Action] = []  # gradients of weights, where those of inputs are there
+        self.pending_weight_grads: list[Action] = []  # gradients of weights, where those of inputs are there
         self._done: Counter[tuple[int, str]] = Counter()
 
-    def do(self, stage: int, *kinds: str) -> None:
+    def add(self, stage: int, *kinds: str) -> None:
         """The next micro-batch of a stage. A schedule may count more of them than there are."""
         for kind in kinds:
             each = self._done[stage, kind]
@@ -81,31 +81,33 @@ class _Row:
                 self._done[stage, "W"] += 1
             elif kind == "I":
                 self._done[stage, "B"] += 1
-                self.owed.append(Action(stage, "W", each))
+                self.pending_weight_grads.append(Action(stage, "W", each))
 
-    def pay(self, most: int = 1) -> None:
+    def add_weight_grads(self, most: int = 1) -> None:
         """Gradients of weights that are owed, the oldest first."""
-        paid, self.owed = self.owed[:most], self.owed[most:]
-        for action in paid:
-            self.do(action.stage, "W")
+        due, self.pending_weight_grads = self.pending_weight_grads[:most], self.pending_weight_grads[most:]
+        for action in due:
+            self.add(action.stage, "W")
 
 
-def _all_forward_first(row: _Row) -> None:
+def _all_forward_first(row: _RankActions) -> None:
     stages = range(row.rank, row.ranks * row.stages, row.ranks)
     for stage in stages:
-        row.do(stage, *"F" * row.micro_batches)
+        row.add(stage, *"F" * row.micro_batches)
     for stage in reversed(stages):
-        turns = range(row.micro_batches)
+        micro_batches = range(row.micro_batches)
         # torch's breadth-first schedule goes back from the last micro-batch, its GPipe from the first.
-        row.actions += [Action(stage, "B", each) for each in (reversed(turns) if row.stages > 1 else turns)]
+        row.actions += [
+            Action(stage, "B", each) for each in (reversed(micro_batches) if row.stages > 1 else micro_batches)
+        ]
 
 
-def _one_forward_one_backward(row: _Row) -> None:
+def _one_forward_one_backward(row: _RankActions) -> None:
     ahead = min(row.micro_batches, row.ranks - row.rank)
-    row.do(row.rank, *"F" * ahead, *"BF" * (row.micro_batches - ahead), *"B" * ahead)
+    row.add(row.rank, *"F" * ahead, *"BF" * (row.micro_batches - ahead), *"B" * ahead)
 
 
-def _interleaved(row: _Row) -> None:
+def _interleaved(row: _RankActions) -> None:
     """Rounds of about as many micro-batches as ranks through each stage in turn. With the backward pass in two parts
     gradients of weights wait, one step of the pipeline for each rank before this one."""
     a_round = row.micro_batches // max(1, row.micro_batches // row.ranks)
@@ -117,63 +119,63 @@ def _interleaved(row: _Row) -> None:
 
     for step in range(passes + ahead):
         if step < passes:
-            row.do(stage(step), "F")
+            row.add(stage(step), "F")
         if step >= ahead:
             back = row.stages - 1 - (step - ahead) // a_round % row.stages
-            row.do(back * row.ranks + row.rank, "I" if row.split else "B")
+            row.add(back * row.ranks + row.rank, "I" if row.split else "B")
             if row.split and step - ahead >= row.rank:
-                row.pay()
-    row.pay(len(row.owed))
+                row.add_weight_grads()
+    row.add_weight_grads(len(row.pending_weight_grads))
 
 
-def _v_with_zero_bubble(row: _Row) -> None:
+def _v_with_zero_bubble(row: _RankActions) -> None:
     first, second = row.first, row.second
     counted = max(2 * row.ranks - 1, row.micro_batches)  # with fewer, some actions fall out
-    row.do(first, *"F" * (2 * row.after + 1))
+    row.add(first, *"F" * (2 * row.after + 1))
     for _ in range(row.rank):
-        row.do(second, "F")
-        row.do(first, "F")
+        row.add(second, "F")
+        row.add(first, "F")
     for _ in range(row.after + 1):
-        row.do(second, "F", "I", "W")
+        row.add(second, "F", "I", "W")
     forward = 2 * row.after + 1 + row.rank
-    for turn in range(counted - row.rank - row.after - 1):
-        if forward + turn < counted:
-            row.do(first, "F")
-        row.do(first, "I", "W")
-        row.do(second, "F", "I", "W")
+    for step in range(counted - row.rank - row.after - 1):
+        if forward + step < counted:
+            row.add(first, "F")
+        row.add(first, "I", "W")
+        row.add(second, "F", "I", "W")
     for _ in range(row.rank):
-        row.do(first, "I")
-        row.do(second, "I")
+        row.add(first, "I")
+        row.add(second, "I")
     for _ in range(row.after + 1):
-        row.do(first, "I", "W")
-    row.do(second, *"W" * row.rank)
-    row.do(first, *"W" * row.rank)
+        row.add(first, "I", "W")
+    row.add(second, *"W" * row.rank)
+    row.add(first, *"W" * row.rank)
 
 
-def _dual_pipe(row: _Row) -> None:
+def _dual_pipe(row: _RankActions) -> None:
     """Two halves of each rank face each other: forward passes of one run beside backward passes of the other."""
     first, second, odd = row.first, row.second, row.rank % 2
-    row.do(first, *"F" * (2 * row.after))
+    row.add(first, *"F" * (2 * row.after))
     for _ in range(row.rank + 1):
-        row.do(first, "F")
-        row.do(second, "F")
+        row.add(first, "F")
+        row.add(second, "F")
     for _ in range(row.after):
-        row.do(second, "I")
-        row.pay()
-        row.do(second, "F")
+        row.add(second, "I")
+        row.add_weight_grads()
+        row.add(second, "F")
     for _ in range(row.micro_batches - 2 * row.ranks + row.rank + 1):
-        row.do(first, "F")
-        row.do(second, "B", "F")
-        row.do(first, "B")
+        row.add(first, "F")
+        row.add(second, "B", "F")
+        row.add(first, "B")
     for _ in range(row.after):
-        row.do(second, "B", "F")
-        row.do(first, "B")
+        row.add(second, "B", "F")
+        row.add(first, "B")
     half = (row.rank + 1) // 2  # from there on in two parts, the weights' part of which fills what follows
-    for turn in range(row.rank + 1):
-        row.do(second, "I" if turn > half - (odd == 1) else "B")
-        row.do(first, "I" if turn >= half else "B")
-    in_parts = bool(row.owed)
+    for step in range(row.rank + 1):
+        row.add(second, "I" if step > half - (odd == 1) else "B")
+        row.add(first, "I" if step >= half else "B")
+    is_split = bool(row.pending_weight_grads)
     for _ in range(row.after):
-        row.pay()
-        row.do(first, "I" if in_parts else "B")
-    row.pay(len(row.owed))
+        row.add_weight_grads()
+        row.add(first, "I" if is_split else "B")
+    row.add_weight_grads(len(row.pending_weight_grads))

@@ -27,7 +27,7 @@ RECOMPUTE = ({"mode": "none"}, {"mode": "selective", "selective_ac_option": "op"
 RESHARD = ("default", "never")
 LARGEST_ROWS = 16  # of a micro-batch that are tried
 # What the size of parameters, gradients and moments of a rank depends on, of what varies.
-OF_STATE = (*(key.replace(".", "__") for key in DEGREES.values()), "parallelism__pipeline_parallel_schedule")
+STATE_KEYS = (*(key.replace(".", "__") for key in DEGREES.values()), "parallelism__pipeline_parallel_schedule")
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class Candidate:
         """`dp_shard 4, tp 2, full recompute, 2 rows`."""
         config, degrees = self.variant.run.config, self.variant.run.spec.degrees
         sizes = [f"{axis} {size}" for axis in DEGREES if (size := getattr(degrees, axis)) > 1]
-        words = [*(sizes or ["one rank"])]
+        parts = [*(sizes or ["one rank"])]
         if degrees.pp > 1:
             parallelism = config.parallelism
-            words.append(f"{parallelism.pipeline_parallel_schedule} of {parallelism.pipeline_parallel_microbatch_size}")
+            parts.append(f"{parallelism.pipeline_parallel_schedule} of {parallelism.pipeline_parallel_microbatch_size}")
         recompute = config.activation_checkpoint
-        words.append({"none": "no recompute", "full": "full recompute"}.get(recompute.mode, "recompute per operation"))
+        parts.append({"none": "no recompute", "full": "full recompute"}.get(recompute.mode, "recompute per operation"))
         if config.parallelism.fsdp_reshard_after_forward == "never":
-            words.append("kept together")
+            parts.append("kept together")
         rows = config.training.local_batch_size
-        words.append(f"{rows} row{'s' if rows > 1 else ''}")
-        return ", ".join(words)
+        parts.append(f"{rows} row{'s' if rows > 1 else ''}")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """`best`: the fastest of each layout that fits, the fastest first. `tried` and `fitting`: how many there were."""
 
     best: tuple[Candidate, ...]
@@ -72,7 +72,7 @@ class Found:
 
 def search(
     run: Run, device: Device, *, rates: Rates | None = None, gpus_per_node: int = 8, global_batch: int | None = None
-) -> Found:
+) -> SearchResult:
     """`global_batch`: rows of a step; None: those of `run`."""
     rows = global_batch or run.spec.global_batch_size
     tried = fitting = 0
@@ -80,7 +80,7 @@ def search(
     too_large: set[Any] = set()  # layouts and schedules whose state alone does not fit
     for choices in candidates(run, rows, gpus_per_node):
         tried += 1
-        state = tuple(choices.get(key) for key in OF_STATE)
+        state = tuple(choices.get(key) for key in STATE_KEYS)
         if device.capacity is None or state in too_large:
             continue
         variant = vary(run, **choices)
@@ -91,8 +91,8 @@ def search(
         # The first of a pipeline's ranks is mostly the worst: where it does not fit, the others need no look.
         if found.setup.degrees.pp > 1 and memory_of(found.setup, 0).reserved > device.capacity:
             continue
-        verdict = found.verdict()
-        if verdict is None or not verdict.fits or found.time is None:
+        fit = found.memory_fit()
+        if fit is None or not fit.fits or found.time is None:
             continue
         fitting += 1
         candidate = Candidate(variant, found)
@@ -100,7 +100,7 @@ def search(
         if layout not in by_layout or candidate.tokens_per_second > by_layout[layout].tokens_per_second:
             by_layout[layout] = candidate
     best = sorted(by_layout.values(), key=lambda each: -each.tokens_per_second)
-    return Found(tuple(best), tried, fitting)
+    return SearchResult(tuple(best), tried, fitting)
 
 
 def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
@@ -124,7 +124,7 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict
 def layouts(run: Run, gpus_per_node: int) -> Iterator[dict[str, int]]:
     """Degrees whose product is the number of ranks. Tensor parallelism stays within a machine."""
     model, world, seq_len = run.spec.model, run.spec.world_size, run.spec.seq_len
-    pieces = 2 if run.config.parallelism.context_parallel_load_balancer == "headtail" else 1
+    chunks_per_rank = 2 if run.config.parallelism.context_parallel_load_balancer == "headtail" else 1
     widths = (model.n_heads, model.n_kv_heads, model.ffn_dim, model.vocab_size)
     for tp in (each for each in _divisors(world) if each <= gpus_per_node):
         if any(width % tp for width in widths):
@@ -133,7 +133,7 @@ def layouts(run: Run, gpus_per_node: int) -> Iterator[dict[str, int]]:
             if pp > 1 and (model.tie_embeddings or pp > model.n_layers):
                 continue
             for cp in _divisors(world // tp // pp):
-                if seq_len % (tp * cp * (pieces if cp > 1 else 1)):
+                if seq_len % (tp * cp * (chunks_per_rank if cp > 1 else 1)):
                     continue
                 rest = world // tp // pp // cp
                 for replicate in _divisors(rest):

@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quadriga.config import Run
-from quadriga.config.pipeline_order import Order
+from quadriga.config.pipeline_order import PipelineOrder
 from quadriga.config.rules_pipeline import SINGLE_STAGE
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
-from quadriga.planning.activations import Activations, Holding, activations_of
-from quadriga.planning.anatomy import Stage, Unit, even_split, stages
+from quadriga.planning.activations import Activations, LocalSizes, activations_of
 from quadriga.planning.loads import Load, loads_of
-from quadriga.planning.schedule import gathers, order_of
+from quadriga.planning.parameters import Stage, Unit, build_stages, even_split
+from quadriga.planning.schedule import gather_counts, order_of
 from quadriga.units import DTYPE_BYTES
 
-BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
+UPDATE_BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
 # Copies of all parameters on a rank that an update makes and drops.
 OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
 
 # Blocks of torch's attention kernel for CPUs: from which length on, how many rows, and what an operation in one costs
 # beside one in the largest (FlashAttentionKernel.cpp; measured by benchmarks/attention.py).
-BLOCKS = ((768, 256, 1.0), (192, 64, 1.6), (0, 32, 2.0))
+ATTENTION_BLOCKS = ((768, 256, 1.0), (192, 64, 1.6), (0, 32, 2.0))
 
 
-def causal_cost(length: int) -> float:
+def causal_attention_cost(length: int) -> float:
     """What an operation of attention costs on a CPU, of those that a causal mask leaves: blocks on the diagonal are
     computed whole, and small ones more slowly."""
-    rows, each = next((rows, each) for start, rows, each in BLOCKS if length >= start)
+    rows, each = next((rows, each) for start, rows, each in ATTENTION_BLOCKS if length >= start)
     return each * (1 + rows / length)
 
 
@@ -59,7 +59,7 @@ class Setup:
     @cached_property
     def itemsize(self) -> int:
         """Bytes of a number in the computing dtype."""
-        return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.is_wrapped else self.parameter_bytes
+        return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.uses_fsdp else self.parameter_bytes
 
     @cached_property
     def reduce_bytes(self) -> int:
@@ -70,7 +70,7 @@ class Setup:
         return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
 
     @cached_property
-    def loss_pieces(self) -> int:
+    def loss_chunks(self) -> int:
         return self.run.config.training.loss_chunks
 
     @cached_property
@@ -78,7 +78,7 @@ class Setup:
         return self.run.config.training.enable_cpu_offload
 
     @cached_property
-    def is_wrapped(self) -> bool:
+    def uses_fsdp(self) -> bool:
         """Whether `fully_shard` is there: as `parallel.data_parallel` decides."""
         training, degrees = self.run.config.training, self.degrees
         dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
@@ -86,28 +86,28 @@ class Setup:
 
     @cached_property
     def reshards(self) -> bool:
-        return self.run.spec.reshard_after_forward and self.is_wrapped
+        return self.run.spec.reshard_after_forward and self.uses_fsdp
 
     @cached_property
     def reshards_ends(self) -> bool:
         """Whether the first units that the backward pass needs are let go as well."""
-        return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_pieces == 1
+        return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_chunks == 1
 
     @cached_property
     def reduces_once(self) -> bool:
         return self.micro_batches == 1 or self.run.spec.reduce_gradients == "once"
 
     @cached_property
-    def keeps_gradients_whole(self) -> bool:
+    def keeps_unsharded_grads(self) -> bool:
         """Whether gradients of several micro-batches are added up before they are reduced, in the reduce dtype."""
-        return self.is_wrapped and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
+        return self.uses_fsdp and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
 
     @cached_property
     def micro_batches(self) -> int:
         return self.run.spec.micro_batches
 
     @cached_property
-    def micro_batches_a_call(self) -> int:
+    def micro_batches_per_call(self) -> int:
         """Of one pass of local_batch_size rows through a pipeline."""
         return self.run.spec.micro_batches // self.run.spec.accumulation_steps
 
@@ -118,7 +118,7 @@ class Setup:
         if section.state_dtype is None:
             return copies * held * self.parameter_bytes
         narrow = 2 * (self.moment_bytes < wide) + 2 * (self.parameter_bytes < wide)  # moments; weights and gradients
-        return (narrow + copies) * min(max(BUCKET, largest), held) * wide
+        return (narrow + copies) * min(max(UPDATE_BUCKET, largest), held) * wide
 
     @cached_property
     def rows(self) -> int:
@@ -158,10 +158,10 @@ class Setup:
         return Cut(self.degrees.tp > 1, self.sequence_parallel, method if self.degrees.cp > 1 else None)
 
     @cached_property
-    def _holding(self) -> Holding:
+    def _local_sizes(self) -> LocalSizes:
         degrees = self.degrees
         sequence = self.run.config.parallelism.enable_sequence_parallel
-        return Holding(self.tokens, self.itemsize, degrees.tp, degrees.cp, sequence)
+        return LocalSizes(self.tokens, self.itemsize, degrees.tp, degrees.cp, sequence)
 
     @cached_property
     def _kernels(self) -> Kernels:
@@ -169,11 +169,11 @@ class Setup:
 
     @cached_property
     def block(self) -> Activations:
-        return activations_of(block_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
+        return activations_of(block_trace, self.run.spec.model, self._cut, self._kernels, self._local_sizes)
 
     @cached_property
     def head(self) -> Activations:
-        return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._holding)
+        return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._local_sizes)
 
     @cached_property
     def recompute(self) -> ActivationCheckpoint:
@@ -233,14 +233,14 @@ class Setup:
     def stages(self) -> tuple[Stage, ...]:
         model, parallelism = self.run.spec.model, self.run.config.parallelism
         if self.degrees.pp == 1:
-            return stages(model, None)
+            return build_stages(model, None)
         split = parallelism.module_fqns_per_model_part or even_split(
             model,
             len(self.run.spec.stage_ranks),
             parallelism.pipeline_parallel_first_stage_less_layers,
             parallelism.pipeline_parallel_last_stage_less_layers,
         )
-        return stages(model, tuple(tuple(part) for part in split))
+        return build_stages(model, tuple(tuple(part) for part in split))
 
     def neighbours(self, number: int) -> tuple[int, int]:
         """Of the stages of the pipeline's rank `number`, how many have the next one, and the one before, elsewhere."""
@@ -250,29 +250,29 @@ class Setup:
         return ahead, sum(stage > 0 and ranks[stage - 1] != number for stage in own)
 
     @cached_property
-    def order(self) -> Order:
+    def order(self) -> PipelineOrder:
         """What the ranks of the pipeline do in one pass of local_batch_size rows; without one, forward and backward."""
         spec, pp = self.run.spec, self.degrees.pp
-        order = spec.own_schedule
+        order = spec.custom_schedule
         if order is None:
             schedule = self.run.config.parallelism.pipeline_parallel_schedule if pp > 1 else "1F1B"
-            order = order_of(schedule, pp, len(spec.stage_ranks) // pp, self.micro_batches_a_call)
+            order = order_of(schedule, pp, len(spec.stage_ranks) // pp, self.micro_batches_per_call)
         # As `parallel.pipeline_parallel` has it: who recomputes makes both parts of a backward pass at once.
-        return order.in_one_part if self.recompute.recomputes else order
+        return order.merged_backward if self.recompute.recomputes else order
 
     def loads(self, rank: int) -> tuple[Load, ...]:
         """What lies beside the passes of the pipeline's rank `rank`."""
-        return loads_of(self.order, rank, again=self.run.spec.accumulation_steps > 1)
+        return loads_of(self.order, rank, accumulates=self.run.spec.accumulation_steps > 1)
 
-    def gathers(self, rank: int) -> Mapping[int, int]:
+    def gather_counts(self, rank: int) -> Mapping[int, int]:
         """How often, in a step, the pipeline's rank `rank` puts each of its stages together, and keeps it so. torch's
         schedules of one stage a rank do it once, the others in each pass of local_batch_size rows."""
         schedule, spec = self.run.config.parallelism.pipeline_parallel_schedule, self.run.spec
-        if schedule in SINGLE_STAGE and spec.own_schedule is None:
+        if schedule in SINGLE_STAGE and spec.custom_schedule is None:
             return dict.fromkeys(self.stage_numbers(rank), 1)
-        once = gathers(self.order, rank)
+        once = gather_counts(self.order, rank)
         return {stage: times * spec.accumulation_steps for stage, times in once.items()}
 
     def gathered(self, unit: Unit) -> float:
         """Bytes of a unit's parameters put together in the computing dtype."""
-        return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.is_wrapped else 0.0
+        return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.uses_fsdp else 0.0

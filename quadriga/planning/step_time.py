@@ -11,19 +11,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from quadriga.planning.communication import Calls, calls_of
+from quadriga.planning.communication import CollectiveCalls, collective_calls
 from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
-from quadriga.planning.setup import Setup, causal_cost
+from quadriga.planning.setup import Setup, causal_attention_cost
 
 ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
-LOGIT_TRIPS = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
+LOGIT_ACCESSES = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
 # Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
 # gradient, clipping reads and writes it.
 UPDATE_NUMBERS = 10
 # Recompute per operation goes through Python twice for each of torch's operations, forward and again, of which there
 # are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
 DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
-OVERLAPS = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
+OVERLAPPED_AXES = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StepTime:
     bubble: float
     host: float  # what the processor waits for the host, and what is the same in every step
     hidden: float  # communication beside computation: not part of the sum
-    by_call: tuple[tuple[Calls, float], ...]
+    by_call: tuple[tuple[CollectiveCalls, float], ...]
 
     @property
     def compute(self) -> float:
@@ -99,13 +99,13 @@ class StepTime:
 
 def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
     """Of the pipeline rank that takes longest."""
-    works = _Works(setup)
+    works = _WorkOfPasses(setup)
     idle = _idle_shares(works, rates) if setup.degrees.pp > 1 else (0.0,)
     times = (_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
     return max(times, key=lambda time: time.total)
 
 
-def _idle_shares(works: _Works, rates: Rates) -> tuple[float, ...]:
+def _idle_shares(works: _WorkOfPasses, rates: Rates) -> tuple[float, ...]:
     order = works.setup.order
     passes = {what for counts in order.counts for what in counts}
     return order.idle_shares({what: sum(works.of_pass(*what).seconds(rates)) for what in passes})
@@ -113,12 +113,12 @@ def _idle_shares(works: _Works, rates: Rates) -> tuple[float, ...]:
 
 def work_of(setup: Setup, rank: int) -> Work:
     """Of all passes of one step, without the update."""
-    return _Works(setup).of_rank(rank)
+    return _WorkOfPasses(setup).of_rank(rank)
 
 
 def forward_of(setup: Setup, rank: int) -> Work:
     """Of the forward passes of one step alone."""
-    works, passes = _Works(setup), setup.order.counts[rank]
+    works, passes = _WorkOfPasses(setup), setup.order.counts[rank]
     forward = (works.of_pass(*what).times(number) for what, number in passes.items() if what[1] == "F")
     return sum(forward, Work()).times(setup.run.spec.accumulation_steps)
 
@@ -129,7 +129,7 @@ def update_of(setup: Setup, rank: int) -> Work:
     return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
 
 
-class _Works:
+class _WorkOfPasses:
     """What the parts of a model do for one micro-batch, each worked out once for all ranks."""
 
     def __init__(self, setup: Setup) -> None:
@@ -159,7 +159,7 @@ class _Works:
         """What is computed again is part of each backward pass, or part of one."""
         if (mode, kind) not in self._blocks:
             again = Work() if kind == "F" else self._again(mode)
-            self._blocks[mode, kind] = _share(self.forward, kind, ATTENTION_BACKWARD) + again
+            self._blocks[mode, kind] = _work_of_kind(self.forward, kind, ATTENTION_BACKWARD) + again
         return self._blocks[mode, kind]
 
     def _again(self, mode: str) -> Work:
@@ -169,11 +169,11 @@ class _Works:
             products = sum(
                 _product_flops(setup, each.matrix)
                 for each in setup.block.trace.operations
-                if each.matrix is not None and each.gives not in kept
+                if each.matrix is not None and each.output not in kept
             )
-            asked = 0.0 if setup.compiled else DISPATCHES * len(setup.block.trace.operations)
+            dispatches = 0.0 if setup.compiled else DISPATCHES * len(setup.block.trace.operations)
             again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
-            return again + Work(python=asked * DISPATCH_SECONDS)
+            return again + Work(python=dispatches * DISPATCH_SECONDS)
         return forward if mode == "full" else Work()
 
     @cached_property
@@ -185,9 +185,9 @@ class _Works:
         # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
         length = setup.run.spec.seq_len
         attention = 2.0 * setup.tokens * length * model.n_heads * model.head_dim / degrees.tp
-        attention *= causal_cost(length) if setup.device_type == "cpu" else 1.0
+        attention *= causal_attention_cost(length) if setup.device_type == "cpu" else 1.0
         light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
-        touched = sum(sizes[each.gives] + sum(sizes[name] for name in each.takes) for each in light)
+        touched = sum(sizes[each.output] + sum(sizes[name] for name in each.inputs) for each in light)
         unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
         touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
         memory, operations = touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5
@@ -198,13 +198,13 @@ class _Works:
         """The output layer and the loss, by kind of pass."""
         setup, model = self.setup, self.setup.run.spec.model
         compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
-        trips = LOGIT_TRIPS["compiled" if compiled else "eager"]
+        accesses = LOGIT_ACCESSES["compiled" if compiled else "eager"]
         products = _product_flops(setup, (model.dim, model.vocab_size))
-        forward = Work(products, 0.0, 4.0 * trips / 3 * setup.logits, 10, forward_products=products)
-        return {kind: _share(forward, kind, 0.0) for kind in "FBIW"}
+        forward = Work(products, 0.0, 4.0 * accesses / 3 * setup.logits, 10, forward_products=products)
+        return {kind: _work_of_kind(forward, kind, 0.0) for kind in "FBIW"}
 
 
-def _share(forward: Work, kind: str, attention: float) -> Work:
+def _work_of_kind(forward: Work, kind: str, attention: float) -> Work:
     """What a kind of pass does where the forward pass does so much. A backward pass makes two products of each:
     gradients of what came in, and of weights. `attention`: its backward pass, in forward passes."""
     return {
@@ -219,7 +219,7 @@ def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
     return 2.0 * setup.tokens * matrix[0] * matrix[1] / setup.degrees.tp
 
 
-def call_seconds(calls: Calls, stride: int, rates: Rates, gpus_per_node: int) -> float:
+def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_node: int) -> float:
     """One call of a ring over `calls.ranks` ranks that stand `stride` apart (alpha-beta: Hockney, 1994)."""
     inside = calls.ranks * stride <= gpus_per_node
     start = CALL_SECONDS if inside else NETWORK_CALL_SECONDS
@@ -237,27 +237,27 @@ def strides(setup: Setup) -> dict[str, int]:
     return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
 
 
-def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
+def _of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
     """`idle_share`: how long the rank waits for other ranks of the pipeline, as a share of its own work."""
     setup = works.setup
     work, update = works.of_rank(rank), update_of(setup, rank)
-    apart = strides(setup)
+    stride_by_axis = strides(setup)
     timed = [
-        (call, call.calls * call_seconds(call, apart[call.axis], rates, gpus_per_node))
-        for call in calls_of(setup, rank)
+        (call, call.calls * call_seconds(call, stride_by_axis[call.axis], rates, gpus_per_node))
+        for call in collective_calls(setup, rank)
     ]
     products, attention, memory = work.seconds(rates)
     compute = products + attention + memory
-    shown, hidden = _shown(setup, timed, compute)
-    asked = work.operations * rates.operation + work.python
-    host = (asked if setup.device_type == "cpu" else max(asked - compute, 0.0)) + rates.step
-    idle = (compute + shown) * idle_share
+    exposed, hidden = _exposed_and_hidden(setup, timed, compute)
+    launch_seconds = work.operations * rates.operation + work.python
+    host = (launch_seconds if setup.device_type == "cpu" else max(launch_seconds - compute, 0.0)) + rates.step
+    idle = (compute + exposed) * idle_share
     return StepTime(
         products=products,
         attention=attention,
         memory_bound=memory,
         optimizer=update.memory / (rates.update or rates.memory),
-        communication=shown,
+        communication=exposed,
         bubble=idle,
         host=host,
         hidden=hidden,
@@ -265,7 +265,9 @@ def _of_rank(works: _Works, rank: int, rates: Rates, gpus_per_node: int, idle_sh
     )
 
 
-def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -> tuple[float, float]:
+def _exposed_and_hidden(
+    setup: Setup, timed: Iterable[tuple[CollectiveCalls, float]], compute: float
+) -> tuple[float, float]:
     """Seconds of communication that are seen, and that hide behind the blocks' work.
 
     Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
@@ -275,13 +277,13 @@ def _shown(setup: Setup, timed: Iterable[tuple[Calls, float]], compute: float) -
     timed = list(timed)
     if setup.device_type == "cpu":
         return sum(seconds for _, seconds in timed), 0.0
-    beside = sum(seconds for call, seconds in timed if call.axis in OVERLAPS and call.when != "norm")
-    waited = sum(seconds for call, seconds in timed) - beside
+    overlapped = sum(seconds for call, seconds in timed if call.axis in OVERLAPPED_AXES and call.when != "norm")
+    waited = sum(seconds for call, seconds in timed) - overlapped
     if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed
         messages = sum(seconds for call, seconds in timed if call.axis == "pp" and call.when == "messages")
         waited -= messages
-        beside += messages
-    calls = max(sum(call.calls for call, _ in timed if call.axis in OVERLAPS and call.when != "norm"), 1)
-    ends = min(2 * beside / calls, beside)
-    seen = max(beside - compute, ends)
-    return waited + seen, beside - seen
+        overlapped += messages
+    calls = max(sum(call.calls for call, _ in timed if call.axis in OVERLAPPED_AXES and call.when != "norm"), 1)
+    ends = min(2 * overlapped / calls, overlapped)
+    exposed = max(overlapped - compute, ends)
+    return waited + exposed, overlapped - exposed

@@ -12,8 +12,8 @@ from typing import Any
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import JobConfig, Run
-from quadriga.config.case import Case, value_of
-from quadriga.config.resolve import DEGREES, spec_of
+from quadriga.config.resolve import DEGREES, build_spec
+from quadriga.config.rules import RuleContext, config_value
 from quadriga.config.rules_pipeline import SINGLE_STAGE
 from quadriga.config.run_spec import Degrees, RunSpec
 
@@ -26,10 +26,10 @@ class Variant:
     run: Run
 
     def as_arguments(self) -> list[str]:
-        return [f"--{key}={argument(value)}" for key, value in self.changes]
+        return [f"--{key}={format_argument(value)}" for key, value in self.changes]
 
 
-def argument(value: Any) -> str:
+def format_argument(value: Any) -> str:
     """As it stands on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -50,14 +50,16 @@ def vary(run: Run, **changes: Any) -> Variant:
 
 def _spec(run: Run, config: JobConfig) -> RunSpec:
     """What follows anew, as `resolve` has it: degrees, accumulation, micro-batches, stages and the rest."""
-    others = {axis: value_of(config, key) for axis, key in DEGREES.items() if axis != "dp_shard"}
+    others = {axis: config_value(config, key) for axis, key in DEGREES.items() if axis != "dp_shard"}
     degrees = Degrees(dp_shard=run.spec.world_size // math.prod(others.values()), **others)
-    spec = spec_of(Case(config, run.origin, run.spec.model, degrees, run.spec.tokenizer, BACKENDS, training=False))
+    spec = build_spec(
+        RuleContext(config, run.origin, run.spec.model, degrees, run.spec.tokenizer, BACKENDS, training=False)
+    )
     before, after = run.config.parallelism, config.parallelism
     same = before.pipeline_parallel_schedule == after.pipeline_parallel_schedule and degrees.pp == run.spec.degrees.pp
     if not same:
         return spec
-    return replace(spec, stage_ranks=run.spec.stage_ranks, own_schedule=run.spec.own_schedule)  # of a CSV file
+    return replace(spec, stage_ranks=run.spec.stage_ranks, custom_schedule=run.spec.custom_schedule)  # of a CSV file
 
 
 def stages_a_rank(schedule: str) -> int:

@@ -19,19 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within `with LiveMemory() as live:`, `live.bytes` are alive now, and `live.peak` were at most since `mark`."""
+    """Within `with LiveMemory() as live:`, `live.bytes` are alive now, `live.peak` at most since `reset_peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = self._aside = 0
+        self.bytes = self.peak = self._ignored = 0
         self._sizes: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
-    def mark(self) -> int:
+    def reset_peak(self) -> int:
         """Forget the peak so far. Returns the bytes that are alive."""
         self.peak = self.bytes
         return self.bytes
 
-    def look(self, item: Any) -> None:
+    def track(self, item: Any) -> None:
         """Count the tensors in `item`, a tensor or nested lists and tuples of them."""
         for tensor in _plain_tensors(item):
             self._count(tensor.untyped_storage())
@@ -46,22 +46,22 @@ class LiveMemory(TorchDispatchMode):
             return result
 
         def find_shape(propagator: ShardingPropagator, *args: Any, **kwargs: Any) -> Any:
-            self._aside += 1
+            self._ignored += 1
             try:
                 return self._find_shape(propagator, *args, **kwargs)
             finally:
-                self._aside -= 1
+                self._ignored -= 1
 
-        self._put(resize, find_shape)
+        self._patch(resize, find_shape)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._put(self._resize, self._find_shape)
+        self._patch(self._resize, self._find_shape)
 
     @staticmethod
-    def _put(resize: Any, find_shape: Any) -> None:
+    def _patch(resize: Any, find_shape: Any) -> None:
         """torch tells nobody of either: its own functions are wrapped while this looks."""
         setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 - a type checker does not let it be assigned
         setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", find_shape)  # noqa: B010
@@ -74,15 +74,15 @@ class LiveMemory(TorchDispatchMode):
         if operation is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         result = operation(*args, **(kwargs or {}))
-        if not self._aside:
-            self.look(result)
+        if not self._ignored:
+            self.track(result)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is None or known[1]() is None:
-            self._sizes[key] = (size, weakref.ref(storage, lambda ref: self._gone(key, ref)))
+            self._sizes[key] = (size, weakref.ref(storage, lambda ref: self._freed(key, ref)))
             self._add(size - (known[0] if known else 0))
         elif known[0] != size:
             self._sizes[key] = (size, known[1])
@@ -92,7 +92,7 @@ class LiveMemory(TorchDispatchMode):
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
-    def _gone(self, key: int, ref: Any) -> None:
+    def _freed(self, key: int, ref: Any) -> None:
         known = self._sizes.get(key)
         if known is not None and known[1] is ref:
             del self._sizes[key]

@@ -25,40 +25,40 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from quadriga.comm.backend import BACKENDS
+from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import Mesh, build_mesh
-from quadriga.comm.record import Recorder, axes_of
 from quadriga.config import JobConfig, Run, read
 from quadriga.config.schema import Health as HealthSection
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
-from quadriga.data.packing import Place
+from quadriga.data.packing import Cursor
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
 from quadriga.models.plan import ParameterPlan
 from quadriga.models.registry import catalogue
-from quadriga.planning.communication import calls_of
+from quadriga.planning.communication import collective_calls
 from quadriga.planning.memory import memory_of
 from quadriga.planning.setup import Setup
 from quadriga.rehearsal.live_memory import LiveMemory
-from quadriga.resilience.health import Health
-from quadriga.train.build import build_parts, build_recipe, build_state
+from quadriga.resilience.health import HealthMonitor
+from quadriga.train.build import build_parts, build_state, build_step_config
 from quadriga.train.state import TrainState
-from quadriga.train.step import Recipe, train_step
-from quadriga.units import show_bytes, show_count
+from quadriga.train.step import StepConfig, train_step
+from quadriga.units import format_bytes, format_count
 
 HOST = torch.device("cpu")
-PROMISED = 0.03  # how far an estimate of active memory may be from what is found
+ESTIMATE_TOLERANCE = 0.03  # how far an estimate of active memory may be from what is found
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """What one rank's rehearsal showed.
 
-    `held`: parameters, its own shards alone. `peak`: bytes that were alive at most, from the forward pass to the end of
+    `n_parameters`: of its own shards alone. `peak`: bytes that were alive at most, from the forward pass to the end of
     the backward pass. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
     """
 
     rank: int
-    held: int
+    n_parameters: int
     peak: int
     build_seconds: float
     step_seconds: float
@@ -73,7 +73,7 @@ class EmptyLoader:
     seq_len: int
     waited: float = 0.0
 
-    def mark(self) -> dict[int, Place]:
+    def snapshot(self) -> dict[int, Cursor]:
         """It stands where it stood."""
         return {}
 
@@ -93,19 +93,19 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
     dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
     try:
         mesh = build_mesh(run.spec.degrees, HOST.type)
-        with FakeTensorMode(allow_non_fake_inputs=True) as nothing:
-            state = empty_state(run, mesh, nothing)
-            recipe = build_recipe(run, mesh, HOST, state.parts)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
+            state = empty_state(run, mesh, fake_mode)
+            step_config = build_step_config(run, mesh, HOST, state.parts)
             built = time.perf_counter()
-            with Recorder(axes_of(mesh)) as recorder, LiveMemory() as live:
-                peak = _step(state, recipe, mesh, live)
+            with CallRecorder(axis_by_ranks(mesh)) as recorder, LiveMemory() as live:
+                peak = _step(state, step_config, mesh, live)
         stepped = time.perf_counter()
         sizes = recorder.bytes()
         calls = [(kind, axis, count, sizes[kind, axis]) for (kind, axis), count in recorder.counts().items()]
         return Rehearsal(
             rank=rank,
             peak=peak,
-            held=sum(_own(parameter).numel() for parameter in state.parameters()),
+            n_parameters=sum(_local(parameter).numel() for parameter in state.parameters()),
             build_seconds=built - start,
             step_seconds=stepped - built,
             calls=tuple(sorted(calls, key=lambda call: -call[3])),
@@ -114,19 +114,19 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
         dist.destroy_process_group()
 
 
-def _step(state: TrainState, recipe: Recipe, mesh: Mesh, live: LiveMemory) -> int:
+def _step(state: TrainState, step_config: StepConfig, mesh: Mesh, live: LiveMemory) -> int:
     """One step. Returns the most bytes that were alive in it, parameters and optimizer state among them.
 
     Until the update: on fake tensors it makes temporaries that no real one makes.
     """
     for parameter in state.parameters():
-        live.look(parameter.detach())
+        live.track(parameter.detach())
     moments = 2 * sum(
-        _own(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
+        _local(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
     )
     peaks: list[int] = []
     update = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(live.peak))
-    train_step(state, recipe, mesh)
+    train_step(state, step_config, mesh)
     update.remove()
     return peaks[0] + moments
 
@@ -137,20 +137,20 @@ def state_itemsize(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) ->
     return next((value.itemsize for value in state.values() if value.dim() > 0), parameter.itemsize)
 
 
-def empty_state(run: Run, mesh: Mesh, nothing: FakeTensorMode) -> TrainState:
+def empty_state(run: Run, mesh: Mesh, fake_mode: FakeTensorMode) -> TrainState:
     """The state of a run before its first step, of tensors without memory."""
 
-    def hold_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
+    def fill_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
         reset_buffers = part.reset_buffers
         assert callable(reset_buffers)
-        with nothing:
+        with fake_mode:
             part.to_empty(device=device)
             reset_buffers()
 
     with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
-        parts = build_parts(run, mesh, HOST, fill=hold_nothing)
+        parts = build_parts(run, mesh, HOST, fill=fill_nothing)
     state = build_state(run, parts, empty_loader(run))
-    state.health = Health(HealthSection(non_finite="ignore", spike="ignore"))  # there is no number to look at
+    state.health = HealthMonitor(HealthSection(non_finite="ignore", spike="ignore"))  # there is no number to look at
     return state
 
 
@@ -179,34 +179,41 @@ def _changed(config: JobConfig, table: str, **values: object) -> JobConfig:
     return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
 
 
-def report(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+def format_rehearsal(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
     yield (
         f"  rank {rehearsal.rank} of {run.spec.world_size}: built in {rehearsal.build_seconds:.1f} s, one step in "
-        f"{rehearsal.step_seconds:.1f} s; it holds {show_count(rehearsal.held)} parameters and sends, each step,"
+        f"{rehearsal.step_seconds:.1f} s; it holds {format_count(rehearsal.n_parameters)} parameters and sends, each "
+        "step,"
     )
     for kind, axis, count, size in rehearsal.calls:
-        yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {show_bytes(size):>12}"
+        yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {format_bytes(size):>12}"
 
 
-def compare(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
+def format_estimate_check(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
     """What was estimated beside what was found, on the kernels of this machine."""
     setup = Setup(run, HOST.type)
     rank = rehearsal.rank // (run.spec.world_size // run.spec.degrees.pp)
-    foreseen = memory_of(setup, rank)
-    expected = foreseen.peak.total
-    error = expected / rehearsal.peak - 1
-    beyond = f"; more than {PROMISED:.0%} is a fault of the estimate" if abs(error) > PROMISED else ""
+    predicted = memory_of(setup, rank)
+    predicted_peak = predicted.peak.total
+    error = predicted_peak / rehearsal.peak - 1
+    beyond = (
+        f"; more than {ESTIMATE_TOLERANCE:.0%} is a fault of the estimate" if abs(error) > ESTIMATE_TOLERANCE else ""
+    )
     yield (
-        f"    active memory  {show_bytes(rehearsal.peak)} at most; estimated {show_bytes(expected)} "
+        f"    active memory  {format_bytes(rehearsal.peak)} at most; estimated {format_bytes(predicted_peak)} "
         f"({error:+.1%}{beyond})"
     )
     sent = Counter[str]()
     for kind, _, _, size in rehearsal.calls:
         sent[kind] += size
-    told = Counter[str]()
-    for call in calls_of(setup, rank):
-        told[call.kind] += round(call.bytes)
-    wrong = [f"{kind} {show_bytes(told[kind])}" for kind in sent | told if sent[kind] != told[kind]]
+    predicted_bytes = Counter[str]()
+    for call in collective_calls(setup, rank):
+        predicted_bytes[call.kind] += round(call.bytes)
+    wrong = [
+        f"{kind} {format_bytes(predicted_bytes[kind])}"
+        for kind in sent | predicted_bytes
+        if sent[kind] != predicted_bytes[kind]
+    ]
     yield (
         "    communication  as estimated"
         if not wrong
@@ -214,7 +221,7 @@ def compare(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
     )
 
 
-def _own(parameter: torch.Tensor) -> torch.Tensor:
+def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -226,7 +233,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         run, left_out = rehearsable(run)
         print("".join(f"  without {what}\n" for what in left_out), end="")
         found = rehearse(run, int(environ["RANK"]))
-        print("\n".join((*report(found, run), *compare(found, run))), flush=True)
+        print("\n".join((*format_rehearsal(found, run), *format_estimate_check(found, run))), flush=True)
     except UserError as error:
         print(error.report, file=sys.stderr)
         return error.exit_code
@@ -234,7 +241,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         print(f"the rehearsal failed:\n\n{traceback.format_exc()}", file=sys.stderr)
         return EXIT_FAULT
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"  the rehearsal itself took {show_bytes(peak)} of memory")
+    print(f"  the rehearsal itself took {format_bytes(peak)} of memory")
     return EXIT_OK
 
 

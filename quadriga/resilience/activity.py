@@ -39,26 +39,26 @@ COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 INNERMOST = 4  # functions, in which a wait for other ranks shows
 
 
-class Activity:
+class ActivityMonitor:
     """Looks at the main thread of this process. To be asked by one other thread alone, whose own work is left out."""
 
     def __init__(self, progress: Progress, pause: float) -> None:
         """`pause`: seconds between two looks."""
         self._progress = progress
-        self._least = {name: max(FLOOR[name], rate * pause) for name, rate in RATE.items()}
-        self._place: tuple[object, ...] = ()
-        self._chains: set[int] = set()
-        self._counted: dict[str, float] = {}
+        self._thresholds = {name: max(FLOOR[name], rate * pause) for name, rate in RATE.items()}
+        self._position: tuple[object, ...] = ()
+        self._call_chains: set[int] = set()
+        self._last_usage: dict[str, float] = {}
         self._since = time.monotonic()
         self._modules: list[str] = []
 
-    def began_anew(self) -> None:
+    def reset(self) -> None:
         """Forget for how long nothing has moved: it was this process that did not run."""
         self._since = time.monotonic()
 
-    def look(self, waits: bool = False) -> float:
+    def poll(self, waits: bool = False) -> float:
         """Seconds since progress was last seen; there is none while this rank `waits` for others."""
-        moves = any(list(self._moves()))  # every measure is brought up to date, not only the first that moved
+        moves = any(list(self._progress_signs()))  # every measure is brought up to date, not only the first that moved
         if moves and not waits:
             self._since = time.monotonic()
         return time.monotonic() - self._since
@@ -73,20 +73,20 @@ class Activity:
         """Whether the main thread was within a call of torch.distributed at the last look: it waits for other ranks."""
         return any(module.startswith(COMMUNICATION) for module in self._modules[:INNERMOST])
 
-    def _moves(self) -> Iterator[bool]:
-        place = (self._progress.phase, self._progress.step, self._progress.beats)
-        if place[:2] != self._place[:2]:
-            self._chains.clear()
-        yield place != self._place
-        self._place = place
+    def _progress_signs(self) -> Iterator[bool]:
+        position = (self._progress.phase, self._progress.step, self._progress.ticks)
+        if position[:2] != self._position[:2]:
+            self._call_chains.clear()
+        yield position != self._position
+        self._position = position
         frames = list(main_frames())
         self._modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
         chain = hash(tuple(id(frame.f_code) for frame in frames))
-        yield chain not in self._chains
-        self._chains.add(chain)
-        for name, amount in _amounts():
-            yield amount - self._counted.get(name, amount) >= self._least[name]
-            self._counted[name] = amount  # less than before where a child is gone, and with it what it had done
+        yield chain not in self._call_chains
+        self._call_chains.add(chain)
+        for name, amount in _usage():
+            yield amount - self._last_usage.get(name, amount) >= self._thresholds[name]
+            self._last_usage[name] = amount  # less than before where a child is gone, and with it what it had done
 
 
 def main_frames() -> Iterator[FrameType]:
@@ -97,7 +97,7 @@ def main_frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _amounts() -> Iterator[tuple[str, float]]:
+def _usage() -> Iterator[tuple[str, float]]:
     """What this process has done so far, but for the thread that asks."""
     own = os.getpid()
     with suppress(OSError):
@@ -123,13 +123,13 @@ def _descendants(pid: int) -> Iterator[int]:
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
             for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                if _name(child).startswith(MONITOR):
+                if _process_name(child).startswith(MONITOR):
                     continue
                 yield int(child)
                 yield from _descendants(int(child))
 
 
-def _name(pid: str) -> str:
+def _process_name(pid: str) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text()
     return ""

@@ -1,4 +1,4 @@
-"""What is known of this rank when something ends it, brought together: for the report, and for the run's ledger."""
+"""What is known of this rank when something ends it, brought together: for the report, and for the event log."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from dataclasses import dataclass
 from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.errors import Fault, UserError
-from quadriga.metrics.events import Events
-from quadriga.resilience import out_of_memory, process_guards
+from quadriga.metrics.events import EventLog
+from quadriga.resilience import process_guards
 from quadriga.resilience.bad_steps import CommonFault
+from quadriga.resilience.out_of_memory import is_out_of_memory, out_of_memory_fault
 from quadriga.resilience.progress import Progress
 
 
 @dataclass
-class Witness:
+class FailureContext:
     """What there is of the run so far."""
 
     progress: Progress
-    events: Events | None = None  # from when the run is built
+    events: EventLog | None = None  # from when the run is built
     last_step: Callable[[], int] = lambda: 0
-    common: bool = False  # whether what ends this rank ends all, alike
+    on_all_ranks: bool = False  # whether what ends this rank ends all, alike
 
-    def tell(self, error: BaseException) -> None:
-        """Add what ended this rank to the ledger, which is kept from when the run is built. What all ranks meet alike,
-        and the loss of another rank, the first rank alone tells."""
+    def log_failure(self, error: BaseException) -> None:
+        """Add what ended this rank to the event log, which is kept from when the run is built. What all ranks meet
+        alike, and the loss of another rank, the first rank alone logs."""
         if self.events is None:
             return
-        process_guards.take_the_word()  # where the watchdog ends this rank, it has told why
-        line, events = _in_a_line(error), self.events
+        process_guards.acquire_exit_lock()  # where the watchdog ends this rank, it has told why
+        line, events = _one_line(error), self.events
         lost_peer = isinstance(error, RuntimeError) and any(
             sign in str(error).lower() for sign in process_guards.LOST_PEER
         )
-        if events.rank == 0 or not (lost_peer or self.common or isinstance(error, CommonFault)):
-            events.tell("fault", self.last_step(), error=line, lost_peer=lost_peer)
+        if events.rank == 0 or not (lost_peer or self.on_all_ranks or isinstance(error, CommonFault)):
+            events.log_event("fault", self.last_step(), error=line, lost_peer=lost_peer)
 
 
 @contextmanager
-def witnessed(run: Run, progress: Progress) -> Iterator[Witness]:
-    """Write what ends the body into the ledger, and say of a lack of memory where it was met and what would help."""
-    witness = Witness(progress)
+def record_failure(run: Run, progress: Progress) -> Iterator[FailureContext]:
+    """Write what ends the body into the event log, and say of a lack of memory where it was met and what would help."""
+    context = FailureContext(progress)
     try:
-        yield witness
+        yield context
     except Exception as error:
-        if not out_of_memory.is_out_of_memory(error):
-            witness.tell(error)
+        if not is_out_of_memory(error):
+            context.log_failure(error)
             raise
-        told = out_of_memory.fault(error, run, witness.progress, collectives.rank())
-        witness.tell(told)
-        raise told from error
+        report = out_of_memory_fault(error, run, context.progress, collectives.rank())
+        context.log_failure(report)
+        raise report from error
 
 
-def _in_a_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return " ".join(str(error.problems[0]).split())
     if isinstance(error, Fault):

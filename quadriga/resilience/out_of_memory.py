@@ -1,4 +1,4 @@
-"""What is said when memory runs out: where, how much was held, and the two changes of configuration that help most."""
+"""The report when memory runs out: where, how much was held, and the two changes of configuration that help most."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ import torch
 from quadriga.config import Run
 from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault, causes
 from quadriga.resilience.progress import Progress
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
-ESTIMATE = "estimate.json"  # what this launch has left in the run folder
+ESTIMATE_NAME = "estimate.json"  # what this launch has left in the run folder
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, says that the host or the device has no memory left."""
-    return any(_says_so(each) for each in causes(error))
+    return any(_is_memory_error(each) for each in causes(error))
 
 
-def _says_so(error: BaseException) -> bool:
+def _is_memory_error(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
-def fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Fault:
+def out_of_memory_fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Fault:
     """The report on an error for which `is_out_of_memory` holds."""
     on_device = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
     where = f"step {progress.step}, phase {progress.phase!r}" if progress.step else f"phase {progress.phase!r}"
-    advice = _estimated(Path(run.spec.folders.dump, ESTIMATE)) or list(changes(run, progress.phase, on_device))
+    advice = _advice_of_estimate(Path(run.spec.folders.dump, ESTIMATE_NAME)) or list(
+        memory_saving_changes(run, progress.phase, on_device)
+    )
     lines = [
         f"rank {rank} ran out of {'device' if on_device else 'host'} memory in {where}",
         "",
-        *(f"    {text}" for text in (_of_device() if on_device else _of_host())),
+        *(f"    {text}" for text in (_device_memory() if on_device else _host_memory())),
         f"    asked for  {_first_line(error)}",
         "",
         "What would help most:",
@@ -49,25 +51,25 @@ def fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Faul
     return Fault("\n".join(lines), EXIT_OUT_OF_MEMORY)
 
 
-def _of_device() -> Iterator[str]:
+def _device_memory() -> Iterator[str]:
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    most = show_bytes(torch.cuda.max_memory_allocated())
-    yield f"allocated  {show_bytes(torch.cuda.memory_allocated())}, at most {most} so far"
-    yield f"reserved   {show_bytes(torch.cuda.memory_reserved())} of {show_bytes(total)} on the device"
+    most = format_bytes(torch.cuda.max_memory_allocated())
+    yield f"allocated  {format_bytes(torch.cuda.memory_allocated())}, at most {most} so far"
+    yield f"reserved   {format_bytes(torch.cuda.memory_reserved())} of {format_bytes(total)} on the device"
 
 
-def _of_host() -> Iterator[str]:
+def _host_memory() -> Iterator[str]:
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    yield f"held       {show_bytes(most)} by this process at its peak"
+    yield f"held       {format_bytes(most)} by this process at its peak"
 
 
 def _first_line(error: BaseException) -> str:
-    error = next((each for each in causes(error) if _says_so(each)), error)
-    said = next((line for line in str(error).splitlines() if any(sign in line.lower() for sign in SIGNS)), str(error))
-    return said.splitlines()[0].strip() if said else type(error).__name__
+    error = next((each for each in causes(error) if _is_memory_error(each)), error)
+    line = next((each for each in str(error).splitlines() if any(sign in each.lower() for sign in SIGNS)), str(error))
+    return line.splitlines()[0].strip() if line else type(error).__name__
 
 
-def _estimated(path: Path) -> list[str]:
+def _advice_of_estimate(path: Path) -> list[str]:
     """What the estimate of the run would change: strings, best first. [] where there is none that can be read."""
     try:
         advice = json.loads(path.read_text())["if_memory_runs_out"]
@@ -76,7 +78,7 @@ def _estimated(path: Path) -> list[str]:
     return [line for line in advice if isinstance(line, str)] if isinstance(advice, list) else []
 
 
-def changes(run: Run, phase: str, on_device: bool) -> Iterator[str]:
+def memory_saving_changes(run: Run, phase: str, on_device: bool) -> Iterator[str]:
     """All changes of configuration that would save memory, best first. Pure.
 
     Where parameters and optimizer state weigh most, these are spread first; elsewhere activations come first.

@@ -42,12 +42,12 @@ from quadriga.resilience.processes import (
 )
 
 LOCK_NAME = ".lock"
-LOCK_PATIENCE_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
-DOOR_PATIENCE_SECONDS = 10.0
-LAST_WORDS_SECONDS = 60.0  # longer than any report takes
+LOCK_TIMEOUT_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
+CONFIG_ERROR_WAIT_SECONDS = 10.0
+EXIT_REPORT_SECONDS = 60.0  # longer than any report takes
 INTERRUPTED = 130  # 128 + SIGINT
-LEFT = "quadriga/left"  # where ranks of a bare torchrun note that they were asked to leave
-FINAL = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
+STOP_REQUESTED_KEY = "quadriga/stop_requested"  # where ranks of a bare torchrun note that they were asked to leave
+FINAL_EXIT_CODES = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
 # How gloo, NCCL and the rendezvous store say that the other side has not come, or is gone.
 TIMED_OUT = ("timed out waiting", "watchdog caught collective operation timeout")
 LOST_PEER = (
@@ -99,7 +99,7 @@ def lock_run_folder(folder: str) -> Iterator[None]:
         fix = "choose a folder that you may write with --job.dump_folder"
         raise UserError(Problem("job.dump_folder", f"cannot be written: {error.strerror}", folder, fix=fix)) from None
     try:
-        if _take(handle, folder):
+        if _acquire_lock(handle, folder):
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
@@ -108,9 +108,9 @@ def lock_run_folder(folder: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(handle: int, folder: str) -> bool:
+def _acquire_lock(handle: int, folder: str) -> bool:
     """Lock the open file, waiting a moment for a dying holder. False where the file system knows no locks."""
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +132,7 @@ def _in_use(handle: int, folder: str) -> Problem:
     return Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)
 
 
-def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
+def exit_code_after_restart(environ: Mapping[str, str]) -> int | None:
     """After a restart by torchrun: say what ended the start before. To be called when torch is imported.
 
     Returns the exit code with which this start ends at once, where the run was asked to leave or would only meet the
@@ -143,10 +143,10 @@ def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
         return None
     if folder is None:
         store = _store(environ)
-        said = store.get(LEFT) if store.check([LEFT]) else b""
-        return int(said) if re.fullmatch(rb"[1-9]\d{0,2}", said) else None  # anybody can write to this store
+        stored = store.get(STOP_REQUESTED_KEY) if store.check([STOP_REQUESTED_KEY]) else b""
+        return int(stored) if re.fullmatch(rb"[1-9]\d{0,2}", stored) else None  # anybody can write to this store
     failure = first_failure(read_records(folder.with_name(str(restart - 1))))
-    if failure is not None and failure.code in FINAL:
+    if failure is not None and failure.code in FINAL_EXIT_CODES:
         failure.write(folder)
         if failure.rank != _rank(environ):
             ExitRecord(_rank(environ), failure.code, time.time(), failure.error, lost_peer=True).write(folder)
@@ -157,7 +157,7 @@ def end_of_the_start_before(environ: Mapping[str, str]) -> int | None:
     return None
 
 
-def leave(environ: Mapping[str, str], code: int) -> int:
+def record_exit(environ: Mapping[str, str], code: int) -> int:
     """Record an end that is no failure; a `code` other than 0 says that this rank was asked to leave.
 
     Returns what torchrun is to be told. Where the launcher reads the record that is 0, for torchrun would kill ranks
@@ -167,13 +167,13 @@ def leave(environ: Mapping[str, str], code: int) -> int:
     if folder is None:
         if asked and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             with suppress(RuntimeError):
-                _store(environ).set(LEFT, str(code))
+                _store(environ).set(STOP_REQUESTED_KEY, str(code))
         return code
     ExitRecord(_rank(environ), code, time.time(), asked=asked).write(folder)
     return EXIT_OK
 
 
-def interrupted(environ: Mapping[str, str]) -> int:
+def record_interrupt(environ: Mapping[str, str]) -> int:
     """Record a Ctrl-C before training began: there is nothing to save."""
     folder = records_folder(environ)
     if folder is not None:
@@ -181,7 +181,7 @@ def interrupted(environ: Mapping[str, str]) -> int:
     return INTERRUPTED
 
 
-def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
+def report_config_error(environ: Mapping[str, str], error: UserError) -> int:
     """Report what is wrong with the configuration: every rank of a machine finds the same, so the first one says it.
 
     The others must not leave before it: torchrun would kill it while it speaks. They wait to be ended by torchrun in
@@ -189,21 +189,21 @@ def report_at_the_door(environ: Mapping[str, str], error: UserError) -> int:
     """
     folder = records_folder(environ)
     if folder is not None:
-        _record(folder, environ, error)  # the launcher shows it
+        _write_exit_record(folder, environ, error)  # the launcher shows it
         return error.exit_code
     if int(environ.get("LOCAL_RANK", "0")) != 0:
-        time.sleep(DOOR_PATIENCE_SECONDS)
+        time.sleep(CONFIG_ERROR_WAIT_SECONDS)
     print(error.report, file=sys.stderr)
     return error.exit_code
 
 
-_last_words = threading.RLock()
+_exit_lock = threading.RLock()
 
 
-def take_the_word() -> None:
+def acquire_exit_lock() -> None:
     """See to it that this thread alone reports the end of this rank; wait for that end where another has begun to."""
-    if not _last_words.acquire(blocking=False):
-        time.sleep(LAST_WORDS_SECONDS)
+    if not _exit_lock.acquire(blocking=False):
+        time.sleep(EXIT_REPORT_SECONDS)
 
 
 def report_failure(environ: Mapping[str, str], error: BaseException, since: float | None = None) -> int:
@@ -211,48 +211,50 @@ def report_failure(environ: Mapping[str, str], error: BaseException, since: floa
 
     `since`: when it went wrong, in seconds since the epoch; now, if not given.
     """
-    take_the_word()
+    acquire_exit_lock()
     folder = records_folder(environ)
     if folder is not None:
-        record = _record(folder, environ, error, since)
+        record = _write_exit_record(folder, environ, error, since)
         logger.error("rank %d failed: %s", record.rank, record.error)
         return record.code
-    report = _report(error)
+    report = _report_text(error)
     if report is None:
         logger.error("rank %d failed:\n\n%s", _rank(environ), _traceback(error))
-    elif _is_first_to_say(report, environ):
+    elif _is_first_to_report(report, environ):
         print(printable(report, keep="\n\t"), file=sys.stderr)
-    return _code(error)
+    return _exit_code(error)
 
 
-def _code(error: BaseException) -> int:
+def _exit_code(error: BaseException) -> int:
     if isinstance(error, UserError | Fault):
         return error.exit_code
-    return EXIT_STALLED if _says(error, TIMED_OUT) else EXIT_FAULT
+    return EXIT_STALLED if _message_contains(error, TIMED_OUT) else EXIT_FAULT
 
 
-def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+def _message_contains(error: BaseException, signs: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
-def _report(error: BaseException) -> str | None:
+def _report_text(error: BaseException) -> str | None:
     """What is shown of an error as it stands; None where it is the traceback that tells."""
     if isinstance(error, UserError):
         return error.report
     return str(error) if isinstance(error, Fault) else None
 
 
-def _record(folder: Path, environ: Mapping[str, str], error: BaseException, since: float | None = None) -> ExitRecord:
-    report, text = _report(error), "".join(traceback.format_exception_only(error)).strip()
+def _write_exit_record(
+    folder: Path, environ: Mapping[str, str], error: BaseException, since: float | None = None
+) -> ExitRecord:
+    report, text = _report_text(error), "".join(traceback.format_exception_only(error)).strip()
     line = str(error.problems[0]) if isinstance(error, UserError) else report or text
     record = ExitRecord(
         rank=_rank(environ),
-        code=_code(error),
+        code=_exit_code(error),
         time=since or time.time(),
         error=line.splitlines()[0],
         details=report or _traceback(error),
         is_report=report is not None,
-        lost_peer=_says(error, LOST_PEER),
+        lost_peer=_message_contains(error, LOST_PEER),
     )
     record.write(folder)
     return record
@@ -276,7 +278,7 @@ def _rank(environ: Mapping[str, str]) -> int:
     return int(environ.get("RANK", "0"))
 
 
-def _is_first_to_say(report: str, environ: Mapping[str, str]) -> bool:
+def _is_first_to_report(report: str, environ: Mapping[str, str]) -> bool:
     """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
     if int(environ.get("WORLD_SIZE", "1")) == 1:
         return True

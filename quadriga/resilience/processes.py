@@ -3,7 +3,7 @@
 The launcher starts torchrun's agent, the agent starts the ranks. The launcher names a folder in the environment, in
 which every start of the ranks (torchrun may restart them) has a folder of its own. A rank leaves there
 
-    rank3.pid      while signals are wishes to it that it answers at the end of a step, instead of its death
+    rank3.pid      while signals are requests to it that it answers at the end of a step, instead of its death
     rank3.json     when it fails or ends: how
 
 and the launcher reads them to deliver signals, and to tell whose error came first.
@@ -99,8 +99,8 @@ def first_failure(records: list[ExitRecord]) -> ExitRecord | None:
 
 
 @contextmanager
-def heeding_signals(environ: Mapping[str, str]) -> Iterator[None]:
-    """Let the launcher know that this rank takes signals as wishes."""
+def handle_signals(environ: Mapping[str, str]) -> Iterator[None]:
+    """Let the launcher know that this rank takes signals as stop requests."""
     folder = records_folder(environ)
     if folder is None:
         yield
@@ -113,11 +113,11 @@ def heeding_signals(environ: Mapping[str, str]) -> Iterator[None]:
         note.unlink(missing_ok=True)
 
 
-def ranks_that_heed(folder: Path, parent: int) -> list[int]:
-    """The process ids of the ranks, started by `parent`, that take signals as wishes now."""
+def ranks_with_handlers(folder: Path, parent: int) -> list[int]:
+    """The process ids of the ranks, started by `parent`, that take signals as stop requests now."""
     pids = []
     for note in folder.glob("rank*.pid"):
-        with suppress(FileNotFoundError):  # it has stopped to heed them just now
+        with suppress(FileNotFoundError):  # it has stopped to handle them just now
             pids.append(int(note.read_text()))
     return [pid for pid in pids if parent_of(pid) == parent]
 

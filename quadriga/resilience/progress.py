@@ -1,4 +1,4 @@
-"""Where this rank stands, for those who watch it from other threads: the watchdog, and the words of a fault."""
+"""Where this rank stands, for those who watch it from other threads: the watchdog, and the report of a fault."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from dataclasses import dataclass, field
 class Progress:
     """`step` is the one under way, from 1; 0 before the first. `phase` is one of start, rendezvous, data, weights;
     in a step data, forward and backward, gradient norm, optimizer, record; then validate, save, leave. `since` is when
-    the phase began, in seconds of time.monotonic(). `beats` counts what was done within phases."""
+    the phase began, in seconds of time.monotonic(). `ticks` counts what was done within phases."""
 
     step: int = 0
     phase: str = "start"
     since: float = field(default_factory=time.monotonic)
-    beats: int = 0
+    ticks: int = 0
     before_first_pass: Callable[[], None] | None = None  # called once, when the first batch is there
 
-    def at(self, phase: str, step: int | None = None) -> None:
+    def enter_phase(self, phase: str, step: int | None = None) -> None:
         """Say that the rank has come to a phase."""
         if phase == "forward and backward" and self.before_first_pass is not None:
-            meet, self.before_first_pass = self.before_first_pass, None
-            meet()
+            wait_for_all, self.before_first_pass = self.before_first_pass, None
+            wait_for_all()
         self.since = time.monotonic()
         self.phase = phase
         self.step = self.step if step is None else step
 
-    def beat(self) -> None:
+    def tick(self) -> None:
         """Say that the rank gets on within its phase."""
-        self.beats += 1
+        self.ticks += 1
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
         """A phase, and after it the phase before, begun anew."""
         before = self.phase
-        self.at(phase)
+        self.enter_phase(phase)
         yield
-        self.at(before)
+        self.enter_phase(before)
 
     @property
     def seconds(self) -> float:

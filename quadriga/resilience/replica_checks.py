@@ -15,19 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from quadriga.checkpoint.states import plain
+from quadriga.checkpoint.states import strip_wrappers
 from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.resilience.bad_steps import CommonFault
-from quadriga.units import show_some
+from quadriga.units import format_some
 
 BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as several of 32 bits
 BLOCK = 1 << 22  # numbers that are hashed at once: 32 MiB of working memory, a few times
-SHOWN = 4
+MAX_NAMES = 4
 
-Report = tuple[Sequence[int], dict[str, int]]  # a rank's place in the mesh; the hashes of shards that differ, by name
+ReplicaReport = tuple[
+    Sequence[int], dict[str, int]
+]  # a rank's place in the mesh; the hashes of shards that differ, by name
 
 
 class ReplicaCheck:
@@ -41,7 +43,7 @@ class ReplicaCheck:
             )
         self._interval = interval if copies > 1 else 0
         self._mesh = mesh
-        self._named = [(plain(name), p) for part in parts for name, p in part.named_parameters()]
+        self._named = [(strip_wrappers(name), p) for part in parts for name, p in part.named_parameters()]
 
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0
@@ -54,12 +56,12 @@ class ReplicaCheck:
         # The greatest of the hashes and of their complements: the greatest and the least, in one collective.
         greatest, complement = collectives.all_reduced(torch.stack((hashes, ~hashes)), dist.ReduceOp.MAX, group)
         differs = greatest != ~complement
-        if collectives.numbers_of_all(differs.any().int()).any():
+        if collectives.all_gather_numbers(differs.any().int()).any():
             places = differs.nonzero().flatten().tolist()
             own = {self._named[place][0]: int(hashes[place]) for place in places}
             coordinate = list(self._mesh.device_mesh.get_coordinate() or ())
             reports = all_gather_json([coordinate, own])
-            raise CommonFault("\n".join(_words(step, reports)))
+            raise CommonFault("\n".join(_message_lines(step, reports)))
 
 
 def hashes_of(parameters: Sequence[Tensor]) -> Tensor:
@@ -86,23 +88,23 @@ def _bits(parameter: Tensor) -> Tensor:
     return local.view(BITS.get(local.element_size(), torch.int32))
 
 
-def _words(step: int, reports: Sequence[Report]) -> Iterator[str]:
+def _message_lines(step: int, reports: Sequence[ReplicaReport]) -> Iterator[str]:
     names = list(dict.fromkeys(name for _, hashes in reports for name in hashes))
-    yield f"step {step}: copies of the weights differ, which must be equal to the bit: {show_some(names, SHOWN)}"
-    odd = [rank for rank in range(len(reports)) if _is_odd(rank, reports)]
-    for rank in odd:
+    yield f"step {step}: copies of the weights differ, which must be equal to the bit: {format_some(names, MAX_NAMES)}"
+    outliers = [rank for rank in range(len(reports)) if _is_outlier(rank, reports)]
+    for rank in outliers:
         yield f"rank {rank} (replica {reports[rank][0][1]}) holds other weights than most replicas do"
-    if not odd:
+    if not outliers:
         ranks = ", ".join(str(rank) for rank, (_, hashes) in enumerate(reports) if hashes)
         yield f"between ranks {ranks}: of so few copies none can say which is right"
     yield "saves since the last comparison that found all equal may hold wrong weights"
     yield "to do: have the devices of these ranks checked; go on from an earlier save: --checkpoint.load_step"
 
 
-def _is_odd(rank: int, reports: Sequence[Report]) -> bool:
+def _is_outlier(rank: int, reports: Sequence[ReplicaReport]) -> bool:
     """Whether a rank's hash of some shard is unlike that of most ranks that hold a copy of it."""
-    place, own = reports[rank]
-    copies = [hashes for other, hashes in reports if _shard(other) == _shard(place)]
+    coordinate, own = reports[rank]
+    copies = [hashes for other, hashes in reports if _shard(other) == _shard(coordinate)]
     for name, value in own.items():
         (most, votes), *_ = Counter(hashes[name] for hashes in copies).most_common(1)
         if 2 * votes > len(copies) and value != most:
@@ -110,6 +112,6 @@ def _is_odd(rank: int, reports: Sequence[Report]) -> bool:
     return False
 
 
-def _shard(place: Sequence[int]) -> list[int]:
+def _shard(coordinate: Sequence[int]) -> list[int]:
     """A place in the mesh (pp, dp_replicate, dp_shard, cp, tp) without which copy it is."""
-    return [*place[:1], *place[2:]]
+    return [*coordinate[:1], *coordinate[2:]]

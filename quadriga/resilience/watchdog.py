@@ -3,11 +3,11 @@
 A thread on every rank looks at the main thread, and says through the rendezvous store where its rank is.
 
 Until the first step has ended (`starting`), also on one rank: the run stands still when no rank has made progress (see
-`activity`) for `SHARE` of `comm.init_timeout_seconds`. A download or a compilation of any length is no hang.
+`activity`) for `TIMEOUT_SHARE` of `comm.init_timeout_seconds`. A download or a compilation of any length is no hang.
 
-After the first step: when a rank has waited in a collective for longer than `SHARE` of the time allowed, or waits while
-the next rank has been silent for as long, it compares what all ranks say. At one rank nobody waits, and the thread
-ends.
+After the first step: when a rank has waited in a collective for longer than `TIMEOUT_SHARE` of the time allowed, or
+waits while the next rank has been silent for as long, it compares what all ranks say. At one rank nobody waits, and the
+thread ends.
 
 Whoever finds out raises the alarm. On the alarm every rank writes down its stack and its last collectives, a silent one
 is made to by a signal from a rank on its machine, and all leave with exit code 4. The timeouts of the process groups,
@@ -38,29 +38,21 @@ from quadriga.comm import flight_recorder
 from quadriga.config.schema import Comm
 from quadriga.errors import EXIT_STALLED, Problem, UserError
 from quadriga.log import logger
-from quadriga.metrics.events import Events
-from quadriga.resilience import process_guards
-from quadriga.resilience.activity import Activity
-from quadriga.resilience.hang_report import (
-    Beat,
-    Stall,
-    fault,
-    helper_of,
-    late_rank,
-    moving_ranks,
-    silent_ranks,
-    waiting_ranks,
-)
+from quadriga.metrics.events import EventLog
+from quadriga.resilience import hang_report, process_guards
+from quadriga.resilience.activity import ActivityMonitor
+from quadriga.resilience.hang_report import HangReport, Heartbeat
 from quadriga.resilience.processes import RESTART_COUNT, parent_of
 from quadriga.resilience.progress import Progress
-from quadriga.resilience.waits import Still, Wait, Waits, worst
+from quadriga.resilience.waits import StableTimer, Wait, WaitTracker, worst_wait
 
-SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
-BEATS = 60  # in the same time
+TIMEOUT_SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
+HEARTBEATS = 60  # in the same time
 RANKS_PER_SECOND = 4000  # that one store serves
-APART, ALIVE_SECONDS = 4, 1.0  # beats, and at least seconds, between two readings: a rank that is alive has spoken
-STACK_BEATS = 6  # in which a rank has to show its stack
-NONE = "-"  # no alarm, no judge
+READING_GAP = 4  # heartbeats between two readings: a rank that is alive has sent one
+ALIVE_SECONDS = 1.0  # between two readings, at least
+STACK_HEARTBEATS = 6  # in which a rank has to show its stack
+NONE = "-"  # no alarm, no leader
 
 
 class Watchdog:
@@ -76,19 +68,19 @@ class Watchdog:
     ) -> None:
         """`host_timeout_seconds`: how long collectives of host groups may take."""
         self.progress, self._environ, self._comm = progress, environ, comm
-        progress.before_first_pass = lambda: self.meet("first batch")
-        self._meeting = False
-        self.events: Events | None = None  # where an end is told, once there is a ledger
+        progress.before_first_pass = lambda: self.store_barrier("first batch")
+        self._in_barrier = False
+        self.events: EventLog | None = None  # where an end is logged, once there is an event log
         self._rank, self._world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
-        self._limit, self._host_limit = SHARE * comm.train_timeout_seconds, SHARE * host_timeout_seconds
-        self._start_limit = SHARE * comm.init_timeout_seconds
+        self._limit, self._host_limit = TIMEOUT_SHARE * comm.train_timeout_seconds, TIMEOUT_SHARE * host_timeout_seconds
+        self._start_limit = TIMEOUT_SHARE * comm.init_timeout_seconds
         self._pause = self._pause_within(comm.init_timeout_seconds)
-        self._starting, self._activity = True, Activity(progress, self._pause)
+        self._starting, self._activity = True, ActivityMonitor(progress, self._pause)
         self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
-        self._me = Beat(self._rank, socket.gethostname(), os.getpid())
-        self._heard: dict[int, Beat] = {}  # the last beat of each rank that was read
+        self._heartbeat = Heartbeat(self._rank, socket.gethostname(), os.getpid())
+        self._last_heartbeats: dict[int, Heartbeat] = {}  # the last heartbeat of each rank that was read
         self._warned = False  # of values that no rank wrote
-        self._began_anew()
+        self._reset()
         self._stopped, self._next_round = threading.Event(), threading.Event()
         self._store: PrefixStore | None = None
         self._thread: threading.Thread | None = None
@@ -96,19 +88,19 @@ class Watchdog:
         self._ending = False
 
     def _pause_within(self, seconds: float) -> float:
-        return max(seconds / BEATS, self._world_size / RANKS_PER_SECOND)
+        return max(seconds / HEARTBEATS, self._world_size / RANKS_PER_SECOND)
 
-    def _began_anew(self) -> None:
+    def _reset(self) -> None:
         """Forget for how long anything has stood still: it was this process that did not run."""
-        self._waits = Waits(self._limit, self._host_limit, short=2 * self._pause)
-        self._neighbour, self._judge = Still(), Still()
-        self._activity.began_anew()
-        self._answered = time.monotonic()  # the store, last
+        self._waits = WaitTracker(self._limit, self._host_limit, short=2 * self._pause)
+        self._next_rank_timer, self._leader_timer = StableTimer(), StableTimer()
+        self._activity.reset()
+        self._store_answered = time.monotonic()  # the store, last
 
-    def _ran_since(self, then: float, pause: float) -> None:
+    def _reset_if_suspended(self, then: float, pause: float) -> None:
         """After a pause: one that took far longer is one in which this process did not run."""
-        if time.monotonic() - then > APART * pause + 1:
-            self._began_anew()
+        if time.monotonic() - then > READING_GAP * pause + 1:
+            self._reset()
 
     def __enter__(self) -> Self:
         self.start()
@@ -138,39 +130,39 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def meet(self, place: str) -> None:
+    def store_barrier(self, name: str) -> None:
         """Wait for all ranks, for as long as one of them gets on: a collective would give up after a fixed time.
 
         Without torchrun's store collectives alone hold the ranks together, and their time limits count.
         """
         if self._world_size == 1 or self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return
-        store, pause, everyone = self._own_store(), 0.002, f"{place}/all"
-        self._activity.began_anew()  # it got as far as this, and waits from now on
-        self._meeting = True
+        store, pause, everyone = self._open_store(), 0.002, f"{name}/all"
+        self._activity.reset()  # it got as far as this, and waits from now on
+        self._in_barrier = True
         try:
             # Names, whose values nobody reads: a counter that a stranger wrote over would end the store. The first rank
             # looks for all of them, the others for its answer alone.
-            store.set(f"{place}/{self._rank}", "here")
-            names = [f"{place}/{rank}" for rank in range(self._world_size)] if self._rank == 0 else []
+            store.set(f"{name}/{self._rank}", "here")
+            names = [f"{name}/{rank}" for rank in range(self._world_size)] if self._rank == 0 else []
             while not store.check([everyone]):
                 if names and store.check(names):
                     store.set(everyone, "here")
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, 0.5)
-            self._activity.began_anew()  # all have come
+            self._activity.reset()  # all have come
         finally:
-            self._meeting = False
+            self._in_barrier = False
 
-    def first_step_is_done(self) -> None:
+    def first_step_done(self) -> None:
         """From now on it is the others who tell whether this rank is late. Call on all ranks."""
         if self._world_size == 1:
             self.stop()
             return
         self._starting = False
         self._pause = self._pause_within(self._comm.train_timeout_seconds)
-        self._began_anew()
+        self._reset()
         self._next_round.set()
 
     def stop(self) -> None:
@@ -180,9 +172,9 @@ class Watchdog:
         self._stopped.set()
         self._next_round.set()
         self._thread.join()
-        self._me = replace(self._me, left=True)
+        self._heartbeat = replace(self._heartbeat, finished=True)
         with suppress(RuntimeError):  # the store may be gone with the first rank
-            self._say()
+            self._send_heartbeat()
         if number := stack_signal():
             faulthandler.unregister(number)
         self._stack_file.close()
@@ -190,26 +182,26 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
-            wait, host_wait = self._standstill() if self._starting else self._waits.look()
+            wait, host_wait = self._start_wait() if self._starting else self._waits.poll()
             overdue = next((each for each in (wait, host_wait) if each is not None and each.is_too_long), None)
             try:
-                self._look_around(wait, host_wait, overdue)
-                self._answered = time.monotonic()
+                self._check_peers(wait, host_wait, overdue)
+                self._store_answered = time.monotonic()
             except RuntimeError:  # of the store: its machine is gone, or it does not answer in time
                 # A busy store may answer again, and in a start no rank waits for this one in a collective.
-                lost = not self._starting or time.monotonic() - self._answered > self._start_limit
+                lost = not self._starting or time.monotonic() - self._store_answered > self._start_limit
                 if overdue is not None and lost:
-                    self._end(self._stall({self._rank: self._me}, (), overdue, store_answers=False))
+                    self._abort(self._build_report({self._rank: self._heartbeat}, (), overdue, store_answers=False))
                 if self._starting:
                     self._store = None  # a connection that broke never answers: the next round makes another
             then, pause = time.monotonic(), self._pause
             self._next_round.wait(pause)
             self._next_round.clear()
-            self._ran_since(then, pause)
+            self._reset_if_suspended(then, pause)
 
-    def _standstill(self) -> tuple[Wait | None, Wait | None]:
+    def _start_wait(self) -> tuple[Wait | None, Wait | None]:
         """For how long this rank has made no progress, before its first step has ended."""
-        seconds = self._activity.look(waits=self._meeting)
+        seconds = self._activity.poll(waits=self._in_barrier)
         where = f"phase {self._phase!r}"
         return Wait(seconds, f"{where}, without progress", self._start_limit), None
 
@@ -223,73 +215,74 @@ class Watchdog:
         ours = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self._store is not None or self._world_size == 1 or not (ours or dist.is_initialized()):
             return
-        self._store = self._own_store()
-        for key in ("alarm", "judge"):
+        self._store = self._open_store()
+        for key in ("alarm", "leader"):
             self._store.compare_set(key, "", NONE)
 
-    def _own_store(self) -> PrefixStore:
+    def _open_store(self) -> PrefixStore:
         """A connection of its own, in a corner of this start of the ranks."""
         host, port = self._environ["MASTER_ADDR"], int(self._environ["MASTER_PORT"])
-        timeout = timedelta(seconds=max(APART * self._pause, 1.0))
+        timeout = timedelta(seconds=max(READING_GAP * self._pause, 1.0))
         store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         return PrefixStore(f"quadriga/watch/{self._environ.get(RESTART_COUNT, '0')}", store)
 
-    def _look_around(self, wait: Wait | None, host_wait: Wait | None, overdue: Wait | None) -> None:
+    def _check_peers(self, wait: Wait | None, host_wait: Wait | None, overdue: Wait | None) -> None:
         self._connect()
-        self._say(wait, host_wait)
+        self._send_heartbeat(wait, host_wait)
         if self._store is None:
             if overdue is not None:
-                self._end(self._stall({self._rank: self._me}, (), overdue))
+                self._abort(self._build_report({self._rank: self._heartbeat}, (), overdue))
             return
-        if (stall := self._alarm(self._store, self._store.compare_set("alarm", "", NONE))) is not None:
-            self._end(stall)
-        silence = self._silence_of_the_next(self._store, wait or host_wait)
-        overdue = overdue or silence
+        if (report := self._read_alarm(self._store, self._store.compare_set("alarm", "", NONE))) is not None:
+            self._abort(report)
+        silent_wait = self._next_rank_timeout(self._store, wait or host_wait)
+        overdue = overdue or silent_wait
         if overdue is None:
             return
-        judge = self._store.compare_set("judge", NONE, str(self._rank)).decode(errors="replace")
-        if judge == str(self._rank):
-            self._find_out(self._store, overdue)
-            self._store.set("judge", NONE)
-        elif self._judge.seconds(judge) > 3 * APART * self._pause:
-            self._store.set("judge", NONE)  # the judge itself has stopped
+        leader = self._store.compare_set("leader", NONE, str(self._rank)).decode(errors="replace")
+        if leader == str(self._rank):
+            self._diagnose(self._store, overdue)
+            self._store.set("leader", NONE)
+        elif self._leader_timer.seconds(leader) > 3 * READING_GAP * self._pause:
+            self._store.set("leader", NONE)  # the leader itself has stopped
 
-    def _silence_of_the_next(self, store: PrefixStore, wait: Wait | None) -> Wait | None:
+    def _next_rank_timeout(self, store: PrefixStore, wait: Wait | None) -> Wait | None:
         """Our own wait, made as long as the next rank has been silent, where that is too long in training."""
-        beat = self._read(store, [(self._rank + 1) % self._world_size])[(self._rank + 1) % self._world_size]
-        seconds = self._neighbour.seconds(beat.count)
-        self._me = replace(self._me, next_silent=seconds)
+        next_rank = (self._rank + 1) % self._world_size
+        heartbeat = self._read_heartbeats(store, [next_rank])[next_rank]
+        seconds = self._next_rank_timer.seconds(heartbeat.count)
+        self._heartbeat = replace(self._heartbeat, next_silent=seconds)
         if self._starting:
             return None
-        return wait._replace(seconds=seconds) if wait and seconds > self._limit and not beat.left else None
+        return wait._replace(seconds=seconds) if wait and seconds > self._limit and not heartbeat.finished else None
 
-    def _find_out(self, store: PrefixStore, overdue: Wait) -> None:
+    def _diagnose(self, store: PrefixStore, overdue: Wait) -> None:
         """Compare what the ranks say, and raise the alarm unless the rank that is late has come meanwhile."""
         starting = self._starting
-        before = self._read(store, range(self._world_size))
-        for _ in range(max(APART, round(ALIVE_SECONDS / self._pause))):
+        before = self._read_heartbeats(store, range(self._world_size))
+        for _ in range(max(READING_GAP, round(ALIVE_SECONDS / self._pause))):
             then, pause = time.monotonic(), self._pause
             time.sleep(pause)
-            self._ran_since(then, pause)
-            self._say(*(self._standstill() if starting else self._waits.look()))
-        after = self._read(store, range(self._world_size))
-        silent = silent_ranks(before, after)
-        waits = [wait for wait in (self._standstill() if starting else self._waits.look()) if wait is not None]
+            self._reset_if_suspended(then, pause)
+            self._send_heartbeat(*(self._start_wait() if starting else self._waits.poll()))
+        after = self._read_heartbeats(store, range(self._world_size))
+        silent = hang_report.silent_ranks(before, after)
+        waits = [wait for wait in (self._start_wait() if starting else self._waits.poll()) if wait is not None]
         stuck = any(wait.is_too_long for wait in waits)
         if starting:  # all must stand still: one that gets on will come
-            stuck = self._starting and stuck and not moving_ranks(after, silent, self._start_limit)
+            stuck = self._starting and stuck and not hang_report.moving_ranks(after, silent, self._start_limit)
         elif silent:
             stuck = True
         if stuck:
-            own = self._stall(after, silent, worst(waits, default=overdue))
-            self._end(self._alarm(store, store.compare_set("alarm", NONE, own.to_json())) or own)
+            own = self._build_report(after, silent, worst_wait(waits, default=overdue))
+            self._abort(self._read_alarm(store, store.compare_set("alarm", NONE, own.to_json())) or own)
 
-    def _alarm(self, store: PrefixStore, text: bytes) -> Stall | None:
+    def _read_alarm(self, store: PrefixStore, text: bytes) -> HangReport | None:
         """What the store holds as alarm; None where there is none. What is no alarm of ours is taken back."""
         if text == NONE.encode():
             return None
         try:
-            return Stall.from_json(text)
+            return HangReport.from_json(text)
         except UserError as error:
             if not self._warned:
                 logger.warning("an alarm in the rendezvous store was not written by a rank, and is ignored:\n%s", error)
@@ -297,76 +290,76 @@ class Watchdog:
             store.set("alarm", NONE)
             return None
 
-    def _stall(
-        self, beats: Mapping[int, Beat], silent: tuple[int, ...], overdue: Wait, store_answers: bool = True
-    ) -> Stall:
-        waiting = waiting_ranks(beats, overdue.host)
-        late = late_rank(beats, silent, waiting) if store_answers else None
-        return Stall(
+    def _build_report(
+        self, heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...], overdue: Wait, store_answers: bool = True
+    ) -> HangReport:
+        waiting = hang_report.waiting_ranks(heartbeats, overdue.host)
+        late = hang_report.late_rank(heartbeats, silent, waiting) if store_answers else None
+        return HangReport(
             late=late,
             silent=silent,
-            accuser=self._me,
+            reporter=self._heartbeat,
             operation=overdue.operation,
             waiting=len(waiting - {*silent}),
             late_waits=late is not None and late.rank in waiting,
             world_size=self._world_size,
             seconds=overdue.seconds,
             began=time.time() - overdue.seconds,
-            helper=helper_of(late, beats, silent) if late else None,
+            same_host_rank=hang_report.rank_on_same_host(late, heartbeats, silent) if late else None,
             starting=self._starting,
         )
 
-    def _say(self, wait: Wait | None = None, host_wait: Wait | None = None) -> None:
+    def _send_heartbeat(self, wait: Wait | None = None, host_wait: Wait | None = None) -> None:
         """Let the others know where this rank is. Messages to the store are few and small."""
         starting = self._starting
-        waits = wait if not starting or self._activity.communicates or self._meeting else None
-        self._me = replace(
-            self._me,
-            count=self._me.count + 1,
+        waits = wait if not starting or self._activity.communicates or self._in_barrier else None
+        self._heartbeat = replace(
+            self._heartbeat,
+            count=self._heartbeat.count + 1,
             step=self.progress.step,
             phase=self._phase,
             seconds=self.progress.seconds,
             waits=waits.seconds if waits else None,
             waits_in_host=host_wait.seconds if host_wait else None,
             launched=self._waits.launched,
-            still=wait.seconds if wait and starting else None,
+            no_progress=wait.seconds if wait and starting else None,
         )
         if self._store is not None:
-            self._store.set(str(self._rank), self._me.to_json())
+            self._store.set(str(self._rank), self._heartbeat.to_json())
 
-    def _read(self, store: PrefixStore, ranks: range | list[int]) -> dict[int, Beat]:
+    def _read_heartbeats(self, store: PrefixStore, ranks: range | list[int]) -> dict[int, Heartbeat]:
         """What ranks have said last; a rank that has not begun to speak is silent."""
         keys = [str(rank) for rank in ranks]
         if not store.check(keys):
             keys = [key for key in keys if store.check([key])]
         for key, text in zip(keys, store.multi_get(keys), strict=True):
             with suppress(UserError):  # not written by the rank, which will say it again
-                beat = Beat.from_json(text)
-                if beat.rank == int(key):
-                    self._heard[beat.rank] = beat
-        return {rank: self._heard.get(rank, Beat(rank, "?", 0)) for rank in ranks}
+                heartbeat = Heartbeat.from_json(text)
+                if heartbeat.rank == int(key):
+                    self._last_heartbeats[heartbeat.rank] = heartbeat
+        return {rank: self._last_heartbeats.get(rank, Heartbeat(rank, "?", 0)) for rank in ranks}
 
-    def _end(self, stall: Stall) -> NoReturn:
-        """Write down what this rank knows, and leave; the first word about its end is had by this thread."""
-        process_guards.take_the_word()
+    def _abort(self, report: HangReport) -> NoReturn:
+        """Write down what this rank knows, and leave; this thread alone reports its end."""
+        process_guards.acquire_exit_lock()
         self._ending = True
         try:
-            if stall.accuser.rank == self._rank and self.events is not None:
+            if report.reporter.rank == self._rank and self.events is not None:
                 # First: when another rank ends the silent one, torchrun ends this one too.
-                headline = str(fault(stall, "", str(self._traces))).splitlines()[0]
-                self.events.tell("fault", self._me.step, error=headline)
-            error = fault(stall, self._write_down(stall), str(self._traces))
-            process_guards.end_process(process_guards.report_failure(self._environ, error, stall.began))
+                headline = str(hang_report.hang_fault(report, "", str(self._traces))).splitlines()[0]
+                self.events.log_event("fault", self._heartbeat.step, error=headline)
+            error = hang_report.hang_fault(report, self._dump_state(report), str(self._traces))
+            process_guards.end_process(process_guards.report_failure(self._environ, error, report.began))
         finally:
             os._exit(EXIT_STALLED)
 
-    def _write_down(self, stall: Stall) -> str:
+    def _dump_state(self, report: HangReport) -> str:
         """Leave this rank's stack and last collectives in the traces folder. Returns the stack of the late rank."""
         assert self._stack_file is not None
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
         # Before a silent rank is ended, at which torchrun ends the others.
         flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
-        late, deadline = stall.late, time.monotonic() + STACK_BEATS * self._pause + 1
+        late, deadline = report.late, time.monotonic() + STACK_HEARTBEATS * self._pause + 1
         if late is not None and self._rank == late.rank and self._store is None:
             return self._stack_path(self._rank).read_text()
         if late is None or self._store is None:
@@ -374,15 +367,15 @@ class Watchdog:
         with suppress(RuntimeError):
             if self._rank == late.rank:
                 self._store.set("stack", self._stack_path(self._rank).read_text()[: limits.STACK_BYTES])
-            elif self._rank == stall.helper and late.rank in stall.silent:
-                self._store.set("stack", self._stack_of(late, deadline)[: limits.STACK_BYTES])
+            elif self._rank == report.same_host_rank and late.rank in report.silent:
+                self._store.set("stack", self._dump_stack_of(late, deadline)[: limits.STACK_BYTES])
             while time.monotonic() < deadline:
                 if self._store.check(["stack"]):
                     return str(self._store.get("stack")[: limits.STACK_BYTES].decode(errors="replace"))
                 time.sleep(self._pause / 4)
         return ""
 
-    def _stack_of(self, late: Beat, deadline: float) -> str:
+    def _dump_stack_of(self, late: Heartbeat, deadline: float) -> str:
         """Have a silent rank on this machine write down its stack, and end it: it may never do so by itself."""
         number, path, stack = stack_signal(), self._stack_path(late.rank), ""
         if not number or parent_of(late.pid) != os.getppid():

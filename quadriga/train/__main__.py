@@ -31,7 +31,7 @@ tells the signals that a run heeds, and all exit codes.
 def main(argv: Sequence[str]) -> int:
     """Read the configuration, hold the run folder, train. Returns the exit code of this rank."""
     environ = os.environ
-    if problems := wrong_variables(environ):
+    if problems := invalid_variables(environ):
         print(UserError(*problems).report, file=sys.stderr)
         return EXIT_USAGE
     process_guards.die_with_torchrun(environ)
@@ -43,23 +43,23 @@ def main(argv: Sequence[str]) -> int:
         print_keys()
         return EXIT_OK
     try:
-        run = check_at_the_door(argv, environ)
+        run = read_run(argv, environ)
     except UserError as error:
-        return process_guards.report_at_the_door(environ, error)
+        return process_guards.report_config_error(environ, error)
     try:
         first = environ.get("RANK", "0") == "0"
         with process_guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
             from quadriga.train.loop import run as train  # imports torch, which a wrong configuration need not wait for
 
-            ended = process_guards.end_of_the_start_before(environ)
-            return process_guards.leave(environ, train(run, environ)) if ended is None else ended
+            ended = process_guards.exit_code_after_restart(environ)
+            return process_guards.record_exit(environ, train(run, environ)) if ended is None else ended
     except KeyboardInterrupt:
-        return process_guards.interrupted(environ)
+        return process_guards.record_interrupt(environ)
     except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
         return process_guards.report_failure(environ, error)
 
 
-def wrong_variables(environ: Mapping[str, str]) -> list[Problem]:
+def invalid_variables(environ: Mapping[str, str]) -> list[Problem]:
     """What torchrun sets, and a user may have set by hand."""
     problems = []
     bounds = {"RANK": (0, RANKS), "WORLD_SIZE": (1, RANKS), "LOCAL_RANK": (0, RANKS), "MASTER_PORT": (0, 65535)}
@@ -75,7 +75,7 @@ def wrong_variables(environ: Mapping[str, str]) -> list[Problem]:
     return problems
 
 
-def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
+def read_run(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
     """Start logging and read the run, or raise UserError with everything that is wrong."""
     try:
         start_logging(environ)
@@ -99,11 +99,11 @@ def check_at_the_door(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
     return run
 
 
-def start() -> NoReturn:
+def run_rank() -> NoReturn:
     """The whole life of the process that torchrun starts."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a wish to save is no harm before there is anything to save
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a request to save is no harm before there is anything to save
     process_guards.end_process(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    start()
+    run_rank()

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from quadriga.comm import collectives, nvshmem
-from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, serving
+from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, backend_by_axis
 from quadriga.comm.heap import VARIABLE, symmetric_size
 from quadriga.comm.mesh import Mesh
-from quadriga.comm.sharding import ShardCollectives, open_sharding
+from quadriga.comm.sharding import ShardCollectives, open_shard_collectives
 from quadriga.config import Run
 from quadriga.log import logger
 from quadriga.metrics.guarded import Guarded
@@ -49,10 +49,10 @@ def collectives_for_shards(
     if heap is not None:
         logger.debug("memory that peers write into: %s", heap)
     group = mesh.fsdp.get_group("dp_shard")
-    return open_sharding(backend, group, heap, device, run.config.comm.init_timeout_seconds)
+    return open_shard_collectives(backend, group, heap, device, run.config.comm.init_timeout_seconds)
 
 
-def leave_served(loggers: Sequence[Logger], run: Run, backend: str, attempt: int, first_step: int) -> None:
+def write_backends_record(loggers: Sequence[Logger], run: Run, backend: str, attempt: int, first_step: int) -> None:
     """Begin this start's part of `metrics.jsonl` with a record of which backend serves which axis."""
     record = {
         "kind": "backends",
@@ -60,7 +60,7 @@ def leave_served(loggers: Sequence[Logger], run: Run, backend: str, attempt: int
         "attempt": attempt,
         "time": time.time(),
         "backend": backend,
-        "backends": serving(backend, run.spec.degrees),
+        "backends": backend_by_axis(backend, run.spec.degrees),
     }
     for each in loggers:
         if isinstance(each, Guarded) and Path(each.what).name == JSONL_NAME:

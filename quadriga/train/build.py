@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.comm import collectives, process_group, trace_notes
-from quadriga.comm.backend import BACKENDS, choose
+from quadriga.comm.backend import BACKENDS, choose_backend
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
@@ -23,7 +23,7 @@ from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
-from quadriga.metrics.events import Events
+from quadriga.metrics.events import EventLog
 from quadriga.metrics.guarded import WriteFailures
 from quadriga.metrics.loggers import Logger, build_loggers
 from quadriga.metrics.meter import Meter, Record
@@ -32,31 +32,31 @@ from quadriga.models import registry
 from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
-from quadriga.parallel.chunked_loss import loss_in_pieces
+from quadriga.parallel.chunked_loss import Loss, chunked_loss
 from quadriga.parallel.compile import maybe_compile_loss
-from quadriga.parallel.context_parallel import own_positions
+from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.float8 import TABLE as FLOAT8
 from quadriga.parallel.float8 import precompute_scales
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
-from quadriga.parallel.pipeline_parallel import Pipeline, Wires, stages_of_rank, take_out
+from quadriga.parallel.pipeline_parallel import Pipeline, StageShapes, remove_modules, stages_of_rank
 from quadriga.parallel.tensor_parallel import loss_context, plain_loss
 from quadriga.resilience.bad_steps import BadSteps
-from quadriga.resilience.health import Health
+from quadriga.resilience.health import HealthMonitor
 from quadriga.resilience.replica_checks import ReplicaCheck
-from quadriga.resilience.stop_requests import Wishes
+from quadriga.resilience.stop_requests import StopRequests
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.bad_records import BadRecords
 from quadriga.train.checks import Checks
-from quadriga.train.event_log import open_ledger
+from quadriga.train.event_log import open_event_log
 from quadriga.train.feed import Feed
+from quadriga.train.forward_backward import ForwardBackward, LocalShard, PipelineForwardBackward, WholeForwardBackward
 from quadriga.train.numerics import peak_flops, set_numerics
-from quadriga.train.passes import Loss, Pass, PipelinePass, Share, WholePass
-from quadriga.train.record import write_estimate, write_record
 from quadriga.train.resume import resume
+from quadriga.train.run_files import write_config_and_environment, write_estimate
 from quadriga.train.state import TrainState
-from quadriga.train.step import Recipe, summed_cross_entropy
+from quadriga.train.step import StepConfig, summed_cross_entropy
 from quadriga.train.validate import Validator
 
 Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
@@ -68,19 +68,19 @@ class Trainer:
 
     run: Run
     backend: str
-    for_shards: ShardCollectives | None  # what `fully_shard` uses in the place of torch's own collectives
+    shard_collectives: ShardCollectives | None  # what `fully_shard` uses in the place of torch's own collectives
     device: torch.device
     mesh: Mesh
     state: TrainState
-    recipe: Recipe
+    step_config: StepConfig
     meter: Meter
     loggers: list[Logger]
     failures: WriteFailures
     profiler: Profiler
     checkpoints: CheckpointManager
-    events: Events
+    events: EventLog
     checks: Checks
-    wishes: Wishes
+    stop_requests: StopRequests
     watchdog: Watchdog
     validator: Validator | None
     last_record: Record | None = None  # of a training step
@@ -101,26 +101,26 @@ class Trainer:
         self.checks.close()
         for writer in self.loggers:
             writer.close()
-        if self.for_shards is not None:
-            self.for_shards.close()
+        if self.shard_collectives is not None:
+            self.shard_collectives.close()
 
 
 def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     """Build every part in the order of need, and go on from the newest checkpoint where there is one."""
     config, spec, progress = run.config, run.spec, watchdog.progress
     set_numerics(run)
-    progress.at("rendezvous")
-    backend = choose(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
+    progress.enter_phase("rendezvous")
+    backend = choose_backend(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
-    for_shards = collectives_for_shards(run, backend, mesh, device)
-    events = watchdog.events = open_ledger(spec, backend)
+    shard_collectives = collectives_for_shards(run, backend, mesh, device)
+    events = watchdog.events = open_event_log(spec, backend)
     failures = WriteFailures(config.metrics.on_write_failure == "stop")
     if collectives.rank() == 0:
-        write_record(Path(spec.folders.dump), config, backend, spec.degrees, device, failures)
+        write_config_and_environment(Path(spec.folders.dump), config, backend, spec.degrees, device, failures)
         write_estimate(Path(spec.folders.dump), run, device, events.attempt, failures)
 
-    progress.at("data")
+    progress.enter_phase("data")
     tokenizer = build_tokenizer(config.model.hf_assets_path)
     rows = range(mesh.batch_rank * spec.rows_per_rank, (mesh.batch_rank + 1) * spec.rows_per_rank)
     loader = build_loader(
@@ -135,16 +135,16 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         field=Field(config.training.dataset_text_field),
     )
 
-    progress.at("weights")
-    parts = build_parts(run, mesh, device, for_shards=for_shards)
+    progress.enter_phase("weights")
+    parts = build_parts(run, mesh, device, shard_collectives=shard_collectives)
     state = build_state(run, parts, loader, events.attempt)
     state.progress = progress
-    state.health = Health(config.health, device)
-    recipe = build_recipe(run, mesh, device, parts)
-    watchdog.meet("built")  # before a rank waits for another in a collective, which has a time limit
+    state.health = HealthMonitor(config.health, device)
+    step_config = build_step_config(run, mesh, device, parts)
+    watchdog.store_barrier("built")  # before a rank waits for another in a collective, which has a time limit
     patience = config.checkpoint.timeout_seconds
     checkpoints = CheckpointManager(
-        config.checkpoint, spec.folders.checkpoint, process_group.host_group(patience), tell=events.tell
+        config.checkpoint, spec.folders.checkpoint, process_group.host_group(patience), log_event=events.log_event
     )
     if not config.checkpoint.create_seed_checkpoint:
         resume(run, state, checkpoints)
@@ -153,11 +153,11 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     return Trainer(
         run=run,
         backend=backend,
-        for_shards=for_shards,
+        shard_collectives=shard_collectives,
         device=device,
         mesh=mesh,
         state=state,
-        recipe=recipe,
+        step_config=step_config,
         meter=Meter(
             config.metrics,
             steps=spec.steps,
@@ -193,7 +193,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         checkpoints=checkpoints,
         events=events,
         checks=build_checks(run, mesh, state, events, rows, failures),
-        wishes=Wishes(
+        stop_requests=StopRequests(
             spec.folders.dump,
             environ,
             between_steps,
@@ -205,12 +205,16 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
 
 
 def build_parts(
-    run: Run, mesh: Mesh, device: torch.device, fill: Fill = materialize, for_shards: ShardCollectives | None = None
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    fill: Fill = materialize,
+    shard_collectives: ShardCollectives | None = None,
 ) -> tuple[nn.Module, ...]:
     """The whole model, or the pipeline stages of it that this rank holds, ascending."""
     plan = registry.parallel_plan(run.spec.model)
     if mesh.pp.size() == 1:
-        return (build_part(run, mesh, device, plan, fill, for_shards),)
+        return (build_part(run, mesh, device, plan, fill, shard_collectives),)
     parallelism, ranks = run.config.parallelism, run.spec.stage_ranks
     stages = parallelism.module_fqns_per_model_part or split_stages(
         plan,
@@ -222,7 +226,7 @@ def build_parts(
     blocks = 0
     for stage in stages_of_rank(ranks, mesh.pp.get_local_rank()):
         own = plan.of_stage(stages[stage])
-        parts.append(build_part(run, mesh, device, own, fill, for_shards, blocks_before=blocks))
+        parts.append(build_part(run, mesh, device, own, fill, shard_collectives, blocks_before=blocks))
         blocks += len(own.recompute_units)
     return tuple(parts)
 
@@ -233,14 +237,15 @@ def build_part(
     device: torch.device,
     plan: ParallelPlan,
     fill: Fill,
-    for_shards: ShardCollectives | None,
+    shard_collectives: ShardCollectives | None,
     blocks_before: int = 0,
 ) -> nn.Module:
     """On meta, cut, then made real: no rank ever holds what it does not keep. `plan`: of the part, or of the whole."""
     config, spec = run.config, run.spec
     with torch.device("meta"):
         model = registry.build_model(spec.model).to(getattr(torch, config.training.dtype))
-    take_out(model, [unit for unit in registry.parallel_plan(spec.model).stage_units if unit not in plan.stage_units])
+    units = registry.parallel_plan(spec.model).stage_units
+    remove_modules(model, [unit for unit in units if unit not in plan.stage_units])
     parallelize(
         model,
         plan,
@@ -251,7 +256,7 @@ def build_part(
         compile=config.compile,
         reshard_after_forward=spec.reshard_after_forward,
         float8=float8_of(run),
-        collectives=for_shards,
+        collectives=shard_collectives,
         blocks_before=blocks_before,
         run_folder=spec.folders.dump,
     )
@@ -276,10 +281,10 @@ def float8_of(run: Run) -> LinearFloat8 | None:
     return run.config.quantize.linear.float8 if FLOAT8 in run.config.model.converters else None
 
 
-def build_recipe(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> Recipe:
+def build_step_config(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> StepConfig:
     spec = run.spec
-    return Recipe(
-        forward_backward=build_pass(
+    return StepConfig(
+        forward_backward=build_forward_backward(
             run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=spec.tokens_per_step
         ),
         device=device,
@@ -290,7 +295,7 @@ def build_recipe(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Mod
     )
 
 
-def build_pass(
+def build_forward_backward(
     run: Run,
     mesh: Mesh,
     device: torch.device,
@@ -298,17 +303,17 @@ def build_pass(
     rows: int,
     seq_len: int,
     divisor: int = 1,
-) -> Pass:
+) -> ForwardBackward:
     """The way of `rows` sequences of `seq_len` tokens through the model; losses are divided by `divisor`."""
     parallelism = run.config.parallelism
     loss = build_loss(run, device, parts, divisor)
-    positions = own_positions(
+    positions = local_positions(
         seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
     )
-    share = Share(device, positions.to(device), seq_len)
+    shard = LocalShard(device, positions.to(device), seq_len)
     context = loss_context(mesh.tp, parallelism)
     if mesh.pp.size() == 1:
-        return WholePass(parts[0], loss, context, share)
+        return WholeForwardBackward(parts[0], loss, context, shard)
     micro_batch = parallelism.pipeline_parallel_microbatch_size
     cut = mesh.tp.size() if parallelism.enable_sequence_parallel else 1
     pipeline = Pipeline(
@@ -316,7 +321,7 @@ def build_pass(
         stage_ranks=run.spec.stage_ranks,
         mesh=mesh.pp,
         device=device,
-        wires=Wires(
+        stage_shapes=StageShapes(
             (micro_batch, len(positions) // cut, run.spec.model.dim),
             getattr(torch, run.config.training.mixed_precision_param),
             len(positions),
@@ -326,24 +331,23 @@ def build_pass(
         loss=loss,
         recomputes=run.config.activation_checkpoint.recomputes,
     )
-    return PipelinePass(pipeline, context, share)
+    return PipelineForwardBackward(pipeline, context, shard)
 
 
 def build_loss(run: Run, device: torch.device, parts: tuple[nn.Module, ...], divisor: int) -> Loss:
     """Of what the model returns and the labels: the summed cross-entropy over `divisor`."""
-    gathered = run.config.parallelism.disable_loss_parallel
+    compile, gathered = run.config.compile, run.config.parallelism.disable_loss_parallel
     sliced = run.spec.degrees.tp > 1 and not gathered
-    compile = run.config.compile
     cross_entropy = maybe_compile_loss(summed_cross_entropy, compile, sliced_on_cpu=sliced and device.type == "cpu")
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return plain_loss(cross_entropy(logits, labels)) / divisor
 
-    pieces = run.config.training.loss_chunks
+    loss_chunks = run.config.training.loss_chunks
     output = registry.parallel_plan(run.spec.model).logits_unit
-    if pieces == 1 or output is None:
+    if loss_chunks == 1 or output is None:
         return loss
-    return loss_in_pieces(loss, parts, output, pieces=pieces, gather_logits=gathered)
+    return chunked_loss(loss, parts, output, loss_chunks=loss_chunks, gather_logits=gathered)
 
 
 def build_validator(
@@ -366,7 +370,7 @@ def build_validator(
         infinite=False,
         field=Field(field, "validation.dataset_text_field"),
     )
-    forward = build_pass(run, mesh, device, parts, share, section.seq_len)
+    forward = build_forward_backward(run, mesh, device, parts, share, section.seq_len)
     return Validator(loader, feed, forward, device, section.freq, section.steps)
 
 
@@ -379,7 +383,7 @@ def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
 
 
 def build_checks(
-    run: Run, mesh: Mesh, state: TrainState, events: Events, rows: range, failures: WriteFailures
+    run: Run, mesh: Mesh, state: TrainState, events: EventLog, rows: range, failures: WriteFailures
 ) -> Checks:
     folder = run.spec.folders.dump
     first_row = rows.start if mesh.reads_rows else None

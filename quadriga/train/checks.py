@@ -26,14 +26,14 @@ class Checks:
         if self.documents is not None:
             self.documents.write(metrics.step, metrics.documents)
         if self.bad_records is not None:
-            self.bad_records.tell(metrics.step, metrics.left_out)
-        self.bad_steps.see(metrics, record["skipped_steps"] if record else None)
+            self.bad_records.log_skipped(metrics.step, metrics.skipped_records)
+        self.bad_steps.check(metrics, record["skipped_steps"] if record else None)
         if self.replicas.is_due(metrics.step):
             self.replicas.compare(metrics.step)
 
     def before_save(self) -> None:
         """A step that calls for the end of the run, unseen so far, ends it before the save. Raises as `after_step`."""
-        self.bad_steps.look()
+        self.bad_steps.check_pending()
 
     def close(self) -> None:
         if self.documents is not None:

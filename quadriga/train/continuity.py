@@ -7,25 +7,25 @@ from typing import Any
 
 from quadriga.config import Run
 from quadriga.config.changed_defaults import started_with
-from quadriga.config.continuity import facts, refusals
+from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
 from quadriga.log import logger
 
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
-PLACES = {"job.config_file", "job.dump_folder"}  # another one is no change of the run
+PATH_KEYS = {"job.config_file", "job.dump_folder"}  # another one is no change of the run
 
 
-def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
+def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
     """Show what differs from the configuration of the checkpoint.
 
     Raises UserError where the model, the data, the seed or the batch differ, and `checkpoint.allow_change` is not set.
     """
-    here = facts(run)
-    for key, was, now in changes(saved["config"], here["config"], started_with(saved)):
+    here = run_facts(run)
+    for key, was, now in config_changes(saved["config"], here["config"], started_with(saved)):
         logger.info("changed since this checkpoint was saved: %s: %s -> %s", key, was, now)
-    wrong = refusals(saved, run)
+    wrong = resume_problems(saved, run)
     if "dataloader" in saved:
         wrong += [
             problem
@@ -38,20 +38,20 @@ def check(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
         logger.warning("%s is %s; it %s (checkpoint.allow_change)", problem.where, problem.value, problem.what)
 
 
-def changes(saved: Mapping[str, Any], here: Mapping[str, Any], meant: Mapping[str, Any]) -> list[Change]:
+def config_changes(saved: Mapping[str, Any], here: Mapping[str, Any], old_defaults: Mapping[str, Any]) -> list[Change]:
     """Every key of two configurations whose value differs, except where the run lies.
 
     A key that the saved one lacks did not exist then, and is taken as its default of today; a key that is gone is None.
-    `meant`: what the saved one meant by keys that it may lack and whose default has changed, by key."""
-    defaults = dict(flat(JobConfig().model_dump(mode="json")))
-    was, now = {**defaults, **meant, **dict(flat(saved))}, dict(flat(here))
-    keys = sorted((was.keys() | now.keys()) - PLACES)
+    `old_defaults`: what the saved one meant by keys that it may lack and whose default has changed, by key."""
+    defaults = dict(flatten(JobConfig().model_dump(mode="json")))
+    was, now = {**defaults, **old_defaults, **dict(flatten(saved))}, dict(flatten(here))
+    keys = sorted((was.keys() | now.keys()) - PATH_KEYS)
     return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
 
-def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tables.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""The ledger of a run (`metrics.events`) from its first line on, and the number of this start of the run."""
+"""The event log of a run (`metrics.events`) from its first line on, and the number of this start of the run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from quadriga.config.run_spec import RunSpec
 from quadriga.errors import UserError
 from quadriga.json_collectives import broadcast_json
 from quadriga.log import logger
-from quadriga.metrics.append import make_way
-from quadriga.metrics.events import EVENTS_NAME, Events, process_start
+from quadriga.metrics.append import ensure_appendable
+from quadriga.metrics.events import EVENTS_NAME, EventLog, process_start_time
 from quadriga.metrics.jsonl import next_attempt
 from quadriga.metrics.loggers import JSONL_NAME
 
 
-def open_ledger(spec: RunSpec, backend: str) -> Events:
-    """Number this start of the run, and tell of it. Call on all ranks when the process group stands."""
+def open_event_log(spec: RunSpec, backend: str) -> EventLog:
+    """Number this start of the run, and log it. Call on all ranks when the process group stands."""
     folder = Path(spec.folders.dump)
     if collectives.rank() != 0:
-        return Events(folder, collectives.rank(), broadcast_json(None))
+        return EventLog(folder, collectives.rank(), broadcast_json(None))
     # The first rank decides, for it alone writes what the number is read from: a start may have ended before its first
     # figures, another one before its first event.
     attempt = max(_next_attempt(folder / name) for name in (JSONL_NAME, EVENTS_NAME))
-    events = Events(folder, 0, broadcast_json(attempt))
+    events = EventLog(folder, 0, broadcast_json(attempt))
     facts = {"world_size": spec.world_size, "layout": asdict(spec.degrees), "backend": backend}
-    events.tell("start", 0, **facts, process_start=process_start())
+    events.log_event("start", 0, **facts, process_start=process_start_time())
     return events
 
 
@@ -34,7 +34,7 @@ def _next_attempt(path: Path) -> int:
     """By what an earlier start left; 1 where that cannot be read. It is set aside then."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_way(path)
+        ensure_appendable(path)
         return next_attempt(path)
     except (OSError, UserError) as error:
         logger.warning("%s cannot be read: starts of this run are counted anew (%s)", path, error)

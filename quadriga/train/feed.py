@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from quadriga.data.batch import Batch
 from quadriga.data.loader import Loader
-from quadriga.data.packing import Place
+from quadriga.data.packing import Cursor
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json, error_from_json, error_to_json
 
@@ -38,23 +38,23 @@ class Feed:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """`group`: a gloo group of all ranks, used by this thread alone; None: nobody is asked."""
         self._group = group
-        self._under_way: tuple[dist.Work, torch.Tensor] | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._error: Exception | None = None
-        self._before: dict[int, Place] = {}
+        self._before: dict[int, Cursor] = {}
 
     def next(self, loader: Loader) -> Batch:
         """The next batch; an empty one where it cannot be read, of which `check` tells. Raises DataFault where nobody
         is asked."""
-        self._before = loader.mark()
+        self._before = loader.snapshot()
         batch = self._read(loader)
-        self._ask()
+        self._start_agreement()
         return loader.empty() if batch is None else batch
 
     def check(self, loader: Loader) -> None:
         """Call on all ranks before the step changes anything. Raises DataFault on all where one had no batch; the
         loader is then where it stood before `next`."""
         if self._failed_somewhere():
-            loader.back_to(self._before)
+            loader.restore(self._before)
             self._raise_common()
 
     def one_pass(self, loader: Loader) -> Iterator[Batch]:
@@ -63,7 +63,7 @@ class Feed:
         iter(loader)
         while True:
             batch = self._read(loader)
-            self._ask()
+            self._start_agreement()
             if self._failed_somewhere():
                 self._raise_common()
             if batch is None:
@@ -83,30 +83,30 @@ class Feed:
             self._error = error
             return None
 
-    def _ask(self) -> None:
+    def _start_agreement(self) -> None:
         """Start to ask whether any rank met an error."""
         if self._group is None:
             return
         failed = torch.tensor([self._error is not None], dtype=torch.int64)
         work = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
-        self._under_way = work, failed
+        self._pending = work, failed
 
     def _failed_somewhere(self) -> bool:
         """The answer; False where nobody was asked."""
-        if self._under_way is None:
+        if self._pending is None:
             return False
-        (work, failed), self._under_way = self._under_way, None
+        (work, failed), self._pending = self._pending, None
         work.wait()
         return bool(failed.item())
 
     def _raise_common(self) -> NoReturn:
-        told = all_gather_json(None if self._error is None else error_to_json(self._error), self._group)
-        raise DataFault(_common(told)) from self._error
+        records = all_gather_json(None if self._error is None else error_to_json(self._error), self._group)
+        raise DataFault(_common_error(records)) from self._error
 
 
-def _common(told: list[Any]) -> Exception:
+def _common_error(records: list[Any]) -> Exception:
     """One error for all ranks: every problem that a user can mend, else what the first rank met."""
-    errors = [error_from_json(record) for record in told if record is not None]
+    errors = [error_from_json(record) for record in records if record is not None]
     problems = dict.fromkeys(problem for error in errors if isinstance(error, UserError) for problem in error.problems)
     return UserError(*problems) if problems else errors[0]

@@ -12,18 +12,18 @@ from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
 from quadriga.log import logger
 from quadriga.models import registry
-from quadriga.planning.carriers import carriers_in_words
+from quadriga.planning.backend_by_axis import format_backend_by_axis
 from quadriga.train.build import Trainer
-from quadriga.units import show_count, show_seconds
+from quadriga.units import format_count, format_seconds
 
 
-def show(trainer: Trainer) -> None:
+def log_header(trainer: Trainer) -> None:
     """The header: what, where, layout, batch arithmetic, parameters, backend. To the log."""
     run, spec, state = trainer.run, trainer.run.spec, trainer.state
     for notice in spec.notices:
         logger.info("notice: %s", notice)
     logger.info("quadriga %s: %s", quadriga.__version__, run.config.job.description)
-    for name, text in lines(trainer):
+    for name, text in header_rows(trainer):
         logger.info("  %-10s %s", name, text)
     if state.step:
         logger.info("resumed: step %d of %d is done (attempt %d)", state.step, spec.steps, state.attempt)
@@ -31,9 +31,9 @@ def show(trainer: Trainer) -> None:
         logger.info("\n%s", to_toml(run.config))
 
 
-def lines(trainer: Trainer) -> list[tuple[str, str]]:
+def header_rows(trainer: Trainer) -> list[tuple[str, str]]:
     config, spec, model = trainer.run.config, trainer.run.spec, trainer.run.spec.model
-    parameters = show_count(registry.count_parameters(model))
+    parameters = format_count(registry.count_parameters(model))
     shape = (
         f"{model.n_layers} layers, {model.dim:,} wide, {model.n_heads} heads ({model.n_kv_heads} for keys and values)"
     )
@@ -42,10 +42,10 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
         ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
-        ("backends", carriers_in_words(trainer.run, trainer.backend)),
+        ("backends", format_backend_by_axis(trainer.run, trainer.backend)),
         ("layout", messages.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
         ("batch", messages.batch(spec)),
-        ("length", f"{messages.plural(spec.steps, 'step')}, {show_count(spec.steps * spec.tokens_per_step)} tokens"),
+        ("length", f"{messages.plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens"),
         ("formats", messages.formats(trainer.run)),
         ("recompute", messages.recompute(config.activation_checkpoint)),
         ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
@@ -57,10 +57,10 @@ def lines(trainer: Trainer) -> list[tuple[str, str]]:
     return rows
 
 
-def say_if_finished(run: Run) -> bool:
+def log_if_finished(run: Run) -> bool:
     """Whether the newest checkpoint is the last step already; then say so, and how to go on from there."""
     section, spec = run.config.checkpoint, run.spec
-    found = titan.newest(spec.folders.checkpoint, section.load_step, least=spec.steps)  # on every rank
+    found = titan.find_newest(spec.folders.checkpoint, section.load_step, least=spec.steps)  # on every rank
     if found is None or found.step < spec.steps:
         return False
     logger.info("this run is finished: %s is step %d of %d", found.path, found.step, spec.steps)
@@ -69,14 +69,15 @@ def say_if_finished(run: Run) -> bool:
     return True
 
 
-def summarize(trainer: Trainer, seconds: float) -> None:
+def print_summary(trainer: Trainer, seconds: float) -> None:
     """The result of a run, to standard output, from rank 0: what it reached and where everything is."""
     if collectives.rank() != 0:
         return
     spec, config, state = trainer.run.spec, trainer.run.config, trainer.state
     last = trainer.last_record
     print(
-        f"\nfinished: {state.step:,} steps, {show_count(state.tokens_seen)} tokens in {show_seconds(seconds)}", end=""
+        f"\nfinished: {state.step:,} steps, {format_count(state.tokens_seen)} tokens in {format_seconds(seconds)}",
+        end="",
     )
     print(f", loss {last['loss']:.4f}" if last else "")
     places = [("metrics", str(Path(spec.folders.dump, "metrics.jsonl")))]

@@ -1,4 +1,4 @@
-"""A run's two doors to Hugging Face: weights of theirs to start from, and the last step's weights in their form."""
+"""Hugging Face: weights of theirs that a run starts from, and the last step's weights in their form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quadriga.data.tokenizer import build_tokenizer
 from quadriga.data.tokenizer_export import transformers_files
 from quadriga.log import logger
 from quadriga.models import registry
-from quadriga.units import show_seconds
+from quadriga.units import format_seconds
 
 
 def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
@@ -30,9 +30,9 @@ def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
     start, place = time.monotonic(), section.initial_load_path or run.config.model.hf_assets_path
     group = process_group.host_group(section.timeout_seconds)
     names = registry.hf_names(run.spec.model)
-    said = read_hf(place, ModelState(parts).state_dict(), names, group, allow_change=section.allow_change)
-    logger.info("weights of %s read in %s", place, show_seconds(time.monotonic() - start))
-    return registry.positions_from_hf(said)
+    hf_config = read_hf(place, ModelState(parts).state_dict(), names, group, allow_change=section.allow_change)
+    logger.info("weights of %s read in %s", place, format_seconds(time.monotonic() - start))
+    return registry.positions_from_hf(hf_config)
 
 
 def export_last_step(run: Run, step: int) -> None:
@@ -43,10 +43,10 @@ def export_last_step(run: Run, step: int) -> None:
         return
     from quadriga.checkpoint.hf_export import export_hf
 
-    start, found = time.monotonic(), folders.read(folders.published(run.spec.folders.checkpoint, step))
+    start, found = time.monotonic(), folders.read_checkpoint(folders.published_path(run.spec.folders.checkpoint, step))
     assets = run.config.model.hf_assets_path
     tokenizer = build_tokenizer(assets)
-    model, (bos_id, eos_id) = run.spec.model, tokenizer.named
+    model, (bos_id, eos_id) = run.spec.model, tokenizer.special_ids
     positions = max(found.extra.get("max_positions", 0), run.spec.seq_len)
     config = registry.hf_config(model, bos_id=bos_id, eos_id=eos_id, positions=positions)
     dtype = getattr(torch, section.export_dtype)
@@ -61,4 +61,4 @@ def export_last_step(run: Run, step: int) -> None:
         tokenizer=transformers_files(assets),
         replace=True,
     )
-    logger.info("saved %s in %s", out, show_seconds(time.monotonic() - start))
+    logger.info("saved %s in %s", out, format_seconds(time.monotonic() - start))

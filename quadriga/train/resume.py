@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quadriga.checkpoint.kept import told_of
+from quadriga.checkpoint.extra_errors import convert_extra_errors
 from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
-from quadriga.config.continuity import facts
+from quadriga.config.continuity import run_facts
 from quadriga.config.messages import plural
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.models import registry
-from quadriga.optim.schedule import wind_to
+from quadriga.optim.schedule import fast_forward
 from quadriga.train import continuity
 from quadriga.train.hf import start_from_hf
-from quadriga.train.record import versions
+from quadriga.train.run_files import versions
 from quadriga.train.state import TrainState
-from quadriga.train.titan import go_on_from_titan
+from quadriga.train.titan import resume_from_titan
 
 
 def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
-    state.progress.at("weights")
+    state.progress.enter_phase("weights")
     found = checkpoints.find()
     if found is None:
         state.max_positions = start_from_hf(run, state.parts)
@@ -34,17 +34,17 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     if found.trainer:
         del tensors["random"]
     elif found.resume:
-        with told_of(found):
-            continuity.check(found.extra, run, state.loader)
+        with convert_extra_errors(found):
+            continuity.check_continuity(found.extra, run, state.loader)
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
     checkpoints.load(found, tensors, registry.titan_names(run.spec.model))
     state.max_positions = found.extra.get("max_positions", found.extra.get("seq_len", 0))
     if found.trainer and found.resume:
-        go_on_from_titan(run, state, found)
+        resume_from_titan(run, state, found)
     elif found.resume:
-        with told_of(found):
+        with convert_extra_errors(found):
             restore_extra(state, found.extra)
             if "train_state" in found.extra and state.step != found.step:
                 raise ValueError(f"its train_state is of step {state.step}, the checkpoint of step {found.step}")
@@ -73,7 +73,7 @@ def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
         "lr_scheduler": {"done": state.schedule.last_epoch},
         "dataloader": data,
         "max_positions": max(state.max_positions, run.spec.seq_len),
-        **facts(run),
+        **run_facts(run),
         "versions": versions(),
     }
 
@@ -86,7 +86,7 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
         if "health" in extra["train_state"]:
             state.health.load_state_dict(extra["train_state"]["health"])
     if "lr_scheduler" in extra:
-        wind_to(state.schedule, extra["lr_scheduler"]["done"])
+        fast_forward(state.schedule, extra["lr_scheduler"]["done"])
     if "dataloader" not in extra:
         return
     if not state.loader.differences(extra["dataloader"]):

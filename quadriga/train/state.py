@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from quadriga.data.loader import Loader
-from quadriga.resilience.health import Health
+from quadriga.resilience.health import HealthMonitor
 from quadriga.resilience.progress import Progress
 from quadriga.train.feed import Feed
 
@@ -36,7 +36,7 @@ class TrainState:
     attempt: int = 1
     max_positions: int = 0  # of the sequences that the weights were made for before this run
     progress: Progress = field(default_factory=Progress)
-    health: Health = field(default_factory=Health)
+    health: HealthMonitor = field(default_factory=HealthMonitor)
     device: torch.device = CPU
     feed: Feed = field(default_factory=Feed)
 

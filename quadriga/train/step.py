@@ -10,26 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
+from quadriga.comm.loss import all_reduce_loss
 from quadriga.comm.mesh import Mesh
 from quadriga.data.batch import IGNORE
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
-from quadriga.resilience.health import add_up
-from quadriga.train.passes import Pass
+from quadriga.train.forward_backward import ForwardBackward
 from quadriga.train.state import TrainState
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StepConfig:
     """What every step of a run has in common.
 
     Losses and gradients are parts that add up: each micro-batch of each rank contributes the sum over its tokens
     divided by `tokens_per_step`, the tokens of the whole run's step.
     """
 
-    forward_backward: Pass
+    forward_backward: ForwardBackward
     device: torch.device
     micro_batch_rows: int
     tokens_per_step: int
@@ -47,35 +47,35 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
+def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMetrics:
     """Take the next batch, train on it, and leave the step's numbers on the device.
 
     Raises DataFault on all ranks, with the state of the step before, where one of them had no batch."""
     progress = state.progress
-    progress.at("data", state.step + 1)
+    progress.enter_phase("data", state.step + 1)
     with record_function("quadriga:data_wait"):
         batch = state.feed.next(state.loader)
-    progress.at("forward and backward")
+    progress.enter_phase("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
-    loss = torch.zeros((), dtype=torch.float64, device=recipe.device)  # whose sum does not depend on the order
-    for micro_batch, is_last in with_last(batch.micro_batches(recipe.micro_batch_rows)):
-        reduce = recipe.reduce_gradients == "every_micro_batch"
-        loss += recipe.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
-        progress.beat()
+    loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # whose sum does not depend on the order
+    for micro_batch, is_last in with_last(batch.micro_batches(step_config.micro_batch_rows)):
+        reduce = step_config.reduce_gradients == "every_micro_batch"
+        loss += step_config.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
+        progress.tick()
     state.feed.check(state.loader)  # from here on the step changes what a checkpoint holds
-    progress.at("gradient norm")
+    progress.enter_phase("gradient norm")
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)
-    own_bad_records = 0 if batch.bad_records is not None and not mesh.reads_rows else batch.bad_records
-    totals = add_up(loss, norms.total, mesh, own_bad_records)
-    scale_gradients(gradients, totals.grad_norm, recipe.max_norm)
-    progress.at("optimizer")
-    state.health.withhold_if_bad(state.optimizer, loss, norms, totals)
+    local_bad_records = 0 if batch.bad_records is not None and not mesh.reads_rows else batch.bad_records
+    totals = all_reduce_loss(loss, norms.total, mesh, local_bad_records)
+    scale_gradients(gradients, totals.grad_norm, step_config.max_norm)
+    progress.enter_phase("optimizer")
+    state.health.skip_if_bad(state.optimizer, loss, norms, totals)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     state.step += 1
-    state.tokens_seen += recipe.tokens_per_step
+    state.tokens_seen += step_config.tokens_per_step
     return StepMetrics(
         step=state.step,
         loss=totals.loss,
@@ -87,7 +87,7 @@ def train_step(state: TrainState, recipe: Recipe, mesh: Mesh) -> StepMetrics:
         skipped=state.health.skipped,
         verdict=state.health.verdict,
         documents=batch.documents,
-        left_out=batch.left_out,
+        skipped_records=batch.skipped,
         bad_records=totals.bad_records,
     )
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quadriga.checkpoint.folder import Found
-from quadriga.checkpoint.messages import place_is_lost, unknown_place
+from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.checkpoint.messages import position_lost, unknown_position
 from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.messages import plural
 from quadriga.errors import UserError
 from quadriga.log import logger
-from quadriga.optim.schedule import wind_to
+from quadriga.optim.schedule import fast_forward
 from quadriga.train.state import TrainState
 
 
-def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
+def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> None:
     """Put what is no tensor where a checkpoint of torchtitan stood; parts that `checkpoint.exclude_from_loading` took
     out stay as they are. One line says what could not be known. The schedule is this run's: a function of the step.
     """
@@ -27,27 +27,27 @@ def go_on_from_titan(run: Run, state: TrainState, found: Found) -> None:
             _warn("it does not say how many tokens it has seen: taken as this run's batch times its steps")
         state.tokens_seen = tokens
     if "lr_scheduler" in found.extra:
-        wind_to(state.schedule, found.extra["lr_scheduler"]["done"])
+        fast_forward(state.schedule, found.extra["lr_scheduler"]["done"])
     if "dataloader" in found.extra:
-        _take_place(run, state, found.extra["dataloader"])
+        _resume_data(run, state, found.extra["dataloader"])
 
 
-def _take_place(run: Run, state: TrainState, said: Mapping[str, Any]) -> None:
+def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
     """Read on where torchtitan's loader stood, if these data are read in the order in which it reads them."""
     dataloader = run.config.training.dataloader
-    why = unknown_place(said, dataloader.shuffle)
+    why = unknown_position(saved, dataloader.shuffle)
     if why is None:
         try:
-            state.loader.start_at(said["documents"], said["tokens_left"])
+            state.loader.start_at(saved["documents"], saved["tokens_left"])
         except UserError as error:  # of other data: every rank meets the same
             why = f"{error.problems[0].where} {error.problems[0].what}"
     if why is not None:
-        _warn(place_is_lost(why))
+        _warn(position_lost(why))
         return
     logger.info(
         "data: reading goes on where torchtitan stopped: %s read, with %s still to be trained on",
-        plural(said["documents"], "document"),
-        plural(said["tokens_left"], "id"),
+        plural(saved["documents"], "document"),
+        plural(saved["tokens_left"], "id"),
     )
     if dataloader.window_overlap:
         _warn(

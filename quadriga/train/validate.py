@@ -13,7 +13,7 @@ from quadriga.data.loader import Loader
 from quadriga.errors import Problem, UserError
 from quadriga.parallel.data_parallel import free_gathered_parameters
 from quadriga.train.feed import Feed
-from quadriga.train.passes import Pass
+from quadriga.train.forward_backward import ForwardBackward
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Validator:
 
     loader: Loader
     feed: Feed
-    forward: Pass
+    forward: ForwardBackward
     device: torch.device
     freq: int
     steps: int  # -1: all of it

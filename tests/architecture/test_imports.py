@@ -16,7 +16,7 @@ LIGHT = [
     "quadriga.log",
     "quadriga.limits",
     "quadriga.reading",
-    "quadriga.analysis.pages.page",
+    "quadriga.analysis.pages.elements",
     "quadriga.analysis.pages.plots",
     "quadriga.resilience.processes",
     "quadriga.config",
@@ -36,13 +36,13 @@ LIGHT = [
 QUIET = """
 import importlib, json, logging, os, socket, sys
 environment, handlers, level = dict(os.environ), list(logging.getLogger().handlers), logging.getLogger().level
-class Loud(socket.socket):
+class ForbiddenSocket(socket.socket):
     def __init__(self, *args, **kwargs):
         raise AssertionError("an import opened a socket")
 import torch, torch.distributed, torch.distributed.pipelining
 # What torch and its like do at their own import is theirs.
 environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
-socket.socket = Loud
+socket.socket = ForbiddenSocket
 changed = []
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)

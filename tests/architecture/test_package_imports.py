@@ -89,7 +89,7 @@ LAZY_READERS |= {
 }  # half a second of start-up
 
 
-def ours(path_imports: list[Import]) -> list[Import]:
+def own_imports(path_imports: list[Import]) -> list[Import]:
     return [found for found in path_imports if found.module.split(".")[0] == "quadriga"]
 
 
@@ -97,7 +97,7 @@ def ours(path_imports: list[Import]) -> list[Import]:
 def test_a_package_imports_only_what_it_may(path):
     here = package_of(path)
     assert here in MAY_IMPORT, f"{here} is not in the table: add it there and to docs/architecture.md"
-    for found in ours(list(imports(path))):
+    for found in own_imports(list(imports(path))):
         there = package_of_module(found.module)
         if there in (here, ""):
             continue

@@ -11,7 +11,7 @@ from tree import PACKAGE, sources
 SCRIPTS = sorted((PACKAGE.parent / "scripts").rglob("*.py"))
 
 
-def faults(tree: ast.AST) -> list[str]:
+def cyclic_raises(tree: ast.AST) -> list[str]:
     """The `raise` statements that may tie a cycle.
 
     1. `raise A from B` where A was not made by a call here: A may be B, or have B among its causes.
@@ -51,7 +51,7 @@ def made_in(handler: ast.ExceptHandler) -> set[str]:
 
 @pytest.mark.parametrize("path", [*sources(), *SCRIPTS], ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_no_exception_is_its_own_cause(path: Path):
-    assert faults(ast.parse(path.read_text())) == []
+    assert cyclic_raises(ast.parse(path.read_text())) == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_no_exception_is_its_own_cause(path: Path):
     ],
 )
 def test_what_may_tie_a_cycle_is_found(body):
-    assert len(faults(ast.parse(f"try: work()\n{body}"))) == 1
+    assert len(cyclic_raises(ast.parse(f"try: work()\n{body}"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_what_may_tie_a_cycle_is_found(body):
     ],
 )
 def test_what_cannot_is_let_through(body):
-    assert faults(ast.parse(f"try: work()\n{body}")) == []
+    assert cyclic_raises(ast.parse(f"try: work()\n{body}")) == []

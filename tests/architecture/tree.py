@@ -57,10 +57,10 @@ def module_exists(module: str) -> bool:
 
 def imports(path: Path) -> Iterator[Import]:
     """Every import of a file; `from a import b` counts as `a.b` where b is a module."""
-    yield from walk(parsed(path), path, inside_function=False, typing_only=False)
+    yield from find_imports(parsed(path), path, inside_function=False, typing_only=False)
 
 
-def walk(node: ast.AST, path: Path, inside_function: bool, typing_only: bool) -> Iterator[Import]:
+def find_imports(node: ast.AST, path: Path, inside_function: bool, typing_only: bool) -> Iterator[Import]:
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(path, node.lineno, alias.name, inside_function, typing_only)
@@ -73,7 +73,7 @@ def walk(node: ast.AST, path: Path, inside_function: bool, typing_only: bool) ->
     inside_function = inside_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     typing_only = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
     for child in ast.iter_child_nodes(node):
-        yield from walk(child, path, inside_function, typing_only)
+        yield from find_imports(child, path, inside_function, typing_only)
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -14,9 +14,9 @@ from tokenizer_folders import TOKENIZER, write_folder
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
-from quadriga.config.case import value_of
-from quadriga.config.keys import KEYS, show
-from quadriga.config.torchtitan import keys_there
+from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.rules import config_value
+from quadriga.config.torchtitan import titan_keys
 from quadriga.errors import EXIT_OK, UserError
 from quadriga.launch.supervisor import main
 from quadriga.models.registry import catalogue
@@ -281,12 +281,12 @@ READ_AS = {
 def test_a_preset_means_what_it_meant(name, tmp_path, monkeypatch):
     """Each key of v0.2.2, of the file or its default, has its value here; and so have the things that follow."""
     run = dry_run(PRESETS[name], tmp_path, monkeypatch, 512)
-    there = {key: told.default for key, told in keys_there().items()} | dict(leaves(tomllib.loads(PRESETS[name])))
+    there = {key: field.default for key, field in titan_keys().items()} | dict(leaves(tomllib.loads(PRESETS[name])))
     there["job.config_file"] = "preset.toml"
     differing = {}
     for key, value in there.items():
         if key in KEYS:
-            here = value_of(run.config, key)
+            here = config_value(run.config, key)
             here = list(here) if isinstance(here, tuple) else here
             if here != value and (here or value):
                 differing[key] = here
@@ -359,16 +359,16 @@ def test_every_default_of_an_older_release_loads(release, count, tmp_path, monke
         for more in ("", "[profiling]\nenable_profiling = true\n"):
             if more and table == "profiling":
                 continue
-            dry_run(f"{more}[{table}]\n{name} = {show(value)}\n", tmp_path, monkeypatch, 1, training=True)
+            dry_run(f"{more}[{table}]\n{name} = {format_toml(value)}\n", tmp_path, monkeypatch, 1, training=True)
 
 
-@pytest.mark.parametrize(("said", "kernel"), [("true", "triton"), ("false", "torch")])
-def test_the_mx_kernel_of_v010_is_one_of_today(said, kernel, tmp_path, monkeypatch):
-    text = f"[mx]\nuse_fp8_dim1_cast_triton_kernel = {said}"
+@pytest.mark.parametrize(("value", "kernel"), [("true", "triton"), ("false", "torch")])
+def test_the_mx_kernel_of_v010_is_one_of_today(value, kernel, tmp_path, monkeypatch):
+    text = f"[mx]\nuse_fp8_dim1_cast_triton_kernel = {value}"
     run = dry_run(text, tmp_path, monkeypatch, 1)
     assert run.config.quantize.linear.mx.mxfp8_dim1_cast_kernel_choice == kernel
     assert any("is now quantize.linear.mx.mxfp8_dim1_cast_kernel_choice" in notice for notice in run.spec.notices)
-    argv = [f"--mx.use_fp8_dim1_cast_triton_kernel={said}"]
+    argv = [f"--mx.use_fp8_dim1_cast_triton_kernel={value}"]
     run = read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=False)
     assert run.config.quantize.linear.mx.mxfp8_dim1_cast_kernel_choice == kernel
 

@@ -11,9 +11,9 @@ import pytest
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
-from quadriga.config.keys import KEYS, show
-from quadriga.config.torchtitan import keys_there, ours, renewed, rows, same_default
-from quadriga.config.vocabulary import RENAMED
+from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.legacy_keys import RENAMED
+from quadriga.config.torchtitan import added_keys, regenerate, same_default, titan_keys, titan_rows
 from quadriga.errors import UserError
 from quadriga.models.registry import catalogue
 
@@ -31,32 +31,34 @@ def launched(text: str, ranks: int, folder: Path) -> tuple[str, ...]:
 
 def test_the_page_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert renewed(text) == text, "run: quadriga docs"
-    for name in keys_there():
+    assert regenerate(text) == text, "run: quadriga docs"
+    for name in titan_keys():
         assert f"| `{name.rpartition('.')[2]}` |" in text, name
 
 
 def test_every_key_of_the_release_has_one_row() -> None:
-    there, told = keys_there(), tomllib.loads(ROWS.read_text(encoding="utf-8"))
+    there, rows_file = titan_keys(), tomllib.loads(ROWS.read_text(encoding="utf-8"))
     assert len(there) == 149
-    said = [*told["same"], *(name for name, value in told.items() if isinstance(value, dict))]
-    assert sorted(said) == sorted(set(said)), "said twice"
-    assert set(said) == set(there)
+    listed = [*rows_file["same"], *(name for name, value in rows_file.items() if isinstance(value, dict))]
+    assert sorted(listed) == sorted(set(listed)), "listed twice"
+    assert set(listed) == set(there)
 
 
 def test_every_key_of_ours_is_one_of_the_release_or_listed() -> None:
-    there = set(keys_there())
-    assert set(ours()) == set(KEYS) - there
-    assert len(ours()) == len(set(ours()))
+    there = set(titan_keys())
+    assert set(added_keys()) == set(KEYS) - there
+    assert len(added_keys()) == len(set(added_keys()))
     assert there - set(KEYS) == {"model.tokenizer_path", "parallelism.context_parallel_rotate_method"} <= set(RENAMED)
 
 
 def test_a_default_of_another_value_has_a_row_that_says_so() -> None:
-    said, others = rows(), set()
-    for name, there in keys_there().items():
+    documented, others = titan_rows(), set()
+    for name, there in titan_keys().items():
         if not same_default(name, there):
             others.add(name)
-            assert said[name].differs, f"{name}: there {show(there.default)}, here {show(KEYS[name].default)}"
+            assert documented[name].differs, (
+                f"{name}: there {format_toml(there.default)}, here {format_toml(KEYS[name].default)}"
+            )
     assert others == {
         "profiling.save_traces_folder",
         "profiling.profiler_active",
@@ -68,7 +70,7 @@ def test_a_default_of_another_value_has_a_row_that_says_so() -> None:
 
 
 def test_every_row_says_what_is_printed_and_which_key_decides() -> None:
-    for name, row in rows().items():
+    for name, row in titan_rows().items():
         assert (row.same is None) != (row.differs is None), name
         assert row.free is not bool(row.printed or row.refused) or row.same is not None, f"{name}: printed, or free"
         assert bool(row.key) == (row.differs is not None), f"{name}: the key that decides"
@@ -85,15 +87,15 @@ def _holds(tables: dict, key: str) -> bool:
     return value != {}
 
 
-PRINTED = sorted(name for name, row in rows().items() if row.printed)
-REFUSED = sorted(name for name, row in rows().items() if row.refused)
+PRINTED = sorted(name for name, row in titan_rows().items() if row.printed)
+REFUSED = sorted(name for name, row in titan_rows().items() if row.refused)
 
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_a_notice_is_printed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the example, and not by a file that says nothing (but for the default that the notice is about)."""
     monkeypatch.chdir(tmp_path)
-    row = rows()[name]
+    row = titan_rows()[name]
     assert any(row.printed in notice for notice in launched(row.example, row.ranks, tmp_path))
     by_default = row.example == "" or name == "training.mixed_precision_param"
     if not by_default:
@@ -101,40 +103,40 @@ def test_a_notice_is_printed(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    row = rows()[name]
+    row = titan_rows()[name]
     with pytest.raises(UserError) as refusal:
         launched(row.refuses, row.ranks, tmp_path)
     assert row.refused in refusal.value.report
     assert len(refusal.value.problems) == 1, refusal.value.report
 
 
-@pytest.mark.parametrize("name", sorted(name for name, there in keys_there().items() if "Literal" in there.type))
+@pytest.mark.parametrize("name", sorted(name for name, there in titan_keys().items() if "Literal" in there.type))
 def test_every_value_that_the_release_names_is_known(name: str, tmp_path: Path, monkeypatch) -> None:
     """It is accepted, or refused for a reason that is not the value itself."""
     monkeypatch.chdir(tmp_path)
-    (choices,) = re.findall(r"Literal(\[[^]]*\])", keys_there()[name].type)
+    (choices,) = re.findall(r"Literal(\[[^]]*\])", titan_keys()[name].type)
     table, _, key = name.rpartition(".")
     for value in ast.literal_eval(choices):
-        said = ""
+        report = ""
         try:
-            launched(f"[{table}]\n{key} = {show(value)}", 1, tmp_path)
+            launched(f"[{table}]\n{key} = {format_toml(value)}", 1, tmp_path)
         except UserError as error:
-            said = error.report
-        assert "unknown value" not in said, said
+            report = error.report
+        assert "unknown value" not in report, report
 
 
-def test_the_bare_defaults_are_told_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bare_defaults_are_reported_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that says nothing: each difference that numbers depend on is one line."""
     monkeypatch.chdir(tmp_path)
     notices = launched("", 1, tmp_path)
-    for words in ("debug.seed is 42", "training.mixed_precision_param = bfloat16"):
-        assert sum(words in notice for notice in notices) == 1
+    for text in ("debug.seed is 42", "training.mixed_precision_param = bfloat16"):
+        assert sum(text in notice for notice in notices) == 1
 
 
 @pytest.mark.parametrize(
-    ("degrees", "ranks", "dtype", "said"),
+    ("degrees", "ranks", "dtype", "expected"),
     [
         ("", 1, "float32", "torch.autocast"),
         ("data_parallel_shard_degree = 1\ndata_parallel_replicate_degree = 2", 2, "float32", "torch.autocast"),
@@ -146,10 +148,10 @@ def test_the_bare_defaults_are_told_once_each(tmp_path: Path, monkeypatch: pytes
         ("", 2, "float32", None),
     ],
 )
-def test_the_computing_format_is_told_where_there_is_no_fsdp(
-    degrees: str, ranks: int, dtype: str, said: str | None, tmp_path: Path
+def test_the_computing_format_is_reported_where_there_is_no_fsdp(
+    degrees: str, ranks: int, dtype: str, expected: str | None, tmp_path: Path
 ) -> None:
     notices = launched(f'[parallelism]\n{degrees}\n[training]\ndtype = "{dtype}"', ranks, tmp_path)
-    told = [notice for notice in notices if "training.mixed_precision_param" in notice]
-    assert len(told) == (said is not None)
-    assert said is None or said in told[0]
+    matching = [notice for notice in notices if "training.mixed_precision_param" in notice]
+    assert len(matching) == (expected is not None)
+    assert expected is None or expected in matching[0]

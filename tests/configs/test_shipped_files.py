@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quadriga.cli.card import card_of, make_card, order_for
+from quadriga.cli.card import card_path, make_card, target_for
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
-from quadriga.config.card import read_order
+from quadriga.config.card import read_target
 from quadriga.config.load import load
-from quadriga.config.torchtitan import keys_there
+from quadriga.config.torchtitan import titan_keys
 from quadriga.models.registry import catalogue, count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -27,7 +27,7 @@ def resolved(file, ranks, *arguments):
 
 
 def stated_gpus(file):
-    return read_order(card_of(file).read_text(encoding="utf-8")).gpus
+    return read_target(card_path(file).read_text(encoding="utf-8")).gpus
 
 
 def test_each_lies_in_a_folder_of_its_name():
@@ -59,17 +59,17 @@ def test_debug_trains_the_same_batches_on_every_layout(ranks):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_its_card_is_up_to_date(file):
-    assert card_of(file).read_text(encoding="utf-8") == make_card(order_for(file, None, None), file), "quadriga docs"
+    assert card_path(file).read_text(encoding="utf-8") == make_card(target_for(file, None, None), file), "quadriga docs"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_its_card_leaves_no_placeholder_and_no_topic_out(file):
-    card = card_of(file).read_text(encoding="utf-8")
+    card = card_path(file).read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|`[^`]*`|<!--.*?-->|</?(details|summary)>", "", card, flags=re.DOTALL)
     assert not re.findall(r"<[^>]+>|\{[^}]*\}|\b(TODO|TBD|FIXME|XXX|None|nan)\b|\?\?|\.\.\.", prose)
     run = resolved(file, stated_gpus(file))
     unit = "rank" if file.stem == "debug" else "GPU"  # whose card is made for the CPU
-    for words in (
+    for text in (
         f"{count_parameters(run.spec.model):,} parameters",
         f"FSDP over {stated_gpus(file)} {unit}s" if stated_gpus(file) > 1 else f"One {unit}",
         f"| total {unit}s | {stated_gpus(file)} |",
@@ -92,7 +92,7 @@ def test_its_card_leaves_no_placeholder_and_no_topic_out(file):
         "`pipeline_parallel_degree`",
         "## Hardware",
     ):
-        assert words in card, words
+        assert text in card, text
 
 
 def test_debug_has_the_values_that_are_written_down():
@@ -144,7 +144,7 @@ def test_the_reference_has_the_values_that_are_written_down():
 def test_the_reference_means_what_it_means_in_torchtitan():
     """Beside keys of v0.2.2 it has marked ones alone, and they say what is done there."""
     file = CONFIGS / "llama3_8b/llama3_8b.toml"
-    there, table, marked = keys_there(), "", {}
+    there, table, marked = titan_keys(), "", {}
     for line in file.read_text(encoding="utf-8").splitlines():
         table = line.strip("[] ") if line.startswith("[") else table
         key = f"{table}.{line.partition(' = ')[0]}"

@@ -1,10 +1,10 @@
-"""One exam for every backend that may carry what `fully_shard` sends: the same questions to all, put to real ranks.
+"""The conformance test of every backend that may carry what `fully_shard` sends: the same checks of all, on real ranks.
 
 The candidate is a pair of collectives in the form in which `fully_shard` takes them. On a machine with GPUs:
 
     python -m torch.distributed.run --nproc-per-node 4 tests/distributed/conformance_backend.py nvshmem
 
-(or nccl, nccl-symm, gloo, host-slots) sits the exam and prints what was asked and answered.
+(or nccl, nccl-symm, gloo, host-slots) runs the checks and prints which passed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CAPACITY = 1 << 20  # bytes of the largest call of the exam
+CAPACITY = 1 << 20  # bytes of the largest call of the checks
 SIZES = (1, 7, 1000, 8191)  # numbers that each rank gives to an all-gather, or gets from a reduce-scatter
-GATHERED = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
-SUMMED = (torch.float32, torch.bfloat16, torch.float64)
-PATIENCE = 20.0
+GATHER_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
+SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TIMEOUT = 20.0
 
 
-class Pair(NamedTuple):
+class CollectivePair(NamedTuple):
     all_gather: Any
     reduce_scatter: Any
     group: dist.ProcessGroup
@@ -45,58 +45,58 @@ class Pair(NamedTuple):
         return self.group.size()
 
 
-Make = Callable[[], Pair]
+Make = Callable[[], CollectivePair]
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 
-def of_torch() -> Pair:
+def torch_collectives() -> CollectivePair:
     """What `fully_shard` uses by itself, over whatever the default group is: gloo, nccl."""
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-    return Pair(DefaultAllGather(), DefaultReduceScatter(), group_of_all(), device_here(), lambda: None)
+    return CollectivePair(DefaultAllGather(), DefaultReduceScatter(), group_of_all(), device_here(), lambda: None)
 
 
-def nccl_symm() -> Pair:
+def nccl_symm() -> CollectivePair:
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
     world = group_of_all()
     made = (collectives.SymmMemAllGather(world, "NCCL"), collectives.SymmMemReduceScatter(world, "NCCL"))
-    return Pair(*made, world, device_here(), lambda: None)
+    return CollectivePair(*made, world, device_here(), lambda: None)
 
 
-def with_slots(backend: str, patience: float = PATIENCE) -> Pair:
+def with_slots(backend: str, timeout: float = TIMEOUT) -> CollectivePair:
     from quadriga.comm.heap import Heap
-    from quadriga.comm.sharding import open_sharding
+    from quadriga.comm.sharding import open_shard_collectives
 
     world, device = group_of_all(), device_here()
-    sharding = open_sharding(backend, world, Heap(CAPACITY, CAPACITY), device, patience)
+    sharding = open_shard_collectives(backend, world, Heap(CAPACITY, CAPACITY), device, timeout)
     assert sharding is not None
-    return Pair(sharding.all_gather, sharding.reduce_scatter, world, device, sharding.close)
+    return CollectivePair(sharding.all_gather, sharding.reduce_scatter, world, device, sharding.close)
 
 
-def host_slots() -> Pair:
+def host_slots() -> CollectivePair:
     return with_slots("host-slots")
 
 
-def nvshmem() -> Pair:
+def nvshmem() -> CollectivePair:
     return with_slots("nvshmem")
 
 
-def host_slots_with_naps() -> Pair:
+def host_slots_with_delays() -> CollectivePair:
     """Every put, signal and wait takes its own time, differently on each rank: what may overtake, will."""
-    return with_naps(with_slots("host-slots"))
+    return with_random_delays(with_slots("host-slots"))
 
 
-def with_naps(pair: Pair) -> Pair:
-    transport, chance = pair.all_gather._exchange.transport, random.Random(pair.rank)
+def with_random_delays(pair: CollectivePair) -> CollectivePair:
+    transport, rng = pair.all_gather._exchange.transport, random.Random(pair.rank)
 
     def slowed(action: Callable[..., None]) -> Callable[..., None]:
         def act(*args: Any) -> None:
-            nap(chance)
+            random_delay(rng)
             action(*args)
-            nap(chance)
+            random_delay(rng)
 
         return act
 
@@ -105,9 +105,9 @@ def with_naps(pair: Pair) -> Pair:
     return pair
 
 
-def nap(chance: random.Random) -> None:
-    if chance.random() < 0.3:
-        time.sleep(chance.random() * 2e-3)
+def random_delay(rng: random.Random) -> None:
+    if rng.random() < 0.3:
+        time.sleep(rng.random() * 2e-3)
 
 
 def group_of_all() -> dist.ProcessGroup:
@@ -119,71 +119,75 @@ def device_here() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-# --- how a question is put --------------------------------------------------------------------------------------------
+# --- how a check is run ----------------------------------------------------------------------------------------------
 
 
-def part(rank: int, call: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def input_of_rank(rank: int, call: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a rank gives to a call: whole numbers that every dtype holds, and that no other rank or call has there."""
     numbers = torch.arange(numel, device=device) * 7 + rank * 13 + call * 29
     return (numbers % 101).to(dtype)
 
 
-def gather(pair: Pair, call: int, numel: int, dtype: torch.dtype, async_op: bool = False) -> tuple[Tensor, Any]:
+def run_all_gather(
+    pair: CollectivePair, call: int, numel: int, dtype: torch.dtype, async_op: bool = False
+) -> tuple[Tensor, Any]:
     """As `fully_shard` does it: the input is the own slot of the output."""
     output = pair.all_gather.allocate((pair.size * numel,), dtype=dtype, device=pair.device)
     own = output.narrow(0, pair.rank * numel, numel)
-    own.copy_(part(pair.rank, call, numel, dtype, pair.device))
+    own.copy_(input_of_rank(pair.rank, call, numel, dtype, pair.device))
     return output, pair.all_gather(output, own, pair.group, async_op=async_op)
 
 
-def gathered(pair: Pair, call: int, numel: int, dtype: torch.dtype) -> Tensor:
-    return torch.cat([part(rank, call, numel, dtype, pair.device) for rank in range(pair.size)])
+def expected_all_gather(pair: CollectivePair, call: int, numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.cat([input_of_rank(rank, call, numel, dtype, pair.device) for rank in range(pair.size)])
 
 
-def scatter(pair: Pair, whole: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-    taken = pair.reduce_scatter.allocate((whole.numel(),), dtype=whole.dtype, device=pair.device)
-    taken.copy_(whole)
+def run_reduce_scatter(pair: CollectivePair, whole: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+    source = pair.reduce_scatter.allocate((whole.numel(),), dtype=whole.dtype, device=pair.device)
+    source.copy_(whole)
     shape = (whole.numel() // pair.size,)
     output = pair.reduce_scatter.allocate(shape, dtype=whole.dtype, device=pair.device)
-    work = pair.reduce_scatter(output, taken, pair.group, dist.ReduceOp.SUM, async_op=async_op)
-    return output, (work, taken)
+    work = pair.reduce_scatter(output, source, pair.group, dist.ReduceOp.SUM, async_op=async_op)
+    return output, (work, source)
 
 
-def summed(pair: Pair, call: int, numel: int, dtype: torch.dtype) -> Tensor:
+def expected_sum(pair: CollectivePair, call: int, numel: int, dtype: torch.dtype) -> Tensor:
     """This rank's chunk of the sum. The numbers are whole and small, so that it is exact in every dtype but bfloat16,
     in which the sum of 2 or 4 ranks may be rounded."""
-    parts = [part(rank, call, pair.size * numel, dtype, pair.device).double() for rank in range(pair.size)]
+    parts = [input_of_rank(rank, call, pair.size * numel, dtype, pair.device).double() for rank in range(pair.size)]
     return torch.stack(parts).sum(0).narrow(0, pair.rank * numel, numel)
 
 
-def same(found: Tensor, expected: Tensor, what: str) -> None:
+def assert_equal(found: Tensor, expected: Tensor, what: str) -> None:
     tolerance = 2.0**-7 if found.dtype == torch.bfloat16 and expected.dtype != found.dtype else 0.0
     worst = (found.double() - expected.double()).abs() - tolerance * expected.double().abs()
     assert float(worst.max()) <= 0, f"{what}: {int((worst > 0).sum())} of {found.numel()} numbers are wrong"
 
 
-# --- questions --------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def values(pair: Pair) -> None:
+def values(pair: CollectivePair) -> None:
     """Every dtype, in sizes that divide by nothing; an input that is the own slot, and one that is not."""
     for call, numel in enumerate(SIZES):
-        for dtype in GATHERED:
-            output, _ = gather(pair, call, numel, dtype)
-            same(output, gathered(pair, call, numel, dtype), f"all-gather of {numel} {dtype}")
+        for dtype in GATHER_DTYPES:
+            output, _ = run_all_gather(pair, call, numel, dtype)
+            assert_equal(output, expected_all_gather(pair, call, numel, dtype), f"all-gather of {numel} {dtype}")
             del output
-        elsewhere = part(pair.rank, call, numel, torch.float32, pair.device)
+        elsewhere = input_of_rank(pair.rank, call, numel, torch.float32, pair.device)
         output = pair.all_gather.allocate((pair.size * numel,), dtype=torch.float32, device=pair.device)
         pair.all_gather(output, elsewhere, pair.group)
-        same(output, gathered(pair, call, numel, torch.float32), f"all-gather of {numel} from elsewhere")
+        assert_equal(
+            output, expected_all_gather(pair, call, numel, torch.float32), f"all-gather of {numel} from elsewhere"
+        )
         del output
-        for dtype in SUMMED:
-            whole = part(pair.rank, call, pair.size * numel, dtype, pair.device)
-            found, _ = scatter(pair, whole)
-            same(found, summed(pair, call, numel, dtype), f"sum of {numel} {dtype}")
+        for dtype in SUM_DTYPES:
+            whole = input_of_rank(pair.rank, call, pair.size * numel, dtype, pair.device)
+            found, _ = run_reduce_scatter(pair, whole)
+            assert_equal(found, expected_sum(pair, call, numel, dtype), f"sum of {numel} {dtype}")
 
 
-def sums_of_fractions(pair: Pair) -> None:
+def sums_of_fractions(pair: CollectivePair) -> None:
     """Within the rounding of the dtype's additions, and no average."""
     for dtype, unit in ((torch.float32, 2.0**-24), (torch.float64, 2.0**-53), (torch.bfloat16, 2.0**-8)):
         whole = [
@@ -192,61 +196,65 @@ def sums_of_fractions(pair: Pair) -> None:
             .to(pair.device)
             for rank in range(pair.size)
         ]
-        found, _ = scatter(pair, whole[pair.rank])
+        found, _ = run_reduce_scatter(pair, whole[pair.rank])
         table = torch.stack([each.double() for each in whole]).narrow(1, pair.rank * 1000, 1000)
         off = (found.double() - table.sum(0)).abs() / table.abs().sum(0)
         assert float(off.max()) <= pair.size * unit, f"{dtype}: off by {float(off.max()):.1e} of the terms"
 
 
-def uneven_sizes(pair: Pair) -> None:
+def uneven_sizes(pair: CollectivePair) -> None:
     """Calls that grow and shrink, of both kinds in turn, by ranks that come late."""
-    chance = random.Random(pair.rank)
+    rng = random.Random(pair.rank)
     for call, numel in enumerate((8191, 3, 500, 1, 8000, 2)):
-        nap(chance)
-        output, _ = gather(pair, call, numel, torch.float32)
-        same(output, gathered(pair, call, numel, torch.float32), f"all-gather {call}")
+        random_delay(rng)
+        output, _ = run_all_gather(pair, call, numel, torch.float32)
+        assert_equal(output, expected_all_gather(pair, call, numel, torch.float32), f"all-gather {call}")
         del output
-        nap(chance)
-        found, _ = scatter(pair, part(pair.rank, call, pair.size * numel, torch.float32, pair.device))
-        same(found, summed(pair, call, numel, torch.float32), f"sum {call}")
+        random_delay(rng)
+        found, _ = run_reduce_scatter(
+            pair, input_of_rank(pair.rank, call, pair.size * numel, torch.float32, pair.device)
+        )
+        assert_equal(found, expected_sum(pair, call, numel, torch.float32), f"sum {call}")
 
 
-def overlapping_calls(pair: Pair) -> None:
+def overlapping_calls(pair: CollectivePair) -> None:
     """Two all-gathers and a sum at once, waited for in another order than they were made."""
     for call in range(0, 30, 3):
-        first, first_work = gather(pair, call, 500, torch.float32, async_op=True)
-        second, second_work = gather(pair, call + 1, 700, torch.bfloat16, async_op=True)
-        whole = part(pair.rank, call + 2, pair.size * 300, torch.float32, pair.device)
-        found, (sum_work, _) = scatter(pair, whole, async_op=True)
+        first, first_work = run_all_gather(pair, call, 500, torch.float32, async_op=True)
+        second, second_work = run_all_gather(pair, call + 1, 700, torch.bfloat16, async_op=True)
+        whole = input_of_rank(pair.rank, call + 2, pair.size * 300, torch.float32, pair.device)
+        found, (sum_work, _) = run_reduce_scatter(pair, whole, async_op=True)
         if sum_work is not None:  # torch's own reduce-scatter over gloo may have none
             sum_work.wait()
-        same(found, summed(pair, call + 2, 300, torch.float32), f"sum {call + 2} beside all-gathers")
+        assert_equal(found, expected_sum(pair, call + 2, 300, torch.float32), f"sum {call + 2} beside all-gathers")
         second_work.wait()
-        same(second, gathered(pair, call + 1, 700, torch.bfloat16), f"all-gather {call + 1}")
+        assert_equal(second, expected_all_gather(pair, call + 1, 700, torch.bfloat16), f"all-gather {call + 1}")
         first_work.wait()
-        same(first, gathered(pair, call, 500, torch.float32), f"all-gather {call}")
+        assert_equal(first, expected_all_gather(pair, call, 500, torch.float32), f"all-gather {call}")
         del first, second
 
 
-def buffer_reuse(pair: Pair) -> None:
+def buffer_reuse(pair: CollectivePair) -> None:
     """As in a forward pass: the output of one call is read while the next is on its way, by one rank slowly. Then sum
     after sum, with nothing between that would bring the ranks together."""
     previous: Tensor | None = None
     for call in range(30):
-        output, work = gather(pair, call, 400, torch.float32, async_op=True)
+        output, work = run_all_gather(pair, call, 400, torch.float32, async_op=True)
         if previous is not None:
             if call % pair.size == pair.rank:
                 time.sleep(5e-3)
-            same(previous, gathered(pair, call - 1, 400, torch.float32), f"all-gather {call - 1}, read late")
+            assert_equal(
+                previous, expected_all_gather(pair, call - 1, 400, torch.float32), f"all-gather {call - 1}, read late"
+            )
         previous = None
         work.wait()
         previous = output
     for call in range(30):
-        found, _ = scatter(pair, part(pair.rank, call, pair.size * 400, torch.float32, pair.device))
-        same(found, summed(pair, call, 400, torch.float32), f"sum {call}")
+        found, _ = run_reduce_scatter(pair, input_of_rank(pair.rank, call, pair.size * 400, torch.float32, pair.device))
+        assert_equal(found, expected_sum(pair, call, 400, torch.float32), f"sum {call}")
 
 
-def errors(pair: Pair) -> None:
+def errors(pair: CollectivePair) -> None:
     """What cannot be is refused on the spot, and harms no later call."""
     numel = 100
     output = pair.all_gather.allocate((pair.size * numel,), dtype=torch.float32, device=pair.device)
@@ -262,48 +270,48 @@ def errors(pair: Pair) -> None:
     values(pair)
 
 
-QUESTIONS = (values, sums_of_fractions, uneven_sizes, overlapping_calls, buffer_reuse, errors)
+CHECKS = (values, sums_of_fractions, uneven_sizes, overlapping_calls, buffer_reuse, errors)
 
 
-def sit(make: Make, *questions: Callable[[Pair], None]) -> list[str]:
-    """Put the questions to a candidate on this rank, and take it down; the names of those that were answered."""
+def run_checks(make: Make, *checks: Callable[[CollectivePair], None]) -> list[str]:
+    """Run the checks of a candidate on this rank, and take it down; the names of those that passed."""
     pair = make()
-    for question in questions:
-        question(pair)
+    for check in checks:
+        check(pair)
         dist.barrier()
     pair.close()
-    return [question.__name__ for question in questions]
+    return [check.__name__ for check in checks]
 
 
-def sit_twice(make: Make) -> list[str]:
+def run_twice(make: Make) -> list[str]:
     """Teardown: when one pair is gone, another can be made and works; nothing of the first is left on the machine."""
-    before = leftovers()
+    before = leftover_shared_memory()
     for _ in range(2):
-        sit(make, uneven_sizes)
+        run_checks(make, uneven_sizes)
         dist.barrier()
-    return sorted(leftovers() - before)
+    return sorted(leftover_shared_memory() - before)
 
 
-def leftovers() -> set[str]:
+def leftover_shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("quadriga-slots-*")}
 
 
 def main(backend: str) -> int:
-    """Sit the exam on the ranks that torchrun has started."""
+    """Run the checks on the ranks that torchrun has started."""
     from quadriga.comm import process_group
     from quadriga.config.schema import Comm
 
     process_group.start(Comm(), backend)
     candidates: dict[str, Make] = {"nvshmem": nvshmem, "host-slots": host_slots, "nccl-symm": nccl_symm}
-    pair = candidates.get(backend, of_torch)()
+    pair = candidates.get(backend, torch_collectives)()
     failed = 0
-    for question in QUESTIONS:
+    for check in CHECKS:
         try:
-            question(pair)
+            check(pair)
             verdict = "passed"
         except (AssertionError, RuntimeError, ValueError) as error:
             failed, verdict = 1, f"FAILED: {error}"
-        print(f"rank {pair.rank} of {pair.size}, {backend}: {question.__name__}: {verdict}", flush=True)
+        print(f"rank {pair.rank} of {pair.size}, {backend}: {check.__name__}: {verdict}", flush=True)
         if failed:
             return 1  # the others are ended by torchrun
     with suppress(RuntimeError):

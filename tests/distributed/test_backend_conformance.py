@@ -1,4 +1,4 @@
-"""gloo and the slots of nvshmem, over memory of the host, pass the exam; what is broken on purpose fails it."""
+"""gloo and the slots of nvshmem, over host memory, pass the conformance test; what is broken on purpose fails it."""
 
 from __future__ import annotations
 
@@ -11,81 +11,81 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exam_backend
+import conformance_backend
 import pytest
 import torch
-from exam_backend import QUESTIONS, Pair, buffer_reuse, overlapping_calls, uneven_sizes, values
+from conformance_backend import CHECKS, CollectivePair, buffer_reuse, overlapping_calls, uneven_sizes, values
 from ranks import RankError, run_ranks
 
-NAMES = [question.__name__ for question in QUESTIONS]
+NAMES = [check.__name__ for check in CHECKS]
 CANDIDATES = {
-    "gloo": exam_backend.of_torch,
-    "host-slots": exam_backend.host_slots,
-    "host-slots with naps": exam_backend.host_slots_with_naps,
+    "gloo": conformance_backend.torch_collectives,
+    "host-slots": conformance_backend.host_slots,
+    "host-slots with delays": conformance_backend.host_slots_with_delays,
 }
 
 
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_a_backend_passes(name: str, ranks: int) -> None:
-    assert run_ranks(exam_backend.sit, ranks, CANDIDATES[name], *QUESTIONS) == [NAMES] * ranks
+    assert run_ranks(conformance_backend.run_checks, ranks, CANDIDATES[name], *CHECKS) == [NAMES] * ranks
 
 
 def test_nothing_is_left_when_it_is_taken_down() -> None:
-    assert run_ranks(exam_backend.sit_twice, 2, exam_backend.host_slots) == [[], []]
+    assert run_ranks(conformance_backend.run_twice, 2, conformance_backend.host_slots) == [[], []]
 
 
-# --- the exam can fail ------------------------------------------------------------------------------------------------
+# --- the conformance test can fail ------------------------------------------------------------------------------------
 
 
-def broken(how: Callable[[Pair], None]) -> Pair:
-    pair = exam_backend.with_naps(exam_backend.with_slots("host-slots", patience=2.0))
-    how(pair)
+def broken(mutate: Callable[[CollectivePair], None]) -> CollectivePair:
+    pair = conformance_backend.with_random_delays(conformance_backend.with_slots("host-slots", timeout=2.0))
+    mutate(pair)
     return pair
 
 
-def exchanges(pair: Pair) -> list[Any]:
+def exchanges(pair: CollectivePair) -> list[Any]:
     return [pair.all_gather._exchange, pair.reduce_scatter._exchange]
 
 
-def without_handshake() -> Pair:
-    def how(pair: Pair) -> None:
+def without_handshake() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
-            exchange.shake_hands = lambda number: None
+            exchange.handshake = lambda number: None
 
-    return broken(how)
+    return broken(mutate)
 
 
-def without_hearing_ready() -> Pair:
-    def how(pair: Pair) -> None:
+def ignoring_the_ready_signal() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
             wait, ready = exchange.transport.wait, range(exchange._ready, exchange._full)
             exchange.transport.wait = lambda peer, word, value, wait=wait, ready=ready: (
                 None if word in ready else wait(peer, word, value)
             )
 
-    return broken(how)
+    return broken(mutate)
 
 
-def without_waiting_until_full() -> Pair:
-    def how(pair: Pair) -> None:
+def without_waiting_until_full() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
             exchange.wait_until_full = lambda number: None
 
-    return broken(how)
+    return broken(mutate)
 
 
-def into_the_wrong_slot() -> Pair:
-    def how(pair: Pair) -> None:
+def into_the_wrong_slot() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
             put = exchange.put
             exchange.put = lambda start, size, peer, number, put=put: put(start + size, size, peer, number)
 
-    return broken(how)
+    return broken(mutate)
 
 
-def signal_before_the_bytes() -> Pair:
-    def how(pair: Pair) -> None:
+def signal_before_the_bytes() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         transport = pair.all_gather._exchange.transport
 
         def put(start: int, stop: int, peer: int, word: int, value: int) -> None:
@@ -95,13 +95,13 @@ def signal_before_the_bytes() -> Pair:
 
         transport.put = put
 
-    return broken(how)
+    return broken(mutate)
 
 
-def own_slot_changed_too_early() -> Pair:
+def own_slot_changed_too_early() -> CollectivePair:
     """A put that comes back before it has read its source: what the next chunk overwrites is lost."""
 
-    def how(pair: Pair) -> None:
+    def mutate(pair: CollectivePair) -> None:
         transport = pair.all_gather._exchange.transport
         late: list[tuple[int, int, int, int, int]] = []
         put, wait = transport.put, transport.wait
@@ -113,19 +113,21 @@ def own_slot_changed_too_early() -> Pair:
 
         transport.put, transport.wait = lambda *args: late.append(args), waiting
 
-    return broken(how)
+    return broken(mutate)
 
 
-def work_that_does_not_wait() -> Pair:
-    def how(pair: Pair) -> None:
+def work_that_does_not_wait() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
             run = exchange.run
-            exchange.run = lambda steps, async_op, run=run: Hasty(run(steps, True)) if async_op else run(steps, False)
+            exchange.run = lambda steps, async_op, run=run: (
+                WorkWithoutWait(run(steps, True)) if async_op else run(steps, False)
+            )
 
-    return broken(how)
+    return broken(mutate)
 
 
-class Hasty:
+class WorkWithoutWait:
     def __init__(self, work: Any) -> None:
         self.work = work
 
@@ -133,17 +135,19 @@ class Hasty:
         return None
 
 
-def averages() -> Pair:
-    def how(pair: Pair) -> None:
+def averages() -> CollectivePair:
+    def mutate(pair: CollectivePair) -> None:
         total = torch.sum
-        torch.sum = lambda slots, **how: total(slots, **how) / pair.size  # for good: this rank's process ends with it
+        torch.sum = lambda slots, **kwargs: (
+            total(slots, **kwargs) / pair.size
+        )  # for good: this rank's process ends with it
 
-    return broken(how)
+    return broken(mutate)
 
 
-MUTANTS: dict[str, tuple[Callable[[], Pair], Callable[[Pair], None]]] = {
+MUTANTS: dict[str, tuple[Callable[[], CollectivePair], Callable[[CollectivePair], None]]] = {
     "no handshake before a buffer is used again": (without_handshake, buffer_reuse),
-    "a handshake that does not listen": (without_hearing_ready, buffer_reuse),
+    "a handshake that does not listen": (ignoring_the_ready_signal, buffer_reuse),
     "reads before the slots are full": (without_waiting_until_full, values),
     "puts into the wrong slot": (into_the_wrong_slot, values),
     "signals before the bytes are there": (signal_before_the_bytes, uneven_sizes),
@@ -155,39 +159,39 @@ MUTANTS: dict[str, tuple[Callable[[], Pair], Callable[[Pair], None]]] = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_what_is_broken_fails(name: str) -> None:
-    make, question = MUTANTS[name]
+    make, check = MUTANTS[name]
     with pytest.raises(RankError, match=r"numbers are wrong|did not signal within|in use at once"):
-        run_ranks(exam_backend.sit, 3, make, question)
+        run_ranks(conformance_backend.run_checks, 3, make, check)
 
 
 # --- a peer that dies -------------------------------------------------------------------------------------------------
 
 
-def lose_the_last_rank(make: exam_backend.Make, folder: Path) -> None:
+def lose_the_last_rank(make: conformance_backend.Make, folder: Path) -> None:
     """The last rank dies between two calls; what the others see of it goes into `folder`, since they are ended too."""
     pair = make()
     uneven_sizes(pair)
     if pair.rank == pair.size - 1:
-        die_behind_a_keeper(folder, pair.size - 1)
+        die_with_pipe_open(folder, pair.size - 1)
     start = time.monotonic()
     try:
         uneven_sizes(pair)
-        said = "nothing"
+        message = "nothing"
     except RuntimeError as error:
-        said = str(error)
+        message = str(error)
     part = folder / f"{pair.rank}.part"
-    part.write_text(f"{time.monotonic() - start:.1f}\n{said}")
-    part.rename(folder / f"{pair.rank}.told")
+    part.write_text(f"{time.monotonic() - start:.1f}\n{message}")
+    part.rename(folder / f"{pair.rank}.report")
     time.sleep(60)  # until the caller ends it
 
 
-def die_behind_a_keeper(folder: Path, survivors: int) -> None:
-    """Die as a killed rank does. A child keeps the pipe to the test open until all survivors have told, for the test
-    would end them at once."""
+def die_with_pipe_open(folder: Path, survivors: int) -> None:
+    """Die as a killed rank does. A child keeps the pipe to the test open until all survivors have reported, for the
+    test would end them at once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of threads at a fork: the child only sleeps
-        keeper = os.fork()
-    if keeper:
+        holder = os.fork()
+    if holder:
         os.kill(os.getpid(), signal.SIGKILL)
     for name in os.listdir("/proc/self/fd"):
         descriptor = int(name)
@@ -198,23 +202,23 @@ def die_behind_a_keeper(folder: Path, survivors: int) -> None:
             os.close(descriptor)
         except OSError:
             continue
-    while len(list(folder.glob("*.told"))) < survivors:
+    while len(list(folder.glob("*.report"))) < survivors:
         time.sleep(0.05)
     os._exit(0)
 
 
-def impatient() -> Pair:
-    return exam_backend.with_slots("host-slots", patience=2.0)
+def host_slots_with_short_timeout() -> CollectivePair:
+    return conformance_backend.with_slots("host-slots", timeout=2.0)
 
 
 @pytest.mark.parametrize("name", ["gloo", "host-slots"])
 def test_a_peer_that_dies_is_an_error_at_the_others(name: str, tmp_path: Path) -> None:
-    make = exam_backend.of_torch if name == "gloo" else impatient
+    make = conformance_backend.torch_collectives if name == "gloo" else host_slots_with_short_timeout
     with pytest.raises(RankError, match="rank 2 of 3 died"):
         run_ranks(lose_the_last_rank, 3, make, tmp_path)
     for rank in range(2):
-        seconds, said = (tmp_path / f"{rank}.told").read_text().split("\n", 1)
-        assert said != "nothing"
+        seconds, message = (tmp_path / f"{rank}.report").read_text().split("\n", 1)
+        assert message != "nothing"
         assert float(seconds) < 15
     if name == "host-slots":  # the one that waits for the dead one says so
-        assert any("rank 2 of 3 did not signal within 2 s" in path.read_text() for path in tmp_path.glob("*.told"))
+        assert any("rank 2 of 3 did not signal within 2 s" in path.read_text() for path in tmp_path.glob("*.report"))

@@ -15,7 +15,7 @@ NO_GPU = "moves tensors between CUDA devices, and none is visible here"
 
 
 @pytest.mark.parametrize(
-    ("backend", "said"),
+    ("backend", "expected"),
     [
         ("nccl", NO_GPU),
         ("nccl-symm", NO_GPU),
@@ -25,11 +25,11 @@ NO_GPU = "moves tensors between CUDA devices, and none is visible here"
     ],
 )
 def test_a_backend_that_cannot_be_had_is_refused_before_anything_starts(
-    backend: str, said: str, tmp_path: Path
+    backend: str, expected: str, tmp_path: Path
 ) -> None:
     ended = launch([*RUN_TRAIN], {"COMM_BACKEND": backend, "NGPU": "2"}, cwd=tmp_path)
     assert ended.code == 2
-    assert said in ended.err
+    assert expected in ended.err
     assert f"comm.backend = {backend}" in ended.err.replace('"', "")
     assert "Traceback" not in ended.err
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +68,7 @@ def test_the_ranks_refuse_it_too(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "ranks", "said"),
+    ("arguments", "ranks", "expected"),
     [
         ([], 1, "shards none"),
         (
@@ -89,12 +89,12 @@ def test_the_ranks_refuse_it_too(backend: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("backend", ["nvshmem", "nccl-symm"])
 def test_a_run_with_no_use_for_it_is_refused(
-    backend: str, arguments: list[str], ranks: int, said: str, tmp_path: Path
+    backend: str, arguments: list[str], ranks: int, expected: str, tmp_path: Path
 ) -> None:
     environ = {"COMM_BACKEND": backend, "NGPU": str(ranks), "DRY_RUN": "1"}
     ended = launch([*LAUNCH, *RUN, *arguments], environ, cwd=tmp_path)
     assert ended.code == 2
-    assert said in ended.err
+    assert expected in ended.err
 
 
 def test_a_dry_run_names_the_backend_of_each_axis_and_the_heap(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SMALL = {
     "training.global_batch_size": 2,
     "training.local_batch_size": 1,
 }
-KEYS = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+KEYS = [argument for key, value in SMALL.items() for argument in (f"--{key}", str(value))]
 MODE = "activation_checkpoint.mode=none,full"
 REDUCE = "parallelism.reduce_gradients=once,every_micro_batch"
 COLOUR = "metrics.disable_color_printing=false,true"
@@ -47,13 +47,13 @@ def test_a_bench_that_was_interrupted_goes_on(tmp_path):
     second = tmp_path / "out/setting-2/repeat-1/metrics.jsonl"
     try:
         assert wait_until(lambda: second.exists() and second.read_text().count("\n") > 1, 120)
-        family = running.family()
+        process_tree = running.process_tree()
         running.process.send_signal(signal.SIGINT)
         stopped = running.end()
         assert stopped.code == 128 + signal.SIGINT
         assert "run 2 of 2: round 1, mode=full: ended by SIGINT; the same command goes on from here" in stopped.err
         assert "Traceback" not in stopped.err
-        assert wait_until(lambda: not any(map(is_alive, family)), 20)
+        assert wait_until(lambda: not any(map(is_alive, process_tree)), 20)
     finally:
         running.kill_all()
     first = tmp_path / "out/setting-1/repeat-1"
@@ -77,16 +77,16 @@ def test_a_killed_bench_leaves_no_run_behind(tmp_path):
     first = tmp_path / "out/setting-1/repeat-1/metrics.jsonl"
     try:
         assert wait_until(first.exists, 120)
-        family = running.family()
-        assert len(family) >= 5  # bench, launcher, agent, two ranks
+        process_tree = running.process_tree()
+        assert len(process_tree) >= 5  # bench, launcher, agent, two ranks
         running.process.kill()
-        assert wait_until(lambda: not any(map(is_alive, family)), 30)
+        assert wait_until(lambda: not any(map(is_alive, process_tree)), 30)
     finally:
         running.kill_all()
 
 
 @pytest.mark.slow
-def test_a_failing_run_stops_the_bench_with_its_own_words(tmp_path):
+def test_a_failing_run_stops_the_bench_with_its_own_message(tmp_path):
     """A loss that jumps by any amount stops the run: exit code 5, which the bench hands on."""
     out = tmp_path / "out"
     command = bench(out, MODE, "--repeat", "1", "--ngpu", "1", "--steps", "17", "--health.spike", "raise")
@@ -120,16 +120,16 @@ def test_a_bench_says_rightly_whether_there_is_a_difference(varied, differs, tmp
     shows costs none. At 95 %, one bench in twenty errs by design, and five rounds of a busy machine may be too few:
     each has two tries."""
     keys = ["--model.dim", "256", "--model.ffn_dim", "512", "--training.global_batch_size", "16", "--json"]
-    said = []
+    verdicts = []
     for attempt in range(2):
         command = bench(tmp_path / str(attempt), varied, "--repeat", "5", "--ngpu", "2", "--steps", "20", *keys)
         ended = launch(command, ONE_THREAD, timeout=900)
         assert ended.code == 0, ended.err
         found = json.loads(ended.out)
-        said.append(found["figures"][0]["ratios"][0]["verdict"])
+        verdicts.append(found["figures"][0]["ratios"][0]["verdict"])
         assert found["losses"]["largest_difference"]["value"] <= (1e-4 if differs else 0.0)
         assert all(each["credited"] and each["asked"] == "gloo" for each in found["backend"])
         assert found["where"] is not None
-        if said[-1] == ("slower" if differs else "no difference shown"):
+        if verdicts[-1] == ("slower" if differs else "no difference shown"):
             return
-    pytest.fail(f"{varied}: {said}")
+    pytest.fail(f"{varied}: {verdicts}")

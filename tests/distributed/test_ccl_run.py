@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 from chrome_format import violations
-from page_reading import keeps_the_house_rules
+from page_reading import assert_page_rules
 from training import TINY, train
 
-from quadriga.analysis.ccl_bench.card import FIELDS, value
+from quadriga.analysis.ccl_bench.card import FIELDS, field_value
 from quadriga.cli.main import main
 from quadriga.metrics.jsonl import read_metrics
 
 STEPS = 12
 KEYS = (
-    *(key for key in TINY if not any(word in key for word in ("no_enable", "dim=", "seq_len", "n_layers"))),
+    *(key for key in TINY if not any(part in key for part in ("no_enable", "dim=", "seq_len", "n_layers"))),
     # Steps long enough that what a log line takes is far below a hundredth of them.
     *(
         "--model.n_layers=1",
@@ -79,15 +79,15 @@ def test_the_folder_is_flat_and_its_card_is_whole(run_folder, workload, capsys: 
         "workload_card.yaml",
     ]
     card = yaml.safe_load((workload / "workload_card.yaml").read_text())
-    told = {field for field in FIELDS if value(card, field) is not None}
-    assert set(FIELDS) - told == {"hf_url", "trace_url", "contact"}, "what nobody told"
-    assert value(card, "workload.model.model_arch.num_params_embedding") == 320 * 256
-    data = value(card, "workload.data")
+    filled = {field for field in FIELDS if field_value(card, field) is not None}
+    assert set(FIELDS) - filled == {"hf_url", "trace_url", "contact"}, "what nobody gave"
+    assert field_value(card, "workload.model.model_arch.num_params_embedding") == 320 * 256
+    data = field_value(card, "workload.data")
     assert (data["batch_size"], data["local_batch_size"], data["gradient_accumulation_steps"]) == (8, 2, 2)
     assert data["batch_size_scope"] == "global"
     assert card["quadriga"]["profiled_steps"] == list(range(6, 13))
-    assert value(card, "Model-executor.communication_library.name") == "Gloo"
-    assert value(card, "Model-executor.model_plan_parallelization.dp_shard") == 2
+    assert field_value(card, "Model-executor.communication_library.name") == "Gloo"
+    assert field_value(card, "Model-executor.model_plan_parallelization.dp_shard") == 2
     achieved = card["quadriga"]["collective_backend"]["achieved"]
     assert {row["backend"] for row in achieved["shard"]} == {"gloo"}
     assert {row["collective"] for row in achieved["shard"]} >= {"all_gather", "reduce_scatter"}
@@ -98,7 +98,7 @@ def test_our_own_card_passes_our_own_checks(workload, capsys: pytest.CaptureFixt
     assert main(["ccl-bench", "read", str(workload), "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert read["avg_step_time_s"] == pytest.approx(avg_step_time(workload))
-    assert len(read["mistakes"]) == 2, read["mistakes"]  # nobody told the contact and so on; and it ran over gloo
+    assert len(read["mistakes"]) == 2, read["mistakes"]  # nobody gave the contact and so on; and it ran over gloo
     assert "are missing or empty" in read["mistakes"][0]
     assert "Gloo" in read["mistakes"][1]
 
@@ -110,8 +110,8 @@ def test_a_local_batch_in_the_card_is_found_by_the_trace(workload, tmp_path, cap
     for rank in range(2):
         (tmp_path / f"rank{rank}_trace.json").symlink_to(workload / f"rank{rank}_trace.json")
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "are 256 tokens a step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in said
+    output = capsys.readouterr().out
+    assert "are 256 tokens a step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in output
 
 
 def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_the_traces_keep_the_chrome_format(run_folder):
 def test_the_trace_of_a_run_has_a_page(run_folder, tmp_path, capsys: pytest.CaptureFixture[str]):
     assert main(["trace", str(run_folder), "--html", str(tmp_path / "report.html"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    page = keeps_the_house_rules((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page = assert_page_rules((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Where a step's time went" in page.text
     assert len(page.all("svg", "picture")) == 3
     assert "None" not in page.text
@@ -171,6 +171,6 @@ def test_a_run_without_metrics_says_so(run_folder, tmp_path, capsys, caplog):
     assert yaml.safe_load((tmp_path / "out" / "workload_card.yaml").read_text())["quadriga"]["last_record"] is None
     (mute / "metrics.jsonl").write_text("{}\n")
     assert main(["ccl-bench", "write", str(mute), str(tmp_path / "again")]) == 0
-    told = capsys.readouterr()
-    assert "not measurable: no logged line covers those steps alone" in told.out
-    assert "1 line is no record of a run and left out (line 1" in caplog.text + told.err
+    captured = capsys.readouterr()
+    assert "not measurable: no logged line covers those steps alone" in captured.out
+    assert "1 line is no record of a run and left out (line 1" in caplog.text + captured.err

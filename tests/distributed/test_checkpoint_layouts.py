@@ -152,23 +152,23 @@ def save_on_a_full_disk(folder: str, mode: str) -> tuple[str, list[str]]:
     manager.close()
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    told = ""
+    message = ""
     try:
         manager.save(2, states(model, optimizer), {})
         manager.close()
     except CheckpointError as error:
-        told = str(error)
+        message = str(error)
     dist.barrier()
-    return told, sorted(os.listdir(folder))
+    return message, sorted(os.listdir(folder))
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, mode):
-    for told, left in run_ranks(save_on_a_full_disk, 2, str(tmp_path), mode):
-        assert told.startswith("step 2 was not saved")
-        assert f"rank 1: [Errno 27] File too large: '{tmp_path}/.step-2.saving/__1_*'" in told
-        assert f"whole in {tmp_path}: step-1\n" in told
-        assert "room left there" in told
+    for message, left in run_ranks(save_on_a_full_disk, 2, str(tmp_path), mode):
+        assert message.startswith("step 2 was not saved")
+        assert f"rank 1: [Errno 27] File too large: '{tmp_path}/.step-2.saving/__1_*'" in message
+        assert f"whole in {tmp_path}: step-1\n" in message
+        assert "room left there" in message
         assert left == ["step-1"], "the room of the failed save is given back"
 
 
@@ -178,16 +178,16 @@ def save_where_nothing_can_be_written(folder: str) -> str:
     if dist.get_rank() == 0:
         Path(folder).rmdir()
         Path(folder).write_text("a file where a folder should be")
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         manager.save(1, states(model, optimizer), {}, last=True)
-    return str(told.value)
+    return str(caught.value)
 
 
-def test_a_failed_save_is_told_on_every_rank(tmp_path):
+def test_a_failed_save_is_reported_on_every_rank(tmp_path):
     folder = tmp_path / "checkpoint"
-    for told in run_ranks(save_where_nothing_can_be_written, 2, str(folder)):
-        assert told.startswith("step 1 was not saved")
-        assert str(folder) in told
+    for message in run_ranks(save_where_nothing_can_be_written, 2, str(folder)):
+        assert message.startswith("step 1 was not saved")
+        assert str(folder) in message
 
 
 def load_another_model(folder: str) -> None:

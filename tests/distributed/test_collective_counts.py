@@ -110,20 +110,20 @@ def recorded(degrees: Degrees, *more: str) -> tuple[Counter[tuple[str, str]], Co
     """Calls and bytes of one step, the second."""
     import torch
 
+    from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
     from quadriga.comm.mesh import build_mesh
-    from quadriga.comm.record import Recorder, axes_of
     from quadriga.rehearsal.rehearse import empty_loader
-    from quadriga.train.build import build_parts, build_recipe, build_state
+    from quadriga.train.build import build_parts, build_state, build_step_config
     from quadriga.train.step import train_step
 
     run = read_run(degrees, *more)
     mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
     parts = build_parts(run, mesh, cpu)
     state = build_state(run, parts, empty_loader(run))
-    recipe = build_recipe(run, mesh, cpu, parts)
-    train_step(state, recipe, mesh)
-    with Recorder(axes_of(mesh)) as recorder:
-        train_step(state, recipe, mesh)
+    step_config = build_step_config(run, mesh, cpu, parts)
+    train_step(state, step_config, mesh)
+    with CallRecorder(axis_by_ranks(mesh)) as recorder:
+        train_step(state, step_config, mesh)
     return recorder.counts(), recorder.bytes()
 
 

@@ -1,4 +1,4 @@
-"""Context parallelism: attention over a sequence that is dealt out is attention, and training with it is training."""
+"""Context parallelism: attention over a sequence that is split is attention, and training with it is training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tiny import GLOBAL_BATCH, SEQ_LEN, SPEC, Case, Trace, batch, make_model, train_all, whole
+from tiny import GLOBAL_BATCH, SEQ_LEN, SPEC, Case, TrainingTrace, batch, make_model, to_full_tensor, train_all
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import TINY, largest_difference, train
 
+from quadriga.comm.call_recorder import CallRecorder, RecordedCall
 from quadriga.comm.mesh import build_mesh
-from quadriga.comm.record import Call, Recorder
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint, Compile, Parallelism, Training
 from quadriga.metrics.jsonl import read_metrics
@@ -28,7 +28,7 @@ from quadriga.models.llama.model import CausalAttention
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
 from quadriga.parallel.attention_ring import ring_attention, ring_attention_backward
-from quadriga.parallel.context_parallel import METHODS, apply_context_parallel, own_positions
+from quadriga.parallel.context_parallel import METHODS, apply_context_parallel, local_positions
 from quadriga.parallel.materialize import materialize
 
 BATCH, SEQ, HEADS, HEAD_DIM = 2, 32, 8, 8
@@ -78,7 +78,7 @@ def errors_of_attention(cases: list[Attention]) -> list[list[float]]:
         whole = attention_and_gradients(model["core"], [x.float() for x in inputs(case)])
         section = Parallelism(context_parallel_method=case.method, context_parallel_load_balancer=case.balancer)
         apply_context_parallel(model, ("core",), mesh, section)
-        mine = own_positions(SEQ, dist.get_rank(), size, case.balancer)
+        mine = local_positions(SEQ, dist.get_rank(), size, case.balancer)
         ours = attention_and_gradients(model["core"], [x[:, :, mine] for x in inputs(case)])
         assert all(x.dtype == case.dtype for x in ours)
         pairs = zip(ours, whole, strict=True)
@@ -111,7 +111,7 @@ def small(degrees: Degrees, method: str = "allgather", balancer: str | None = "h
     return Case(degrees, parallelism=by(method, balancer), **{"spec": SMALL, "rows": 4, **more})
 
 
-def assert_same_training(traces: list[Trace], reference: Trace, tolerance: float = 1e-6) -> None:
+def assert_same_training(traces: list[TrainingTrace], reference: TrainingTrace, tolerance: float = 1e-6) -> None:
     for trace in traces:
         assert trace.losses == pytest.approx(reference.losses, rel=tolerance)
         assert trace.norms == pytest.approx(reference.norms, rel=tolerance)
@@ -119,19 +119,19 @@ def assert_same_training(traces: list[Trace], reference: Trace, tolerance: float
         assert trace.losses == traces[0].losses  # all ranks report the same numbers
 
 
-def train_and_compare(cases: list[Case], ranks: int, reference: Trace, tolerance: float = 1e-6) -> None:
+def train_and_compare(cases: list[Case], ranks: int, reference: TrainingTrace, tolerance: float = 1e-6) -> None:
     for traces in zip(*run_ranks(train_all, ranks, cases, timeout=300), strict=True):
         assert_same_training(list(traces), reference, tolerance)
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[Trace]:
+def alone() -> list[TrainingTrace]:
     """One rank in float32, and in bfloat16."""
     return run_ranks(train_all, 1, [small(Degrees()), small(Degrees(), training=BF16)])[0]
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None:
+def test_two_ranks_that_share_sequences_train_as_one(alone: list[TrainingTrace]) -> None:
     cp = Degrees(cp=2)
     cases = [small(cp, method, balancer) for method, balancer in product(METHODS, BALANCERS)]
     cases += [small(cp, method, recompute=OP) for method in METHODS]
@@ -141,7 +141,7 @@ def test_two_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None
 
 
 @pytest.mark.slow
-def test_four_ranks_that_share_sequences_train_as_one(alone: list[Trace]) -> None:
+def test_four_ranks_that_share_sequences_train_as_one(alone: list[TrainingTrace]) -> None:
     wide, cut, copied = Degrees(cp=4), Degrees(dp_shard=2, cp=2), Degrees(dp_replicate=2, cp=2)
     cases = [small(wide), small(wide, "ring"), small(wide, "ring", None, recompute=OP)]
     cases += [small(cut, method, rows=2, recompute=OP) for method in METHODS]
@@ -178,14 +178,14 @@ def plain_model(section: Parallelism, recompute: ActivationCheckpoint) -> nn.Mod
 
 def calls_of_a_layer(
     methods: tuple[str, ...], modes: tuple[ActivationCheckpoint, ...]
-) -> dict[tuple[str, int], Counter[Call]]:
+) -> dict[tuple[str, int], Counter[RecordedCall]]:
     """What a layer sends in one forward and backward pass, by method and number of the mode."""
     calls = {}
     tokens, _ = batch(0, SMALL.vocab_size)
-    positions = own_positions(SEQ_LEN, dist.get_rank(), dist.get_world_size(), "headtail")
+    positions = local_positions(SEQ_LEN, dist.get_rank(), dist.get_world_size(), "headtail")
     for method, (number, mode) in product(methods, enumerate(modes)):
         model = plain_model(by(method), mode)
-        with Recorder({frozenset(range(dist.get_world_size())): "cp"}) as recorder:
+        with CallRecorder({frozenset(range(dist.get_world_size())): "cp"}) as recorder:
             model(tokens[:, positions], positions).sum().backward()
         counts = Counter(recorder.calls)
         assert all(count % SMALL.n_layers == 0 for count in counts.values())
@@ -199,8 +199,11 @@ def test_a_layer_sends_what_the_table_says(cp: int) -> None:
     kv = 2 * q * SMALL.n_kv_heads // SMALL.n_heads
     methods = {name: METHODS[name] for name in METHODS if name != "ulysses" or SMALL.n_kv_heads % cp == 0}
     # A gather and its reverse count with the whole of what is gathered.
-    gather, scatter = Call("all_gather", "cp", cp * kv), Call("reduce_scatter", "cp", cp * kv)
-    send, exchanges = Call("all_to_all", "cp", kv), [Call("all_to_all", "cp", q + kv), Call("all_to_all", "cp", q)]
+    gather, scatter = RecordedCall("all_gather", "cp", cp * kv), RecordedCall("reduce_scatter", "cp", cp * kv)
+    send, exchanges = (
+        RecordedCall("all_to_all", "cp", kv),
+        [RecordedCall("all_to_all", "cp", q + kv), RecordedCall("all_to_all", "cp", q)],
+    )
     forward = {"allgather": {gather: 1}, "ring": {send: cp - 1}, "ulysses": dict.fromkeys(exchanges, 1)}
     backward = {"allgather": {scatter: 1}, "ring": {send: 2 * (cp - 1)}, "ulysses": forward["ulysses"]}
     for found in run_ranks(calls_of_a_layer, cp, tuple(methods), (NONE, FULL, OP)):
@@ -215,7 +218,7 @@ def test_a_layer_sends_what_the_table_says(cp: int) -> None:
 def initial_weights() -> dict[str, torch.Tensor]:
     degrees = Degrees(cp=dist.get_world_size())
     model = make_model(small(degrees), build_mesh(degrees, "cpu"))
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {name: to_full_tensor(parameter) for name, parameter in model.named_parameters()}
 
 
 def test_initial_weights_and_names_are_those_of_one_rank() -> None:
@@ -264,7 +267,7 @@ def test_the_trainer_with_validation(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [AOT, INDUCTOR], ids=["aot_eager", "inductor"])
-def test_compiled_blocks_that_share_sequences(compile: Compile, alone: list[Trace]) -> None:
+def test_compiled_blocks_that_share_sequences(compile: Compile, alone: list[TrainingTrace]) -> None:
     cp = Degrees(cp=2)
     cases = [small(cp, method, compile=compile, recompute=mode) for method, mode in product(METHODS, (NONE, OP))]
     cases += [small(cp, "ring", None, compile=compile, recompute=FULL)]

@@ -27,7 +27,7 @@ def test_nobody_sees_that_the_trainer_has_changed(tmp_path):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found = json.loads((tmp_path / "continue_torchtitan.json").read_text())["figures"]
     assert found["oracle"]["torchtitan"] == "0.2.2"
-    assert set(found["runs"]) == {*proof.LAYOUTS, proof.BOTH, proof.BACK}
+    assert set(found["runs"]) == {*proof.LAYOUTS, proof.ROUND_TRIP, proof.TO_TORCHTITAN}
     for one in found["runs"].values():
         assert one["met"]
         assert set(one["tensors"]) == {"weight", "exp_avg", "exp_avg_sq", "step"}
@@ -39,7 +39,7 @@ SECOND = {n: WHOLE[n] for n in (4, 5, 6)}
 
 
 def test_the_second_half_of_the_same_run_is_within_the_targets():
-    found = proof.compared(WHOLE, copy.deepcopy(SECOND), 4, 6)
+    found = proof.compare_steps(WHOLE, copy.deepcopy(SECOND), 4, 6)
     assert found["met"]
     assert (found["loss"], found["grad_norm"], found["unequal_rates"]) == (0, 0, [])
 
@@ -48,9 +48,9 @@ def test_the_second_half_of_the_same_run_is_within_the_targets():
 def test_one_number_that_is_off_at_one_step_misses(key, factor):
     resumed = copy.deepcopy(SECOND)
     resumed[5][key] *= factor
-    assert not proof.compared(WHOLE, resumed, 4, 6)["met"]
+    assert not proof.compare_steps(WHOLE, resumed, 4, 6)["met"]
 
 
 def test_a_run_that_began_anew_is_no_comparison():
     with pytest.raises(SystemExit, match="steps 4 to 6 were to be trained"):
-        proof.compared(WHOLE, WHOLE, 4, 6)
+        proof.compare_steps(WHOLE, WHOLE, 4, 6)

@@ -19,7 +19,7 @@ FREE_BATCH = tuple(argument for argument in TINY if "global_batch_size" not in a
 
 
 @pytest.fixture
-def heard(caplog, monkeypatch):
+def logged(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
     caplog.set_level(logging.INFO, "quadriga")
     return caplog
@@ -33,7 +33,7 @@ def alone(folder, monkeypatch, *arguments):
 
 def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
     train(tmp_path, 2, *TINY, *SAVING, "--training.steps=2")
-    found = folders.find(tmp_path / "checkpoint")
+    found = folders.find_complete(tmp_path / "checkpoint")
     assert found.contents == ("model", "optimizer", "random")
     assert found.extra["config"]["optimizer"]["lr"] == 8e-4
     assert found.extra["model"]["dim"] == 32
@@ -45,11 +45,11 @@ def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
     assert len(found.extra["dataloader"]["lanes"]) == 8
 
 
-def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(tmp_path, monkeypatch, heard):
+def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(tmp_path, monkeypatch, logged):
     train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
     assert alone(tmp_path, monkeypatch, *TINY, *SAVING, "--training.steps=3", "--optimizer.lr=1e-4") == 0
-    assert "changed since this checkpoint was saved: optimizer.lr: 0.0008 -> 0.0001" in heard.text
-    assert "changed since this checkpoint was saved: training.steps: 2 -> 3" in heard.text
+    assert "changed since this checkpoint was saved: optimizer.lr: 0.0008 -> 0.0001" in logged.text
+    assert "changed since this checkpoint was saved: training.steps: 2 -> 3" in logged.text
 
 
 def test_a_key_of_the_initial_weights_alone_is_no_other_training(tmp_path):
@@ -95,7 +95,7 @@ def test_another_training_is_refused_unless_allowed(tmp_path, argument, named):
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
-def test_a_free_global_batch_means_the_saved_one(tmp_path, monkeypatch, heard):
+def test_a_free_global_batch_means_the_saved_one(tmp_path, monkeypatch, logged):
     straight = train(
         tmp_path / "straight", 4, *FREE_BATCH, "--training.global_batch_size=-1", *SAVING, "--training.steps=4"
     )
@@ -111,7 +111,7 @@ def test_a_free_global_batch_means_the_saved_one(tmp_path, monkeypatch, heard):
 def test_a_seed_checkpoint_is_the_start_of_the_run(tmp_path):
     straight = train(tmp_path / "straight", 1, *TINY, *SAVING, "--training.steps=2")
     train(tmp_path / "seeded", 1, *TINY, *SAVING, "--training.steps=2", "--checkpoint.create_seed_checkpoint")
-    assert folders.find(tmp_path / "seeded/checkpoint").step == 0
+    assert folders.find_complete(tmp_path / "seeded/checkpoint").step == 0
     seeded = train(tmp_path / "seeded", 2, *TINY, *SAVING, "--training.steps=2")
     assert largest_difference(seeded, straight, "loss") <= 1e-6
 
@@ -160,23 +160,23 @@ def refusals(argv: list[str], folder: str) -> list[str]:
     from quadriga.comm import process_group
 
     manifest = Path(folder, "checkpoint/step-2/train_state.json")
-    sound, said = json.loads(manifest.read_text()), []
+    sound, reports = json.loads(manifest.read_text()), []
     for key, values in CANNOT_BE.items():
         for value in values:
-            manifest.write_text(folders.seal({**sound, "extra": {**sound["extra"], key: value}}))
+            manifest.write_text(folders.format_manifest({**sound, "extra": {**sound["extra"], key: value}}))
             try:
-                said.append(f"{key} = {value}: taken, exit code {one_rank(argv, log=False)}")
+                reports.append(f"{key} = {value}: taken, exit code {one_rank(argv, log=False)}")
             except UserError as error:
-                said.append(error.report)
+                reports.append(error.report)
             process_group.stop()
-    return said
+    return reports
 
 
-def test_a_manifest_whose_run_cannot_be_is_told_in_one_message(tmp_path):
+def test_a_manifest_whose_run_cannot_be_is_reported_in_one_message(tmp_path):
     train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, *SAVING, "--training.steps=3"]
-    said = run_ranks(refusals, 1, argv, str(tmp_path), backend=None)[0]
-    assert len(said) == sum(map(len, CANNOT_BE.values()))
-    for report in said:
+    reports = run_ranks(refusals, 1, argv, str(tmp_path), backend=None)[0]
+    assert len(reports) == sum(map(len, CANNOT_BE.values()))
+    for report in reports:
         assert report.startswith("quadriga: "), report
         assert len(report) < 4000

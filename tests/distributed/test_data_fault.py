@@ -14,7 +14,7 @@ import torch
 from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, largest_difference, one_rank, train
 
-from quadriga.checkpoint.folder import damage, find
+from quadriga.checkpoint.folder import find_complete, find_damage
 from quadriga.errors import Problem, UserError
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
@@ -25,9 +25,9 @@ SAVING = ("--checkpoint.enable", "--checkpoint.interval=100", f"--training.steps
 
 def ended(argv: list[str], broken: bool = True) -> tuple[int, str, str]:
     """Exit code, report and log of a rank, one row of whose data cannot be read on in mid-run."""
-    from quadriga.data.lanes import Lanes
+    from quadriga.data.streams import Streams
 
-    real = Lanes.windows
+    real = Streams.windows
 
     def windows(self, row, *given):
         for number, window in enumerate(real(self, row, *given)):
@@ -35,7 +35,7 @@ def ended(argv: list[str], broken: bool = True) -> tuple[int, str, str]:
                 raise UserError(Problem("data/15.jsonl, line 2", "not JSON: Expecting ',' delimiter"))
             yield window
 
-    Lanes.windows = windows
+    Streams.windows = windows
     log = io.StringIO()
     with contextlib.redirect_stderr(log):
         try:
@@ -62,10 +62,10 @@ def test_a_document_that_one_rank_cannot_read_ends_the_run_at_the_last_whole_ste
     assert {code for code, _, _ in ends} == {2}
     (report,) = {report for _, report, _ in ends}
     assert report.splitlines()[2] == "data/15.jsonl, line 2"
-    found = find(tmp_path / "checkpoint")
+    found = find_complete(tmp_path / "checkpoint")
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, BROKEN + 1))
     assert found.step == found.extra["train_state"]["step"] == BROKEN
-    assert damage(found) == []
+    assert find_damage(found) == []
     log = ends[0][2]
     assert log.rstrip().splitlines()[-1] == (
         f"the data cannot be read on; step {BROKEN} is saved in {found.path}: a start goes on from there"
@@ -92,15 +92,15 @@ def ended_in_a_validation(argv: list[str], batches: int) -> tuple[int, str, str]
 
     from quadriga.data import loader
 
-    real = loader._deal
+    real = loader._assign_rows
 
-    def deal(lanes, *given):
-        for number, piece in enumerate(real(lanes, *given)):
-            if not lanes.endless and number == batches and dist.get_rank() == 1:
+    def assign(streams, *given):
+        for number, each in enumerate(real(streams, *given)):
+            if not streams.endless and number == batches and dist.get_rank() == 1:
                 raise UserError(Problem("held_out/3.jsonl, line 7", "not JSON: Expecting ',' delimiter"))
-            yield piece
+            yield each
 
-    loader._deal = deal
+    loader._assign_rows = assign
     return ended(argv, broken=False)
 
 
@@ -116,9 +116,9 @@ def test_validation_text_that_one_rank_cannot_read_ends_the_run_at_its_step(tmp_
     assert {code for code, _, _ in ends} == {2}
     (report,) = {report for _, report, _ in ends}
     assert report.splitlines()[2] == "held_out/3.jsonl, line 7"
-    found = find(tmp_path / "checkpoint")
+    found = find_complete(tmp_path / "checkpoint")
     assert found.step == 1, "the first validation is at step 1"
-    assert damage(found) == []
+    assert find_damage(found) == []
 
 
 def failing_validation(argv: list[str]) -> int:
@@ -145,5 +145,5 @@ def test_what_ends_a_validation_leaves_the_save_of_its_step(tmp_path):
     argv += ["--validation.dataset=builtin_validation", "--validation.steps=1"]
     with pytest.raises(RankError, match="the validation ended the run"):
         run_ranks(failing_validation, 1, argv, backend=None)
-    assert find(tmp_path / "checkpoint").step == 2
+    assert find_complete(tmp_path / "checkpoint").step == 2
     assert [record["step"] for record in train(tmp_path, 1, *argv[4:])] == [1, 2, 3, 4]

@@ -46,8 +46,8 @@ def read(steps: int, state: str | None) -> tuple[list[list[str]], str]:
     dist.all_gather_object(everyone, (mine, loader.state_dict()))
     loader.close()
     batches = [[row for rows, _ in everyone for row in rows[step]] for step in range(steps)]
-    lanes = {lane: place for _, part in everyone for lane, place in part["lanes"].items()}
-    return batches, json.dumps({"fingerprint": everyone[0][1]["fingerprint"], "lanes": lanes})
+    streams = {stream: place for _, part in everyone for stream, place in part["lanes"].items()}
+    return batches, json.dumps({"fingerprint": everyone[0][1]["fingerprint"], "lanes": streams})
 
 
 def test_batches_are_the_same_on_1_2_and_4_ranks_and_over_a_change():

@@ -84,7 +84,7 @@ def test_the_tokens_of_a_row_are_those_of_its_documents():
     assert several > 3
 
 
-def test_ranks_threads_and_resumes_do_not_change_what_is_told():
+def test_ranks_threads_and_resumes_do_not_change_what_is_recorded():
     whole = [batch.documents for batch in rows_of(range(ROWS), 6)[0]]
     halves = [rows_of(range(at, at + 2), 6, num_workers=2, prefetch_factor=3)[0] for at in (0, 2)]
     assert [one.documents + other.documents for one, other in zip(*halves, strict=True)] == whole

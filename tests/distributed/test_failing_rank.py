@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, ROOT, Running, is_alive, stand_in, wait_until
+from launching import LAUNCH, ROOT, Running, is_alive, replace_loop, wait_until
 from training import TINY
 
 # The real loop, in which rank 1 fails: before it builds anything, or within the forward pass of its second step, when
@@ -48,11 +48,11 @@ CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)
 
 @pytest.mark.parametrize(("layout", "place"), CASES)
 def test_its_error_is_the_last_and_nothing_is_left(layout: str, place: str, tmp_path: Path) -> None:
-    environ = {"NGPU": "2", "FAILS_IN": place, **stand_in(tmp_path / "hook", FAILING)}
+    environ = {"NGPU": "2", "FAILS_IN": place, **replace_loop(tmp_path / "hook", FAILING)}
     keys = [*TINY, "--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin", *LAYOUTS[layout]]
     running = Running([*LAUNCH, *keys, "--job.dump_folder", str(tmp_path / "run")], environ)
     try:
-        assert wait_until(lambda: running.process.poll() is not None or not running.family(), 150)
+        assert wait_until(lambda: running.process.poll() is not None or not running.process_tree(), 150)
         ended = running.end()
         assert len(running.seen) > 3, "launcher, agent and ranks were seen alive"
         assert ended.code == 1

@@ -53,7 +53,7 @@ def one_side(steps: int) -> dict[str, list[dict[str, float]]]:
 def test_two_equal_trainings_are_within_the_targets():
     theirs = one_side(3)
     theirs["step"][2]["grad_norm"] *= 1 + 2e-4
-    found = fidelity.compared(one_side(3), theirs, fidelity.FLOAT32, 3)
+    found = fidelity.compare_trainings(one_side(3), theirs, fidelity.FLOAT32, 3)
     assert found["met"]
     assert found["printed_grad_norm"] == pytest.approx(2e-4, rel=1e-3)
     assert (found["loss"], found["grad_norm"], found["validation_loss"], found["unequal_rates"]) == (0, 0, 0, [])
@@ -72,16 +72,16 @@ def test_two_equal_trainings_are_within_the_targets():
 def test_one_number_that_is_off_at_one_step_misses(kind, key, factor):
     ours = copy.deepcopy(one_side(3))
     ours[kind][1][key] *= factor
-    assert not fidelity.compared(ours, one_side(3), fidelity.FLOAT32, 3)["met"]
+    assert not fidelity.compare_trainings(ours, one_side(3), fidelity.FLOAT32, 3)["met"]
 
 
 def test_a_step_or_a_validation_that_is_missing_is_no_comparison():
     with pytest.raises(SystemExit, match="not every step is in torchtitan's records"):
-        fidelity.compared(one_side(3), one_side(2), fidelity.FLOAT32, 3)
+        fidelity.compare_trainings(one_side(3), one_side(2), fidelity.FLOAT32, 3)
     ours = one_side(3)
     del ours["validation"][0]
     with pytest.raises(SystemExit, match="after the same steps"):
-        fidelity.compared(ours, one_side(3), fidelity.FLOAT32, 3)
+        fidelity.compare_trainings(ours, one_side(3), fidelity.FLOAT32, 3)
 
 
 def drawn(deviation: float = 0.02, ones: float = 1.0) -> dict[str, list[tuple[float, float]]]:
@@ -102,16 +102,16 @@ FIRST = {"loss": [8.1, 8.2], "grad_norm": [1.2, 1.6]}
     ],
 )
 def test_initial_weights_of_another_distribution_miss(ours, first, met):
-    found = fidelity.weights_verdict({"ours": ours, "theirs": drawn()}, {"ours": first, "theirs": FIRST})
+    found = fidelity.weights_result({"ours": ours, "theirs": drawn()}, {"ours": first, "theirs": FIRST})
     assert found["met"] is met
 
 
 def test_the_held_out_documents_have_the_tokens_that_were_asked_for(tmp_path):
     text = (ROOT / "docs/numerics.md").read_text(encoding="utf-8")
     count = made_data.write_tokenizer(tmp_path / "tokenizer", text)
-    assert sum(map(count, made_data.of_just(1290, text, count))) == 1290
+    assert sum(map(count, made_data.documents_with_tokens(1290, text, count))) == 1290
     with pytest.raises(SystemExit, match="does not have 4 documents"):
-        made_data.of_just(10**6, text, count)
+        made_data.documents_with_tokens(10**6, text, count)
 
 
 def test_a_python_without_the_package_is_no_oracle(tmp_path):
@@ -122,13 +122,13 @@ def test_a_python_without_the_package_is_no_oracle(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_environment_that_pip_cannot_fill_is_told(tmp_path, monkeypatch):
+def test_an_environment_that_pip_cannot_fill_is_reported(tmp_path, monkeypatch):
     """The command that failed, pip's own words, and what to do; a second try begins where the first ended."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for _ in range(2):
         with pytest.raises(torchtitan_oracle.OracleMissing) as failed:
             torchtitan_oracle.build_oracle(tmp_path)
-        said = str(failed.value)
-        assert "give --oracle PYTHON" in said
-        assert "$ python -m pip install --disable-pip-version-check torch==2.13.0" in said
-        assert "No matching distribution found" in said
+        message = str(failed.value)
+        assert "give --oracle PYTHON" in message
+        assert "$ python -m pip install --disable-pip-version-check torch==2.13.0" in message
+        assert "No matching distribution found" in message

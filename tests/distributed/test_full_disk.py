@@ -40,7 +40,7 @@ def train_on(options: str, folder, *arguments: str, mounted: str = "checkpoint")
         str(folder),
     ]
     command += [
-        *(word for word in TINY if word.replace("no_enable", "enable") not in arguments),
+        *(argument for argument in TINY if argument.replace("no_enable", "enable") not in arguments),
         "--training.steps=6",
         "--checkpoint.enable",
         "--checkpoint.interval=2",
@@ -78,7 +78,7 @@ def test_on_a_full_disk_training_stops_where_that_is_wanted(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_read_only_folder_is_told_before_the_first_step(tmp_path):
+def test_a_read_only_folder_is_reported_before_the_first_step(tmp_path):
     """To learn after hours that nothing can be saved is too late."""
     ended = train_on("ro", tmp_path)
     assert ended.code == 2
@@ -103,12 +103,12 @@ def test_a_full_run_folder_ends_nothing(tmp_path):
     ended = train_on("size=16k", tmp_path / "run", *all_files(tmp_path), mounted=".")
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
-    told = [line for line in ended.err.splitlines() if "cannot be written" in line]
+    warned = [line for line in ended.err.splitlines() if "cannot be written" in line]
     for file in ("metrics.jsonl", "/tb", "documents/rank0.jsonl", "profile_trace", "estimate.json"):
-        (line,) = (line for line in told if f"{file} cannot be written" in line)
+        (line,) = (line for line in warned if f"{file} cannot be written" in line)
         assert "No space left" in line or "no space left" in line
         assert line.endswith("the run goes on")
-    assert folders.find(tmp_path / "elsewhere").step == 6
+    assert folders.find_complete(tmp_path / "elsewhere").step == 6
     assert "finished: 6 steps" in ended.out
 
 
@@ -118,7 +118,7 @@ def test_a_full_run_folder_stops_the_run_where_that_is_wanted(tmp_path):
     ended = train_on("size=16k", tmp_path / "run", *arguments, mounted=".")
     assert ended.code == 1
     assert "Traceback" not in ended.err
-    found = folders.find(tmp_path / "elsewhere")
+    found = folders.find_complete(tmp_path / "elsewhere")
     assert 1 <= found.step < 6
     *_, what, where, todo = ended.err.strip().splitlines()
     assert "cannot be written" in what

@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from poison import Poison, give
+from fault_injection import InjectedFault, inject
 from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank, train
 
@@ -14,8 +14,8 @@ from quadriga.cli.main import main
 from quadriga.metrics.events import read_events
 
 
-def poisoned_rank(argv: list[str], poison: Poison) -> int:
-    give(poison)
+def rank_with_faults(argv: list[str], injected: InjectedFault) -> int:
+    inject(injected)
     return one_rank(argv)
 
 
@@ -24,25 +24,25 @@ def test_a_run_that_was_killed_and_started_again(tmp_path, capsys):
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, *keys]
     before = time.time()
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(poisoned_rank, 1, argv, Poison(6, kills=True), backend=None)
+        run_ranks(rank_with_faults, 1, argv, InjectedFault(6, kill=True), backend=None)
     killed = time.time()
     train(tmp_path, 1, *TINY, *keys)
     after = time.time()
     capsys.readouterr()
 
     assert main(["goodput", str(tmp_path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert sum(told["shares"].values()) == pytest.approx(1)
-    assert sum(told["seconds"].values()) == pytest.approx(told["wall_seconds"])
-    assert before - 1 < told["from"] < told["to"] < after  # the system counts the starts of processes in 1/100 s
-    first, second = told["attempts"]
+    output = json.loads(capsys.readouterr().out)
+    assert sum(output["shares"].values()) == pytest.approx(1)
+    assert sum(output["seconds"].values()) == pytest.approx(output["wall_seconds"])
+    assert before - 1 < output["from"] < output["to"] < after  # the system counts the starts of processes in 1/100 s
+    first, second = output["attempts"]
     assert first["began"] < first["ready"] < first["last"] < killed < second["last"]
     assert (first["first_step"], first["kept_step"], first["last_step"]) == (0, 3, 5)  # killed before its last line
     assert (second["first_step"], second["kept_step"], second["last_step"]) == (3, 8, 8)
     assert (first["ended"], second["ended"]) == ("killed without a word", "finished")
-    assert all(told["seconds"][kind] > 0 for kind in ("trained", "saved", "started", "lost", "down"))
-    assert told["seconds"]["started"] == pytest.approx(sum(one["ready"] - one["began"] for one in (first, second)))
-    assert (told["step"], told["replayed_steps"], told["saves"]) == (8, 2, 3)
+    assert all(output["seconds"][kind] > 0 for kind in ("trained", "saved", "started", "lost", "down"))
+    assert output["seconds"]["started"] == pytest.approx(sum(one["ready"] - one["began"] for one in (first, second)))
+    assert (output["step"], output["replayed_steps"], output["saves"]) == (8, 2, 3)
 
     events = [(event["attempt"], event["event"]) for event in read_events(tmp_path)]
     assert [kind for number, kind in events if number == 1] == ["start", "ready", "save_begin", "save_end"]
@@ -58,7 +58,7 @@ def test_a_start_that_ends_before_its_first_figures_has_a_number_of_its_own(tmp_
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, *keys]
     for _ in range(2):
         with pytest.raises(RankError, match="exit code -9"):
-            run_ranks(poisoned_rank, 1, argv, Poison(1, kills=True), backend=None)
+            run_ranks(rank_with_faults, 1, argv, InjectedFault(1, kill=True), backend=None)
     train(tmp_path, 1, *TINY, *keys)
     starts = [event for event in read_events(tmp_path) if event["event"] == "start"]
     assert [start["attempt"] for start in starts] == [1, 2, 3]

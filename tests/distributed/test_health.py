@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from fault_injection import InjectedFault, inject
 from pipelines import make_state, pipeline, read_run
-from poison import Poison, give
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank, train
 
@@ -44,26 +44,26 @@ class Outcome:
     weights: list[torch.Tensor]
 
 
-def poisoned_steps(
-    arguments: tuple[str, ...], section: HealthSection, waits: bool, poison: Poison, steps: int = 3
+def steps_with_fault(
+    arguments: tuple[str, ...], section: HealthSection, waits: bool, injected: InjectedFault, steps: int = 3
 ) -> Outcome:
     import torch.distributed as dist
 
-    from quadriga.resilience.health import Health
+    from quadriga.resilience.health import HealthMonitor
     from quadriga.train import step
-    from quadriga.train.build import build_recipe
+    from quadriga.train.build import build_step_config
 
     genuine = step.summed_cross_entropy, step.train_step
-    give(poison)
+    inject(injected)
     run = read_run((*arguments, "--training.local_batch_size=2", "--model.n_layers=2"), dist.get_world_size())
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
-    state.health = Health(section, waits=waits)
-    recipe = build_recipe(run, mesh, torch.device("cpu"), state.parts)
+    state.health = HealthMonitor(section, waits=waits)
+    step_config = build_step_config(run, mesh, torch.device("cpu"), state.parts)
     kinds, moved, losses = [], [], []
     for _ in range(steps):
         before = held(state)
-        metrics = step.train_step(state, recipe, mesh)
+        metrics = step.train_step(state, step_config, mesh)
         kinds.append(int(metrics.verdict[0]))
         losses.append((metrics.verdict[1].item(), metrics.loss.item(), metrics.max_loss.item()))
         after = held(state)
@@ -81,8 +81,8 @@ def held(state) -> list[torch.Tensor]:
     return [tensor for tensor in local if tensor.any()]
 
 
-def poisoned_cases(cases: list[tuple]) -> list[Outcome]:
-    return [poisoned_steps(*case) for case in cases]
+def cases_with_faults(cases: list[tuple]) -> list[Outcome]:
+    return [steps_with_fault(*case) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def on_layouts() -> dict[tuple[str, bool], list[Outcome]]:
     wanted = [(name, False) for name in LAYOUTS] + [("PP 2, TP 2", True)]
     last = {"PP 2, TP 2": 3}  # losses are made on the ranks of the last stage
     skip = HealthSection(non_finite="skip_step")
-    cases = [(LAYOUTS[name], skip, waits, Poison(2, rank=last.get(name, 1), loss=NAN)) for name, waits in wanted]
-    by_rank = run_ranks(poisoned_cases, 4, cases, timeout=240)
+    cases = [(LAYOUTS[name], skip, waits, InjectedFault(2, rank=last.get(name, 1), loss=NAN)) for name, waits in wanted]
+    by_rank = run_ranks(cases_with_faults, 4, cases, timeout=240)
     return {case: [outcomes[number] for outcomes in by_rank] for number, case in enumerate(wanted)}
 
 
@@ -128,16 +128,16 @@ def test_every_implementation_leaves_the_first_step_out():
     """Where the optimizer has no state yet, and the loss is fine but its gradient is not."""
     skip = HealthSection(non_finite="skip_step")
     names = ("fused", "foreach", "for-loop")
-    infinite = Poison(1, gradient=math.inf)
+    infinite = InjectedFault(1, gradient=math.inf)
     cases = [((f"--optimizer.implementation={name}",), skip, waits, infinite) for name in names for waits in (1, 0)]
-    for outcome in run_ranks(poisoned_cases, 1, cases)[0]:
+    for outcome in run_ranks(cases_with_faults, 1, cases)[0]:
         assert outcome.kinds == [1, 0, 0]
         assert outcome.moved == [False, True, True]
 
 
 def test_ignored_numbers_do_as_they_always_did():
     ignore = HealthSection(non_finite="ignore")
-    (outcome,) = run_ranks(poisoned_cases, 1, [((), ignore, True, Poison(2, loss=NAN))])[0]
+    (outcome,) = run_ranks(cases_with_faults, 1, [((), ignore, True, InjectedFault(2, loss=NAN))])[0]
     assert outcome.kinds == [0, 0, 0]
     assert outcome.moved == [True, True, True]
     assert all(tensor.isnan().any() for tensor in outcome.weights if tensor.dim())
@@ -146,18 +146,18 @@ def test_ignored_numbers_do_as_they_always_did():
 # --- whole runs ---
 
 
-def poisoned_rank(argv: list[str], poisons: list[Poison]) -> tuple[int, str]:
-    """The exit code, and the words of a fault."""
-    give(*poisons)
+def rank_with_faults(argv: list[str], faults: list[InjectedFault]) -> tuple[int, str]:
+    """The exit code, and the message of a fault."""
+    inject(*faults)
     try:
         return one_rank(argv), ""
     except Fault as fault:
         return fault.exit_code, str(fault)
 
 
-def poisoned_train(folder, ranks: int, *arguments: str, poisons: list[Poison]) -> list[tuple[int, str]]:
+def train_with_faults(folder, ranks: int, *arguments: str, faults: list[InjectedFault]) -> list[tuple[int, str]]:
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(folder), *TINY, *arguments]
-    return run_ranks(poisoned_rank, ranks, argv, poisons, timeout=120, backend=None)
+    return run_ranks(rank_with_faults, ranks, argv, faults, timeout=120, backend=None)
 
 
 def numbers(records) -> list[tuple]:
@@ -166,19 +166,19 @@ def numbers(records) -> list[tuple]:
 
 def test_a_bad_step_stops_the_run_by_name_and_the_next_start_goes_on_as_if_nothing_had_been(tmp_path):
     arguments = ("--training.steps=5", "--checkpoint.interval=2", "--metrics.log_documents")
-    ended = poisoned_train(tmp_path / "bad", 2, *arguments, poisons=[Poison(4, rank=1, loss=NAN)])
+    ended = train_with_faults(tmp_path / "bad", 2, *arguments, faults=[InjectedFault(4, rank=1, loss=NAN)])
     assert [code for code, _ in ended] == [EXIT_NOT_FINITE] * 2
     assert ended[0] == ended[1]
-    words = ended[0][1]
-    assert "step 4: the loss is nan" in words
-    assert "not finite: the loss of rank 1\n" in words
-    assert "gradients held by ranks 0, 1; on rank 0 the first is tok_embeddings.weight" in words
-    assert "--health.non_finite skip_step" in words
+    message = ended[0][1]
+    assert "step 4: the loss is nan" in message
+    assert "not finite: the loss of rank 1\n" in message
+    assert "gradients held by ranks 0, 1; on rank 0 the first is tok_embeddings.weight" in message
+    assert "--health.non_finite skip_step" in message
     assert sorted(path.name for path in (tmp_path / "bad/checkpoint").glob("step-*")) == ["step-2"]
 
-    told = [json.loads(line) for line in (tmp_path / "bad/bad_batches.jsonl").read_text().splitlines()]
-    assert sorted((line["step"], line["rank"]) for line in told) == [(4, 0), (4, 1)]
-    rows = {int(row): names for line in told for row, names in line["rows"].items()}
+    records = [json.loads(line) for line in (tmp_path / "bad/bad_batches.jsonl").read_text().splitlines()]
+    assert sorted((line["step"], line["rank"]) for line in records) == [(4, 0), (4, 1)]
+    rows = {int(row): names for line in records for row, names in line["rows"].items()}
     assert dict(sorted(rows.items())) == read_documents(tmp_path / "bad")[4]
     faults = [event for event in read_events(tmp_path / "bad") if event["event"] == "fault"]
     assert [(event["step"], event["rank"]) for event in faults] == [(4, 0)]
@@ -190,10 +190,10 @@ def test_a_bad_step_stops_the_run_by_name_and_the_next_start_goes_on_as_if_nothi
     assert read_documents(tmp_path / "bad") == read_documents(tmp_path / "straight")
 
 
-def test_a_skipped_step_is_counted_told_and_gone_on_from(tmp_path):
-    poisons = [Poison(2, rank=0, gradient=math.inf), Poison(4, rank=1, loss=NAN)]
+def test_a_skipped_step_is_counted_and_reported_and_training_continues(tmp_path):
+    faults = [InjectedFault(2, rank=0, gradient=math.inf), InjectedFault(4, rank=1, loss=NAN)]
     arguments = ("--training.steps=6", "--checkpoint.no_enable", "--health.non_finite=skip_step")
-    assert poisoned_train(tmp_path, 2, *arguments, poisons=poisons) == [(0, "")] * 2
+    assert train_with_faults(tmp_path, 2, *arguments, faults=faults) == [(0, "")] * 2
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["skipped_steps"] for record in records] == [0, 1, 1, 2, 2, 2]
     assert [math.isfinite(record["loss"]) for record in records] == [True, True, True, False, True, True]
@@ -210,11 +210,16 @@ SPIKES = ("--health.spike=skip_step", "--health.spike_window=6", "--checkpoint.i
 
 
 def test_a_spike_is_skipped_and_what_it_is_measured_against_outlives_a_resume(tmp_path):
-    poisons = [Poison(9, loss=40.0), Poison(11, loss=0.01)]  # a loss far below is no spike, but counts from then on
+    faults = [
+        InjectedFault(9, loss=40.0),
+        InjectedFault(11, loss=0.01),
+    ]  # a loss far below is no spike, but counts from then on
     arguments = (*SPIKES, "--training.steps=14")
-    assert poisoned_train(tmp_path / "straight", 1, *arguments, poisons=poisons) == [(0, "")]
-    assert poisoned_train(tmp_path / "stopped", 1, *arguments, poisons=[*poisons, Poison(10, loss=NAN)])[0][0] == 5
-    assert poisoned_train(tmp_path / "stopped", 1, *arguments, poisons=poisons) == [(0, "")]
+    assert train_with_faults(tmp_path / "straight", 1, *arguments, faults=faults) == [(0, "")]
+    assert (
+        train_with_faults(tmp_path / "stopped", 1, *arguments, faults=[*faults, InjectedFault(10, loss=NAN)])[0][0] == 5
+    )
+    assert train_with_faults(tmp_path / "stopped", 1, *arguments, faults=faults) == [(0, "")]
     straight, resumed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "stopped"))
     assert numbers(resumed) == numbers(straight)
     assert [record["skipped_steps"] for record in straight] == [0] * 8 + [1] * 6
@@ -238,22 +243,22 @@ def find(tree, key):
 
 def test_a_spike_can_stop_the_run(tmp_path):
     arguments = ("--health.spike=raise", "--health.spike_window=4", "--training.steps=6", "--checkpoint.no_enable")
-    ((code, words),) = poisoned_train(tmp_path, 1, *arguments, poisons=[Poison(5, loss=40.0)])
+    ((code, message),) = train_with_faults(tmp_path, 1, *arguments, faults=[InjectedFault(5, loss=40.0)])
     assert code == EXIT_NOT_FINITE
-    assert "step 5: the loss is " in words
-    assert "standard deviations" in words
-    assert "--health.spike skip_step" in words
+    assert "step 5: the loss is " in message
+    assert "standard deviations" in message
+    assert "--health.spike skip_step" in message
 
 
 def totals_of_a_rank_without_a_loss() -> tuple[bool, float]:
     import torch.distributed as dist
 
+    from quadriga.comm.loss import all_reduce_loss
     from quadriga.config.run_spec import Degrees
-    from quadriga.resilience.health import add_up
 
     mesh = build_mesh(Degrees(dp_shard=2), "cpu")
     own_loss = torch.tensor(NAN if dist.get_rank() == 1 else 0.5, dtype=torch.float64)
-    totals = add_up(own_loss, torch.tensor(1.0), mesh)
+    totals = all_reduce_loss(own_loss, torch.tensor(1.0), mesh)
     return bool(totals.finite), totals.grad_norm.item()
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face door on real ranks: each reads the slices that it holds, and writes the files dealt to it."""
+"""Hugging Face import and export on real ranks: each reads the slices it holds and writes the files assigned to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf import read_hf
 from quadriga.checkpoint.hf_export import export_hf
 from quadriga.checkpoint.states import ModelState
-from quadriga.checkpoint.tensors import write
+from quadriga.checkpoint.tensors import save_tensors
 from quadriga.comm.mesh import build_mesh
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.registry import hf_config, hf_names
@@ -94,14 +94,14 @@ def export(folder: str, out: str, arguments: tuple[str, ...], full_on_rank: int)
         folders.prepare(folder, 5)
     dist.barrier()
     tensors = {f"model.{name}": value for name, value in ModelState(parts).state_dict().items()}
-    write(folders.hidden(folder, 5), tensors, group)
+    save_tensors(folders.staging_path(folder, 5), tensors, group)
     if dist.get_rank() == 0:
         folders.publish(folder, 5, ("model",), {})
     dist.barrier()
     if dist.get_rank() == full_on_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     config = hf_config(run.spec.model, bos_id=None, eos_id=None)
-    found, names = folders.read(folders.published(folder, 5)), hf_names(run.spec.model)
+    found, names = folders.read_checkpoint(folders.published_path(folder, 5)), hf_names(run.spec.model)
     try:
         export_hf(found, out, names, config, group, dtype=torch.bfloat16, most=10_000, replace=True)
     except CheckpointError as error:
@@ -120,7 +120,7 @@ def test_every_rank_writes_its_share(tmp_path, layout):
     assert len(files) > 4
     assert set(index.values()) == {file.name for file in files}
     held = {name: value for file in files for name, value in load_file(file).items()}
-    theirs = {hf_names(model.spec).theirs(name): value for name, value in model.state_dict().items()}
+    theirs = {hf_names(model.spec).hf_name(name): value for name, value in model.state_dict().items()}
     assert held.keys() == theirs.keys()
     assert all(torch.equal(held[name], value.bfloat16()) for name, value in theirs.items())
 
@@ -131,8 +131,8 @@ def test_a_full_disk_of_one_rank_stops_all_and_harms_nothing(tmp_path):
     out = tmp_path / "step-5-hf"
     out.mkdir()
     (out / "older").write_text("an export that was whole")
-    for told in run_ranks(export, 2, str(tmp_path), str(out), FSDP, 1):
-        assert "File too large" in told
+    for message in run_ranks(export, 2, str(tmp_path), str(out), FSDP, 1):
+        assert "File too large" in message
     assert [path.name for path in out.iterdir()] == ["older"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "step-5", "step-5-hf"]
 

@@ -13,7 +13,7 @@ from ranks import RankError
 from safetensors.torch import load_file
 from training import TINY, train
 
-from quadriga.checkpoint.tensors import read
+from quadriga.checkpoint.tensors import load_tensors
 from quadriga.models.llama.model import Llama
 from quadriga.models.registry import hf_names
 
@@ -37,8 +37,8 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_starts_from_their_weights_and_ends_in_them(tmp_path):
     model = random_model(spec())
     hf = write_hf(model, tmp_path / "hf")
-    said = json.loads((hf / "config.json").read_text())
-    (hf / "config.json").write_text(json.dumps({**said, "max_position_embeddings": 4321}))
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4321}))
     alone = run(tmp_path / "alone", 1, hf, "--checkpoint.last_save_in_hf")
     sharded = run(tmp_path / "sharded", 2, hf, *FSDP, "--checkpoint.last_save_in_hf", "--checkpoint.async_mode=async")
     assert [record["loss"] for record in sharded] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
@@ -47,18 +47,18 @@ def test_a_run_starts_from_their_weights_and_ends_in_them(tmp_path):
         place = tmp_path / folder / "checkpoint"
         assert sorted(path.name for path in place.iterdir()) == ["step-4", "step-4-hf"]
         saved = Llama(spec())
-        read(place / "step-4", {f"model.{n}": v for n, v in saved.state_dict().items()}, None)
+        load_tensors(place / "step-4", {f"model.{n}": v for n, v in saved.state_dict().items()}, None)
         exported = weights_in(place / "step-4-hf")
-        assert all(torch.equal(exported[hf_names(spec()).theirs(n)], v) for n, v in saved.state_dict().items())
-        said = json.loads((place / "step-4-hf" / "config.json").read_text())
-        assert (said["bos_token_id"], said["eos_token_id"], said["torch_dtype"]) == (256, 257, "float32")
-        assert said["max_position_embeddings"] == 4321, "the source's: more than the run's own sequences"
+        assert all(torch.equal(exported[hf_names(spec()).hf_name(n)], v) for n, v in saved.state_dict().items())
+        config = json.loads((place / "step-4-hf" / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (256, 257, "float32")
+        assert config["max_position_embeddings"] == 4321, "the source's: more than the run's own sequences"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "alone" / "checkpoint" / "step-4-hf")
     assert tokenizer("ab").input_ids == [256, 97, 98]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "checkpoint" / "step-4-hf")
-    read(tmp_path / "sharded/checkpoint/step-4", {f"model.{n}": v for n, v in model.state_dict().items()}, None)
+    load_tensors(tmp_path / "sharded/checkpoint/step-4", {f"model.{n}": v for n, v in model.state_dict().items()}, None)
     assert (logits(theirs, spec()) - logits(model, spec())).abs().max() <= 1e-4
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from quadriga import json_collectives
-from quadriga.checkpoint.folder import CheckpointError, FileFacts, Found
-from quadriga.checkpoint.ranks import found_from_json, found_to_json, on_first_rank, together
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, FileFacts
+from quadriga.checkpoint.ranks import info_from_json, info_to_json, on_all_ranks, on_first_rank
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
 from quadriga.json_collectives import all_gather_json, broadcast_bytes, broadcast_json, gather_json
 
@@ -27,7 +27,7 @@ def values() -> dict[str, Any]:
         "all": all_gather_json(odd),
         "own group": all_gather_json([rank], group),
         "first": gather_json({"of": rank}, group),
-        "told": broadcast_json({1: "x"} if rank == 0 else None),
+        "received": broadcast_json({1: "x"} if rank == 0 else None),
         "bytes": broadcast_bytes(b"\x00\xff" * 70_000 if rank == 0 else None, group) == b"\x00\xff" * 70_000,
         "nothing": broadcast_bytes(b"" if rank == 0 else None),
     }
@@ -41,7 +41,7 @@ def test_what_comes_back_is_what_json_makes_of_it(ranks: int) -> None:
         assert [len(one["text"]) for one in seen["all"]] == [0, len(LONG), 0][:ranks]
         assert seen["own group"] == [[number] for number in range(ranks)]
         assert seen["first"] == ([{"of": number} for number in range(ranks)] if rank == 0 else None)
-        assert (seen["told"], seen["bytes"], seen["nothing"]) == ({"1": "x"}, True, b"")
+        assert (seen["received"], seen["bytes"], seen["nothing"]) == ({"1": "x"}, True, b"")
 
 
 def test_without_a_process_group_nothing_is_sent() -> None:
@@ -51,7 +51,7 @@ def test_without_a_process_group_nothing_is_sent() -> None:
 
 def refused() -> list[str]:
     """Every rank raises, each call, and the ranks still understand each other afterwards."""
-    rank, said = dist.get_rank(), []
+    rank, messages = dist.get_rank(), []
     json_collectives.RANK_MESSAGE_BYTES = 1000
     calls: list[Callable[[], Any]] = [
         lambda: all_gather_json(object() if rank == 1 else 1),
@@ -63,9 +63,9 @@ def refused() -> list[str]:
         try:
             call()
         except Exception as error:  # noqa: BLE001 - its words are what is tested
-            said.append(f"{type(error).__name__}: {error}")
+            messages.append(f"{type(error).__name__}: {error}")
     assert all_gather_json(rank) == [0, 1]
-    return said
+    return messages
 
 
 def test_a_message_that_cannot_be_sent_raises_on_every_rank() -> None:
@@ -113,8 +113,8 @@ def on_first() -> list[tuple[Any, ...]]:
 
 def on_any() -> list[tuple[Any, ...]]:
     group = dist.new_group(backend="gloo")
-    assert together(group, dist.get_rank) == dist.get_rank()
-    return raised_by(lambda work: together(group, work), 1)
+    assert on_all_ranks(group, dist.get_rank) == dist.get_rank()
+    return raised_by(lambda work: on_all_ranks(group, work), 1)
 
 
 def test_an_error_of_the_first_rank_says_the_same_on_every_rank() -> None:
@@ -137,8 +137,8 @@ def test_an_error_of_any_rank_says_the_same_on_every_rank() -> None:
 
 def test_a_checkpoint_that_was_found_comes_back_as_it_was() -> None:
     facts = {"a.distcp": FileFacts(3, "ab")}
-    found = Found(7, "run/step-7", ("model", "optimizer"), {"lanes": {"0": [1]}}, False, "run/step-7/x", facts)
-    assert broadcast_json(found_to_json(found)) != found
-    assert found_from_json(broadcast_json(found_to_json(found))) == found
-    assert found_from_json(broadcast_json(found_to_json(replace(found, files={})))).files == {}
-    assert found_to_json(None) is None
+    found = CheckpointInfo(7, "run/step-7", ("model", "optimizer"), {"lanes": {"0": [1]}}, False, "run/step-7/x", facts)
+    assert broadcast_json(info_to_json(found)) != found
+    assert info_from_json(broadcast_json(info_to_json(found))) == found
+    assert info_from_json(broadcast_json(info_to_json(replace(found, files={})))).files == {}
+    assert info_to_json(None) is None

@@ -16,7 +16,7 @@ from training import DEBUG_FILE, one_rank
 sys.path.append(str(ROOT / "benchmarks"))
 import kill_matrix  # found by the line above
 
-real_start = kill_matrix.start
+real_start = kill_matrix.start_run
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_the_kill_matrix_finds_a_resume_that_forgets(defect, differs, tmp_path):
     assert differs <= set(trial["differs"])
 
 
-def forked_unless_struck(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
+def fork_unless_killed(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
     """A start in which something is killed is a real launch, and so is all of the first trial; the undisturbed run and
     the starts after a kill are forked ranks, which do the same without importing torch anew."""
     if strike is not None or folder.name == "trial-0":
@@ -45,7 +45,7 @@ def forked_unless_struck(folder: Path, layout: str, mode: str, strike: dict[str,
 
 
 def test_runs_killed_anywhere_end_as_the_undisturbed_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kill_matrix, "start", forked_unless_struck)
+    monkeypatch.setattr(kill_matrix, "start_run", fork_unless_killed)
     options = ["--trials", "6", "--layouts", "FSDP 2", "--modes", "async", "--single", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmarks/kill_matrix.py", *options])
     for name, value in launch_environ().items():

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, ROOT, RUN_TRAIN, TORCHRUN, TRAIN, Ended, Running, launch, stand_in, wait_until
+from launching import LAUNCH, ROOT, RUN_TRAIN, TORCHRUN, TRAIN, LaunchResult, Running, launch, replace_loop, wait_until
 
 WRONG = ["--training.stepps", "10", "--training.seq_len", "abc"]
 WORDS = "two  words, 'single', \"double\", $HOME, * and a \\ backslash"
@@ -21,7 +21,7 @@ BARE_TORCHRUN = [
 ]
 
 
-def assert_one_report(ended: Ended) -> None:
+def assert_one_report(ended: LaunchResult) -> None:
     assert ended.err.count("quadriga: 2 problems") == 1
     assert "did you mean: training.steps" in ended.err
     assert ended.err.count("training.seq_len = abc") == 1
@@ -81,7 +81,7 @@ def run(run, environ):
 def test_what_ranks_are_given_and_how_a_signal_reaches_them(tmp_path: Path) -> None:
     """Quoting, working folder and variables survive from the shell to every rank; a rank may save on SIGUSR1."""
     (tmp_path / "json.py").write_text("raise RuntimeError('a file of the caller stands in for a module of Python')")
-    environ = stand_in(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(tmp_path), "WAIT": "1"}
+    environ = replace_loop(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(tmp_path), "WAIT": "1"}
     command = [*RUN_TRAIN, "--job.description", WORDS, f"--job.dump_folder={tmp_path}/a b"]
     reports = [tmp_path / "rank0", tmp_path / "rank1"]
     running = Running(command, environ, cwd=tmp_path)
@@ -138,7 +138,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_the_first_error_of_a_failed_rank_comes_last(case: str, code: int, last: str, tmp_path: Path) -> None:
-    environ = stand_in(tmp_path / "stand_in", FAILING) | {"NGPU": "2", "CASE": case}
+    environ = replace_loop(tmp_path / "stand_in", FAILING) | {"NGPU": "2", "CASE": case}
     ended = launch([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
     assert ended.code == code, ended.err
     assert ended.err.rstrip().splitlines()[-1].endswith(last)
@@ -149,7 +149,7 @@ def test_the_first_error_of_a_failed_rank_comes_last(case: str, code: int, last:
 @slow
 def test_a_report_of_every_rank_of_a_bare_torchrun_appears_once(tmp_path: Path) -> None:
     """What is found wrong only in training, by all ranks at the same time."""
-    environ = stand_in(tmp_path / "stand_in", FAILING) | {"CASE": "all"}
+    environ = replace_loop(tmp_path / "stand_in", FAILING) | {"CASE": "all"}
     ended = launch([*BARE_TORCHRUN, "--job.dump_folder", str(tmp_path / "run")], environ)
     assert ended.code != 0
     assert ended.err.count("    is not JSON") == 1
@@ -157,7 +157,7 @@ def test_a_report_of_every_rank_of_a_bare_torchrun_appears_once(tmp_path: Path) 
 
 @slow
 def test_sigterm_ends_ranks_that_do_not_mind_it(tmp_path: Path) -> None:
-    environ = stand_in(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(tmp_path), "WAIT": "1"}
+    environ = replace_loop(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(tmp_path), "WAIT": "1"}
     running = Running([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
     try:
         assert wait_until(lambda: (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists(), 60)
@@ -175,7 +175,7 @@ def test_two_machines(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = stand_in(tmp_path / "stand_in", REPORTER) | {"REPORTS": str(tmp_path), "WAIT": "0"}
+    common = replace_loop(tmp_path / "stand_in", REPORTER) | {"REPORTS": str(tmp_path), "WAIT": "0"}
     common |= {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
     command = [*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")]
     machines = [Running(command, {**common, "NODE_RANK": node}) for node in ("1", "0")]

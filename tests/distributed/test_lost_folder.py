@@ -17,7 +17,7 @@ def train_and_lose(argv: list[str], folder: str, replaced: bool) -> tuple[int, s
     from quadriga.resilience import stop_requests
     from quadriga.train import loop
 
-    stop_requests.LOOK_SECONDS = 0.0
+    stop_requests.POLL_SECONDS = 0.0
     real = loop.train_step
 
     def train_step(state, *given):
@@ -48,7 +48,7 @@ def test_a_lost_run_folder_stops_the_run(tmp_path, replaced):
     assert (os.listdir(folder) if replaced else folder.exists()) in ([], False)
 
 
-def test_a_folder_for_traces_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_for_traces_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "comm_traces").write_text("a file")
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, "--training.steps=1"]
     with pytest.raises(RankError, match=r"comm\.save_traces_folder = .*comm_traces"):

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
-from quadriga.checkpoint.folder import find
+from quadriga.checkpoint.folder import find_complete
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.states import RandomState
 from quadriga.config.schema import Checkpoint
@@ -30,29 +30,29 @@ class Generators:
         self.loaded = dict(loaded)
 
 
-def moved(folder, saved: Generators, here: Generators, monkeypatch) -> list[str]:
+def messages_on_resume(folder, saved: Generators, here: Generators, monkeypatch) -> list[str]:
     """What is told when a run that has `here` goes on from `saved`."""
-    told: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(
-        "quadriga.log.logger.info", lambda text, *values: told.append(text % values if values else text)
+        "quadriga.log.logger.info", lambda text, *values: messages.append(text % values if values else text)
     )
     one = CheckpointManager(Checkpoint(enable=True), folder)
     one.save(1, {"random": saved}, {})
     one.load(one.find(), {"random": here})
-    return [line for line in told if "random" in line]
+    return [line for line in messages if "random" in line]
 
 
 def test_generators_of_a_gpu_have_no_use_on_a_cpu(tmp_path, monkeypatch):
     here = Generators(0, "0.torch")
-    told = moved(tmp_path, Generators(7, "0.torch", "0.cuda"), here, monkeypatch)
-    assert told == ["random generators of the checkpoint that this run has no use for: cuda"]
+    messages = messages_on_resume(tmp_path, Generators(7, "0.torch", "0.cuda"), here, monkeypatch)
+    assert messages == ["random generators of the checkpoint that this run has no use for: cuda"]
     assert here.loaded["0.torch"].eq(7).all()
 
 
 def test_generators_that_the_checkpoint_lacks_begin_anew(tmp_path, monkeypatch):
     here = Generators(0, "0.torch", "0.cuda")
-    told = moved(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
-    assert told == ["random generators that the checkpoint lacks begin anew: cuda"]
+    messages = messages_on_resume(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
+    assert messages == ["random generators that the checkpoint lacks begin anew: cuda"]
     assert list(here.loaded) == ["0.torch"]
     assert here.held["0.cuda"].eq(0).all()
 
@@ -60,8 +60,8 @@ def test_generators_that_the_checkpoint_lacks_begin_anew(tmp_path, monkeypatch):
 def test_a_state_of_another_size_begins_anew(tmp_path, monkeypatch):
     """Of another version of a library."""
     here = Generators(0, "0.torch", size=20)
-    told = moved(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
-    assert told == ["random generators that the checkpoint lacks begin anew: torch"]
+    messages = messages_on_resume(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
+    assert messages == ["random generators that the checkpoint lacks begin anew: torch"]
     assert here.loaded == {}
 
 
@@ -117,7 +117,7 @@ def train_beside_a_gpu(argv: list[str]) -> int:
 def test_over_gloo_a_run_opens_no_gpu(tmp_path: Path):
     """Training, saves in the foreground and in the background, a resume, traces, pinned batches asked for."""
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY]
-    argv = [word for word in argv if word != "--profiling.no_enable_profiling"]
+    argv = [argument for argument in argv if argument != "--profiling.no_enable_profiling"]
     argv += ["--checkpoint.enable", "--checkpoint.interval=2", "--lr_scheduler.total_steps=4"]
     argv += ["--training.dataloader.pin_memory", "--profiling.enable_profiling"]
     argv += ["--validation.enable", "--validation.dataset=builtin_validation", "--validation.steps=1"]
@@ -125,4 +125,4 @@ def test_over_gloo_a_run_opens_no_gpu(tmp_path: Path):
         more = [f"--training.steps={steps}", f"--checkpoint.async_mode={mode}"]
         assert run_ranks(train_beside_a_gpu, 2, [*argv, *more], backend=None, timeout=120) == [0, 0]
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert find(tmp_path / "checkpoint").step == 4
+    assert find_complete(tmp_path / "checkpoint").step == 4

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from crafted import ATTACKS, seal_again
+from crafted import ATTACKS, reseal_manifest
 from ranks import RankError, run_ranks
 from torch.distributed import checkpoint as dcp
 from training import train
@@ -23,7 +23,7 @@ from weights import Weights
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import metadata_file, plan
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.tensors import read, stored_tensors
+from quadriga.checkpoint.tensors import load_tensors, stored_tensors
 from quadriga.config.schema import Checkpoint
 from quadriga.launch.supervisor import main as launch
 
@@ -68,7 +68,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_an_older_checkpoint_is_read_as_dcp_reads_it(older: Path) -> None:
     assert not (older / "plan.json").exists()
     ours = empty(older)
-    read(older, ours, None, facts=folders.read(older).files)
+    load_tensors(older, ours, None, facts=folders.read_checkpoint(older).files)
     assert len(ours) > 30
     assert sum(tensor.count_nonzero().item() for tensor in ours.values()) > 10_000
     assert same(ours, by_dcp(older))
@@ -93,9 +93,9 @@ def test_an_older_checkpoint_resumes_to_the_bit(older: Path, tmp_path: Path) -> 
     """The run that goes on from it is the run that goes on from the same state with a plan, bit for bit."""
     newer = tmp_path / "newer/checkpoint/step-2"
     shutil.copytree(older, newer)
-    (newer / "plan.json").write_bytes(metadata_file.read((older / ".metadata").read_bytes()).as_json())
+    (newer / "plan.json").write_bytes(metadata_file.read_plan((older / ".metadata").read_bytes()).as_json())
     (newer / ".metadata").write_bytes(b"not opened")
-    seal_again(newer)
+    reseal_manifest(newer)
     assert resumed(older, 2) == resumed(newer, 2)
     last = older.with_name("step-5")
     assert (last / "plan.json").is_file(), "what is saved now has a plan"
@@ -111,10 +111,10 @@ def test_a_run_that_goes_on_keeps_the_schedule_and_the_decay_that_it_was_started
     assert norm_of(older.with_name("step-5")) == pytest.approx(NORM_THEN, abs=1e-5)
     records = train(older.parents[1], 1, *GIVEN[:2], "--training.steps=6", file=str(OLDER / "tiny.toml"))
     assert records[-1]["lr"] == pytest.approx(8e-4 / 6, rel=1e-12)
-    said = folders.newest_extra(older.parent)
-    assert said is not None
-    assert (said["config"]["lr_scheduler"]["variant"], said["train_state"]["step"]) == ("early_decay", 6)
-    assert said["config"]["optimizer"]["decay_norms_and_biases"] is False
+    extra = folders.newest_extra(older.parent)
+    assert extra is not None
+    assert (extra["config"]["lr_scheduler"]["variant"], extra["train_state"]["step"]) == ("early_decay", 6)
+    assert extra["config"]["optimizer"]["decay_norms_and_biases"] is False
 
 
 def test_keys_that_are_set_win_over_what_the_run_was_started_with(older: Path) -> None:
@@ -134,31 +134,31 @@ def test_the_dry_run_says_what_a_run_that_goes_on_keeps(older: Path, capfd: pyte
     argv = [*GIVEN, "--job.dump_folder", str(older.parents[1])]
     environ = {"CONFIG_FILE": str(OLDER / "tiny.toml"), "NGPU": "2", "DRY_RUN": "1"}
     assert launch(argv, environ) == 0
-    told = " ".join(capfd.readouterr().out.split())
+    output = " ".join(capfd.readouterr().out.split())
     kept = f"with which the run in {older.parent} was started"
-    assert f'lr_scheduler.variant stays "early_decay", {kept}' in told
-    assert f"optimizer.decay_norms_and_biases stays false, {kept}" in told
+    assert f'lr_scheduler.variant stays "early_decay", {kept}' in output
+    assert f"optimizer.decay_norms_and_biases stays false, {kept}" in output
     assert launch([*argv, *TODAY], environ) == 0
-    told = capfd.readouterr().out
-    assert "early" not in told
-    assert "decay_norms_and_biases stays" not in told
+    output = capfd.readouterr().out
+    assert "early" not in output
+    assert "decay_norms_and_biases stays" not in output
 
 
 def test_stock_dcp_reads_what_is_saved_on_two_ranks(older: Path) -> None:
     resumed(older, 2)
     last = older.with_name("step-5")
     ours = empty(last)
-    read(last, ours, None, facts=folders.read(last).files)
+    load_tensors(last, ours, None, facts=folders.read_checkpoint(last).files)
     assert same(ours, by_dcp(last))
-    written = plan.parse((last / "plan.json").read_bytes())
-    assert written.tensors == metadata_file.read((last / ".metadata").read_bytes()).tensors
-    assert "plan.json" in folders.read(last).files
+    written = plan.parse_plan((last / "plan.json").read_bytes())
+    assert written.tensors == metadata_file.read_plan((last / ".metadata").read_bytes()).tensors
+    assert "plan.json" in folders.read_checkpoint(last).files
 
 
 def refusals(place: str, flag: str, names: list[str]) -> list[str]:
     """On each rank: what a load of each crafted checkpoint tells, on a resume and by `initial_load_path`."""
     group = dist.new_group(backend="gloo")
-    told = []
+    outcomes = []
     for name in names:
         step = Path(place, name, "step-8")
         for section, run in (
@@ -170,11 +170,11 @@ def refusals(place: str, flag: str, names: list[str]) -> list[str]:
             try:
                 manager.load(manager.find(), {"model": weights})
             except Exception as error:  # noqa: BLE001 (its kind is looked at)
-                told.append(f"{type(error).__name__}: {error}")
+                outcomes.append(f"{type(error).__name__}: {error}")
             else:
-                told.append("loaded")
+                outcomes.append("loaded")
             assert not os.path.exists(flag)
-    return told
+    return outcomes
 
 
 def test_crafted_checkpoints_are_refused_alike_on_all_ranks(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_crafted_checkpoints_are_refused_alike_on_all_ranks(tmp_path: Path) -> N
         step = tmp_path / name / "step-8"
         shutil.copytree(tmp_path / "step-8", step)
         attack(step, tmp_path / "flag")
-        seal_again(step)
+        reseal_manifest(step)
     first, second = run_ranks(refusals, 2, str(tmp_path), str(tmp_path / "flag"), list(ATTACKS))
     assert not (tmp_path / "flag").exists()
     assert len(first) == 2 * len(ATTACKS)
@@ -199,7 +199,7 @@ def test_a_run_of_two_ranks_refuses_a_crafted_checkpoint(older: Path, tmp_path: 
         step = tmp_path / name / "checkpoint/step-2"
         shutil.copytree(older, step)
         ATTACKS[name](step, tmp_path / "flag")
-        seal_again(step)
+        reseal_manifest(step)
         with pytest.raises(RankError, match=r"\.metadata is refused"):
             resumed(step, 2)
         assert not (tmp_path / "flag").exists()

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TORCHRUN, TRAIN, Running, is_alive, launch, stand_in, wait_until
+from launching import ROOT, RUN_TRAIN, TORCHRUN, TRAIN, Running, is_alive, launch, replace_loop, wait_until
 
 ENDLESS = """
 import os, pathlib, time
@@ -30,16 +30,16 @@ def start(command: list[str], folder: Path, loop_environ: dict[str, str]) -> tup
     except BaseException:
         running.kill_all()
         raise
-    running.family()
+    running.process_tree()
     pairs = [report.read_text().split() for report in reports]
     return running, [int(rank) for rank, _ in pairs], int(pairs[0][1])
 
 
 @pytest.mark.parametrize("victim", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_nothing_outlives_a_kill(victim: str, tmp_path: Path) -> None:
-    running, ranks, torchrun = start(RUN_TRAIN, tmp_path, stand_in(tmp_path / "stand_in", ENDLESS))
+    running, ranks, torchrun = start(RUN_TRAIN, tmp_path, replace_loop(tmp_path / "stand_in", ENDLESS))
     try:
-        assert {*ranks, torchrun, running.process.pid} <= running.family()
+        assert {*ranks, torchrun, running.process.pid} <= running.process_tree()
         if victim == "launcher":
             running.process.kill()
         else:
@@ -59,7 +59,7 @@ def test_ranks_of_a_bare_torchrun_die_with_it_and_free_their_folder(tmp_path: Pa
         "--nproc-per-node=2",
         str(ROOT / "torchtitan/train.py"),
     ]
-    loop_environ = stand_in(tmp_path / "stand_in", ENDLESS)
+    loop_environ = replace_loop(tmp_path / "stand_in", ENDLESS)
     running, ranks, torchrun = start(command, tmp_path, loop_environ)
     try:
         assert torchrun == running.process.pid

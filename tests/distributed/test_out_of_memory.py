@@ -24,14 +24,14 @@ def limited(folder: str, arguments: tuple[str, ...], step: int, estimated: bool 
 
     take_step = loop.train_step
 
-    def train_step(state, recipe, mesh):
+    def train_step(state, step_config, mesh):
         if state.step + 1 == step:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + (32 << 20)
             if not estimated:
                 Path(folder, "estimate.json").unlink()
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        return take_step(state, recipe, mesh)
+        return take_step(state, step_config, mesh)
 
     loop.train_step = train_step
     return main(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *arguments])
@@ -55,8 +55,8 @@ def test_running_out_of_host_memory(estimated: bool, tmp_path: Path) -> None:
     assert "allocate" in lines[3]
     helps = lines.index("What would help most:")
     if estimated:
-        foreseen = json.loads((run / "estimate.json").read_text())["if_memory_runs_out"]
-        assert lines[helps + 1 : helps + 4] == [f"    {foreseen[0]}", f"    {foreseen[1]}", ""]
+        predicted = json.loads((run / "estimate.json").read_text())["if_memory_runs_out"]
+        assert lines[helps + 1 : helps + 4] == [f"    {predicted[0]}", f"    {predicted[1]}", ""]
     else:
         assert "activation_checkpoint.mode=full" in lines[helps + 1]
         assert "training.local_batch_size=4 --training.global_batch_size=8" in lines[helps + 2]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import FLOAT32, SPEC, Case, Trace, train_all
+from tiny import FLOAT32, SPEC, Case, TrainingTrace, train_all
 
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import Parallelism, Training
@@ -19,12 +19,12 @@ ALONE = [Case(), Case(training=BF16), Case(spec=TIED), Case(training=OFFLOAD)]
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[Trace]:
+def alone() -> list[TrainingTrace]:
     """The cases of `ALONE` on one rank; the first is a plain model, wrapped by nothing."""
     return run_ranks(train_all, 1, ALONE)[0]
 
 
-def assert_same_training(traces: list[Trace], reference: Trace, tolerance: float = 2e-6) -> None:
+def assert_same_training(traces: list[TrainingTrace], reference: TrainingTrace, tolerance: float = 2e-6) -> None:
     for trace in traces:
         assert trace.losses == pytest.approx(reference.losses, rel=tolerance)
         assert trace.norms == pytest.approx(reference.norms, rel=tolerance)
@@ -32,7 +32,7 @@ def assert_same_training(traces: list[Trace], reference: Trace, tolerance: float
         assert trace.losses == traces[0].losses  # all ranks report the same numbers
 
 
-def test_two_ranks(alone: list[Trace]) -> None:
+def test_two_ranks(alone: list[TrainingTrace]) -> None:
     fsdp, ddp = Degrees(dp_shard=2), Degrees(dp_replicate=2)
     cases = [
         Case(fsdp),
@@ -52,7 +52,7 @@ def test_two_ranks(alone: list[Trace]) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(alone: list[Trace]) -> None:
+def test_four_ranks(alone: list[TrainingTrace]) -> None:
     hsdp = Degrees(dp_replicate=2, dp_shard=2)
     cases = [
         Case(Degrees(dp_shard=4)),
@@ -67,7 +67,7 @@ def test_four_ranks(alone: list[Trace]) -> None:
     assert_same_training(bf16, alone[1], tolerance=2e-4)
 
 
-def test_one_rank_follows_the_same_dtype_policy(alone: list[Trace]) -> None:
+def test_one_rank_follows_the_same_dtype_policy(alone: list[TrainingTrace]) -> None:
     plain, bf16, _, offload = alone
     assert bf16.losses != plain.losses
     assert bf16.losses == pytest.approx(plain.losses, rel=1e-2)
@@ -76,7 +76,7 @@ def test_one_rank_follows_the_same_dtype_policy(alone: list[Trace]) -> None:
     assert all(torch.equal(offload.weights[name], plain.weights[name]) for name in plain.weights)
 
 
-def test_weights_agree_after_training(alone: list[Trace]) -> None:
+def test_weights_agree_after_training(alone: list[TrainingTrace]) -> None:
     """Looser than the losses: Adam turns a gradient near zero into a step whose sign is a matter of rounding."""
     for trace in run_ranks(train_all, 2, [Case(Degrees(dp_shard=2), FLOAT32)])[0]:
         for name, weight in alone[0].weights.items():

@@ -89,13 +89,13 @@ def life_of_a_group() -> dict[str, Any]:
     process_group.tighten_timeouts(comm)
     host = process_group.host_group()
     gathered = all_gather_json({"rank": collectives.rank()})
-    told = broadcast_json(f"from {collectives.rank()}")
+    received = broadcast_json(f"from {collectives.rank()}")
     options = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options
     recorded = torch._C._distributed_c10d._dump_fr_trace_json()
     result = {
         "device": str(device),
         "gathered": gathered,
-        "told": told,
+        "received": received,
         "timeout": options._timeout,
         "recorded": b"barrier" in recorded,
         "host": host is None or host.size(),
@@ -118,7 +118,7 @@ def test_a_process_group_starts_tightens_and_stops() -> None:
     for rank, result in enumerate(run_ranks(life_of_a_group, 2, backend=None)):
         assert result["device"] == "cpu", rank
         assert result["gathered"] == [{"rank": 0}, {"rank": 1}]
-        assert result["told"] == "from 0"
+        assert result["received"] == "from 0"
         assert result["timeout"] == timedelta(seconds=20)
         assert result["recorded"]
         assert (result["host"], result["loss ranks"]) == (2, 2)
@@ -126,7 +126,7 @@ def test_a_process_group_starts_tightens_and_stops() -> None:
 
 def test_one_rank_needs_no_rendezvous() -> None:
     result = run_ranks(alone, 1, backend=None)[0]
-    assert (result["gathered"], result["told"], result["host"]) == ([{"rank": 0}], "from 0", True)
+    assert (result["gathered"], result["received"], result["host"]) == ([{"rank": 0}], "from 0", True)
 
 
 def wait_for_nobody() -> None:

@@ -11,16 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import training
-from launching import RUN_TRAIN, Running, is_alive, stand_in, wait_until
-from pipelines import CPU, Arguments, FixedBatches, Trace, make_state, pipeline, read_run, train_all
+from launching import RUN_TRAIN, Running, is_alive, replace_loop, wait_until
+from pipelines import CPU, Arguments, FixedBatches, PipelineTrace, make_state, pipeline, read_run, train_all
 from ranks import RankError, run_ranks
 from torch import nn
 from torch.distributed.pipelining.schedules import _check_torch_compile_compatibility
 
+from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import build_mesh
-from quadriga.comm.record import Recorder, axes_of
-from quadriga.train.build import build_pass, build_recipe
-from quadriga.train.passes import PipelinePass
+from quadriga.train.build import build_forward_backward, build_step_config
+from quadriga.train.forward_backward import PipelineForwardBackward
 from quadriga.train.step import train_step
 
 SINGLE, LOOP = ("GPipe", "1F1B"), ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
@@ -39,40 +39,40 @@ COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
 LAYERS = '"layers.0", "layers.1", "layers.2"'
 
 
-def alone(*cases: Arguments) -> list[Trace]:
+def alone(*cases: Arguments) -> list[PipelineTrace]:
     """One process, wrapped by nothing in float32."""
     return run_ranks(train_all, 1, list(cases))[0]
 
 
 @pytest.fixture(scope="module")
-def plain() -> Trace:
+def plain() -> PipelineTrace:
     return alone(())[0]
 
 
 @pytest.fixture(scope="module")
-def accumulated() -> Trace:
+def accumulated() -> PipelineTrace:
     return alone(ACCUMULATE)[0]
 
 
-def assert_same_training(ranks: list[Trace], reference: Trace, tolerance: float = 1e-6) -> None:
+def assert_same_training(ranks: list[PipelineTrace], reference: PipelineTrace, tolerance: float = 1e-6) -> None:
     for trace in ranks:
         assert trace.losses == pytest.approx(reference.losses, rel=tolerance)
         assert trace.norms == pytest.approx(reference.norms, rel=tolerance)
         assert trace.losses == ranks[0].losses  # all ranks report the same numbers
         assert trace.validation == pytest.approx(reference.validation, rel=tolerance)
-        assert not trace.left_whole
+        assert not trace.left_unsharded
         for name, weight in trace.weights.items():
-            assert torch.equal(trace.born[name], reference.born[name]), name
+            assert torch.equal(trace.initial_weights[name], reference.initial_weights[name]), name
             # Looser than the losses: Adam turns a gradient near zero into a step whose sign is a matter of rounding.
             torch.testing.assert_close(weight, reference.weights[name], rtol=1e-3, atol=2e-4)
     assert {name for trace in ranks for name in trace.weights} == set(reference.weights)
 
 
-def by_case(ranks: int, cases: list[Arguments]) -> list[list[Trace]]:
+def by_case(ranks: int, cases: list[Arguments]) -> list[list[PipelineTrace]]:
     return [list(traces) for traces in zip(*run_ranks(train_all, ranks, cases, timeout=120), strict=True)]
 
 
-def test_every_schedule_on_two_ranks(plain: Trace) -> None:
+def test_every_schedule_on_two_ranks(plain: PipelineTrace) -> None:
     for traces in by_case(2, [pipeline(2, schedule) for schedule in SCHEDULES]):
         assert_same_training(traces, plain)
         held = [set(trace.weights) for trace in traces]
@@ -80,7 +80,7 @@ def test_every_schedule_on_two_ranks(plain: Trace) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(accumulated: Trace) -> None:
+def test_four_ranks(accumulated: PipelineTrace) -> None:
     cases = [
         (*pipeline(2), *ONCE),
         (*pipeline(2), *EVERY),
@@ -94,7 +94,7 @@ def test_four_ranks(accumulated: Trace) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(), DDP], ids=["FSDP 2", "DDP 2"])
-def test_every_schedule_beside_data_parallelism(layout: Arguments, accumulated: Trace) -> None:
+def test_every_schedule_beside_data_parallelism(layout: Arguments, accumulated: PipelineTrace) -> None:
     cases = [(*pipeline(2, schedule), *layout, *reduce) for schedule in SCHEDULES for reduce in (ONCE, EVERY)]
     cases += [(*pipeline(2, schedule), *layout, *ALWAYS, *EVERY) for schedule in ("1F1B", "Interleaved1F1B")]
     for traces in by_case(4, cases):
@@ -102,7 +102,7 @@ def test_every_schedule_beside_data_parallelism(layout: Arguments, accumulated: 
 
 
 @pytest.mark.slow
-def test_every_schedule_on_four_stages_and_hybrid_sharding(accumulated: Trace) -> None:
+def test_every_schedule_on_four_stages_and_hybrid_sharding(accumulated: PipelineTrace) -> None:
     eight = ("--model.n_layers=8", "--training.local_batch_size=8", "--training.global_batch_size=16")
     # One row at a time, as in the pipeline: eight at once round otherwise, by 1.3e-6 of the norm in the third step.
     reference = alone((*eight, "--training.local_batch_size=1"))[0]
@@ -113,7 +113,7 @@ def test_every_schedule_on_four_stages_and_hybrid_sharding(accumulated: Trace) -
         assert_same_training(traces, accumulated)
 
 
-def test_other_stages_and_micro_batches(plain: Trace) -> None:
+def test_other_stages_and_micro_batches(plain: PipelineTrace) -> None:
     apart = f'[["tok_embeddings", {LAYERS}, "layers.3", "norm"], ["output"]]'
     four = f'[["tok_embeddings"], [{LAYERS}], ["layers.3", "norm"], ["output"]]'
     cases = [
@@ -150,7 +150,7 @@ THREE_STAGES = """\
 """
 
 
-def test_a_schedule_of_ones_own(plain: Trace, tmp_path: Path) -> None:
+def test_a_schedule_of_ones_own(plain: PipelineTrace, tmp_path: Path) -> None:
     cases = []
     for name, text in {"two": TWO_STAGES, "three": THREE_STAGES}.items():
         (tmp_path / name).write_text(text)
@@ -170,8 +170,8 @@ def step_at(arguments: Arguments, positions: torch.Tensor) -> float:
         for part in state.parts:
             for name, parameter in part.named_parameters():
                 parameter.mul_(10 if ".attention." in name else 1)
-    forward = build_pass(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=4 * run.spec.seq_len)
-    object.__setattr__(forward.share, "positions", positions)
+    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=4 * run.spec.seq_len)
+    object.__setattr__(forward.shard, "positions", positions)
     batch = FixedBatches(run, 0).next()
     four = type(batch)(batch.tokens[:4], batch.labels[:4])
     return float(mesh.reduce_sum(forward.train(four, reduce=False, last=True)))
@@ -182,8 +182,8 @@ def cut_positions() -> list[tuple[int, ...]]:
     run = read_run(pipeline(2), 2)
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
-    forward = build_pass(run, mesh, CPU, state.parts, 4, run.spec.seq_len)
-    assert isinstance(forward, PipelinePass)
+    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len)
+    assert isinstance(forward, PipelineForwardBackward)
     _, keywords = forward.pipeline._training._split_inputs((), {"positions": torch.arange(16)})
     return [tuple(each["positions"].shape) for each in keywords]
 
@@ -204,13 +204,13 @@ def messages(arguments: Arguments) -> list[Counter[tuple[str, int]]]:
     run = read_run(arguments, 2)
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
-    recipe = build_recipe(run, mesh, CPU, state.parts)
+    step_config = build_step_config(run, mesh, CPU, state.parts)
     batch = FixedBatches(run, 0).next()
     half = type(batch)(batch.tokens[:4], batch.labels[:4])
     seen = []
     for _ in range(2):
-        with Recorder(axes_of(mesh)) as recorder:
-            recipe.forward_backward.train(half, reduce=False, last=False)
+        with CallRecorder(axis_by_ranks(mesh)) as recorder:
+            step_config.forward_backward.train(half, reduce=False, last=False)
         seen.append(Counter((call.kind, call.size) for call in recorder.calls))
     return seen
 
@@ -241,31 +241,31 @@ def test_a_checkpoint_moves_between_a_pipeline_and_one_rank(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_compiled_blocks(plain: Trace) -> None:
+def test_compiled_blocks(plain: PipelineTrace) -> None:
     for traces in by_case(2, [(*pipeline(2), *COMPILED), (*pipeline(2, "Interleaved1F1B"), *COMPILED)]):
         assert_same_training(traces, plain)
 
 
-def free_past_the_door(arguments: Arguments) -> None:
-    """A step that frees parameters after the forward pass where the door refuses it."""
+def free_without_the_check(arguments: Arguments) -> None:
+    """A step that frees parameters after the forward pass where the configuration check refuses it."""
     run = read_run(arguments, dist.get_world_size())
     object.__setattr__(run.config.parallelism, "fsdp_reshard_after_forward", "always")
     object.__setattr__(run.spec, "reshard_after_forward", True)
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
-    train_step(state, build_recipe(run, mesh, CPU, state.parts), mesh)
+    train_step(state, build_step_config(run, mesh, CPU, state.parts), mesh)
 
 
 @pytest.mark.slow
-def test_what_the_door_keeps_out() -> None:
+def test_what_the_configuration_checks_refuse() -> None:
     """The trap behind a rule. Where this no longer fails, the rule can go."""
     with pytest.raises(RankError, match="KeyError"):
-        run_ranks(free_past_the_door, 4, (*pipeline(2, "ZBVZeroBubble"), *ACCUMULATE))
+        run_ranks(free_without_the_check, 4, (*pipeline(2, "ZBVZeroBubble"), *ACCUMULATE))
 
 
 def test_torch_does_not_see_what_was_compiled_in_place() -> None:
-    """It refuses compiled modules where a schedule splits the backward pass, and finds only wrapped ones: the door must
-    do it. (Small models come out right all the same.)
+    """It refuses compiled modules where a schedule splits the backward pass, and finds only wrapped ones: the check
+    must do it. (Small models come out right all the same.)
     """
     wrapped, in_place = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")), nn.Sequential(nn.Linear(2, 2))
     in_place[0].compile(backend="eager")
@@ -302,12 +302,12 @@ def run(run, environ):
 @pytest.mark.parametrize("broken", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_stage_that_fails_ends_the_run_with_its_own_error(broken: str, tmp_path: Path) -> None:
     """Its neighbours wait for a message that never comes: nobody may wait for the timeout of 100 seconds."""
-    environ = stand_in(tmp_path / "stand_in", BREAKING) | {"NGPU": "2", "BROKEN": broken, "OMP_NUM_THREADS": "1"}
+    environ = replace_loop(tmp_path / "stand_in", BREAKING) | {"NGPU": "2", "BROKEN": broken, "OMP_NUM_THREADS": "1"}
     arguments = (*training.TINY, "--model.n_layers=4", "--training.local_batch_size=4", "--checkpoint.no_enable")
     command = [*RUN_TRAIN, "--job.config_file", training.DEBUG_FILE, "--job.dump_folder", str(tmp_path / "run")]
     running = Running([*command, *arguments, *pipeline(2), "--training.steps=1000"], environ)
     try:
-        assert wait_until(lambda: running.process.poll() is not None or not running.family(), 90)
+        assert wait_until(lambda: running.process.poll() is not None or not running.process_tree(), 90)
         ended = running.end()
     finally:
         running.kill_all()

@@ -1,4 +1,4 @@
-"""A run on one machine listens on the loopback alone; strangers who reach its ports neither run code nor stop it."""
+"""A run on one machine listens on the loopback alone; hostile clients on its ports neither run code nor stop it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TRAIN, Running, command_line, stand_in, wait_until
-from sockets import Listener, Stranger, listeners
+from launching import ROOT, RUN_TRAIN, TRAIN, Running, command_line, replace_loop, wait_until
+from sockets import HostileClient, Listener, listeners
 from training import DEBUG_FILE, TINY, train
 
 from quadriga.metrics.jsonl import read_metrics
@@ -60,7 +60,7 @@ class Canary:
         return os.system, (f"touch {self.file}",)
 
 
-class Attacked:
+class RunUnderAttack:
     """A run whose every port is attacked as soon as it is seen, and whose store is written to while it trains."""
 
     def __init__(self, folder: Path, command: list[str], environ: dict[str, str]) -> None:
@@ -69,22 +69,22 @@ class Attacked:
         self.seen: set[Listener] = set()
         self.stores: set[int] = set()  # the ports of the agent
         self.starts: set[str] = set()
-        self._stranger = Stranger()
-        environ = {"NGPU": "2", "GATE": str(folder), **stand_in(folder / "hook", GATED), **environ}
+        self._client = HostileClient()
+        environ = {"NGPU": "2", "GATE": str(folder), **replace_loop(folder / "hook", GATED), **environ}
         self.running = Running([*command, "--job.dump_folder", str(folder / "run")], environ)
 
-    def look(self) -> bool:
+    def attack_new_ports(self) -> bool:
         """Attack what is new; whether the run has ended."""
-        for listener in listeners(self.running.family()) - self.seen:
+        for listener in listeners(self.running.process_tree()) - self.seen:
             self.seen.add(listener)
             if "quadriga.launch.agent" in command_line(listener.pid):
                 self.stores.add(listener.port)
             if listener.is_loopback:
-                self._stranger.attack(listener.port)
+                self._client.attack(listener.port)
         for gate in self.folder.glob("*.there"):
             if gate.stem not in self.starts:
                 self.starts.add(gate.stem)
-                for listener in listeners(self.running.family()):
+                for listener in listeners(self.running.process_tree()):
                     if listener.port in self.stores:
                         write_into_store(listener.port, gate.stem, self.canary)
                 gate.with_suffix(".go").touch()
@@ -93,11 +93,11 @@ class Attacked:
     def end(self) -> str:
         """What it said."""
         try:
-            assert wait_until(self.look, 240)
+            assert wait_until(self.attack_new_ports, 240)
             ended = self.running.end(30)
         finally:
             self.running.kill_all()
-            self._stranger.leave()
+            self._client.close()
         assert ended.code == 0, ended.err
         assert not self.canary.exists()
         assert {str(one) for one in self.seen if not one.is_loopback} == set()
@@ -117,11 +117,11 @@ def write_into_store(port: int, start: str, canary: Path) -> None:
     known = store.list_keys() if hasattr(store, "list_keys") else []
     names = {name.lstrip("/") for name in known if "rendezvous" in name or "quadriga/watch" in name}
     names |= {"torch.rendezvous.quadriga", "torch.rendezvous.none"}
-    names |= {f"quadriga/watch/{start}/{name}" for name in ("0", "1", "alarm", "judge", "stack")}
+    names |= {f"quadriga/watch/{start}/{name}" for name in ("0", "1", "alarm", "leader", "stack")}
     for name in sorted(names):
         store.set(name, base64.b64encode(code) if "rendezvous" in name else code)
-    alarm = f"quadriga/watch/{start}/alarm"
-    assert wait_until(lambda: store.get(alarm) == b"-", 100), "no rank has taken back what is no alarm"
+    key = f"quadriga/watch/{start}/alarm"
+    assert wait_until(lambda: store.get(key) == b"-", 100), "no rank has taken back what is no alarm"
 
 
 def numbers(records: list[dict[str, Any]]) -> list[tuple[object, ...]]:
@@ -143,10 +143,10 @@ def test_what_listens_on_all_interfaces_is_found() -> None:
 
 
 def test_all_ports_of_a_run_are_of_the_loopback_and_strangers_do_not_change_it(tmp_path: Path) -> None:
-    run = Attacked(tmp_path / "run", [*RUN_TRAIN, *STEPS], {})
-    said = run.end()
+    run = RunUnderAttack(tmp_path / "run", [*RUN_TRAIN, *STEPS], {})
+    output = run.end()
     assert run.starts == {"0"}
-    assert "was not written by a rank" in said  # the pickle in place of an alarm was seen, and not taken
+    assert "was not written by a rank" in output  # the pickle in place of an alarm was seen, and not taken
     by_pid = {listener.pid for listener in run.seen}
     assert len(by_pid) == 3, run.seen  # the agent's store and both ranks' gloo
     assert run.numbers == numbers(train(tmp_path / "straight", 2, *STEPS))
@@ -154,10 +154,10 @@ def test_all_ports_of_a_run_are_of_the_loopback_and_strangers_do_not_change_it(t
 
 @pytest.mark.more
 def test_so_are_those_of_two_runs_at_once_and_of_ranks_that_start_again(tmp_path: Path) -> None:
-    again = Attacked(tmp_path / "again", [*RUN_TRAIN, *STEPS, *SAVING], {"MAX_RESTARTS": "1", "DIE": "1"})
-    other = Attacked(tmp_path / "other", [*RUN_TRAIN, *STEPS], {})
+    again = RunUnderAttack(tmp_path / "again", [*RUN_TRAIN, *STEPS, *SAVING], {"MAX_RESTARTS": "1", "DIE": "1"})
+    other = RunUnderAttack(tmp_path / "other", [*RUN_TRAIN, *STEPS], {})
     try:
-        assert wait_until(lambda: all([again.look(), other.look()]), 300)
+        assert wait_until(lambda: all([again.attack_new_ports(), other.attack_new_ports()]), 300)
     finally:
         again.running.kill_all()
         other.running.kill_all()
@@ -170,7 +170,7 @@ def test_so_are_those_of_two_runs_at_once_and_of_ranks_that_start_again(tmp_path
 
 @pytest.mark.more
 def test_so_is_that_of_one_process_without_torchrun(tmp_path: Path) -> None:
-    run = Attacked(tmp_path / "run", [*TRAIN, "--job.config_file", DEBUG_FILE, *STEPS], {})
+    run = RunUnderAttack(tmp_path / "run", [*TRAIN, "--job.config_file", DEBUG_FILE, *STEPS], {})
     run.end()
     assert run.starts == {"0"}
     assert run.numbers == numbers(train(tmp_path / "straight", 1, *STEPS))
@@ -191,15 +191,15 @@ def test_so_are_those_of_the_runs_that_a_command_starts(tmp_path: Path, name: st
     seen: set[Listener] = set()
 
     def ended() -> bool:
-        seen.update(listeners(running.family()))
+        seen.update(listeners(running.process_tree()))
         return running.process.poll() is not None
 
     try:
         assert wait_until(ended, 240)
-        said = running.end(30)
+        result = running.end(30)
     finally:
         running.kill_all()
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     assert len({one.pid for one in seen}) >= 3, seen  # a store, and two ranks' gloo
     assert {str(one) for one in seen if not one.is_loopback} == set()
 
@@ -222,7 +222,7 @@ def test_names_that_resolve_elsewhere_or_not_at_all_change_nothing(tmp_path: Pat
     hosts = tmp_path / "hosts"
     hosts.write_text("203.0.113.7 elsewhere localhost\n" if name == "elsewhere" else "127.0.0.1 nobody\n")
     command = [*alone, "sh", "-c", NAMED, "sh", *RUN_TRAIN, *STEPS]
-    run = Attacked(tmp_path / "run", command, {"HOSTS": str(hosts), "NAME": name})
+    run = RunUnderAttack(tmp_path / "run", command, {"HOSTS": str(hosts), "NAME": name})
     run.end()
     assert run.starts == {"0"}
     assert run.numbers == numbers(train(tmp_path / "straight", 2, *STEPS))

@@ -75,7 +75,7 @@ def test_the_first_failure_is_the_one_that_is_shown() -> None:
         run_ranks(fail_on_rank_one, 2)
 
 
-def test_a_death_is_told_from_an_error() -> None:
+def test_a_death_is_distinguished_from_an_error() -> None:
     with pytest.raises(RankError, match=r"rank 1 of 2 died with exit code 7|rank 0 of 2 failed"):
         run_ranks(die_on_rank_one, 2)
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TRAIN, Ended, launch
+from launching import ROOT, RUN_TRAIN, TRAIN, LaunchResult, launch
 
 CONFIGS = ROOT / "configs"
 LAYOUTS_OF_8B = {
@@ -33,20 +33,20 @@ LAYOUTS_OF_8B = {
 }
 
 
-def rehearse(file: Path, ranks: int, *keys: str, timeout: float = 200) -> Ended:
+def rehearse(file: Path, ranks: int, *keys: str, timeout: float = 200) -> LaunchResult:
     environ = {"DRY_RUN": "1", "NGPU": str(ranks), "CONFIG_FILE": str(file)}
     ended = launch([*RUN_TRAIN, "--rehearse", *keys], environ, timeout=timeout)
     assert ended.code == 0, ended.out + ended.err
     return ended
 
 
-def seconds(ended: Ended) -> list[float]:
+def seconds(ended: LaunchResult) -> list[float]:
     """Building and the step, together, of each rank that was rehearsed."""
-    told = re.findall(r"built in ([\d.]+) s, one step in ([\d.]+) s", ended.out)
-    return [float(build) + float(step) for build, step in told]
+    durations = re.findall(r"built in ([\d.]+) s, one step in ([\d.]+) s", ended.out)
+    return [float(build) + float(step) for build, step in durations]
 
 
-def memory_gib(ended: Ended) -> float:
+def memory_gib(ended: LaunchResult) -> float:
     amounts = re.findall(r"rehearsal itself took ([\d.]+) (MiB|GiB)", ended.out)
     return max(float(amount) / (1024 if unit == "MiB" else 1) for amount, unit in amounts)
 
@@ -57,7 +57,7 @@ def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None
     others = ("--job.dump_folder", str(tmp_path / "run"), "--compile.enable", "--model.n_layers=4")
     others += ("--parallelism.enable_async_tensor_parallel", "--model.converters=quantize.linear.float8")
     ended = rehearse(CONFIGS / "debug/debug.toml", 8, *cuts, *others)
-    for words in (
+    for text in (
         "rank 0 of 8",
         "rank 7 of 8",
         "send           over pp",
@@ -66,7 +66,7 @@ def test_first_and_last_rank_of_a_pipeline_are_rehearsed(tmp_path: Path) -> None
         "without conv",
         "without async",
     ):
-        assert words in ended.out
+        assert text in ended.out
     assert memory_gib(ended) < 1
     assert not (tmp_path / "run").exists()
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from fault_injection import InjectedFault, flip_lowest_bit, inject
 from pipelines import make_state, read_run
-from poison import Poison, flip, give
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank, train
 
@@ -47,7 +47,7 @@ def test_long_shards_are_hashed_block_by_block():
     hashes = {hash_of(whole)[0]}
     for place in (0, BLOCK - 1, BLOCK, 2 * BLOCK, 2 * BLOCK + 4):
         changed = whole.clone()
-        flip(changed, place)
+        flip_lowest_bit(changed, place)
         hashes.add(hash_of(changed)[0])
     assert len(hashes) == 6
 
@@ -58,18 +58,18 @@ def compared(arguments: tuple[str, ...], flipped: dict[int, int]) -> list[str]:
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
     check = ReplicaCheck(1, state.parts, mesh)
-    said = []
+    messages = []
     for _ in range(2):
         try:
             check.compare(7)
-            said.append("")
+            messages.append("")
         except Fault as fault:
-            said.append(str(fault))
+            messages.append(str(fault))
         if dist.get_rank() in flipped:
-            flip(
+            flip_lowest_bit(
                 dict(pair for part in state.parts for pair in part.named_parameters())[WEIGHT], flipped[dist.get_rank()]
             )
-    return said
+    return messages
 
 
 def test_one_of_two_copies_is_found_but_not_blamed():
@@ -90,8 +90,8 @@ def test_one_of_four_copies_is_blamed():
         assert "between ranks" not in after
 
 
-def poisoned_rank(argv: list[str], poison: Poison) -> tuple[int, str]:
-    give(poison)
+def rank_with_faults(argv: list[str], injected: InjectedFault) -> tuple[int, str]:
+    inject(injected)
     try:
         return one_rank(argv), ""
     except Fault as fault:
@@ -103,9 +103,9 @@ def test_twenty_steps_without_a_false_alarm_and_a_flipped_bit_that_ends_the_run(
     records = train(tmp_path / "good", 2, *TINY, *keys, "--training.steps=20")
     assert len(records) == 20
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path / "bad"), *TINY, *keys]
-    poison = Poison(5, rank=1, flips=WEIGHT)
-    ended = run_ranks(poisoned_rank, 2, [*argv, "--training.steps=20"], poison, timeout=120, backend=None)
+    injected = InjectedFault(5, rank=1, flip_bit_of=WEIGHT)
+    ended = run_ranks(rank_with_faults, 2, [*argv, "--training.steps=20"], injected, timeout=120, backend=None)
     assert [code for code, _ in ended] == [1, 1]
-    assert all("step 8: copies of the weights differ" in words for _, words in ended)
+    assert all("step 8: copies of the weights differ" in message for _, message in ended)
     faults = [event for event in read_events(tmp_path / "bad") if event["event"] == "fault"]
     assert [(event["rank"], event["step"]) for event in faults] == [(0, 8)]

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, launch, stand_in
+from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, launch, replace_loop
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank, train
 
@@ -25,20 +25,20 @@ specification.loader.exec_module(loop)
 run, take_step = loop.run, loop.train_step
 events = json.loads(os.environ["EVENTS"]).get(os.environ["TORCHELASTIC_RESTART_COUNT"], {{}})
 
-def train_step(state, recipe, mesh):
+def train_step(state, step_config, mesh):
     event = events.get(str(state.step + 1))
     if event == "raise" and os.environ["RANK"] == "1":
         raise ValueError("broken on purpose")
     if event and os.environ["RANK"] == "1":
         os.kill(os.getpid(), getattr(signal, event))
-    return take_step(state, recipe, mesh)
+    return take_step(state, step_config, mesh)
 
 loop.train_step = train_step
 """
 
 
 def eventful(folder: Path, events: dict[int, dict[int, str]]) -> dict[str, str]:
-    return {"NGPU": "2", "EVENTS": json.dumps(events), **stand_in(folder, EVENTFUL)}
+    return {"NGPU": "2", "EVENTS": json.dumps(events), **replace_loop(folder, EVENTFUL)}
 
 
 def numbers(records: list[dict[str, object]]) -> list[tuple[object, ...]]:
@@ -72,7 +72,7 @@ def run(run, environ):
 
 
 def test_what_no_restart_can_mend_is_not_tried_again(tmp_path: Path) -> None:
-    environ = {"NGPU": "2", "MAX_RESTARTS": "1", "STARTS": str(tmp_path / "starts"), **stand_in(tmp_path, MISTAKEN)}
+    environ = {"NGPU": "2", "MAX_RESTARTS": "1", "STARTS": str(tmp_path / "starts"), **replace_loop(tmp_path, MISTAKEN)}
     ended = launch([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
     assert ended.code == 2
     assert ended.err.count("is not JSON") == 1

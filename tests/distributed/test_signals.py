@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, finished_steps, is_alive, stand_in, wait_until
+from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, finished_steps, is_alive, replace_loop, wait_until
 from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
@@ -23,7 +23,7 @@ SAVING = ("--checkpoint.enable",)
 
 @pytest.fixture(autouse=True)
 def _take_interrupts() -> None:
-    """What is started from here heeds Ctrl-C, also where these tests run in the background of a shell."""
+    """What is started from here handles Ctrl-C, also where these tests run in the background of a shell."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -46,14 +46,14 @@ def launched(folder: Path, *arguments: str, **environ: str) -> Running:
     ],
 )
 def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybody: bool, tmp_path: Path) -> None:
-    """`everybody`: as schedulers do that signal every process of a job. Wishes to save that come before there is
+    """`everybody`: as schedulers do that signal every process of a job. Save requests that come before there is
     anything to save do no harm."""
     running = launched(tmp_path, *SAVING)
     try:
         assert wait_until(lambda: running.has_started("quadriga.launch.agent"), 150)
         running.process.send_signal(signal.SIGUSR2)
         assert wait_until(lambda: finished_steps(tmp_path) >= 3, 150)
-        for pid in running.family() if everybody else [running.process.pid]:
+        for pid in running.process_tree() if everybody else [running.process.pid]:
             os.kill(pid, number)
         ended = running.end(120)
         assert ended.code == 75, ended.err
@@ -72,11 +72,11 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
     ]
 
 
-def asked_on_the_way(folder: str) -> tuple[int, list[int]]:
+def save_and_stop_requests(folder: str) -> tuple[int, list[int]]:
     """Rank 1 is told to save; then the files are dropped. The exit code, and what was saved before the last file."""
     place, saved = Path(folder), []
 
-    def outside() -> None:
+    def send_requests() -> None:
         wait_until(lambda: finished_steps(place) >= 3, 30)
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR2)
@@ -85,12 +85,12 @@ def asked_on_the_way(folder: str) -> tuple[int, list[int]]:
             (place / "SAVE").touch()
         wait_until(lambda: len(saved_in(place)) == 2 and not (place / "SAVE").exists(), 30)
         at = finished_steps(place)
-        wait_until(lambda: finished_steps(place) >= at + 10, 30)  # one wish is one save
+        wait_until(lambda: finished_steps(place) >= at + 10, 30)  # one request is one save
         saved.extend(saved_in(place))
         if os.environ["RANK"] == "0":
             (place / "STOP").touch()
 
-    thread = threading.Thread(target=outside)
+    thread = threading.Thread(target=send_requests)
     thread.start()
     code = one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *ENDLESS, *SAVING])
     thread.join()
@@ -98,7 +98,7 @@ def asked_on_the_way(folder: str) -> tuple[int, list[int]]:
 
 
 def test_files_and_a_signal_to_any_rank_save_once_and_leave(tmp_path: Path) -> None:
-    ends = run_ranks(asked_on_the_way, 2, str(tmp_path), backend=None, timeout=90)
+    ends = run_ranks(save_and_stop_requests, 2, str(tmp_path), backend=None, timeout=90)
     for code, saved in ends:
         assert code == 75
         assert len(saved) == 2
@@ -107,17 +107,17 @@ def test_files_and_a_signal_to_any_rank_save_once_and_leave(tmp_path: Path) -> N
     assert [event["name"] for event in read_events(tmp_path) if event["event"] == "signal"] == ["the file STOP"]
 
 
-def interrupted(folder: str, times: int, arguments: tuple[str, ...]) -> int:
+def run_with_interrupts(folder: str, times: int, arguments: tuple[str, ...]) -> int:
     """Ctrl-C in the second step, so many times, on every rank."""
     from quadriga.train import loop
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell may ignore it
     take_step = loop.train_step
 
-    def train_step(state, recipe, mesh):
+    def train_step(state, step_config, mesh):
         for _ in range(times if state.step == 1 else 0):
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(state, recipe, mesh)
+        return take_step(state, step_config, mesh)
 
     loop.train_step = train_step
     code = one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *ENDLESS, *arguments])
@@ -126,20 +126,20 @@ def interrupted(folder: str, times: int, arguments: tuple[str, ...]) -> int:
 
 
 def test_without_checkpoints_the_step_is_finished_and_nothing_saved(tmp_path: Path) -> None:
-    assert run_ranks(interrupted, 2, str(tmp_path), 1, ("--checkpoint.no_enable",), backend=None) == [130, 130]
-    assert finished_steps(tmp_path) == 3  # the wish is agreed on after the step that follows it
+    assert run_ranks(run_with_interrupts, 2, str(tmp_path), 1, ("--checkpoint.no_enable",), backend=None) == [130, 130]
+    assert finished_steps(tmp_path) == 3  # the request is agreed on after the step that follows it
     assert saved_in(tmp_path) == []
 
 
 def test_one_rank_leaves_after_the_very_step(tmp_path: Path) -> None:
-    assert run_ranks(interrupted, 1, str(tmp_path), 1, SAVING, backend=None) == [75]
+    assert run_ranks(run_with_interrupts, 1, str(tmp_path), 1, SAVING, backend=None) == [75]
     assert saved_in(tmp_path) == [2]
     assert finished_steps(tmp_path) == 2
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="exit code 130"):
-        run_ranks(interrupted, 1, str(tmp_path), 2, SAVING, backend=None)
+        run_ranks(run_with_interrupts, 1, str(tmp_path), 2, SAVING, backend=None)
     assert (finished_steps(tmp_path), saved_in(tmp_path)) == (1, [])
 
 
@@ -149,10 +149,10 @@ def finishing(folder: str) -> int:
 
     take_step = loop.train_step
 
-    def train_step(state, recipe, mesh):
+    def train_step(state, step_config, mesh):
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(state, recipe, mesh)
+        return take_step(state, step_config, mesh)
 
     loop.train_step = train_step
     return one_rank(
@@ -181,17 +181,17 @@ def test_minutes_are_those_of_the_first_rank_and_do_not_add_up(tmp_path: Path) -
 
 
 LOOP = str(ROOT / "quadriga" / "train" / "loop.py")
-DEAF = f"""
+SLOW_STEP = f"""
 import importlib.util, pathlib, time
 specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {LOOP!r})
 loop = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(loop)
 run, take_step = loop.run, loop.train_step
 
-def train_step(state, recipe, mesh):
+def train_step(state, step_config, mesh):
     if state.step == 1:
         time.sleep(60)
-    return take_step(state, recipe, mesh)
+    return take_step(state, step_config, mesh)
 
 loop.train_step = train_step
 """
@@ -199,7 +199,7 @@ loop.train_step = train_step
 
 @pytest.mark.slow
 def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
-    environ = stand_in(tmp_path / "hook", DEAF)
+    environ = replace_loop(tmp_path / "hook", SLOW_STEP)
     running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)
     try:
         assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
@@ -216,7 +216,7 @@ def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> None:
-    environ = stand_in(tmp_path / "hook", DEAF)
+    environ = replace_loop(tmp_path / "hook", SLOW_STEP)
     running = launched(tmp_path / "run", *SAVING, **environ)
     try:
         assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)

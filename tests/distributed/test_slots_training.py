@@ -32,7 +32,7 @@ LAYOUTS = {
     "FSDP 2 x TP 2": (4, ("--parallelism.tensor_parallel_degree=2",)),
     "FSDP 2 x PP 2": (4, ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4")),
     "FSDP 2 x CP 2": (4, ("--parallelism.context_parallel_degree=2",)),
-    "2 ranks, validation, loss in pieces": (
+    "2 ranks, validation, loss chunks": (
         2,
         (
             "--training.loss_chunks=2",
@@ -151,20 +151,20 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     from quadriga.comm.mesh import build_mesh
     from quadriga.rehearsal.rehearse import empty_loader
     from quadriga.train.backends import collectives_for_shards
-    from quadriga.train.build import build_parts, build_recipe, build_state
+    from quadriga.train.build import build_parts, build_state, build_step_config
     from quadriga.train.step import train_step
 
     cpu = torch.device("cpu")
     mesh = build_mesh(run.spec.degrees, "cpu")
     sharding = collectives_for_shards(run, "host-slots", mesh, cpu)
     assert sharding is not None
-    parts = build_parts(run, mesh, cpu, for_shards=sharding)
+    parts = build_parts(run, mesh, cpu, shard_collectives=sharding)
     state = build_state(run, parts, empty_loader(run))
-    recipe = build_recipe(run, mesh, cpu, parts)
-    train_step(state, recipe, mesh)
-    sharding.carried.clear()
+    step_config = build_step_config(run, mesh, cpu, parts)
+    train_step(state, step_config, mesh)
+    sharding.bytes_by_collective.clear()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
-        train_step(state, recipe, mesh)
+        train_step(state, step_config, mesh)
     names = [event.name for event in found.events() if event.name.startswith("quadriga:collective ")]
     seen = []
     for name in names:
@@ -174,7 +174,7 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
         seen.append((facts["kind"], int(facts["bytes"])))
     heap = sharding.all_gather._heap
     sharding.close()
-    return sharding.carried, seen, (heap.gather, heap.scatter)
+    return sharding.bytes_by_collective, seen, (heap.gather, heap.scatter)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     ids=["FSDP 4", "FSDP 2, TP 2"],
 )
 def test_bytes_are_those_of_the_estimate_and_the_largest_call_fills_the_heap(layout: tuple[str, ...]) -> None:
-    from quadriga.planning.communication import calls_of
+    from quadriga.planning.communication import collective_calls
     from quadriga.planning.setup import Setup
 
     run = read_run(FLOAT32, *layout)
     expected: Counter[str] = Counter()
-    for call in calls_of(Setup(run, "cpu"), 0):
+    for call in collective_calls(Setup(run, "cpu"), 0):
         if call.axis == "shard" and call.when != "norm":
             expected[call.kind] += round(call.bytes)
     for carried, seen, (gather, scatter) in run_ranks(a_step, 4, run):

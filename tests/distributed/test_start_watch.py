@@ -46,18 +46,18 @@ def compiles() -> None:
     subprocess.run([sys.executable, "-c", work], check=True)
 
 
-def held_up(folder: str, place: str, how: Callable[[], None], who: int) -> int:
+def run_with_delay(folder: str, place: str, how: Callable[[], None], who: int) -> int:
     """A run in which rank `who` does something else first in the function named."""
     from quadriga.comm import process_group
     from quadriga.train import build, loop
-    from quadriga.train.passes import WholePass
+    from quadriga.train.forward_backward import WholeForwardBackward
 
     holder, name = {
         "rendezvous": (process_group, "start"),
         "data": (build, "build_loader"),
         "weights": (build, "build_parts"),
-        "first step": (WholePass, "train"),
-        "checkpoints": (loop.header, "say_if_finished"),
+        "first step": (WholeForwardBackward, "train"),
+        "checkpoints": (loop.header, "log_if_finished"),
     }[place]
     inner, left = getattr(holder, name), [how]
 
@@ -71,13 +71,13 @@ def held_up(folder: str, place: str, how: Callable[[], None], who: int) -> int:
     return one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", folder, *SHORT, *more])
 
 
-def told_of(tmp_path: Path, ranks: int, place: str, how: Callable[[], None], who: int = 0) -> list[ExitRecord]:
+def exit_records_of(tmp_path: Path, ranks: int, place: str, how: Callable[[], None], who: int = 0) -> list[ExitRecord]:
     """What the ranks of a run that does not start leave behind."""
     records = tmp_path / "records"
     records.mkdir()
     with pytest.raises(RankError, match="died with exit code 4"):
         run_ranks(
-            *(held_up, ranks, str(tmp_path / "run"), place, how, who),
+            *(run_with_delay, ranks, str(tmp_path / "run"), place, how, who),
             backend=None,
             timeout=90,
             environ={RECORDS: str(records)},
@@ -100,7 +100,7 @@ CASES = [
 
 @pytest.mark.parametrize(("place", "how", "phase"), CASES)
 def test_one_rank_that_hangs_is_ended_with_phase_and_stack(place: str, how, phase: str, tmp_path: Path) -> None:
-    (record,) = told_of(tmp_path, 1, place, how)
+    (record,) = exit_records_of(tmp_path, 1, place, how)
     first = record.details.splitlines()[0]
     assert first.startswith("the run has stood still for ")
     assert first.endswith(f"s: nothing moves before its first step has ended; rank 0 is in phase '{phase}'")
@@ -113,7 +113,7 @@ def test_one_rank_that_hangs_is_ended_with_phase_and_stack(place: str, how, phas
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["weights", "data"])
 def test_of_two_ranks_the_one_that_hangs_is_named_by_both(place: str, tmp_path: Path) -> None:
-    found = told_of(tmp_path, 2, place, spins, who=1)
+    found = exit_records_of(tmp_path, 2, place, spins, who=1)
     assert len({record.details for record in found}) == 1
     assert f"rank 1 is in phase '{place}'" in found[0].details
     assert "in spins" in found[0].details
@@ -127,6 +127,6 @@ def test_a_start_that_gets_on_is_left_alone(ranks: int, place: str, how, tmp_pat
     if place == "first step" and ranks > 1:
         pytest.skip("a collective within step 1 has its own time limit")
     folder = tmp_path / "run"
-    assert run_ranks(held_up, ranks, str(folder), place, how, 0, backend=None, timeout=120) == [0] * ranks
+    assert run_ranks(run_with_delay, ranks, str(folder), place, how, 0, backend=None, timeout=120) == [0] * ranks
     assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     assert not list((folder / "comm_traces").glob("stack_*"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 import training
 from ranks import RankError, run_ranks
-from tiny import SPEC, Case, Trace, make_model, train, whole
+from tiny import SPEC, Case, TrainingTrace, make_model, to_full_tensor, train
 from torch.distributed.tensor import DTensor
 from training import TINY
 
@@ -47,12 +47,12 @@ def case(degrees: Degrees, spec: str = "odd", **changes: Any) -> Case:
     return Case(degrees, spec=SPECS[spec], rows=4, **changes)
 
 
-def train_all(cases: list[Case]) -> list[Trace]:
+def train_all(cases: list[Case]) -> list[TrainingTrace]:
     return [train(each, steps=2) for each in cases]
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Trace]:
+def alone() -> dict[str, TrainingTrace]:
     """One process for each model, cut by nothing, and one that computes in bfloat16."""
     names = ("odd", "gqa", "tied")
     cases = [*(case(Degrees(), name) for name in names), case(Degrees(), training=BF16)]
@@ -65,7 +65,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return float((mine - other).norm() / other.norm())
 
 
-def assert_same_training(traces: tuple[Trace, ...], reference: Trace) -> None:
+def assert_same_training(traces: tuple[TrainingTrace, ...], reference: TrainingTrace) -> None:
     for trace in traces:
         assert trace.losses == pytest.approx(reference.losses, rel=1e-6)
         assert trace.norms == pytest.approx(reference.norms, rel=1e-6)
@@ -74,7 +74,7 @@ def assert_same_training(traces: tuple[Trace, ...], reference: Trace) -> None:
         assert (trace.losses, trace.norms) == (traces[0].losses, traces[0].norms)  # all ranks report the same
 
 
-def compare(cases: dict[str, list[Case]], ranks: int, alone: dict[str, Trace], timeout: float = 60.0) -> None:
+def compare(cases: dict[str, list[Case]], ranks: int, alone: dict[str, TrainingTrace], timeout: float = 60.0) -> None:
     """Train the cases, by the model that they are of, on the same ranks, and hold each to one plain process."""
     by_case = zip(*run_ranks(train_all, ranks, list(itertools.chain(*cases.values())), timeout=timeout), strict=True)
     for spec, group in cases.items():
@@ -82,7 +82,7 @@ def compare(cases: dict[str, list[Case]], ranks: int, alone: dict[str, Trace], t
             assert_same_training(next(by_case), alone[spec])
 
 
-def test_two_ranks(alone: dict[str, Trace]) -> None:
+def test_two_ranks(alone: dict[str, TrainingTrace]) -> None:
     cases = {
         "odd": [case(TP2), case(TP2, parallelism=WHOLE), case(TP2, parallelism=GATHERED)],
         "tied": [case(TP2, "tied"), case(TP2, "tied", parallelism=NEITHER)],
@@ -90,7 +90,7 @@ def test_two_ranks(alone: dict[str, Trace]) -> None:
     compare(cases, 2, alone)
 
 
-def test_bfloat16_is_about_as_near_to_float32_as_on_one_rank(alone: dict[str, Trace]) -> None:
+def test_bfloat16_is_about_as_near_to_float32_as_on_one_rank(alone: dict[str, TrainingTrace]) -> None:
     two = run_ranks(train_all, 2, [case(TP2, training=BF16)])[0][0]
     assert two.dtypes == alone["bf16"].dtypes == {(torch.float32, torch.float32)}
     for cut, uncut, exact in zip(two.losses, alone["bf16"].losses, alone["odd"].losses, strict=True):
@@ -98,7 +98,7 @@ def test_bfloat16_is_about_as_near_to_float32_as_on_one_rank(alone: dict[str, Tr
 
 
 @pytest.mark.slow
-def test_four_ranks(alone: dict[str, Trace]) -> None:
+def test_four_ranks(alone: dict[str, TrainingTrace]) -> None:
     cases = {
         "odd": [
             case(FSDP_TP, recompute=BY_OPERATION),
@@ -111,7 +111,7 @@ def test_four_ranks(alone: dict[str, Trace]) -> None:
 
 
 @pytest.mark.slow
-def test_every_layout_with_every_switch(alone: dict[str, Trace]) -> None:
+def test_every_layout_with_every_switch(alone: dict[str, TrainingTrace]) -> None:
     switches: list[dict[str, Any]] = [
         {"reduce": "every_micro_batch"},
         {"recompute": ActivationCheckpoint(mode="full")},
@@ -136,7 +136,7 @@ def test_every_layout_with_every_switch(alone: dict[str, Trace]) -> None:
 def losses_with_and_without_waiting(cases: list[Case]) -> list[list[float] | str]:
     """Of eager blocks, of compiled ones, and of compiled ones that are handed an output that is still on its way."""
     eager, compiled = (train(each, steps=2).losses for each in cases)
-    tensor_parallel.own_output = lambda module, inputs, output: output
+    tensor_parallel.plain_output = lambda module, inputs, output: output
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         unguarded: list[float] | str = train(cases[1], steps=2).losses
@@ -166,7 +166,7 @@ def norm_as_torch_takes_it(with_plain_norms: bool) -> tuple[set[str], float]:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     meshes = {str(parameter.device_mesh.mesh_dim_names) for parameter in parameters if isinstance(parameter, DTensor)}
-    return meshes, whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0)).item()
+    return meshes, to_full_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0)).item()
 
 
 def test_norms_lie_on_the_mesh_of_the_matrices_where_the_sequence_is_whole() -> None:
@@ -183,7 +183,7 @@ def initial_weights(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
     result = []
     for each in cases:
         model = make_model(each, build_mesh(each.degrees, "cpu"))
-        result.append({name: whole(parameter) for name, parameter in model.named_parameters()})
+        result.append({name: to_full_tensor(parameter) for name, parameter in model.named_parameters()})
     return result
 
 

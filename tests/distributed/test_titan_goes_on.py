@@ -1,4 +1,4 @@
-"""A run of torchtitan goes on here with its own next losses. What it trained there is in `theirs/losses.json`."""
+"""A run of torchtitan goes on here with its own next losses. What it trained there: `torchtitan_v022/losses.json`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from theirs import SIZES, THEIRS, run_folder
+from torchtitan_checkpoints import SIZES, TORCHTITAN_FOLDER, run_folder
 from training import train
 
 IN_ORDER = "[training.dataloader]\nshuffle = false\nwindow_overlap = 0\n"
@@ -21,10 +21,10 @@ ON_TWO = {
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which both trainers start, with torchtitan's run in it."""
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/assets").symlink_to(THEIRS / "data")
+    (tmp_path / "tests/assets").symlink_to(TORCHTITAN_FOLDER / "data")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.toml").write_text((THEIRS / "run.toml").read_text())
-    (tmp_path / "in_order.toml").write_text((THEIRS / "run.toml").read_text() + IN_ORDER)
+    (tmp_path / "run.toml").write_text((TORCHTITAN_FOLDER / "run.toml").read_text())
+    (tmp_path / "in_order.toml").write_text((TORCHTITAN_FOLDER / "run.toml").read_text() + IN_ORDER)
     return run_folder("one_rank", tmp_path / "out")
 
 
@@ -37,7 +37,9 @@ def go_on(folder: Path, ranks: int, file: str, *arguments: str) -> dict[int, dic
 def test_the_next_steps_are_its_own(there, layout):
     ranks, arguments = ON_TWO[layout]
     seen = go_on(there, ranks, "in_order.toml", "--checkpoint.load_step=3", *arguments)
-    wanted = {one["step"]: one for one in json.loads((THEIRS / "losses.json").read_text()) if one["step"] > 3}
+    wanted = {
+        one["step"]: one for one in json.loads((TORCHTITAN_FOLDER / "losses.json").read_text()) if one["step"] > 3
+    }
     assert seen.keys() == wanted.keys() == {4, 5, 6}
     for step, theirs in wanted.items():
         ours = seen[step]

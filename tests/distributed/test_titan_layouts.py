@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from pipelines import pipeline, read_run
 from ranks import run_ranks
-from theirs import SIZES, expected, unpack
-from tiny import whole
+from tiny import to_full_tensor
+from torchtitan_checkpoints import SIZES, expected, unpack
 
 from quadriga.checkpoint.states import ModelState, OptimizerState
 from quadriga.checkpoint.titan_read import read_titan
@@ -37,7 +37,7 @@ def load(place: str, arguments: tuple[str, ...]) -> dict[str, torch.Tensor]:
     states = {"model": ModelState(parts), "optimizer": OptimizerState(parts, [state.optimizer])}
     held = {f"{part}.{name}": value for part, one in states.items() for name, value in one.state_dict().items()}
     read_titan(place, held, titan_names(run.spec.model), dist.new_group(backend="gloo"))
-    return {name: whole(value) for name, value in held.items()}
+    return {name: to_full_tensor(value) for name, value in held.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from theirs import SIZES, THEIRS, by_dcp, expected, run_folder
+from torchtitan_checkpoints import SIZES, TORCHTITAN_FOLDER, by_dcp, expected, run_folder
 from training import train
 
 from quadriga.checkpoint import folder as folders
@@ -30,9 +30,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a run of torchtitan went on here for one step, from step 3 to step 4, on two ranks."""
     folder = tmp_path_factory.mktemp("start")
     (folder / "tests").mkdir()
-    (folder / "tests/assets").symlink_to(THEIRS / "data")
+    (folder / "tests/assets").symlink_to(TORCHTITAN_FOLDER / "data")
     order = "[training.dataloader]\nshuffle = false\nwindow_overlap = 0\n"
-    (folder / "run.toml").write_text((THEIRS / "run.toml").read_text() + order)
+    (folder / "run.toml").write_text((TORCHTITAN_FOLDER / "run.toml").read_text() + order)
     run_folder("one_rank", folder / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -56,9 +56,9 @@ def values(step: Path) -> dict[str, object]:
 def test_names_and_values_are_those_of_torchtitan(start, monkeypatch, capsys):
     monkeypatch.chdir(start)
     assert main(["to-torchtitan", "out/checkpoint/step-4", "there"]) == 0
-    told = capsys.readouterr()
-    assert told.out == "there/step-4\n"
-    assert "the rate saved" not in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "there/step-4\n"
+    assert "the rate saved" not in captured.err
     theirs, ours = start / "out/checkpoint/step-3", start / "there/step-4"
     assert by_dcp(ours).keys() == by_dcp(theirs).keys()
     saved, wanted = values(ours), values(theirs)
@@ -70,7 +70,7 @@ def test_names_and_values_are_those_of_torchtitan(start, monkeypatch, capsys):
     assert saved["train_state.step"] == saved["lr_scheduler.last_epoch"] == 4
     assert saved["lr_scheduler._step_count"] == 5
     assert saved["train_state.ntokens_seen"] == 4 * 48
-    steps = {one["step"]: one for one in json.loads((THEIRS / "losses.json").read_text())}
+    steps = {one["step"]: one for one in json.loads((TORCHTITAN_FOLDER / "losses.json").read_text())}
     assert saved["lr_scheduler._last_lr"] == [steps[5]["lr"]]
     assert saved["optimizer.param_groups.norm.weight.lr"] == steps[5]["lr"]
     place, before = value_of(saved["dataloader.dp_rank_0"]), value_of(wanted["dataloader.dp_rank_0"])
@@ -85,11 +85,11 @@ def test_tensors_are_ours_with_rows_in_their_order(start, monkeypatch):
     main(["to-torchtitan", "out/checkpoint/step-4", "tensors"])
     from test_older_checkpoints import empty
 
-    from quadriga.checkpoint.tensors import read
+    from quadriga.checkpoint.tensors import load_tensors
 
-    found = folders.read(start / "out/checkpoint/step-4")
-    ours = {name: value for name, value in empty(Path(found.place)).items() if not name.startswith("random")}
-    read(found.place, ours, None, facts=found.files, optional="random.", may_hold_more=True)
+    found = folders.read_checkpoint(start / "out/checkpoint/step-4")
+    ours = {name: value for name, value in empty(Path(found.location)).items() if not name.startswith("random")}
+    load_tensors(found.location, ours, None, facts=found.files, optional="random.", may_hold_more=True)
     theirs = expected(start / "tensors/step-4")
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_it_with_the_same_losses(start, tmp_path, monkeypatch
     """Here, as from any checkpoint of torchtitan's: steps 5 and 6 are those of the run that stayed there."""
     monkeypatch.chdir(start)
     main(["to-torchtitan", "out", str(start / "again/checkpoint")])
-    wanted = {one["step"]: one["loss"] for one in json.loads((THEIRS / "losses.json").read_text())}
+    wanted = {one["step"]: one["loss"] for one in json.loads((TORCHTITAN_FOLDER / "losses.json").read_text())}
     seen = go_on(start / "again", 1, 6)
     assert [one["step"] for one in seen] == [5, 6]
     for one in seen:
@@ -116,9 +116,9 @@ def test_what_cannot_be_known_is_left_out(start, tmp_path, monkeypatch, capsys):
     go_on(start / "shuffled", 1, 1, *shuffled)
     main(["to-torchtitan", "shuffled", str(tmp_path)])
     assert "dataloader" not in {name.partition(".")[0] for name in values(tmp_path / "step-1")}
-    told = capsys.readouterr().err
-    assert "--checkpoint.exclude_from_loading dataloader" in told
-    assert "shuffled its data" in told
+    output = capsys.readouterr().err
+    assert "--checkpoint.exclude_from_loading dataloader" in output
+    assert "shuffled its data" in output
 
 
 def test_a_finished_run_says_what_rate_its_next_step_has(start, tmp_path, monkeypatch, capsys):
@@ -158,7 +158,7 @@ def test_a_crafted_manifest_is_one_message(start, tmp_path, monkeypatch):
     sound = json.loads(file.read_text())
     written = []
     for number, (name, value) in enumerate(CRAFTED):
-        file.write_text(manifest.seal({**sound, "extra": _with(name, value, sound["extra"])}))
+        file.write_text(manifest.format_manifest({**sound, "extra": _with(name, value, sound["extra"])}))
         try:
             main(["to-torchtitan", str(step), str(tmp_path / f"there{number}")])
         except UserError:
@@ -172,7 +172,7 @@ def test_weights_alone_and_what_is_refused(start, tmp_path, monkeypatch):
     monkeypatch.chdir(start)
     go_on(start / "alone", 1, 1, "--checkpoint.last_save_model_only")
     main(["to-torchtitan", "alone", str(tmp_path)])
-    assert titan.look(tmp_path / "step-1").contents == ("model",)
+    assert titan.inspect(tmp_path / "step-1").contents == ("model",)
     with pytest.raises(UserError, match="is there already"):
         main(["to-torchtitan", "alone", str(tmp_path)])
     with pytest.raises(UserError, match="of no use"):

@@ -41,7 +41,7 @@ def test_bytes_and_calls_of_every_axis_equal_the_estimate(run, found):
     measured = {
         (row["axis"], row["collective"]): [row["calls_a_step"], row["bytes_a_step"]]
         for row in found["collectives"]
-        if row["axis"] != "host"  # the exchange of wishes, which no step waits for
+        if row["axis"] != "host"  # the exchange of stop requests, which no step waits for
     }
     assert measured == predicted
     assert {axis for axis, _ in measured} == {"shard", "tp", "world"}
@@ -87,7 +87,7 @@ def test_blocks_of_the_model_are_named(found):
     assert {"matrix products", "communication"} <= {entry["name"] for entry in found["kernels"]["families"]}
 
 
-def test_without_the_recorder_groups_are_said_to_be_unknown(run, tmp_path):
+def test_without_the_recorder_groups_are_reported_as_unknown(run, tmp_path):
     """As after `comm.trace_buf_size = 0`, and over gloo in traces of others: calls and bytes stay what they are."""
     with gzip.open(run / "profile_trace" / "iteration_6" / "rank1_trace.json.gz", "rt") as file:
         trace = json.load(file)

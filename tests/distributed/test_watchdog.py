@@ -45,9 +45,9 @@ def test_a_stopped_rank_is_named_with_its_stack_and_nothing_is_left(tmp_path: Pa
     assert "gives no sign: stopped" in report
     assert "loop.py" in report.partition("The stack of rank 2")[2]
     steps = finished_steps(tmp_path)
-    said = re.search(r"at        step (\d+), phase '", report)
-    assert said is not None
-    assert 0 < int(said.group(1)) <= steps + 1
+    match = re.search(r"at        step (\d+), phase '", report)
+    assert match is not None
+    assert 0 < int(match.group(1)) <= steps + 1
     assert re.search(rf"2 of 3 ranks; rank [01] \(step ({steps}|{steps + 1}), .*gloo:", report)
     for rank in range(3):
         assert "loop.py" in (tmp_path / f"comm_traces/stack_{rank}.txt").read_text()
@@ -61,7 +61,7 @@ def test_a_stopped_rank_is_named_with_its_stack_and_nothing_is_left(tmp_path: Pa
 
 def process_of_rank(running: Running, rank: int) -> int:
     """Torchrun gives every rank its number in the environment."""
-    for pid in running.family():
+    for pid in running.process_tree():
         if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
             return pid
     raise AssertionError(f"no process is rank {rank}")
@@ -104,10 +104,10 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_pa
         )
     assert time.monotonic() - start < 60
     wait_until(lambda: len(read_records(records / "0")) == 2, 5)
-    told = read_records(records / "0")
-    assert {record.code for record in told} == {4}
-    assert len({record.details for record in told}) == 1
-    report = told[0].details
+    exits = read_records(records / "0")
+    assert {record.code for record in exits} == {4}
+    assert len({record.details for record in exits}) == 1
+    report = exits[0].details
     assert "it waits for rank 1" in report
     assert "at        step 3, phase 'data'" in report
     assert "alive, and not on its way to the others" in report
@@ -165,9 +165,9 @@ def test_a_rank_that_is_stopped_in_a_save_is_found_as_soon(tmp_path: Path) -> No
             environ={RECORDS: str(records)},
         )
     assert wait_until(lambda: bool(read_records(records / "0")), 5)
-    told = read_records(records / "0")[-1]
-    assert told.code == 4
-    assert "it waits for rank 0" in told.details
-    assert "step 2, phase 'save'" in told.details
-    assert "(host), its operation" in told.details
-    assert "in stopped_publish" in told.details
+    last = read_records(records / "0")[-1]
+    assert last.code == 4
+    assert "it waits for rank 0" in last.details
+    assert "step 2, phase 'save'" in last.details
+    assert "(host), its operation" in last.details
+    assert "in stopped_publish" in last.details

@@ -30,7 +30,7 @@ NOT_FIGURES = (
 
 @pytest.mark.parametrize("page", claims.PAGES, ids=lambda path: path.name)
 def test_the_figures_of_a_page_are_those_of_the_results(page):
-    assert claims.differences(page.read_text(encoding="utf-8")) == []
+    assert claims.outdated_figures(page.read_text(encoding="utf-8")) == []
 
 
 def test_every_figure_is_used():
@@ -41,8 +41,8 @@ def test_every_figure_is_used():
 
 def test_a_wrong_figure_is_found():
     page = "x <!--figure kill trials-->7000<!--/figure--> <!--figure nothing-->1<!--/figure-->"
-    assert len(claims.differences(page)) == 2
-    assert claims.differences(claims.renewed("<!--figure kill trials-->7000<!--/figure-->")) == []
+    assert len(claims.outdated_figures(page)) == 2
+    assert claims.outdated_figures(claims.with_current_figures("<!--figure kill trials-->7000<!--/figure-->")) == []
 
 
 def test_the_measured_column_of_the_readme_holds_nothing_but_figures():
@@ -63,7 +63,7 @@ def test_what_names_a_result_states_no_figure_by_hand(page):
     text = claims.TABLE.sub("", page.read_text(encoding="utf-8"))
     by_hand = []
     for paragraph in re.split(r"\n\s*\n|\n(?=\|)", text):
-        if RESULT_LINK.search(paragraph) and not any(word in paragraph for word in NOT_FIGURES):
+        if RESULT_LINK.search(paragraph) and not any(part in paragraph for part in NOT_FIGURES):
             bare = claims.FIGURE.sub("", paragraph)
             cells = bare.split("|")
             bare = "|".join(cells[2:]) if page.name == "checkpoints.md" and len(cells) > 3 else bare
@@ -99,7 +99,7 @@ def test_all_runs_all():
         for script in (ROOT / "benchmarks").glob("*.py")
         if re.search(r"\bsave\(", script.read_text(encoding="utf-8")) and script.stem not in ("common", "all")
     }
-    assert saving | {"plan_speed"} == set(all_benchmarks.RUNS) | set(all_benchmarks.ELSEWHERE)
+    assert saving | {"plan_speed"} == set(all_benchmarks.RUNS) | set(all_benchmarks.NOT_RUN_HERE)
 
 
 def test_every_script_that_saves_says_what_it_measures():

@@ -127,8 +127,8 @@ def _read(reader: Reader, folder: Path) -> str | None:
         return f"exit code {code} after {time.monotonic() - start:.1f} s: {err.getvalue()[-2000:]}"
     if "Traceback (most recent call last)" in err.getvalue():
         return f"a traceback was printed:\n{err.getvalue()[-2000:]}"
-    said = err.getvalue() or out.getvalue().partition(NOT_READY)[2]
-    return _report_fault(said) if code == 2 else None
+    message = err.getvalue() or out.getvalue().partition(NOT_READY)[2]
+    return _report_fault(message) if code == 2 else None
 
 
 def _report_fault(report: str) -> str | None:

@@ -14,7 +14,7 @@ from fuzzing import Reader
 from made_traces import BASE_NS, MadeTrace, two_steps
 from run_folders import make_pair, make_run
 
-from quadriga.analysis.compare.report import lines
+from quadriga.analysis.compare.report import format_comparison
 from quadriga.checkpoint import folder as folders
 from quadriga.cli.main import main
 from quadriga.config import JobConfig
@@ -118,7 +118,7 @@ def read_compare(folder: Path) -> int:
     with contextlib.redirect_stdout(printed):
         code = main(["compare", str(folder), "--json", "--html", str(folder / "page.html")])
     if code == 0:  # what is printed without --json is made of the same
-        assert list(lines(json.loads(printed.getvalue())))
+        assert list(format_comparison(json.loads(printed.getvalue())))
     return code
 
 
@@ -140,8 +140,8 @@ def build_packed_trace(folder: Path) -> None:
         t = 1000.0 * number
         trace.mark(f"ProfilerStep#{number}", t, t + 1000)
         trace.host("aten::mm", t + 10, t + 300, **{"Input Dims": [[2, 3], [3, 4]], "Input type": ["float", "float"]})
-        told = {"Input Dims": [[[1000]], []], "Input type": ["c10::BFloat16", ""]}
-        trace.host("c10d::allreduce_", t + 400, t + 420, **told)
+        fields = {"Input Dims": [[[1000]], []], "Input type": ["c10::BFloat16", ""]}
+        trace.host("c10d::allreduce_", t + 400, t + 420, **fields)
         trace.host("gloo:all_reduce", t + 405, t + 600, **{"Input Dims": [[1000]], "Input type": ["c10::BFloat16"]})
         trace.host("aten::embedding", t + 700, t + 720, **{"Input Dims": [[256, 8], [2, 16]]})
     launches = [[BASE_NS + 410_000, "1", 0], [BASE_NS + 1_410_000, "1", 1]]
@@ -167,8 +167,8 @@ def build_checkpoints(folder: Path) -> None:
     for step in (3, 7):
         place = folder / "checkpoint"
         folders.prepare(place, step)
-        Path(folders.hidden(place, step), "__0_0.distcp").write_bytes(b"tensors" * 99)
-        Path(folders.hidden(place, step), ".metadata").write_bytes(b"a plan.")
+        Path(folders.staging_path(place, step), "__0_0.distcp").write_bytes(b"tensors" * 99)
+        Path(folders.staging_path(place, step), ".metadata").write_bytes(b"a plan.")
         extra = {"train_state": {"tokens_seen": 1000 * step}, "world_size": 4}
         folders.publish(place, step, ("model", "optimizer"), extra)
 

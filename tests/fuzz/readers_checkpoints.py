@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from fuzzing import Reader
-from theirs import SPEC, unpack, zip64
+from torchtitan_checkpoints import SPEC, unpack, zip64
 
 from quadriga.checkpoint import titan
-from quadriga.checkpoint.folder import CheckpointError, NotWhole
+from quadriga.checkpoint.folder import CheckpointError, InvalidCheckpoint
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
-from quadriga.checkpoint.refusal import PlanError, shown
-from quadriga.checkpoint.tensors import read, write
+from quadriga.checkpoint.plan_format import PlanError, format_raw
+from quadriga.checkpoint.tensors import load_tensors, save_tensors
 from quadriga.checkpoint.titan_read import read_titan
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import titan_names
@@ -25,7 +25,7 @@ SHAPES = {"model.a.weight": (6, 5), "model.b.weight": (7,), "model.c": ()}
 def build(folder: Path) -> None:
     place = folder / "saved"
     place.mkdir()
-    write(place, {name: torch.ones(shape) for name, shape in SHAPES.items()}, None)
+    save_tensors(place, {name: torch.ones(shape) for name, shape in SHAPES.items()}, None)
 
 
 def build_older(folder: Path) -> None:
@@ -36,7 +36,7 @@ def build_older(folder: Path) -> None:
 def read_it(folder: Path) -> None:
     """A fault of a checkpoint is told as such; for the driver it counts as a refusal, which it is."""
     try:
-        read(folder / "saved", {name: torch.zeros(shape) for name, shape in SHAPES.items()}, None)
+        load_tensors(folder / "saved", {name: torch.zeros(shape) for name, shape in SHAPES.items()}, None)
     except CheckpointError as error:
         raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
 
@@ -52,11 +52,11 @@ def read_theirs(folder: Path) -> None:
     """As a start does: what it says of its run, then its tensors."""
     step = folder / "run/step-3"
     try:
-        if titan.look(step) is not None:
+        if titan.inspect(step) is not None:
             tensors = {f"model.{name}": torch.zeros(shape) for name, shape in NAMES.shapes.items()}
             tensors |= {f"optimizer.{name}.exp_avg": torch.zeros(shape) for name, shape in NAMES.shapes.items()}
             read_titan(step, tensors, NAMES, None)
-    except (CheckpointError, NotWhole) as error:
+    except (CheckpointError, InvalidCheckpoint) as error:
         raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
 
 
@@ -72,7 +72,7 @@ def read_value(folder: Path) -> None:
             value_of((folder / "value.pkl").read_bytes()),
             value_in_archive((folder / "value.zip").read_bytes()),
         ):
-            assert len(shown(value)) < 1000
+            assert len(format_raw(value)) < 1000
             json.dumps(value, default=str)  # whoever goes through it by recursion comes to its end
     except PlanError as error:
         raise UserError(Problem(json.dumps(str(folder)), str(error))) from error

@@ -11,10 +11,10 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
-from quadriga.launch.environment import read_request
+from quadriga.launch.environment import read_launch_request
 from quadriga.launch.supervisor import main
 from quadriga.models.registry import catalogue
-from quadriga.train.__main__ import wrong_variables
+from quadriga.train.__main__ import invalid_variables
 
 RUN = """\
 [job]
@@ -115,8 +115,8 @@ def read_environment(folder: Path) -> None:
     content = (folder / "environment").read_bytes().replace(b"\0", b"")
     pairs = [line.partition(b"=") for line in content.split(b"\n")]
     environ = {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs if name}
-    request, problems = read_request(environ)
-    problems += wrong_variables(environ)
+    request, problems = read_launch_request(environ)
+    problems += invalid_variables(environ)
     known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": request.world_size, "training": False}
     try:
         read([], environ, **known)

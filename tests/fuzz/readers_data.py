@@ -46,7 +46,7 @@ def parquet(folder: Path) -> None:
 
 def reader(kind: str):  # the dataset's name
     def read(folder: Path) -> None:
-        source = open_source(kind, str(folder), lanes=2)
+        source = open_source(kind, str(folder), streams=2)
         survey(source, ByteTokenizer(), 2, skip_bad=True)
         for shard in range(source.shards):
             for record in source.read(shard):

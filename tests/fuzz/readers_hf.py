@@ -90,7 +90,7 @@ def build_indexed(folder: Path) -> None:
     file = "model-00001-of-00001.safetensors"
     (folder / "hf" / "model.safetensors").rename(folder / "hf" / file)
     names = hf_names(SPEC)
-    listed = {"metadata": {"total_size": 1}, "weight_map": {names.theirs(name): file for name in names.shapes}}
+    listed = {"metadata": {"total_size": 1}, "weight_map": {names.hf_name(name): file for name in names.shapes}}
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(listed))
 
 
@@ -100,10 +100,10 @@ def read_weights(folder: Path) -> None:
     spec = spec_from_hf(config, source.config_file)
     positions_from_hf(config)
     names = hf_names(spec)
-    names.unlike(config, source.config_file)
+    names.config_differences(config, source.config_file)
     refuse_other_names(source, names, names.shapes)
     for name, shape in names.shapes.items():
-        source.fill(names.theirs(name), torch.empty(shape), (0,) * len(shape))
+        source.fill(names.hf_name(name), torch.empty(shape), (0,) * len(shape))
 
 
 @cache

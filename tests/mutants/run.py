@@ -87,13 +87,15 @@ def try_mutant(folder: Path, mutant: Mutant) -> Outcome:
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         compile(path.read_text(encoding="utf-8"), mutant.file, "exec")
-        code, said = run_tests(folder, mutant.tests)
+        code, output = run_tests(folder, mutant.tests)
     except SyntaxError as error:
         return Outcome(mutant, False, f"not Python: {error}", 0.0)
     finally:
         path.write_text(text, encoding="utf-8")
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    how = "no end" if code is None else failed[0] if failed else said.strip().splitlines()[-1] if said.strip() else ""
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    how = (
+        "no end" if code is None else failed[0] if failed else output.strip().splitlines()[-1] if output.strip() else ""
+    )
     return Outcome(mutant, code in (1, None), how, time.monotonic() - start)
 
 
@@ -117,10 +119,10 @@ def try_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
 
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         folder = copies.get()
-        code, said = run_tests(folder, tests)
+        code, output = run_tests(folder, tests)
         copies.put(folder)
         if code != 0:
-            raise SystemExit(f"the tests fail without a mutant:\n{said}")
+            raise SystemExit(f"the tests fail without a mutant:\n{output}")
         return list(pool.map(one, mutants))
 
 

@@ -27,7 +27,7 @@ def test_json_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("{", "line 1, column 2"),
         ("[" * 200_000, "nests deeper than 100"),
@@ -38,11 +38,11 @@ def test_json_is_read(tmp_path):
         ("", "line 1, column 1"),
     ],
 )
-def test_what_is_not_json_is_refused(text, said):
+def test_what_is_not_json_is_refused(text, expected):
     with pytest.raises(UserError) as refused:
         parse_json(text, "f.json")
     assert refused.value.report.startswith("quadriga: 1 problem\n\nf.json\n    ")
-    assert said in refused.value.report
+    assert expected in refused.value.report
 
 
 def test_100_levels_and_400_digits_are_read():
@@ -58,7 +58,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     (tmp_path / "utf16").write_bytes("{}".encode("utf-16"))
     (tmp_path / "list").write_text("[]")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for path, said in [
+    for path, expected in [
         (tmp_path / "missing", "No such file"),
         (tmp_path / "dangling", "No such file"),
         (tmp_path, "Is a directory"),
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     ]:
         with pytest.raises(UserError) as refused:
             read_json_object(path)
-        assert said in refused.value.report, refused.value.report
+        assert expected in refused.value.report, refused.value.report
         assert "\0" not in refused.value.report
 
 

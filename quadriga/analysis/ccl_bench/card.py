@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from quadriga import limits
-from quadriga.analysis.ccl_bench.folder import RankTrace, average_step_time, inner, rank_files
+from quadriga.analysis.ccl_bench.folder import RankSummary, average_step_time, rank_files, without_ends
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.hardware import find_device
 from quadriga.reading import read_text
-from quadriga.units import show_some
+from quadriga.units import format_some
 
 Card = dict[str, Any]
 ARCH = "workload.model.model_arch"
@@ -40,12 +40,12 @@ FIELDS = (
     *("metric_source.traces", "metric_source.metrics_specific_trace"),
 )
 INFERENCE_FIELDS = ("workload.data.input_len", "workload.data.output_len")
-ENOUGH_STEPS = 5
-MOST_FILES = 16  # more are sampled by CCL-Bench's tools
-CLOSE = 0.02  # within which two counts are the same
+MIN_STEPS = 5
+MAX_FILES = 16  # more are sampled by CCL-Bench's tools
+TOLERANCE = 0.02  # within which two counts are the same
 
 
-def value(card: Mapping[str, Any], path: str) -> Any:
+def field_value(card: Mapping[str, Any], path: str) -> Any:
     """What stands at `workload.data.batch_size`; None where nothing does."""
     found: Any = card
     for name in path.split("."):
@@ -69,7 +69,7 @@ def read_card(path: Path) -> Card:
 
     Raises UserError where the file is no YAML, no mapping, or beyond a limit.
     """
-    text = read_text(path, limits.CARD_BYTES, what="card")
+    text = read_text(path, limits.CCL_CARD_BYTES, what="card")
     try:
         card = _plain(yaml.load(text, Loader=_Plain))
     except RecursionError:
@@ -109,7 +109,7 @@ def write_card(card: Card, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def mistakes(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, int]) -> list[str]:
+def card_errors(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[int, int]) -> list[str]:
     """What is wrong, or cannot be right, in a card and the traces beside it.
 
     `embeddings`: of models that are known, numbers of the embedding table by numbers of the whole model.
@@ -119,28 +119,28 @@ def mistakes(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, i
     return found
 
 
-def mistakes_of_layout(folder: Path, card: Card) -> Iterator[str]:
+def layout_errors(folder: Path, card: Card) -> Iterator[str]:
     """What CCL-Bench's tools would not find, or take for something else, in a folder."""
     cards = [path.name for path in sorted(folder.glob("*.yaml"))]
     if len(cards) > 1:
-        yield f"{len(cards)} cards ({show_some(cards)}): the tools take whichever the folder lists first"
+        yield f"{len(cards)} cards ({format_some(cards)}): the tools take whichever the folder lists first"
     ours = set(rank_files(folder).values())
     others = [path.name for path in sorted(folder.glob("*.json")) if path not in ours]
     if others:
-        yield f"every *.json is read as a trace, so is {show_some(others)}"
+        yield f"every *.json is read as a trace, so is {format_some(others)}"
     if hidden := [path for pattern in ("*_trace.json.gz", "*/**/*_trace.json*") for path in folder.glob(pattern)]:
         yield f"{len(hidden)} traces are packed or in sub-folders, where the tools do not look"
-    if len(ours) > MOST_FILES:
-        yield f"{len(ours)} traces: of more than {MOST_FILES}, the tools read a fixed random sample"
-    total = value(card, "workload.hardware.xpu_spec.total_count")
+    if len(ours) > MAX_FILES:
+        yield f"{len(ours)} traces: of more than {MAX_FILES}, the tools read a fixed random sample"
+    total = field_value(card, "workload.hardware.xpu_spec.total_count")
     if ours and isinstance(total, int) and len(ours) != total:
         yield f"traces of {len(ours)} ranks, but total_count is {total}"
-    listed = value(card, "metric_source.traces")
+    listed = field_value(card, "metric_source.traces")
     if ours and "json" not in (listed if isinstance(listed, list) else [listed]):
         yield "metric_source.traces does not list `json`, so the tools do not read the traces"
 
 
-def utilization(card: Card, step_time: float | None) -> float | None:
+def model_flops_utilization(card: Card, step_time: float | None) -> float | None:
     """CCL-Bench's `mfu` as a share of 1, from a card and a step time in seconds; None where either does not tell it."""
     arch = [_number(card, f"{ARCH}.{name}") for name in ("num_params", "num_layers", "num_heads", "head_dim")]
     data = [_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len")]
@@ -155,54 +155,56 @@ def utilization(card: Card, step_time: float | None) -> float | None:
 
 
 def _peak(card: Card) -> float | None:
-    device = find_device(str(value(card, "workload.hardware.xpu_spec.model") or ""))
+    device = find_device(str(field_value(card, "workload.hardware.xpu_spec.model") or ""))
     return device.peak_flops("bfloat16") if device else None
 
 
 def _missing(card: Card) -> Iterator[str]:
     fields = FIELDS + (INFERENCE_FIELDS if _is_inference(card) else ())
-    absent = [field for field in fields if _is_empty(value(card, field))]
+    absent = [field for field in fields if _is_empty(field_value(card, field))]
     if absent:
         yield f"{len(absent)} of {len(fields)} fields are missing or empty: {', '.join(absent)}"
-    astray = [name for name in ("num_params", "num_layers", "head_dim") if value(card, f"workload.model.{name}")]
+    astray = [name for name in ("num_params", "num_layers", "head_dim") if field_value(card, f"workload.model.{name}")]
     if astray:
         yield f"{', '.join(astray)} stand in workload.model, but `mfu` looks for them in {ARCH}"
 
 
-def _is_empty(said: Any) -> bool:
-    return said is None or (isinstance(said, list) and None in said)
+def _is_empty(given: Any) -> bool:
+    return given is None or (isinstance(given, list) and None in given)
 
 
-def _embedding(card: Card, traces: Sequence[RankTrace], embeddings: Mapping[int, int]) -> Iterator[str]:
-    said, parameters = (_number(card, f"{ARCH}.{name}") for name in ("num_params_embedding", "num_params"))
-    if said is None:
+def _embedding(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[int, int]) -> Iterator[str]:
+    given, parameters = (_number(card, f"{ARCH}.{name}") for name in ("num_params_embedding", "num_params"))
+    if given is None:
         return
-    tables = [trace.table for trace in traces if trace.table] if value(card, f"{PLAN}.tp") in (None, 1) else []
+    tables = [trace.table for trace in traces if trace.table] if field_value(card, f"{PLAN}.tp") in (None, 1) else []
     known = embeddings.get(int(parameters)) if parameters else None
     right, source = (known, "this model's") if known else (max(tables, default=None), "the trace's")
-    if right and said != right:
-        twice = ": the output layer, which does multiply, was counted with it" if said == 2 * right else ""
-        yield f"num_params_embedding is {said:,.0f}, {source} is {right:,} (vocabulary x width){twice}; `mfu` is off"
-    elif not right and parameters and said >= parameters:
-        yield f"num_params_embedding {said:,.0f} is not below num_params {parameters:,.0f}"
+    if right and given != right:
+        twice = ": the output layer, which does multiply, was counted with it" if given == 2 * right else ""
+        yield f"num_params_embedding is {given:,.0f}, {source} is {right:,} (vocabulary x width){twice}; `mfu` is off"
+    elif not right and parameters and given >= parameters:
+        yield f"num_params_embedding {given:,.0f} is not below num_params {parameters:,.0f}"
 
 
-def _batch(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
+def _batch(card: Card, traces: Sequence[RankSummary]) -> Iterator[str]:
     batch, length = (_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len"))
     if not batch or not length or _is_inference(card):
         return
     rows = _degree(card, "dp_replicate") * _degree(card, "dp_shard")
     seen = max((trace.tokens for trace in traces if trace.tokens), default=None)
     if seen is None:
-        scope = value(card, "workload.data.batch_size_scope")
+        scope = field_value(card, "workload.data.batch_size_scope")
         if scope != "global" and rows > 1:
-            said = f"batch_size_scope says `{shortened(scope)}`" if scope else "the card does not say that it is global"
-            yield f"batch_size {batch:g} cannot be checked against the trace, and {said}; global is what `mfu` needs"
+            given = (
+                f"batch_size_scope says `{shortened(scope)}`" if scope else "the card does not say that it is global"
+            )
+            yield f"batch_size {batch:g} cannot be checked against the trace, and {given}; global is what `mfu` needs"
         if batch % rows:
             yield f"batch_size {batch:g} is no multiple of {rows} data-parallel ranks, so it is not the global batch"
         return
     tokens = seen * rows * _degree(card, "cp")
-    if abs(tokens - batch * length) > CLOSE * tokens:
+    if abs(tokens - batch * length) > TOLERANCE * tokens:
         times = tokens / (batch * length)
         local = f", which is 1/{times:g} of them: the batch of one rank or one micro-batch" if times > 1 else ""
         yield (
@@ -211,39 +213,39 @@ def _batch(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
         )
 
 
-def _utilization(card: Card, traces: Sequence[RankTrace]) -> Iterator[str]:
-    reached = utilization(card, average_step_time(traces))
+def _utilization(card: Card, traces: Sequence[RankSummary]) -> Iterator[str]:
+    reached = model_flops_utilization(card, average_step_time(traces))
     if reached is not None and reached > 1:
         yield f"by this card the devices reach {reached:.0%} of their peak: batch, model, count or device is wrong"
 
 
-def _profiled(traces: Sequence[RankTrace]) -> Iterator[str]:
+def _profiled(traces: Sequence[RankSummary]) -> Iterator[str]:
     if not traces:
         yield "there is no trace of a rank beside the card, so nothing that it says could be checked"
         return
     fewest = min(len(trace.steps) for trace in traces)
     if fewest == 0:
         yield "a trace has no ProfilerStep marks: its steps cannot be counted"
-    elif fewest < ENOUGH_STEPS:
-        counted = len(inner([0] * fewest))
+    elif fewest < MIN_STEPS:
+        counted = len(without_ends([0] * fewest))
         yield f"{fewest} profiled steps, of which `avg_step_time` counts {counted}: its own rule asks for 5 steady ones"
     if len({tuple(trace.steps) for trace in traces}) > 1:
         yield "the traces of the ranks are of different steps"
 
 
 def _bandwidth(card: Card) -> Iterator[str]:
-    said = value(card, "workload.hardware.network_topo.bandwidth_gbps")
-    if not isinstance(said, list):
+    given = field_value(card, "workload.hardware.network_topo.bandwidth_gbps")
+    if not isinstance(given, list):
         return
-    numbers = [float(figure) for figure in said[:2] if _is_number(figure)]
-    if len(said) != 2:
-        yield f"bandwidth_gbps has {len(said)} figures, not two: scale-out, then scale-up"
+    numbers = [float(figure) for figure in given[:2] if _is_number(figure)]
+    if len(given) != 2:
+        yield f"bandwidth_gbps has {len(given)} figures, not two: scale-out, then scale-up"
     elif len(numbers) == 2 and numbers[0] > numbers[1]:
         yield f"bandwidth_gbps is {numbers}: scale-out comes first and is hardly above scale-up; the two look swapped"
 
 
 def _backend(card: Card) -> Iterator[str]:
-    name = str(value(card, f"{LIBRARY}.name") or "")
+    name = str(field_value(card, f"{LIBRARY}.name") or "")
     if "gloo" in name.lower():
         yield (
             "the library is Gloo, which runs on the host and starts no kernel: figures that look for kernels by name "
@@ -254,9 +256,9 @@ def _backend(card: Card) -> Iterator[str]:
 
 
 def _degrees(card: Card) -> Iterator[str]:
-    total = value(card, "workload.hardware.xpu_spec.total_count")
+    total = field_value(card, "workload.hardware.xpu_spec.total_count")
     names = ("dp_replicate", "dp_shard", "tp", "pp", "cp")
-    if isinstance(total, int) and any(value(card, f"{PLAN}.{name}") is not None for name in names):
+    if isinstance(total, int) and any(field_value(card, f"{PLAN}.{name}") is not None for name in names):
         product = 1
         for name in names:
             product *= _degree(card, name)
@@ -265,19 +267,19 @@ def _degrees(card: Card) -> Iterator[str]:
 
 
 def _degree(card: Card, name: str) -> int:
-    said = value(card, f"{PLAN}.{name}")
-    return int(said) if isinstance(said, int) and 0 < said <= limits.RANKS else 1
+    given = field_value(card, f"{PLAN}.{name}")
+    return int(given) if isinstance(given, int) and 0 < given <= limits.RANKS else 1
 
 
 def _number(card: Card, path: str) -> float | None:
-    said = value(card, path)
-    return float(said) if _is_number(said) else None
+    given = field_value(card, path)
+    return float(given) if _is_number(given) else None
 
 
-def _is_number(said: Any) -> bool:
+def _is_number(given: Any) -> bool:
     """One that can be reckoned with: no truth, no NaN, and of a size that some figure could have."""
-    return type(said) in (int, float) and -1e30 < said < 1e30
+    return type(given) in (int, float) and -1e30 < given < 1e30
 
 
 def _is_inference(card: Card) -> bool:
-    return value(card, "workload.model.phase") in ("inference", "serving")
+    return field_value(card, "workload.model.phase") in ("inference", "serving")

@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.fields import shape
-from quadriga.analysis.trace.find import find, rank_in_name
-from quadriga.analysis.trace.intervals import inside
-from quadriga.analysis.trace.read import read
-from quadriga.analysis.trace.rows import Rows
-from quadriga.analysis.trace.steps import STEP
+from quadriga.analysis.trace.event_table import EventTable
+from quadriga.analysis.trace.fields import numel
+from quadriga.analysis.trace.find import find_traces, rank_in_name
+from quadriga.analysis.trace.intervals import window_index
+from quadriga.analysis.trace.read import read_trace
+from quadriga.analysis.trace.steps import STEP_MARK
 from quadriga.errors import Problem, UserError
 
 RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")
-LOOK_UP = "aten::embedding"
+EMBEDDING_LOOKUP = "aten::embedding"
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class RankTrace:
+class RankSummary:
     """What a card can be held against, from the trace of one rank.
 
     `steps`: seconds by the number of the profiled step. `tokens`: looked up in an embedding in the middle one of those
@@ -50,7 +50,7 @@ class RankTrace:
 def newest_traces(run: Path) -> tuple[int, dict[int, Path]]:
     """The last step of the newest cycle in a run folder, and its traces by rank. Raises UserError where there are
     none."""
-    found = find(run)
+    found = find_traces(run)
     by_rank = {rank: path for path in found.files if (rank := rank_in_name(path)) is not None}
     if found.iteration is None or len(by_rank) < len(found.files):
         allowed = "profile_trace/iteration_N/rankK_trace.json.gz"
@@ -58,7 +58,7 @@ def newest_traces(run: Path) -> tuple[int, dict[int, Path]]:
     return found.iteration, by_rank
 
 
-def flatten(traces: Mapping[int, Path], folder: Path) -> list[Path]:
+def unpack_traces(traces: Mapping[int, Path], folder: Path) -> list[Path]:
     """Write each trace unpacked as `rank<k>_trace.json` into a folder; their paths by rank. Raises UserError where one
     cannot be unpacked."""
     return [_unpack(source, folder / f"rank{rank}_trace.json") for rank, source in sorted(traces.items())]
@@ -84,48 +84,50 @@ def rank_files(folder: Path) -> dict[int, Path]:
     return found
 
 
-def read_rank(rank: int, path: Path) -> RankTrace:
+def read_rank_summary(rank: int, path: Path) -> RankSummary:
     """Steps and look-ups of one trace. Raises UserError where the file is no trace."""
-    trace = read(path, rank)
+    trace = read_trace(path, rank)
     ops = trace.ops
-    numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP.match(name))}
+    numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP_MARK.match(name))}
     marks: dict[int, tuple[float, float]] = {}
     for at in np.flatnonzero(np.isin(ops.name, list(numbers))):
         marks[numbers[int(ops.name[at])]] = (float(ops.start[at]), float(ops.end[at]))
     marks = dict(sorted(marks.items()))
     steps = {number: end - start for number, (start, end) in marks.items()}
-    lookups = np.flatnonzero(np.isin(ops.name, [number for number, name in enumerate(trace.names) if name == LOOK_UP]))
+    lookups = np.flatnonzero(
+        np.isin(ops.name, [number for number, name in enumerate(trace.names) if name == EMBEDDING_LOOKUP])
+    )
     tokens, table = _looked_up(ops, lookups, list(marks.values()))
-    return RankTrace(rank, steps, tokens, table)
+    return RankSummary(rank, steps, tokens, table)
 
 
-def average_step_time(traces: Sequence[RankTrace]) -> float | None:
+def average_step_time(traces: Sequence[RankSummary]) -> float | None:
     """CCL-Bench's `avg_step_time` in seconds: of each rank the mean step, without the first and the last where there
     are more than two, then the mean over ranks. None where no trace has steps."""
-    means = [statistics.mean(kept) for trace in traces if (kept := inner(list(trace.steps.values())))]
+    means = [statistics.mean(kept) for trace in traces if (kept := without_ends(list(trace.steps.values())))]
     return statistics.mean(means) if means else None
 
 
-def inner(steps: list[Any]) -> list[Any]:
+def without_ends(steps: list[Any]) -> list[Any]:
     """Those of a rank's steps, in their order, that `avg_step_time` counts."""
     return steps[1:-1] if len(steps) > 2 else steps
 
 
 def _looked_up(
-    ops: Rows, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
+    ops: EventTable, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
 ) -> tuple[int | None, int | None]:
     """Tokens looked up in the median step and the size of the table; a look-up inside another one is the same one."""
     tokens = [0] * len(marks)
     windows = np.array(sorted(marks)).reshape(-1, 2)
     order = lookups[np.lexsort((-ops.end[lookups], ops.start[lookups]))]
     table, end = None, -1.0
-    for at, place in zip(order.tolist(), inside(ops.start[order], windows).tolist(), strict=True):
-        dims = ops.told[at].get("Input Dims") or []
+    for at, place in zip(order.tolist(), window_index(ops.start[order], windows).tolist(), strict=True):
+        dims = ops.args[at].get("Input Dims") or []
         if ops.start[at] < end or len(dims) < 2 or not isinstance(dims[0], list) or len(dims[0]) != 2:
             continue
         end = float(ops.end[at])
-        table = max(table or 0, shape(dims[0]))
+        table = max(table or 0, numel(dims[0]))
         if place >= 0:
-            tokens[place] += shape(dims[1])
+            tokens[place] += numel(dims[1])
     seen = statistics.median_low(tokens) if tokens else 0
     return (seen, table) if seen else (None, table)

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
-from quadriga.analysis.compare.differences import BACKEND, Differences, differences
+from quadriga.analysis.compare.differences import BACKEND_KEY, SettingDifferences, find_differences
 from quadriga.analysis.compare.evidence import (
     EXPOSED,
     Analyse,
-    Traced,
-    axes_of,
-    credit,
-    exposed_of,
-    exposed_on,
-    part_of,
-    read_traces,
-    where,
+    SettingTraces,
+    analyse_setting,
+    exposed_part_name,
+    exposed_seconds,
+    part_seconds,
+    time_by_part,
+    traced_axes,
+    verify_backend,
 )
 from quadriga.analysis.compare.runs import RunFolder, Setting
 from quadriga.analysis.compare.statistics import FEWEST_PAIRS, Ratio, median, middle_half, paired_ratio
@@ -28,44 +28,44 @@ from quadriga.errors import Problem, UserError
 FORMAT = "quadriga-compare-1"
 SPEED = ("faster", "slower")
 STEP_TIME, THROUGHPUT = "step_time_s", "tokens_per_second"
-TOO_FEW, NO_DIFFERENCE, NOT_CREDITED = "too few runs", "no difference shown", "not credited"
+TOO_FEW, NO_DIFFERENCE, NOT_VERIFIED = "too few runs", "no difference shown", "not credited"
 
 Values = dict[int, list[float]]  # of one setting: by number of the repeat
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure that runs are compared by. `read` gives its values in one run, `words` what is said of the one that has
-    the better and of the one that has the worse of it."""
+class Metric:
+    """A figure that runs are compared by. `values` gives its values in one run, `verdicts` what is said of the one that
+    has the better and of the one that has the worse of it."""
 
     name: str
     unit: str
     lower_is_better: bool
-    read: Callable[[RunFolder], list[float]]
-    words: tuple[str, str] = ("better", "worse")
+    values: Callable[[RunFolder], list[float]]
+    verdicts: tuple[str, str] = ("better", "worse")
 
 
 def _peak(name: str) -> Callable[[RunFolder], list[float]]:
-    return lambda run: [max(values)] if (values := run.of_windows(name)) else []
+    return lambda run: [max(values)] if (values := run.window_values(name)) else []
 
 
 def _each(name: str) -> Callable[[RunFolder], list[float]]:
-    return lambda run: run.of_windows(name)
+    return lambda run: run.window_values(name)
 
 
-FIGURES = (
-    Figure(STEP_TIME, "s", True, _each("step_seconds"), SPEED),
-    Figure(THROUGHPUT, "tokens/s", False, _each("tokens_per_second"), SPEED),
-    Figure("tflops", "TFLOP/s a device", False, _each("tflops")),
-    Figure("mfu", "share", False, _each("mfu")),
-    Figure("memory_reserved_gib", "GiB", True, _peak("memory_reserved_gib")),
-    Figure("memory_active_gib", "GiB", True, _peak("memory_active_gib")),
-    Figure("memory_peak_gib", "GiB", True, _peak("memory_peak_gib")),
-    Figure("data_wait_share", "share", True, _each("data_wait_share")),
+COMPARED_METRICS = (
+    Metric(STEP_TIME, "s", True, _each("step_seconds"), SPEED),
+    Metric(THROUGHPUT, "tokens/s", False, _each("tokens_per_second"), SPEED),
+    Metric("tflops", "TFLOP/s a device", False, _each("tflops")),
+    Metric("mfu", "share", False, _each("mfu")),
+    Metric("memory_reserved_gib", "GiB", True, _peak("memory_reserved_gib")),
+    Metric("memory_active_gib", "GiB", True, _peak("memory_active_gib")),
+    Metric("memory_peak_gib", "GiB", True, _peak("memory_peak_gib")),
+    Metric("data_wait_share", "share", True, _each("data_wait_share")),
 )
 
 
-def compare(
+def compare_settings(
     settings: Sequence[Setting],
     *,
     varied: Sequence[str] | None,
@@ -85,13 +85,15 @@ def compare(
     Raises:
         UserError: the settings differ in more than was varied, or ran different rounds.
     """
-    unlike = differences(settings, varied, accepted)
+    unlike = find_differences(settings, varied, accepted)
     rounds = common_rounds(settings)
-    traced = {setting.name: read_traces(setting, analyse) for setting in settings}
-    credits = [credit(setting, traced[setting.name]) for setting in settings]
-    uncredited = {each["run"] for each in credits if not each["credited"]} if BACKEND in unlike.varied else set()
-    located = where(settings, traced)
-    reasons = {name: each.why_missing() for name, each in traced.items() if each.missing}
+    traces = {setting.name: analyse_setting(setting, analyse) for setting in settings}
+    verifications = [verify_backend(setting, traces[setting.name]) for setting in settings]
+    unverified = (
+        {each["run"] for each in verifications if not each["credited"]} if BACKEND_KEY in unlike.varied else set()
+    )
+    parts = time_by_part(settings, traces)
+    reasons = {name: each.why_missing() for name, each in traces.items() if each.missing}
     return {
         "format": FORMAT,
         "varied": {key: list(dict.fromkeys(map(_plain, values))) for key, values in unlike.varied.items()},
@@ -106,13 +108,13 @@ def compare(
             for place, setting in enumerate(settings)
         ],
         "refused": None,
-        "headline": headline(settings),
+        "headline": headline_metric(settings),
         "warmup_steps": warmup,
         "comparisons": len(settings) - 1,
-        "figures": figures(settings, rounds, traced, uncredited),
-        "losses": losses(settings, unlike),
-        "where": located,
-        "backend": credits,
+        "figures": compare_metrics(settings, rounds, traces, unverified),
+        "losses": compare_losses(settings, unlike),
+        "where": parts,
+        "backend": verifications,
         "not_measurable": {"where": "; ".join(f"{name}: {why}" for name, why in reasons.items())} if reasons else {},
         "warnings": [*unlike.warnings, *order_warnings(settings, rounds)],
     }
@@ -126,16 +128,16 @@ def _plain(value: Any) -> Any:
 def _warnings(setting: Setting) -> list[str]:
     many = len(setting.runs) > 1
     left_out = [f"{name} has not finished, and is left out" for name in setting.unfinished]
-    return left_out + [f"{run.folder.name}: {said}" if many else said for run in setting.runs for said in run.warnings]
+    return left_out + [f"{run.folder.name}: {line}" if many else line for run in setting.runs for line in run.warnings]
 
 
-def headline(settings: Sequence[Setting]) -> str:
+def headline_metric(settings: Sequence[Setting]) -> str:
     """The figure that decides which setting is faster: the time of a step, or, where steps differ in tokens, tokens."""
-    sizes = {tokens_a_step(run) for setting in settings for run in setting.runs}
+    sizes = {tokens_per_step(run) for setting in settings for run in setting.runs}
     return STEP_TIME if len(sizes) == 1 else THROUGHPUT
 
 
-def tokens_a_step(run: RunFolder) -> int:
+def tokens_per_step(run: RunFolder) -> int:
     last = run.records[-1]
     return int(last["tokens_seen"] // last["step"])
 
@@ -150,36 +152,36 @@ def common_rounds(settings: Sequence[Setting]) -> list[int]:
     return sorted(common)
 
 
-def figures(
-    settings: Sequence[Setting], rounds: Sequence[int], traced: Mapping[str, Traced], uncredited: set[str]
+def compare_metrics(
+    settings: Sequence[Setting], rounds: Sequence[int], traces: Mapping[str, SettingTraces], unverified: set[str]
 ) -> list[dict[str, Any]]:
     """All figures that every run has, those of the traces last."""
     found = []
-    for figure in FIGURES:
-        values = [{run.number: figure.read(run) for run in setting.runs} for setting in settings]
-        found.append(_compared(figure, settings, values, rounds, uncredited))
-    for axis in (None, *axes_of(traced.values())):
-        name = EXPOSED if axis is None else exposed_on(axis)
-        figure = Figure(name, "s", True, lambda _run: [])
-        values = [_exposed(traced[setting.name], axis) for setting in settings]
-        found.append(_compared(figure, settings, values, rounds, uncredited))
+    for metric in COMPARED_METRICS:
+        values = [{run.number: metric.values(run) for run in setting.runs} for setting in settings]
+        found.append(_compared(metric, settings, values, rounds, unverified))
+    for axis in (None, *traced_axes(traces.values())):
+        name = EXPOSED if axis is None else exposed_part_name(axis)
+        metric = Metric(name, "s", True, lambda _run: [])
+        values = [_exposed(traces[setting.name], axis) for setting in settings]
+        found.append(_compared(metric, settings, values, rounds, unverified))
     return [each for each in found if each is not None]
 
 
-def _exposed(traced: Traced, axis: str | None) -> Values:
+def _exposed(traces: SettingTraces, axis: str | None) -> Values:
     read = {
-        number: part_of(EXPOSED, analysis) if axis is None else exposed_of(axis, analysis)
-        for number, analysis in traced.analyses.items()
+        number: part_seconds(EXPOSED, analysis) if axis is None else exposed_seconds(axis, analysis)
+        for number, analysis in traces.analyses.items()
     }
     return {number: [value] for number, value in read.items() if value is not None}
 
 
 def _compared(
-    figure: Figure,
+    metric: Metric,
     settings: Sequence[Setting],
     values: Sequence[Values],
     rounds: Sequence[int],
-    uncredited: set[str],
+    unverified: set[str],
 ) -> dict[str, Any] | None:
     """One figure of all settings, each against the first; None where a run does not have it."""
     if any(not own.get(number) for own in values for number in rounds):
@@ -195,25 +197,25 @@ def _compared(
         first = settings[0].name
         for setting, samples in zip(settings[1:], medians[1:], strict=True):
             ratio = paired_ratio(samples, medians[0], comparisons=len(settings) - 1)
-            disputed = bool(uncredited & {setting.name, first})
-            ratios.append(_ratio(figure, setting.name, first, ratio, disputed))
+            is_unverified = bool(unverified & {setting.name, first})
+            ratios.append(_ratio(metric, setting.name, first, ratio, is_unverified))
     return {
-        "name": figure.name,
-        "unit": figure.unit,
-        "lower_is_better": figure.lower_is_better,
+        "name": metric.name,
+        "unit": metric.unit,
+        "lower_is_better": metric.lower_is_better,
         "by_run": by_run,
         "ratios": ratios,
     }
 
 
-def _ratio(figure: Figure, run: str, against: str, ratio: Ratio, disputed: bool) -> dict[str, Any]:
+def _ratio(metric: Metric, run: str, against: str, ratio: Ratio, is_unverified: bool) -> dict[str, Any]:
     if ratio.pairs < FEWEST_PAIRS:
         verdict = TOO_FEW
-    elif not ratio.shows_a_difference:
+    elif not ratio.is_significant:
         verdict = NO_DIFFERENCE
     else:
-        better = (ratio.ratio < 1) == figure.lower_is_better
-        verdict = NOT_CREDITED if disputed else figure.words[0 if better else 1]
+        better = (ratio.ratio < 1) == metric.lower_is_better
+        verdict = NOT_VERIFIED if is_unverified else metric.verdicts[0 if better else 1]
     return {
         "run": run,
         "against": against,
@@ -225,30 +227,30 @@ def _ratio(figure: Figure, run: str, against: str, ratio: Ratio, disputed: bool)
     }
 
 
-def losses(settings: Sequence[Setting], unlike: Differences) -> dict[str, Any]:
+def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> dict[str, Any]:
     """The loss at the steps that all runs logged, the median of the repeats, and how far two settings are apart at
     most. `largest_within_a_setting`: how far repeats of one setting are, at most."""
     logged = [set(run.losses) for setting in settings for run in setting.runs]
     steps = sorted(set.intersection(*logged))
     curves = {setting.name: [_median_loss(setting, step) for step in steps] for setting in settings}
-    apart: list[dict[str, Any]] = [
+    differences: list[dict[str, Any]] = [
         {"step": step, "value": abs(one - other), "between": [a, b]}
         for a, b in combinations(curves, 2)
         for step, one, other in zip(steps, curves[a], curves[b], strict=True)
         if one is not None and other is not None
     ]
-    within = [_apart_within(setting, step) for setting in settings for step in steps]
+    within = [_difference_within(setting, step) for setting in settings for step in steps]
     known = [value for value in within if value is not None]
     odd = sum(value is None for curve in curves.values() for value in curve)
     notes = []
-    if unlike.of_the_data:
-        notes.append(f"not comparable: the settings read different batches ({', '.join(unlike.of_the_data)})")
+    if unlike.data_keys:
+        notes.append(f"not comparable: the settings read different batches ({', '.join(unlike.data_keys)})")
     if odd:
         notes.append(f"{odd} losses are no finite numbers and are left out")
     return {
         "steps": steps,
         "by_run": [{"run": name, "loss": curve} for name, curve in curves.items()],
-        "largest_difference": max(apart, key=lambda each: each["value"], default=None),
+        "largest_difference": max(differences, key=lambda each: each["value"], default=None),
         "largest_within_a_setting": max(known, default=None),
         "note": "; ".join(notes) or None,
     }
@@ -259,7 +261,7 @@ def _median_loss(setting: Setting, step: int) -> float | None:
     return median(values) if all(map(math.isfinite, values)) else None
 
 
-def _apart_within(setting: Setting, step: int) -> float | None:
+def _difference_within(setting: Setting, step: int) -> float | None:
     values = [run.losses[step] for run in setting.runs]
     return max(values) - min(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 

@@ -1,10 +1,10 @@
 """In what runs differ, and whether they may be compared all the same.
 
-Every key of `config.toml` counts but those that say where a run writes and what it prints (`NO_MATTER`). Of
-`environment.json` what decides over speed and numbers counts (`DECISIVE`); other differences, another host of the same
-kind among them, are warnings. Between settings, what was varied may differ: for a bench its varied keys, otherwise what
-the user accepts, or, where the runs differ in one single key, that one; between the repeats of a setting, what the user
-accepts alone.
+Every key of `config.toml` counts but those that say where a run writes and what it prints (`IGNORED_KEYS`). Of
+`environment.json` what decides over speed and numbers counts (`DECISIVE_ENVIRONMENT`); other differences, another host
+of the same kind among them, are warnings. Between settings, what was varied may differ: for a bench its varied keys,
+otherwise what the user accepts, or, where the runs differ in one single key, that one; between the repeats of a
+setting, what the user accepts alone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from quadriga.analysis.compare.runs import Flat, RunFolder, Setting
 from quadriga.errors import Problem, UserError, shortened
-from quadriga.units import show_some
+from quadriga.units import format_some
 
-NO_MATTER = frozenset(
+IGNORED_KEYS = frozenset(
     {"job.dump_folder", "job.description", "job.print_config", "job.save_config_file", "checkpoint.folder"}
 )
-DECISIVE = (
+DECISIVE_ENVIRONMENT = (
     "quadriga",
     "git.commit",
     "libraries.torch",
@@ -36,12 +36,13 @@ DECISIVE = (
     "environment.OMP_NUM_THREADS",
     "environment.PYTORCH_ALLOC_CONF",
 )
-UNSAID = ("command", "environment.COMM_BACKEND", "environment.LOG_RANK")  # said elsewhere, or of no effect
-BACKEND = "comm.backend"
+# Said elsewhere, or of no effect.
+UNREPORTED_ENVIRONMENT = ("command", "environment.COMM_BACKEND", "environment.LOG_RANK")
+BACKEND_KEY = "comm.backend"
 # What follows from a varied key and so differs with it.
-FOLLOWS = {BACKEND: ("environment.backend", "environment.backends")}
+IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
 # Whoever varies one of these gives his settings other batches to learn from.
-DATA = frozenset(
+DATA_KEYS = frozenset(
     {
         "debug.seed",
         "model.hf_assets_path",
@@ -52,24 +53,26 @@ DATA = frozenset(
         "training.seq_len",
     }
 )
-ABSENT = "(not said)"
-MOST_TOLD = 20  # keys or remarks of one report
+MISSING_VALUE = "(not said)"
+MAX_REPORTED = 20  # keys or remarks of one report
 
 
 @dataclass(frozen=True)
-class Differences:
+class SettingDifferences:
     """`varied`: key -> the value of each setting in their order. `warnings`: what else differs and may not matter."""
 
     varied: dict[str, list[Any]]
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def of_the_data(self) -> list[str]:
+    def data_keys(self) -> list[str]:
         """The varied keys that give the settings other batches."""
-        return sorted(DATA & self.varied.keys())
+        return sorted(DATA_KEYS & self.varied.keys())
 
 
-def differences(settings: Sequence[Setting], varied: Sequence[str] | None, accepted: Sequence[str]) -> Differences:
+def find_differences(
+    settings: Sequence[Setting], varied: Sequence[str] | None, accepted: Sequence[str]
+) -> SettingDifferences:
     """What differs between settings.
 
     Args:
@@ -81,59 +84,61 @@ def differences(settings: Sequence[Setting], varied: Sequence[str] | None, accep
             not differ.
     """
     first, *others = [run for setting in settings for run in setting.runs]
-    anywhere = {key for other in others for key in decisive(first, other)}
+    anywhere = {key for other in others for key in decisive_keys(first, other)}
     for key in accepted:
         if key not in anywhere:
-            allowed = show_some(sorted(anywhere), 20) or "they do not differ"
+            allowed = format_some(sorted(anywhere), 20) or "they do not differ"
             raise UserError(Problem("--accept-difference", "the runs do not differ in this", key, allowed=allowed))
     for setting in settings:
-        refuse_unlike_repeats(setting, accepted)
+        refuse_differing_repeats(setting, accepted)
     firsts = [setting.runs[0] for setting in settings]
-    unlike = {key for other in firsts[1:] for key in decisive(firsts[0], other)}
+    unlike = {key for other in firsts[1:] for key in decisive_keys(firsts[0], other)}
     named = [*(varied or ()), *(key for key in accepted if key in unlike)]
-    followers = [follower for key in (*named, *unlike) for follower in FOLLOWS.get(key, ())]
+    followers = [follower for key in (*named, *unlike) for follower in IMPLIED_KEYS.get(key, ())]
     rest = sorted(key for key in unlike if key not in named and not key.startswith(tuple(followers) or "\0"))
     if rest and (varied is not None or accepted or len(rest) > 1):
-        problems = [_problem(key, settings) for key in rest[:MOST_TOLD]]
-        if len(rest) > MOST_TOLD:
-            problems.append(Problem("RUN", f"the runs differ in {len(rest) - MOST_TOLD:,} more keys"))
+        problems = [_problem(key, settings) for key in rest[:MAX_REPORTED]]
+        if len(rest) > MAX_REPORTED:
+            problems.append(Problem("RUN", f"the runs differ in {len(rest) - MAX_REPORTED:,} more keys"))
         raise UserError(*problems)
     kept = [*named, *rest]
-    return Differences({key: [_value(first, key) for first in firsts] for key in kept}, _remarks(settings))
+    return SettingDifferences({key: [_value(first, key) for first in firsts] for key in kept}, _remarks(settings))
 
 
-def refuse_unlike_repeats(setting: Setting, accepted: Sequence[str]) -> None:
+def refuse_differing_repeats(setting: Setting, accepted: Sequence[str]) -> None:
     first, *others = setting.runs
     for other in others:
-        for key in decisive(first, other):
+        for key in decisive_keys(first, other):
             if key in accepted:
                 continue
-            what = f"{_show(first, key)} in {first.folder.name}, {_show(other, key)} in {other.folder.name}"
+            what = ", ".join(f"{_format_value(run, key)} in {run.folder.name}" for run in (first, other))
             fix = f"leave out the repeats that are not alike, or, if it is meant: --accept-difference {key}"
             raise UserError(Problem(str(setting.folder), f"its repeats differ in {key}: {what}", fix=fix))
 
 
-def decisive(one: RunFolder, other: RunFolder) -> list[str]:
+def decisive_keys(one: RunFolder, other: RunFolder) -> list[str]:
     """The keys in which two runs differ and that decide what is trained or how fast."""
-    config = [key for key in unlike_keys(one.config, other.config) if key not in NO_MATTER]
-    found = unlike_keys(one.environment, other.environment) if one.environment and other.environment else []
-    return [*config, *(f"environment.{key}" for key in found if _within(key, DECISIVE))]
+    config = [key for key in differing_keys(one.config, other.config) if key not in IGNORED_KEYS]
+    found = differing_keys(one.environment, other.environment) if one.environment and other.environment else []
+    return [*config, *(f"environment.{key}" for key in found if _within(key, DECISIVE_ENVIRONMENT))]
 
 
-def unlike_keys(one: Flat, other: Flat) -> list[str]:
-    return sorted(key for key in one.keys() | other.keys() if one.get(key, ABSENT) != other.get(key, ABSENT))
+def differing_keys(one: Flat, other: Flat) -> list[str]:
+    return sorted(
+        key for key in one.keys() | other.keys() if one.get(key, MISSING_VALUE) != other.get(key, MISSING_VALUE)
+    )
 
 
 def _remarks(settings: Sequence[Setting]) -> list[str]:
     """One line for each thing of the environments that differs and is not decisive."""
     runs = [run for setting in settings for run in setting.runs if run.environment]
-    keys = {key for run in runs[1:] for key in unlike_keys(runs[0].environment, run.environment)}
+    keys = {key for run in runs[1:] for key in differing_keys(runs[0].environment, run.environment)}
     remarks = []
-    for key in sorted(key for key in keys if not _within(key, (*DECISIVE, *UNSAID))):
-        values = dict.fromkeys(shortened(run.environment.get(key, ABSENT)) for run in runs)
-        remarks.append(f"the runs differ in environment.{shortened(key)}: {show_some(list(values))}")
-    if len(remarks) > MOST_TOLD:
-        remarks[MOST_TOLD:] = [f"the runs differ in {len(remarks) - MOST_TOLD:,} more keys of their environments"]
+    for key in sorted(key for key in keys if not _within(key, (*DECISIVE_ENVIRONMENT, *UNREPORTED_ENVIRONMENT))):
+        values = dict.fromkeys(shortened(run.environment.get(key, MISSING_VALUE)) for run in runs)
+        remarks.append(f"the runs differ in environment.{shortened(key)}: {format_some(list(values))}")
+    if len(remarks) > MAX_REPORTED:
+        remarks[MAX_REPORTED:] = [f"the runs differ in {len(remarks) - MAX_REPORTED:,} more keys of their environments"]
     if any(run.environment.get("git.changed") for run in runs):
         remarks.append("the code was changed since its commit, and may have changed between the runs")
     return remarks
@@ -145,15 +150,15 @@ def _within(key: str, names: Iterable[str]) -> bool:
 
 def _value(run: RunFolder, key: str) -> Any:
     source = run.environment if key.startswith("environment.") else run.config
-    return source.get(key.removeprefix("environment."), ABSENT)
+    return source.get(key.removeprefix("environment."), MISSING_VALUE)
 
 
-def _show(run: RunFolder, key: str) -> str:
+def _format_value(run: RunFolder, key: str) -> str:
     return shortened(_value(run, key))
 
 
 def _problem(key: str, settings: Sequence[Setting]) -> Problem:
-    values = "; ".join(f"{setting.name}: {_show(setting.runs[0], key)}" for setting in settings)
+    values = "; ".join(f"{setting.name}: {_format_value(setting.runs[0], key)}" for setting in settings)
     what = f"the runs differ in more than was varied ({values})"
     fix = f"compare runs that are alike in it, or, if it is meant: --accept-difference {key}"
     return Problem(shortened(key, 200), shortened(what, 400), fix=shortened(fix, 400))

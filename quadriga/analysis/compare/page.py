@@ -1,6 +1,6 @@
 """The report of a comparison as one HTML page: which run is faster, or that none was shown to be; then the pictures.
 
-`page` takes what `quadriga compare --json` prints (`quadriga-compare-1`).
+`comparison_page` takes what `quadriga compare --json` prints (`quadriga-compare-1`).
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from quadriga.analysis.compare.report import answers, show_value
-from quadriga.analysis.pages import page as html
-from quadriga.analysis.pages.charts import Bar, Part, legend, stacked_bars
+from quadriga.analysis.compare.report import format_answers, format_value
+from quadriga.analysis.pages import elements
+from quadriga.analysis.pages.charts import Bar, BarPart, legend, stacked_bars
 from quadriga.analysis.pages.markup import Markup
-from quadriga.analysis.pages.numbers import duration, number, share
-from quadriga.analysis.pages.plots import Interval, Series, curves, intervals, legend_of
+from quadriga.analysis.pages.numbers import format_duration, format_number, format_share
+from quadriga.analysis.pages.plots import Interval, Series, interval_plot, line_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREY, VERMILION
 
 VERDICTS = {"faster": BLUE, "better": BLUE, "slower": VERMILION, "worse": VERMILION}
-SHOWN_WITH = ("s", "GiB", "share")  # units that stand beside each figure
+UNITS_IN_CELLS = ("s", "GiB", "share")  # units that stand beside each figure
 Comparison = dict[str, Any]
-ROWS_OF_LOSSES = 20
+MAX_LOSS_ROWS = 20
 
 
-def page(comparison: Comparison) -> str:
+def comparison_page(comparison: Comparison) -> str:
     """The whole page. `comparison`: a dict of the format `quadriga-compare-1`."""
     names = _names(comparison)
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
     warned += comparison.get("warnings", ())
-    return html.document(
+    return elements.document(
         f"{' and '.join(names)} compared" if len(names) == 2 else f"{len(names)} runs compared",
-        html.answer(*sentences(comparison)),
-        html.warnings(warned),
+        elements.answer(*comparison_sentences(comparison)),
+        elements.warnings(warned),
         _backends(comparison["backend"]),
         _ratios(comparison["figures"]),
         _figures(comparison["figures"]),
@@ -43,13 +43,13 @@ def page(comparison: Comparison) -> str:
     )
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def comparison_sentences(comparison: Comparison) -> list[str]:
     """The answer, in the words of the terminal; the refusal where there is one."""
     if comparison["refused"]:
         return [f"Not compared: {comparison['refused']}"]
     return [
-        f"{said[0].upper()}{said[1:]}." if not said.startswith(_names(comparison)) else f"{said}."
-        for said in answers(comparison)
+        f"{answer[0].upper()}{answer[1:]}." if not answer.startswith(_names(comparison)) else f"{answer}."
+        for answer in format_answers(comparison)
     ]
 
 
@@ -61,21 +61,27 @@ def _backends(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not rows:
         return None
     cells = [
-        [row["run"], row["asked"] or "none", _carried(row["carried"]), "yes" if row["credited"] else "no", row["why"]]
+        [
+            row["run"],
+            row["asked"] or "none",
+            _format_backend_shares(row["carried"]),
+            "yes" if row["credited"] else "no",
+            row["why"],
+        ]
         for row in rows
     ]
     header = ["run", "asked for", "what carried the bytes", "credited", "why"]
-    return html.section("Which backend carried the bytes", html.table(header, cells, words=range(5)))
+    return elements.section("Which backend carried the bytes", elements.table(header, cells, text_columns=range(5)))
 
 
-def _carried(carried: Sequence[Mapping[str, Any]] | None) -> str | None:
-    if carried is None:
+def _format_backend_shares(shares: Sequence[Mapping[str, Any]] | None) -> str | None:
+    if shares is None:
         return None
-    return "; ".join(f"{each['axis']}: {each['backend']} ({_share(each['share_of_bytes'])})" for each in carried)
+    return "; ".join(f"{each['axis']}: {each['backend']} ({_share(each['share_of_bytes'])})" for each in shares)
 
 
 def _share(part: float | None) -> str:
-    return "share not measurable" if part is None else f"{share(part)} of bytes"
+    return "share not measurable" if part is None else f"{format_share(part)} of bytes"
 
 
 def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -87,8 +93,8 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
             figure["name"],
             ratio["run"],
             ratio["against"],
-            _or_none(ratio["ratio"], number),
-            _range(ratio["interval"], number),
+            _or_none(ratio["ratio"], format_number),
+            _range(ratio["interval"], format_number),
             f"{100 * ratio['confidence']:.3g} %",
             f"{ratio['pairs']}",
             ratio["verdict"],
@@ -96,7 +102,7 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
         for figure, ratio in rated
     ]
     header = ["figure", "run", "against", "ratio", "interval", "confidence", "pairs", "verdict"]
-    numbers = html.table(header, cells, words=(0, 1, 2, 7))
+    numbers = elements.table(header, cells, text_columns=(0, 1, 2, 7))
     pairs = list(dict.fromkeys((ratio["run"], ratio["against"]) for _, ratio in rated))
     drawn = [
         Interval(
@@ -111,15 +117,15 @@ def _ratios(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
         if ratio["ratio"] is not None and ratio["interval"]
     ]
     if not drawn:
-        return html.section("Ratios", numbers)
+        return elements.section("Ratios", numbers)
     against = pairs[0][1]
     of = pairs[0][0] if len(pairs) == 1 else "each run"
-    image = intervals("Ratios of runs with their intervals", drawn, f"{of} / {against}; 1 is no difference")
+    image = interval_plot("Ratios of runs with their intervals", drawn, f"{of} / {against}; 1 is no difference")
     caption = (
         "Each dot is the ratio of two runs by pairs of repeats, the bar its interval. A bar that touches 1 "
         "shows no difference."
     )
-    return html.section("Ratios", html.figure(image, caption, numbers))
+    return elements.section("Ratios", elements.figure(image, caption, numbers))
 
 
 def _figures(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -127,21 +133,23 @@ def _figures(figures: Sequence[Mapping[str, Any]]) -> Markup | None:
         return None
     cells = []
     for figure in figures:
-        name = figure["name"] if figure["unit"] in SHOWN_WITH else f"{figure['name']}, {figure['unit']}"
-        show = partial(show_value, unit=figure["unit"])
+        name = figure["name"] if figure["unit"] in UNITS_IN_CELLS else f"{figure['name']}, {figure['unit']}"
+        formatter = partial(format_value, unit=figure["unit"])
         for run in figure["by_run"]:
-            samples = ", ".join(show(value) for value in run["samples"] if value is not None)
-            cells.append([name, run["run"], _or_none(run["median"], show), _range(run["spread"], show), samples])
+            samples = ", ".join(formatter(value) for value in run["samples"] if value is not None)
+            cells.append(
+                [name, run["run"], _or_none(run["median"], formatter), _range(run["spread"], formatter), samples]
+            )
     header = ["figure", "run", "median", "middle half", "each repeat"]
-    return html.section("Figures", html.table(header, cells, words=(0, 1, 4)))
+    return elements.section("Figures", elements.table(header, cells, text_columns=(0, 1, 4)))
 
 
 def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup:
     title = "Where the time went"
     if not parts:
-        return html.section(title, html.missing(why or "no traces of these runs were read"))
+        return elements.section(title, elements.not_measurable(why or "no traces of these runs were read"))
     runs = list(dict.fromkeys(each["run"] for part in parts for each in part["by_run"]))
-    legend_parts = [Part(run, index % GREY) for index, run in enumerate(runs)]
+    legend_parts = [BarPart(run, index % GREY) for index, run in enumerate(runs)]
     bars = []
     for part in parts:
         seconds = {each["run"]: each["seconds"] for each in part["by_run"]}
@@ -150,15 +158,15 @@ def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup
             bars.append(Bar(_part(part) if index == 0 else "", values))
     cells = [[_part(part), *(_seconds_of(part, run) for run in runs)] for part in parts]
     image = stacked_bars("Parts of a step by run", legend_parts, bars, "time a step")
-    numbers = html.table(["part of a step", *runs], cells)
+    numbers = elements.table(["part of a step", *runs], cells)
     caption = "The same part of a step in each run, one bar a run. Parts may overlap, so they need not add up."
-    reasons = html.missing(why) if why else None
-    return html.section(title, html.figure(image, caption, numbers, legend(legend_parts)), reasons)
+    reasons = elements.not_measurable(why) if why else None
+    return elements.section(title, elements.figure(image, caption, numbers, legend(legend_parts)), reasons)
 
 
 def _seconds_of(part: Mapping[str, Any], run: str) -> str | None:
     found = next((each["seconds"] for each in part["by_run"] if each["run"] == run), None)
-    return _or_none(found, duration)
+    return _or_none(found, format_duration)
 
 
 def _part(part: Mapping[str, Any]) -> str:
@@ -170,36 +178,38 @@ def _part(part: Mapping[str, Any]) -> str:
 def _losses(losses: Mapping[str, Any] | None) -> Markup:
     title = "Losses"
     if not losses or not losses["steps"]:
-        return html.section(title, html.missing("the runs have no logged step in common"))
+        return elements.section(title, elements.not_measurable("the runs have no logged step in common"))
     steps = losses["steps"]
     series = [
         Series(run["run"], index, [(step, _figure(loss)) for step, loss in zip(steps, run["loss"], strict=True)])
         for index, run in enumerate(losses["by_run"])
     ]
     largest = losses["largest_difference"]
-    said = "Only one run has losses."
+    summary = "Only one run has losses."
     if largest and largest["value"] == 0:
-        said = "All runs have the same losses, to the last digit."
+        summary = "All runs have the same losses, to the last digit."
     elif largest:
-        said = (
-            f"The largest difference is {number(largest['value'])}, at step {largest['step']}, "
+        summary = (
+            f"The largest difference is {format_number(largest['value'])}, at step {largest['step']}, "
             f"between {' and '.join(largest['between'])}."
         )
     within = losses.get("largest_within_a_setting")
     if within is not None:
-        said += f" Repeats of one setting differ by {number(within)} at most."
+        summary += f" Repeats of one setting differ by {format_number(within)} at most."
     if losses.get("note"):
-        said += f" {losses['note']}"
-    every = max(math.ceil(len(steps) / ROWS_OF_LOSSES), 1)
+        summary += f" {losses['note']}"
+    every = max(math.ceil(len(steps) / MAX_LOSS_ROWS), 1)
     chosen = sorted({*range(0, len(steps), every), len(steps) - 1})
     cells = [[f"{steps[i]:,}", *(_loss(run["loss"][i]) for run in losses["by_run"])] for i in chosen]
     caption = f"Every {every} logged steps, and the last." if every > 1 else "Every logged step."
-    numbers = html.table(["step", *(run["run"] for run in losses["by_run"])], cells, caption=caption)
+    numbers = elements.table(["step", *(run["run"] for run in losses["by_run"])], cells, caption=caption)
     if not any(math.isfinite(loss) for each in series for _, loss in each.points):
-        return html.section(title, html.note("No loss is a finite number."), numbers)
-    image = curves("Loss by step", series, "step", "loss")
-    return html.section(
-        title, html.note(said), html.figure(image, "Loss of each run.", numbers, legend_of(series, lines=True))
+        return elements.section(title, elements.note("No loss is a finite number."), numbers)
+    image = line_plot("Loss by step", series, "step", "loss")
+    return elements.section(
+        title,
+        elements.note(summary),
+        elements.figure(image, "Loss of each run.", numbers, series_legend(series, lines=True)),
     )
 
 
@@ -218,7 +228,7 @@ def _runs(comparison: Comparison) -> Markup:
         [run["name"], run["folder"], f"{run['repeats']}", *(str(run["values"].get(key, "")) for key in keys)]
         for run in comparison["runs"]
     ]
-    return html.section("Runs", html.table(["run", "folder", "repeats", *keys], cells, words=(0, 1)))
+    return elements.section("Runs", elements.table(["run", "folder", "repeats", *keys], cells, text_columns=(0, 1)))
 
 
 def _varied(varied: Mapping[str, Sequence[Any]]) -> str:
@@ -227,11 +237,11 @@ def _varied(varied: Mapping[str, Sequence[Any]]) -> str:
     return "Varied: " + "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in varied.items())
 
 
-def _range(ends: Sequence[float | None] | None, show: Callable[[float], str]) -> str | None:
+def _range(ends: Sequence[float | None] | None, formatter: Callable[[float], str]) -> str | None:
     if not ends or ends[0] is None or ends[1] is None:
         return None
-    return f"{show(ends[0])} to {show(ends[1])}"
+    return f"{formatter(ends[0])} to {formatter(ends[1])}"
 
 
-def _or_none(value: float | None, show: Callable[[float], str]) -> str | None:
-    return None if value is None else show(value)
+def _or_none(value: float | None, formatter: Callable[[float], str]) -> str | None:
+    return None if value is None else formatter(value)

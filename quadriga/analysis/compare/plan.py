@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quadriga.analysis.compare.runs import BENCH, read_bench
+from quadriga.analysis.compare.runs import BENCH_FILE, read_bench
 from quadriga.errors import Problem, UserError, shortened
 
 FORMAT = "quadriga-bench-1"
@@ -18,7 +18,7 @@ VARY = "--vary"
 
 
 @dataclass(frozen=True)
-class Choice:
+class SettingChoice:
     """One setting: by key, the value as text. `number` from 1."""
 
     number: int
@@ -33,11 +33,11 @@ class Choice:
         """`backend=nccl, mode=full`: the last words of the keys, unless two of them are alike."""
         last = [key.rpartition(".")[2] for key in self.values]
         short = len(set(last)) == len(last)
-        words = last if short else list(self.values)
-        return ", ".join(f"{word}={value}" for word, value in zip(words, self.values.values(), strict=True))
+        labels = last if short else list(self.values)
+        return ", ".join(f"{label}={value}" for label, value in zip(labels, self.values.values(), strict=True))
 
 
-def choices_of(varied: Sequence[str]) -> list[Choice]:
+def parse_choices(varied: Sequence[str]) -> list[SettingChoice]:
     """Every combination of `KEY=A,B` texts. Raises UserError where one is not of that form."""
     tables: dict[str, list[str]] = {}
     for text in varied:
@@ -53,7 +53,9 @@ def choices_of(varied: Sequence[str]) -> list[Choice]:
             raise UserError(Problem(VARY, "at least two values are needed, each once", text, allowed=form))
         tables[key] = found
     combined = itertools.product(*tables.values())
-    return [Choice(number, dict(zip(tables, values, strict=True))) for number, values in enumerate(combined, start=1)]
+    return [
+        SettingChoice(number, dict(zip(tables, values, strict=True))) for number, values in enumerate(combined, start=1)
+    ]
 
 
 def _values(text: str) -> list[str]:
@@ -61,14 +63,14 @@ def _values(text: str) -> list[str]:
     return [value.strip() for value in re.split(r",(?![^\[]*\])", text)]
 
 
-def turns(count: int, rounds: int) -> Iterator[tuple[int, list[int]]]:
+def run_order(count: int, rounds: int) -> Iterator[tuple[int, list[int]]]:
     """By round, from 1, the places of `count` settings in the order in which they run: each is first in its turn."""
     for number in range(rounds):
         first = number % count
         yield number + 1, [(first + place) % count for place in range(count)]
 
 
-def note_of(choices: Sequence[Choice], file: str, arguments: Sequence[str], ranks: int) -> dict[str, Any]:
+def bench_record(choices: Sequence[SettingChoice], file: str, arguments: Sequence[str], ranks: int) -> dict[str, Any]:
     """What `bench.json` says. `arguments`: the keys that all runs are given."""
     keys = list(choices[0].values)
     return {
@@ -83,22 +85,22 @@ def note_of(choices: Sequence[Choice], file: str, arguments: Sequence[str], rank
     }
 
 
-def refuse_another_bench(folder: Path, note: Mapping[str, Any]) -> None:
+def refuse_another_bench(folder: Path, record: Mapping[str, Any]) -> None:
     """Raise UserError where a folder holds a bench of other settings, or what is no bench at all."""
-    before = read_bench(folder / BENCH)
+    before = read_bench(folder / BENCH_FILE)
     fix = "choose another folder (--out), or remove this one"
     if before is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(Problem("--out", "the folder is not empty, and holds no bench", str(folder), fix=fix))
     for part in ("settings", "ranks"):
-        if before is not None and before.get(part) != note[part]:
-            said = f"{before['varied']} on {before.get('ranks')} ranks"
-            what = f"the folder holds a bench with other {part}: {shortened(said, 400)}"
+        if before is not None and before.get(part) != record[part]:
+            existing = f"{before['varied']} on {before.get('ranks')} ranks"
+            what = f"the folder holds a bench with other {part}: {shortened(existing, 400)}"
             raise UserError(Problem("--out", what, str(folder), fix=fix))
 
 
-def leave_note(folder: Path, note: Mapping[str, Any]) -> None:
+def write_bench_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `bench.json`; a reader finds the whole file or none."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{BENCH}"
-    draft.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / BENCH)
+    draft = folder / f".{BENCH_FILE}"
+    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / BENCH_FILE)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quadriga.analysis.compare.comparison import NO_DIFFERENCE, NOT_CREDITED, TOO_FEW
+from quadriga.analysis.compare.comparison import NO_DIFFERENCE, NOT_VERIFIED, TOO_FEW
 from quadriga.analysis.compare.statistics import FEWEST_PAIRS
 
 Comparison = dict[str, Any]
 
 
-def lines(comparison: Comparison) -> Iterator[str]:
-    yield from answers(comparison)
+def format_comparison(comparison: Comparison) -> Iterator[str]:
+    yield from format_answers(comparison)
     yield ""
     yield from _setup(comparison)
     yield ""
@@ -24,7 +24,7 @@ def lines(comparison: Comparison) -> Iterator[str]:
     yield from _warnings(comparison)
 
 
-def answers(comparison: Comparison) -> Iterator[str]:
+def format_answers(comparison: Comparison) -> Iterator[str]:
     """One sentence for each setting but the first. Percentages are of speed: steps or tokens in a second."""
     figure = next(each for each in comparison["figures"] if each["name"] == comparison["headline"])
     for ratio in figure["ratios"]:
@@ -33,25 +33,25 @@ def answers(comparison: Comparison) -> Iterator[str]:
 
 def _answer(ratio: dict[str, Any], figure: dict[str, Any], comparison: Comparison) -> str:
     ours, other = ratio["run"], ratio["against"]
-    medians = {each["run"]: show_value(each["median"], figure["unit"]) for each in figure["by_run"]}
+    medians = {each["run"]: format_value(each["median"], figure["unit"]) for each in figure["by_run"]}
     measured = f"{other} {medians[other]}, {ours} {medians[ours]}"
     pairs = f"{ratio['pairs']} pair{'s' * (ratio['pairs'] != 1)}"
     if ratio["verdict"] == TOO_FEW:
         return f"too few runs to tell: {pairs}, at least {FEWEST_PAIRS} are needed ({measured})"
     low, high = speed_interval(ratio, figure["lower_is_better"])
-    told = f"{_level(ratio)} interval {_range(low, high)}, {pairs}"
+    interval = f"{_level(ratio)} interval {_range(low, high)}, {pairs}"
     if ratio["verdict"] == NO_DIFFERENCE:
         change = round(100 * (speed_ratio(ratio["ratio"], figure["lower_is_better"]) - 1), 1) + 0.0  # no -0.0
-        return f"no difference shown between {other} and {ours} (speed {change:+.1f} %, {told}; {measured})"
-    if ratio["verdict"] == NOT_CREDITED:
+        return f"no difference shown between {other} and {ours} (speed {change:+.1f} %, {interval}; {measured})"
+    if ratio["verdict"] == NOT_VERIFIED:
         reasons = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
         why = "; ".join(f"{run}: {reasons[run]}" for run in (other, ours) if run in reasons)
-        return f"no winner is named between {other} and {ours} ({why}); measured: {measured}, {told}"
+        return f"no winner is named between {other} and {ours} ({why}); measured: {measured}, {interval}"
     speed = speed_ratio(ratio["ratio"], figure["lower_is_better"])
     if speed > 1:
-        return f"{ours} is {100 * (speed - 1):.1f} % faster than {other} ({told}; {measured})"
-    told = f"{_level(ratio)} interval {_range(2 - high, 2 - low)}, {pairs}"
-    return f"{ours} is {100 * (1 - speed):.1f} % slower than {other} ({told}; {measured})"
+        return f"{ours} is {100 * (speed - 1):.1f} % faster than {other} ({interval}; {measured})"
+    interval = f"{_level(ratio)} interval {_range(2 - high, 2 - low)}, {pairs}"
+    return f"{ours} is {100 * (1 - speed):.1f} % slower than {other} ({interval}; {measured})"
 
 
 def speed_ratio(ratio: float, lower_is_better: bool) -> float:
@@ -73,7 +73,7 @@ def _level(ratio: dict[str, Any]) -> str:
     return f"{100 * ratio['confidence']:.3g} %"
 
 
-def show_value(value: float | None, unit: str) -> str:
+def format_value(value: float | None, unit: str) -> str:
     """A figure with its unit, to four digits; `not measurable` for None."""
     if value is None:
         return "not measurable"
@@ -99,10 +99,12 @@ def _table(comparison: Comparison) -> Iterator[str]:
     for figure in comparison["figures"]:
         ratios = {ratio["run"]: ratio for ratio in figure["ratios"]}
         for number, each in enumerate(figure["by_run"]):
-            low, high = (show_value(end, figure["unit"]) for end in each["spread"])
-            told = _ratio_cells(ratios[each["run"]]) if each["run"] in ratios else ("", "", "")
+            low, high = (format_value(end, figure["unit"]) for end in each["spread"])
+            ratio_cells = _ratio_cells(ratios[each["run"]]) if each["run"] in ratios else ("", "", "")
             name = _name(figure) if number == 0 else ""
-            rows.append((name, each["run"], show_value(each["median"], figure["unit"]), f"{low} - {high}", *told))
+            rows.append(
+                (name, each["run"], format_value(each["median"], figure["unit"]), f"{low} - {high}", *ratio_cells)
+            )
     return _aligned(rows)
 
 
@@ -138,22 +140,22 @@ def _where(comparison: Comparison) -> Iterator[str]:
     table = [("", "", *names, "")]
     for row in rows:
         part = row["part"].removesuffix("_s").replace("_", " ")
-        shown = [show_value(each["seconds"], "s") for each in row["by_run"]]
+        shown = [format_value(each["seconds"], "s") for each in row["by_run"]]
         table.append((part, "", *shown, ""))
     yield from _aligned(table)
     yield ""
 
 
 def _losses(losses: dict[str, Any]) -> Iterator[str]:
-    apart, within = losses["largest_difference"], losses["largest_within_a_setting"]
-    if apart is None:
+    largest, within = losses["largest_difference"], losses["largest_within_a_setting"]
+    if largest is None:
         yield "losses: no step was logged by all runs"
     else:
         steps = f"{len(losses['steps'])} logged steps"
-        between = " and ".join(apart["between"])
+        between = " and ".join(largest["between"])
         noise = "" if within is None else f"; repeats of one setting differ by at most {within:.3g}"
-        if apart["value"]:
-            yield f"losses: at most {apart['value']:.3g} apart, at step {apart['step']}, between {between}{noise}"
+        if largest["value"]:
+            yield f"losses: at most {largest['value']:.3g} apart, at step {largest['step']}, between {between}{noise}"
         else:
             yield f"losses: equal to the last digit at all {steps}{noise}"
     if losses["note"]:
@@ -166,6 +168,6 @@ def _backends(comparison: Comparison) -> Iterator[str]:
 
 
 def _warnings(comparison: Comparison) -> Iterator[str]:
-    own = [f"{run['name']}: {said}" for run in comparison["runs"] for said in run["warnings"]]
-    for said in [*comparison["warnings"], *own]:
-        yield f"warning: {said}"
+    own = [f"{run['name']}: {warning}" for run in comparison["runs"] for warning in run["warnings"]]
+    for warning in [*comparison["warnings"], *own]:
+        yield f"warning: {warning}"

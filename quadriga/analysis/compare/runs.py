@@ -17,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from quadriga import limits
-from quadriga.analysis.compare.windows import Record, Window, counted
+from quadriga.analysis.compare.windows import Record, StepWindow, counted_windows
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.reading import read_json_object, read_toml
 
-METRICS, CONFIG, ENVIRONMENT, BENCH = "metrics.jsonl", "config.toml", "environment.json", "bench.json"
+METRICS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, BENCH_FILE = (
+    "metrics.jsonl",
+    "config.toml",
+    "environment.json",
+    "bench.json",
+)
 REPEAT = re.compile(r"repeat-([0-9]{1,9})")
 REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # what a comparison reads of each record
-MOST_SETTINGS = 1000  # of one bench
+MAX_SETTINGS = 1000  # of one bench
 # What of `config.toml` is reckoned with, and from which value on it can be.
-WHOLE = {
+MINIMUM_VALUES = {
     "training.steps": 1,
     "profiling.profile_freq": 1,
     "profiling.profiler_warmup": 0,
@@ -46,7 +51,7 @@ class RunFolder:
     config: Flat
     environment: Flat
     records: list[Record]
-    windows: list[Window]
+    windows: list[StepWindow]
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
@@ -58,7 +63,7 @@ class RunFolder:
     def losses(self) -> dict[int, float]:
         return {record["step"]: float(record["loss"]) for record in self.records}
 
-    def of_windows(self, name: str) -> list[float]:
+    def window_values(self, name: str) -> list[float]:
         """A figure of all windows that have it."""
         values = (window.record.get(name) for window in self.windows)
         return [float(value) for value in values if value is not None and math.isfinite(value)]
@@ -82,19 +87,19 @@ def read_setting(name: str, folder: Path, warmup: int) -> Setting:
         UserError: it is neither, or what is in it cannot be read.
     """
     if is_run(folder):
-        return Setting(name, folder, [read_run(folder, 1, warmup)])
+        return Setting(name, folder, [read_run_folder(folder, 1, warmup)])
     found = repeats_of(folder)
     repeats = {number: path for number, path in found.items() if has_finished(path)} or found
     if not repeats:
         what = "no run is here" if os.path.isdir(folder) else "there is no such folder"
-        allowed = f"a run folder (with {METRICS}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
+        allowed = f"a run folder (with {METRICS_FILE}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
         raise UserError(Problem("RUN", what, str(folder), allowed=allowed))
-    runs = [read_run(path, number, warmup) for number, path in repeats.items()]
+    runs = [read_run_folder(path, number, warmup) for number, path in repeats.items()]
     return Setting(name, folder, runs, [path.name for number, path in found.items() if number not in repeats])
 
 
 def is_run(folder: Path) -> bool:
-    return os.path.isfile(folder / METRICS)  # unlike Path.is_file it raises nothing for a path that cannot be
+    return os.path.isfile(folder / METRICS_FILE)  # unlike Path.is_file it raises nothing for a path that cannot be
 
 
 def repeats_of(folder: Path) -> dict[int, Path]:
@@ -109,14 +114,14 @@ def folders_of(named: Sequence[Path]) -> list[Path]:
 
 
 def _settings_of_bench(folder: Path) -> list[Path]:
-    found = read_bench(folder / BENCH)
+    found = read_bench(folder / BENCH_FILE)
     return [folder / setting["folder"] for setting in found["settings"]] if found else []
 
 
-def bench_of(settings: Sequence[Path]) -> dict[str, Any] | None:
+def find_bench(settings: Sequence[Path]) -> dict[str, Any] | None:
     """What the bench says (`bench.json`) that all these folders are settings of; None where there is none."""
     parents = {folder.resolve().parent for folder in settings}
-    found = read_bench(parents.pop() / BENCH) if len(parents) == 1 else None
+    found = read_bench(parents.pop() / BENCH_FILE) if len(parents) == 1 else None
     known = {setting["folder"] for setting in found["settings"]} if found else set()
     return found if {folder.resolve().name for folder in settings} <= known else None
 
@@ -127,11 +132,11 @@ def read_bench(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not one that `quadriga bench` has left.
     """
-    found = read_json(path)
+    found = read_optional_json(path)
     if found is None:
         return None
     settings, varied = found.get("settings"), found.get("varied")
-    known = isinstance(settings, list) and 0 < len(settings) <= MOST_SETTINGS and all(map(_is_setting, settings))
+    known = isinstance(settings, list) and 0 < len(settings) <= MAX_SETTINGS and all(map(_is_setting, settings))
     if not isinstance(settings, list) or not known or not isinstance(varied, dict):
         allowed = '{"varied": {KEY: [VALUE, ...]}, "settings": [{"folder": "setting-1", "name": TEXT}, ...]}'
         raise UserError(Problem(str(path), "this is no note of a bench", allowed=allowed, fix="bench anew, elsewhere"))
@@ -171,39 +176,39 @@ def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[
     return ["/".join(own[-length:]) for own in parts]
 
 
-def read_run(folder: Path, number: int, warmup: int) -> RunFolder:
+def read_run_folder(folder: Path, number: int, warmup: int) -> RunFolder:
     """One run folder. Lines of its metrics that are no records are left out, and a warning says so.
 
     Raises:
         UserError: a file of it cannot be read, or too few steps were logged.
     """
     warnings: list[str] = []
-    records = read_metrics(folder / METRICS, required=REQUIRED, notices=warnings)
-    config = flatten(read_toml(folder / CONFIG, what="configuration of a run"))
-    refuse_no_numbers(folder / CONFIG, config)
+    records = read_metrics(folder / METRICS_FILE, required=REQUIRED, notices=warnings)
+    config = flatten_tables(read_toml(folder / CONFIG_FILE, what="configuration of a run"))
+    check_whole_numbers(folder / CONFIG_FILE, config)
     steps = config["training.steps"]
-    windows, slowed = counted(records, table(config, "profiling"), steps, warmup)
+    windows, slowed = counted_windows(records, config_table(config, "profiling"), steps, warmup)
     if not windows:
         what = f"no window of steps is left after the warm-up of {warmup} steps ({len(records)} records)"
         fix = "train longer, log more often (metrics.log_freq), or lower --warmup"
         raise UserError(Problem("RUN", "; ".join([what, *warnings]), str(folder), fix=fix))
-    environment = read_json(folder / ENVIRONMENT)
+    environment = read_optional_json(folder / ENVIRONMENT_FILE)
     warnings += [slowed] if slowed else []
     if environment is None:
-        warnings.append(f"no {ENVIRONMENT}: on what machine and with which versions it ran is not known")
+        warnings.append(f"no {ENVIRONMENT_FILE}: on what machine and with which versions it ran is not known")
     if records[-1]["step"] < steps:
         warnings.append(f"ended after step {records[-1]['step']} of {steps}")
     if (attempts := records[-1]["attempt"]) > 1:
         warnings.append(f"was started {attempts} times")
     if skipped := records[-1].get("skipped_steps", 0):
         warnings.append(f"{skipped} of its steps were bad and skipped")
-    return RunFolder(folder, number, config, flatten(environment or {}), records, windows, warnings)
+    return RunFolder(folder, number, config, flatten_tables(environment or {}), records, windows, warnings)
 
 
-def refuse_no_numbers(path: Path, config: Flat) -> None:
+def check_whole_numbers(path: Path, config: Flat) -> None:
     """Raise UserError where what is reckoned with is no whole number in its range."""
     profiled = config.get("profiling.enable_profiling") is True
-    for key, least in WHOLE.items():
+    for key, least in MINIMUM_VALUES.items():
         value = config.get(key)
         if key.startswith("profiling.") and not profiled:
             continue
@@ -221,22 +226,22 @@ def has_finished(folder: Path) -> bool:
     return any(e["event"] == "end" and e["attempt"] == newest and e.get("code") == 0 for e in events)
 
 
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> Flat:
+def flatten_tables(tables: Mapping[str, Any], prefix: str = "") -> Flat:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat: Flat = {}
     for name, value in tables.items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= flatten_tables(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
 
 
-def table(flat: Flat, name: str) -> dict[str, Any]:
+def config_table(flat: Flat, name: str) -> dict[str, Any]:
     """One table of a flat configuration."""
     return {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_optional_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no file. Raises UserError where it is damaged."""
     return read_json_object(path, what="record") if os.path.exists(path) else None

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 FEWEST_PAIRS = 3
 CONFIDENCE = 0.95
-LARGEST = 700.0  # of a logarithm: exp of more is beyond float64
+MAX_LOGARITHM = 700.0  # of a logarithm: exp of more is beyond float64
 
 Values = npt.NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class Ratio:
     pairs: int
 
     @property
-    def shows_a_difference(self) -> bool:
+    def is_significant(self) -> bool:
         return self.interval is not None and not self.interval[0] <= 1.0 <= self.interval[1]
 
 
@@ -71,17 +71,17 @@ def paired_ratio(ours: Sequence[float], others: Sequence[float], comparisons: in
     logs = np.sort(np.log(np.asarray(ours, dtype=np.float64)) - np.log(np.asarray(others, dtype=np.float64)))
     if len(logs) < FEWEST_PAIRS:
         return Ratio(_exp(float(hodges_lehmann(logs))), None, confidence, len(logs))
-    estimate, reach = (float(each) for each in estimate_and_reach(logs, confidence))
-    return Ratio(_exp(estimate), (_exp(estimate - reach), _exp(estimate + reach)), confidence, len(logs))
+    estimate, half_width = (float(each) for each in estimate_and_half_width(logs, confidence))
+    return Ratio(_exp(estimate), (_exp(estimate - half_width), _exp(estimate + half_width)), confidence, len(logs))
 
 
-def estimate_and_reach(logs: Values, confidence: float) -> tuple[Values, Values]:
+def estimate_and_half_width(logs: Values, confidence: float) -> tuple[Values, Values]:
     """The estimate from pairs' logarithms (..., n), and how far its interval reaches to both sides: (...) each."""
     return hodges_lehmann(logs), student_quantile(confidence, logs.shape[-1] - 1) * standard_error(logs)
 
 
 def _exp(logarithm: float) -> float:
-    return math.exp(max(min(logarithm, LARGEST), -LARGEST))
+    return math.exp(max(min(logarithm, MAX_LOGARITHM), -MAX_LOGARITHM))
 
 
 def hodges_lehmann(values: Values) -> Values:

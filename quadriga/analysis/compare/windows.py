@@ -26,7 +26,7 @@ FEWEST_WINDOWS = 3
 
 
 @dataclass(frozen=True)
-class Window:
+class StepWindow:
     """The steps `first` to `last`, and what was logged of them."""
 
     first: int
@@ -38,27 +38,27 @@ def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
     """Of a table `[profiling]`, for a start of so many steps; None without the profiler."""
     if profiling.get("enable_profiling") is not True:
         return None
-    return Cycle.of(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
+    return Cycle.of_run(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
 
 
-def windows_of(records: Sequence[Record]) -> dict[int, list[Window]]:
+def windows_of(records: Sequence[Record]) -> dict[int, list[StepWindow]]:
     """By attempt, the windows whose first step is known: all but the first of an attempt."""
-    found: dict[int, list[Window]] = {}
+    found: dict[int, list[StepWindow]] = {}
     for attempt, group in groupby(records, key=lambda record: int(record["attempt"])):
         own = list(group)
-        found[attempt] = [Window(before["step"] + 1, after["step"], after) for before, after in pairwise(own)]
+        found[attempt] = [StepWindow(before["step"] + 1, after["step"], after) for before, after in pairwise(own)]
     return found
 
 
-def counted(
+def counted_windows(
     records: Sequence[Record], profiling: Mapping[str, Any], steps: int, warmup: int
-) -> tuple[list[Window], str | None]:
+) -> tuple[list[StepWindow], str | None]:
     """The windows that count, and a warning where steps with the profiler are among them.
 
     `records`: of training, by step; `profiling`: the table of the configuration; `steps`: the last step of the run.
     """
-    calm: list[Window] = []
-    warm: list[Window] = []
+    undisturbed: list[StepWindow] = []
+    after_warmup: list[StepWindow] = []
     for windows in windows_of(records).values():
         if not windows:
             continue
@@ -68,18 +68,18 @@ def counted(
         for window in windows:
             if window.first < first_step + warmup:
                 continue
-            warm.append(window)
+            after_warmup.append(window)
             # Cycles repeat, so one cycle's length of steps tells of a window of any length.
             most = window.first + (cycle.length if cycle else 0)
             inside = range(window.first, min(window.last, most) + 1)
             if cycle is None or not any(cycle.disturbs(step, first_step) for step in inside):
-                calm.append(window)
-    if len(calm) >= FEWEST_WINDOWS or len(calm) == len(warm):
-        return calm, None
-    return warm, "steps that the profiler slowed are counted, for too few others are left"
+                undisturbed.append(window)
+    if len(undisturbed) >= FEWEST_WINDOWS or len(undisturbed) == len(after_warmup):
+        return undisturbed, None
+    return after_warmup, "steps that the profiler slowed are counted, for too few others are left"
 
 
-def foreseen_records(steps: int, log_freq: int) -> list[Record]:
+def predicted_records(steps: int, log_freq: int) -> list[Record]:
     """What a run that is still to come will log, without the figures."""
     logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0 or step == steps]
     return [{"step": step, "attempt": 1} for step in logged]

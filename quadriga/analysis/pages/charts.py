@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quadriga.analysis.pages.markup import Markup, tag
-from quadriga.analysis.pages.numbers import duration, rounded
+from quadriga.analysis.pages.numbers import format_duration, trim_zeros
 from quadriga.analysis.pages.scales import Scale, linear
 
 WIDTH = 960.0
@@ -19,7 +19,7 @@ LETTER = 8.2  # mean width of a letter
 
 
 @dataclass(frozen=True)
-class Part:
+class BarPart:
     """One part of all bars: its name and the number of its colour."""
 
     name: str
@@ -51,7 +51,7 @@ def picture(title: str, height: float, *parts: str | None) -> Markup:
     return tag("svg", tag("title", title), *parts, class_="picture", viewBox=box, role="img", aria_label=title)
 
 
-def legend(parts: Sequence[Part]) -> Markup:
+def legend(parts: Sequence[BarPart]) -> Markup:
     """Colours and their names, in the order of the parts."""
     return tag("ul", *(tag("li", _swatch(part.colour), part.name) for part in parts), class_="legend")
 
@@ -62,33 +62,37 @@ def _swatch(colour: int) -> Markup:
 
 
 def stacked_bars(
-    title: str, parts: Sequence[Part], bars: Sequence[Bar], axis_title: str, show: Callable[[float], str] = duration
+    title: str,
+    parts: Sequence[BarPart],
+    bars: Sequence[Bar],
+    axis_title: str,
+    formatter: Callable[[float], str] = format_duration,
 ) -> Markup:
     """One bar a row, its parts side by side in their order; a tick marks the whole where it is known."""
     longest = [max(sum(v for v in bar.values if v is not None), bar.whole or 0.0) for bar in bars]
     scale = linear([*longest, 0.0], LEFT, WIDTH - RIGHT, from_zero=True)
     foot = len(bars) * (BAR + GAP)
-    drawn = [_bar(bar, parts, scale, index * (BAR + GAP) + GAP / 2, show) for index, bar in enumerate(bars)]
-    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, show), *drawn)
+    drawn = [_bar(bar, parts, scale, index * (BAR + GAP) + GAP / 2, formatter) for index, bar in enumerate(bars)]
+    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, formatter), *drawn)
 
 
-def _bar(bar: Bar, parts: Sequence[Part], scale: Scale, top: float, show: Callable[[float], str]) -> Markup:
-    pieces, reached = [], 0.0
+def _bar(bar: Bar, parts: Sequence[BarPart], scale: Scale, top: float, formatter: Callable[[float], str]) -> Markup:
+    marks, reached = [], 0.0
     for part, value in zip(parts, bar.values, strict=True):
         if not value:
             continue
         start, end = scale(reached), scale(reached + value)
-        hint = tag("title", f"{bar.name}, {part.name}: {show(value)}")
-        pieces.append(_box(start, top, max(end - start - 1, THINNEST), BAR, f"fill{part.colour}", hint))
-        if end - start > (len(show(value)) + 1.5) * LETTER:
-            pieces.append(_inside(show(value), (start + end) / 2, top + BAR / 2 + 4.5))
+        hint = tag("title", f"{bar.name}, {part.name}: {formatter(value)}")
+        marks.append(_box(start, top, max(end - start - 1, THINNEST), BAR, f"fill{part.colour}", hint))
+        if end - start > (len(formatter(value)) + 1.5) * LETTER:
+            marks.append(_inside(formatter(value), (start + end) / 2, top + BAR / 2 + 4.5))
         reached += value
     if all(value is None for value in bar.values):
-        pieces.append(tag("text", "not measurable", x=scale.start + 8, y=top + BAR / 2 + 4.5, class_="small"))
+        marks.append(tag("text", "not measurable", x=scale.start + 8, y=top + BAR / 2 + 4.5, class_="small"))
     if bar.whole is not None:
         at = scale(bar.whole)
-        pieces.append(tag("line", x1=at, x2=at, y1=top - 3, y2=top + BAR + 3, class_="axis"))
-    return tag("g", row_name(bar.name, top + BAR / 2), *pieces)
+        marks.append(tag("line", x1=at, x2=at, y1=top - 3, y2=top + BAR + 3, class_="axis"))
+    return tag("g", row_name(bar.name, top + BAR / 2), *marks)
 
 
 def _inside(text: str, x: float, y: float) -> Markup:
@@ -101,28 +105,28 @@ def _box(x: float, y: float, width: float, height: float, class_: str, hint: str
     return tag("rect", hint, x=x, y=y, width=width, height=height, class_=class_)
 
 
-def row_name(name: str, middle: float, room: float = LEFT) -> Markup:
+def row_name(name: str, middle: float, width: float = LEFT) -> Markup:
     """The name left of a row; what is too long for its place is cut, the whole is in its hint."""
-    most = int((room - 10) / LETTER)
+    most = int((width - 10) / LETTER)
     shown = name if len(name) <= most else name[: most - 1] + "…"
-    return tag("text", tag("title", name), shown, x=room - 10, y=middle + 4.5, text_anchor="end")
+    return tag("text", tag("title", name), shown, x=width - 10, y=middle + 4.5, text_anchor="end")
 
 
-def horizontal_axis(scale: Scale, top: float, foot: float, title: str, show: Callable[[float], str]) -> Markup:
+def horizontal_axis(scale: Scale, top: float, foot: float, title: str, formatter: Callable[[float], str]) -> Markup:
     """Lines from `top` to `foot` at round figures, the figures below them, and what they count."""
     drawn = []
     for value in scale.ticks():
         at = scale(value)
         drawn.append(tag("line", x1=at, x2=at, y1=top, y2=foot, class_="grid"))
-        drawn.append(tag("text", rounded(show(value)), x=at, y=foot + 17, text_anchor="middle", class_="small"))
+        drawn.append(tag("text", trim_zeros(formatter(value)), x=at, y=foot + 17, text_anchor="middle", class_="small"))
     middle = (scale.start + scale.end) / 2
     drawn.append(tag("text", title, x=middle, y=foot + 36, text_anchor="middle", class_="small"))
     return tag("g", *drawn)
 
 
-def timeline(title: str, strips: Sequence[Strip], start: float, axis_title: str) -> Markup:
+def timeline_chart(title: str, strips: Sequence[Strip], start: float, axis_title: str) -> Markup:
     """Strips of all ranks below each other, on one axis of time that begins at `start`."""
-    scale = Scale(0.0, longest_of(strips, start), LEFT, WIDTH - RIGHT)
+    scale = Scale(0.0, longest_strip(strips, start), LEFT, WIDTH - RIGHT)
     drawn, top, rank = [], 0.0, None
     for strip in strips:
         if strip.rank != rank:
@@ -131,10 +135,10 @@ def timeline(title: str, strips: Sequence[Strip], start: float, axis_title: str)
         rank = strip.rank
         drawn.append(_strip(strip, scale, start, top))
         top += STRIP + STRIP_GAP
-    return picture(title, top + AXIS + 4, horizontal_axis(scale, 0.0, top + 4, axis_title, duration), *drawn)
+    return picture(title, top + AXIS + 4, horizontal_axis(scale, 0.0, top + 4, axis_title, format_duration), *drawn)
 
 
-def longest_of(strips: Sequence[Strip], start: float) -> float:
+def longest_strip(strips: Sequence[Strip], start: float) -> float:
     """Seconds from `start` to the end of the last span; 1 where nothing was busy."""
     return max((end - start for strip in strips for _, end, _ in strip.spans), default=0.0) or 1.0
 
@@ -145,6 +149,6 @@ def _strip(strip: Strip, scale: Scale, start: float, top: float) -> Markup:
     spans = []
     for begins, ends, what in strip.spans:
         left, right = scale(begins - start), scale(ends - start)
-        hint = tag("title", f"{what}: {duration(ends - begins)}, from {duration(begins - start)}")
+        hint = tag("title", f"{what}: {format_duration(ends - begins)}, from {format_duration(begins - start)}")
         spans.append(_box(left, top, max(right - left, THINNEST), STRIP, f"fill{strip.colour}", hint))
     return tag("g", ground, name, *spans)

@@ -11,7 +11,7 @@ VOID = {"meta", "br", "hr"}
 
 
 class Markup(str):
-    """Text that is markup already. Made by `tag` and `join` alone."""
+    """Text that is markup already. Made by `tag` and `join_markup` alone."""
 
     __slots__ = ()
 
@@ -25,10 +25,10 @@ def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:
     )
     if name in VOID:
         return Markup(f"<{name}{given}>")
-    return Markup(f"<{name}{given}>{join(*children)}</{name}>")
+    return Markup(f"<{name}{given}>{join_markup(*children)}</{name}>")
 
 
-def join(*children: str | None, by: str = "") -> Markup:
+def join_markup(*children: str | None, by: str = "") -> Markup:
     """Children one after another: markup as it stands, any other text escaped, None left out."""
     shown = [child if isinstance(child, Markup) else _text(child) for child in children if child is not None]
     return Markup(by.join(shown))

@@ -8,7 +8,7 @@ import re
 MINUS = "−"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three significant digits: `0.0123`, `12.3`, `1,230`; very small and very large ones with a power of ten."""
     if not math.isfinite(value):
         return str(value)
@@ -23,32 +23,32 @@ def number(value: float) -> str:
     return f"{sign}{size:,.{decimals}f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1.23 s`, `45.6 ms`, `7.89 µs`."""
     size = abs(seconds)
     if size >= 0.9995 or size == 0:
-        return f"{number(seconds)} s"
-    return f"{number(seconds * 1e3)} ms" if size >= 0.9995e-3 else f"{number(seconds * 1e6)} µs"
+        return f"{format_number(seconds)} s"
+    return f"{format_number(seconds * 1e3)} ms" if size >= 0.9995e-3 else f"{format_number(seconds * 1e6)} µs"
 
 
-def share(part: float) -> str:
+def format_share(part: float) -> str:
     """`0.254` -> `25.4 %`."""
     return f"{MINUS if part < 0 else ''}{abs(part) * 100:.1f} %"
 
 
-def rounded(text: str) -> str:
+def trim_zeros(text: str) -> str:
     """A figure at a round place, without zeros that say nothing: `0.920` -> `0.92`, `50.0 ms` -> `50 ms`."""
     return re.sub(r"\.(\d*?)0+(?!\d)", lambda found: f".{found[1]}" if found[1] else "", text)
 
 
-def decimal_bytes(amount: float) -> str:
+def format_decimal_bytes(amount: float) -> str:
     """`2500000` -> `2.5 MB`: for axes whose ticks are powers of ten."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if amount >= unit * (1 - 1e-9):
-            return f"{rounded(number(amount / unit))} {name}"
-    return f"{rounded(number(amount))} B"
+            return f"{trim_zeros(format_number(amount / unit))} {name}"
+    return f"{trim_zeros(format_number(amount))} B"
 
 
-def whole(value: float) -> str:
+def format_whole(value: float) -> str:
     """A count: `1,234`; with one decimal where it is a mean of counts."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

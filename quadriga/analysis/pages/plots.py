@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from quadriga.analysis.pages.charts import AXIS, RIGHT, WIDTH, horizontal_axis, picture, row_name
 from quadriga.analysis.pages.markup import Markup, tag
-from quadriga.analysis.pages.numbers import number, rounded
+from quadriga.analysis.pages.numbers import format_number, trim_zeros
 from quadriga.analysis.pages.scales import Scale, linear, logarithmic
 
 HEIGHT = 380.0  # of the space between the axes
@@ -17,8 +17,8 @@ SIDE = 84.0  # for the figures of the vertical axis
 DASHES = (None, "7 4", "2 4", "10 3 2 3", "14 4", "4 2", "1 2")
 DOT = 4.6
 ROW = 34.0
-NAMES, MEANINGS = 330.0, 180.0  # of the picture of intervals, left and right
-Show = Callable[[float], str]
+NAMES_WIDTH, MEANINGS_WIDTH = 330.0, 180.0  # of the picture of intervals, left and right
+Formatter = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Interval:
     colour: int
 
 
-def mark_of(index: int, x: float, y: float, hint: str | None = None, size: float = DOT) -> Markup:
+def marker(index: int, x: float, y: float, hint: str | None = None, size: float = DOT) -> Markup:
     """Circle, square, triangle, diamond, triangle upside down, cross: by the number of the series."""
     shapes = (
         None, "M-1,-1 H1 V1 H-1 Z", "M0,-1.2 L1.15,0.9 H-1.15 Z", "M0,-1.35 L1.35,0 L0,1.35 L-1.35,0 Z",
@@ -55,32 +55,34 @@ def mark_of(index: int, x: float, y: float, hint: str | None = None, size: float
     return tag("path", inner, d=shape, transform=f"translate({x:.2f} {y:.2f}) scale({size:.2f})", class_=colour)
 
 
-def legend_of(series: Sequence[Series], *, lines: bool) -> Markup:
+def series_legend(series: Sequence[Series], *, lines: bool) -> Markup:
     """Marks, dashes where they are drawn as lines, and names."""
     listed = []
     for each in series:
         dash = _line([(0.0, 7.0), (30.0, 7.0)], each.index) if lines else None
         listed.append(
-            tag("li", tag("svg", dash, mark_of(each.index, 15, 7), width=30, height=14, aria_hidden="true"), each.name)
+            tag("li", tag("svg", dash, marker(each.index, 15, 7), width=30, height=14, aria_hidden="true"), each.name)
         )
     return tag("ul", *listed, class_="legend")
 
 
-def log_log(title: str, series: Sequence[Series], x_title: str, y_title: str, x_show: Show, y_show: Show) -> Markup:
+def log_log_plot(
+    title: str, series: Sequence[Series], x_title: str, y_title: str, x_formatter: Formatter, y_formatter: Formatter
+) -> Markup:
     """Points on two logarithmic axes. Figures must be above 0."""
     points = [point for each in series for point in each.points]
     x = logarithmic([point[0] for point in points], SIDE, WIDTH - RIGHT)
     y = logarithmic([point[1] for point in points], TOP + HEIGHT, TOP)
     marks = [
-        mark_of(each.index, x(a), y(b), f"{each.name}: {x_show(a)}, {y_show(b)}")
+        marker(each.index, x(a), y(b), f"{each.name}: {x_formatter(a)}, {y_formatter(b)}")
         for each in series
         for a, b in each.points
     ]
-    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, x_show), _vertical_axis(y, y_title, y_show))
+    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, x_formatter), _vertical_axis(y, y_title, y_formatter))
     return picture(title, TOP + HEIGHT + AXIS, *frame, *marks)
 
 
-def curves(title: str, series: Sequence[Series], x_title: str, y_title: str) -> Markup:
+def line_plot(title: str, series: Sequence[Series], x_title: str, y_title: str) -> Markup:
     """One line a series, through its points by their order; what is no finite number is a hole in the line."""
     finite = [point for each in series for point in each.points if math.isfinite(point[1])]
     x = linear([point[0] for point in finite], SIDE, WIDTH - RIGHT)
@@ -91,8 +93,10 @@ def curves(title: str, series: Sequence[Series], x_title: str, y_title: str) -> 
             drawn.append(_line([(x(a), y(b)) for a, b in run], each.index))
         every = max(len(each.points) // 12, 1)
         some = [(a, b) for a, b in each.points[each.index % every :: every] if math.isfinite(b)]
-        drawn += [mark_of(each.index, x(a), y(b), f"{each.name}, {number(a)}: {number(b)}") for a, b in some]
-    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, number), _vertical_axis(y, y_title, number))
+        drawn += [
+            marker(each.index, x(a), y(b), f"{each.name}, {format_number(a)}: {format_number(b)}") for a, b in some
+        ]
+    frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, format_number), _vertical_axis(y, y_title, format_number))
     return picture(title, TOP + HEIGHT + AXIS, *frame, *drawn)
 
 
@@ -112,32 +116,32 @@ def _line(points: Sequence[tuple[float, float]], index: int) -> Markup:
     return tag("path", d=way, class_=f"line{number_of_line}", stroke_dasharray=DASHES[number_of_line])
 
 
-def _vertical_axis(scale: Scale, title: str, show: Show) -> Markup:
+def _vertical_axis(scale: Scale, title: str, formatter: Formatter) -> Markup:
     drawn = []
     for value in scale.ticks():
         at = scale(value)
         drawn.append(tag("line", x1=SIDE, x2=WIDTH - RIGHT, y1=at, y2=at, class_="grid"))
-        drawn.append(tag("text", rounded(show(value)), x=SIDE - 8, y=at + 4, text_anchor="end", class_="small"))
+        drawn.append(tag("text", trim_zeros(formatter(value)), x=SIDE - 8, y=at + 4, text_anchor="end", class_="small"))
     middle = TOP + HEIGHT / 2
     turned = f"translate(14 {middle:.0f}) rotate(-90)"
     return tag("g", *drawn, tag("text", title, transform=turned, text_anchor="middle", class_="small"))
 
 
-def intervals(title: str, rows: Sequence[Interval], axis_title: str, reference: float = 1.0) -> Markup:
+def interval_plot(title: str, rows: Sequence[Interval], axis_title: str, reference: float = 1.0) -> Markup:
     """Figures with their intervals around a line at `reference`: an interval that touches it shows no difference."""
     ends = [end for row in rows for end in (row.low, row.high, row.value)]
-    scale = linear([*ends, reference], NAMES, WIDTH - MEANINGS)
+    scale = linear([*ends, reference], NAMES_WIDTH, WIDTH - MEANINGS_WIDTH)
     foot = len(rows) * ROW
     drawn = [_interval(row, scale, index * ROW + ROW / 2) for index, row in enumerate(rows)]
     at = scale(reference)
     line = tag("line", x1=at, x2=at, y1=0, y2=foot, class_="axis")
-    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, number), line, *drawn)
+    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, format_number), line, *drawn)
 
 
 def _interval(row: Interval, scale: Scale, middle: float) -> Markup:
-    low, high, hint = scale(row.low), scale(row.high), f"{row.name}: {number(row.value)}"
+    low, high, hint = scale(row.low), scale(row.high), f"{row.name}: {format_number(row.value)}"
     ends = [tag("line", x1=x, x2=x, y1=middle - 6, y2=middle + 6, class_=f"line{row.colour}") for x in (low, high)]
     bar = tag("line", x1=low, x2=high, y1=middle, y2=middle, class_=f"line{row.colour}")
     dot = tag("circle", tag("title", hint), cx=scale(row.value), cy=middle, r=5, class_=f"fill{row.colour}")
-    meaning = tag("text", row.meaning, x=WIDTH - MEANINGS + 14, y=middle + 4.5)
-    return tag("g", row_name(row.name, middle, NAMES), bar, *ends, dot, meaning)
+    meaning = tag("text", row.meaning, x=WIDTH - MEANINGS_WIDTH + 14, y=middle + 4.5)
+    return tag("g", row_name(row.name, middle, NAMES_WIDTH), bar, *ends, dot, meaning)

@@ -19,7 +19,7 @@ ON_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#b0568c", "#
 ON_DARK = ("#3d9bdc", "#f0813a", "#25b88d", "#f2b632", "#9ad4f5", "#dd9cc2", "#6d757e")
 BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, GREY = range(len(ON_LIGHT))
 
-RULES = """
+CSS_RULES = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; color: var(--text); background: var(--ground);
        font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
@@ -67,16 +67,16 @@ summary { cursor: pointer; color: var(--muted); font-size: .88rem; }
 """
 
 
-def style() -> str:
+def style_sheet() -> str:
     light, dark = _variables(LIGHT, ON_LIGHT), _variables(DARK, ON_DARK)
     marks = "".join(
         f".fill{i} {{ fill: var(--d{i}); }} .line{i} {{ stroke: var(--d{i}); fill: none; stroke-width: 2; }}\n"
         for i in range(len(ON_LIGHT))
     )
     dark_screen = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
-    return f":root {{ color-scheme: light dark; {light} }}\n{dark_screen}\n{RULES}{marks}"
+    return f":root {{ color-scheme: light dark; {light} }}\n{dark_screen}\n{CSS_RULES}{marks}"
 
 
-def _variables(words: dict[str, str], data: tuple[str, ...]) -> str:
-    named = [f"--{name}: {colour};" for name, colour in words.items()]
+def _variables(colours: dict[str, str], data: tuple[str, ...]) -> str:
+    named = [f"--{name}: {colour};" for name, colour in colours.items()]
     return " ".join(named + [f"--d{i}: {colour};" for i, colour in enumerate(data)])

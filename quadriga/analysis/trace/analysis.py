@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.analysis.trace import breakdown, collectives, prediction
-from quadriga.analysis.trace.find import TraceSet, find, rank_in_name
+from quadriga.analysis.trace.find import TraceSet, find_traces, rank_in_name
 from quadriga.analysis.trace.rank import RankResult, analyse_rank
 from quadriga.errors import Fault, Problem, UserError
-from quadriga.units import MIB, show_some
+from quadriga.units import MIB, format_some
 
 FORMAT = "quadriga-trace-1"
-WORTH_A_PROCESS = 8 * MIB  # of files, packed or not: less is read sooner than a process starts
-TOP = 20
+PARALLEL_READ_BYTES = 8 * MIB  # of files, packed or not: less is read sooner than a process starts
+TOP_KERNELS = 20
 FEW_STEPS = 5
 
 
@@ -32,12 +32,12 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
 
     Raises UserError: nothing to read, or a file that is no whole trace.
     """
-    chosen = find(place, iteration)
+    chosen = find_traces(place, iteration)
     ranks = sorted(_read_all(chosen.files, processes), key=lambda rank: rank.rank)
-    _refuse_twins(ranks)
-    why_apart = collectives.why_not_comparable(ranks)
-    met, contradictions = collectives.transfers(ranks) if why_apart is None else (None, 0)
-    measured = _whole_picture(ranks)
+    _refuse_duplicate_ranks(ranks)
+    why_not_comparable = collectives.why_not_comparable(ranks)
+    matched, contradictions = collectives.match_transfers(ranks) if why_not_comparable is None else (None, 0)
+    measured = _step_times(ranks)
     estimate, why_none = _estimate(ranks, chosen)
     result = {
         "format": FORMAT,
@@ -48,15 +48,15 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
         "world_size": _world_size(ranks),
         "steps": [step.number for step in ranks[0].steps],
         **measured,
-        "collectives": collectives.rows(ranks, met),
+        "collectives": collectives.collective_rows(ranks, matched),
         "kernels": _kernels(ranks),
         "estimate": estimate,
-        "timeline": _timeline(ranks, why_apart is None),
+        "timeline": _timeline(ranks, why_not_comparable is None),
     }
-    result["not_measurable"] = _not_measurable(ranks, result, why_apart)
+    result["not_measurable"] = _not_measurable(ranks, result, why_not_comparable)
     if estimate is None:
         result["not_measurable"]["estimate"] = why_none
-    result["warnings"] = _warnings(ranks, chosen, contradictions, len(met or ()))
+    result["warnings"] = _warnings(ranks, chosen, contradictions, len(matched or ()))
     return result
 
 
@@ -64,7 +64,7 @@ def _read_all(files: tuple[Path, ...], processes: int | None) -> list[RankResult
     lone = 0 if len(files) == 1 else None
     jobs = [(path, lone if rank_in_name(path) is None else None, len(files)) for path in files]
     workers = min(processes or _cores(), len(files))
-    if workers == 1 or sum(path.stat().st_size for path in files) < WORTH_A_PROCESS:
+    if workers == 1 or sum(path.stat().st_size for path in files) < PARALLEL_READ_BYTES:
         return [analyse_rank(*job) for job in jobs]
     try:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -78,11 +78,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_twins(ranks: list[RankResult]) -> None:
+def _refuse_duplicate_ranks(ranks: list[RankResult]) -> None:
     numbers = [rank.rank for rank in ranks]
-    twins = sorted({str(number) for number in numbers if numbers.count(number) > 1})
-    if twins:
-        what = f"several files say that they are of rank {show_some(twins)}"
+    duplicates = sorted({str(number) for number in numbers if numbers.count(number) > 1})
+    if duplicates:
+        what = f"several files say that they are of rank {format_some(duplicates)}"
         raise UserError(Problem("TRACES", what, fix="keep one file a rank in the folder"))
 
 
@@ -90,14 +90,16 @@ def _world_size(ranks: list[RankResult]) -> int:
     return max([rank.world_size or 0 for rank in ranks] + [len(ranks)])
 
 
-def _whole_picture(ranks: list[RankResult]) -> dict[str, Any]:
+def _step_times(ranks: list[RankResult]) -> dict[str, Any]:
     """Times of steps, by rank, and who is the slowest."""
     taken = [step.seconds for rank in ranks for step in rank.steps]
     by_rank = [
         {
             "rank": rank.rank,
-            "mean": breakdown.mean(rank.figures),
-            "steps": [{"step": step.number, **figures} for step, figures in zip(rank.steps, rank.figures, strict=True)],
+            "mean": breakdown.mean_breakdown(rank.step_breakdowns),
+            "steps": [
+                {"step": step.number, **figures} for step, figures in zip(rank.steps, rank.step_breakdowns, strict=True)
+            ],
         }
         for rank in ranks
     ]
@@ -144,15 +146,15 @@ def _kernels(ranks: list[RankResult]) -> dict[str, Any]:
             names[name] += seconds * scale
             numbers[name] += number * scale
     whole = sum(families.values())
-    top = _listed(names, whole)[:TOP]
+    top = _time_rows(names, whole)[:TOP_KERNELS]
     return {
-        "families": _listed(families, whole),
-        "blocks": _listed(blocks, sum(blocks.values())),
+        "families": _time_rows(families, whole),
+        "blocks": _time_rows(blocks, sum(blocks.values())),
         "top": [{**entry, "calls_a_step": numbers[entry["name"]]} for entry in top],
     }
 
 
-def _listed(seconds: dict[str, float], whole: float) -> list[dict[str, Any]]:
+def _time_rows(seconds: dict[str, float], whole: float) -> list[dict[str, Any]]:
     order = sorted(seconds.items(), key=lambda item: -item[1])
     return [{"name": name, "seconds_a_step": each, "share": each / whole if whole else 0.0} for name, each in order]
 
@@ -161,15 +163,15 @@ def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any]
     """Calls and bytes beside those estimated for the start of the run that made the traces; None, and why."""
     if chosen.run is None:
         return None, "no estimate.json lies in the run folder"
-    predicted, why = prediction.of_attempt(chosen.run, ranks[0].attempt)
-    return ({"rows": collectives.against_estimate(ranks, predicted)} if predicted is not None else None), why
+    predicted, why = prediction.read_prediction(chosen.run, ranks[0].attempt)
+    return ({"rows": collectives.compare_with_estimate(ranks, predicted)} if predicted is not None else None), why
 
 
 def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:
     """The middle step. Where clocks are comparable the ranks stand as they ran, else each starts at 0."""
-    begun = min((rank.origin_ns or 0 for rank in ranks), default=0)
+    first_origin_ns = min((rank.origin_ns or 0 for rank in ranks), default=0)
     shown = [rank.steps[len(rank.steps) // 2] for rank in ranks]
-    shifts = [((rank.origin_ns or 0) - begun) * 1e-9 if aligned else 0.0 for rank in ranks]
+    shifts = [((rank.origin_ns or 0) - first_origin_ns) * 1e-9 if aligned else 0.0 for rank in ranks]
     starts = [step.start + shift for step, shift in zip(shown, shifts, strict=True)]
     zeros = [min(starts) - shift if aligned else start for start, shift in zip(starts, shifts, strict=True)]
     strips = [
@@ -180,7 +182,7 @@ def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:
     return {"step": shown[0].number, "start_s": 0.0, "strips": strips}
 
 
-def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_apart: str | None) -> dict[str, str]:
+def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_not_comparable: str | None) -> dict[str, str]:
     """By figure, or by group of figures: why it is None."""
     found: dict[str, str] = {}
     if any(entry["mean"]["communication_s"] is None for entry in result["by_rank"]):
@@ -197,14 +199,14 @@ def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_apart: 
     if result["slowest"] is None:
         found["slowest"] = "it takes the traces of several ranks, and their exposed communication"
     if result["collectives"]:
-        found |= _of_collectives(result["collectives"], why_apart)
+        found |= _unmeasured_collectives(result["collectives"], why_not_comparable)
     return found
 
 
-def _of_collectives(rows: list[dict[str, Any]], why_apart: str | None) -> dict[str, str]:
+def _unmeasured_collectives(rows: list[dict[str, Any]], why_not_comparable: str | None) -> dict[str, str]:
     found = {}
-    if why_apart is not None:
-        found["transfer_s"] = found["start_skew_s"] = found["bus_gb_s"] = why_apart
+    if why_not_comparable is not None:
+        found["transfer_s"] = found["start_skew_s"] = found["bus_gb_s"] = why_not_comparable
     for row in rows:
         name = f"{row['axis']} {row['collective']}"
         if row["axis"] == "?":
@@ -213,12 +215,12 @@ def _of_collectives(rows: list[dict[str, Any]], why_apart: str | None) -> dict[s
             found[f"bytes of {name}"] = "nothing in the trace tells the size of its tensors"
         if row["seconds_a_step"] is None:
             found[f"seconds of {name}"] = "the trace does not show where these calls ran"
-        if why_apart is None and row["transfer_s"] is None and row["axis"] != "host":
+        if why_not_comparable is None and row["transfer_s"] is None and row["axis"] != "host":
             found[f"transfer of {name}"] = "no call of it is in the traces of all ranks of its group"
     return found
 
 
-def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, met: int) -> list[str]:
+def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, matched: int) -> list[str]:
     found = [warning for rank in ranks for warning in rank.warnings]
     world, steps = _world_size(ranks), {tuple(step.number for step in rank.steps) for rank in ranks}
     if len(ranks) < world:
@@ -231,15 +233,15 @@ def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, me
         found.append(f"{missing} calls have no row on the device: they count, and their time does not")
     if contradictions:
         found.append(
-            f"{contradictions} of {contradictions + met} calls ended on one rank before another began them, as far as "
-            "the clocks say: they are left out of transfers"
+            f"{contradictions} of {contradictions + matched} calls ended on one rank before another began them, as far "
+            "as the clocks say: they are left out of transfers"
         )
-    if any(row_by_name(rank) for rank in ranks):
+    if any(has_calls_by_name(rank) for rank in ranks):
         found.append("some communication was found by the names of kernels alone: its bytes and groups are not known")
     if chosen.others:
         found.append(f"of several iterations this is {chosen.iteration}; also here: {list(chosen.others)} (--step N)")
     return found
 
 
-def row_by_name(rank: RankResult) -> bool:
+def has_calls_by_name(rank: RankResult) -> bool:
     return any(call.found_by == "name" for call in rank.calls)

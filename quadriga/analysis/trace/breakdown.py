@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quadriga.analysis.trace.calls import Call, Found
-from quadriga.analysis.trace.host import Work
-from quadriga.analysis.trace.intervals import Spans, both, clip, length, union, without
+from quadriga.analysis.trace.calls import Call, RankCalls
+from quadriga.analysis.trace.host import HostWork
+from quadriga.analysis.trace.intervals import Spans, clip, intersection, subtract, total_length, union
 from quadriga.analysis.trace.read import KERNEL, RankTrace
 from quadriga.analysis.trace.steps import Step
 
 DATA_WAIT = ("quadriga:data_wait", "enumerate(DataLoader)#")
-HOST_AXIS = "host"  # groups for what lies on the host: saves and wishes, which no step waits for
-Figures = Mapping[str, float | None]
+HOST_AXIS = "host"  # groups for what lies on the host: saves and stop requests, which no step waits for
+Breakdown = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Activity:
+class DeviceActivity:
     """Unions of time of one rank. `communication` None: there must be some, and none was identified; `data_wait` None:
     the trace has no mark of it."""
 
@@ -30,14 +30,17 @@ class Activity:
     on_device: bool
 
 
-def activity(trace: RankTrace, found: Found, work: Work, alone: bool) -> Activity:
+def device_activity(trace: RankTrace, found: RankCalls, work: HostWork, single_rank: bool) -> DeviceActivity:
     """`alone`: the run has one rank, so that no communication is none."""
     marks = [number for number, name in enumerate(trace.names) if name.startswith(DATA_WAIT)]
-    calls = of_steps(found.calls)
-    known = bool(calls) or alone
+    calls = without_host_calls(found.calls)
+    known = bool(calls) or single_rank
     waited = union(trace.ops.spans(np.isin(trace.ops.name, marks)))
-    computes, copies = ~found.owned & (trace.device.sort == KERNEL), ~found.owned & (trace.device.sort != KERNEL)
-    return Activity(
+    computes, copies = (
+        ~found.owned & (trace.device.category == KERNEL),
+        ~found.owned & (trace.device.category != KERNEL),
+    )
+    return DeviceActivity(
         compute=union(trace.device.spans(computes)) if trace.on_device else work.spans,
         communication=union(found.waits, *(call.rows for call in calls)) if known else None,
         memcpy=union(trace.device.spans(copies)) if trace.on_device else None,
@@ -46,12 +49,12 @@ def activity(trace: RankTrace, found: Found, work: Work, alone: bool) -> Activit
     )
 
 
-def of_steps(calls: list[Call]) -> list[Call]:
+def without_host_calls(calls: list[Call]) -> list[Call]:
     """Without what lies on the host alone."""
     return [call for call in calls if call.axis != HOST_AXIS]
 
 
-def figures(found: Activity, step: Step) -> dict[str, float | None]:
+def step_breakdown(found: DeviceActivity, step: Step) -> dict[str, float | None]:
     """Of one step, in seconds. What is exposed, data wait and the rest add up, with compute, to the step."""
 
     def within(spans: Spans) -> Spans:
@@ -62,24 +65,24 @@ def figures(found: Activity, step: Step) -> dict[str, float | None]:
     copied = None if found.memcpy is None else within(found.memcpy)
     waited = None if found.data_wait is None else within(found.data_wait)
     busy = compute if sent is None else union(compute, sent)
-    exposed_copies = None if copied is None else without(copied, busy)
+    exposed_copies = None if copied is None else subtract(copied, busy)
     busy = busy if copied is None else union(busy, copied)
-    idle_for_data = None if waited is None else without(waited, busy)
-    rest = step.seconds - length(busy) - (length(idle_for_data) if idle_for_data is not None else 0.0)
+    idle_for_data = None if waited is None else subtract(waited, busy)
+    rest = step.seconds - total_length(busy) - (total_length(idle_for_data) if idle_for_data is not None else 0.0)
     return {
         "seconds": step.seconds,
-        "compute_s": length(compute),
-        "communication_s": None if sent is None else length(sent),
-        "exposed_communication_s": None if sent is None else length(without(sent, compute)),
-        "memcpy_s": None if copied is None else length(copied),
-        "exposed_memcpy_s": None if exposed_copies is None else length(exposed_copies),
-        "data_wait_s": None if idle_for_data is None else length(idle_for_data),
+        "compute_s": total_length(compute),
+        "communication_s": None if sent is None else total_length(sent),
+        "exposed_communication_s": None if sent is None else total_length(subtract(sent, compute)),
+        "memcpy_s": None if copied is None else total_length(copied),
+        "exposed_memcpy_s": None if exposed_copies is None else total_length(exposed_copies),
+        "data_wait_s": None if idle_for_data is None else total_length(idle_for_data),
         "host_idle_s": rest if found.on_device else None,
         "rest_s": rest,
     }
 
 
-def mean(steps: list[dict[str, float | None]]) -> dict[str, float | None]:
+def mean_breakdown(steps: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Of figures that every step has, or none."""
     result: dict[str, float | None] = {}
     for name in steps[0]:
@@ -88,9 +91,9 @@ def mean(steps: list[dict[str, float | None]]) -> dict[str, float | None]:
     return result
 
 
-def seconds_of(calls: list[Call], found: Activity, steps: tuple[Step, ...]) -> tuple[float, float]:
+def seconds_of(calls: list[Call], found: DeviceActivity, steps: tuple[Step, ...]) -> tuple[float, float]:
     """Of calls, a step: in which one of them ran, and in which no operation computed meanwhile."""
     ran = union(*(call.rows for call in calls))
     windows = np.array([[step.start, step.end] for step in steps])
-    inside = both(ran, union(windows))
-    return length(inside) / len(steps), length(without(inside, found.compute)) / len(steps)
+    inside = intersection(ran, union(windows))
+    return total_length(inside) / len(steps), total_length(subtract(inside, found.compute)) / len(steps)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.read import KERNEL, MEMCPY, RankTrace, read
-from quadriga.analysis.trace.rows import Rows
-from quadriga.analysis.trace.steps import STEP
+from quadriga.analysis.trace.event_table import EventTable
+from quadriga.analysis.trace.read import KERNEL, MEMCPY, RankTrace, read_trace
+from quadriga.analysis.trace.steps import STEP_MARK
 from quadriga.errors import Problem, UserError, shortened
 
 PATTERNS = {
@@ -30,12 +30,12 @@ def busy_seconds(path: Path) -> dict[str, Any]:
 
     Of nested events of a kind the outermost counts. Raises UserError: no trace, or one without marks of steps.
     """
-    trace = read(path, 0)
-    if not any(STEP.match(name) for name in trace.names):
+    trace = read_trace(path, 0)
+    if not any(STEP_MARK.match(name) for name in trace.names):
         raise UserError(Problem(shortened(path, 400), "the trace has no marks of steps"))
     count = len(trace.steps)
     rows = trace.device if trace.on_device else trace.ops
-    chosen = np.isin(rows.sort, (KERNEL, MEMCPY)) if trace.on_device else np.ones(len(rows), dtype=bool)
+    chosen = np.isin(rows.category, (KERNEL, MEMCPY)) if trace.on_device else np.ones(len(rows), dtype=bool)
     found: dict[str, Any] = {"step": sum(step.seconds for step in trace.steps) / count}
     for kind, pattern in PATTERNS.items():
         found[kind] = _sum(rows, np.flatnonzero(chosen & _named(trace, rows, pattern))) / count
@@ -46,17 +46,17 @@ def busy_seconds(path: Path) -> dict[str, Any]:
     return found
 
 
-def _named(trace: RankTrace, rows: Rows, pattern: re.Pattern[str]) -> NDArray[np.bool_]:
+def _named(trace: RankTrace, rows: EventTable, pattern: re.Pattern[str]) -> NDArray[np.bool_]:
     names = [number for number, name in enumerate(trace.names) if pattern.search(name)]
     return np.isin(rows.name, names)
 
 
-def _ordered(rows: Rows, places: NDArray[np.intp]) -> NDArray[np.intp]:
+def _ordered(rows: EventTable, places: NDArray[np.intp]) -> NDArray[np.intp]:
     """By thread and start, longer ones first."""
     return places[np.lexsort((-rows.end[places], rows.start[places], rows.thread[places]))]
 
 
-def _sum(rows: Rows, places: NDArray[np.intp]) -> float:
+def _sum(rows: EventTable, places: NDArray[np.intp]) -> float:
     """Seconds of the rows that lie in no other one of their thread."""
     total, thread, end = 0.0, -1, 0.0
     for at in _ordered(rows, places).tolist():
@@ -68,7 +68,7 @@ def _sum(rows: Rows, places: NDArray[np.intp]) -> float:
     return total
 
 
-def _outside(rows: Rows, marks: NDArray[np.bool_]) -> NDArray[np.intp]:
+def _outside(rows: EventTable, marks: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Rows that are no marks and lie in none, on their thread."""
     found, thread, end = [], -1, -1.0
     for at in _ordered(rows, np.arange(len(rows))).tolist():

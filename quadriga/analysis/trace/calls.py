@@ -15,14 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.analysis.trace import gloo
-from quadriga.analysis.trace.describe import BY_NAME, OWN, UNKNOWN, Description, axis_of, described, kind_of, own
-from quadriga.analysis.trace.intervals import NONE, Spans, inside, union
-from quadriga.analysis.trace.metadata import Group
+from quadriga.analysis.trace.describe import (
+    ANNOTATION_PREFIX,
+    COLLECTIVE_NAMES,
+    UNKNOWN,
+    CallInfo,
+    axis_of,
+    info_of_annotation,
+    info_of_operation,
+    kind_of,
+)
+from quadriga.analysis.trace.intervals import EMPTY, Spans, union, window_index
+from quadriga.analysis.trace.metadata import ProcessGroup
 from quadriga.analysis.trace.read import KERNEL, RankTrace
 
 LINKAGE, ANNOTATION, NAME = "linkage", "annotation", "name"
-FUSED = ("matmul", "_mm")  # operations that compute and send in one: of them only the copies are communication
-SLACK = 50e-6  # seconds by which two clocks of one machine may differ within a trace
+# Operations that compute and send in one: of them only the copies are communication.
+FUSED_OPERATIONS = ("matmul", "_mm")
+CLOCK_TOLERANCE = 50e-6  # seconds by which two clocks of one machine may differ within a trace
 
 
 @dataclass(eq=False)
@@ -32,17 +42,17 @@ class Call:
     `rows`: where it ran, unsorted: rows of the device, or ranges on gloo's threads; empty where the trace has none.
     """
 
-    about: Description
+    info: CallInfo
     found_by: str
     launched: float
     returned: float
     thread: int
     step: int = -1
-    rows: Spans = field(default_factory=lambda: NONE)
+    rows: Spans = field(default_factory=lambda: EMPTY)
 
     @property
     def axis(self) -> str:
-        return self.about.axis or UNKNOWN
+        return self.info.axis or UNKNOWN
 
     @property
     def start(self) -> float:
@@ -54,7 +64,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Found:
+class RankCalls:
     """`owned`: by row of the device, whether it belongs to a call. `waits`: a union of time in which a thread of the
     host waited for a call, as far as an operation says so."""
 
@@ -63,25 +73,25 @@ class Found:
     waits: Spans
 
 
-def find_calls(trace: RankTrace) -> Found:
+def find_calls(trace: RankTrace) -> RankCalls:
     """All calls of the trace, in the order of their launch."""
     calls, inner = _launched(trace)
     owned = np.zeros(len(trace.device), dtype=bool)
     if trace.on_device:
         _follow(trace, calls, inner, owned)
-        calls += _by_words(trace, owned)
+        calls += _by_recorded_args(trace, owned)
         calls += _by_name(trace, owned)
     else:
         for call in calls:
             if call.found_by == ANNOTATION:  # without a device the call runs where it is made
                 call.rows = np.array([[call.launched, call.returned]])
-    _tell_groups(trace, calls)
-    gloo.match(trace, calls)
+    _assign_groups(trace, calls)
+    gloo.match_ranges(trace, calls)
     for call in calls:
-        call.about.backend = call.about.backend or trace.backend or UNKNOWN
-    _tell_steps(trace, calls)
+        call.info.backend = call.info.backend or trace.backend or UNKNOWN
+    _assign_steps(trace, calls)
     calls.sort(key=lambda call: call.launched)
-    return Found(calls, owned, gloo.waits(trace))
+    return RankCalls(calls, owned, gloo.wait_spans(trace))
 
 
 # --- operations of the host ------------------------------------------------------------------------------------------
@@ -92,21 +102,21 @@ def _launched(trace: RankTrace) -> tuple[list[Call], list[list[int]]]:
     ops = trace.ops
     calls: list[Call] = []
     inner: list[list[int]] = []
-    annotations = [number for number, name in enumerate(trace.names) if name.startswith(OWN)]
-    candidates = np.union1d(np.array(sorted(ops.told), dtype=np.int64), np.flatnonzero(np.isin(ops.name, annotations)))
+    annotations = [number for number, name in enumerate(trace.names) if name.startswith(ANNOTATION_PREFIX)]
+    candidates = np.union1d(np.array(sorted(ops.args), dtype=np.int64), np.flatnonzero(np.isin(ops.name, annotations)))
     order = candidates[np.lexsort((-ops.end[candidates], ops.start[candidates], ops.thread[candidates]))]
     for at in order:
         name = trace.names[ops.name[at]]
-        about = own(name) if name.startswith(OWN) else described(name, ops.told[at])
-        if about is None or name.startswith("gloo:"):
+        info = info_of_annotation(name) if name.startswith(ANNOTATION_PREFIX) else info_of_operation(name, ops.args[at])
+        if info is None or name.startswith("gloo:"):
             continue
         last = calls[-1] if calls else None
         if last is not None and last.thread == ops.thread[at] and ops.start[at] < last.returned:
-            last.about.fill(about)
+            last.info.fill(info)
             inner[-1].append(int(at))
         else:
-            found_by = ANNOTATION if name.startswith(OWN) else LINKAGE
-            calls.append(Call(about, found_by, float(ops.start[at]), float(ops.end[at]), int(ops.thread[at])))
+            found_by = ANNOTATION if name.startswith(ANNOTATION_PREFIX) else LINKAGE
+            calls.append(Call(info, found_by, float(ops.start[at]), float(ops.end[at]), int(ops.thread[at])))
             inner.append([int(at)])
     return calls, inner
 
@@ -119,17 +129,17 @@ def _follow(trace: RankTrace, calls: list[Call], inner: list[list[int]], owned: 
     plain = {link: is_plain[name] for link, name in zip(ops.link.tolist(), ops.name.tolist(), strict=True)}
     launches = _Launches(trace)
     for call, within in zip(calls, inner, strict=True):
-        fused = any(word in trace.names[ops.name[at]] for at in within for word in FUSED)
-        told = [at for at in within if trace.names[ops.name[at]] == "record_param_comms"]
+        fused = any(word in trace.names[ops.name[at]] for at in within for word in FUSED_OPERATIONS)
+        recorded = [at for at in within if trace.names[ops.name[at]] == "record_param_comms"]
         rows: set[int] = set()
-        for correlation in launches.during(call.thread, union(ops.spans(np.array(told or within[:1])))):
+        for correlation in launches.during(call.thread, union(ops.spans(np.array(recorded or within[:1])))):
             rows.update(by_correlation.get(correlation, ()))
-        for link in {int(ops.link[at]) for at in told or within}:
+        for link in {int(ops.link[at]) for at in recorded or within}:
             rows.update(by_link.get(link, ()))
-        if call.found_by == LINKAGE and not told:  # a copy that torch makes around the call is no part of it
+        if call.found_by == LINKAGE and not recorded:  # a copy that torch makes around the call is no part of it
             rows = {row for row in rows if not plain.get(int(device.link[row]), False)}
         if fused:
-            rows = {row for row in rows if device.sort[row] != KERNEL}
+            rows = {row for row in rows if device.category[row] != KERNEL}
         chosen = np.array(sorted(row for row in rows if not owned[row]), dtype=np.int64)
         owned[chosen] = True
         call.rows = device.spans(chosen)
@@ -168,65 +178,67 @@ def _index(values: NDArray[np.int64]) -> dict[int, list[int]]:
 # --- rows of the device that no operation explains -------------------------------------------------------------------
 
 
-def _by_words(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Call]:
+def _by_recorded_args(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Call]:
     """Rows to which Kineto itself has copied what record_param_comms said."""
-    for row, told in trace.device.told.items():
-        about = described(trace.names[trace.device.name[row]], told)
-        if about is not None and not owned[row]:
+    for row, args in trace.device.args.items():
+        info = info_of_operation(trace.names[trace.device.name[row]], args)
+        if info is not None and not owned[row]:
             owned[row] = True
-            yield _of_row(trace, row, about, LINKAGE)
+            yield _of_row(trace, row, info, LINKAGE)
 
 
 def _by_name(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Call]:
-    suspects = [number for number, name in enumerate(trace.names) if BY_NAME.search(name)]
+    suspects = [number for number, name in enumerate(trace.names) if COLLECTIVE_NAMES.search(name)]
     device = trace.device
-    for row in np.flatnonzero(np.isin(device.name, suspects) & ~owned & (device.sort == KERNEL)):
+    for row in np.flatnonzero(np.isin(device.name, suspects) & ~owned & (device.category == KERNEL)):
         owned[row] = True
         kind = kind_of(trace.names[device.name[row]]) or UNKNOWN
-        yield _of_row(trace, int(row), Description(kind), NAME)
+        yield _of_row(trace, int(row), CallInfo(kind), NAME)
 
 
-def _of_row(trace: RankTrace, row: int, about: Description, found_by: str) -> Call:
+def _of_row(trace: RankTrace, row: int, info: CallInfo, found_by: str) -> Call:
     start, end = float(trace.device.start[row]), float(trace.device.end[row])
-    return Call(about, found_by, start, start, -1, rows=np.array([[start, end]]))
+    return Call(info, found_by, start, start, -1, rows=np.array([[start, end]]))
 
 
 # --- groups and steps ------------------------------------------------------------------------------------------------
 
 
-def _tell_groups(trace: RankTrace, calls: list[Call]) -> None:
+def _assign_groups(trace: RankTrace, calls: list[Call]) -> None:
     """Which group, and so which axis, each call belongs to."""
-    _heed_notes(trace, calls)
+    _apply_notes(trace, calls)
     axes = trace.notes.axes
     for call in calls:
-        about = call.about
-        group = trace.groups.get(about.group or "") or Group(about.group or "", about.purpose or "", about.ranks)
-        about.ranks = about.ranks or group.ranks
-        about.group_size = about.group_size or len(about.ranks) or None
-        if about.axis is None and about.group is not None:
-            about.axis = axes.get(about.group) or axis_of(group.purpose or about.purpose or "")
-        if about.axis is None and about.kind in ("send", "recv"):
-            about.axis = trace.notes.messages
+        info = call.info
+        group = trace.groups.get(info.group or "") or ProcessGroup(info.group or "", info.purpose or "", info.ranks)
+        info.ranks = info.ranks or group.ranks
+        info.group_size = info.group_size or len(info.ranks) or None
+        if info.axis is None and info.group is not None:
+            info.axis = axes.get(info.group) or axis_of(group.purpose or info.purpose or "")
+        if info.axis is None and info.kind in ("send", "recv"):
+            info.axis = trace.notes.messages
 
 
-def _heed_notes(trace: RankTrace, calls: list[Call]) -> None:
+def _apply_notes(trace: RankTrace, calls: list[Call]) -> None:
     """Calls whose group torch did not write get it from the notes: by the moment at which they began."""
     launches = trace.notes.launches
     if not launches or trace.origin_ns is None:
         return
-    open_calls = sorted((call for call in calls if call.about.group is None), key=lambda call: call.launched)
+    open_calls = sorted((call for call in calls if call.info.group is None), key=lambda call: call.launched)
     starts = np.array([call.launched for call in open_calls])
     for moment, group, sequence in launches:
         at = (moment - trace.origin_ns) * 1e-9
         place = int(np.searchsorted(starts, at, "right")) - 1
         near = [open_calls[each] for each in (place, place + 1) if 0 <= each < len(open_calls)]
-        fitting = [call for call in near if call.launched - SLACK <= at <= call.returned + SLACK]
-        call = next((call for call in fitting if call.about.group is None), None)
+        fitting = [call for call in near if call.launched - CLOCK_TOLERANCE <= at <= call.returned + CLOCK_TOLERANCE]
+        call = next((call for call in fitting if call.info.group is None), None)
         if call is not None:
-            call.about.group, call.about.sequence = group, sequence
+            call.info.group, call.info.sequence = group, sequence
 
 
-def _tell_steps(trace: RankTrace, calls: list[Call]) -> None:
+def _assign_steps(trace: RankTrace, calls: list[Call]) -> None:
     windows = np.array([[step.start, step.end] for step in trace.steps])
-    for call, place in zip(calls, inside(np.array([call.launched for call in calls]), windows).tolist(), strict=True):
+    for call, place in zip(
+        calls, window_index(np.array([call.launched for call in calls]), windows).tolist(), strict=True
+    ):
         call.step = place

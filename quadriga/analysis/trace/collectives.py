@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from quadriga.analysis.trace.calls import NAME, Call
-from quadriga.analysis.trace.prediction import Predicted
-from quadriga.analysis.trace.rank import Key, RankResult, key_of
+from quadriga.analysis.trace.prediction import PredictedCalls
+from quadriga.analysis.trace.rank import CallKey, RankResult, key_of
 
 GIGA = 1e9
-ONE_SIDED = ("send", "recv", "send_recv")  # no ranks that all start and end one transfer
+POINT_TO_POINT = ("send", "recv", "send_recv")  # no ranks that all start and end one transfer
 BUS_FACTORS = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0, "all_reduce": 2.0}  # times (n - 1) / n
 
 
@@ -23,7 +23,7 @@ BUS_FACTORS = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0, "all
 class Transfer:
     """One call on all its ranks, in seconds: from the first start to the last, and from there to the first end."""
 
-    key: Key
+    key: CallKey
     size: int | None
     skew: float
     seconds: float
@@ -43,25 +43,25 @@ def why_not_comparable(ranks: list[RankResult]) -> str | None:
     return None
 
 
-def transfers(ranks: list[RankResult]) -> tuple[list[Transfer], int]:
+def match_transfers(ranks: list[RankResult]) -> tuple[list[Transfer], int]:
     """Calls that are in the trace of every rank of their group, and how many of them contradict each other: one rank
     has ended before another began. The clocks must be comparable."""
-    begun = min(rank.origin_ns or 0 for rank in ranks)
-    met: dict[Any, list[tuple[float, float, Call]]] = defaultdict(list)
+    first_origin_ns = min(rank.origin_ns or 0 for rank in ranks)
+    matched: dict[Any, list[tuple[float, float, Call]]] = defaultdict(list)
     for rank in ranks:
-        shift = ((rank.origin_ns or 0) - begun) * 1e-9
+        shift = ((rank.origin_ns or 0) - first_origin_ns) * 1e-9
         for identity, call in _identified(rank):
-            met[identity].append((call.start + shift, call.end + shift, call))
+            matched[identity].append((call.start + shift, call.end + shift, call))
     found, contradictions = [], 0
-    for calls in met.values():
+    for calls in matched.values():
         first = calls[0][2]
-        if len(calls) != (first.about.group_size or 0) or len({key_of(call) for _, _, call in calls}) > 1:
+        if len(calls) != (first.info.group_size or 0) or len({key_of(call) for _, _, call in calls}) > 1:
             continue
         starts, ends = [start for start, _, _ in calls], [end for _, end, _ in calls]
         if min(ends) <= max(starts):
             contradictions += 1
             continue
-        found.append(Transfer(key_of(first), first.about.size, max(starts) - min(starts), min(ends) - max(starts)))
+        found.append(Transfer(key_of(first), first.info.size, max(starts) - min(starts), min(ends) - max(starts)))
     return found, contradictions
 
 
@@ -70,39 +70,39 @@ def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
     among the calls of the step."""
     counts: dict[Any, int] = defaultdict(int)
     for call in rank.calls:
-        about = call.about
-        if about.kind in ONE_SIDED or not len(call.rows) or call.found_by == NAME or call.axis == "?":
+        info = call.info
+        if info.kind in POINT_TO_POINT or not len(call.rows) or call.found_by == NAME or call.axis == "?":
             continue
-        group = (about.group, about.ranks) if about.group else (call.axis, about.group_size)
-        within = rank.steps[call.step].number if about.sequence is None else f"call {about.sequence}"
-        place = (group, about.kind, within)  # calls that are made as one share their number
+        group = (info.group, info.ranks) if info.group else (call.axis, info.group_size)
+        within = rank.steps[call.step].number if info.sequence is None else f"call {info.sequence}"
+        place = (group, info.kind, within)  # calls that are made as one share their number
         counts[place] += 1
         yield (*place, counts[place]), call
 
 
-def rows(ranks: list[RankResult], met: list[Transfer] | None) -> list[dict[str, Any]]:
-    """The table of collectives; `met` None: ranks cannot be laid over each other. The longest first."""
+def collective_rows(ranks: list[RankResult], matched: list[Transfer] | None) -> list[dict[str, Any]]:
+    """The table of collectives; `matched` None: ranks cannot be laid over each other. The longest first."""
     keys = {key for rank in ranks for key in rank.seconds}
-    by_key: dict[Key, list[Transfer]] = defaultdict(list)
-    for transfer in met or ():
+    by_key: dict[CallKey, list[Transfer]] = defaultdict(list)
+    for transfer in matched or ():
         by_key[transfer.key].append(transfer)
-    by_rank: dict[Key, list[Call]] = defaultdict(list)
+    by_rank: dict[CallKey, list[Call]] = defaultdict(list)
     for call in (call for rank in ranks for call in rank.calls):
         by_rank[key_of(call)].append(call)
     found = [_row(key, ranks, by_rank[key], by_key.get(key, [])) for key in keys]
     return sorted(found, key=lambda row: (-(row["seconds_a_step"] or 0.0), row["axis"], row["collective"]))
 
 
-def _row(key: Key, ranks: list[RankResult], calls: list[Call], met: list[Transfer]) -> dict[str, Any]:
+def _row(key: CallKey, ranks: list[RankResult], calls: list[Call], matched: list[Transfer]) -> dict[str, Any]:
     axis, kind, backend, found_by, size = key
-    having = [rank for rank in ranks if key in rank.seconds]
-    steps = sum(len(rank.steps) for rank in having)
-    sizes = [call.about.size for call in calls if call.about.size is not None]
-    told = len(sizes) == len(calls)
-    shown = any(len(call.rows) for call in calls)
-    seconds = _mean(rank.seconds[key][0] for rank in having) if shown else None
-    exposed = _mean(rank.seconds[key][1] for rank in having) if shown else None
-    timed = [transfer for transfer in met if transfer.size]
+    ranks_with_calls = [rank for rank in ranks if key in rank.seconds]
+    steps = sum(len(rank.steps) for rank in ranks_with_calls)
+    sizes = [call.info.size for call in calls if call.info.size is not None]
+    sizes_known = len(sizes) == len(calls)
+    has_rows = any(len(call.rows) for call in calls)
+    seconds = _mean(rank.seconds[key][0] for rank in ranks_with_calls) if has_rows else None
+    exposed = _mean(rank.seconds[key][1] for rank in ranks_with_calls) if has_rows else None
+    timed = [transfer for transfer in matched if transfer.size]
     return {
         "axis": axis,
         "collective": kind,
@@ -110,16 +110,16 @@ def _row(key: Key, ranks: list[RankResult], calls: list[Call], met: list[Transfe
         "found_by": found_by,
         "ranks": size,
         "calls_a_step": _whole(len(calls) / steps),
-        "bytes_a_step": _whole(sum(sizes) / steps) if told else None,
-        "bytes_a_call": [min(sizes), _whole(statistics.median(sizes)), max(sizes)] if told else None,
+        "bytes_a_step": _whole(sum(sizes) / steps) if sizes_known else None,
+        "bytes_a_call": [min(sizes), _whole(statistics.median(sizes)), max(sizes)] if sizes_known else None,
         "seconds_a_step": seconds,
         "exposed_s_a_step": exposed,
-        "start_skew_s": statistics.median(each.skew for each in met) if met else None,
-        "transfer_s": statistics.median(each.seconds for each in met) if met else None,
-        "matched_calls": len(met),
+        "start_skew_s": statistics.median(each.skew for each in matched) if matched else None,
+        "transfer_s": statistics.median(each.seconds for each in matched) if matched else None,
+        "matched_calls": len(matched),
         **bandwidths(kind, size, sum(each.size or 0 for each in timed), sum(each.seconds for each in timed)),
         "overlap_share": 1 - exposed / seconds if seconds and exposed is not None else None,
-        "sizes": _by_size(kind, size, calls, timed, steps) if told else [],
+        "sizes": _by_size(kind, size, calls, timed, steps) if sizes_known else [],
     }
 
 
@@ -135,12 +135,14 @@ def bandwidths(kind: str, ranks: int | None, size: int, seconds: float) -> dict[
     return {"algorithm_gb_s": speed, "bus_gb_s": speed * share * (ranks - 1) / ranks if ranks else None}
 
 
-def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer], steps: int) -> list[dict[str, Any]]:
+def _by_size(
+    kind: str, ranks: int | None, calls: list[Call], matched: list[Transfer], steps: int
+) -> list[dict[str, Any]]:
     counts: dict[int, int] = defaultdict(int)
     for call in calls:
-        counts[call.about.size or 0] += 1
+        counts[call.info.size or 0] += 1
     taken: dict[int | None, list[float]] = defaultdict(list)
-    for each in met:
+    for each in matched:
         taken[each.size].append(each.seconds)
     found = []
     for size in sorted(counts):
@@ -152,14 +154,14 @@ def _by_size(kind: str, ranks: int | None, calls: list[Call], met: list[Transfer
     return found
 
 
-def against_estimate(ranks: list[RankResult], estimate: Sequence[Predicted]) -> list[dict[str, Any]]:
+def compare_with_estimate(ranks: list[RankResult], estimate: Sequence[PredictedCalls]) -> list[dict[str, Any]]:
     """Calls and bytes of a step beside those predicted, by axis and collective, of the rank that sends most (that is
     the one that the estimate describes). Calls for the host alone are no part of either; axes that share a group, as
     `world` and one that holds all ranks do, stand in one row."""
-    same = ranks[0].same
+    aliases = ranks[0].axis_aliases
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for call in estimate:
-        entry = predicted[same.get(call.axis, call.axis), call.collective]
+        entry = predicted[aliases.get(call.axis, call.axis), call.collective]
         entry[0] += call.calls
         entry[1] += call.calls * call.bytes
     measured = max((_sums(rank) for rank in ranks), key=lambda sums: sum(size or 0 for _, size in sums.values()))
@@ -187,9 +189,9 @@ def _sums(rank: RankResult) -> dict[tuple[str, str], tuple[float, float | None]]
     for call in rank.calls:
         if call.axis == "host":
             continue
-        calls, size = sums.get((call.axis, call.about.kind), (0.0, 0.0))
-        own = call.about.size
-        sums[call.axis, call.about.kind] = (calls + 1, None if size is None or own is None else size + own)
+        calls, size = sums.get((call.axis, call.info.kind), (0.0, 0.0))
+        own = call.info.size
+        sums[call.axis, call.info.kind] = (calls + 1, None if size is None or own is None else size + own)
     count = len(rank.steps)
     return {key: (calls / count, None if size is None else size / count) for key, (calls, size) in sums.items()}
 

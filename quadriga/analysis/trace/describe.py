@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quadriga.analysis.trace.fields import Wrong, shape, whole
+from quadriga.analysis.trace.fields import FieldError, numel, whole_number
 
 # The first that occurs in an operation's name decides.
 KINDS = (
@@ -35,14 +35,16 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1,
 }  # fmt: skip
 OUTPUT_FIRST = ("all_gather", "reduce_scatter", "all_to_all")
-OWN = "quadriga:collective "  # the beginning of our own annotations (quadriga/comm/annotation.py)
-PURPOSES = {"default_pg": "world", "mesh_dp_shard": "shard"}
+ANNOTATION_PREFIX = "quadriga:collective "  # the beginning of our own annotations (quadriga/comm/annotation.py)
+AXIS_OF_PURPOSE = {"default_pg": "world", "mesh_dp_shard": "shard"}
 UNKNOWN = "?"
-BY_NAME = re.compile(r"nccl|rccl|nvshmem|oneccl|all_?gather|reduce_?scatter|all_?reduce|all_?to_?all", re.IGNORECASE)
+COLLECTIVE_NAMES = re.compile(
+    r"nccl|rccl|nvshmem|oneccl|all_?gather|reduce_?scatter|all_?reduce|all_?to_?all", re.IGNORECASE
+)
 
 
 @dataclass
-class Description:
+class CallInfo:
     """What is known of a call so far. `count`: numbers in the largest tensor that it takes or gives, `item` bytes of
     one; `inputs`: numbers in what it takes, by which its row on gloo's threads is found. `group`: torch's name of it;
     `ranks`: () where not said."""
@@ -66,7 +68,7 @@ class Description:
             return 0
         return None if self.count is None or self.item is None else self.count * self.item
 
-    def fill(self, other: Description) -> None:
+    def fill(self, other: CallInfo) -> None:
         """Take from `other`, an operation within this one, what is not known here. Both may know one tensor each."""
         counts = [count for count in (self.count, other.count) if count is not None]
         for name, value in vars(other).items():
@@ -86,31 +88,31 @@ def item_bytes(dtype: str) -> int | None:
     return 1 if plain.startswith("float8") else ITEM_BYTES.get(plain)
 
 
-def described(name: str, told: Mapping[str, Any]) -> Description | None:
+def info_of_operation(name: str, args: Mapping[str, Any]) -> CallInfo | None:
     """Of an operation `namespace::operation`, of record_param_comms or of a kernel with its words; None: no call."""
-    if "Collective name" in told:
-        return _of_record(told)
+    if "Collective name" in args:
+        return _info_of_record(args)
     namespace, _, operation = name.rpartition("::")
     kind = kind_of(operation) if namespace else None
     if kind is None:
         return None
-    found = Description(kind, backend="symm_mem" if namespace == "symm_mem" else None)
+    found = CallInfo(kind, backend="symm_mem" if namespace == "symm_mem" else None)
     if kind != "barrier":
-        _measure(found, namespace, told)
+        _measure(found, namespace, args)
     return found
 
 
-def own(name: str) -> Description:
+def info_of_annotation(name: str) -> CallInfo:
     """Of our own annotation: `quadriga:collective axis=shard kind=all_gather bytes=8 dtype=float32 ranks=4 ...`."""
-    said = dict(pair.split("=", 1) for pair in name.split() if "=" in pair)
-    size = said.get("bytes", "")
-    return Description(
-        said.get("kind", UNKNOWN),
+    fields = dict(pair.split("=", 1) for pair in name.split() if "=" in pair)
+    size = fields.get("bytes", "")
+    return CallInfo(
+        fields.get("kind", UNKNOWN),
         count=_count(size),
         item=1,
-        axis=said.get("axis"),
-        group_size=_count(said.get("ranks", "")),
-        backend=said.get("backend"),
+        axis=fields.get("axis"),
+        group_size=_count(fields.get("ranks", "")),
+        backend=fields.get("backend"),
     )
 
 
@@ -120,35 +122,35 @@ def _count(text: str) -> int | None:
 
 def axis_of(purpose: str) -> str:
     """The axis that torch's description of a group names: `mesh_tp` -> `tp`."""
-    return PURPOSES.get(purpose) or purpose.removeprefix("mesh_") or UNKNOWN
+    return AXIS_OF_PURPOSE.get(purpose) or purpose.removeprefix("mesh_") or UNKNOWN
 
 
-def _of_record(told: Mapping[str, Any]) -> Description | None:
+def _info_of_record(args: Mapping[str, Any]) -> CallInfo | None:
     """ParamCommsDebugInfo, as NCCL's process group leaves it on record_param_comms and Kineto on the kernels."""
-    kind = kind_of(told["Collective name"])
+    kind = kind_of(args["Collective name"])
     if kind is None:
         return None
-    item = item_bytes(told.get("dtype", ""))
-    counts = [told[name] for name in ("In msg nelems", "Out msg nelems") if name in told]
-    return Description(
+    item = item_bytes(args.get("dtype", ""))
+    counts = [args[name] for name in ("In msg nelems", "Out msg nelems") if name in args]
+    return CallInfo(
         kind,
         count=max(counts, default=None),
         item=item,
-        group=told.get("Process Group Name") or None,
-        purpose=told.get("Process Group Description") or None,
-        ranks=_ranks(told.get("Process Group Ranks")),
-        group_size=told.get("Group size"),
-        sequence=_sequence(told.get("Seq")),
+        group=args.get("Process Group Name") or None,
+        purpose=args.get("Process Group Description") or None,
+        ranks=_ranks(args.get("Process Group Ranks")),
+        group_size=args.get("Group size"),
+        sequence=_sequence(args.get("Seq")),
     )
 
 
-def _measure(found: Description, namespace: str, told: Mapping[str, Any]) -> None:
+def _measure(found: CallInfo, namespace: str, args: Mapping[str, Any]) -> None:
     """Sizes of what the operation was given. Those of c10d write into a given tensor, and name it first."""
-    dims, types = told.get("Input Dims") or (), told.get("Input type") or ()
+    dims, types = args.get("Input Dims") or (), args.get("Input type") or ()
     tensors = [(each, kind) for each, kind in zip(dims, types, strict=False) if kind not in ("", "Scalar")]
     if not tensors:
         return
-    counts = [shape(dims) for dims, _ in tensors]
+    counts = [numel(dims) for dims, _ in tensors]
     items = [item for _, kind in tensors if (item := item_bytes(kind))]
     output_first = namespace == "c10d" and found.kind in OUTPUT_FIRST and len(counts) > 1
     found.inputs = counts[1] if output_first else counts[0]
@@ -159,8 +161,8 @@ def _measure(found: Description, namespace: str, told: Mapping[str, Any]) -> Non
 def _sequence(value: int | str | None) -> int | None:
     """The number of a call in its group; None where the writer knew none."""
     try:
-        return None if value is None else whole("Seq", value)
-    except Wrong:
+        return None if value is None else whole_number("Seq", value)
+    except FieldError:
         return None
 
 

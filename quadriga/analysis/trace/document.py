@@ -30,16 +30,16 @@ CUT_OFF = "the file is cut off: it ends in the middle"
 AGAIN = "copy the file once more, or profile again; a run writes a trace whole or not at all"
 
 
-class Document:
-    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards, and in `strays` how
-    many elements among the events are no objects.
+class TraceDocument:
+    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards, and in
+    `non_objects` how many elements among the events are no objects.
 
     Raises UserError where the file cannot be read, is no JSON, is cut off, is beyond a limit, or holds no events.
     """
 
     def __init__(self, path: Path, chunk: int = CHUNK) -> None:
         self.metadata: dict[str, Any] = {}
-        self.strays = 0
+        self.non_objects = 0
         self._path, self._chunk = path, chunk
         self._text, self._at, self._ended = "", 0, False
         self._one_by_one = False  # what has been read cannot be decoded at once
@@ -53,7 +53,7 @@ class Document:
                 yield from self._document()
             except (OSError, EOFError, zlib.error) as error:
                 raise self._wrong(f"the file cannot be read to its end: {error}") from None
-            except TooLong as error:
+            except LimitExceeded as error:
                 raise self._wrong(str(error), "profile fewer steps, or without with_stack") from None
 
     def _document(self) -> Iterator[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Document:
                 self.metadata[str(key)] = self._value()
                 self._kept += self._length
                 if self._kept > limits.TRACE_VALUE:
-                    raise TooLong(f"its metadata is longer than {limits.TRACE_VALUE:,} characters")
+                    raise LimitExceeded(f"its metadata is longer than {limits.TRACE_VALUE:,} characters")
             if self._peek() == ",":
                 self._at += 1
         if not seen:
@@ -94,7 +94,7 @@ class Document:
             if isinstance(value, dict):
                 yield value
             else:
-                self.strays += 1
+                self.non_objects += 1
 
     def _many(self) -> list[Any]:
         """As many events as end before the last border in what has been read: decoded at once, which is twice as fast
@@ -140,7 +140,7 @@ class Document:
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - LONGEST_WORD
                 if unfinished and len(self._text) - self._at > limits.TRACE_VALUE:
-                    raise TooLong(f"one value is longer than {limits.TRACE_VALUE:,} characters") from None
+                    raise LimitExceeded(f"one value is longer than {limits.TRACE_VALUE:,} characters") from None
                 if unfinished and self._fill():
                     continue
                 what = f"{error.msg} at `{self._near(error.pos)}`"
@@ -168,7 +168,7 @@ class Document:
         return UserError(Problem(shortened(self._path, 400), what, fix=fix))
 
 
-class TooLong(Exception):
+class LimitExceeded(Exception):
     """A limit is passed."""
 
 
@@ -192,7 +192,7 @@ class _Text:
             if self._done > self._most:
                 what = f"it is longer than {limits.TRACE_BYTES:,} bytes"
                 packed = f"it unpacks to more than {limits.TRACE_RATIO} times its {self._size:,} bytes: no trace does"
-                raise TooLong(what if self._most == limits.TRACE_BYTES else packed)
+                raise LimitExceeded(what if self._most == limits.TRACE_BYTES else packed)
             text = self._decode(raw, final=not raw)
             if text or not raw:
                 return text

@@ -1,6 +1,7 @@
-"""Values of a trace's events, checked: a number, an id, a text, the shapes of tensors. What is none raises `Wrong`.
+"""Values of a trace's events, checked: a number, an id, a text, the shapes of tensors.
 
-Writers differ: old ones write numbers as text, and ids of 64 bits without a sign. Both are read.
+What is none raises `FieldError`. Writers differ: old ones write numbers as text, and ids of 64 bits without a sign.
+Both are read.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from typing import Any
 from quadriga import limits
 from quadriga.errors import shortened
 
-Told = Mapping[str, Any]
+Args = Mapping[str, Any]
 LONGEST_TIME = 1e17  # microseconds, 3,000 years: since 1970, or since the machine started
 LONGEST_DURATION = 1e13  # microseconds, 115 days
 TEXTS = ("Collective name", "dtype", "Process Group Name", "Process Group Description")
 COUNTS = ("In msg nelems", "Out msg nelems", "Group size")
 
 
-class Wrong(ValueError):
+class FieldError(ValueError):
     """A value is not of the type that its field has."""
 
 
-def _wrong(what: str, value: Any, allowed: str) -> Wrong:
-    return Wrong(f"{what} is {shortened(repr(value))}, not {allowed}")
+def _field_error(what: str, value: Any, allowed: str) -> FieldError:
+    return FieldError(f"{what} is {shortened(repr(value))}, not {allowed}")
 
 
-def time(what: str, value: Any, most: float = LONGEST_TIME) -> float:
+def microseconds(what: str, value: Any, most: float = LONGEST_TIME) -> float:
     """A finite number of microseconds, also as text."""
     if type(value) is float or type(value) is int:
         found = value
@@ -35,44 +36,44 @@ def time(what: str, value: Any, most: float = LONGEST_TIME) -> float:
         try:
             found = float(value)
         except ValueError:
-            raise _wrong(what, value, "a number of microseconds") from None
+            raise _field_error(what, value, "a number of microseconds") from None
     else:
-        raise _wrong(what, value, "a number of microseconds")
+        raise _field_error(what, value, "a number of microseconds")
     if not -most <= found <= most:  # NaN is none either
-        raise _wrong(what, value, f"a time within {most:g} us")
+        raise _field_error(what, value, f"a time within {most:g} us")
     return float(found)
 
 
-def whole(what: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+def whole_number(what: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
     """A whole number, also as text or as a float without a fraction."""
     digits = isinstance(value, str) and value.isascii() and len(value) < 40 and value.removeprefix("-").isdecimal()
     is_whole = type(value) is float and math.isfinite(value) and value.is_integer()
     found = int(value) if type(value) is int or is_whole or digits else None
     if found is None or not least <= found <= most:
-        raise _wrong(what, value, f"a whole number of {least:,} to {most:,}")
+        raise _field_error(what, value, f"a whole number of {least:,} to {most:,}")
     return found
 
 
-def identity(what: str, value: Any) -> int:
+def signed_id(what: str, value: Any) -> int:
     """An id of 64 bits as the signed number of the same bits; 0 where there is none."""
     if value is None or value == 0:
         return 0
-    found = whole(what, value, -(2**63), 2**64 - 1)
+    found = whole_number(what, value, -(2**63), 2**64 - 1)
     return found - 2**64 if found >= 2**63 else found
 
 
 def text(what: str, value: Any) -> str:
     if type(value) is int:
-        return str(whole(what, value))
+        return str(whole_number(what, value))
     if not isinstance(value, str):
-        raise _wrong(what, value, "text")
+        raise _field_error(what, value, "text")
     return value[: limits.TRACE_NAME]
 
 
-def facts(args: Told) -> Told:
+def call_args(args: Args) -> Args:
     """What a collective or a look-up was called with: the fields that are read, with their types."""
     found: dict[str, Any] = {name: text(name, args[name]) for name in TEXTS if args.get(name) is not None}
-    found |= {name: whole(name, args[name]) for name in COUNTS if args.get(name) is not None}
+    found |= {name: whole_number(name, args[name]) for name in COUNTS if args.get(name) is not None}
     if (ranks := args.get("Process Group Ranks")) is not None:
         found["Process Group Ranks"] = text("Process Group Ranks", ranks) if isinstance(ranks, str) else ranks_of(ranks)
     if "Seq" in args:
@@ -81,32 +82,32 @@ def facts(args: Told) -> Told:
     if dims is not None:
         found["Input Dims"] = _list("Input Dims", dims)
         for each in dims:
-            shape(each)
+            numel(each)
     if types is not None:
         found["Input type"] = [kind if isinstance(kind, str) else "" for kind in _list("Input type", types)]
     return found
 
 
 def ranks_of(value: Any) -> tuple[int, ...]:
-    return tuple(whole("a rank", each, 0, limits.RANKS - 1) for each in _list("ranks", value))
+    return tuple(whole_number("a rank", each, 0, limits.RANKS - 1) for each in _list("ranks", value))
 
 
-def shape(value: Any) -> int:
+def numel(value: Any) -> int:
     """Numbers in a tensor of this shape, or in all of a list of tensors; 0 for what is no tensor ("")."""
     if value == "" or value is None:
         return 0
     dims = _list("Input Dims", value)
     if dims and isinstance(dims[0], list):
-        return sum(map(shape, dims))
+        return sum(map(numel, dims))
     count = 1
     for length in dims:
-        count *= whole("a length in Input Dims", length)
+        count *= whole_number("a length in Input Dims", length)
         if count >= 2**63:
-            raise _wrong("Input Dims", value, "the shape of a tensor")
+            raise _field_error("Input Dims", value, "the shape of a tensor")
     return count
 
 
 def _list(what: str, value: Any) -> list[Any]:
     if not isinstance(value, list) or len(value) > limits.RANKS:
-        raise _wrong(what, value, "a list")
+        raise _field_error(what, value, "a list")
     return value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.errors import Problem, UserError
-from quadriga.units import show_some
+from quadriga.units import format_some
 
 NAME = re.compile(r"trace.*\.json(\.gz)?$|\.trace\.json(\.gz)?$|^rank[-_]?\d+.*\.json(\.gz)?$", re.IGNORECASE)
 RANK = re.compile(r"rank[-_]?([0-9]{1,6})(?![0-9])|trace[-_]([0-9]{1,6})\.", re.IGNORECASE)
@@ -33,7 +33,7 @@ class TraceSet:
     run: Path | None
 
 
-def find(place: Path, iteration: int | None = None) -> TraceSet:
+def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
     """The traces in a folder, or one file. Of several iterations the newest, or the one that is asked for.
 
     Raises UserError: nothing is there, or not that iteration, or folders that do not say which one counts.
@@ -45,7 +45,7 @@ def find(place: Path, iteration: int | None = None) -> TraceSet:
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(place.rglob("*.json*")):
         if NAME.search(path.name) and not path.name.startswith(".") and path.is_file():
-            by_folder[_of_set(path)].append(path)
+            by_folder[_set_folder(path)].append(path)
     if not by_folder:
         what = "no trace of torch.profiler lies here"
         fix = "train with --profiling.enable_profiling, or name the folder of the traces"
@@ -68,7 +68,7 @@ def rank_in_name(path: Path) -> int | None:
     return None
 
 
-def _of_set(path: Path) -> Path:
+def _set_folder(path: Path) -> Path:
     """The folder that holds a set: a folder a rank is part of the one above it."""
     return path.parent.parent if re.match(r"rank[-_]?\d+$", path.parent.name) else path.parent
 
@@ -88,13 +88,13 @@ def _choose(place: Path, by_folder: dict[Path, list[Path]], iteration: int | Non
         there = sorted(number for number in numbered.values() if number is not None)
         if not fitting:
             what = "no traces of this iteration are here"
-            raise UserError(Problem("--step", what, str(iteration), allowed=show_some([*map(str, there)]) or "none"))
+            raise UserError(Problem("--step", what, str(iteration), allowed=format_some([*map(str, there)]) or "none"))
     else:
         newest = max((-1 if number is None else number) for number in numbered.values())
         fitting = [folder for folder, number in numbered.items() if (-1 if number is None else number) == newest]
     if len(fitting) > 1:
         what = "several folders hold traces, and none says which counts"
-        names = show_some([str(folder.relative_to(place)) for folder in fitting])
+        names = format_some([str(folder.relative_to(place)) for folder in fitting])
         raise UserError(Problem("TRACES", what, str(place), allowed=names, fix="name one of them"))
     return fitting[0]
 

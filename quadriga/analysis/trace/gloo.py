@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quadriga.analysis.trace.describe import item_bytes, kind_of
-from quadriga.analysis.trace.fields import shape
+from quadriga.analysis.trace.fields import numel
 from quadriga.analysis.trace.intervals import Spans, union
 from quadriga.analysis.trace.read import RankTrace
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 RANGE = re.compile(r"gloo:")
 WAIT = re.compile(r"_?c10d_functional::wait_tensor$")
-ALSO = {"reduce_scatter": "all_reduce"}  # how gloo makes what it does not have
+IMPLEMENTED_BY = {"reduce_scatter": "all_reduce"}  # how gloo makes what it does not have
 
 
-def match(trace: RankTrace, calls: list[Call]) -> None:
+def match_ranges(trace: RankTrace, calls: list[Call]) -> None:
     """Give each call over gloo the range in which it ran. The groups of the calls are known, as far as they can be."""
     ranges = _Ranges(trace)
     waiting = [call for call in calls if not len(call.rows)]
@@ -33,13 +33,13 @@ def match(trace: RankTrace, calls: list[Call]) -> None:
         return
     owners: dict[int, Counter[str | None]] = defaultdict(Counter)
     for place, call in ranges.assign(waiting, None):
-        owners[ranges.thread(place)][call.about.group] += 1
+        owners[ranges.thread(place)][call.info.group] += 1
     groups = {thread: votes.most_common(1)[0][0] for thread, votes in owners.items()}
     for place, call in ranges.assign(waiting, groups):
         at = ranges.at[place]
         call.rows = trace.ops.spans(np.array([at]))
-        call.about.item = call.about.item or ranges.item(at)
-        call.about.backend = "gloo"
+        call.info.item = call.info.item or ranges.item(at)
+        call.info.backend = "gloo"
 
 
 def threads(trace: RankTrace) -> set[int]:
@@ -47,7 +47,7 @@ def threads(trace: RankTrace) -> set[int]:
     return set(trace.ops.thread[_Ranges(trace).at].tolist()) - {step.thread for step in trace.steps}
 
 
-def waits(trace: RankTrace) -> Spans:
+def wait_spans(trace: RankTrace) -> Spans:
     """Time in which the host waited for a call, by torch's own word. On a GPU it is the device that waits."""
     if trace.on_device:
         return union()
@@ -67,14 +67,14 @@ class _Ranges:
         """Pairs of a range and its call: of calls alike the first one begun comes first. `groups`: by thread."""
         queues: dict[tuple[object, ...], deque[Call]] = defaultdict(deque)
         for call in sorted(calls, key=lambda call: call.launched):
-            about = call.about
-            key = (about.group if groups is not None else None, about.kind, about.inputs or 0)
+            info = call.info
+            key = (info.group if groups is not None else None, info.kind, info.inputs or 0)
             queues[key].append(call)
         pairs = []
         for place, (kind, count) in enumerate(self._keys):
             group = groups.get(self.thread(place)) if groups is not None else None
             start = self._trace.ops.start[self.at[place]]
-            names = [kind, *(own for own, other in ALSO.items() if other == kind)]
+            names = [kind, *(own for own, other in IMPLEMENTED_BY.items() if other == kind)]
             heads = [
                 queue for name in names if (queue := queues.get((group, name, count))) and queue[0].launched <= start
             ]
@@ -86,11 +86,11 @@ class _Ranges:
         return int(self._trace.ops.thread[self.at[place]])
 
     def item(self, at: int) -> int | None:
-        types = self._trace.ops.told[at].get("Input type") or ("",)
+        types = self._trace.ops.args[at].get("Input type") or ("",)
         return item_bytes(str(types[0]))
 
     def _key(self, at: int) -> tuple[str, int]:
         name = self._trace.names[self._trace.ops.name[at]]
-        dims = self._trace.ops.told[at].get("Input Dims") or ()
+        dims = self._trace.ops.args[at].get("Input Dims") or ()
         kind = kind_of(name.removeprefix("gloo:")) or name
-        return kind, shape(dims[0]) if dims and kind != "barrier" else 0
+        return kind, numel(dims[0]) if dims and kind != "barrier" else 0

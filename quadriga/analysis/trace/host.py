@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.analysis.trace import gloo
-from quadriga.analysis.trace.calls import Found
-from quadriga.analysis.trace.intervals import NONE, Spans, union, without
-from quadriga.analysis.trace.read import HOST, RankTrace
+from quadriga.analysis.trace.calls import RankCalls
+from quadriga.analysis.trace.intervals import EMPTY, Spans, subtract, union
+from quadriga.analysis.trace.read import HOST_CATEGORIES, RankTrace
 
 # Namespaces of operations that move tensors between ranks, or hold others.
-NO_WORK = (
+NO_WORK_NAMESPACES = (
     "autograd",
     "c10d",
     "_c10d_functional",
@@ -29,7 +29,7 @@ SUBCLASS = "PythonSubclass"
 
 
 @dataclass(frozen=True)
-class Work:
+class HostWork:
     """`spans`: a union of the time in which an operation computed. `rows`: those operations, `seconds` what each took
     without what lies in it."""
 
@@ -38,10 +38,10 @@ class Work:
     seconds: NDArray[np.float64]
 
 
-def work(trace: RankTrace, found: Found) -> Work:
+def host_work(trace: RankTrace, found: RankCalls) -> HostWork:
     """Of the threads on which steps are marked or gradients computed. Nothing where a device works for the host."""
     if trace.on_device:
-        return Work(NONE, np.empty(0, dtype=np.int64), np.empty(0))
+        return HostWork(EMPTY, np.empty(0, dtype=np.int64), np.empty(0))
     ops, names = trace.ops, trace.names
     # Ranges of gloo on these threads (messages) end whenever the message has come: nothing lies within them.
     chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(gloo.RANGE))
@@ -50,16 +50,16 @@ def work(trace: RankTrace, found: Found) -> Work:
     is_work = np.array([_is_work(name) for name in names], dtype=bool)
     subclass = trace.names.index(SUBCLASS) if SUBCLASS in names else -1
     own, outer = _own_seconds(trace, rows, subclass)
-    computes = is_work[ops.name[rows]] & ~outer & (ops.sort[rows] == HOST["cpu_op"])
+    computes = is_work[ops.name[rows]] & ~outer & (ops.category[rows] == HOST_CATEGORIES["cpu_op"])
     calling = union(np.array([[call.launched, call.returned] for call in found.calls]).reshape(-1, 2))
     communicating = union(calling, found.waits)
     rows = rows[computes]
-    return Work(without(union(ops.spans(rows)), communicating), rows, own[computes])
+    return HostWork(subtract(union(ops.spans(rows)), communicating), rows, own[computes])
 
 
 def _is_work(name: str) -> bool:
     namespace, colons, _ = name.partition("::")
-    return (bool(colons) and namespace not in NO_WORK) or name.startswith(COMPILED)
+    return (bool(colons) and namespace not in NO_WORK_NAMESPACES) or name.startswith(COMPILED)
 
 
 def _threads(trace: RankTrace) -> set[int]:

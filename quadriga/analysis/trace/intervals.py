@@ -8,19 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Spans = NDArray[np.float64]
-NONE: Spans = np.empty((0, 2))
+EMPTY: Spans = np.empty((0, 2))
 
 
-def spans(starts: Iterable[float], ends: Iterable[float]) -> Spans:
+def make_spans(starts: Iterable[float], ends: Iterable[float]) -> Spans:
     return np.column_stack([np.asarray(starts, dtype=np.float64), np.asarray(ends, dtype=np.float64)])
 
 
 def union(*sets: Spans) -> Spans:
     """The time in any of the spans, given in any order; touching spans become one, empty ones vanish."""
-    every = np.concatenate([NONE, *sets])
+    every = np.concatenate([EMPTY, *sets])
     every = every[every[:, 1] > every[:, 0]]
     if not len(every):
-        return NONE
+        return EMPTY
     every = every[np.argsort(every[:, 0], kind="stable")]
     reach = np.maximum.accumulate(every[:, 1])
     begins = np.concatenate([[True], every[1:, 0] > reach[:-1]])
@@ -34,19 +34,19 @@ def clip(found: Spans, start: float, end: float) -> Spans:
     return np.clip(found[first:last], start, end)
 
 
-def without(found: Spans, other: Spans) -> Spans:
+def subtract(found: Spans, other: Spans) -> Spans:
     """The time in the union `found` that is not in the union `other`."""
     if not len(found) or not len(other):
         return found
     # The time outside of `other` is a union too: of the gaps between its spans.
     gaps = np.column_stack([np.concatenate([[-np.inf], other[:, 1]]), np.concatenate([other[:, 0], [np.inf]])])
-    return both(found, gaps)
+    return intersection(found, gaps)
 
 
-def both(found: Spans, other: Spans) -> Spans:
+def intersection(found: Spans, other: Spans) -> Spans:
     """The time in two unions at once."""
     if not len(found) or not len(other):
-        return NONE
+        return EMPTY
     first = np.searchsorted(other[:, 1], found[:, 0], "right")
     last = np.searchsorted(other[:, 0], found[:, 1], "left")
     counts = np.maximum(last - first, 0)
@@ -58,12 +58,12 @@ def both(found: Spans, other: Spans) -> Spans:
     return np.column_stack([starts[kept], ends[kept]])
 
 
-def length(found: Spans) -> float:
+def total_length(found: Spans) -> float:
     """Of a union, in its unit."""
     return float((found[:, 1] - found[:, 0]).sum())
 
 
-def inside(moments: NDArray[np.float64], windows: Spans) -> NDArray[np.intp]:
+def window_index(moments: NDArray[np.float64], windows: Spans) -> NDArray[np.intp]:
     """By moment, which of the windows holds it; -1: none. The windows are sorted and apart."""
     if not len(windows):
         return np.full(len(moments), -1, dtype=np.intp)

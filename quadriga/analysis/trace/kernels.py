@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.calls import Found
-from quadriga.analysis.trace.host import Work
-from quadriga.analysis.trace.intervals import inside
+from quadriga.analysis.trace.calls import RankCalls
+from quadriga.analysis.trace.host import HostWork
+from quadriga.analysis.trace.intervals import window_index
 from quadriga.analysis.trace.read import RankTrace
 
 # The first that fits a kernel's or an operation's name decides.
@@ -47,7 +47,7 @@ TOP = 200  # names that a rank hands on
 
 
 @dataclass(frozen=True)
-class Totals:
+class KernelTotals:
     """Sums over the steps of one rank. `blocks` None: the trace has no marks of them."""
 
     families: Mapping[str, float]
@@ -56,7 +56,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class _WorkItems:
     """By piece of work: its name, when it was launched and when it ran, and its seconds."""
 
     name: NDArray[np.int64]
@@ -65,15 +65,15 @@ class _Pieces:
     seconds: NDArray[np.float64]
 
 
-def totals(trace: RankTrace, found: Found, work: Work, sent_seconds: float) -> Totals:
+def kernel_totals(trace: RankTrace, found: RankCalls, work: HostWork, sent_seconds: float) -> KernelTotals:
     """`sent_seconds`: of communication, in all steps together."""
-    pieces = _of_device(trace, found) if trace.on_device else _of_host(trace, work)
+    items = _of_device(trace, found) if trace.on_device else _of_host(trace, work)
     windows = np.array([[step.start, step.end] for step in trace.steps])
-    kept = inside(pieces.ran, windows) >= 0
+    kept = window_index(items.ran, windows) >= 0
     by_name: dict[str, tuple[float, int]] = {}
     count = len(trace.names)
-    seconds = np.bincount(pieces.name[kept], pieces.seconds[kept], minlength=count)
-    numbers = np.bincount(pieces.name[kept], minlength=count)
+    seconds = np.bincount(items.name[kept], items.seconds[kept], minlength=count)
+    numbers = np.bincount(items.name[kept], minlength=count)
     for number in np.flatnonzero(numbers):
         by_name[trace.names[number]] = (float(seconds[number]), int(numbers[number]))
     families: dict[str, float] = defaultdict(float)
@@ -82,14 +82,14 @@ def totals(trace: RankTrace, found: Found, work: Work, sent_seconds: float) -> T
     if sent_seconds:
         families[COMMUNICATION] = sent_seconds
     largest = sorted(by_name.items(), key=lambda item: -item[1][0])[:TOP]
-    return Totals(dict(families), _blocks(trace, pieces, kept), dict(largest))
+    return KernelTotals(dict(families), _blocks(trace, items, kept), dict(largest))
 
 
 def family_of(name: str) -> str:
     return next((family for family, pattern in FAMILIES if pattern.search(name)), OTHER)
 
 
-def _of_device(trace: RankTrace, found: Found) -> _Pieces:
+def _of_device(trace: RankTrace, found: RankCalls) -> _WorkItems:
     device, launches = trace.device, trace.launches
     rows = np.flatnonzero(~found.owned)
     launched = device.start[rows].copy()
@@ -99,26 +99,26 @@ def _of_device(trace: RankTrace, found: Found) -> _Pieces:
         place = np.minimum(np.searchsorted(known, device.correlation[rows]), len(known) - 1)
         linked = (known[place] == device.correlation[rows]) & (device.correlation[rows] != 0)
         launched[linked] = launches.start[order[place[linked]]]
-    return _Pieces(device.name[rows], launched, device.start[rows], device.end[rows] - device.start[rows])
+    return _WorkItems(device.name[rows], launched, device.start[rows], device.end[rows] - device.start[rows])
 
 
-def _of_host(trace: RankTrace, work: Work) -> _Pieces:
+def _of_host(trace: RankTrace, work: HostWork) -> _WorkItems:
     start = trace.ops.start[work.rows]
-    return _Pieces(trace.ops.name[work.rows], start, start, work.seconds)
+    return _WorkItems(trace.ops.name[work.rows], start, start, work.seconds)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def _blocks(trace: RankTrace, pieces: _Pieces, kept: NDArray[np.bool_]) -> dict[str, float] | None:
+def _blocks(trace: RankTrace, items: _WorkItems, kept: NDArray[np.bool_]) -> dict[str, float] | None:
     """Seconds by the block (or unit of FSDP) during which work was launched."""
     windows = _windows(trace)
     if not any(label != "optimizer" for _, _, label in windows):
         return None
     cuts, labels = _innermost(windows)
-    place = np.searchsorted(cuts, pieces.launched[kept], "right") - 1
+    place = np.searchsorted(cuts, items.launched[kept], "right") - 1
     found: dict[str, float] = defaultdict(float)
-    seconds = pieces.seconds[kept]
+    seconds = items.seconds[kept]
     for number in np.unique(place):
         found[labels[number] if number >= 0 else OUTSIDE] += float(seconds[place == number].sum())
     return dict(found)

@@ -14,13 +14,13 @@ from quadriga import limits
 from quadriga.analysis.trace import fields
 from quadriga.reading import json_type
 
-OWN_NOTES = "quadriga"
-MOST_STEPS = 2**53  # of a run
+NOTES_KEY = "quadriga"
+MAX_STEPS = 2**53  # of a run
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """A process group. `purpose`: torch's description of it; `ranks`: () where the trace does not say."""
 
     name: str
@@ -37,7 +37,7 @@ class Notes:
     machine: str | None = None
     messages: str | None = None
     axes: Mapping[str, str] = field(default_factory=dict)
-    same: Mapping[str, str] = field(default_factory=dict)
+    axis_aliases: Mapping[str, str] = field(default_factory=dict)
     launches: tuple[tuple[int, str, int], ...] = ()
 
 
@@ -50,12 +50,12 @@ class Metadata:
     machine: str | None
     backend: str | None
     base_ns: int | None
-    groups: Mapping[str, Group]
+    groups: Mapping[str, ProcessGroup]
     notes: Notes
     warnings: list[str]
 
 
-class _Part:
+class _Section:
     """An object of the metadata, whose values are asked for one by one."""
 
     def __init__(self, name: str, value: Any, warnings: list[str]) -> None:
@@ -71,7 +71,7 @@ class _Part:
             return None
         try:
             return check(key, value)
-        except fields.Wrong as error:
+        except fields.FieldError as error:
             self._warnings.append(f"{self._name}: {error}; it is left out")
             return None
 
@@ -79,67 +79,69 @@ class _Part:
 def read_metadata(metadata: Mapping[str, Any], file: str) -> Metadata:
     """The metadata of a trace; `file` names it in warnings."""
     warnings: list[str] = []
-    outer = _Part(file, dict(metadata), warnings)
-    group = _Part(f"{file}: distributedInfo", metadata.get("distributedInfo"), warnings)
-    notes = read_notes(_Part(f"{file}: {OWN_NOTES}", metadata.get(OWN_NOTES), warnings))
+    outer = _Section(file, dict(metadata), warnings)
+    group = _Section(f"{file}: distributedInfo", metadata.get("distributedInfo"), warnings)
+    notes = read_notes(_Section(f"{file}: {NOTES_KEY}", metadata.get(NOTES_KEY), warnings))
     return Metadata(
         rank=group.get("rank", _rank),
         world_size=group.get("world_size", _world_size),
         machine=outer.get("host_name", fields.text) or notes.machine,
         backend=group.get("backend", fields.text),
-        base_ns=outer.get("baseTimeNanoseconds", fields.whole),
+        base_ns=outer.get("baseTimeNanoseconds", fields.whole_number),
         groups=group.get("pg_config", _groups) or {},
         notes=notes,
         warnings=warnings,
     )
 
 
-def read_notes(part: _Part) -> Notes:
+def read_notes(part: _Section) -> Notes:
     return Notes(
         first_step=part.get("first_step", _step) or 0,
         attempt=part.get("attempt", _step),
         machine=part.get("machine", fields.text),
         messages=part.get("messages", fields.text),
         axes=part.get("axes", _texts) or {},
-        same=part.get("same", _texts) or {},
+        axis_aliases=part.get("same", _texts) or {},
         launches=part.get("launches", _launches) or (),
     )
 
 
 def _rank(what: str, value: Any) -> int:
-    return fields.whole(what, value, 0, limits.RANKS - 1)
+    return fields.whole_number(what, value, 0, limits.RANKS - 1)
 
 
 def _world_size(what: str, value: Any) -> int:
-    return fields.whole(what, value, 1, limits.RANKS)
+    return fields.whole_number(what, value, 1, limits.RANKS)
 
 
 def _step(what: str, value: Any) -> int:
-    return fields.whole(what, value, 0, MOST_STEPS)
+    return fields.whole_number(what, value, 0, MAX_STEPS)
 
 
 def _texts(what: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise fields.Wrong(f"{what} is a JSON {json_type(value)}, not an object")
+        raise fields.FieldError(f"{what} is a JSON {json_type(value)}, not an object")
     return {key: fields.text(f"{what}, {key}", each) for key, each in value.items()}
 
 
 def _launches(what: str, value: Any) -> tuple[tuple[int, str, int], ...]:
     if not isinstance(value, list):
-        raise fields.Wrong(f"{what} is a JSON {json_type(value)}, not a list")
+        raise fields.FieldError(f"{what} is a JSON {json_type(value)}, not a list")
     found = []
     for each in value:
         if not isinstance(each, list) or len(each) != 3:
-            raise fields.Wrong(f"a part of {what} is not [time, group, number]")
-        found.append((fields.whole(what, each[0]), fields.text(what, each[1]), fields.whole(what, each[2])))
+            raise fields.FieldError(f"a part of {what} is not [time, group, number]")
+        found.append(
+            (fields.whole_number(what, each[0]), fields.text(what, each[1]), fields.whole_number(what, each[2]))
+        )
     return tuple(found)
 
 
-def _groups(what: str, value: Any) -> dict[str, Group]:
+def _groups(what: str, value: Any) -> dict[str, ProcessGroup]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise fields.Wrong(f"{what} is no list of objects")
+        raise fields.FieldError(f"{what} is no list of objects")
     found = [
-        Group(
+        ProcessGroup(
             fields.text("pg_name", each.get("pg_name", "")),
             fields.text("pg_desc", each.get("pg_desc") or ""),
             fields.ranks_of(each.get("ranks") or []),

@@ -1,7 +1,7 @@
 """The report of an analysed trace as one HTML page: what took the time first, then the pictures and their numbers.
 
-`page` takes what `quadriga trace --json` prints (`quadriga-trace-1`). A figure that is None was not measurable; the
-page says so and why, in the words of the analysis.
+`trace_page` takes what `quadriga trace --json` prints (`quadriga-trace-1`). A figure that is None was not measurable;
+the page says so and why, in the words of the analysis.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quadriga.analysis.pages import page as html
-from quadriga.analysis.pages.charts import Bar, Part, Strip, legend, stacked_bars, timeline
-from quadriga.analysis.pages.markup import Markup, join
-from quadriga.analysis.pages.numbers import decimal_bytes, duration, number, share, whole
-from quadriga.analysis.pages.plots import Series, legend_of, log_log
+from quadriga.analysis.pages import elements
+from quadriga.analysis.pages.charts import Bar, BarPart, Strip, legend, stacked_bars, timeline_chart
+from quadriga.analysis.pages.markup import Markup, join_markup
+from quadriga.analysis.pages.numbers import (
+    format_decimal_bytes,
+    format_duration,
+    format_number,
+    format_share,
+    format_whole,
+)
+from quadriga.analysis.pages.plots import Series, log_log_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
-from quadriga.analysis.trace.report import seconds
-from quadriga.units import show_bytes
+from quadriga.analysis.trace.report import format_time
+from quadriga.units import format_bytes
 
 # What a step is cut into, in the order of a bar; with the rest these add up. What compute hides is no part of it.
 PARTS = {
@@ -47,21 +53,21 @@ LANE_FIGURES = {
 }
 FOUND_BY = {"linkage": "linkage", "annotation": "annotation", "name": "name only"}
 # Under which word the analysis tells why a figure of one collective is missing: `transfer of tp all_gather`.
-GROUPS = {
+REASON_GROUPS = {
     **dict.fromkeys(("start_skew_s", "transfer_s", "bus_gb_s"), "transfer"),
     **dict.fromkeys(("seconds_a_step", "exposed_s_a_step", "overlap_share", "algorithm_gb_s"), "seconds"),
     "bytes_a_step": "bytes",
 }
-Show = Callable[[float], str]
-Columns = dict[str, tuple[str, Show]]  # by the key of a row: its title, and how it is shown
+Formatter = Callable[[float], str]
+Columns = dict[str, tuple[str, Formatter]]  # by the key of a row: its title, and how it is shown
 
 
-def page(analysis: Mapping[str, Any]) -> str:
+def trace_page(analysis: Mapping[str, Any]) -> str:
     """The whole page. `analysis`: a dict of the format `quadriga-trace-1`."""
-    return html.document(
+    return elements.document(
         "Where a step's time went",
-        html.answer(*sentences(analysis)),
-        html.warnings(analysis["warnings"]),
+        elements.answer(*trace_sentences(analysis)),
+        elements.warnings(analysis["warnings"]),
         _by_rank(analysis),
         _one_step(analysis),
         _communication(analysis),
@@ -72,35 +78,37 @@ def page(analysis: Mapping[str, Any]) -> str:
     )
 
 
-def sentences(analysis: Mapping[str, Any]) -> list[str]:
+def trace_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """The answer: how long a step takes, what takes it, which rank is slow, which collective costs most."""
-    said = [_what_took_the_time(analysis)]
+    sentences = [_what_took_the_time(analysis)]
     slowest = analysis["slowest"]
     if slowest:
-        by = f"{duration(slowest['by_s'])} ({share(slowest['by_share'])})"
-        said.append(
+        by = f"{format_duration(slowest['by_s'])} ({format_share(slowest['by_share'])})"
+        sentences.append(
             f"The slowest rank is {slowest['rank']}: it spends {by} a step more than the median rank on its own."
         )
     costly = [row for row in analysis["collectives"] if row["exposed_s_a_step"]]
     if costly:
         row = max(costly, key=lambda each: each["exposed_s_a_step"])
         what = f"{row['collective']} on axis {row['axis']} over {row['backend'] or UNKNOWN}"
-        said.append(f"Most of the exposed communication: {what}, {duration(row['exposed_s_a_step'])} a step.")
+        sentences.append(
+            f"Most of the exposed communication: {what}, {format_duration(row['exposed_s_a_step'])} a step."
+        )
     elif not analysis["collectives"]:
-        said.append("No collective was found.")
-    return said
+        sentences.append("No collective was found.")
+    return sentences
 
 
 def _what_took_the_time(analysis: Mapping[str, Any]) -> str:
     timing = analysis["step_time_s"]
-    step = f"A step takes {seconds(timing['mean'], 4)} on average"
+    step = f"A step takes {format_time(timing['mean'], 4)} on average"
     if timing["min"] != timing["max"]:
-        step += f" ({duration(timing['min'])} to {duration(timing['max'])})"
+        step += f" ({format_duration(timing['min'])} to {format_duration(timing['max'])})"
     shares = _mean_shares(analysis)
     if not shares:
         return f"{step}; what took it is not measurable from this trace."
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
-    return f"{step}: " + ", ".join(f"{share(part)} {name}" for name, part in largest if part > 0) + "."
+    return f"{step}: " + ", ".join(f"{format_share(part)} {name}" for name, part in largest if part > 0) + "."
 
 
 def _mean_shares(analysis: Mapping[str, Any]) -> dict[str, float]:
@@ -116,22 +124,22 @@ def _mean_shares(analysis: Mapping[str, Any]) -> dict[str, float]:
 
 def _by_rank(analysis: Mapping[str, Any]) -> Markup:
     ranks = analysis["by_rank"]
-    parts = [Part(name, colour) for name, colour in PARTS.values()] + [Part(REST, GREY)]
+    parts = [BarPart(name, colour) for name, colour in PARTS.values()] + [BarPart(REST, GREY)]
     bars = [_bar_of(rank) for rank in ranks]
     drawn = [i for i, _ in enumerate(parts) if any(bar.values[i] for bar in bars)]
-    shown = [Part(parts[i].name, parts[i].colour) for i in drawn]
+    shown = [BarPart(parts[i].name, parts[i].colour) for i in drawn]
     bars = [Bar(bar.name, [bar.values[i] for i in drawn], bar.whole) for bar in bars]
     known = {key: name for key, name in STEP_COLUMNS.items() if any(_has(rank, key) for rank in ranks)}
-    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), duration) for key in known)] for rank in ranks]
-    numbers = html.table(["rank", *known.values()], rows, caption="Mean over the steps, by rank.")
+    rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), format_duration) for key in known)] for rank in ranks]
+    numbers = elements.table(["rank", *known.values()], rows, caption="Mean over the steps, by rank.")
     caption = (
         "The mean step of each rank, cut into its parts; the tick is the step's own length. What compute hides is in "
         f"the table alone. “{REST}” is what is left of the step: the host's own work, and idling."
     )
-    image = stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", duration)
-    missing = html.reasons(_reasons_for(analysis, STEP_COLUMNS, [rank["mean"] for rank in ranks]))
-    steps = html.folded("Every step of every rank", _all_steps(ranks, known))
-    return html.section("By rank", html.figure(image, caption, numbers, legend(shown)), missing, steps)
+    image = stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", format_duration)
+    missing = elements.reasons(_reasons_for(analysis, STEP_COLUMNS, [rank["mean"] for rank in ranks]))
+    steps = elements.collapsible("Every step of every rank", _all_steps(ranks, known))
+    return elements.section("By rank", elements.figure(image, caption, numbers, legend(shown)), missing, steps)
 
 
 def _bar_of(rank: Mapping[str, Any]) -> Bar:
@@ -147,11 +155,11 @@ def _has(rank: Mapping[str, Any], key: str) -> bool:
 
 def _all_steps(ranks: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Markup:
     rows = [
-        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step.get(key), duration) for key in columns)]
+        [f"{rank['rank']}", f"{step['step']}", *(_or_none(step.get(key), format_duration) for key in columns)]
         for rank in ranks
         for step in rank["steps"]
     ]
-    return html.table(["rank", "step", *columns.values()], rows)
+    return elements.table(["rank", "step", *columns.values()], rows)
 
 
 def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
@@ -166,14 +174,18 @@ def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
     ]
     start = line["start_s"]
     rows = [_busy(analysis, each) for each in line["strips"]]
-    numbers = html.table(["rank", "lane", "busy", "spans drawn"], rows, caption="This step by lane.", words=(0, 1))
+    numbers = elements.table(
+        ["rank", "lane", "busy", "spans drawn"], rows, caption="This step by lane.", text_columns=(0, 1)
+    )
     caption = (
         "Each strip is one lane of one rank; a span tells its name and its length under the pointer. Spans that lie "
         "too close for the eye are drawn as one. The lane `host` shows where nothing else ran, data wait included."
     )
-    image = timeline(f"Step {line['step']} of all ranks", strips, start, f"time from the start of step {line['step']}")
-    lanes = legend([Part(name, colour) for name, colour in LANES.items() if any(s.lane == name for s in strips)])
-    return html.section(f"Step {line['step']} as it went", html.figure(image, caption, numbers, lanes))
+    image = timeline_chart(
+        f"Step {line['step']} of all ranks", strips, start, f"time from the start of step {line['step']}"
+    )
+    lanes = legend([BarPart(name, colour) for name, colour in LANES.items() if any(s.lane == name for s in strips)])
+    return elements.section(f"Step {line['step']} as it went", elements.figure(image, caption, numbers, lanes))
 
 
 def _busy(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> list[str | None]:
@@ -182,7 +194,7 @@ def _busy(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> list[str | N
     step: Mapping[str, Any] = next((step for step in steps if step["step"] == analysis["timeline"]["step"]), {})
     seconds = [step.get(key) for key in LANE_FIGURES.get(strip["lane"], ())]
     known = [figure for figure in seconds if figure is not None]
-    busy = duration(sum(known)) if known else None
+    busy = format_duration(sum(known)) if known else None
     return [f"rank {strip['rank']}", strip["lane"], busy, f"{len(strip['spans']):,}"]
 
 
@@ -190,19 +202,21 @@ def _communication(analysis: Mapping[str, Any]) -> Markup:
     rows = analysis["collectives"]
     if not rows:
         why = analysis["not_measurable"].get("collectives")
-        return html.section("Communication", html.missing(why) if why else html.note("No collective was found."))
+        return elements.section(
+            "Communication", elements.not_measurable(why) if why else elements.note("No collective was found.")
+        )
     sent: Columns = {
-        "calls_a_step": ("calls a step", whole),
-        "bytes_a_step": ("bytes a step", show_bytes),
-        "seconds_a_step": ("time a step", duration),
-        "exposed_s_a_step": ("exposed", duration),
-        "overlap_share": ("hidden", share),
+        "calls_a_step": ("calls a step", format_whole),
+        "bytes_a_step": ("bytes a step", format_bytes),
+        "seconds_a_step": ("time a step", format_duration),
+        "exposed_s_a_step": ("exposed", format_duration),
+        "overlap_share": ("hidden", format_share),
     }
     speed: Columns = {
-        "start_skew_s": ("start skew a call", duration),
-        "transfer_s": ("transfer a call", duration),
-        "algorithm_gb_s": ("algorithm GB/s", number),
-        "bus_gb_s": ("bus GB/s", number),
+        "start_skew_s": ("start skew a call", format_duration),
+        "transfer_s": ("transfer a call", format_duration),
+        "algorithm_gb_s": ("algorithm GB/s", format_number),
+        "bus_gb_s": ("bus GB/s", format_number),
     }
     what = "What each axis sent. Bytes: of the largest tensor that a call takes or gives."
     how_fast = (
@@ -210,11 +224,11 @@ def _communication(analysis: Mapping[str, Any]) -> Markup:
         "earliest end, so that waiting for a late rank is not counted."
     )
     names = {key: name for key, (name, _) in (sent | speed).items()}
-    return html.section(
+    return elements.section(
         "Communication by axis",
         _by_axis(rows, sent, what),
         _by_axis(rows, speed, how_fast),
-        html.reasons(_reasons_by_row(analysis["not_measurable"], names, rows)),
+        elements.reasons(_reasons_by_row(analysis["not_measurable"], names, rows)),
         _bandwidth(analysis),
     )
 
@@ -222,11 +236,11 @@ def _communication(analysis: Mapping[str, Any]) -> Markup:
 def _by_axis(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str) -> Markup:
     cells = [
         [row["axis"], row["collective"], row["backend"], FOUND_BY.get(row["found_by"], row["found_by"])]
-        + [_or_none(row[key], show) for key, (_, show) in columns.items()]
+        + [_or_none(row[key], formatter) for key, (_, formatter) in columns.items()]
         for row in rows
     ]
     header = ["axis", "collective", "backend", "found by", *(name for name, _ in columns.values())]
-    return html.table(header, cells, caption=caption, words=range(4))
+    return elements.table(header, cells, caption=caption, text_columns=range(4))
 
 
 def _reasons_by_row(
@@ -237,7 +251,7 @@ def _reasons_by_row(
     for key, name in columns.items():
         for row in rows:
             if row[key] is None:
-                own = why.get(f"{GROUPS.get(key)} of {row['axis']} {row['collective']}")
+                own = why.get(f"{REASON_GROUPS.get(key)} of {row['axis']} {row['collective']}")
                 found[f"{name}, {row['axis']} {row['collective']}" if own else name] = own or why.get(key)
     return found
 
@@ -253,23 +267,30 @@ def _bandwidth(analysis: Mapping[str, Any]) -> Markup | None:
     series = [Series(name, index, points[name]) for index, name in enumerate(names) if points[name]]
     if not series:
         why = analysis["not_measurable"].get("bus_gb_s")
-        return join(html.note("Bandwidth by size: "), html.missing(why)) if measured or why else None
+        return (
+            join_markup(elements.note("Bandwidth by size: "), elements.not_measurable(why)) if measured or why else None
+        )
     rows = [
         [
             name,
-            _or_none(s["bytes"], show_bytes),
-            whole(s["calls"]),
-            _or_none(s["transfer_s"], duration),
-            _or_none(s["bus_gb_s"], number),
+            _or_none(s["bytes"], format_bytes),
+            format_whole(s["calls"]),
+            _or_none(s["transfer_s"], format_duration),
+            _or_none(s["bus_gb_s"], format_number),
         ]
         for name, s in measured
     ]
-    numbers = html.table(["collective", "bytes a call", "calls", "transfer a call", "bus GB/s"], rows)
-    image = log_log(
-        "Bus bandwidth by bytes of a call", series, "bytes of a call", "bus bandwidth in GB/s", decimal_bytes, number
+    numbers = elements.table(["collective", "bytes a call", "calls", "transfer a call", "bus GB/s"], rows)
+    image = log_log_plot(
+        "Bus bandwidth by bytes of a call",
+        series,
+        "bytes of a call",
+        "bus bandwidth in GB/s",
+        format_decimal_bytes,
+        format_number,
     )
     caption = "Bus bandwidth of the calls of each size, both axes logarithmic; a GB is 1e9 bytes."
-    return html.figure(image, caption, numbers, legend_of(series, lines=False))
+    return elements.figure(image, caption, numbers, series_legend(series, lines=False))
 
 
 def _drawable(size: Mapping[str, Any]) -> bool:
@@ -283,44 +304,46 @@ def _kernels(analysis: Mapping[str, Any]) -> Markup | None:
         rows = kernels.get(key) or []
         if not rows:
             why = analysis["not_measurable"].get(f"kernels.{key}") or analysis["not_measurable"].get(key)
-            tables.append(join(html.note(f"{title}: "), html.missing(why)) if why else None)
+            tables.append(join_markup(elements.note(f"{title}: "), elements.not_measurable(why)) if why else None)
             continue
         counts = "calls_a_step" in rows[0]
         header = ["name", *(["calls a step"] if counts else []), "time a step", "share"]
         cells = [
             [row["name"]]
-            + ([_or_none(row["calls_a_step"], whole)] if counts else [])
-            + [_or_none(row["seconds_a_step"], duration), _or_none(row["share"], share)]
+            + ([_or_none(row["calls_a_step"], format_whole)] if counts else [])
+            + [_or_none(row["seconds_a_step"], format_duration), _or_none(row["share"], format_share)]
             for row in rows
         ]
-        tables.append(html.table(header, cells, caption=title))
+        tables.append(elements.table(header, cells, caption=title))
     unit = "Kernels" if analysis["device_type"] == "cuda" else "Operations"
-    return html.section(unit, *tables) if any(tables) else None
+    return elements.section(unit, *tables) if any(tables) else None
 
 
 def _against_estimate(analysis: Mapping[str, Any]) -> Markup:
     estimate = analysis["estimate"]
     title = "Bytes against the estimate"
     if not estimate:
-        return html.section(title, html.missing(analysis["not_measurable"].get("estimate")))
+        return elements.section(title, elements.not_measurable(analysis["not_measurable"].get("estimate")))
     rows = estimate["rows"]
     cells = [
-        [row["axis"], row["collective"], *(_or_none(row[key], whole) for key in ("calls", "predicted_calls"))]
-        + [_or_none(row[key], whole) for key in ("bytes", "predicted_bytes")]
+        [row["axis"], row["collective"], *(_or_none(row[key], format_whole) for key in ("calls", "predicted_calls"))]
+        + [_or_none(row[key], format_whole) for key in ("bytes", "predicted_bytes")]
         + ["equal" if row["equal"] else "different"]
         for row in rows
     ]
     header = ["axis", "collective", "calls", "predicted", "bytes", "predicted", "verdict"]
     different = sum(not row["equal"] for row in rows)
     verdict = f"{different} of {len(rows)} rows differ from the estimate." if different else "All rows agree exactly."
-    return html.section(
-        title, html.note(verdict), html.table(header, cells, words=(0, 1, 6), caption="Of one step, by axis.")
+    return elements.section(
+        title,
+        elements.note(verdict),
+        elements.table(header, cells, text_columns=(0, 1, 6), caption="Of one step, by axis."),
     )
 
 
 def _not_measurable(analysis: Mapping[str, Any]) -> Markup | None:
-    missing = html.reasons(analysis["not_measurable"])
-    return html.section("What this trace cannot tell", missing) if missing else None
+    missing = elements.reasons(analysis["not_measurable"])
+    return elements.section("What this trace cannot tell", missing) if missing else None
 
 
 def _reasons_for(
@@ -332,8 +355,8 @@ def _reasons_for(
     return {columns[key]: why.get(key) or why.get(key.removeprefix("exposed_")) for key in absent}
 
 
-def _or_none(value: float | None, show: Show) -> str | None:
-    return None if value is None else show(value)
+def _or_none(value: float | None, formatter: Formatter) -> str | None:
+    return None if value is None else formatter(value)
 
 
 def _ranks(analysis: Mapping[str, Any]) -> str:

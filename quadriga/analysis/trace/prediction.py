@@ -20,7 +20,7 @@ MOST_CALLS = 100_000  # different calls of one estimate
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictedCalls:
     """`calls` a step, of `bytes` each."""
 
     axis: str
@@ -29,7 +29,7 @@ class Predicted:
     bytes: float
 
 
-def of_attempt(run: Path, attempt: int | None) -> tuple[list[Predicted] | None, str]:
+def read_prediction(run: Path, attempt: int | None) -> tuple[list[PredictedCalls] | None, str]:
     """What was foreseen for a start of the run, None: not known which; or None, and why it cannot be had.
 
     Raises UserError: a file is there and is no estimate.
@@ -39,41 +39,42 @@ def of_attempt(run: Path, attempt: int | None) -> tuple[list[Predicted] | None, 
         return _read(own), ""
     newest = run / ESTIMATE
     found = read_json_object(newest, what="run's estimate")
-    said = found.get("attempt")
-    if attempt is not None and said is not None and said != attempt:
+    estimated_attempt = found.get("attempt")
+    if attempt is not None and estimated_attempt is not None and estimated_attempt != attempt:
         return (
             None,
-            f"the traces are of start {attempt} of the run, and of its estimate only that of start {said} is left",
+            f"the traces are of start {attempt} of the run, and of its estimate only that of start {estimated_attempt} "
+            "is left",
         )
     return _calls(newest, found), ""
 
 
-def _read(path: Path) -> list[Predicted]:
+def _read(path: Path) -> list[PredictedCalls]:
     return _calls(path, read_json_object(path, what="run's estimate"))
 
 
-def _calls(path: Path, estimate: Mapping[str, Any]) -> list[Predicted]:
+def _calls(path: Path, estimate: Mapping[str, Any]) -> list[PredictedCalls]:
     calls = estimate.get("communication")
     calls = [] if calls is None else calls
     try:
         if not isinstance(calls, list) or len(calls) > MOST_CALLS:
-            raise fields.Wrong("communication is no list of calls")
+            raise fields.FieldError("communication is no list of calls")
         return [_call(call) for call in calls]
-    except fields.Wrong as error:
+    except fields.FieldError as error:
         where = shortened(path, 400)
         raise UserError(
             Problem(where, f"this is no estimate of a run: {error}", fix="move it out of the folder")
         ) from None
 
 
-def _call(call: Any) -> Predicted:
+def _call(call: Any) -> PredictedCalls:
     if not isinstance(call, dict):
-        raise fields.Wrong("a call in communication is no object")
+        raise fields.FieldError("a call in communication is no object")
     axis, collective = (fields.text(name, call.get(name)) for name in ("axis", "collective"))
-    return Predicted(axis, collective, _amount("calls", call.get("calls")), _amount("bytes", call.get("bytes")))
+    return PredictedCalls(axis, collective, _amount("calls", call.get("calls")), _amount("bytes", call.get("bytes")))
 
 
 def _amount(name: str, value: Any) -> float:
     if (type(value) is not int and type(value) is not float) or not 0 <= value < 2**63:
-        raise fields.Wrong(f"{name} is {shortened(repr(value))}, not a number of 0 or more")
+        raise fields.FieldError(f"{name} is {shortened(repr(value))}, not a number of 0 or more")
     return value

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from quadriga.analysis.trace import breakdown, kernels, timeline
 from quadriga.analysis.trace.calls import Call, find_calls
-from quadriga.analysis.trace.host import work
-from quadriga.analysis.trace.read import read
+from quadriga.analysis.trace.host import host_work
+from quadriga.analysis.trace.read import read_trace
 from quadriga.analysis.trace.steps import Step
 
-Key = tuple[str, str, str, str, int | None]  # axis, collective, backend, found by, ranks of the group
+CallKey = tuple[str, str, str, str, int | None]  # axis, collective, backend, found by, ranks of the group
 
 
 @dataclass(frozen=True)
 class RankResult:
     """`seconds`: of each kind of call, a step: in which it ran, and in which nothing computed meanwhile. `missing`:
-    calls whose place on the device, or on gloo's threads, the trace does not show. `same`: other names of axes that
-    share a group. `attempt`: the start of the run that made the trace, where it says so."""
+    calls whose place on the device, or on gloo's threads, the trace does not show. `axis_aliases`: other names of axes
+    that share a group. `attempt`: the start of the run that made the trace, where it says so."""
 
     rank: int
     world_size: int | None
@@ -27,36 +27,36 @@ class RankResult:
     origin_ns: int | None
     on_device: bool
     steps: tuple[Step, ...]
-    figures: list[dict[str, float | None]]
+    step_breakdowns: list[dict[str, float | None]]
     calls: list[Call]
-    seconds: dict[Key, tuple[float, float]]
+    seconds: dict[CallKey, tuple[float, float]]
     missing: int
-    totals: kernels.Totals
+    totals: kernels.KernelTotals
     strips: dict[str, list[timeline.Span]]
     has_data_marks: bool
-    same: dict[str, str]
+    axis_aliases: dict[str, str]
     attempt: int | None
     warnings: list[str]
 
 
-def key_of(call: Call) -> Key:
-    return call.axis, call.about.kind, call.about.backend or "?", call.found_by, call.about.group_size
+def key_of(call: Call) -> CallKey:
+    return call.axis, call.info.kind, call.info.backend or "?", call.found_by, call.info.group_size
 
 
 def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
     """Read and analyse one file. `rank`: where it does not tell it; `files`: how many there are of the set."""
-    trace = read(path, rank)
+    trace = read_trace(path, rank)
     found = find_calls(trace)
-    done = work(trace, found)
-    alone = (trace.world_size or files) == 1 and (trace.world_size is not None)
-    active = breakdown.activity(trace, found, done, alone)
+    done = host_work(trace, found)
+    single_rank = (trace.world_size or files) == 1 and (trace.world_size is not None)
+    active = breakdown.device_activity(trace, found, done, single_rank)
     own = [call for call in found.calls if call.step >= 0]
-    by_key: dict[Key, list[Call]] = defaultdict(list)
+    by_key: dict[CallKey, list[Call]] = defaultdict(list)
     for call in own:
         by_key[key_of(call)].append(call)
     seconds = {key: breakdown.seconds_of(calls, active, trace.steps) for key, calls in by_key.items()}
-    figures = [breakdown.figures(active, step) for step in trace.steps]
-    sent = sum(each["communication_s"] or 0.0 for each in figures)
+    step_breakdowns = [breakdown.step_breakdown(active, step) for step in trace.steps]
+    sent = sum(each["communication_s"] or 0.0 for each in step_breakdowns)
     shown = trace.steps[len(trace.steps) // 2]
     return RankResult(
         rank=trace.rank,
@@ -65,14 +65,14 @@ def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
         origin_ns=trace.origin_ns,
         on_device=trace.on_device,
         steps=trace.steps,
-        figures=figures,
+        step_breakdowns=step_breakdowns,
         calls=own,
         seconds=seconds,
         missing=sum(not len(call.rows) for call in own),
-        totals=kernels.totals(trace, found, done, sent),
-        strips=timeline.strips(trace, found, active, shown, files),
+        totals=kernels.kernel_totals(trace, found, done, sent),
+        strips=timeline.timeline_strips(trace, found, active, shown, files),
         has_data_marks=active.data_wait is not None,
-        same=dict(trace.notes.same),
+        axis_aliases=dict(trace.notes.axis_aliases),
         attempt=trace.notes.attempt,
         warnings=trace.warnings,
     )

@@ -14,22 +14,31 @@ from numpy.typing import NDArray
 
 from quadriga import limits
 from quadriga.analysis.trace import fields
-from quadriga.analysis.trace.document import Document
+from quadriga.analysis.trace.document import TraceDocument
+from quadriga.analysis.trace.event_table import EventTable
 from quadriga.analysis.trace.find import rank_in_name
-from quadriga.analysis.trace.metadata import Group, Notes, read_metadata
-from quadriga.analysis.trace.rows import Rows
+from quadriga.analysis.trace.metadata import Notes, ProcessGroup, read_metadata
 from quadriga.analysis.trace.steps import Step, steps_of
 from quadriga.errors import Problem, UserError, shortened
 
 # Categories of events, by their names since torch 1.12 and before.
-HOST = {"cpu_op": 0, "user_annotation": 1, "Operator": 0}
-LAUNCH = {"cuda_runtime": 0, "cuda_driver": 0, "hip_runtime": 0, "xpu_runtime": 0, "xpu_driver": 0, "Runtime": 0}
+HOST_CATEGORIES = {"cpu_op": 0, "user_annotation": 1, "Operator": 0}
+LAUNCH_CATEGORIES = {
+    "cuda_runtime": 0,
+    "cuda_driver": 0,
+    "hip_runtime": 0,
+    "xpu_runtime": 0,
+    "xpu_driver": 0,
+    "Runtime": 0,
+}
 KERNEL, MEMCPY, MEMSET = 0, 1, 2
-DEVICE = {"kernel": KERNEL, "gpu_memcpy": MEMCPY, "gpu_memset": MEMSET}
-DEVICE |= {"Kernel": KERNEL, "Memcpy": MEMCPY, "Memset": MEMSET}
+DEVICE_CATEGORIES = {"kernel": KERNEL, "gpu_memcpy": MEMCPY, "gpu_memset": MEMSET}
+DEVICE_CATEGORIES |= {"Kernel": KERNEL, "Memcpy": MEMCPY, "Memset": MEMSET}
 LINKS = ("External id", "external id")
 # Operations of which what they were called with is kept: all that may be a collective, and look-ups of tokens.
-TOLD = re.compile(r"record_param_comms$|c10d::|_?c10d_functional(_autograd)?::|gloo:|symm_mem::|nccl:|aten::embedding$")
+KEEPS_ARGS = re.compile(
+    r"record_param_comms$|c10d::|_?c10d_functional(_autograd)?::|gloo:|symm_mem::|nccl:|aten::embedding$"
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,11 @@ class RankTrace:
     origin_ns: int | None
     names: list[str]
     threads: list[str]
-    ops: Rows
-    launches: Rows
-    device: Rows
+    ops: EventTable
+    launches: EventTable
+    device: EventTable
     steps: tuple[Step, ...]
-    groups: Mapping[str, Group]
+    groups: Mapping[str, ProcessGroup]
     notes: Notes
     warnings: list[str] = field(default_factory=list)
 
@@ -61,21 +70,21 @@ class RankTrace:
         return np.array([number for number, name in enumerate(self.names) if pattern.match(name)], dtype=np.int64)
 
 
-class _Table:
+class _EventTableBuilder:
     def __init__(self) -> None:
         self.whole = array("q")  # name, thread, sort, link, correlation, one after the other
         self.times = array("d")  # start, duration
-        self.told: dict[int, Mapping[str, Any]] = {}
+        self.args: dict[int, Mapping[str, Any]] = {}
 
-    def rows(self, origin: float) -> Rows:
+    def rows(self, origin: float) -> EventTable:
         whole = np.frombuffer(self.whole, dtype=np.int64).reshape(-1, 5) if self.whole else np.empty((0, 5), np.int64)
         times = np.frombuffer(self.times).reshape(-1, 2) if self.times else np.empty((0, 2))
-        name, thread, sort, link, correlation = (np.ascontiguousarray(column) for column in whole.T)
+        name, thread, category, link, correlation = (np.ascontiguousarray(column) for column in whole.T)
         start = (times[:, 0] - origin) * 1e-6
-        return Rows(name, start, start + times[:, 1] * 1e-6, thread, sort, link, correlation, self.told)
+        return EventTable(name, start, start + times[:, 1] * 1e-6, thread, category, link, correlation, self.args)
 
 
-NO_TABLE: tuple[_Table | None, int] = (None, 0)
+NOT_KEPT: tuple[_EventTableBuilder | None, int] = (None, 0)
 
 
 class _Reader:
@@ -86,16 +95,16 @@ class _Reader:
         self.may_be_a_call: list[bool] = []  # by name
         self.threads: dict[tuple[Any, Any], int] = {}
         self.labels: dict[tuple[Any, Any], str] = {}
-        self.ops, self.launches, self.device = _Table(), _Table(), _Table()
+        self.ops, self.launches, self.device = _EventTableBuilder(), _EventTableBuilder(), _EventTableBuilder()
         self.negative = 0  # rows that are said to end before they begin
-        self.rows = self.told = 0
-        self._tables: Mapping[str, tuple[_Table | None, int]] = (
-            {name: (self.ops, sort) for name, sort in HOST.items()}
-            | {name: (self.launches, sort) for name, sort in LAUNCH.items()}
-            | {name: (self.device, sort) for name, sort in DEVICE.items()}
+        self.row_count = self.call_count = 0
+        self._tables: Mapping[str, tuple[_EventTableBuilder | None, int]] = (
+            {name: (self.ops, category) for name, category in HOST_CATEGORIES.items()}
+            | {name: (self.launches, category) for name, category in LAUNCH_CATEGORIES.items()}
+            | {name: (self.device, category) for name, category in DEVICE_CATEGORIES.items()}
         )
 
-    def read(self, document: Document) -> None:
+    def read(self, document: TraceDocument) -> None:
         for number, event in enumerate(document, start=1):
             phase = event.get("ph")
             try:
@@ -103,8 +112,8 @@ class _Reader:
                     self._row(event)
                 elif phase == "M" and event.get("name") == "thread_name":
                     self._label(event)
-            except fields.Wrong as error:
-                raise fields.Wrong(f"event {number:,}: {error}") from None
+            except fields.FieldError as error:
+                raise fields.FieldError(f"event {number:,}: {error}") from None
 
     def _label(self, event: dict[str, Any]) -> None:
         args = event.get("args")
@@ -113,30 +122,34 @@ class _Reader:
             self.labels[_thread(event)] = name[: limits.TRACE_NAME]
 
     def _row(self, event: dict[str, Any]) -> None:
-        category = event.get("cat")
-        table, sort = self._tables.get(category, NO_TABLE) if isinstance(category, str) else NO_TABLE
+        cat = event.get("cat")
+        table, category = self._tables.get(cat, NOT_KEPT) if isinstance(cat, str) else NOT_KEPT
         if table is None:
             return
-        start = fields.time("ts", event.get("ts"))
-        length = fields.time("dur", event.get("dur") or 0.0, fields.LONGEST_DURATION)
+        start = fields.microseconds("ts", event.get("ts"))
+        length = fields.microseconds("dur", event.get("dur") or 0.0, fields.LONGEST_DURATION)
         if length < 0:
             self.negative += 1
             return
-        told = event.get("args") or {}
-        if not isinstance(told, dict):
-            raise fields.Wrong("args is no object")
+        args = event.get("args") or {}
+        if not isinstance(args, dict):
+            raise fields.FieldError("args is no object")
         number = self._name(event.get("name"))
         place = self.threads.setdefault(_thread(event), len(self.threads))
-        if (table is self.ops and self.may_be_a_call[number]) or "Collective name" in told:
-            table.told[len(table.times) // 2] = fields.facts(told)
-            self.told += 1
-        self.rows += 1
-        if self.rows > limits.TRACE_ROWS or self.told > limits.TRACE_CALLS or len(self.names) > limits.TRACE_NAMES:
+        if (table is self.ops and self.may_be_a_call[number]) or "Collective name" in args:
+            table.args[len(table.times) // 2] = fields.call_args(args)
+            self.call_count += 1
+        self.row_count += 1
+        if (
+            self.row_count > limits.TRACE_ROWS
+            or self.call_count > limits.TRACE_CALLS
+            or len(self.names) > limits.TRACE_NAMES
+        ):
             most = f"{limits.TRACE_ROWS:,} rows, {limits.TRACE_CALLS:,} calls and {limits.TRACE_NAMES:,} names"
-            raise fields.Wrong(f"a trace of more than {most} is not read: profile fewer steps")
-        link = next((told[name] for name in LINKS if name in told), None)
-        ids = fields.identity("External id", link), fields.identity("correlation", told.get("correlation"))
-        table.whole.extend((number, place, sort, *ids))
+            raise fields.FieldError(f"a trace of more than {most} is not read: profile fewer steps")
+        link = next((args[name] for name in LINKS if name in args), None)
+        ids = fields.signed_id("External id", link), fields.signed_id("correlation", args.get("correlation"))
+        table.whole.extend((number, place, category, *ids))
         table.times.extend((start, length))
 
     def _name(self, name: Any) -> int:
@@ -145,26 +158,26 @@ class _Reader:
             name = fields.text("name", name)
             number = self.names.setdefault(name, len(self.names))
             if number == len(self.may_be_a_call):
-                self.may_be_a_call.append(TOLD.match(name) is not None)
+                self.may_be_a_call.append(KEEPS_ARGS.match(name) is not None)
         return number
 
 
 def _thread(event: Mapping[str, Any]) -> tuple[Any, Any]:
     for key in ("pid", "tid"):
         if not isinstance(event.get(key), int | str | float | None):
-            raise fields.Wrong(f"{key} is no number or text")
+            raise fields.FieldError(f"{key} is no number or text")
     return event.get("pid"), event.get("tid")
 
 
-def read(path: Path, rank: int | None = None) -> RankTrace:
+def read_trace(path: Path, rank: int | None = None) -> RankTrace:
     """Read one file. `rank`: what to take where neither the file nor its name tells.
 
     Raises UserError: no trace of torch.profiler, cut off, beyond a limit, or of an unknown rank.
     """
-    document, reader = Document(path), _Reader()
+    document, reader = TraceDocument(path), _Reader()
     try:
         reader.read(document)
-    except fields.Wrong as error:
+    except fields.FieldError as error:
         what = f"not as torch.profiler writes it: {error}"
         raise UserError(Problem(shortened(path, 400), what, fix="leave the file out, or profile again")) from None
     tables = (reader.ops, reader.launches, reader.device)
@@ -173,21 +186,21 @@ def read(path: Path, rank: int | None = None) -> RankTrace:
         what = "it holds no operations, kernels or copies"
         fix = "profile with ProfilerActivity.CPU, and CUDA where there is one"
         raise UserError(Problem(shortened(path, 400), what, fix=fix))
-    origin, about = min(firsts), read_metadata(document.metadata, path.name)
+    origin, metadata = min(firsts), read_metadata(document.metadata, path.name)
     ops, launches, device = (table.rows(origin) for table in tables)
     names = list(reader.names)
-    steps, remarks = steps_of(ops, launches, device, names, path, about.notes.first_step)
+    steps, remarks = steps_of(ops, launches, device, names, path, metadata.notes.first_step)
     if reader.negative:
         remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are left out")
-    if document.strays:
-        remarks.append(f"{document.strays:,} of the events of {path.name} are no objects, and are left out")
-    base = about.base_ns
+    if document.non_objects:
+        remarks.append(f"{document.non_objects:,} of the events of {path.name} are no objects, and are left out")
+    base = metadata.base_ns
     return RankTrace(
         path=path,
-        rank=_rank(path, about.rank, rank),
-        world_size=about.world_size,
-        machine=about.machine,
-        backend=about.backend,
+        rank=_rank(path, metadata.rank, rank),
+        world_size=metadata.world_size,
+        machine=metadata.machine,
+        backend=metadata.backend,
         origin_ns=None if base is None else base + round(origin * 1000),
         names=names,
         threads=[reader.labels.get(thread, "") for thread in reader.threads],
@@ -195,14 +208,14 @@ def read(path: Path, rank: int | None = None) -> RankTrace:
         launches=launches,
         device=device,
         steps=steps,
-        groups=about.groups,
-        notes=about.notes,
-        warnings=[*about.warnings, *remarks],
+        groups=metadata.groups,
+        notes=metadata.notes,
+        warnings=[*metadata.warnings, *remarks],
     )
 
 
-def _rank(path: Path, said: int | None, rank: int | None) -> int:
-    found = next((each for each in (said, rank_in_name(path), rank) if each is not None), None)
+def _rank(path: Path, recorded: int | None, rank: int | None) -> int:
+    found = next((each for each in (recorded, rank_in_name(path), rank) if each is not None), None)
     if found is None:
         what = "neither the file (distributedInfo) nor its name says which rank's trace this is"
         raise UserError(Problem(shortened(path, 400), what, fix="rename it to rankK_trace.json"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
 Analysis = Mapping[str, Any]
 PARTS = (
@@ -16,15 +16,15 @@ PARTS = (
     ("host_idle_s", "idle (the host launched nothing in time)"),
 )
 REST = ("rest_s", "in none of these (Python between operations)")
-MARKS = {"linkage": "", "annotation": " (annotated)", "name": " (by name)"}
-MOST = 12  # rows of one table
+FOUND_BY_MARKS = {"linkage": "", "annotation": " (annotated)", "name": " (by name)"}
+MAX_ROWS = 12  # rows of one table
 
 
-def lines(analysis: Analysis) -> Iterator[str]:
+def format_trace(analysis: Analysis) -> Iterator[str]:
     """The whole report."""
-    yield verdict(analysis)
+    yield format_verdict(analysis)
     yield ""
-    yield from _about(analysis)
+    yield from _overview(analysis)
     yield ""
     yield from _where(analysis)
     yield ""
@@ -35,15 +35,15 @@ def lines(analysis: Analysis) -> Iterator[str]:
     yield from _unknown(analysis)
 
 
-def verdict(analysis: Analysis) -> str:
+def format_verdict(analysis: Analysis) -> str:
     """Where a step's time went, in one line."""
-    step = seconds(analysis["step_time_s"]["mean"], 4)
+    step = format_time(analysis["step_time_s"]["mean"], 4)
     parts = sorted(_shares(analysis), key=lambda part: -part[1])
-    told = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
-    return f"a step takes {step} on average: {told}"
+    shares = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
+    return f"a step takes {step} on average: {shares}"
 
 
-def seconds(value: float | None, digits: int = 3) -> str:
+def format_time(value: float | None, digits: int = 3) -> str:
     """`0.0123` -> `12.3 ms`; None -> `-`."""
     if value is None:
         return "-"
@@ -53,7 +53,7 @@ def seconds(value: float | None, digits: int = 3) -> str:
     return f"{value * 1e6:.{digits}g} us"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
     """Aligned columns, the first `left` of them to the left."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
@@ -73,17 +73,18 @@ def _shares(analysis: Analysis) -> list[tuple[str, float]]:
     return [(name, sum(values) / whole) for name, values in found if None not in values]
 
 
-def _about(analysis: Analysis) -> Iterator[str]:
+def _overview(analysis: Analysis) -> Iterator[str]:
     ranks, steps, times = analysis["ranks"], analysis["steps"], analysis["step_time_s"]
     where = f"iteration {analysis['iteration']}, " if analysis["iteration"] is not None else ""
     yield (
         f"  {analysis['source']}: {where}{_count(len(ranks), 'rank')} of {analysis['world_size']} on "
         f"{analysis['device_type']}, steps {steps[0]} to {steps[-1]} ({len(steps)} profiled)"
     )
-    spread = f"from {seconds(times['min'])} to {seconds(times['max'])}, the middle one {seconds(times['median'])}"
+    low, middle, high = (format_time(times[name]) for name in ("min", "median", "max"))
+    spread = f"from {low} to {high}, the middle one {middle}"
     yield f"  steps: {spread}; the profiler itself slows a step down"
     if (slowest := analysis["slowest"]) is not None:
-        by = f"{seconds(slowest['by_s'])} a step ({slowest['by_share']:.1%}) above the median rank"
+        by = f"{format_time(slowest['by_s'])} a step ({slowest['by_share']:.1%}) above the median rank"
         yield f"  slowest rank: {slowest['rank']}, by {by}, not counting what it waited for others"
 
 
@@ -92,12 +93,12 @@ def _where(analysis: Analysis) -> Iterator[str]:
     rest = "rest" if analysis["device_type"] == "cpu" else "host idle"
     header = ("rank", "step", "compute", "communication", "exposed", "copies", "data wait", rest)
     keys = ("seconds", "compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "data_wait_s", "rest_s")
-    rows = [(str(entry["rank"]), *(seconds(entry["mean"][key]) for key in keys)) for entry in analysis["by_rank"]]
-    if len(rows) > MOST:
+    rows = [(str(entry["rank"]), *(format_time(entry["mean"][key]) for key in keys)) for entry in analysis["by_rank"]]
+    if len(rows) > MAX_ROWS:
         order = sorted(range(len(rows)), key=lambda at: -(analysis["by_rank"][at]["mean"]["compute_s"] or 0))
-        rows = [rows[at] for at in sorted(order[:MOST])]
-        yield f"  the {MOST} ranks that compute longest:"
-    yield from table(header, rows)
+        rows = [rows[at] for at in sorted(order[:MAX_ROWS])]
+        yield f"  the {MAX_ROWS} ranks that compute longest:"
+    yield from format_table(header, rows)
 
 
 def _collectives(analysis: Analysis) -> Iterator[str]:
@@ -111,31 +112,31 @@ def _collectives(analysis: Analysis) -> Iterator[str]:
     shown = [
         (
             row["axis"],
-            row["collective"] + MARKS[row["found_by"]],
+            row["collective"] + FOUND_BY_MARKS[row["found_by"]],
             row["backend"],
             _number(row["ranks"]),
             _number(row["calls_a_step"]),
-            "-" if row["bytes_a_step"] is None else show_bytes(row["bytes_a_step"]),
-            seconds(row["seconds_a_step"]),
-            seconds(row["exposed_s_a_step"]),
+            "-" if row["bytes_a_step"] is None else format_bytes(row["bytes_a_step"]),
+            format_time(row["seconds_a_step"]),
+            format_time(row["exposed_s_a_step"]),
             "-" if row["overlap_share"] is None else f"{row['overlap_share']:.0%}",
-            seconds(row["start_skew_s"]),
-            seconds(row["transfer_s"]),
+            format_time(row["start_skew_s"]),
+            format_time(row["transfer_s"]),
             _speed(row["algorithm_gb_s"]),
             _speed(row["bus_gb_s"]),
         )
         for row in rows
     ]
     yield "  a step and rank; skew and transfer: median of a call, from the first start to the last, to the first end"
-    yield from table(header, shown, left=3)
+    yield from format_table(header, shown, left=3)
     yield ""
 
 
 def _by_size(analysis: Analysis) -> Iterator[str]:
     rows = [
         (
-            *(row["axis"], row["collective"], show_bytes(size["bytes"]), _number(size["calls"])),
-            *(seconds(size["transfer_s"]), _speed(size["bus_gb_s"])),
+            *(row["axis"], row["collective"], format_bytes(size["bytes"]), _number(size["calls"])),
+            *(format_time(size["transfer_s"]), _speed(size["bus_gb_s"])),
         )
         for row in analysis["collectives"]
         if len(row["sizes"]) > 1
@@ -143,7 +144,9 @@ def _by_size(analysis: Analysis) -> Iterator[str]:
     ]
     if rows:
         yield "  by size of a call"
-        yield from table(("axis", "collective", "bytes", "calls", "transfer", "bus GB/s"), rows[:MOST], left=2)
+        yield from format_table(
+            ("axis", "collective", "bytes", "calls", "transfer", "bus GB/s"), rows[:MAX_ROWS], left=2
+        )
         yield ""
 
 
@@ -164,21 +167,21 @@ def _estimate(analysis: Analysis) -> Iterator[str]:
             for row in wrong
         ]
         header = ("axis", "collective", "calls", "estimated", "bytes", "estimated")
-        yield from table(header, shown, left=2)
+        yield from format_table(header, shown, left=2)
     yield ""
 
 
 def _kernels(analysis: Analysis) -> Iterator[str]:
     kernels = analysis["kernels"]
-    top = [{**entry, "name": shorten(entry["name"])} for entry in kernels["top"]]
+    top = [{**entry, "name": shorten_name(entry["name"])} for entry in kernels["top"]]
     for title, entries in (("family", kernels["families"]), ("block", kernels["blocks"]), ("kernel", top)):
         if entries:
             rows = [
-                (entry["name"], seconds(entry["seconds_a_step"]), f"{entry['share']:.1%}")
+                (entry["name"], format_time(entry["seconds_a_step"]), f"{entry['share']:.1%}")
                 + ((f"{entry['calls_a_step']:,.1f}",) if title == "kernel" else ())
-                for entry in entries[:MOST]
+                for entry in entries[:MAX_ROWS]
             ]
-            yield from table((title, "a step", "share", *(("calls",) if title == "kernel" else ())), rows)
+            yield from format_table((title, "a step", "share", *(("calls",) if title == "kernel" else ())), rows)
             yield ""
 
 
@@ -189,7 +192,7 @@ def _unknown(analysis: Analysis) -> Iterator[str]:
         yield f"  warning: {warning}"
 
 
-def shorten(name: str, width: int = 70) -> str:
+def shorten_name(name: str, width: int = 70) -> str:
     return name if len(name) <= width else name[: width - 3] + "..."
 
 

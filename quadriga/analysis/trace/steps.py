@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from quadriga import limits
-from quadriga.analysis.trace.rows import Rows
+from quadriga.analysis.trace.event_table import EventTable
 from quadriga.errors import Problem, UserError, shortened
 
-STEP = re.compile(r"ProfilerStep#([0-9]{1,15})$")
+STEP_MARK = re.compile(r"ProfilerStep#([0-9]{1,15})$")
 # A last step is a stub where it launches less than this share of the work of the others (the median), and is shorter.
 STUB_WORK, STUB_TIME = 0.1, 0.5
 
@@ -39,14 +39,14 @@ class Step:
 
 
 def steps_of(
-    ops: Rows, launches: Rows, device: Rows, names: list[str], path: Path, first: int
+    ops: EventTable, launches: EventTable, device: EventTable, names: list[str], path: Path, first: int
 ) -> tuple[tuple[Step, ...], list[str]]:
     """The steps that count in their order, and warnings of what was left out. `first`: the run's number of step 0.
 
     Raises UserError: more steps than are read, or a trace that takes no time.
     """
     warnings: list[str] = []
-    marked = [step for step in _once(ops, names, first) if step.seconds > 0]
+    marked = [step for step in _unique_steps(ops, names, first) if step.seconds > 0]
     if len(marked) > limits.TRACE_STEPS:
         what = f"{len(marked):,} profiled steps are in it; at most {limits.TRACE_STEPS:,} are read"
         raise UserError(Problem(shortened(path, 400), what, fix="profile fewer steps"))
@@ -66,9 +66,9 @@ def steps_of(
     return (Step(0, 0.0, whole, thread),), warnings
 
 
-def _once(ops: Rows, names: list[str], first: int) -> list[Step]:
+def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
     """Each step once, by start."""
-    matches = {number: int(match.group(1)) for number, name in enumerate(names) if (match := STEP.match(name))}
+    matches = {number: int(match.group(1)) for number, name in enumerate(names) if (match := STEP_MARK.match(name))}
     places = np.flatnonzero(np.isin(ops.name, list(matches)))
     work = np.bincount(ops.thread) if len(ops) else np.empty(0, dtype=np.int64)
     by_number: dict[int, list[Step]] = defaultdict(list)
@@ -87,28 +87,28 @@ def _once(ops: Rows, names: list[str], first: int) -> list[Step]:
     return sorted(found, key=lambda step: step.start)
 
 
-def _is_stub(steps: list[Step], ops: Rows, launches: Rows, names: list[str]) -> bool:
+def _is_stub(steps: list[Step], ops: EventTable, launches: EventTable, names: list[str]) -> bool:
     """Whether the last step does next to nothing, beside the others."""
     *others, last = steps
     if not others:
         return False
     usual_time = statistics.median(step.seconds for step in others)
-    *counts, done = _work(steps, ops, launches, names)
+    *counts, done = _work_counts(steps, ops, launches, names)
     usual = statistics.median(counts)
     if usual == 0:  # the trace does not show what the host did
         return last.seconds < STUB_WORK * usual_time
     return done == 0 or (done < STUB_WORK * usual and last.seconds < STUB_TIME * usual_time)
 
 
-def _work(steps: list[Step], ops: Rows, launches: Rows, names: list[str]) -> list[int]:
+def _work_counts(steps: list[Step], ops: EventTable, launches: EventTable, names: list[str]) -> list[int]:
     """By step, how many operations and launches begin within it on the threads of the steps."""
     threads = list({step.thread for step in steps})
-    marks = [number for number, name in enumerate(names) if STEP.match(name)]  # operations too, before torch 1.12
-    begun = [
-        rows.start[(rows.sort == 0) & np.isin(rows.thread, threads) & ~np.isin(rows.name, marks)]
+    marks = [number for number, name in enumerate(names) if STEP_MARK.match(name)]  # operations too, before torch 1.12
+    start_times = [
+        rows.start[(rows.category == 0) & np.isin(rows.thread, threads) & ~np.isin(rows.name, marks)]
         for rows in (ops, launches)
     ]
-    moments = np.sort(np.concatenate(begun))
+    moments = np.sort(np.concatenate(start_times))
     starts, ends = (np.searchsorted(moments, [getattr(step, name) for step in steps]) for name in ("start", "end"))
     counts: list[int] = (ends - starts).tolist()
     return counts

@@ -6,29 +6,31 @@ from collections import defaultdict
 
 import numpy as np
 
-from quadriga.analysis.trace.breakdown import Activity, of_steps
-from quadriga.analysis.trace.calls import Found
-from quadriga.analysis.trace.intervals import NONE, Spans, clip, union, without
+from quadriga.analysis.trace.breakdown import DeviceActivity, without_host_calls
+from quadriga.analysis.trace.calls import RankCalls
+from quadriga.analysis.trace.intervals import EMPTY, Spans, clip, subtract, union
 from quadriga.analysis.trace.read import RankTrace
 from quadriga.analysis.trace.steps import Step
 
-SPANS = 2000  # of all ranks and lanes together, about
+MAX_SPANS = 2000  # of all ranks and lanes together, about
 Span = tuple[float, float, str]
 
 
-def strips(trace: RankTrace, found: Found, active: Activity, step: Step, files: int) -> dict[str, list[Span]]:
+def timeline_strips(
+    trace: RankTrace, found: RankCalls, active: DeviceActivity, step: Step, files: int
+) -> dict[str, list[Span]]:
     """By lane: spans in seconds from the trace's origin. `host` is what is left where nothing else runs."""
-    budget = max(SPANS // (4 * files), 8)
+    budget = max(MAX_SPANS // (4 * files), 8)
     sent: dict[str, list[Spans]] = defaultdict(list)
-    for call in of_steps(found.calls):
+    for call in without_host_calls(found.calls):
         if len(call.rows) and call.end > step.start and call.start < step.end:
-            name = f"{call.axis} {call.about.kind}"
+            name = f"{call.axis} {call.info.kind}"
             sent[name].append(call.rows)
-    communication = [NONE] if active.communication is None else [active.communication]
-    waited = NONE if active.data_wait is None else active.data_wait
-    copies = NONE if active.memcpy is None else active.memcpy
+    communication = [EMPTY] if active.communication is None else [active.communication]
+    waited = EMPTY if active.data_wait is None else active.data_wait
+    copies = EMPTY if active.memcpy is None else active.memcpy
     whole = np.array([[step.start, step.end]])
-    idle = without(without(whole, union(active.compute, copies, *communication)), waited)
+    idle = subtract(subtract(whole, union(active.compute, copies, *communication)), waited)
     lanes = {
         "compute": {"compute": active.compute},
         "communication": {name: union(*rows) for name, rows in sent.items()},

@@ -55,17 +55,17 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
         dim=int(config["hidden_size"]),
         n_layers=int(config["num_hidden_layers"]),
         n_heads=heads,
-        n_kv_heads=int(_said(config, "num_key_value_heads", heads)),
+        n_kv_heads=int(_value_or(config, "num_key_value_heads", heads)),
         ffn_dim=int(config["intermediate_size"]),
         vocab_size=int(config["vocab_size"]),
-        rope_theta=float(_said(rope, "rope_theta", 10_000.0)),
+        rope_theta=float(_value_or(rope, "rope_theta", 10_000.0)),
         rope_scaling=_scaling(rope),
-        norm_eps=float(_said(config, "rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(_said(config, "tie_word_embeddings", False)),
+        norm_eps=float(_value_or(config, "rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(_value_or(config, "tie_word_embeddings", False)),
     )
 
 
-def unlike(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Problem]:
+def config_differences(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Problem]:
     """Where a `config.json` describes another model than `spec`, the rotary frequencies and the number of heads
     included, which no shape of a tensor tells. Raises UserError as `spec_from_hf` does."""
     theirs = spec_from_hf(config, where)
@@ -74,7 +74,7 @@ def unlike(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Probl
             where,
             f"{(_SIZES | _OTHERS)[field.name]} is {getattr(theirs, field.name)}; "
             f"the model of this run has {getattr(spec, field.name)} ({_key(field.name)})",
-            fix=_way_to(field.name, getattr(theirs, field.name)),
+            fix=_fix_for(field.name, getattr(theirs, field.name)),
         )
         for field in fields(ModelSpec)
         if field.name in _SIZES | _OTHERS and getattr(theirs, field.name) != getattr(spec, field.name)
@@ -85,7 +85,7 @@ def _key(field: str) -> str:
     return "model.flavor" if field == "norm_eps" else f"model.{field}"
 
 
-def _way_to(field: str, value: Any) -> str:
+def _fix_for(field: str, value: Any) -> str:
     """What to set so that the run has the value of the weights, where a key does."""
     if field == "rope_scaling":
         name = next((name for name, scaling in ROPE_SCALINGS.items() if scaling == value), None)
@@ -115,13 +115,13 @@ def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         if (value := config.get(name, default)) != built:
             what = "weights that are quantized cannot be read" if name == "quantization_config" else "not built here"
             yield Problem(f"{where}, {name}", what, shortened(value), allowed=str(built))
-    if not isinstance(tied := _said(config, "tie_word_embeddings", False), bool):
+    if not isinstance(tied := _value_or(config, "tie_word_embeddings", False), bool):
         yield Problem(f"{where}, tie_word_embeddings", "must be true or false", shortened(tied))
-    if not _is_positive(_said(config, "rms_norm_eps", 1e-6)):
+    if not _is_positive(_value_or(config, "rms_norm_eps", 1e-6)):
         yield Problem(f"{where}, rms_norm_eps", "must be a number above 0", shortened(config["rms_norm_eps"]))
     dim, heads = config["hidden_size"], config["num_attention_heads"]
-    key_value = _said(config, "num_key_value_heads", heads)
-    if dim % heads or _said(config, "head_dim", dim // heads) != dim // heads:
+    key_value = _value_or(config, "num_key_value_heads", heads)
+    if dim % heads or _value_or(config, "head_dim", dim // heads) != dim // heads:
         what = f"heads of another width than hidden_size / num_attention_heads = {dim} / {heads} are not built here"
         yield Problem(f"{where}, head_dim", what, shortened(config.get("head_dim")))
     elif dim // heads % 2:
@@ -147,9 +147,9 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         yield Problem(
             f"{where}, high_freq_factor", "must be above low_freq_factor", shortened(rope["high_freq_factor"])
         )
-    if not _is_positive(_said(rope, "rope_theta", 10_000.0)):
+    if not _is_positive(_value_or(rope, "rope_theta", 10_000.0)):
         yield Problem(f"{where}, rope_theta", "must be a number above 0", shortened(rope["rope_theta"]))
-    if _said(rope, "partial_rotary_factor", 1.0) != 1.0:
+    if _value_or(rope, "partial_rotary_factor", 1.0) != 1.0:
         yield Problem(f"{where}, partial_rotary_factor", "not built here", shortened(rope["partial_rotary_factor"]))
 
 
@@ -162,7 +162,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(_said(rope, "rope_type", _said(rope, "type", "default")))
+    return str(_value_or(rope, "rope_type", _value_or(rope, "type", "default")))
 
 
 def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
@@ -176,7 +176,7 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _said(table: Mapping[str, Any], name: str, default: Any) -> Any:
+def _value_or(table: Mapping[str, Any], name: str, default: Any) -> Any:
     """An entry that is there and not null."""
     value = table.get(name)
     return default if value is None else value

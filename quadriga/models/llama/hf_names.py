@@ -9,7 +9,7 @@ from typing import Any
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.errors import Problem
-from quadriga.models.llama.hf_config import unlike
+from quadriga.models.llama.hf_config import config_differences
 from quadriga.models.llama.plan import parallel_plan
 
 _ENDS = {
@@ -102,13 +102,13 @@ class HfNames:
         """Of every tensor, by our names."""
         return {parameter.name: parameter.shape for parameter in parallel_plan(self.spec).parameters}
 
-    def theirs(self, name: str) -> str:
+    def hf_name(self, name: str) -> str:
         return to_hf(name)
 
-    def is_spare(self, name: str) -> bool:
+    def is_optional(self, name: str) -> bool:
         """Whether a Hugging Face file may hold this tensor though nothing here needs it: the frequencies that older
         files keep, which are computed."""
         return name.endswith(".rotary_emb.inv_freq")
 
-    def unlike(self, config: Mapping[str, Any], where: str) -> list[Problem]:
-        return unlike(config, self.spec, where)
+    def config_differences(self, config: Mapping[str, Any], where: str) -> list[Problem]:
+        return config_differences(config, self.spec, where)

@@ -24,9 +24,9 @@ def block_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
     x1 = tracer.add("x1", hidden, "add", ("x", _scattered(tracer, o, spec.dim, cut)))
     taken = _gathered(tracer, _normed(tracer, x1, "ffn_norm", spec.dim, kernels), spec.dim, cut)
     w1 = _product(tracer, taken, "feed_forward.w1", (spec.dim, spec.ffn_dim))
-    silu = tracer.add("silu", Value(spec.ffn_dim), "cheap", (w1,), saves=(w1,))
+    silu = tracer.add("silu", Value(spec.ffn_dim), "cheap", (w1,), saved=(w1,))
     w3 = _product(tracer, taken, "feed_forward.w3", (spec.dim, spec.ffn_dim))
-    inner = tracer.add("inner", Value(spec.ffn_dim), "cheap", (silu, w3), saves=(silu, w3))
+    inner = tracer.add("inner", Value(spec.ffn_dim), "cheap", (silu, w3), saved=(silu, w3))
     w2 = _product(tracer, inner, "feed_forward.w2", (spec.ffn_dim, spec.dim), spread="whole")
     return tracer.trace(tracer.add("y", hidden, "add", (x1, _scattered(tracer, w2, spec.dim, cut))))
 
@@ -41,14 +41,14 @@ def head_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
 def _normed(tracer: Tracer, x: str, name: str, dim: int, kernels: Kernels) -> str:
     """RMSNorm. Off CUDA it is several operations in float32, of which the input and the unscaled result are kept."""
     extra = {f"{name}.rstd": Value(1, "hidden", float32=True)}
-    saves: tuple[str, ...] = (x, f"{name}.rstd")
+    saved: tuple[str, ...] = (x, f"{name}.rstd")
     if not kernels.fused_norm:
         extra[f"{name}.unscaled"] = Value(dim, "hidden", float32=True)
-        saves = (*saves, f"{name}.unscaled")
+        saved = (*saved, f"{name}.unscaled")
         if kernels.half:
             extra[f"{name}.wide"] = Value(dim, "hidden", float32=True)
-            saves = (f"{name}.wide", *saves[1:])
-    return tracer.add(f"{name}.out", Value(dim, "hidden"), "norm", (x,), saves, extra, module=name)
+            saved = (f"{name}.wide", *saved[1:])
+    return tracer.add(f"{name}.out", Value(dim, "hidden"), "norm", (x,), saved, extra, module=name)
 
 
 def _gathered(tracer: Tracer, x: str, dim: int, cut: Cut) -> str:

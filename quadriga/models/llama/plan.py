@@ -1,4 +1,4 @@
-"""How a Llama may be cut and how its weights are born. No torch here."""
+"""How a Llama may be cut and how its weights are initialized. No torch here."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The table of layouts that are held equal to one plain process: one row a layout. No torch here.
 
 A row trains the debug model in float32 at one global batch of short sequences; what the row's `model` keys change (more
-layers, tied matrices) they change for the plain process too, what its `how` keys change (a schedule, a method) must not
-change the training.
+layers, tied matrices) they change for the plain process too, what its `layout_keys` change (a schedule, a method) must
+not change the training.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ SHARED: Keys = (
 
 @dataclass(frozen=True)
 class Row:
-    """One layout. `local_batch` 0: all rows of a step at once. `called`: what the table says for the `model` keys."""
+    """One layout. `local_batch` 0: all rows of a step at once. `label`: what the table says for the `model` keys."""
 
     degrees: Degrees
-    how: Keys = ()
+    layout_keys: Keys = ()
     model: Keys = ()
     local_batch: int = 0
-    called: str = ""
+    label: str = ""
     slow: bool = True
 
     @property
@@ -78,25 +78,25 @@ class Row:
     @property
     def name(self) -> str:
         cuts = [f"{axis}={size}" for axis in DEGREE_KEYS if (size := getattr(self.degrees, axis)) > 1]
-        named = self.how if self.called else (*self.how, *self.model)
-        words = [f"{key.removeprefix('parallelism.')}={value}" for key, value in named]
+        named = self.layout_keys if self.label else (*self.layout_keys, *self.model)
+        settings = [f"{key.removeprefix('parallelism.')}={value}" for key, value in named]
         accumulation = [f"local_batch={self.local_batch}"] if self.local_batch else []
-        return ", ".join([*(cuts or ["one rank"]), *accumulation, *words, *filter(None, [self.called])])
+        return ", ".join([*(cuts or ["one rank"]), *accumulation, *settings, *filter(None, [self.label])])
 
     def keys(self) -> Keys:
         """All that the row's run does not leave at its default."""
         rows = self.local_batch or ROWS_PER_STEP // self.degrees.batch
         cuts = tuple((key, str(getattr(self.degrees, axis))) for axis, key in DEGREE_KEYS.items())
-        return (*SHARED, *cuts, ("training.local_batch_size", str(rows)), *self.model, *self.how)
+        return (*SHARED, *cuts, ("training.local_batch_size", str(rows)), *self.model, *self.layout_keys)
 
-    def alone(self) -> Row:
+    def one_rank(self) -> Row:
         """The plain process that it is compared with."""
         return Row(Degrees(), model=self.model)
 
 
-def arguments(keys: Keys) -> list[str]:
+def format_arguments(keys: Keys) -> list[str]:
     """As they stand on a command line."""
-    return [word for key, value in keys for word in (f"--{key}", value)]
+    return [argument for key, value in keys for argument in (f"--{key}", value)]
 
 
 def parse_layout(text: str) -> Degrees:
@@ -106,7 +106,7 @@ def parse_layout(text: str) -> Degrees:
         ValueError: an axis that is not there, or a degree that is no positive number; the message says which.
     """
     found: dict[str, int] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
+    for part in filter(None, (text_part.strip() for text_part in text.split(","))):
         axis, _, size = part.partition("=")
         if axis not in DEGREE_KEYS:
             raise ValueError(f"{axis!r} is no axis; the axes are {', '.join(DEGREE_KEYS)}")
@@ -217,7 +217,7 @@ def _switches() -> Iterator[Row]:
         yield Row(Degrees(pp=2, dp_shard=2), _keys(fsdp_reshard_after_forward=policy))
 
 
-def _loss_in_pieces() -> Iterator[Row]:
+def _loss_chunks() -> Iterator[Row]:
     """Pieces that are not equally long, of logits that are whole, cut, gathered, and made on the last stage."""
     chosen = _keys(training__loss_chunks=3)
     yield Row(Degrees(tp=2), chosen)
@@ -255,9 +255,9 @@ def _bfloat16() -> Iterator[Row]:
     computed = _keys(training__mixed_precision_param="bfloat16")
     held = (*computed, *_keys(training__dtype="bfloat16"))
     axes = tuple(Degrees(**{axis: 2}) for axis in DEGREE_KEYS)
-    for dtypes, called in ((computed, "small model, bf16 compute"), (held, "small model, bf16 parameters")):
+    for dtypes, label in ((computed, "small model, bf16 compute"), (held, "small model, bf16 parameters")):
         for degrees in (*axes, Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2, tp=2)):
-            yield Row(degrees, model=(*small, *dtypes), called=called)
+            yield Row(degrees, model=(*small, *dtypes), label=label)
 
 
 SECTIONS: dict[str, tuple[Row, ...]] = {
@@ -270,7 +270,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "pipeline schedules": tuple(_schedules()),
     "context methods": tuple(_attention()),
     "switches": tuple(_switches()),
-    "loss in pieces": tuple(_loss_in_pieces()),
+    "loss in pieces": tuple(_loss_chunks()),
     "recompute": tuple(_recompute()),
     "compile": tuple(_compiled()),
     "bfloat16": tuple(_bfloat16()),

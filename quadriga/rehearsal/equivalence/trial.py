@@ -20,22 +20,22 @@ import quadriga
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.models.registry import catalogue, parallel_plan
-from quadriga.rehearsal.equivalence.compare import Differences, Outcome, compare, outcome
-from quadriga.rehearsal.equivalence.rows import SECTIONS, STEPS, TOLERANCES, Keys, Row, arguments
+from quadriga.rehearsal.equivalence.compare import OutcomeDifferences, RunOutcome, compare_outcomes, read_outcome
+from quadriga.rehearsal.equivalence.rows import SECTIONS, STEPS, TOLERANCES, Keys, Row, format_arguments
 
 LAST_LINES = 15  # of a failed run's output
 
 Train = Callable[[Path, int, Sequence[str]], None]  # run folder, ranks, command line
 
 
-class Failed(Exception):
+class RunFailed(Exception):
     """A row's run did not end well; the message is the end of what it printed."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RowResult:
     row: Row
-    differences: Differences | None  # None: the run failed
+    differences: OutcomeDifferences | None  # None: the run failed
     seconds: float
     why: str = ""
 
@@ -48,38 +48,38 @@ class Verdict:
 class Trials:
     """Runs rows within `folder`, and the plain process of each kind of model once.
 
-    `train` runs one training to its end, or raises `Failed`. `further` keys are given to every run.
+    `train` runs one training to its end, or raises `RunFailed`. `extra_keys` are given to every run.
     """
 
     folder: Path
     train: Train
-    further: Sequence[str] = ()
-    _plain: dict[Keys, Outcome] = field(default_factory=dict)
+    extra_keys: Sequence[str] = ()
+    _baselines: dict[Keys, RunOutcome] = field(default_factory=dict)
 
-    def run(self, row: Row) -> Verdict:
+    def run(self, row: Row) -> RowResult:
         start = time.perf_counter()
         try:
-            differences = compare(self._outcome(row), self.plain(row))
-        except (Failed, ValueError) as error:
-            return Verdict(row, None, time.perf_counter() - start, str(error))
-        return Verdict(row, differences, time.perf_counter() - start)
+            differences = compare_outcomes(self._outcome(row), self.baseline(row))
+        except (RunFailed, ValueError) as error:
+            return RowResult(row, None, time.perf_counter() - start, str(error))
+        return RowResult(row, differences, time.perf_counter() - start)
 
-    def plain(self, row: Row) -> Outcome:
+    def baseline(self, row: Row) -> RunOutcome:
         """What the plain process of the row's model left."""
-        if row.model not in self._plain:
-            self._plain[row.model] = self._outcome(row.alone())
-        return self._plain[row.model]
+        if row.model not in self._baselines:
+            self._baselines[row.model] = self._outcome(row.one_rank())
+        return self._baselines[row.model]
 
-    def _outcome(self, row: Row) -> Outcome:
+    def _outcome(self, row: Row) -> RunOutcome:
         """Train and read what is left; the run folder, with its checkpoint, is not kept."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            command = [*arguments(row.keys()), *self.further, "--job.dump_folder", folder]
+            command = [*format_arguments(row.keys()), *self.extra_keys, "--job.dump_folder", folder]
             run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
             self.train(Path(folder), row.ranks, command)
-            return outcome(Path(folder), parallel_plan(run.spec.model).parameters, STEPS)
+            return read_outcome(Path(folder), parallel_plan(run.spec.model).parameters, STEPS)
 
 
-def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
+def train_with_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
     """Train in processes of their own, quietly. Raises Failed with the end of their output."""
     environ = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0"}
     for name in ("CONFIG_FILE", "DRY_RUN", "NNODES", "NODE_RANK", "RDZV_ENDPOINT"):
@@ -87,10 +87,10 @@ def through_the_launcher(folder: Path, ranks: int, command: Sequence[str]) -> No
     started = [sys.executable, "-m", "quadriga.launch", *command]
     done = subprocess.run(started, env=environ, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise Failed("\n".join(done.stderr.strip().splitlines()[-LAST_LINES:]))
+        raise RunFailed("\n".join(done.stderr.strip().splitlines()[-LAST_LINES:]))
 
 
-def report(verdicts: Sequence[Verdict], command: str) -> dict[str, Any]:
+def summarize_results(results: Sequence[RowResult], command: str) -> dict[str, Any]:
     """The figures of all rows for a file, with what was run where."""
     return {
         "benchmark": "equivalence",
@@ -101,13 +101,13 @@ def report(verdicts: Sequence[Verdict], command: str) -> dict[str, Any]:
         "tolerance": TOLERANCES,
         "rows": [
             {
-                "section": next((name for name, rows in SECTIONS.items() if verdict.row in rows), ""),
-                "layout": verdict.row.name,
-                "ranks": verdict.row.ranks,
-                "met": verdict.met,
-                "seconds": round(verdict.seconds, 1),
-                **(asdict(verdict.differences) if verdict.differences else {"failed": verdict.why}),
+                "section": next((name for name, rows in SECTIONS.items() if result.row in rows), ""),
+                "layout": result.row.name,
+                "ranks": result.row.ranks,
+                "met": result.met,
+                "seconds": round(result.seconds, 1),
+                **(asdict(result.differences) if result.differences else {"failed": result.why}),
             }
-            for verdict in verdicts
+            for result in results
         ],
     }

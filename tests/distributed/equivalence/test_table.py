@@ -16,7 +16,7 @@ from ranks import RankError, run_ranks
 from training import one_rank
 
 from quadriga.rehearsal.equivalence.rows import ROWS, Row
-from quadriga.rehearsal.equivalence.trial import Failed, Trials, Verdict, report
+from quadriga.rehearsal.equivalence.trial import RowResult, RunFailed, Trials, summarize_results
 
 ALL = [pytest.param(row, id=row.name) for row in ROWS]
 SAMPLE = [pytest.param(row, id=row.name) for row in ROWS if not row.slow]
@@ -28,9 +28,9 @@ def forked(folder: Path, ranks: int, command: Sequence[str]) -> None:
     try:
         codes = run_ranks(one_rank, ranks, list(command), timeout=400, backend=None)
     except RankError as error:
-        raise Failed(str(error)) from error
+        raise RunFailed(str(error)) from error
     if any(codes):
-        raise Failed(f"exit codes {codes}")
+        raise RunFailed(f"exit codes {codes}")
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,17 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Trials:
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> Iterator[list[Verdict]]:
-    found: list[Verdict] = []
+def verdicts() -> Iterator[list[RowResult]]:
+    found: list[RowResult] = []
     yield found
     if (file := os.environ.get("EQUIVALENCE_JSON")) is not None:
         command = f"EQUIVALENCE_JSON=FILE python -m pytest tests/distributed/equivalence {' '.join(sys.argv[1:])}"
-        Path(file).write_text(json.dumps(report(found, command), indent=1) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps(summarize_results(found, command), indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ALL)
-def test_a_layout_trains_as_one_process_does(row: Row, trials: Trials, verdicts: list[Verdict]) -> None:
+def test_a_layout_trains_as_one_process_does(row: Row, trials: Trials, verdicts: list[RowResult]) -> None:
     verdict = trials.run(row)
     verdicts.append(verdict)
     assert verdict.differences is not None, verdict.why
@@ -84,5 +84,5 @@ def test_a_wrong_gradient_is_found(narrow: Trials) -> None:
     other = Trials(narrow.folder / "other", forked, [*NARROW, "--optimizer.lr", "9e-4"])
     other.folder.mkdir()
     row = Row(ROWS[0].degrees)
-    other._plain[row.model] = narrow.plain(row)
+    other._baselines[row.model] = narrow.baseline(row)
     assert not other.run(row).met

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.folder import NotWhole
+from quadriga.checkpoint.folder import InvalidCheckpoint
 
 
 def save(place, step, extra=None):
     folders.prepare(place, step)
-    (Path(folders.hidden(place, step)) / "__0_0.distcp").write_bytes(b"tensors" * min(step, 10))
-    (Path(folders.hidden(place, step)) / ".metadata").write_bytes(b"where they lie")
+    (Path(folders.staging_path(place, step)) / "__0_0.distcp").write_bytes(b"tensors" * min(step, 10))
+    (Path(folders.staging_path(place, step)) / ".metadata").write_bytes(b"where they lie")
     return Path(folders.publish(place, step, ("model", "optimizer"), extra or {}))
 
 
@@ -27,16 +27,16 @@ def names(place):
 def test_a_published_checkpoint_is_found_with_what_it_holds(tmp_path):
     save(tmp_path, 9)
     save(tmp_path, 10, {"train_state": {"tokens": 5}})
-    found = folders.find(tmp_path)
+    found = folders.find_complete(tmp_path)
     assert (found.step, found.extra, found.contents) == (10, {"train_state": {"tokens": 5}}, ("model", "optimizer"))
-    assert folders.find(tmp_path, 9).step == 9
-    assert folders.find(tmp_path, 8) is None
+    assert folders.find_complete(tmp_path, 9).step == 9
+    assert folders.find_complete(tmp_path, 8) is None
     assert names(tmp_path) == ["step-10", "step-9"]
 
 
 def test_an_empty_or_missing_folder_has_none(tmp_path):
-    assert folders.find(tmp_path) is None
-    assert folders.find(tmp_path / "none") is None
+    assert folders.find_complete(tmp_path) is None
+    assert folders.find_complete(tmp_path / "none") is None
 
 
 def test_what_is_not_published_is_not_found_and_cleaned_up(tmp_path):
@@ -45,7 +45,7 @@ def test_what_is_not_published_is_not_found_and_cleaned_up(tmp_path):
     (tmp_path / ".step-6.saving" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".step-1.deleting").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    assert folders.find(tmp_path).step == 5
+    assert folders.find_complete(tmp_path).step == 5
     assert len(folders.clean_up(tmp_path)) == 2
     assert names(tmp_path) == ["notes.txt", "step-5"]
 
@@ -57,10 +57,10 @@ def test_a_kill_while_replacing_loses_neither(tmp_path):
     (tmp_path / "step-5").rename(tmp_path / ".step-5.deleting")
     state = json.loads((name / folders.STATE_FILE).read_text())
     state["step"] = 5
-    (name / folders.STATE_FILE).write_text(folders.seal(state))
-    name.rename(folders.hidden(tmp_path, 5))
+    (name / folders.STATE_FILE).write_text(folders.format_manifest(state))
+    name.rename(folders.staging_path(tmp_path, 5))
     folders.clean_up(tmp_path)
-    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert folders.find_complete(tmp_path).extra == {"which": "new"}
     assert names(tmp_path) == ["step-5"]
 
 
@@ -72,21 +72,21 @@ def test_a_kill_just_before_replacing_loses_nothing_either(tmp_path, is_damaged)
     old = save(tmp_path, 40, {"which": "old"})
     if is_damaged:  # why the run went back
         (old / "__0_0.distcp").write_bytes(b"x")
-    (tmp_path / "aside").rename(folders.hidden(tmp_path, 40))
+    (tmp_path / "aside").rename(folders.staging_path(tmp_path, 40))
     assert folders.clean_up(tmp_path) == ["step-40: finished, in the place of an older one"]
-    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert folders.find_complete(tmp_path).extra == {"which": "new"}
     assert names(tmp_path) == ["step-40"]
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     save(tmp_path, 5, {"which": "old"})
     save(tmp_path, 5, {"which": "new"})
-    assert folders.find(tmp_path).extra == {"which": "new"}
+    assert folders.find_complete(tmp_path).extra == {"which": "new"}
     assert names(tmp_path) == ["step-5"]
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "expected"),
     [
         (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
         (lambda path: (path / "__0_0.distcp").write_bytes(b"x"), "has 1 bytes instead of 70"),
@@ -96,14 +96,14 @@ def test_a_step_that_is_saved_again_is_replaced(tmp_path):
         (lambda path: (path / "train_state.json").write_text('{"format": "other"}'), "has format 'other'"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, words):
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, expected):
     save(tmp_path, 9)
     damage(save(tmp_path, 10))
-    assert folders.find(tmp_path).step == 9
+    assert folders.find_complete(tmp_path).step == 9
     (reason,) = folders.damaged_in(tmp_path)
-    assert words in reason
-    with pytest.raises(NotWhole):
-        folders.read(tmp_path / "step-10")
+    assert expected in reason
+    with pytest.raises(InvalidCheckpoint):
+        folders.read_checkpoint(tmp_path / "step-10")
     assert folders.delete_old(tmp_path, 1) == [], "the only whole one stays, and a damaged one is not ours to delete"
 
 
@@ -123,4 +123,4 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path_factory, steps, keep,
 def test_what_is_no_json_leaves_no_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         save(tmp_path, 1, {"loader": object()})
-    assert folders.find(tmp_path) is None
+    assert folders.find_complete(tmp_path) is None

@@ -144,13 +144,13 @@ def test_parts_can_be_left_out(tmp_path):
 def test_when_a_save_is_due(tmp_path):
     def due(last=20, **keys):
         one = manager(tmp_path, **keys)
-        return [step for step in range(1, 21) if one.due(step, last=step == last)]
+        return [step for step in range(1, 21) if one.should_save(step, last=step == last)]
 
     assert due(interval=6) == [6, 12, 18, 20]
     assert due(interval=500) == [20]
     assert due(interval=500, enable_first_step_checkpoint=True) == [1, 20]
     assert due(interval=5, load_only=True) == []
-    assert [CheckpointManager(Checkpoint(), tmp_path).due(20, last=True)] == [False]
+    assert [CheckpointManager(Checkpoint(), tmp_path).should_save(20, last=True)] == [False]
 
 
 def test_minutes_count_from_the_last_save(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_minutes_count_from_the_last_save(tmp_path, monkeypatch):
     saves = []
     for step in range(1, 11):
         now[0] += 50
-        if one.due(step, last=False, wanted=one.minutes_have_passed()):
+        if one.should_save(step, last=False, wanted=one.interval_has_passed()):
             one.save(step, run.states, {})
             saves.append(step)
     assert saves == [3, 6, 9]
@@ -257,6 +257,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     one = manager(place)
     place.rmdir()
     place.write_text("a file")
-    with pytest.raises(CheckpointError, match="step 1 was not saved") as told:
+    with pytest.raises(CheckpointError, match="step 1 was not saved") as caught:
         one.save(1, Run().states, {}, last=True)
-    assert str(place) in str(told.value)
+    assert str(place) in str(caught.value)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crafted import ATTACKS, Harm, seal_again
+from crafted import ATTACKS, CommandPickle, reseal_manifest
 from ranks import run_ranks
 from weights import Weights
 
@@ -56,15 +56,15 @@ def test_it_is_refused_by_name_and_nothing_runs(pristine, tmp_path, name, way):
     if way == "foreign":
         (step / "train_state.json").unlink()
     else:
-        seal_again(step)
+        reseal_manifest(step)
     one = manager(step.parent) if way == "resume" else manager(tmp_path / "new", initial_load_path=str(step))
     weights = Weights(0)
-    with pytest.raises((CheckpointError, UserError)) as told:
+    with pytest.raises((CheckpointError, UserError)) as caught:
         one.load(one.find(), {"model": weights})
     assert not flag.exists()
-    assert str(step) in str(told.value)
-    assert "Traceback" not in str(told.value)
-    assert len(str(told.value)) < 2000
+    assert str(step) in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
     if "shard" not in name:  # found before any tensor is read
         assert weights.held["a.weight"].eq(0).all()
 
@@ -72,8 +72,8 @@ def test_it_is_refused_by_name_and_nothing_runs(pristine, tmp_path, name, way):
 def test_metadata_is_not_looked_at_where_there_is_a_plan(pristine, tmp_path):
     step, flag = tmp_path / "run/step-8", tmp_path / "flag"
     shutil.copytree(pristine, step)
-    (step / ".metadata").write_bytes(pickle.dumps(Harm(flag)))
-    seal_again(step)
+    (step / ".metadata").write_bytes(pickle.dumps(CommandPickle(flag)))
+    reseal_manifest(step)
     assert load(manager(step.parent)).held["a.weight"].eq(8).all()
     assert not flag.exists()
 
@@ -83,7 +83,7 @@ def test_the_plan_is_parsed_once_and_dcp_reads_no_file_of_its_own(pristine, tmp_
     from quadriga.checkpoint import metadata_file, plan
 
     calls = []
-    for module, name in ((plan, "parse"), (metadata_file, "read")):
+    for module, name in ((plan, "parse_plan"), (metadata_file, "read_plan")):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda data, original=original, name=name: calls.append(name) or original(data)
@@ -94,9 +94,9 @@ def test_the_plan_is_parsed_once_and_dcp_reads_no_file_of_its_own(pristine, tmp_
         shutil.copytree(pristine, step)
         if legacy:
             (step / "plan.json").unlink()
-            seal_again(step)
+            reseal_manifest(step)
         assert load(manager(step.parent)).held["a.weight"].eq(8).all()
-    assert calls == ["parse", "read"]
+    assert calls == ["parse_plan", "read_plan"]
 
 
 def test_pickled_entries_of_a_foreign_folder_are_left_alone(tmp_path):
@@ -106,7 +106,7 @@ def test_pickled_entries_of_a_foreign_folder_are_left_alone(tmp_path):
     place, flag = tmp_path / "dcp", tmp_path / "flag"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({**Weights(4).held, "train_state": Harm(flag)}, checkpoint_id=place)
+        dcp.save({**Weights(4).held, "train_state": CommandPickle(flag)}, checkpoint_id=place)
     assert load(manager(tmp_path / "run", initial_load_path=str(place))).held["a.weight"].eq(4).all()
     assert not flag.exists()
 
@@ -126,11 +126,11 @@ def test_the_planner_refuses_bytes():
 def test_the_cli_runs_nothing_either(pristine, tmp_path, capsys):
     from quadriga.cli.checkpoints import main
 
-    for name in ("second_unpickling_differs", "the_plan_lies_and_so_does_metadata"):
+    for name in ("second_unpickling_differs", "plan_and_metadata_are_forged"):
         step, flag = tmp_path / name / "step-8", tmp_path / "flag"
         shutil.copytree(pristine, step)
         ATTACKS[name](step, flag)
-        seal_again(step)
+        reseal_manifest(step)
         main([str(step.parent), "--verify"])
         assert not flag.exists()
     assert "verified" in capsys.readouterr().out, "its hashes do fit: they protect against damage, not forgery"
@@ -209,7 +209,7 @@ def planned(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
     chunks = [[start, size, 0, 0, 10**6] for start, size in boxes]
     entry = {"dtype": "float32", "shape": shape, "chunks": chunks}
     try:
-        plans.checked({"format": plans.FORMAT, "files": ["f"], "tensors": {"t": entry}})
+        plans.validate_plan({"format": plans.FORMAT, "files": ["f"], "tensors": {"t": entry}})
     except PlanError as error:
         return "do not make up its shape" not in str(error)
     return True
@@ -274,8 +274,8 @@ def test_a_plan_that_other_ranks_would_refuse_is_refused_on_all(tmp_path):
         warnings.simplefilter("ignore")
         for name in ("sound", "[" * 4000):
             dcp.save({f"{name}{n}": torch.zeros(1) for n in range(3)}, checkpoint_id=place / name[:5])
-    told = run_ranks(opened_by_a_rank, 2, str(place / "sound"))
-    assert told == ["opened"] * 2
+    outcomes = run_ranks(opened_by_a_rank, 2, str(place / "sound"))
+    assert outcomes == ["opened"] * 2
     first, second = run_ranks(opened_by_a_rank, 2, str(place / "[[[[["))
     assert first == second
     assert "more entries than a plan may have" in first
@@ -317,10 +317,10 @@ def test_a_state_that_no_generator_has_is_refused_with_a_remedy(tmp_path, name):
 
     manager(tmp_path).save(8, states(Broken()), {})
     one = manager(tmp_path)
-    with pytest.raises(UserError, match="no state of a random number generator") as told:
+    with pytest.raises(UserError, match="no state of a random number generator") as caught:
         one.load(one.find(), states(RandomState(0)))
-    assert f"random.0.{GENERATORS[name][0]}" in str(told.value)
-    assert "--checkpoint.exclude_from_loading '[\"random\"]'" in str(told.value)
+    assert f"random.0.{GENERATORS[name][0]}" in str(caught.value)
+    assert "--checkpoint.exclude_from_loading '[\"random\"]'" in str(caught.value)
     without = manager(tmp_path, exclude_from_loading=("random",))
     without.load(without.find(), states(RandomState(0)))
     assert (torch.rand(2).numel(), 0 <= random.random() < 1, np.random.rand(2).size) == (2, True, 2)

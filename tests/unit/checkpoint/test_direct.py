@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quadriga.checkpoint import direct
 
-BLOCK, PIECE = direct.BLOCK, direct.PIECE
+BLOCK, PIECE = direct.BLOCK, direct.BUFFER_BYTES
 lengths = st.one_of(st.integers(0, 3 * BLOCK), st.sampled_from([BLOCK, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + BLOCK]))
 
 

@@ -18,7 +18,7 @@ import torch
 from ranks import run_ranks
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.folder import CheckpointError, NotWhole
+from quadriga.checkpoint.folder import CheckpointError, InvalidCheckpoint
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.cli.main import main
 from quadriga.config.schema import Checkpoint
@@ -44,11 +44,11 @@ def reseal(step_folder: Path, **changes) -> None:
     """A manifest that says something else, with a hash that fits it."""
     path = step_folder / folders.STATE_FILE
     state = {**json.loads(path.read_text()), **changes}
-    path.write_text(folders.seal({key: value for key, value in state.items() if value is not ...}))
+    path.write_text(folders.format_manifest({key: value for key, value in state.items() if value is not ...}))
 
 
 @pytest.fixture
-def heard(caplog, monkeypatch):
+def logged(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
     caplog.set_level(logging.INFO, "quadriga")
     return caplog
@@ -84,21 +84,21 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "train_state.json"])
-@pytest.mark.parametrize("harm", [dangling, loop, fifo, directory, device, sparse])
-def test_what_is_no_file_to_read_is_named_and_the_one_before_is_taken(tmp_path, heard, file, harm):
+@pytest.mark.parametrize("replace_by", [dangling, loop, fifo, directory, device, sparse])
+def test_what_is_no_file_to_read_is_named_and_the_one_before_is_taken(tmp_path, logged, file, replace_by):
     save(tmp_path, 3)
-    harm(save(tmp_path, 8) / file)
+    replace_by(save(tmp_path, 8) / file)
     found = manager(tmp_path).find()
     assert found.step == 3
-    assert str(tmp_path / "step-8" / file) in heard.text
-    assert "this checkpoint is passed over" in heard.text
+    assert str(tmp_path / "step-8" / file) in logged.text
+    assert "this checkpoint is passed over" in logged.text
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert folders.delete_old(tmp_path, 1) == []
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("call", ["stat", "lstat", "listdir", "open"])
-def test_a_disk_or_server_that_does_not_answer(tmp_path, heard, monkeypatch, code, call):
+def test_a_disk_or_server_that_does_not_answer(tmp_path, logged, monkeypatch, code, call):
     """Of the newest checkpoint: its files, its folder, its listing, or the content of a file."""
     save(tmp_path, 3)
     save(tmp_path, 8)
@@ -115,13 +115,13 @@ def test_a_disk_or_server_that_does_not_answer(tmp_path, heard, monkeypatch, cod
     found = manager(tmp_path).find()
     monkeypatch.undo()
     assert found.step == 3
-    assert str(tmp_path / "step-8") in heard.text
-    assert os.strerror(code) in heard.text
+    assert str(tmp_path / "step-8") in logged.text
+    assert os.strerror(code) in logged.text
 
 
 @pytest.mark.parametrize("name", ["step-9", ".step-9.saving", ".step-9.deleting", ".try"])
 @pytest.mark.parametrize("kind", ["link to a folder", "link to a checkpoint", "dangling", "loop", "file", "fifo"])
-def test_what_is_no_folder_holds_up_no_start_and_no_save(tmp_path, heard, name, kind):
+def test_what_is_no_folder_holds_up_no_start_and_no_save(tmp_path, logged, name, kind):
     place, outside = tmp_path / "checkpoint", tmp_path / "outside"
     place.mkdir()
     save(place, 3)
@@ -138,22 +138,22 @@ def test_what_is_no_folder_holds_up_no_start_and_no_save(tmp_path, heard, name, 
     one = manager(place)
     assert one.find().step == 3
     if name == "step-9":
-        assert f"{path} is {'a link, which is not followed' if path.is_symlink() else 'no folder'}" in heard.text
+        assert f"{path} is {'a link, which is not followed' if path.is_symlink() else 'no folder'}" in logged.text
         assert main(["checkpoints", str(place)]) == 0
         assert folders.delete_old(place, 1) == []
     else:
         assert not os.path.lexists(path)
     save(place, 9)
     assert not path.is_symlink()
-    assert folders.find(place).step == 9
+    assert folders.find_complete(place).step == 9
     assert tree(outside) == before
     assert sorted(os.listdir(place)) == ["step-3", "step-9"]
 
 
-def test_a_link_alone_is_no_checkpoint_and_no_blocked_start(tmp_path, heard):
+def test_a_link_alone_is_no_checkpoint_and_no_blocked_start(tmp_path, logged):
     (tmp_path / "step-9").symlink_to("/nowhere")
     assert manager(tmp_path).find() is None
-    assert "a link, which is not followed" in heard.text
+    assert "a link, which is not followed" in logged.text
     with pytest.raises(UserError, match="load_step"):
         manager(tmp_path, load_step=9).find()
 
@@ -179,7 +179,7 @@ def test_what_older_checkpoints_of_ours_say_is_not_of_a_newer_one_of_another_tra
     assert folders.newest_extra(tmp_path)["seed"] == 7
 
 
-def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
     save(tmp_path, 3)
 
     def refuse(path):
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
         "Step-9",
     ],
 )
-def test_only_names_as_we_write_them_count(tmp_path, heard, name):
+def test_only_names_as_we_write_them_count(tmp_path, logged, name):
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step-3", tmp_path / name)
     hidden = tmp_path / f".{name}.saving"
@@ -218,13 +218,13 @@ def test_only_names_as_we_write_them_count(tmp_path, heard, name):
     assert hidden.exists(), "not ours to remove"
 
 
-def test_a_copy_under_another_step_is_named_and_passed_over(tmp_path, heard):
+def test_a_copy_under_another_step_is_named_and_passed_over(tmp_path, logged):
     for step in (2, 4):
         save(tmp_path, step)
     shutil.copytree(tmp_path / "step-2", tmp_path / "step-9")
     assert manager(tmp_path).find().step == 4
     manifest = tmp_path / "step-9" / folders.STATE_FILE
-    assert f"{manifest} is of step 2, but its folder is called that of step 9" in heard.text
+    assert f"{manifest} is of step 2, but its folder is called that of step 9" in logged.text
     with pytest.raises(CheckpointError, match="step 9, which was asked for, is damaged"):
         manager(tmp_path, load_step=9).find()
     with pytest.raises(UserError, match="is of step 2"):
@@ -272,13 +272,13 @@ def test_what_a_load_might_read_is_listed_or_refused(tmp_path, extra):
         listed = json.loads((newest / folders.STATE_FILE).read_text())["files"]
         del listed[extra]
         reseal(newest, files=listed)
-        words = "does not list .metadata"
+        expected = "does not list .metadata"
     else:
         (newest / extra).write_bytes(b"x")
-        words = "is not listed in train_state.json"
+        expected = "is not listed in train_state.json"
     assert manager(tmp_path).find().step == 3
     (reason,) = folders.damaged_in(tmp_path)
-    assert words in reason
+    assert expected in reason
     assert reason.isprintable()
 
 
@@ -308,10 +308,10 @@ CANNOT_BE = {
 def test_a_manifest_that_fits_its_hash_and_cannot_be(tmp_path, key, value):
     newest = save(tmp_path, 8)
     reseal(newest, **{key: value})
-    with pytest.raises(NotWhole, match="is no manifest of a checkpoint") as told:
-        folders.read(newest)
-    assert str(told.value).isprintable()
-    assert len(str(told.value)) < 500 + len(str(newest))
+    with pytest.raises(InvalidCheckpoint, match="is no manifest of a checkpoint") as caught:
+        folders.read_checkpoint(newest)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500 + len(str(newest))
     with pytest.raises(CheckpointError) as ended:
         manager(tmp_path).find()
     assert ended.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
@@ -324,7 +324,7 @@ def test_a_manifest_that_fits_its_hash_and_cannot_be(tmp_path, key, value):
         b'{"format": "\\u001b[31m\\n"}', b'{"format": ' + b'"x"'.ljust(100_000, b" ") + b"}", b"\0" * 100,
     ],
 )  # fmt: skip
-def test_a_manifest_of_any_bytes_is_told_in_a_line(tmp_path, content):
+def test_a_manifest_of_any_bytes_is_reported_in_a_line(tmp_path, content):
     (save(tmp_path, 8) / folders.STATE_FILE).write_bytes(content)
     (reason,) = folders.damaged_in(tmp_path)
     assert reason.isprintable()
@@ -338,30 +338,30 @@ def test_a_token_folder_that_is_a_link_is_not_followed(tmp_path):
     for name in ("__0_0.distcp", ".metadata"):
         (newest / name).rename(newest / ("a" * 32) / name)
     reseal(newest, folder="a" * 32)
-    assert folders.read(newest).place == str(newest / ("a" * 32))
+    assert folders.read_checkpoint(newest).location == str(newest / ("a" * 32))
     (newest / ("a" * 32)).rename(outside)
     (newest / ("a" * 32)).symlink_to(outside)
-    with pytest.raises(NotWhole, match="is no folder"):
-        folders.read(newest)
+    with pytest.raises(InvalidCheckpoint, match="is no folder"):
+        folders.read_checkpoint(newest)
 
 
 def test_what_vanishes_while_it_is_looked_at_is_no_damage(tmp_path, monkeypatch):
     """Another run deletes its old ones while a reader lists them."""
     for step in (3, 8):
         save(tmp_path, step)
-    real = folders.read
+    real = folders.read_checkpoint
 
     def read(path):
         if str(path).endswith("step-3"):
             shutil.rmtree(path)
         return real(path)
 
-    monkeypatch.setattr(folders, "read", read)
-    whole, damaged = folders.sorted_out(tmp_path)
+    monkeypatch.setattr(folders, "read_checkpoint", read)
+    whole, damaged = folders.list_checkpoints(tmp_path)
     assert ([found.step for found in whole], damaged) == ([8], [])
 
 
-def test_what_cannot_be_removed_is_told_and_holds_up_nothing(tmp_path, heard, monkeypatch):
+def test_what_cannot_be_removed_is_reported_and_blocks_nothing(tmp_path, logged, monkeypatch):
     save(tmp_path, 3)
     (tmp_path / ".step-9.saving").mkdir()
     (tmp_path / ".step-7.deleting").mkdir()
@@ -372,7 +372,7 @@ def test_what_cannot_be_removed_is_told_and_holds_up_nothing(tmp_path, heard, mo
     monkeypatch.setattr(shutil, "rmtree", busy)
     assert manager(tmp_path).find().step == 3
     for name in (".step-9.saving", ".step-7.deleting"):
-        assert f"{name}: could not be removed (Device or resource busy)" in heard.text
+        assert f"{name}: could not be removed (Device or resource busy)" in logged.text
 
 
 STAGES = (("tok_embeddings.weight", "layers.0.w"), ("layers.1.w", "norm.weight", "output.weight"))
@@ -381,20 +381,22 @@ STAGES = (("tok_embeddings.weight", "layers.0.w"), ("layers.1.w", "norm.weight",
 def read_as_a_stage(place: str, lacking: str) -> list[float] | str:
     from torch import distributed as dist
 
-    from quadriga.checkpoint.tensors import read
+    from quadriga.checkpoint.tensors import load_tensors
 
     rank = dist.get_rank()
     own = {f"model.{name}": torch.zeros(4) for name in STAGES[rank]}
     if lacking and rank == 1:
         own[f"model.{lacking}"] = torch.zeros(4)
     try:
-        read(place, own, dist.new_group(backend="gloo"), may_hold_more=True, prefix="model.", optional="random.")
+        load_tensors(
+            place, own, dist.new_group(backend="gloo"), may_hold_more=True, prefix="model.", optional="random."
+        )
     except UserError as error:
         return str(error)
     return [value.sum().item() for value in own.values()]
 
 
-def test_stages_of_a_pipeline_read_a_folder_whose_names_have_no_first_word_in_common(tmp_path):
+def test_stages_of_a_pipeline_read_a_folder_whose_names_have_no_prefix_in_common(tmp_path):
     from torch.distributed import checkpoint as dcp
 
     saved = {name: torch.ones(4) for stage in STAGES for name in (*stage, "of.no.use")}

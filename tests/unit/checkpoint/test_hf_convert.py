@@ -16,11 +16,11 @@ from hf_models import SCALED, SPEC, logits, random_model, save, write_hf
 from safetensors.torch import load, load_file
 
 from quadriga.checkpoint.files import files_at
-from quadriga.checkpoint.folder import read
+from quadriga.checkpoint.folder import read_checkpoint
 from quadriga.checkpoint.hf import import_hf, read_hf
 from quadriga.checkpoint.hf_export import export_hf
 from quadriga.checkpoint.hf_folder import HfFolder
-from quadriga.checkpoint.tensors import read as read_tensors
+from quadriga.checkpoint.tensors import load_tensors
 from quadriga.cli.main import main
 from quadriga.config.schema import JobConfig
 from quadriga.models.llama.hf_names import from_hf
@@ -46,7 +46,7 @@ def load_checkpoint(folder: Path, model: Llama) -> Llama:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    read_tensors(folder, {f"model.{name}": value for name, value in model.state_dict().items()}, None)
+    load_tensors(folder, {f"model.{name}": value for name, value in model.state_dict().items()}, None)
     return model
 
 
@@ -72,13 +72,13 @@ def test_transformers_gives_the_same_logits(tmp_path, tied, scaling):
 def test_a_random_llama_of_theirs_gives_the_same_logits_here(tmp_path, tied, scaling):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    said = hf_config(dataclasses.replace(SPEC, tie_embeddings=tied, rope_scaling=scaling), bos_id=1, eos_id=2)
+    config = hf_config(dataclasses.replace(SPEC, tie_embeddings=tied, rope_scaling=scaling), bos_id=1, eos_id=2)
     torch.manual_seed(1)
-    reference = LlamaForCausalLM(LlamaConfig(**{**said, "initializer_range": 0.3}))
+    reference = LlamaForCausalLM(LlamaConfig(**{**config, "initializer_range": 0.3}))
     reference.save_pretrained(tmp_path / "hf", max_shard_size="60KB")  # in the spelling of their version
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     convert("from-hf", tmp_path / "hf", tmp_path / "ours")
-    found = read(tmp_path / "ours" / "step-0")
+    found = read_checkpoint(tmp_path / "ours" / "step-0")
     assert (found.step, found.contents) == (0, ("model",))
     folder = HfFolder(tmp_path / "hf")
     spec = spec_from_hf(folder.config(), folder.config_file)
@@ -146,8 +146,8 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path, capsys):
     for direction, source in (("to-hf", "checkpoint"), ("from-hf", "hf")):
         out = tmp_path / direction
         assert main(["convert", direction, str(tmp_path / source), str(out), "--dtype", "float16"]) == 2
-        told = capsys.readouterr().err
-        assert "model.layers.2.self_attn.o_proj.weight\n    holds values that float16 has no room for" in told
+        output = capsys.readouterr().err
+        assert "model.layers.2.self_attn.o_proj.weight\n    holds values that float16 has no room for" in output
         assert not out.exists() or not list(out.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
@@ -156,8 +156,8 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path, capsys):
 def tokenizer_folder(tmp_path) -> Path:
     folder = tmp_path / "assets"
     folder.mkdir()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<s>": 5, "</s>": 6}, "a"))
-    words.save(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<s>": 5, "</s>": 6}, "a"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     (folder / "notes.txt").write_text("not to be copied")
     return folder
@@ -172,8 +172,8 @@ def test_tokenizer_and_ids_come_from_the_run_or_from_the_command_line(tmp_path, 
     save(random_model(SPEC), tmp_path / "bare")
     convert("to-hf", tmp_path / "bare", tmp_path / "named", "--tokenizer", tokenizer_folder)
     for out, longest in (("out", 200_000), ("named", 8192)):
-        said = json.loads((tmp_path / out / "config.json").read_text())
-        assert (said["bos_token_id"], said["eos_token_id"], said["max_position_embeddings"]) == (5, 6, longest)
+        written = json.loads((tmp_path / out / "config.json").read_text())
+        assert (written["bos_token_id"], written["eos_token_id"], written["max_position_embeddings"]) == (5, 6, longest)
         names = {path.name for path in (tmp_path / out).iterdir()}
         assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -183,8 +183,8 @@ def test_a_tokenizer_that_has_gone_leaves_the_ids_open(tmp_path, capsys):
     save(random_model(SPEC), tmp_path / "checkpoint", config=config)
     convert("to-hf", tmp_path / "checkpoint", tmp_path / "out")
     assert "no tokenizer is at" in capsys.readouterr().err
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"]) == (None, None)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (None, None)
 
 
 def test_the_newest_checkpoint_of_a_run_folder_is_taken(tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_a_file_says_what_a_checkpoint_does_not(tmp_path, capsys):
     assert "--config FILE.toml" in capsys.readouterr().err
     convert("to-hf", found.path, tmp_path / "out", "--config", tmp_path / "run.toml")
     assert set(weights_in(tmp_path / "out")) == {
-        hf_names(spec).theirs(name) for name in random_model(spec).state_dict()
+        hf_names(spec).hf_name(name) for name in random_model(spec).state_dict()
     }
     (tmp_path / "run.toml").write_text(text.replace("96", "128"))
     assert main(["convert", "to-hf", found.path, str(tmp_path / "other"), "--config", str(tmp_path / "run.toml")]) == 2
@@ -219,11 +219,11 @@ def test_a_file_says_what_a_checkpoint_does_not(tmp_path, capsys):
 
 
 def forget_the_model(manifest: Path) -> None:
-    from quadriga.checkpoint.folder import seal
+    from quadriga.checkpoint.folder import format_manifest
 
     state = json.loads(manifest.read_text())
     del state["extra"]["model"]
-    manifest.write_text(seal(state))
+    manifest.write_text(format_manifest(state))
 
 
 def test_what_a_killed_conversion_left_is_in_nobodys_way(tmp_path):
@@ -284,7 +284,7 @@ def test_an_import_into_a_place_of_our_own(tmp_path):
     """`import_hf` is what the command calls; the name that it returns can be read."""
     source = HfFolder(write_hf(random_model(SPEC), tmp_path / "hf"))
     name = import_hf(source, tmp_path / "ours", hf_names(SPEC), {"model": {}})
-    assert read(name).extra == {"model": {}}
+    assert read_checkpoint(name).extra == {"model": {}}
 
 
 def test_checkpoints_and_exports_may_lie_in_an_object_store(tmp_path):
@@ -296,5 +296,5 @@ def test_checkpoints_and_exports_may_lie_in_an_object_store(tmp_path):
     files = files_at(store)
     assert files.names(f"{store}/out") == ["config.json", "model.safetensors"]
     held = load(files.read(f"{store}/out/model.safetensors"))
-    assert all(torch.equal(held[hf_names(SPEC).theirs(n)], v.bfloat16()) for n, v in model.state_dict().items())
+    assert all(torch.equal(held[hf_names(SPEC).hf_name(n)], v.bfloat16()) for n, v in model.state_dict().items())
     assert main(["convert", "to-hf", f"{store}/run", f"{store}/out"]) == 2, "what is there is not overwritten"

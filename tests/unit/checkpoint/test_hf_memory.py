@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quadriga.checkpoint.hf_folder import Entry
+from quadriga.checkpoint.hf_folder import TensorInfo
 from quadriga.checkpoint.hf_write import WeightFile, write_weights
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.registry import hf_config, hf_names
@@ -30,7 +30,7 @@ def write_folder(spec: ModelSpec, folder: Path) -> int:
     """Weights of a model in bfloat16, written without ever holding them; their bytes in float32."""
     folder.mkdir()
     names = hf_names(spec)
-    entries = {names.theirs(name): Entry(shape, torch.bfloat16) for name, shape in names.shapes.items()}
+    entries = {names.hf_name(name): TensorInfo(shape, torch.bfloat16) for name, shape in names.shapes.items()}
     file = WeightFile("model.safetensors", entries)
     with (folder / file.name).open("wb") as stream:
         write_weights(stream, file, lambda name: torch.full(entries[name].shape, 0.5, dtype=torch.bfloat16))

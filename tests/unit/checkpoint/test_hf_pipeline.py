@@ -30,8 +30,8 @@ def test_the_pipeline_generates(tmp_path, tokenizer):
         model.output.weight[256:] = -10 * model.output.weight[:1].abs()  # bytes are generated, and no special token
     save(model, tmp_path / "run" / "checkpoint", config=config.model_dump(mode="json"))
     assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"], said["max_position_embeddings"]) == (256, 257, 96)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"], written["max_position_embeddings"]) == (256, 257, 96)
     generate = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
     assert (generate.tokenizer.bos_token_id, generate.tokenizer.eos_token_id) == (256, 257)
     assert (logits(generate.model, spec) - logits(model, spec)).abs().max() <= 1e-4
@@ -43,8 +43,8 @@ def test_the_pipeline_generates(tmp_path, tokenizer):
 def test_positions_of_the_source_go_through(tmp_path):
     """From their folder into a checkpoint and out again; a run of longer sequences raises them."""
     hf = write_hf(random_model(SPEC), tmp_path / "hf")
-    told = json.loads((hf / "config.json").read_text())
-    (hf / "config.json").write_text(json.dumps({**told, "max_position_embeddings": 4321}))
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4321}))
     assert main(["convert", "from-hf", str(hf), str(tmp_path / "ours")]) == 0
     assert main(["convert", "to-hf", str(tmp_path / "ours"), str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 4321

@@ -1,4 +1,4 @@
-"""What the Hugging Face door does not let in or out: each told once, by name, with exit code 2."""
+"""What Hugging Face import and export refuse: each reported once, by name, with exit code 2."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def refused(source: Path | str, out: Path, capsys, direction: str = "from-hf") -
 
 
 def refused_in_a_run(source: Path, **keys) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         read_hf(source, random_model(SPEC).state_dict(), hf_names(SPEC), None, **keys)
-    return str(told.value)
+    return str(caught.value)
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -64,15 +64,16 @@ def test_tensors_that_do_not_fit_are_named_all_at_once(hf, tmp_path, capsys):
         model__norm__weight=torch.zeros(31),
         model__layers__0__self_attn__q_proj__bias=torch.zeros(32),
     )
-    for told in (refused(hf, tmp_path / "out", capsys), refused_in_a_run(hf)):
-        assert told.startswith("quadriga: 3 problems")
-        assert "the model needs tensors that are not there: model.layers.3.mlp.up_proj.weight" in told
-        assert "did you mean: model.layers.3.mlp.up_projection.weight" in told
+    for report in (refused(hf, tmp_path / "out", capsys), refused_in_a_run(hf)):
+        assert report.startswith("quadriga: 3 problems")
+        assert "the model needs tensors that are not there: model.layers.3.mlp.up_proj.weight" in report
+        assert "did you mean: model.layers.3.mlp.up_projection.weight" in report
         assert (
-            "that the model has no place for: model.layers.0.self_attn.q_proj.bias, model.layers.3.mlp.up_proj" in told
+            "that the model has no place for: model.layers.0.self_attn.q_proj.bias, model.layers.3.mlp.up_proj"
+            in report
         )
-        assert "shapes differ: model.norm.weight: [31] there, [32] here" in told
-        assert "to do: " in told
+        assert "shapes differ: model.norm.weight: [31] there, [32] here" in report
+        assert "to do: " in report
 
 
 def test_many_that_are_missing_are_counted(hf, tmp_path, capsys):
@@ -100,9 +101,9 @@ def test_many_that_are_missing_are_counted(hf, tmp_path, capsys):
 )
 def test_another_model_is_refused_by_its_config(hf, tmp_path, capsys, fields, says):
     configure(hf, **fields)
-    told = refused(hf, tmp_path / "out", capsys)
-    assert says in told
-    assert str(hf / "config.json") in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert says in report
+    assert str(hf / "config.json") in report
     assert says in refused_in_a_run(hf, allow_change=True)
 
 
@@ -137,7 +138,7 @@ def test_a_run_takes_no_weights_that_were_made_with_other_numbers(hf, fields, sa
     assert torch.equal(model.norm.weight, random_model(SPEC).norm.weight)
 
 
-def test_a_model_of_another_size_is_told_by_its_sizes(hf):
+def test_a_model_of_another_size_is_reported_with_its_sizes(hf):
     configure(hf, num_hidden_layers=2)
     assert "num_hidden_layers is 2; the model of this run has 4 (model.n_layers)" in refused_in_a_run(hf)
 
@@ -159,7 +160,7 @@ def test_an_output_layer_that_differs_is_not_tied(tmp_path, monkeypatch, capsys,
     """As transformers does, which is asked; a run that ties them is refused."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("quadriga.checkpoint.hf_folder.COMPARED", 32 * 4 * 10)  # ten rows at a time
+    monkeypatch.setattr("quadriga.checkpoint.hf_folder.COMPARED_BYTES", 32 * 4 * 10)  # ten rows at a time
     spec = dataclasses.replace(SPEC, tie_embeddings=True)
     folder = write_hf(random_model(spec), tmp_path / "hf")
     head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
@@ -181,9 +182,11 @@ def test_an_output_layer_that_differs_is_not_tied(tmp_path, monkeypatch, capsys,
 
 def test_pickles_are_never_read(hf, tmp_path, capsys):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
-    told = refused(hf, tmp_path / "out", capsys)
-    assert "weights as a pickle (pytorch_model.bin): reading one can run any code, so only safetensors are read" in told
-    assert "save_pretrained" in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert (
+        "weights as a pickle (pytorch_model.bin): reading one can run any code, so only safetensors are read" in report
+    )
+    assert "save_pretrained" in report
 
 
 def test_folders_that_are_something_else(hf, tmp_path, capsys, monkeypatch):
@@ -213,8 +216,8 @@ def split(hf: Path, file: str = "model-00001-of-00001.safetensors") -> Path:
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/model.safetensors", "weights.bin"])
 def test_an_index_may_name_only_safetensors_beside_it(hf, tmp_path, capsys, file):
     index = split(hf, file)
-    told = refused(hf, tmp_path / "out", capsys)
-    assert f"{index}\n    names files that are no safetensors beside it: {file}" in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert f"{index}\n    names files that are no safetensors beside it: {file}" in report
 
 
 def test_an_index_that_lies(hf, tmp_path, capsys):
@@ -235,17 +238,17 @@ def test_an_index_may_not_name_a_tensor_that_its_file_lacks(hf, tmp_path, capsys
     listed = json.loads(index.read_text())["weight_map"]
     listed["model.norm.weight"] = "model-00001-of-00001.safetensors"
     index.write_text(json.dumps({"weight_map": listed}))
-    told = refused(hf, tmp_path / "out", capsys)
-    assert "damaged or incomplete" in told
-    assert "model.norm.weight" in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert "damaged or incomplete" in report
+    assert "model.norm.weight" in report
 
 
 @pytest.mark.parametrize("left", [0, 5, 300, -1])
 def test_a_file_that_was_cut_off(hf, tmp_path, capsys, left):
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:left])
-    told = refused(hf, tmp_path / "out", capsys)
-    assert f"{file}\n    damaged or incomplete" in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert f"{file}\n    damaged or incomplete" in report
     assert "damaged or incomplete" in refused_in_a_run(hf)
 
 
@@ -276,8 +279,8 @@ def test_checkpoints_that_are_none(hf, tmp_path, capsys):
     assert "__0_0.distcp is missing" in refused(found.path, out, capsys, "to-hf")
     assert "no whole checkpoint: " in refused(tmp_path / "run", out, capsys, "to-hf")
     Path(found.path, "train_state.json").unlink()
-    told = refused(found.path, out, capsys, "to-hf")
-    assert "one of another trainer may order the rows of its heads otherwise" in told
+    report = refused(found.path, out, capsys, "to-hf")
+    assert "one of another trainer may order the rows of its heads otherwise" in report
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_mistakes_of_the_command_line(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_there_must_be_room_before_the_first_byte(hf, tmp_path, capsys, monkeypatch):
+def test_there_must_be_free_space_before_the_first_byte(hf, tmp_path, capsys, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     assert "157.88 KiB are to be written, and 1000 B are free there" in refused(hf, tmp_path / "out", capsys)
@@ -319,10 +322,10 @@ def test_there_must_be_room_before_the_first_byte(hf, tmp_path, capsys, monkeypa
 )  # fmt: skip
 def test_numbers_that_are_none(hf, tmp_path, capsys, fields):
     configure(hf, **fields)
-    told = refused(hf, tmp_path / "out", capsys)
-    assert str(hf / "config.json") in told
-    assert len(told) < 2000
-    assert "\x1b" not in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert str(hf / "config.json") in report
+    assert len(report) < 2000
+    assert "\x1b" not in report
 
 
 CONFIGS = {
@@ -339,9 +342,9 @@ CONFIGS = {
 def test_bytes_that_are_no_json(hf, tmp_path, capsys, kind, name):
     split(hf)
     (hf / name).write_bytes(CONFIGS[kind])
-    told = refused(hf, tmp_path / "out", capsys)
-    assert str(hf / name) in told
-    assert len(told) < 2000
+    report = refused(hf, tmp_path / "out", capsys)
+    assert str(hf / name) in report
+    assert len(report) < 2000
 
 
 def test_what_is_no_file(hf, tmp_path, capsys):
@@ -366,9 +369,9 @@ def test_an_index_with_names_of_any_length(hf, tmp_path, capsys):
     assert "names files that are not there" in refused(hf, tmp_path / "out", capsys)
     names = {f"\x1b[2J{number}" + "x" * 50_000: "model-00001-of-00001.safetensors" for number in range(30)}
     index.write_text(json.dumps({"weight_map": names}))
-    told = refused(hf, tmp_path / "out", capsys)
-    assert len(told) < 10_000
-    assert "\x1b" not in told
+    report = refused(hf, tmp_path / "out", capsys)
+    assert len(report) < 10_000
+    assert "\x1b" not in report
 
 
 def header(**tensors: object) -> bytes:
@@ -394,9 +397,9 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_that_lie(hf, tmp_path, capsys, kind):
     (hf / "model.safetensors").write_bytes(HEADERS[kind])
-    told = refused(hf, tmp_path / "out", capsys)
-    assert f"{hf / 'model.safetensors'}\n    damaged or incomplete" in told
-    assert len(told) < 2000
+    report = refused(hf, tmp_path / "out", capsys)
+    assert f"{hf / 'model.safetensors'}\n    damaged or incomplete" in report
+    assert len(report) < 2000
 
 
 def test_control_characters_of_arguments_are_escaped(hf, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What `together` raises has an end: no exception is among its own causes, so that whoever walks them comes home."""
+"""What `on_all_ranks` raises has an end: no exception is among its own causes, so that a walk along them ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_models import SPEC, random_model, write_hf
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf import import_hf
 from quadriga.checkpoint.hf_folder import HfFolder
-from quadriga.checkpoint.ranks import together
+from quadriga.checkpoint.ranks import on_all_ranks
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import hf_names
 
@@ -36,7 +36,7 @@ def test_one_rank_alone(error):
         raise error
 
     with pytest.raises((UserError, CheckpointError)) as caught:
-        together(None, work)
+        on_all_ranks(None, work)
     assert error in causes(caught.value)
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from opcode_fuzz import Watch, case
+from opcode_fuzz import ExecutionWatch, case
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn, torch
 
 
 def sample(tensors: int = 40, chunks: int = 1, big: int = 0) -> Metadata:
-    """A plan of tensors of all kinds of shapes; rows are dealt to `chunks` files. `big`: added to each position."""
+    """A plan of tensors of all kinds of shapes; rows are assigned to `chunks` files. `big`: added to each position."""
     entries, storage = {}, {}
     for number in range(tensors):
         name, shape = f"model.layers.{number}.w", SHAPES[number % len(SHAPES)]
@@ -66,19 +66,19 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_it_gives_the_plan_that_a_save_writes_as_json(name, writer):
     metadata = SAMPLES[name]
-    assert metadata_file.read(WRITERS[writer](metadata)) == plan.parse(plan.from_metadata(metadata))
+    assert metadata_file.read_plan(WRITERS[writer](metadata)) == plan.parse_plan(plan.from_metadata(metadata))
 
 
 def test_objects_that_are_matched_as_a_whole_are_read_as_opcode_by_opcode(monkeypatch):
     data = pickle.dumps(SAMPLES["many chunks"])
-    matched = metadata_file.read(data)
+    matched = metadata_file.read_plan(data)
     monkeypatch.setattr(opcodes.Interpreter, "_record", lambda self, at: 0)
-    assert metadata_file.read(data) == matched
+    assert metadata_file.read_plan(data) == matched
 
 
 def test_the_plan_makes_the_objects_of_dcp_again():
     metadata = SAMPLES["many chunks"]
-    made = plan.parse(plan.from_metadata(metadata)).metadata(metadata.state_dict_metadata)
+    made = plan.parse_plan(plan.from_metadata(metadata)).metadata(metadata.state_dict_metadata)
     assert made.state_dict_metadata == metadata.state_dict_metadata
     assert made.storage_data == metadata.storage_data
     assert [index.index for index in made.storage_data] == [index.index for index in metadata.storage_data]
@@ -88,8 +88,8 @@ def test_transforms_are_kept():
     metadata = sample(tensors=2)
     for info in metadata.storage_data.values():
         info.transform_descriptors = ["stream.zstd/1"]
-    made = metadata_file.read(pickle.dumps(metadata))
-    assert made == plan.parse(plan.from_metadata(metadata))
+    made = metadata_file.read_plan(pickle.dumps(metadata))
+    assert made == plan.parse_plan(plan.from_metadata(metadata))
     assert made.metadata(made.tensors).storage_data == metadata.storage_data
 
 
@@ -97,7 +97,7 @@ def test_pickled_objects_are_left_out():
     metadata = sample(tensors=3)
     metadata.state_dict_metadata["trainer"] = BytesStorageMetadata()
     metadata.storage_data[MetadataIndex("trainer")] = _StorageInfo("__0_0.distcp", 9, 9)
-    assert metadata_file.read(pickle.dumps(metadata)) == plan.parse(plan.from_metadata(metadata))
+    assert metadata_file.read_plan(pickle.dumps(metadata)) == plan.parse_plan(plan.from_metadata(metadata))
 
 
 def changed(**fields):
@@ -137,7 +137,7 @@ REFUSED = {
 def test_what_no_plan_has_is_refused_with_its_place(name):
     data, reason = REFUSED[name]
     with pytest.raises(PlanError, match=reason):
-        metadata_file.read(data)
+        metadata_file.read_plan(data)
 
 
 BOMBS = {
@@ -156,29 +156,29 @@ BOMBS = {
 def test_bombs_end_at_a_limit(name, monkeypatch):
     monkeypatch.setattr(limits, "METADATA_VALUES", 100_000)
     with pytest.raises(PlanError):
-        metadata_file.read(b"\x80\x04" + BOMBS[name] + b".")
+        metadata_file.read_plan(b"\x80\x04" + BOMBS[name] + b".")
 
 
 def test_a_long_file_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(limits, "METADATA_BYTES", 100)
     with pytest.raises(PlanError, match="longer than a plan may be"):
-        metadata_file.read(pickle.dumps(sample()))
+        metadata_file.read_plan(pickle.dumps(sample()))
 
 
 def run_cases(cases: range) -> None:
     """Each case is a plan or one refusal; nothing is imported, opened, compiled or called on the way."""
     sound = [pickle.dumps(SAMPLES["small"]), pickle._dumps(sample(tensors=3), 4), changed(planner_data={"a": ("b", 1)})]
-    with Watch() as watch:
+    with ExecutionWatch() as watch:
         for number in cases:
             data = case(random.Random(f"opcodes {number}"), sound)
-            told = ""
+            message = ""
             try:
                 with watch.reading():
-                    metadata_file.read(data)
+                    metadata_file.read_plan(data)
             except PlanError as error:
-                told = str(error)
-            assert len(told) < 500, number
-            assert told.isprintable(), number
+                message = str(error)
+            assert len(message) < 500, number
+            assert message.isprintable(), number
             assert not watch.seen, f"case {number}: {watch.seen}"
 
 
@@ -193,7 +193,7 @@ def test_ten_thousand_random_programs_execute_nothing():
 
 def test_the_watch_sees_what_unpickling_does():
     """That the test above can fail: most of its programs do something under pickle's own reader."""
-    with Watch() as watch:
+    with ExecutionWatch() as watch:
         for number in range(200):
             data = case(random.Random(f"opcodes {number}"), [pickle.dumps(sample(tensors=3))])
             with watch.reading():

@@ -1,10 +1,10 @@
 """What `initial_load_path` names and is no checkpoint is told for what it is."""
 
 from quadriga.checkpoint import messages
-from quadriga.checkpoint.manifest import NotWhole
+from quadriga.checkpoint.manifest import InvalidCheckpoint
 
 
-def test_a_place_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path):
+def test_a_place_that_is_no_checkpoint_is_reported_as_what_it_is(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint/step-3").mkdir(parents=True)
     (tmp_path / "file").write_text("")
@@ -18,6 +18,6 @@ def test_a_place_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path):
         ("run/checkpoint", "step-3/train_state.json cannot be read", None),
         ("run/checkpoint/step-3", "neither train_state.json nor .metadata", "name a folder that holds one"),
     ):
-        problem = messages.not_ours(str(tmp_path / path), NotWhole("train_state.json cannot be read"))
+        problem = messages.not_a_checkpoint(str(tmp_path / path), InvalidCheckpoint("train_state.json cannot be read"))
         assert what in problem.what, path
         assert (fix in problem.fix) if fix else problem.fix is None, path

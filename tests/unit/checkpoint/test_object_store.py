@@ -142,7 +142,7 @@ def test_damage_is_seen(url):
     one = manager(url)
     for step in (3, 8):
         one.save(step, {"model": Weights(step)}, {})
-    files, place = storage.files_at(url), folders.find(url).place
+    files, place = storage.files_at(url), folders.find_complete(url).location
     whole = files.read(f"{place}/__0_0.distcp")
     files.write(f"{place}/__0_0.distcp", whole[:-1] + bytes([whole[-1] ^ 4]))
     assert loaded(url) == (3, 3.0)
@@ -228,7 +228,7 @@ def test_what_another_trainer_saved_there_is_named_and_kept(scheme, url, monkeyp
     assert main(["checkpoints", url]) == 0
     for step, value in ((3, 3), (5, 5), (5, 55), (8, 8), (9, 9)):  # the last two take the place of 3 and 5
         one.save(step, {"model": Weights(value)}, {})
-        assert folders.find(url).step == step
+        assert folders.find_complete(url).step == step
     files.write(f"{url}/step-5/{uuid.uuid4().hex}/__0_0.distcp", b"of a save that a kill cut off")
     files.write(f"{url}/step-9/notes.txt", b"mine")
     files.write(f"{url}/step-9/{uuid.uuid4().hex}/__0_0.distcp", b"of a save that a kill cut off")

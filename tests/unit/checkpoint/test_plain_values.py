@@ -10,11 +10,11 @@ import tracemalloc
 
 import pytest
 import torch
-from theirs import zip64
+from torchtitan_checkpoints import zip64
 
 from quadriga import limits
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
-from quadriga.checkpoint.refusal import DTYPE_WORDS, PlanError, shown
+from quadriga.checkpoint.plan_format import DTYPE_NAMES, PlanError, format_raw
 
 VALUES = [
     None,
@@ -114,8 +114,8 @@ def test_a_value_of_any_depth_has_a_short_text():
     value: object = ()
     for _ in range(5000):
         value = (value,)
-    assert shown(value) == "[[...]]"
-    assert shown([(1, 2), "a", 3]) == "[[...], 'a', 3]"
+    assert format_raw(value) == "[[...]]"
+    assert format_raw([(1, 2), "a", 3]) == "[[...], 'a', 3]"
 
 
 @pytest.mark.parametrize("start", [1, 1 << 40, 1 << 63, (1 << 64) - 1])
@@ -154,6 +154,6 @@ def _is_plain(value) -> bool:
     return type(value) in (int, float, str, bytes, bool, type(None))
 
 
-def test_every_dtype_of_torch_has_its_word():
+def test_every_dtype_of_torch_has_its_name():
     there = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    assert there <= DTYPE_WORDS
+    assert there <= DTYPE_NAMES

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from theirs import SPEC, by_dcp, expected, our_name, unpack
+from torchtitan_checkpoints import SPEC, by_dcp, expected, our_name, unpack
 
 from quadriga import limits
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import titan
-from quadriga.checkpoint.folder import CheckpointError, NotWhole
+from quadriga.checkpoint.folder import CheckpointError, InvalidCheckpoint
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.titan_read import halves, neighbours, read_titan
+from quadriga.checkpoint.titan_read import halves_to_interleaved, interleaved_to_halves, read_titan
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 from quadriga.models import registry
@@ -60,7 +60,7 @@ def flat(states: dict[str, Held]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def heard(caplog, monkeypatch):
+def logged(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)
     caplog.set_level(logging.INFO, "quadriga")
     return caplog
@@ -72,7 +72,7 @@ def one(tmp_path: Path) -> Path:
 
 
 def test_what_a_checkpoint_says_of_its_run(one, tmp_path):
-    whole, last = titan.look(one / "step-3"), titan.look(one / "step-6")
+    whole, last = titan.inspect(one / "step-3"), titan.inspect(one / "step-6")
     assert (whole.step, whole.contents, whole.trainer) == (3, ("model", "optimizer"), "torchtitan")
     assert whole.extra["train_state"] == {"step": 3, "tokens_seen": 3 * 2 * 24}
     assert whole.extra["lr_scheduler"] == {"done": 3}
@@ -81,7 +81,7 @@ def test_what_a_checkpoint_says_of_its_run(one, tmp_path):
     assert place["ranks"] == 1
     assert place["documents"] > 1
     assert (last.step, last.contents, last.extra) == (6, ("model",), {})
-    two = titan.look(unpack("two_ranks", tmp_path / "two") / "step-2")
+    two = titan.inspect(unpack("two_ranks", tmp_path / "two") / "step-2")
     assert two.extra["train_state"] == {"step": 2, "tokens_seen": 2 * 2 * 2 * 24}, "each rank counts its own"
     assert "2 data-parallel ranks" in two.extra["dataloader"]["unknown"]
 
@@ -102,19 +102,19 @@ def test_weights_and_moments_are_those_of_dcp_with_rows_in_order(name, tmp_path)
 
 def test_both_orders_are_each_others_reverse():
     rows = torch.arange(24.0).reshape(24, 1).expand(24, 3).clone()
-    assert halves(rows, 8)[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert torch.equal(neighbours(halves(rows, 8), 8), rows)
-    assert torch.equal(halves(neighbours(rows, 4), 4), rows)
+    assert interleaved_to_halves(rows, 8)[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert torch.equal(halves_to_interleaved(interleaved_to_halves(rows, 8), 8), rows)
+    assert torch.equal(interleaved_to_halves(halves_to_interleaved(rows, 4), 4), rows)
 
 
 def test_a_run_folder_of_theirs_goes_on_from_the_newest(one):
     states, before = parts(), _contents(one)
-    keeper = manager(one, load_step=3, keep_latest_k=2)
-    found = keeper.find()
+    checkpoints = manager(one, load_step=3, keep_latest_k=2)
+    found = checkpoints.find()
     assert (found.step, found.resume, found.trainer) == (3, True, "torchtitan")
-    keeper.load(found, states, NAMES)
+    checkpoints.load(found, states, NAMES)
     for step in (4, 5, 7):
-        keeper.save(step, states, {"n": step})
+        checkpoints.save(step, states, {"n": step})
     assert sorted(os.listdir(one)) == ["step-3", "step-5", "step-6", "step-7"], "of ours the two newest stay"
     assert {name: content for name, content in _contents(one).items() if name in before} == before
     ours = manager(one).find()
@@ -123,11 +123,11 @@ def test_a_run_folder_of_theirs_goes_on_from_the_newest(one):
 
 def test_a_save_of_the_same_step_leaves_theirs(one):
     states, before = parts(), _contents(one / "step-6")
-    keeper = manager(one, load_step=3)
-    keeper.load(keeper.find(), states, NAMES)
-    keeper.save(6, states, {})
+    checkpoints = manager(one, load_step=3)
+    checkpoints.load(checkpoints.find(), states, NAMES)
+    checkpoints.save(6, states, {})
     assert _contents(one / "step_6.theirs") == before
-    assert folders.read(one / "step-6").step == 6
+    assert folders.read_checkpoint(one / "step-6").step == 6
     assert manager(one).find().trainer == ""
 
 
@@ -139,9 +139,9 @@ def test_a_last_save_of_weights_alone(one, tmp_path):
     with pytest.raises(UserError, match="weights alone"):
         manager(tmp_path / "a", initial_load_path=str(one / "step-6"), initial_load_model_only=False).find()
     states = parts()
-    keeper = manager(tmp_path / "b", initial_load_path=str(one / "step-6"))
-    found = keeper.find()
-    keeper.load(found, states, NAMES)
+    checkpoints = manager(tmp_path / "b", initial_load_path=str(one / "step-6"))
+    found = checkpoints.find()
+    checkpoints.load(found, states, NAMES)
     assert not found.resume
     for key, value in expected(one / "step-6").items():
         assert value.dtype == torch.bfloat16
@@ -155,11 +155,11 @@ def test_initial_load_path_takes_all_or_the_weights(path, one, tmp_path):
     for only in (True, False):
         states = parts()
         place = str(one / path) if path != "." else str(one)
-        keeper = manager(tmp_path / f"new{only}", initial_load_path=place, initial_load_model_only=only)
-        found = keeper.find()
+        checkpoints = manager(tmp_path / f"new{only}", initial_load_path=place, initial_load_model_only=only)
+        found = checkpoints.find()
         assert found.resume != only
         assert found.extra == {} if only else found.extra["train_state"]["step"] == 3
-        keeper.load(found, states, NAMES)
+        checkpoints.load(found, states, NAMES)
         wanted = expected(one / "step-3")
         for key, value in flat(states).items():
             assert torch.equal(value, torch.zeros_like(value) if only and "optimizer" in key else wanted[key]), key
@@ -167,9 +167,9 @@ def test_initial_load_path_takes_all_or_the_weights(path, one, tmp_path):
 
 def test_parts_can_be_left_out(one):
     states = parts()
-    keeper = manager(one, load_step=3, exclude_from_loading=("optimizer", "dataloader"))
-    found = keeper.find()
-    keeper.load(found, states, NAMES)
+    checkpoints = manager(one, load_step=3, exclude_from_loading=("optimizer", "dataloader"))
+    found = checkpoints.find()
+    checkpoints.load(found, states, NAMES)
     assert found.extra.keys() == {"train_state", "lr_scheduler"}
     assert states["model"].held["norm.weight"].any()
     assert not any(value.any() for value in states["optimizer"].held.values())
@@ -194,10 +194,10 @@ def test_another_model_is_refused_in_one_message(one):
 def test_a_torn_one_is_passed_over(one):
     shard = one / "step-6/__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(NotWhole, match="are needed"):
-        titan.look(one / "step-6")
-    keeper = manager(one)
-    assert keeper.find().step == 3
+    with pytest.raises(InvalidCheckpoint, match="are needed"):
+        titan.inspect(one / "step-6")
+    checkpoints = manager(one)
+    assert checkpoints.find().step == 3
     (one / "step-3/__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="no published checkpoint is good") as caught:
         manager(one).find()
@@ -205,13 +205,15 @@ def test_a_torn_one_is_passed_over(one):
 
 
 def test_names_that_are_not_theirs_are_no_checkpoint_of_theirs(tmp_path):
-    from quadriga.checkpoint.tensors import write
+    from quadriga.checkpoint.tensors import save_tensors
 
     place = tmp_path / "step-3"
     place.mkdir()
-    write(place, {"model.layers.0.attention.wq.weight": torch.ones(8, 8), "optimizer.a.exp_avg": torch.ones(3)}, None)
+    save_tensors(
+        place, {"model.layers.0.attention.wq.weight": torch.ones(8, 8), "optimizer.a.exp_avg": torch.ones(3)}, None
+    )
     (place / "plan.json").unlink()
-    assert titan.look(place) is None
+    assert titan.inspect(place) is None
     with pytest.raises(CheckpointError, match="have not torchtitan's names"):
         manager(tmp_path).find()
 
@@ -219,14 +221,14 @@ def test_names_that_are_not_theirs_are_no_checkpoint_of_theirs(tmp_path):
 def test_whether_a_run_is_finished_is_seen_without_a_look_into_an_unfinished_one(one, monkeypatch):
     """Every rank asks for it at each start, and `.metadata` of a large model has many megabytes."""
     looked = []
-    real = titan.look
-    monkeypatch.setattr(titan, "look", lambda path: looked.append(Path(path).name) or real(path))
+    real = titan.inspect
+    monkeypatch.setattr(titan, "inspect", lambda path: looked.append(Path(path).name) or real(path))
     places = SimpleNamespace(checkpoint=str(one), dump=str(one.parent))
     for steps, step, finished in ((9, -1, False), (7, 6, False), (6, -1, True), (5, -1, True), (3, 3, True)):
         looked.clear()
         spec = SimpleNamespace(steps=steps, folders=places)
         run = SimpleNamespace(config=SimpleNamespace(checkpoint=Checkpoint(load_step=step)), spec=spec)
-        assert header.say_if_finished(run) == finished
+        assert header.log_if_finished(run) == finished
         assert looked == ([f"step-{6 if step == -1 else step}"] if finished else [])
 
 
@@ -239,33 +241,33 @@ WITHOUT_A_PLAN = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_PLAN)
-def test_a_save_of_theirs_without_a_plan_is_named_and_kept(name, one, heard):
+def test_a_save_of_theirs_without_a_plan_is_named_and_kept(name, one, logged):
     written, says = WITHOUT_A_PLAN[name]
     (one / "step-6").rename(one.parent / "away")
     for file in written:
         (one / "step-6" / file).parent.mkdir(parents=True, exist_ok=True)
         (one / "step-6" / file).write_bytes(file.encode())
     before, states = _contents(one / "step-6"), parts()
-    keeper = manager(one)
-    assert keeper.find().step == 3
-    assert str(one / "step-6") in heard.text
-    assert says in heard.text
-    keeper.save(6, states, {})
+    checkpoints = manager(one)
+    assert checkpoints.find().step == 3
+    assert str(one / "step-6") in logged.text
+    assert says in logged.text
+    checkpoints.save(6, states, {})
     assert _contents(one / "step_6.theirs") == before
-    assert folders.read(one / "step-6").step == 6
+    assert folders.read_checkpoint(one / "step-6").step == 6
 
 
 def test_a_last_save_in_hugging_faces_form_alone_is_no_start_from_scratch(tmp_path):
     (tmp_path / "step-6").mkdir()
     (tmp_path / "step-6" / INDEX).write_text("{}")
-    with pytest.raises(CheckpointError, match="initial_load_in_hf") as told:
+    with pytest.raises(CheckpointError, match="initial_load_in_hf") as caught:
         manager(tmp_path).find()
-    assert told.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
+    assert caught.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
     with pytest.raises(CheckpointError, match="initial_load_in_hf"):
         manager(tmp_path, load_step=6).find()
 
 
-class Evil:
+class CommandPickle:
     def __init__(self, flag: Path) -> None:
         self.flag = flag
 
@@ -277,14 +279,14 @@ class Evil:
 def test_a_crafted_value_runs_nothing(name, one, tmp_path):
     flag = tmp_path / "flag"
     stream = io.BytesIO()
-    torch.save(Evil(flag) if name != "dataloader.dp_rank_0" else pickle.dumps(Evil(flag)), stream)
+    torch.save(CommandPickle(flag) if name != "dataloader.dp_rank_0" else pickle.dumps(CommandPickle(flag)), stream)
     archive, step = stream.getvalue(), one / "step-3"
     _put(step, name, archive)
     if name == "dataloader.dp_rank_0":
-        assert "cannot be read" in titan.look(step).extra["dataloader"]["unknown"]
+        assert "cannot be read" in titan.inspect(step).extra["dataloader"]["unknown"]
     else:
-        with pytest.raises(NotWhole, match="no plain value"):
-            titan.look(step)
+        with pytest.raises(InvalidCheckpoint, match="no plain value"):
+            titan.inspect(step)
     assert not flag.exists()
 
 
@@ -295,8 +297,8 @@ def test_a_step_that_cannot_be_is_refused(value, what, one):
     stream = io.BytesIO()
     torch.save(value, stream)
     _put(one / "step-3", "train_state.step", stream.getvalue())
-    with pytest.raises(NotWhole, match=what):
-        titan.look(one / "step-3")
+    with pytest.raises(InvalidCheckpoint, match=what):
+        titan.inspect(one / "step-3")
 
 
 def test_a_number_is_short(one):
@@ -304,8 +306,8 @@ def test_a_number_is_short(one):
     stream = io.BytesIO()
     torch.save("a" * 2 * limits.OBJECT_NUMBER_BYTES, stream)
     _put(one / "step-3", "train_state.step", stream.getvalue())
-    with pytest.raises(NotWhole, match="more than a value may have"):
-        titan.look(one / "step-3")
+    with pytest.raises(InvalidCheckpoint, match="more than a value may have"):
+        titan.inspect(one / "step-3")
 
 
 def test_transformed_values_are_refused(one):
@@ -315,8 +317,8 @@ def test_transformed_values_are_refused(one):
         if index.fqn == "train_state.step":
             info.transform_descriptors = ["stream.zstd/1"]
     (one / "step-3/.metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(NotWhole, match=r"'train_state\.step' was transformed as it was saved .*zstd"):
-        titan.look(one / "step-3")
+    with pytest.raises(InvalidCheckpoint, match=r"'train_state\.step' was transformed as it was saved .*zstd"):
+        titan.inspect(one / "step-3")
 
 
 def _put(step: Path, name: str, archive: bytes) -> None:

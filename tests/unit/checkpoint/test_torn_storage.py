@@ -16,7 +16,7 @@ from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT
 
 FILES = (".metadata", "__0_0.distcp", "plan.json", "train_state.json")
-HARMS = ("truncate", "delete", "flip a bit")
+DAMAGES = ("truncate", "delete", "flip a bit")
 CASES = 100
 
 
@@ -33,32 +33,32 @@ def pristine(tmp_path_factory):
     return folder
 
 
-def harm(path: Path, how: str, dice: random.Random) -> None:
+def damage(path: Path, how: str, rng: random.Random) -> None:
     whole = path.read_bytes()
     if how == "delete":
         path.unlink()
     elif how == "truncate":
-        path.write_bytes(whole[: dice.randrange(len(whole))])
+        path.write_bytes(whole[: rng.randrange(len(whole))])
     else:
-        place, bit = dice.randrange(len(whole)), 1 << dice.randrange(8)
+        place, bit = rng.randrange(len(whole)), 1 << rng.randrange(8)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damage_is_refused_by_name_and_the_one_before_is_taken(pristine, tmp_path, file, how):
-    heard = []
-    for case in range(CASES // (len(FILES) * len(HARMS)) + 1):
-        dice = random.Random(f"{file} {how} {case}")
+    events = []
+    for case in range(CASES // (len(FILES) * len(DAMAGES)) + 1):
+        rng = random.Random(f"{file} {how} {case}")
         place = tmp_path / str(case)
         shutil.copytree(pristine, place)
-        harm(place / "step-8" / file, how, dice)
+        damage(place / "step-8" / file, how, rng)
         one = CheckpointManager(
-            Checkpoint(enable=True), place, tell=lambda *event, **facts: heard.append((event, facts))
+            Checkpoint(enable=True), place, log_event=lambda *event, **facts: events.append((event, facts))
         )
         found = one.find()
         assert found.step == 3
-        (event, facts) = heard.pop()
+        (event, facts) = events.pop()
         assert event == ("fallback", 3)
         assert facts["steps_lost"] == 5
         (refused,) = facts["refused"]
@@ -72,19 +72,19 @@ def test_where_none_is_good_the_run_stops_with_a_code_of_its_own(pristine, tmp_p
     place = tmp_path / "all"
     shutil.copytree(pristine, place)
     for step in (3, 8):
-        harm(place / f"step-{step}" / "__0_0.distcp", "flip a bit", random.Random(step))
-    with pytest.raises(CheckpointError) as told:
+        damage(place / f"step-{step}" / "__0_0.distcp", "flip a bit", random.Random(step))
+    with pytest.raises(CheckpointError) as caught:
         manager(place).find()
-    assert told.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
+    assert caught.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
     for step in (3, 8):
-        assert str(place / f"step-{step}" / "__0_0.distcp") in str(told.value)
+        assert str(place / f"step-{step}" / "__0_0.distcp") in str(caught.value)
     assert sorted(os.listdir(place)) == ["step-3", "step-8"], "nothing was changed"
 
 
 def test_a_damaged_step_that_was_asked_for_is_not_replaced_by_another(pristine, tmp_path):
     place = tmp_path / "asked"
     shutil.copytree(pristine, place)
-    harm(place / "step-8" / "__0_0.distcp", "truncate", random.Random(1))
+    damage(place / "step-8" / "__0_0.distcp", "truncate", random.Random(1))
     with pytest.raises(CheckpointError, match="step 8, which was asked for, is damaged"):
         manager(place, load_step=8).find()
     assert manager(place, load_step=3).find().step == 3
@@ -94,7 +94,7 @@ def test_the_damaged_one_counts_for_nothing_when_old_ones_are_deleted(pristine, 
     """With the two newest kept, a bad one must not push the only good one out."""
     place = tmp_path / "kept"
     shutil.copytree(pristine, place)
-    harm(place / "step-8" / "__0_0.distcp", "flip a bit", random.Random(2))
+    damage(place / "step-8" / "__0_0.distcp", "flip a bit", random.Random(2))
     one = manager(place, keep_latest_k=2)
     assert one.find().step == 3
     one.save(6, {"model": Weights(6)}, {})
@@ -104,7 +104,7 @@ def test_the_damaged_one_counts_for_nothing_when_old_ones_are_deleted(pristine, 
     assert manager(place).find().step == 8
 
 
-def test_only_remains_of_a_save_are_told_loudly(tmp_path, caplog, monkeypatch):
+def test_only_remains_of_a_save_are_reported_as_a_warning(tmp_path, caplog, monkeypatch):
     import logging
 
     monkeypatch.setattr(logging.getLogger("quadriga"), "propagate", True)

@@ -13,7 +13,7 @@ import pytest
 
 from quadriga import __version__
 from quadriga.cli.main import COMMANDS, main
-from quadriga.config.card import Order, read_order
+from quadriga.config.card import CardTarget, read_target
 
 TOML = """
 [job]
@@ -83,9 +83,9 @@ def test_mistakes_are_reported_with_exit_code_2(argv, says, folder, capsys):
 )
 def test_a_path_that_no_file_system_can_have_is_reported(command, capsys):
     assert main([*command, "o" * 300]) == 2
-    told = capsys.readouterr().err
-    assert "o" * 299 in told
-    assert len(told) < 1500
+    output = capsys.readouterr().err
+    assert "o" * 299 in output
+    assert len(output) < 1500
 
 
 def test_a_file_system_that_fails_is_no_mistake_of_the_user(monkeypatch, capsys):
@@ -121,7 +121,7 @@ def test_a_card_is_written_checked_and_found_stale(folder, capsys):
     assert main(["card", "small.toml"]) == 0
     assert main(["card", "small.toml", "--check"]) == 0
     text = (folder / "README.md").read_text()
-    assert read_order(text) == Order("small.toml", 2, "A100")
+    assert read_target(text) == CardTarget("small.toml", 2, "A100")
     assert "13 steps" in text
 
 

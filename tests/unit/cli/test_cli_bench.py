@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from run_folders import make_run, no_traces
 
-from quadriga.analysis.compare.plan import choices_of, turns
+from quadriga.analysis.compare.plan import parse_choices, run_order
 from quadriga.cli import bench, compare
 from quadriga.cli.main import main
 from quadriga.errors import UserError
-from quadriga.launch.supervisor import check_at_the_door
+from quadriga.launch.supervisor import check_before_launch
 
 TOML = """
 [job]
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-class Played:
+class FakeRunner:
     """Runs in the place of launches: `seconds` of a step by the varied mode; `fails` names a run that ends badly."""
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Played:
         self.fails, self.ended_by = None, None
 
     def __call__(self, argv, environ, log):
-        _, run = check_at_the_door(argv, environ)
+        _, run = check_before_launch(argv, environ)
         comm = run.config.comm.model_copy(update={"backend": "gloo"})
         config = run.config.model_copy(update={"comm": comm})
         folder = Path(config.job.dump_folder)
@@ -67,8 +67,8 @@ class Played:
 
 
 @pytest.fixture
-def played(monkeypatch) -> Played:
-    runs = Played()
+def fake_runner(monkeypatch) -> FakeRunner:
+    runs = FakeRunner()
     monkeypatch.setattr(bench, "run_launch", runs)
     monkeypatch.setattr(compare, "reader_of_traces", lambda: no_traces)
     return runs
@@ -96,32 +96,32 @@ def played(monkeypatch) -> Played:
         (["--vary", f"{MODE}=none,full", "--html", "none/page.html"], "not a file in a folder that is there"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is(more, says, played, folder, capsys):
+def test_what_cannot_be_run_is_refused_before_anything_is(more, says, fake_runner, folder, capsys):
     assert main(["bench", "small.toml", "--ngpu", "1", *more]) == 2
     printed = capsys.readouterr()
     assert says in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
-    assert played.ran == []
+    assert fake_runner.ran == []
     assert [path.name for path in folder.iterdir()] == ["small.toml"]
 
 
-def test_several_machines_are_refused(played, monkeypatch, capsys):
+def test_several_machines_are_refused(fake_runner, monkeypatch, capsys):
     monkeypatch.setenv("NNODES", "2")
     assert main(["bench", "small.toml", *VARY]) == 2
     assert "one machine" in capsys.readouterr().err
-    assert played.ran == []
+    assert fake_runner.ran == []
 
 
-def test_the_runs_take_turns_and_are_compared(played, folder, capsys):
+def test_the_runs_are_interleaved_and_compared(fake_runner, folder, capsys):
     assert main(["bench", "small.toml", *VARY, "--repeat", "3", "--optimizer.lr", "1e-3"]) == 0
     printed = capsys.readouterr()
-    turn = ["1/1", "2/1", "2/2", "1/2", "1/3", "2/3"]
-    assert played.ran == [f"setting-{each[0]}/repeat-{each[2]}" for each in turn]
+    order = ["1/1", "2/1", "2/2", "1/2", "1/3", "2/3"]
+    assert fake_runner.ran == [f"setting-{each[0]}/repeat-{each[2]}" for each in order]
     assert "mode=full is 4" in printed.out.splitlines()[0]
     assert "% slower than mode=none" in printed.out.splitlines()[0]
     assert "run 6 of 6: round 3, mode=full" in printed.err
-    for argv, environ in zip(played.argvs, played.environs, strict=True):
+    for argv, environ in zip(fake_runner.argvs, fake_runner.environs, strict=True):
         assert "1e-3" in argv
         assert "--checkpoint.enable=false" in argv
         assert "--profiling.profile_freq=30" in argv
@@ -131,42 +131,47 @@ def test_the_runs_take_turns_and_are_compared(played, folder, capsys):
     assert [setting["name"] for setting in note["settings"]] == ["mode=none", "mode=full"]
 
 
-def test_what_the_user_says_is_not_set_by_the_bench(played):
+def test_what_the_user_says_is_not_set_by_the_bench(fake_runner):
     keys = ["--profiling.no_enable_profiling", "--metrics.log_freq", "3", "--checkpoint.enable=true"]
     assert main(["bench", "small.toml", *VARY, "--repeat", "1", *keys]) == 0
-    config = check_at_the_door(played.argvs[0], played.environs[0])[1].config
+    config = check_before_launch(fake_runner.argvs[0], fake_runner.environs[0])[1].config
     assert (config.profiling.enable_profiling, config.metrics.log_freq, config.checkpoint.enable) == (False, 3, True)
 
 
-def test_finished_runs_are_kept_and_more_repeats_are_added(played, capsys):
+def test_finished_runs_are_kept_and_more_repeats_are_added(fake_runner, capsys):
     assert main(["bench", "small.toml", *VARY, "--repeat", "1"]) == 0
     capsys.readouterr()
     assert main(["bench", "small.toml", *VARY, "--repeat", "2"]) == 0
-    assert played.ran[2:] == ["setting-2/repeat-2", "setting-1/repeat-2"]
+    assert fake_runner.ran[2:] == ["setting-2/repeat-2", "setting-1/repeat-2"]
     assert "run 1 of 4: round 1, mode=none: finished before" in capsys.readouterr().err
 
 
-def test_a_failed_run_stops_the_bench_and_the_same_command_goes_on(played, folder, capsys):
-    played.fails = "setting-2/repeat-1"
+def test_a_failed_run_stops_the_bench_and_the_same_command_goes_on(fake_runner, folder, capsys):
+    fake_runner.fails = "setting-2/repeat-1"
     command = ["bench", "small.toml", *VARY, "--repeat", "2", "--out", "bench"]
     assert main(command) == 6
-    said = capsys.readouterr().err
-    assert "mode=full: failed with exit code 6" in said
-    assert "rank 0 failed first:\n\nout of memory" in said
-    assert "give the same command again: finished runs are kept" in said
-    played.fails = None
+    output = capsys.readouterr().err
+    assert "mode=full: failed with exit code 6" in output
+    assert "rank 0 failed first:\n\nout of memory" in output
+    assert "give the same command again: finished runs are kept" in output
+    fake_runner.fails = None
     assert main(command) == 0
-    assert played.ran == ["setting-1/repeat-1", *["setting-2/repeat-1"] * 2, "setting-2/repeat-2", "setting-1/repeat-2"]
+    assert fake_runner.ran == [
+        "setting-1/repeat-1",
+        *["setting-2/repeat-1"] * 2,
+        "setting-2/repeat-2",
+        "setting-1/repeat-2",
+    ]
     assert (folder / "bench/setting-2/repeat-1-unfinished-1").is_dir()
 
 
-def test_a_signal_ends_the_bench_with_its_code(played, capsys):
-    played.fails, played.ended_by = "setting-1/repeat-1", 15
+def test_a_signal_ends_the_bench_with_its_code(fake_runner, capsys):
+    fake_runner.fails, fake_runner.ended_by = "setting-1/repeat-1", 15
     assert main(["bench", "small.toml", *VARY]) == 128 + 15
     assert "ended by SIGTERM; the same command goes on from here" in capsys.readouterr().err
 
 
-def test_finished_runs_of_another_configuration_are_refused(played, capsys):
+def test_finished_runs_of_another_configuration_are_refused(fake_runner, capsys):
     assert main(["bench", "small.toml", *VARY, "--repeat", "1", "--out", "bench"]) == 0
     for more, says in (
         (["--steps", "40"], "a finished run of another configuration: metrics.log_freq was 1, is now 2"),
@@ -177,18 +182,18 @@ def test_finished_runs_of_another_configuration_are_refused(played, capsys):
     others = ["--vary", f"{MODE}=none,selective", "--ngpu", "1", "--out", "bench"]
     assert main(["bench", "small.toml", *others]) == 2
     assert "the folder holds a bench with other settings" in capsys.readouterr().err
-    assert len(played.ran) == 2
+    assert len(fake_runner.ran) == 2
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(played, folder, capsys):
+def test_a_folder_with_something_else_in_it_is_left_alone(fake_runner, folder, capsys):
     (folder / "mine").mkdir()
     (folder / "mine" / "file").write_text("x")
     assert main(["bench", "small.toml", *VARY, "--out", "mine"]) == 2
     assert "holds no bench" in capsys.readouterr().err
-    assert played.ran == []
+    assert fake_runner.ran == []
 
 
-def test_compare_reads_the_folder_of_a_bench(played, capsys):
+def test_compare_reads_the_folder_of_a_bench(fake_runner, capsys):
     assert main(["bench", "small.toml", *VARY, "--repeat", "3", "--out", "bench"]) == 0
     capsys.readouterr()
     assert main(["compare", "bench", "--json"]) == 0
@@ -206,7 +211,7 @@ def test_compare_reads_the_folder_of_a_bench(played, capsys):
 
 
 def test_every_combination_is_a_setting_and_lists_keep_their_commas():
-    found = choices_of(["a.x=1,2", "b.y=[p,q],[p]"])
+    found = parse_choices(["a.x=1,2", "b.y=[p,q],[p]"])
     assert [dict(choice.values) for choice in found] == [
         {"a.x": "1", "b.y": "[p,q]"},
         {"a.x": "1", "b.y": "[p]"},
@@ -214,14 +219,14 @@ def test_every_combination_is_a_setting_and_lists_keep_their_commas():
         {"a.x": "2", "b.y": "[p]"},
     ]
     assert found[3].name == "x=2, y=[p]"
-    assert choices_of(["a.x=1,2", "b.x=3,4"])[0].name == "a.x=1, b.x=3"
+    assert parse_choices(["a.x=1,2", "b.x=3,4"])[0].name == "a.x=1, b.x=3"
     with pytest.raises(UserError):
-        choices_of(["a.x=1,,2"])
+        parse_choices(["a.x=1,,2"])
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_every_setting_is_first_in_its_turn(count):
-    rounds = list(turns(count, 2 * count))
+def test_every_setting_is_first_equally_often(count):
+    rounds = list(run_order(count, 2 * count))
     assert [number for number, _ in rounds] == list(range(1, 2 * count + 1))
     assert all(sorted(order) == list(range(count)) for _, order in rounds)
     assert [order[0] for _, order in rounds] == [*range(count)] * 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from theirs import run_folder
+from torchtitan_checkpoints import run_folder
 
 from quadriga.checkpoint import folder as folders
 from quadriga.cli.main import main
@@ -12,8 +12,8 @@ from quadriga.cli.main import main
 
 def save(place, step):
     folders.prepare(place, step)
-    Path(folders.hidden(place, step), "__0_0.distcp").write_bytes(b"tensors" * 99)
-    Path(folders.hidden(place, step), ".metadata").write_bytes(b"a plan.")
+    Path(folders.staging_path(place, step), "__0_0.distcp").write_bytes(b"tensors" * 99)
+    Path(folders.staging_path(place, step), ".metadata").write_bytes(b"a plan.")
     extra = {"train_state": {"tokens_seen": 1000 * step}, "world_size": 4}
     return Path(folders.publish(place, step, ("model", "optimizer"), extra))
 

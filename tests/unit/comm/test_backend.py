@@ -8,7 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose, in_words, serving
+from quadriga.comm.backend import (
+    BACKENDS,
+    NCCL_SYMMETRIC,
+    NVSHMEM,
+    Machine,
+    backend_by_axis,
+    choose_backend,
+    format_backends,
+)
 from quadriga.config.run_spec import Degrees
 from quadriga.errors import UserError
 
@@ -35,11 +43,11 @@ H100 = Machine(True, "2.13.0+cu130", {NCCL_SYMMETRIC: True, NVSHMEM: True}, (9, 
 def test_the_request_counts_and_the_machine_decides_where_there_is_none(
     requested: str | None, machine: Machine, chosen: str
 ) -> None:
-    assert choose(requested, machine) == chosen
+    assert choose_backend(requested, machine) == chosen
 
 
 @pytest.mark.parametrize(
-    ("requested", "machine", "said"),
+    ("requested", "machine", "expected"),
     [
         ("nccl", CPU, "none is visible here"),
         ("nccl-symm", CPU, "none is visible here"),
@@ -54,14 +62,14 @@ def test_the_request_counts_and_the_machine_decides_where_there_is_none(
         ("nvshmem", replace(H100, capability=(6, 1)), r"capability 7\.0, and 6\.1 is here"),
     ],
 )
-def test_what_cannot_be_had_is_refused_and_never_replaced(requested: str, machine: Machine, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        choose(requested, machine)
+def test_what_cannot_be_had_is_refused_and_never_replaced(requested: str, machine: Machine, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        choose_backend(requested, machine)
 
 
 def test_an_unknown_name_is_met_with_the_nearest_one() -> None:
     with pytest.raises(UserError) as refusal:
-        choose("ncll", H100)
+        choose_backend("ncll", H100)
     problem = refusal.value.problems[0]
     assert (problem.nearest, problem.allowed) == ("nccl", "gloo, nccl, nccl-symm, nvshmem")
 
@@ -71,7 +79,7 @@ ALL_AXES = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2)
 
 
 @pytest.mark.parametrize(
-    ("backend", "degrees", "words"),
+    ("backend", "degrees", "expected"),
     [
         ("gloo", FSDP_4, "gloo: shard, norms, host"),
         ("nccl", FSDP_4, "nccl: shard, norms; gloo: host"),
@@ -81,8 +89,8 @@ ALL_AXES = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2)
         ("nccl", Degrees(), "nothing is sent"),
     ],
 )
-def test_every_axis_has_its_backend(backend: str, degrees: Degrees, words: str) -> None:
-    assert in_words(serving(backend, degrees)) == words
+def test_every_axis_has_its_backend(backend: str, degrees: Degrees, expected: str) -> None:
+    assert format_backends(backend_by_axis(backend, degrees)) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,12 +98,12 @@ def test_every_axis_has_its_backend(backend: str, degrees: Degrees, words: str) 
     [(1.0, "100 %"), (0.99999, "over 99.9 %"), (0.894, "89.4 %"), (0.01, "1 %"), (1e-9, "under 0.1 %"), (0.0, "0 %")],
 )
 def test_a_share_is_not_rounded_to_all_or_nothing(share: float, shown: str) -> None:
-    assert in_words({"shard": "nvshmem"}, {"nvshmem": share}) == f"nvshmem: shard ({shown})"
+    assert format_backends({"shard": "nvshmem"}, {"nvshmem": share}) == f"nvshmem: shard ({shown})"
 
 
 def test_facts_name_themselves_and_others_that_are_there() -> None:
     assert {name: facts.name for name, facts in BACKENDS.items()} == {name: name for name in BACKENDS}
-    assert {facts.beside for facts in BACKENDS.values() if facts.beside} <= BACKENDS.keys()
+    assert {facts.fallback_backend for facts in BACKENDS.values() if facts.fallback_backend} <= BACKENDS.keys()
 
 
 def test_asking_imports_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the configuration share: a TOML file on disk, read through the door with the real models."""
+"""What the tests of the configuration share: a TOML file on disk, read with all checks and the real models."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def write() -> Write:
 
 
 @pytest.fixture
-def door() -> Callable[..., Run]:
+def read_config() -> Callable[..., Run]:
     """`read` with the real models and backends; a Path among the arguments is the configuration file."""
 
-    def pass_door(
+    def read_arguments(
         *arguments: str | Path, ranks: int | None = 1, training: bool = True, environ: Mapping[str, str] | None = None
     ) -> Run:
         argv = [
             part
-            for word in arguments
-            for part in (["--job.config_file", str(word)] if isinstance(word, Path) else [word])
+            for argument in arguments
+            for part in (["--job.config_file", str(argument)] if isinstance(argument, Path) else [argument])
         ]
         return read(argv, environ or {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=training)
 
-    return pass_door
+    return read_arguments
 
 
 @pytest.fixture
-def refusal(door: Callable[..., Run]) -> Callable[..., tuple[Problem, ...]]:
-    """The problems for which the door stays shut."""
+def refusal(read_config: Callable[..., Run]) -> Callable[..., tuple[Problem, ...]]:
+    """The problems of a configuration that is refused."""
 
     def problems(*arguments: str | Path, **options: object) -> tuple[Problem, ...]:
         with pytest.raises(UserError) as caught:
-            door(*arguments, **options)
+            read_config(*arguments, **options)
         return caught.value.problems
 
     return problems

@@ -13,13 +13,13 @@ import pytest
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.config.case import value_of
 from quadriga.config.changed_defaults import OLD_DEFAULTS, started_with
-from quadriga.config.continuity import facts, refusals
+from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.keys import KEYS
+from quadriga.config.rules import config_value
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import catalogue
-from quadriga.train.continuity import changes, flat
+from quadriga.train.continuity import config_changes, flatten
 
 VARIANT, DECAY = "lr_scheduler.variant", "optimizer.decay_norms_and_biases"
 PLACES = {"job.config_file", "job.dump_folder", "training.dataset_path"}  # of that run
@@ -31,20 +31,20 @@ NEW: dict[str, Any] = {
 
 def going_on(*arguments: str, **checkpoints: Mapping[str, Any]) -> Run:
     """Read a configuration; `checkpoints`: what the newest in each folder says."""
-    asked = ["--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin", *arguments]
+    argv = ["--model.hf_assets_path=builtin:bytes", "--training.dataset=builtin", *arguments]
 
     def saved(folder: str, step: int) -> Mapping[str, Any] | None:
         name = folder.replace("/", "_")
         return checkpoints.get(name if step == -1 else f"{name}_{step}")
 
-    return read(asked, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=True, saved=saved)
+    return read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=True, saved=saved)
 
 
 def kept(run: Run) -> tuple[Any, Any]:
-    return value_of(run.config, VARIANT), value_of(run.config, DECAY)
+    return config_value(run.config, VARIANT), config_value(run.config, DECAY)
 
 
-def told(run: Run) -> list[str]:
+def kept_by_notice(run: Run) -> list[str]:
     """The keys of which a notice says that they were kept."""
     return [notice.split()[0] for notice in run.spec.notices if " stays " in notice]
 
@@ -66,11 +66,11 @@ def test_every_default_that_has_changed_is_in_the_table(root: Path) -> None:
     with tarfile.open(folder / "step-2.tar.gz") as archive:
         manifest = archive.extractfile("step-2/train_state.json")
         assert manifest is not None
-        saved = dict(flat(json.load(manifest)["extra"]["config"]))
-    said = {*dict(flat(tomllib.loads((folder / "tiny.toml").read_text()))), *PLACES}
+        saved = dict(flatten(json.load(manifest)["extra"]["config"]))
+    set_by_the_file = {*dict(flatten(tomllib.loads((folder / "tiny.toml").read_text()))), *PLACES}
     assert len(saved) > 100
     for key, old in saved.items():
-        if key not in said and key in KEYS:
+        if key not in set_by_the_file and key in KEYS:
             today = KEYS[key].default
             assert (list(today) if isinstance(today, tuple) else today) == old or OLD_DEFAULTS.get(key) == old, key
 
@@ -78,13 +78,13 @@ def test_every_default_that_has_changed_is_in_the_table(root: Path) -> None:
 def test_a_new_run_has_the_defaults_of_today() -> None:
     for run in (going_on(*ON), going_on(*ON, run_checkpoint=NEW)):
         assert kept(run) == ("torchtitan", True)
-        assert told(run) == []
+        assert kept_by_notice(run) == []
 
 
 def test_an_older_run_keeps_what_it_was_started_with_and_one_notice_a_key_says_so() -> None:
     run = going_on(*ON, run_checkpoint=OLD)
     assert kept(run) == ("early_decay", False)
-    assert told(run) == [VARIANT, DECAY]
+    assert kept_by_notice(run) == [VARIANT, DECAY]
     assert (
         f'{VARIANT} stays "early_decay", with which the run in run/checkpoint was started '
         '(the default is now "torchtitan"; set the key to change it)'
@@ -100,19 +100,19 @@ def test_the_seed_of_a_run_that_goes_on_is_no_news() -> None:
     assert notices(going_on(*ON, run_checkpoint={**NEW, "seed": 42})) == 0
     other = going_on(*ON, run_checkpoint={**NEW, "seed": 7})
     assert (notices(other), other.spec.seed) == (1, 42)  # it is refused when the ranks compare
-    assert "debug.seed" in [problem.where for problem in refusals({**facts(other), **NEW, "seed": 7}, other)]
+    assert "debug.seed" in [problem.where for problem in resume_problems({**run_facts(other), **NEW, "seed": 7}, other)]
 
 
 def test_a_key_that_did_not_exist_is_a_change_only_if_it_is_no_default() -> None:
     """What an older checkpoint lacks is not listed; where a run lies neither."""
     run = going_on(*ON, "--training.dataloader.no_shuffle", "--optimizer.lr=1e-3")
-    here = facts(run)["config"]
+    here = run_facts(run)["config"]
     saved = {
         "job": {"config_file": "there.toml", "dump_folder": "there"},
         "checkpoint": {"enable": True},
         "optimizer": {"lr": 2e-3, "gone": 1},
     }
-    assert changes(saved, here, started_with({"config": saved})) == [
+    assert config_changes(saved, here, started_with({"config": saved})) == [
         ("lr_scheduler.variant", "early_decay", "torchtitan"),
         ("optimizer.decay_norms_and_biases", False, True),
         ("optimizer.gone", 1, None),
@@ -124,8 +124,8 @@ def test_a_key_that_did_not_exist_is_a_change_only_if_it_is_no_default() -> None
 def test_what_the_user_says_wins() -> None:
     run = going_on(*ON, f"--{VARIANT}=torchtitan", run_checkpoint=OLD)
     assert kept(run) == ("torchtitan", False)
-    assert told(run) == [DECAY]
-    assert refusals({**facts(run), **OLD}, run) == []
+    assert kept_by_notice(run) == [DECAY]
+    assert resume_problems({**run_facts(run), **OLD}, run) == []
 
 
 def test_the_checkpoint_that_is_asked_for_says_it() -> None:
@@ -160,17 +160,17 @@ def test_a_checkpoint_without_a_configuration_says_nothing(config: Any) -> None:
 
 @pytest.mark.parametrize("section", [3, None, {"variant": "cubic"}, {"variant": ["torchtitan"]}])
 def test_a_value_that_cannot_be_is_not_taken_and_refused_when_compared(section: Any) -> None:
-    said = {"config": {**NEW["config"], "lr_scheduler": section}}
-    run = going_on(*ON, run_checkpoint=said)
-    assert value_of(run.config, VARIANT) in ("torchtitan", "early_decay")
+    manifest = {"config": {**NEW["config"], "lr_scheduler": section}}
+    run = going_on(*ON, run_checkpoint=manifest)
+    assert config_value(run.config, VARIANT) in ("torchtitan", "early_decay")
     if isinstance(section, dict):
-        assert [problem.where for problem in refusals({**facts(run), **said}, run)] == [VARIANT]
+        assert [problem.where for problem in resume_problems({**run_facts(run), **manifest}, run)] == [VARIANT]
 
 
 def test_another_checkpoint_than_the_one_that_was_read_is_refused() -> None:
     """The newest is damaged, and an older one of other settings is loaded: the ranks must not guess."""
     run = going_on(*ON, run_checkpoint=NEW)
-    problems = refusals({**facts(run), **OLD}, run)
+    problems = resume_problems({**run_facts(run), **OLD}, run)
     assert [problem.where for problem in problems] == [VARIANT, DECAY]
     assert problems[0].what == "was early_decay when the checkpoint was saved"
     assert (problems[0].fix or "").startswith(f"set {VARIANT} to early_decay")

@@ -83,7 +83,7 @@ def test_files_are_found_by_path_folder_and_glob(write):
     assert data_files("parquet", "data/sub") == []
 
 
-def test_a_folder_without_such_files_is_told_apart_from_none(write):
+def test_a_folder_without_such_files_is_distinguished_from_none(write):
     write("x", "data/notes.txt")
     there = missing_files("training.dataset", "parquet", "data", "run.toml, line 3")
     assert "holds no file that parquet reads" in there.what

@@ -13,11 +13,11 @@ import pytest
 from quadriga.cli.main import main as command
 from quadriga.config.keys import KEYS
 from quadriga.config.paths import PATHS
-from quadriga.errors import MOST_SHOWN, Problem, UserError, nearest
+from quadriga.errors import MAX_PROBLEMS, Problem, UserError, nearest
 from quadriga.hardware import device_named
-from quadriga.launch.environment import read_request
+from quadriga.launch.environment import read_launch_request
 from quadriga.launch.supervisor import main
-from quadriga.train.__main__ import wrong_variables
+from quadriga.train.__main__ import invalid_variables
 
 DIGITS = "9" * 5000
 FILES = {
@@ -61,12 +61,12 @@ def test_a_file_of_300_mb_in_one_line_is_not_read(refusal):
     assert "longer than a configuration file may be" in refusal(Path("run.toml"))[0].what
 
 
-def test_a_long_chain_of_files_is_refused(write, refusal, door):
+def test_a_long_chain_of_files_is_refused(write, refusal, read_config):
     for number in range(60):
         write(f'extends = "c{number + 1}.toml"', f"c{number}.toml")
     assert refusal(Path("c0.toml"))[0].what == "the chain of files is too long"
     write("[training]\nsteps = 7", "c60.toml")
-    assert door(Path("c45.toml")).config.training.steps == 7
+    assert read_config(Path("c45.toml")).config.training.steps == 7
 
 
 def test_utf16_and_other_bytes(refusal):
@@ -75,7 +75,7 @@ def test_utf16_and_other_bytes(refusal):
         assert "is not UTF-8" in refusal(Path("run.toml"))[0].what
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if int in KEYS[key].plain_kinds])
+@pytest.mark.parametrize("key", [key for key in KEYS if int in KEYS[key].plain_types])
 def test_every_number_has_an_upper_bound(key, refusal):
     assert refusal(f"--{key}={10**19}")[0].what == "out of range"
     assert refusal(f"--{key}={10**400}")[0].what == "out of range"
@@ -110,13 +110,13 @@ def test_the_largest_that_is_allowed_takes_seconds(ranks, keys, capsys):
     assert main([*keys, "--estimate.device=H100"], {"DRY_RUN": "1", "NGPU": str(ranks)}) == 0
 
 
-def test_a_pipeline_of_very_many_passes_is_refused_and_the_way_out_works(refusal, door):
+def test_a_pipeline_of_very_many_passes_is_refused_and_the_way_out_works(refusal, read_config):
     keys = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=131072"]
     (problem,) = refusal(*keys, ranks=4)
     assert "more passes than a schedule" in problem.what
     size = problem.fix.split()[3]
     near = 1 << (int(size) - 1).bit_length()
-    assert door(*keys, f"--parallelism.pipeline_parallel_microbatch_size={near}", ranks=4)
+    assert read_config(*keys, f"--parallelism.pipeline_parallel_microbatch_size={near}", ranks=4)
 
 
 @pytest.mark.parametrize(
@@ -130,31 +130,31 @@ def test_a_pipeline_of_very_many_passes_is_refused_and_the_way_out_works(refusal
     ],
 )
 def test_a_variable_is_refused_by_name(name, value):
-    _, problems = read_request({"NGPU": "2", name: value})
+    _, problems = read_launch_request({"NGPU": "2", name: value})
     assert [problem.where for problem in problems] == [name]
     assert all(char.isprintable() or char == "\n" for char in str(problems[0]))
 
 
 @pytest.mark.parametrize("endpoint", ["a:0", "a:65536", "a:" + DIGITS, "a", ":29500", "a b:1", "a:1:", "\x1b:1", "a:١"])
 def test_an_endpoint_is_a_host_and_a_port(endpoint):
-    _, problems = read_request({"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": endpoint})
+    _, problems = read_launch_request({"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": endpoint})
     assert [problem.where for problem in problems] == ["RDZV_ENDPOINT"]
     for right in ("node0:29500", "10.0.0.1:1", "[fe80::1%eth0]:65535"):
-        assert read_request({"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": right})[1] == []
+        assert read_launch_request({"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": right})[1] == []
 
 
 def test_too_many_ranks_in_all():
-    assert [p.where for p in read_request({"NGPU": "131072", "NNODES": "131072", "DRY_RUN": "1"})[1]] == [
+    assert [p.where for p in read_launch_request({"NGPU": "131072", "NNODES": "131072", "DRY_RUN": "1"})[1]] == [
         "NGPU, NNODES"
     ]
 
 
 def test_what_torchrun_sets_is_looked_at():
-    assert wrong_variables({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}) == []
+    assert invalid_variables({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}) == []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        assert [problem.where for problem in wrong_variables({name: DIGITS})] == [name]
-    assert wrong_variables({"RANK": "2", "WORLD_SIZE": "2"})[0].where == "RANK"
-    assert wrong_variables({"MASTER_PORT": "65536"})[0].where == "MASTER_PORT"
+        assert [problem.where for problem in invalid_variables({name: DIGITS})] == [name]
+    assert invalid_variables({"RANK": "2", "WORLD_SIZE": "2"})[0].where == "RANK"
+    assert invalid_variables({"MASTER_PORT": "65536"})[0].where == "MASTER_PORT"
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_a_device_file_is_refused(text):
 def test_a_report_is_bounded_and_printable():
     problem = Problem("\x1b[2J" + "x" * 10_000, "y" * 10_000, "\r\n" * 5000, allowed="z" * 10_000)
     report = UserError(*[problem] * 1000).report
-    assert len(report) < MOST_SHOWN * 8000
-    assert report.endswith(f"and {1000 - MOST_SHOWN} more")
+    assert len(report) < MAX_PROBLEMS * 8000
+    assert report.endswith(f"and {1000 - MAX_PROBLEMS} more")
     assert all(char.isprintable() or char == "\n" for char in report)
     assert nearest("x" * 1_000_000, ["a"]) is None
 
@@ -188,11 +188,11 @@ def test_a_report_is_bounded_and_printable():
 # --- paths
 
 
-def test_every_key_of_a_path_is_expanded(door):
+def test_every_key_of_a_path_is_expanded(read_config):
     environ = {"HOME": "/home/me", "DATA": "/data", "RUN": "run7"}
     known = {key for key in KEYS if key.endswith(("folder", "path", "_csv", "_file")) and key != "job.save_config_file"}
     assert known <= PATHS, "a key that names a file is in the list"
-    run = door(
+    run = read_config(
         *("--job.dump_folder=~/$RUN", "--checkpoint.folder=${RUN}_checkpoints", "--metrics.save_tb_folder=$RUN"),
         *("--checkpoint.initial_load_path=s3://bucket/${RUN}/a", "--checkpoint.enable"),
         *("--training.dataset=text", "--training.dataset_path=$DATA/text", "--model.hf_assets_path=~/hf"),
@@ -207,12 +207,15 @@ def test_every_key_of_a_path_is_expanded(door):
     assert run.config.model.hf_assets_path == "/home/me/hf"
 
 
-def test_files_are_found_through_variables(write, door, tmp_path):
+def test_files_are_found_through_variables(write, read_config, tmp_path):
     write("[training]\nsteps = 7", "there/base.toml")
     write('extends = "${PLACE}/base.toml"')
     environ = {"PLACE": str(tmp_path / "there"), "HOME": str(tmp_path)}
-    assert door("--job.config_file=~/run.toml", environ=environ).config.training.steps == 7
-    assert door("--job.config_file=$HOME/run.toml", environ=environ).config.job.config_file == f"{tmp_path}/run.toml"
+    assert read_config("--job.config_file=~/run.toml", environ=environ).config.training.steps == 7
+    assert (
+        read_config("--job.config_file=$HOME/run.toml", environ=environ).config.job.config_file
+        == f"{tmp_path}/run.toml"
+    )
 
 
 @pytest.mark.parametrize("key", sorted(PATHS - {"estimate.device", "job.config_file"}))

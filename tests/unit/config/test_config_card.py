@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quadriga.cli.card import figures_of
 from quadriga.config import messages
-from quadriga.config.card import Order, read_order, render
+from quadriga.config.card import CardTarget, read_target, render_card
 from quadriga.hardware import find_device
 
 DP_REPLICATE = "--parallelism.data_parallel_replicate_degree"
@@ -19,11 +19,11 @@ EIGHT_B = ("--model.flavor", "8B", "--training.seq_len", "512", "--training.loca
 
 
 @pytest.fixture
-def card(door):
+def card(read_config):
     def make(*arguments, gpus=4, device=None):
-        run = door(*arguments, ranks=gpus, training=False)
+        run = read_config(*arguments, ranks=gpus, training=False)
         known = find_device(device) if device else None
-        return render(run, Order("some/file.toml", gpus, device), figures_of(run, known), known)
+        return render_card(run, CardTarget("some/file.toml", gpus, device), figures_of(run, known), known)
 
     return make
 
@@ -32,14 +32,14 @@ names = st.text("abcXYZ_-./0123456789 '", min_size=1).filter(lambda text: text =
 
 
 @given(file=names, gpus=st.integers(1, 10**6), device=st.none() | names)
-def test_the_first_line_tells_what_the_card_was_made_for(file, gpus, device):
-    order = Order(file, gpus, device)
-    assert read_order(f"{order.line}\n# more") == order
+def test_the_first_line_names_what_the_card_was_made_for(file, gpus, device):
+    target = CardTarget(file, gpus, device)
+    assert read_target(f"{target.header}\n# more") == target
 
 
 @pytest.mark.parametrize("text", ["", "# A card by hand\n", "<!-- quadriga card x.toml -->\n"])
-def test_a_page_of_another_hand_is_no_card(text):
-    assert read_order(text) is None
+def test_another_page_is_no_card(text):
+    assert read_target(text) is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_page_of_another_hand_is_no_card(text):
         (["--training.global_batch_size", "64"], 4, "Gradients are reduced once a step"),
     ],
 )
-def test_the_layout_in_words(arguments, gpus, says, card):
+def test_the_layout_is_described(arguments, gpus, says, card):
     assert says in card(*arguments, gpus=gpus)
 
 
@@ -88,16 +88,16 @@ def test_the_layout_in_words(arguments, gpus, says, card):
         ),
     ],
 )
-def test_the_schedule_in_words(arguments, says, door):
-    assert says in messages.schedule(door(*arguments))
+def test_the_schedule_is_described(arguments, says, read_config):
+    assert says in messages.schedule(read_config(*arguments))
 
 
 @pytest.mark.parametrize(
     ("option", "says"),
     [("0", "every block is"), ("1", "every block is"), ("007", "one of every 7 blocks is"), ("2", "one of every 2")],
 )
-def test_recompute_in_words(option, says, door):
-    run = door("--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={option}")
+def test_recompute_is_described(option, says, read_config):
+    run = read_config("--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={option}")
     assert f"selective ({option}): {says}" in messages.recompute(run.config.activation_checkpoint)
 
 
@@ -176,11 +176,11 @@ def test_the_card_does_not_depend_on_where_it_is_made(card, write):
     assert card("--model.hf_assets_path", "tok") == before
 
 
-def test_moments_in_a_format_of_their_own_are_saved_in_it(door):
-    narrow = door("--optimizer.state_dtype", "bfloat16")
+def test_moments_in_a_format_of_their_own_are_saved_in_it(read_config):
+    narrow = read_config("--optimizer.state_dtype", "bfloat16")
     assert messages.save_bytes(narrow, 1_000_000) == 8e6
     assert "Adam's moments are held in bfloat16" in messages.formats(narrow)
-    wide = door("--training.dtype", "bfloat16", "--optimizer.state_dtype", "float32")
+    wide = read_config("--training.dtype", "bfloat16", "--optimizer.state_dtype", "float32")
     assert messages.save_bytes(wide, 1_000_000) == 10e6
 
 
@@ -193,13 +193,13 @@ def test_moments_in_a_format_of_their_own_are_saved_in_it(door):
         ([DP_REPLICATE, "2", "--training.global_batch_size", "64"], "the global batch of 64 allows 2, 4, 8 ranks."),
     ],
 )
-def test_the_card_says_on_how_many_ranks_the_file_runs(arguments, says, card, door):
+def test_the_card_says_on_how_many_ranks_the_file_runs(arguments, says, card, read_config):
     assert says in card(*arguments)
     for ranks in (2, 4, 8):
-        door(*arguments, ranks=ranks)
+        read_config(*arguments, ranks=ranks)
 
 
-def test_a_rank_can_be_called_by_another_name(door):
-    run = door(ranks=2)
+def test_a_rank_can_be_called_by_another_name(read_config):
+    run = read_config(ranks=2)
     assert messages.strategy(run.spec, "rank").startswith("FSDP over 2 ranks: ")
     assert "GPU" not in messages.strategy(run.spec, "rank")

@@ -1,4 +1,4 @@
-"""Whatever is written: the door answers with a run or with problems, never with anything else."""
+"""Whatever is written: the configuration checks answer with a run or with problems, never with anything else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import read
 from quadriga.config.keys import KEYS
+from quadriga.config.legacy_keys import REFUSED, REMOVED, RENAMED
 from quadriga.config.reference import tables
-from quadriga.config.vocabulary import REFUSED, REMOVED, RENAMED
-from quadriga.errors import MOST_SHOWN, UserError, printable
+from quadriga.errors import MAX_PROBLEMS, UserError, printable
 from quadriga.models.registry import catalogue
 
 QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -41,20 +41,20 @@ def run_or_problems(argv, ranks, training):
     try:
         run = read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=training)
     except UserError as error:
-        problems, told = error.problems, error.report
+        problems, report = error.problems, error.report
     if problems:
-        assert all(printable(problem.where) in told for problem in problems[:MOST_SHOWN])
+        assert all(printable(problem.where) in report for problem in problems[:MAX_PROBLEMS])
     else:
         assert run.spec.world_size == ranks
 
 
 @QUIET
 @given(
-    said=st.dictionaries(TABLES, st.dictionaries(LEAVES, TOML_VALUES, max_size=4) | TOML_VALUES, max_size=4),
+    document=st.dictionaries(TABLES, st.dictionaries(LEAVES, TOML_VALUES, max_size=4) | TOML_VALUES, max_size=4),
     ranks=st.integers(1, 9),
 )
-def test_any_toml(said, ranks):
-    text = tomli_w.dumps(said)
+def test_any_toml(document, ranks):
+    text = tomli_w.dumps(document)
     Path("any.toml").write_text(text, encoding="utf-8")
     run_or_problems(["--job.config_file", "any.toml"], ranks, training=False)
 

@@ -1,4 +1,4 @@
-"""The door of a pipeline: stages, schedules and CSV files that cannot be are told with their reasons."""
+"""The configuration checks of a pipeline: stages, schedules and CSV files that cannot be are reported with reasons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from quadriga.config import pipeline_csv
-from quadriga.config.pipeline_order import Order
+from quadriga.config.pipeline_order import PipelineOrder
 
 KEY = "--parallelism."
 PP = f"{KEY}pipeline_parallel_"
@@ -21,7 +21,7 @@ def stages(*parts: str) -> str:
     return f"{KEY}module_fqns_per_model_part=" + str(listed).replace("'", '"')
 
 
-def told(problems) -> str:
+def report_of(problems) -> str:
     return "\n\n".join(map(str, problems))
 
 
@@ -37,8 +37,8 @@ def told(problems) -> str:
         ((stages("tok_embeddings 0 1 2 3 norm", "output"),), (0, 1)),
     ],
 )
-def test_which_rank_holds_which_stage(arguments, ranks, door):
-    assert door(*PIPELINE, *arguments, ranks=2).spec.stage_ranks == ranks
+def test_which_rank_holds_which_stage(arguments, ranks, read_config):
+    assert read_config(*PIPELINE, *arguments, ranks=2).spec.stage_ranks == ranks
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_which_rank_holds_which_stage(arguments, ranks, door):
     ],
 )
 def test_what_cannot_be_a_pipeline(arguments, says, refusal):
-    report = told(refusal(*PIPELINE, *arguments, ranks=2))
+    report = report_of(refusal(*PIPELINE, *arguments, ranks=2))
     assert all(text in report for text in says), report
 
 
@@ -74,14 +74,14 @@ FORWARD = ",".join(f"0F{i}" for i in range(4))
 GOOD = [f"{FORWARD},0B0,0B1,0B2,0B3", "1F0,1B0,1F1,1B1,1F2,1I2,1W2,1F3,1B3"]
 
 
-def test_a_csv_file_says_which_rank_holds_what(write, door):
+def test_a_csv_file_says_which_rank_holds_what(write, read_config):
     path = write("\n".join(GOOD), "two.csv")
-    assert door(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2).spec.stage_ranks == (0, 1)
+    assert read_config(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2).spec.stage_ranks == (0, 1)
     path = write(
         f"{FORWARD},(2F0)OVERLAP_F_B,,2B0,2F1,2B1,2F2,2B2,2F3,2B3,0B0,0B1,0B2,0B3\n1F0,1F1,1F2,1F3,1B0,1B1,1B2,1B3\n",
         "three.csv",
     )
-    assert door(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2).spec.stage_ranks == (0, 1, 0)
+    assert read_config(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2).spec.stage_ranks == (0, 1, 0)
 
 
 ONE_F_ONE_B = ["0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3", "1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3"]
@@ -99,8 +99,8 @@ WEIGHTS_LAST = ["0F0,0F1,0I0,0W0,0I1,0W1", "1F0,1I0,1F1,1I1,1W0,1W1"]
 )
 def test_what_a_csv_file_holds_and_how_long_it_waits(lines, micro_batches, at_once, idle):
     schedule = pipeline_csv.parse("\n".join(lines), 2, micro_batches)
-    assert isinstance(schedule, Order)
-    assert schedule.passes_at_once == at_once
+    assert isinstance(schedule, PipelineOrder)
+    assert schedule.in_flight == at_once
     times = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
     seconds = {(stage, kind): time for stage in (0, 1) for kind, time in times.items()}
     assert min(schedule.idle_shares(seconds)) == pytest.approx(idle)
@@ -133,7 +133,7 @@ def test_what_a_csv_file_holds_and_how_long_it_waits(lines, micro_batches, at_on
 def test_what_is_no_schedule(lines, where, says, write, refusal):
     path = write("\n".join([*lines, ""]) if lines[-1] else lines[0] + "\n\n", "s.csv")
     problems = refusal(*PIPELINE, f"{PP}schedule_csv={path}", ranks=2)
-    assert (where, True) in [(problem.where, says in problem.what) for problem in problems], told(problems)
+    assert (where, True) in [(problem.where, says in problem.what) for problem in problems], report_of(problems)
 
 
 def test_a_csv_file_that_is_not_there(refusal):
@@ -145,7 +145,7 @@ def test_a_csv_file_that_is_not_there(refusal):
 def test_a_csv_file_that_splits_the_backward_pass_cannot_be_compiled(write, refusal):
     path = write("\n".join(GOOD), "s.csv")
     problems = refusal(*PIPELINE, f"{PP}schedule_csv={path}", "--compile.enable", ranks=2)
-    assert "the schedule of the CSV file splits the backward pass" in told(problems)
+    assert "the schedule of the CSV file splits the backward pass" in report_of(problems)
 
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -153,14 +153,14 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBu
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_door_lets_pass_the_numbers_of_micro_batches_that_torch_can_schedule(schedule, ranks, door, refusal):
+def test_the_check_accepts_the_numbers_of_micro_batches_that_torch_can_schedule(schedule, ranks, read_config, refusal):
     for count in range(1, 14):
         arguments = (f"{PP}schedule={schedule}", f"{PP}degree={ranks}", f"--training.local_batch_size={count}")
         arguments = ("--model.n_layers=8", *arguments)
         if torch_can(schedule, ranks, count):
-            door(*arguments, ranks=ranks)
+            read_config(*arguments, ranks=ranks)
         else:
-            assert "micro-batches" in told(refusal(*arguments, ranks=ranks))
+            assert "micro-batches" in report_of(refusal(*arguments, ranks=ranks))
 
 
 def torch_can(schedule: str, ranks: int, count: int) -> bool:

@@ -17,8 +17,8 @@ def notices_of(run):
     return "\n".join(run.spec.notices)
 
 
-def test_nothing_at_all_trains_the_debug_model_on_built_in_text(door):
-    run = door()
+def test_nothing_at_all_trains_the_debug_model_on_built_in_text(read_config):
+    run = read_config()
     assert run.config == JobConfig()
     assert run.spec.tokenizer.kind == "bytes"
     assert run.origin == {}
@@ -28,17 +28,17 @@ LAYERS = ("default", "base", "file", "environment", "command line")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=32)
-@given(said=st.sets(st.sampled_from(LAYERS[1:])))
-def test_the_strongest_source_wins(said, write, door):
+@given(layers=st.sets(st.sampled_from(LAYERS[1:])))
+def test_the_strongest_source_wins(layers, write, read_config):
     """`comm.backend` is the one key that every kind of source may say."""
     names = {"base": "gloo", "file": "nccl", "environment": "gloo", "command line": "nccl"}
-    write('[comm]\nbackend = "gloo"' if "base" in said else "", "base.toml")
-    own = '[comm]\nbackend = "nccl"' if "file" in said else ""
+    write('[comm]\nbackend = "gloo"' if "base" in layers else "", "base.toml")
+    own = '[comm]\nbackend = "nccl"' if "file" in layers else ""
     file = write(f'extends = "base.toml"\n{own}')
-    environ = {"COMM_BACKEND": "gloo"} if "environment" in said else {}
-    arguments = ["--comm.backend", "nccl"] if "command line" in said else []
-    run = door(file, *arguments, environ=environ)
-    strongest = max(said, key=LAYERS.index, default="default")
+    environ = {"COMM_BACKEND": "gloo"} if "environment" in layers else {}
+    arguments = ["--comm.backend", "nccl"] if "command line" in layers else []
+    run = read_config(file, *arguments, environ=environ)
+    strongest = max(layers, key=LAYERS.index, default="default")
     assert run.config.comm.backend == names.get(strongest)
     sources = {
         "base": "base.toml, line 2",
@@ -49,14 +49,14 @@ def test_the_strongest_source_wins(said, write, door):
     assert run.origin.get("comm.backend") == sources.get(strongest)
 
 
-def test_an_empty_variable_says_nothing(door):
-    assert door(environ={"COMM_BACKEND": ""}).config.comm.backend is None
+def test_an_empty_variable_says_nothing(read_config):
+    assert read_config(environ={"COMM_BACKEND": ""}).config.comm.backend is None
 
 
-def test_a_base_is_relative_to_the_file_that_names_it(write, door):
+def test_a_base_is_relative_to_the_file_that_names_it(write, read_config):
     write("[training]\nsteps = 7\nseq_len = 64", "base/root.toml")
     write('extends = "../base/root.toml"\n[training]\nseq_len = 128', "middle/middle.toml")
-    run = door(write('extends = "middle/middle.toml"\n[optimizer]\nlr = 1e-3'))
+    run = read_config(write('extends = "middle/middle.toml"\n[optimizer]\nlr = 1e-3'))
     assert (run.config.training.steps, run.config.training.seq_len, run.config.optimizer.lr) == (7, 128, 1e-3)
     assert run.origin["training.steps"] == "middle/../base/root.toml, line 2"
 
@@ -121,7 +121,7 @@ def test_the_forms_of_the_command_line(arguments, key, value):
 
 
 @pytest.mark.parametrize("off", ['"none"', '"None"', '""'])
-def test_an_optional_key_is_switched_off_by_a_word(off, write, door):
+def test_an_optional_key_is_switched_off_by_a_value(off, write, read_config):
     text = f"""
         [parallelism]
         context_parallel_load_balancer = {off}
@@ -129,7 +129,7 @@ def test_an_optional_key_is_switched_off_by_a_word(off, write, door):
         save_config_file = {off}
         description = "none"
     """
-    run = door(write(text))
+    run = read_config(write(text))
     assert run.config.parallelism.context_parallel_load_balancer is None
     assert run.config.job.save_config_file is None
     assert run.config.job.description == "none"  # a plain text keeps its value
@@ -160,8 +160,8 @@ def test_an_optional_key_is_switched_off_by_a_word(off, write, door):
         ),
     ],
 )
-def test_a_renamed_key_is_honoured_with_a_notice(old, new, value, write, door):
-    run = door(write(old))
+def test_a_renamed_key_is_honoured_with_a_notice(old, new, value, write, read_config):
+    run = read_config(write(old))
     found = run.config
     for name in new.split("."):
         found = getattr(found, name)
@@ -169,22 +169,22 @@ def test_a_renamed_key_is_honoured_with_a_notice(old, new, value, write, door):
     assert f"[run.toml, line 2] is now {new}" in notices_of(run)
 
 
-def test_a_renamed_key_is_honoured_on_the_command_line(door):
-    run = door("--training.seed", "5", "--parallelism.context_parallel_rotate_method", "alltoall")
+def test_a_renamed_key_is_honoured_on_the_command_line(read_config):
+    run = read_config("--training.seed", "5", "--parallelism.context_parallel_rotate_method", "alltoall")
     assert run.spec.seed == 5
     assert run.config.parallelism.context_parallel_method == "ring"
 
 
-def test_old_and_new_name_that_agree_pass(write, door):
-    assert door(write("[training]\nseed = 2\n[debug]\nseed = 2")).spec.seed == 2
+def test_old_and_new_name_that_agree_pass(write, read_config):
+    assert read_config(write("[training]\nseed = 2\n[debug]\nseed = 2")).spec.seed == 2
 
 
-def test_an_old_name_in_a_base_gives_way_to_the_new_one(write, door):
+def test_an_old_name_in_a_base_gives_way_to_the_new_one(write, read_config):
     write("[training]\nseed = 1", "base.toml")
-    assert door(write('extends = "base.toml"\n[debug]\nseed = 2')).spec.seed == 2
+    assert read_config(write('extends = "base.toml"\n[debug]\nseed = 2')).spec.seed == 2
 
 
-def test_keys_that_went_away_without_effect_pass_with_a_notice(write, door):
+def test_keys_that_went_away_without_effect_pass_with_a_notice(write, read_config):
     text = """
         [job]
         print_args = true
@@ -195,12 +195,12 @@ def test_keys_that_went_away_without_effect_pass_with_a_notice(write, door):
         pipeline_parallel_split_points = []
         enable_compiled_autograd = false
     """
-    told = notices_of(door(write(text)))
+    notices = notices_of(read_config(write(text)))
     for key in ("print_args", "use_for_integration_test", "force_recompute", "split_points", "compiled_autograd"):
-        assert key in told
+        assert key in notices
 
 
-def test_the_names_of_test_assets_mean_what_is_built_in(write, door):
+def test_the_names_of_test_assets_mean_what_is_built_in(write, read_config):
     text = """
         [model]
         hf_assets_path = "./tests/assets/tokenizer"
@@ -211,41 +211,41 @@ def test_the_names_of_test_assets_mean_what_is_built_in(write, door):
         dataset = "c4_test"
         steps = 2
     """
-    run = door(write(text))
+    run = read_config(write(text))
     assert run.config.model.hf_assets_path == "builtin:bytes"
     assert run.config.training.dataset == "builtin"
     assert run.config.validation.dataset == "builtin_validation"
-    said = notices_of(run)
-    assert said.count("is read as") == 3
+    notices = notices_of(run)
+    assert notices.count("is read as") == 3
     here = f"(looked for from {json.dumps(str(Path.cwd()))}): start in torchtitan's folder, or name "
-    assert f'is read as "builtin", since tests/assets/c4_test is not there {here}training.dataset_path' in said
-    assert f'"builtin_validation", since tests/assets/c4_test is not there {here}validation.dataset_path' in said
-    assert f'is read as "builtin:bytes", since no tokenizer is there {here}another folder' in said
+    assert f'is read as "builtin", since tests/assets/c4_test is not there {here}training.dataset_path' in notices
+    assert f'"builtin_validation", since tests/assets/c4_test is not there {here}validation.dataset_path' in notices
+    assert f'is read as "builtin:bytes", since no tokenizer is there {here}another folder' in notices
 
 
-def test_c4_test_with_a_path_is_read_from_there(write, door):
+def test_c4_test_with_a_path_is_read_from_there(write, read_config):
     write('{"text": "one"}', "data/data.json")
-    run = door(write('[training]\ndataset = "c4_test"\ndataset_path = "data"'))
+    run = read_config(write('[training]\ndataset = "c4_test"\ndataset_path = "data"'))
     assert run.config.training.dataset == "jsonl"
 
 
-def test_c4_test_is_read_from_its_own_place_where_it_is_there(write, door):
+def test_c4_test_is_read_from_its_own_place_where_it_is_there(write, read_config):
     """Relative to the folder that the run is started from, as there; training and validation alike."""
     write('{"text": "one"}', "tests/assets/c4_test/data.json")
-    run = door(write('[training]\ndataset = "C4_test"\n[validation]\nenable = true\ndataset = "c4_test"'))
+    run = read_config(write('[training]\ndataset = "C4_test"\n[validation]\nenable = true\ndataset = "c4_test"'))
     assert (run.config.training.dataset, run.config.training.dataset_path) == ("jsonl", "tests/assets/c4_test")
     assert (run.config.validation.dataset, run.config.validation.dataset_path) == ("jsonl", "tests/assets/c4_test")
     assert notices_of(run).count('"jsonl" in tests/assets/c4_test') == 2
 
 
-def test_c4_test_may_hold_parquet(write, door):
+def test_c4_test_may_hold_parquet(write, read_config):
     write("PAR1", "data/data.parquet")
-    run = door(write('[training]\ndataset = "c4_test"\ndataset_path = "data"'))
+    run = read_config(write('[training]\ndataset = "c4_test"\ndataset_path = "data"'))
     assert run.config.training.dataset == "parquet"
 
 
-def test_order_and_overlap_from_the_command_line(door, refusal):
-    given = door("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
+def test_order_and_overlap_from_the_command_line(read_config, refusal):
+    given = read_config("--training.dataloader.no_shuffle", "--training.dataloader.window_overlap=0")
     assert (given.config.training.dataloader.shuffle, given.config.training.dataloader.window_overlap) == (False, 0)
     (problem,) = refusal("--training.dataloader.window_overlap=2")
     assert problem.where == "training.dataloader.window_overlap"
@@ -264,7 +264,7 @@ WINDOWS = (
 
 
 @pytest.mark.parametrize(
-    ("dataset", "more", "told"),
+    ("dataset", "more", "expected"),
     [
         ("c4", "", [ORDER]),
         ("c4_test", "", []),  # nothing is there, so that the built-in corpus is read
@@ -276,18 +276,18 @@ WINDOWS = (
         ("builtin", "[training.dataloader]\nshuffle = false", []),
     ],
 )
-def test_one_line_tells_of_other_batches_where_a_file_may_expect_torchtitans(write, door, dataset, more, told):
-    run = door(write(f'[training]\ndataset = "{dataset}"\n{more}'))
-    assert [notice for notice in run.spec.notices if TABLE in notice] == told
+def test_one_line_notes_other_batches_where_a_file_may_expect_torchtitans(write, read_config, dataset, more, expected):
+    run = read_config(write(f'[training]\ndataset = "{dataset}"\n{more}'))
+    assert [notice for notice in run.spec.notices if TABLE in notice] == expected
 
 
-def test_tokenizer_path_is_honoured(write, door):
+def test_tokenizer_path_is_honoured(write, read_config):
     write('{"model": {"vocab": {"a": 0, "b": 1}}}', "tok/tokenizer.json")
-    run = door(write('[model]\ntokenizer_path = "tok"'))
+    run = read_config(write('[model]\ntokenizer_path = "tok"'))
     assert (run.spec.tokenizer.kind, run.spec.tokenizer.vocab_size) == ("huggingface", 2)
 
 
-def test_features_that_are_off_leave_their_tables_alone(write, door):
+def test_features_that_are_off_leave_their_tables_alone(write, read_config):
     """What stands in the table of a feature that is switched off has no effect, and is no reason to refuse."""
     text = """
         [quantize.linear.float8]
@@ -311,11 +311,11 @@ def test_features_that_are_off_leave_their_tables_alone(write, door):
         profile_freq = 1
         [memory_estimation]
     """
-    assert door(write(text)).spec.world_size == 1
+    assert read_config(write(text)).spec.world_size == 1
 
 
-def test_a_config_file_is_named_outside_of_itself(write, door):
-    run = door(write('[job]\nconfig_file = "another.toml"'))
+def test_a_config_file_is_named_outside_of_itself(write, read_config):
+    run = read_config(write('[job]\nconfig_file = "another.toml"'))
     assert run.config.job.config_file == "run.toml"
     assert "job.config_file" in notices_of(run)
 

@@ -1,4 +1,4 @@
-"""One source of words: every key is explained, the JSON Schema agrees with the door, the page is up to date."""
+"""One source of text: every key is explained, the JSON Schema agrees with the checks, the page is up to date."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import tomllib
 import jsonschema
 import pytest
 
-from quadriga.config import JobConfig, support, to_toml, vocabulary
+from quadriga.config import JobConfig, legacy_keys, support, to_toml
 from quadriga.config.help import print_keys
-from quadriga.config.keys import KEYS, show
+from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.reference import documentation, json_schema, reference_page
 from quadriga.config.schema import Section
 
 
 def test_every_key_has_a_sentence_of_its_own():
-    told = documentation()
-    assert told.keys() == KEYS.keys()
-    for name, words in told.items():
-        assert words[0].isupper() or words[0] in "`[", name
-        assert words.endswith("."), name
-        assert "\n" not in words, name
+    documented = documentation()
+    assert documented.keys() == KEYS.keys()
+    for name, text in documented.items():
+        assert text[0].isupper() or text[0] in "`[", name
+        assert text.endswith("."), name
+        assert "\n" not in text, name
 
 
 def test_every_section_is_frozen_and_closed():
@@ -36,28 +36,28 @@ def test_every_default_is_a_value_that_is_allowed():
 
 
 def test_older_names_lead_to_keys_of_today_and_are_none_themselves():
-    for old, new in vocabulary.RENAMED.items():
+    for old, new in legacy_keys.RENAMED.items():
         assert new in KEYS
         assert old not in KEYS
-    assert not (vocabulary.REMOVED.keys() | vocabulary.REFUSED.keys()) & KEYS.keys()
-    assert vocabulary.RENAMED_VALUES.keys() <= vocabulary.RENAMED.keys()
+    assert not (legacy_keys.REMOVED.keys() | legacy_keys.REFUSED.keys()) & KEYS.keys()
+    assert legacy_keys.RENAMED_VALUES.keys() <= legacy_keys.RENAMED.keys()
 
 
 def test_what_is_not_built_is_off_by_default():
-    for missing in support.NOT_BUILT:
-        assert set(missing.keys) <= KEYS.keys()
-        assert not missing.asked_for(JobConfig())
+    for feature in support.UNSUPPORTED:
+        assert set(feature.keys) <= KEYS.keys()
+        assert not feature.requested(JobConfig())
 
 
 def test_the_page_is_up_to_date(root):
     assert (root / "docs" / "configuration.md").read_text(encoding="utf-8") == reference_page(), "run: quadriga docs"
 
 
-def test_the_page_tells_every_key_with_its_default():
+def test_the_page_lists_every_key_with_its_default():
     page = reference_page()
     for name, key in KEYS.items():
         assert f"| `{name.rpartition('.')[2]}` |" in page
-        assert f"`{show(key.default)}`" in page
+        assert f"`{format_toml(key.default)}`" in page
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def schema():
     return json_schema()
 
 
-def test_the_json_schema_is_one_and_accepts_what_the_door_accepts(root, schema):
+def test_the_json_schema_is_valid_and_accepts_what_the_checks_accept(root, schema):
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     validator.validate(tomllib.loads(to_toml(JobConfig())))
@@ -85,12 +85,12 @@ def test_the_json_schema_is_one_and_accepts_what_the_door_accepts(root, schema):
         "extends = 3",
     ],
 )
-def test_the_json_schema_refuses_what_the_door_refuses(text, write, refusal, schema):
+def test_the_json_schema_refuses_what_the_checks_refuse(text, write, refusal, schema):
     assert not jsonschema.Draft202012Validator(schema).is_valid(tomllib.loads(text))
     assert refusal(write(text))
 
 
-def test_the_json_schema_carries_the_words(schema):
+def test_the_json_schema_has_the_documentation(schema):
     assert schema["$defs"]["Training"]["properties"]["seq_len"]["description"] == documentation()["training.seq_len"]
     assert schema["additionalProperties"] is False
 

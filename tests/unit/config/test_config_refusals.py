@@ -335,12 +335,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
-def test_a_wrong_configuration_is_told_in_one_problem(wrong, write, refusal):
+def test_a_wrong_configuration_is_reported_in_one_problem(wrong, write, refusal):
     problems = refusal(write(wrong.toml), ranks=wrong.ranks)
     assert len(problems) == 1, "\n".join(map(str, problems))
-    told = str(problems[0])
-    for words in wrong.says:
-        assert words in told, told
+    report = str(problems[0])
+    for text in wrong.says:
+        assert text in report, report
 
 
 def test_all_problems_come_in_one_report(write, refusal):
@@ -354,10 +354,10 @@ def test_all_problems_come_in_one_report(write, refusal):
         n_kv_heads = 256
         hf_assets_path = "./none"
     """
-    told = [str(problem) for problem in refusal(write(text), "--training.seq_len", "0")]
-    assert len(told) == 5
-    for words in ("trainning.steps", "cosin", "training.seq_len", "heads of odd width", "no tokenizer is there"):
-        assert any(words in problem for problem in told), told
+    reports = [str(problem) for problem in refusal(write(text), "--training.seq_len", "0")]
+    assert len(reports) == 5
+    for expected in ("trainning.steps", "cosin", "training.seq_len", "heads of odd width", "no tokenizer is there"):
+        assert any(expected in problem for problem in reports), reports
 
 
 def test_a_refused_key_silences_the_rules_about_it_and_no_others(write, refusal):
@@ -371,11 +371,11 @@ def test_a_refused_key_silences_the_rules_about_it_and_no_others(write, refusal)
         [activation_checkpoint]
         mode = "memory_budget"
     """
-    told = "\n".join(map(str, refusal(write(text))))
-    assert "training.global_batch_size" in told
-    assert "profiling.profiler_active = 0" in told
-    assert "a cycle must hold" not in told  # profiler_active is refused, so nobody knows how long it is
-    assert "the budget is kept by the compiler" in told
+    report = "\n".join(map(str, refusal(write(text))))
+    assert "training.global_batch_size" in report
+    assert "profiling.profiler_active = 0" in report
+    assert "a cycle must hold" not in report  # profiler_active is refused, so nobody knows how long it is
+    assert "the budget is kept by the compiler" in report
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_a_refused_key_silences_the_rules_about_it_and_no_others(write, refusal)
         (["--compile.components", "model,los"], "did you mean: loss"),
     ],
 )
-def test_a_wrong_command_line_is_told(arguments, says, refusal):
+def test_a_wrong_command_line_is_reported(arguments, says, refusal):
     assert says in "\n".join(map(str, refusal(*arguments)))
 
 
@@ -405,10 +405,10 @@ def test_the_environment_is_named_where_it_is_wrong(refusal):
 
 def test_a_missing_file_says_what_is_there(write, refusal):
     write("", "configs/debug/debug.toml")
-    told = str(refusal(write("", "x.toml").with_name("configs") / "debug" / "debgu.toml")[0])
-    assert "no such file" in told
-    assert "did you mean: configs/debug/debug.toml" in told
-    assert "choose one of configs/debug/debug.toml" in told
+    report = str(refusal(write("", "x.toml").with_name("configs") / "debug" / "debgu.toml")[0])
+    assert "no such file" in report
+    assert "did you mean: configs/debug/debug.toml" in report
+    assert "choose one of configs/debug/debug.toml" in report
 
 
 def test_a_folder_or_bytes_are_no_configuration(tmp_path, refusal):

@@ -16,7 +16,7 @@ from quadriga.hardware import device_named
 from quadriga.models.registry import catalogue
 from quadriga.planning.advice import advice_for
 from quadriga.planning.estimate import estimate
-from quadriga.planning.variants import argument
+from quadriga.planning.variants import format_argument
 
 VALUE = r'("[^"]*"|-?[\w.]+)'
 SET = re.compile(rf"(?:set |to |or |and |, )?([a-z_]+(?:\.[a-z0-9_]+)+)(?: = | to ){VALUE}")
@@ -24,7 +24,7 @@ DIVISOR = re.compile(r"set ([\w.]+) to a (?:divisor|multiple) of \d+(?:, such as
 MORE = re.compile(r"raise ([a-z_.0-9]+) to (\d+) or more")
 
 
-def changes_told(fix: str) -> list[list[str]]:
+def suggested_changes(fix: str) -> list[list[str]]:
     """Each way out in a `to do`, as arguments of a command line; [] where it names none with a value."""
     if found := DIVISOR.search(fix):
         return [[f"--{found[1]}={value}"] for value in found.groups()[1:] if value]
@@ -33,9 +33,9 @@ def changes_told(fix: str) -> list[list[str]]:
     first, *others = re.split(r"; or |, or ", fix)
     ways = []
     for way in (first, *others):
-        said = [(key, value.strip('".')) for key, value in SET.findall(way) if key in KEYS and value != "a"]
-        if said:
-            ways.append([f"--{key}={value}" for key, value in said])
+        given = [(key, value.strip('".')) for key, value in SET.findall(way) if key in KEYS and value != "a"]
+        if given:
+            ways.append([f"--{key}={value}" for key, value in given])
     return ways
 
 
@@ -54,19 +54,21 @@ def followed(wrong: Wrong) -> int:
     before = problems_of(argv, wrong.ranks)
     assert before
     for problem in before:
-        for way in changes_told(problem.fix or ""):
+        for way in suggested_changes(problem.fix or ""):
             tried += 1
             given = [*argv, *way]
             after = problems_of(given, wrong.ranks)
             assert problem.what not in {each.what for each in after}, f"{wrong.name}: {way} changed nothing: {problem}"
             for _ in range(4):
-                ways = [each for left in after for each in changes_told(left.fix or "")]
+                ways = [each for left in after for each in suggested_changes(left.fix or "")]
                 if not ways:
                     break
                 given += ways[0]
                 after = problems_of(given, wrong.ranks)
             left = [each for each in after if each.what not in {other.what for other in before}]
-            assert not [each for each in left if changes_told(each.fix or "")], f"{wrong.name}: {given} leads to {left}"
+            assert not [each for each in left if suggested_changes(each.fix or "")], (
+                f"{wrong.name}: {given} leads to {left}"
+            )
     return tried
 
 
@@ -77,8 +79,10 @@ def test_a_way_out_is_accepted(wrong: Wrong) -> None:
 
 def test_ways_out_are_followed_at_all() -> None:
     assert sum(followed(wrong) for wrong in WRONG) >= 15
-    assert changes_told('set compile.enable = true, with "model" in compile.components') == [["--compile.enable=true"]]
-    assert changes_told("set training.local_batch_size to 4, or training.global_batch_size to 32") == [
+    assert suggested_changes('set compile.enable = true, with "model" in compile.components') == [
+        ["--compile.enable=true"]
+    ]
+    assert suggested_changes("set training.local_batch_size to 4, or training.global_batch_size to 32") == [
         ["--training.local_batch_size=4"],
         ["--training.global_batch_size=32"],
     ]
@@ -91,7 +95,7 @@ BATCHES = [(local, rows, ranks) for local in (1, 3, 8, 12) for rows in (1, 4, 7,
 def test_every_way_out_of_a_batch_that_does_not_divide(local: int, rows: int, ranks: int) -> None:
     argv = [f"--training.local_batch_size={local}", f"--training.global_batch_size={rows}"]
     for problem in problems_of(argv, ranks):
-        ways = changes_told(problem.fix or "")
+        ways = suggested_changes(problem.fix or "")
         assert ways, problem
         for way in ways:
             assert problems_of([*argv, *way], ranks) == (), (way, problem)
@@ -119,13 +123,13 @@ def test_advice_is_accepted_and_saves_what_it_says(flavor: str, ranks: int, keys
     known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": ranks, "training": False}
     given = estimate(read(argv, {}, **known), device_named(device, "device"))
     for piece in advice_for(given):
-        ways = [f"--{key}={argument(value)}" for key, value in piece.keys]
+        ways = [f"--{key}={format_argument(value)}" for key, value in piece.keys]
         try:
             tried = estimate(read([*argv, *ways], {}, **known), given.device)
         except UserError as error:
             raise AssertionError(f"{piece} is refused: {error}") from error
-        needed = tried.worst.reserved + tried.outside
+        needed = tried.worst.reserved + tried.outside_allocator
         assert needed == pytest.approx(piece.needed, rel=1e-6), piece
-        verdict = tried.verdict()
+        verdict = tried.memory_fit()
         assert verdict is not None
         assert verdict.fits == piece.fits

@@ -26,10 +26,10 @@ def test_parameters_are_counted_as_the_model_counts_them(spec):
     accumulation=st.integers(1, 4),
     resolved=st.booleans(),
 )
-def test_the_batch_is_what_its_factors_say(replicate, shard, local, accumulation, resolved, door):
+def test_the_batch_is_what_its_factors_say(replicate, shard, local, accumulation, resolved, read_config):
     ranks = replicate * shard
     total = ranks * local * accumulation
-    run = door(
+    run = read_config(
         f"--parallelism.data_parallel_replicate_degree={replicate}",
         f"--parallelism.data_parallel_shard_degree={-1 if resolved else shard}",
         f"--training.local_batch_size={local}",
@@ -44,16 +44,16 @@ def test_the_batch_is_what_its_factors_say(replicate, shard, local, accumulation
     assert spec.rows_per_rank == local * accumulation
 
 
-def test_without_a_number_of_ranks_there_are_as_many_as_the_degrees_ask_for(door):
+def test_without_a_number_of_ranks_there_are_as_many_as_the_degrees_ask_for(read_config):
     degrees = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "4"]
-    spec = door(*degrees, ranks=None, training=False).spec
+    spec = read_config(*degrees, ranks=None, training=False).spec
     assert (spec.world_size, spec.degrees.dp_shard) == (8, 1)
-    spec = door(*degrees, "--parallelism.data_parallel_shard_degree", "3", ranks=None, training=False).spec
+    spec = read_config(*degrees, "--parallelism.data_parallel_shard_degree", "3", ranks=None, training=False).spec
     assert spec.world_size == 24
 
 
-def test_single_dimensions_override_the_flavor(door):
-    spec = door(
+def test_single_dimensions_override_the_flavor(read_config):
+    spec = read_config(
         *("--model.flavor", "8B", "--model.n_layers", "2", "--model.dim", "128", "--model.n_heads", "4"),
         *("--model.n_kv_heads", "2", "--model.ffn_dim", "96", "--model.vocab_size", "512", "--model.tie_embeddings"),
         *("--model.rope_theta", "10000"),
@@ -78,8 +78,8 @@ def test_single_dimensions_override_the_flavor(door):
         ),
     ],
 )
-def test_gradients_are_reduced_once_a_step_where_memory_allows(arguments, ranks, choice, door):
-    spec = door(*arguments, ranks=ranks).spec
+def test_gradients_are_reduced_once_a_step_where_memory_allows(arguments, ranks, choice, read_config):
+    spec = read_config(*arguments, ranks=ranks).spec
     assert spec.reduce_gradients == choice
     assert spec.reduce_reason
 
@@ -88,13 +88,13 @@ def test_gradients_are_reduced_once_a_step_where_memory_allows(arguments, ranks,
     ("policy", "pp", "frees"),
     [("default", 1, True), ("default", 2, False), ("always", 2, True), ("never", 1, False)],
 )
-def test_gathered_parameters_are_freed_unless_there_is_a_pipeline(policy, pp, frees, door):
+def test_gathered_parameters_are_freed_unless_there_is_a_pipeline(policy, pp, frees, read_config):
     arguments = ["--parallelism.fsdp_reshard_after_forward", policy, "--parallelism.pipeline_parallel_degree", str(pp)]
-    assert door(*arguments, ranks=pp, training=False).spec.reshard_after_forward is frees
+    assert read_config(*arguments, ranks=pp, training=False).spec.reshard_after_forward is frees
 
 
-def test_folders_lie_in_the_run_folder(door):
-    folders = door("--job.dump_folder", "out/a", "--checkpoint.folder", "saves").spec.folders
+def test_folders_lie_in_the_run_folder(read_config):
+    folders = read_config("--job.dump_folder", "out/a", "--checkpoint.folder", "saves").spec.folders
     assert (folders.dump, folders.checkpoint, folders.traces) == ("out/a", "out/a/saves", "out/a/profile_trace")
 
 
@@ -147,8 +147,8 @@ def test_folders_lie_in_the_run_folder(door):
         ([], "the tokenizer has 258 ids, the model 2,048 rows"),
     ],
 )
-def test_what_is_worth_saying_is_said(arguments, says, door):
-    assert says in "\n".join(door(*arguments).spec.notices)
+def test_what_is_worth_a_notice_gets_one(arguments, says, read_config):
+    assert says in "\n".join(read_config(*arguments).spec.notices)
 
 
 PP = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "4"]
@@ -252,8 +252,8 @@ def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, s
         (["--comm.mode", "local_tensor"], 1),
     ],
 )
-def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments, ranks, door, refusal):
-    notices = door(*arguments, ranks=ranks, training=False).spec.notices
+def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments, ranks, read_config, refusal):
+    notices = read_config(*arguments, ranks=ranks, training=False).spec.notices
     assert any("training does not support" in notice for notice in notices)
     (problem,) = refusal(*arguments, ranks=ranks)
     assert "training does not support" in problem.what
@@ -261,29 +261,29 @@ def test_what_is_not_built_passes_a_dry_run_and_is_refused_in_training(arguments
 
 
 @pytest.mark.parametrize("keys", [("--comm.mode=fake_backend",), ("--memory_estimation.enable",)])
-def test_what_is_only_rehearsed_needs_no_assets(keys, door):
-    assert door(*keys, "--model.hf_assets_path=none/here").config.only_rehearses
-    assert not door().config.only_rehearses
+def test_what_is_only_rehearsed_needs_no_assets(keys, read_config):
+    assert read_config(*keys, "--model.hf_assets_path=none/here").config.only_rehearses
+    assert not read_config().config.only_rehearses
 
 
-def test_missing_assets_are_noted_in_a_dry_run(write, door):
+def test_missing_assets_are_noted_in_a_dry_run(write, read_config):
     text = '[model]\nhf_assets_path = "none/here"\n[training]\ndataset = "text"\ndataset_path = "none.txt"'
-    spec = door(write(text), training=False).spec
-    told = "\n".join(spec.notices)
-    assert "model.hf_assets_path = none/here" in told
-    assert "training.dataset_path = none.txt" in told
+    spec = read_config(write(text), training=False).spec
+    notices = "\n".join(spec.notices)
+    assert "model.hf_assets_path = none/here" in notices
+    assert "training.dataset_path = none.txt" in notices
     assert (spec.tokenizer.kind, spec.tokenizer.vocab_size) == ("missing", None)
 
 
 @pytest.mark.parametrize(("value", "factor"), [("flavor", 8.0), ("none", None), ("llama3.1", 8.0), ("llama3.2", 32.0)])
-def test_rotary_scaling_is_a_key(value, factor, write, door):
+def test_rotary_scaling_is_a_key(value, factor, write, read_config):
     """Llama 3 before 3.1 has none; its 8B and 70B have the sizes of 3.1's."""
-    spec = door(write(f'[model]\nflavor = "8B"\nrope_scaling = "{value}"'), training=False).spec.model
+    spec = read_config(write(f'[model]\nflavor = "8B"\nrope_scaling = "{value}"'), training=False).spec.model
     assert (spec.rope_scaling and spec.rope_scaling.factor) == factor
     config = hf_config(spec, bos_id=1, eos_id=2)
     assert config["max_position_embeddings"] == (8192 if factor is None else 131072)
-    assert hf_names(spec).unlike(config, "config.json") == []
+    assert hf_names(spec).config_differences(config, "config.json") == []
     if factor is None:
-        scaled = door("--model.flavor=8B", training=False).spec.model
-        (problem,) = hf_names(scaled).unlike(config, "config.json")
+        scaled = read_config("--model.flavor=8B", training=False).spec.model
+        (problem,) = hf_names(scaled).config_differences(config, "config.json")
         assert problem.fix == 'set model.rope_scaling = "none"'

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quadriga.config import JobConfig, to_toml
-from quadriga.config.keys import KEYS, Key, _peel
+from quadriga.config.keys import KEYS, Key, _unwrap_annotated
 from quadriga.config.load import _nested, load
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
@@ -30,7 +30,7 @@ def values(key: Key) -> st.SearchStrategy[Any]:
 
 
 def of_kind(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
-    kind, metadata = _peel(kind, metadata)
+    kind, metadata = _unwrap_annotated(kind, metadata)
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -67,16 +67,16 @@ def test_reading_back_gives_the_same(config):
     assert set(loaded.origin) == KEYS.keys()  # every key is said
 
 
-def test_what_was_written_can_be_resolved_again(door, write):
-    run = door("--training.steps", "3", "--lr_scheduler.decay_ratio", "0.5", "--model.n_layers", "2")
-    again = door(write(to_toml(run.config)))
+def test_what_was_written_can_be_resolved_again(read_config, write):
+    run = read_config("--training.steps", "3", "--lr_scheduler.decay_ratio", "0.5", "--model.n_layers", "2")
+    again = read_config(write(to_toml(run.config)))
     notices = tuple(notice for notice in run.spec.notices if " by default, so that " not in notice)
     assert len(notices) == len(run.spec.notices) - 2  # of files and of the seed: said where the keys are not
     assert again.spec == replace(run.spec, notices=notices)
 
 
 @pytest.mark.parametrize("name", sorted(KEYS.keys() - {"job.config_file"}))
-def test_every_number_and_word_can_be_given_on_the_command_line(name):
+def test_every_number_and_string_can_be_given_on_the_command_line(name):
     """As text, which a type that takes numbers alone must have turned into one."""
     for value in {KEYS[name].default, *KEYS[name].choices}:
         if value not in (None, "", ()) and tuple not in map(typing.get_origin, KEYS[name].kinds):

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 
 from quadriga.cli.main import main
-from quadriga.config.card import read_order
+from quadriga.config.card import read_target
 from quadriga.config.markdown import argument, code, plain
 from quadriga.launch.supervisor import main as launch
 from quadriga.log import PrintableFormatter
@@ -33,9 +33,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_card_shows_what_a_file_says(text, tmp_path, capsys):
-    said = {"job": {"description": text, "dump_folder": text}, "training": {"dataset": "text", "dataset_path": text}}
+    document = {
+        "job": {"description": text, "dump_folder": text},
+        "training": {"dataset": "text", "dataset_path": text},
+    }
     file = tmp_path / "run.toml"
-    file.write_text(tomli_w.dumps(said))
+    file.write_text(tomli_w.dumps(document))
     assert main(["card", str(file), "--ngpu", "1", "--print"]) == 0, capsys.readouterr().err
     card = capsys.readouterr().out
     assert all(char.isprintable() or char == "\n" for char in card)
@@ -77,7 +80,7 @@ def test_a_card_of_a_file_whose_name_would_end_its_first_line_is_refused(name, t
     assert all(char.isprintable() or char == "\n" for char in err)
 
 
-def test_commands_on_a_card_take_a_name_as_one_word(tmp_path, capsys):
+def test_commands_on_a_card_take_a_name_as_one_argument(tmp_path, capsys):
     file = tmp_path / "$(touch owned) `x` ;a.toml"
     file.write_text("")
     assert main(["card", str(file), "--ngpu", "1", "--print"]) == 0
@@ -85,22 +88,22 @@ def test_commands_on_a_card_take_a_name_as_one_word(tmp_path, capsys):
     commands = [line for line in card.splitlines() if "CONFIG_FILE=" in line and line.endswith("run_train.sh")]
     assert commands
     for line in commands:
-        assert any(word.startswith("CONFIG_FILE=") and word.endswith(";a.toml") for word in shlex.split(line))
+        assert any(part.startswith("CONFIG_FILE=") and part.endswith(";a.toml") for part in shlex.split(line))
 
 
 @pytest.mark.parametrize(
     "first", ["<!-- quadriga card ' -->", "<!-- quadriga card a --ngpu " + "9" * 5000 + " -->", "\0"]
 )
 def test_a_card_that_is_something_else_is_no_order(first):
-    assert read_order(first + "\n") is None
+    assert read_target(first + "\n") is None
 
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if "\0" not in text])
 def test_what_a_dry_run_prints_is_printable(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = "".join(char for char in text if char != "/")[:100] + ".toml"
-    said = {"job": {"description": text, "dump_folder": text[:50].replace("/", "")}}
-    Path(name).write_text(tomli_w.dumps(said))
+    document = {"job": {"description": text, "dump_folder": text[:50].replace("/", "")}}
+    Path(name).write_text(tomli_w.dumps(document))
     assert launch(
         [], {"DRY_RUN": "1", "CONFIG_FILE": name.replace("$", "$") if "$" not in name else "x", "NGPU": "1"}
     ) in (0, 2)

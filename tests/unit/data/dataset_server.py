@@ -38,13 +38,13 @@ def c4_repository(shards: int, rows: int) -> dict[str, bytes]:
 @contextmanager
 def hub_server(repository: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
     """Yields the endpoint and the list of requests, which grows."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None:
-            asked.append(f"{self.command} {self.path}")
+            requests.append(f"{self.command} {self.path}")
 
         def do_HEAD(self) -> None:
             self.do_GET()
@@ -88,7 +88,7 @@ def hub_server(repository: str, files: dict[str, bytes]) -> Iterator[tuple[str, 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
         server.shutdown()
         thread.join()
 

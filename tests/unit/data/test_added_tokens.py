@@ -109,14 +109,14 @@ def test_ids_beside_torchtitan_and_transformers(tmp_path, name):
     ours = build_tokenizer(str(folder))
     names = [one.get("content") if isinstance(one, dict) else one for one in (config["bos_token"], config["eos_token"])]
     plain = {chr(byte): i for i, byte in enumerate(range(ord("!"), ord("~") + 1))}
-    assert list(ours.named) == [None if one is None else there.get(one, plain.get(one)) for one in names]
+    assert list(ours.special_ids) == [None if one is None else there.get(one, plain.get(one)) for one in names]
     assert added(AutoTokenizer.from_pretrained(folder).get_vocab()) == (other or there)
     for file, content in transformers_files(str(folder)).items():
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / file).write_bytes(content)
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert added(exported.get_vocab()) == there
-    assert (exported.bos_token_id, exported.eos_token_id) == ours.named
+    assert (exported.bos_token_id, exported.eos_token_id) == ours.special_ids
     again = build_tokenizer(str(tmp_path / "out"))
     for text in ("a foo b<b>", "foofoo"):
         ids = ours.encode_batch([text])[0].tolist()
@@ -144,17 +144,17 @@ def test_the_library_gives_the_same_ids(tmp_path):
         assert added(library.get_vocab()) == there, name
 
 
-def test_one_notice_tells_what_the_ids_are(tmp_path):
+def test_one_notice_states_what_the_ids_are(tmp_path):
     own = tokenizer_facts(str(folder_of(tmp_path / "a", "torchtitan's own test tokenizer")))
-    (told,) = own.notices
-    assert "<b> 256 (not 128000), <e> 257 (not 128001); as in transformers" in told
+    (notice,) = own.notices
+    assert "<b> 256 (not 128000), <e> 257 (not 128001); as in transformers" in notice
     swapped = tokenizer_facts(str(folder_of(tmp_path / "b", "ids that the order contradicts")))
-    (told,) = swapped.notices
-    assert "<e> 257 (not 256), <b> 256 (not 257); transformers: <b> 257, <e> 256" in told
+    (notice,) = swapped.notices
+    assert "<e> 257 (not 256), <b> 256 (not 257); transformers: <b> 257, <e> 256" in notice
 
 
 @pytest.mark.parametrize(
-    ("said", "where", "what"),
+    ("value", "where", "what"),
     [
         ({"x": token("<b>")}, "added_tokens_decoder", "the entry of x is no token"),
         ({"-1": token("<b>")}, "added_tokens_decoder", "the entry of -1 is no token"),
@@ -164,8 +164,8 @@ def test_one_notice_tells_what_the_ids_are(tmp_path):
         (["<b>"], "added_tokens_decoder", "JSON array"),
     ],
 )
-def test_what_is_no_list_of_tokens_is_named_before_the_launch(tmp_path, said, where, what):
-    folder = write_folder(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": said, "eos_token": "</s>"})
+def test_what_is_no_list_of_tokens_is_named_before_the_launch(tmp_path, value, where, what):
+    folder = write_folder(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": value, "eos_token": "</s>"})
     for read in (tokenizer_facts, build_tokenizer):
         with pytest.raises(UserError) as refused:
             read(str(folder))
@@ -186,7 +186,7 @@ def test_an_id_that_would_be_given_twice_is_refused(tmp_path):
             read(str(folder))
 
 
-def test_a_checkpoint_from_before_tokens_were_found_in_a_text_is_told_apart(tmp_path):
+def test_a_checkpoint_from_before_tokens_were_found_in_a_text_is_recognized(tmp_path):
     plain = folder_of(tmp_path / "a", "as published")
     searched = folder_of(tmp_path / "b", "found in a text")
     ours, other = build_tokenizer(str(plain)), build_tokenizer(str(searched))
@@ -199,7 +199,7 @@ def test_special_tokens_that_no_document_gets_need_no_row(tmp_path):
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
     folder = write_folder(tmp_path / "tok", byte_level(["<s>", "</s>"]), tokenizer_config=config)
     facts = tokenizer_facts(str(folder))
-    assert (facts.vocab_size, facts.met) == (259, 258)
+    assert (facts.vocab_size, facts.used_vocab_size) == (259, 258)
 
 
 GPT2 = {"a": 0, "b": 1, "ab": 2, "#": 3, "##": 4, "\u0120": 5, "\u0120a": 6, "c": 7}

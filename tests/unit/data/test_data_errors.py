@@ -126,16 +126,16 @@ def test_missing_empty_and_unreadable_paths(tmp_path):
             build(dataset, path)
 
 
-def test_c4_folders_are_told_apart_by_split(tmp_path):
+def test_c4_folders_are_distinguished_by_split(tmp_path):
     english = tmp_path / "en"
     english.mkdir()
     write_jsonl(english / "c4-train.00000-of-01024.json.gz", ["train " * 40])
     with pytest.raises(UserError, match="validation split"):
         open_source("c4_validation", str(tmp_path))
     write_jsonl(english / "c4-validation.00000-of-00008.json.gz", ["held out " * 40])
-    for dataset, word in (("c4", "train "), ("c4_validation", "held out ")):
+    for dataset, name in (("c4", "train "), ("c4_validation", "held out ")):
         source = open_source(dataset, str(tmp_path))
-        assert [source.parse(record).text for record in source.read(0)] == [word * 40]
+        assert [source.parse(record).text for record in source.read(0)] == [name * 40]
         assert source.shards == 1
 
 
@@ -167,7 +167,7 @@ def test_parquet_of_the_wrong_shape(tmp_path):
         build("parquet", path)
 
 
-def test_large_data_are_sampled_first_and_read_when_their_turn_comes(tmp_path, monkeypatch):
+def test_large_data_are_sampled_first_and_read_when_they_are_reached(tmp_path, monkeypatch):
     monkeypatch.setattr("quadriga.data.survey.WHOLE_BYTES", 1 << 16)
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 9000 + b"{}\n")

@@ -25,13 +25,13 @@ import json
 from quadriga.config.schema import Dataloader
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
-from quadriga.data.lanes import Lanes
+from quadriga.data.streams import Streams
 from quadriga.data.loader import Loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
 def loader():
-    return Loader(Lanes(source, ByteTokenizer(), 32, 4, seed=3), 4, range(4), Dataloader(num_workers=2))
+    return Loader(Streams(source, ByteTokenizer(), 32, 4, seed=3), 4, range(4), Dataloader(num_workers=2))
 
 def take(loader, steps):
     got = [loader.next().tokens.tolist() for _ in range(steps)]
@@ -39,13 +39,13 @@ def take(loader, steps):
     return got
 
 source = open_source("c4")
-lanes = Lanes(source, ByteTokenizer(), 32, 4, 3, endless=False)
-documents = [document.text for lane in range(4) for document, _ in lanes.documents(lane)]
+streams = Streams(source, ByteTokenizer(), 32, 4, 3, endless=False)
+documents = [document.text for stream in range(4) for document, _ in streams.documents(stream)]
 held_out = open_source("c4_validation")
-in_order = [document.text for document, _ in Lanes(source, ByteTokenizer(), 32, 1, None, endless=False).documents(0)]
+in_order = [document.text for document, _ in Streams(source, ByteTokenizer(), 32, 1, None, endless=False).documents(0)]
 
 def unshuffled(state=None):
-    made = Loader(Lanes(source, ByteTokenizer(), 32, 1, None, overlap=0), 4, range(4), Dataloader(shuffle=False))
+    made = Loader(Streams(source, ByteTokenizer(), 32, 1, None, overlap=0), 4, range(4), Dataloader(shuffle=False))
     if state is not None:
         made.load_state_dict(state)
     return made
@@ -96,7 +96,7 @@ def run_client(code: str, home, root, **environ: str) -> str:
 
 def test_c4_streams_from_the_hub_once_each_and_resumes_exactly(tmp_path, root):
     files = c4_repository(SHARDS, ROWS)
-    with hub_server("allenai/c4", files) as (endpoint, asked):
+    with hub_server("allenai/c4", files) as (endpoint, requests):
         found = json.loads(run_client(CLIENT, tmp_path, root, HF_ENDPOINT=endpoint))
     assert found["fingerprint"] == "hub:allenai/c4/en/train:3"
     assert found["shards"] == SHARDS
@@ -112,7 +112,7 @@ def test_c4_streams_from_the_hub_once_each_and_resumes_exactly(tmp_path, root):
     assert rows == [ids[at : at + 32] for at in range(0, 33 * len(rows), 33)]
     assert found["stream_resumed"]
     assert "cannot be streamed from the Hub" in found["no_repository"]
-    assert any("/resolve/" in request and "c4-train.00002" in request for request in asked)
+    assert any("/resolve/" in request and "c4-train.00002" in request for request in requests)
 
 
 NO_NETWORK = [
@@ -122,7 +122,7 @@ NO_NETWORK = [
 
 
 @pytest.mark.parametrize("environ", NO_NETWORK)
-def test_without_a_network_the_way_out_is_said(tmp_path, root, environ):
+def test_without_a_network_the_way_out_is_shown(tmp_path, root, environ):
     report = run_client(OFFLINE, tmp_path, root, **environ)
     assert "dataset allenai/c4" in report
     assert "cannot be streamed" in report

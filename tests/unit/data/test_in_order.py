@@ -13,8 +13,8 @@ from corpora import KINDS, texts, write_jsonl
 from quadriga.config.schema import Dataloader, Fetching
 from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.hub import HubSource
-from quadriga.data.lanes import Lanes
 from quadriga.data.loader import Loader, build_loader
+from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -123,17 +123,17 @@ def test_every_source_is_read_in_the_order_of_its_files(tmp_path, kind):
     source = KINDS[kind](tmp_path, DOCUMENTS, 1)
     parts = {"jsonl": 3, "jsonl_gz": 3, "parquet": 2}.get(kind, 5)
     in_order = [text for part in range(parts) for text in DOCUMENTS[part::parts]]
-    lanes = Lanes(source, ByteTokenizer(), SEQ_LEN, 1, None, overlap=0)
+    streams = Streams(source, ByteTokenizer(), SEQ_LEN, 1, None, overlap=0)
     rows = expected_rows(in_order)
-    for window in (window for _, window in zip(range(60), lanes.windows(0), strict=False)):
+    for window in (window for _, window in zip(range(60), streams.windows(0), strict=False)):
         assert window.ids.tolist() == next(rows)
 
 
 def test_the_hub_is_read_in_the_order_of_its_files(tmp_path):
-    """Ten shards, so that the order by name is not that by number of a lane."""
+    """Ten shards, so that the order by name is not that by number of a stream."""
     files = [write_jsonl(tmp_path / f"part-{n:02d}.jsonl", DOCUMENTS[2 * n : 2 * n + 2]) for n in range(10)]
     source = HubSource("json", None, "train", data_files=[str(file) for file in files])
-    read_texts = [document.text for document, _ in Lanes(source, ByteTokenizer(), 8, 1, None, False).documents(0)]
+    read_texts = [document.text for document, _ in Streams(source, ByteTokenizer(), 8, 1, None, False).documents(0)]
     assert read_texts == DOCUMENTS[:20]
 
 
@@ -152,11 +152,11 @@ def test_records_that_cannot_be_read_are_left_out_and_counted_once(tmp_path):
         together = [torch.cat([made_of(batch) for batch in step], dim=1) for step in batches]
         assert all(torch.equal(*pair) for pair in zip(together, expected_batches(count), strict=True))
         assert sum(batch.bad_records for batch in batches[-1]) == 6
-        named = [record.nth for step in batches for batch in step for record in batch.left_out]
+        named = [record.nth for step in batches for batch in step for record in batch.skipped]
         assert sorted(named) == [1, 2, 3, 4, 5, 6], "by one rank each"
 
 
-def test_the_end_of_an_epoch_is_told_once_and_the_buffer_is_kept(data, caplog):
+def test_the_end_of_an_epoch_is_logged_once_and_the_buffer_is_kept(data, caplog):
     with caplog.at_level(logging.INFO, logger="quadriga"):
         batches = read(make(data), steps_of_epochs(1) + 1)
         read(make(data, range(2, 4)), steps_of_epochs(1) + 1)
@@ -274,9 +274,9 @@ def test_what_is_read_so_far_is_where_start_at_goes_on(data, overlap):
         (following,) = read(again, 1)
         first = following[0].flatten()[: min(len(ids), SEQ_LEN)].tolist()
         assert first == ids[:SEQ_LEN]
-        mark = loader.mark()
+        mark = loader.snapshot()
         assert torch.equal(following, read(loader, 1)[0])
-        loader.back_to(mark)
+        loader.restore(mark)
     assert documents < 23 * 2
     with pytest.raises(ValueError, match="shuffled"):
         make(data, shuffle=True).read_so_far()

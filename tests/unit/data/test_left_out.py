@@ -65,24 +65,24 @@ def test_one_epoch_leaves_out_each_bad_record_once_and_keeps_the_others(path):
     met, batches = [], []
     while epochs(loader) < 1:
         batches.append(loader.next())
-        met += batches[-1].left_out
+        met += batches[-1].skipped
     counted = batches[-1].bad_records
     loader.close()
-    first_epoch = sorted({loader.place(record) for record in met})
+    first_epoch = sorted({loader.format_location(record) for record in met})
     assert first_epoch == sorted(f"{path}, line {i + 1}" for i in BAD)
     assert counted == len(met) >= len(BAD)
     text = b"".join(bytes(i for i in row.tolist() if i < 256) for batch in batches for row in batch.tokens)
     assert all(b"<%d>" % i in text for i in range(DOCUMENTS) if i not in BAD)
     assert not any(b"<%d>" % i in text for i in BAD)
-    reasons = {loader.place(record).rpartition(" ")[2]: record.what for record in met}
+    reasons = {loader.format_location(record).rpartition(" ")[2]: record.what for record in met}
     assert "number" in reasons["8"]
     assert "not JSON" in reasons["9"]
     assert "0xe9" in reasons["151"]
     assert "too deep" in reasons["400"]
 
 
-def told(batches):
-    return [(batch.tokens, batch.left_out, batch.bad_records) for batch in batches]
+def contents(batches):
+    return [(batch.tokens, batch.skipped, batch.bad_records) for batch in batches]
 
 
 def same(some, others) -> bool:
@@ -93,18 +93,18 @@ def same(some, others) -> bool:
 
 @pytest.mark.parametrize("stop", range(0, 60, 7))
 def test_a_resume_leaves_out_and_counts_the_same(path, stop):
-    whole = told(take(make(path, prefetch_factor=3), 80))
+    whole = contents(take(make(path, prefetch_factor=3), 80))
     first = make(path)
-    head = told(take(first, stop)) if stop else []
+    head = contents(take(first, stop)) if stop else []
     second = make(path, num_workers=3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert same(head + told(take(second, 80 - stop)), whole)
+    assert same(head + contents(take(second, 80 - stop)), whole)
     assert 2 <= sum(len(one[1]) for one in whole) == whole[-1][2]
 
 
 def test_ranks_leave_out_their_own_and_together_the_same(path):
-    whole = told(take(make(path), 60))
-    parts = [told(take(make(path, range(row, row + 1)), 60)) for row in range(ROWS)]
+    whole = contents(take(make(path), 60))
+    parts = [contents(take(make(path, range(row, row + 1)), 60)) for row in range(ROWS)]
     for step, (tokens, left_out, count) in enumerate(whole):
         own = [part[step] for part in parts]
         assert torch.equal(torch.cat([one[0] for one in own]), tokens)
@@ -114,9 +114,9 @@ def test_ranks_leave_out_their_own_and_together_the_same(path):
 
 def test_a_finite_pass_leaves_out_too(path):
     loader = make(path, infinite=False)
-    first, again = ([record for batch in loader for record in batch.left_out] for _ in range(2))
+    first, again = ([record for batch in loader for record in batch.skipped] for _ in range(2))
     loader.close()
-    assert [loader.place(record) for record in first] == [f"{path}, line {i + 1}" for i in BAD if i < 399]
+    assert [loader.format_location(record) for record in first] == [f"{path}, line {i + 1}" for i in BAD if i < 399]
     assert first == again
 
 
@@ -152,7 +152,7 @@ def test_nothing_is_skipped_of_the_document_that_comes_instead_of_one_that_is_go
     assert first == next(number for batch in following for _, _, number in batch.documents[0] if number != at)
     ids = now[0].tokens[0].tolist()
     assert bytes(i for i in ids if i < 256).startswith(b"<")
-    assert [record.number for record in now[0].left_out] == [at]
+    assert [record.number for record in now[0].skipped] == [at]
 
 
 def make_at(path, state):

@@ -15,8 +15,8 @@ import torch
 from quadriga.config.schema import Dataloader
 from quadriga.data.batch import IGNORE
 from quadriga.data.catalogue import open_source
-from quadriga.data.lanes import Lanes
 from quadriga.data.loader import Loader, build_loader
+from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -114,14 +114,14 @@ def test_resume_is_exact_and_state_is_as_consumed(lines):
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (1, 8), (8, 1)])
 def test_resume_on_another_number_of_ranks(before, after):
     whole = steps(make(), 9)
-    lanes, first = {}, []
+    streams, first = {}, []
     for rank in range(before):
         share = ROWS // before
         loader = make(range(rank * share, (rank + 1) * share))
         first.append(steps(loader, 4))
-        lanes |= loader.state_dict()["lanes"]
+        streams |= loader.state_dict()["lanes"]
         fingerprint = loader.state_dict()["fingerprint"]
-    state = json.loads(json.dumps({"fingerprint": fingerprint, "lanes": lanes}))
+    state = json.loads(json.dumps({"fingerprint": fingerprint, "lanes": streams}))
     second = []
     for rank in range(after):
         share = ROWS // after
@@ -156,13 +156,13 @@ def test_loading_state_into_a_running_loader_goes_back():
 def test_back_to_a_mark_reads_on_there_and_neither_looks_at_files(lines, monkeypatch):
     loader = make(dataset="text", path=str(lines))
     loader.next()
-    mark, state = loader.mark(), loader.state_dict()
+    mark, state = loader.snapshot(), loader.state_dict()
     following = [loader.next().tokens for _ in range(2)]
     with monkeypatch.context() as patch:
-        for name in ("layout", "anchor", "adopt"):
-            patch.setattr(type(loader._lanes.source), name, lambda *given: pytest.fail("a file was read"))
-        assert loader.mark() != mark
-        loader.back_to(mark)
+        for name in ("layout", "anchor", "load_layout"):
+            patch.setattr(type(loader._streams.source), name, lambda *given: pytest.fail("a file was read"))
+        assert loader.snapshot() != mark
+        loader.restore(mark)
     assert loader.state_dict() == state
     assert all(torch.equal(loader.next().tokens, tokens) for tokens in following)
     loader.close()
@@ -179,7 +179,7 @@ def test_other_data_are_refused_by_name(lines):
     assert "builtin:python" in caught.value.report
 
 
-def test_missing_lanes_are_named():
+def test_missing_streams_are_named():
     state = make(range(4)).state_dict()
     with pytest.raises(ValueError, match=r"lacks lanes \[4, 5\]"):
         make(range(4, 6)).load_state_dict(state)
@@ -191,15 +191,15 @@ def test_rows_outside_the_global_batch_are_refused():
             make(rows)
 
 
-def test_the_turn_of_an_epoch_is_logged_by_the_owner_of_lane_0(lines, caplog):
+def test_the_start_of_an_epoch_is_logged_by_the_owner_of_stream_0(lines, caplog):
     with caplog.at_level(logging.INFO, logger="quadriga"):
         loader = make(dataset="jsonl", path=str(lines))
         steps(loader, 60)
-        turns = loader.state_dict()["lanes"]["0"][0]
+        epochs = loader.state_dict()["lanes"]["0"][0]
         assert [record.message for record in caplog.records] == [
-            f"data: epoch {epoch + 2} begins (lane 0)" for epoch in range(turns)
+            f"data: epoch {epoch + 2} begins (lane 0)" for epoch in range(epochs)
         ]
-        assert turns > 2
+        assert epochs > 2
         caplog.clear()
         steps(make(range(1, 8), dataset="jsonl", path=str(lines)), 60)
         assert not caplog.records
@@ -283,7 +283,7 @@ def test_batches_are_page_locked_where_asked():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where CUDA is, it has an effect")
-def test_page_locking_without_cuda_is_said_to_have_no_effect(caplog):
+def test_page_locking_without_cuda_is_reported_to_have_no_effect(caplog):
     with caplog.at_level(logging.INFO, logger="quadriga"):
         make(pin_memory=True)
     assert "no effect" in caplog.text
@@ -359,8 +359,8 @@ def test_a_run_that_began_with_an_earlier_meaning_of_the_tokenizer_keeps_it(line
 
 
 def test_each_epoch_has_an_order_of_its_own(lines):
-    lanes = Lanes(open_source("jsonl", str(lines), lanes=1), ByteTokenizer(), 64, 1, seed=7)
-    read = [document.id for document, _ in islice(lanes.documents(0), 60)]
+    streams = Streams(open_source("jsonl", str(lines), streams=1), ByteTokenizer(), 64, 1, seed=7)
+    read = [document.id for document, _ in islice(streams.documents(0), 60)]
     first, second = ([number for epoch, _, number in read if epoch == which] for which in (0, 1))
     assert sorted(first) == sorted(second) == sorted(set(first)), "each document once an epoch"
     assert len(first) == 30

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quadriga.config.schema import Dataloader
-from quadriga.data import jsonl, lanes, text
+from quadriga.data import jsonl, streams, text
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
@@ -29,7 +29,7 @@ def cuts(request):
     """Blocks and shards that are small beside the files, or one of each a file."""
     block, size = request.param
     with (
-        patch.object(lanes, "BLOCK_CHARACTERS", block),
+        patch.object(streams, "BLOCK_CHARACTERS", block),
         patch.multiple(jsonl, LEAST_RANGE=size, MOST_RANGE=size),
         patch.multiple(text, LEAST_SEGMENT=size, MOST_SEGMENT=size),
     ):
@@ -98,11 +98,11 @@ def test_lines_that_are_longer_elsewhere_change_no_batch(tmp_path, line, added):
 
 
 def reads_now(path: Path, state: dict, line: int) -> bool:
-    """Whether a lane stands in the shard of this line."""
+    """Whether a stream stands in the shard of this line."""
     loader = make("jsonl", path)
     loader.load_state_dict(state)
-    shards = {loader._lanes.shard(row, loader._places[row])[0] for row in range(ROWS)}
-    return any(b"<%d>" % line in record.data for shard in shards for record in loader._lanes.source.read(shard))
+    shards = {loader._streams.shard(row, loader._cursors[row])[0] for row in range(ROWS)}
+    return any(b"<%d>" % line in record.data for shard in shards for record in loader._streams.source.read(shard))
 
 
 def test_lines_that_are_shorter_or_as_long_change_no_batch_either(tmp_path):
@@ -139,10 +139,10 @@ def test_a_record_that_was_bad_is_read_where_it_stands(tmp_path):
     batches, after = go_on("jsonl", tmp_path, state, 200, on_bad_record="skip")
     read = b"".join(bytes(i for i in row.tolist() if i < 256) for batch in batches for row in batch)
     assert b"<60>" in read
-    assert all(lane[4] <= 1 for lane in after["lanes"].values())
+    assert all(stream[4] <= 1 for stream in after["lanes"].values())
 
 
-def test_it_is_said_in_one_line(tmp_path, caplog):
+def test_it_is_reported_in_one_line(tmp_path, caplog):
     write_jsonl(tmp_path)
     state = state_after("jsonl", tmp_path, 5)
     with caplog.at_level(logging.INFO, logger="quadriga"):
@@ -212,7 +212,10 @@ def test_places_of_older_checkpoints_are_understood(tmp_path):
     whole = take(make("jsonl", tmp_path), 40)
     for stop in range(0, 40, 3):
         state = state_after("jsonl", tmp_path, stop)
-        older = {"fingerprint": state["fingerprint"], "lanes": {row: lane[:4] for row, lane in state["lanes"].items()}}
+        older = {
+            "fingerprint": state["fingerprint"],
+            "lanes": {row: stream[:4] for row, stream in state["lanes"].items()},
+        }
         assert same(go_on("jsonl", tmp_path, older, 40 - stop)[0], whole[stop:])
     write_jsonl(tmp_path, lambda i, row: row | {"id": "longer"})
     with pytest.raises(UserError, match="data of the checkpoint: dataset"):

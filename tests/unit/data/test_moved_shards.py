@@ -13,9 +13,9 @@ import pytest
 
 from quadriga import limits
 from quadriga.config.schema import Dataloader
-from quadriga.data import jsonl, layout, streams, text
+from quadriga.data import jsonl, layout, line_reader, text
 from quadriga.data.files import File
-from quadriga.data.layout import Anchor, anchor, moved
+from quadriga.data.layout import Anchor, find_anchor, move_cuts
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.sources import Record
 from quadriga.data.tokenizer import ByteTokenizer
@@ -43,20 +43,20 @@ class Cut:
         self.path, self.size = path, path.stat().st_size
         self.starts = list(range(0, self.size, SHARD))
         ends = [*self.starts[1:], self.size]
-        found = {number: anchor(file_at(path), self.starts[number], ends[number]) for number in under_way}
+        found = {number: find_anchor(file_at(path), self.starts[number], ends[number]) for number in under_way}
         self.anchors: dict[int, Anchor] = {number: known for number, known in found.items() if known}
         self.read = {number: self._lines(self.starts, number) for number in under_way}
 
     def again(self) -> dict[int, list[bytes | None]]:
         """What the shards under way hold now."""
-        cuts = moved(file_at(self.path), self.starts, self.size, self.anchors)
+        cuts = move_cuts(file_at(self.path), self.starts, self.size, self.anchors)
         assert cuts == sorted(cuts)
         assert cuts[0] == 0
         return {number: self._lines(cuts, number) for number in self.anchors}
 
     def _lines(self, starts: list[int], number: int) -> list[bytes | None]:
         end = [*starts, self.path.stat().st_size][number + 1]
-        return [line for _, line in streams.lines_of(file_at(self.path), starts[number], end)]
+        return [line for _, line in line_reader.lines_of(file_at(self.path), starts[number], end)]
 
 
 def without(path: Path, *ranges: range) -> None:
@@ -81,7 +81,7 @@ def test_lines_that_go_on_both_sides_are_found(path, gone, monkeypatch, caplog):
     assert not caplog.records
 
 
-def test_it_is_told_where_the_beginning_of_a_shard_is_not_found(path, caplog):
+def test_it_is_reported_where_the_beginning_of_a_shard_is_not_found(path, caplog):
     cut = Cut(path, 3, 12, 13)
     path.write_bytes(b"".join(b"#" + line for line in LINES))
     with caplog.at_level(logging.WARNING, logger="quadriga"):
@@ -118,7 +118,7 @@ def test_a_resume_goes_on_where_lines_went_far_behind(path, monkeypatch):
     for steps in count(1):  # until both rows are at the end of a shard, with two shards free behind it
         loader.next()
         state = loader.state_dict()
-        shards = [loader._lanes.shard(row, loader._places[row]) for row in range(2)]
+        shards = [loader._streams.shard(row, loader._cursors[row]) for row in range(2)]
         last = max(shard for shard, _ in shards)
         if last < 14 and min(documents for _, documents in shards) > 5:
             break
@@ -134,7 +134,7 @@ def test_a_resume_goes_on_where_lines_went_far_behind(path, monkeypatch):
 
 
 def records(loader: Loader) -> list[Record]:
-    source = loader._lanes.source
+    source = loader._streams.source
     return [record for shard in range(source.shards) for record in source.read(shard)]
 
 
@@ -157,7 +157,7 @@ def test_a_text_that_grew_is_cut_as_before_and_its_new_part_by_the_same_step(tmp
     assert max(len(record.data) for record in now) <= state["layout"]["step"] + text.LOOK_AHEAD
     assert [record.begins for record in now] == [True] + [False] * (len(now) - 1)
     assert [record.ends for record in now] == [False] * (len(now) - 1) + [True]
-    assert again._lanes.source.shards == loader._lanes.source.shards
+    assert again._streams.source.shards == loader._streams.source.shards
 
 
 # --- the place of a record in a message -------------------------------------------------------------------------------
@@ -169,24 +169,24 @@ def test_lines_are_counted_as_long_as_that_is_quick(tmp_path, monkeypatch, name)
     path.write_bytes(gzip.compress(b"".join(LINES)) if name.endswith("gz") else b"".join(LINES))
     monkeypatch.setattr(limits, "LINES_COUNTED_PACKED" if name.endswith("gz") else "LINES_COUNTED", 2000)
     file, offset = file_at(path), len(LINES[0])
-    assert streams.place(file, offset) == f"{path}, line 2"
+    assert line_reader.format_location(file, offset) == f"{path}, line 2"
     asked = []
-    monkeypatch.setattr(streams, "line_at", lambda *given: asked.append(given) or 1)
-    assert streams.place(file, 2001) == f"{path}, byte 2,001"
+    monkeypatch.setattr(line_reader, "line_at", lambda *given: asked.append(given) or 1)
+    assert line_reader.format_location(file, 2001) == f"{path}, byte 2,001"
     assert not asked
-    assert streams.place(file, 2000) == f"{path}, line 1"
+    assert line_reader.format_location(file, 2000) == f"{path}, line 1"
 
 
 def test_a_compressed_file_that_is_broken_by_now_has_no_lines_to_count(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(LINES))[:300])
-    assert streams.place(file_at(path), 20_000) == f"{path}, byte 20,000"
+    assert line_reader.format_location(file_at(path), 20_000) == f"{path}, byte 20,000"
 
 
 def test_a_survey_counts_no_line_of_a_record_that_it_does_not_show(path, monkeypatch):
     path.write_bytes(b"{}\n" + b"".join(LINES))
     asked: list[Callable] = []
-    monkeypatch.setattr(jsonl, "place", lambda *given: asked.append(given) or "somewhere")
+    monkeypatch.setattr(jsonl, "format_location", lambda *given: asked.append(given) or "somewhere")
     options = {"seed": 5, "seq_len": 48, "global_batch_size": 2, "rows": range(2)}
     dataloader = Dataloader(on_bad_record="skip")
     build_loader("jsonl", str(path), ByteTokenizer(), dataloader=dataloader, **options).close()

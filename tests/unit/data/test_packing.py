@@ -1,4 +1,4 @@
-"""Properties of lanes and packing on documents of any shape: nothing lost, nothing doubled, exact resume."""
+"""Properties of streams and packing on documents of any shape: nothing lost, nothing doubled, exact resume."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadriga.data.lanes import Lanes, shuffled
-from quadriga.data.packing import Place, tokenized, windows
+from quadriga.data.packing import Cursor, tokenized, windows
 from quadriga.data.sources import Document, Record
+from quadriga.data.streams import Streams, shuffled
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -40,12 +40,12 @@ class ListSource:
 
 @settings(max_examples=60)
 @given(shards=SHARDS, count=st.integers(1, 12), seed=st.integers(0, 99), epoch=st.integers(0, 5))
-def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
-    lanes = Lanes(ListSource(shards), ByteTokenizer(), 8, count, seed, endless=False)
-    dealt = [document for lane in range(count) for document, _ in lanes.documents(lane, Place(epoch))]
+def test_streams_assign_every_document_once(shards, count, seed, epoch):
+    streams = Streams(ListSource(shards), ByteTokenizer(), 8, count, seed, endless=False)
+    assigned = [document for stream in range(count) for document, _ in streams.documents(stream, Cursor(epoch))]
     expected = {(epoch, s, n): text for s, shard in enumerate(shards) for n, text in enumerate(shard)}
-    assert len(dealt) == len(expected)
-    assert {document.id: document.text for document in dealt} == expected
+    assert len(assigned) == len(expected)
+    assert {document.id: document.text for document in assigned} == expected
 
 
 @settings(max_examples=30)
@@ -57,12 +57,12 @@ def test_lanes_deal_out_every_document_once(shards, count, seed, epoch):
     data=st.data(),
 )
 def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, overlap, data):
-    lanes = Lanes(ListSource(shards), ByteTokenizer(), seq_len, count, 3, overlap=overlap)
-    lane, stop = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 20))
-    run = list(islice(lanes.windows(lane), stop + 6))
-    again = list(islice(lanes.windows(lane, run[stop].place), 5))
-    assert [(window.place, window.documents) for window in again] == [
-        (window.place, window.documents) for window in run[stop + 1 :]
+    streams = Streams(ListSource(shards), ByteTokenizer(), seq_len, count, 3, overlap=overlap)
+    stream, stop = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 20))
+    run = list(islice(streams.windows(stream), stop + 6))
+    again = list(islice(streams.windows(stream, run[stop].cursor), 5))
+    assert [(window.cursor, window.documents) for window in again] == [
+        (window.cursor, window.documents) for window in run[stop + 1 :]
     ]
     assert np.array_equal([window.ids for window in again], [window.ids for window in run[stop + 1 :]])
 
@@ -70,7 +70,7 @@ def test_resume_at_any_window_goes_on_exactly(shards, count, seq_len, overlap, d
 @settings(max_examples=60)
 @given(documents=st.lists(st.text(max_size=40), min_size=1, max_size=30), seq_len=st.integers(1, 50))
 def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
-    stream = ((Document(text), Place(document=number)) for number, text in enumerate(documents))
+    stream = ((Document(text), Cursor(document=number)) for number, text in enumerate(documents))
     packed = [window.ids for window in windows(tokenized(stream, ByteTokenizer(), seq_len), seq_len)]
     assert all(len(window) == seq_len + 1 for window in packed[:-1])
     assert all(before[-1] == after[0] for before, after in pairwise(packed))
@@ -85,23 +85,23 @@ def test_windows_joined_are_the_stream_of_tokens(documents, seq_len):
     overlap=st.integers(0, 1),
 )
 def test_a_window_knows_which_documents_its_tokens_are_from(documents, seq_len, overlap):
-    lanes = Lanes(ListSource([documents]), ByteTokenizer(), seq_len, 1, None, endless=False, overlap=overlap)
+    streams = Streams(ListSource([documents]), ByteTokenizer(), seq_len, 1, None, endless=False, overlap=overlap)
     owners = [(0, 0, number) for number, text in enumerate(documents) for _ in range(len(text.encode()) + 2)]
-    for number, window in enumerate(lanes.windows(0)):
+    for number, window in enumerate(streams.windows(0)):
         start = number * (seq_len + 1 - overlap)
         assert list(window.documents) == list(dict.fromkeys(owners[start : start + len(window.ids)]))
 
 
-def test_pieces_of_one_document_get_one_bos_and_one_eos():
-    pieces = [Document("ab", True, False), Document("cd", False, False), Document("ef", False, True)]
-    stream = tokenized(((piece, Place(document=i)) for i, piece in enumerate(pieces)), ByteTokenizer(), 8)
+def test_segments_of_one_document_get_one_bos_and_one_eos():
+    segments = [Document("ab", True, False), Document("cd", False, False), Document("ef", False, True)]
+    stream = tokenized(((segment, Cursor(document=i)) for i, segment in enumerate(segments)), ByteTokenizer(), 8)
     assert [ids.tolist() for ids, _, _ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
 
 
 def test_tokenizing_in_groups_changes_nothing():
     """A document's ids and place do not depend on what it is encoded with."""
     documents = [Document("word " * (i % 900)) for i in range(300)]
-    placed = [(document, Place(document=i)) for i, document in enumerate(documents)]
+    placed = [(document, Cursor(document=i)) for i, document in enumerate(documents)]
     stream = list(tokenized(placed, ByteTokenizer(), 512))
     assert np.array_equal(stream[7][0], next(tokenized(placed[7:8], ByteTokenizer(), 1))[0])
     assert [place.document for _, place, _ in stream] == list(range(300))
@@ -119,7 +119,7 @@ def splitmix64(state: int) -> int:
 
 
 def test_the_order_is_pinned():
-    """A change here would make every saved bookmark point at other documents."""
+    """A change here would make every saved cursor point at other documents."""
     assert splitmix64(0) == 0xE220A8397B1DCDAF  # the first output of the generator seeded with 0
     start = int.from_bytes(hashlib.blake2b(b"42 0 shards", digest_size=8).digest(), "little")
     keys = [splitmix64((start + i * 0x9E3779B97F4A7C15) % (1 << 64)) for i in range(8)]
@@ -142,15 +142,15 @@ def test_shuffling_mixes_well():
 
 
 def test_long_shards_are_shuffled_in_blocks_that_fit_in_memory():
-    lanes = Lanes(ListSource([[str(i) for i in range(3000)]]), ByteTokenizer(), 8, 1, 3, endless=False)
-    order = [int(document.text) for document, _ in lanes.documents(0)]
+    streams = Streams(ListSource([[str(i) for i in range(3000)]]), ByteTokenizer(), 8, 1, 3, endless=False)
+    order = [int(document.text) for document, _ in streams.documents(0)]
     assert sorted(order[:1024]) == list(range(1024)) != order[:1024]
     assert sorted(order[1024:2048]) == list(range(1024, 2048))
     assert [i - 1024 for i in order[1024:2048]] != order[:1024], "each block has its own order"
-    heavy = Lanes(ListSource([["x" * (1 << 20)] * 7]), ByteTokenizer(), 8, 1, 3, endless=False)
+    heavy = Streams(ListSource([["x" * (1 << 20)] * 7]), ByteTokenizer(), 8, 1, 3, endless=False)
     assert [place.document for _, place in heavy.documents(0)] == list(range(7))
 
 
 def test_data_without_any_document_are_refused_instead_of_searched_for_ever():
     with pytest.raises(UserError, match="no document"):
-        next(Lanes(ListSource([[], []]), ByteTokenizer(), 8, 4, 3).windows(1))
+        next(Streams(ListSource([[], []]), ByteTokenizer(), 8, 4, 3).windows(1))

@@ -155,7 +155,7 @@ def test_what_stands_in_other_fields_does_not_matter(tmp_path, value):
 @pytest.mark.parametrize(
     "line", [b"[" * 200_000, b'{"text":' * 200_000, b'{"id": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"]
 )
-def test_deep_nesting_is_told_with_its_line(tmp_path, line):
+def test_deep_nesting_is_reported_with_its_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(GOOD + line + b"\n")
     problem = refused("jsonl", tmp_path)
     assert problem.where.endswith("a.jsonl, line 2")
@@ -163,7 +163,7 @@ def test_deep_nesting_is_told_with_its_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_a_long_line_is_told_with_the_limit_at_a_bounded_cost(tmp_path, name, monkeypatch):
+def test_a_long_line_is_reported_with_the_limit_at_a_bounded_cost(tmp_path, name, monkeypatch):
     monkeypatch.setattr(limits, "DOCUMENT_BYTES", 1 << 22)
     with gzip.open(tmp_path / name, "wb", 1) if name.endswith("gz") else open(tmp_path / name, "wb") as file:
         file.write(GOOD + b'{"text": "')
@@ -210,7 +210,7 @@ OTHERS = {
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 @pytest.mark.parametrize("suffix", ["jsonl", "txt", "parquet"])
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_file_of_another_kind_is_told_for_what_it_is(tmp_path, other, suffix, mode):
+def test_a_file_of_another_kind_is_reported_as_what_it_is(tmp_path, other, suffix, mode):
     content, what, fix = OTHERS[other]
     (tmp_path / f"a.{suffix}").write_bytes(content)
     problem = refused({"txt": "text"}.get(suffix, suffix), tmp_path, on_bad_record=mode)
@@ -220,12 +220,12 @@ def test_a_file_of_another_kind_is_told_for_what_it_is(tmp_path, other, suffix, 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
-def test_a_pointer_under_a_compressed_name_is_told_too(tmp_path, kind):
+def test_a_pointer_under_a_compressed_name_is_reported_too(tmp_path, kind):
     (tmp_path / {"jsonl": "a.jsonl.gz", "text": "a.txt.gz"}[kind]).write_bytes(POINTER)
     assert "pointer of Git LFS" in refused(kind, tmp_path).what
 
 
-def test_what_save_to_disk_leaves_is_told_with_the_way_to_parquet(tmp_path):
+def test_what_save_to_disk_leaves_is_reported_with_the_way_to_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": SENTENCES}).save_to_disk(str(tmp_path / "saved"))
     for kind in ("jsonl", "parquet", "text"):
@@ -283,7 +283,7 @@ def test_a_copy_beside_its_compressed_form_is_noticed(tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
 @pytest.mark.parametrize("what", ["a FIFO", "a socket", "a link that leads nowhere", "a device"])
-def test_entries_that_are_no_files_are_told(tmp_path, kind, what):
+def test_entries_that_are_no_files_are_reported(tmp_path, kind, what):
     suffix = {"text": "txt"}.get(kind, kind)
     (tmp_path / f"a.{suffix}").write_bytes(GOOD)
     odd = tmp_path / f"odd.{suffix}"
@@ -301,7 +301,7 @@ def test_entries_that_are_no_files_are_told(tmp_path, kind, what):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
-def test_files_and_folders_that_may_not_be_read_are_told(tmp_path):
+def test_files_and_folders_that_may_not_be_read_are_reported(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD)
     path.chmod(0)
@@ -312,7 +312,7 @@ def test_files_and_folders_that_may_not_be_read_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
-def test_a_file_that_goes_away_is_told(tmp_path, kind):
+def test_a_file_that_goes_away_is_reported(tmp_path, kind):
     path = tmp_path / f"a.{ {'text': 'txt'}.get(kind, kind) }"
     if kind == "parquet":
         pyarrow.parquet.write_table(pa.table({"text": SENTENCES}), path)

@@ -32,16 +32,16 @@ def test_segments_of_a_text_are_the_text(folder, name, content, segment, look_ah
     sizes = {"LEAST_SEGMENT": segment, "MOST_SEGMENT": segment, "LOOK_AHEAD": look_ahead}
     with patch.multiple(text, **sizes):
         source = open_source("text", str(folder / name))
-        pieces = [source.parse(record) for shard in range(source.shards) for record in source.read(shard)]
-    assert "".join(piece.text for piece in pieces) == content
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert all(piece.text for piece in pieces)
+        segments = [source.parse(record) for shard in range(source.shards) for record in source.read(shard)]
+    assert "".join(each.text for each in segments) == content
+    assert [each.begins for each in segments] == [True] + [False] * (len(segments) - 1)
+    assert [each.ends for each in segments] == [False] * (len(segments) - 1) + [True]
+    assert all(each.text for each in segments)
 
 
 def test_segments_end_at_line_ends_where_lines_are_short(folder):
     (folder / "b.txt").write_text("a line of text\n" * 20_000)
-    source = open_source("text", str(folder / "b.txt"), lanes=8)
+    source = open_source("text", str(folder / "b.txt"), streams=8)
     assert source.shards >= 32
     assert all(str(record.data, "utf-8").endswith("\n") for i in range(source.shards) for record in source.read(i))
 

@@ -29,17 +29,19 @@ DECODER = [ABSENT, {}, {"256": {"content": "<s>", "special": True}}]
 ADDS = [ABSENT, True, False]
 
 
-def said(**keys: Any) -> dict[str, Any]:
+def without_absent(**keys: Any) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value is not ABSENT}
 
 
 def folders() -> list[tuple[dict[str, Any] | None, dict[str, Any] | None]]:
     """(tokenizer_config.json, special_tokens_map.json) of every kind, in an order that mixes them."""
     configs = [
-        said(bos_token=bos, eos_token=eos, tokenizer_class=kind, added_tokens_decoder=decoder, add_bos_token=add)
+        without_absent(
+            bos_token=bos, eos_token=eos, tokenizer_class=kind, added_tokens_decoder=decoder, add_bos_token=add
+        )
         for bos, eos, kind, decoder, add in itertools.product(TOKENS, TOKENS, CLASSES, DECODER, ADDS)
     ]
-    maps = [None, *(said(bos_token=bos, eos_token=eos) for bos, eos in itertools.product(IN_MAP, IN_MAP))]
+    maps = [None, *(without_absent(bos_token=bos, eos_token=eos) for bos, eos in itertools.product(IN_MAP, IN_MAP))]
     rng = random.Random(1)
     return [(rng.choice([None, *[config] * 20]), rng.choice(maps)) for config in configs]
 
@@ -55,12 +57,12 @@ def compare(tmp_path: Path, number: int, config: dict[str, Any] | None, named: d
     about = f"{files}, theirs {names}"
     ours = build_tokenizer(str(folder))
     honoured = [config or {}, {} if "added_tokens_decoder" in (config or {}) else named or {}]
-    said_nothing = not any(key in file for file in honoured for key in ("bos_token", "eos_token"))
-    if names == [None, None] and said_nothing:
-        assert list(ours.named) == [BOS, EOS], about
+    names_no_tokens = not any(key in file for file in honoured for key in ("bos_token", "eos_token"))
+    if names == [None, None] and names_no_tokens:
+        assert list(ours.special_ids) == [BOS, EOS], about
     else:  # "<not there>" is added, as transformers does
         numbers = {None: None, "<not there>": 260, **{name: 256 + at for at, name in enumerate(SPECIALS)}}
-        assert list(ours.named) == [numbers[name] for name in names], about
+        assert list(ours.special_ids) == [numbers[name] for name in names], about
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -163,7 +165,7 @@ def test_a_document_in_segments_gets_its_separator_once(tmp_path):
     assert ids[0][0] == EOS
 
 
-def test_fingerprints_tell_streams_apart(tmp_path):
+def test_fingerprints_distinguish_streams(tmp_path):
     """A run that began with two separators, or with BOS, does not go on with another stream in silence."""
     configs = [
         {"bos_token": "<s>", "eos_token": "</s>"},

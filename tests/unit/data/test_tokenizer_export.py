@@ -38,7 +38,7 @@ def exported(folder: Path, assets: str, config: dict[str, Any] | None = None) ->
 
 def same(theirs: Any, assets: str) -> None:
     ours = build_tokenizer(assets)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == ours.named
+    assert (theirs.bos_token_id, theirs.eos_token_id) == ours.special_ids
     assert len(theirs) <= ours.vocab_size
     for text, ids in zip(TEXTS, ours.encode_batch(TEXTS), strict=True):
         assert theirs(text, add_special_tokens=False).input_ids == ids.tolist(), text
@@ -64,7 +64,7 @@ def test_the_original_file_of_llama_3(tmp_path):
     same(theirs, str(tmp_path))
     assert theirs("xyz hello").input_ids[0] == len(tokens)
     assert len(theirs) == len(tokens) + 256
-    assert build_tokenizer(str(tmp_path / "out")).named == build_tokenizer(str(tmp_path)).named
+    assert build_tokenizer(str(tmp_path / "out")).special_ids == build_tokenizer(str(tmp_path)).special_ids
 
 
 BYTES = byte_level()
@@ -101,8 +101,8 @@ def test_folders_of_every_kind(tmp_path, files):
 
 
 def test_a_file_of_another_name_and_what_is_kept(tmp_path):
-    said = {"eos_token": "</s>", "chat_template": "{{ messages }}", "model_max_length": 77, "padding_side": "left"}
-    folder = write_folder(tmp_path / "assets", BYTES, tokenizer_config={**said, "pad_token": "<s>"})
+    config = {"eos_token": "</s>", "chat_template": "{{ messages }}", "model_max_length": 77, "padding_side": "left"}
+    folder = write_folder(tmp_path / "assets", BYTES, tokenizer_config={**config, "pad_token": "<s>"})
     (folder / "tokenizer.json").rename(folder / "mine.json")
     (folder / "merges.txt").write_text("a b")
     theirs = exported(tmp_path / "out", str(folder / "mine.json"))

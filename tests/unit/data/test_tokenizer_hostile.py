@@ -72,7 +72,7 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_what_the_library_cannot_bear(tmp_path, kind, capfd):
+def test_what_crashes_the_library_is_refused(tmp_path, kind, capfd):
     content = copy.deepcopy(TOKENIZER) | CHANGES[kind]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

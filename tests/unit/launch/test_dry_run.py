@@ -54,8 +54,8 @@ def test_it_is_quick_and_needs_no_device() -> None:
     assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 1.0
 
 
-def test_help_tells_variables_keys_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_variables_keys_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"], {}) == 0
     shown = capsys.readouterr().out
-    for word in ("NGPU", "RDZV_ENDPOINT", "Exit codes", "--training.steps", "--parallelism.tensor_parallel_degree"):
-        assert word in shown
+    for part in ("NGPU", "RDZV_ENDPOINT", "Exit codes", "--training.steps", "--parallelism.tensor_parallel_degree"):
+        assert part in shown

@@ -14,11 +14,11 @@ from quadriga.comm.network import INTERFACE_VARIABLES
 from quadriga.errors import UserError
 from quadriga.launch import environment
 from quadriga.launch.environment import (
-    Request,
+    LaunchRequest,
     TorchBuild,
-    choose_backend,
+    launch_backend,
     rank_environment,
-    read_request,
+    read_launch_request,
     torch_build,
     usable_cores,
     visible_gpus,
@@ -36,14 +36,14 @@ def test_what_torch_offers_is_read_off_its_source() -> None:
 
 
 def test_nothing_set_means_four_ranks_here() -> None:
-    assert read_request({}) == (Request(ranks=4), [])
+    assert read_launch_request({}) == (LaunchRequest(ranks=4), [])
 
 
 def test_several_machines() -> None:
     environ = {"NGPU": "8", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500", "LOG_RANK": "0,15"}
-    request, problems = read_request(environ | {"MAX_RESTARTS": "3"})
+    request, problems = read_launch_request(environ | {"MAX_RESTARTS": "3"})
     assert problems == []
-    assert request == Request(ranks=8, nodes=2, node=1, endpoint="node0:29500", restarts=3)
+    assert request == LaunchRequest(ranks=8, nodes=2, node=1, endpoint="node0:29500", restarts=3)
     assert request.world_size == 16
 
 
@@ -61,12 +61,12 @@ def test_several_machines() -> None:
     ],
 )
 def test_wrong_variables_are_all_named(environ: dict[str, str], wrong: list[str]) -> None:
-    _, problems = read_request(environ)
+    _, problems = read_launch_request(environ)
     assert [problem.where for problem in problems] == wrong
 
 
 def test_a_dry_run_of_many_machines_needs_no_meeting_point() -> None:
-    request, problems = read_request({"NNODES": "64", "NGPU": "8", "DRY_RUN": "1"})
+    request, problems = read_launch_request({"NNODES": "64", "NGPU": "8", "DRY_RUN": "1"})
     assert problems == []
     assert request.world_size == 512
 
@@ -82,7 +82,7 @@ def test_torch_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delitem(sys.modules, "torch", raising=False)  # another test may have imported it
     assert torch_build() is None
     with pytest.raises(UserError, match="is not installed for this interpreter"):
-        choose_backend(None, 1, None, gpus=0)
+        launch_backend(None, 1, None, gpus=0)
 
 
 @pytest.mark.parametrize(("note", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda = None", None)])
@@ -129,11 +129,11 @@ def test_present_gpus_are_those_that_torch_sees() -> None:
     ],
 )
 def test_backend_choice(requested: str | None, build: TorchBuild, gpus: int, backend: str) -> None:
-    assert choose_backend(requested, 4, build, gpus)[0] == backend
+    assert launch_backend(requested, 4, build, gpus)[0] == backend
 
 
 @pytest.mark.parametrize(
-    ("requested", "build", "gpus", "said"),
+    ("requested", "build", "gpus", "expected"),
     [
         (None, CUDA_BUILD, 1, "NGPU=4 but 1 GPU visible"),
         ("nccl", CUDA_BUILD, 2, "NGPU=4 but 2 GPUs visible"),
@@ -147,39 +147,39 @@ def test_backend_choice(requested: str | None, build: TorchBuild, gpus: int, bac
     ],
 )
 def test_a_backend_that_cannot_be_had_is_refused(
-    requested: str | None, build: TorchBuild, gpus: int, said: str
+    requested: str | None, build: TorchBuild, gpus: int, expected: str
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        choose_backend(requested, 4, build, gpus)
-    assert said in refusal.value.report
+        launch_backend(requested, 4, build, gpus)
+    assert expected in refusal.value.report
 
 
 def test_ranks_share_the_cores() -> None:
-    extra = rank_environment({}, Request(ranks=2))
+    extra = rank_environment({}, LaunchRequest(ranks=2))
     assert int(extra["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
-    assert rank_environment({}, Request(ranks=10_000))["OMP_NUM_THREADS"] == "1"
+    assert rank_environment({}, LaunchRequest(ranks=10_000))["OMP_NUM_THREADS"] == "1"
     assert {extra[variable] for variable in INTERFACE_VARIABLES} <= {"lo", "lo0"}
 
 
 def test_what_the_caller_set_stays() -> None:
     set_by_caller = {"OMP_NUM_THREADS": "7", **dict.fromkeys(INTERFACE_VARIABLES, "eth0")}
-    assert rank_environment(set_by_caller, Request(ranks=2)) == {}
+    assert rank_environment(set_by_caller, LaunchRequest(ranks=2)) == {}
     del set_by_caller["NCCL_SOCKET_IFNAME"]
-    assert set(rank_environment(set_by_caller, Request(ranks=2))) == {"NCCL_SOCKET_IFNAME"}
+    assert set(rank_environment(set_by_caller, LaunchRequest(ranks=2))) == {"NCCL_SOCKET_IFNAME"}
 
 
 def test_several_machines_listen_where_their_libraries_choose() -> None:
-    extra = rank_environment({}, Request(ranks=2, nodes=2, endpoint="a:1"))
+    extra = rank_environment({}, LaunchRequest(ranks=2, nodes=2, endpoint="a:1"))
     assert not {*INTERFACE_VARIABLES} & set(extra)
 
 
-def test_where_a_run_listens_is_told() -> None:
+def test_where_a_run_listens_is_reported() -> None:
     names = " = ".join((*INTERFACE_VARIABLES, str(network.loopback_interface())))
-    assert network.ports_in_words({}, 1) == f"the store on 127.0.0.1; {names}"
-    said = network.ports_in_words({"GLOO_SOCKET_IFNAME": "eth0"}, 1)
-    assert said.endswith("GLOO_SOCKET_IFNAME = eth0, as you set it")
-    assert "GLOO_SOCKET_IFNAME = lo" not in said
-    assert "network must be closed" in network.ports_in_words({}, 4)
+    assert network.format_ports({}, 1) == f"the store on 127.0.0.1; {names}"
+    message = network.format_ports({"GLOO_SOCKET_IFNAME": "eth0"}, 1)
+    assert message.endswith("GLOO_SOCKET_IFNAME = eth0, as you set it")
+    assert "GLOO_SOCKET_IFNAME = lo" not in message
+    assert "network must be closed" in network.format_ports({}, 4)
 
 
 def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_name(
@@ -190,4 +190,4 @@ def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_na
     assert network.loopback_interface() == "lo0"  # not in /sys of this machine
     monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "none0")])
     assert network.loopback_variables({}) == {}
-    assert "no loopback interface was found" in network.ports_in_words({}, 1)
+    assert "no loopback interface was found" in network.format_ports({}, 1)

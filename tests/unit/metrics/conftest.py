@@ -7,7 +7,7 @@ import logging
 import pytest
 
 
-class Kept(logging.Handler):
+class ListHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
@@ -19,10 +19,10 @@ class Kept(logging.Handler):
 @pytest.fixture
 def lines():
     """What goes to the `quadriga` logger while the test runs."""
-    logger, kept = logging.getLogger("quadriga"), Kept()
+    logger, handler = logging.getLogger("quadriga"), ListHandler()
     level = logger.level
-    logger.addHandler(kept)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    yield kept.lines
-    logger.removeHandler(kept)
+    yield handler.lines
+    logger.removeHandler(handler)
     logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The account of a run's time: ledgers made by hand with known answers, and simulated runs whose truth is known."""
+"""The account of a run's time: event logs made by hand with known answers, and simulated runs whose truth is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.cli.main import main
-from quadriga.metrics.goodput import KINDS, account
+from quadriga.metrics.goodput import KINDS, compute_goodput
 
 
 def event(kind: str, time: float, attempt: int, step: int, **facts) -> dict:
@@ -46,14 +46,14 @@ SECOND_RECORDS = [record(1530, 2, 20, 1)]
 
 
 def test_what_a_start_says_of_its_backends_is_no_progress():
-    said = [{"kind": "backends", "time": 1019, "attempt": 1, "step": 1, "backends": {}}]
-    said += [{"kind": "backends", "time": 1429, "attempt": 2, "step": 11, "backends": {}}]
-    plain = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
-    assert account([*FIRST, *SECOND], [said[0], *FIRST_RECORDS, said[1], *SECOND_RECORDS]) == plain
+    backends = [{"kind": "backends", "time": 1019, "attempt": 1, "step": 1, "backends": {}}]
+    backends += [{"kind": "backends", "time": 1429, "attempt": 2, "step": 11, "backends": {}}]
+    plain = compute_goodput([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
+    assert compute_goodput([*FIRST, *SECOND], [backends[0], *FIRST_RECORDS, backends[1], *SECOND_RECORDS]) == plain
 
 
 def test_a_killed_run_that_went_on_from_a_save():
-    found = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
+    found = compute_goodput([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
     assert found.seconds == {
         "trained": 95 + 100,  # up to step 10, without waiting and saving; then from 10 to 20
         "data_wait": 5 + 1,
@@ -71,7 +71,7 @@ def test_a_killed_run_that_went_on_from_a_save():
 
 
 def test_a_run_that_goes_on_has_lost_nothing_yet():
-    found = account(FIRST, FIRST_RECORDS)
+    found = compute_goodput(FIRST, FIRST_RECORDS)
     trained = (1340 - 1020) - 7 - 10 - 10
     expected = {"trained": trained, "data_wait": 7, "validated": 10, "saved": 10, "started": 20, "lost": 0, "down": 0}
     assert found.seconds == expected
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_has_lost_nothing_yet():
 def test_between_two_lines_time_is_divided_by_steps():
     """A start that goes on from step 24, of which nothing but the lines at 20 and 30 tells."""
     second = [event("start", 1400, 2, 0, process_start=1400), event("ready", 1410, 2, 24)]
-    found = account([*FIRST, *second], FIRST_RECORDS)
+    found = compute_goodput([*FIRST, *second], FIRST_RECORDS)
     passed = 1240 + 0.4 * (1340 - 1240)
     assert found.seconds["lost"] == pytest.approx(1340 - passed)
     assert found.seconds["trained"] == pytest.approx(passed - 1020 - 7 - 10 - 10)
@@ -92,7 +92,7 @@ def test_starts_that_never_came_to_a_step_and_one_that_went_back_further():
     """A second start fails while it loads; the third finds the save damaged and goes back to the beginning."""
     second = [event("start", 1404, 2, 0, process_start=1400), event("fault", 1450, 2, 0, error="no disk")]
     third = [event("start", 1500, 3, 0, process_start=1490), event("ready", 1510, 3, 0)]
-    found = account([*FIRST, *second, *third], [*FIRST_RECORDS, record(1610, 3, 10, 0)])
+    found = compute_goodput([*FIRST, *second, *third], [*FIRST_RECORDS, record(1610, 3, 10, 0)])
     expected = {"trained": 100, "data_wait": 0, "validated": 0, "saved": 0}
     expected |= {"started": 20 + 50 + 20, "lost": 1340 - 1020, "down": 60 + 40}
     assert found.seconds == expected
@@ -110,23 +110,23 @@ def test_what_a_save_beside_training_costs_is_what_it_kept_waiting():
         event("save_begin", 50, 1, 50),  # at the end nothing trains beside it
         event("save_end", 57, 1, 50, seconds=7, blocked_seconds=1),
     ]
-    found = account(events, [record(step, 1, step) for step in (10, 20, 30, 50)])
+    found = compute_goodput(events, [record(step, 1, step) for step in (10, 20, 30, 50)])
     assert found.seconds["saved"] == 2 + 7
-    torn = account(events[:3], [record(10, 1, 10), validation(15, 1, 10, 1)])
+    torn = compute_goodput(events[:3], [record(10, 1, 10), validation(15, 1, 10, 1)])
     assert torn.seconds["saved"] == 5  # killed in the save
 
 
-def test_the_first_rank_to_fail_is_told_and_not_those_that_lost_it():
+def test_the_first_rank_to_fail_is_reported_and_not_those_that_lost_it():
     faults = [
         event("fault", 1350, 1, 30, error="Connection closed by peer", lost_peer=True),
         event("fault", 1351, 1, 30, error="out of memory") | {"rank": 3},
     ]
-    assert account([*FIRST, *faults], FIRST_RECORDS).attempts[0].ended == "rank 3: out of memory"
+    assert compute_goodput([*FIRST, *faults], FIRST_RECORDS).attempts[0].ended == "rank 3: out of memory"
 
 
-def test_runs_without_a_ledger_are_told_from_their_figures():
+def test_runs_without_an_event_log_are_accounted_from_their_metrics():
     records = [record(100, 1, 1, 1, elapsed=10), record(190, 1, 10, 2, elapsed=100), record(300, 2, 6, 0, elapsed=10)]
-    found = account([], records)
+    found = compute_goodput([], records)
     assert found.seconds == {
         "trained": 10 + 90 * 4 / 9 - 1 - 2 * 4 / 9 + 10,
         "data_wait": 1 + 2 * 4 / 9,
@@ -136,7 +136,7 @@ def test_runs_without_a_ledger_are_told_from_their_figures():
         "lost": pytest.approx(90 * 5 / 9),
         "down": 100,
     }
-    assert account([], []) is None
+    assert compute_goodput([], []) is None
 
 
 def test_the_pause_after_a_finished_run_is_no_downtime():
@@ -145,9 +145,9 @@ def test_the_pause_after_a_finished_run_is_no_downtime():
     third = [event("start", 1600 + days, 3, 0, process_start=1541 + days), event("fault", 1620 + days, 3, 0)]
     fourth = [event("start", 1650 + days, 4, 0, process_start=1640 + days), event("ready", 1660 + days, 4, 20)]
     fourth += [event("end", 1760 + days, 4, 30, code=0, reason="finished")]
-    before = account([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
+    before = compute_goodput([*FIRST, *SECOND], [*FIRST_RECORDS, *SECOND_RECORDS])
     records = [*FIRST_RECORDS, *SECOND_RECORDS, record(1760 + days, 4, 30)]
-    found = account([*FIRST, *SECOND, *third, *fourth], records)
+    found = compute_goodput([*FIRST, *SECOND, *third, *fourth], records)
     assert found.idle_seconds == days
     assert found.seconds == before.seconds | {
         "trained": before.seconds["trained"] + 100,
@@ -162,7 +162,7 @@ def test_the_pause_after_a_finished_run_is_no_downtime():
 def test_a_start_that_was_asked_to_leave_leaves_the_run_down():
     asked = event("end", 1541, 2, 20, code=75, reason="asked to leave")
     third = [event("start", 1641, 3, 20, process_start=1641)]
-    found = account([*FIRST, *SECOND[:-1], asked, *third], [*FIRST_RECORDS, *SECOND_RECORDS])
+    found = compute_goodput([*FIRST, *SECOND[:-1], asked, *third], [*FIRST_RECORDS, *SECOND_RECORDS])
     assert (found.seconds["down"], found.idle_seconds) == (60 + 100, 0)
 
 
@@ -214,7 +214,7 @@ def test_of_any_run_every_second_is_counted_once_and_as_what_it_was(starts):
     run = Simulated()
     for attempt, (down, loading, steps, step_seconds, interval) in enumerate(starts, start=1):
         run.start(attempt, down, loading, steps, step_seconds, interval)
-    found = account(run.events, run.records)
+    found = compute_goodput(run.events, run.records)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.seconds == pytest.approx(run.truth(), rel=1e-9, abs=1e-6)
     assert found.wall_seconds == pytest.approx(run.clock, rel=1e-9, abs=1e-6)
@@ -243,7 +243,7 @@ def test_whatever_the_clocks_say_shares_are_shares(lines):
         else:
             facts = {"process_start": time - seconds} if kind == "start" else {}
             events.append(event(kind, time, attempt, step, **facts, blocked_seconds=seconds))
-    found = account(sorted(events, key=lambda one: one["time"]), records)
+    found = compute_goodput(sorted(events, key=lambda one: one["time"]), records)
     assert all(seconds >= 0 for seconds in found.seconds.values())
     assert sum(found.seconds.values()) == pytest.approx(found.wall_seconds, rel=1e-9, abs=1e-6)
     assert not any(math.isnan(share) for share in found.shares.values())
@@ -267,13 +267,13 @@ def test_the_table_and_the_json(tmp_path, capsys):
     assert any("1 of them bad and skipped" in line for line in table)
     assert any("killed without a word (20 steps lost)" in line for line in table)
     assert main(["goodput", str(tmp_path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["effective"] == pytest.approx(195 / 541)
-    assert sum(told["shares"].values()) == pytest.approx(1)
-    assert [attempt["kept_step"] for attempt in told["attempts"]] == [10, 20]
+    output = json.loads(capsys.readouterr().out)
+    assert output["effective"] == pytest.approx(195 / 541)
+    assert sum(output["shares"].values()) == pytest.approx(1)
+    assert [attempt["kept_step"] for attempt in output["attempts"]] == [10, 20]
 
 
-def test_lines_that_are_no_records_are_told_and_the_others_count(tmp_path, capsys):
+def test_lines_that_are_no_records_are_reported_and_the_others_count(tmp_path, capsys):
     bad = [{"event": "end"}, {"event": "start", "time": "now", "attempt": 1, "rank": 0, "step": 0}]
     lines = [*FIRST, *bad, *SECOND, {"event": "\x1b[2J", "time": 1541, "attempt": 2, "rank": 0, "step": 20}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
@@ -284,9 +284,9 @@ def test_lines_that_are_no_records_are_told_and_the_others_count(tmp_path, capsy
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*records, *SECOND_RECORDS]))
     assert main(["goodput", str(tmp_path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["effective"] == pytest.approx(195 / 541)
-    of_metrics, of_events = told["notices"]
+    output = json.loads(capsys.readouterr().out)
+    assert output["effective"] == pytest.approx(195 / 541)
+    of_metrics, of_events = output["notices"]
     assert "metrics.jsonl: 2 lines are no records" in of_metrics
     assert "line 5: it lacks data_wait" in of_metrics
     assert "line 6: step is -1" in of_metrics
@@ -306,16 +306,16 @@ def test_records_of_an_unknown_kind_that_lack_a_time_change_nothing(tmp_path, ca
 def test_logs_that_hold_no_record_are_named(tmp_path, capsys, name):
     (tmp_path / name).write_text("[" * 100_000 + "\n" + "x" * 1000 + "\n{}\n")
     assert main(["goodput", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert f"{tmp_path / name}: 3 lines are no records of a run" in told
-    assert len(told) < 1500
+    output = capsys.readouterr().err
+    assert f"{tmp_path / name}: 3 lines are no records of a run" in output
+    assert len(output) < 1500
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("nowhere")
     assert main(["goodput", str(tmp_path)]) == 2
     assert f"{tmp_path / name}" in capsys.readouterr().err
 
 
-def test_what_an_error_said_cannot_move_the_cursor(tmp_path, capsys):
+def test_the_text_of_an_error_cannot_move_the_cursor(tmp_path, capsys):
     fault = event("fault", 1350, 1, 30, error="\x1b[2Jgone\nstep 9 after 1 start " + "x" * 5000)
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*FIRST, fault]))
     assert main(["goodput", str(tmp_path)]) == 0
@@ -325,7 +325,7 @@ def test_what_an_error_said_cannot_move_the_cursor(tmp_path, capsys):
     assert "\x1b" not in out
 
 
-def test_a_folder_without_a_run_is_said(tmp_path, capsys):
+def test_a_folder_without_a_run_is_reported(tmp_path, capsys):
     assert main(["goodput", str(tmp_path)]) == 2
     assert "no run has left a line here" in capsys.readouterr().err
     assert main(["goodput", str(tmp_path / "none")]) == 2

@@ -67,10 +67,10 @@ def test_replayed_steps_count_once_and_given_up_ones_not_at_all(tmp_path):
 
 def test_what_a_start_says_of_its_backends_is_no_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    said = {"kind": "backends", "backends": {"shard": "gloo"}}
-    write(path, {**said, "step": 1, "attempt": 1}, record(1), record(2), record(3))
+    backends = {"kind": "backends", "backends": {"shard": "gloo"}}
+    write(path, {**backends, "step": 1, "attempt": 1}, record(1), record(2), record(3))
     assert [one["step"] for one in read_metrics(path)] == [1, 2, 3]
-    write(path, {**said, "step": 3, "attempt": 2})  # resumed from step 2
+    write(path, {**backends, "step": 3, "attempt": 2})  # resumed from step 2
     assert [one["step"] for one in read_metrics(path)] == [1, 2]
     assert next_attempt(path) == 3
 
@@ -106,12 +106,12 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
-def test_a_line_that_is_no_record_is_told_and_left_out(tmp_path, line):
+def test_a_line_that_is_no_record_is_reported_and_left_out(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "attempt": 1}\n' + line + b'\n{"step": 3, "attempt": 1}\n')
-    told: list[str] = []
-    assert [one["step"] for one in read_metrics(path, notices=told)] == [1, 3]
-    (notice,) = told
+    messages: list[str] = []
+    assert [one["step"] for one in read_metrics(path, notices=messages)] == [1, 3]
+    (notice,) = messages
     assert notice.startswith(f"{path}: 1 line is no record of a run and left out (line 2: ")
     assert len(notice) < 400 + len(str(path))
     assert next_attempt(path) == 2
@@ -128,13 +128,13 @@ def test_of_many_bad_lines_the_first_are_named_and_all_are_counted(tmp_path, cap
     assert "the last line is half written" in torn
 
 
-def test_a_record_that_lacks_what_its_reader_needs_is_told(tmp_path):
+def test_a_record_that_lacks_what_its_reader_needs_is_reported(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, record(1), {"step": 2, "attempt": 1}, {"step": 3, "attempt": 1, "loss": None}, record(4))
-    told: list[str] = []
-    assert [one["step"] for one in read_metrics(path, required=("loss",), notices=told)] == [1, 4]
-    assert "2 lines are no records" in told[0]
-    assert "line 2: it lacks loss" in told[0]
+    messages: list[str] = []
+    assert [one["step"] for one in read_metrics(path, required=("loss",), notices=messages)] == [1, 4]
+    assert "2 lines are no records" in messages[0]
+    assert "line 2: it lacks loss" in messages[0]
 
 
 @pytest.mark.parametrize("content", ["folder", "fifo", "long line"])
@@ -157,7 +157,7 @@ def test_many_attempts_take_no_more_time_than_many_steps(tmp_path):
     assert len(read_metrics(path)) == 20_000
 
 
-def test_attempts_are_told_apart_even_after_a_torn_line(tmp_path):
+def test_attempts_are_distinguished_even_after_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, record(1, 4))
     with path.open("a") as file:

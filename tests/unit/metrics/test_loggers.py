@@ -67,8 +67,8 @@ def test_a_plain_run_has_a_console_and_metrics_jsonl(tmp_path, lines):
     assert read_metrics(tmp_path / "metrics.jsonl") == some
     assert not (tmp_path / "tb").exists()
     assert len(lines) == 3
-    for word in ("step   1/200", "loss  2.01000", "grad norm", "GiB", "tok/s/device", "TFLOP/s", "MFU", "wait", "left"):
-        assert word in lines[0]
+    for part in ("step   1/200", "loss  2.01000", "grad norm", "GiB", "tok/s/device", "TFLOP/s", "MFU", "wait", "left"):
+        assert part in lines[0]
     assert len({line.index("TFLOP/s") for line in lines}) == 1, "columns stand under one another"
 
 
@@ -140,7 +140,7 @@ def test_wandb_offline(tmp_path):
     assert all(b"loss_metrics/global_avg_loss" in path.read_bytes() for path in written)
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed_is_reported(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(UserError, match="pip install wandb"):

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerAction
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Profiling
 from quadriga.metrics.cycles import Cycle
-from quadriga.metrics.profiler import Profiler, cycles
+from quadriga.metrics.profiler import Profiler, profiler_schedule
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_off_means_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_memory_snapshot_on_a_cpu_is_said_to_be_none(tmp_path, lines):
+def test_a_memory_snapshot_on_a_cpu_is_reported_as_none(tmp_path, lines):
     run(Profiling(enable_memory_snapshot=True), tmp_path, first_step=1, steps=3)
     assert len([line for line in lines if "nothing is recorded" in line]) == 1
     assert list(tmp_path.iterdir()) == []
@@ -76,7 +76,7 @@ def test_a_memory_snapshot_on_a_cpu_is_said_to_be_none(tmp_path, lines):
 
 @pytest.mark.parametrize(("length", "warmup", "active"), [(10, 3, 5), (5, 0, 5), (1, 0, 1), (7, 6, 1)])
 def test_a_cycle_waits_warms_up_and_records(length, warmup, active):
-    names = [cycles(Cycle(length, warmup, active), 2 * length)(step) for step in range(2 * length + 3)]
+    names = [profiler_schedule(Cycle(length, warmup, active), 2 * length)(step) for step in range(2 * length + 3)]
     once = [ProfilerAction.NONE] * (length - warmup - active) + [ProfilerAction.WARMUP] * warmup
     once += [ProfilerAction.RECORD] * (active - 1) + [ProfilerAction.RECORD_AND_SAVE]
     assert names == once * 2 + [ProfilerAction.NONE] * 3

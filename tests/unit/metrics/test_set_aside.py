@@ -11,16 +11,16 @@ import pytest
 from quadriga.config.run_spec import Degrees, Folders
 from quadriga.metrics import append
 from quadriga.metrics.append import Appender
-from quadriga.metrics.events import Events, read_events
+from quadriga.metrics.events import EventLog, read_events
 from quadriga.metrics.guarded import Guarded, WriteFailures
 from quadriga.metrics.jsonl import JsonLines, read_metrics
-from quadriga.train.event_log import open_ledger
+from quadriga.train.event_log import open_event_log
 
 SOUND = '{"kind": "train", "step": 1, "attempt": 4, "event": "start", "time": 1.0, "rank": 0}\n'
 
 
 class Spec:
-    """What `open_ledger` reads of a run's numbers."""
+    """What `open_event_log` reads of a run's numbers."""
 
     world_size, degrees = 1, Degrees()
 
@@ -37,10 +37,10 @@ def lay(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
 @pytest.mark.parametrize("kind", ["folder", "fifo", "dangling", "loop", "device"])
-def test_what_is_no_file_is_set_aside_and_told(tmp_path, lines, name, kind):
+def test_what_is_no_file_is_set_aside_and_reported(tmp_path, lines, name, kind):
     for _ in range(2):  # a second time, which takes another name
         lay(tmp_path / name, kind)
-        open_ledger(Spec(tmp_path), "gloo")
+        open_event_log(Spec(tmp_path), "gloo")
         metrics = JsonLines(tmp_path / "metrics.jsonl")
         metrics.write({"kind": "train", "step": 1, "attempt": 1})
         metrics.close()
@@ -71,7 +71,7 @@ CONTENTS = {
 def test_any_content_lets_a_run_start_and_is_not_lost(tmp_path, content):
     for name in ("metrics.jsonl", "events.jsonl"):
         (tmp_path / name).write_bytes(CONTENTS[content])
-    events = open_ledger(Spec(tmp_path), "gloo")
+    events = open_event_log(Spec(tmp_path), "gloo")
     assert events.attempt == (5 if content in ("half lines", "NUL") else 1)
     metrics = JsonLines(tmp_path / "metrics.jsonl")
     metrics.write({"kind": "train", "step": 2, "attempt": events.attempt})
@@ -96,13 +96,13 @@ def test_a_file_without_permission_is_set_aside(tmp_path, monkeypatch, lines):
         return real(path, flags, *rest, **keys)
 
     monkeypatch.setattr(append.os, "open", refuse)
-    append.make_way(tmp_path / "metrics.jsonl")
+    append.ensure_appendable(tmp_path / "metrics.jsonl")
     assert (tmp_path / "metrics.jsonl.unreadable-1").read_text() == SOUND
     assert "Permission denied" in lines[0]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_piece_is_written_whole_or_not_at_all(tmp_path, monkeypatch, lines, code):
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch, lines, code):
     path = tmp_path / "metrics.jsonl"
     failures = WriteFailures(stops=False)
     one = Guarded(lambda: JsonLines(path), str(path), failures)
@@ -140,9 +140,9 @@ def test_where_that_is_wanted_the_run_is_to_stop(tmp_path, lines):
 
 
 def test_an_event_into_a_fifo_holds_up_nothing(tmp_path):
-    events = Events(tmp_path, 1, 1)
+    events = EventLog(tmp_path, 1, 1)
     os.mkfifo(tmp_path / "events.jsonl")
-    events.tell("fault", 3)
+    events.log_event("fault", 3)
 
 
 def test_an_appender_does_not_wait_for_a_reader(tmp_path):

@@ -30,7 +30,7 @@ ODD = ModelSpec(
 def test_every_number_comes_back_and_flavors_of_ours_are_known(spec):
     config = hf_config(spec, bos_id=None, eos_id=None)
     assert spec_from_hf(config, "config.json") == spec
-    assert hf_names(spec).unlike(config, "config.json") == []
+    assert hf_names(spec).config_differences(config, "config.json") == []
 
 
 @pytest.mark.parametrize("spec", [ODD, dataclasses.replace(ODD, rope_scaling=None)], ids=["scaled", "plain"])
@@ -45,7 +45,7 @@ def test_the_spelling_of_transformers_is_read(spec):
 def test_where_a_file_is_silent_the_defaults_of_transformers_hold():
     from transformers import LlamaConfig
 
-    silent = {
+    minimal = {
         "model_type": "llama",
         "hidden_size": 96,
         "num_hidden_layers": 3,
@@ -53,18 +53,18 @@ def test_where_a_file_is_silent_the_defaults_of_transformers_hold():
         "intermediate_size": 200,
         "vocab_size": 1001,
     }
-    told = LlamaConfig(**{name: value for name, value in silent.items() if name != "model_type"}).to_dict()
-    assert spec_from_hf(silent, "config.json") == spec_from_hf(told, "config.json")
+    explicit = LlamaConfig(**{name: value for name, value in minimal.items() if name != "model_type"}).to_dict()
+    assert spec_from_hf(minimal, "config.json") == spec_from_hf(explicit, "config.json")
     nulls = dict.fromkeys(("rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "rms_norm_eps"))
-    assert spec_from_hf(silent | nulls, "config.json") == spec_from_hf(told, "config.json")
+    assert spec_from_hf(minimal | nulls, "config.json") == spec_from_hf(explicit, "config.json")
 
 
-def test_every_difference_is_told_with_its_key():
+def test_every_difference_is_reported_with_its_key():
     other = dataclasses.replace(
         ODD, dim=192, n_heads=12, rope_theta=5.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=False
     )
-    problems = hf_names(ODD).unlike(hf_config(other, bos_id=None, eos_id=None), "there/config.json")
-    told = "\n".join(map(str, problems))
+    problems = hf_names(ODD).config_differences(hf_config(other, bos_id=None, eos_id=None), "there/config.json")
+    report = "\n".join(map(str, problems))
     assert len(problems) == 6
     for field, key in (
         ("hidden_size", "model.dim"),
@@ -74,7 +74,7 @@ def test_every_difference_is_told_with_its_key():
         ("rms_norm_eps", "model.flavor"),
         ("tie_word_embeddings", "model.tie_embeddings"),
     ):
-        assert any(field in problem.what and key in problem.what for problem in problems), (field, told)
+        assert any(field in problem.what and key in problem.what for problem in problems), (field, report)
 
 
 def test_positions_are_those_the_weights_were_made_for():

@@ -68,15 +68,15 @@ SCALED = ("attention.wo", "feed_forward.w2", "feed_forward.w3")
 def test_initial_distributions_of_the_8b_model(depth_init: bool, first: float, last: float) -> None:
     """0.02 / sqrt(2) in the first layer and 0.02 / sqrt(64) in the last of 32; or the latter in all of them."""
     plan = parallel_plan(dataclasses.replace(SIZES["8B"], depth_init=depth_init)).parameters
-    born = {each.name: (each.std, each.bound) for each in plan if each.init == "normal"}
-    assert born["tok_embeddings.weight"] == (1.0, math.inf)
-    assert born["output.weight"] == (1 / 64, 3 / 64)
+    initial = {each.name: (each.std, each.bound) for each in plan if each.init == "normal"}
+    assert initial["tok_embeddings.weight"] == (1.0, math.inf)
+    assert initial["output.weight"] == (1 / 64, 3 / 64)
     for layer, scaled in ((0, first), (31, last)):
         for name in PLAIN:
-            assert born[f"layers.{layer}.{name}.weight"] == (0.02, 2.0)
+            assert initial[f"layers.{layer}.{name}.weight"] == (0.02, 2.0)
         for name in SCALED:
-            assert born[f"layers.{layer}.{name}.weight"] == (pytest.approx(scaled, rel=1e-9), 2.0)
-    assert len(born) == 2 + 32 * len(PLAIN + SCALED)
+            assert initial[f"layers.{layer}.{name}.weight"] == (pytest.approx(scaled, rel=1e-9), 2.0)
+    assert len(initial) == 2 + 32 * len(PLAIN + SCALED)
     ones = {each.name for each in plan if each.init == "ones"}
     assert ones == {"norm.weight"} | {
         f"layers.{n}.{name}.weight" for n in range(32) for name in ("attention_norm", "ffn_norm")

@@ -61,5 +61,5 @@ def test_an_end_that_weighs_more_than_a_stage_is_an_error():
 
 
 @pytest.mark.parametrize("flavor", SIZES)
-def test_the_door_knows_the_modules_that_the_plan_cuts_between(flavor):
+def test_the_configuration_check_knows_the_modules_that_the_plan_cuts_between(flavor):
     assert stage_units(SIZES[flavor]) == parallel_plan(SIZES[flavor]).stage_units

@@ -50,8 +50,8 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_cut() -> None:
     """A million float32 numbers: summed in float32 the two norms differ in the sixth digit."""
     gradient = torch.randn(4_000, 250) * 1e-3
     exact = math.sqrt(gradient.double().square().sum().item())
-    whole, pieces = global_norm([gradient]), global_norm(gradient.split(33))
-    assert torch.equal(whole, pieces)
+    whole, parts = global_norm([gradient]), global_norm(gradient.split(33))
+    assert torch.equal(whole, parts)
     assert whole.item() == pytest.approx(exact, rel=1e-7)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from quadriga.config.schema import Optimizer
 from quadriga.optim import moments
 from quadriga.optim.optimizer import build_optimizer
-from quadriga.optim.withhold import withhold_update_if
+from quadriga.optim.skip_update import skip_update_if
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 NARROW = torch.bfloat16
@@ -122,14 +122,14 @@ def test_a_withheld_step_changes_no_bit(implementation: str, on_device: bool) ->
     before = copy.deepcopy(optimizer.state_dict()["state"])
     stood = weights(model)
     backward(model, 7)
-    withhold_update_if(torch.tensor(True), optimizer, on_device=on_device)
+    skip_update_if(torch.tensor(True), optimizer, on_device=on_device)
     optimizer.step()
     optimizer.zero_grad()
     assert torch.equal(weights(model), stood)
     for number, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, before[number][key]) for key, value in state.items())
     backward(model, 8)
-    withhold_update_if(torch.tensor(False), optimizer, on_device=on_device)
+    skip_update_if(torch.tensor(False), optimizer, on_device=on_device)
     optimizer.step()
     assert not torch.equal(weights(model), stood)
     assert {float(step) for step in held(optimizer, "step")} == {3}

@@ -41,11 +41,11 @@ def stuck(beta: float) -> int:
 @example(0.996)
 @example(0.9962)
 @example(0.999)
-def test_what_passes_the_door_falls_from_everywhere(beta: float) -> None:
+def test_what_the_check_accepts_falls_from_everywhere(beta: float) -> None:
     assert is_refused("beta2", beta) == (1 - beta < 2**-8)
     if not is_refused("beta2", beta):
         assert stuck(beta) == 0
-    elif 1 - beta < 1 / 258:  # the number next to 1 is the last to fall; between the two bounds the door is strict
+    elif 1 - beta < 1 / 258:  # the number next to 1 is the last to fall; between the two bounds the check is strict
         assert stuck(beta) > 0
     if 1 - beta < 2**-9:
         assert stuck(beta) == 128

@@ -25,14 +25,14 @@ def update(section: Optimizer, steps: int = 3) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def test_every_parameter_decays_unless_told_otherwise() -> None:
+def test_every_parameter_decays_unless_configured_otherwise() -> None:
     """As in torchtitan v0.2.2, which hands all parameters to the optimizer in one group."""
     groups = build_optimizer(small_model().named_parameters(), Optimizer(weight_decay=0.1)).param_groups
     assert [len(group["params"]) for group in groups] == [2, 3]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
 
 
-def test_vectors_do_not_decay_where_they_are_told_not_to_and_the_groups_stay() -> None:
+def test_vectors_do_not_decay_where_configured_not_to_and_the_groups_stay() -> None:
     section = Optimizer(weight_decay=0.1, decay_norms_and_biases=False)
     matrices, vectors = build_optimizer(small_model().named_parameters(), section).param_groups
     assert [parameter.dim() for parameter in matrices["params"]] == [2, 2]

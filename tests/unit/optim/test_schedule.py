@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import LrScheduler
-from quadriga.optim.schedule import build_schedule, lr_factor, wind_to
+from quadriga.optim.schedule import build_schedule, fast_forward, lr_factor
 
 sections = st.builds(
     dict,
@@ -24,7 +24,7 @@ sections = st.builds(
     min_lr_factor=st.floats(0, 1),
 )
 schedules = st.builds(
-    lambda said, variant: LrScheduler(**said, variant=variant), sections, st.sampled_from(["torchtitan", "early_decay"])
+    lambda keys, variant: LrScheduler(**keys, variant=variant), sections, st.sampled_from(["torchtitan", "early_decay"])
 )
 lengths = st.integers(1, 100)
 
@@ -87,10 +87,10 @@ def factors(section: LrScheduler, steps: int) -> list[float]:
     return [lr_factor(step, section, steps) for step in range(1, steps + 1)]
 
 
-@pytest.mark.parametrize(("said", "steps", "rates"), TORCHTITAN)
-def test_the_rates_are_those_of_torchtitan_to_the_last_digit(said: dict[str, Any], steps: int, rates: list[float]):
+@pytest.mark.parametrize(("keys", "steps", "rates"), TORCHTITAN)
+def test_the_rates_are_those_of_torchtitan_to_the_last_digit(keys: dict[str, Any], steps: int, rates: list[float]):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8e-4)
-    schedule = build_schedule(optimizer, LrScheduler(**said), steps)
+    schedule = build_schedule(optimizer, LrScheduler(**keys), steps)
     for rate in rates:
         assert (optimizer.param_groups[0]["lr"], schedule.get_last_lr()) == (rate, [rate])
         optimizer.step()
@@ -111,9 +111,9 @@ def by_definition(
     `index` counts from 0. Where a decay has passed its end the rate is held there."""
     length = steps if total_steps is None else total_steps
     ramp = warmup_steps if warmup_steps < length else length
-    room = length - ramp
-    decay = room
-    if decay_ratio is not None and round(length * decay_ratio) < room:
+    remaining = length - ramp
+    decay = remaining
+    if decay_ratio is not None and round(length * decay_ratio) < remaining:
         decay = round(length * decay_ratio)
     stable = length - ramp - decay + 1
     if index < ramp:
@@ -130,10 +130,10 @@ def by_definition(
 
 
 @given(sections, lengths)
-def test_every_rate_follows_the_definition(said: dict[str, Any], steps: int) -> None:
-    section = LrScheduler(**said)
+def test_every_rate_follows_the_definition(keys: dict[str, Any], steps: int) -> None:
+    section = LrScheduler(**keys)
     for index in range(steps + 3):
-        expected = by_definition(index, steps, **said)
+        expected = by_definition(index, steps, **keys)
         assert lr_factor(index + 1, section, steps) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
@@ -233,7 +233,7 @@ def test_a_schedule_that_was_put_forward_goes_on_as_one_that_walked():
     for _ in range(4):
         walked.step()
         one.step()
-    wind_to(other, 4)
+    fast_forward(other, 4)
     for _ in range(3):
         assert other.get_last_lr() == one.get_last_lr()
         assert put.param_groups[0]["lr"] == walked.param_groups[0]["lr"]

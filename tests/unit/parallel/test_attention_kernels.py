@@ -1,4 +1,4 @@
-"""Dealing out a sequence, and attention to pieces of it, on one rank."""
+"""Splitting a sequence, and attention to parts of it, on one rank."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.models.llama.model import causal_attention
-from quadriga.parallel.attention_allgather import attention_of_pieces
-from quadriga.parallel.context_parallel import own_positions
+from quadriga.parallel.attention_allgather import chunk_attention
+from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.sequence_cut import SequenceCut
 
 DEGREES, BALANCERS = st.integers(1, 9), st.sampled_from(["headtail", None])
@@ -18,7 +18,7 @@ DEGREES, BALANCERS = st.integers(1, 9), st.sampled_from(["headtail", None])
 @given(DEGREES, st.integers(1, 5), BALANCERS)
 def test_positions_are_a_partition(degree: int, length: int, balancer: str | None) -> None:
     seq_len = 2 * degree * length
-    parts = [own_positions(seq_len, rank, degree, balancer) for rank in range(degree)]
+    parts = [local_positions(seq_len, rank, degree, balancer) for rank in range(degree)]
     assert all(len(part) == seq_len // degree and part.dtype == torch.int64 for part in parts)
     assert all(torch.equal(part, part.sort().values) for part in parts)  # so a rank's own attention is plainly causal
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(seq_len))
@@ -27,24 +27,24 @@ def test_positions_are_a_partition(degree: int, length: int, balancer: str | Non
 @given(DEGREES, st.integers(1, 5))
 def test_headtail_gives_all_ranks_equally_much_to_look_at(degree: int, length: int) -> None:
     seq_len = 2 * degree * length
-    seen = {int((own_positions(seq_len, rank, degree, "headtail") + 1).sum()) for rank in range(degree)}
+    seen = {int((local_positions(seq_len, rank, degree, "headtail") + 1).sum()) for rank in range(degree)}
     assert len(seen) == 1
 
 
 @given(DEGREES, st.integers(1, 5), st.sampled_from([1, 2]))
-def test_what_was_dealt_out_is_put_together_again(degree: int, length: int, pieces: int) -> None:
-    cuts = [SequenceCut(rank, degree, pieces) for rank in range(degree)]
+def test_a_sequence_that_was_split_is_joined_again(degree: int, length: int, parts: int) -> None:
+    cuts = [SequenceCut(rank, degree, parts) for rank in range(degree)]
     whole = torch.arange(2 * degree * length)
     by_rank = torch.cat([cut.positions(2 * length) for cut in cuts])
-    assert torch.equal(cuts[0].deal_out(whole), by_rank)
-    assert torch.equal(cuts[0].put_together(by_rank), whole)
+    assert torch.equal(cuts[0].to_rank_order(whole), by_rank)
+    assert torch.equal(cuts[0].to_sequence_order(by_rank), whole)
 
 
 def test_a_sequence_that_does_not_divide_and_an_unknown_balancer_are_refused() -> None:
     with pytest.raises(ValueError, match="18 tokens do not divide into 4 equal pieces"):
-        own_positions(18, 0, 2, "headtail")
+        local_positions(18, 0, 2, "headtail")
     with pytest.raises(ValueError, match="ptrr"):
-        own_positions(16, 0, 2, "ptrr")
+        local_positions(16, 0, 2, "ptrr")
 
 
 DEVICES = [
@@ -55,7 +55,7 @@ DEVICES = [
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_of_pieces_is_attention(device: str, dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
+def test_attention_of_parts_is_attention(device: str, dtype: torch.dtype, tolerance: float, kv_heads: int) -> None:
     """On CUDA this is the check of the kernels' causal corner, of their statistics and of their backward passes."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -70,7 +70,7 @@ def test_attention_of_pieces_is_attention(device: str, dtype: torch.dtype, toler
     for rank in range(4):
         cut = SequenceCut(rank, 4, 2)
         here = cut.positions(seq // 4).to(device)
-        out, _ = attention_of_pieces(mine[0][:, :, here], mine[1], mine[2], cut.starts(seq // 4))
+        out, _ = chunk_attention(mine[0][:, :, here], mine[1], mine[2], cut.starts(seq // 4))
         out.backward(grad[:, :, here])
         assert out.dtype == dtype
         assert error(out, expected[:, :, here]) <= tolerance
@@ -91,4 +91,4 @@ def test_the_operations_keep_torchs_rules(dynamic: bool) -> None:
     arguments = tuple(x.requires_grad_() for x in (q, k, v))
     check = "test_aot_dispatch_dynamic" if dynamic else "test_aot_dispatch_static"
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", check)
-    torch.library.opcheck(attention_of_pieces, (*arguments, [0, 12]), test_utils=checks)
+    torch.library.opcheck(chunk_attention, (*arguments, [0, 12]), test_utils=checks)

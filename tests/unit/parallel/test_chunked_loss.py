@@ -1,4 +1,4 @@
-"""The loss in pieces: the same loss and gradients, no more work, and no logits of all tokens at any time."""
+"""The loss in chunks: the same loss and gradients, no more work, and no logits of all tokens at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quadriga.config.model_spec import ModelSpec
 from quadriga.data.batch import IGNORE
 from quadriga.models.registry import build_model, parallel_plan
-from quadriga.parallel.chunked_loss import hand_on_hidden_states, loss_in_pieces
+from quadriga.parallel.chunked_loss import chunked_loss, return_hidden_states
 from quadriga.train.step import summed_cross_entropy
 
 ROWS, SEQ_LEN = 4, 16
@@ -29,7 +29,7 @@ TIED = replace(SPEC, tie_embeddings=True)
 Step = Callable[[], Tensor]
 
 
-def make(spec: ModelSpec, pieces: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Step]:
+def make(spec: ModelSpec, loss_chunks: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Step]:
     """A model, and what computes the loss of a fixed batch."""
     torch.manual_seed(3)
     model = build_model(spec)
@@ -45,27 +45,29 @@ def make(spec: ModelSpec, pieces: int, dtype: torch.dtype = torch.float32) -> tu
         return summed_cross_entropy(logits, labels) / TOKENS
 
     used = loss
-    if pieces > 1:
+    if loss_chunks > 1:
         output = parallel_plan(spec).logits_unit
         assert output is not None
-        hand_on_hidden_states(model, output)
-        used = loss_in_pieces(loss, [model], output, pieces=pieces)
+        return_hidden_states(model, output)
+        used = chunked_loss(loss, [model], output, loss_chunks=loss_chunks)
     return model, lambda: used(model(tokens[:, :-1]), labels)
 
 
-def gradients(spec: ModelSpec, pieces: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
-    model, step = make(spec, pieces, dtype)
+def gradients(
+    spec: ModelSpec, loss_chunks: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model, step = make(spec, loss_chunks, dtype)
     loss = step()
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("pieces", [2, 7, 8, 500], ids=lambda pieces: f"{pieces} pieces")
+@pytest.mark.parametrize("loss_chunks", [2, 7, 8, 500], ids=lambda loss_chunks: f"{loss_chunks} chunks")
 @pytest.mark.parametrize("spec", [SPEC, TIED], ids=["output", "tied"])
-def test_loss_and_gradients_are_those_of_the_whole(spec: ModelSpec, pieces: int) -> None:
-    """Also in pieces that are not equally long, and with more pieces than tokens."""
+def test_loss_and_gradients_are_those_of_the_whole(spec: ModelSpec, loss_chunks: int) -> None:
+    """Also in chunks that are not equally long, and with more chunks than tokens."""
     whole, whole_gradients = gradients(spec, 1)
-    loss, own_gradients = gradients(spec, pieces)
+    loss, own_gradients = gradients(spec, loss_chunks)
     assert loss.shape == ()
     assert float(loss) == pytest.approx(float(whole), rel=1e-6)
     assert list(own_gradients) == list(whole_gradients)
@@ -74,12 +76,12 @@ def test_loss_and_gradients_are_those_of_the_whole(spec: ModelSpec, pieces: int)
         assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
 
 
-def test_the_sum_over_pieces_is_rounded_once() -> None:
+def test_the_sum_over_loss_chunks_is_rounded_once() -> None:
     """In bfloat16 the gradient of the matrix is as near to the exact one as that of all tokens at once."""
     exact = gradients(SPEC, 1)[1]["output.weight"]
-    whole, pieces = (gradients(SPEC, count, torch.bfloat16)[1]["output.weight"] for count in (1, 32))
-    assert pieces.dtype == torch.bfloat16
-    assert (pieces.float() - exact).norm() <= 1.05 * (whole.float() - exact).norm()
+    whole, chunked = (gradients(SPEC, count, torch.bfloat16)[1]["output.weight"] for count in (1, 32))
+    assert chunked.dtype == torch.bfloat16
+    assert (chunked.float() - exact).norm() <= 1.05 * (whole.float() - exact).norm()
 
 
 def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,7 @@ def test_the_backward_pass_multiplies_and_may_be_repeated() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the memory that operations made and that is still held: of the largest piece, and of all at the peak."""
+    """Bytes of the memory that operations made and that is still held: of the largest chunk, and of all at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,25 +134,25 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def memory(pieces: int) -> Alive:
-    _, step = make(SPEC, pieces)
+def memory(loss_chunks: int) -> Alive:
+    _, step = make(SPEC, loss_chunks)
     with Alive() as alive:
         step().backward()
     return alive
 
 
-def test_logits_exist_for_one_piece_at_a_time() -> None:
-    """Of 64 tokens and 1000 words: 256 kB, and in 8 pieces 32 kB. The gradient of the matrix has 64 kB."""
+def test_logits_exist_for_one_loss_chunk_at_a_time() -> None:
+    """Of 64 tokens and 1000 words: 256 kB, and in 8 chunks 32 kB. The gradient of the matrix has 64 kB."""
     logits, matrix = 4 * TOKENS * SPEC.vocab_size, 4 * SPEC.dim * SPEC.vocab_size
-    whole, pieces = memory(1), memory(8)
+    whole, chunked = memory(1), memory(8)
     assert whole.largest == logits
     assert whole.peak >= 3 * logits
-    assert pieces.largest == matrix
-    # Logits, logarithms and their gradients of one piece; the sum of the matrix's gradients and one of them.
-    assert pieces.peak <= 5 * logits / 8 + 2 * matrix + whole.peak / 20
+    assert chunked.largest == matrix
+    # Logits, logarithms and their gradients of one chunk; the sum of the matrix's gradients and one of them.
+    assert chunked.peak <= 5 * logits / 8 + 2 * matrix + whole.peak / 20
 
 
-def test_validation_holds_one_piece_of_logits() -> None:
+def test_validation_holds_the_logits_of_one_loss_chunk() -> None:
     _, step = make(SPEC, 8)
     with torch.no_grad(), Alive() as alive:
         step()
@@ -158,8 +160,8 @@ def test_validation_holds_one_piece_of_logits() -> None:
 
 
 def test_nothing_is_computed_twice() -> None:
-    def products(pieces: int) -> int:
-        _, step = make(SPEC, pieces)
+    def products(loss_chunks: int) -> int:
+        _, step = make(SPEC, loss_chunks)
         with FlopCounterMode(display=False) as counter:
             step().backward()
         return counter.get_total_flops()

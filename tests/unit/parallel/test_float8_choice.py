@@ -27,7 +27,7 @@ def left(tp: int = 1, spec: Any = WIDE, **keys: Any) -> dict[str, str]:
     with torch.device("meta"):
         model = build_model(spec)
     section = LinearFloat8(emulate=True, **keys)
-    return dict(float8._left_as_they_are(model, parallel_plan(spec).tensor_cuts, tp, section))
+    return dict(float8._unconverted_layers(model, parallel_plan(spec).tensor_cuts, tp, section))
 
 
 def test_layers_are_left_by_width_by_name_and_by_size() -> None:
@@ -51,7 +51,7 @@ def test_the_width_that_counts_is_that_of_a_rank() -> None:
     assert "layers.0.attention.wq" not in names
 
 
-def test_what_is_converted_and_left_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_converted_and_left_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     linear = pytest.importorskip("torchao.float8.float8_linear")
     with torch.device("meta"):
         model = build_model(WIDE)

@@ -44,7 +44,7 @@ def test_the_first_two_steps_warm_up(tmp_path: Path) -> None:
     assert seconds_a_step(records, Profiling(), tmp_path) == 1.0
 
 
-def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
+def test_a_trace_of_a_cpu_distinguishes_forward_from_backward(tmp_path: Path) -> None:
     """A product of 100 and attention of 50 go forward. Backward, of events of a kind the outermost counts: a product of
     150, with another within, and autograd's own function for attention, 130."""
     events = [
@@ -58,8 +58,8 @@ def test_a_trace_of_a_cpu_tells_forward_from_backward(tmp_path: Path) -> None:
         ("cpu_op", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", 705, 120),
     ]
     keys = ("cat", "name", "ts", "dur")
-    told = [{"ph": "X", "pid": 1, "tid": 1, **dict(zip(keys, event, strict=True))} for event in events]
-    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": told}))
+    rows = [{"ph": "X", "pid": 1, "tid": 1, **dict(zip(keys, event, strict=True))} for event in events]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": rows}))
     found = busy_seconds(tmp_path / "trace.json")
     micro = 1e-6
     assert found["products"] == pytest.approx(250 * micro)
@@ -76,18 +76,18 @@ def test_a_finished_run_calibrates_the_estimate(tmp_path, capsys: pytest.Capture
     keys += ["--profiling.profiler_active=2", "--profiling.profiler_warmup=2", f"--job.dump_folder={folder}"]
     ended = launch([sys.executable, "-m", "quadriga.train", "--job.config_file", DEBUG_FILE, *keys], cwd=ROOT)
     assert ended.code == 0, ended.err
-    foreseen = json.loads((folder / "estimate.json").read_text())
-    assert foreseen["device"] == "cpu"
-    assert foreseen["if_memory_runs_out"]
+    predicted = json.loads((folder / "estimate.json").read_text())
+    assert predicted["device"] == "cpu"
+    assert predicted["if_memory_runs_out"]
 
     command = ["estimate", str(folder / "config.toml"), "--ngpu=1", "--device=cpu", "--json"]
     command += ["--calibrate", str(folder)]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out)
+    output = json.loads(capsys.readouterr().out)
     steps = read_metrics(folder / "metrics.jsonl")
     measured = sorted(step["step_seconds"] for step in steps[2:])[len(steps) // 2 - 1]
-    assert told["calibrated"] is True
-    assert told["step_time_s"] == pytest.approx(measured, rel=0.25), "it predicts the run that it was measured in"
+    assert output["calibrated"] is True
+    assert output["step_time_s"] == pytest.approx(measured, rel=0.25), "it predicts the run that it was measured in"
 
     for trace in folder.glob("profile_trace/**/*.json*"):
         trace.unlink()

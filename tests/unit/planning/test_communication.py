@@ -9,7 +9,7 @@ import pytest
 from estimating import COMPUTE, RECOMPUTE, by_group, keys, run_of
 from fake_ranks import on_fake_ranks, recorded_step
 
-from quadriga.planning.communication import Calls
+from quadriga.planning.communication import CollectiveCalls
 
 SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--model.n_heads=8", "--model.n_kv_heads=4")
 TWICE = ("--training.global_batch_size=16",)  # two passes of a pipeline over two batch ranks
@@ -23,7 +23,7 @@ LAYOUTS = {
     "FSDP 4, never": (4, keys(reshard="never"), "2", "f32"),
     "FSDP 4, accumulated": (4, ("--training.global_batch_size=48", *keys(reduce="once")), "none", "f32"),
     "FSDP 4, reduced each": (4, ("--training.global_batch_size=48", *keys(reduce="every_micro_batch")), "op", "bf16"),
-    "FSDP 4, loss in pieces": (4, ("--training.loss_chunks=4",), "op", "f32"),
+    "FSDP 4, loss chunks": (4, ("--training.loss_chunks=4",), "op", "f32"),
     "FSDP 4, tied": (4, ("--model.tie_embeddings",), "op", "f32"),
     "HSDP 2x2": (4, keys(rep=2), "none", "f32"),
     "DDP 4": (4, keys(rep=4, shard=1), "none", "bf16"),
@@ -98,4 +98,4 @@ def test_8b_sends_what_is_predicted(ranks: int, layout: tuple[str, ...]) -> None
 )
 def test_what_a_ring_of_four_sends(kind: str, sent: float) -> None:
     """(n - 1) / n of the bytes; an all-reduce is a reduce-scatter and an all-gather; a message is sent whole."""
-    assert Calls("shard", kind, 2.0, 1000.0, 4, "forward", "x").wire_bytes == sent
+    assert CollectiveCalls("shard", kind, 2.0, 1000.0, 4, "forward", "x").wire_bytes == sent

@@ -15,10 +15,10 @@ from launching import ROOT
 from quadriga.cli.main import main
 from quadriga.hardware import device_named
 from quadriga.optim import moments
-from quadriga.planning.advice import advice_for, smaller_runs
+from quadriga.planning.advice import advice_for, format_memory_savings
 from quadriga.planning.estimate import estimate
 from quadriga.planning.search import candidates, search
-from quadriga.planning.setup import BUCKET
+from quadriga.planning.setup import UPDATE_BUCKET
 from quadriga.planning.variants import vary
 
 EIGHT_B_FILE = str(ROOT / "configs/llama3_8b/llama3_8b.toml")
@@ -34,8 +34,8 @@ def test_8b_on_8_gpus_needs_what_was_published() -> None:
     run = run_of(ranks=8, base=EIGHT_B)
     large, small = (estimate(run, device_named(name, "")) for name in ("h100-96gb", "a100-40gb"))
     assert large.worst.reserved / 2**30 == pytest.approx(82.4, rel=0.05)
-    assert large.verdict().fits
-    assert not small.verdict().fits
+    assert large.memory_fit().fits
+    assert not small.memory_fit().fits
     assert {*small.worst.binding} == {"activations", "logits and loss"}
     pair = next(
         each
@@ -52,7 +52,7 @@ def test_advice_is_what_it_says() -> None:
     for advice in advice_for(given):
         changed = run_of(*(f"--{key}={str(value).lower()}" for key, value in advice.keys), ranks=8, base=EIGHT_B)
         again = estimate(changed, given.device)
-        assert again.worst.reserved + again.outside == pytest.approx(advice.needed), advice
+        assert again.worst.reserved + again.outside_allocator == pytest.approx(advice.needed), advice
 
 
 def test_what_is_more_needs_more() -> None:
@@ -98,20 +98,20 @@ def test_the_command_says_whether_it_fits_first(capsys: pytest.CaptureFixture[st
 
 def test_json_is_what_the_documents_promise(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", EIGHT_B_FILE, "--ngpu", "4", "--device", "h100-80gb", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] is True
-    memory = told["memory"]
+    output = json.loads(capsys.readouterr().out)
+    assert output["fits"] is True
+    memory = output["memory"]
     assert 0 < memory["peak_active_gib"] < memory["peak_reserved_gib"] < 80
     assert sum(memory["by_kind"].values()) == pytest.approx(memory["peak_active_gib"])
     assert memory["binding"]
-    assert {"axis", "collective", "calls", "bytes"} <= told["communication"][0].keys()
-    assert told["step_time_s"] > 0
-    assert told["tokens_per_second_per_device"] == pytest.approx(1024 / told["step_time_s"])
-    assert 0 < told["mfu"] < 1
-    assert told["assumptions"]
-    assert told["calibrated"] is False
+    assert {"axis", "collective", "calls", "bytes"} <= output["communication"][0].keys()
+    assert output["step_time_s"] > 0
+    assert output["tokens_per_second_per_device"] == pytest.approx(1024 / output["step_time_s"])
+    assert 0 < output["mfu"] < 1
+    assert output["assumptions"]
+    assert output["calibrated"] is False
     documented = (ROOT / "docs/estimates.md").read_text()
-    assert all(f"`{key}`" in documented for key in told)
+    assert all(f"`{key}`" in documented for key in output)
 
 
 def test_a_device_of_the_users_own(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +121,9 @@ def test_a_device_of_the_users_own(tmp_path, capsys: pytest.CaptureFixture[str])
     assert "of 31.52 GiB a device" in capsys.readouterr().out
     own.write_text('name = "own"\nmemory = -1\nspeed = 3\n')
     assert main(["estimate", EIGHT_B_FILE, "--ngpu", "8", "--device", str(own)]) == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     for wrong in ("speed", "memory", "must be a number above 0", "fp32", "is missing"):
-        assert wrong in told
+        assert wrong in output
 
 
 def test_a_search_finds_what_fits_and_writes_the_winner(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,11 +133,11 @@ def test_a_search_finds_what_fits_and_writes_the_winner(tmp_path, capsys: pytest
     shown = capsys.readouterr().out
     assert "candidates in" in shown
     assert main(["estimate", str(winner), "--ngpu", "4", "--device", "a100-40gb"]) == 0
-    told = capsys.readouterr().out
-    assert "verdict      fits" in told
+    output = capsys.readouterr().out
+    assert "verdict      fits" in output
 
 
-def test_every_candidate_passes_the_door() -> None:
+def test_every_candidate_passes_the_configuration_checks() -> None:
     """What a search proposes is legal: a sample is read as a user would write it, and estimated alike."""
     run = run_of(ranks=8, base=EIGHT_B)
     proposed = [vary(run, **each) for each in candidates(run, 64, 8)]
@@ -155,7 +155,7 @@ def test_the_winner_is_the_best_of_all() -> None:
     start = time.perf_counter()
     variants = (vary(run, **each) for each in candidates(run, run.spec.global_batch_size, 8))
     every = [estimate(each.run, device) for each in variants]
-    speeds = [each.tokens_per_second_per_device for each in every if each.verdict().fits]
+    speeds = [each.tokens_per_second_per_device for each in every if each.memory_fit().fits]
     assert found.best[0].tokens_per_second == max(speeds)
     assert found.tried == len(every)
     assert found.fitting == len(speeds)
@@ -179,11 +179,11 @@ ODD_RUNS = {
 
 @pytest.mark.parametrize("name", ODD_RUNS)
 def test_a_launch_never_ends_in_its_estimate(name: str) -> None:
-    """What each launch writes, and proposes for when memory runs out, can be had of every run that the door lets in."""
+    """What each launch writes, and proposes for when memory runs out, can be had of every run that is accepted."""
     given = estimate(run_of(*ODD_RUNS[name], ranks=2), None)
-    told = given.to_dict()
-    assert told["memory"]["peak_active_gib"] > 0
-    assert all(": saves " in each for each in smaller_runs(given))
+    document = given.to_dict()
+    assert document["memory"]["peak_active_gib"] > 0
+    assert all(": saves " in each for each in format_memory_savings(given))
 
 
 FORWARD = ",".join(f"0F{number}" for number in range(4))
@@ -202,4 +202,4 @@ def test_a_schedule_of_the_users_keeps_its_stages(tmp_path) -> None:
 
 
 def test_buckets_of_the_update_are_as_the_optimizer_has_them() -> None:
-    assert BUCKET == moments.BUCKET
+    assert UPDATE_BUCKET == moments.BUCKET

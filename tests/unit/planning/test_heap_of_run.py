@@ -8,10 +8,10 @@ from estimating import run_of
 from quadriga.comm.heap import RESERVE, Heap
 from quadriga.config import Run
 from quadriga.hardware import device_named
-from quadriga.planning.carriers import shares_of_bytes
+from quadriga.planning.backend_by_axis import byte_share_by_backend
 from quadriga.planning.estimate import estimate
 from quadriga.planning.heap import heap_of
-from quadriga.planning.report import rows
+from quadriga.planning.report import estimate_rows
 from quadriga.units import GIB, MIB
 
 LLAMA_8B = ("--model.name=llama3", "--model.flavor=8B", "--training.dataset=builtin")
@@ -52,16 +52,16 @@ def test_it_counts_on_the_device() -> None:
     device = device_named("h100-80gb", "test")
     with_heap, without = estimate(run("nvshmem"), device), estimate(run("nccl"), device)
     assert with_heap.heap is not None
-    assert with_heap.outside - without.outside == pytest.approx(with_heap.heap.nvshmem_bytes)
+    assert with_heap.outside_allocator - without.outside_allocator == pytest.approx(with_heap.heap.nvshmem_bytes)
     assert with_heap.worst.reserved == without.worst.reserved
     content = with_heap.to_dict()["memory"]
     assert content["symmetric_heap_gib"] == with_heap.heap.nvshmem_bytes / GIB
     assert without.to_dict()["memory"]["symmetric_heap_gib"] is None
 
 
-def test_it_is_told() -> None:
-    told = dict(rows(estimate(run("nvshmem"), None)))
-    assert told["heap needed"].startswith("3.98 GiB a rank (2 x 1002.01 MiB for all-gathers, 1.96 GiB for sums")
+def test_it_is_reported() -> None:
+    table = dict(estimate_rows(estimate(run("nvshmem"), None)))
+    assert table["heap needed"].startswith("3.98 GiB a rank (2 x 1002.01 MiB for all-gathers, 1.96 GiB for sums")
 
 
 def test_the_share_of_each_backend_by_hand() -> None:
@@ -72,12 +72,12 @@ def test_the_share_of_each_backend_by_hand() -> None:
     scattered = 4 * (32 * block + EMBEDDING + OUTPUT)
     sharded, others = 3 / 4 * (gathered + scattered), 2 * 3 / 4 * (8 + 4 * 16)
     always = "--parallelism.fsdp_reshard_after_forward=default"
-    shares = shares_of_bytes(run("nvshmem", always), "nvshmem")
+    shares = byte_share_by_backend(run("nvshmem", always), "nvshmem")
     assert shares == pytest.approx({"nvshmem": sharded / (sharded + others), "nccl": others / (sharded + others)})
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_tensor_parallelism_is_carried_beside_it() -> None:
-    shares = shares_of_bytes(run("nvshmem", "--parallelism.tensor_parallel_degree=2"), "nvshmem")
+def test_tensor_parallelism_goes_over_the_fallback_backend() -> None:
+    shares = byte_share_by_backend(run("nvshmem", "--parallelism.tensor_parallel_degree=2"), "nvshmem")
     assert 0.1 < shares["nccl"] < 0.9
-    assert shares_of_bytes(run("nccl", "--parallelism.tensor_parallel_degree=2"), "nccl") == {"nccl": 1.0}
+    assert byte_share_by_backend(run("nccl", "--parallelism.tensor_parallel_degree=2"), "nccl") == {"nccl": 1.0}

@@ -50,10 +50,10 @@ def test_orders_are_those_of_torch(schedule: str, ranks: int, stages: int, micro
     order = order_of(schedule, ranks, stages, micro_batches)
     for rank, actions in enumerate(order.ranks):
         assert [str(action) for action in actions] == of_torch(schedule, rank, ranks, stages, micro_batches)
-    assert order.stuck == ()
+    assert order.deadlock == ()
 
 
-def test_those_that_split_the_backward_pass_are_those_that_the_door_knows() -> None:
+def test_those_that_split_the_backward_pass_are_those_that_the_configuration_check_knows() -> None:
     stages = {"GPipe": 1, "1F1B": 1}
     every = (*stages, *INTERLEAVED, "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
     split = {name for name in every if order_of(name, 2, stages.get(name, 2), 8).splits_backward}
@@ -76,5 +76,5 @@ def test_what_the_papers_say_of_them(
     order = order_of(schedule, ranks, stages, micro_batches)
     times = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
     seconds = {(stage, kind): time for stage in range(ranks * stages) for kind, time in times.items()}
-    assert order.passes_at_once == at_once
+    assert order.in_flight == at_once
     assert order.idle_shares(seconds) == pytest.approx([idle] * ranks, abs=0.2 if idle == 0.0 else 1e-9)

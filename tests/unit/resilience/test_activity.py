@@ -16,18 +16,18 @@ import torch
 
 from quadriga.errors import causes
 from quadriga.resilience import activity as activity_module
-from quadriga.resilience.activity import Activity
+from quadriga.resilience.activity import ActivityMonitor
 from quadriga.resilience.out_of_memory import is_out_of_memory
 from quadriga.resilience.progress import Progress
 
 
 def moved(work, progress: Progress | None = None) -> bool:
     """Whether a second look from another thread, after `work` of this one, sees progress, functions left out."""
-    activity, found = Activity(progress or Progress(), 0.1), []
+    activity, found = ActivityMonitor(progress or Progress(), 0.1), []
     go, done = threading.Event(), threading.Event()
 
     def looked() -> bool:
-        place, _, *amounts = activity._moves()
+        place, _, *amounts = activity._progress_signs()
         return place or any(amounts)
 
     def watch() -> None:
@@ -77,31 +77,31 @@ def test_bytes_memory_and_children_are_progress() -> None:
 def test_a_trickle_does_not_add_up_and_a_slow_download_counts(name: str, least: float, monkeypatch) -> None:
     """At the usual pause of 5 s: 24 KB of a system monitor every third look, against 8 KiB a second."""
     amounts = iter([0.0, *(0.6 * least * n for n in range(1, 60)), 0.6 * least * 59 + least])
-    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([(name, next(amounts))]))
-    activity = Activity(Progress(), 5.0)
-    moved = [list(activity._moves())[-1] for _ in range(61)]
+    monkeypatch.setattr(activity_module, "_usage", lambda: iter([(name, next(amounts))]))
+    activity = ActivityMonitor(Progress(), 5.0)
+    moved = [list(activity._progress_signs())[-1] for _ in range(61)]
     assert moved == [False] * 60 + [True]
     # Less than before: a child is gone; what the others do from there on counts.
     fewer = iter([1.0, 1.0 + least])
-    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([(name, next(fewer))]))
-    assert [list(activity._moves())[-1] for _ in range(2)] == [False, True]
+    monkeypatch.setattr(activity_module, "_usage", lambda: iter([(name, next(fewer))]))
+    assert [list(activity._progress_signs())[-1] for _ in range(2)] == [False, True]
 
 
 def test_a_rank_that_waits_for_others_makes_no_progress_whatever_else_goes_on(monkeypatch) -> None:
     clock, amounts = [0.0], [0.0]
     monkeypatch.setattr(activity_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(activity_module, "_amounts", lambda: iter([("bytes", amounts[0])]))
-    activity = Activity(Progress(), 5.0)
-    activity.look()
+    monkeypatch.setattr(activity_module, "_usage", lambda: iter([("bytes", amounts[0])]))
+    activity = ActivityMonitor(Progress(), 5.0)
+    activity.poll()
     for _ in range(10):
         clock[0], amounts[0] = clock[0] + 5, amounts[0] + 1e6
-        waited = activity.look(waits=True)
+        waited = activity.poll(waits=True)
     assert waited == 50
     clock[0] += 5
-    activity.look(waits=True)
-    assert activity.look() == 55  # what went on meanwhile is no progress afterwards either
+    activity.poll(waits=True)
+    assert activity.poll() == 55  # what went on meanwhile is no progress afterwards either
     amounts[0] += 1e6
-    assert activity.look() == 0
+    assert activity.poll() == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
@@ -122,10 +122,10 @@ def test_processes_that_report_in_the_background_are_left_out(tmp_path: Path) ->
 
 
 def test_functions_that_were_not_seen_before_are_progress() -> None:
-    activity, found, back = Activity(Progress(), 0.1), [], threading.Event()
+    activity, found, back = ActivityMonitor(Progress(), 0.1), [], threading.Event()
 
     def seen_from_elsewhere() -> None:
-        thread = threading.Thread(target=lambda: (found.append(list(activity._moves())[1]), back.set()))
+        thread = threading.Thread(target=lambda: (found.append(list(activity._progress_signs())[1]), back.set()))
         thread.start()
         assert back.wait(60)
         back.clear()
@@ -139,10 +139,10 @@ def test_functions_that_were_not_seen_before_are_progress() -> None:
     assert found == [True, True, False, False]
 
 
-def test_phases_and_beats_are_progress() -> None:
+def test_phases_and_heartbeats_are_progress() -> None:
     progress = Progress()
-    assert moved(progress.beat, progress)
-    assert moved(lambda: progress.at("data", 1), progress)
+    assert moved(progress.tick, progress)
+    assert moved(lambda: progress.enter_phase("data", 1), progress)
 
 
 def test_causes_are_followed_once() -> None:

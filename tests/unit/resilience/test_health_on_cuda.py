@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
+from quadriga.comm.loss import StepTotals
 from quadriga.config.schema import Health as HealthSection
 from quadriga.optim.clip import gradient_norms, scale_gradients
 from quadriga.optim.moments import AdamWithMomentsIn
-from quadriga.resilience.health import NOT_FINITE, Finding, Health, Totals
+from quadriga.resilience.health import NOT_FINITE, HealthMonitor, StepVerdict
 
 NARROW = torch.bfloat16
 
@@ -21,14 +22,14 @@ pytestmark = [
 ]
 
 
-def step(parameters, optimizer, health: Health, bad: bool) -> None:
+def step(parameters, optimizer, health: HealthMonitor, bad: bool) -> None:
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, torch.nan if bad and number > 0 else 0.5)
     gradients = [parameter.grad for parameter in parameters]
     norms = gradient_norms(gradients)
     loss = torch.full((), 2.0, dtype=torch.float64, device="cuda")
     scale_gradients(gradients, norms.total, 1.0)
-    health.withhold_if_bad(optimizer, loss, norms, Totals(loss, loss, norms.total, norms.total.isfinite()))
+    health.skip_if_bad(optimizer, loss, norms, StepTotals(loss, loss, norms.total, norms.total.isfinite()))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -39,7 +40,7 @@ def test_a_bad_step_is_left_out(algorithm, implementation):
     device = torch.device("cuda")
     parameters = [torch.nn.Parameter(torch.ones(8, 4, device=device)) for _ in range(3)]
     optimizer = algorithm(parameters, lr=0.1, **{implementation: True})
-    health = Health(HealthSection(non_finite="skip_step", spike="skip_step", spike_window=4), device)
+    health = HealthMonitor(HealthSection(non_finite="skip_step", spike="skip_step", spike_window=4), device)
     step(parameters, optimizer, health, bad=False)
     moved = [parameter.detach().clone() for parameter in parameters]
     torch.cuda.set_sync_debug_mode("error" if implementation == "fused" else "default")
@@ -49,7 +50,7 @@ def test_a_bad_step_is_left_out(algorithm, implementation):
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(parameter, before) for parameter, before in zip(parameters, moved, strict=True))
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
-    found = Finding(*health.verdict.tolist())
+    found = StepVerdict(*health.verdict.tolist())
     assert (found.kind, found.first_gradient) == (NOT_FINITE, 1)
     step(parameters, optimizer, health, bad=False)
     assert not any(torch.equal(parameter, before) for parameter, before in zip(parameters, moved, strict=True))

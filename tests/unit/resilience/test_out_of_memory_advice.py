@@ -8,7 +8,7 @@ import torch
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.models.registry import catalogue
-from quadriga.resilience.out_of_memory import changes, is_out_of_memory
+from quadriga.resilience.out_of_memory import is_out_of_memory, memory_saving_changes
 
 
 def run_of(*arguments: str, ranks: int = 4) -> Run:
@@ -44,10 +44,10 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
 
 def test_activations_come_first_in_the_forward_pass_and_state_in_the_optimizer() -> None:
     run = run_of()
-    forward = list(changes(run, "forward and backward", on_device=True))
+    forward = list(memory_saving_changes(run, "forward and backward", on_device=True))
     assert "activation_checkpoint.mode=full" in forward[0]
     assert "training.local_batch_size=4 --training.global_batch_size=32" in forward[1]
-    in_optimizer = list(changes(run, "optimizer", on_device=True))
+    in_optimizer = list(memory_saving_changes(run, "optimizer", on_device=True))
     assert "more ranks" in in_optimizer[0]
     assert "enable_cpu_offload" in in_optimizer[1]
     assert sorted(forward) == sorted(in_optimizer)
@@ -55,7 +55,7 @@ def test_activations_come_first_in_the_forward_pass_and_state_in_the_optimizer()
 
 def test_replicas_are_cut_before_ranks_are_added() -> None:
     run = run_of("--parallelism.data_parallel_replicate_degree=4", "--parallelism.data_parallel_shard_degree=1")
-    first = next(changes(run, "optimizer", on_device=True))
+    first = next(memory_saving_changes(run, "optimizer", on_device=True))
     assert "data_parallel_replicate_degree=1" in first
     assert "4 times as many ranks" in first
 
@@ -63,20 +63,22 @@ def test_replicas_are_cut_before_ranks_are_added() -> None:
 def test_what_is_done_already_is_not_advised() -> None:
     spent = ("--activation_checkpoint.mode=full", "--training.local_batch_size=1", "--training.enable_cpu_offload")
     run = run_of(*spent, "--parallelism.fsdp_reshard_after_forward=always", "--training.loss_chunks=4", ranks=1)
-    advised = list(changes(run, "forward and backward", on_device=True))
+    advised = list(memory_saving_changes(run, "forward and backward", on_device=True))
     assert len(advised) == 2
     assert "more ranks" in advised[0]
     assert "a machine with more memory" in advised[1]
 
 
 def test_offload_is_no_help_on_the_host() -> None:
-    assert not [change for change in changes(run_of(), "optimizer", on_device=False) if "offload" in change]
+    assert not [
+        change for change in memory_saving_changes(run_of(), "optimizer", on_device=False) if "offload" in change
+    ]
 
 
 def test_every_advised_key_can_be_given() -> None:
     """Each change that names keys is accepted by the configuration that it is advised for."""
     run = run_of("--training.mixed_precision_param=float32", "--activation_checkpoint.mode=none")
     given = ("--training.mixed_precision_param=float32", "--activation_checkpoint.mode=none")
-    for change in changes(run, "forward and backward", on_device=True):
-        keys = [word.rstrip(":") for word in change.split() if word.startswith("--")]
+    for change in memory_saving_changes(run, "forward and backward", on_device=True):
+        keys = [part.rstrip(":") for part in change.split() if part.startswith("--")]
         run_of(*given, *keys)

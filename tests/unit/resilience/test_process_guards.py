@@ -21,8 +21,8 @@ from quadriga.resilience.processes import (
     RECORDS,
     RESTART_COUNT,
     ExitRecord,
-    heeding_signals,
-    ranks_that_heed,
+    handle_signals,
+    ranks_with_handlers,
     read_records,
 )
 
@@ -44,7 +44,7 @@ def holder_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_guards, "LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(process_guards, "LOCK_TIMEOUT_SECONDS", 0.2)
     with holder_of(tmp_path / "run") as holder:
         with pytest.raises(UserError) as refusal, lock_run_folder(str(tmp_path / "run")):
             pass
@@ -131,7 +131,7 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
         process_guards.report_failure({**environ, "RANK": "1"}, RuntimeError("gloo: Connection closed by peer [::1]"))
         == 1
     )
-    assert process_guards.leave({**environ, "RANK": "0"}, 0) == 0
+    assert process_guards.record_exit({**environ, "RANK": "0"}, 0) == 0
     by_rank = {record.rank: record for record in read_records(tmp_path / "0")}
     assert (by_rank[2].code, by_rank[2].details, by_rank[2].is_report) == (2, error.report, True)
     assert (by_rank[1].code, by_rank[1].lost_peer) == (1, True)
@@ -140,60 +140,62 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
     assert error.report not in capsys.readouterr().err  # the launcher shows it, once
 
 
-def test_a_fault_is_told_as_it_stands_and_has_its_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_as_it_is_and_has_its_own_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     error = Fault("the run has stood still\n\n    rank 1 stopped", 4)
     assert process_guards.report_failure({RECORDS: str(tmp_path), "RANK": "0"}, error, since=12.5) == 4
     record = read_records(tmp_path / "0")[0]
     assert (record.code, record.error, record.details) == (4, "the run has stood still", str(error))
     assert (record.is_report, record.time) == (True, 12.5)
     assert process_guards.report_failure({"RANK": "0"}, error) == 4
-    said = capsys.readouterr().err
-    assert said.count(str(error)) == 1
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.count(str(error)) == 1
+    assert "Traceback" not in output
 
 
-def test_a_collective_that_waited_too_long_is_a_stall(tmp_path: Path) -> None:
+def test_a_collective_that_waited_too_long_is_a_hang(tmp_path: Path) -> None:
     environ = {RECORDS: str(tmp_path)}
     assert process_guards.report_failure(environ, RuntimeError("Timed out waiting 300000ms for recv operation")) == 4
     assert read_records(tmp_path / "0")[0].lost_peer
 
 
-def test_torchrun_is_not_told_of_a_rank_that_was_asked_to_leave(tmp_path: Path) -> None:
+def test_torchrun_is_not_notified_of_a_rank_that_was_asked_to_leave(tmp_path: Path) -> None:
     """Where nobody reads the record, the rank has to say it itself."""
-    assert process_guards.leave({RECORDS: str(tmp_path), "RANK": "1"}, 75) == 0
+    assert process_guards.record_exit({RECORDS: str(tmp_path), "RANK": "1"}, 75) == 0
     record = read_records(tmp_path / "0")[0]
     assert (record.rank, record.code, record.asked) == (1, 75, True)
-    assert process_guards.leave({"RANK": "1"}, 75) == 75
-    assert process_guards.interrupted({RECORDS: str(tmp_path), "RANK": "2"}) == 130
+    assert process_guards.record_exit({"RANK": "1"}, 75) == 75
+    assert process_guards.record_interrupt({RECORDS: str(tmp_path), "RANK": "2"}) == 130
     assert [record.asked for record in read_records(tmp_path / "0")] == [True, False]
 
 
 @pytest.mark.parametrize(("code", "again"), [(1, True), (4, True), (6, True), (2, False), (3, False), (5, False)])
-def test_a_restart_tells_of_the_start_before_and_stops_where_it_is_of_no_use(
+def test_a_restart_reports_the_start_before_and_stops_where_it_is_of_no_use(
     code: int, again: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "0").mkdir()
     ExitRecord(1, code, 10.0, "what it was", "what it was, at length").write(tmp_path / "0")
     ExitRecord(0, 1, 9.0, "RuntimeError: closed", "...", lost_peer=True).write(tmp_path / "0")
     environ = {RECORDS: str(tmp_path), RESTART_COUNT: "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
-    assert process_guards.end_of_the_start_before({**environ, RESTART_COUNT: "0"}) is None
-    assert process_guards.end_of_the_start_before(environ) == (None if again else code)
+    assert process_guards.exit_code_after_restart({**environ, RESTART_COUNT: "0"}) is None
+    assert process_guards.exit_code_after_restart(environ) == (None if again else code)
     assert ("restart 1 of 3, since rank 1 failed:\n\nwhat it was, at length" in caplog.text) == again
-    told = [(record.rank, record.code, record.lost_peer) for record in read_records(tmp_path / "1")]
-    assert told == ([] if again else [(1, code, False), (0, code, True)]), "the failure, and who only follows it"
+    records = [(record.rank, record.code, record.lost_peer) for record in read_records(tmp_path / "1")]
+    assert records == ([] if again else [(1, code, False), (0, code, True)]), "the failure, and who only follows it"
 
 
-def test_only_ranks_that_heed_signals_and_are_ours_get_them(tmp_path: Path) -> None:
+def test_only_ranks_of_this_run_with_signal_handlers_get_signals(tmp_path: Path) -> None:
     ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         (tmp_path / "rank0.pid").write_text(str(ours.pid))
         (tmp_path / "rank1.pid").write_text(str(os.getpid()))  # not a child of this process
-        assert ranks_that_heed(tmp_path, os.getpid()) == [ours.pid]
+        assert ranks_with_handlers(tmp_path, os.getpid()) == [ours.pid]
     finally:
         ours.kill()
-    assert wait_until(lambda: ranks_that_heed(tmp_path, os.getpid()) == [], 5)  # dead, though not collected
+    assert wait_until(lambda: ranks_with_handlers(tmp_path, os.getpid()) == [], 5)  # dead, though not collected
     ours.wait()
-    with heeding_signals({RECORDS: str(tmp_path), "RANK": "3"}):
+    with handle_signals({RECORDS: str(tmp_path), "RANK": "3"}):
         assert (tmp_path / "0" / "rank3.pid").read_text() == str(os.getpid())
     assert not (tmp_path / "0" / "rank3.pid").exists()
 
@@ -204,10 +206,10 @@ def test_without_a_launcher_the_first_rank_of_a_machine_reports(
     error = UserError(Problem("training.steps", "out of range"))
     waits: list[float] = []
     monkeypatch.setattr(process_guards.time, "sleep", waits.append)
-    assert process_guards.report_at_the_door({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, error) == 2
+    assert process_guards.report_config_error({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, error) == 2
     assert waits == []
-    assert process_guards.report_at_the_door({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
-    assert waits == [process_guards.DOOR_PATIENCE_SECONDS]  # torchrun ends it here when the first one has left
+    assert process_guards.report_config_error({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
+    assert waits == [process_guards.CONFIG_ERROR_WAIT_SECONDS]  # torchrun ends it here when the first one has left
     assert capsys.readouterr().err.count("training.steps") == 2
 
 

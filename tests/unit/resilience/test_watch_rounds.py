@@ -13,14 +13,14 @@ from torch.distributed import HashStore
 
 from quadriga.config.schema import Comm
 from quadriga.resilience import activity, waits, watchdog
-from quadriga.resilience.hang_report import Beat, Stall
+from quadriga.resilience.hang_report import HangReport, Heartbeat
 from quadriga.resilience.progress import Progress
 from quadriga.resilience.watchdog import Watchdog
 
 PAUSE, LIMIT = 5.0, 210.0  # of comm.init_timeout_seconds = 300
 
 
-class Ended(Exception):
+class ProcessEnded(Exception):
     """Instead of the end of the process."""
 
 
@@ -51,7 +51,7 @@ class Round:
 class Store:
     """A store in which `other` says what rank 0 would; `fails`: whether it does not answer now."""
 
-    def __init__(self, clock: Clock, other: Callable[[float], Beat], fails: Callable[[float], bool]) -> None:
+    def __init__(self, clock: Clock, other: Callable[[float], Heartbeat], fails: Callable[[float], bool]) -> None:
         self._clock, self._other, self._fails, self._held = clock, other, fails, dict[str, bytes]()
 
     def _ask(self) -> None:
@@ -82,43 +82,43 @@ class Store:
 def ended(
     monkeypatch: pytest.MonkeyPatch,
     folder: Path,
-    other: Callable[[float], Beat],
+    other: Callable[[float], Heartbeat],
     fails: Callable[[float], bool] = lambda now: False,
     until: float = 1500.0,
-) -> tuple[float, Stall] | None:
+) -> tuple[float, HangReport] | None:
     """When, and how, rank 1 ends the run, in which it waits from the beginning; None: not before `until`."""
     clock = Clock()
     fake = SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep, time=lambda: clock.now)
     for module in (watchdog, activity, waits):
         monkeypatch.setattr(module, "time", fake)
-    monkeypatch.setattr(activity.Activity, "_moves", lambda self: iter([False]))
+    monkeypatch.setattr(activity.ActivityMonitor, "_progress_signs", lambda self: iter([False]))
     environ = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     watch = Watchdog(Comm(), 300.0, Progress(), str(folder), environ)
-    watch._meeting = True
+    watch._in_barrier = True
     watch._next_round = Round(clock, until, watch._stopped.set)
     store: Any = Store(clock, other, fails)
-    monkeypatch.setattr(watch, "_own_store", lambda: store)
-    found: list[Stall] = []
+    monkeypatch.setattr(watch, "_open_store", lambda: store)
+    found: list[HangReport] = []
 
-    def end(stall: Stall) -> None:
-        found.append(stall)
-        raise Ended
+    def end(report: HangReport) -> None:
+        found.append(report)
+        raise ProcessEnded
 
-    monkeypatch.setattr(watch, "_end", end)
+    monkeypatch.setattr(watch, "_abort", end)
     try:
         watch._watch()
-    except Ended:
+    except ProcessEnded:
         return clock.now, found[0]
     return None
 
 
-def beat(now: float, still: float | None, step: int = 0) -> Beat:
-    return Beat(0, "here", 7, int(now) + 1, step, "weights", still=still)
+def heartbeat(now: float, no_progress: float | None, step: int = 0) -> Heartbeat:
+    return Heartbeat(0, "here", 7, int(now) + 1, step, "weights", no_progress=no_progress)
 
 
 def test_a_hang_that_began_later_on_another_rank_is_ended(monkeypatch, tmp_path: Path) -> None:
-    """A judgement takes longer than a round; the judge must not take its own for a process that did not run."""
-    when = ended(monkeypatch, tmp_path, lambda now: beat(now, max(0.0, now - 60)))
+    """A judgement takes longer than a round; the leader must not take its own for a process that did not run."""
+    when = ended(monkeypatch, tmp_path, lambda now: heartbeat(now, max(0.0, now - 60)))
     assert when is not None
     assert 60 + LIMIT < when[0] < 60 + LIMIT + 12 * PAUSE
     assert when[1].starting
@@ -128,28 +128,28 @@ def test_a_hang_that_began_later_on_another_rank_is_ended(monkeypatch, tmp_path:
 
 def test_a_rank_that_was_silent_for_a_moment_is_not_gone(monkeypatch, tmp_path: Path) -> None:
     """From second 200 to 400 it is in a call that lets no other thread run, and had moved until then."""
-    silent = lambda now: beat(min(now, 200), 0.0) if now < 400 else beat(now, 0.0)  # noqa: E731
+    silent = lambda now: heartbeat(min(now, 200), 0.0) if now < 400 else heartbeat(now, 0.0)  # noqa: E731
     assert ended(monkeypatch, tmp_path, silent) is None
 
 
 def test_a_rank_that_stays_silent_is_ended(monkeypatch, tmp_path: Path) -> None:
-    when = ended(monkeypatch, tmp_path, lambda now: beat(min(now, 100), 0.0))
+    when = ended(monkeypatch, tmp_path, lambda now: heartbeat(min(now, 100), 0.0))
     assert when is not None
     assert 100 + LIMIT < when[0] < 100 + LIMIT + 15 * PAUSE
     assert when[1].silent == (0,)
 
 
 def test_a_rank_that_has_done_its_first_step_is_waited_for(monkeypatch, tmp_path: Path) -> None:
-    assert ended(monkeypatch, tmp_path, lambda now: beat(now, None, step=1)) is None
+    assert ended(monkeypatch, tmp_path, lambda now: heartbeat(now, None, step=1)) is None
 
 
 def test_a_store_that_does_not_answer_for_a_while_ends_no_start(monkeypatch, tmp_path: Path) -> None:
-    moves = lambda now: beat(now, 0.0)  # noqa: E731
+    moves = lambda now: heartbeat(now, 0.0)  # noqa: E731
     assert ended(monkeypatch, tmp_path, moves, lambda now: 300 < now < 400) is None
 
 
 def test_a_store_that_is_gone_ends_the_start(monkeypatch, tmp_path: Path) -> None:
-    when = ended(monkeypatch, tmp_path, lambda now: beat(now, 0.0), lambda now: now > 300)
+    when = ended(monkeypatch, tmp_path, lambda now: heartbeat(now, 0.0), lambda now: now > 300)
     assert when is not None
     assert 280 + LIMIT < when[0] < 300 + LIMIT + 15 * PAUSE
     assert when[1].late is None
@@ -161,17 +161,17 @@ def test_waiting_ends_with_the_wait_and_with_its_failure(monkeypatch, tmp_path: 
     seen: list[bool] = []
 
     def called(what: str | list[str], value: str = "") -> bool:
-        seen.append(watch._meeting)
+        seen.append(watch._in_barrier)
         if "gone" in str(what):
             raise RuntimeError("no answer")
         return True
 
-    monkeypatch.setattr(watch, "_own_store", lambda: SimpleNamespace(set=called, check=called))
-    watch.meet("here")
-    assert not watch._meeting
+    monkeypatch.setattr(watch, "_open_store", lambda: SimpleNamespace(set=called, check=called))
+    watch.store_barrier("here")
+    assert not watch._in_barrier
     with pytest.raises(RuntimeError):
-        watch.meet("gone")
-    assert not watch._meeting
+        watch.store_barrier("gone")
+    assert not watch._in_barrier
     assert seen == [True, True, True]
 
 
@@ -189,8 +189,8 @@ def test_ranks_meet_when_the_first_one_has_seen_all(monkeypatch, tmp_path: Path)
     ]
     threads = []
     for watch in watches:
-        monkeypatch.setattr(watch, "_own_store", lambda: store)
-        threads.append(threading.Thread(target=watch.meet, args=("batch",), daemon=True))
+        monkeypatch.setattr(watch, "_open_store", lambda: store)
+        threads.append(threading.Thread(target=watch.store_barrier, args=("batch",), daemon=True))
     for thread in threads[:2]:
         thread.start()
     threads[0].join(0.2)
@@ -209,6 +209,6 @@ def test_a_process_that_did_not_run_begins_anew(second: int, monkeypatch, tmp_pa
         self.now += 3600 if second <= self.now < second + seconds else seconds
 
     monkeypatch.setattr(Clock, "sleep", sleep)
-    when = ended(monkeypatch, tmp_path, lambda now: beat(now, max(0.0, now - 60)), until=9000)
+    when = ended(monkeypatch, tmp_path, lambda now: heartbeat(now, max(0.0, now - 60)), until=9000)
     assert when is not None
     assert second + 3600 + LIMIT < when[0] < second + 3600 + LIMIT + 12 * PAUSE

@@ -139,11 +139,11 @@ def test_tokens_come_by_variable_or_flag(run):
     assert "hf_typo" not in err
 
 
-@pytest.mark.parametrize(("name", "words"), [("org/none", "no such repository"), ("a b/c", "OWNER/NAME")])
-def test_a_repository_that_is_not_there(run, name, words):
+@pytest.mark.parametrize(("name", "expected"), [("org/none", "no such repository"), ("a b/c", "OWNER/NAME")])
+def test_a_repository_that_is_not_there(run, name, expected):
     code, _, err = run("--repo_id", name)
     assert code == 2
-    assert words in err
+    assert expected in err
 
 
 def test_an_asset_that_is_not_there(run):

@@ -58,13 +58,13 @@ def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, length
 @contextmanager
 def serving(about: bytes | Answer, file: bytes | Answer = BODY) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """A hub with one answer to every listing and one to every file; its address and what it was asked, with headers."""
-    asked: list[tuple[str, Any]] = []
+    requests: list[tuple[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            asked.append((self.path, self.headers))
+            requests.append((self.path, self.headers))
             answer = about if self.path.startswith("/api/") else file
             with suppress(OSError):  # the client has left
                 send(self, answer) if isinstance(answer, bytes) else answer(self)
@@ -77,7 +77,7 @@ def serving(about: bytes | Answer, file: bytes | Answer = BODY) -> Iterator[tupl
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
     finally:
         server.shutdown()
         thread.join()
@@ -109,35 +109,35 @@ def run(script, tmp_path, monkeypatch, capsys):
 
 
 def test_an_honest_hub(run):
-    with serving(listing(entry(), entry("README.md", b"x", blobId=git_sha1(b"x")))) as (endpoint, asked):
-        code, told, files = run(endpoint)
+    with serving(listing(entry(), entry("README.md", b"x", blobId=git_sha1(b"x")))) as (endpoint, requests):
+        code, output, files = run(endpoint)
         assert (code, files) == (0, {"config.json": BODY})
-        assert "[1/1] config.json" in told
-        assert asked[1][0] == f"/org/name/resolve/{COMMIT}/config.json"
+        assert "[1/1] config.json" in output
+        assert requests[1][0] == f"/org/name/resolve/{COMMIT}/config.json"
 
 
 LFS = {"sha256": hashlib.sha256(BODY).hexdigest(), "size": len(BODY), "pointerSize": 128}
 OID = {"oid": hashlib.sha256(BODY).hexdigest(), "size": len(BODY)}
 
 
-@pytest.mark.parametrize("said", [{}, {"lfs": LFS, "blobId": "0" * 40}, {"lfs": OID}], ids=["git", "lfs", "tree"])
+@pytest.mark.parametrize("stated", [{}, {"lfs": LFS, "blobId": "0" * 40}, {"lfs": OID}], ids=["git", "lfs", "tree"])
 @pytest.mark.parametrize("honest", [True, False])
-def test_content_has_the_hash_that_the_hub_states(run, said, honest):
+def test_content_has_the_hash_that_the_hub_states(run, stated, honest):
     """Of equal length, so that no size tells it."""
-    with serving(listing(entry(**said)), BODY if honest else BODY[:-1] + b"!") as (endpoint, _):
-        code, told, files = run(endpoint)
+    with serving(listing(entry(**stated)), BODY if honest else BODY[:-1] + b"!") as (endpoint, _):
+        code, output, files = run(endpoint)
     assert (code, files) == ((0, {"config.json": BODY}) if honest else (1, {}))
-    assert honest or "does not have the hash that the Hub states" in told
+    assert honest or "does not have the hash that the Hub states" in output
 
 
 def test_what_is_there_is_compared_too(run, tmp_path):
     target = tmp_path / "here" / "assets" / "hf" / "name"
     target.mkdir(parents=True)
     (target / "config.json").write_bytes(BODY[:-1] + b"!")
-    with serving(listing()) as (endpoint, asked):
+    with serving(listing()) as (endpoint, requests):
         assert run(endpoint)[2] == {"config.json": BODY}
         assert run(endpoint)[0] == 0
-        assert len(asked) == 3, "two listings and one file"
+        assert len(requests) == 3, "two listings and one file"
 
 
 def endless(piece: bytes) -> Answer:
@@ -207,8 +207,8 @@ def test_bodies(run, script, monkeypatch, kind):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.2 if kind == "silent" else 20.0)
     body, says = BODIES[kind]
     with serving(listing(), body) as (endpoint, _):
-        code, told, files = run(endpoint)
-    assert says in told
+        code, output, files = run(endpoint)
+    assert says in output
     assert (code, files) == ((0, {"config.json": BODY}) if kind == "other range" else (1, {}))
 
 
@@ -226,20 +226,20 @@ def test_a_body_that_breaks_off_within_tls_is_a_fault_of_the_network(run, monkey
 
     monkeypatch.setattr(http.client.HTTPResponse, "read1", broken)
     with serving(listing(), BODY) as (endpoint, _):
-        code, told, files = run(endpoint)
+        code, output, files = run(endpoint)
     assert (code, files) == ((0, {"config.json": BODY}) if times == 1 else (1, {}))
-    assert ("broke off" in told) == (times > 1)
+    assert ("broke off" in output) == (times > 1)
     assert len(failed) > 1 or times == 1
 
 
 def test_a_token_does_not_go_to_another_host(script, run, monkeypatch):
-    with serving(listing(), BODY) as (elsewhere, asked):
+    with serving(listing(), BODY) as (elsewhere, requests):
         there = elsewhere.replace("127.0.0.1", "localhost") + f"/org/name/resolve/{COMMIT}/config.json"
         with serving(listing(), to(there)) as (endpoint, first):
             code, _, files = run(endpoint, "--hf_token", "hf_secret")
         assert (code, files) == (0, {"config.json": BODY})
         assert first[0][1]["Authorization"] == first[1][1]["Authorization"] == "Bearer hf_secret"
-        assert asked[0][1]["Authorization"] is None
+        assert requests[0][1]["Authorization"] is None
 
 
 LISTINGS: dict[str, bytes | Answer] = {
@@ -282,18 +282,18 @@ LISTINGS: dict[str, bytes | Answer] = {
 @pytest.mark.parametrize("kind", LISTINGS)
 def test_listings(run, kind):
     with serving(LISTINGS[kind]) as (endpoint, _):
-        code, told, files = run(endpoint)
+        code, output, files = run(endpoint)
     assert (code, files) == (2, {})
-    assert told.startswith("quadriga: 1 problem\n\n")
-    assert f"{endpoint}/api/models/org/name?blobs=true\n    the listing of org/name cannot be used: " in told
+    assert output.startswith("quadriga: 1 problem\n\n")
+    assert f"{endpoint}/api/models/org/name?blobs=true\n    the listing of org/name cannot be used: " in output
 
 
 def test_a_listing_that_drips(run, script, monkeypatch):
     monkeypatch.setattr(script, "WHOLE_SECONDS", 1.0)
     with serving(drip) as (endpoint, _):
-        code, told, _ = run(endpoint)
+        code, output, _ = run(endpoint)
     assert code == 1
-    assert "gave no listing of org/name" in told
+    assert "gave no listing of org/name" in output
 
 
 NAMES = [
@@ -306,11 +306,11 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_that_are_no_plain_paths_are_left_out(run, name):
     with serving(listing(entry(), entry(name))) as (endpoint, _):
-        code, told, files = run(endpoint)
+        code, output, files = run(endpoint)
         assert (code, files) == (0, {"config.json": BODY})
-        code, told, files = run(endpoint, "--assets", "safetensors")
+        code, output, files = run(endpoint, "--assets", "safetensors")
     assert code == 2
-    assert "has no file for it" in told
+    assert "has no file for it" in output
 
 
 def test_links_in_the_target_are_not_followed(run, tmp_path):
@@ -326,15 +326,15 @@ def test_links_in_the_target_are_not_followed(run, tmp_path):
         assert not (target / "config.json").is_symlink()
         (target / "config.json").unlink()
         (target / ".cache").symlink_to(outside)
-        code, told, files = run(endpoint)
+        code, output, files = run(endpoint)
         assert (code, files) == (2, {})
-        assert "a link or a file, where a folder is needed" in told
+        assert "a link or a file, where a folder is needed" in output
     (target / ".cache").unlink()
     (target / "original").symlink_to(outside)
     with serving(listing(entry("original/tokenizer.model"))) as (endpoint, _):
-        code, told, files = run(endpoint, "--assets", "tokenizer")
+        code, output, files = run(endpoint, "--assets", "tokenizer")
     assert (code, files) == (2, {})
-    assert "original" in told
+    assert "original" in output
 
 
 @pytest.mark.parametrize("left", [BODY[:3000], b"?" * 3000, b"?" * len(BODY), b"?" * 9000], ids=len)
@@ -346,16 +346,16 @@ def test_what_an_earlier_call_left_is_gone_on_with_or_begun_anew(run, tmp_path, 
     parts = tmp_path / "here/assets/hf/name/.cache/download"
     parts.mkdir(parents=True)
     (parts / f"{git_sha1(BODY)}.part").write_bytes(left)
-    with serving(listing(), ranged) as (endpoint, asked):
+    with serving(listing(), ranged) as (endpoint, requests):
         assert run(endpoint)[2] == {"config.json": BODY}
-    assert (asked[1][1]["Range"] is not None) == (len(left) == 3000)
+    assert (requests[1][1]["Range"] is not None) == (len(left) == 3000)
 
 
 @pytest.mark.parametrize("endpoint", ["file:///etc", "ftp://localhost", "nonsense", "http://[::1"])
 def test_addresses_that_are_none(run, endpoint):
-    code, told, _ = run(endpoint)
+    code, output, _ = run(endpoint)
     assert code == 2
-    assert "HF_ENDPOINT" in told
+    assert "HF_ENDPOINT" in output
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../b", "a/b/c", "a", "-a/b", "a/b\n", "a/b\x1b", "a/..", "a b/c", ""])

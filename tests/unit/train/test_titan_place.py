@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from quadriga.checkpoint.folder import Found
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.errors import Problem, UserError
-from quadriga.train.titan import go_on_from_titan
+from quadriga.train.titan import resume_from_titan
 
 
 class Loader:
@@ -27,7 +27,7 @@ def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0) -> Sim
     config = SimpleNamespace(training=SimpleNamespace(dataloader=dataloader))
     run: Any = SimpleNamespace(config=config, spec=SimpleNamespace(tokens_per_step=100))
     state: Any = SimpleNamespace(step=0, tokens_seen=0, loader=Loader())
-    go_on_from_titan(run, state, Found(7, "step-7", ("model", "optimizer"), extra, trainer="torchtitan"))
+    resume_from_titan(run, state, CheckpointInfo(7, "step-7", ("model", "optimizer"), extra, trainer="torchtitan"))
     return state
 
 
@@ -49,14 +49,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_place_in_the_data(name, caplog):
-    said, shuffle, overlap, at, told = CASES[name]
+    saved, shuffle, overlap, at, expected = CASES[name]
     with caplog.at_level(logging.WARNING):
-        state = go_on({"dataloader": said}, shuffle, overlap)
+        state = go_on({"dataloader": saved}, shuffle, overlap)
     assert state.loader.at == at
-    assert [told in record.getMessage() for record in caplog.records] == ([True] if told else [])
+    assert [expected in record.getMessage() for record in caplog.records] == ([True] if expected else [])
 
 
-def test_the_first_rank_alone_says_it(monkeypatch, caplog):
+def test_the_first_rank_alone_logs_it(monkeypatch, caplog):
     monkeypatch.setattr("quadriga.comm.collectives.rank", lambda: 1)
     with caplog.at_level(logging.WARNING):
         go_on({"train_state": {"step": 7, "tokens_seen": None}, "dataloader": PLACE}, shuffle=True)
@@ -64,7 +64,7 @@ def test_the_first_rank_alone_says_it(monkeypatch, caplog):
     assert not caplog.records
 
 
-def test_it_says_where_reading_goes_on(caplog):
+def test_it_logs_where_reading_continues(caplog):
     with caplog.at_level(logging.INFO):
         go_on({"dataloader": PLACE})
     assert "where torchtitan stopped: 5 documents read, with 30 ids still to be trained on" in caplog.text

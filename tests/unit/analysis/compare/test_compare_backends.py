@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from run_folders import analysis, collective, make_pair, no_traces
 
-from quadriga.analysis.compare.comparison import compare
-from quadriga.analysis.compare.evidence import credit, read_traces
-from quadriga.analysis.compare.report import answers
+from quadriga.analysis.compare.comparison import compare_settings
+from quadriga.analysis.compare.evidence import analyse_setting, verify_backend
+from quadriga.analysis.compare.report import format_answers
 from quadriga.analysis.compare.runs import read_setting
 from quadriga.errors import Problem, UserError
 
@@ -22,7 +22,7 @@ def judged(tmp_path):
         other = {"backend": asked, **({"backends": declared} if declared else {})}
         make_pair(tmp_path, [0.1] * 2, [0.1] * 2, keys={BACKEND: asked}, environment=other)
         setting = read_setting("b", tmp_path / "b", 5)
-        return credit(setting, read_traces(setting, analyse or (lambda folder: analysis(*collectives))))
+        return verify_backend(setting, analyse_setting(setting, analyse or (lambda folder: analysis(*collectives))))
 
     return judge
 
@@ -109,16 +109,18 @@ def test_symmetric_memory_of_nccl_is_known_by_its_kernels(kernels, credited, jud
 
     found = judged("nccl-symm", declared={"shard": "nccl-symm", "tp": "nccl", "norms": "nccl"}, analyse=analyse)
     assert found["credited"] == credited
-    said = "nccl-symm carried 90.0 % of the bytes; tp is on nccl" if credited else "nccl carried 100.0 % of the bytes"
-    assert said in found["why"]
+    expected = (
+        "nccl-symm carried 90.0 % of the bytes; tp is on nccl" if credited else "nccl carried 100.0 % of the bytes"
+    )
+    assert expected in found["why"]
 
 
-def test_bytes_that_no_trace_tells_are_no_evidence(judged):
+def test_bytes_that_no_trace_states_are_no_evidence(judged):
     found = judged("nvshmem", collective("shard", "nvshmem", 900.0), collective("shard", "symm_mem", None))
     assert found["why"] == "not credited: the traces do not tell the bytes of all_gather (shard)"
 
 
-def test_sums_over_all_ranks_are_where_the_run_said_they_stay(judged):
+def test_sums_over_all_ranks_are_where_the_run_declared_them(judged):
     declared = {"shard": "nvshmem", "norms": "nccl", "host": "gloo"}
     own = collective("shard", "nvshmem", 900.0), collective("loss", "nccl", 90.0), collective("host", "gloo", 10.0)
     assert judged("nvshmem", *own, declared=declared)["credited"]
@@ -158,7 +160,7 @@ def compared(tmp_path, carried):
         return analysis(collective("shard", carried if folder.parent.name == "b" else "nccl", 1e9))
 
     settings = [read_setting(folder.name, folder, 5) for folder in folders]
-    return compare(settings, varied=[BACKEND], accepted=(), analyse=analyse, warmup=5)
+    return compare_settings(settings, varied=[BACKEND], accepted=(), analyse=analyse, warmup=5)
 
 
 def test_no_winner_is_named_between_backends_of_which_one_did_not_carry_the_bytes(tmp_path):
@@ -169,7 +171,7 @@ def test_no_winner_is_named_between_backends_of_which_one_did_not_carry_the_byte
         "not credited",
         "no difference shown",
     }
-    (answer,) = answers(found)
+    (answer,) = format_answers(found)
     assert answer.startswith("no winner is named between a and b (b: not credited: nvshmem was asked for, and nccl")
     assert "faster" not in answer
 
@@ -177,4 +179,4 @@ def test_no_winner_is_named_between_backends_of_which_one_did_not_carry_the_byte
 def test_where_both_carried_their_bytes_there_is_a_winner(tmp_path):
     found = compared(tmp_path, carried="nvshmem")
     assert all(each["credited"] for each in found["backend"])
-    assert next(answers(found)).startswith("b is 11.1 % faster than a")
+    assert next(format_answers(found)).startswith("b is 11.1 % faster than a")

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from quadriga.analysis.compare.statistics import CONFIDENCE, estimate_and_reach, hodges_lehmann, paired_ratio
+from quadriga.analysis.compare.statistics import CONFIDENCE, estimate_and_half_width, hodges_lehmann, paired_ratio
 
 SETS, ROUNDS, WINDOWS = 4000, 5, 16
 
@@ -31,7 +31,7 @@ def made_runs(random, sets=SETS, difference=0.0, rounds=ROUNDS, of_runs=0.01, ba
 def intervals(difference=0.0, **noise):
     """Lower and upper ends, (sets,) each, in logarithms: of the pairs that `paired_ratio` makes of the same runs."""
     times = np.median(made_runs(np.random.default_rng(7), difference=difference, **noise), axis=3)
-    estimate, reach = estimate_and_reach(times[:, 1] - times[:, 0], CONFIDENCE)
+    estimate, reach = estimate_and_half_width(times[:, 1] - times[:, 0], CONFIDENCE)
     first, second = np.exp(times[0])
     assert np.log(paired_ratio(second, first).interval) == pytest.approx([(estimate - reach)[0], (estimate + reach)[0]])
     return estimate - reach, estimate + reach
@@ -63,7 +63,7 @@ def test_a_difference_of_5_percent_is_found_and_held():
 def test_pairing_finds_what_the_drift_of_the_rounds_would_hide():
     """The same runs, paired with those of another round: the drift no longer cancels out."""
     times = np.median(made_runs(np.random.default_rng(7), difference=math.log(1.05)), axis=3)
-    estimate, reach = estimate_and_reach(np.roll(times[:, 1], 1, axis=-1) - times[:, 0], CONFIDENCE)
+    estimate, reach = estimate_and_half_width(np.roll(times[:, 1], 1, axis=-1) - times[:, 0], CONFIDENCE)
     assert np.mean(abs(estimate) > reach) < 0.3
 
 

@@ -8,8 +8,8 @@ import math
 import pytest
 from run_folders import analysis, collective, make_pair, make_run, make_setting, no_traces
 
-from quadriga.analysis.compare.comparison import compare
-from quadriga.analysis.compare.report import answers, lines
+from quadriga.analysis.compare.comparison import compare_settings
+from quadriga.analysis.compare.report import format_answers, format_comparison
 from quadriga.analysis.compare.runs import names_of, read_setting
 from quadriga.errors import UserError
 
@@ -21,7 +21,7 @@ NOISE = [1.0, 1.004, 0.997, 1.002, 0.999]
 def compared(folders, analyse=no_traces, varied=None, warmup=5):
     names = names_of(folders, None)
     settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
-    return compare(settings, varied=varied, accepted=(), analyse=analyse, warmup=warmup)
+    return compare_settings(settings, varied=varied, accepted=(), analyse=analyse, warmup=warmup)
 
 
 def figure(found, name):
@@ -41,21 +41,21 @@ def test_a_faster_setting_is_found(tmp_path):
     assert ratio["interval"][0] < 0.9 < ratio["interval"][1]
     assert (ratio["pairs"], ratio["verdict"], ratio["confidence"]) == (5, "faster", pytest.approx(0.95))
     assert figure(found, "tokens_per_second")["ratios"][0]["verdict"] == "faster"
-    (answer,) = answers(found)
+    (answer,) = format_answers(found)
     assert answer.startswith("b is 11.1 % faster than a (95 % interval ")
     assert "5 pairs" in answer
     assert "a 0.1 s, b 0.09 s" in answer
 
 
 def test_a_slower_setting_is_found(tmp_path):
-    (answer,) = answers(compared(pair(tmp_path, 1.25, keys={MODE: "full"})))
+    (answer,) = format_answers(compared(pair(tmp_path, 1.25, keys={MODE: "full"})))
     assert answer.startswith("b is 20.0 % slower than a (95 % interval 19.")  # 1 / 1.25 of the speed
 
 
 def test_settings_that_are_as_fast_show_no_difference(tmp_path):
     found = compared(pair(tmp_path, 1.0))
     assert figure(found, "step_time_s")["ratios"][0]["verdict"] == "no difference shown"
-    (answer,) = answers(found)
+    (answer,) = format_answers(found)
     assert answer.startswith("no difference shown between a and b (speed +0.0 %, 95 % interval -0.")
 
 
@@ -63,7 +63,7 @@ def test_two_pairs_are_too_few_to_tell(tmp_path):
     found = compared(make_pair(tmp_path, [0.1, 0.1], [0.2, 0.2]))
     ratio = figure(found, "step_time_s")["ratios"][0]
     assert (ratio["ratio"], ratio["interval"], ratio["verdict"]) == (pytest.approx(2.0), None, "too few runs")
-    assert next(answers(found)).startswith("too few runs to tell: 2 pairs, at least 3 are needed")
+    assert next(format_answers(found)).startswith("too few runs to tell: 2 pairs, at least 3 are needed")
 
 
 def test_medians_and_spread_are_those_of_the_counted_windows(tmp_path):
@@ -95,7 +95,7 @@ def test_a_figure_that_a_run_does_not_have_is_left_out(tmp_path):
 def test_steps_of_another_size_are_compared_by_tokens(tmp_path):
     found = compared(pair(tmp_path, 2.0, tokens=1024, keys={"training.seq_len": 128}))
     assert found["headline"] == "tokens_per_second"
-    assert next(answers(found)).startswith("no difference shown")
+    assert next(format_answers(found)).startswith("no difference shown")
 
 
 def test_three_settings_widen_the_intervals_and_say_so(tmp_path):
@@ -106,7 +106,7 @@ def test_three_settings_widen_the_intervals_and_say_so(tmp_path):
     assert [ratio["run"] for ratio in ratios] == ["b", "c"]
     assert all(ratio["against"] == "a" for ratio in ratios)
     assert all(ratio["confidence"] == pytest.approx(0.975) for ratio in ratios)
-    assert any("each interval is widened" in said for said in found["warnings"])
+    assert any("each interval is widened" in warning for warning in found["warnings"])
 
 
 def test_losses_lie_over_each_other_with_the_largest_difference(tmp_path):
@@ -124,7 +124,7 @@ def test_losses_of_other_logging_steps_are_compared_where_both_logged(tmp_path):
     assert compared([tmp_path / "a", tmp_path / "b"], warmup=3)["losses"]["steps"] == [1, 6, 12, 18, 20]
 
 
-def test_a_loss_that_is_no_number_is_told_and_left_out(tmp_path):
+def test_a_nonfinite_loss_is_reported_and_left_out(tmp_path):
     folders = pair(tmp_path, 1.0, loss=lambda step: math.nan if step == 3 else 1.0)
     found = compared(folders)
     assert found["losses"]["by_run"][1]["loss"][2] is None
@@ -156,14 +156,14 @@ def test_without_traces_where_is_not_measurable_and_says_why(tmp_path):
     found = compared(pair(tmp_path, 1.0))
     assert found["where"] is None
     assert found["not_measurable"]["where"].startswith("a: repeat 1, 2, 3, 4, 5: there are no traces")
-    assert any("not measurable: a: repeat 1" in line for line in lines(found))
+    assert any("not measurable: a: repeat 1" in line for line in format_comparison(found))
 
 
 def test_a_comparison_is_json_and_a_report(tmp_path):
     found = compared(pair(tmp_path, 0.9, keys={MODE: "none"}), analyse=traced)
     again = json.loads(json.dumps(found, allow_nan=False))
     assert again == found
-    text = "\n".join(lines(again))
+    text = "\n".join(format_comparison(again))
     assert text.startswith("b is 11.1 % faster than a")
     for part in ("varied: activation_checkpoint.mode = selective, none", "step_time_s", "memory_peak_gib"):
         assert part in text

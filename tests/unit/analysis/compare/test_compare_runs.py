@@ -9,8 +9,8 @@ import sys
 import pytest
 from run_folders import make_pair, make_run, make_setting, no_traces
 
-from quadriga.analysis.compare.comparison import compare
-from quadriga.analysis.compare.runs import bench_of, folders_of, has_finished, names_of, read_setting
+from quadriga.analysis.compare.comparison import compare_settings
+from quadriga.analysis.compare.runs import find_bench, folders_of, has_finished, names_of, read_setting
 from quadriga.analysis.compare.windows import cycle_of
 from quadriga.errors import UserError
 
@@ -20,7 +20,7 @@ MODE, SEED, STEPS = "activation_checkpoint.mode", "debug.seed", "training.steps"
 def compared(folders, varied=None, accepted=(), analyse=no_traces, warmup=5):
     names = names_of(folders, None)
     settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
-    return compare(settings, varied=varied, accepted=accepted, analyse=analyse, warmup=warmup)
+    return compare_settings(settings, varied=varied, accepted=accepted, analyse=analyse, warmup=warmup)
 
 
 def two_runs(tmp_path, **other):
@@ -46,10 +46,10 @@ def test_where_they_write_and_what_they_print_is_no_difference(tmp_path):
 
 def test_runs_that_differ_in_more_are_refused_with_all_of_it(tmp_path):
     folders = two_runs(tmp_path, keys={MODE: "full", SEED: 7})
-    said = refusal(folders)
-    assert "2 problems" in said
-    assert "debug.seed\n    the runs differ in more than was varied (a: 42; b: 7)" in said
-    assert "--accept-difference debug.seed" in said
+    report = refusal(folders)
+    assert "2 problems" in report
+    assert "debug.seed\n    the runs differ in more than was varied (a: 42; b: 7)" in report
+    assert "--accept-difference debug.seed" in report
     assert refusal(folders, varied=[MODE]).count("1 problem") == 1
     assert refusal(folders, accepted=[MODE]).count("1 problem") == 1
 
@@ -92,7 +92,7 @@ def test_other_differences_of_the_machines_are_warnings(tmp_path):
 def test_a_changed_tree_is_a_warning(tmp_path):
     changed = {"git": {"commit": "abc", "changed": True}}
     found = compared(two_runs(tmp_path, environment=changed, keys={MODE: "full"}))
-    assert any("the code was changed" in said for said in found["warnings"])
+    assert any("the code was changed" in warning for warning in found["warnings"])
 
 
 def test_a_varied_backend_may_change_what_follows_from_it(tmp_path):
@@ -105,8 +105,8 @@ def test_repeats_that_differ_are_refused(tmp_path):
     make_setting(tmp_path / "a", [0.1, 0.1])
     make_run(tmp_path / "a" / "repeat-3", keys={SEED: 3})
     make_setting(tmp_path / "b", [0.1] * 3)
-    said = refusal([tmp_path / "a", tmp_path / "b"])
-    assert "its repeats differ in debug.seed: 42 in repeat-1, 3 in repeat-3" in said
+    report = refusal([tmp_path / "a", tmp_path / "b"])
+    assert "its repeats differ in debug.seed: 42 in repeat-1, 3 in repeat-3" in report
 
 
 def test_repeats_may_differ_in_what_is_accepted(tmp_path):
@@ -140,15 +140,15 @@ def test_runs_without_a_window_after_the_warm_up_are_refused(tmp_path):
     assert "no window of steps is left" in refusal(two_runs(tmp_path), warmup=20)
 
 
-def test_runs_that_ended_early_or_lack_their_environment_are_told(tmp_path):
+def test_runs_that_ended_early_or_lack_their_environment_are_reported(tmp_path):
     folders = two_runs(tmp_path, steps=15)
     (folders[1] / "environment.json").unlink()
-    said = compared(folders)["runs"][1]["warnings"]
-    assert "ended after step 15 of 20" in said
-    assert any("no environment.json" in each for each in said)
+    warnings = compared(folders)["runs"][1]["warnings"]
+    assert "ended after step 15 of 20" in warnings
+    assert any("no environment.json" in each for each in warnings)
 
 
-def test_repeats_that_have_not_finished_are_left_out_and_told(tmp_path):
+def test_repeats_that_have_not_finished_are_left_out_and_reported(tmp_path):
     folders = make_pair(tmp_path, [0.1] * 3, [0.1] * 3)
     (folders[1] / "repeat-3" / "events.jsonl").unlink()
     found = compared(folders)
@@ -164,22 +164,22 @@ def test_rounds_are_those_that_all_settings_have(tmp_path):
     assert ratio["pairs"] == 3
 
 
-def test_runs_that_did_not_take_turns_are_told(tmp_path):
+def test_runs_that_were_not_interleaved_are_reported(tmp_path):
     make_setting(tmp_path / "a", [0.1] * 3, apart=100.0)
     make_setting(tmp_path / "b", [0.1] * 3, first=300.0, apart=100.0)
-    assert any("did not take turns" in said for said in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
+    assert any("did not take turns" in warning for warning in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
 
 
-def test_runs_at_the_same_time_are_told(tmp_path):
+def test_runs_at_the_same_time_are_reported(tmp_path):
     make_setting(tmp_path / "a", [0.1] * 3)
     make_setting(tmp_path / "b", [0.1] * 3, first=1.0)
-    assert any("overlapped in time" in said for said in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
+    assert any("overlapped in time" in warning for warning in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
 
 
-def test_a_setting_that_was_always_first_is_told(tmp_path):
+def test_a_setting_that_was_always_first_is_reported(tmp_path):
     make_setting(tmp_path / "a", [0.1] * 3, apart=200.0)
     make_setting(tmp_path / "b", [0.1] * 3, first=100.0, apart=200.0)
-    assert any("always first" in said for said in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
+    assert any("always first" in warning for warning in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
     (tmp_path / "turns").mkdir()
     assert compared(make_pair(tmp_path / "turns", [0.1] * 3, [0.1] * 3))["warnings"] == []
 
@@ -190,8 +190,8 @@ def test_the_folder_of_a_bench_stands_for_its_settings(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps({"settings": settings, "varied": {MODE: ["none", "full"]}}))
     folders = folders_of([tmp_path])
     assert folders == [tmp_path / "a", tmp_path / "b"]
-    assert names_of(folders, bench_of(folders)) == ["mode=none", "mode=full"]
-    assert bench_of([tmp_path / "a", tmp_path]) is None
+    assert names_of(folders, find_bench(folders)) == ["mode=none", "mode=full"]
+    assert find_bench([tmp_path / "a", tmp_path]) is None
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", "\0", "\ud800", "a" * 256])
@@ -206,7 +206,7 @@ def test_a_switch_of_the_profiler_that_is_no_switch_is_taken_for_off():
     assert cycle_of({"enable_profiling": 1}, 10) is None
 
 
-def test_names_tell_runs_apart(tmp_path):
+def test_names_distinguish_runs(tmp_path):
     folders = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
     assert names_of(folders, None) == ["one/run", "two/run"]
     with pytest.raises(UserError, match="named twice"):

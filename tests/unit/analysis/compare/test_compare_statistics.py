@@ -58,8 +58,8 @@ def test_one_bad_round_of_five_does_not_carry_the_estimate_away():
     disturbed = paired_ratio([1.04, 1.05, 1.05, 1.05, 3.0], [1.0] * 5)
     assert calm.ratio == pytest.approx(1.05)
     assert disturbed.ratio == pytest.approx(1.05, abs=0.006)
-    assert calm.shows_a_difference
-    assert not disturbed.shows_a_difference  # but with such a round among them, five are not enough
+    assert calm.is_significant
+    assert not disturbed.is_significant  # but with such a round among them, five are not enough
 
 
 @pytest.mark.parametrize(
@@ -87,21 +87,21 @@ def test_fewer_than_three_pairs_have_no_interval():
     for count in (1, 2):
         found = paired_ratio([2.0] * count, [1.0] * count)
         assert (found.ratio, found.interval, found.pairs) == (pytest.approx(2.0), None, count)
-        assert not found.shows_a_difference
+        assert not found.is_significant
 
 
 def test_pairs_without_scatter_have_an_interval_without_width():
     equal = paired_ratio([3.0, 3.0, 3.0], [3.0, 3.0, 3.0])
     assert equal.interval == (1.0, 1.0)
-    assert not equal.shows_a_difference
-    assert paired_ratio([3.0, 3.0, 3.0], [2.0, 2.0, 2.0]).shows_a_difference
+    assert not equal.is_significant
+    assert paired_ratio([3.0, 3.0, 3.0], [2.0, 2.0, 2.0]).is_significant
 
 
 def test_what_slows_a_whole_round_cancels_out():
     slow = np.array([1.0, 1.7, 0.9, 2.6, 1.2])
     found = paired_ratio(list(1.05 * slow), list(slow))
     assert found.ratio == pytest.approx(1.05)
-    assert found.shows_a_difference
+    assert found.is_significant
 
 
 @few

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from quadriga.analysis.compare.windows import counted, cycle_of, foreseen_records
+from quadriga.analysis.compare.windows import counted_windows, cycle_of, predicted_records
 from quadriga.config.schema import Metrics
 from quadriga.metrics.meter import Meter
-from quadriga.metrics.profiler import cycles
+from quadriga.metrics.profiler import profiler_schedule
 
 OFF = {"enable_profiling": False}
 
@@ -26,36 +26,36 @@ def steps_of(windows):
 
 
 def test_windows_that_hold_a_step_of_the_warm_up_do_not_count():
-    windows, said = counted(foreseen_records(20, 4), OFF, 20, warmup=5)
+    windows, warning = counted_windows(predicted_records(20, 4), OFF, 20, warmup=5)
     assert steps_of(windows) == [(9, 12), (13, 16), (17, 20)]  # records at 1, 4, 8, 12, ...: (5, 8] holds step 5
-    assert said is None
-    windows, _ = counted(foreseen_records(20, 4), OFF, 20, warmup=4)
+    assert warning is None
+    windows, _ = counted_windows(predicted_records(20, 4), OFF, 20, warmup=4)
     assert steps_of(windows)[0] == (5, 8)
-    assert steps_of(counted(foreseen_records(4, 1), OFF, 4, warmup=1)[0]) == [(2, 2), (3, 3), (4, 4)]
+    assert steps_of(counted_windows(predicted_records(4, 1), OFF, 4, warmup=1)[0]) == [(2, 2), (3, 3), (4, 4)]
 
 
 def test_steps_that_the_profiler_slows_do_not_count():
     """Cycles of 10 with 2 + 3 at the end; the trace is written in the step after them."""
-    windows, said = counted(foreseen_records(24, 1), profiling(10, 2, 3), 24, warmup=1)
+    windows, warning = counted_windows(predicted_records(24, 1), profiling(10, 2, 3), 24, warmup=1)
     assert [last for _, last in steps_of(windows)] == [2, 3, 4, 5, 12, 13, 14, 15, 22, 23, 24]
-    assert said is None
+    assert warning is None
 
 
 def test_where_too_few_are_left_they_count_and_a_warning_says_so():
-    windows, said = counted(foreseen_records(20, 1), profiling(9, 3, 5), 20, warmup=5)
+    windows, warning = counted_windows(predicted_records(20, 1), profiling(9, 3, 5), 20, warmup=5)
     assert len(windows) == 15
-    assert "profiler" in said
+    assert "profiler" in warning
 
 
 def test_no_window_is_no_window():
-    assert counted(foreseen_records(10, 10), OFF, 10, warmup=5) == ([], None)
-    assert counted([], OFF, 10, warmup=5) == ([], None)
+    assert counted_windows(predicted_records(10, 10), OFF, 10, warmup=5) == ([], None)
+    assert counted_windows([], OFF, 10, warmup=5) == ([], None)
 
 
 def test_a_resumed_run_warms_up_twice():
     """The second attempt goes on after step 8, and its first record is that of step 9."""
-    records = foreseen_records(8, 1) + [{"step": step, "attempt": 2} for step in range(9, 21)]
-    windows, _ = counted(records, OFF, 20, warmup=3)
+    records = predicted_records(8, 1) + [{"step": step, "attempt": 2} for step in range(9, 21)]
+    windows, _ = counted_windows(records, OFF, 20, warmup=3)
     assert [last for _, last in steps_of(windows)] == [4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 
 
@@ -63,7 +63,7 @@ def test_a_resumed_run_warms_up_twice():
 def test_the_cycles_are_those_of_the_profiler(length, warmup, active, steps):
     cycle = cycle_of(profiling(length, warmup, active), steps)
     assert cycle is not None
-    action = cycles(cycle, steps + cycle.length)
+    action = profiler_schedule(cycle, steps + cycle.length)
     for step in range(1, steps + 1):
         busy = action(step - 1).name != "NONE"  # the profiler counts from 0
         writes = step > 1 and action(step - 2).name == "RECORD_AND_SAVE"
@@ -71,9 +71,9 @@ def test_the_cycles_are_those_of_the_profiler(length, warmup, active, steps):
 
 
 @pytest.mark.parametrize(("steps", "log_freq"), [(20, 4), (21, 4), (3, 10), (1, 1)])
-def test_the_foreseen_records_are_those_of_the_meter(steps, log_freq):
+def test_the_predicted_records_are_those_of_the_meter(steps, log_freq):
     section = Metrics(log_freq=log_freq)
     meter = Meter.__new__(Meter)
     meter._log_freq, meter._steps = section.log_freq, steps
     logged = [step for step in range(1, steps + 1) if meter.is_logging_step(step)]
-    assert [record["step"] for record in foreseen_records(steps, log_freq)] == logged
+    assert [record["step"] for record in predicted_records(steps, log_freq)] == logged

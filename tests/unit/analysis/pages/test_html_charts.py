@@ -8,8 +8,17 @@ import re
 import pytest
 from page_reading import Element, read_page
 
-from quadriga.analysis.pages.charts import LEFT, RIGHT, WIDTH, Bar, Part, Strip, stacked_bars, timeline
-from quadriga.analysis.pages.plots import MEANINGS, NAMES, Interval, Series, curves, intervals, legend_of, log_log
+from quadriga.analysis.pages.charts import LEFT, RIGHT, WIDTH, Bar, BarPart, Strip, stacked_bars, timeline_chart
+from quadriga.analysis.pages.plots import (
+    MEANINGS_WIDTH,
+    NAMES_WIDTH,
+    Interval,
+    Series,
+    interval_plot,
+    line_plot,
+    log_log_plot,
+    series_legend,
+)
 from quadriga.analysis.pages.style import DARK, LIGHT, ON_DARK, ON_LIGHT
 
 ROOM = WIDTH - LEFT - RIGHT
@@ -20,7 +29,7 @@ def numbers(elements: list[Element], *names: str) -> list[tuple[float, ...]]:
 
 
 def test_bars_are_as_long_as_their_figures():
-    parts = [Part("compute", 0), Part("waiting", 1)]
+    parts = [BarPart("compute", 0), BarPart("waiting", 1)]
     drawn = read_page(stacked_bars("t", parts, [Bar("rank 0", [6.0, 2.0], 10.0), Bar("rank 1", [3.0, None])], "s"))
     compute, waiting = (numbers(drawn.all("rect", f"fill{i}"), "x", "width") for i in (0, 1))
     assert compute == [(LEFT, pytest.approx(0.6 * ROOM - 1, abs=0.02)), (LEFT, pytest.approx(0.3 * ROOM - 1, abs=0.02))]
@@ -31,14 +40,16 @@ def test_bars_are_as_long_as_their_figures():
 
 
 def test_a_bar_without_any_figure_says_so():
-    drawn = read_page(stacked_bars("t", [Part("a", 0)], [Bar("x", [None]), Bar("y", [1.0])], "s"))
+    drawn = read_page(stacked_bars("t", [BarPart("a", 0)], [Bar("x", [None]), Bar("y", [1.0])], "s"))
     assert len(drawn.all("rect")) == 1
     assert "not measurable" in drawn.text
 
 
 def test_strips_begin_where_their_spans_begin():
     spans = [(10.0, 12.0, "<a>"), (14.0, 20.0, "b")]
-    drawn = read_page(timeline("t", [Strip("rank 0", "compute", 0, spans), Strip("rank 1", "host", 6, [])], 10.0, "s"))
+    drawn = read_page(
+        timeline_chart("t", [Strip("rank 0", "compute", 0, spans), Strip("rank 1", "host", 6, [])], 10.0, "s")
+    )
     found = numbers(drawn.all("rect", "fill0"), "x", "width")
     assert found == [
         (LEFT, pytest.approx(0.2 * ROOM, abs=0.02)),
@@ -49,12 +60,12 @@ def test_strips_begin_where_their_spans_begin():
 
 
 def test_a_timeline_of_idle_lanes_is_drawn():
-    assert len(read_page(timeline("t", [Strip("rank 0", "host", 6, [])], 0.0, "s")).all("rect")) == 1
+    assert len(read_page(timeline_chart("t", [Strip("rank 0", "host", 6, [])], 0.0, "s")).all("rect")) == 1
 
 
 def test_points_lie_on_logarithmic_axes():
     series = [Series("a", 0, [(1e3, 1.0), (1e6, 10.0), (1e9, 100.0)])]
-    drawn = read_page(log_log("t", series, "bytes", "GB/s", str, str))
+    drawn = read_page(log_log_plot("t", series, "bytes", "GB/s", str, str))
     (x0, y0), (x1, y1), (x2, y2) = numbers(drawn.all("circle"), "cx", "cy")
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.02)
     assert y1 == pytest.approx((y0 + y2) / 2, abs=0.02)
@@ -63,13 +74,13 @@ def test_points_lie_on_logarithmic_axes():
 
 def test_a_hole_in_a_curve_is_a_hole():
     points = [(1.0, 5.0), (2.0, math.nan), (3.0, 4.0), (4.0, 3.0)]
-    drawn = read_page(curves("t", [Series("a", 1, points)], "step", "loss"))
+    drawn = read_page(line_plot("t", [Series("a", 1, points)], "step", "loss"))
     lines = drawn.all("path", "line1")
     assert [len(re.findall(r"[\d.]+,[\d.]+", line.attributes["d"])) for line in lines] == [1, 2]
 
 
 def test_series_differ_by_more_than_colour():
-    legend = read_page(legend_of([Series(f"s{i}", i, []) for i in range(6)], lines=True))
+    legend = read_page(series_legend([Series(f"s{i}", i, []) for i in range(6)], lines=True))
     dashes = [
         path.attributes.get("stroke-dasharray") for path in legend.all("path") if "stroke" in str(path.attributes)
     ]
@@ -80,13 +91,13 @@ def test_series_differ_by_more_than_colour():
 
 def test_intervals_stand_around_the_line_of_no_difference():
     rows = [Interval("a / b", 0.9, 0.8, 1.0, "faster", 0), Interval("c / b", 1.1, 0.9, 1.3, "no difference shown", 6)]
-    drawn = read_page(intervals("t", rows, "ratio"))
+    drawn = read_page(interval_plot("t", rows, "ratio"))
     one = float(drawn.all("line", "axis")[0].attributes["x1"])
     (a, _), (c, _) = numbers(drawn.all("circle"), "cx", "cy")
     assert one - a == pytest.approx(c - one, abs=0.02)
     bars = numbers(drawn.all("line", "line6")[:1], "x1", "x2")
     assert bars[0][0] < one < bars[0][1]
-    assert all(NAMES <= x <= WIDTH - MEANINGS for x in (a, c, one))
+    assert all(NAMES_WIDTH <= x <= WIDTH - MEANINGS_WIDTH for x in (a, c, one))
 
 
 def luminance(colour: str) -> float:

@@ -9,8 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from page_reading import read_page
 
-from quadriga.analysis.pages.markup import UNSAFE, join, tag
-from quadriga.analysis.pages.numbers import decimal_bytes, duration, number, rounded, share, whole
+from quadriga.analysis.pages.markup import UNSAFE, join_markup, tag
+from quadriga.analysis.pages.numbers import (
+    format_decimal_bytes,
+    format_duration,
+    format_number,
+    format_share,
+    format_whole,
+    trim_zeros,
+)
 from quadriga.analysis.pages.scales import linear, logarithmic
 
 
@@ -31,7 +38,7 @@ def test_attributes_and_children():
         '<rect x="1" stroke-width="0.13" class="a"></rect>'
     )
     assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
-    assert join("a<b", None, tag("i", "&"), by=" ") == "a&lt;b <i>&amp;</i>"
+    assert join_markup("a<b", None, tag("i", "&"), by=" ") == "a&lt;b <i>&amp;</i>"
     assert tag("p", str(tag("i"))[:]) == "<p>&lt;i&gt;&lt;/i&gt;</p>", "a plain copy of markup is text again"
 
 
@@ -41,21 +48,21 @@ def test_attributes_and_children():
      (2.5e9, "2.50e9"), (math.inf, "inf")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, shown):
-    assert number(value) == shown
+    assert format_number(value) == shown
 
 
 def test_units():
-    assert [duration(s) for s in (1.234, 0.0456, 7.89e-6, 0, 0.9999)] == [
+    assert [format_duration(s) for s in (1.234, 0.0456, 7.89e-6, 0, 0.9999)] == [
         "1.23 s",
         "45.6 ms",
         "7.89 µs",
         "0 s",
         "1.00 s",
     ]
-    assert [share(0.2539), share(-0.01)] == ["25.4 %", "−1.0 %"]
-    assert [whole(1234), whole(1234.0), whole(2.5)] == ["1,234", "1,234", "2.5"]
-    assert [decimal_bytes(b) for b in (10.0, 1000, 2_500_000, 1e9)] == ["10 B", "1 kB", "2.5 MB", "1 GB"]
-    assert [rounded(t) for t in ("0.920", "50.0 ms", "1,000", "10.05", "100")] == [
+    assert [format_share(0.2539), format_share(-0.01)] == ["25.4 %", "−1.0 %"]
+    assert [format_whole(1234), format_whole(1234.0), format_whole(2.5)] == ["1,234", "1,234", "2.5"]
+    assert [format_decimal_bytes(b) for b in (10.0, 1000, 2_500_000, 1e9)] == ["10 B", "1 kB", "2.5 MB", "1 GB"]
+    assert [trim_zeros(t) for t in ("0.920", "50.0 ms", "1,000", "10.05", "100")] == [
         "0.92",
         "50 ms",
         "1,000",

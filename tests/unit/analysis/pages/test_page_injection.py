@@ -102,8 +102,8 @@ def test_the_page_of_a_comparison(tmp_path, name):
     (tmp_path / "bench.json").write_text(json.dumps({"settings": settings, "varied": {f"job.{name}": names}}))
     for run in sorted(tmp_path.glob("*/repeat-*")):
         environment = json.loads((run / "environment.json").read_text())
-        said = f"{name} {run.parent.name}"
-        environment |= {"host": said, f"key {name}": said, "backend": name}
+        label = f"{name} {run.parent.name}"
+        environment |= {"host": label, f"key {name}": label, "backend": name}
         (run / "environment.json").write_text(json.dumps(environment))
         lines = (run / "metrics.jsonl").read_text()
         (run / "metrics.jsonl").write_text(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from quadriga.analysis.ccl_bench.card import FIELDS, mistakes, mistakes_of_layout, utilization, value
-from quadriga.analysis.ccl_bench.folder import RankTrace, average_step_time, newest_traces, read_rank
+from quadriga.analysis.ccl_bench.card import FIELDS, card_errors, field_value, layout_errors, model_flops_utilization
+from quadriga.analysis.ccl_bench.folder import RankSummary, average_step_time, newest_traces, read_rank_summary
 from quadriga.cli.main import main
 
 EMBEDDINGS = {8_030_261_248: 525_336_576}
@@ -49,7 +49,7 @@ RIGHT: dict[str, Any] = {
     },
     "metric_source": {"traces": ["json"], "metrics_specific_trace": []},
 }  # fmt: skip
-TRACES = [RankTrace(rank, dict.fromkeys(range(3, 10), 2.0), 4096, 525_336_576) for rank in range(16)]
+TRACES = [RankSummary(rank, dict.fromkeys(range(3, 10), 2.0), 4096, 525_336_576) for rank in range(16)]
 
 
 def changed(path: str, new: Any) -> dict[str, Any]:
@@ -62,17 +62,17 @@ def changed(path: str, new: Any) -> dict[str, Any]:
     return card
 
 
-def found(card: dict[str, Any], traces: list[RankTrace] = TRACES) -> str:
-    return "\n".join(mistakes(card, traces, EMBEDDINGS))
+def found(card: dict[str, Any], traces: list[RankSummary] = TRACES) -> str:
+    return "\n".join(card_errors(card, traces, EMBEDDINGS))
 
 
 def test_a_right_card_is_left_alone():
     assert found(RIGHT) == ""
-    assert all(value(RIGHT, field) is not None for field in FIELDS)
+    assert all(field_value(RIGHT, field) is not None for field in FIELDS)
 
 
 @pytest.mark.parametrize(
-    ("path", "new", "said"),
+    ("path", "new", "expected"),
     [
         ("workload.model.model_arch.num_params_embedding", 1_050_673_152, "the output layer, which does multiply"),
         ("workload.model.model_arch.num_params_embedding", 524_288_000, "this model's is 525,336,576"),
@@ -88,24 +88,24 @@ def test_a_right_card_is_left_alone():
         ("workload.model.num_params", 8_030_261_248, "`mfu` looks for them in workload.model.model_arch"),
     ],
 )
-def test_known_mistakes_are_named(path, new, said):
-    assert said in found(changed(path, new))
+def test_known_mistakes_are_named(path, new, expected):
+    assert expected in found(changed(path, new))
 
 
 def test_traces_that_are_too_short_or_of_different_steps():
-    one = [RankTrace(rank, {5: 2.0}, 4096, None) for rank in range(16)]
+    one = [RankSummary(rank, {5: 2.0}, 4096, None) for rank in range(16)]
     assert "1 profiled steps, of which `avg_step_time` counts 1" in found(RIGHT, one)
-    four = [RankTrace(rank, dict.fromkeys(range(4), 2.0), 4096, None) for rank in range(16)]
+    four = [RankSummary(rank, dict.fromkeys(range(4), 2.0), 4096, None) for rank in range(16)]
     assert "4 profiled steps, of which `avg_step_time` counts 2" in found(RIGHT, four)
     assert "different steps" in found(
-        RIGHT, [*TRACES[:15], RankTrace(15, dict.fromkeys(range(4, 11), 2.0), 4096, None)]
+        RIGHT, [*TRACES[:15], RankSummary(15, dict.fromkeys(range(4, 11), 2.0), 4096, None)]
     )
     assert "no trace of a rank" in found(RIGHT, [])
-    assert "no ProfilerStep marks" in found(RIGHT, [RankTrace(0, {}, None, None)])
+    assert "no ProfilerStep marks" in found(RIGHT, [RankSummary(0, {}, None, None)])
 
 
 def test_a_batch_that_no_trace_proves():
-    blind = [RankTrace(rank, trace.steps, None, None) for rank, trace in enumerate(TRACES)]
+    blind = [RankSummary(rank, trace.steps, None, None) for rank, trace in enumerate(TRACES)]
     assert "the card does not say that it is global" in found(RIGHT, blind)
     scoped = changed("workload.data.batch_size_scope", "global")
     assert found(scoped, blind) == ""
@@ -116,23 +116,23 @@ def test_a_batch_that_no_trace_proves():
 
 
 def test_a_utilization_above_the_peak_is_impossible():
-    fast = [RankTrace(rank, dict.fromkeys(range(3, 10), 0.01), 4096, None) for rank in range(16)]
+    fast = [RankSummary(rank, dict.fromkeys(range(3, 10), 0.01), 4096, None) for rank in range(16)]
     assert "of their peak: batch, model, count or device is wrong" in found(RIGHT, fast)
 
 
 def test_utilization_by_hand():
     """(6 x (8.030e9 - 0.525e9) + 12 x 32 x 32 x 128 x 1024) x 32 x 1024 / 2 s / (312e12 x 16)."""
     a_token = 6 * (8_030_261_248 - 525_336_576) + 12 * 32 * 32 * 128 * 1024
-    assert utilization(RIGHT, 2.0) == pytest.approx(a_token * 32 * 1024 / 2 / (312e12 * 16))
-    assert utilization(RIGHT, None) is None
-    assert utilization(changed("workload.hardware.xpu_spec.model", "abacus"), 2.0) is None
+    assert model_flops_utilization(RIGHT, 2.0) == pytest.approx(a_token * 32 * 1024 / 2 / (312e12 * 16))
+    assert model_flops_utilization(RIGHT, None) is None
+    assert model_flops_utilization(changed("workload.hardware.xpu_spec.model", "abacus"), 2.0) is None
 
 
 def test_average_step_time_drops_the_ends():
     steps = [{1: 9.0, 2: 1.0, 3: 2.0, 4: 9.0}, {1: 9.0, 2: 3.0, 3: 4.0, 4: 9.0}]
-    assert average_step_time([RankTrace(i, each, None, None) for i, each in enumerate(steps)]) == 2.5
-    assert average_step_time([RankTrace(0, {1: 1.0, 2: 2.0}, None, None)]) == 1.5
-    assert average_step_time([RankTrace(0, {}, None, None)]) is None
+    assert average_step_time([RankSummary(i, each, None, None) for i, each in enumerate(steps)]) == 2.5
+    assert average_step_time([RankSummary(0, {1: 1.0, 2: 2.0}, None, None)]) == 1.5
+    assert average_step_time([RankSummary(0, {}, None, None)]) is None
 
 
 def event(name: str, ts: float, dur: float, category: str = "cpu_op", **more: Any) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def test_a_trace_is_read_in_every_form(tmp_path, form):
     else:
         shown = trace["traceEvents"] if form == "list" else trace
         path.write_text(json.dumps(shown, separators=(",", ":") if form == "compact" else None, ensure_ascii=False))
-    assert read_rank(1, path) == RankTrace(1, {4: 0.001, 5: 0.001, 6: 0.001}, tokens=32, table=256)
+    assert read_rank_summary(1, path) == RankSummary(1, {4: 0.001, 5: 0.001, 6: 0.001}, tokens=32, table=256)
 
 
 def test_the_newest_cycle_is_taken(tmp_path):
@@ -184,23 +184,23 @@ def test_a_layout_that_the_tools_would_misread(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "iteration_5").mkdir()
     (tmp_path / "iteration_5" / "rank1_trace.json").touch()
-    said = "\n".join(mistakes_of_layout(tmp_path, changed("metric_source.traces", ["nsys"])))
+    mistakes = "\n".join(layout_errors(tmp_path, changed("metric_source.traces", ["nsys"])))
     for part in ("2 cards (a.yaml, b.yaml)", "so is groups.json", "2 traces are packed or in sub-folders",
                  "traces of 1 ranks, but total_count is 16", "does not list `json`"):  # fmt: skip
-        assert part in said
+        assert part in mistakes
     for rank in range(2, 18):
         (tmp_path / f"rank{rank}_trace.json").touch()
-    assert "17 traces: of more than 16" in "\n".join(mistakes_of_layout(tmp_path, RIGHT))
+    assert "17 traces: of more than 16" in "\n".join(layout_errors(tmp_path, RIGHT))
 
 
 def test_the_command_reads_anybodys_card(tmp_path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(changed("workload.data.batch_size", 1)))
     (tmp_path / "rank0_trace.json").write_text(json.dumps(made_trace()))
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "step         0.001 s (avg_step_time)" in told
-    assert "by this card" in told
-    assert "3 profiled steps" in told
+    output = capsys.readouterr().out
+    assert "step         0.001 s (avg_step_time)" in output
+    assert "by this card" in output
+    assert "3 profiled steps" in output
     assert main(["ccl-bench", "read", str(tmp_path / "card.yaml"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["avg_step_time_s"] is None
@@ -208,7 +208,7 @@ def test_the_command_reads_anybodys_card(tmp_path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]):
-    for content, said in (
+    for content, expected in (
         ("- a\n- list\n", "no card"),
         ("a: [1", "cannot be read"),
         (b"\xff\xfe\x00", "not UTF-8"),
@@ -226,7 +226,7 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
         path: Path = tmp_path / "card.yaml"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert main(["ccl-bench", "read", str(path)]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     for path in ("workload.data.batch_size", "workload.hardware.xpu_spec.total_count", "metric_source.traces"):
         for new in (0, -1, 10**19, float("nan"), True, {"a": 1}, "\x1b[2J", [{}]):
             (tmp_path / "card.yaml").write_text(yaml.safe_dump(changed(path, new)))
@@ -236,11 +236,11 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "rank0_trace.json").write_text('{"no": "trace"}')
     assert main(["ccl-bench", "read", str(tmp_path)]) == 2
     assert "no traceEvents stand in it" in capsys.readouterr().err
-    for arguments, said in (
+    for arguments, expected in (
         (["read", str(tmp_path / "nowhere")], "no such file or folder"),
         (["read", str(tmp_path), "out"], "`read` writes nothing"),
         (["write", str(tmp_path)], "name the folder to write"),
         (["write", str(tmp_path), str(tmp_path / "out")], "the record of a run cannot be read"),
     ):
         assert main(["ccl-bench", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err

@@ -66,9 +66,9 @@ def test_one_message_and_no_traceback(tmp_path, capsys, content):
     path = tmp_path / "rank0_trace.json"
     path.write_text(content)
     assert main(["trace", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert str(path) in told
-    assert len(told) < 1500
+    output = capsys.readouterr().err
+    assert str(path) in output
+    assert len(output) < 1500
 
 
 def test_an_event_that_is_wrong_is_named_by_its_number(tmp_path, capsys):
@@ -77,15 +77,15 @@ def test_an_event_that_is_wrong_is_named_by_its_number(tmp_path, capsys):
     assert "event 2: ts is 'now', not a number of microseconds" in capsys.readouterr().err
 
 
-def test_rows_that_end_before_they_begin_and_strays_are_told_and_left_out(tmp_path):
+def test_rows_that_end_before_they_begin_and_strays_are_reported_and_left_out(tmp_path):
     trace = two_steps(0, NAMES)
     whole = analyse_at(tmp_path / "whole", trace)
     trace.events += [7, "text", None, {**ROW, "dur": -5, "ts": 100}]
     found = analyse_at(tmp_path / "odd", trace)
     assert found["by_rank"] == whole["by_rank"]
-    said = " ".join(found["warnings"])
-    assert "1 rows of rank0_trace.json end before they begin" in said
-    assert "3 of the events of rank0_trace.json are no objects" in said
+    warnings = " ".join(found["warnings"])
+    assert "1 rows of rank0_trace.json end before they begin" in warnings
+    assert "3 of the events of rank0_trace.json are no objects" in warnings
 
 
 def analyse_at(place, trace):
@@ -115,8 +115,8 @@ def test_what_unpacks_to_far_more_than_a_trace_does_is_refused(tmp_path, capsys,
     path = tmp_path / "rank0_trace.json.gz"
     path.write_bytes(content)
     assert main(["trace", str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "unpacks to more than" in told or "is longer than" in told
+    output = capsys.readouterr().err
+    assert "unpacks to more than" in output or "is longer than" in output
 
 
 def test_one_value_without_an_end_is_refused(tmp_path, capsys, monkeypatch):

@@ -221,7 +221,7 @@ def test_unlinked_communication_is_found_by_name_and_marked_so(tmp_path, capsys)
     assert "(by name)" in capsys.readouterr().out
 
 
-def test_kernels_that_carry_their_own_words_need_no_launch(tmp_path):
+def test_kernels_that_carry_their_own_arguments_need_no_launch(tmp_path):
     """Kineto copies what record_param_comms said to the rows that belong to it."""
     from made_traces import record
 

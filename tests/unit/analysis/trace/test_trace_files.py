@@ -9,8 +9,8 @@ import pytest
 from made_traces import MadeTrace, two_steps
 
 from quadriga.analysis.trace.analysis import analyse
-from quadriga.analysis.trace.document import Document
-from quadriga.analysis.trace.find import find
+from quadriga.analysis.trace.document import TraceDocument
+from quadriga.analysis.trace.find import find_traces
 from quadriga.cli.main import main
 from quadriga.errors import UserError
 
@@ -36,7 +36,7 @@ def test_any_layout_and_any_cut_is_read_the_same(tmp_path, layout, chunk):
     whole = {"before": {"a": [1, {"b": "}]"}]}, **content(), "after": 12.5, "zoë": 'ünï\\"x"', "last": None}
     path = tmp_path / "rank0_trace.json"
     path.write_text(json.dumps(whole, **layout))
-    document = Document(path, chunk)
+    document = TraceDocument(path, chunk)
     assert list(document) == whole["traceEvents"]
     assert document.metadata == {name: value for name, value in whole.items() if name != "traceEvents"}
 
@@ -50,9 +50,9 @@ def test_objects_in_the_metadata_after_the_events_are_no_events(tmp_path, chunk)
     metadata = {"distributedInfo": {"pg_config": groups, "rank": 3}, "z": 1}
     path = tmp_path / "rank3_trace.json"
     path.write_text(json.dumps({"traceEvents": events, **metadata}))
-    document = Document(path, chunk)
+    document = TraceDocument(path, chunk)
     assert list(document) == events
-    assert (document.metadata, document.strays) == (metadata, 0)
+    assert (document.metadata, document.non_objects) == (metadata, 0)
 
 
 def test_a_bare_array_and_a_packed_file_with_a_plain_name_are_read(tmp_path):
@@ -60,7 +60,7 @@ def test_a_bare_array_and_a_packed_file_with_a_plain_name_are_read(tmp_path):
     path = tmp_path / "kineto_trace_3.json"
     text = json.dumps(events).encode()
     path.write_bytes(gzip.compress(text[:999]) + gzip.compress(text[999:]) + bytes(512))  # as some tools pack: in parts
-    assert list(Document(path)) == events
+    assert list(TraceDocument(path)) == events
     found = analyse(tmp_path)
     assert found["ranks"] == [3], "from the name: a bare array has no distributedInfo"
 
@@ -92,7 +92,7 @@ def test_folders_of_others_are_found(tmp_path, names):
 def test_the_newest_iteration_counts_unless_another_is_asked_for(tmp_path):
     for iteration in (20, 100, 9):
         two_steps(0, NAMES).write(tmp_path / f"iteration_{iteration}" / "rank0_trace.json")
-    assert find(tmp_path).iteration == 100
+    assert find_traces(tmp_path).iteration == 100
     assert analyse(tmp_path)["iteration"] == 100
     assert analyse(tmp_path, 9)["iteration"] == 9
     assert "9, 20, 100" in problem(tmp_path, 10)
@@ -103,7 +103,7 @@ def test_what_is_being_written_is_left_alone(tmp_path):
     two_steps(0, NAMES).write(tmp_path / "iteration_5" / "rank0_trace.json")
     (tmp_path / "iteration_5" / ".rank1_trace.json").write_text("{")
     (tmp_path / "environment.json").write_text("{")
-    assert [path.name for path in find(tmp_path).files] == ["rank0_trace.json"]
+    assert [path.name for path in find_traces(tmp_path).files] == ["rank0_trace.json"]
 
 
 def test_two_folders_without_a_number_are_refused(tmp_path):
@@ -118,14 +118,14 @@ def test_two_files_of_one_rank_are_refused(tmp_path):
     assert "of rank 0" in problem(tmp_path)
 
 
-def test_a_rank_that_nothing_tells_is_asked_for(tmp_path):
+def test_a_rank_that_nothing_states_is_asked_for(tmp_path):
     for name in ("first.trace.json", "second.trace.json"):
         (tmp_path / name).write_text(json.dumps({**content(), "distributedInfo": {}}))
     assert "rankK_trace.json" in problem(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (json.dumps(content())[:3000], "cut off"),
         (json.dumps(content())[:-1], "cut off"),
@@ -138,22 +138,22 @@ def test_a_rank_that_nothing_tells_is_asked_for(tmp_path):
     ],
     ids=["truncated", "unclosed", "empty", "broken", "another", "no events", "no time", "text"],
 )
-def test_a_wrong_file_is_named_with_what_to_do(tmp_path, capsys, text, said):
+def test_a_wrong_file_is_named_with_what_to_do(tmp_path, capsys, text, expected):
     path = tmp_path / "rank0_trace.json"
     path.write_text(text)
     assert main(["trace", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert str(path) in told
-    assert said in told
-    assert "to do:" in told
+    output = capsys.readouterr().err
+    assert str(path) in output
+    assert expected in output
+    assert "to do:" in output
 
 
 def test_a_packed_file_that_is_cut_off_is_named(tmp_path):
     path = tmp_path / "rank0_trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps(content()).encode())[:-200])
-    told = problem(tmp_path)
-    assert str(path) in told
-    assert "cannot be read to its end" in told
+    report = problem(tmp_path)
+    assert str(path) in report
+    assert "cannot be read to its end" in report
 
 
 def test_a_place_without_traces_is_refused(tmp_path):
@@ -198,5 +198,5 @@ def test_many_processes_find_what_one_does(tmp_path, monkeypatch):
     for rank in range(2):
         two_steps(rank, NAMES).write(tmp_path / f"rank{rank}_trace.json")
     alone = analyse(tmp_path, processes=1)
-    monkeypatch.setattr("quadriga.analysis.trace.analysis.WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("quadriga.analysis.trace.analysis.PARALLEL_READ_BYTES", 0)
     assert analyse(tmp_path, processes=2) == alone

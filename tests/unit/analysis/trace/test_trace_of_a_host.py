@@ -36,8 +36,8 @@ def found(tmp_path):
         ("aten::copy_", 500, 515),
     ):
         trace.host(name, start, end)
-    told = {"Input Dims": [[8], [4], [], [], []], "Input type": ["float", "float", "", "Scalar", "Scalar"]}
-    trace.host("c10d::_allgather_base_", 300, 320, **told)
+    args = {"Input Dims": [[8], [4], [], [], []], "Input type": ["float", "float", "", "Scalar", "Scalar"]}
+    trace.host("c10d::_allgather_base_", 300, 320, **args)
     trace.mark("gloo:all_gather", 310, 500)
     trace.events[-1] |= {"tid": GLOO, "args": {"Input Dims": [[4]], "Input type": ["float"]}}
     trace.host("aten::copy_", 480, 490)

@@ -8,8 +8,8 @@ import pytest
 from made_traces import HOST, MadeTrace, two_steps
 
 from quadriga.analysis.trace.analysis import analyse
-from quadriga.analysis.trace.page import sentences
-from quadriga.analysis.trace.report import verdict
+from quadriga.analysis.trace.page import trace_sentences
+from quadriga.analysis.trace.report import format_verdict
 from quadriga.cli.main import main
 
 NAMES = {"all_gather": "ncclDevKernel_AllGather", "reduce_scatter": "ncclDevKernel_ReduceScatter"}
@@ -48,8 +48,8 @@ def test_what_lies_between_the_last_step_and_the_end_of_profiling_is_no_step(tmp
     assert found["steps"] == [0, 1, 2, 3, 4]
     assert found["step_time_s"]["mean"] == pytest.approx(1e-3)
     assert len(found["by_rank"][0]["steps"]) == 5
-    (said,) = [warning for warning in found["warnings"] if "left out" in warning]
-    assert said.startswith("rank0_trace.json: the last mark of a step (")
+    (message,) = [warning for warning in found["warnings"] if "left out" in warning]
+    assert message.startswith("rank0_trace.json: the last mark of a step (")
 
 
 def test_a_stub_with_a_few_operations_is_one_too_and_a_short_step_with_its_work_is_none(tmp_path):
@@ -118,26 +118,28 @@ def test_ids_of_64_bits_link_like_others(tmp_path):
     assert other["by_rank"] == one["by_rank"]
 
 
-@pytest.mark.parametrize("said", ["none", [], 7, {"rank": "0", "world_size": "2"}, {"rank": {}, "world_size": -1}])
-def test_a_distributed_info_of_another_type_is_read_or_left_out_with_a_word(tmp_path, said):
+@pytest.mark.parametrize("info", ["none", [], 7, {"rank": "0", "world_size": "2"}, {"rank": {}, "world_size": -1}])
+def test_a_distributed_info_of_another_type_is_read_or_left_out_with_a_warning(tmp_path, info):
     trace = two_steps(0, NAMES)
-    trace.about["distributedInfo"] = said
+    trace.about["distributedInfo"] = info
     found = analysed(trace, tmp_path)
     assert found["ranks"] == [0]
-    sound = said == {"rank": "0", "world_size": "2"}
+    sound = info == {"rank": "0", "world_size": "2"}
     assert found["world_size"] == (2 if sound else 1)
     assert any("left out" in warning for warning in found["warnings"]) is not sound
 
 
-def test_terminal_and_page_tell_the_same_mean(tmp_path):
+def test_terminal_and_page_show_the_same_mean(tmp_path):
     trace = MadeTrace(0, 1)
     for number, (start, end) in enumerate([(0, 1000), (1000, 2000), (2000, 5543)]):
         trace.mark(f"ProfilerStep#{number}", start, end)
         trace.host("aten::mm", start, end)
     found = analysed(trace, tmp_path)
     assert found["step_time_s"]["mean"] == pytest.approx(5543e-6 / 3)
-    assert verdict(found) == "a step takes 1.848 ms on average: 100.0% computing"
-    assert sentences(found)[0].startswith("A step takes 1.848 ms on average (1.00 ms to 3.54 ms): 100.0 % compute")
+    assert format_verdict(found) == "a step takes 1.848 ms on average: 100.0% computing"
+    assert trace_sentences(found)[0].startswith(
+        "A step takes 1.848 ms on average (1.00 ms to 3.54 ms): 100.0 % compute"
+    )
 
 
 # --- whose estimate ---------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_after_a_resume_on_another_layout_a_trace_is_compared_with_its_own_start
     assert verdicts(run_with(tmp_path / "second", traced_by=2, estimates=both, newest=2)) == [False, True]
 
 
-def test_what_is_foreseen_of_a_step_is_calls_times_bytes(tmp_path):
+def test_what_is_predicted_of_a_step_is_calls_times_bytes(tmp_path):
     run_with(tmp_path, traced_by=None, estimates={}, newest=1)
     calls = {"axis": "shard", "collective": "all_gather", "calls": 4, "bytes": 500}
     (tmp_path / "estimate.json").write_text(json.dumps({"communication": [calls]}))
@@ -186,7 +188,7 @@ def test_a_trace_that_names_no_start_is_compared_with_the_newest(tmp_path):
     assert verdicts(run_with(tmp_path, traced_by=None, estimates={2: 2000}, newest=2)) == [True, True]
 
 
-def test_where_the_estimate_of_its_start_is_gone_nothing_is_said_to_be_unlike(tmp_path, capsys):
+def test_where_the_estimate_of_its_start_is_gone_no_difference_is_reported(tmp_path, capsys):
     found = run_with(tmp_path, traced_by=1, estimates={2: 1000}, newest=2)
     assert found["estimate"] is None
     assert "the traces are of start 1" in found["not_measurable"]["estimate"]

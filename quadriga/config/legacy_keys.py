@@ -68,13 +68,13 @@ SCHEDULE_CLASSES: Mapping[str, str] = {
 CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
 
 
-def schedule_named(value: str, known: Collection[str]) -> str:
+def resolve_schedule(value: str, known: Collection[str]) -> str:
     """A pipeline schedule as it is called here, of any capitals, as PyTorch takes it; `value` where none is meant."""
     known_names = {name.lower(): name for name in known}
     return known_names.get(value.lower()) or SCHEDULE_CLASSES.get(value.lower(), value)
 
 
-def new_name(old: str) -> str | None:
+def renamed_key(old: str) -> str | None:
     """The key of today that a key of an older release became; None where it was not renamed."""
     table, _, key = old.partition(".")
     if table in MOVED_TABLES and key and old not in RENAMED:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def withhold_update_if(bad: Tensor, optimizer: torch.optim.Optimizer, *, on_device: bool) -> None:
+def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer, *, on_device: bool) -> None:
     """Let the coming `optimizer.step()` change neither weights nor its own state where `bad` holds.
 
     Args:

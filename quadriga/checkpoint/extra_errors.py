@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quadriga.checkpoint.folder import STATE_FILE, Found, join
+from quadriga.checkpoint.folder import STATE_FILE, CheckpointInfo, join
 from quadriga.errors import Problem, UserError, shortened
 
 TO_RESUME = "start from another checkpoint (--checkpoint.load_step), or from its weights alone in a new run folder"
 
 
 @contextmanager
-def told_of(found: Found, fix: str = TO_RESUME) -> Iterator[None]:
+def convert_extra_errors(found: CheckpointInfo, fix: str = TO_RESUME) -> Iterator[None]:
     """What the manifest keeps of the run is read: where it is not what a run saves, one message says so."""
     try:
         yield

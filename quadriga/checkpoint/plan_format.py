@@ -8,7 +8,7 @@ from typing import Any
 FORMAT = "quadriga-plan-1"  # of `plan.json`
 PLAN_FILE = "plan.json"
 # Every dtype of torch by the name that a plan has for it; a test holds them against torch.
-DTYPE_WORDS = {
+DTYPE_NAMES = {
     *("bfloat16", "bits16", "bits1x8", "bits2x4", "bits4x2", "bits8", "bool"),
     *("complex128", "complex32", "complex64", "float16", "float32", "float4_e2m1fn_x2", "float64"),
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "int1", "int16"),
@@ -23,10 +23,10 @@ class PlanError(Exception):
     """A plan that is refused; the message says what is wrong with it and where."""
 
 
-def shown(value: Any) -> str:
+def format_raw(value: Any) -> str:
     """A value from outside for a message: on one line, and short."""
     if type(value) in (list, tuple):
-        parts = ", ".join("[...]" if type(part) in (list, tuple) else shown(part) for part in value[:8])
+        parts = ", ".join("[...]" if type(part) in (list, tuple) else format_raw(part) for part in value[:8])
         return f"[{parts}, ...]" if len(value) > 8 else f"[{parts}]"
     if type(value) is int and abs(value) >> 128:
         return "a huge number"  # thousands of digits take quadratic time to print

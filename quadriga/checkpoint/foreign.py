@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 
-from quadriga.checkpoint.files import Files, Place, files_at, local
+from quadriga.checkpoint.files import Files, Location, files_at, local
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE, TOKEN
-from quadriga.checkpoint.refusal import PLAN_FILE
+from quadriga.checkpoint.plan_format import PLAN_FILE
 
 HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's form
 SHARDED = "sharded"  # the folder in such a save that holds what each rank wrote
 SHARDS = (".safetensors", ".distcp")
 
 
-def has_foreign_plan(files: Files, path: Place) -> bool:
+def has_foreign_plan(files: Files, path: Location) -> bool:
     """Whether a folder has DCP's plan, and nothing that every checkpoint of ours has. Its plan is not read."""
     names = set(files.names(path))
     return METADATA in names and not names & {STATE_FILE, PLAN_FILE}
 
 
-def is_foreign_here(path: Place) -> bool:
+def has_foreign_plan_on_disk(path: Location) -> bool:
     """`has_foreign_plan`, of what is in a file system; False where there is no such folder."""
     files = files_at(path)
     try:
@@ -28,7 +28,7 @@ def is_foreign_here(path: Place) -> bool:
         return False
 
 
-def is_someone_elses(files: Files, path: Place) -> bool:
+def has_foreign_weights(files: Files, path: Location) -> bool:
     """Whether a folder (no link to one) holds weights, and nothing that every checkpoint of ours has. One that
     a kill cut off counts: its shards may lack their plan, or lie in `sharded` alone."""
     if files.renames and os.path.islink(local(path)):
@@ -38,12 +38,12 @@ def is_someone_elses(files: Files, path: Place) -> bool:
     return bool(weights) and not names & {STATE_FILE, PLAN_FILE}
 
 
-def is_hugging_face(files: Files, path: Place) -> bool:
+def has_hugging_face_weights(files: Files, path: Location) -> bool:
     """Whether a folder holds weights in Hugging Face's form, not only what each rank wrote of them."""
     return any(name == HF_INDEX or name.endswith(".safetensors") for name in files.names(path))
 
 
-def name_aside(files: Files, folder: str, step: int) -> str:
+def backup_path(files: Files, folder: str, step: int) -> str:
     """A free name for another trainer's step N, whose place a save of ours takes. No trainer takes it for a step."""
     name, number = f"{folder.rstrip('/')}/step_{step}.theirs", 1
     while files.exists(name):
@@ -52,12 +52,12 @@ def name_aside(files: Files, folder: str, step: int) -> str:
     return name
 
 
-def remove_unless_someone_elses(files: Files, path: Place) -> None:
-    if not is_someone_elses(files, path):
+def remove_unless_foreign(files: Files, path: Location) -> None:
+    if not has_foreign_weights(files, path):
         files.remove(path)
 
 
-def remove_saves(files: Files, path: Place, keep: str = "") -> None:
+def remove_saves(files: Files, path: Location, keep: str = "") -> None:
     """On an object store: the files of our saves of a step, but those of the save `keep`. What another trainer left
     under the same name stays."""
     for name in files.names(path):
@@ -65,7 +65,7 @@ def remove_saves(files: Files, path: Place, keep: str = "") -> None:
             files.remove(f"{path}/{name}")
 
 
-def remove_step(files: Files, path: Place) -> None:
+def remove_step(files: Files, path: Location) -> None:
     """On an object store: a checkpoint of ours. It is none as soon as its manifest is gone."""
     manifest = f"{path}/{STATE_FILE}"
     files.remove(manifest)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.errors import EXIT_FAULT, EXIT_OK
-from quadriga.launch.agent import NOTE
+from quadriga.launch.agent import FAILURES_FILE
 from quadriga.log import logger
 from quadriga.resilience.processes import ExitRecord, last_start, read_records
 
 
 @dataclass(frozen=True)
-class Death:
-    """A rank that ended without a word: `exitcode` -n means killed by signal n. `time` in whole seconds."""
+class UnreportedExit:
+    """A rank that ended without an exit record: `exitcode` -n means killed by signal n. `time` in whole seconds."""
 
     rank: int
     pid: int
@@ -33,11 +33,11 @@ class Death:
         return text
 
 
-def conclude(folder: Path, ranks: int, code: int, received: Sequence[int]) -> int:
+def report_exit(folder: Path, ranks: int, code: int, received: Sequence[int]) -> int:
     """Show the first failing rank's error last, and return the exit code of the run.
 
     Args:
-        folder: the ranks' records and the agent's note.
+        folder: the ranks' records and the agent's failures file.
         ranks: of this machine.
         code: the agent's own exit code, negative when a signal killed it.
         received: the signals to leave that were passed on, in order.
@@ -47,8 +47,8 @@ def conclude(folder: Path, ranks: int, code: int, received: Sequence[int]) -> in
     asked = next((record.code for record in records if record.asked), EXIT_OK)
     if code == EXIT_OK:
         return asked
-    first = first_to_fail(failed, deaths(folder, records))
-    if received and _follows_from(received[0], first):
+    first = first_failed_rank(failed, unreported_exits(folder, records))
+    if received and _caused_by_signal(received[0], first):
         if not failed and (asked or len(records) == ranks):
             return asked  # the ranks have said where the run stands
         logger.error("stopped by %s", signal.Signals(received[0]).name)
@@ -56,35 +56,37 @@ def conclude(folder: Path, ranks: int, code: int, received: Sequence[int]) -> in
     if first is None:
         logger.error("torchrun ended with code %d before any rank said why; its output is above", code)
         return EXIT_FAULT
-    if isinstance(first, Death):
+    if isinstance(first, UnreportedExit):
         logger.error("%s", first)
         return EXIT_FAULT
     logger.error("%s", first.details if first.is_report else f"rank {first.rank} failed first:\n\n{first.details}")
     return first.code
 
 
-def _follows_from(received: int, failure: ExitRecord | Death | None) -> bool:
+def _caused_by_signal(received: int, failure: ExitRecord | UnreportedExit | None) -> bool:
     """Whether a rank ended so since the run was told to end."""
     return not isinstance(failure, ExitRecord) or failure.lost_peer or failure.code == 128 + received
 
 
-def deaths(folder: Path, records: Sequence[ExitRecord]) -> list[Death]:
-    """The failed ranks that left no record, from the agent's note."""
-    note = folder / NOTE
-    ends = json.loads(note.read_text()) if note.exists() else {}
-    spoke = {record.rank for record in records}
-    return [Death(int(rank), **end) for rank, end in ends.items() if int(rank) not in spoke]
+def unreported_exits(folder: Path, records: Sequence[ExitRecord]) -> list[UnreportedExit]:
+    """The failed ranks that left no record, from the agent's failures file."""
+    failures_file = folder / FAILURES_FILE
+    ends = json.loads(failures_file.read_text()) if failures_file.exists() else {}
+    reported = {record.rank for record in records}
+    return [UnreportedExit(int(rank), **end) for rank, end in ends.items() if int(rank) not in reported]
 
 
-def first_to_fail(records: Sequence[ExitRecord], silent: Sequence[Death]) -> ExitRecord | Death | None:
+def first_failed_rank(
+    records: Sequence[ExitRecord], silent: Sequence[UnreportedExit]
+) -> ExitRecord | UnreportedExit | None:
     """What went wrong first. A lost peer is a consequence, and torchrun ends the survivors with SIGTERM."""
 
-    def order(failure: ExitRecord | Death) -> tuple[bool, int, int]:
+    def order(failure: ExitRecord | UnreportedExit) -> tuple[bool, int, int]:
         # Within one second, which is as fine as torchrun's clock goes, a kill comes before what its peers tell, and
         # what a rank tells comes before an exit code alone.
-        if isinstance(failure, Death):
+        if isinstance(failure, UnreportedExit):
             return failure.exitcode == -signal.SIGTERM, int(failure.time), 0 if failure.exitcode < 0 else 2
         return failure.lost_peer, int(failure.time), 1
 
-    failures: list[ExitRecord | Death] = [*records, *silent]
+    failures: list[ExitRecord | UnreportedExit] = [*records, *silent]
     return min(failures, key=order, default=None)

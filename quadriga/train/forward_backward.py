@@ -18,7 +18,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 LossContext = Callable[[], AbstractContextManager[None]]
 
 
-class Pass(Protocol):
+class ForwardBackward(Protocol):
     """Both return this rank's part of the loss, detached: parts of all ranks of `Mesh.loss_group` add up."""
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
@@ -32,14 +32,14 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalShard:
     """What this rank takes of every sequence. `positions`: int64 (its tokens,), on the device."""
 
     device: torch.device
     positions: Tensor
     seq_len: int
 
-    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def select(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens and labels on the device, each (rows, its tokens)."""
         tokens = batch.tokens.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -49,42 +49,42 @@ class Share:
 
 
 @dataclass(frozen=True)
-class WholePass:
+class WholeForwardBackward:
     """The whole model is here. `loss` takes what it returns, and the labels."""
 
     model: nn.Module
     loss: Loss
     loss_context: LossContext
-    share: Share
+    shard: LocalShard
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
-        tokens, labels = self.share.of(batch)
+        tokens, labels = self.shard.select(batch)
         set_gradient_sync(self.model, reduce, last)
         with self.loss_context():
-            loss = self.loss(self.model(tokens, self.share.positions), labels)
+            loss = self.loss(self.model(tokens, self.shard.positions), labels)
             loss.backward()
         return loss.detach()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        tokens, labels = self.share.of(batch)
+        tokens, labels = self.shard.select(batch)
         with self.loss_context():
-            return self.loss(self.model(tokens, self.share.positions), labels).detach()
+            return self.loss(self.model(tokens, self.shard.positions), labels).detach()
 
 
 @dataclass(frozen=True)
-class PipelinePass:
+class PipelineForwardBackward:
     """Some stages of the model are here."""
 
     pipeline: Pipeline
     loss_context: LossContext
-    share: Share
+    shard: LocalShard
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
-        tokens, labels = self.share.of(batch)
+        tokens, labels = self.shard.select(batch)
         with self.loss_context():
-            return self.pipeline.train(tokens, labels, self.share.positions, reduce=reduce, last=last)
+            return self.pipeline.train(tokens, labels, self.shard.positions, reduce=reduce, last=last)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        tokens, labels = self.share.of(batch)
+        tokens, labels = self.shard.select(batch)
         with self.loss_context():
-            return self.pipeline.evaluate(tokens, labels, self.share.positions)
+            return self.pipeline.evaluate(tokens, labels, self.shard.positions)

@@ -8,7 +8,7 @@ from fake_ranks import on_fake_ranks, own, rehearsed_state
 
 from quadriga.config import Run
 from quadriga.models.registry import count_parameters
-from quadriga.planning.anatomy import Weight, stages
+from quadriga.planning.parameters import Weight, build_stages
 from quadriga.planning.setup import Setup
 
 ODD = ("--model.ffn_dim=772", "--model.vocab_size=1031", "--model.n_layers=7")  # nothing divides evenly over shards
@@ -101,8 +101,8 @@ def test_the_shards_of_every_size_add_up(flavor: str, degrees: dict[str, int]) -
 
 def test_tensor_parallelism_cuts_rows_and_columns_where_the_model_says() -> None:
     run = run_of("--model.dim=32", "--model.ffn_dim=96", ranks=1)
-    weights = stages(run.spec.model, None)[0].block.weights
-    cuts = {weight.shape: weight.cut for weight in weights}
+    weights = build_stages(run.spec.model, None)[0].block.weights
+    cuts = {weight.shape: weight.shard_dim for weight in weights}
     assert cuts[96, 32] == 0, "w1 and w3 are cut along what they make"
     assert cuts[32, 96] == 1, "w2 is cut along what it takes"
     assert cuts[(32,)] is None, "norms are whole"

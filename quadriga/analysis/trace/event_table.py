@@ -9,30 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.intervals import Spans, spans
+from quadriga.analysis.trace.intervals import Spans, make_spans
 
 
 @dataclass(frozen=True)
-class Rows:
+class EventTable:
     """Columns of equal length, in the order of the file. Times in seconds from the trace's origin.
 
-    `name` and `thread` are indices into the trace's names and threads; `sort` is a number of `read.HOST` or
-    `read.DEVICE`; `link` is torch's External id (an operation and what it launched share it), `correlation` that of a
-    launch and its rows on the device; both are 0 where there is none. `told` holds what some rows were called with, by
-    row.
+    `name` and `thread` are indices into the trace's names and threads; `category` is a number of `read.HOST_CATEGORIES`
+    or `read.DEVICE_CATEGORIES`; `link` is torch's External id (an operation and what it launched share it),
+    `correlation` that of a launch and its rows on the device; both are 0 where there is none. `args` holds what some
+    rows were called with, by row.
     """
 
     name: NDArray[np.int64]
     start: NDArray[np.float64]
     end: NDArray[np.float64]
     thread: NDArray[np.int64]
-    sort: NDArray[np.int64]
+    category: NDArray[np.int64]
     link: NDArray[np.int64]
     correlation: NDArray[np.int64]
-    told: Mapping[int, Mapping[str, Any]]
+    args: Mapping[int, Mapping[str, Any]]
 
     def __len__(self) -> int:
         return len(self.start)
 
     def spans(self, chosen: NDArray[Any] | None = None) -> Spans:
-        return spans(self.start, self.end) if chosen is None else spans(self.start[chosen], self.end[chosen])
+        return make_spans(self.start, self.end) if chosen is None else make_spans(self.start[chosen], self.end[chosen])

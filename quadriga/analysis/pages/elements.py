@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from quadriga.analysis.pages.markup import Markup, join, tag
-from quadriga.analysis.pages.style import style
+from quadriga.analysis.pages.markup import Markup, join_markup, tag
+from quadriga.analysis.pages.style import style_sheet
 
 NO_REASON = "no reason was recorded"
 
@@ -22,10 +22,10 @@ def document(title: str, *parts: str | None, source: str | None = None) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Markup(style())),
+        tag("style", Markup(style_sheet())),
     )
     top = (tag("h1", title), tag("p", source, class_="source") if source else None)
-    body = tag("body", tag("main", join(*top, *parts, by="\n")))
+    body = tag("body", tag("main", join_markup(*top, *parts, by="\n")))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
@@ -49,7 +49,7 @@ def note(text: str) -> Markup:
     return tag("p", text, class_="note")
 
 
-def missing(why: str | None) -> Markup:
+def not_measurable(why: str | None) -> Markup:
     """What stands where a figure could not be had."""
     return tag("span", f"not measurable: {why or NO_REASON}", class_="missing")
 
@@ -64,38 +64,38 @@ def table(
     rows: Iterable[Sequence[str | None]],
     *,
     caption: str | None = None,
-    words: Collection[int] = (0,),
+    text_columns: Collection[int] = (0,),
 ) -> Markup:
     """Rows of cells; columns of words (by number) stand to the left, those of figures to the right.
 
     A cell that is None is one that could not be had: it says so, and the text beside the table says why.
     """
-    head = tag("tr", *(tag("th", name, scope="col", class_=_side(i, words)) for i, name in enumerate(header)))
-    body = [tag("tr", *(_cell(cell, i, words) for i, cell in enumerate(row))) for row in rows]
+    head = tag("tr", *(tag("th", name, scope="col", class_=_side(i, text_columns)) for i, name in enumerate(header)))
+    body = [tag("tr", *(_cell(cell, i, text_columns) for i, cell in enumerate(row))) for row in rows]
     caption_element = tag("caption", caption) if caption else None
     return tag("div", tag("table", caption_element, tag("thead", head), tag("tbody", *body)), class_="scroll")
 
 
-def _cell(cell: str | None, column: int, words: Collection[int]) -> Markup:
+def _cell(cell: str | None, column: int, text_columns: Collection[int]) -> Markup:
     if cell is None:
-        return tag("td", tag("span", "not measurable", class_="missing"), class_=_side(column, words))
+        return tag("td", tag("span", "not measurable", class_="missing"), class_=_side(column, text_columns))
     if column == 0:
         return tag("th", cell, scope="row", class_="left")
-    return tag("td", cell, class_=_side(column, words))
+    return tag("td", cell, class_=_side(column, text_columns))
 
 
-def _side(column: int, words: Collection[int]) -> str | None:
-    return "left" if column in words else None
+def _side(column: int, text_columns: Collection[int]) -> str | None:
+    return "left" if column in text_columns else None
 
 
 def reasons(figures: Mapping[str, str | None]) -> Markup | None:
     """One line for each figure that could not be had, and why; None where there is none."""
     if not figures:
         return None
-    listed = (tag("li", f"{name}: ", missing(why)) for name, why in figures.items())
+    listed = (tag("li", f"{name}: ", not_measurable(why)) for name, why in figures.items())
     return tag("ul", *listed, class_="note")
 
 
-def folded(title: str, content: str) -> Markup:
+def collapsible(title: str, content: str) -> Markup:
     """What few readers want: open on a click, and on paper."""
     return tag("details", tag("summary", title), content)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import quadriga
-from quadriga.comm.backend import serving
+from quadriga.comm.backend import backend_by_axis
 from quadriga.config import JobConfig, Run, to_toml
 from quadriga.config.run_spec import Degrees
 from quadriga.hardware import find_device
 from quadriga.metrics.append import set_aside
 from quadriga.metrics.guarded import WriteFailures
-from quadriga.planning.advice import advice_for, smaller_runs
+from quadriga.planning.advice import advice_for, format_memory_savings
 from quadriga.planning.estimate import estimate
 
 LIBRARIES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "datasets", "safetensors", "tensorboard")
@@ -38,7 +38,7 @@ VARIABLES = (
 )
 
 
-def write_record(
+def write_config_and_environment(
     folder: Path, config: JobConfig, backend: str, degrees: Degrees, device: torch.device, failures: WriteFailures
 ) -> None:
     """Write `config.toml`, `environment.json` and, on request, the configuration as JSON into the run folder."""
@@ -74,9 +74,9 @@ def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int, f
     compared after a resume on another layout.
     """
     known = find_device(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-    foreseen = estimate(run, known)
-    content = foreseen.to_dict([each.to_dict() for each in advice_for(foreseen)])
-    content |= {"attempt": attempt, "if_memory_runs_out": smaller_runs(foreseen)}
+    predicted = estimate(run, known)
+    content = predicted.to_dict([each.to_dict() for each in advice_for(predicted)])
+    content |= {"attempt": attempt, "if_memory_runs_out": format_memory_savings(predicted)}
     for path in (folder / "estimates" / f"attempt-{attempt}.json", folder / "estimate.json"):
         _write(path, json.dumps(content, indent=2) + "\n", failures)
 
@@ -104,7 +104,7 @@ def describe_environment(backend: str, degrees: Degrees, device: torch.device) -
         "system": platform.platform(),
         "world_size": degrees.world_size,
         "backend": backend,
-        "backends": serving(backend, degrees),
+        "backends": backend_by_axis(backend, degrees),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

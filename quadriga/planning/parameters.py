@@ -16,7 +16,7 @@ from quadriga.models.plan import ParallelPlan, ShardUnit, split_stages
 from quadriga.models.registry import parallel_plan
 
 # The dimension along which each style of a tensor cut divides a weight; others leave it whole.
-CUT_DIMENSION = {"embedding": 0, "columns": 0, "logits": 0, "rows": 1}
+SHARD_DIMENSION = {"embedding": 0, "columns": 0, "logits": 0, "rows": 1}
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Weight:
     """One parameter: its whole shape, and the dimension that tensor parallelism cuts; None where it is whole."""
 
     shape: tuple[int, ...]
-    cut: int | None
+    shard_dim: int | None
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
-        return tuple(size // tp if axis == self.cut else size for axis, size in enumerate(self.shape))
+        return tuple(size // tp if axis == self.shard_dim else size for axis, size in enumerate(self.shape))
 
     def shard(self, tp: int, shards: int, rank: int) -> int:
         """Numbers that shard rank `rank` holds: `fully_shard` cuts the first dimension as `torch.chunk` does."""
@@ -108,16 +108,16 @@ def even_split(model: ModelSpec, count: int, first_less: int, last_less: int) ->
 
 
 @lru_cache(maxsize=4096)
-def stages(model: ModelSpec, split: Sequence[tuple[str, ...]] | None) -> tuple[Stage, ...]:
+def build_stages(model: ModelSpec, split: Sequence[tuple[str, ...]] | None) -> tuple[Stage, ...]:
     """The stages of a model; `split`: the modules of each, None for the model as a whole."""
     plan = _plan(model)
     parts = [plan.stage_units] if split is None else list(split)
-    return tuple(_stage(plan, tuple(part), split is None) for part in parts)
+    return tuple(_build_stage(plan, tuple(part), split is None) for part in parts)
 
 
-def _stage(plan: ParallelPlan, modules: tuple[str, ...], whole: bool) -> Stage:
+def _build_stage(plan: ParallelPlan, modules: tuple[str, ...], whole: bool) -> Stage:
     own = plan if whole else plan.of_stage(modules)
-    cuts = {cut.module: CUT_DIMENSION.get(cut.style) for cut in own.tensor_cuts}
+    cuts = {cut.module: SHARD_DIMENSION.get(cut.style) for cut in own.tensor_cuts}
     weights: dict[str, list[Weight]] = {}
     for parameter in own.parameters:
         module = parameter.name.rpartition(".")[0]

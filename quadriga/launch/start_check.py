@@ -1,4 +1,4 @@
-"""Whether a run would start, and from where: one verdict for the dry run and for the launcher's own start.
+"""Whether a run would start, and from where: one check for the dry run and for the launcher's own start.
 
 No torch, and nothing is written. What the ranks alone can find out (the content of large checkpoints, of weights and of
 data) is left to them.
@@ -16,25 +16,25 @@ from typing import Any
 from quadriga.checkpoint import folder as checkpoints
 from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import is_url, local
-from quadriga.checkpoint.folder import CheckpointError, Found, NotWhole
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
 from quadriga.config import Run
-from quadriga.config.continuity import other_order, refusals
+from quadriga.config.continuity import data_order_problems, resume_problems
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
 from quadriga.models import registry
 from quadriga.reading import read_json_object
-from quadriga.units import show_bytes
+from quadriga.units import format_bytes
 
 LOCK_NAME = ".lock"  # of train.guards
-SCRATCH = "step 0, from initial weights"
+FROM_SCRATCH = "step 0, from initial weights"
 
 
-def where_it_starts(run: Run, *, look_deep: bool) -> str:
+def find_start(run: Run, *, deep: bool) -> str:
     """What the run would start from, in a line.
 
     Args:
-        look_deep: compare the content of small checkpoints with its hashes, and look whether another run holds the
+        deep: compare the content of small checkpoints with its hashes, and look whether another run holds the
             folder: for a dry run. A start leaves both to its ranks.
 
     Raises:
@@ -45,13 +45,13 @@ def where_it_starts(run: Run, *, look_deep: bool) -> str:
     problems = _no_tokenizer(run) + _not_writable("job.dump_folder", spec.folders.dump)
     if not problems:
         problems = _not_writable("comm.save_traces_folder", spec.folders.comm_traces)
-    if look_deep and not problems:
-        problems = _held(spec.folders.dump)
+    if deep and not problems:
+        problems = _locked_by_another_run(spec.folders.dump)
     try:
         if not section.enable:
-            start = SCRATCH
+            start = FROM_SCRATCH
         else:
-            start = _from_checkpoints(run, look_deep)
+            start = _from_checkpoints(run, deep)
             if not section.load_only and not is_url(spec.folders.checkpoint):
                 problems += _not_writable("checkpoint.folder", spec.folders.checkpoint)
     except UserError as error:
@@ -74,45 +74,45 @@ def _no_tokenizer(run: Run) -> list[Problem]:
     return []
 
 
-def _from_checkpoints(run: Run, look_deep: bool) -> str:
+def _from_checkpoints(run: Run, deep: bool) -> str:
     section, folder = run.config.checkpoint, run.spec.folders.checkpoint
     seed = section.create_seed_checkpoint  # such a run loads nothing, so nothing that lies there hinders it
-    found = checkpoints.find(folder, section.load_step) if seed else _own(section, folder, look_deep)
+    found = checkpoints.find_complete(folder, section.load_step) if seed else _newest_checkpoint(section, folder, deep)
     if found is not None and found.step >= run.spec.steps:
         return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
     if seed:
-        return SCRATCH
+        return FROM_SCRATCH
     if found is not None and not found.resume:  # a seed of torchtitan's
-        _fits(found, section, run)
+        _check_resumable(found, section, run)
         return f"step 0, from the weights of {found.path}, which torchtitan saved"
     if found is not None:
-        _fits(found, section, run)
-        return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}{_lost_place(found, run)}"
+        _check_resumable(found, section, run)
+        return f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
     if section.initial_load_in_hf:
         place = section.initial_load_path or run.config.model.hf_assets_path
         _hf_weights(place, run)
         return f"step 0, from the Hugging Face weights in {place}"
     if section.initial_load_path is None:
-        return SCRATCH
-    found = _elsewhere(section.initial_load_path, look_deep)
+        return FROM_SCRATCH
+    found = _initial_checkpoint(section.initial_load_path, deep)
     if found is None:
         return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
     if section.initial_load_model_only:
-        _fits_titan(replace(found, resume=False), section, run)
-        return f"step 0, from the weights of {found.path}{_unverified(found, look_deep)}"
+        _check_titan_checkpoint(replace(found, resume=False), section, run)
+        return f"step 0, from the weights of {found.path}{_unverified(found, deep)}"
     if (found.resume or found.trainer) and found.contents == ("model",):  # whatever is excluded from loading
-        raise UserError(messages.holds_no(found, ["optimizer"]))
-    _fits(found, section, run)
-    return f"step {found.step}, from {found.path}{_unverified(found, look_deep)}{_lost_place(found, run)}"
+        raise UserError(messages.missing_contents(found, ["optimizer"]))
+    _check_resumable(found, section, run)
+    return f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
 
 
-def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
+def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> CheckpointInfo | None:
     """The run's own newest good checkpoint, or that of `load_step`, as `checkpoint.search` chooses it."""
     if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
-        raise UserError(messages.no_folder(folder))
-    whole, damaged = checkpoints.sorted_out(folder)
-    theirs, damaged = titan.candidates(folder, damaged)
-    whole = sorted([*whole, *theirs], key=lambda found: found.step)
+        raise UserError(messages.not_a_folder(folder))
+    whole, damaged = checkpoints.list_checkpoints(folder)
+    titan_checkpoints, damaged = titan.find_candidates(folder, damaged)
+    whole = sorted([*whole, *titan_checkpoints], key=lambda found: found.step)
     refused, asked = dict(damaged), section.load_step
     if asked >= 0 and asked not in {found.step for found in whole} | refused.keys():
         raise UserError(messages.no_such_step(asked, folder, whole))
@@ -121,84 +121,84 @@ def _own(section: Checkpoint, folder: str, look_deep: bool) -> Found | None:
             continue
         if found.trainer:
             try:
-                if looked := titan.look(found.path):
+                if looked := titan.inspect(found.path):
                     return looked
                 refused[found.step] = messages.no_manifest(found.path)
-            except NotWhole as reason:
+            except InvalidCheckpoint as reason:
                 refused[found.step] = str(reason)
             continue
-        if not (wrong := _damage(found, look_deep)):
+        if not (wrong := _damage(found, deep)):
             return found
         refused[found.step] = "; ".join(wrong)
     if asked >= 0 or refused:
-        raise CheckpointError(messages.none_is_good(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise CheckpointError(messages.no_valid_checkpoint(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
     return None
 
 
-def _elsewhere(path: str, look_deep: bool) -> Found | None:
+def _initial_checkpoint(path: str, deep: bool) -> CheckpointInfo | None:
     """What `initial_load_path` names; None: a folder of another program, which DCP reads."""
     try:
-        found = titan.elsewhere(path)
-    except NotWhole as reason:
-        raise UserError(messages.not_ours(path, reason)) from reason
+        found = titan.find_at(path)
+    except InvalidCheckpoint as reason:
+        raise UserError(messages.not_a_checkpoint(path, reason)) from reason
     if found is None:
         return None
-    if wrong := _damage(found, look_deep):
+    if wrong := _damage(found, deep):
         refused = {found.step: "; ".join(wrong)}
-        raise CheckpointError(messages.none_is_good(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise CheckpointError(messages.no_valid_checkpoint(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
     return found
 
 
-def _damage(found: Found, look_deep: bool) -> list[str]:
-    small = look_deep and not is_url(found.place) and checkpoints.size(found) <= DRY_RUN_HASHED_BYTES
-    return checkpoints.damage(found) if small else []
+def _damage(found: CheckpointInfo, deep: bool) -> list[str]:
+    small = deep and not is_url(found.location) and checkpoints.checkpoint_bytes(found) <= DRY_RUN_HASHED_BYTES
+    return checkpoints.find_damage(found) if small else []
 
 
-def _unverified(found: Found, look_deep: bool) -> str:
+def _unverified(found: CheckpointInfo, deep: bool) -> str:
     if found.trainer:
         return f", which {found.trainer} saved"
-    size = checkpoints.size(found)
-    return f" (its {show_bytes(size)} are verified at the start)" if look_deep and size > DRY_RUN_HASHED_BYTES else ""
+    size = checkpoints.checkpoint_bytes(found)
+    return f" (its {format_bytes(size)} are verified at the start)" if deep and size > DRY_RUN_HASHED_BYTES else ""
 
 
-def _lost_place(found: Found, run: Run) -> str:
+def _lost_data_position(found: CheckpointInfo, run: Run) -> str:
     """That a run of torchtitan reads its data from the start, where the checkpoint and the configuration say so."""
     if not found.trainer or "dataloader" in run.config.checkpoint.exclude_from_loading:
         return ""
-    why = messages.unknown_place(found.extra["dataloader"], run.config.training.dataloader.shuffle)
-    return f"; {messages.place_is_lost(why)}" if why else ""
+    why = messages.unknown_position(found.extra["dataloader"], run.config.training.dataloader.shuffle)
+    return f"; {messages.position_lost(why)}" if why else ""
 
 
-def _fits(found: Found, section: Checkpoint, run: Run) -> None:
+def _check_resumable(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
     """Refuse a checkpoint from which this run cannot go on."""
     if found.trainer:
-        _fits_titan(found, section, run)
+        _check_titan_checkpoint(found, section, run)
         return
-    wanted = {"model", "optimizer"} - set(section.exclude_from_loading)
-    if absent := sorted(wanted - set(found.contents)):
-        raise UserError(messages.holds_no(found, absent))
+    required = {"model", "optimizer"} - set(section.exclude_from_loading)
+    if absent := sorted(required - set(found.contents)):
+        raise UserError(messages.missing_contents(found, absent))
     if section.allow_change:
         return
-    changed = refusals(found.extra, run)
+    changed = resume_problems(found.extra, run)
     if "dataloader" not in section.exclude_from_loading:
-        changed += other_order(found.extra, run)
+        changed += data_order_problems(found.extra, run)
     if changed:
         raise UserError(*changed)
 
 
-def _fits_titan(found: Found, section: Checkpoint, run: Run) -> None:
+def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
     """Refuse a checkpoint of torchtitan that is not of this model, or lacks moments that are to be loaded."""
     if not found.trainer:
         return
     if messages.is_last_save(found):  # whatever is excluded from loading
-        raise UserError(messages.weights_alone(found))
+        raise UserError(messages.weights_only(found))
     parts = {"model", "optimizer"} if found.resume else {"model"}
-    wanted = parts - set(section.exclude_from_loading)
-    if absent := sorted(wanted - set(found.contents)):
-        raise UserError(messages.holds_no(found, absent))
-    moments = titan.MOMENTS if "optimizer" in wanted else ()
-    titan.refuse_other_model(
-        found.path, titan.shapes_in(found.path), registry.titan_names(run.spec.model), wanted, moments
+    required = parts - set(section.exclude_from_loading)
+    if absent := sorted(required - set(found.contents)):
+        raise UserError(messages.missing_contents(found, absent))
+    moments = titan.MOMENTS if "optimizer" in required else ()
+    titan.refuse_other_titan_model(
+        found.path, titan.shapes_in(found.path), registry.titan_names(run.spec.model), required, moments
     )
 
 
@@ -214,8 +214,8 @@ def _hf_weights(place: str, run: Run) -> None:
         raise UserError(Problem("checkpoint.initial_load_path", what, place, fix=fix))
     config = folder / "config.json"
     if config.is_file() and not run.config.checkpoint.allow_change:
-        said: Mapping[str, Any] = read_json_object(config)
-        if unlike := registry.hf_names(run.spec.model).unlike(said, str(config)):
+        hf_config: Mapping[str, Any] = read_json_object(config)
+        if unlike := registry.hf_names(run.spec.model).config_differences(hf_config, str(config)):
             raise UserError(*unlike)
 
 
@@ -234,7 +234,7 @@ def _not_writable(key: str, folder: str) -> list[Problem]:
     return []
 
 
-def _held(folder: str) -> list[Problem]:
+def _locked_by_another_run(folder: str) -> list[Problem]:
     """Whether another run holds the folder now."""
     try:
         handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDONLY | os.O_NONBLOCK)

@@ -45,12 +45,12 @@ KINDS: Mapping[str, str] = {
 }
 # Operations that send from within, where no mode sees it: by name a function that makes of an operation's arguments the
 # kind and bytes of each call. Whoever defines such an operation enters it here.
-SENDS_WITHIN: dict[str, Callable[..., Iterator[tuple[str, int]]]] = {}
+SENDS_INSIDE: dict[str, Callable[..., Iterator[tuple[str, int]]]] = {}
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call on this rank. `size` in bytes: of the largest tensor that it takes or gives, so of the whole."""
 
     kind: str
@@ -58,15 +58,15 @@ class Call:
     size: int
 
 
-class Recorder(TorchDispatchMode):
-    """Within `with Recorder(axes) as recorder:` the calls are kept in `recorder.calls`, in order.
+class CallRecorder(TorchDispatchMode):
+    """Within `with CallRecorder(axes) as recorder:` the calls are kept in `recorder.calls`, in order.
 
-    `axes` names groups of ranks (`axes_of`); a group that is not in it goes by torch's name for it.
+    `axes` names groups of ranks (`axis_by_ranks`); a group that is not in it goes by torch's name for it.
     """
 
     def __init__(self, axes: Mapping[frozenset[int], str]) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self._axes = axes
 
     def __torch_dispatch__(
@@ -75,13 +75,13 @@ class Recorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch first: what it sends comes by here again, on plain tensors
         result = operation(*args, **(kwargs or {}))
-        if (calls_within := SENDS_WITHIN.get(operation._schema.name)) is not None:
-            self.calls += [Call(kind, self._axis(args), size) for kind, size in calls_within(*args)]
+        if (calls_within := SENDS_INSIDE.get(operation._schema.name)) is not None:
+            self.calls += [RecordedCall(kind, self._axis(args), size) for kind, size in calls_within(*args)]
         namespace, _, rest = operation._schema.name.partition("::")
         if namespace in NAMESPACES and rest in KINDS:
             given = (*args, *(kwargs or {}).values())
             sizes = [tensor.numel() * tensor.itemsize for tensor in _tensors((given, result))]
-            self.calls.append(Call(KINDS[rest], self._axis(given), max(sizes, default=0)))
+            self.calls.append(RecordedCall(KINDS[rest], self._axis(given), max(sizes, default=0)))
         return result
 
     def counts(self) -> Counter[tuple[str, str]]:
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
         return self._axes.get(frozenset(dist.get_process_group_ranks(group)), str(group.group_name))
 
 
-def axes_of(mesh: Mesh) -> dict[frozenset[int], str]:
+def axis_by_ranks(mesh: Mesh) -> dict[frozenset[int], str]:
     """Names of the mesh's axes by the ranks of this rank's group. `shard` is dp_shard and cp as one axis.
 
     By ranks, since torch makes several groups of the same ranks. Of axes that hold the same ones the last name counts.

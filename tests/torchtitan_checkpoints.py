@@ -1,4 +1,4 @@
-"""Small checkpoints that torchtitan v0.2.2 saved; `distributed/theirs/make.py` makes them anew."""
+"""Small checkpoints that torchtitan v0.2.2 saved; `distributed/torchtitan_v022/make.py` makes them anew."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 from quadriga.checkpoint.tensors import stored_tensors
 from quadriga.config.model_spec import ModelSpec
 
-THEIRS = Path(__file__).parent / "distributed/theirs"
+TORCHTITAN_FOLDER = Path(__file__).parent / "distributed/torchtitan_v022"
 SPEC = ModelSpec(
     "llama3", "theirs", dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=272, rope_theta=5e5
 )
@@ -28,7 +28,7 @@ SIZES = tuple(
 
 def unpack(name: str, folder: Path) -> Path:
     """A checkpoint folder of theirs: `one_rank` (step-3; step-6, weights alone) or `two_ranks` (step-2)."""
-    with tarfile.open(THEIRS / f"{name}.tar.gz") as archive:
+    with tarfile.open(TORCHTITAN_FOLDER / f"{name}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder
 
@@ -48,7 +48,7 @@ def by_dcp(step: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def in_our_order(name: str, theirs: torch.Tensor) -> torch.Tensor:
+def in_rotate_half_order(name: str, theirs: torch.Tensor) -> torch.Tensor:
     """Row by row: entry 2i + j of a head there is entry i + j * half here."""
     if (".attention.wq.weight" not in name and ".attention.wk.weight" not in name) or theirs.dim() == 0:
         return theirs
@@ -62,7 +62,7 @@ def in_our_order(name: str, theirs: torch.Tensor) -> torch.Tensor:
 
 def expected(step: Path) -> dict[str, torch.Tensor]:
     """What a load must give, by our flat names."""
-    return {our_name(name): in_our_order(name, tensor) for name, tensor in by_dcp(step).items()}
+    return {our_name(name): in_rotate_half_order(name, tensor) for name, tensor in by_dcp(step).items()}
 
 
 def our_name(theirs: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from test_verdict import Case, dry_run, started, state
-from theirs import SIZES, run_folder
+from test_start_check import Case, dry_run, started, state
+from torchtitan_checkpoints import SIZES, run_folder
 from training import DEBUG_FILE, TINY, one_rank
 
 KEYS = (

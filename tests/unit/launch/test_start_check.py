@@ -74,11 +74,11 @@ def both(change: Callable[[str], Callable[[Path], object]], file: str) -> Callab
 
 def without_optimizer(folder: Path) -> None:
     """As a last save of the model alone leaves it."""
-    from quadriga.checkpoint.manifest import seal
+    from quadriga.checkpoint.manifest import format_manifest
 
     (folder / "checkpoint").rename(folder / "old")
     path = folder / "old/step-4/train_state.json"
-    path.write_text(seal({**json.loads(path.read_text()), "contents": ["model"]}))
+    path.write_text(format_manifest({**json.loads(path.read_text()), "contents": ["model"]}))
 
 
 def file_for_traces(folder: Path) -> None:
@@ -233,11 +233,11 @@ def test_the_way_back_to_the_saved_batch_is_accepted(folder: Path, capsys) -> No
 
 
 def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(folder: Path, capsys) -> None:
-    from quadriga.checkpoint.manifest import seal
+    from quadriga.checkpoint.manifest import format_manifest
 
     for step in (2, 4):
         path = folder / f"checkpoint/step-{step}/train_state.json"
-        path.write_text(seal({**json.loads(path.read_text()), "extra": {"model": 7}}))
+        path.write_text(format_manifest({**json.loads(path.read_text()), "extra": {"model": 7}}))
     code, shown = dry_run(arguments(folder, CASES[0]), capsys)
     assert code == 2
     assert "was None when the checkpoint was saved" in shown

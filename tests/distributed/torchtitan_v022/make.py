@@ -94,8 +94,8 @@ def make_tokenizer(folder: Path, documents: list[str]) -> None:
     made.save(str(folder / "tokenizer.json"))
     kinds = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(BASE + n): {"content": text, **kinds} for n, text in enumerate(("<|begin|>", "<|end|>"))}
-    said = {"added_tokens_decoder": added, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    config = {"added_tokens_decoder": added, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def start(python: str, folder: Path, ranks: int, arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the rules look at, and how a broken rule is told: every key that takes part, with its value and source."""
+"""What the rules look at, and how a broken rule is reported: every key that takes part, with its value and source."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quadriga.config.keys import KEYS, show
+from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.run_spec import Degrees, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem
 
 
-class BackendFacts(Protocol):
+class BackendProtocol(Protocol):
     """What is to be known of a communication backend: see `quadriga.comm.backend`."""
 
     @property
@@ -21,13 +21,13 @@ class BackendFacts(Protocol):
     @property
     def carries(self) -> frozenset[str]: ...
     @property
-    def beside(self) -> str | None: ...
+    def fallback_backend(self) -> str | None: ...
     @property
     def hidden(self) -> bool: ...
 
 
 @dataclass(frozen=True)
-class Case:
+class RuleContext:
     """A configuration and all that has been found out about it so far."""
 
     config: JobConfig
@@ -35,23 +35,23 @@ class Case:
     model: ModelSpec
     degrees: Degrees
     tokenizer: TokenizerFacts
-    backends: Mapping[str, BackendFacts]
+    backends: Mapping[str, BackendProtocol]
     training: bool  # False: a dry run
     schedule_csv: str | None = None  # the text of `parallelism.pipeline_parallel_schedule_csv`
 
-    def tell(self, keys: tuple[str, ...], clash: Clash) -> Problem:
-        where = " and ".join(f"{key} = {self._shown(key)}" for key in keys)
+    def to_problem(self, keys: tuple[str, ...], conflict: Conflict) -> Problem:
+        where = " and ".join(f"{key} = {self._format_value(key)}" for key in keys)
         source = join_sources(self.origin.get(key, "default") for key in keys)
-        return Problem(where, clash.what, None, source, clash.allowed, clash.nearest, clash.fix)
+        return Problem(where, conflict.what, None, source, conflict.allowed, conflict.nearest, conflict.fix)
 
-    def _shown(self, key: str) -> str:
+    def _format_value(self, key: str) -> str:
         """The value that counts: of a dimension that is not overridden the flavor's, and of -1 what it stands for."""
-        value = value_of(self.config, key)
+        value = config_value(self.config, key)
         if key == "parallelism.data_parallel_shard_degree" and value == -1:
             return f"-1 (here {self.degrees.dp_shard})"
         if key.startswith("model.") and value is None:
             value = getattr(self.model, key.removeprefix("model."))
-        return show(value)
+        return format_toml(value)
 
 
 def join_sources(sources: Iterable[str]) -> str:
@@ -65,7 +65,7 @@ def join_sources(sources: Iterable[str]) -> str:
     )
 
 
-def value_of(config: JobConfig, key: str) -> Any:
+def config_value(config: JobConfig, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
@@ -73,7 +73,7 @@ def value_of(config: JobConfig, key: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Clash:
+class Conflict:
     """Why some keys do not go together."""
 
     what: str
@@ -82,8 +82,8 @@ class Clash:
     nearest: str | None = None
 
 
-Verdicts = Iterator[Clash | Problem | str]  # a text is a notice: worth saying, not wrong
-Check = Callable[[Case], Verdicts]
+Findings = Iterator[Conflict | Problem | str]  # a text is a notice: worth saying, not wrong
+Check = Callable[[RuleContext], Findings]
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,21 @@ class Rule:
     keys: tuple[str, ...]
     check: Check
 
-    def apply(self, case: Case) -> Iterator[Problem | str]:
-        for verdict in self.check(case):
-            yield case.tell(self.keys, verdict) if isinstance(verdict, Clash) else verdict
+    def apply(self, ctx: RuleContext) -> Iterator[Problem | str]:
+        for finding in self.check(ctx):
+            yield ctx.to_problem(self.keys, finding) if isinstance(finding, Conflict) else finding
 
 
 RULES: list[Rule] = []
 
 
 def rule(*keys: str) -> Callable[[Check], Check]:
-    """Enter a check into the book of rules; the keys are named in its problems, in this order."""
+    """Register a check; the keys are named in its problems, in this order."""
     unknown = set(keys) - KEYS.keys()
     assert not unknown, f"a rule names keys that are not in the vocabulary: {unknown}"
 
-    def enter(check: Check) -> Check:
+    def register(check: Check) -> Check:
         RULES.append(Rule(keys, check))
         return check
 
-    return enter
+    return register
