@@ -88,7 +88,7 @@ def no_such_step(step: int, folder: str, whole: list[CheckpointInfo]) -> Problem
 
 def missing_contents(found: CheckpointInfo, absent: list[str]) -> Problem:
     if found.trainer:
-        return weights_only(found)
+        return no_training_state(found)
     return Problem(
         where=found.path,
         what=f"holds {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot go on from it",
@@ -122,7 +122,7 @@ def is_last_save(found: CheckpointInfo) -> bool:
     return bool(found.trainer) and found.resume and found.contents == ("model",)
 
 
-def weights_only(found: CheckpointInfo) -> Problem:
+def no_training_state(found: CheckpointInfo) -> Problem:
     """Of a last save of torchtitan."""
     return Problem(
         where=found.path,

@@ -51,7 +51,7 @@ class CheckpointSearch:
             found = self._inspected(one) if asked in (-1, one.step) else None
             if found is not None and self._is_intact(found):
                 if messages.is_last_save(found):  # whatever is excluded from loading: it does not say its step
-                    raise UserError(messages.weights_only(found))
+                    raise UserError(messages.no_training_state(found))
                 if found.trainer:
                     logger.info(messages.titan_not_verified(found))
                 self._log_lost_steps(found, whole)

@@ -191,7 +191,7 @@ def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run
     if not found.trainer:
         return
     if messages.is_last_save(found):  # whatever is excluded from loading
-        raise UserError(messages.weights_only(found))
+        raise UserError(messages.no_training_state(found))
     parts = {"model", "optimizer"} if found.resume else {"model"}
     required = parts - set(section.exclude_from_loading)
     if absent := sorted(required - set(found.contents)):

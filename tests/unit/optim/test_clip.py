@@ -10,6 +10,8 @@ from clipping import clip_gradients, global_norm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quadriga.optim.clip import gradient_norms
+
 
 def parameters_with(*gradients: torch.Tensor) -> list[torch.nn.Parameter]:
     parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
@@ -53,6 +55,13 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_cut() -> None:
     whole, parts = global_norm([gradient]), global_norm(gradient.split(33))
     assert torch.equal(whole, parts)
     assert whole.item() == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3000, 700), (2, 3, 5), (1, 2_000_000), (0, 4), (4, 0)])
+def test_rows_in_bfloat16_have_the_norms_of_their_float32_copies(shape: tuple[int, ...]) -> None:
+    """They are converted block by block; the first shape is two blocks, the third a row that is longer than one."""
+    gradient = torch.randn(shape, dtype=torch.bfloat16)
+    assert torch.equal(gradient_norms([gradient]).local[0], gradient_norms([gradient.float()]).local[0])
 
 
 def test_what_is_not_finite_shows_in_the_norm() -> None:
