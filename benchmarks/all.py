@@ -1,10 +1,11 @@
-"""Every benchmark of this folder in turn, each in a process of its own. Meant for a machine that does nothing else.
+"""Runs every benchmark of this folder in sequence, each in its own process. The machine should have no other load.
 
     python benchmarks/all.py                                  # hours on 2 cores
     python benchmarks/all.py --text tinyshakespeare.txt       # the Shakespeare benchmark too
     python benchmarks/all.py --only startup speed
 
-What needs something that is not here is named with the reason and left out. Each script says whether its claim holds.
+Benchmarks that need other hardware or software are listed with the reason and not run. The exit code of each script
+shows whether its claim holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from common import BENCHMARKS, child_environment, text_table
 
-# The quick ones first. With arguments where a script has one claim for each.
+# Arguments of each run, the fast scripts first. A script with several claims has several runs.
 RUNS: dict[str, list[list[str]]] = {
     "estimates": [[]],
     "search": [[]],
@@ -36,7 +37,7 @@ RUNS: dict[str, list[list[str]]] = {
     "shakespeare": [[]],
 }
 NOT_RUN_HERE = {
-    "continue_torchtitan": "needs torchtitan 0.2.2 too: python benchmarks/continue_torchtitan.py --cache FOLDER",
+    "continue_torchtitan": "needs torchtitan 0.2.2: python benchmarks/continue_torchtitan.py --cache FOLDER",
     "fidelity": "needs an environment with torchtitan 0.2.2: python benchmarks/fidelity.py --cache FOLDER",
     "hta": "needs an environment with HolisticTraceAnalysis: python benchmarks/hta.py --hta-python PYTHON",
     "modes": "needs a GPU: python benchmarks/modes.py --models debug 1B",
@@ -47,7 +48,7 @@ NOT_RUN_HERE = {
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run every benchmark and list which claims hold.")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--text", type=Path, help="for the Shakespeare benchmark, which is left out without it")
+    parser.add_argument("--text", type=Path, help="for the Shakespeare benchmark, which is not run without it")
     chosen = parser.parse_args()
     rows = []
     for name in chosen.only:

@@ -1,11 +1,11 @@
-"""How fast torch's attention works on a CPU, by the length of the sequences.
+"""Measures the speed of torch's attention on a CPU by sequence length.
 
     python benchmarks/attention.py                     # one process, half a minute on 2 cores
 
-Claim: within 20 % the kernel takes (1 + rows / length) times as long for an operation as a causal mask leaves, where
-`rows` is the height of the blocks that it works in (32 below 192 tokens, 64 below 768, 256 from there on: its source,
-FlashAttentionKernel.cpp), times what such a block costs (`BLOCKS` of quadriga/planning/setup.py). The estimate of step
-times on CPUs rests on it, so that rates measured at one length hold at another.
+Claim: the cost of an operation that a causal mask leaves is predicted within 20 %. The prediction is (1 + rows /
+length) times the cost of a block (`ATTENTION_BLOCKS` of quadriga/planning/setup.py). `rows` is the number of rows of a
+block: 32 below 192 tokens, 64 below 768, else 256 (FlashAttentionKernel.cpp). The estimate of step times on CPUs uses
+this, so that rates measured at one length are valid at another.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quadriga.planning.setup import causal_attention_cost
 
-CLAIM = "the cost of an operation of attention on a CPU, relative to that at 1,024 tokens, is known within 20 %"
+CLAIM = "the cost of an attention operation on a CPU, relative to that at 1,024 tokens, is predicted within 20 %"
 TARGET = 0.20
 LENGTHS = (64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048)
 TOKENS, HEADS, REPEATS = 2048, 16, 7
 
 
 def attention_seconds(length: int, width: int) -> float:
-    """Of a forward and a backward pass over TOKENS tokens; the best of TURNS."""
+    """Seconds of a forward and a backward pass over TOKENS tokens, heads of `width`; the minimum of REPEATS."""
     shape = (TOKENS // length, HEADS, length, width)
     query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
     taken = []
@@ -53,7 +53,7 @@ def main() -> int:
     rows = [
         [length, f"{measured[length]:.2f}", f"{predicted[length]:.2f}", f"{errors[length]:+.0%}"] for length in LENGTHS
     ]
-    print(text_table(["tokens", "cost of an operation", "foreseen", "error"], rows))
+    print(text_table(["tokens", "cost of an operation", "predicted", "error"], rows))
     met = max(map(abs, errors.values())) <= TARGET
     print(f"\ntarget: within {TARGET:.0%}: {met_or_missed(met)}")
     figures = {"measured": measured, "foreseen": predicted, "errors": errors, "target": TARGET, "met": met}

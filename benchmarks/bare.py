@@ -1,13 +1,13 @@
-"""The reference: a Llama trained in plain PyTorch, as short as it goes. Prints `step N loss L` after each step.
+"""The reference loop: a minimal training of a Llama in plain PyTorch. Prints `step N loss L` after each step.
 
     python benchmarks/bare.py --shape small --dtype bfloat16
     torchrun --standalone --nproc-per-node 2 benchmarks/bare.py     # FSDP2: each block and the root are units
 
-It does what training needs and nothing else: random tokens from a pool in memory, forward, loss, backward, clipping,
-fused AdamW. No file is read, no metric kept, no checkpoint, no configuration. It trains the model of `quadriga` (GQA,
-SwiGLU, RMSNorm, RoPE, SDPA, float32 loss) and is the 1.00 that `speed.py` and `startup.py` compare with. Attention and
-RoPE are as a plain script has them, in the dtype of the model and by halves that are negated and joined;
-`--attention float32` computes attention in float32, as quadriga does for bfloat16 on a CPU.
+It does only what training needs: random tokens from a pool in memory, forward pass, loss, backward pass, clipping,
+fused AdamW. It reads no files and has no metrics, checkpoints or configuration. It trains the model of Quadriga (GQA,
+SwiGLU, RMSNorm, RoPE, SDPA, float32 loss), and is the 1.00 with which `speed.py` and `startup.py` compare. Attention is
+computed in the dtype of the model, and RoPE with negated and concatenated halves, as in a typical script. `--attention
+float32` computes attention in float32, as Quadriga does for bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, in_float32: bo
 
 
 def shard(model: Llama, device: torch.device) -> None:
-    """FSDP2 over all ranks, parameters and gradients in the dtype that the model has."""
+    """FSDP2 over all ranks, with parameters and gradients in the dtype of the model."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -118,7 +118,7 @@ def shard(model: Llama, device: torch.device) -> None:
 
 
 def random_batches(shape: Shape, rows: int, device: torch.device, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, labels), each (rows, seq_len), without end."""
+    """Endless (tokens, labels), each int64 (rows, seq_len)."""
     generator = torch.Generator().manual_seed(rank)
     windows = torch.randint(shape.vocab_size, (POOL, rows, shape.seq_len + 1), generator=generator).to(device)
     while True:
@@ -143,7 +143,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        value = mean.item()  # every rank waits for its step, as every rank of ours does
+        value = mean.item()  # every rank waits for its step, as in Quadriga
         if prints_loss:
             print(f"step {step} loss {value:.4f}", flush=True)
 
@@ -155,9 +155,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--attention", default="plain", choices=("plain", "float32"))
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seq_len", type=int, help="another length than the shape's")
-    parser.add_argument("--batch", type=int, help="rows of one step of the whole run, if not the shape's")
-    parser.add_argument("--micro_batch", type=int, help="rows of one forward pass; default: all of this rank's")
+    parser.add_argument("--seq_len", type=int, help="sequence length (default: the shape's)")
+    parser.add_argument("--batch", type=int, help="global batch, in rows (default: the shape's)")
+    parser.add_argument("--micro_batch", type=int, help="rows of one forward pass (default: all of the rank)")
     chosen = parser.parse_args()
 
     named = SHAPES[chosen.shape]

@@ -1,12 +1,12 @@
-"""`quadriga bench` on two settings that differ and on two that do not: does it say so rightly in both cases?
+"""Tests `quadriga bench` on two settings that differ in speed, and on two that do not.
 
     python benchmarks/bench_debug.py             # both, into bench_debug_unlike.json and bench_debug_alike.json
     python benchmarks/bench_debug.py unlike
 
-Claim: of the debug configuration on 2 ranks, with 2 layers and 8 short micro-batches a step, reducing gradients after
-every micro-batch is found slower than once a step; and between two names for the folder of the traces no difference is
-shown. In both, gloo is credited with the bytes, and the losses differ by rounding or not at all. Each is one
-`quadriga bench` with 5 repeats.
+Claim: for the debug configuration on 2 ranks, with 2 layers and 8 short micro-batches per step, a bench finds that
+reducing gradients after every micro-batch is slower than once per step. It shows no difference between two names of the
+trace folder. In both cases gloo is credited, and losses differ by rounding at most. Each case is one `quadriga bench`
+with 5 repeats.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CASES = {
         (*SMALL, "--training.seq_len", "32", "--training.local_batch_size", "1"),
         "slower",
         1e-4,
-        "quadriga bench finds reducing gradients after every micro-batch slower than once a step",
+        "quadriga bench finds that reducing gradients after every micro-batch is slower than once per step",
     ),
     "alike": BenchCase(
         "profiling.save_traces_folder=profile_trace,traces",
@@ -87,7 +87,7 @@ def measure(case: BenchCase, ranks: int, steps: int, repeats: int) -> dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Bench two settings that differ, and two that do not.")
+    parser = argparse.ArgumentParser(description="Bench two settings that differ in speed, and two that do not.")
     parser.add_argument("cases", nargs="*", choices=CASES, default=list(CASES), metavar="unlike|alike")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)

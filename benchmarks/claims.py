@@ -1,10 +1,11 @@
-"""The measured figures of README and docs, each worked out from a result file.
+"""The measured figures of README and docs, each computed from a result file.
 
-    python benchmarks/claims.py             # exit code 1 where a figure in a page is not that of its result
-    python benchmarks/claims.py --write     # put the results' figures into the pages
+    python benchmarks/claims.py             # exit code 1 if a figure in a page differs from its result
+    python benchmarks/claims.py --write     # writes the figures of the results into the pages
 
-In a page a figure stands between `<!--figure NAME-->` and `<!--/figure-->`, a table between `<!--table NAME-->` and
-`<!--/table-->`; NAME is a key of `FIGURES` or `TABLES`. `tests/docs/test_claims.py` holds the pages to the results.
+In a page, a figure is between `<!--figure NAME-->` and `<!--/figure-->`, and a table between `<!--table NAME-->` and
+`<!--/table-->`. NAME is a key of `FIGURES` or `TABLES`. `tests/docs/test_claims.py` compares the pages with the
+results.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def max_equivalence_difference(key: str, bfloat16: bool) -> str:
 
 
 def round_up(value: float) -> str:
-    """One digit, never below the value."""
+    """The value with one digit, rounded up."""
     exponent = int(f"{value:e}".split("e")[1])
     digit = -(-value // 10.0**exponent)
     return f"{digit:.0f}e{exponent}"
@@ -71,7 +72,7 @@ def equality_float32() -> list[dict[str, Any]]:
 
 # --- fidelity --------------------------------------------------------------------------------------------------------
 
-INITIAL_WEIGHTS = "initial weights"  # the one comparison of fidelity that is no training
+INITIAL_WEIGHTS = "initial weights"  # the only comparison of fidelity without training
 
 
 def fidelity_runs(bfloat16: bool) -> dict[str, dict[str, Any]]:
@@ -80,7 +81,7 @@ def fidelity_runs(bfloat16: bool) -> dict[str, dict[str, Any]]:
 
 
 def max_fidelity_difference(key: str, bfloat16: bool = False) -> str:
-    """Of the files that meet their targets."""
+    """The largest difference of the files that meet their targets."""
     return f"{max(one[key] for one in fidelity_runs(bfloat16).values() if one['met']):.1e}"
 
 
@@ -103,7 +104,7 @@ def fidelity_table() -> Iterator[str]:
 
 
 def first_step(key: str, side: str) -> str:
-    """The least and the greatest of the seeds."""
+    """The minimum and the maximum over the seeds."""
     values = result_figures("fidelity")["compared"][INITIAL_WEIGHTS]["first_step"][key][side]
     return f"{min(values):.2f} to {max(values):.2f}"
 
@@ -120,15 +121,15 @@ def active_table() -> Iterator[str]:
 
 
 def reserved_errors(speed: bool = False, names: str = "") -> list[float]:
-    mine, theirs = ("tokens_per_second", "published_tokens_per_second") if speed else ("reserved", "published")
-    found = {name: one[mine] / one[theirs] - 1 for name, one in result_figures("estimates")["reserved"].items()}
+    own, published = ("tokens_per_second", "published_tokens_per_second") if speed else ("reserved", "published")
+    found = {name: one[own] / one[published] - 1 for name, one in result_figures("estimates")["reserved"].items()}
     return [error for name, error in found.items() if name.startswith(names)]
 
 
 def reserved_table() -> Iterator[str]:
     yield (
-        "| published run | had, and not modelled | active, GiB | reserved, GiB | published, GiB | error "
-        "| tokens/s a GPU | published | error |"
+        "| published run | not modelled | active, GiB | reserved, GiB | published, GiB | error "
+        "| tokens/s per GPU | published | error |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, one in result_figures("estimates")["reserved"].items():
@@ -152,7 +153,7 @@ def step_time_table() -> Iterator[str]:
 
 
 def search_table() -> Iterator[str]:
-    yield "| file | GPUs | the first, tokens/s a GPU | the second | why |"
+    yield "| file | GPUs | the first, tokens/s per GPU | the second | why |"
     yield "|---|---|---|---|---|"
     for model, found in result_figures("search")["searches"].items():
         first, second = (f"{one['name']}: {one['tokens_per_second_per_device']:,.0f}" for one in found["best"][:2])
@@ -194,7 +195,7 @@ def bench_part_seconds(name: str, part: str, run: int) -> str:
 
 
 def worst_continuation(key: str) -> str:
-    """The worst of all runs that changed the trainer."""
+    """The largest difference of all runs that changed the trainer."""
     return f"{max(run[key] for run in result_figures('continue_torchtitan')['runs'].values()):.1e}"
 
 
@@ -312,7 +313,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def errors_without_unmodelled(names: str) -> list[float]:
-    """Errors of the speed of runs that had nothing that the estimate leaves out."""
+    """Errors of the throughput of the published runs without features that the estimate does not model."""
     runs = result_figures("estimates")["reserved"]
     return [
         one["tokens_per_second"] / one["published_tokens_per_second"] - 1
@@ -327,7 +328,7 @@ def inflation_quartiles(name: str) -> str:
 
 
 def slower_interval(interval: list[float], of_speed: bool = False) -> str:
-    """The interval of a ratio of step times as a change of the speed: slower by, or with its sign."""
+    """The interval of a ratio of step times, as a change of speed in percent: slower by, or signed with `of_speed`."""
     changes = sorted(100 * (1 / bound - 1) for bound in interval)
     if not of_speed:
         changes = sorted(-change for change in changes)
@@ -335,12 +336,12 @@ def slower_interval(interval: list[float], of_speed: bool = False) -> str:
 
 
 def outdated_figures(page: str) -> list[str]:
-    """What stands in a page and is not what its result says; a name that is not known is one of them."""
+    """The figures and tables of a page that differ from their results, and unknown names."""
     wrong = []
     for name, shown in FIGURE.findall(page):
         expected = FIGURES[name]() if name in FIGURES else "no such figure"
         if shown != expected:
-            wrong.append(f"figure {name!r}: the page says {shown!r}, the result {expected!r}")
+            wrong.append(f"figure {name!r}: the page has {shown!r}, the result {expected!r}")
     for _, name, shown, _ in TABLE.findall(page):
         expected = "\n".join(TABLES[name]()) + "\n" if name in TABLES else "no such table"
         if shown != expected:
@@ -355,7 +356,7 @@ def with_current_figures(page: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the figures of the results into the pages")
+    parser.add_argument("--write", action="store_true", help="write the figures of the results into the pages")
     given = parser.parse_args()
     wrong = 0
     for path in PAGES:

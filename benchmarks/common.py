@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they run, what they write down, and how they print it."""
+"""Shared parts of the benchmarks: paths, machine and versions, result files, text tables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RESULTS = BENCHMARKS / "results"
 LIBRARIES = ("torch", "numpy", "tokenizers")
 
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # nothing needs to be installed but the requirements
+    sys.path.insert(0, str(ROOT))  # only the requirements must be installed
 
-import quadriga  # noqa: E402 (its own import is free; nothing of it loads torch)
+import quadriga  # noqa: E402 (the import is fast; it does not load torch)
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """Variables for a process of ours: it finds the package from any folder, and is heard at once."""
+    """Environment of a child process: it finds the package from any folder, and does not buffer its output."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **extra}
 
@@ -69,7 +69,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """What git answers about this repository; empty where there is none, or it knows no answer."""
+    """The output of git in this repository; empty if there is no repository or git fails."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -77,7 +77,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-# What each script measures: a result is as old as the last change of these folders.
+# The folders that each script measures. A result is outdated if one of them has changed.
 _TRAINING = ("train", "resilience", "models", "optim", "parallel", "comm", "data", "metrics")
 _PLANNING = ("planning", "models", "config", "hardware.py")
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -100,28 +100,29 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "step_time": (*_TRAINING, "planning"),
     "trace_speed": ("analysis/trace",),
 }
-WHOLE_PACKAGE = ("",)  # of scripts that the table does not name: the whole package
+WHOLE_PACKAGE = ("",)  # for scripts that the table does not name
 
 
 def measured_folders(script: str, commit: str = "HEAD") -> dict[str, str]:
-    """The folders that a script measures, each with its hash as git knows it at `commit` (empty: unknown)."""
+    """The folders that a script measures, each with its git hash at `commit` (empty: unknown)."""
     folders = [f"quadriga/{name}".rstrip("/") for name in MEASURES.get(script, WHOLE_PACKAGE)]
     return {folder: git("rev-parse", f"{commit}:{folder}") for folder in folders}
 
 
 def require_clean_tree() -> None:
-    """A figure belongs to a commit. Results themselves may be new: several are measured in a row.
+    """Raise SystemExit with the names of the files if the tree has uncommitted changes.
 
-    Raises SystemExit, naming the files.
+    A figure belongs to a commit. Results, pages and README may have changed, because several results are saved in a
+    row.
     """
     if changed := git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md"):
         raise SystemExit(f"results are saved from a clean commit; not committed:\n{changed}")
 
 
 def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder: Path = RESULTS) -> Path:
-    """Write results/`name`.json. `command` is what was typed, without folders that are this machine's alone.
+    """Write results/`name`.json. `command`: the command line, without local folders.
 
-    Raises SystemExit where the tree has changes that are not committed (elsewhere than in `RESULTS` it may).
+    Raises SystemExit if `folder` is `RESULTS` and the tree has uncommitted changes.
     """
     if folder == RESULTS:
         require_clean_tree()
@@ -143,7 +144,7 @@ def save(name: str, figures: Any, *, command: Sequence[str], claim: str, folder:
 
 
 def command_line() -> list[str]:
-    """`python benchmarks/NAME.py ...` as a reader would type it: of paths, only the last part is kept."""
+    """`python benchmarks/NAME.py ...`, with only the last part of each path."""
     script, *arguments = sys.argv
     shown = [Path(part).name if os.sep in part else part for part in arguments]
     return ["python", f"benchmarks/{Path(script).name}", *shown]
@@ -165,7 +166,7 @@ def met_or_missed(met: bool) -> str:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile; of a single value, that value."""
+    """Lower quartile, median, upper quartile. All are equal for a single value."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

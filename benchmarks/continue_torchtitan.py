@@ -1,19 +1,21 @@
-"""A run of torchtitan v0.2.2 goes on here, and a run of ours goes on there, as if nobody had changed the trainer.
+"""Continues a run of torchtitan v0.2.2 in Quadriga, and a run of Quadriga in torchtitan, and compares with runs that
+do not change the trainer.
 
-    python benchmarks/continue_torchtitan.py --cache FOLDER      # makes an environment with the package in FOLDER
-    python benchmarks/continue_torchtitan.py --oracle PYTHON     # one that is there; 5 minutes on 2 cores
+    python benchmarks/continue_torchtitan.py --cache FOLDER      # creates an environment with torchtitan in FOLDER
+    python benchmarks/continue_torchtitan.py --oracle PYTHON     # uses an existing one; 5 minutes on 2 cores
 
-The debug model of torchtitan, float32, on a CPU; documents in their order, windows that do not overlap. Compared over
-the second half of a run are learning rates (equal to the last digit), losses and gradient norms, and at its end every
-weight and both moments of every parameter (the greatest difference, relative to the greatest number of the tensor):
+The runs train torchtitan's debug model in float32 on a CPU, with documents in order and windows that do not overlap. Of
+the second half of a run, the script compares learning rates (which must be equal), losses and gradient norms. At the
+end it compares all weights and both moments: the largest difference, relative to the largest value of the tensor.
 
-- there, then here: the whole run there; its checkpoint of half the steps, in a run folder of its own, goes on here on
-  one rank, with FSDP on two and with tensor parallelism on two;
-- here, then there: the whole run here; its checkpoint of half the steps goes through `quadriga convert to-torchtitan`,
-  and on there;
-- there, here and there again: the first run's checkpoint of half the steps, a quarter here, a quarter there.
+- "there, then here": the whole run in torchtitan; its checkpoint of half the steps, in a new run folder, continues in
+  Quadriga on one rank, with FSDP on two, and with tensor parallelism on two;
+- "here, then there": the whole run in Quadriga; its checkpoint of half the steps is converted by
+  `quadriga convert to-torchtitan`, and continues in torchtitan;
+- "there, here and there again": the first run's checkpoint of half the steps, a quarter in Quadriga, a quarter in
+  torchtitan.
 
-Needs nothing from outside but the package: the text is that of the Python standard library.
+The script needs nothing else from the network: the text is that of the Python standard library.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from trainer import environment, output_tail, write_toml
 from quadriga.metrics.jsonl import read_metrics
 
 CLAIM = (
-    "a run of torchtitan v0.2.2 goes on here, and one of ours there, with the learning rates of the run that stayed to "
-    "the last digit, its losses within 1e-5, and its gradient norms within 1e-4"
+    "a run of torchtitan v0.2.2 continues in Quadriga, and a run of Quadriga in torchtitan, with equal learning rates, "
+    "losses within 1e-5 and gradient norms within 1e-4 of the run that does not change the trainer"
 )
 STEPS, SEQ_LEN, ROWS, CHARACTERS = 20, 128, 2, 200_000
-LOSS_TARGET, GRAD_NORM_TARGET = 1e-5, 1e-4  # targets
+LOSS_TARGET, GRAD_NORM_TARGET = 1e-5, 1e-4  # relative
 BASE_CONFIG: dict[str, dict[str, Any]] = {
     "job": {"description": "the trainer changes"},
     "model": {"name": "llama3", "flavor": "debugmodel", "hf_assets_path": f"./{TOKENIZER}"},
@@ -73,7 +75,7 @@ Records = dict[int, dict[str, Any]]
 
 
 class ContinuationTrainers:
-    """Both trainers in a folder that has tokenizer and documents where the file says."""
+    """Both trainers, in a folder with the tokenizer and documents that the configuration names."""
 
     def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
         self._oracle, self.folder = oracle, folder
@@ -84,7 +86,7 @@ class ContinuationTrainers:
     def train_torchtitan(self, run: str, *arguments: str) -> Records:
         given = ["--job.config_file", "run.toml", "--job.dump_folder", run, *arguments]
         records = self._oracle.train(self.folder, self.folder / f"{run}.jsonl", given)
-        # The sum of squares in float64, as ours is: torchtitan's own, in float32, is off by up to some 1e-4 on a CPU.
+        # The norm from squares in float64, as in Quadriga. torchtitan's float32 norm has errors of about 1e-4 on a CPU.
         return {
             one["step"]: {**one, "grad_norm": one.get("exact_grad_norm", one["grad_norm"])}
             for one in records
@@ -101,7 +103,7 @@ class ContinuationTrainers:
         self._quadriga(1, "quadriga.cli", "convert", "to-torchtitan", run, f"{out}/checkpoint")
 
     def copy_checkpoint(self, run: str, step: int, to: str) -> None:
-        """A run folder `to` in which that step of `run` alone lies."""
+        """Create a run folder `to` with the checkpoint of step `step` of `run` only."""
         place = self.folder / to / "checkpoint"
         place.mkdir(parents=True)
         shutil.copytree(self.folder / run / "checkpoint" / f"step-{step}", place / f"step-{step}")
@@ -117,10 +119,10 @@ class ContinuationTrainers:
 
 
 def compare_steps(whole: Records, resumed: Records, first: int, steps: int) -> dict[str, Any]:
-    """How far the steps from `first` on are from those of the run that stayed with its trainer."""
+    """The largest differences of steps `first` to `steps` from those of the run that does not change the trainer."""
     wanted = list(range(first, steps + 1))
     if sorted(resumed) != wanted or not set(wanted) <= whole.keys():
-        raise SystemExit(f"steps {first} to {steps} were to be trained, and {sorted(resumed)} were")
+        raise SystemExit(f"steps {first} to {steps} are expected, and {sorted(resumed)} were trained")
     found = {
         key: max(abs(resumed[n][key] - whole[n][key]) / abs(whole[n][key]) for n in wanted)
         for key in ("loss", "grad_norm")
@@ -132,9 +134,9 @@ def compare_steps(whole: Records, resumed: Records, first: int, steps: int) -> d
 
 
 def tensor_differences(one: Path, other: Path) -> dict[str, Any]:
-    """The greatest difference between the tensors of two checkpoints in torchtitan's form, by kind."""
+    """The largest relative difference between the tensors of two checkpoints in torchtitan's form, by kind."""
     import torch
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     from quadriga.checkpoint.tensors import stored_tensors
 
@@ -143,8 +145,8 @@ def tensor_differences(one: Path, other: Path) -> dict[str, Any]:
     for place in (one, other):
         held = {name: torch.zeros(planned.shape) for name, planned in stored_tensors(place).items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone is meant
-            dcp.load(held, checkpoint_id=place, no_dist=True)
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is intended
+            load(held, checkpoint_id=place, no_dist=True)
         sides.append(held)
     if sides[0].keys() != sides[1].keys():
         raise SystemExit(f"not the same tensors: {sorted(sides[0].keys() ^ sides[1].keys())[:5]}")
@@ -202,16 +204,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan")
-    where.add_argument("--cache", type=Path, metavar="FOLDER", help="make such an environment in here, or use it again")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="what begins so, e.g. here")
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="create such an environment in here, or reuse it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose name begins so, e.g. here")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result")
     chosen = parser.parse_args()
     names = [
         name for name in (*LAYOUTS, ROUND_TRIP, TO_TORCHTITAN) if not chosen.only or name.startswith(tuple(chosen.only))
     ]
     if not names:
-        parser.error("--only names nothing that there is")
+        parser.error("--only matches no run")
     if chosen.out == RESULTS:
         require_clean_tree()  # before the work, not after it
     try:

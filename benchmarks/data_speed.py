@@ -1,12 +1,12 @@
-"""The loader's speed: tokens a second that reach the trainer, against the tokenizer library alone.
+"""Measures the loader: tokens per second that reach the trainer, compared with the tokenizer library alone.
 
     python benchmarks/data_speed.py
 
-The text is the built-in corpus. Two tokenizers: bytes, and a byte-pair tokenizer of 16,000 entries trained on the spot.
-The limit is `tokenizers`' own `encode_batch_fast` on the same documents, already in memory, in batches of 256, its ids
-thrown away: once on one thread, once on all cores. The loader reads the documents from disk, shuffles, tokenizes,
-packs them into windows of 2,048 and hands out batches of 8 rows, with no worker (one thread that runs ahead) and with
-one worker a core. Rounds of all of them take turns; figures are medians.
+The text is the built-in corpus. There are two tokenizers: bytes, and a byte-pair tokenizer of 16,000 entries, trained
+by the script. The upper limit is `encode_batch_fast` of `tokenizers` on the same documents in memory, in batches of
+256, without using the ids: on one thread and on all cores. The loader reads the documents from disk, shuffles,
+tokenizes and packs them into windows of 2,048 tokens and batches of 8 rows, without workers (one prefetching thread)
+and with one worker per core. The measurements alternate in rounds; figures are medians.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from quadriga.data.catalogue import open_source
 from quadriga.data.loader import build_loader
 from quadriga.data.tokenizer import build_tokenizer
 
-CLAIM = "the loader hands out tokens nearly as fast as the tokenizer library makes them"
+CLAIM = "the loader supplies tokens almost as fast as the tokenizer library produces them"
 SEQ_LEN, ROWS, VOCABULARY, BATCH_OF_TEXTS = 2048, 8, 16_000, 256
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def texts(most_characters: int) -> list[str]:
-    """Documents of the built-in corpus, in its own order, every fifth one: the same mixture as the whole."""
+    """Documents of every fifth shard of the built-in corpus, in order: the same mixture as the whole."""
     source = open_source("builtin")
     found: list[str] = []
     for shard in range(0, source.shards, 5):
@@ -48,7 +48,7 @@ def texts(most_characters: int) -> list[str]:
 
 
 def train_tokenizer(folder: Path, samples: list[str]) -> Path:
-    """A byte-level byte-pair tokenizer as Hugging Face stores it."""
+    """Train a byte-level byte-pair tokenizer, and save it in Hugging Face's format."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,8 +63,8 @@ def train_tokenizer(folder: Path, samples: list[str]) -> Path:
 
 
 def raw_speed(tokenizer: tokenizers.Tokenizer, documents: list[str], parallel: bool) -> float:
-    """Tokens a second of the library alone."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"  # read anew at each call
+    """Tokens per second of the library alone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"  # read at each call
     tokens = 0
     start = time.perf_counter()
     for at in range(0, len(documents), BATCH_OF_TEXTS):
@@ -74,7 +74,7 @@ def raw_speed(tokenizer: tokenizers.Tokenizer, documents: list[str], parallel: b
 
 
 def loader_speed(assets: str, workers: int, tokens: int) -> float:
-    """Tokens a second out of a fresh loader, the first two batches left out (they wait for the first documents)."""
+    """Tokens per second of a new loader, without its first two batches, which wait for the first documents."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     loader = build_loader(
         "builtin",
@@ -98,7 +98,7 @@ def loader_speed(assets: str, workers: int, tokens: int) -> float:
 
 
 def measurements(folder: Path, documents: list[str], tokens: int) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Everything that is measured, by name."""
+    """The measurements by name."""
     assets = str(folder)
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     cores = usable_cores()
@@ -112,7 +112,7 @@ def measurements(folder: Path, documents: list[str], tokens: int) -> Iterator[tu
 def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="out of the loader in each round")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="from the loader in each round")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quadriga-data-") as name:
         documents = texts(8_000_000)
@@ -128,7 +128,7 @@ def main() -> int:
 
 
 def print_speeds(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Print the table and return its figures. Shares are of the library alone with as many threads."""
+    """Print the table and return its figures. Shares are of the library alone with the same number of threads."""
     medians = {way: statistics.median(values) for way, values in speeds.items()}
     one, many, no_worker, workers, _ = medians
     limits = {no_worker: medians[one], workers: medians[many]}

@@ -1,12 +1,12 @@
-"""The same run on any layout: losses of the debug configuration on 1, 2 and 4 ranks, FSDP, HSDP and DDP.
+"""Compares the losses of the debug configuration on 1, 2 and 4 ranks with FSDP, HSDP and DDP.
 
     python benchmarks/equality.py                # 200 steps
     python benchmarks/equality.py --steps 20
 
-Claim: at the same global batch every layout's losses lie within 1e-6 (relative) of the single rank's over 20 steps and
-within 1e-5 over 200. Weights and batches are bit-equal from the start; what differs is the order in which numbers are
-summed. Each layout is one run through the launcher, as a user starts it; the losses are those of its
-metrics.jsonl, in full precision. Checkpoints, profiling and TensorBoard are off: they do not touch the numbers.
+Claim: with the same global batch, the losses of every layout are within 1e-6 (relative) of those of one rank over 20
+steps, and within 1e-5 over 200. Initial weights and batches are bit-equal; only the order of summation differs. Each
+layout is one run through the launcher, as a user starts it. The losses are those of its metrics.jsonl, in full
+precision. Checkpoints, profiling and TensorBoard are off; they do not change the losses.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trainer import environment, output_tail
 
 from quadriga.metrics.jsonl import read_metrics
 
-TARGETS = {20: 1e-6, 200: 1e-5}  # steps: greatest relative difference
-CLAIM = "every layout's losses are within 1e-6 of one rank's over 20 steps, within 1e-5 over 200"
+TARGETS = {20: 1e-6, 200: 1e-5}  # steps: largest relative difference
+CLAIM = "the losses of every layout are within 1e-6 of one rank's over 20 steps, and within 1e-5 over 200"
 DEBUG_FILE = ROOT / "configs" / "debug" / "debug.toml"
 DISABLED_KEYS = ("checkpoint.enable", "profiling.enable_profiling", "metrics.enable_tensorboard")
 
@@ -53,7 +53,7 @@ LAYOUTS = (
 
 
 def train_losses(layout: Layout, steps: int) -> tuple[list[float], float]:
-    """The loss of every step, and the seconds that the run took."""
+    """The loss of every step, and the seconds of the run."""
     with tempfile.TemporaryDirectory(prefix="quadriga-equality-") as folder:
         command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", str(DEBUG_FILE)]
         command += ["--job.dump_folder", str(Path(folder, "run")), "--training.steps", str(steps)]
@@ -72,12 +72,12 @@ def train_losses(layout: Layout, steps: int) -> tuple[list[float], float]:
     return [record["loss"] for record in records], seconds
 
 
-def relative_differences(ours: list[float], one_rank: list[float]) -> list[float]:
-    return [abs(a - b) / abs(b) for a, b in zip(ours, one_rank, strict=True)]
+def relative_differences(losses: list[float], one_rank: list[float]) -> list[float]:
+    return [abs(a - b) / abs(b) for a, b in zip(losses, one_rank, strict=True)]
 
 
-def compare_layout(layout: Layout, ours: list[float], one_rank: list[float], seconds: float) -> dict[str, Any]:
-    differences = relative_differences(ours, one_rank)
+def compare_layout(layout: Layout, losses: list[float], one_rank: list[float], seconds: float) -> dict[str, Any]:
+    differences = relative_differences(losses, one_rank)
     spans = {steps: target for steps, target in TARGETS.items() if steps <= len(differences)}
     greatest = {str(steps): max(differences[:steps]) for steps in spans}
     return {
@@ -87,7 +87,7 @@ def compare_layout(layout: Layout, ours: list[float], one_rank: list[float], sec
         "greatest_over_all_steps": max(differences),
         "at_step": differences.index(max(differences)) + 1,
         "bit_equal_steps": sum(difference == 0 for difference in differences),
-        "losses": ours,
+        "losses": losses,
         "seconds": round(seconds, 1),
         "met": all(max(differences[:steps]) <= target for steps, target in spans.items()),
     }
@@ -106,8 +106,8 @@ def main() -> int:
     compared = [compare_layout(ONE_RANK, one_rank, one_rank, seconds)]
     for layout in layouts:
         print(f"{layout.name} ...", file=sys.stderr, flush=True)
-        ours, seconds = train_losses(layout, chosen.steps)
-        compared.append(compare_layout(layout, ours, one_rank, seconds))
+        losses, seconds = train_losses(layout, chosen.steps)
+        compared.append(compare_layout(layout, losses, one_rank, seconds))
     spans = [str(steps) for steps in TARGETS if steps <= chosen.steps]
     differences = [f"{span} steps (<= {TARGETS[int(span)]:.0e})" for span in spans]
     header = ["layout", "last loss", *differences, "bit-equal", "time", "claim"]

@@ -1,12 +1,12 @@
-"""The table of layouts, all rows, each against one plain process; and the Markdown table in docs/numerics.md.
+"""Runs all rows of the table of layouts, each compared with one process, and prints the table of docs/numerics.md.
 
     python benchmarks/equivalence.py              # about 45 minutes on 2 cores; writes results/equivalence.json
-    python benchmarks/equivalence.py --section "loss in pieces"     # those rows alone, into a file of their own
-    python benchmarks/equivalence.py --table      # the table of all those files, for docs/numerics.md
+    python benchmarks/equivalence.py --section "loss in pieces"     # only those rows, into a separate file
+    python benchmarks/equivalence.py --table      # prints the table of all these files, for docs/numerics.md
 
-Claim: every layout trains as one process does, to the tolerance in quadriga/rehearsal/equivalence/rows.py. The rows are
-those of `quadriga equivalence` (which starts each by the launcher, also on GPUs); here the ranks are forked, as in the
-tests.
+Claim: every layout trains as one process does, within the tolerances of quadriga/rehearsal/equivalence/rows.py. The
+rows are those of `quadriga equivalence`, which starts each with the launcher, on GPUs too. Here the ranks are forked,
+as in the tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quadriga.rehearsal.equivalence.rows import SECTIONS
 
 FIGURES = ("loss", "grad_norm", "weights")
 TEST = "tests/distributed/equivalence/test_table.py::test_a_layout_trains_as_one_process_does"
-CLAIM = "every layout trains as one process does, to the tolerance in quadriga/rehearsal/equivalence/rows.py"
+CLAIM = "every layout trains as one process does, within the tolerances of quadriga/rehearsal/equivalence/rows.py"
 
 
 def run_tests(section: str | None) -> int:
@@ -62,9 +62,9 @@ def format_figure(figure: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the last results")
-    parser.add_argument("--section", choices=list(SECTIONS), help="those rows alone")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="only print the table of the last results")
+    parser.add_argument("--section", choices=list(SECTIONS), help="only the rows of this section")
     chosen = parser.parse_args()
     code = 0 if chosen.table else run_tests(chosen.section)
     files = [RESULTS / "equivalence.json", *sorted(RESULTS.glob("equivalence_*.json"))]

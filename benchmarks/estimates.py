@@ -1,12 +1,13 @@
-"""How far an estimate can be trusted: predicted memory beside measured and published memory.
+"""Measures the errors of estimates: predicted memory compared with rehearsed and published memory.
 
-    python benchmarks/estimates.py               # a few minutes on 2 cores; nothing but arithmetic and fake tensors
+    python benchmarks/estimates.py               # a few minutes on 2 cores; only arithmetic and fake tensors
 
-Two claims. Active memory: the most bytes that are alive in a step, predicted and counted in a rehearsal (real modules,
-fake tensors, every storage followed), within 3 % in the median and 8 % at worst. Reserved memory: what torch's
-allocator takes from a GPU, predicted and as published by torchtitan for all 18 runs of December 2024 on H100 GPUs with
-96 GB, whose configurations are written here; the two factors of `planning/memory.py` are fitted to four of them.
-Throughput stands beside it, at the assumed rates; what a published run had and the estimate leaves out is named.
+There are two claims. Active memory: the predicted peak of a step is within 3 % in the median, and 8 % at worst, of that
+of a rehearsal, which runs real modules on fake tensors and tracks every storage. Reserved memory, which torch's
+allocator takes from a GPU: predictions are compared with all 18 runs that torchtitan published in December 2024 for
+H100 GPUs with 96 GB. Their configurations are in this file. The two factors of `planning/memory.py` are fitted to four
+of them. The table also has the throughput at assumed rates, and names the features of a run that the estimate does not
+model.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def pipeline_405b(schedule: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Published:
-    """A run as torchtitan published it. `not_modelled`: what it had, that the prediction is made without."""
+    """A run that torchtitan published. `not_modelled`: its features that the prediction does not include."""
 
     ranks: int
     arguments: tuple[str, ...]
-    tokens_per_second: float  # a GPU
+    tokens_per_second: float  # per GPU
     reserved: float  # GiB
     not_modelled: str = ""
-    fitted: bool = False  # the two factors of reserved memory come from it
+    fitted: bool = False  # the two factors of reserved memory are fitted to it
 
 
 FLOAT8, ASYNC_TP = "float8", "float8, async TP"
@@ -96,7 +97,7 @@ PUBLISHED = {
 
 
 def predicted(published: Published) -> dict[str, float]:
-    """GiB active and reserved on the rank that needs most; tokens a second and GPU at the assumed rates."""
+    """GiB active and reserved on the rank that needs most, and tokens per second and GPU at the assumed rates."""
     run = run_of(*published.arguments, ranks=published.ranks, base=BF16)
     found = estimate(run, device_named(DEVICE, "--device"))
     assert found.tokens_per_second_per_device is not None
@@ -110,7 +111,7 @@ def predicted(published: Published) -> dict[str, float]:
 
 
 def reserved_rows(reserved: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The table of docs/estimates.md; errors with their sign: below 0 the run needs more, or is slower, than said."""
+    """The rows of the table. Errors below 0: the run needs more memory, or is faster, than predicted."""
     rows = []
     for name, one in reserved.items():
         memory = one["reserved"] / one["published"] - 1

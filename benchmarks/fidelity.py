@@ -1,20 +1,21 @@
-"""The same file is the same run: what a file of torchtitan v0.2.2 trained there, it trains here.
+"""Trains files of torchtitan v0.2.2 with torchtitan and with Quadriga, and compares the runs.
 
-    python benchmarks/fidelity.py --cache FOLDER      # makes an environment with the package in FOLDER (a few GB)
-    python benchmarks/fidelity.py --oracle PYTHON     # one that is there; 20 minutes on 2 cores
+    python benchmarks/fidelity.py --cache FOLDER      # creates an environment with torchtitan in FOLDER (a few GB)
+    python benchmarks/fidelity.py --oracle PYTHON     # uses an existing one; 20 minutes on 2 cores
     python benchmarks/fidelity.py --oracle PYTHON --only cosine --out /tmp/trial
 
-Both trainers are given the same TOML file, the same tokenizer and documents, and the same weights: our seed checkpoint
-in Hugging Face's form, read on both sides by `checkpoint.initial_load_in_hf`. On the command line each gets its own
-folder, and ours gets the keys that torchtitan has not: documents in their order, windows that do not overlap. One rank
-on a CPU. Compared over all steps are learning rates (equal to the last digit), losses and the norms of the gradients.
-torchtitan sums the squares of a norm in float32, which on a CPU is off by up to some 1e-4 itself; held to the target is
-the norm of its gradients summed in float64, as ours is, and the distance to the number that it prints is shown beside.
+Both trainers get the same TOML file, tokenizer and documents, and the same weights: Quadriga's seed checkpoint in
+Hugging Face's format, which both read with `checkpoint.initial_load_in_hf`. On the command line each gets its own
+folder. Quadriga also gets keys that torchtitan does not have: documents in order, and windows that do not overlap. The
+runs have one rank on a CPU. Over all steps, the script compares learning rates (which must be equal), losses and
+gradient norms. torchtitan sums the squares of a norm in float32, which has errors of about 1e-4 on a CPU. So the target
+applies to the norm of its gradients summed in float64, as in Quadriga. The difference to the norm that it prints is
+shown too.
 
-Two more comparisons: initial weights, each side drawing its own from 5 seeds; and a file that holds every default of
-JobConfig as the package says it, with sizes that a CPU can train given to both sides on the command line.
+There are two more comparisons: initial weights that each side draws from 5 seeds, and a file with every default of
+JobConfig as the package writes it. For the latter, both sides get sizes that a CPU can train on the command line.
 
-Needs nothing from outside but the package: the text is that of the Python standard library (or --text FILE).
+The script needs nothing else from the network: the text is that of the Python standard library (or --text FILE).
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ from trainer import environment, output_tail, write_toml
 from quadriga.metrics.jsonl import read_metrics
 
 CLAIM = (
-    "from the same file, weights and documents the learning rates of torchtitan v0.2.2 to the last digit, its losses "
-    "within 1e-5 and its gradient norms within 1e-4 (bfloat16: 2e-2), and initial weights of the same distributions"
+    "from the same file, weights and documents, learning rates equal to torchtitan v0.2.2's, losses within 1e-5, "
+    "gradient norms within 1e-4 (bfloat16: 2e-2), and initial weights of the same distributions"
 )
 STEPS, SEEDS = 30, 5
 SEQ_LEN, ROWS = 128, 2
-CHARACTERS, FEW_CHARACTERS = 400_000, 16_000  # of the documents; of those that end before the run does
+CHARACTERS, FEW_CHARACTERS = 400_000, 16_000  # of the documents; of the documents that end before the run
 VALIDATION_STEPS = 4
-DEVIATION = 0.02  # relative, of a parameter's standard deviation
+DEVIATION = 0.02  # relative difference of a parameter's standard deviation
 
-# Ours alone: the order and the windows of torchtitan's data. Its own trainer knows no other.
+# Arguments for Quadriga only: torchtitan's order of documents and windows.
 TORCHTITAN_DATA_ORDER = (
     "--training.dataloader.shuffle=false",
     "--training.dataloader.window_overlap=0",
@@ -90,7 +91,7 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Targets:
-    """Greatest relative differences over all steps."""
+    """Largest allowed relative differences over all steps."""
 
     loss: float
     grad_norm: float
@@ -101,7 +102,7 @@ FLOAT32, BFLOAT16 = Targets(1e-5, 1e-4), Targets(2e-2, 2e-2)
 
 @dataclass(frozen=True)
 class FidelityCase:
-    """A file that both train from: `BASE` with `changes`."""
+    """A file that both trainers read: `BASE` with `changes`."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -129,8 +130,8 @@ CASES = (
     FidelityCase("no warm-up, no decay", {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0}),
     FidelityCase("weight decay off", {"optimizer.weight_decay": 0.0}),
     FidelityCase("weight decay 1", {"optimizer.weight_decay": 1.0}),
-    # The decay is added to the clipped gradient, and torchtitan clips by its own inexact norm; without clipping it is
-    # seen that nothing else differs.
+    # The decay is added to the clipped gradient, and torchtitan clips by its inexact norm. The case without clipping
+    # shows that nothing else differs.
     FidelityCase("Adam, weight decay in the gradient", {"optimizer.name": "Adam"}),
     FidelityCase("Adam, nothing clipped", {"optimizer.name": "Adam", "training.max_norm": 1e9}),
     FidelityCase(
@@ -167,7 +168,7 @@ CASES = (
     ),
 )
 WEIGHTS = "initial weights"
-# The file with every default says 10,000 steps of 8 x 2,048 tokens; both sides get the same words on the command line.
+# The file with every default has 10,000 steps of 8 x 2,048 tokens, so both sides get these arguments.
 ON_A_CPU = (
     *("--training.steps", str(STEPS), "--training.seq_len", str(SEQ_LEN), "--training.local_batch_size", str(ROWS)),
     *("--metrics.log_freq", "1", "--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_in_hf"),
@@ -183,15 +184,15 @@ DEFAULTS = {
 
 
 class FidelityTrainers:
-    """Both trainers in a folder that has tokenizer, documents and weights where the files say."""
+    """Both trainers, in a folder with the tokenizer, documents and weights that the files name."""
 
     def __init__(self, oracle: Oracle, folder: Path, text: str) -> None:
         self._oracle, self._folder, self._numbers = oracle, folder, itertools.count()
         count = write_tokenizer(folder / TOKENIZER, text)
         write_documents(folder / DOCUMENTS, split_documents(text))
         write_documents(folder / "few_documents", split_documents(text[:FEW_CHARACTERS]))
-        # torchtitan's validation goes on where its last one, and one batch more, ended; from the end to the beginning.
-        # With data of just so many tokens each one begins with the first.
+        # torchtitan's validation continues one batch after the end of the previous one, and wraps around. With exactly
+        # this number of tokens, each validation begins with the first document.
         tokens = (VALIDATION_STEPS + 1) * ROWS * (SEQ_LEN + 1)
         write_documents(folder / "held_out", documents_with_tokens(tokens, text[::-1], count))
         self.defaults = oracle.defaults()
@@ -209,18 +210,19 @@ class FidelityTrainers:
     def both(
         self, file: str, *arguments: str
     ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
-        """Records of our training and of torchtitan's, by kind: `step`, `validation`; of its also `parameter`."""
+        """Records of Quadriga's and torchtitan's training, by kind: `step`, `validation`; torchtitan's also
+        `parameter`."""
         with ThreadPoolExecutor(1) as pool:
-            theirs = pool.submit(self.theirs, file, *arguments)
-            return self.ours(file, *arguments, *TORCHTITAN_DATA_ORDER), theirs.result()
+            titan = pool.submit(self.train_torchtitan, file, *arguments)
+            return self.train_quadriga(file, *arguments, *TORCHTITAN_DATA_ORDER), titan.result()
 
-    def ours(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+    def train_quadriga(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
         folder = self._new("ours")
         self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *arguments)
         metrics = self._folder / folder / "metrics.jsonl"
         return {"step": read_metrics(metrics), "validation": read_metrics(metrics, "validation")}
 
-    def theirs(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+    def train_torchtitan(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
         folder = self._new("theirs")
         record = self._folder / f"{folder}.jsonl"
         given = ["--job.config_file", file, "--job.dump_folder", folder, *arguments]
@@ -230,7 +232,7 @@ class FidelityTrainers:
         return found
 
     def seed(self, file: str, folder: str, *arguments: str) -> str:
-        """Save our initial weights in `folder`, a run folder."""
+        """Save Quadriga's initial weights in the run folder `folder`."""
         given = ["--checkpoint.create_seed_checkpoint", "--checkpoint.load_only=false"]
         given += ["--checkpoint.initial_load_in_hf=false", "--checkpoint.initial_load_path=none"]
         self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *given, *arguments)
@@ -256,7 +258,7 @@ class FidelityTrainers:
 
 
 def max_relative_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], key: str) -> float:
-    """The greatest relative difference of a number over all steps; infinite where one of them is no finite number."""
+    """The largest relative difference of a value over all steps; infinite if a value is NaN or infinite."""
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
     if not all(map(math.isfinite, itertools.chain(*pairs))):
         return math.inf
@@ -266,17 +268,17 @@ def max_relative_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[
 def compare_trainings(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], targets: Targets, steps: int
 ) -> dict[str, Any]:
-    """How far two trainings are from each other, and whether that is within the targets.
+    """The largest differences of two trainings, and whether they are within the targets.
 
-    Raises SystemExit where a side did not write down every step, or not the validations of the other.
+    Raises SystemExit if a side did not record every step, or the sides validated after different steps.
     """
-    for name, records in (("ours", ours["step"]), ("torchtitan's", theirs["step"])):
+    for name, records in (("Quadriga's", ours["step"]), ("torchtitan's", theirs["step"])):
         if [record["step"] for record in records] != list(range(1, steps + 1)):
             raise SystemExit(f"not every step is in {name} records")
     mine, others = ours["step"], theirs["step"]
     unequal = [a["step"] for a, b in zip(mine, others, strict=True) if a["lr"] != b["lr"]]
     exact = [{**record, "grad_norm": record["exact_grad_norm"]} for record in others]
-    found = {
+    found: dict[str, Any] = {
         "loss": max_relative_difference(mine, others, "loss"),
         "grad_norm": max_relative_difference(mine, exact, "grad_norm"),
         "printed_grad_norm": max_relative_difference(mine, others, "grad_norm"),
@@ -319,7 +321,7 @@ def _leaf_tables(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def compare_weights(sides: FidelityTrainers, seeds: int) -> dict[str, Any]:
-    """Each side draws its own weights: mean and deviation of every parameter, and the first step's numbers."""
+    """Compare weights that each side draws: mean and standard deviation of every parameter, and the first step."""
     own = {key: value for key, value in BASE.items() if not key.startswith("checkpoint.")}
     file = sides.file({**own, "training.steps": 1}, "own-weights.toml")
     drawn: dict[str, dict[str, list[tuple[float, float]]]] = {"ours": {}, "theirs": {}}
@@ -339,7 +341,7 @@ def compare_weights(sides: FidelityTrainers, seeds: int) -> dict[str, Any]:
 
 
 def moments_of(exported: Path) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Mean and standard deviation of each parameter of an export, by our name, which is torchtitan's too."""
+    """(name, (mean, standard deviation)) of each parameter of an export. The names are also torchtitan's."""
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -359,7 +361,7 @@ def weights_result(
     parameters = {}
     for name, pairs in drawn["theirs"].items():
         ours, theirs = (statistics.fmean(std for _, std in one) for one in (drawn["ours"][name], pairs))
-        # A parameter that is one number on both sides (the norms' ones) has no deviation; then the numbers count.
+        # Constant parameters (norms) have a standard deviation of 0; their values are compared.
         same = ours / theirs - 1 if theirs else ours + abs(drawn["ours"][name][0][0] - pairs[0][0])
         parameters[name] = {"ours": ours, "theirs": theirs, "difference": same}
     spread = {}
@@ -390,19 +392,19 @@ def main() -> int:
     where.add_argument(
         "--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan 0.2.2"
     )
-    where.add_argument("--cache", type=Path, metavar="FOLDER", help="make such an environment in here, or use it again")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="what begins so, e.g. cosine")
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="create such an environment in here, or reuse it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="comparisons whose name begins so, e.g. cosine")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the initial weights")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="comparisons at a time, each of two processes")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds of the initial weights")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel comparisons, of two processes each")
     parser.add_argument("--text", type=Path, help="documents from this text instead of the standard library's")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the result goes")
-    parser.add_argument("--name", default="fidelity", help="of the result file, without .json")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result")
+    parser.add_argument("--name", default="fidelity", help="name of the result file, without .json")
     chosen = parser.parse_args()
     names = [*(case.name for case in CASES), *DEFAULTS, WEIGHTS]
     names = [name for name in names if not chosen.only or name.startswith(tuple(chosen.only))]
     if not names:
-        parser.error("--only names nothing that there is")
+        parser.error("--only matches no comparison")
     if chosen.out == RESULTS:
         require_clean_tree()  # before the work, not after it
     try:
@@ -424,7 +426,7 @@ def main() -> int:
 
 
 def measure_all(sides: FidelityTrainers, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
-    """The comparisons by name; each is told when it is done."""
+    """The comparisons by name. Each prints a line when it is done."""
     cases = {case.name: case for case in CASES}
 
     def one(name: str) -> tuple[str, dict[str, Any]]:
@@ -463,7 +465,7 @@ def weights_table(found: Mapping[str, Any]) -> str:
             met_or_missed(found["worst_deviation"] <= found["target"]),
         ]
     )
-    return text_table(["initial weights", "ours", "torchtitan's", "claim"], rows)
+    return text_table(["initial weights", "Quadriga's", "torchtitan's", "claim"], rows)
 
 
 if __name__ == "__main__":

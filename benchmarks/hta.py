@@ -1,12 +1,12 @@
-"""What HolisticTraceAnalysis makes of our traces: every analysis that it offers, on a run of two ranks over gloo.
+"""Runs every analysis of HolisticTraceAnalysis on the traces of a run of two ranks over gloo.
 
     python -m venv hta && hta/bin/pip install HolisticTraceAnalysis==0.5.0
     python benchmarks/hta.py --hta-python hta/bin/python               # two minutes on 2 cores
-    python benchmarks/hta.py --hta-python hta/bin/python --run FOLDER  # a run that is there, also one of a GPU
+    python benchmarks/hta.py --hta-python hta/bin/python --run FOLDER  # an existing run, also of a GPU
 
-It needs pandas, plotly and more, so it is no dependency of ours and lives in an environment of its own. The claim is
-that it opens the traces of all ranks and finds the profiled steps. What each analysis answers is recorded as it is:
-most of them look at GPU kernels, which a CPU trace has not.
+It needs pandas, plotly and more, so it is not a dependency of Quadriga and runs in a separate environment. Claim: it
+opens the traces of all ranks and finds the profiled steps. The result of each analysis is recorded unchanged. Most of
+them concern GPU kernels, which a CPU trace does not have.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
-    parser.add_argument("--hta-python", required=True, help="the Python of an environment that has it")
+    parser.add_argument("--hta-python", required=True, help="the Python of an environment with HolisticTraceAnalysis")
     parser.add_argument("--run", type=Path, help="a run folder with traces (default: train one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +81,7 @@ def main() -> int:
     met = found["ranks"] == sorted(traces) and set(found["steps"]) <= set(ours) and len(found["steps"]) >= len(ours) - 1
     rows = [[name, answer.get("error") or answer["answer"]] for name, answer in found["analyses"].items()]
     print(text_table(["analysis", "answer"], [[name, str(answer)[:90]] for name, answer in rows]))
-    print(f"\nranks {found['ranks']}, steps {found['steps']} of our {ours}: {met_or_missed(met)}")
+    print(f"\nranks {found['ranks']}, steps {found['steps']} of the profiled {ours}: {met_or_missed(met)}")
     save("hta", {"our_steps": ours, **found}, command=command_line(), claim=CLAIM)
     return 0 if met else 1
 

@@ -1,18 +1,19 @@
-"""Kill a run anywhere, start it again, and see that nothing was lost: the kill matrix.
+"""The kill matrix: kills runs at random points, starts them again, and compares them with undisturbed runs.
 
     python benchmarks/kill_matrix.py                   # 60 trials
-    python benchmarks/kill_matrix.py --trials 200      # goes on from what results/kill_matrix.jsonl has of this code
+    python benchmarks/kill_matrix.py --trials 200      # keeps the trials of this code in results/kill_matrix.jsonl
 
-A trial counts for the code that it was run on: each line of the log has a hash of the folders `train`, `checkpoint`,
-`data` and `launch`, and lines of other code are not counted.
+A trial is valid for the code that it ran: each line of the log has a hash of the folders in `common.MEASURES`, and
+lines of other code do not count.
 
-Claim: whatever is killed by SIGKILL (one rank, all ranks, torchrun, the launcher), whenever (within a step, at any byte
-of a save, while it is published, while outdated ones are deleted, while a checkpoint is verified or loaded), the run
-that is started again by the same command ends as the undisturbed run on the same layout, bit for bit: every logged loss
-and gradient norm, the weights and the optimizer state at the end, and the documents that each step read.
+Claim: a run that is killed and started again by the same command ends bit-equal to an undisturbed run on the same
+layout. This includes every logged loss and gradient norm, the final weights and optimizer state, and the documents of
+each step. It holds for whatever is killed by SIGKILL (one rank, all ranks, torchrun, the launcher), and at any time:
+within a step, at any byte of a save, while it is published, while outdated checkpoints are deleted, while one is
+verified or loaded.
 
-A trial is decided by its seed alone: layout, kind of save, and one or two faults, one for each start. Faults are struck
-from within the process at an exact place (`faults/sitecustomize.py`); the product knows nothing of them.
+The seed of a trial determines its layout, kind of save, and one or two faults, one per start. Faults are injected in
+the process at an exact point (`faults/sitecustomize.py`), without any code in Quadriga.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from common import (
 
 from quadriga.metrics.jsonl import read_metrics
 
-CLAIM = "a run that was killed anywhere ends as the undisturbed run does, bit for bit"
+CLAIM = "a run that is killed at any point and started again ends bit-equal to an undisturbed run"
 STEPS, INTERVAL, KEPT = 10, 2, 2
 MAX_STARTS, START_SECONDS = 6, 300
 PHASES = ("data", "forward and backward", "gradient norm", "optimizer")
@@ -87,7 +88,7 @@ def draw_trial(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS), modes: tupl
     rng = random.Random(f"kill matrix {seed}")
     layout = rng.choice(layouts)
     ranks = LAYOUTS[layout][0]
-    first = ("step", "save", "manifest", "rename", "remove")[seed % 5]  # the same share for each
+    first = ("step", "save", "manifest", "rename", "remove")[seed % 5]  # an equal share for each
     faults = [draw_fault(rng, first, ranks)]
     if rng.random() < 0.4:
         faults.append(draw_fault(rng, rng.choice(("verify", "load", "save", "step", "rename")), ranks))
@@ -95,10 +96,10 @@ def draw_trial(seed: int, layouts: tuple[str, ...] = tuple(LAYOUTS), modes: tupl
 
 
 def draw_fault(rng: random.Random, moment: str, ranks: int) -> dict[str, Any]:
-    """A place to strike at, and whom. What rank 0 alone does, is struck at on rank 0."""
+    """A random fault: the point `at` of a moment, the rank, and the victim. Moments of rank 0 only are on rank 0."""
     places: dict[str, Any] = {
         "step": [rng.randint(2, STEPS), rng.choice(PHASES)],
-        "save": rng.random() * SAVES_OF_A_START,  # in saves; bytes, once the size of one is known
+        "save": rng.random() * SAVES_OF_A_START,  # in saves; converted to bytes when the size of one is known
         "manifest": [rng.randint(1, SAVES_OF_A_START), rng.randint(0, 3000)],
         "rename": [rng.randint(1, 2 * SAVES_OF_A_START - KEPT), rng.choice(("before", "after"))],
         "remove": rng.randint(1, SAVES_OF_A_START - KEPT),
@@ -116,7 +117,7 @@ def draw_fault(rng: random.Random, moment: str, ranks: int) -> dict[str, Any]:
 
 
 def start_run(folder: Path, layout: str, mode: str, fault: dict[str, Any] | None = None) -> int:
-    """One start of the run, to its end; the exit code. Nothing of it is alive afterwards."""
+    """Start the run and wait until all its processes have ended. Returns the exit code."""
     ranks, keys = LAYOUTS[layout]
     command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", str(ROOT / "configs/debug/debug.toml")]
     command += ["--job.dump_folder", str(folder), *MODEL, *keys, f"--checkpoint.async_mode={mode}"]
@@ -133,7 +134,7 @@ def start_run(folder: Path, layout: str, mode: str, fault: dict[str, Any] | None
 
 
 def wait_for_exit(folder: Path) -> None:
-    """A killed launcher leaves ranks that are about to die: they hold the folder's lock until they have."""
+    """Wait for the ranks of a killed launcher, which keep the folder locked until they end. SystemExit after 20 s."""
     deadline = time.monotonic() + 20
     while (holders := [pid for pid in processes() if str(folder) in command_of(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -153,7 +154,7 @@ def command_of(pid: int) -> str:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """All that must be equal."""
+    """The results of a run that must be equal."""
     from quadriga.metrics.documents import read_documents
 
     records = read_metrics(folder / "metrics.jsonl")
@@ -167,7 +168,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def final_state_hash(folder: Path) -> str:
-    """Of the weights, the optimizer state and the place in the data after the last step."""
+    """Hash of the weights, optimizer state, schedule and position in the data after the last step."""
     import torch
 
     from quadriga.checkpoint import folder as folders
@@ -188,7 +189,7 @@ def final_state_hash(folder: Path) -> str:
 
 
 class Matrix:
-    """Runs trials; the undisturbed run of each layout and kind of save once."""
+    """Runs trials, and the undisturbed run of each layout and kind of save once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -196,10 +197,10 @@ class Matrix:
         self._bytes: dict[tuple[str, str], int] = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
-        """What came of a trial: `starts`, `codes`, `struck` (of its faults), `differs` (empty: bit for bit equal)."""
+        """The result of a trial: `starts`, exit `codes`, `struck` (per fault), `differs` (empty: bit-equal)."""
         undisturbed = self.undisturbed(trial.layout, trial.mode)
         folder = self._folder / f"trial-{trial.seed}"
-        began, codes, hits = time.monotonic(), [], []
+        began, codes, hits = time.monotonic(), list[int](), list[bool]()
         while not codes or codes[-1] != 0:
             if len(codes) == MAX_STARTS:
                 raise SystemExit(f"trial {trial.seed} did not end in {MAX_STARTS} starts; see {folder}.log")
@@ -207,13 +208,13 @@ class Matrix:
             codes.append(start_run(folder, trial.layout, trial.mode, self._fault(trial, number)))
             if number < len(trial.faults):
                 hits.append(self._marker(trial, number).exists())
-        ours = final_state(folder)
+        final = final_state(folder)
         return {
             **asdict(trial),
             "starts": len(codes),
             "codes": codes,
             "struck": hits,
-            "differs": [what for what in undisturbed if ours[what] != undisturbed[what]],
+            "differs": [what for what in undisturbed if final[what] != undisturbed[what]],
             "seconds": round(time.monotonic() - began, 1),
         }
 
@@ -246,7 +247,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), default=tuple(LAYOUTS))
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
-    parser.add_argument("--single", action="store_true", help="strike once a trial, not at its next start too")
+    parser.add_argument("--single", action="store_true", help="one fault per trial, none at the second start")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -254,8 +255,8 @@ def main() -> int:
         require_clean_tree()
     code = code_hash()
     log = options.results / "kill_matrix.jsonl"
-    trials = map(json.loads, log.read_text().splitlines()) if log.exists() else iter(())
-    done = {trial["seed"]: trial for trial in trials if trial.get("code") == code}
+    trials = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    done: dict[int, dict[str, Any]] = {trial["seed"]: trial for trial in trials if trial.get("code") == code}
     wanted = range(options.first, options.first + options.trials)
     with tempfile.TemporaryDirectory(prefix="quadriga-kill-") as folder:
         matrix = Matrix(Path(folder))
@@ -271,14 +272,14 @@ def main() -> int:
 
 
 def code_hash() -> str:
-    """Of the code that a trial tries: changes elsewhere leave its answer standing."""
+    """Hash of the code that a trial tests. Changes elsewhere do not invalidate it."""
     return hashlib.sha256(json.dumps(measured_folders("kill_matrix"), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def format_trial(trial: dict[str, Any]) -> str:
     what = ", then ".join(
         f"{fault['victim']} killed at {fault['moment']} {fault['at']} by rank {fault['rank']}"
-        + ("" if hit else " (never came there)")
+        + ("" if hit else " (never reached)")
         for fault, hit in zip(trial["faults"], trial["struck"], strict=False)
     )
     end = f"DIFFERS in {', '.join(trial['differs'])}" if trial["differs"] else "equal"

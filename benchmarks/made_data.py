@@ -1,6 +1,6 @@
-"""A small tokenizer and documents for `fidelity.py`, in the places where torchtitan's defaults look for them.
+"""A small tokenizer and documents for `fidelity.py`, in the paths of torchtitan's defaults.
 
-The tokenizer has its BOS and EOS in `added_tokens_decoder` of tokenizer_config.json alone, as some published ones have.
+The tokenizer has BOS and EOS only in `added_tokens_decoder` of tokenizer_config.json, as some published ones do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from quadriga.data.builtin import BuiltinSource
 
 TOKENIZER = Path("tests", "assets", "tokenizer")  # `model.hf_assets_path` by default
 DOCUMENTS = Path("tests", "assets", "c4_test")  # what `c4_test` reads
-VOCABULARY = 2000  # beside BOS and EOS; the debug model has room for 2,048
-CHARACTERS = 2000  # of one document, at most
+VOCABULARY = 2000  # without BOS and EOS; the debug model has 2,048 entries
+CHARACTERS = 2000  # maximum of one document
 
 
 def standard_library(characters: int) -> str:
-    """So much of the text of the Python standard library."""
+    """The first `characters` characters of text of the Python standard library. Raises SystemExit if there are
+    fewer."""
     source, text = BuiltinSource(held_out=False), ""
     for shard in range(source.shards):
         for record in source.read(shard):
@@ -33,7 +34,7 @@ def standard_library(characters: int) -> str:
 
 
 def write_tokenizer(folder: Path, text: str) -> Callable[[str], int]:
-    """Train a byte-level BPE on `text`; a function that counts the tokens of a document, BOS and EOS included."""
+    """Train a byte-level BPE on `text`. Returns a function that counts tokens of a document, with BOS and EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,9 +68,9 @@ def write_documents(folder: Path, documents: list[str]) -> None:
 
 
 def documents_with_tokens(tokens: int, text: str, count: Callable[[str], int], documents: int = 4) -> list[str]:
-    """So many documents out of `text` that have so many tokens together, to the token.
+    """Documents from `text` that together have exactly `tokens` tokens.
 
-    Raises SystemExit where `text` does not have them.
+    Raises SystemExit if `text` does not have them.
     """
     found: list[str] = []
     for document in split_documents(text):
@@ -84,6 +85,6 @@ def documents_with_tokens(tokens: int, text: str, count: Callable[[str], int], d
 
 
 def _prefixes(document: str, tokens: int, count: Callable[[str], int]) -> Iterator[str]:
-    """Beginnings of about so many tokens: a longer one seldom has fewer."""
+    """Prefixes with about `tokens` tokens. The search assumes that longer prefixes have more tokens."""
     near = bisect_left(range(len(document)), tokens, key=lambda end: count(document[:end]))
     return (document[:end] for end in range(max(near - 20, 1), near + 20))

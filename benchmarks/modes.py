@@ -1,10 +1,10 @@
-"""The same training in every mode of one device: dtypes, compile, recompute, float8; losses side by side.
+"""Compares the losses of one training in all modes of one device: dtypes, compile, recompute, float8.
 
     python benchmarks/modes.py --models debug 1B                  # on a GPU
     python benchmarks/modes.py --device cpu --steps 5 -- --training.seq_len 32 --model.dim 64 --model.n_layers 2
 
-Claim: recompute and compile do not change a run (to the tolerance of its dtype), bfloat16 and float8 change it by their
-rounding alone. What is behind `--` is given to every run. On a CPU float8 is emulated, and is not compiled.
+Claim: recompute and compile do not change a run beyond the tolerance of its dtype; bfloat16 and float8 change it only
+by their rounding. Arguments after `--` are passed to every run. On a CPU, float8 is emulated and not compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer import environment, output_tail
 
 from quadriga.metrics.jsonl import read_metrics
 
-CLAIM = "recompute and compile do not change a run; bfloat16 and float8 change it by their rounding alone"
+CLAIM = "recompute and compile do not change a run; bfloat16 and float8 change it only by their rounding"
 MODELS = {"debug": "debugmodel", "1B": "1B"}
 SHARED = (
     *("--model.hf_assets_path", "builtin:bytes", "--training.dataset", "builtin", "--training.local_batch_size", "2"),
@@ -36,7 +36,7 @@ FLOAT8 = (*BF16, "--model.converters", "quantize.linear.float8", "--quantize.lin
 
 @dataclass(frozen=True)
 class Mode:
-    """`baseline`: the mode whose losses it is held against; `tolerance`: the greatest relative difference allowed."""
+    """`baseline`: the mode whose losses are the reference; `tolerance`: the largest allowed relative difference."""
 
     name: str
     keys: tuple[str, ...]
@@ -47,8 +47,8 @@ class Mode:
 def modes(device: str) -> tuple[Mode, ...]:
     compiled = ("--compile.enable",)
     eight_bits = ("--quantize.linear.float8.emulate",) if device == "cpu" else compiled
-    full, op = ("--activation_checkpoint.mode", "full"), ("--activation_checkpoint.mode", "selective")
-    op += ("--activation_checkpoint.selective_ac_option", "op")
+    full = ("--activation_checkpoint.mode=full",)
+    op = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")
     budget = ("--activation_checkpoint.mode", "memory_budget")
     return (
         Mode("float32", FLOAT32, "float32", 0.0),
@@ -66,7 +66,7 @@ def modes(device: str) -> tuple[Mode, ...]:
 
 
 def train(model: str, mode: Mode, steps: int, device: str, further: list[str]) -> list[dict[str, Any]]:
-    """The records of all steps."""
+    """Train, and return the records of all steps."""
     with tempfile.TemporaryDirectory(prefix="quadriga-modes-") as folder:
         command = [sys.executable, "-m", "quadriga.launch", "--model.flavor", MODELS[model], *SHARED, *mode.keys]
         command += ["--training.steps", str(steps), "--job.dump_folder", str(Path(folder, "run")), *further]
@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["debug"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="modes whose name begins so, and what they need")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="modes whose name begins so, and their baselines")
     parser.add_argument("further", nargs="*", metavar="-- KEYS", help="keys for every run")
     chosen = parser.parse_args()
     results = []

@@ -1,13 +1,12 @@
-"""What one GPU can show of the backend `nvshmem`. Needs a CUDA device and a PyTorch with NVSHMEM.
+"""Tests the backend `nvshmem` as far as one GPU can. Needs a CUDA device and a PyTorch with NVSHMEM.
 
     python benchmarks/nvshmem_one_gpu.py
 
-Claim: NVSHMEM starts through PyTorch's symmetric memory; the collectives that `fully_shard` is given are right on one
-process, whose puts and signals go to itself; and, where the driver lets several processes share a GPU, they pass the
-conformance test of all backends (tests/distributed/conformance_backend.py) on two. How fast any of it is between GPUs,
-one cannot tell.
+Claim: NVSHMEM starts through PyTorch's symmetric memory. The collectives for `fully_shard` are correct on one process,
+which puts and signals to itself. If the driver lets several processes share a GPU, they pass the conformance test of
+all backends (tests/distributed/conformance_backend.py) on two processes. The speed between GPUs is not measured.
 
-Each question is asked in processes of their own, which are ended after a while: what hangs or crashes is an answer too.
+Each check runs in separate processes with a timeout, so that a hang or a crash is a result too.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from typing import Any
 
 from common import ROOT, child_environment, command_line, save, text_table
 
-CLAIM = "NVSHMEM starts through PyTorch, and our collectives are right on one process and on two that share a GPU"
-TIMEOUT = 180.0  # seconds a question
+CLAIM = "NVSHMEM starts through PyTorch, and Quadriga's collectives are correct on one process and on two on one GPU"
+TIMEOUT = 180.0  # seconds per check
 LARGEST = 1 << 28  # bytes of the largest call
 CALLS = 50
 
 
 def check_nvshmem() -> dict[str, Any]:
-    """NVSHMEM starts, gives memory, and puts with a signal from a process to itself."""
+    """NVSHMEM starts, allocates memory, and puts data with a signal from a process to itself."""
     import torch
 
     transport = build_transport(1 << 20)
@@ -48,7 +47,7 @@ def check_nvshmem() -> dict[str, Any]:
 
 
 def one_process() -> dict[str, Any]:
-    """The conformance checks on a group of one, and what a call costs that moves nothing to anybody."""
+    """The conformance checks on a group of one process, and the time of a call that sends nothing."""
     import torch
 
     conformance = import_conformance_checks()
@@ -74,8 +73,8 @@ def two_processes() -> dict[str, Any]:
 
 QUESTIONS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "NVSHMEM starts": (check_nvshmem, 1),
-    "the exam on one process": (one_process, 1),
-    "the exam on two processes of one GPU": (two_processes, 2),
+    "conformance on one process": (one_process, 1),
+    "conformance on two processes of one GPU": (two_processes, 2),
 }
 
 
@@ -97,7 +96,7 @@ def import_conformance_checks() -> Any:
 
 
 def run_process(name: str, rank: int, ranks: int, store: str, out: Path) -> None:
-    """One process of a question. The group is gloo's: NCCL refuses two ranks on one GPU, and nothing here needs it."""
+    """One process of a check. The group uses gloo, because NCCL refuses two ranks on one GPU."""
     import torch
     import torch.distributed as dist
 
@@ -108,7 +107,7 @@ def run_process(name: str, rank: int, ranks: int, store: str, out: Path) -> None
         out.write_text(json.dumps(found))
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # NVSHMEM's own end at exit is not what is asked here
+    os._exit(0)  # without NVSHMEM's cleanup at exit, which is not tested here
 
 
 def run_question(name: str, folder: Path) -> dict[str, Any]:
@@ -127,14 +126,14 @@ def run_question(name: str, folder: Path) -> dict[str, Any]:
             errors.append(child.communicate(timeout=max(deadline - time.monotonic(), 1))[1])
         except subprocess.TimeoutExpired:
             child.kill()
-            errors.append(f"{child.communicate()[1]}\nno answer within {TIMEOUT:g} s")
+            errors.append(f"{child.communicate()[1]}\nno result within {TIMEOUT:g} s")
     if out.exists():
         return {"right": False, **json.loads(out.read_text())}
     return {"right": False, "why": [text.strip().splitlines()[-5:] for text in errors]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What one GPU can show of NVSHMEM.")
+    parser = argparse.ArgumentParser(description="Test the backend nvshmem as far as one GPU can.")
     parser.add_argument("--answer", choices=QUESTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -159,7 +158,7 @@ def main() -> int:
         [name, "right" if found["right"] else f"NOT: {found.get('why', 'wrong values')}"]
         for name, found in figures.items()
     ]
-    print(text_table(["question", "answer"], rows))
+    print(text_table(["check", "result"], rows))
     print(f"written: {path.name}")
     return 0 if all(found["right"] for found in figures.values()) else 1
 

@@ -1,12 +1,12 @@
-"""A step-by-step paired timer: two commands take turns, so that both see the same minute of a busy machine.
+"""A paired timer: two commands alternate step by step, so that a slow period of the machine affects both.
 
-Both are started; from then on one of them runs a turn (one step, or several short ones) while the other is stopped by
-SIGSTOP. Each pair of turns gives one ratio, reference seconds over ours, in which a slow spell of the machine cancels
-out. Who goes first changes from pair to pair. The result is the median of the ratios with a bootstrap interval.
+Both commands are started. Then one runs a turn (one step, or several short ones), while SIGSTOP stops the other. Each
+pair of turns gives one ratio, reference seconds / own seconds, in which a slow period of the machine cancels out. The
+order alternates from pair to pair. The result is the median of the ratios with a bootstrap interval.
 
-A step ends where a line of the command's output matches its pattern, so each command must print one a step. The lines
-are seen by a thread that waits for them; the command is stopped some tenths of a millisecond later, which is the same
-for both and is kept small by making a turn at least `MIN_INTERVAL` long. Linux only (/proc, SIGSTOP).
+A step ends when a line of the output matches a pattern, so each command must print one such line per step. A thread
+reads the lines; the command is stopped some tenths of a millisecond later. This delay is equal for both, and is small
+because a turn takes at least `MIN_INTERVAL` seconds. Linux only (/proc, SIGSTOP).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pathlib import Path
 
 MIN_INTERVAL = 0.25  # seconds
 FEWEST_PAIRS = 5
-STEP_LIMIT = 600.0  # seconds without a step after which a command counts as hung
+STEP_LIMIT = 600.0  # seconds without a step, after which a command is considered hung
 STOP_TIMEOUT = 10.0  # seconds
 RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
 class TimedCommand:
-    """A training command. `step_line`: a regular expression that one line of output a step matches."""
+    """A training command. `step_line`: a regular expression that matches one line of output per step."""
 
     name: str
     argv: Sequence[str]
@@ -47,20 +47,20 @@ class TimedCommand:
 
 @dataclass
 class Timings:
-    """Seconds a step of each pair of turns, ours and the reference's."""
+    """Seconds per step in each pair of turns, of the measured command (`ours`) and the reference."""
 
     ours: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
-        """Speed of ours in shares of the reference: above 1, ours is quicker."""
+        """Speed relative to the reference: above 1, the measured command is faster."""
         return [theirs / mine for mine, theirs in zip(self.ours, self.reference, strict=True)]
 
 
 @dataclass(frozen=True)
 class MedianEstimate:
-    """A median, where it lies with 95 % confidence, and the middle half of what was measured."""
+    """A median, its 95 % confidence interval, and the quartiles of the values."""
 
     median: float
     low: float
@@ -71,11 +71,11 @@ class MedianEstimate:
 
 
 class CommandFailed(Exception):
-    """A command ended or hung before its next step. Carries the last lines that it printed."""
+    """A command ended or hung before its next step. The message has the last lines of its output."""
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, by way of `finally`, so that no stopped command stays behind."""
+    """Let SIGTERM raise SystemExit, so that `finally` runs and no stopped command is left."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
@@ -84,15 +84,15 @@ def time_interleaved(
 ) -> Timings:
     """Start both commands and time pairs of turns after `warmup` untimed steps of each. Both are killed at the end.
 
-    There are `pairs` pairs, or as many as fit into `seconds` if those are fewer, but at least FEWEST_PAIRS. Raises
-    Failed where a command ends or hangs.
+    There are `pairs` pairs, or as many as fit into `seconds` if these are fewer, but at least FEWEST_PAIRS. Raises
+    CommandFailed if a command ends or hangs.
     """
     timings = Timings()
     with running_command(reference) as theirs, running_command(ours) as mine:
-        for process in (theirs, mine):  # one after the other, so that neither start disturbs the other's
+        for process in (theirs, mine):  # one after the other, so that the starts do not disturb each other
             process.wait_for_step()
             process.stop()
-        # The step before the first turn is not timed whole, so each warms up by itself and shows its own length.
+        # Each command warms up without the other, which also measures the length of its steps.
         slowest = max(process.run_steps(steps=1) for _ in range(max(warmup, 1)) for process in (theirs, mine))
         steps = max(1, math.ceil(MIN_INTERVAL / slowest))
         deadline = time.perf_counter() + seconds
@@ -106,13 +106,13 @@ def time_interleaved(
 
 
 def seconds_to_first_step(command: TimedCommand) -> float:
-    """From the start of the process to its first step line; the process is killed then."""
+    """Seconds from the start of the process to its first step line. Then the process is killed."""
     with running_command(command) as process:
         return process.wait_for_step() - process.started_at
 
 
 def estimate_median(values: Sequence[float]) -> MedianEstimate:
-    """The median with a 95 % percentile-bootstrap interval. The same numbers give the same interval."""
+    """The median with a 95 % percentile-bootstrap interval. It is deterministic."""
     draw = random.Random(0)
     resampled = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     ordered = sorted(values)
@@ -127,7 +127,7 @@ def estimate_median(values: Sequence[float]) -> MedianEstimate:
 
 
 class RunningCommand:
-    """A started command and all its children, which can be stopped, and continued for some steps."""
+    """A started command with all its children, which can be stopped and continued for some steps."""
 
     def __init__(self, command: TimedCommand) -> None:
         self.command = command
@@ -149,8 +149,8 @@ class RunningCommand:
         self._reader.start()
 
     def run_steps(self, steps: int) -> float:
-        """Continue, run to the end of the `steps`-th step, stop. Returns the seconds that took."""
-        while not self._steps.empty():  # printed while the stop was on its way
+        """Continue, run `steps` steps, stop. Returns the seconds of these steps."""
+        while not self._steps.empty():  # lines that were printed before the stop took effect
             self._check(self._steps.get())
         start = time.perf_counter()
         self._signal(signal.SIGCONT)
@@ -160,20 +160,20 @@ class RunningCommand:
         return end - start
 
     def wait_for_step(self) -> float:
-        """When the next step line was seen. Raises Failed where none comes."""
+        """Wait for the next step line and return its time. Raises CommandFailed if none comes."""
         try:
             return self._check(self._steps.get(timeout=STEP_LIMIT))
         except queue.Empty:
             raise CommandFailed(f"{self.command.name}: no step in {STEP_LIMIT:.0f} s\n" + self.tail()) from None
 
     def stop(self) -> None:
-        """The processes known from the last stop at once, then whatever has been started since."""
+        """Stop the processes known from the last stop first, then all current descendants."""
         self._signal(signal.SIGSTOP)
         self._pids = descendants(self._process.pid)
         self._signal(signal.SIGSTOP)
 
     def kill(self) -> None:
-        """The children first, so that a launcher may clear up after them; it gets `STOP_TIMEOUT` seconds for that."""
+        """Kill the children first, so that a launcher can clean up, for at most `STOP_TIMEOUT` seconds."""
         self._pids = descendants(self._process.pid)[1:]
         if self._pids:
             self._signal(signal.SIGKILL)
@@ -217,14 +217,14 @@ def running_command(command: TimedCommand) -> Iterator[RunningCommand]:
 
 
 def descendants(root: int) -> list[int]:
-    """`root` and its children's children, parents first."""
+    """`root` and all its descendants, parents first."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except OSError:
-                continue  # it has ended since
+                continue  # it has ended
             children.setdefault(parent, []).append(int(entry.name))
     found, waiting = [], [root]
     while waiting:

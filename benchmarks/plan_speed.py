@@ -1,11 +1,11 @@
-"""How long the plan of a checkpoint takes to read, and how much memory: 1 M chunks, as `plan.json` and as `.metadata`.
+"""Measures time and memory of reading the plan of a checkpoint: 1 M chunks, as `plan.json` and as `.metadata`.
 
-    python benchmarks/plan_speed.py                 # a few minutes; most of it makes the plans
+    python benchmarks/plan_speed.py                 # a few minutes, mostly to create the plans
     python benchmarks/plan_speed.py --chunks 100000
 
-The plan is that of a model on 1,024 ranks: each tensor in 1,024 chunks. Each reading is a process of its own, which
-reads the file, checks every value and, for `plan.json`, builds the objects that torch.distributed.checkpoint plans
-with. Memory is the largest resident set of that process, PyTorch included (0.3 GB before anything is read).
+The plan is that of a model on 1,024 ranks: each tensor has 1,024 chunks. Each file is read in a separate process, which
+validates every value and, for `plan.json`, builds the objects that torch.distributed.checkpoint plans with. Memory is
+the peak resident set of that process, with PyTorch (0.3 GB before the file is read).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         write_plans(Path(options.folder), options.chunks)
         return
     with tempfile.TemporaryDirectory() as folder:
-        # In a child of its own: the largest resident set of a process counts what its parent held when it forked.
+        # In a child process, because the peak resident set of a process includes that of its parent at the fork.
         run_child("--make", "--chunks", str(options.chunks), "--folder", folder)
         figures = {form: dict(json.loads(run_child("--read", form, "--folder", folder))) for form in FORMS}
     rows = []
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def run_child(*arguments: str) -> str:
-    """What a process of this script says in its last line."""
+    """Run this script in a child process, and return the last line of its output."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
     return (done.stdout.splitlines() or [""])[-1]
@@ -84,7 +84,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
 
 
 def write_plans(folder: Path, chunks: int) -> None:
-    """Both forms of the plan of 2-D tensors, rows dealt to the ranks."""
+    """Write both forms of the plan of 2-D tensors whose rows are sharded over the ranks."""
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (

@@ -1,9 +1,9 @@
-"""Draw the loss curve of a run as an SVG that stands alone and reads on light and dark backgrounds.
+"""Draws the loss curve of a run as a self-contained SVG that is readable on light and dark backgrounds.
 
     python benchmarks/plot_run.py outputs/debug docs/loss.svg
 
-The curve is `loss` of the run's metrics.jsonl over its steps, with the validation losses as dots where there are some;
-nothing is smoothed. No plotting library is needed.
+The curve is `loss` of the run's metrics.jsonl by step, without smoothing. Validation losses are dots. The script needs
+no plotting library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 52, 48
 TICKS = 6
 
-# Mid-tones with a contrast of at least 3 on white and on near-black alike; the background is left to the page.
+# Colours with a contrast of at least 3 on white and on near-black. The background is that of the page.
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #7d8590; font-size: 13px }
 .title { font-size: 15px; font-weight: 600; fill: #1f77d0 }
@@ -36,7 +36,7 @@ text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans
 
 @dataclass(frozen=True)
 class Axis:
-    """A stretch of numbers laid along a stretch of pixels."""
+    """Maps values `low`..`high` to pixels `start`..`end`."""
 
     low: float
     high: float
@@ -47,7 +47,7 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round numbers inside, about TICKS of them."""
+        """Round values in the range, about TICKS of them."""
         rough = (self.high - self.low) / TICKS
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
@@ -59,7 +59,7 @@ Points = list[tuple[float, float]]
 
 
 def draw(title: str, curve: Points, validation: Points) -> str:
-    """The whole SVG. `curve` and `validation` are (step, loss)."""
+    """The SVG. `curve` and `validation`: (step, loss)."""
     losses = [loss for _, loss in curve + validation]
     margin = 0.06 * (max(losses) - min(losses)) or 0.5
     across = Axis(0, max(step for step, _ in curve), LEFT, WIDTH - RIGHT)
@@ -80,7 +80,7 @@ def draw(title: str, curve: Points, validation: Points) -> str:
 
 
 def grid(across: Axis, down: Axis) -> list[str]:
-    """Lines at round losses, numbers along both axes, and what they are."""
+    """Grid lines at the ticks of the loss, and labels of both axes."""
     parts = []
     for loss in down.ticks():
         y = down.at(loss)
@@ -103,14 +103,14 @@ def dot(point: tuple[float, float], across: Axis, down: Axis, kind: str, radius:
 
 
 def last_loss(curve: Points, across: Axis, down: Axis) -> list[str]:
-    """A dot at the end of the curve and its loss in figures below it, where a falling curve leaves room."""
+    """A dot at the end of the curve, with its loss below it, where a falling curve leaves space."""
     x, y = across.at(curve[-1][0]), down.at(curve[-1][1])
     label = f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="end">{curve[-1][1]:.3f}</text>'
     return [dot(curve[-1], across, down, "end", 3.5), label]
 
 
 def legend(has_validation: bool) -> list[str]:
-    """What is drawn, at the right of the title: training alone needs no key, only its unit."""
+    """The legend to the right of the title: only the unit if there are no validation losses."""
     right = WIDTH - RIGHT
     if not has_validation:
         return [f'<text x="{right}" y="24" text-anchor="end">training loss, nats per token</text>']
@@ -138,7 +138,7 @@ def main() -> int:
         parser.error(f"{file}: there is no such file")
     curve = read_points(file, "train")
     if not curve:
-        parser.error(f"{file} holds no finite training loss")
+        parser.error(f"{file}: all training losses are NaN or infinite")
     svg = draw(chosen.title or chosen.run_folder.resolve().name, curve, read_points(file, "validation"))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(svg, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Which results are older than the code that they measure.
+"""Lists the results that are older than the code that they measure.
 
     python benchmarks/results_age.py            # exit code 1 if any is
 
-A result holds the hashes of the folders that its script measures (`common.MEASURES`); where one of them differs today,
-the figure may be another one by now. Results saved before that was recorded are compared by their commit.
+A result has the hashes of the folders that its script measures (`common.MEASURES`). If one of them has changed, the
+figures may have changed too. Results without hashes are compared by their commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def script_of(result: dict[str, Any]) -> str:
 
 
 def changed_since(result: dict[str, Any]) -> list[str]:
-    """The measured folders that are not what they were; `["?"]` where that is not known."""
+    """The measured folders that have changed since the result; `["?"]` if this is not known."""
     now = measured_folders(script_of(result))
     then = result.get("measures") or measured_folders(script_of(result), result["versions"]["commit"].rstrip("+"))
     if not all(then.values()):

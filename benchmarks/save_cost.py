@@ -1,13 +1,13 @@
-"""What saving in the background costs training: a model of 100 M parameters that is saved every 10 steps.
+"""Measures the cost of saves in the background: a model of 100 M parameters that is saved every 10 steps.
 
     python benchmarks/save_cost.py                     # one process on a CPU, about 20 minutes on 2 cores
     python benchmarks/save_cost.py --device cuda       # one GPU
 
 Claim: with `checkpoint.async_mode = "async"`, 10 steps that begin with a save take at most 3 % longer than 10 steps
-without one. Both are measured in one run: every other block of 10 steps begins with a save, so that each block with a
-save has a neighbour without one, and a slow minute of the machine meets both. A block's time is wall time, with all
-that training waits for: the copy to host memory is in it. Told beside it: the bytes per second that reached the disk
-(hashed and flushed), and the peak of the process's memory before the first save and after the last.
+without one. Both are measured in one run: every second block of 10 steps begins with a save. So each block with a save
+has a neighbour without one, and a slow period of the machine affects both. The time of a block is elapsed time,
+including the copy to host memory. The script also reports the bytes per second to disk (hashed and flushed), and the
+peak memory of the process before the first save and over the whole run.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MODEL = (
     "--model.n_heads=12",
     "--model.n_kv_heads=12",
     "--model.ffn_dim=2560",
+    "--model.vocab_size=2048",
 )
-MODEL += ("--model.vocab_size=2048",)
 
 
 def train(steps: int, tokens: int, mode: str, device: str, folder: Path) -> None:
@@ -52,7 +52,7 @@ def train(steps: int, tokens: int, mode: str, device: str, folder: Path) -> None
 
 
 def figures_of(folder: Path, steps: int) -> dict[str, Any]:
-    """Pairs of neighbouring blocks, with and without a save at their beginning."""
+    """The figures of a run, from pairs of neighbouring blocks with and without a save at their beginning."""
     at = {record["step"]: record["elapsed_seconds"] for record in read_metrics(folder / "metrics.jsonl")}
     records = read_metrics(folder / "metrics.jsonl")
     pairs = []
@@ -80,7 +80,7 @@ def figures_of(folder: Path, steps: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=512, help="of a step; the fewer, the harder")
+    parser.add_argument("--tokens", type=int, default=512, help="per step; saves cost relatively more with fewer")
     parser.add_argument("--mode", choices=("disabled", "async", "async_with_pinned_mem"), default="async")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = parser.parse_args()
@@ -95,10 +95,10 @@ def main() -> int:
             "  quartiles",
             f"{figures['inflation']['lower quartile']:.1%} to {figures['inflation']['upper quartile']:.1%}",
         ],
-        ["a save", f"{figures['bytes_a_save'] / 2**30:.2f} GiB in {figures['seconds_a_save']:.1f} s"],
+        ["per save", f"{figures['bytes_a_save'] / 2**30:.2f} GiB in {figures['seconds_a_save']:.1f} s"],
         ["  training waited", f"{figures['seconds_training_waited']:.2f} s"],
-        ["  reached the disk", f"{figures['bytes_per_second'] / 2**20:.0f} MiB/s, hashed and flushed"],
-        ["a step", f"{figures['seconds_a_step_without']:.2f} s of {chosen.tokens} tokens"],
+        ["  written to disk", f"{figures['bytes_per_second'] / 2**20:.0f} MiB/s, hashed and flushed"],
+        ["per step", f"{figures['seconds_a_step_without']:.2f} s of {chosen.tokens} tokens"],
     ]
     if figures["memory_gib"]:
         rows += [[f"memory, {when}", f"{peak:.2f} GiB"] for when, peak in figures["memory_gib"].items()]

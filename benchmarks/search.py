@@ -1,9 +1,9 @@
-"""The best layouts of the shipped sizes on GPUs of 80 GB, and how long it takes to find them.
+"""Searches the best layouts of the shipped sizes on GPUs with 80 GB, and measures the time of the search.
 
     python benchmarks/search.py                        # no GPU, about a minute
 
-Claim: a search goes through 10,000 candidates in less than 20 seconds, on one core. What wins is told with
-the reason that it beats the next layout; the rates are assumed ones, so this is a ranking and no promise of a speed.
+Claim: a search tries 10,000 candidates in less than 20 seconds on one core. The script prints the best layouts with the
+reason why the first is faster than the second. The rates are assumed, so they rank layouts and do not predict speeds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from quadriga.cli.search import candidate_dict, explain_winner
 from quadriga.hardware import device_named
 from quadriga.planning.search import search
 
-CLAIM = "a search goes through 10,000 candidates in less than 20 seconds"
-TARGET = 500  # candidates a second
+CLAIM = "a search tries 10,000 candidates in less than 20 seconds"
+TARGET = 500  # candidates per second
 DEVICE = "h100-80gb"
 SEARCHES = {
     "8B": ("configs/llama3_8b/llama3_8b.toml", 8),
@@ -56,7 +56,7 @@ def main() -> int:
     print("\n" + "\n".join(f"{name}: {each['why']}" for name, each in figures.items()))
     rate = sum(each["candidates"] for each in figures.values()) / sum(each["seconds"] for each in figures.values())
     met = rate >= TARGET
-    print(f"\n{rate:,.0f} candidates a second; target: {TARGET:,}: {met_or_missed(met)}")
+    print(f"\n{rate:,.0f} candidates per second; target: {TARGET:,}: {met_or_missed(met)}")
     all_figures = {"device": DEVICE, "searches": figures, "candidates_a_second": rate, "target": TARGET, "met": met}
     save("search", all_figures, command=command_line(), claim=CLAIM)
     return 0 if met else 1

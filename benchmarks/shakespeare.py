@@ -1,14 +1,14 @@
-"""What is learnt: validation loss of a small model on the text that small character models are compared on.
+"""Measures the validation loss of a small model on the Shakespeare text on which small models are often compared.
 
     python benchmarks/shakespeare.py tinyshakespeare.txt
 
-Claim: at most 1.88 nats per byte on the last 10 % of the text, held out, after 2,000 steps of 12 windows of 64 bytes
-with 4 layers, 4 heads, width 128. That is the published CPU reference of a GPT of this shape and schedule (nanoGPT's
+Claim: at most 1.88 nats per byte on the held-out last 10 % of the text, after 2,000 steps of 12 windows of 64 bytes,
+with 4 layers, 4 heads and width 128. This is the published CPU result of a GPT of this shape and schedule (nanoGPT's
 README: 0.80 M parameters, character tokens, validation loss 1.88).
 
-The real trainer runs on a file that this script writes: bytes are tokens, real validation at the end over the whole
-held-out part, each byte predicted once from the up to 63 before it in its window of 64. Reported is the sum of nats of
-that pass over its bytes.
+The script runs the trainer with a file that it writes: tokens are bytes, and a validation at the end covers the whole
+held-out part. Each byte is predicted once, from up to 63 bytes before it in its window of 64. The result is the sum of
+nats of that validation divided by the number of bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HELD_OUT = 0.1
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path, int]:
-    """The first nine tenths and the rest as files of their own, and the bytes of the rest."""
+    """Write the first nine tenths and the rest to separate files. Returns both paths and the bytes of the rest."""
     content = text.read_bytes()
     at = int((1 - HELD_OUT) * len(content))
     training, validation = folder / "training.txt", folder / "validation.txt"

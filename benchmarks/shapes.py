@@ -1,4 +1,4 @@
-"""The two model shapes that speed is measured at, and the constants of the optimizer. No imports that cost time."""
+"""The two model shapes of the speed benchmarks, and the constants of the optimizer. No slow imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama and its batch. `batch` is the rows of one optimizer step of the whole run, each of `seq_len` tokens."""
+    """A Llama and its batch. `batch`: rows of the global batch, each of `seq_len` tokens."""
 
     vocab_size: int
     dim: int

@@ -1,16 +1,17 @@
-"""Steady-state speed: the whole trainer against a bare PyTorch loop of the same model, step by step in turn.
+"""Measures steady-state speed: the whole trainer compared with a bare PyTorch loop of the same model.
 
     python benchmarks/speed.py                              # every case that this machine's CPU can run
     python benchmarks/speed.py --only small-bfloat16-1 --pairs 30
     python benchmarks/speed.py --device cuda --ranks 1 4    # on GPUs
     python benchmarks/speed.py --only debug-bfloat16-1 --seq_len 64 --batch 2 --name speed_bfloat16_short
 
-The last one is for a CPU without bfloat16 units, whose full step would take minutes. Shorter steps are the harder
-case: what the trainer does beside the model stays the same, and the model takes less.
+The last command is for a CPU without bfloat16 units, on which a full step would take minutes. Shorter steps are the
+harder case: the time of the trainer outside of the model is the same, and the model takes less.
 
-Claim: at least 0.97 of the bare loop (`bare.py`), eager, float32 and bfloat16, one process; and with FSDP over 2 and 4
-ranks against a bare FSDP2 loop under torchrun. The trainer does all that it does by default: it reads and tokenizes
-real text, meters, logs and writes every step. The bare loop draws from a pool in memory and prints its loss.
+Claim: at least 0.97 of the speed of the bare loop (`bare.py`), eager, in float32 and bfloat16, in one process, and with
+FSDP over 2 and 4 ranks compared with a bare FSDP2 loop under torchrun. The trainer runs with its defaults: it reads and
+tokenizes real text, and measures, logs and writes every step. The bare loop draws from a pool in memory and prints its
+loss.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from shapes import DTYPES, SHAPES, Shape
 from trainer import bare_command, matching_config, trainer_command, write_toml
 
 TARGET = 0.97
-CLAIM = f"the whole trainer runs at {TARGET} or more of a bare PyTorch loop of the same model"
-HEADER = ["case", "ours ms", "bare ms", "ours tok/s", "ratio", "95 % of median", "middle half", "pairs", f">= {TARGET}"]
+CLAIM = f"the whole trainer reaches at least {TARGET} of the speed of a bare PyTorch loop of the same model"
+HEADER = ["case", "ms", "bare ms", "tok/s", "ratio", "95 % of median", "middle half", "pairs", f">= {TARGET}"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SpeedCase:
 
 
 def all_cases(ranks: list[int]) -> list[SpeedCase]:
-    """Both shapes and dtypes in one process; over several ranks both shapes in float32, where gloo is at its best."""
+    """Both shapes and dtypes in one process; both shapes in float32 over several ranks, in which gloo is fastest."""
     one = [SpeedCase(shape, dtype, 1) for shape in SHAPES for dtype in DTYPES if 1 in ranks]
     return one + [SpeedCase(shape, "float32", count) for count in ranks if count > 1 for shape in SHAPES]
 
@@ -55,7 +56,7 @@ def shape_of(case: SpeedCase, chosen: argparse.Namespace) -> Shape:
 
 
 def measure(case: SpeedCase, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one case, over `chosen.starts` fresh starts of both sides."""
+    """The figures of one case, over `chosen.starts` starts of both sides."""
     shape, by_start = shape_of(case, chosen), list[Timings]()
     for _ in range(chosen.starts):
         with tempfile.TemporaryDirectory(prefix="quadriga-speed-") as folder:
@@ -105,16 +106,16 @@ def row(figures: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to run with")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--only", nargs="+", metavar="SHAPE-DTYPE-RANKS", help="these cases, e.g. debug-bfloat16-2")
-    parser.add_argument("--pairs", type=int, default=20, help="most pairs of turns of each start")
-    parser.add_argument("--seconds", type=float, default=45, help="of turns of each start, from the sixth pair on")
-    parser.add_argument("--starts", type=int, default=2, help="fresh starts of both sides")
-    parser.add_argument("--seq_len", type=int, help="another length than the shape's")
-    parser.add_argument("--batch", type=int, help="rows of one step of the whole run, if not the shape's")
+    parser.add_argument("--pairs", type=int, default=20, help="maximum of pairs per start")
+    parser.add_argument("--seconds", type=float, default=45, help="time limit per start, from the sixth pair on")
+    parser.add_argument("--starts", type=int, default=2, help="starts of both sides")
+    parser.add_argument("--seq_len", type=int, help="sequence length (default: the shape's)")
+    parser.add_argument("--batch", type=int, help="global batch, in rows (default: the shape's)")
     parser.add_argument("--attention", default="plain", choices=("plain", "float32"), help="attention of the bare loop")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on our side; the bare loop stays eager")
-    parser.add_argument("--name", help="of the result file; default: speed, or speed_cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in Quadriga only")
+    parser.add_argument("--name", help="name of the result file (default: speed, or speed_cuda)")
     chosen = parser.parse_args()
     exit_on_sigterm()
     wanted = [parse_case(name) for name in chosen.only] if chosen.only else all_cases(chosen.ranks)

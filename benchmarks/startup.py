@@ -1,12 +1,12 @@
-"""Start-up: how long a command takes to answer, and a run to its first step.
+"""Measures startup: the time of a command, and of a run to its first step.
 
     python benchmarks/startup.py
 
-Claims: `quadriga --help` and the dry run of the 8B configuration each answer in under 1 s; from `python -m
-quadriga.train` to the first step of the debug run takes at most 1.5 times as long as a bare PyTorch script that starts,
-builds the same model and does the same first step (16 rows of 256 tokens in micro-batches of 2). The debug run is the
-shipped file as it is: it reads and tokenizes text, starts the process group, TensorBoard and the profiler, and writes
-its records. Starts take turns; the figure is the ratio of the medians.
+Claims: `quadriga --help` and the dry run of the 8B configuration each finish in under 1 s. From `python -m
+quadriga.train` to the first step, the debug run takes at most 1.5 times as long as a bare PyTorch script that builds
+the same model and runs the same first step (16 rows of 256 tokens in micro-batches of 2). The debug run is the shipped
+file unchanged: it reads and tokenizes text, starts the process group, TensorBoard and the profiler, and writes its
+records. The starts of both alternate; the figure is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from paired import CommandFailed, TimedCommand, exit_on_sigterm, seconds_to_firs
 from trainer import STEP_LINE, bare_command, environment
 
 ANSWER_TARGET, FIRST_STEP_TARGET = 1.0, 1.5  # seconds; times the bare script
-CLAIM = "commands answer in under 1 s; the first step comes within 1.5 times the bare script's"
+CLAIM = "commands finish in under 1 s; the first step takes at most 1.5 times as long as the bare script's"
 DEBUG_FILE = ROOT / "configs" / "debug" / "debug.toml"
 REFERENCE_FILE = ROOT / "configs" / "llama3_8b" / "llama3_8b.toml"
 DEBUG_BATCH = ("--shape", "debug", "--seq_len", "256", "--batch", "16", "--micro_batch", "2")
 
 
 def seconds_to_answer(argv: list[str], environ: dict[str, str]) -> float:
-    """From the start of a command to its end. Raises Failed where it does not end well."""
+    """Seconds of a command from start to end. Raises CommandFailed if its exit code is not 0."""
     start = time.perf_counter()
     done = subprocess.run(argv, check=False, env=environ, capture_output=True, text=True)
     taken = time.perf_counter() - start
@@ -42,7 +42,7 @@ def seconds_to_answer(argv: list[str], environ: dict[str, str]) -> float:
 
 
 def time_commands(repeats: int) -> list[dict[str, Any]]:
-    """`quadriga --help` and the dry run, from a cold interpreter each time."""
+    """Time `quadriga --help` and the dry run, each in a new interpreter."""
     launch = {"DRY_RUN": "1", "NGPU": "4", "CONFIG_FILE": str(REFERENCE_FILE), "PYTHON": sys.executable}
     commands = {
         "quadriga --help": ([sys.executable, "-m", "quadriga.cli", "--help"], child_environment()),
@@ -66,8 +66,8 @@ def time_commands(repeats: int) -> list[dict[str, Any]]:
 
 
 def time_first_steps(repeats: int, device: str, overrides: list[str]) -> dict[str, Any]:
-    """Seconds from the command to its first step line, ours and the bare script's in turn; one more start of each goes
-    ahead untimed, so that both find their files in the page cache."""
+    """Seconds to the first step line of Quadriga and of the bare script, alternating. The first start of each is not
+    timed, so that the files of both are in the page cache."""
     ours, bare = [], []
     for repeat in range(repeats + 1):
         with tempfile.TemporaryDirectory(prefix="quadriga-startup-") as folder:

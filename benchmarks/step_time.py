@@ -1,13 +1,13 @@
-"""Predicted step times beside measured ones, after calibration from one run: other batches, sequences, recompute.
+"""Compares predicted step times with measured ones after calibration from one run: batches, sequences, recompute.
 
     python benchmarks/step_time.py                     # one process on a CPU, about 8 minutes on 2 cores
     python benchmarks/step_time.py --device cuda --name h200       # one GPU
 
 Claim: rates measured in one run of the debug model (its trace and its metrics) predict the step time of other batch
-sizes, sequence lengths and recompute modes within 10 %. A shared machine is faster and slower by the minute, which no
-prediction can know: so the run that was calibrated from and the case take turns, a few steps each, and what is compared
-is how much longer the case takes, measured in pairs and predicted by the calibration; times are those of the median
-pair. The run that is calibrated from is made three times, and the median of the three predictions counts.
+sizes, sequence lengths and recompute modes within 10 %. The speed of a shared machine varies, which a prediction cannot
+include. So the base run of the calibration and the case alternate, a few steps each, and the script compares the ratio
+of their step times, measured in pairs and predicted. Times are those of the median pair. The calibration is repeated
+three times, and the median of the three predictions counts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from paired import TimedCommand, Timings, exit_on_sigterm, time_interleaved
 from paired import estimate_median as interval
 from trainer import environment, output_tail, trainer_command
 
-from quadriga.cli.estimate import run_from_file
+from quadriga.cli.estimate import measured_rates, run_from_file
 from quadriga.hardware import Device, find_device
-from quadriga.planning.calibrate import calibrate
 from quadriga.planning.estimate import estimate
 from quadriga.planning.rates import Rates
 
-CLAIM = "after calibration from one run, other batches, sequences and recompute modes are predicted within 10 %"
+CLAIM = "after calibration from one run, step times of other batches, sequences and modes are predicted within 10 %"
 TARGET = 0.10
 FILE = "configs/debug/debug.toml"
 CALIBRATIONS = 3
@@ -39,9 +38,11 @@ SHARED = (
     *("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--checkpoint.no_enable"),
     "--training.mixed_precision_reduce=float32",
 )
-# Steps 3 to 8 of 12 run without the profiler, and tell how long a step takes.
-PROFILED = ("--training.steps=12", "--profiling.profile_freq=12", "--profiling.profiler_active=3")
-PROFILED += ("--profiling.profiler_warmup=1",)
+# Steps 3 to 8 of 12 run without the profiler, and give the step time.
+PROFILED = (
+    *("--training.steps=12", "--profiling.profile_freq=12"),
+    *("--profiling.profiler_active=3", "--profiling.profiler_warmup=1"),
+)
 ENDLESS = ("--training.steps=1000000", "--profiling.no_enable_profiling")
 
 
@@ -65,24 +66,26 @@ CASES = {
 
 
 def calibrated_rates(folder: Path, device: Device | None, device_type: str) -> Rates:
-    """Train the run to calibrate from, and calibrate."""
+    """Train the base run in `folder`, and measure its rates."""
     command = [sys.executable, "-m", "quadriga.launch", "--job.config_file", FILE, *SHARED, *BASE, *PROFILED]
     command += [f"--job.dump_folder={folder}"]
     done = subprocess.run(command, env=environment(1, device_type), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the run failed with exit code {done.returncode}:\n{output_tail(done.stderr)}")
-    return calibrate(folder, run_from_file(FILE, 1, (*SHARED, *BASE, *PROFILED)), device)
+    rates = measured_rates(str(folder), device)
+    assert rates is not None
+    return rates
 
 
 def predicted_step_seconds(arguments: tuple[str, ...], device: Device | None, rates: Rates) -> float:
-    """Of a step, as predicted."""
+    """The predicted seconds of a step."""
     time = estimate(run_from_file(FILE, 1, (*SHARED, *arguments, *ENDLESS)), device, rates).time
     assert time is not None
     return time.total
 
 
 def time_case(arguments: tuple[str, ...], chosen: argparse.Namespace) -> Timings:
-    """Steps of a case (`ours`) and of the run that is calibrated from (`reference`)."""
+    """Alternating steps of a case (`ours`) and of the base run (`reference`)."""
     with tempfile.TemporaryDirectory(prefix="quadriga-step-time-") as folder:
 
         def endless(name: str, keys: tuple[str, ...]) -> TimedCommand:
@@ -115,9 +118,9 @@ def measure_case(name: str, chosen: argparse.Namespace, device: Device | None, r
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--name", default="cpu", help="of the device in the table of devices (h200, ...)")
-    parser.add_argument("--pairs", type=int, default=60, help="most pairs of turns of each case")
-    parser.add_argument("--seconds", type=float, default=40, help="of turns of each case, from the sixth pair on")
+    parser.add_argument("--name", default="cpu", help="name of the device in the table of devices (h200, ...)")
+    parser.add_argument("--pairs", type=int, default=60, help="maximum of pairs per case")
+    parser.add_argument("--seconds", type=float, default=40, help="time limit per case, from the sixth pair on")
     chosen = parser.parse_args()
     exit_on_sigterm()
     device = find_device(chosen.name)

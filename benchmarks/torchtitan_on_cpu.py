@@ -1,18 +1,18 @@
-"""torchtitan v0.2.2 on a CPU, one rank, with every number of every step written down in full precision.
+"""Runs torchtitan v0.2.2 on one rank of a CPU, and records every step in full precision.
 
-Runs in an environment that has the package (`fidelity.py` makes one), never in ours:
+It runs in an environment with the package, which `fidelity.py` creates, not in Quadriga's:
 
-    python torchtitan_on_cpu.py train RECORD.jsonl --job.config_file FILE ...     # what follows is torchtitan's own
+    python torchtitan_on_cpu.py train RECORD.jsonl --job.config_file FILE ...     # then torchtitan's arguments
     python torchtitan_on_cpu.py defaults                                          # its JobConfig as TOML
-    python torchtitan_on_cpu.py versions                                          # what is installed, as JSON
+    python torchtitan_on_cpu.py versions                                          # installed versions as JSON
 
-No file of the package is touched. It takes for its device what PyTorch calls the accelerator, and a CPU is none to
-PyTorch; so it is handed a module that answers for the CPU, and one call is left out that no CPU backend has: a barrier
-that names a device, around timeouts that one rank does not need.
+No file of the package is changed. torchtitan uses PyTorch's accelerator as its device, and a CPU is not an accelerator
+in PyTorch. So this script replaces the device module with one for the CPU. It also disables one call that no CPU
+backend supports: a barrier with a device, for timeouts that one rank does not need.
 
-Records, one JSON object a line: `parameter` (name, shape, mean and standard deviation, as drawn), `step` (loss, the
-gradient norm before clipping as torchtitan has it, the norm of the same gradients summed in float64, the learning rate
-that the step used) and `validation` (step, loss).
+The records are JSON lines: `parameter` (name, shape, mean and standard deviation, as drawn), `step` (loss, torchtitan's
+gradient norm before clipping, the norm of the same gradients summed in float64, the learning rate of the step) and
+`validation` (step, loss).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from typing import Any
 from unittest.mock import patch
 
 REPORTED_PACKAGES = ("torchtitan", "torch", "datasets", "tokenizers", "safetensors")
-MEMORY_BYTES = 1 << 34  # of memory, for percentages that nobody reads
+MEMORY_BYTES = 1 << 34  # reported memory, for percentages that are not used
 
 
 class CpuDevice:
-    """What torchtitan asks of `torch.cuda`, answered by `torch.cpu` where that has an answer."""
+    """The functions of `torch.cuda` that torchtitan calls, from `torch.cpu` if it has them."""
 
     def __init__(self, cpu: Any) -> None:
         self._cpu = cpu
@@ -59,7 +59,7 @@ class CpuDevice:
 
 
 def use_cpu_device() -> None:
-    """Let torchtitan find the CPU for its device; to be called before anything else of it is imported."""
+    """Make the CPU torchtitan's device. Call it before any other import of torchtitan."""
     import torch
 
     device = CpuDevice(torch.cpu)
@@ -77,13 +77,13 @@ def use_cpu_device() -> None:
 def train(record: Path, arguments: list[str]) -> None:
     """Train as `python -m torchtitan.train ARGUMENTS` does."""
     if os.environ.get("WORLD_SIZE") != "1":
-        raise SystemExit("one rank alone: WORLD_SIZE=1")
+        raise SystemExit("only one rank is supported: set WORLD_SIZE=1")
     sys.argv = ["torchtitan.train", *arguments]  # read when its modules are imported
     use_cpu_device()
     import torchtitan.train
 
     clip = torchtitan.distributed.utils.clip_grad_norm_
-    exact = [math.nan]  # of the step under way
+    exact = [math.nan]  # of the current step
 
     def clip_and_measure(parameters: list[Any], *given: Any, **named: Any) -> Any:
         gradients = [parameter.grad.double() for parameter in parameters if parameter.grad is not None]
@@ -129,7 +129,7 @@ def describe(name: str, parameter: Any) -> dict[str, Any]:
 
 
 def defaults() -> str:
-    """Every key of JobConfig with its default; TOML has no None, so those keys are left out."""
+    """Every key of JobConfig with its default as TOML, without keys whose default is None."""
     use_cpu_device()
     from torchtitan.config import JobConfig
 

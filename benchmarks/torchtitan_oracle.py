@@ -1,6 +1,7 @@
-"""torchtitan v0.2.2 as the oracle of `fidelity.py`: in an environment of its own, run on one rank of a CPU.
+"""torchtitan v0.2.2 as the oracle of `fidelity.py`: runs on one rank of a CPU, in a separate environment.
 
-The package cannot live beside ours: it brings its own datasets and tokenizers, and a folder of ours has its name.
+The package cannot be in Quadriga's environment: it needs other versions of datasets and tokenizers, and the repository
+has a folder with its name.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from trainer import environment, output_tail
 
 DRIVER = BENCHMARKS / "torchtitan_on_cpu.py"
 NEEDED = {"torchtitan": "0.2.2", "torch": "2.13.0"}
-# One after the other: the second must not choose another torch. triton is imported there but not needed on a CPU.
+# In sequence, so that the second does not choose another torch. triton is imported, but not needed on a CPU.
 INSTALLS = (["torch==2.13.0"], ["torchtitan==0.2.2", "safetensors"], ["--no-deps", "triton"])
-TIMEOUT_SECONDS = 1800.0  # of one training run; a guard, not an expectation
+TIMEOUT_SECONDS = 1800.0  # limit of one training run, far above its expected time
 
 
 class OracleMissing(Exception):
-    """The package is not there and cannot be had; the message says why and what to do."""
+    """The package is missing and cannot be installed; the message has the reason and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Oracle:
     versions: Mapping[str, str]
 
     def train(self, start_folder: Path, record: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:
-        """Train there from `start_folder`; the records of `torchtitan_on_cpu.py`. SystemExit where it fails."""
+        """Train from `start_folder`, and return the records of `torchtitan_on_cpu.py`. Raises SystemExit on failure."""
         with tempfile.TemporaryDirectory(prefix="torchtitan-cache-") as caches:
             own = {"HF_HOME": caches, "HF_HUB_OFFLINE": "1"}
             own |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -50,7 +51,7 @@ class Oracle:
         """Its JobConfig with every default, as TOML."""
         done = self._run(["defaults"], {}, BENCHMARKS)
         if done.returncode != 0:
-            raise SystemExit(f"torchtitan did not say its defaults:\n{output_tail(done.stderr)}")
+            raise SystemExit(f"torchtitan did not print its defaults:\n{output_tail(done.stderr)}")
         return done.stdout
 
     def _run(self, arguments: Sequence[str], own: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -62,12 +63,12 @@ class Oracle:
 
 
 def without_python_path(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without what would let it import from here: our root has a folder `torchtitan`."""
+    """The environment without Python paths, because the repository has a folder `torchtitan`."""
     return {name: value for name, value in environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def find_oracle(python: Path) -> Oracle:
-    """The oracle in the environment of `python`. Raises OracleMissing: no such Python, or another version."""
+    """The oracle in the environment of `python`. Raises OracleMissing if it cannot run, or has other versions."""
     try:
         done = subprocess.run(
             [str(python), "-P", str(DRIVER), "versions"],
@@ -84,21 +85,21 @@ def find_oracle(python: Path) -> Oracle:
     versions: dict[str, str] = json.loads(done.stdout)
     for name, needed in NEEDED.items():
         if versions[name].partition("+")[0] != needed:
-            raise OracleMissing(f"{python} has {name} {versions[name]}; {needed} is what is compared with")
+            raise OracleMissing(f"{python} has {name} {versions[name]}; {needed} is required")
     return Oracle(python, versions)
 
 
 def build_oracle(cache: Path) -> Oracle:
-    """The oracle in `cache`/torchtitan-0.2.2, an environment that is made where it is missing or was left half made.
+    """The oracle in the environment `cache`/torchtitan-0.2.2, which is created if it is missing or incomplete.
 
-    Raises OracleMissing where venv or pip fails, with the last of what they said.
+    Raises OracleMissing if venv or pip fails, with the end of their output.
     """
     folder = cache.resolve() / f"torchtitan-{NEEDED['torchtitan']}"
     python = folder / "bin" / "python"
     try:
         return find_oracle(python)
     except OracleMissing:
-        print(f"making the oracle's environment in {folder} ...", file=sys.stderr, flush=True)
+        print(f"creating the environment of torchtitan in {folder} ...", file=sys.stderr, flush=True)
     _install([sys.executable, "-m", "venv", str(folder)])
     for packages in INSTALLS:
         _install([str(python), "-m", "pip", "install", "--disable-pip-version-check", *packages])
@@ -109,8 +110,8 @@ def _install(command: Sequence[str]) -> None:
     done = subprocess.run(command, env=without_python_path(os.environ), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = output_tail(done.stderr or done.stdout, 4)
-        fix = "give --oracle PYTHON where there is an environment with it"
-        raise OracleMissing(f"the oracle's environment cannot be made; {fix}\n$ python {' '.join(command[1:])}\n{tail}")
+        fix = "give --oracle PYTHON of an environment with torchtitan"
+        raise OracleMissing(f"torchtitan cannot be installed; {fix}\n$ python {' '.join(command[1:])}\n{tail}")
 
 
 def free_port() -> int:

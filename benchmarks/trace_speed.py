@@ -1,9 +1,9 @@
-"""How long `quadriga trace` takes for a set of 300 MB, and how much memory: the claim is under 60 s and 2 GB.
+"""Measures time and memory of `quadriga trace` for a set of 300 MB. Claim: under 60 s and 2 GB.
 
     python benchmarks/trace_speed.py [--megabytes 300] [--ranks 4]
 
-Makes the set by itself: traces as torch.profiler writes them of a GPU run, with operations, launches, kernels, copies
-and collectives of five steps. Plain and packed; the larger figures count.
+The script generates the set: traces as torch.profiler writes them for a GPU run, with operations, launches, kernels,
+copies and collectives of five steps. It measures plain and compressed files; the larger figures count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from common import ROOT, child_environment, command_line, describe_machine, met_or_missed, save, text_table
 
 SECONDS, BYTES = 60.0, 2e9
-STEPS, COLLECTIVE_EVERY = 5, 60  # one collective for so many kernels: about what FSDP x TP sends
+STEPS, COLLECTIVE_EVERY = 5, 60  # one collective per so many kernels, about as with FSDP x TP
 OPERATION = {"Input Dims": [[4096, 4096], [4096, 4096]], "Input type": ["c10::BFloat16", "c10::BFloat16"]}
 KERNEL = {
     "device": 0,
@@ -36,14 +36,14 @@ KERNEL = {
 
 
 def events(rank: int, size: int) -> Iterator[dict[str, Any]]:
-    """About `size` bytes of events: per operation itself, its two parts, a launch and a kernel."""
-    each = 975  # bytes of one operation with all that belongs to it, as json.dumps spells it
+    """About `size` bytes of events. Each operation has an outer and an inner event, a launch and a kernel."""
+    each = 975  # bytes of one operation with its other events, as JSON
     count = size // each
-    a_step = count // STEPS
+    per_step = count // STEPS
     for number in range(count):
         at = 30.0 * number + rank
-        if number % a_step == 0:
-            yield complete_event("user_annotation", f"ProfilerStep#{number // a_step}", at, 30.0 * a_step, {})
+        if number % per_step == 0:
+            yield complete_event("user_annotation", f"ProfilerStep#{number // per_step}", at, 30.0 * per_step, {})
         collective = number % COLLECTIVE_EVERY == 0
         name = "c10d::_allgather_base_" if collective else "aten::linear"
         yield complete_event("cpu_op", name, at + 1, 25, OPERATION)
@@ -111,7 +111,7 @@ if __name__ == "__main__":
 
 
 def measure(folder: Path, processes: int) -> dict[str, float]:
-    """Wall seconds, and bytes: of the first process and of as many of the largest of its children as run at once."""
+    """Elapsed seconds, and peak bytes: of the first process plus `processes` times its largest child."""
     script = folder.parent / "measure.py"
     script.write_text(MEASURE)
     start = time.perf_counter()
@@ -131,7 +131,7 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--ranks", type=int, default=4)
     options = parser.parse_args()

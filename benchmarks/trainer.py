@@ -1,4 +1,4 @@
-"""Starting the real trainer from a benchmark: a TOML file written into a temporary folder, and the commands on it."""
+"""Starts the trainer from a benchmark: writes a TOML file into a temporary folder, and builds the commands."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from common import BENCHMARKS, child_environment, usable_cores
 from paired import TimedCommand
 from shapes import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, Shape
 
-STEP_LINE = r"\bstep +\d+/\d+ +loss"  # of quadriga's console
+STEP_LINE = r"\bstep +\d+/\d+ +loss"  # of Quadriga's console
 BARE_STEP_LINE = r"^step \d+ loss"
 
 Tables = Mapping[str, Mapping[str, Any]]
 
 
 def write_toml(path: Path, tables: Tables) -> Path:
-    """Tables of strings, numbers and booleans; a table's name may be dotted."""
+    """Write tables of strings, numbers and booleans. A table's name may have dots."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [
         f"[{name}]\n" + "".join(f"{key} = {json.dumps(table[key])}\n" for key in table)
@@ -33,10 +33,10 @@ def write_toml(path: Path, tables: Tables) -> Path:
 
 
 def matching_config(shape: Shape, dtype: str, ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """The configuration that trains what `bare.py` trains: same sizes, dtypes, batch, optimizer; nothing recomputed.
+    """The configuration that trains what `bare.py` trains: same sizes, dtypes, batch and optimizer, without recompute.
 
-    All else is left at its default: real text is read and tokenized, every step is metered, logged and written to
-    metrics.jsonl (`log_freq = 1`, so that each can be seen).
+    All else has its default: real text is read and tokenized, and every step is measured, logged and written to
+    metrics.jsonl (`log_freq = 1`, so that each step is visible).
     """
     return {
         "job": {"dump_folder": str(folder / "run"), "description": "benchmark"},
@@ -67,25 +67,25 @@ def matching_config(shape: Shape, dtype: str, ranks: int, folder: Path) -> dict[
 
 
 def trainer_command(config_file: Path, ranks: int, device: str, *overrides: str) -> TimedCommand:
-    """The whole trainer: `python -m quadriga.train` for one rank, the launcher (so torchrun) for several."""
+    """The whole trainer: `python -m quadriga.train` for one rank, the launcher with torchrun for several."""
     module = "quadriga.train" if ranks == 1 else "quadriga.launch"
     argv = [sys.executable, "-m", module, "--job.config_file", str(config_file), *overrides]
     return TimedCommand("quadriga", argv, STEP_LINE, environment(ranks, device))
 
 
 def bare_command(ranks: int, device: str, *arguments: str) -> TimedCommand:
-    """The reference loop, alone or under torchrun."""
+    """The reference loop, as one process or under torchrun."""
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     argv = [sys.executable, *starter, str(BENCHMARKS / "bare.py"), "--device", device, *arguments]
     return TimedCommand("bare PyTorch", argv, BARE_STEP_LINE, environment(ranks, device))
 
 
 def environment(ranks: int, device: str) -> dict[str, str]:
-    """The same for both sides: the cores shared out among the ranks (unless OMP_NUM_THREADS says how many threads), and
-    gloo on this machine alone.
+    """The environment of both sides: the cores are divided among the ranks (unless OMP_NUM_THREADS is set), and gloo
+    uses the loopback interface.
 
-    GNU OpenMP threads wait by spinning for a moment only (GOMP_SPINCOUNT): with more threads than cores, spinning
-    would slow either side several times.
+    GNU OpenMP threads spin only briefly while they wait (GOMP_SPINCOUNT). With more threads than cores, spinning would
+    slow both sides several times.
     """
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     spins = os.environ.get("GOMP_SPINCOUNT", "2000")

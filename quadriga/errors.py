@@ -1,7 +1,7 @@
-"""What a user sees when something is wrong: problems that can be acted on, never a traceback.
+"""Errors that are reported to users: each problem names what is wrong and a remedy. No traceback is printed.
 
-Any package may raise `UserError`; only the entry points (`quadriga.launch`, `quadriga.train`, `quadriga.cli`) catch it,
-print its report once and leave with its exit code.
+Any package may raise `UserError`. Only the entry points (`quadriga.launch`, `quadriga.train`, `quadriga.cli`) catch it,
+print its report once, and exit with its exit code.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 EXIT_OK = 0
 EXIT_FAULT = 1  # the machine or the code failed
-EXIT_USAGE = 2  # the user asked for something that cannot be
-EXIT_NO_GOOD_CHECKPOINT = 3  # published saves are there, and every one is damaged
-EXIT_STALLED = 4  # a rank stopped, or a collective waited for too long
-EXIT_NOT_FINITE = 5  # the loss or the gradients are no numbers, or jumped, and `[health]` says to stop
+EXIT_USAGE = 2  # an error that the user can correct
+EXIT_NO_GOOD_CHECKPOINT = 3  # checkpoints exist, and every one is damaged
+EXIT_STALLED = 4  # a rank stopped, or a collective timed out
+EXIT_NOT_FINITE = 5  # the loss or the gradients are NaN or infinite, or the loss jumped, and `[health]` says to stop
 EXIT_OUT_OF_MEMORY = 6
-EXIT_SAVED = 75  # asked to leave: saved and left; the same start goes on from there (EX_TEMPFAIL: try again)
+EXIT_SAVED = 75  # stopped on request, after a save: the same command resumes (EX_TEMPFAIL of sysexits.h)
 
 
 NEWLINE = "\n"
-MAX_PART_CHARS = 600  # characters of one part of a problem, as it is shown
-MAX_PROBLEMS = 15  # problems of one report
+MAX_PART_CHARS = 600  # printed characters of one part of a problem
+MAX_PROBLEMS = 15  # printed problems of one report
 
 
 def printable(value: object, *, keep: str = "") -> str:
-    """`value` as text that a terminal may be sent: control characters are escaped, but for those in `keep`."""
+    """`value` as text that is safe to print on a terminal: control characters are escaped, except those in `keep`."""
     text = str(value)
     if text.isprintable():
         return text
@@ -36,20 +36,20 @@ def printable(value: object, *, keep: str = "") -> str:
 
 
 def shortened(value: object, most: int = 80) -> str:
-    """`printable`, of at most `most` characters: what was read may be long, and messages repeat it."""
+    """`printable`, of at most `most` characters, because messages repeat values of any length."""
     text = str(value)
     return printable(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def _text(value: str) -> str:
-    """Words of ours, which may be of several lines, and what they repeat."""
+    """Text of Quadriga, which may have several lines, with the values in it."""
     kept = value if len(value) <= 4 * MAX_PART_CHARS else value[: 4 * MAX_PART_CHARS - 3] + "..."
     return printable(kept, keep=NEWLINE)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in the words that a user needs to mend it.
+    """One thing that is wrong, with what a user needs to correct it.
 
     `where` is a key (`training.seq_len`), a file (`data/a.jsonl, line 3`) or a variable (`NGPU`).
     """
@@ -57,14 +57,14 @@ class Problem:
     where: str
     what: str
     value: str | None = None  # as the user wrote it
-    source: str | None = None  # the file, `command line` or the variable that said it
+    source: str | None = None  # where it was set: a file, a variable, or `command line`
     allowed: str | None = None
     nearest: str | None = None
     fix: str | None = None
 
     def __str__(self) -> str:
-        # What a user or a file said may hold control characters; they would move the cursor or forge lines.
-        # And it may be long.
+        # Values from users and files may contain control characters, which would move the cursor or forge lines.
+        # They may also be long.
         value_text = f" = {shortened(self.value, MAX_PART_CHARS)}" if self.value is not None else ""
         origin = f"  [{shortened(self.source, MAX_PART_CHARS)}]" if self.source else ""
         lines = [f"{shortened(self.where, MAX_PART_CHARS)}{value_text}{origin}", f"    {_text(self.what)}"]
@@ -78,7 +78,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Something that the user can mend. Carries every problem found, not only the first."""
+    """An error that the user can correct. It contains every problem found, not only the first."""
 
     exit_code = EXIT_USAGE
 
@@ -88,7 +88,7 @@ class UserError(Exception):
 
     @property
     def report(self) -> str:
-        """The whole report, one blank line between two problems."""
+        """The report of all problems, separated by blank lines; after `MAX_PROBLEMS` only their number."""
         count = len(self.problems)
         title = "1 problem" if count == 1 else f"{count} problems"
         shown = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
@@ -101,8 +101,8 @@ class UserError(Exception):
 
 
 class Fault(Exception):
-    """What the machine or the numbers did to a run. The message is for the user as it stands: what happened, what is
-    safe, what to do next; no traceback is shown with it."""
+    """A failure of the machine, the code or the numbers. The message is printed as it is, without a traceback: what
+    happened, what is safe, and what to do next."""
 
     exit_code = EXIT_FAULT
 
@@ -112,9 +112,9 @@ class Fault(Exception):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, what caused it, what caused that, and so on, as a traceback shows them; each once.
+    """`error`, its cause, the cause of that, and so on, in the order of a traceback; each once.
 
-    Errors may cause one another in a cycle (`raise error from error`), so nobody else follows these references.
+    Causes can form a cycle (`raise error from error`). So no other code follows these references.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -124,8 +124,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None. Case does not count."""
-    if len(word) > 200:  # no name is as long, and comparing takes quadratic time
+    """The known word that is most similar to `word`, or None if none is similar. Upper and lower case are equal."""
+    if len(word) > 200:  # no name is this long, and the comparison takes quadratic time
         return None
     by_lower = {candidate.lower(): candidate for candidate in known}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)

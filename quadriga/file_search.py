@@ -1,4 +1,4 @@
-"""Which files lie below a folder, or match a pattern: with links followed, and an end to every search."""
+"""Search for the files below a folder, or that match a pattern. Links are followed, and every search ends."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from quadriga.errors import Problem, UserError, shortened
 
 
 class FolderListing(NamedTuple):
-    """What lies below a folder, as names relative to it, sorted."""
+    """The content of a folder and its sub-folders, as sorted names relative to the folder."""
 
-    files: list[str]  # entries of every kind that are no folders
-    repeated: list[str]  # links to a folder that is read under another name, or that the search began in
+    files: list[str]  # all entries except folders
+    repeated: list[str]  # links to a folder that is read under another name, or that contains the start folder
 
 
 def files_below(folder: str | os.PathLike[str]) -> FolderListing:
-    """All entries of a folder and its sub-folders; hidden ones are left out. Links to folders are followed.
+    """All entries of a folder and its sub-folders, without hidden ones. Links to folders are followed.
 
-    Each folder is read once, under its own name where it has one below `folder`: so a cycle of links ends, and the
-    names of files do not change when a link is added.
+    Each folder is read once, and under its own name if that is below `folder`. So a cycle of links ends, and the names
+    of files do not change when a link is added.
 
     Raises:
         UserError: a folder cannot be read, or there are more than `limits.DATA_FILES` entries.
@@ -77,7 +77,7 @@ def _entries(root: str, name: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def files_matching(pattern: str) -> list[str]:
-    """The paths that a glob pattern matches, sorted. `**` is any number of folders, searched as in `files_below`.
+    """The paths that a glob pattern matches, sorted. `**` matches any number of folders, searched by `files_below`.
 
     Raises:
         UserError: as `files_below`.

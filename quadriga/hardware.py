@@ -1,8 +1,9 @@
-"""What devices can do, from their makers' data sheets. An unknown device is unknown: nothing is guessed for it.
+"""Rates, memory and bandwidths of devices, from the data sheets of their makers. Nothing is guessed for others.
 
-Peak rates are dense (no 2:4 sparsity). Memory is the nominal size in decimal gigabytes, as it is sold; what a program
-can have of it is `capacity`. Links are per direction and per device, to its neighbours in one machine; the network is
-what one device has of it to other machines, by the maker's reference design.
+- Peak rates are dense, without 2:4 sparsity.
+- Memory is the nominal size in decimal gigabytes. `capacity` is what a program can allocate.
+- Link bandwidth is per direction and per device, within one machine.
+- Network bandwidth is the share of one device, to other machines, in the maker's reference design.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from quadriga.limits import DEVICE_FIGURES
 from quadriga.reading import read_toml
 
 TERA, GIGA, GIB = 1e12, 1e9, 1024**3
-# Of the nominal size, read as GiB: torch says 39.4 of an "A100 40GB", 79.2 of an "H100 80GB", 95.0 of an "H100 96GB",
-# 139.8 of an "H200 141GB". Error correction in the same memory takes more.
+# Shares of the nominal size, read as GiB. torch reports 39.4 for an "A100 40GB", 79.2 for an "H100 80GB", 95.0 for an
+# "H100 96GB", 139.8 for an "H200 141GB". Error correction in the same memory takes more.
 CAPACITY_SHARE, ECC_CAPACITY_SHARE = 0.985, 0.925
-NETWORK = 50 * GIGA  # 400 Gbit/s a device
+NETWORK = 50 * GIGA  # 400 Gbit/s per device
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Rates in FLOP/s, None where it has no such unit; memory in bytes; bandwidths in bytes/s.
+    """One accelerator. Rates are in FLOP/s, memory in bytes, bandwidths in bytes/s.
 
-    A processor (`CPU`) has no fixed figures: its rates and its memory are None.
+    A rate is None if the device has no such unit. The rates and memory of a processor (`CPU`) are None: they vary.
     """
 
     name: str
@@ -45,20 +46,20 @@ class Device:
 
     @property
     def slug(self) -> str:
-        """`h100-80gb`: how it is named in commands and files."""
+        """Its name in commands and files: `h100-80gb`."""
         name = self.name.lower().replace(" ", "-")
         return name if self.memory is None or name.endswith("gb") else f"{name}-{self.memory / GIGA:.0f}gb"
 
     @property
     def capacity(self) -> float | None:
-        """Bytes that a program can have."""
+        """Bytes that a program can allocate; None if the size is not known."""
         return None if self.memory is None else self.capacity_share * self.memory / GIGA * GIB
 
     def peak_flops(self, dtype: str, matmul_precision: str = "highest") -> float | None:
         """Peak rate in FLOP/s of matrix products in `dtype` (`float32`, `bfloat16`, `float8`).
 
-        `matmul_precision` is that of `torch.set_float32_matmul_precision`: `high` lets float32 run as TF32, `medium`
-        as bfloat16. None where the device has no such unit.
+        `matmul_precision` is that of `torch.set_float32_matmul_precision`: with `high`, float32 runs as TF32; with
+        `medium`, as bfloat16. None if the device has no such unit.
         """
         if dtype == "float32":
             narrow = {"highest": self.fp32, "high": self.tf32, "medium": self.bf16}[matmul_precision]
@@ -66,7 +67,7 @@ class Device:
         return {"bfloat16": self.bf16, "float8": self.fp8}[dtype]
 
 
-# The more words a device needs, the earlier it stands.
+# `find_device` takes the first match, so devices with more keywords come first.
 DEVICES = (
     Device(
         "A100 40GB", ("a100", "40gb"), 19.5 * TERA, 156 * TERA, 312 * TERA, None,
@@ -137,8 +138,11 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device | None:
-    """The device that a driver (`NVIDIA H100 80GB HBM3`) or a user (`h100`, `h100-80gb`) names; None if it is not in
-    the table. A size that the name tells must be the device's, but for Grace Hopper's, which tells another memory's."""
+    """The device that a driver (`NVIDIA H100 80GB HBM3`) or a user (`h100`, `h100-80gb`) names, or None.
+
+    A size in the name must be that of the device. Grace Hopper is the exception: its name has the size of another
+    memory.
+    """
     keywords = set(re.findall(r"[a-z0-9]+", name.lower()))
     sizes = {word for word in keywords if re.fullmatch(r"\d+gb", word)}
     for device in DEVICES:
@@ -149,7 +153,7 @@ def find_device(name: str) -> Device | None:
 
 
 def device_named(name: str, key: str) -> Device:
-    """The device of the table, or of a TOML file of the user's, with the fields of `Device`. Raises UserError."""
+    """The device of the table, or of a TOML file with the fields of `Device`. Raises UserError if there is none."""
     if name.endswith(".toml"):
         return _device_from_file(name, key)
     device = find_device(name)
@@ -162,7 +166,8 @@ def device_named(name: str, key: str) -> Device:
 
 
 def _device_from_file(path: str, key: str) -> Device:
-    """`name`, `memory` in GB, `memory_bandwidth`, `link_bandwidth`, `network_bandwidth` in GB/s, rates in TFLOP/s."""
+    """Reads `name`, `memory` in GB, `memory_bandwidth`, `link_bandwidth`, `network_bandwidth` in GB/s, and rates in
+    TFLOP/s."""
     try:
         raw = read_toml(path, what="device file")
     except UserError as error:
@@ -176,7 +181,7 @@ def _device_from_file(path: str, key: str) -> Device:
     problems = [
         Problem(
             f"{where}: {shortened(name)}",
-            "no such figure of a device",
+            "a device file has no such key",
             allowed=", ".join(known),
             nearest=nearest(name, known),
         )
@@ -187,9 +192,7 @@ def _device_from_file(path: str, key: str) -> Device:
         Problem(f"{where}: {shortened(name)}", "is missing") for name in ("name", "memory", "fp32") if name not in raw
     ]
     problems += [
-        Problem(
-            f"{where}: {name}", "must be a number above 0, and within bounds", shortened(raw[name]), allowed=allowed
-        )
+        Problem(f"{where}: {name}", "must be a number within the bounds", shortened(raw[name]), allowed=allowed)
         for name in scales
         if name in raw and not _is_figure(raw[name])
     ]
@@ -208,4 +211,4 @@ def _device_from_file(path: str, key: str) -> Device:
 
 def _is_figure(value: Any) -> bool:
     low, high = DEVICE_FIGURES
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # excludes NaN

@@ -1,13 +1,15 @@
-"""Small values between ranks as JSON: nothing that arrives is unpickled. At one rank nothing is sent.
+"""Collectives on small Python values, sent as JSON. Received bytes are never unpickled. One rank alone sends nothing.
 
     counts = all_gather_json({"step": 3})        # by rank, on every rank
     places = gather_json(["a", "b"], group)      # by rank, on the group's first rank; None on the others
-    plan = broadcast_json(plan_or_none, group)   # what the group's first rank passed in
+    plan = broadcast_json(plan_or_none, group)   # the value of the group's first rank
 
-What comes back is what JSON makes of a value, also on the rank that sent it and at one rank: tuples become lists, and
-the keys of dicts strings. NaN and infinities pass. The group (the default one where None) must have gloo for CPU
-tensors. Every call is a collective: all ranks of the group make it. A value that JSON cannot hold and a message longer
-than `RANK_MESSAGE_BYTES` raise on every rank of the group, so that none is left waiting.
+- Every call is a collective: all ranks of the group must make it. The group must have gloo for CPU tensors; None is the
+  default group.
+- Results have passed through JSON, also on the sender and on one rank: tuples become lists, and keys of dicts become
+  strings. NaN and infinities are allowed.
+- A value that JSON cannot represent, or a message longer than `RANK_MESSAGE_BYTES`, raises on every rank of the group,
+  so no rank is left waiting.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import torch.distributed as dist
 from quadriga.errors import EXIT_FAULT, Fault, Problem, UserError
 from quadriga.limits import RANK_MESSAGE_BYTES
 
-ENCODE_FAILED = -1  # the length of a message that could not be made
+ENCODE_FAILED = -1  # sent as the length if the value could not be encoded
 
 
 def all_gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What every rank of the group passed in, by rank, on every rank."""
+    """The values of all ranks of the group, by rank, on every rank."""
     text, lengths = _exchange_lengths(item, group)
     if len(lengths) == 1:
         return [_value(text, 0)]
@@ -38,7 +40,7 @@ def all_gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
-    """What every rank of the group passed in, by rank, on its first rank; None on the others."""
+    """The values of all ranks of the group, by rank, on its first rank; None on the others."""
     text, lengths = _exchange_lengths(item, group)
     if len(lengths) == 1:
         return [_value(text, 0)]
@@ -49,19 +51,19 @@ def gather_json(item: Any, group: dist.ProcessGroup | None = None) -> list[Any] 
 
 
 def broadcast_json(item: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """What the group's first rank passed in, on every rank; the others may pass None."""
+    """The value of the group's first rank, on every rank. The others may pass None."""
     text, failed = _encode(item) if _is_first(group) else (b"", None)
     data = _broadcast(text, group, failed)
     return _value(data, 0)
 
 
 def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup | None = None) -> bytes:
-    """The bytes that the group's first rank passed in, on every rank; the others may pass None."""
+    """The bytes of the group's first rank, on every rank. The others may pass None."""
     return _broadcast(data or b"", group, None)
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:
-    """An error as a JSON value, from which `error_from_json` makes one that says the same on another rank."""
+    """An error as a JSON value. `error_from_json` makes an error with the same message of it on another rank."""
     if isinstance(error, UserError):
         return {"kind": "user", "problems": [asdict(problem) for problem in error.problems]}
     if isinstance(error, Fault):
@@ -73,7 +75,8 @@ def error_to_json(error: BaseException) -> dict[str, Any]:
 
 
 def error_from_json(record: Mapping[str, Any], fault: type[Fault] = Fault) -> Exception:
-    """`fault`: the class of what was a Fault. What was no UserError, Fault or OSError comes as a RuntimeError."""
+    """The error of an `error_to_json` record. A Fault becomes a `fault`. Errors other than UserError, Fault and OSError
+    become a RuntimeError."""
     match record["kind"]:
         case "user":
             return UserError(*(Problem(**problem) for problem in record["problems"]))
@@ -86,7 +89,7 @@ def error_from_json(record: Mapping[str, Any], fault: type[Fault] = Fault) -> Ex
 
 
 def _exchange_lengths(item: Any, group: dist.ProcessGroup | None) -> tuple[bytes, list[int]]:
-    """The own message, and the lengths of all ranks' messages. Raises on every rank where one has none to send."""
+    """The encoded value of this rank, and the lengths of all ranks' values. Raises on every rank if one failed."""
     text, failed = _encode(item)
     ranks = _size(group)
     lengths = [torch.tensor([ENCODE_FAILED if failed else len(text)]) for _ in range(ranks)]
@@ -117,9 +120,9 @@ def _check_length(length: int, rank: int, failed: Exception | None) -> None:
     if failed is not None:
         raise failed
     if length == ENCODE_FAILED:
-        raise RuntimeError(f"rank {rank} could not put its value into JSON")
+        raise RuntimeError(f"rank {rank} could not encode its value as JSON")
     if not 0 <= length <= RANK_MESSAGE_BYTES:
-        what = f"rank {rank} announced a message of {length} bytes; at most {RANK_MESSAGE_BYTES} are taken"
+        what = f"rank {rank} announced a message of {length} bytes; at most {RANK_MESSAGE_BYTES} are allowed"
         raise Fault(what, EXIT_FAULT)
 
 
@@ -146,7 +149,7 @@ def _value(text: bytes, rank: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RuntimeError(f"what rank {rank} sent is not JSON") from error
+        raise RuntimeError(f"the message of rank {rank} is not JSON") from error
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

@@ -1,6 +1,6 @@
-"""The logger of a run: progress goes to standard error, from the logging ranks alone.
+"""The logger of a run. Only the logging ranks print progress, on standard error.
 
-Ranks that are not named in LOG_RANK (default: 0) still print warnings and errors, so that a fault is never swallowed.
+Ranks that are not in LOG_RANK (default: 0) still print warnings and errors, so no fault is hidden.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = logging.getLogger("quadriga")
 
 
 def logging_ranks(environ: Mapping[str, str] = os.environ) -> frozenset[int]:
-    """The global ranks that print progress: LOG_RANK, a comma-separated list (`0,1`)."""
+    """The global ranks that print progress: LOG_RANK, a comma-separated list (`0,1`). Raises ValueError for others."""
     text = environ.get("LOG_RANK", "").strip() or "0"
     return frozenset(int(part) for part in text.split(",") if part.strip())
 
@@ -26,8 +26,8 @@ def is_logging_rank(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes control characters, which may stand in names and values of users' files; a record with
-    `extra={"as_it_is": True}` holds ours (colours)."""
+    """Escapes control characters, which names and values of users' files may contain. A record with
+    `extra={"as_it_is": True}` is printed unchanged, because Quadriga's own colours are such characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

@@ -1,7 +1,7 @@
-"""Bounded reading of files that somebody else may have written: JSON, text, lines.
+"""Bounded reading of untrusted files: JSON, TOML, text, lines.
 
-Whatever the bytes are, a reader here returns values or raises one `UserError` that names the file and the place in
-it. Only regular files are opened: a FIFO would block, a device has no end. Limits stand in `quadriga.limits`.
+For any bytes, a reader returns values or raises one `UserError` that names the file and the place in it. Only regular
+files are opened, because a FIFO would block and a device has no end. The limits are in `quadriga.limits`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _BRACKET = re.compile(r"[\[\]{}]")
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, what: str = "file") -> Iterator[BinaryIO]:
-    """A regular file, open for reading bytes; what goes wrong while it is read is told like what does at its opening.
+    """A regular file, open for reading bytes. Failures while the caller reads it are reported as failures to open it.
 
     Raises:
-        UserError: it is missing, cannot be read, or is no regular file.
+        UserError: it is missing, cannot be read, or is not a regular file.
     """
     try:
-        # Not blocking: a FIFO that nobody writes to would hold the caller in `open`.
+        # Not blocking: `open` would wait for the writer of a FIFO.
         with os.fdopen(_open(path), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
@@ -56,7 +56,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, w
     """The content of a regular file of at most `most` bytes.
 
     Raises:
-        UserError: it is missing, cannot be read, is no regular file, or is longer.
+        UserError: it is missing, cannot be read, is not a regular file, or is longer.
     """
     with opened(path, what=what) as file:
         content = file.read(most + 1)
@@ -66,7 +66,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, w
 
 
 def read_text(path: str | os.PathLike[str], most: int = limits.JSON_BYTES, *, what: str = "file") -> str:
-    """The content of a regular UTF-8 file of at most `most` bytes; a byte-order mark is left out.
+    """The content of a regular UTF-8 file of at most `most` bytes, without a byte-order mark.
 
     Raises:
         UserError: as `read_bytes`, or it is not UTF-8.
@@ -78,7 +78,7 @@ def decode(content: bytes, where: str) -> str:
     """UTF-8 bytes as text, without a byte-order mark.
 
     Raises:
-        UserError: the bytes are not UTF-8; the message tells the first byte that is wrong.
+        UserError: the bytes are not UTF-8; the message names the first wrong byte.
     """
     try:
         return content.decode("utf-8-sig")
@@ -121,13 +121,13 @@ def read_toml(path: str | os.PathLike[str], most: int = limits.TOML_BYTES, *, wh
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text; `where` names its origin in messages, to which the line is added.
+    """The tables of a TOML text. `where` names its origin in messages, which add the line.
 
     Raises:
         UserError: as `read_toml`.
     """
     try:
-        if _LONG_KEY.search(text):  # tomllib takes quadratic time for one
+        if _LONG_KEY.search(text):  # for which tomllib takes quadratic time
             raise RecursionError
         found = tomllib.loads(text)
     except RecursionError:
@@ -137,7 +137,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         reason, line = (
             shortened(error, 200),
             text.count("\n") + 1,
-        )  # tomllib tells no line where the text ends too early
+        )  # tomllib gives no line if the text ends too early
         if at is not None:
             line = int(at.group(1))
         elif not isinstance(error, tomllib.TOMLDecodeError) and digits is not None:
@@ -152,7 +152,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def _oversized_integer(table: dict[str, Any]) -> str | None:
-    """The key of an integer that TOML does not have; tomllib reads them all the same."""
+    """The key of an integer that does not fit in TOML's 64 bits. tomllib reads such integers anyway."""
     parts: list[tuple[str, Any]] = [("", table)]
     while parts:
         key, part = parts.pop()
@@ -166,7 +166,7 @@ def _oversized_integer(table: dict[str, Any]) -> str | None:
 
 
 def _depth(value: Any) -> int:
-    """Levels of tables and lists within each other, without recursion."""
+    """The number of nested levels of tables and lists, found without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -176,7 +176,7 @@ def _depth(value: Any) -> int:
 
 
 def parse_json(text: str | bytes, where: str, *, nan: bool = False, depth: int = limits.JSON_DEPTH) -> Any:
-    """The value of a JSON text. `where` names its origin in messages; `nan` admits NaN and the infinities.
+    """The value of a JSON text. `where` names its origin in messages. `nan` allows NaN and the infinities.
 
     Raises:
         UserError: it is not JSON, nests deeper than `depth`, or has a number of more than `limits.JSON_DIGITS` digits.
@@ -190,14 +190,14 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False, depth: int =
     except json.JSONDecodeError as error:
         raise UserError(Problem(where, f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})")) from error
     except RecursionError:
-        # Not chained: the traceback of a recursion is thousands of lines long.
+        # Not chained, because the traceback of a recursion is thousands of lines long.
         raise UserError(Problem(where, f"the JSON nests deeper than {depth} levels")) from None
     except ValueError as error:
         raise UserError(Problem(where, f"not JSON that can be read: {error}")) from error
 
 
 def nesting(text: str) -> int:
-    """How deep the brackets of a JSON text nest, those within strings left out."""
+    """How deep the brackets of a JSON text nest. Brackets within strings do not count."""
     deepest = now = 0
     for bracket in _BRACKET.findall(_STRING.sub("", text)):
         now += 1 if bracket in "[{" else -1
@@ -213,7 +213,7 @@ def read_lines(
     what: str = "file",
     keep_ends: bool = False,
 ) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line without its end unless `keep_ends`) of a regular file, one at a time.
+    """Yields (number from 1, line) for each line of a regular file. `keep_ends` keeps the ends of lines.
 
     Raises:
         UserError: as `read_bytes`, or a line is longer than `longest`.
@@ -233,7 +233,7 @@ def read_tail(path: str | os.PathLike[str], most: int, *, what: str = "file") ->
     """The last `most` bytes of a regular file.
 
     Raises:
-        UserError: as `read_bytes`, but for the length.
+        UserError: as `read_bytes`, except for the length.
     """
     with opened(path, what=what) as file:
         file.seek(max(os.fstat(file.fileno()).st_size - most, 0))
@@ -251,7 +251,7 @@ def _refuse(path: str | os.PathLike[str], what: str, allowed: str | None = None,
 
 
 def file_kind(mode: int) -> str:
-    """What `st_mode` says an entry is, with its article."""
+    """The kind of an entry by its `st_mode`, with an article."""
     kinds = {
         stat.S_IFIFO: "a FIFO",
         stat.S_IFSOCK: "a socket",
@@ -264,13 +264,13 @@ def file_kind(mode: int) -> str:
 
 def _int(digits: str) -> int:
     if len(digits) > limits.JSON_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits; at most {limits.JSON_DIGITS} are read")
+        raise ValueError(f"a number of {len(digits)} digits; at most {limits.JSON_DIGITS} are allowed")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     if len(digits) > limits.JSON_DIGITS:
-        raise ValueError(f"a number of {len(digits)} characters; at most {limits.JSON_DIGITS} are read")
+        raise ValueError(f"a number of {len(digits)} characters; at most {limits.JSON_DIGITS} are allowed")
     return float(digits)
 
 
@@ -279,4 +279,4 @@ def _constant(name: str) -> float:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

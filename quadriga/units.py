@@ -1,4 +1,4 @@
-"""Amounts as people read them: bytes, counts, durations."""
+"""Readable text for bytes, counts and durations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def format_some(names: Sequence[str], most: int = 5) -> str:
-    """`a, b and 7 more`: the first of many words alike."""
+    """`a, b and 7 more`: the first `most` names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -25,7 +25,7 @@ def format_bytes(amount: float) -> str:
 
 
 def format_count(amount: float) -> str:
-    """`8030261248` -> `8.03 B`; below ten thousand the number itself."""
+    """`8030261248` -> `8.03 B`. Numbers below ten thousand are written in full."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(amount) >= unit:
             return f"{amount / unit:.2f} {name}"
@@ -33,7 +33,7 @@ def format_count(amount: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`4210.3` -> `1h10m`; below one minute with one decimal."""
+    """`4210.3` -> `1h10m`. Durations below one minute have one decimal."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,21 +1,21 @@
-"""Kills a run at an exact place. Python imports this by itself in every process that has this folder in PYTHONPATH.
+"""Kills a run at an exact point. Python imports this module in every process with this folder in PYTHONPATH.
 
 QUADRIGA_FAULT = {"moment", "rank", "at", "victim", "marker"}: rank `rank` kills `victim` (one of VICTIMS) with SIGKILL
-when it comes to the place `at` of `moment`:
+when it reaches the point `at` of `moment`:
 
 | moment | at |
 |---|---|
 | step | [step, phase] of `Progress.enter_phase` |
-| save | how many bytes of checkpoint files this rank has written since its start; the write is cut there |
-| manifest | [which one since the start, how many of its bytes are written] |
-| rename | [which one since the start, "before" or "after"] |
-| remove | which removal (of an outdated checkpoint, or of remains) since the start |
-| verify | how many bytes of checkpoint files this rank has hashed before it loads |
-| load | "before" or "after" this rank read its tensors |
+| save | bytes of checkpoint files that this rank has written since its start; the write is truncated there |
+| manifest | [number of the manifest since the start, bytes of it that are written] |
+| rename | [number of the rename since the start, "before" or "after"] |
+| remove | number of the removal (of an outdated checkpoint, or of partial files) since the start |
+| verify | bytes of checkpoint files that this rank has hashed before it loads |
+| load | "before" or "after" this rank reads its tensors |
 
-`marker` is a file that says that the fault has happened: it happens once. Product code knows nothing of this.
+`marker` is a file that records that the fault has happened, so that it happens once. Quadriga has no code for this.
 
-QUADRIGA_DEFECT names one of DEFECTS, which every rank then has: the kill matrix must find it, or it could not fail.
+QUADRIGA_DEFECT names one of DEFECTS, which is injected into every rank. It tests that the kill matrix can fail.
 """
 
 import importlib.abc
@@ -31,7 +31,7 @@ VICTIMS = ("this rank", "all ranks", "torchrun", "launcher")
 
 
 def kill_victim():
-    """Kill, once."""
+    """Kill the victim, once."""
     try:
         os.close(os.open(FAULT["marker"], os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -45,7 +45,7 @@ def kill_victim():
         for rank in peers(agent) if FAULT["victim"] == "all ranks" else ():
             os.kill(rank, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)  # the kernel ends this process with its parent
+    time.sleep(600)  # this process is killed with its parent
 
 
 def peers(agent):
@@ -55,7 +55,7 @@ def peers(agent):
 
 
 def call_before(owner, name, when):
-    """Call `when(...)` with the arguments before each call of `owner.name`; it may strike."""
+    """Call `when(...)` with the arguments before each call of `owner.name`. It may kill."""
     original = getattr(owner, name)
 
     def wrapped(*args, **keys):
@@ -203,7 +203,7 @@ DEFECTS = {
 
 
 class PatchingFinder(importlib.abc.MetaPathFinder):
-    """Lets one module be imported as it is, and patches it then."""
+    """Imports one module unchanged, and then patches it."""
 
     def __init__(self, module, patch):
         self.module, self.patch = module, patch

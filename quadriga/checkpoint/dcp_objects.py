@@ -1,7 +1,8 @@
-"""The objects that a plan of torch.distributed.checkpoint consists of, as plain records.
+"""The objects of a plan of torch.distributed.checkpoint (DCP), as plain records.
 
-`NAMES`: every name that a plan's pickle may ask for. `FIELDS`: for each class, what makes its fields of the state that
-the pickle gives it, or None where no plan has such a state; fields hold numbers, texts, and records of known classes.
+`NAMES`: every global name that is allowed in the pickle of a plan. `FIELDS`: for each class, a function that converts
+the pickled state to fields; it returns None for a state that no plan has. Fields are numbers, strings, and records of
+known classes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from quadriga.checkpoint.plan_format import DTYPE_NAMES
 
 @dataclass(frozen=True)
 class GlobalName:
-    """A name that the pickle has asked for: of a class, a function, a dtype."""
+    """A global name in the pickle: of a class, a function or a dtype."""
 
     kind: str
     value: Any = None
 
 
 class DcpRecord:
-    """An object of a class of DCP's. `fields`: what `BUILD` gave it, checked and in the order of `KINDS`."""
+    """An object of a class of DCP. `fields`: the checked state from the opcode BUILD, as `FIELDS` returned it."""
 
     __slots__ = ("fields", "kind")
 
@@ -32,7 +33,7 @@ class DcpRecord:
 
 
 class Pairs(list[Any]):
-    """A dict, as key, value, key, value: nothing is hashed until its keys are known to be harmless."""
+    """A dict, as key, value, key, value: nothing is hashed before the types of its keys are checked."""
 
     __slots__ = ()
 
@@ -56,7 +57,7 @@ NAMES: dict[tuple[str, str], GlobalName] = {
 }
 
 
-# The state of the classes of which a large plan has millions.
+# The state of the classes that have millions of objects in a large plan.
 SMALL: dict[str, dict[str, type]] = {
     "ChunkStorageMetadata": {"offsets": tuple, "sizes": tuple},
     "MetadataIndex": {"fqn": str, "offset": tuple, "index": int},
@@ -65,12 +66,12 @@ SMALL: dict[str, dict[str, type]] = {
 
 
 def is_size(value: Any) -> bool:
-    """Whether it is what `torch.Size` may be made of."""
+    """Whether it is a tuple of integers, as `torch.Size` takes."""
     return type(value) is tuple and all(type(number) is int for number in value)
 
 
 def properties(state: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """(dtype,) of what `TensorProperties.__getstate__` gives: dtype, layout, requires_grad, memory format, pinned."""
+    """(dtype,) from the state of `TensorProperties`: (dtype, layout, requires_grad, memory format, pinned)."""
     if len(state) != 5 or state[1] is not STRIDED or state[3] is not A_FORMAT:
         return None
     dtype = state[0]
@@ -95,7 +96,7 @@ def _tensor(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 
 def _index(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """(name, offsets or None); the third field is a hint for a search, and not needed."""
+    """(name, offsets or None); the third field is a hint for a search and is ignored."""
     if not {"fqn"} <= state.keys() <= {"fqn", "offset", "index"} or type(state["fqn"]) is not str:
         return None
     offset, hint = state.get("offset"), state.get("index")
@@ -105,7 +106,7 @@ def _index(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 
 def _storage_info(state: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """(file, first byte, bytes), and the transforms where there are any."""
+    """(file, first byte, bytes), followed by the list of transforms if there are any."""
     needed = {"relative_path", "offset", "length"}
     if not needed <= state.keys() <= needed | {"transform_descriptors"} or type(state["relative_path"]) is not str:
         return None
@@ -137,5 +138,5 @@ FIELDS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...] | None]] = {
 
 
 def is_built(value: Any, kind: str) -> bool:
-    """Whether it is an object of that class that has its state."""
+    """Whether it is an object of this class and its state is set."""
     return type(value) is DcpRecord and value.kind == kind and value.fields is not None

@@ -1,8 +1,8 @@
-"""Large files written past the system's cache of pages.
+"""Writes large files without the page cache of the system (`O_DIRECT`).
 
-Nobody reads a checkpoint back soon, so its pages are not worth the memory that they would take from the data of the
-run, and filling new ones costs more processor time than hashing does (`benchmarks/save_cost.py`). Linux alone has
-`O_DIRECT`, and not every file system offers it; where it is missing, files are written in the ordinary way.
+A checkpoint is not read back soon, so its pages would take memory from the training data without use. Filling new pages
+also costs more processor time than hashing (`benchmarks/save_cost.py`). Only Linux has `O_DIRECT`, and not every file
+system supports it; without it, files are written with buffering.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-BLOCK = 1 << 12  # what a disk is written in: positions, lengths and addresses are multiples of it
-BUFFER_BYTES = 1 << 22  # bytes that are sent to the disk together
+BLOCK = 1 << 12  # bytes; with O_DIRECT, positions, lengths and addresses are multiples of it
+BUFFER_BYTES = 1 << 22  # bytes per write
 
 
 def create(path: Path) -> IO[bytes]:
-    """A new file, to be written from its beginning to its end; durable when it has been closed."""
+    """Opens a new file for sequential writing. Its content is durable after `close`. Raises OSError."""
     direct = getattr(os, "O_DIRECT", 0)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
@@ -32,11 +32,11 @@ def create(path: Path) -> IO[bytes]:
 
 
 class DirectFile:
-    """The part of a binary file that writers use. `direct`: the flag that `handle` was opened with, or 0."""
+    """The methods of a binary file that writers use. `direct`: the flag that `handle` was opened with, or 0."""
 
     def __init__(self, handle: int, direct: int) -> None:
         self._handle, self._direct = handle, direct
-        self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # begins at a page of memory, as the disk wants it
+        self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # aligned to a page, as O_DIRECT requires
         self._filled = self._sent = 0
 
     def write(self, data: Any) -> int:
@@ -52,7 +52,7 @@ class DirectFile:
         return length
 
     def flush(self) -> None:
-        """Send whole blocks; what is less than one stays here until `close`."""
+        """Writes whole blocks. A partial block stays in the buffer until `close`."""
         whole = self._filled - self._filled % BLOCK
         self._send(whole)
         self._buffer.move(0, whole, self._filled - whole)
@@ -69,7 +69,7 @@ class DirectFile:
             return
         try:
             self.flush()
-            if self._filled and self._direct:  # the end of the file is no whole block
+            if self._filled and self._direct:  # the last block is partial, which O_DIRECT does not allow
                 fcntl.fcntl(self._handle, fcntl.F_SETFL, fcntl.fcntl(self._handle, fcntl.F_GETFL) & ~self._direct)
             self._send(self._filled)
             os.fsync(self._handle)

@@ -1,7 +1,7 @@
-"""Where checkpoints lie: a folder of this machine, or an object store by its URL, behind the few verbs of a save.
+"""Storage of checkpoints: a folder of this machine, or an object store (URL), with one interface.
 
-On a file system a rename is atomic and publishes a whole folder. An object store has no rename; there one small
-object, written last, publishes all that was written before it (see `folder.py`).
+On a file system, a rename is atomic and publishes a whole folder. An object store has no rename: there, one small
+object, written last, publishes everything that was written before (see `folder.py`).
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ PERMANENT_ERRORS = (
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
-)  # trying again will not help
+)  # not retried
 
 
 class Files(Protocol):
-    """A file system. Paths are whole paths or URLs; what goes wrong is an OSError."""
+    """A file system. Paths are complete paths or URLs. All methods raise OSError on failure."""
 
-    renames: bool  # whether a folder can be renamed at once
+    renames: bool  # whether it can rename a folder atomically
 
     def open(self, path: Location, mode: str) -> IO[bytes]: ...
 
     def create(self, path: Location) -> IO[bytes]:
-        """A new large file, to be written from its beginning to its end; durable when it has been closed."""
+        """Opens a new large file for sequential writing. Its content is durable after `close`."""
 
     def names(self, folder: Location) -> list[str]:
-        """What lies in a folder, sorted; [] where there is none."""
+        """The names in a folder, sorted; [] if the folder does not exist."""
 
     def exists(self, path: Location) -> bool:
-        """Whether anything has the name; a link has, wherever it leads."""
+        """Whether the name exists; also true for a link with a missing target."""
 
     def is_file(self, path: Location) -> bool: ...
 
     def is_folder(self, path: Location) -> bool:
-        """Whether it is a folder itself, and no link to one."""
+        """Whether it is a folder itself, not a link to one."""
 
     def size(self, path: Location) -> int:
-        """Of a regular file, in bytes. What is no regular file is an OSError."""
+        """The size of a regular file in bytes. Raises OSError for anything else."""
 
     def read(self, path: Location) -> bytes:
-        """The content of a small file. One longer than `limits.JSON_BYTES` is an OSError."""
+        """The content of a small file. Raises OSError if it is longer than `limits.JSON_BYTES`."""
 
     def write(self, path: Location, data: bytes) -> None:
-        """The whole of a small file, durable when this returns, as are the names of the files beside it."""
+        """Writes a small file. On return, it and the names of all files in its folder are durable."""
 
     def make(self, folder: Location) -> None:
-        """A folder, and those above it that are missing, durably."""
+        """Creates a folder and its missing parents, durably."""
 
     def rename(self, path: Location, new: Location) -> None:
-        """A file; where `renames`, a folder too, and at once."""
+        """Renames a file. If `renames`, also a folder, and atomically."""
 
     def remove(self, path: Location) -> None:
-        """A file, a link (never what it leads to), or a folder with all that is in it."""
+        """Removes a file, a link (never its target), or a folder with its content."""
 
     def flush_names(self, folder: Location) -> None:
-        """Make the names in a folder durable; flushing a file covers its contents only."""
+        """Makes the names in a folder durable. To flush a file covers only its content."""
 
     def retried(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which is begun again when the storage fails in a way that may pass."""
+        """The result of `work`, which is repeated if the storage fails temporarily."""
 
 
 def is_url(location: Location) -> bool:
@@ -82,7 +82,7 @@ def is_url(location: Location) -> bool:
 
 
 def files_at(location: Location, retries: int = 5) -> Files:
-    """The file system of a path or URL; `file://` is this machine. Raises UserError for a protocol without a driver."""
+    """The file system of a path or URL; `file://` is this machine. Raises UserError if a protocol has no driver."""
     if not is_url(location) or str(location).startswith("file://"):
         return LocalFiles()
     try:
@@ -97,22 +97,22 @@ def files_at(location: Location, retries: int = 5) -> Files:
 
 
 def local(location: Location) -> Path:
-    """The path that a `file://` URL or a path means."""
+    """The path of a `file://` URL or a path."""
     return Path(str(location).removeprefix("file://"))
 
 
 def try_to_write(folder: Location) -> None:
-    """Write a small file and remove it again. Raises OSError where that cannot be done."""
+    """Writes a small file and removes it again. Raises OSError if this fails."""
     files, path = files_at(folder), f"{str(folder).rstrip('/')}/.try"
     files.make(folder)
-    if files.exists(path):  # of a killed run; or something that would hold up who opens it
+    if files.exists(path):  # of a killed run; or a FIFO, for example, whose opening would block
         files.remove(path)
     files.write(path, b"may this folder be written?")
     files.remove(path)
 
 
 class LocalFiles:
-    """Folders of this machine, shared file systems included."""
+    """Folders of this machine, including shared file systems."""
 
     renames = True
 
@@ -130,7 +130,7 @@ class LocalFiles:
             os.lstat(local(path))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
-        except OSError:  # there is something, though it cannot be looked at
+        except OSError:  # it exists, but cannot be inspected
             return True
         return True
 
@@ -182,13 +182,13 @@ class LocalFiles:
             os.close(handle)
 
     def retried(self, work: Callable[[], T]) -> T:
-        return work()  # a disk that fails once is to be looked at, not asked again
+        return work()  # a disk error is reported, not retried
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """A file to read from. Not blocking: a FIFO that nobody writes to would hold the caller for ever.
+    """Opens a file for reading, without blocking: a FIFO without a writer would block the caller forever.
 
-    Raises OSError where it is no regular file."""
+    Raises OSError if it is not a regular file."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_other_kinds(os.fstat(handle).st_mode, path)
@@ -200,7 +200,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 def _refuse_other_kinds(mode: int, path: Location) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _refuse_longer(length: int, path: Location) -> None:
@@ -209,13 +209,13 @@ def _refuse_longer(length: int, path: Location) -> None:
 
 
 def _ignore_missing(_call: Any, _path: str, failure: Any) -> None:
-    """Of `rmtree`: what somebody else removed meanwhile is what was wanted."""
+    """Error handler of `rmtree`: ignores a file that another process has removed meanwhile."""
     if not isinstance(failure[1], FileNotFoundError):
         raise failure[1]
 
 
 class ObjectFiles:
-    """An object store, by fsspec. Every request is tried again where that may help."""
+    """An object store, with fsspec. Requests that fail with a temporary error are repeated up to `retries` times."""
 
     renames = False
 
@@ -270,14 +270,14 @@ class ObjectFiles:
             self._system.invalidate_cache()
             try:
                 self._system.rm(str(path), recursive=True)
-            except FileNotFoundError:  # asked for afterwards, since it costs a store a request or two
+            except FileNotFoundError:  # checked only now, because it costs one or two requests
                 if self._system.exists(str(path)):
                     raise
 
         self.retried(remove)
 
     def flush_names(self, folder: Location) -> None:
-        return None  # an object is durable when its request was answered
+        return None  # an object is durable when its request has returned
 
     def retried(self, work: Callable[[], T]) -> T:
         pause = FIRST_PAUSE_SECONDS
@@ -286,9 +286,9 @@ class ObjectFiles:
                 return work()
             except PERMANENT_ERRORS:
                 raise
-            except OSError:  # fsspec's drivers turn their own errors into it
+            except OSError:  # the drivers of fsspec convert their errors to it
                 if not left:
                     raise
-            time.sleep(pause * (0.5 + random.random()))  # apart from each other, or all ranks would come back at once
+            time.sleep(pause * (0.5 + random.random()))  # random, so that not all ranks retry at once
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         raise AssertionError("unreachable")

@@ -1,16 +1,16 @@
-"""Checkpoint folders: their names, which of them are whole, how one is published and which are deleted.
+"""Checkpoint folders: their names, how they are published, verified and deleted.
 
-A save is written where no reader looks, flushed and hashed file by file, and given its `train_state.json` as the last
-file: what was saved, the size and SHA-256 of every other file, and a SHA-256 of itself.
+A save is written to a place that no reader uses. Its files are flushed and hashed one by one. `train_state.json` is
+written last: what was saved, the size and SHA-256 of every other file, and a SHA-256 of itself.
 
-- On a file system it is written under `.step-N.saving` and renamed to `step-N`. Deleting goes the other way: first
-  renamed to `.step-N.deleting`, then emptied.
-- On an object store, which cannot rename, its files go to `step-N/TOKEN/`, and `step-N/train_state.json`, which names
-  that token, publishes them; a save of the same step takes another token, and takes over when its own is written.
+- On a file system, a save is written to `.step-N.saving` and renamed to `step-N`. A deletion is the reverse: first
+  renamed to `.step-N.deleting`, then removed.
+- An object store cannot rename. There the files go to `step-N/TOKEN/`, and `step-N/train_state.json`, which names the
+  token, publishes them. A later save of the same step has another token, and replaces the first with its manifest.
 
-So whatever has the published name is whole, at whatever byte a kill fell; and what a disk did to it later is seen.
+So a published name is complete, at whatever byte a run was killed, and later damage is detected.
 
-On a file system only folders count: a link called `step-N` may lead anywhere, is never followed, and makes way for a
+On a file system only folders count: a link called `step-N` could lead anywhere, is never followed, and is replaced by a
 save of that step.
 """
 
@@ -33,9 +33,9 @@ from quadriga.checkpoint.files import Files, Location, files_at, is_url
 from quadriga.checkpoint.manifest import FORMAT, STATE_FILE, FileFacts, InvalidCheckpoint, format_manifest
 from quadriga.errors import Fault, Problem, UserError
 
-__all__ = ["FORMAT", "STATE_FILE", "FileFacts", "InvalidCheckpoint", "format_manifest"]  # of the manifest
+__all__ = ["FORMAT", "STATE_FILE", "FileFacts", "InvalidCheckpoint", "format_manifest"]  # reexported
 
-NUMBER = "(0|[1-9][0-9]*)"  # as a step is written: no sign, no leading zeros, no other digits
+NUMBER = "(0|[1-9][0-9]*)"  # a step: no sign, no leading zeros, only ASCII digits
 PUBLISHED = re.compile(rf"step-{NUMBER}")
 SAVING = re.compile(rf"\.step-{NUMBER}\.saving")
 DELETING = re.compile(rf"\.step-{NUMBER}\.deleting")
@@ -43,13 +43,13 @@ CHUNK = 1 << 22  # bytes hashed at a time
 
 
 class CheckpointError(Fault):
-    """A checkpoint could not be written or read: what happened, what is safe, what next."""
+    """A checkpoint could not be written or read. The message says what happened, what is safe, and what to do."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A whole checkpoint. `extra` is what the trainer gave to `save`; `resume` is False where only its weights are
-    to be taken (`checkpoint.initial_load_model_only`). `location` holds its files, `path` is its name."""
+    """A complete checkpoint. `extra`: what the trainer passed to `save`. `resume`: False if only the weights are to be
+    loaded (`checkpoint.initial_load_model_only`). `path`: its name. `location`: the folder of its files."""
 
     step: int
     path: str
@@ -57,8 +57,8 @@ class CheckpointInfo:
     extra: dict[str, Any] = field(default_factory=dict)
     resume: bool = True
     location: str = ""
-    files: Mapping[str, FileFacts] = field(default_factory=dict)  # empty: not one of ours, and not to be verified
-    trainer: str = ""  # whose it is, where that is known and it is not ours: see `titan`
+    files: Mapping[str, FileFacts] = field(default_factory=dict)  # empty: not saved by Quadriga, so not verified
+    trainer: str = ""  # the program that saved it, if known and not Quadriga: see `titan`
 
 
 def published_path(folder: Location, step: int) -> str:
@@ -66,7 +66,7 @@ def published_path(folder: Location, step: int) -> str:
 
 
 def staging_path(folder: Location, step: int) -> str:
-    """Where step N is written on a file system until it is whole."""
+    """Where step N is written on a file system until it is complete."""
     return join(folder, f".step-{step}.saving")
 
 
@@ -75,7 +75,7 @@ def join(folder: Location, name: str) -> str:
 
 
 def prepare(folder: Location, step: int) -> str:
-    """An empty place for the files of step N, where no reader looks."""
+    """An empty place for the files of step N, which no reader uses. Raises OSError."""
     files = files_at(folder)
     if not files.renames:
         return join(published_path(folder, step), uuid.uuid4().hex)
@@ -94,10 +94,10 @@ def publish(
     location: Location | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the manifest of step N behind its files and give it its name, durably; the name.
+    """Writes the manifest of step N after its files and publishes it, durably. Returns its name.
 
-    `location`: what `prepare` gave. `hashes`: SHA-256 by name of files that were hashed as they were written; others
-    are read. A checkpoint that already has the name (of a run that went on from further back) is replaced.
+    `location`: from `prepare`. `hashes`: SHA-256 by name, of files that were hashed while written; others are read. A
+    checkpoint that already has the name (of a run that resumed from an earlier step) is replaced.
     """
     files, name, location = files_at(folder), published_path(folder, step), str(location or staging_path(folder, step))
     known = hashes or {}
@@ -115,10 +115,10 @@ def publish(
         "files": facts,
         "extra": dict(extra),
     }
-    manifest = format_manifest(state).encode()  # before a file is opened: what cannot be JSON must not leave half
+    manifest = format_manifest(state).encode()  # first: a value that is not JSON must not leave a partial file
     if not files.renames:
         files.write(join(name, STATE_FILE), manifest)
-        with suppress(OSError):  # it is published; what is left goes at the next start
+        with suppress(OSError):  # it is published; the next start removes the rest
             foreign.remove_saves(files, name, keep=token)
         return name
     files.write(join(location, STATE_FILE), manifest)  # flushes the names of all files of the place, too
@@ -126,7 +126,7 @@ def publish(
     try:
         files.rename(location, name)
     except OSError:
-        if outdated is not None:  # the older one is whole: it gets its name back
+        if outdated is not None:  # restores the older one, which is complete
             files.rename(outdated, name)
         raise
     files.flush_names(folder)
@@ -136,40 +136,40 @@ def publish(
 
 
 def remove_failed_save(folder: Location, step: int, location: Location) -> None:
-    """Remove what a failed save wrote, unless it was published all the same. Raises OSError where that fails."""
+    """Removes the files of a failed save, unless it was published nevertheless. Raises OSError if this fails."""
     files = files_at(folder)
     if not files.renames:
         try:
             manifest = join(published_path(folder, step), STATE_FILE)
             if manifests.parse_manifest(files.read(manifest), manifest).folder == str(location).rpartition("/")[2]:
-                return  # the request that failed was heard
+                return  # the failed request was executed
         except (FileNotFoundError, InvalidCheckpoint):
             pass
     files.remove(location)
 
 
 def read_checkpoint(path: Location) -> CheckpointInfo:
-    """The checkpoint that a folder is. Raises InvalidCheckpoint: a file is missing, not listed, or has another size.
+    """The checkpoint in a folder. Raises InvalidCheckpoint: a file is missing, not listed, or has another size.
 
-    This is quick: contents are compared by `find_damage`."""
+    This is fast: only `find_damage` compares contents."""
     files, manifest = files_at(path), join(path, STATE_FILE)
     parsed = _manifest(path)
     try:
         location = str(path) if parsed.folder == "." else join(path, parsed.folder)
         if not files.is_folder(location) and parsed.folder != ".":
-            raise InvalidCheckpoint(f"{location} is no folder")
+            raise InvalidCheckpoint(f"{location} is not a folder")
         there = set(files.names(location))
     except OSError as error:
         raise InvalidCheckpoint(f"{manifest} cannot be read ({error.strerror or error})") from error
     if (step := step_in_name(path)) not in (None, parsed.step):
-        raise InvalidCheckpoint(f"{manifest} is of step {parsed.step}, but its folder is called that of step {step}")
+        raise InvalidCheckpoint(f"{manifest} is of step {parsed.step}, but the name of its folder is of step {step}")
     for name, fact in parsed.files.items():
         file = join(location, name)
         if name not in there:
             raise InvalidCheckpoint(f"{file} is missing")
         try:
             size = files.size(file)
-        except OSError as error:  # a link that leads nowhere, a disk or a server that does not answer
+        except OSError as error:  # a link without target, a disk or a server that does not answer
             raise InvalidCheckpoint(f"{file} cannot be read ({error.strerror or error})") from error
         if size != fact.size:
             raise InvalidCheckpoint(f"{file} has {size} bytes instead of {fact.size}")
@@ -179,14 +179,14 @@ def read_checkpoint(path: Location) -> CheckpointInfo:
 
 
 def step_in_name(path: Location) -> int | None:
-    """The step that a folder's name says, if any."""
+    """The step in a folder's name; None if there is none."""
     name = str(path).rstrip("/").rpartition("/")[2]
     matches = (pattern.fullmatch(name) for pattern in (PUBLISHED, SAVING, DELETING))
     return next((int(match[1]) for match in matches if match), None)
 
 
 def find_damage(found: CheckpointInfo, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with the contents of a checkpoint's files (all, or those named): one sentence for each."""
+    """The files of a checkpoint (all, or `names`) whose content is damaged or unreadable: one sentence per file."""
     files, wrong = files_at(found.location), []
     for name in found.files if names is None else names:
         path = join(found.location, name)
@@ -209,17 +209,17 @@ def sha256(files: Files, path: Location) -> str:
 
 
 def whole_in(folder: Location) -> list[CheckpointInfo]:
-    """The checkpoints in a folder that are whole by name and size, by step."""
+    """The checkpoints in a folder that are complete by name and size, sorted by step."""
     return list_checkpoints(folder)[0]
 
 
 def damaged_in(folder: Location) -> list[str]:
-    """Why each folder that is called `step-N` and is not whole is none. Such folders are passed over, never deleted."""
+    """Why each incomplete folder called `step-N` is not a checkpoint. Such folders are skipped, never deleted."""
     return [reason for _, reason in list_checkpoints(folder)[1]]
 
 
 def unpublished_in(folder: Location) -> list[str]:
-    """What lies there of saves that were never published."""
+    """The names of saves that were never published."""
     files = files_at(folder)
     if files.renames:
         return [name for _, name in _matching(folder, SAVING)]
@@ -227,7 +227,7 @@ def unpublished_in(folder: Location) -> list[str]:
 
 
 def foreign_steps_in(folder: Location) -> list[str]:
-    """On an object store: the steps that another trainer saved, from which nothing here can go on."""
+    """On an object store: the steps that another trainer saved, which Quadriga does not read there."""
     files = files_at(folder)
     return [] if files.renames else _without_manifest(files, folder, foreign_weights=True)
 
@@ -238,8 +238,8 @@ def _without_manifest(files: Files, folder: Location, foreign_weights: bool) -> 
 
 
 def find_complete(folder: Location, step: int = -1) -> CheckpointInfo | None:
-    """The checkpoint of that step that is whole by name and size, -1: the newest; None where there is none."""
-    for number, name in reversed(_matching(folder, PUBLISHED)):  # the newest first: each look costs a request a file
+    """The checkpoint of this step that is complete by name and size; -1: the newest. None if there is none."""
+    for number, name in reversed(_matching(folder, PUBLISHED)):  # newest first: each takes one request per file
         if step in (-1, number):
             with suppress(InvalidCheckpoint):
                 return read_checkpoint(join(folder, name))
@@ -247,10 +247,10 @@ def find_complete(folder: Location, step: int = -1) -> CheckpointInfo | None:
 
 
 def newest_extra(folder: Location, step: int = -1) -> dict[str, Any] | None:
-    """What the newest checkpoint says beside its tensors, or that of `step`; None where there is none.
+    """`extra` of the newest checkpoint, or of that of `step`; None if there is none.
 
-    `folder` holds checkpoints, or is one. Every rank asks, so the manifest alone is read. None where the newest is
-    another trainer's: older ones of ours say nothing of that run. UserError: the folder cannot be listed."""
+    `folder` has checkpoints, or is one. Only the manifest is read, because every rank calls this. None if the newest
+    one is another trainer's, because older ones are not of that run. Raises UserError: the folder cannot be listed."""
     named = [join(folder, name) for number, name in reversed(_matching(folder, PUBLISHED)) if step in (-1, number)]
     for path in (*named, str(folder)):
         with suppress(InvalidCheckpoint):
@@ -261,7 +261,7 @@ def newest_extra(folder: Location, step: int = -1) -> dict[str, Any] | None:
 
 
 def _manifest(path: Location) -> manifests.Manifest:
-    """What the manifest in a folder says. Raises InvalidCheckpoint where it cannot be read."""
+    """The manifest in a folder. Raises InvalidCheckpoint if it cannot be read."""
     manifest = join(path, STATE_FILE)
     try:
         return manifests.parse_manifest(files_at(path).read(manifest), manifest)
@@ -272,10 +272,9 @@ def _manifest(path: Location) -> manifests.Manifest:
 def delete_old(
     folder: Location, keep: int, every: int = 0, refused: Iterable[int] = (), saved: int | None = None
 ) -> list[int]:
-    """Keep the newest `keep` whole checkpoints (0: all) and each whose step `every` divides (0: none), delete the other
-    whole ones; the steps that went. Those in `refused` are known to be damaged: they count for nothing and stay.
-
-    `saved`: the step that was just saved. It is the newest whatever the names say, and stays."""
+    """Keeps the newest `keep` complete checkpoints (0: all) and those whose step `every` divides (0: none), and deletes
+    the other complete ones. Returns the deleted steps. Steps in `refused` are known to be damaged: they do not count
+    and are kept. `saved`: the step just saved, which is kept even if other steps are higher."""
     whole = [found.step for found in whole_in(folder) if found.step not in set(refused)]
     outdated = [step for step in whole[:-keep] if not (every and step % every == 0)] if keep > 0 else []
     files, gone = files_at(folder), []
@@ -291,21 +290,21 @@ def delete_old(
 
 
 def non_folders_in(folder: Location) -> list[str]:
-    """Why what is called `step-N` and is no folder counts for nothing: one sentence for each."""
+    """Why each name `step-N` that is not a folder is skipped: one sentence per name."""
     files, reasons = files_at(folder), []
     for _, name in _match_names(folder, PUBLISHED):
         path = join(folder, name)
         with suppress(OSError):
             if not files.is_folder(path):
-                kind = "a link, which is not followed" if os.path.islink(path) else "no folder"
-                reasons.append(f"{path} is {kind}: it is passed over")
+                kind = "a link, which is not followed" if os.path.islink(path) else "not a folder"
+                reasons.append(f"{path} is {kind}: it is skipped")
     return reasons
 
 
 def clean_up(folder: Location) -> list[str]:
-    """Remove what a killed run left of unpublished saves; what was done, in words. Call while no run writes here.
+    """Removes the unpublished saves of a killed run. Returns what was done, as text. Call while no run writes here.
 
-    A save that was whole and lacked its new name only, since it was replacing an older one, gets it now.
+    A complete save that was about to replace an older one is renamed now.
     """
     files, done = files_at(folder), []
     if not files.renames:
@@ -318,7 +317,7 @@ def clean_up(folder: Location) -> list[str]:
     for step, hidden_name in [*_matching(folder, SAVING), *_matching(folder, DELETING)]:
         try:
             done.append(_finish_or_remove(files, folder, step, hidden_name))
-        except OSError as error:  # no reason not to start
+        except OSError as error:  # does not prevent the start
             done.append(f"{hidden_name}: could not be removed ({error.strerror or error})")
     return done
 
@@ -329,27 +328,27 @@ def _finish_or_remove(files: Files, folder: Location, step: int, hidden_name: st
         if not files.exists(name):
             files.rename(path, name)
             return f"step-{step}: finished"
-        outdated = _set_aside(files, folder, step)  # as `publish` was about to; it may be damaged, or no folder
+        outdated = _set_aside(files, folder, step)  # as in `publish`; it may be damaged, or not a folder
         files.rename(path, name)
         foreign.remove_unless_foreign(files, outdated)
-        return f"step-{step}: finished, in the place of an older one"
+        return f"step-{step}: finished, replacing an older one"
     files.remove(path)
     return f"{hidden_name}: removed"
 
 
 def checkpoint_bytes(found: CheckpointInfo) -> int:
-    """Bytes of all files but the manifest."""
+    """Bytes of all files except the manifest."""
     return sum(fact.size for fact in found.files.values())
 
 
 def list_checkpoints(folder: Location) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
-    """The published checkpoints that are whole by name and size, and the others: (step, why); each by step."""
+    """The published checkpoints that are complete by name and size, and the others as (step, why); sorted by step."""
     whole, damaged = [], []
     for step, name in _matching(folder, PUBLISHED, with_manifest=None if files_at(folder).renames else True):
         try:
             whole.append(read_checkpoint(join(folder, name)))
         except InvalidCheckpoint as reason:
-            if files_at(folder).exists(join(folder, name)):  # else a run has deleted it meanwhile
+            if files_at(folder).exists(join(folder, name)):  # otherwise a run has deleted it meanwhile
                 damaged.append((step, str(reason)))
     return whole, damaged
 
@@ -361,7 +360,7 @@ def _is_whole(path: Location) -> bool:
 
 
 def _matching(folder: Location, pattern: re.Pattern[str], with_manifest: bool | None = None) -> list[tuple[int, str]]:
-    """Step and name of each match, by step; of published ones only folders. Raises UserError where it cannot look."""
+    """(step, name) of each match, sorted; of published ones only folders. Raises UserError if it cannot be listed."""
     files, found = files_at(folder), _match_names(folder, pattern)
     if pattern is PUBLISHED:
         found = [one for one in found if _may_be_folder(files, join(folder, one[1]))]
@@ -374,7 +373,7 @@ def _match_names(folder: Location, pattern: re.Pattern[str]) -> list[tuple[int, 
     try:
         names = files_at(folder).names(folder)
     except OSError as error:
-        fix = "mend the folder or its permissions; nothing was changed"
+        fix = "repair the folder or its permissions; nothing was changed"
         raise UserError(Problem(str(folder), f"cannot be listed: {error.strerror or error}", fix=fix)) from error
     return sorted((int(match[1]), name) for name in names if (match := pattern.fullmatch(name)))
 
@@ -384,12 +383,12 @@ def _may_be_folder(files: Files, path: Location) -> bool:
         return files.is_folder(path)
     except FileNotFoundError:
         return False
-    except OSError:  # named when it is read
+    except OSError:  # reported when it is read
         return True
 
 
 def _set_aside(files: Files, folder: Location, step: int) -> str:
-    """Take its name from step N; the name that it has now. What another trainer left is never removed."""
+    """Renames step N. Returns its new name. Files of another trainer are never removed."""
     if foreign.has_foreign_weights(files, published_path(folder, step)):
         aside = foreign.backup_path(files, str(folder), step)
     else:

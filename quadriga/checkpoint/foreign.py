@@ -1,4 +1,4 @@
-"""Folders called `step-N` that another trainer wrote: how they are told from ours, and kept."""
+"""Folders called `step-N` of another trainer: how they are distinguished from Quadriga's, and kept."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from quadriga.checkpoint.files import Files, Location, files_at, local
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE, TOKEN
 from quadriga.checkpoint.plan_format import PLAN_FILE
 
-HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's form
-SHARDED = "sharded"  # the folder in such a save that holds what each rank wrote
+HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
+SHARDED = "sharded"  # the folder in such a save with the files of each rank
 SHARDS = (".safetensors", ".distcp")
 
 
 def has_foreign_plan(files: Files, path: Location) -> bool:
-    """Whether a folder has DCP's plan, and nothing that every checkpoint of ours has. Its plan is not read."""
+    """Whether a folder has DCP's plan, and no file that only Quadriga writes. The plan is not read."""
     names = set(files.names(path))
     return METADATA in names and not names & {STATE_FILE, PLAN_FILE}
 
 
 def has_foreign_plan_on_disk(path: Location) -> bool:
-    """`has_foreign_plan`, of what is in a file system; False where there is no such folder."""
+    """`has_foreign_plan` for a path in a file system; False if the folder does not exist, or in an object store."""
     files = files_at(path)
     try:
         return files.renames and has_foreign_plan(files, path)
@@ -29,8 +29,8 @@ def has_foreign_plan_on_disk(path: Location) -> bool:
 
 
 def has_foreign_weights(files: Files, path: Location) -> bool:
-    """Whether a folder (no link to one) holds weights, and nothing that every checkpoint of ours has. One that
-    a kill cut off counts: its shards may lack their plan, or lie in `sharded` alone."""
+    """Whether a folder (not a link to one) has weights, and no file that only Quadriga writes. A save that was
+    interrupted counts too: its shards may have no plan, or be only in `sharded`."""
     if files.renames and os.path.islink(local(path)):
         return False
     names = set(files.names(path))
@@ -39,12 +39,13 @@ def has_foreign_weights(files: Files, path: Location) -> bool:
 
 
 def has_hugging_face_weights(files: Files, path: Location) -> bool:
-    """Whether a folder holds weights in Hugging Face's form, not only what each rank wrote of them."""
+    """Whether a folder has weights in Hugging Face's format, not only the files of each rank."""
     return any(name == HF_INDEX or name.endswith(".safetensors") for name in files.names(path))
 
 
 def backup_path(files: Files, folder: str, step: int) -> str:
-    """A free name for another trainer's step N, whose place a save of ours takes. No trainer takes it for a step."""
+    """An unused name for another trainer's step N, if a save of Quadriga needs that name. No trainer reads it as a
+    step."""
     name, number = f"{folder.rstrip('/')}/step_{step}.theirs", 1
     while files.exists(name):
         number += 1
@@ -58,18 +59,18 @@ def remove_unless_foreign(files: Files, path: Location) -> None:
 
 
 def remove_saves(files: Files, path: Location, keep: str = "") -> None:
-    """On an object store: the files of our saves of a step, but those of the save `keep`. What another trainer left
-    under the same name stays."""
+    """On an object store: removes the files of Quadriga's saves of a step, except of the save `keep`. Files of another
+    trainer with the same name are kept."""
     for name in files.names(path):
         if TOKEN.fullmatch(name) and name != keep:
             files.remove(f"{path}/{name}")
 
 
 def remove_step(files: Files, path: Location) -> None:
-    """On an object store: a checkpoint of ours. It is none as soon as its manifest is gone."""
+    """On an object store: removes a checkpoint of Quadriga, its manifest first, so that it is never incomplete."""
     manifest = f"{path}/{STATE_FILE}"
     files.remove(manifest)
     if all(TOKEN.fullmatch(name) for name in files.names(path)):
-        files.remove(path)  # at once, with a folder that holds nothing more, where the store has folders
+        files.remove(path)  # one request, which also removes the folder if the store has folders
     else:
         remove_saves(files, path)

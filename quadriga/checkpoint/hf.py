@@ -1,8 +1,8 @@
-"""The door to Hugging Face, inwards: their weights into a run, or into a checkpoint of ours. `hf_export` goes outwards.
+"""Imports Hugging Face weights, into a run or into a checkpoint. `hf_export` is the reverse.
 
-Nothing is permuted or transposed, only renamed: both sides turn the two halves of a head against each other. What is
-called how arrives as an argument (`HfTensorNames`), so that this room knows no model. Tensors are read one at a time,
-and a rank reads no more of one than it holds.
+Tensors are only renamed, not permuted or transposed, because both programs rotate the two halves of a head. The names
+are an argument (`HfTensorNames`), so that this package does not depend on a model. Tensors are read one at a time, and
+a rank reads only its own shard of each.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.log import logger
 from quadriga.units import format_bytes
 
-MISSING, SURPLUS = "the model needs tensors that are not there:", "tensors that the model has no place for:"
+MISSING, SURPLUS = "tensors of the model are missing:", "tensors that the model does not have:"
 RESHAPED = "shapes differ:"
-NAME_SHOWN = 200  # characters of a tensor's name; a file may hold any
-MODEL = "model."  # what DCP's names of weights begin with
+NAME_SHOWN = 200  # characters of a tensor's name, which can have any length in a file
+MODEL = "model."  # prefix of DCP's names of weights
 
 
 class HfTensorNames(Protocol):
-    """The tensors of one model on both sides; `models.registry.hf_names` gives it."""
+    """Maps the tensors of one model to Hugging Face's names; see `models.registry.hf_names`."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor of the whole model, by our names."""
+        """The shape of every tensor of the whole model, by Quadriga's names."""
 
     def hf_name(self, name: str) -> str:
-        """Hugging Face's name for one of ours."""
+        """Hugging Face's name of a tensor."""
 
     def is_optional(self, name: str) -> bool:
-        """Whether their files may hold this though the model does not need it."""
+        """Whether Hugging Face's files can have this tensor although the model does not need it."""
 
     def config_differences(self, config: Mapping[str, Any], where: str) -> list[Problem]:
-        """Where their `config.json` describes another model."""
+        """The differences between the model of a `config.json` and this model."""
 
 
 def read_hf(
@@ -64,12 +64,12 @@ def read_hf(
     *,
     allow_change: bool = False,
 ) -> dict[str, Any]:
-    """Fill this rank's tensors, plain ones or DTensors of any layout, by our names, from Hugging Face weights.
-    What their `config.json` says.
+    """Fills this rank's tensors, plain ones or DTensors of any layout, by Quadriga's names, from Hugging Face weights.
+    Returns the content of `config.json`.
 
-    Each rank reads the slices that it holds; dtypes are converted on the way. Call on all ranks. Raises UserError on
-    every rank where names, shapes or `config.json` do not fit the model; `allow_change` passes what `config.json` says
-    (another base of the rotary frequencies, say), never names and shapes."""
+    Each rank reads its shards; dtypes are converted. Call on all ranks. Raises UserError on every rank if names, shapes
+    or `config.json` do not fit the model. `allow_change` accepts differences of `config.json` (for example another base
+    of the rotary frequencies), never of names and shapes."""
 
     def fill() -> dict[str, Any]:
         source = HfFolder(location)
@@ -92,10 +92,10 @@ def read_hf(
 def import_hf(
     source: HfFolder, folder: Location, names: HfTensorNames, extra: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> str:
-    """Make `step-0` of a checkpoint folder from Hugging Face weights, in their dtypes or another; its name.
+    """Writes Hugging Face weights as `step-0` of a checkpoint folder, in their dtypes or in `dtype`. Returns its name.
 
-    One process alone. Raises UserError where names or shapes do not fit the model, or the folder is not empty;
-    CheckpointError where it cannot be written, and then nothing of it is left."""
+    Single process. Raises UserError if names or shapes do not fit the model, or if the folder is not empty;
+    CheckpointError if it cannot be written. In both cases nothing of it is left."""
     refuse_existing(folder, but=os.path.basename(folders.staging_path(folder, 0)))
     refuse_other_names(source, names, names.shapes)
     entries = source.entries(map(names.hf_name, names.shapes))
@@ -119,9 +119,9 @@ def import_hf(
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Makes each tensor when its turn to be written comes."""
+    """Makes each tensor when it is written."""
 
-    refused: UserError | None = None  # what ended it, if the user can mend it; DCP would wrap it up
+    refused: UserError | None = None  # the UserError that ended the save, because DCP would wrap it
 
     def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -138,7 +138,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 def _write_one_by_one(
     location: Location, wanted: Mapping[str, TensorInfo], make: Callable[[str], torch.Tensor]
 ) -> dict[str, str]:
-    """Write a checkpoint of tensors that are made one at a time; the SHA-256 of its files by name."""
+    """Writes a checkpoint of tensors that are made one at a time. Returns the SHA-256 of its files by name."""
     files, planner = HashingFiles(files_at(location)), _StreamingPlanner(make)
     writer = CheckpointWriter(str(location), files)
     writer.single_file_per_rank = False  # DCP keeps every tensor of a file until the file is done
@@ -151,13 +151,13 @@ def _write_one_by_one(
             save(placeholders, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointError as error:
         failure = planner.refused or error
-    if failure is not None:  # raised out here: `refused` is among the causes of what was caught
+    if failure is not None:  # raised here, because `refused` is among the causes of `error`
         raise failure
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
 
 
 def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """What this rank holds of a tensor, and where it begins in the whole."""
+    """This rank's shard of a tensor, and its offsets in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), (0,) * tensor.dim()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -168,18 +168,18 @@ def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 
 def refuse_other_names(source: HfFolder, names: HfTensorNames, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError where a folder has not exactly the model's tensors, or another shape for one that is wanted."""
+    """Raises UserError if a folder does not have exactly the model's tensors, or if a shape in `wanted` differs."""
     theirs = {names.hf_name(name) for name in names.shapes}
     missing = sorted(theirs - source.names)
     surplus = sorted(name for name in source.names - theirs if not names.is_optional(name))
     shapes = {names.hf_name(name): shape for name, shape in wanted.items()}
     there = source.entries(sorted(shapes.keys() & source.names))
     reshaped = [
-        f"{name}: {list(entry.shape)} there, {list(shapes[name])} here"
+        f"{name}: {list(entry.shape)} in the folder, {list(shapes[name])} in the model"
         for name, entry in there.items()
         if entry.shape != shapes[name]
     ]
-    fix = "take the folder of the model that is configured, or set model.flavor and its sizes to those of the folder"
+    fix = "use the folder of the configured model, or set model.flavor and its sizes to those of the folder"
     guess = nearest(missing[0], [name for name in surplus if len(name) < NAME_SHOWN]) if missing else None
     refuse_mismatch(str(source.path), missing, surplus, reshaped, fix, guess)
 
@@ -192,7 +192,7 @@ def refuse_mismatch(
     fix: str,
     guess: str | None = None,
 ) -> None:
-    """One UserError of all that does not fit, if anything."""
+    """Raises one UserError with all mismatches, if there are any."""
     missing, surplus, reshaped = (
         [shortened(one, NAME_SHOWN) for one in names] for names in (missing, surplus, reshaped)
     )
@@ -205,27 +205,28 @@ def refuse_mismatch(
 
 
 def refuse_existing(out: Location, but: str = "") -> None:
-    """UserError where `out` is a file, or a folder that holds anything `but` what an earlier attempt left."""
+    """Raises UserError if `out` is a file, or a folder with anything except `but`, the rest of an earlier attempt."""
     files = files_at(out)
     if files.is_file(out) or set(files.names(out)) - {but}:
-        what = "is there already, and is not empty"
-        raise UserError(Problem(str(out), what, fix="name a folder that does not exist yet, or remove this one"))
+        what = "already exists, and is not empty"
+        raise UserError(Problem(str(out), what, fix="use a folder that does not exist yet, or remove this one"))
 
 
 def refuse_lack_of_space(out: Location, entries: Iterable[TensorInfo]) -> None:
-    """UserError before an hour of writing, not after it. Of an object store nobody knows its room."""
+    """Raises UserError if the disk has too little free space, before the write starts. Does not check object stores."""
     if not files_at(out).renames:
         return
     path = local(out).absolute()
     free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
     needed = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
     if needed > free:
-        what = f"{format_bytes(needed)} are to be written, and {format_bytes(free)} are free there"
-        raise UserError(Problem(str(out), what, fix="make room, name another place, or take a smaller dtype"))
+        what = f"{format_bytes(needed)} of space are needed, and {format_bytes(free)} are free"
+        raise UserError(Problem(str(out), what, fix="free some space, use another folder, or a smaller dtype"))
 
 
 def check_float16_range(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor; float16 ends at 65504, and weights beyond would silently become infinite."""
+    """Returns the tensor. Raises UserError for infinite float16 values: a conversion to float16 makes values above
+    65504 infinite without an error."""
     if tensor.dtype == torch.float16 and not tensor.isfinite().all():
-        raise UserError(Problem(name, "holds values that float16 has no room for", fix="take bfloat16 or float32"))
+        raise UserError(Problem(name, "has values outside the range of float16", fix="use bfloat16 or float32"))
     return tensor

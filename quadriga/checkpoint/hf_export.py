@@ -1,7 +1,7 @@
-"""The door to Hugging Face, outwards: a published checkpoint of ours as a folder that `transformers` loads.
+"""Exports a published checkpoint to Hugging Face: a folder that `transformers` loads.
 
-Every tensor is read from the checkpoint when its turn to be written comes, so that what is needed in memory is a
-tensor, not a model. With several ranks each writes some of the files.
+Each tensor is read from the checkpoint when it is written, so one tensor at a time is in memory, not the model. With
+several ranks, each writes some of the files.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ def export_hf(
     replace: bool = False,
     most: int = MOST_IN_A_FILE,
 ) -> None:
-    """Write the weights of a published checkpoint as safetensors of at most `most` bytes, with their index,
+    """Writes the weights of a published checkpoint as safetensors of at most `most` bytes per file, with their index,
     `config.json` and the tokenizer's files.
 
-    On a file system all is written under a hidden name beside `out` and renamed; on an object store `config.json` is
-    written last. Call on all ranks.
+    On a file system, everything is written under a hidden name next to `out` and then renamed. On an object store,
+    `config.json` is written last. Call on all ranks.
 
     Args:
-        config: the fields of `config.json` but the dtype, which is added.
-        dtype: None keeps what was saved.
-        tokenizer: the files of the tokenizer by name; None: none.
-        replace: an `out` that is there is replaced; otherwise it is refused.
+        config: the fields of `config.json`, except the dtype, which is added.
+        dtype: None keeps the saved dtypes.
+        tokenizer: the contents of the tokenizer's files by name; None: no tokenizer.
+        replace: replaces an existing `out`; otherwise it is refused.
 
     Raises:
-        UserError, CheckpointError: on every rank. `out` is then what it was before.
+        UserError, CheckpointError: on every rank. `out` is then unchanged.
     """
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     files = files_at(out)
@@ -101,10 +101,10 @@ def export_hf(
 
 
 class HfWeights:
-    """The weights of a checkpoint by Hugging Face's names. Its plan is read once, its tensors one at a time."""
+    """The weights of a checkpoint by Hugging Face's names. The plan is read once, the tensors one at a time."""
 
     def __init__(self, stored: StoredTensors, names: HfTensorNames, dtype: torch.dtype | None) -> None:
-        """Raises UserError where the checkpoint holds another model than `names` is of."""
+        """Raises UserError if the checkpoint is of another model than `names`."""
         self._stored = stored
         saved = {
             name.removeprefix(MODEL): TensorInfo(planned.shape, planned.dtype)
@@ -119,25 +119,25 @@ class HfWeights:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype that most of the tensors are to be written in, as `config.json` calls it."""
+        """The dtype of most of the written tensors, as named in `config.json`."""
         dtypes = [entry.dtype for entry in self.entries.values()]
         return str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor in the dtype to be written; beside it only one saved piece of it is in memory."""
+        """A whole tensor in the dtype of the export. In addition, only one saved chunk of it is in memory."""
         return check_float16_range(load_tensor(self._stored, MODEL + self._ours[name], self.entries[name].dtype), name)
 
 
 def refuse_other_model(location: str, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, TensorInfo]) -> None:
-    """UserError where a checkpoint does not hold exactly the tensors of a model."""
+    """Raises UserError if a checkpoint does not have exactly the tensors of a model."""
     reshaped = [
-        f"{name}: {list(entry.shape)} saved, {list(shapes[name])} here"
+        f"{name}: {list(entry.shape)} in the checkpoint, {list(shapes[name])} in the model"
         for name, entry in saved.items()
         if name in shapes and entry.shape != shapes[name]
     ]
     missing, surplus = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
     refuse_mismatch(
-        location, missing, surplus, reshaped, "name the configuration that it was saved with: --config FILE.toml"
+        location, missing, surplus, reshaped, "give the configuration that it was saved with: --config FILE.toml"
     )
 
 
@@ -153,14 +153,14 @@ def _write_metadata(
         files.write(join(location, INDEX), _as_json(index_of(weights)))
     for name, content in tokenizer.items():
         files.write(join(location, name), content)
-    files.write(join(location, CONFIG), _as_json(config))  # the last one: transformers reads nothing without it
+    files.write(join(location, CONFIG), _as_json(config))  # last, because transformers reads nothing without it
 
 
 def _publish(files: Files, location: str, out: str) -> None:
     if not files.renames:
         return
     files.flush_names(location)
-    _remove(files, out)  # empty, or to be replaced
+    _remove(files, out)  # it is empty, or is to be replaced
     files.rename(location, out)
     files.flush_names(local(out).absolute().parent)
 

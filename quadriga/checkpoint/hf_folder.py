@@ -1,6 +1,6 @@
-"""A folder of Hugging Face weights, as it is read: safetensors alone, in one file or in several with an index.
+"""Reads a folder of Hugging Face weights: only safetensors, in one file, or in several files with an index.
 
-A file is opened for one tensor at a time and mapped into memory, so that no more of it is held than what is copied.
+A file is opened for one tensor at a time and memory-mapped, so only the copied part is in memory.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from quadriga.units import format_some
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COMPARED_BYTES = 1 << 26  # bytes of each of two matrices that are compared at a time
+COMPARED_BYTES = 1 << 26  # bytes per matrix that are compared at a time
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DOWNLOAD_AGAIN = "download the folder again: python scripts/download_hf_assets.py --assets all"
-FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as files say it
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # names in a file
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of a tensor before its bytes."""
+    """Shape and dtype of a tensor, from the header of a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class HfFolder:
-    """The names are read at once, the tensors when they are asked for."""
+    """A folder of weights. Its names are read on construction, its tensors on request."""
 
     def __init__(self, location: Location) -> None:
-        """Raises UserError where there is no folder of safetensors, or where its index names what is not there."""
+        """Raises UserError if it is not a folder of safetensors, or if its index lists missing files."""
         self.path = local(location)
         if is_url(location) and not str(location).startswith("file://"):
             fix = "copy the folder to a disk of this machine first"
@@ -63,12 +63,12 @@ class HfFolder:
         return str(self.path / CONFIG)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` says. Raises UserError where it is missing or is no table.
+        """The content of `config.json`. Raises UserError if it is missing or is not a JSON object.
 
-        As in transformers, `tie_word_embeddings` does not hold where the file has an output layer of other numbers.
+        As in transformers, `tie_word_embeddings` is ignored if the output layer differs from the embedding.
         """
         if not os.path.lexists(self.config_file):
-            what = "missing: it says how many heads the model has and how it turns positions, which no tensor tells"
+            what = "missing: only this file has the number of heads and the rotary frequencies of the model"
             raise UserError(Problem(self.config_file, what, fix=DOWNLOAD_AGAIN))
         try:
             config = read_json(self.config_file, what="model's configuration")
@@ -76,19 +76,19 @@ class HfFolder:
             what = f"cannot be read: {error.problems[0].what}"
             raise UserError(Problem(self.config_file, what, fix=DOWNLOAD_AGAIN)) from error
         if not isinstance(config, dict):
-            raise UserError(Problem(self.config_file, "holds no table of JSON", fix=DOWNLOAD_AGAIN))
+            raise UserError(Problem(self.config_file, "is not a JSON object", fix=DOWNLOAD_AGAIN))
         if config.get("tie_word_embeddings") is True and {HEAD, EMBEDDING} <= self._files.keys():
             if self._are_equal(HEAD, EMBEDDING):
                 del self._files[HEAD]
             else:
                 config["tie_word_embeddings"] = False
                 logger.warning(
-                    f"{self.config_file} says tie_word_embeddings, but {HEAD} is not {EMBEDDING}: read as not tied"
+                    f"{self.config_file} has tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: loaded as untied"
                 )
         return config
 
     def _are_equal(self, one: str, other: str) -> bool:
-        """Whether two matrices are the same numbers; some rows of each are in memory at a time."""
+        """Whether two matrices are equal. Only some rows of each are in memory at a time."""
         entries = self.entries((one, other))
         shape = entries[one].shape
         if entries[one] != entries[other] or len(shape) != 2:
@@ -99,7 +99,7 @@ class HfFolder:
             return all(torch.equal(a[at : at + rows], b[at : at + rows]) for at in range(0, shape[0], rows))
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorInfo]:
-        """Shapes and formats; each file is opened once. Raises UserError for damaged files and unknown formats."""
+        """Shapes and dtypes by name; each file is opened once. Raises UserError for damaged files and other dtypes."""
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self._files[name], []).append(name)
@@ -109,24 +109,24 @@ class HfFolder:
                 for name in inside:
                     part = file.get_slice(name)
                     if (form := part.get_dtype()) not in FORMATS:
-                        what, allowed = f"{name} is in the format {form}, which is not read here", ", ".join(FORMATS)
+                        what, allowed = f"{name} has dtype {form}, which is not supported", ", ".join(FORMATS)
                         raise UserError(Problem(str(path), what, allowed=allowed))
                     found[name] = TensorInfo(tuple(part.get_shape()), FORMATS[form])
         return found
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
-        """The names sorted by file, so that each file is read in one go."""
+        """The names sorted by file, so that each file is read in one pass."""
         return sorted(names, key=lambda name: (str(self._files[name]), name))
 
     def fill(self, name: str, into: torch.Tensor, offset: Sequence[int]) -> None:
-        """Copy the box of a tensor that begins at `offset` and has the shape of `into`; dtypes may differ."""
+        """Copies the slice of a tensor at `offset` with the shape of `into` to `into`, and converts the dtype."""
         box = tuple(slice(start, start + size) for start, size in zip(offset, into.shape, strict=True))
         with _SafetensorsFile(self._files[name]) as file, torch.no_grad():
             into.copy_(file.get_slice(name)[box])
 
 
 class _SafetensorsFile:
-    """A safetensors file for a `with` block; what the library finds wrong with it is told as a damaged file."""
+    """A safetensors file as a context manager. Converts errors of the library to a UserError: a damaged file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -153,7 +153,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """The file of each tensor, as the index says; only files beside it count, and all must be there."""
+    """The file of each tensor, from the index. Raises UserError if a file is missing or in another folder."""
     try:
         listed = read_json_object(index, what="index").get("weight_map")
     except UserError as error:
@@ -165,24 +165,24 @@ def _read_index(index: Path) -> dict[str, Path]:
         {file for file in files.values() if Path(file).name != file or not file.endswith(".safetensors")}
     )
     if elsewhere:
-        what = f"names files that are no safetensors beside it: {format_some([shortened(file) for file in elsewhere])}"
+        what = f"has entries other than safetensors next to it: {format_some([shortened(file) for file in elsewhere])}"
         raise UserError(Problem(str(index), what))
     absent = sorted({file for file in files.values() if not os.path.isfile(index.parent / file)})
     if absent:
-        what = f"names files that are not there: {format_some([shortened(file) for file in absent])}"
+        what = f"lists files that are missing: {format_some([shortened(file) for file in absent])}"
         raise UserError(Problem(str(index), what, fix=DOWNLOAD_AGAIN))
     return {name: index.parent / file for name, file in files.items()}
 
 
 def _no_index(index: Path, reason: str) -> Problem:
-    return Problem(str(index), f"no index of safetensors: {reason}", fix=DOWNLOAD_AGAIN)
+    return Problem(str(index), f"not an index of safetensors: {reason}", fix=DOWNLOAD_AGAIN)
 
 
 def _no_folder(path: Path) -> Problem:
-    fix = "name the folder that holds config.json and the safetensors"
-    if len(path.parts) == 2 and not path.is_absolute():  # as a repository of the Hub is called
-        fix = f"python scripts/download_hf_assets.py --repo_id {path} --assets all; then name the folder that it prints"
-    what = "there is no such folder" if not path.exists() else "a file, where the folder around it is wanted"
+    fix = "use the folder that has config.json and the safetensors"
+    if len(path.parts) == 2 and not path.is_absolute():  # like the name of a repository of the Hub
+        fix = f"python scripts/download_hf_assets.py --repo_id {path} --assets all; then use the folder that it prints"
+    what = "there is no such folder" if not path.exists() else "a file; its folder is expected"
     return Problem(str(path), what, fix=fix)
 
 
@@ -195,7 +195,7 @@ def _no_weights(path: Path) -> Problem:
         what = (
             f"weights as a pickle ({format_some(pickles)}): reading one can run any code, so only safetensors are read"
         )
-        fix = "take a revision with safetensors, or save it anew with transformers where you trust it: save_pretrained"
+        fix = "use a revision with safetensors, or, if you trust it, convert it with transformers: save_pretrained"
         return Problem(str(path), what, fix=fix)
-    what = f"holds neither {SINGLE} nor {INDEX}; there is {format_some(there) or 'nothing'}"
+    what = f"has neither {SINGLE} nor {INDEX}; it contains {format_some(there) or 'nothing'}"
     return Problem(str(path), what, fix=DOWNLOAD_AGAIN)

@@ -1,8 +1,8 @@
-"""A folder of Hugging Face weights, as it is written: how tensors are dealt to files, and the bytes of a file.
+"""Writes a folder of Hugging Face weights: how tensors are assigned to files, and the bytes of a file.
 
-A safetensors file is the length of its header (8 bytes), the header as JSON, and the tensors one behind the other. The
-library's own writer wants all tensors of a file in memory; here the header is made from shapes alone and the tensors
-follow one at a time.
+A safetensors file is the length of its header (8 bytes), the header as JSON, and the tensors one after another. The
+writer of the library needs all tensors of a file in memory. Here the header is made from the shapes, and the tensors
+are written one at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 from quadriga.checkpoint.hf_folder import FORMATS, SINGLE, TensorInfo
 
-HEADER_STEP = 8  # bytes that the header's length is a multiple of, so that the tensors behind it are aligned
-CHUNK_BYTES = 1 << 26  # bytes handed over at a time
+HEADER_STEP = 8  # bytes; the length of the header is a multiple, so that the tensors are aligned
+CHUNK_BYTES = 1 << 26  # bytes written at a time
 FORMAT_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights, before it is written. `tensors`: by the names in the file, in its order."""
+    """The content of one file of weights. `tensors`: by name, in the order of assignment."""
 
     name: str
     tensors: Mapping[str, TensorInfo]
@@ -40,7 +40,7 @@ def tensor_bytes(entry: TensorInfo) -> int:
 
 
 def assign_to_files(tensors: Mapping[str, TensorInfo], most: int) -> list[WeightFile]:
-    """The files for these tensors, in their order: as much in one as stays below `most` bytes, at least one tensor."""
+    """The files for these tensors, in their order. A file has at most `most` bytes, or a single larger tensor."""
     groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
     for name, entry in tensors.items():
@@ -56,7 +56,7 @@ def assign_to_files(tensors: Mapping[str, TensorInfo], most: int) -> list[Weight
 
 
 def index_of(files: Sequence[WeightFile]) -> dict[str, object]:
-    """What `model.safetensors.index.json` says."""
+    """The content of `model.safetensors.index.json`."""
     entries = [entry for file in files for entry in file.tensors.values()]
     numbers = sum(math.prod(entry.shape) for entry in entries)
     return {
@@ -66,19 +66,21 @@ def index_of(files: Sequence[WeightFile]) -> dict[str, object]:
 
 
 def write_weights(stream: IO[bytes], file: WeightFile, tensor: Callable[[str], torch.Tensor]) -> None:
-    """Write a file; `tensor` makes each by its name, in the shape and format of its entry, when its turn comes."""
-    ordered = sorted(file.tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps all of them aligned
+    """Writes a file. `tensor` returns each tensor by its name, in the shape and dtype of its entry, when it is written.
+
+    Raises ValueError if it returns another shape or dtype."""
+    ordered = sorted(file.tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps all tensors aligned
     stream.write(_header(dict(ordered)))
     for name, entry in ordered:
         value = tensor(name)
         if (tuple(value.shape), value.dtype) != (entry.shape, entry.dtype):
-            raise ValueError(f"{name} was announced as {entry} and is {tuple(value.shape)} of {value.dtype}")
+            raise ValueError(f"{name} is {entry} in the header and {tuple(value.shape)} of {value.dtype} as a tensor")
         for piece in _bytes_of(value):
             stream.write(piece)
 
 
 def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires this
     end = 0
     for name, entry in tensors.items():
         start, end = end, end + tensor_bytes(entry)

@@ -1,16 +1,16 @@
-"""When to save and what to load: the policy of `[checkpoint]` over `folder.py` (names) and `tensors.py` (bytes).
+"""When to save and what to load: the policy of `[checkpoint]`, on top of `folder.py` (names) and `tensors.py` (bytes).
 
     manager = CheckpointManager(section, folder, group)
-    found = manager.find()                                   # verified, byte by byte; no tensor is touched
+    found = manager.find()                                   # verified byte for byte; no tensor is changed
     tensors = {"model": ModelState(parts), "optimizer": OptimizerState(parts, optimizers)}
-    if found: manager.load(found, tensors)                   # found.step, found.extra say where the run stood
+    if found: manager.load(found, tensors)                   # found.step, found.extra: the state of the run
     ...
     if manager.should_save(step, last=step == steps): manager.save(step, tensors, extra, last=step == steps)
     ...
     manager.close()
 
-Every method is to be called by all ranks together. `torch.distributed.checkpoint` is imported at the first load or
-save, so that a plain start does not pay for it.
+Call every method on all ranks. `torch.distributed.checkpoint` is imported at the first load or save, so that a start
+without checkpoints does not take the time.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
-RANDOM = "random"  # the part of the generators, which differ from machine to machine
+RANDOM = "random"  # the part with the random generators, which differ between machines
 LogEvent = Callable[..., None]  # log_event(event, step, **facts): see quadriga.metrics.events
 
 
 class Stateful(Protocol):
-    """What can be saved: `state_dict` gives its tensors, not copies, by flat names; see `states.py`."""
+    """A state that can be saved. `state_dict` returns its tensors, not copies, by flat names; see `states.py`."""
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
@@ -68,27 +68,27 @@ class CheckpointManager:
         group: dist.ProcessGroup | None = None,
         log_event: LogEvent | None = None,
     ) -> None:
-        """`group`: a gloo group of all ranks and of no other use (asynchronous saves run beside training); None: one
-        process alone. `log_event` hears what happens. Cleans up what a killed run left, so the caller must hold the run
-        folder's lock. Raises UserError where nothing can be written."""
+        """`group`: a gloo group of all ranks without other use, because asynchronous saves run during training; None: a
+        single process. `log_event` receives the events. Removes the files of unfinished saves, so the caller must hold
+        the lock of the run folder. Raises UserError if the folder cannot be written."""
         self._section, self._folder, self._group = section, str(folder), group
         self._first_rank = group is None or dist.get_rank(group) == 0
         self._log_event = log_event if log_event is not None and self._first_rank else _discard
         self._last_save = time.monotonic()
         self._running: _BackgroundSave | None = None
         self._staging: Staging | None = None
-        self._saved: int | None = None  # the newest step that this run saved, or went on from
+        self._saved: int | None = None  # the newest step that this run saved or resumed from
         self._refused: set[int] = set()  # steps whose files are known to be damaged
         self._remains: list[str] = []
         if section.enable and not section.load_only:
             self._remains = self.on_first_rank(self._clean_up)
 
     def find(self) -> CheckpointInfo | None:
-        """What the run starts from: its own newest checkpoint whose every byte is as it was written (or that of
-        `load_step`), else `initial_load_path`, else None.
+        """The checkpoint that the run starts from: its own newest one with correct hashes (or that of `load_step`),
+        else `initial_load_path`, else None.
 
-        Raises UserError where what the section names is not there, and CheckpointError with exit code 3 where
-        checkpoints were published and none of them is good: nothing starts from scratch in silence.
+        Raises UserError if a configured checkpoint does not exist, and CheckpointError with exit code 3 if published
+        checkpoints exist and none is good, so that a run never starts from scratch silently.
         """
         if not self._section.enable:
             return None
@@ -107,9 +107,9 @@ class CheckpointManager:
     def load(
         self, found: CheckpointInfo, tensors: Mapping[str, Stateful], titan_names: TitanTensorNames | None = None
     ) -> None:
-        """Fill the given states from a checkpoint, saved on whatever layout. Only the model where `found.resume` is
-        False; nothing that `exclude_from_loading` names. `titan_names`: for a checkpoint of torchtitan. Raises
-        UserError where it does not fit them."""
+        """Fills the given states from a checkpoint of any layout: only the model if `found.resume` is False, and not
+        the parts in `exclude_from_loading`. `titan_names`: for a checkpoint of torchtitan. Raises UserError if the
+        checkpoint does not fit the states."""
         wanted = {
             part: state
             for part, state in tensors.items()
@@ -126,7 +126,7 @@ class CheckpointManager:
         if found.trainer:
             self._load_titan(found, _flat(loaded), titan_names)
         else:
-            foreign = not found.files  # it may hold more than weights, and name them as the model does
+            foreign = not found.files  # it can have more than weights, and name them without a prefix
             unfilled, unused = load_tensors(
                 found.location,
                 _flat(loaded),
@@ -145,7 +145,7 @@ class CheckpointManager:
                     {name: value for name, value in loaded[part].items() if f"{part}.{name}" not in unfilled}
                 )
 
-        on_all_ranks(self._group, restore_states)  # the generators of one rank may be refused
+        on_all_ranks(self._group, restore_states)  # the generators of a single rank can be refused
         self._saved = found.step if found.resume else None
         seconds = time.monotonic() - start
         logger.info(f"loaded {found.path} in {format_seconds(seconds)}")
@@ -155,28 +155,28 @@ class CheckpointManager:
         from quadriga.checkpoint.titan_read import read_titan
 
         if names is None:
-            raise CheckpointError(f"{found.path} was saved by {found.trainer}, whose tensors nothing here knows")
+            raise CheckpointError(f"{found.path} was saved by {found.trainer}, and its tensor names are unknown")
         read_titan(found.location, tensors, names, self._group, retries=self._section.storage_retries)
 
     def should_save(self, step: int, last: bool, wanted: bool = False) -> bool:
-        """Whether to save after this step. `wanted`: somebody asked for it, or the minutes have passed; all ranks
-        must say the same."""
+        """Whether to save after this step. `wanted`: a save was requested, or `interval_minutes` have passed; equal on
+        all ranks."""
         section = self._section
         if not section.enable or section.load_only:
             return False
         return wanted or last or step % section.interval == 0 or (step == 1 and section.enable_first_step_checkpoint)
 
     def interval_has_passed(self) -> bool:
-        """Whether, by this rank's clock, `interval_minutes` have passed since the last save."""
+        """Whether `interval_minutes` have passed since the last save, by this rank's clock."""
         minutes = self._section.interval_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def save(self, step: int, tensors: Mapping[str, Stateful], extra: Mapping[str, Any], last: bool = False) -> None:
-        """Save the states and `extra` (JSON-able, the first rank's counts) as `step-N`, then delete what is outdated.
+        """Saves the states and `extra` (JSON values; those of the first rank) as `step-N`, then deletes outdated steps.
 
-        With `async_mode` only the copy to host memory is waited for; a save that is still being written is waited for
-        first. A save that fails is told, and older ones are whole; where `on_save_failure` is "stop", and for the last
-        one, CheckpointError is raised on every rank.
+        First waits for a save in progress. With `async_mode`, this waits only for the copy to host memory. A failed
+        save is reported, and older checkpoints stay complete. If `on_save_failure` is "stop", and for the last save,
+        CheckpointError is raised on every rank.
         """
         asked = time.monotonic()
         self._wait_for_running(last)
@@ -193,7 +193,7 @@ class CheckpointManager:
             except CheckpointError as error:
                 self._handle_failure(error, step, last, blocked=time.monotonic() - asked)
             return
-        copies, extra_copy = self._staged(held), deepcopy(dict(extra))  # training goes on and changes both
+        copies, extra_copy = self._staged(held), deepcopy(dict(extra))  # training continues and changes both
         blocked = time.monotonic() - asked
         self._running = _BackgroundSave(
             step, blocked, lambda: self._write(step, copies, contents, extra_copy, began, blocked)
@@ -204,11 +204,11 @@ class CheckpointManager:
         return step in (self._saved, self._running.step if self._running else None)
 
     def close(self) -> None:
-        """Wait for a save that is still being written. Raises CheckpointError where it failed."""
+        """Waits for a save in progress. Raises CheckpointError if it failed."""
         self._wait_for_running(last=True)
 
     def on_first_rank(self, work: Callable[[], T]) -> T:
-        """The result of `work` as JSON makes it, done by the first rank alone; its error is raised on every rank."""
+        """The result of `work` on the first rank, converted through JSON. Its error is raised on every rank."""
         return on_first_rank(self._group, work)
 
     def _staged(self, held: Tensors) -> Tensors:
@@ -216,9 +216,9 @@ class CheckpointManager:
 
         if self._staging is None:
             wanted = self._section.async_mode == "async_with_pinned_mem"
-            possible = any(value.device.type == "cuda" for value in held.values())  # pinning would open a GPU
+            possible = any(value.device.type == "cuda" for value in held.values())  # pinning would initialize CUDA
             if wanted and not possible:
-                logger.info("checkpoints: no tensor is on CUDA, so copies are made in ordinary, unpinned memory")
+                logger.info("checkpoints: no tensor is on CUDA, so copies are in unpinned memory")
             self._staging = Staging(pinned=wanted and possible)
         return self._staging.copy(held)
 
@@ -231,7 +231,7 @@ class CheckpointManager:
         began: float,
         blocked: float | None = None,
     ) -> None:
-        """`blocked`: seconds that training waited for this save; None: for all of it."""
+        """`blocked`: seconds that training waited for this save; None: the whole save."""
         from quadriga.checkpoint.tensors import save_tensors
 
         section, location = self._section, ""
@@ -254,7 +254,7 @@ class CheckpointManager:
     def _publish(
         self, step: int, contents: tuple[str, ...], extra: Mapping[str, Any], location: str, hashes: dict[str, str]
     ) -> tuple[str, int]:
-        """The name, and the bytes under it. Raises CheckpointError where what was written is not there."""
+        """The name of the checkpoint, and its bytes. Raises CheckpointError if it is incomplete after the write."""
         name = folders.publish(self._folder, step, contents, extra, location, hashes)
         try:
             return name, folders.checkpoint_bytes(folders.read_checkpoint(name))
@@ -262,7 +262,7 @@ class CheckpointManager:
             raise CheckpointError(str(reason)) from reason
 
     def _delete_old(self, step: int) -> list[int]:
-        """The steps that were deleted. `step` is saved, and stays so where others cannot be deleted."""
+        """The deleted steps. If deletion fails, only a warning is logged, because `step` is saved."""
         section = self._section
         try:
             return folders.delete_old(self._folder, section.keep_latest_k, section.keep_every, self._refused, step)
@@ -271,14 +271,14 @@ class CheckpointManager:
             return []
 
     def _gathered(self, hashes: dict[str, str]) -> dict[str, str]:
-        """Of all ranks' files, on the first rank."""
+        """The hashes of all ranks' files, on the first rank."""
         if self._group is None:
             return hashes
         gathered = gather_json(hashes, self._group)
         return {name: digest for one in gathered or () for name, digest in one.items()}
 
     def _after_failure(self, step: int, location: str, error: Exception) -> str:
-        """Give back the room that the failed save took; what to tell."""
+        """Removes the files of a failed save. Returns the message."""
         if self._first_rank and location:
             with suppress(OSError):
                 folders.remove_failed_save(self._folder, step, location)
@@ -287,14 +287,14 @@ class CheckpointManager:
     def _clean_up(self) -> list[str]:
         try:
             try_to_write(self._folder)
-        except OSError as error:  # better now than after the first hours
+        except OSError as error:  # reported before training, not at the first save
             raise UserError(messages.cannot_be_written(self._folder, error)) from error
         remains = folders.unpublished_in(self._folder)
         try:
             if done := folders.clean_up(self._folder):
-                logger.warning(f"{self._folder}: left by a run that ended in a save: {', '.join(done)}")
-        except OSError as error:  # of an object store: remains take room, and are no reason not to start
-            logger.warning(f"{self._folder}: what a run that ended in a save left could not be removed: {error}")
+                logger.warning(f"{self._folder}: left by a run that ended during a save: {', '.join(done)}")
+        except OSError as error:  # of an object store: the rest takes space, but does not prevent the start
+            logger.warning(f"{self._folder}: the rest of an unfinished save could not be removed: {error}")
         return remains
 
     def _wait_for_running(self, last: bool) -> None:
@@ -307,21 +307,21 @@ class CheckpointManager:
             self._handle_failure(error, running.step, last, running.blocked)
 
     def _handle_failure(self, error: CheckpointError, step: int, last: bool, blocked: float) -> None:
-        """A save has failed: train on, or stop, as configured. After the last one there is nothing to train on for."""
+        """Handles a failed save: training continues or stops, as configured. A failed last save always raises."""
         self._log_event("save_failed", step, reason=str(error), blocked_seconds=blocked)
         if last or self._section.on_save_failure == "stop":
             raise error
-        logger.error(f"{error}\ntraining goes on, and the next save is tried in its turn")
+        logger.error(f"{error}\ntraining continues; the next save is tried at its regular step")
 
 
 class _BackgroundSave:
-    """One save in a thread of its own, which kept training waiting for `blocked` seconds; `wait` raises what it
-    raised."""
+    """One save in its own thread. `blocked`: seconds that training waited for it. `wait` raises the error of the
+    thread."""
 
     def __init__(self, step: int, blocked: float, work: Callable[[], None]) -> None:
         self.step, self.blocked, self._work = step, blocked, work
         self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)  # a failing run does not wait
+        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)  # a failing run does not wait for it
         self._thread.start()
 
     def wait(self) -> None:
@@ -333,14 +333,14 @@ class _BackgroundSave:
         _lower_thread_priority()
         try:
             self._work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the save is waited for
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
             self._error = error
 
 
 def _lower_thread_priority() -> None:
-    """Let this thread have what training leaves of the processor; when training waits for a save, that is all of it.
+    """Lets this thread use only processor time that training leaves; while training waits for a save, that is all.
 
-    Linux schedules threads one by one; elsewhere nothing is done, since a whole process would be slowed down.
+    Only on Linux, which schedules threads individually. Elsewhere this would slow down the whole process.
     """
     if sys.platform == "linux":
         with suppress(OSError):

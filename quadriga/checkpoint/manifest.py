@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint, `train_state.json`: what it says, and whether that can be so.
+"""The manifest of a checkpoint, `train_state.json`: its format and its validation.
 
-Its hash covers its own text, so it tells damage. It holds no secret: whoever writes a checkpoint can write a manifest
-that fits. So every value is checked before it is used.
+Its hash covers its own text, so damage is detected. The hash contains no secret: a forged checkpoint can have a valid
+manifest. So every value is checked before it is used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ METADATA = ".metadata"  # DCP's own file: every checkpoint has one
 FORMAT = "quadriga-2"
 TOKEN = re.compile(r"[0-9a-f]{32}")  # the folder of a save on an object store
 SHA256 = re.compile(r"[0-9a-f]{64}")
-LOADED_FILES = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file is listed, or refused
+LOADED_FILES = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file must be listed
 RESERVED_NAMES = {"", ".", "..", STATE_FILE}
 
 
 class InvalidCheckpoint(Exception):
-    """A folder that is no whole checkpoint of ours; the message says why and names the file."""
+    """A folder is not a complete checkpoint of Quadriga. The message names the file and the reason."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(printable(reason))  # names of files and what a file says may hold control characters
+        super().__init__(printable(reason))  # names and contents of files can have control characters
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the manifest says of a file."""
+    """The entry of a file in the manifest."""
 
     size: int  # bytes
     sha256: str
@@ -42,7 +42,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`folder`: "." or a token, the folder of the files. `files`: by name, none of them with a path."""
+    """The content of a manifest. `folder`: "." or a token, the folder of the files. `files`: by name without path."""
 
     step: int
     contents: tuple[str, ...]
@@ -52,19 +52,19 @@ class Manifest:
 
 
 def format_manifest(state: Mapping[str, Any]) -> str:
-    """The text of a manifest, which holds the hash of its own remainder: no bit of it can change unnoticed."""
+    """The text of a manifest. It includes a SHA-256 of its other fields, so that every change is detected."""
     text = json.dumps({key: value for key, value in state.items() if key != "sha256"}, indent=1)
     return json.dumps({**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """What a manifest says. `where` names the file. Raises InvalidCheckpoint where it is damaged or cannot be so."""
+    """Parses a manifest. `where`: the file, for messages. Raises InvalidCheckpoint if it is damaged or invalid."""
     try:
         state = parse_json(content, where, nan=True)
     except UserError as error:
         raise InvalidCheckpoint(f"{where} is damaged ({error.problems[0].what})") from error
     if not isinstance(state, dict):
-        raise InvalidCheckpoint(f"{where} is damaged (it holds a JSON {json_type(state)})")
+        raise InvalidCheckpoint(f"{where} is damaged (it is a JSON {json_type(state)})")
     if state.get("format") != FORMAT:
         raise InvalidCheckpoint(
             f"{where} has format {shortened(repr(state.get('format')))}, this version reads {FORMAT!r}"
@@ -72,18 +72,18 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     if format_manifest(state).encode() != content:
         raise InvalidCheckpoint(f"{where} is damaged (its own hash differs)")
     if (wrong := _find_error(state)) is not None:
-        raise InvalidCheckpoint(f"{where} is no manifest of a checkpoint ({wrong})")
+        raise InvalidCheckpoint(f"{where} is not a valid manifest of a checkpoint ({wrong})")
     files = {name: FileFacts(entry["size"], entry["sha256"]) for name, entry in state["files"].items()}
     return Manifest(state["step"], tuple(state["contents"]), state["folder"], files, state["extra"])
 
 
 def unlisted_files(manifest: Manifest, there: set[str]) -> list[str]:
-    """Names of files that a load might read and whose content nothing vouches for."""
+    """Names of files that a load could read and that have no hash in the manifest."""
     return sorted(name for name in there - manifest.files.keys() if LOADED_FILES.fullmatch(name))
 
 
 def _find_error(state: Mapping[str, Any]) -> str | None:
-    """The first value that a manifest cannot have."""
+    """A description of the first invalid value; None if all are valid."""
     step, contents, folder, files = (state.get(key) for key in ("step", "contents", "folder", "files"))
     if type(step) is not int or step < 0:
         return f"its step is {shortened(step)}"
@@ -92,7 +92,7 @@ def _find_error(state: Mapping[str, Any]) -> str | None:
     if not isinstance(folder, str) or (folder != "." and not TOKEN.fullmatch(folder)):
         return f"its folder is {shortened(folder)}, where '.' or 32 hexadecimal digits are expected"
     if not isinstance(files, dict) or not isinstance(state.get("extra"), dict):
-        return "its files or its extra are no table"
+        return "its files or its extra are not objects"
     if METADATA not in files:
         return f"it does not list {METADATA}"
     return next(

@@ -1,4 +1,4 @@
-"""`.metadata` of torch.distributed.checkpoint, read without unpickling it: see `opcodes`."""
+"""Reads `.metadata` of torch.distributed.checkpoint without unpickling it: see `opcodes`."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from quadriga.checkpoint.plan import Plan, validate_plan
 
 
 def read_plan(data: bytes) -> Plan:
-    """The plan that the bytes of a `.metadata` describe. Raises PlanError where they are anything else."""
+    """The plan in the bytes of a `.metadata`. Raises PlanError if the bytes are anything else."""
     return validate_plan(read_entries(data).plan)

@@ -1,12 +1,12 @@
-"""The part of the pickle language in which plans of torch.distributed.checkpoint are written.
+"""Interpreter of the subset of pickle in which plans of torch.distributed.checkpoint are written.
 
-A pickle is a program. `Interpreter` runs it without anything that could be called or imported: names of classes become
-marks, objects become plain records, and the few functions that a plan calls (`torch.Size`, for one) are done here.
-Every other opcode, name or value ends the run.
+A pickle is a program. `Interpreter` runs it without calls and imports: names of classes become `GlobalName`, objects
+become plain records, and the few functions that a plan calls (for example `torch.Size`) are implemented here. Every
+other opcode, name or value raises PlanError.
 
-Only protocol 4 and later are read (DCP's own, since Python 3.8). Time and memory grow with the bytes of the file alone:
-the limits of `quadriga.limits` hold on nesting and values, lists and dicts cannot be shared or nested through the memo,
-and nothing is hashed but text and what has been checked to be harmless.
+Only protocol 4 and later are read (DCP uses it since Python 3.8). Time and memory grow only with the bytes of the file:
+`quadriga.limits` limits nesting and the number of values, lists and dicts cannot be shared or nested through the memo,
+and only strings and values of checked types are hashed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from quadriga.checkpoint.dcp_objects import (
 )
 from quadriga.checkpoint.plan_format import PlanError, format_raw
 
-STEP = 1 << 16  # bytes interpreted between two looks at the limits
+STEP = 1 << 16  # bytes interpreted between two checks of the limits
 HIGHEST_PROTOCOL = 5
-UNSHARED = None  # in the memo, for what no writer fetches again: lists, dicts, and records that are not yet whole
+UNSHARED = None  # memo entry of values that no writer fetches again: lists, dicts, and incomplete records
 
 
 # Three of four bytes of a large plan are small objects with a state of two or three entries, whose class and keys come
-# from the memo. They are matched as a whole: the same opcodes, three times as fast.
+# from the memo. A regular expression matches each of them as a whole, which is three times as fast.
 _GET = rb"(?:h.|j.{4})"
 _NUMBER = rb"(?:K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"
 _SIZE = rb"(?:" + _GET + rb"(?:" + _NUMBER + rb"{1,3}[\x85\x86\x87]\x94|\))\x85\x94R\x94)"
@@ -50,15 +50,15 @@ _ENTRY = rb"(" + _GET + rb")(" + _SIZE + rb"|" + _GET + rb"|" + _NUMBER + rb")"
 RECORD = re.compile(rb"(" + _GET + rb")\)\x81\x94\}\x94\(" + _ENTRY * 2 + rb"(?:" + _ENTRY + rb")?ub", re.DOTALL)
 SIZES = re.compile(rb"(" + _GET + rb")(?:(" + _NUMBER + rb"{1,3})([\x85\x86\x87])\x94|\))\x85\x94R\x94", re.DOTALL)
 NUMBER = re.compile(_NUMBER, re.DOTALL)
-KNOWN = 1 << 16  # meanings that are kept
-Decoded = tuple[type, Any, tuple[Any, ...]]  # the type of a value, the value, what was memoized on the way
+KNOWN = 1 << 16  # decoded values that are cached
+Decoded = tuple[type, Any, tuple[Any, ...]]  # the type of a value, the value, the entries added to the memo
 Layout = tuple[str, tuple[type, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]]
 NOT_DECODED: Decoded = (type(None), None, ())
 PLAIN = {int, str, bool, type(None), GlobalName}
 
 
 def _number(code: bytes) -> int:
-    """The number that one of the opcodes of `_GET` and `_NUMBER` has behind it."""
+    """The argument of an opcode of `_GET` or `_NUMBER`."""
     start = 2 if code[0] == 0x8A else 1
     return int.from_bytes(code[start:], "little", signed=code[0] in b"J\x8a")
 
@@ -70,20 +70,20 @@ class Interpreter:
         self._marks: list[int] = []
         self._memo: list[Any] = []
         self._made = 0  # records, lists and dicts
-        self._known: dict[bytes, Decoded] = {}  # what `_decode` said: an entry of the memo is never changed
+        self._known: dict[bytes, Decoded] = {}  # cache of `_decode`; valid because memo entries never change
         self._layouts: dict[tuple[bytes, ...], Layout] = {}
 
     def run(self) -> Any:
-        """The value. Raises PlanError."""
+        """The value of the pickle. Raises PlanError with the byte and the opcode if it is not the pickle of a plan."""
         try:
             return self._run()
         except IndexError:
-            raise PlanError("ends too early, or takes what was never put there") from None
+            raise PlanError("ends too early, or reads an empty stack or memo") from None
         except UnicodeDecodeError:
-            raise PlanError("holds text that is not UTF-8") from None
+            raise PlanError("has text that is not UTF-8") from None
 
     def _run(self) -> Any:
-        """The opcodes that a large plan consists of are done here, the others by a method each."""
+        """Interprets the frequent opcodes of a large plan inline, the others with one method each."""
         data, stack, memo, marks = self._data, self._stack, self._memo, self._marks
         push, at = stack.append, 0
         end = len(data)
@@ -100,7 +100,7 @@ class Interpreter:
                     number = data[at + 1] if code == 0x68 else int.from_bytes(data[at + 1 : at + 5], "little")
                     value = memo[number]
                     if value is UNSHARED:
-                        self._refuse(at, "a list or a dict that stands in two places")
+                        self._refuse(at, "a list or a dict that is used in two places")
                     behind = self._record(at) if type(value) is GlobalName and value.kind == "record" else 0
                     if behind:
                         at = behind
@@ -136,11 +136,11 @@ class Interpreter:
                 elif code == 0x2E:  # STOP
                     return self._result(at)
                 else:
-                    self._refuse(at, "an opcode that no plan is written with")
+                    self._refuse(at, "an opcode that plans do not use")
         raise IndexError
 
     def _record(self, at: int) -> int:
-        """All opcodes of one small object at once; where they end, or 0 where it is another object than `SMALL` has."""
+        """Interprets all opcodes of one small object. Returns their end, or 0 if it is not an object of `SMALL`."""
         found = RECORD.match(self._data, at)
         if found is None:
             return 0
@@ -150,7 +150,7 @@ class Interpreter:
         known, memo = self._known, self._memo
         record, before = DcpRecord(kind), len(memo)
         a = known.get(first) or self._decode(first)
-        memo += (record, UNSHARED, *a[2])  # at once: what follows may fetch it
+        memo += (record, UNSHARED, *a[2])  # before the values: they can fetch it
         b = known.get(second) or self._decode(second)
         memo += b[2]
         types: tuple[type, ...] = (a[0], b[0])
@@ -168,7 +168,7 @@ class Interpreter:
         return found.end()
 
     def _layout(self, codes: tuple[bytes, ...]) -> Layout:
-        """The class and the keys that were fetched: which types their values must have, and in which order they go."""
+        """For a class and its keys: the required types of the values, and a function that puts them in order."""
         kind = self._memo[_number(codes[0])].value
         keys = [self._memo[_number(code)] for code in codes[1:] if code is not None]
         wanted = SMALL.get(kind, {})
@@ -179,7 +179,7 @@ class Interpreter:
         return layout
 
     def _decode(self, code: bytes) -> Decoded:
-        """The value of a few opcodes that fetch something, or make a number or a Size, and what they memoize."""
+        """The value of opcodes that fetch from the memo or make a number or a Size, and the entries they memoize."""
         entries: tuple[Any, ...] = ()
         if sizes := SIZES.fullmatch(code):
             value: Any = tuple(map(_number, NUMBER.findall(sizes[2] or b"")))
@@ -197,13 +197,13 @@ class Interpreter:
 
     def _check_limits(self) -> None:
         if len(self._marks) > limits.METADATA_DEPTH or len(self._stack) > limits.METADATA_STACK:
-            raise PlanError("nests deeper than a plan does")
+            raise PlanError("is nested deeper than a plan")
         if len(self._memo) > limits.METADATA_VALUES or self._made > limits.METADATA_VALUES:
-            raise PlanError(f"more values than a plan may have ({limits.METADATA_VALUES:,})")
+            raise PlanError(f"more values than the limit for a plan ({limits.METADATA_VALUES:,})")
 
     def _result(self, at: int) -> Any:
         if len(self._stack) != 1 or self._marks or at + 1 != len(self._data):
-            self._refuse(at, "an end with something left over")
+            self._refuse(at, "an end with values or bytes left over")
         return self._stack[0]
 
     def _protocol(self, at: int) -> int:
@@ -212,7 +212,7 @@ class Interpreter:
         return at + 2
 
     def _frame(self, at: int) -> int:
-        return at + 9  # how much a reader may read ahead
+        return at + 9  # the length of a frame is ignored
 
     def _text(self, at: int) -> int:
         start = at + 5
@@ -259,10 +259,10 @@ class Interpreter:
     def _name(self, at: int) -> int:
         name, module = self._stack.pop(), self._stack.pop()
         if not (type(name) is type(module) is str):
-            self._refuse(at, "a name that is no text")
+            self._refuse(at, "a name that is not a string")
         mark = NAMES.get((module, name))
         if mark is None:
-            self._refuse(at, f"{format_raw(f'{module}.{name}')}, which is no part of a checkpoint's plan")
+            self._refuse(at, f"{format_raw(f'{module}.{name}')}, which is not part of a checkpoint's plan")
         self._stack.append(mark)
         return at + 1
 
@@ -277,7 +277,7 @@ class Interpreter:
     def _call(self, at: int) -> int:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not GlobalName or type(arguments) is not tuple:
-            self._refuse(at, "a call of what is no function")
+            self._refuse(at, "a call of something that is not a function")
         if function is SIZE and len(arguments) == 1 and is_size(arguments[0]):
             self._stack.append(arguments[0])
         elif function is LAYOUT and arguments == ("torch.strided",):
@@ -287,13 +287,13 @@ class Interpreter:
         elif function is PATH and all(type(part) is str for part in arguments):
             self._stack.append(A_PATH)
         else:
-            self._refuse(at, f"a call of {format_raw(function.kind)} as no plan makes it")
+            self._refuse(at, f"a call of {format_raw(function.kind)} with arguments that no plan has")
         return at + 1
 
     def _build(self, at: int) -> int:
         state, record = self._stack.pop(), self._stack[-1]
         if type(record) is not DcpRecord or record.fields is not None:
-            self._refuse(at, "a state for what is no object of a plan, or has one already")
+            self._refuse(at, "a state for something that is not an object of a plan, or has a state")
         fields: tuple[Any, ...] | None = None
         if type(state) is Pairs:
             keys = state[::2]
@@ -309,7 +309,7 @@ class Interpreter:
     def _pairs(self, index: int, at: int) -> Pairs:
         target = self._stack[index] if index >= 0 else None
         if type(target) is not Pairs:
-            self._refuse(at, "entries for what is no dict")
+            self._refuse(at, "entries for something that is not a dict")
         return target
 
     def _set_item(self, at: int) -> int:
@@ -320,7 +320,7 @@ class Interpreter:
     def _append(self, at: int) -> int:
         value, target = self._stack.pop(), self._stack[-1]
         if type(target) is not list:
-            self._refuse(at, "an entry for what is no list")
+            self._refuse(at, "an entry for something that is not a list")
         target.append(value)
         return at + 1
 
@@ -328,7 +328,7 @@ class Interpreter:
         start = self._marks.pop()
         target = self._stack[start - 1] if start else None
         if type(target) is not list:
-            self._refuse(at, "entries for what is no list")
+            self._refuse(at, "entries for something that is not a list")
         target.extend(self._stack[start:])
         del self._stack[start:]
         return at + 1
@@ -347,13 +347,13 @@ class Interpreter:
         return self._put_tuple(values, at)
 
     def _put_tuple(self, values: tuple[Any, ...], at: int) -> int:
-        """A tuple of plain values, or of tuples of them, and no deeper."""
-        if len(values) > limits.METADATA_TUPLE:  # it may be fetched, looked through and copied again and again
+        """Pushes a tuple of plain values, or of tuples of them; deeper nesting is refused."""
+        if len(values) > limits.METADATA_TUPLE:  # limits the cost of checking and copying it repeatedly
             self._refuse(at, "a tuple longer than any of a plan")
         for value in values:
             kind = type(value)
             if kind is not int and kind not in PLAIN and (kind is not tuple or tuple in map(type, value)):
-                self._refuse(at, "a tuple of what no plan puts into one")
+                self._refuse(at, "a tuple of values that no plan has in one")
         self._stack.append(values)
         return at + 1
 

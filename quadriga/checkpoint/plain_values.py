@@ -1,9 +1,9 @@
-"""Numbers, texts, lists and dicts out of a checkpoint of another trainer, without unpickling and without torch.
+"""Reads numbers, strings, lists and dicts from a checkpoint of another trainer, without unpickling and without torch.
 
-`torch.distributed.checkpoint` keeps what is no tensor as a pickle in an archive of `torch.save`: `value_in_archive`
-takes one, `value_of` a pickle alone. The few opcodes that plain values are written with are done here; no name is
-looked up but `_codecs.encode`, by which protocol 2 writes bytes. Every other opcode, name or value is refused. Lists
-and dicts cannot be shared through the memo, so that time and memory grow with the bytes alone, which are limited.
+`torch.distributed.checkpoint` saves objects that are not tensors as a pickle in an archive of `torch.save`.
+`value_in_archive` reads an archive, `value_of` a pickle. Only the few opcodes of plain values are implemented. The only
+global name is `_codecs.encode`, with which protocol 2 writes bytes. Every other opcode, name or value is refused. Lists
+and dicts cannot be shared through the memo, so time and memory grow only with the bytes, which are limited.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARK = object()
 ENCODE = object()  # `_codecs.encode`
 HIGHEST_PROTOCOL = 5
 SIMPLE: dict[int, Any] = {0x4E: None, 0x88: True, 0x89: False, 0x29: ()}
-TEXTS = {0x58: 4, 0x8C: 1}  # how many bytes say how long it is
+TEXTS = {0x58: 4, 0x8C: 1}  # bytes of the length field
 BYTES = {0x42: 4, 0x43: 1}
 GETS = {0x68: 1, 0x6A: 4}
 PUTS = {0x71: 1, 0x72: 4}
@@ -30,36 +30,36 @@ INTEGERS = {0x4B: (1, False), 0x4D: (2, False), 0x4A: (4, True)}
 
 
 def value_in_archive(archive: bytes) -> Any:
-    """The value in an archive of `torch.save`. Raises PlanError where it is no plain value."""
+    """The value in an archive of `torch.save`. Raises PlanError if it is not a plain value."""
     if len(archive) > limits.OBJECT_BYTES:
-        raise PlanError(f"longer than a value may be ({limits.OBJECT_BYTES:,} bytes)")
+        raise PlanError(f"longer than the limit for a value ({limits.OBJECT_BYTES:,} bytes)")
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             records = [record for record in opened.infolist() if record.filename.endswith("/data.pkl")]
             if len(records) != 1 or len(opened.infolist()) > limits.SHARD_RECORDS:
-                raise PlanError("there is no archive of one value")
+                raise PlanError("it is not an archive of one value")
             if records[0].compress_type != zipfile.ZIP_STORED or records[0].file_size > len(archive):
                 raise PlanError("its pickle is compressed")
             content = opened.read(records[0])
     except PlanError:
         raise
     except Exception as error:  # zipfile checks few of the numbers in its directory
-        raise PlanError(f"there is no archive of a value ({type(error).__name__})") from error
+        raise PlanError(f"it is not an archive of a value ({type(error).__name__})") from error
     return value_of(content)
 
 
 def value_of(data: bytes) -> Any:
-    """The plain value that a pickle of protocol 2 or later describes: None, booleans, numbers, texts, bytes, and
-    lists, tuples and dicts of them. Raises PlanError where it is anything else."""
+    """The plain value in a pickle of protocol 2 or later: None, booleans, numbers, strings, bytes, and lists, tuples
+    and dicts of them. Raises PlanError if it is anything else."""
     if len(data) > limits.OBJECT_BYTES:
-        raise PlanError(f"longer than a value may be ({limits.OBJECT_BYTES:,} bytes)")
+        raise PlanError(f"longer than the limit for a value ({limits.OBJECT_BYTES:,} bytes)")
     try:
         with gc_disabled():
             return _Values(data).run()
     except (IndexError, struct.error):
-        raise PlanError("ends too early, or takes what was never put there") from None
+        raise PlanError("ends too early, or reads an empty stack or memo") from None
     except ValueError:
-        raise PlanError("holds text that is not UTF-8, bytes that are none, or a line without an end") from None
+        raise PlanError("has text that is not UTF-8, invalid bytes, or a line without an end") from None
 
 
 class _Values:
@@ -76,7 +76,7 @@ class _Values:
             code = self._take(1)[0]
             if code == 0x2E:  # STOP
                 if len(stack) != 1 or self._at != len(self._data) or stack[0] in (MARK, ENCODE):
-                    self._refuse(start, "an end with something left over")
+                    self._refuse(start, "an end with values or bytes left over")
                 self._check_depth(start)
                 return stack[0]
             if code in SIMPLE:
@@ -91,7 +91,7 @@ class _Values:
             elif code in GETS:
                 value = self._memo.get(self._number(GETS[code]))
                 if type(value) not in (str, bytes) and value is not ENCODE:
-                    self._refuse(start, "a value that stands in two places")
+                    self._refuse(start, "a value that is used in two places")
                 stack.append(value)
             elif code in PUTS:
                 self._memo[self._number(PUTS[code])] = stack[-1]
@@ -103,13 +103,13 @@ class _Values:
                 stack.append([] if code == 0x5D else {})
             else:
                 self._rarer(code, start)
-        raise PlanError(f"holds more values than one may ({limits.OBJECT_OPCODES:,} opcodes)")
+        raise PlanError(f"has more values than the limit ({limits.OBJECT_OPCODES:,} opcodes)")
 
     def _rarer(self, code: int, start: int) -> None:
         stack = self._stack
         if code == 0x80:  # PROTO
             if not 2 <= self._take(1)[0] <= HIGHEST_PROTOCOL:
-                self._refuse(start, "a protocol that plain values are not written in")
+                self._refuse(start, "a protocol that is not supported")
         elif code == 0x95:  # FRAME
             self._take(8)
         elif code == 0x47:  # BINFLOAT
@@ -136,17 +136,17 @@ class _Values:
         elif code == 0x52:  # REDUCE
             self._encode(start)
         else:
-            self._refuse(start, "an opcode that no plain value is written with")
+            self._refuse(start, "an opcode that plain values do not use")
 
     def _check_depth(self, start: int) -> None:
-        """Whoever goes through the value by recursion has to come to its end."""
+        """Refuses deep nesting, so that code can process the value recursively."""
         level = self._stack
         for _ in range(limits.METADATA_DEPTH):
             inner = (one.values() if type(one) is dict else one for one in level if type(one) in (list, tuple, dict))
             level = [*itertools.chain.from_iterable(inner)]
             if not level:
                 return
-        self._refuse(start, f"a value that nests deeper than {limits.METADATA_DEPTH} levels")
+        self._refuse(start, f"a value that is nested deeper than {limits.METADATA_DEPTH} levels")
 
     def _take(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count
@@ -180,24 +180,24 @@ class _Values:
 
     def _plain(self, values: list[Any], start: int) -> list[Any]:
         if any(value is MARK or value is ENCODE for value in values):
-            self._refuse(start, "a value that is none")
+            self._refuse(start, "something that is not a value")
         return values
 
     def _top(self, kind: type, start: int) -> Any:
         if type(self._stack[-1]) is not kind:
-            self._refuse(start, f"entries for what is no {kind.__name__}")
+            self._refuse(start, f"entries for something that is not a {kind.__name__}")
         return self._stack[-1]
 
     def _set_items(self, values: list[Any], start: int) -> None:
         keys = values[::2]
         if len(values) % 2 or not all(type(key) in (str, int) for key in keys):
-            self._refuse(start, "keys that are neither texts nor numbers, or one without a value")
+            self._refuse(start, "keys that are neither strings nor numbers, or one without a value")
         if any(type(key) is str and len(key) > limits.PLAN_NAME for key in keys):
-            self._refuse(start, "a key longer than any name")  # equal keys are compared letter by letter
+            self._refuse(start, "a key longer than any name")  # equal keys are compared character by character
         self._top(dict, start).update(zip(keys, values[1::2], strict=True))
 
     def _encode(self, start: int) -> None:
-        """Bytes as protocol 2 writes them: a text whose every character stands for one."""
+        """Decodes bytes of protocol 2: a string with one character per byte, encoded as Latin-1."""
         arguments, function = self._stack.pop(), self._stack.pop()
         if function is not ENCODE or type(arguments) is not tuple or len(arguments) != 2:
             self._refuse(start, "a call that no plain value needs")
@@ -206,7 +206,7 @@ class _Values:
             self._refuse(start, "a call that no plain value needs")
         self._encoded += len(text)
         if self._encoded > len(self._data):
-            self._refuse(start, "a text that is encoded again and again")
+            self._refuse(start, "a text that is encoded repeatedly")
         self._stack.append(text.encode("latin1"))
 
     def _refuse(self, start: int, what: str) -> NoReturn:

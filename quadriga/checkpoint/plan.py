@@ -1,6 +1,6 @@
-"""The plan of a checkpoint's tensors: which part of which tensor lies at which bytes of which file.
+"""The plan of a checkpoint's tensors: which part of which tensor is at which bytes of which file.
 
-`torch.distributed.checkpoint` keeps its plan as a pickle, `.metadata`. Beside it a save writes the same plan as JSON:
+`torch.distributed.checkpoint` saves its plan as a pickle, `.metadata`. A save also writes the same plan as JSON:
 
     {"format": "quadriga-plan-1",
      "files": ["__0_0.distcp", "__1_0.distcp"],
@@ -10,11 +10,11 @@
      }}
 
 A chunk is [offsets, sizes, number of the file, first byte, bytes]; a sixth entry lists the transforms of its bytes
-(compression), which only other writers use. Loads read `plan.json`. A folder without one, of an earlier version or of
-another program, is read by `metadata_file`, which makes the same plan of `.metadata`.
+(compression), which only other writers use. Loads read `plan.json`. For a folder without it, of an earlier version or
+of another program, `metadata_file` makes the same plan from `.metadata`.
 
-Whoever hands over a checkpoint also makes its hashes, so nothing here is trusted: every value is checked for its type
-and range, chunks must tile their tensor and lie inside their file. DCP's objects are built from what was checked.
+A forged checkpoint can have valid hashes, so nothing here is trusted. The type and range of every value are checked,
+and chunks must tile their tensor and be inside their file. DCP's objects are built from checked values.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from torch.distributed.checkpoint.metadata import (
 from quadriga import limits
 from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, PLAN_FILE, PlanError, format_raw
 
-__all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # of the readers of plans, for those who see this alone
+__all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # reexported
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in DTYPE_NAMES if hasattr(torch, word)}
 FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
-Chunk = list[Any]  # as JSON has it, see above
+Chunk = list[Any]  # in the format of JSON, see above
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan whose every value was checked."""
+    """A plan with checked values."""
 
     files: list[str]
     tensors: dict[str, PlannedTensor]
 
     def metadata(self, names: Iterable[str]) -> Metadata:
-        """DCP's objects for these tensors, all of which must be in the plan."""
+        """DCP's metadata of these tensors. Raises KeyError for a name that is not in the plan."""
         tensors, storage = {}, {}
         for name in names:
             planned = self.tensors[name]
@@ -87,7 +87,7 @@ class Plan:
 
 
 def from_metadata(metadata: Metadata) -> bytes:
-    """The text of `plan.json` for what DCP has just written. Entries that are no tensors are left out."""
+    """The text of `plan.json` for the metadata that DCP wrote. Entries that are not tensors are omitted."""
     files: dict[str, int] = {}
     tensors = []
     for name, entry in metadata.state_dict_metadata.items():
@@ -103,7 +103,7 @@ def from_metadata(metadata: Metadata) -> bytes:
 
 
 def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int], list[Chunk]]]) -> bytes:
-    """A tensor a line, for people to read."""
+    """JSON with one tensor per line, for readability."""
     lines = []
     for name, dtype, shape, chunks in tensors:
         entry = {"dtype": str(dtype).removeprefix("torch."), "shape": [*shape], "chunks": chunks}
@@ -113,29 +113,29 @@ def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequenc
 
 
 def parse_plan(text: bytes) -> Plan:
-    """The plan that a text holds. Raises PlanError; whether it fits the files is checked by `check_files`."""
+    """Parses the text of `plan.json`. Raises PlanError if it is invalid. `check_files` compares it with the files."""
     check_text(text)
     try:
         raw = json.loads(text)
     except RecursionError:
-        raise PlanError("nests deeper than a plan does") from None
+        raise PlanError("is nested deeper than a plan") from None
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
-        raise PlanError(f"not JSON that can be read: {error}") from error
+        raise PlanError(f"not readable JSON: {error}") from error
     return validate_plan(raw)
 
 
 def check_text(text: bytes) -> None:
-    """Raise PlanError where a text is too large to be parsed."""
+    """Raises PlanError if a text is too large to be parsed."""
     if len(text) > limits.PLAN_BYTES:
-        raise PlanError(f"longer than a plan may be ({limits.PLAN_BYTES:,} bytes)")
+        raise PlanError(f"longer than the limit for a plan ({limits.PLAN_BYTES:,} bytes)")
     if text.count(b"[") + text.count(b"{") > 4 * limits.PLAN_CHUNKS:
-        raise PlanError(f"more entries than a plan may have ({limits.PLAN_CHUNKS:,} chunks)")
+        raise PlanError(f"more entries than the limit for a plan ({limits.PLAN_CHUNKS:,} chunks)")
 
 
 def validate_plan(raw: Any) -> Plan:
-    """The plan of a JSON value. Raises PlanError where any of it is not as it must be."""
+    """Converts a JSON value to a plan. Raises PlanError if any value is invalid."""
     if type(raw) is not dict or raw.keys() != {"format", "files", "tensors"}:
-        raise PlanError('no JSON object of "format", "files" and "tensors"')
+        raise PlanError('not a JSON object of "format", "files" and "tensors"')
     if raw["format"] != FORMAT:
         raise PlanError(f"has format {format_raw(raw['format'])}, this version reads {FORMAT!r}")
     files, tensors = raw["files"], raw["tensors"]
@@ -143,41 +143,41 @@ def validate_plan(raw: Any) -> Plan:
         raise PlanError('"files" must be an array and "tensors" an object')
     for name in files:
         if type(name) is not str or name in (".", "..") or not FILE_NAME.fullmatch(name):
-            raise PlanError(f"{format_raw(name)} is no name of a file in the folder")
+            raise PlanError(f"{format_raw(name)} is not a name of a file in the folder")
     chunks_left = limits.PLAN_CHUNKS
     planned = {}
     for name, entry in tensors.items():
         planned[name] = _tensor(name, entry, len(files))
         chunks_left -= len(planned[name].chunks)
         if chunks_left < 0:
-            raise PlanError(f"more chunks than a plan may have ({limits.PLAN_CHUNKS:,})")
+            raise PlanError(f"more chunks than the limit for a plan ({limits.PLAN_CHUNKS:,})")
     return Plan(files, planned)
 
 
 def check_files(plan: Plan, sizes: Mapping[str, int]) -> None:
-    """Raise PlanError where a chunk does not lie inside one of these files; `sizes` in bytes, by name."""
+    """Raises PlanError if a chunk is not inside one of these files. `sizes`: in bytes, by name."""
     for file in plan.files:
         if file not in sizes:
-            raise PlanError(f"{format_raw(file)} is no regular file of this checkpoint")
+            raise PlanError(f"{format_raw(file)} is not a regular file of this checkpoint")
     ends = [sizes[file] for file in plan.files]
     for name, planned in plan.tensors.items():
         for _, _, file, start, length, *_ in planned.chunks:
             if start + length > ends[file]:
                 what = f"bytes {start} to {start + length} of {plan.files[file]}, which has {ends[file]}"
-                raise PlanError(f"{format_raw(name)} lies at {what}")
+                raise PlanError(f"{format_raw(name)} is at {what}")
 
 
 def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
     if len(name) > limits.PLAN_NAME or not name:
-        raise PlanError(f"{format_raw(name)} is no name of a tensor (1 to {limits.PLAN_NAME} characters)")
+        raise PlanError(f"{format_raw(name)} is not a name of a tensor (1 to {limits.PLAN_NAME} characters)")
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "chunks"}:
-        raise PlanError(f'{format_raw(name)}: no JSON object of "dtype", "shape" and "chunks"')
+        raise PlanError(f'{format_raw(name)}: not a JSON object of "dtype", "shape" and "chunks"')
     word, shape, chunks = entry["dtype"], entry["shape"], entry["chunks"]
     dtype = DTYPES.get(word) if type(word) is str else None
     if dtype is None:
-        raise PlanError(f"{format_raw(name)}: {format_raw(word)} is no dtype of this torch")
+        raise PlanError(f"{format_raw(name)}: {format_raw(word)} is not a dtype of this torch")
     if type(shape) is not list or len(shape) > limits.PLAN_DIMENSIONS or not all(map(_is_size, shape)):
-        raise PlanError(f"{format_raw(name)}: {format_raw(shape)} is no shape")
+        raise PlanError(f"{format_raw(name)}: {format_raw(shape)} is not a shape")
     numbers = math.prod(shape)
     if numbers * dtype.itemsize > limits.PLAN_TENSOR_BYTES:
         raise PlanError(f"{format_raw(name)}: a tensor of shape {format_raw(shape)} is too large")
@@ -187,7 +187,7 @@ def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
     seen = set()
     for chunk in chunks:
         held = _held(chunk, shape, files)
-        # A chunk holds at least its numbers: a plan cannot promise more memory than its files have bytes.
+        # A chunk has at least the bytes of its elements, so a plan cannot allocate more memory than its files have.
         if held is None or (held * dtype.itemsize > chunk[4] and len(chunk) == 5):
             _refuse_chunk(name, chunk, shape)
         there += held
@@ -198,14 +198,14 @@ def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:
 
 
 def _tile(chunks: list[Chunk], shape: list[int]) -> bool:
-    """Whether every number lies in exactly one chunk: then the corners of all chunks, each taken away where an odd
-    number of its coordinates are upper ends, leave the corners of the whole."""
+    """Whether every element is in exactly one chunk. Sum the corners of all chunks, with a negative sign if an odd
+    number of coordinates are upper ends: exactly then the sum is that of the corners of the whole tensor."""
     if not math.prod(shape):
         return True
     split = [axis for axis in range(len(shape)) if any(chunk[1][axis] != shape[axis] for chunk in chunks)]
-    if not 0 < len(split) <= 4:  # no layout has more, and corners double with each
+    if not 0 < len(split) <= 4:  # no layout splits more axes, and each doubles the corners
         return False
-    # A corner is one number; it fits 64 bits, for a tensor has PLAN_TENSOR_BYTES at most. The last one is of the whole.
+    # A corner is one number, which fits 64 bits, because a tensor has at most PLAN_TENSOR_BYTES. The last is the whole.
     positive, negative = np.zeros((2, 2 ** len(split) // 2, len(chunks) + 1), np.int64)
     bounds, stride = [], 1
     for axis in split:
@@ -218,14 +218,14 @@ def _tile(chunks: list[Chunk], shape: list[int]) -> bool:
         row = next(rows[sum(ends) % 2])
         for bound, end in zip(bounds, ends, strict=True):
             row += bound[end]
-    # Those of the whole have the other sign.
+    # The corners of the whole tensor have the opposite sign.
     swapped = positive[:, -1].copy()
     positive[:, -1], negative[:, -1] = negative[:, -1], swapped
     return bool(np.array_equal(np.sort(positive, axis=None), np.sort(negative, axis=None)))
 
 
 def _held(chunk: Any, shape: list[int], files: int) -> int | None:
-    """How many numbers a chunk holds; None where it is none of a tensor of this shape."""
+    """The number of elements of a chunk; None if it is not a chunk of a tensor of this shape."""
     if type(chunk) is not list or not 5 <= len(chunk) <= 6:
         return None
     offsets, sizes, file, start, length = chunk[:5]
@@ -246,7 +246,7 @@ def _held(chunk: Any, shape: list[int], files: int) -> int | None:
 
 
 def _refuse_chunk(name: str, chunk: Any, shape: list[int]) -> NoReturn:
-    raise PlanError(f"{format_raw(name)}: {format_raw(chunk)} is no chunk of a tensor of shape {format_raw(shape)}")
+    raise PlanError(f"{format_raw(name)}: {format_raw(chunk)} is not a chunk of a tensor of shape {format_raw(shape)}")
 
 
 def _is_size(value: Any) -> bool:

@@ -1,5 +1,5 @@
-"""What the readers of foreign checkpoints share, without torch: their error, the words of dtypes, and values for a
-message."""
+"""Shared by the readers of foreign checkpoints, without torch: their error, the names of dtypes, and the format of
+values in messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 FORMAT = "quadriga-plan-1"  # of `plan.json`
 PLAN_FILE = "plan.json"
-# Every dtype of torch by the name that a plan has for it; a test holds them against torch.
+# The name of every dtype of torch in a plan; a test compares them with torch.
 DTYPE_NAMES = {
     *("bfloat16", "bits16", "bits1x8", "bits2x4", "bits4x2", "bits8", "bool"),
     *("complex128", "complex32", "complex64", "float16", "float32", "float4_e2m1fn_x2", "float64"),
@@ -20,16 +20,16 @@ DTYPE_NAMES = {
 
 
 class PlanError(Exception):
-    """A plan that is refused; the message says what is wrong with it and where."""
+    """A plan is refused. The message says what is wrong, and where."""
 
 
 def format_raw(value: Any) -> str:
-    """A value from outside for a message: on one line, and short."""
+    """An untrusted value for a message: on one line, and short."""
     if type(value) in (list, tuple):
         parts = ", ".join("[...]" if type(part) in (list, tuple) else format_raw(part) for part in value[:8])
         return f"[{parts}, ...]" if len(value) > 8 else f"[{parts}]"
     if type(value) is int and abs(value) >> 128:
-        return "a huge number"  # thousands of digits take quadratic time to print
+        return "a huge number"  # printing takes quadratic time
     if type(value) in (str, int, float, bool, type(None)):
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Work that the ranks of a checkpoint do together: its results, and the error of any rank, are known to all."""
+"""Work that the ranks of a checkpoint do together: results and errors of a rank are sent to all ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def on_first_rank(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
-    """The result of `work`, done by the first rank alone, as JSON makes it; its error is raised on every rank.
+    """The result of `work` on the first rank, converted through JSON. Its error is raised on every rank.
 
-    The other ranks raise what `error_from_json` makes of the error: a UserError, CheckpointError or OSError that says
-    the same, and for any other a RuntimeError.
+    The other ranks raise the error that `error_from_json` returns: a UserError, CheckpointError or OSError with the
+    same message, and a RuntimeError for any other error. Call on all ranks of the group; None: a single process.
     """
     if group is None:
         return cast(T, json.loads(json.dumps(work())))
@@ -29,7 +29,7 @@ def on_first_rank(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     if dist.get_rank(group) == 0:
         try:
             result = work()
-        except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+        except Exception as failed:  # noqa: BLE001 - the other ranks must not wait forever
             error = failed
     outcome = broadcast_json([result, None if error is None else error_to_json(error)], group)
     if error is not None:
@@ -40,14 +40,16 @@ def on_first_rank(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
 
 
 def on_all_ranks(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
-    """This rank's result. Where the work failed on any rank, every rank raises: the error of the first that failed."""
+    """This rank's result of `work`. If it failed on any rank, every rank raises the error of the first that failed.
+
+    Errors other than UserError and CheckpointError become a CheckpointError. Call on all ranks of the group."""
     result: T | None = None
     error: Exception | None = None
     try:
         result = work()
     except (UserError, CheckpointError) as failed:
         error = failed
-    except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+    except Exception as failed:  # noqa: BLE001 - the other ranks must not wait forever
         error = CheckpointError(f"weights could not be read or written: {failed or type(failed).__name__}")
         error.__cause__ = failed
     own = None if error is None else error_to_json(error)
@@ -56,7 +58,7 @@ def on_all_ranks(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     if first is None:
         return cast(T, result)
     if error is not None and (group is None or first == dist.get_rank(group)):
-        raise error  # never from itself: a chain of causes must end
+        raise error  # not `from` itself, because a chain of causes must end
     raise error_from_json(outcome[first], CheckpointError) from error
 
 

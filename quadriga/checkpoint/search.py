@@ -1,4 +1,4 @@
-"""What a run starts from: the newest checkpoint whose every byte is as it was written, or why there is none."""
+"""Finds the checkpoint that a run starts from: the newest one with correct hashes, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from quadriga.log import logger
 
 
 class CheckpointSearch:
-    """One look at the checkpoints, by all ranks together, who share the work of hashing.
+    """One search by all ranks together, which divide the hashing among them.
 
-    `refused`: why, by step, published checkpoints were not taken. `steps_lost`: between the newest published one and
-    the one that was taken.
+    `refused`: by step, why a published checkpoint was refused. `steps_lost`: the steps between the newest published
+    checkpoint and the one that was found.
     """
 
     def __init__(
@@ -40,7 +40,10 @@ class CheckpointSearch:
         self.steps_lost = 0
 
     def find_own(self, remains: list[str]) -> CheckpointInfo | None:
-        """The run's own newest good checkpoint, or that of `load_step`. `remains`: what lay there unpublished."""
+        """The run's own newest good checkpoint, or that of `load_step`; None if there is none. Call on all ranks.
+
+        `remains`: the names of unpublished saves. Raises UserError if `load_step` does not exist or cannot be resumed,
+        and CheckpointError (exit code 3) if checkpoints exist and none is good."""
         records, damaged = self._on_first_rank(self._list)
         whole = [info_from_json(record) for record in records]
         self.refused = dict(damaged)
@@ -50,7 +53,7 @@ class CheckpointSearch:
         for one in reversed(whole):
             found = self._inspected(one) if asked in (-1, one.step) else None
             if found is not None and self._is_intact(found):
-                if messages.is_last_save(found):  # whatever is excluded from loading: it does not say its step
+                if messages.is_last_save(found):  # even if parts are excluded: it has no step
                     raise UserError(messages.no_training_state(found))
                 if found.trainer:
                     logger.info(messages.titan_not_verified(found))
@@ -68,7 +71,7 @@ class CheckpointSearch:
         if not is_url(self._folder) and os.path.lexists(self._folder) and not os.path.isdir(self._folder):
             raise UserError(
                 messages.not_a_folder(self._folder)
-            )  # a disk that is not mounted is no reason to start anew
+            )  # for example a disk that is not mounted: the run must not start anew
         for reason in folders.non_folders_in(self._folder):
             logger.warning(reason)
         if foreign := folders.foreign_steps_in(self._folder):
@@ -79,7 +82,7 @@ class CheckpointSearch:
         return [info_to_json(found) for found in whole], damaged
 
     def _inspected(self, found: CheckpointInfo) -> CheckpointInfo | None:
-        """The checkpoint, with what it holds; None where it is a candidate of torchtitan's that cannot be used."""
+        """The checkpoint with its contents; None if it is a candidate of torchtitan that cannot be used."""
         if not found.trainer:
             return found
         record, why = self._on_first_rank(lambda: self._inspect_titan(found.path))
@@ -94,7 +97,9 @@ class CheckpointSearch:
             return None, str(reason)
 
     def find_initial(self, path: str) -> CheckpointInfo:
-        """The checkpoint that `initial_load_path` names: one of ours, or a folder of torch.distributed.checkpoint."""
+        """The checkpoint of `initial_load_path`: of Quadriga, torchtitan, or torch.distributed.checkpoint alone.
+
+        Call on all ranks. Raises UserError if it is not a checkpoint, CheckpointError (exit code 3) if damaged."""
         found = info_from_json(self._on_first_rank(lambda: info_to_json(self._inspect_initial(path))))
         if found.trainer:
             logger.info(messages.titan_not_verified(found))
@@ -118,7 +123,7 @@ class CheckpointSearch:
         return CheckpointInfo(0, path, ("model",), resume=False, location=path)
 
     def _is_intact(self, found: CheckpointInfo) -> bool:
-        """Every file's hash is the one that was written down. Each rank reads its share of the files."""
+        """Whether every file has the hash of the manifest. Each rank reads its share of the files."""
         ranks, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
         wrong = folders.find_damage(found, sorted(found.files)[rank::ranks])
         if self._group is not None:
@@ -129,10 +134,10 @@ class CheckpointSearch:
 
     def _log_lost_steps(self, found: CheckpointInfo, whole: list[CheckpointInfo]) -> None:
         for _, reason in sorted(self.refused.items()):
-            logger.warning(f"{reason}: this checkpoint is passed over")
+            logger.warning(f"{reason}: this checkpoint is skipped")
         newest = max([step for step in self.refused if step > found.step], default=found.step)
         if newest > found.step:
             self.steps_lost = newest - found.step
-            logger.warning(f"going on from step {found.step}: {self.steps_lost} steps are trained again")
+            logger.warning(f"resuming from step {found.step}: {self.steps_lost} steps are trained again")
         if found.step < whole[-1].step and whole[-1].step not in self.refused:
-            logger.warning(f"step-{whole[-1].step} is newer: a start without load_step takes that one")
+            logger.warning(f"step-{whole[-1].step} is newer: a start without load_step uses that one")

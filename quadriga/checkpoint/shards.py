@@ -1,10 +1,11 @@
-"""One chunk of a tensor out of a file of a checkpoint, whoever wrote that file.
+"""Reads one chunk of a tensor from a file of a checkpoint, also from an untrusted source.
 
-A chunk lies there as `torch.save` writes it: a zip archive with a small pickle and the numbers. It is not given to
-`torch.load`, not even with `weights_only=True`: that still calls whatever classes PyTorch holds to be safe (a
-`DeviceMesh`, say, that waits for other ranks), inflates archives, makes storages of any size, and takes the names of
-records without regard to case, so that it may read another record than was looked at. Here the pickle must describe one
-plain tensor and nothing else, the record of its numbers must have just their bytes, and the tensor is made of these.
+A chunk is in the format of `torch.save`: a zip archive with a small pickle and the elements. It is not read with
+`torch.load`, not even with `weights_only=True`, which calls every class on PyTorch's allowlist (for example a
+`DeviceMesh`, which waits for other ranks), inflates archives, allocates storages of any size, and compares the names of
+records without regard to case, so it could read another record than the checked one. Here the pickle must describe one
+plain tensor and nothing else, the record of its elements must have exactly their bytes, and the tensor is made of these
+bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from quadriga import limits
 from quadriga.checkpoint.plan import DTYPES, PlanError
 
-IN_MEMORY = 1 << 24  # bytes of a chunk that is read in one go: seeking in an object store costs a request
+IN_MEMORY = 1 << 24  # bytes of a chunk that is read at once, because each seek in an object store is a request
 LOCAL_HEADER = 30  # bytes before a record's name in a zip archive
 STORAGES = {
     "DoubleStorage": "float64",
@@ -39,7 +40,7 @@ STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
-# The opcodes of a pickled tensor, those of the memo left out: rebuild(storage(...), offset, size, stride,
+# The opcodes of a pickled tensor, without those of the memo: rebuild(storage(...), offset, size, stride,
 # requires_grad, hooks [, dtype]). `i` is any integer, `b` a boolean, `o` the empty tuple.
 _INTEGERS = r"(?:o|i1|ii2|iii3|mi{4,}t)"
 TENSOR = re.compile(rf"pgmmsgssitQi{_INTEGERS}{_INTEGERS}bgoRg?tR\.")
@@ -68,7 +69,7 @@ LETTERS = {
 
 
 class Slice(io.RawIOBase):
-    """A part of an open file, as a file of its own."""
+    """A byte range of an open file, as a file object."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -96,10 +97,10 @@ class Slice(io.RawIOBase):
 
 
 def read_chunk(stream: Any, length: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """The tensor that a chunk of `length` bytes holds, in host memory. `stream`: a binary file that can be sought in.
+    """The tensor in a chunk of `length` bytes, in host memory. `stream`: a seekable binary file.
 
     Raises:
-        PlanError: it holds anything but one plain tensor of that dtype and shape.
+        PlanError: it is not exactly one plain tensor of this dtype and shape.
     """
     if length <= IN_MEMORY:
         stream = io.BytesIO(stream.read(length))
@@ -109,14 +110,14 @@ def read_chunk(stream: Any, length: int, dtype: torch.dtype, shape: Sequence[int
         raise
     except Exception as error:
         first = str(error).partition("\n")[0][:300]
-        raise PlanError(f"no tensor can be read there ({type(error).__name__}: {first!r})") from error
+        raise PlanError(f"no tensor can be read from it ({type(error).__name__}: {first!r})") from error
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
-        raise PlanError("there is something else than a plain tensor")
+        raise PlanError("it is not a plain tensor")
     if tensor.dtype != dtype or list(tensor.shape) != list(shape):
         there, planned = (
             f"{kind} of shape {list(size)}" for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape))
         )
-        raise PlanError(f"there is a tensor of {there}, planned was one of {planned}")
+        raise PlanError(f"it is a tensor of {there}, but the plan has {planned}")
     return tensor
 
 
@@ -127,16 +128,16 @@ def _tensor(stream: Any, length: int, dtype: torch.dtype) -> torch.Tensor:
         _refuse("sizes and strides of different lengths")
     content = _content(stream, record)
     if len(content) != needed:
-        _refuse("its numbers end too early")
+        _refuse("its elements end too early")
     numbers = torch.frombuffer(content, dtype=torch.uint8).view(dtype) if needed else torch.empty(0, dtype=dtype)
-    return numbers.as_strided(sizes, strides, offset)  # refuses what does not lie in them
+    return numbers.as_strided(sizes, strides, offset)  # raises if the tensor exceeds its storage
 
 
 def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> tuple[zipfile.ZipInfo, int, list[int]]:
     with zipfile.ZipFile(stream) as archive:
         records = {record.filename: record for record in archive.infolist()}
         if not 0 < len(records) == len(archive.infolist()) <= limits.SHARD_RECORDS:
-            _refuse("too many records, or two of one name")
+            _refuse("too many records, or two with the same name")
     for name, record in records.items():
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             _refuse(f"{name!r} is compressed")
@@ -144,20 +145,20 @@ def _check_archive(stream: IO[bytes], length: int, dtype: torch.dtype) -> tuple[
             _refuse(f"{name!r} is longer than the chunk")
     pickles = [record for name, record in records.items() if name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > limits.SHARD_PICKLE_BYTES:
-        _refuse("no pickle of one tensor")
+        _refuse("it has no pickle of one tensor")
     key, needed, layout = _described(bytes(_content(stream, pickles[0])), dtype)
     numbers = records.get(pickles[0].filename.replace("data.pkl", f"data/{key}"))
     if numbers is None or numbers.file_size != needed:
-        _refuse(f"{needed} bytes of numbers are promised and not there")
+        _refuse(f"{needed} bytes of elements are described, but missing")
     return numbers, needed, layout
 
 
 def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytearray:
-    """What a stored record holds. Not by `ZipFile.read`: a save leaves the CRC-32 out (see `tensors`)."""
+    """The content of a stored record. `ZipFile.read` cannot be used, because saves omit the CRC-32 (see `tensors`)."""
     stream.seek(record.header_offset)
     header = stream.read(LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != b"PK\3\4":
-        _refuse("its records are not where its directory says")
+        _refuse("its records are not at the positions in its directory")
     stream.seek(record.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[26:30])))
     content, there = bytearray(record.file_size), 0
     with memoryview(content) as view:
@@ -168,7 +169,7 @@ def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytearray:
 
 def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int, list[int]]:
     """The storage of a pickled tensor of this dtype: its key, its bytes, and [offset, *sizes, *strides] of the tensor
-    in it, in numbers. Nothing is executed here."""
+    in it, in elements. Nothing of the pickle is executed."""
     letters = ""
     names: list[str] = []
     texts: list[str] = []
@@ -176,7 +177,7 @@ def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int, list[int]]:
     for opcode, argument, _ in pickletools.genops(pickle):
         letter = LETTERS.get(opcode.name)
         if letter is None:
-            _refuse(f"its pickle has the opcode {opcode.name}, which no tensor needs")
+            _refuse(f"its pickle has the opcode {opcode.name}, which tensors do not use")
         letters += letter
         if letter == "g":
             names.append(cast(Any, argument))
@@ -185,7 +186,7 @@ def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int, list[int]]:
         elif letter == "i":
             numbers.append(cast(Any, argument))
     if not TENSOR.fullmatch(letters) or texts[0] != "storage":
-        _refuse("its pickle describes something else than one tensor")
+        _refuse("its pickle does not describe one tensor")
     rebuild, storage, hooks, *kinds = names
     if rebuild == "torch._utils _rebuild_tensor_v2" and not kinds:
         known = DTYPES.get(STORAGES.get(storage.removeprefix("torch "), ""))
@@ -194,9 +195,9 @@ def _described(pickle: bytes, dtype: torch.dtype) -> tuple[str, int, list[int]]:
         known = DTYPES.get(kinds[0].removeprefix("torch ")) if kinds else None
         size = 1 if (rebuild, storage) == ("torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage") else 0
     if hooks != "collections OrderedDict" or known != dtype or not size:
-        _refuse(f"its pickle describes something else than a tensor of {dtype}: {' '.join(names)[:200]!r}")
+        _refuse(f"its pickle does not describe a tensor of {dtype}: {' '.join(names)[:200]!r}")
     return texts[1], numbers[0] * size, numbers[1:]
 
 
 def _refuse(what: str) -> NoReturn:
-    raise PlanError(f"there is no archive of a tensor: {what}")
+    raise PlanError(f"it is not an archive of a tensor: {what}")

@@ -1,7 +1,7 @@
-"""What a checkpoint takes of a model and its optimizer: tensors under names that are the same on every layout.
+"""The state of a model and its optimizer for a checkpoint: tensors, with the same names on every layout.
 
-The optimizer's hyper-parameters are not among them: they come from the configuration and the schedule, so that a
-changed learning rate is never silently undone by a resume.
+Hyperparameters of the optimizer are not saved. They come from the configuration and the schedule, so that a resume
+never silently undoes a changed learning rate.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from quadriga.errors import Problem, UserError, shortened
 
 CPU = torch.device("cpu")
-WORDS = 624  # of the state of a Mersenne Twister
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what compile and recompute put into names
+WORDS = 624  # in the state of a Mersenne Twister
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # inserted into names by compile and recompute
 
 
 class ModelState:
@@ -30,7 +30,7 @@ class ModelState:
         self._parts = tuple(parts)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors themselves, not copies; sharded ones as DTensors."""
+        """The tensors themselves, not copies; sharded tensors as DTensors."""
         return {
             strip_wrappers(name): value.detach() for part in self._parts for name, value in part.state_dict().items()
         }
@@ -40,7 +40,7 @@ class ModelState:
 
 
 class OptimizerState:
-    """Moments and step counts as `NAME.KEY` (`layers.0.attention.wq.weight.exp_avg`)."""
+    """Moments and step counts, named `NAME.KEY` (`layers.0.attention.wq.weight.exp_avg`)."""
 
     def __init__(self, parts: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
         self._optimizers = tuple(optimizers)
@@ -48,7 +48,7 @@ class OptimizerState:
         self._names: dict[torch.Tensor, str] = {parameter: strip_wrappers(name) for name, parameter in named}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors themselves, not copies. Before the first step they are made, as zeros."""
+        """The tensors themselves, not copies. Before the first step, they are created as zeros."""
         for optimizer in self._optimizers:
             if not optimizer.state:
                 _make_state(optimizer)
@@ -64,17 +64,17 @@ class OptimizerState:
 
 
 class RandomState:
-    """The random number generators of this rank: torch's, those of its device, Python's and NumPy's, as
-    `RANK.GENERATOR`. A run on CPU saves and loads none of CUDA, also where there is a GPU: asking would open it.
+    """The random generators of this rank, named `RANK.GENERATOR`: of torch, its device, Python and NumPy. A run on CPU
+    does not save or load that of CUDA, even on a machine with a GPU, because this would initialize CUDA.
 
-    Training draws no random numbers of its own; whoever adds a part that does finds them where the run stood.
+    Training itself draws no random numbers. Code that is added and does so continues with the same generators.
     """
 
     def __init__(self, rank: int, device: torch.device = CPU) -> None:
         self._rank, self._device = rank, device
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies, for generators do not give their memory away."""
+        """Copies of the states: uint8 or int64, one dimension."""
         version, words, _ = random.getstate()
         numpy: Any = np.random.get_state(legacy=True)
         states = {
@@ -87,17 +87,17 @@ class RandomState:
         return {f"{self._rank}.{name}": state for name, state in states.items()}
 
     def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
-        """Generators that are not among them stay as they are. Raises UserError where a state is none of its
+        """Sets the generators in `loaded`; others are unchanged. Raises UserError if a state is not valid for its
         generator."""
         for name, state in loaded.items():
             generator = name.partition(".")[2]
             try:
                 self._restore(generator, state)
             except (ValueError, OverflowError, RuntimeError) as error:
-                what = f"what the checkpoint holds is no state of a random number generator: {shortened(error, 200)}"
+                what = f"the value in the checkpoint is not a state of a random generator: {shortened(error, 200)}"
                 fix = (
-                    "leave the generators out (--checkpoint.exclude_from_loading '[\"random\"]'): "
-                    "they then begin anew; or start from another checkpoint (--checkpoint.load_step)"
+                    "exclude the generators (--checkpoint.exclude_from_loading '[\"random\"]'), "
+                    "which then start anew; or start from another checkpoint (--checkpoint.load_step)"
                 )
                 raise UserError(Problem(f"random.{name}", what, fix=fix)) from error
 
@@ -110,7 +110,7 @@ class RandomState:
             random.setstate((version, tuple(words), None))
         elif generator == "numpy":
             position, *keys = state.tolist()
-            if not 0 <= position <= WORDS:  # NumPy does not look: the next draw would read memory of others
+            if not 0 <= position <= WORDS:  # NumPy does not check it, and would read out of bounds
                 raise ValueError(f"position {position} of {WORDS}")
             np.random.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
         elif generator == "cuda" and self._device.type == "cuda":
@@ -118,22 +118,23 @@ class RandomState:
 
 
 def _check_torch(state: torch.Tensor) -> None:
-    """Of torch's CPU generator: bytes of a seed (8), how many words are left (4), a flag (4), the next word (8), all
-    words and more. torch does not look whether as many are left, and would read behind them."""
+    """Checks the state of torch's CPU generator: seed (8 bytes), number of words left (4), flag (4), next word (8), all
+    words, and more. torch does not check that so many words are left, and would read out of bounds."""
     left, following = struct.unpack_from("<i4xQ", state.numpy().tobytes(), 8)
     if left + following > WORDS + 1:
         raise ValueError(f"{left} words left from word {following} on, of {WORDS}")
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
+    """A parameter's name without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """An optimizer makes its state in its first step: take one that moves nothing, then set the state to zero."""
+    """Creates the state of an optimizer, which is created in its first step: takes a step with learning rate 0, then
+    sets the state to zero."""
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = [p.grad for p in parameters]

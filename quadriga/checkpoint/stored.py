@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint that is there: its plan, read and checked once, and DCP's reader of what it lists.
+"""Reads the tensors of a checkpoint: its plan, which is read and checked once, and a reader of its tensors for DCP.
 
     stored = open_stored(place, group, found.files)       # all ranks together
     stored.plan.tensors                                   # names, dtypes, shapes
     load(tensors, storage_reader=stored.reader(tensors), planner=TensorPlanner(), ...)
 
-The first rank reads the plan and sends it to the others as JSON. What was checked is what is used: DCP is given objects
-made of it, and never the file. Nothing here or below unpickles: see SECURITY.md.
+The first rank reads the plan and sends it to the others as JSON. DCP gets objects that are built from the checked plan,
+never the file. Nothing is unpickled: see SECURITY.md.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ METADATA = ".metadata"  # DCP's own plan, a pickle
 
 
 class StoredTensors:
-    """The tensors in a place. Needs no other rank."""
+    """The tensors in a folder or object store. Its methods can be called on a single rank."""
 
     def __init__(self, location: Location, plan: Plan, retries: int = 5) -> None:
         self.location, self.plan = str(location), plan
         self._files = files_at(location, retries)
 
     def reader(self, names: Iterable[str]) -> TensorReader:
-        """DCP's reader of these tensors, all of which must be in the plan."""
+        """A DCP reader of these tensors. Raises KeyError for a name that is not in the plan."""
         return TensorReader(self.location, self._files, self.plan.metadata(names))
 
 
 def open_stored(
     location: Location, group: dist.ProcessGroup | None, facts: Mapping[str, FileFacts] | None = None, retries: int = 5
 ) -> StoredTensors:
-    """The tensors in a place. `facts`: what the manifest says of its files; empty or None: there is no manifest.
+    """The tensors in a folder or object store. `facts`: the files in the manifest; empty or None: no manifest.
 
-    Call on all ranks of the group. Raises CheckpointError on every rank where the plan is missing, damaged, or not
-    just the plan of tensors in the files of this folder."""
+    Call on all ranks of the group. Raises CheckpointError on every rank if the plan is missing or damaged, or refers to
+    anything except tensors in the files of this folder."""
     if group is None:
         return StoredTensors(location, _read_plan(location, facts or {}, retries)[0], retries)
     plan, text, error = None, b"", None
@@ -62,7 +62,7 @@ def open_stored(
         try:
             plan, text = _read_plan(location, facts or {}, retries)
             text = text or _as_text(location, plan)
-        except Exception as failed:  # noqa: BLE001 - whatever it is, the other ranks must not wait for ever
+        except Exception as failed:  # noqa: BLE001 - the other ranks must not wait forever
             error = failed
     error_record = broadcast_json(None if error is None else error_to_json(error), group)
     if error is not None:
@@ -74,7 +74,7 @@ def open_stored(
 
 
 def _read_plan(location: Location, facts: Mapping[str, FileFacts], retries: int) -> tuple[Plan, bytes]:
-    """The plan, and its JSON where that is what was read."""
+    """The plan, and its JSON text if `plan.json` was read, else b""."""
     files, name = files_at(location, retries), METADATA
     try:
         if PLAN_FILE in facts if facts else files.exists(join(location, PLAN_FILE)):
@@ -95,7 +95,7 @@ def _read_plan(location: Location, facts: Mapping[str, FileFacts], retries: int)
 
 
 def _as_text(location: Location, plan: Plan) -> bytes:
-    """The JSON of a plan that was read of `.metadata`. What the other ranks would refuse, this rank refuses for all."""
+    """The JSON text of a plan from `.metadata`. Raises CheckpointError if the other ranks would refuse the text."""
     text = plan.as_json()
     try:
         plans.check_text(text)
@@ -107,8 +107,8 @@ def _as_text(location: Location, plan: Plan) -> bytes:
 def refusal_error(path: str, error: PlanError) -> CheckpointError:
     return CheckpointError(
         f"{path} is refused: {error}\n"
-        "nothing in this checkpoint was run, and no tensor was taken from it\n"
-        "take another one of the run (checkpoint.load_step), or a copy from where you trust it"
+        "no code in this checkpoint was executed, and no tensor was loaded from it\n"
+        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust"
     )
 
 
@@ -119,14 +119,14 @@ def _content(files: Files, location: Location, name: str, most: int, fact: FileF
 
     content = files.retried(look)
     if len(content) > most:
-        raise PlanError(f"longer than a plan may be ({most:,} bytes)")
+        raise PlanError(f"longer than the limit for a plan ({most:,} bytes)")
     if fact is not None and hashlib.sha256(content).hexdigest() != fact.sha256:
         raise PlanError("its hash differs from the one in the manifest")
     return content
 
 
 def open_file(files: Files, location: Location, name: str) -> IO[bytes]:
-    """A file of the folder. No link is followed: it could lead to any file of this machine."""
+    """Opens a file of the folder. Links are refused, because they could lead to any file of this machine."""
     if files.renames and (local(location) / name).is_symlink():
         raise PlanError(f"{plans.format_raw(name)} is a link, not a file of this folder")
     return files.open(join(location, name), "rb")
@@ -135,27 +135,27 @@ def open_file(files: Files, location: Location, name: str) -> IO[bytes]:
 def _size(files: Files, location: Location, name: str, facts: Mapping[str, FileFacts]) -> int:
     if facts:
         if name not in facts:
-            raise PlanError(f"{plans.format_raw(name)} is no file that the manifest lists")
+            raise PlanError(f"{plans.format_raw(name)} is not a file that the manifest lists")
         return facts[name].size  # compared with the file when the manifest was read
     try:
         return files.size(join(location, name))
     except OSError as error:
-        raise PlanError(f"{plans.format_raw(name)}, in which tensors are to lie: {error.strerror or error}") from error
+        raise PlanError(f"{plans.format_raw(name)}, a file of tensors: {error.strerror or error}") from error
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Plans tensors by flat names, and nothing else."""
+    """Plans the load of tensors with flat names, and refuses all other objects."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """DCP's own unpickles what was stored."""
+        """Raises PlanError. DCP's own method would unpickle the object."""
         raise PlanError(f"{plans.format_raw(read_item.dest_index.fqn)} is a pickled object, which is not read")
 
 
 class TensorReader(StorageReader):
-    """Reads the tensors of a plan that was checked."""
+    """Reads the tensors of a checked plan, as a storage reader of DCP."""
 
     def __init__(self, location: str, files: Files, metadata: Metadata) -> None:
         self._location, self._files, self._metadata = location, files, metadata
@@ -203,19 +203,19 @@ class TensorReader(StorageReader):
 
     def _fill(self, file: IO[bytes], info: _StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
         if item.type is not LoadItemType.TENSOR:
-            raise PlanError("is no tensor")
+            raise PlanError("is not a tensor")
         entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
         assert isinstance(entry, TensorStorageMetadata)  # a plan has no others
         assert item.storage_index.index is not None
         chunk, dtype = entry.chunks[item.storage_index.index], entry.properties.dtype
         if info.transform_descriptors:
             kinds = plans.format_raw(", ".join(info.transform_descriptors))
-            raise PlanError(f"was transformed as it was saved ({kinds}), which is not read: save it anew without")
+            raise PlanError(f"was saved with a transform ({kinds}), which is not supported: save it again without it")
         copy_part(read_chunk(Slice(file, info.offset, info.length), info.length, dtype, chunk.sizes), item, planner)
 
 
 def copy_part(saved: torch.Tensor, item: ReadItem, planner: LoadPlanner) -> None:
-    """Copy the part of a chunk that an item asks for to where it belongs."""
+    """Copies the part of a chunk that an item requests to its target. Raises PlanError if the shapes differ."""
     for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         saved = saved.narrow(dimension, start, size)
     target = planner.resolve_tensor(item).detach()

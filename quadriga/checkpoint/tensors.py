@@ -1,11 +1,11 @@
-"""Tensors to and from a place by `torch.distributed.checkpoint`: each rank writes and reads what it holds.
+"""Saves and loads tensors with `torch.distributed.checkpoint` (DCP): each rank writes and reads its shards.
 
-A mapping is flat, name to tensor; sharded tensors are DTensors. With `group` None this is one process alone. The
-group should be one of gloo and of no other use: planning sends small objects between ranks while training may be
-using the other groups.
+Mappings are flat, from name to tensor; sharded tensors are DTensors. `group` None is a single process. The group should
+be a gloo group without other use, because planning sends small objects between ranks while training can use the other
+groups.
 
-DCP keeps its plan of a checkpoint as a pickle, `.metadata`, for its own loads. A save writes it as JSON too
-(`plan.json`), and that is what is read here (`stored`).
+DCP writes its plan as a pickle, `.metadata`, for its own loads. A save also writes it as JSON (`plan.json`), which is
+read here (`stored`).
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
 
 Tensors = Mapping[str, torch.Tensor]
-COPIED_AHEAD = 10_000_000  # bytes from the device, by DCP
+COPIED_AHEAD = 10_000_000  # bytes that DCP copies ahead from the device
 
 
 def save_tensors(
     location: Location, tensors: Tensors, group: dist.ProcessGroup | None, retries: int = 5
 ) -> dict[str, str]:
-    """Write all ranks' tensors into an empty place, durably; the SHA-256 of each file that this rank wrote, by name.
+    """Writes all ranks' tensors to an empty place, durably. Returns the SHA-256 of this rank's files by name.
 
-    Raises the same error on every rank."""
+    Call on all ranks. Raises the same CheckpointError on every rank if any rank fails."""
     files = HashingFiles(files_at(location, retries))
     writer = CheckpointWriter(
         str(location), files, on_cuda=any(value.device.type == "cuda" for value in tensors.values())
@@ -67,19 +67,19 @@ def load_tensors(
     retries: int = 5,
     optional: str | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Fill the tensors in place from what `save_tensors` wrote, whatever layout wrote it.
+    """Fills the tensors in place from what `save_tensors` wrote on any layout. Call on all ranks.
 
-    `tensors` must name exactly what is there under the same first words (`model.`, `optimizer.`): a name that is
-    missing on either side (where `may_hold_more`: here alone), or another shape, raises UserError on every rank.
-    CheckpointError on every rank where what lies there is damaged, or not what its plan says.
+    `tensors` must have exactly the names of the checkpoint with the same first words (`model.`, `optimizer.`). A name
+    that only one side has (with `may_hold_more`: only `tensors`), or another shape, raises UserError on every rank.
+    A damaged checkpoint, or one that differs from its plan, raises CheckpointError on every rank.
 
-    Names that begin with `optional` may be missing on either side or have another shape: they stay as they are.
-    Returned are those of this rank that were not filled, and those there that begin like one of this rank's up to the
-    last point and have no use here.
+    Names that begin with `optional` can be missing on either side or have another shape; such tensors are unchanged.
+    Returns the names of this rank that were not filled, and the unused names of the checkpoint that equal one of this
+    rank up to the last point.
 
     Args:
-        facts: what the manifest says of the files there; None or empty where there is no manifest.
-        prefix: what all names here begin with, and need not begin with there.
+        facts: the files in the manifest; None or empty without a manifest.
+        prefix: of all names in `tensors`; the names in the checkpoint may lack it.
     """
     stored = open_stored(location, group, facts, retries)
     there = stored.plan.tensors
@@ -109,15 +109,15 @@ def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
 
 
 def stored_tensors(location: Location, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
-    """Name, shape and dtype of all tensors in a place. One process alone. Raises CheckpointError as `load_tensors`
-    does."""
+    """Shape, dtype and chunks of all tensors in a place, by name. Single process. Raises CheckpointError like
+    `load_tensors`."""
     return open_stored(location, None, facts).plan.tensors
 
 
 def load_tensor(stored: StoredTensors, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A whole tensor (None: as it was saved); beside it only one saved piece of it is in memory. Needs no other rank.
+    """A whole tensor, in `dtype` or (None) its saved dtype. In addition, only one saved chunk is in memory.
 
-    Raises CheckpointError where it is damaged."""
+    Can be called on a single rank. Raises CheckpointError if it is damaged."""
     planned = stored.plan.tensors[name]
     tensor = torch.empty(planned.shape, dtype=dtype or planned.dtype)
     reader, planner = stored.reader([name]), TensorPlanner()
@@ -128,9 +128,9 @@ def load_tensor(stored: StoredTensors, name: str, dtype: torch.dtype | None = No
 
 
 class Staging:
-    """Copies in host memory, which training cannot change while they are written; the memory is used again.
+    """Copies tensors to host memory, so that training cannot change them during a save. The memory is reused.
 
-    Pinned memory (`pinned`, on CUDA) lets the device copy by itself, without a detour through the driver's buffers.
+    With `pinned` memory (on CUDA), the device copies directly, without the buffers of the driver.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -138,7 +138,7 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The copies, of the same dtypes and placements. They hold until the next call."""
+        """The copies, with the same dtypes and placements. They are valid until the next call."""
         for gone in self._copies.keys() - tensors.keys():
             del self._copies[gone]
         copies = {name: self._into_host(name, value.detach()) for name, value in tensors.items()}
@@ -159,7 +159,7 @@ class Staging:
 
 
 class HashingFiles(FileSystemBase):
-    """DCP's view of a file system, which hashes what passes through it to be written."""
+    """A file system for DCP that computes the SHA-256 of every file while it is written."""
 
     def __init__(self, files: Files) -> None:
         self.files, self.hashes = files, dict[str, str]()
@@ -200,7 +200,7 @@ class HashingFiles(FileSystemBase):
 
 
 class _HashedStream:
-    """A stream to write to, one piece behind the other. Has what DCP and torch.save call."""
+    """A sequential output stream with a hash. Has the methods that DCP and torch.save call."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
@@ -223,14 +223,15 @@ class _HashedStream:
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes `plan.json` beside DCP's files.
+    """Writes `plan.json` in addition to DCP's files.
 
-    When a disk is full, torch.save ends in an error about its own positions, or in one that names no file."""
+    Raises OSError with the file if a disk is full. torch.save would raise an error about its own positions, or without
+    a file name."""
 
     def __init__(self, location: str, files: HashingFiles, on_cuda: bool = False) -> None:
-        # Without CUDA tensors nothing is copied ahead: DCP would open a GPU for it wherever there is one.
+        # Without CUDA tensors, nothing is copied ahead, because DCP would initialize CUDA on a machine with GPUs.
         ahead = COPIED_AHEAD if on_cuda else 0
-        # What `create` made is durable when it is closed.
+        # Files from `create` are durable after `close`.
         super().__init__(location, sync_files=False, per_thread_copy_ahead=ahead)
         self.fs: Any = files
         self.path: Any = location
@@ -264,17 +265,17 @@ def _refuse_other_tensors(
     may_hold_more: bool,
 ) -> None:
     parts = {name.split(".", 1)[0] for name in tensors}
-    # Without a first word that all names share, stages of a pipeline would not agree on this list, nor on its length.
+    # With `may_hold_more` the names have no common first word, so pipeline stages would have different lists.
     known = [] if may_hold_more else sorted(name for name in there if name.split(".", 1)[0] in parts)
     missing = [name for name in tensors if name not in there]
     reshaped = [
-        f"{name}: {list(there[name].shape)} saved, {list(tensors[name].shape)} here"
+        f"{name}: {list(there[name].shape)} in the checkpoint, {list(tensors[name].shape)} in the run"
         for name in tensors.keys() & there.keys()
         if there[name].shape != tuple(tensors[name].shape)
     ]
     wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
     gathered: list[Any] = [[missing, reshaped]]
-    if group is not None:  # with pipeline stages each rank holds some of the names
+    if group is not None:  # with pipeline stages, each rank has some of the names
         if not may_hold_more:
             dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
         gathered = all_gather_json([missing, reshaped], group)
@@ -297,7 +298,7 @@ def _refuse_other_tensors(
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """torch's own CRC-32 of each tensor is left out (readers do without): a file is covered by its SHA-256."""
+    """Omits torch's CRC-32 of each tensor, which readers do not need: the SHA-256 covers the whole file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -308,7 +309,8 @@ def _without_crc32() -> Iterator[None]:
 
 @contextmanager
 def convert_dcp_errors(what: str) -> Iterator[None]:
-    """One CheckpointError with each failed rank's own words; no warning that one process is alone, which is meant."""
+    """Converts errors of DCP to one CheckpointError with the message of each failed rank. Suppresses DCP's warning
+    about a single process, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:

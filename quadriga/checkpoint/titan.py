@@ -1,12 +1,12 @@
-"""Checkpoints of torchtitan (v0.2): recognised by the names in them, and what they say of their run. No torch.
+"""Recognizes checkpoints of torchtitan (v0.2) by the names in them, and reads the state of their run. No torch here.
 
-A save of its trainer is a folder of torch.distributed.checkpoint without a manifest. At the top level stand the weights
-(`layers.0.attention.wq.weight`), beside them `optimizer.state.NAME.exp_avg`, `exp_avg_sq` and `step`,
+torchtitan saves a folder of torch.distributed.checkpoint without a manifest. It has, at the top level, the weights
+(`layers.0.attention.wq.weight`), `optimizer.state.NAME.exp_avg`, `exp_avg_sq` and `step`,
 `optimizer.param_groups.NAME.KEY`, `train_state.step` and `ntokens_seen`, `lr_scheduler.last_epoch`,
-`dataloader.dp_rank_N` and `dataloader.world_size`. Its last save holds the weights alone, unless it is told otherwise.
+`dataloader.dp_rank_N` and `dataloader.world_size`. By default, its last save has only the weights.
 
-There are no hashes. What can be seen is whether every tensor and value lies inside a file that is there. These folders
-are never changed here, and never deleted.
+There are no hashes. The only check is whether every tensor and value is inside an existing file. These folders are
+never changed and never deleted.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ from quadriga.errors import Problem, UserError
 from quadriga.units import format_some
 
 TRAINER = "torchtitan"
-STATE = "optimizer.state."  # what the names of moments begin with
+STATE = "optimizer.state."  # prefix of the names of moments
 NON_WEIGHT_PREFIXES = (
     "optimizer.",
     "train_state.",
     "lr_scheduler.",
     "dataloader.",
-)  # what is no weight begins like one of these
+)  # prefixes of all names that are not weights
 EMBEDDING = "tok_embeddings.weight"
 IN_LAYER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 LAYER = re.compile(r"layers\.(\d+)\.")
 MOST_TOKENS = 1 << 53
 FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
-MODEL, OPTIMIZER = "model.", "optimizer."  # what our names begin with
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of Quadriga's names
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-FIX = "set model.flavor and its sizes to those of the run that saved it, or name another checkpoint"
+FIX = "set model.flavor and its sizes to those of the run that saved it, or use another checkpoint"
 
 
 class TitanTensorNames(Protocol):
-    """The tensors of one model on torchtitan's side; `models.registry.titan_names` gives it."""
+    """The tensors of one model in torchtitan; see `models.registry.titan_names`."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor of the whole model, by name."""
+        """The shape of every tensor of the whole model, by name."""
 
     def paired_rows(self, name: str) -> int:
-        """How many rows make a head, where rows of this tensor are paired; 0 where they are not."""
+        """Rows per head, if the rows of this tensor are rotated in pairs; otherwise 0."""
 
 
 def find_candidates(
     folder: Location, damaged: Iterable[tuple[int, str]]
 ) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
-    """Of the folders that are no checkpoint of ours (step, why): those that may be torchtitan's, and the others.
+    """Splits folders that are not checkpoints of Quadriga, (step, why), into possible ones of torchtitan and others.
 
-    A candidate is to be looked at (`inspect`) before it is used."""
+    A candidate must be checked with `inspect` before it is used."""
     files, theirs, left = files_at(folder), [], []
     for step, why in damaged:
         path = folders.published_path(folder, step)
@@ -82,11 +82,11 @@ def find_candidates(
 
 
 def find_newest(folder: Location, step: int = -1, least: int = 0) -> CheckpointInfo | None:
-    """The newest checkpoint in a folder, ours or theirs, that is whole by name and size, or that of a step; None where
-    there is none. Of theirs only those are looked at that are newer than the newest of ours, and of step `least` on:
-    a look reads all of `.metadata`, which takes seconds for a large model."""
+    """The newest checkpoint of Quadriga or torchtitan in a folder that is complete by name and size, or that of `step`;
+    None if there is none. Of torchtitan's, only those are inspected that are newer than the newest of Quadriga's and
+    not before step `least`, because this reads all of `.metadata`, which takes seconds for a large model."""
     own, files = folders.find_complete(folder, step), files_at(folder)
-    if not files.renames:  # its trainer saves to folders alone
+    if not files.renames:  # torchtitan saves only to folders
         return own
     named = sorted(int(match[1]) for name in files.names(folder) if (match := folders.PUBLISHED.fullmatch(name)))
     for number in reversed(named):
@@ -101,13 +101,13 @@ def find_newest(folder: Location, step: int = -1, least: int = 0) -> CheckpointI
 
 
 def inspect(path: Location) -> CheckpointInfo | None:
-    """What a folder of theirs holds; None where its names are not torchtitan's.
+    """The checkpoint in a folder of torchtitan; None if its names are not torchtitan's.
 
-    `extra` has the parts that a checkpoint of ours has, as far as they can be known: `train_state` (`step`,
-    `tokens_seen`), `lr_scheduler` (`done`), `dataloader` (`ranks`; and `documents` and `tokens_left`, or `unknown`, the
-    reason). `resume` is False for step 0, of which only the weights are taken, as torchtitan does.
+    `extra` has the parts of a checkpoint of Quadriga, as far as they are known: `train_state` (`step`, `tokens_seen`),
+    `lr_scheduler` (`done`), `dataloader` (`ranks`; and `documents` and `tokens_left`, or `unknown`, the reason).
+    `resume` is False for step 0: only its weights are loaded, as in torchtitan.
 
-    Raises InvalidCheckpoint where a file is missing or too short, or a value is none that torchtitan saves.
+    Raises InvalidCheckpoint if a file is missing or too short, or a value is not one that torchtitan saves.
     """
     files = files_at(path)
     try:
@@ -115,7 +115,7 @@ def inspect(path: Location) -> CheckpointInfo | None:
         if not _has_titan_names(entries):
             return None
         for name, kinds in entries.transformed.items():
-            what = f"was transformed as it was saved ({format_raw(kinds)}), which is not read: save it anew without"
+            what = f"was saved with a transform ({format_raw(kinds)}), which is not supported: save it again without it"
             raise PlanError(f"{format_raw(name)} {what}")
         _check_files(entries, files, path)
         run_state = _RunState(entries, files, path)
@@ -128,27 +128,27 @@ def inspect(path: Location) -> CheckpointInfo | None:
     named = folders.step_in_name(path)
     step = extra["train_state"]["step"] if extra else named or 0
     if extra and named is not None and named != step:
-        raise InvalidCheckpoint(f"{path} is of step {step}, but its folder is called that of step {named}")
+        raise InvalidCheckpoint(f"{path} is of step {step}, but the name of its folder is of step {named}")
     return CheckpointInfo(step, str(path), contents, extra, resume=step > 0, location=str(path), trainer=TRAINER)
 
 
 def find_at(path: Location) -> CheckpointInfo | None:
-    """The checkpoint that a folder is, or the newest in it; None for a folder of torch.distributed.checkpoint whose
-    names say nothing. Raises InvalidCheckpoint where it is none."""
+    """The checkpoint in a folder, or the newest of its subfolders; None for a folder of torch.distributed.checkpoint
+    with other names. Raises InvalidCheckpoint if it is not a checkpoint."""
     if found := find_newest(path):
         return found
     try:
         return folders.read_checkpoint(path)
     except InvalidCheckpoint:
         files = files_at(path)
-        # With a manifest it is one of ours, and not to be taken for a foreign one, which is not verified.
+        # With a manifest, it is a checkpoint of Quadriga. It must not be loaded as a foreign one, without verification.
         if files.exists(folders.join(path, STATE_FILE)) or not files.exists(folders.join(path, METADATA)):
             raise
         return inspect(path) if foreign.has_foreign_plan(files, path) else None
 
 
 def shapes_in(path: Location) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, by torchtitan's names, of a folder that `inspect` took."""
+    """The shapes of all tensors, by torchtitan's names, of a folder that `inspect` accepted."""
     entries = read_entries(_bytes(files_at(path), path, METADATA, 0, None, limits.METADATA_BYTES))
     return {name: tuple(entry["shape"]) for name, entry in entries.plan["tensors"].items()}
 
@@ -160,7 +160,7 @@ def refuse_other_titan_model(
     parts: Iterable[str] = ("model",),
     moments: Iterable[str] = (),
 ) -> None:
-    """UserError where a checkpoint has not exactly the weights of this model, or not the moments of each."""
+    """Raises UserError if a checkpoint does not have exactly the weights of this model, or lacks moments."""
     shapes = names.shapes
     weights = {name for name in there if not name.startswith(NON_WEIGHT_PREFIXES)}
     wanted = dict(shapes) if "model" in parts else {}
@@ -169,14 +169,14 @@ def refuse_other_titan_model(
     missing = sorted(wanted.keys() - there.keys())
     surplus = sorted(weights - shapes.keys()) if "model" in parts else []
     reshaped = sorted(
-        f"{name}: {list(there[name])} there, {list(shape)} here"
+        f"{name}: {list(there[name])} in the checkpoint, {list(shape)} in the model"
         for name, shape in wanted.items()
         if name in there and there[name] != shape
     )
     if not (missing or surplus or reshaped):
         return
     saved, asked = _sizes({name: there[name] for name in weights}), _sizes(shapes)
-    if saved and asked and saved != asked:  # names and shapes would say the same at length
+    if saved and asked and saved != asked:  # a shorter message than names and shapes
         (layers, width, vocabulary), here = saved, ", ".join(f"{size:,}" for size in asked)
         what = f"the checkpoint has {layers:,} layers, width {width:,}, vocabulary {vocabulary:,}"
         raise UserError(Problem(where, f"another model: {what}; the configuration {here}", fix=FIX))
@@ -193,7 +193,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None
 
 
 def titan_name(name: str) -> str:
-    """torchtitan's name for one of ours: `optimizer.norm.weight.step` -> `optimizer.state.norm.weight.step`."""
+    """torchtitan's name of a tensor: `optimizer.norm.weight.step` -> `optimizer.state.norm.weight.step`."""
     if name.startswith(MODEL):
         return name.removeprefix(MODEL)
     return STATE + name.removeprefix(OPTIMIZER)
@@ -205,7 +205,7 @@ def _has_titan_names(entries: Entries) -> bool:
 
 
 class _RunState:
-    """What is no tensor, read when it is asked for."""
+    """The state of a run: the values that are not tensors, read on request."""
 
     def __init__(self, entries: Entries, files: Files, path: Location) -> None:
         self._objects, self._files, self._path = entries.objects, files, path
@@ -216,7 +216,7 @@ class _RunState:
         ranks = self._count("dataloader.world_size", least=1) if "dataloader.world_size" in self._objects else 0
         step = self._count("train_state.step")
         known = "train_state.ntokens_seen" in self._objects
-        # Each data-parallel rank counts its own tokens, and one of them saves the count.
+        # Each data-parallel rank counts only its own tokens, and one of them saves its count.
         tokens = self._count("train_state.ntokens_seen", most=MOST_TOKENS) * max(ranks, 1) if known else None
         last = "lr_scheduler.last_epoch"
         return {
@@ -228,7 +228,7 @@ class _RunState:
     def _count(self, name: str, least: int = 0, most: int = limits.COUNT) -> int:
         value = self._value(name, limits.OBJECT_NUMBER_BYTES)
         if type(value) is not int or not least <= value <= most:
-            raise PlanError(f"{name} is {format_raw(value)}, which is no count")
+            raise PlanError(f"{name} is {format_raw(value)}, which is not a count")
         return value
 
     def _value(self, name: str, most: int = limits.OBJECT_BYTES) -> Any:
@@ -236,11 +236,11 @@ class _RunState:
         return value_in_archive(_bytes(self._files, self._path, file, start, length, most))
 
     def _position(self, ranks: int) -> dict[str, Any]:
-        """How many documents the data loader has begun, and how many ids of them it has not dealt out."""
+        """The number of documents that the data loader has read, and of their ids that it has not returned yet."""
         name = "dataloader.dp_rank_0"
         if ranks != 1 or name not in self._objects:
-            there = f"it was saved by {ranks} data-parallel ranks, each with a part of the data of its own"
-            return {"unknown": there if ranks > 1 else "it holds no state of a data loader"}
+            there = f"it was saved by {ranks} data-parallel ranks, each with its own part of the data"
+            return {"unknown": there if ranks > 1 else "it has no state of a data loader"}
         try:
             content = self._value(name)
             state = value_of(content) if type(content) is bytes else None
@@ -251,12 +251,12 @@ class _RunState:
         except PlanError as error:
             return {"unknown": f"the state of its data loader cannot be read: {error}"}
         if type(documents) is not int or not 0 <= documents <= limits.COUNT or type(buffer) is not list:
-            return {"unknown": "its data were streamed, and their state names no document"}
+            return {"unknown": "its data were streamed, and their state has no document number"}
         return {"documents": documents, "tokens_left": len(buffer)}
 
 
 def _check_files(entries: Entries, files: Files, path: Location) -> None:
-    """Raise PlanError where a tensor or a value does not lie inside a file of this folder."""
+    """Raises PlanError if a tensor or a value is not inside a file of this folder."""
     plan: Mapping[str, Any] = entries.plan
     ends: dict[str, int] = {}
     for entry in plan["tensors"].values():
@@ -267,7 +267,7 @@ def _check_files(entries: Entries, files: Files, path: Location) -> None:
         ends[name] = max(ends.get(name, 0), start + length)
     for name, end in ends.items():
         if not FILE_NAME.fullmatch(name) or name in (".", ".."):
-            raise PlanError(f"{format_raw(name)} is no name of a file in the folder")
+            raise PlanError(f"{format_raw(name)} is not a name of a file in the folder")
         try:
             size = files.size(folders.join(path, name))
         except OSError as error:
@@ -277,14 +277,15 @@ def _check_files(entries: Entries, files: Files, path: Location) -> None:
 
 
 def _bytes(files: Files, path: Location, name: str, start: int, length: int | None, most: int) -> bytes:
-    """A part of a file of the folder (None: all of it). No link is followed: it could lead anywhere."""
+    """Bytes of a file of the folder; `length` None: all. Raises PlanError for a link, which could lead anywhere, or for
+    more than `most` bytes."""
     if length is not None and (length > most or length < 0 or start < 0):
-        raise PlanError(f"{length} bytes of {name} from byte {start} on: more than a value may have, or none")
+        raise PlanError(f"{length} bytes of {name} from byte {start} on: not a valid length or position of a value")
     if files.renames and os.path.islink(local(path) / name):
         raise PlanError(f"{format_raw(name)} is a link, not a file of this folder")
     with files.open(folders.join(path, name), "rb") as file:
         file.seek(start)
         content = file.read(most + 1 if length is None else length)
     if len(content) > most:
-        raise PlanError(f"{name} is longer than a plan may be ({most:,} bytes)")
+        raise PlanError(f"{name} is longer than the limit for a plan ({most:,} bytes)")
     return content

@@ -1,9 +1,9 @@
-"""Weights and moments of a checkpoint of torchtitan into ours, on any layout. See `titan` for what lies there.
+"""Loads weights and moments of a checkpoint of torchtitan, on any layout. See `titan` for its content.
 
-Rows of query and key matrices are paired as neighbours there and by halves here (`TitanTensorNames.paired_rows`); their
-moments with them. A rank reads the heads that its shard touches, out of the files that hold them, and puts their rows
-in our order before any of them is copied: no rank talks to another, and at most one tensor of the model is in memory
-beside the shard.
+torchtitan rotates pairs of neighboring rows of query and key matrices, Quadriga pairs of the two halves
+(`TitanTensorNames.paired_rows`). The rows of moments have the same order as those of their weights. A rank reads the
+heads that overlap its shard and reorders their rows before it copies them. So there is no communication, and at most
+one whole tensor of the model is in memory besides the shards.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from quadriga.checkpoint.titan import OPTIMIZER, STATE, TitanTensorNames, refuse
 def read_titan(
     location: Location, tensors: Tensors, names: TitanTensorNames, group: dist.ProcessGroup | None, *, retries: int = 5
 ) -> None:
-    """Fill this rank's tensors, plain ones or DTensors of any layout, by our flat names (`model.NAME`,
-    `optimizer.NAME.exp_avg`), in place. Dtypes are converted.
+    """Fills this rank's tensors in place, plain ones or DTensors of any layout, by Quadriga's flat names (`model.NAME`,
+    `optimizer.NAME.exp_avg`). Dtypes are converted.
 
-    Call on all ranks. Raises UserError on every rank where the checkpoint is not of this model, or lacks moments;
-    CheckpointError where it is damaged.
+    Call on all ranks. Raises UserError on every rank if the checkpoint is not of this model, or lacks moments;
+    CheckpointError if it is damaged.
     """
     stored = open_stored(location, group, None, retries)
     parts = {name.partition(".")[0] for name in tensors}
@@ -43,7 +43,7 @@ def read_titan(
     )
     wanted = {titan_name(name): tensor for name, tensor in tensors.items()}
     paired = {name: names.paired_rows(parameter_name(name)) for name, tensor in wanted.items() if tensor.dim()}
-    paired = {name: rows for name, rows in paired.items() if rows}  # a count of steps has no rows
+    paired = {name: rows for name, rows in paired.items() if rows}  # a step count has no rows
     with convert_dcp_errors(f"{location} could not be read"):
         load(
             wanted,
@@ -55,7 +55,7 @@ def read_titan(
 
 
 def interleaved_to_halves(rows: torch.Tensor, head: int) -> torch.Tensor:
-    """Whole heads of `head` rows each, whose rows are paired as neighbours, with rows paired by halves; a copy."""
+    """Reorders whole heads of `head` rows each, (rows, ...), from neighboring pairs to pairs of halves. A copy."""
     return rows.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -65,15 +65,15 @@ def halves_to_interleaved(rows: torch.Tensor, head: int) -> torch.Tensor:
 
 
 def parameter_name(name: str) -> str:
-    """The parameter that one of torchtitan's names belongs to."""
+    """The parameter of one of torchtitan's names, which can be that of a moment."""
     return name.removeprefix(STATE).rpartition(".")[0] if name.startswith(STATE) else name
 
 
 class _Reader(TensorReader):
-    """Reads tensors of a plan that was checked; of those in `paired` whole heads, with rows in our order.
+    """Reads the tensors of a checked plan. Of tensors in `paired`, it reads whole heads and reorders their rows.
 
-    DCP sees a plan in which a paired tensor consists of blocks: runs of whole heads that begin and end where saved
-    chunks do.
+    DCP gets a plan in which a paired tensor consists of blocks: ranges of whole heads that begin and end at the
+    boundaries of saved chunks.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class _Reader(TensorReader):
                 copy_part(rows, item, planner)
 
     def _block(self, name: str, block: Chunk) -> torch.Tensor:
-        """The rows of a block, which the saved chunks in it make up."""
+        """The rows of a block, reordered, from the saved chunks in it."""
         planned, (first, *_), (count, *_) = self._saved.tensors[name], block[0], block[1]
         rows = torch.empty(block[1], dtype=planned.dtype)
         for offsets, sizes, file, start, length, *transforms in planned.chunks:
@@ -108,7 +108,7 @@ class _Reader(TensorReader):
             path = join(self._location, self._saved.files[file])
             try:
                 if transforms:
-                    raise PlanError("was transformed as it was saved, which is not read: save it anew without")
+                    raise PlanError("was saved with a transform, which is not supported: save it again without it")
                 with open_file(self._files, self._location, self._saved.files[file]) as stream:
                     saved = read_chunk(Slice(stream, start, length), length, planned.dtype, sizes)
             except PlanError as error:
@@ -121,7 +121,7 @@ class _Reader(TensorReader):
 
 
 def _in_blocks(planned: PlannedTensor, head: int) -> PlannedTensor:
-    """The same tensor as blocks of whole heads that no saved chunk reaches out of."""
+    """The same tensor, divided into blocks of whole heads, such that each saved chunk is within one block."""
     rows, *rest = planned.shape
     spans = sorted((chunk[0][0], chunk[0][0] + chunk[1][0]) for chunk in planned.chunks if chunk[1][0])
     ends, reached = [0], 0

@@ -1,8 +1,8 @@
-"""A checkpoint of ours as torchtitan v0.2 writes it: its trainer loads the folder and goes on.
+"""Converts a checkpoint to the format of torchtitan v0.2, whose trainer can resume from the result.
 
-torch.distributed.checkpoint itself writes it, from names alone: every tensor is read from the checkpoint when its turn
-to be written comes, with rows of query and key matrices and of their moments back in torchtitan's order. What is needed
-in memory is what goes into one file.
+torch.distributed.checkpoint writes it, from tensors without memory. Each tensor is read from the checkpoint when it is
+written, and the rows of query and key matrices and of their moments are reordered for torchtitan. Only the content of
+one file is in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, TitanTensorName
 from quadriga.checkpoint.titan_read import halves_to_interleaved, parameter_name
 from quadriga.errors import Problem, UserError
 
-IN_A_FILE = 2 * 10**9  # bytes
+IN_A_FILE = 2 * 10**9  # bytes per file, except for a larger tensor
 
 
 def export_titan(
@@ -42,23 +42,23 @@ def export_titan(
     states: Mapping[str, Any],
     group: Mapping[str, Any],
 ) -> str:
-    """Write a published checkpoint as `step-N` of a checkpoint folder of torchtitan; its name. One process alone.
+    """Writes a published checkpoint as `step-N` of a checkpoint folder of torchtitan. Returns its name. Single process.
 
     Args:
-        states: what else stands at the top level: `train_state`, `lr_scheduler`, `dataloader`; left out where the
-            checkpoint holds the weights alone.
-        group: the fields of the one parameter group of torchtitan's optimizer, which it keeps for each parameter.
+        states: the other top-level entries: `train_state`, `lr_scheduler`, `dataloader`; omitted if the checkpoint has
+            only the weights.
+        group: the fields of the only parameter group of torchtitan's optimizer, which are saved for each parameter.
 
     Raises:
-        UserError: the folder cannot be taken, or the checkpoint is not of this model.
-        CheckpointError: it is damaged, or cannot be written; nothing of it is left then.
+        UserError: the folder cannot be used, or the checkpoint is not of this model.
+        CheckpointError: it is damaged, or cannot be written; then nothing of it is left.
     """
     if is_url(out):
-        raise UserError(Problem(str(out), "torchtitan reads checkpoints from a folder", fix="name a folder"))
+        raise UserError(Problem(str(out), "torchtitan reads checkpoints from a folder", fix="use a folder"))
     name, location, files = published_path(out, checkpoint.step), staging_path(out, checkpoint.step), files_at(out)
     if files.exists(name):
-        fix = "name another folder, or remove this one"
-        raise UserError(Problem(name, "is there already", fix=fix))
+        fix = "use another folder, or remove this one"
+        raise UserError(Problem(name, "already exists", fix=fix))
     stored = open_stored(checkpoint.location or checkpoint.path, None, checkpoint.files)
     saved = {titan_name(ours): planned for ours, planned in _wanted(stored, checkpoint)}
     whole = "optimizer" in checkpoint.contents
@@ -96,7 +96,7 @@ def _wanted(stored: StoredTensors, checkpoint: CheckpointInfo) -> Iterator[tuple
 def _state_dict(
     saved: Mapping[str, PlannedTensor], states: Mapping[str, Any], group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """As torchtitan hands it to DCP, with promises (tensors without memory) for all tensors."""
+    """The state dict as torchtitan passes it to DCP, with tensors on the meta device as placeholders."""
     placeholders = {
         name: torch.empty(planned.shape, dtype=planned.dtype, device="meta") for name, planned in saved.items()
     }
@@ -111,7 +111,7 @@ def _state_dict(
 
 
 class _Planner(DefaultSavePlanner):
-    """Makes each tensor when its turn to be written comes."""
+    """Makes each tensor when it is written."""
 
     def __init__(self, stored: StoredTensors, names: TitanTensorNames) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _Planner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """Several files, since DCP keeps every tensor of a file in memory until the file is done."""
+    """Writes several files, because DCP keeps every tensor of a file in memory until the file is written."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         files: queue.Queue[tuple[Any, str, list[WriteItem]]] = queue.Queue()

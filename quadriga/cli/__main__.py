@@ -1,4 +1,4 @@
-"""`python -m quadriga.cli`, where the console script is not installed."""
+"""`python -m quadriga.cli`, for use without the installed console script."""
 
 from __future__ import annotations
 

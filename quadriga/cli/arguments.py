@@ -1,4 +1,4 @@
-"""What several commands share: a parser that reports as everything else does, and where the repository is."""
+"""Shared by several commands: an argument parser that raises UserError, and the place of the repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT_MARK = "run_train.sh"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are problems; keys of the configuration are not abbreviated."""
+    """An argument parser that raises UserError. Options are not abbreviated: the rest are keys of the configuration."""
 
     def __init__(self, command: str, about: str) -> None:
         super().__init__(prog=f"quadriga {command}", description=about, allow_abbrev=False)
@@ -23,13 +23,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def rank_count(text: str) -> int:
-    """The type of `--ngpu`: a whole number from 1 to 999,999,999."""
+    """The argparse type of `--ngpu`: a whole number from 1 to 999,999,999."""
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{shortened(text)} is not a number of ranks (1 or more)")
     return int(text)
 
 
 def repository_of(path: Path) -> Path:
-    """The folder above `path` that holds the launch script; the current folder if there is none."""
+    """The folder above `path` that contains the launch script, else the current directory."""
     above = (folder for folder in path.resolve().parents if (folder / ROOT_MARK).is_file())
     return next(above, Path.cwd())

@@ -1,4 +1,4 @@
-"""`quadriga bench FILE --vary KEY=A,B`: run each setting several times, in turns, and compare them."""
+"""`quadriga bench FILE --vary KEY=A,B`: run each setting several times, in alternating order, and compare them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from quadriga.reading import read_toml
 from quadriga.units import format_seconds
 
 ABOUT = (
-    "Run every combination of the varied values --repeat times, in turns (A B, B A, A B, ...), each run a real launch "
-    "with a folder of its own, and compare them. The same command goes on where it was stopped. Further arguments are "
-    "keys for all runs: --section.key value (see `quadriga keys`)."
+    "Run every combination of the varied values --repeat times, in alternating order (A B, B A, A B, ...), each as a "
+    "full launch in its own folder, and compare them. If it is stopped, the same command continues it. Other arguments "
+    "are keys for all runs: --section.key value (see `quadriga keys`)."
 )
 TAIL_LINES = 25
-WINDOWS_WANTED = 20  # in a run; the file's metrics.log_freq is lowered for it
-RESERVED_KEYS = {"job.dump_folder": "each run has a folder of its own", "debug.seed": "all runs have the same seed"}
+WINDOWS_WANTED = 20  # per run; metrics.log_freq is lowered for it
+RESERVED_KEYS = {"job.dump_folder": "each run has its own folder", "debug.seed": "all runs have the same seed"}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is to be run: `arguments` are the keys of all runs, `configs` the configuration of each setting."""
+    """The plan of a bench. `arguments` are the keys of all runs, `configs` the configuration by number of setting."""
 
     file: str
     folder: Path
@@ -78,24 +78,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=rank_count, default=5, help="runs of each setting (default 5)")
     parser.add_argument("--ngpu", type=rank_count, help="ranks on this machine (default: NGPU, else 4)")
     parser.add_argument("--steps", type=rank_count, help="steps of each run (default: those of the file)")
-    parser.add_argument("--out", metavar="FOLDER", help="where the runs go (default: job.dump_folder with -bench)")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the runs (default: job.dump_folder with -bench)")
     add_compare_arguments(parser)
     options, keys = parser.parse_known_args(argv)
     bench = plan_bench(options, keys)
     write_bench_record(bench.folder, bench.note())
     try:
         run_all(bench)
-    except KeyboardInterrupt:  # between two runs: while one goes on, the signal is handed on to it
-        raise Fault("interrupted; the same command goes on from here", 128 + signal.SIGINT) from None
+    except KeyboardInterrupt:  # between two runs: during a run, the signal is forwarded to it
+        raise Fault("interrupted; the same command continues from here", 128 + signal.SIGINT) from None
     print_comparison(compare_folders([bench.folder], (), options.warmup), options)
     return EXIT_OK
 
 
 def plan_bench(options: Any, keys: Sequence[str]) -> Bench:
-    """What will be run; all of it is checked here, before the first run starts.
+    """The plan, with all settings checked before the first run starts.
 
     Raises:
-        UserError: with what is wrong in a setting, or with finished runs of another configuration.
+        UserError: a setting is wrong, or a finished run in the folder has another configuration.
     """
     environ = launch_environment(os.environ, options.ngpu)
     request, problems = read_launch_request(environ)
@@ -110,7 +110,7 @@ def plan_bench(options: Any, keys: Sequence[str]) -> Bench:
     user_arguments = [*keys, *([] if options.steps is None else [f"--training.steps={options.steps}"])]
     written = load(
         ["--job.config_file", options.file, *user_arguments], environ
-    ).config  # what is wrong in it is told below
+    ).config  # its problems are reported by check_choice
     defaults = default_arguments(written, given_keys | choices[0].values.keys())
     folder = Path(options.out or f"{written.job.dump_folder.rstrip('/')}-bench")
     bench = Bench(options.file, folder, choices, [*defaults, *user_arguments], request.ranks, options.repeat, environ)
@@ -120,9 +120,7 @@ def plan_bench(options: Any, keys: Sequence[str]) -> Bench:
         check_window_count(bench.configs[choice.number], options.warmup)
     check_finished_runs(bench)
     if bench.rounds < FEWEST_PAIRS:
-        progress(
-            f"notice: {bench.rounds} repeats are too few to tell a difference; {FEWEST_PAIRS} are needed, better 5"
-        )
+        progress(f"notice: {bench.rounds} repeats are too few for an interval; {FEWEST_PAIRS} are needed, 5 are better")
     progress("keys set by the bench: " + " ".join(defaults))
     return bench
 
@@ -134,19 +132,19 @@ def check_reserved_keys(choices: Sequence[SettingChoice], keys: Sequence[str], s
     given_keys = {legacy_keys.renamed_key(name) or name for name in names}
     for key, why in RESERVED_KEYS.items():
         if key in choices[0].values or (key == "job.dump_folder" and key in given_keys):
-            problems.append(Problem(key, f"cannot be chosen here: {why}", source="command line"))
+            problems.append(Problem(key, f"cannot be set in a bench: {why}", source="command line"))
     for key in choices[0].values:
         if key in given_keys:
-            problems.append(Problem(key, f"is varied and given for all runs too: keep the {VARY} alone"))
+            problems.append(Problem(key, f"is varied and also set for all runs: keep only the {VARY}"))
     if steps is not None and "training.steps" in given_keys | choices[0].values.keys():
-        problems.append(Problem("--steps", "training.steps is given too", str(steps), fix="keep one of them"))
+        problems.append(Problem("--steps", "training.steps is also set", str(steps), fix="keep one of them"))
     if problems:
         raise UserError(*problems)
     return given_keys
 
 
 def default_arguments(config: JobConfig, given_keys: set[str]) -> list[str]:
-    """What a bench sets unless the user does: no saves, enough windows, and one trace at the end of each run."""
+    """Keys that a bench sets unless the user does: no saves, enough windows, and one trace at the end of each run."""
     steps, profiling = config.training.steps, config.profiling
     cycle = max(steps, profiling.profiler_warmup + profiling.profiler_active)
     defaults = {
@@ -159,7 +157,7 @@ def default_arguments(config: JobConfig, given_keys: set[str]) -> list[str]:
 
 
 def check_choice(bench: Bench, choice: SettingChoice) -> JobConfig:
-    """The configuration of a setting as its runs will leave it. Raises UserError where this machine cannot run it."""
+    """The resolved configuration of a setting. Raises UserError if this machine cannot run it."""
     argv = bench.argv(choice, bench.folder / choice.folder)
     try:
         request, run = check_before_launch(argv, bench.environ)
@@ -167,9 +165,9 @@ def check_choice(bench: Bench, choice: SettingChoice) -> JobConfig:
         if lacking := training_problems(request, argv, bench.environ):
             raise UserError(*lacking)
     except UserError:
-        progress(f"quadriga bench: {choice.name} cannot be run here, so nothing is")
+        progress(f"quadriga bench: {choice.name} cannot run here, so nothing is run")
         raise
-    comm = run.config.comm.model_copy(update={"backend": backend})  # as the launcher hands it to the ranks
+    comm = run.config.comm.model_copy(update={"backend": backend})  # the launcher passes this backend to the ranks
     return run.config.model_copy(update={"comm": comm})
 
 
@@ -177,12 +175,12 @@ def check_window_count(config: Flat, warmup: int) -> None:
     steps, log_freq = config["training.steps"], config["metrics.log_freq"]
     windows, _ = counted_windows(predicted_records(steps, log_freq), config_table(config, "profiling"), steps, warmup)
     if len(windows) < FEWEST_WINDOWS:
-        what = f"leaves {len(windows)} windows to time, with a record every {log_freq} steps and {warmup} of warm-up"
+        what = f"gives only {len(windows)} windows, with a record every {log_freq} steps and {warmup} steps of warm-up"
         raise UserError(Problem("training.steps", what, str(steps), fix="train longer: --steps, 30 or more"))
 
 
 def check_finished_runs(bench: Bench) -> None:
-    """A finished run is kept, and so it must be one of those that are to be compared."""
+    """Finished runs are kept, so each must have the configuration of its setting. Raises UserError otherwise."""
     for choice in bench.choices:
         wanted = bench.configs[choice.number]
         for number in range(1, bench.rounds + 1):
@@ -203,7 +201,7 @@ def check_finished_runs(bench: Bench) -> None:
 
 
 def run_all(bench: Bench) -> None:
-    """All rounds, without what is finished already. Raises Fault where a run fails or a signal ends the bench."""
+    """Run all rounds, except finished runs. Raises Fault if a run fails or a signal ends the bench."""
     total, done, started = len(bench.choices) * bench.rounds, 0, time.monotonic()
     finished = 0
     for number, order in run_order(len(bench.choices), bench.rounds):
@@ -222,7 +220,7 @@ def run_all(bench: Bench) -> None:
 
 
 def run_one(bench: Bench, choice: SettingChoice, folder: Path, label: str) -> float:
-    """One run to its end; its seconds. What an unfinished run left is moved out of the way, not removed."""
+    """Run one run to its end, and return its duration in seconds. The folder of an unfinished run is renamed."""
     log = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -231,12 +229,12 @@ def run_one(bench: Bench, choice: SettingChoice, folder: Path, label: str) -> fl
     code, ended_by = run_launch(bench.argv(choice, folder), bench.environ, log)
     if ended_by is not None:
         name = signal.Signals(ended_by).name
-        raise Fault(f"{label}: ended by {name}; the same command goes on from here", 128 + ended_by)
+        raise Fault(f"{label}: ended by {name}; the same command continues from here", 128 + ended_by)
     if code != EXIT_OK or not is_run(folder):
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
-        hint = "mend what it says and give the same command again: finished runs are kept"
+        hint = "correct the error and give the same command again: finished runs are kept"
         raise Fault(
-            f"{label}: failed with exit code {code}\n\n{tail}\n\nAll it said is in {log}. To do: {hint}",
+            f"{label}: failed with exit code {code}\n\n{tail}\n\nThe whole output is in {log}. To do: {hint}",
             code if code > 0 else EXIT_FAULT,
         )
     return time.monotonic() - start

@@ -1,4 +1,4 @@
-"""`quadriga card FILE --ngpu N`: the README.md beside a configuration, made from it."""
+"""`quadriga card FILE --ngpu N`: generate the README.md of a configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from quadriga.reading import read_text
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser("card", "Write the README.md beside a configuration, made from what it resolves to.")
+    parser = Parser("card", "Generate the README.md next to a configuration, from the resolved run.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a TOML file")
     parser.add_argument(
-        "--ngpu", type=rank_count, help="GPUs that it is meant for (default: those of the card that is there)"
+        "--ngpu", type=rank_count, help="GPUs that it is made for (default: those of the existing card)"
     )
     parser.add_argument("--device", help=f"device to describe: {', '.join(device.slug for device in DEVICES)}")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a card is missing or out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a card is missing or outdated")
     parser.add_argument("--print", action="store_true", help="print the card instead of writing it")
     options = parser.parse_args(argv)
     stale = 0
@@ -46,7 +46,7 @@ def card_path(file: Path) -> Path:
 
 
 def write_or_check(place: Path, text: str, check: bool) -> bool:
-    """Write a generated file, or only compare it. Whether it is out of date and stays so."""
+    """Write a generated file, or only compare it (`check`). Returns whether it is out of date and was not written."""
     if place.is_file() and place.read_bytes() == text.encode():
         print(f"{place}: up to date", file=sys.stderr)
         return False
@@ -63,17 +63,17 @@ def write_or_check(place: Path, text: str, check: bool) -> bool:
 
 
 def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
-    """What the card is made for: the options, and where they are silent what the card that is there was made for."""
+    """The target of a card: the options, else the target of the existing card. Raises UserError without both."""
     place = card_path(file)
     there = read_target(read_text(place, README_BYTES, what="card")) if place.is_file() else None
     if gpus is None and there is None:
         fix = f"quadriga card {file} --ngpu N"
         raise UserError(
-            Problem("--ngpu", "how many GPUs is the file meant for? There is no card yet that says so", fix=fix)
+            Problem("--ngpu", "is needed, because there is no card yet that has the number of GPUs", fix=fix)
         )
     name = os.path.relpath(file.resolve(), repository_of(file))
     if not name.isprintable() or "-->" in name or "--!>" in name:
-        what = "a card begins with the name of its file, which cannot hold control characters or the end of a comment"
+        what = "a card contains the name of its file, which must not have control characters or the end of a comment"
         raise UserError(Problem("the file of a card", what, name, fix="rename the file"))
     return CardTarget(
         file=name,
@@ -97,7 +97,7 @@ def make_card(target: CardTarget, file: Path) -> str:
 
 
 def figures_of(run: Run, device: Device | None) -> CardFigures:
-    """What arithmetic says of a run, for its card."""
+    """The figures of a run for its card, from arithmetic."""
     model, predicted = run.spec.model, estimate(run, device)
     return CardFigures(
         count_parameters(model),

@@ -1,5 +1,4 @@
-"""`quadriga ccl-bench write | read`: a run in the form that CCL-Bench's tools read, and what is wrong in a card of
-anybody's."""
+"""`quadriga ccl-bench write | read`: write a run in the format of CCL-Bench's tools, or check any CCL-Bench card."""
 
 from __future__ import annotations
 
@@ -37,9 +36,9 @@ from quadriga.models.registry import catalogue, count_parameters
 from quadriga.reading import read_json_object
 
 ABOUT = (
-    "write RUN OUT: a run's newest traces, unpacked and flat, with a workload card, as CCL-Bench's tools take them. "
-    "read FOLDER: what a card says, and what in it is known to go wrong: held against the traces beside it. "
-    "docs/ccl-bench.md tells what each field means."
+    "write RUN OUT: write the newest traces of a run, unpacked and flat, with a workload card, in the format that "
+    "CCL-Bench's tools read. read FOLDER: print a card and known mistakes in it, compared with the traces next to it. "
+    "docs/ccl-bench.md explains each field."
 )
 SUMMARY_FIELDS = {
     "description": "description",
@@ -56,15 +55,13 @@ SUMMARY_FIELDS = {
 def main(argv: Sequence[str]) -> int:
     parser = Parser("ccl-bench", ABOUT)
     parser.add_argument("action", choices=("write", "read"))
-    parser.add_argument(
-        "place", metavar="RUN|FOLDER", help="write: a run folder; read: a folder with a card, or a card"
-    )
+    parser.add_argument("place", metavar="RUN|FOLDER", help="write: a run folder; read: a card, or its folder")
     parser.add_argument("out", metavar="OUT", nargs="?", help="write: a folder that does not exist yet, or is empty")
     parser.add_argument("--json", action="store_true", help="read: print card, step time and mistakes as one object")
     for name, about in CardOptions.ABOUT.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"write: {about}")
-    parser.add_argument("--scale-out-gbps", type=float, metavar="N", help="write: of the network, in Gbit/s a device")
-    parser.add_argument("--scale-up-gbps", type=float, metavar="N", help="write: within a machine, in Gbit/s a device")
+    parser.add_argument("--scale-out-gbps", type=float, metavar="N", help="write: network bandwidth, Gbit/s per device")
+    parser.add_argument("--scale-up-gbps", type=float, metavar="N", help="write: bandwidth in a machine, the same unit")
     parser.add_argument("--gpus-per-node", type=rank_count, help="write: devices of one machine (default: all)")
     options = parser.parse_args(argv)
     if options.action == "read":
@@ -79,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export_run(folder: Path, out: Path, given: CardOptions) -> int:
-    """Write a run's traces and card into `out`, and say how its step time compares with the run's own metrics."""
+    """Write a run's traces and card into `out`, and print its step time next to that of the run's own metrics."""
     run = run_from_file(str(folder / "config.toml"), world_size_of(folder), ())
     environment = read_json_object(folder / "environment.json", what="record of a run")
     last_step, packed = newest_traces(folder)
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]
     if absent:
-        raise UserError(Problem("RUN", f"the newest traces lack those of ranks {absent}", str(folder)))
+        raise UserError(Problem("RUN", f"the newest traces are missing those of ranks {absent}", str(folder)))
     records = _records(folder)
     _make_empty_folder(out)
     traces = [read_rank_summary(rank, path) for rank, path in enumerate(unpack_traces(packed, out))]
@@ -99,18 +96,18 @@ def export_run(folder: Path, out: Path, given: CardOptions) -> int:
 
 
 def _make_empty_folder(out: Path) -> None:
-    """An empty folder; the tools would read whatever else is in it."""
+    """Create an empty folder. Raises UserError if it has files, because the tools would read them."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         full = any(out.iterdir())
     except OSError as error:
-        raise UserError(Problem("OUT", f"no folder can be made there: {error}", str(out))) from None
+        raise UserError(Problem("OUT", f"the folder cannot be created: {error}", str(out))) from None
     if full:
-        raise UserError(Problem("OUT", "the folder is not empty, and the tools would read what is in it", str(out)))
+        raise UserError(Problem("OUT", "the folder is not empty, and the tools would read its files", str(out)))
 
 
 def collectives_by_axis(folder: Path) -> dict[str, Any]:
-    """By axis, which backend the traces show carrying its bytes, how many in a step, and how that was told."""
+    """By axis: the backend that carries its bytes in the traces, bytes per step, and how it was recognized."""
     from quadriga.analysis.trace.analysis import analyse  # not needed to read a card
 
     found: dict[str, Any] = {}
@@ -139,12 +136,12 @@ def inspect_card(place: Path, as_json: bool) -> int:
     print(printable(file))
     for name, path in SUMMARY_FIELDS.items():
         text = field_value(card, path)
-        print(f"  {name:<12} {'not said' if text is None else shortened(text, 200)}")
+        print(f"  {name:<12} {'not given' if text is None else shortened(text, 200)}")
     reached = model_flops_utilization(card, seconds)
     print(
         f"  {'step':<12} " + (f"{seconds:.6g} s (avg_step_time)" if seconds else "not measurable: no trace with steps")
     )
-    print(f"  {'mfu':<12} " + (f"{reached:.2%} by this card" if reached is not None else _why_no_mfu(seconds)))
+    print(f"  {'mfu':<12} " + (f"{reached:.2%} from this card" if reached is not None else _why_no_mfu(seconds)))
     print("\n".join(_warnings(found)))
     return EXIT_OK
 
@@ -166,15 +163,15 @@ def _warnings(found: Sequence[str]) -> Iterator[str]:
 
 
 def profiled_steps(trace: RankSummary, last_step: int) -> list[int]:
-    """The run's steps that a trace holds; the last of them names its folder."""
+    """The steps of the run that a trace contains. The last of them is the number in its folder's name."""
     newest = max(trace.steps, default=0)
     return [last_step - newest + number for number in trace.steps]
 
 
 def logged_step_time(records: Sequence[Record], steps: Sequence[int]) -> float | None:
-    """Seconds a step by the run's metrics, over those of `steps` that logged lines cover; None where none is covered.
+    """Mean seconds per step in the run's metrics, over those of `steps` that logged lines cover; None if none is.
 
-    A line covers the steps since the one before it in the same attempt.
+    A line covers the steps since the previous line of the same attempt.
     """
     total, covered = 0.0, 0
     for before, record in itertools.pairwise(records):
@@ -188,16 +185,16 @@ def _step_time_lines(traces: Sequence[RankSummary], own: float | None) -> Iterat
     seconds = average_step_time(traces)
     counted = len(without_ends(list(traces[0].steps)))
     if seconds is None:
-        yield "avg_step_time: not measurable: the traces have no marks of steps"
+        yield "avg_step_time: not measurable: the traces have no step annotations"
         return
     yield f"avg_step_time: {seconds:.6g} s, over {counted} steps of {len(traces)} ranks"
     if own is None:
-        yield "metrics.jsonl: not measurable: no logged line covers those steps alone (metrics.log_freq = 1 does)"
+        yield "metrics.jsonl: not measurable: no logged line covers only those steps (use metrics.log_freq = 1)"
     else:
         yield f"metrics.jsonl: {own:.6g} s for the same steps ({seconds / own - 1:+.2%})"
 
 
 def _records(folder: Path) -> list[Record]:
-    """The training records of a run; none where it logged none."""
+    """The training records of a run; empty if it logged none."""
     path = folder / "metrics.jsonl"
     return read_metrics(path, required=("step_seconds",)) if path.exists() else []

@@ -1,7 +1,7 @@
-"""The CCL-Bench workload card of a run: every field of its schema, and one section of our own for what it lacks.
+"""The CCL-Bench workload card of a run: every field of its schema, and a section `quadriga` for what the schema lacks.
 
-A field that the run folder does not tell, and that nobody told on the command line, stands empty; the section
-`quadriga` then says why. `batch_size` is the global one, as the schema's `mfu` needs it.
+A field is empty if neither the run folder nor the command line has its value. The section `quadriga` then gives the
+reason. `batch_size` is the global one, because the schema's `mfu` needs it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FAMILIES = {
     "3B": "llama-3.2-3b",
 }
 HUB = "https://huggingface.co/meta-llama/"
-NOT_GIVEN = "not told; an option of `quadriga ccl-bench write` does"
+NOT_GIVEN = "not given; set it with an option of `quadriga ccl-bench write`"
 BITS = 8 / 1e9  # from bytes/s to Gbit/s
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a run folder cannot know, from the command line; None where it was not told."""
+    """Facts from the command line that a run folder does not contain; None if not given."""
 
     scale_out_gbps: float | None
     scale_up_gbps: float | None
@@ -43,8 +43,8 @@ class CardOptions:
         "description": "what the workload is (default: the run's own description)",
         "contributor": "your name",
         "contact": "your address",
-        "trace_url": "where the traces can be had",
-        "hf_url": "the model on Hugging Face (default: of a known size)",
+        "trace_url": "where the traces can be downloaded",
+        "hf_url": "the model on Hugging Face (default: that of a known size)",
         "topology": "of the network (default, on one machine: the link between its devices)",
         "driver_version": "of the devices (default: the CUDA version that torch was built for)",
     }
@@ -58,8 +58,14 @@ def build_card(
     last: Mapping[str, Any] | None,
     collectives_by_axis: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The card of a run. `environment`: its environment.json; `profiled`: the run's steps that the traces hold;
-    `last`: its newest training record; `collectives_by_axis`: by axis, the collectives that the traces show."""
+    """The card of a run.
+
+    Args:
+        environment: contents of its environment.json.
+        profiled: the steps of the run that the traces contain.
+        last: its newest training record.
+        collectives_by_axis: by axis, the collectives in the traces.
+    """
     device = _device(environment)
     nodes = _nodes(environment)
     return {
@@ -109,7 +115,7 @@ def _model(run: Run) -> dict[str, Any]:
         "iteration": run.spec.steps,
         "model_arch": {
             "num_params": count_parameters(spec),
-            "num_params_embedding": spec.vocab_size * spec.dim,  # once: the output layer multiplies
+            "num_params_embedding": spec.vocab_size * spec.dim,  # without the output layer, which is a matrix product
             "num_layers": spec.n_layers,
             "num_heads": spec.n_heads,
             "head_dim": spec.head_dim,
@@ -185,9 +191,9 @@ def _quadriga_section(
     profiled: Sequence[int],
     last: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the schema has no field for."""
+    """Facts for which the schema has no field."""
     spec, training, recompute = run.spec, run.config.training, run.config.activation_checkpoint
-    tied = "tied: it multiplies as the output too, and leaving it out makes `mfu` too low"
+    tied = "tied: it is also the output matrix, so `mfu`, which excludes it, is too low"
     return {
         "profiled_steps": list(profiled),
         "profiler_warmup_steps": run.config.profiling.profiler_warmup,
@@ -205,17 +211,17 @@ def _quadriga_section(
         "embedding": tied if spec.model.tie_embeddings else "not tied",
         "last_record": {key: last[key] for key in ("step", "loss", "tokens_seen")} if last else None,
         "host_of_rank_0": environment.get("host"),
-        "bandwidth_order": "bandwidth_gbps and protocol_selection: scale-out, scale-up; Gbit/s a device and direction",
+        "bandwidth_order": "bandwidth_gbps and protocol_selection: scale-out, scale-up; Gbit/s per device, direction",
     }
 
 
 def _empty(environment: Mapping[str, Any], given: CardOptions) -> dict[str, str]:
-    """Why fields stand empty."""
+    """The reasons of empty fields."""
     why = {name: NOT_GIVEN for name in ("trace_url", "contributor", "contact") if not given.texts[name]}
     if given.scale_out_gbps is None:
         why["bandwidth_gbps[0] (scale-out)"] = NOT_GIVEN
     if environment.get("backend") != "gloo":
-        why["protocol_selection"] = "the library chooses it, and the run does not record its choice"
+        why["protocol_selection"] = "the library chooses it, and the run does not record the choice"
     return why
 
 
@@ -230,7 +236,7 @@ def _device(environment: Mapping[str, Any]) -> Device | None:
 
 
 def _device_name(device: Device | None, environment: Mapping[str, Any]) -> str:
-    """`nvidia_h100`, as the tables of CCL-Bench's tools spell it; what is not in our table as the driver spells it."""
+    """`nvidia_h100`, as in the tables of CCL-Bench's tools; the driver's name for a device that `hardware` lacks."""
     if device is None:
         return str((environment.get("devices") or ["cpu"])[0])
     if device.name == "CPU":
@@ -244,7 +250,7 @@ def _cuda(environment: Mapping[str, Any]) -> str | None:
 
 
 def _nodes(environment: Mapping[str, Any]) -> int:
-    """Machines of the run, as its launcher was told; 1 where it was not."""
+    """The number of machines of the run, from its NNODES; else 1."""
     text = str((environment.get("environment") or {}).get("NNODES", "1"))
     return int(text) if text.isdecimal() and int(text) > 0 else 1
 

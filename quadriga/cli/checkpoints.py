@@ -1,4 +1,4 @@
-"""`quadriga checkpoints`: what can be resumed from, and whether it is whole."""
+"""`quadriga checkpoints`: list the checkpoints of a run, and verify them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
 from quadriga.units import format_bytes, format_count
 
 ABOUT = (
-    "List the checkpoints of a run: step, contents, size, and on how many ranks they were saved. "
-    "Exit code 3 where checkpoints were published and none of them is good."
+    "List the checkpoints of a run: step, contents, size, and the number of ranks that saved them. "
+    "The exit code is 3 if checkpoints exist and none of them is good."
 )
 
 
@@ -32,19 +32,19 @@ def main(argv: Sequence[str]) -> int:
     for found in whole:
         wrong = folders.find_damage(found) if chosen.verify else []
         good += not wrong
-        print(format_checkpoint(found, "verified" if chosen.verify else "sizes are right"))
+        print(format_checkpoint(found, "verified" if chosen.verify else "sizes are correct"))
         for reason in wrong:
             print(f"  DAMAGED: {reason}")
     for found in titan_checkpoints:
-        print(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}: it has no hashes to verify it by")
+        print(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}, without hashes to verify")
     for _, reason in damaged:
         print(f"DAMAGED: {reason}")
     for reason in folders.non_folders_in(folder):
         print(reason)
     for name in folders.foreign_steps_in(folder):
-        print(f"{name}: saved by another trainer: it is read from a disk, not from an object store")
+        print(f"{name}: saved by another trainer; only readable from a disk, not from an object store")
     for name in folders.unpublished_in(folder):
-        print(f"{name}: never published; the next start removes it")
+        print(f"{name}: not completed; the next start removes it")
     if not whole and not damaged and not titan_checkpoints:
         print(f"{folder}: no checkpoint")
         return EXIT_OK
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def split_titan(candidates: Sequence[CheckpointInfo]) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
-    """Those that torchtitan saved, and why the others are none."""
+    """The checkpoints of torchtitan, and (step, reason) of the other candidates."""
     titan_checkpoints, rejected = [], []
     for one in candidates:
         try:
@@ -66,7 +66,7 @@ def split_titan(candidates: Sequence[CheckpointInfo]) -> tuple[list[CheckpointIn
 
 
 def checkpoint_folder_of(folder: str) -> str:
-    """A run folder keeps them in `checkpoint/`, unless its configuration says otherwise."""
+    """`checkpoint/` inside the folder if it exists, else the folder itself."""
     inside = folders.join(folder, "checkpoint")
     return inside if files_at(folder).exists(inside) else folder
 

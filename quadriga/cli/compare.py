@@ -1,4 +1,4 @@
-"""`quadriga compare RUN_A RUN_B`: is one faster, by how much, how sure is that, and where did the time go?"""
+"""`quadriga compare RUN_A RUN_B`: which run is faster, by how much, with an interval, and where the time was spent."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
 
 ABOUT = (
-    "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the backend that "
-    "was asked for carried the bytes. RUN is a run folder, a folder with repeats of one setting (repeat-1, repeat-2, "
-    "...) or the folder of a bench, which stands for all of its settings. Each is compared with the first. "
-    "docs/comparisons.md says what the figures mean."
+    "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the requested "
+    "backend carried the bytes. RUN is a run folder, a folder with repeats of one setting (repeat-1, repeat-2, ...) or "
+    "the folder of a bench, for all of its settings. Each is compared with the first. docs/comparisons.md explains the "
+    "figures."
 )
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_compare_arguments(parser: Parser) -> None:
-    help = f"steps at the start of each run that do not count (default {WARMUP_STEPS})"
+    help = f"steps at the start of each run that are excluded (default {WARMUP_STEPS})"
     parser.add_argument("--warmup", type=step_count, default=WARMUP_STEPS, metavar="STEPS", help=help)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     parser.add_argument("--html", type=page_file, metavar="FILE", help="also write a page with plots")
@@ -57,20 +57,18 @@ def step_count(text: str) -> int:
 
 
 def page_file(text: str) -> Path:
-    """The type of `--html`: asked before anything is run, for what is run may take hours."""
+    """The argparse type of `--html`. It is checked before the runs, because they may take hours."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a file in a folder that is there")
+        raise argparse.ArgumentTypeError(f"{text} is not a file in an existing folder")
     return path
 
 
 def compare_folders(paths: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
-    """The comparison of run folders. Raises UserError where they are not to be compared."""
+    """The comparison of run folders, as one dict. Raises UserError if they cannot be compared."""
     folders = folders_of(paths)
     if len(folders) < 2:
-        raise UserError(
-            Problem("RUN", "two runs are needed to compare", fix="name another run, or a folder of a bench")
-        )
+        raise UserError(Problem("RUN", "a comparison needs two runs", fix="name another run, or the folder of a bench"))
     bench = find_bench(folders)
     names = names_of(folders, bench)
     settings = [read_setting(name, folder, warmup) for name, folder in zip(names, folders, strict=True)]
@@ -81,7 +79,7 @@ def compare_folders(paths: Sequence[Path], accepted: Sequence[str], warmup: int)
 
 
 def load_analyse() -> Analyse:
-    from quadriga.analysis.trace.analysis import analyse  # not needed to see that runs cannot be compared
+    from quadriga.analysis.trace.analysis import analyse  # not needed to refuse runs
 
     return analyse
 

@@ -1,4 +1,4 @@
-"""`quadriga convert to-hf | from-hf | to-torchtitan`: a checkpoint of ours in the form of others, or the way back."""
+"""`quadriga convert to-hf | from-hf | to-torchtitan`: convert checkpoints to and from other formats."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from quadriga.checkpoint.folder import CheckpointInfo
 
 ABOUT = (
-    "to-hf: write the weights of a checkpoint (a folder `step-N`, or a run or checkpoint folder: its newest) as "
-    "safetensors with config.json and tokenizer, which transformers loads. from-hf: write such a folder as "
-    "`step-0` of a checkpoint folder, for checkpoint.initial_load_path. Both need memory for one tensor, not for a "
-    "model. to-torchtitan: write a checkpoint as `step-N` of a folder that torchtitan v0.2.2 goes on from: weights, "
-    "moments, step, schedule, and where the data were not shuffled the place in them, for one data-parallel rank; "
-    "start it where the run was started, so that its data are found. Needs memory for 2 GB of tensors. (Checkpoints "
-    "of torchtitan need no conversion: see checkpoint.initial_load_path.)"
+    "to-hf: write the weights of a checkpoint (a folder `step-N`, or the newest of a run or checkpoint folder) as "
+    "safetensors with config.json and tokenizer, which transformers loads. from-hf: write such a folder as `step-0` of "
+    "a checkpoint folder, for checkpoint.initial_load_path. Both need memory for one tensor, not for the model. "
+    "to-torchtitan: write a checkpoint as `step-N` of a folder from which torchtitan v0.2.2 resumes: weights, moments, "
+    "step, schedule, and for unshuffled data the position in it, for one data-parallel rank. Run it in the directory "
+    "in which the run was started, so that its data is found. It needs memory for 2 GB of tensors. (Checkpoints of "
+    "torchtitan need no conversion: see checkpoint.initial_load_path.)"
 )
 DTYPES = ("float32", "bfloat16", "float16")
-CHECKPOINTS = "checkpoint"  # the folder within a run folder that is looked into first
+CHECKPOINTS = "checkpoint"  # the folder within a run folder that is searched first
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What is known of a saved model. `tokenizer`: as `model.hf_assets_path` says it, "" where nothing is known;
-    `positions`: of the longest sequences that the weights were made for, 0 where that is not known."""
+    """A saved model. `tokenizer`: the value of `model.hf_assets_path`, "" if it is not known. `positions`: the length
+    of the longest sequences that it was trained on, 0 if it is not known."""
 
     spec: ModelSpec
     tokenizer: str = ""
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("direction", choices=("to-hf", "from-hf", "to-torchtitan"))
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint; from-hf: a folder with safetensors")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet; to-torchtitan: gets `step-N`")
-    parser.add_argument("--dtype", choices=DTYPES, help="format of the weights (default: as they are)")
-    parser.add_argument("--config", metavar="FILE", help="to-hf: the TOML file, for a checkpoint that does not hold it")
+    parser.add_argument("--dtype", choices=DTYPES, help="format of the weights (default: unchanged)")
+    parser.add_argument("--config", metavar="FILE", help="to-hf: the TOML file, for a checkpoint without configuration")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to-hf: its tokenizer (default: that of the run)")
     options = parser.parse_args(argv)
     start_logging()
@@ -60,10 +60,10 @@ def main(argv: Sequence[str]) -> int:
         from quadriga.cli.convert_titan import convert_to_torchtitan
 
         if options.config or options.tokenizer or options.dtype:
-            raise UserError(Problem("--config, --tokenizer, --dtype", "of no use for to-torchtitan"))
+            raise UserError(Problem("--config, --tokenizer, --dtype", "not for to-torchtitan", fix="remove them"))
         convert_to_torchtitan(options.source, options.out)
     elif options.config or options.tokenizer:
-        raise UserError(Problem("--config, --tokenizer", "of no use for from-hf: config.json says what the model is"))
+        raise UserError(Problem("--config, --tokenizer", "not for from-hf, which reads config.json", fix="remove them"))
     else:
         convert_from_hf(options.source, options.out, options.dtype)
     return EXIT_OK
@@ -82,7 +82,7 @@ def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, to
     (bos_id, eos_id), files = tokenizer_of(tokenizer, model.tokenizer)
     config = registry.hf_config(model.spec, bos_id=bos_id, eos_id=eos_id, positions=model.positions)
     export_hf(found, out, registry.hf_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
-    logger.info(f"{printable(found.path)} is now in Hugging Face's form in {printable(out)}")
+    logger.info(f"{printable(found.path)} was written in Hugging Face's format to {printable(out)}")
     print(printable(out))
 
 
@@ -96,12 +96,12 @@ def convert_from_hf(source: str, out: str, dtype: str | None) -> None:
     extra = {"model": asdict(spec), "max_positions": registry.positions_from_hf(config)}
     name = import_hf(folder, out, registry.hf_names(spec), extra, torch_dtype(dtype))
     where = printable(out)
-    logger.info(f"{printable(source)} is now a checkpoint; to start from it: --checkpoint.initial_load_path {where}")
+    logger.info(f"{printable(source)} was converted; to start from it: --checkpoint.initial_load_path {where}")
     print(printable(name))
 
 
 def find_checkpoint(source: str) -> CheckpointInfo:
-    """The checkpoint that a folder is, or the newest whole one in it or in a folder in it."""
+    """The checkpoint at `source`: the folder itself, or the newest good one in it or in one of its folders."""
     from quadriga.checkpoint.files import files_at
     from quadriga.checkpoint.folder import (
         STATE_FILE,
@@ -117,26 +117,31 @@ def find_checkpoint(source: str) -> CheckpointInfo:
         if files.exists(join(source, STATE_FILE)):
             return read_checkpoint(source)
     except InvalidCheckpoint as reason:
-        raise UserError(Problem(source, f"no whole checkpoint: {reason}")) from reason
+        raise UserError(Problem(source, f"not a complete checkpoint: {reason}")) from reason
     inside = [join(source, name) for name in sorted(files.names(source), key=lambda name: name != CHECKPOINTS)]
     damaged = []
     for folder in (source, *inside):
         if found := find_complete(folder):
             return found
         damaged += damaged_in(folder)
-    what = f"no whole checkpoint: {'; '.join(damaged)}" if damaged else "there is no checkpoint of ours"
+    what = f"no complete checkpoint: {'; '.join(damaged)}" if damaged else "there is no checkpoint of Quadriga"
     if files.exists(join(source, ".metadata")):
-        what += "; one of another trainer may order the rows of its heads otherwise, which its own tools must convert"
+        what += "; another trainer may order the rows of heads differently, so use its own tools to convert"
     raise UserError(Problem(source, what, allowed="a folder `step-N`, the folder around it, or a run folder"))
 
 
 def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> SavedModel:
-    """The model that a checkpoint says it holds; where it says nothing, that of a TOML file."""
+    """The model of the TOML file `file` if given, else that of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint has no model, and `file` is None.
+        KeyError, TypeError, ValueError: its values are damaged.
+    """
     if file is not None:
         return model_from_config(file)
     if "model" not in extra:
         fix = "name the configuration that it was saved with: --config FILE.toml"
-        raise UserError(Problem(where, "the checkpoint does not say what model it holds", fix=fix))
+        raise UserError(Problem(where, "the checkpoint has no description of its model", fix=fix))
     numbers = dict(extra["model"])
     if numbers.get("rope_scaling") is not None:
         numbers["rope_scaling"] = RopeScaling(**numbers["rope_scaling"])
@@ -144,7 +149,7 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
     sizes = (spec.n_layers, spec.dim, spec.n_heads, spec.n_kv_heads, spec.ffn_dim, spec.vocab_size)
     most = (limits.MODEL_LAYERS, *[limits.MODEL_WIDTH] * 4, limits.VOCABULARY)
     if not all(type(size) is int and 0 < size <= top for size, top in zip(sizes, most, strict=True)):
-        raise ValueError(f"no model has layers, widths, heads and ids of {sizes}")
+        raise ValueError(f"layers, widths, heads and ids of {sizes} are out of range")
     if "config" not in extra:
         return SavedModel(spec, positions=positions)
     config = extra["config"]
@@ -165,21 +170,21 @@ def model_from_config(file: str) -> SavedModel:
 
 
 def tokenizer_of(requested: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
-    """The ids that begin and end a text, and the tokenizer's files. Of one that is no longer where the run had it:
-    None, no files, and a word."""
+    """(BOS id, EOS id), and the tokenizer's files. If the run's tokenizer no longer exists: None, no files, and a
+    warning."""
     from quadriga.data.tokenizer import build_tokenizer
     from quadriga.data.tokenizer_export import transformers_files
 
     place = requested or known
     if not place:
-        logger.warning("no tokenizer is known: token ids are left open; --tokenizer FOLDER names one")
+        logger.warning("no tokenizer is known: token ids are not set; --tokenizer FOLDER names one")
         return (None, None), {}
     try:
         return build_tokenizer(place).special_ids, transformers_files(place)
     except UserError:
         if requested or os.path.exists(place):
             raise
-        logger.warning(f"no tokenizer is at {printable(place)}: token ids are left open; --tokenizer FOLDER names one")
+        logger.warning(f"no tokenizer is at {printable(place)}: token ids are not set; --tokenizer FOLDER names one")
         return (None, None), {}
 
 

@@ -1,4 +1,4 @@
-"""`quadriga convert to-torchtitan`: what stands beside the tensors of a checkpoint of torchtitan, of one of ours."""
+"""`quadriga convert to-torchtitan`: the states besides tensors in a torchtitan checkpoint, made from Quadriga's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
 
 
 def convert_to_torchtitan(source: str, out: str) -> None:
-    """Write a checkpoint of ours as `step-N` in `out`, which torchtitan v0.2.2 loads and goes on from."""
+    """Write a checkpoint of Quadriga as `step-N` in `out`, from which torchtitan v0.2.2 resumes."""
     from quadriga.checkpoint.extra_errors import convert_extra_errors
     from quadriga.checkpoint.folder import CheckpointError, find_damage
     from quadriga.checkpoint.titan_write import export_titan
@@ -33,7 +33,7 @@ def convert_to_torchtitan(source: str, out: str) -> None:
     with convert_extra_errors(found, USE_ANOTHER):
         spec = saved_model(found.extra, None, found.path).spec
     if spec.tie_embeddings:
-        what = "the model shares its embedding with its output layer, which torchtitan's Llama does not"
+        what = "the model has tied embeddings, which torchtitan's Llama does not support"
         raise UserError(Problem(found.path, what))
     if wrong := find_damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
@@ -51,27 +51,27 @@ def convert_to_torchtitan(source: str, out: str) -> None:
         if position is not None:
             states["dataloader"] = position
     name = export_titan(found, out, registry.titan_names(spec), states, group)
-    logger.info(f"{printable(found.path)} is now a checkpoint of torchtitan's: {printable(name)}")
+    logger.info(f"{printable(found.path)} was converted to a checkpoint of torchtitan: {printable(name)}")
     start = f"--checkpoint.enable --checkpoint.initial_load_path {printable(name)}"
     if not states:
-        logger.warning("it holds the weights alone, as the checkpoint does")
+        logger.warning("it contains only the weights, like the source")
     else:
         start += " --checkpoint.no_initial_load_model_only"
     if ended:
         rest = "the end of this run's schedule: with more steps, torchtitan's first step uses it"
-        logger.warning(f"the rate saved is {group['lr']:g}, {rest}")
+        logger.warning(f"the saved learning rate is {group['lr']:g}, {rest}")
     if why is not None:
-        logger.warning(f"its place in the data is left out: {why}. Its loader begins anew with {WITHOUT_DATA}")
+        logger.warning(f"the data position is omitted: {why}. With {WITHOUT_DATA}, the data starts from the beginning")
         start += f" {WITHOUT_DATA}"
-    logger.info(f"torchtitan goes on from it with {start}")
+    logger.info(f"torchtitan resumes from it with {start}")
     print(printable(name))
 
 
 def config_of(found: CheckpointInfo) -> JobConfig:
-    """The configuration of the run that saved, with the defaults that held when it was started."""
+    """The configuration of the saved run, with the defaults at the time of its start."""
     saved = found.extra.get("config")
     if not isinstance(saved, Mapping):
-        raise UserError(Problem(found.path, "the checkpoint does not say with what configuration it was saved"))
+        raise UserError(Problem(found.path, "the checkpoint has no configuration"))
     tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in saved.items()}
     for key, value in started_with(found.extra).items():
         section, name = key.split(".")
@@ -91,12 +91,12 @@ def states_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any],
     section, train_state = config.optimizer, found.extra["train_state"]
     step, seen, done = train_state["step"], train_state["tokens_seen"], found.extra["lr_scheduler"]["done"]
     if any(type(count) is not int or not 0 <= count < 1 << 63 for count in (step, seen, done)) or step != found.step:
-        raise ValueError(f"of step {found.step}, it counts step {step}, tokens {seen}, scheduler steps {done}")
+        raise ValueError(f"it is step {found.step}, but has step {step}, tokens {seen}, scheduler steps {done}")
     rate = section.lr * lr_factor(done + 1, config.lr_scheduler, config.training.steps)
     if not section.decay_norms_and_biases and section.weight_decay:
-        logger.warning("torchtitan has one parameter group: there the weight decay is on norms too")
+        logger.warning("torchtitan has one parameter group: it also applies the weight decay to norms")
     if config.lr_scheduler.variant != "torchtitan":
-        logger.warning("from the next step on torchtitan takes its own schedule (lr_scheduler.variant)")
+        logger.warning("from the next step on, torchtitan uses its own schedule (lr_scheduler.variant)")
     group = {
         "lr": rate,
         "betas": (section.beta1, section.beta2),
@@ -124,12 +124,12 @@ def states_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any],
 
 
 def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any] | None, str | None]:
-    """The state of torchtitan's data loader on one data-parallel rank; or None, and why it cannot be known."""
+    """The state of torchtitan's data loader for one data-parallel rank; or None, and the reason."""
     training, saved = config.training, found.extra.get("dataloader")
     if training.dataloader.shuffle:
-        return None, "the run shuffled its data, and torchtitan reads them in their own order"
+        return None, "the run shuffled its data, and torchtitan reads it in order"
     if not isinstance(saved, Mapping):
-        return None, "the checkpoint does not hold it"
+        return None, "the checkpoint does not contain it"
     from quadriga.data.fields import Field
     from quadriga.data.loader import build_loader
     from quadriga.data.tokenizer import build_tokenizer
@@ -152,14 +152,14 @@ def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str,
         loader.load_state_dict(saved)
         documents, ids = loader.read_so_far()
     except UserError as error:
-        return None, f"the data cannot be read from here ({error.problems[0].where}: {error.problems[0].what})"
+        return None, f"the data cannot be read ({error.problems[0].where}: {error.problems[0].what})"
     rows = training.local_batch_size
     state = _loader_state(documents, ids, found.step * batch // rows, rows)
     return {"dp_rank_0": pickle.dumps(state), "world_size": 1}, None
 
 
 def _loader_state(documents: int, ids: list[int], batches: int, rows: int) -> dict[str, Any]:
-    """What torchdata's StatefulDataLoader keeps in a process without workers, over torchtitan's data set."""
+    """The state of torchdata's StatefulDataLoader without workers, over torchtitan's data set."""
     return {
         "_index_sampler_state": None,
         "_sampler_iter_state": {"samples_yielded": batches * rows},

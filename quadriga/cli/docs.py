@@ -1,4 +1,4 @@
-"""`quadriga docs`: docs/configuration.md, the tables of docs/from-torchtitan.md and every card of configs/."""
+"""`quadriga docs`: generate docs/configuration.md, the tables of docs/from-torchtitan.md and the cards of configs/."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from quadriga.errors import EXIT_FAULT, EXIT_OK
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser("docs", "Write docs/configuration.md and the cards in configs/ anew, from what they describe.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    parser = Parser("docs", "Generate docs/configuration.md, tables of docs/from-torchtitan.md and cards of configs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args(argv).check
     root = repository_of(Path(__file__))
     stale = write_or_check(root / "docs" / "configuration.md", reference_page(), check)

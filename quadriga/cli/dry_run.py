@@ -1,4 +1,4 @@
-"""`quadriga dry-run FILE`: everything is checked, nothing is started."""
+"""`quadriga dry-run FILE`: check a run without starting it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from quadriga.cli.train import launch
 
 
 def main(argv: Sequence[str]) -> int:
-    about = "Check a TOML file strictly and say what the run would be. Starts nothing, needs no GPU."
+    about = "Check a TOML file and print what the run would be. Starts nothing, needs no GPU."
     return launch("dry-run", about, argv, {"DRY_RUN": "1"})

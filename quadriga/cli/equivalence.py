@@ -1,4 +1,4 @@
-"""`quadriga equivalence`: does this machine train the same on every layout? Each row against one plain process."""
+"""`quadriga equivalence`: train on many layouts of this machine, and compare each with one plain process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from quadriga.rehearsal.equivalence.rows import (
 ABOUT = (
     f"Train the debug model {STEPS} steps ({ROWS_PER_STEP} sequences of {SEQ_LEN} tokens each) on one plain process "
     "and on each layout, and compare every loss, every gradient norm and the final weights. Without --layout or "
-    "--section: every row of the table that fits on --max-ranks. Further arguments are keys for all runs: "
+    "--section: all rows of the table with at most --max-ranks. Other arguments are keys for all runs: "
     "--section.key value (see `quadriga keys`)."
 )
 COLUMNS = f"{'loss':>9} {'grad norm':>9} {'weights':>9} {'seconds':>8}"
@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("equivalence", ABOUT)
     parser.add_argument("--layout", action="append", default=[], metavar="AXIS=N,...", help="such as dp_shard=2,tp=2")
     parser.add_argument("--section", action="append", default=[], help=f"rows of: {', '.join(SECTIONS)}")
-    parser.add_argument("--max-ranks", type=rank_count, help="leave out larger rows (default: the GPUs here, else 4)")
+    parser.add_argument("--max-ranks", type=rank_count, help="skip larger rows (default: the GPUs here, else 4)")
     parser.add_argument("--list", action="store_true", help="print the rows and run nothing")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     options, keys = parser.parse_known_args(argv)
     max_ranks = options.max_ranks or visible_gpus(os.environ) or 4
     rows = chosen_rows(options.layout, options.section, max_ranks)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def chosen_rows(layouts: Sequence[str], sections: Sequence[str], max_ranks: int) -> list[Row]:
-    """The rows asked for; one that is named by --layout runs whatever its size."""
+    """The requested rows. Layouts of --layout run at any size."""
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise UserError(
@@ -88,14 +88,14 @@ def run_rows(rows: Sequence[Row], keys: Sequence[str], json_file: str | None) ->
             figures = f"{differences.loss:>9.1e} {differences.grad_norm:>9.1e} {differences.weights:>9.1e}"
             figures += f" {verdict.seconds:>8.1f}"
             print(
-                row_label + figures + ("" if verdict.met else f"  past the tolerance ({differences.weights_of})"),
+                row_label + figures + ("" if verdict.met else f"  exceeds the tolerance ({differences.weights_of})"),
                 flush=True,
             )
     if json_file is not None:
         summary = summarize_results(verdicts, " ".join(["quadriga", *sys.argv[1:]]))
         Path(json_file).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     missed = sum(not verdict.met for verdict in verdicts)
-    print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts train as one process does, to the tolerance of")
+    print(f"\n{len(verdicts) - missed} of {len(verdicts)} layouts agree with one process, within the tolerance of")
     for dtype, tolerance in TOLERANCES.items():
         print(f"  {dtype}: " + ", ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in tolerance.items()))
     return EXIT_FAULT if missed else EXIT_OK

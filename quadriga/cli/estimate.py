@@ -1,4 +1,4 @@
-"""`quadriga estimate FILE`: what a run will hold, send and take, on a device that need not be here."""
+"""`quadriga estimate FILE`: estimate memory, communication and step time of a run, on any device."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from quadriga.reading import read_json_object
 
 
 def main(argv: Sequence[str]) -> int:
-    about = "Say what each rank of a run will hold, what it will send, and how long a step will take. Needs no GPU."
-    parser = Parser("estimate", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    about = "Estimate the memory of each rank of a run, the bytes that it sends, and the step time. Needs no GPU."
+    parser = Parser("estimate", about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
     add_estimate_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON (docs/estimates.md says what it holds)")
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/estimates.md explains its keys)")
     options, keys = parser.parse_known_args(argv)
     run = run_from_file(options.file, options.ngpu, keys)
     name = options.device or run.config.estimate.device
@@ -42,34 +42,34 @@ def main(argv: Sequence[str]) -> int:
 
 def add_estimate_arguments(parser: Parser) -> None:
     parser.add_argument("file", help="the TOML file")
-    parser.add_argument("--ngpu", type=rank_count, help="ranks in all (default: as many as the degrees ask for)")
+    parser.add_argument("--ngpu", type=rank_count, help="number of ranks (default: the product of the degrees)")
     known = ", ".join(device.slug for device in DEVICES)
-    parser.add_argument("--device", help=f"{known}, or a TOML file with a device's figures")
-    parser.add_argument("--calibrate", metavar="RUN_FOLDER", help="take rates from a finished run with a trace")
+    parser.add_argument("--device", help=f"{known}, or a TOML file with the figures of a device")
+    parser.add_argument("--calibrate", metavar="RUN_FOLDER", help="use the rates of a finished run with a trace")
     parser.add_argument("--gpus-per-node", type=rank_count, default=8, help="GPUs that share a fast link (default 8)")
 
 
 def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
-    """Those of a finished run in `folder`, which says itself what it was; None without one."""
+    """The rates measured in the finished run in `folder`, which has its own configuration; None without a folder."""
     if folder is None:
         return None
     place = Path(folder)
     run = run_from_file(str(place / "config.toml"), world_size_of(place), ())
     records = read_metrics(place / "metrics.jsonl", required=("step_seconds",))
     measured = seconds_a_step(records, run.config.profiling, place)
-    from quadriga.analysis.trace.busy import busy_seconds  # numpy, which other estimates do not need
+    from quadriga.analysis.trace.busy import busy_seconds  # imports numpy, which other estimates do not need
 
     seconds = ProfiledStep(**busy_seconds(newest_trace(place)))
     return calibrate(place, run, device, seconds, measured)
 
 
 def world_size_of(folder: Path) -> int:
-    """How many ranks a run had, by its `environment.json`. Raises UserError where that does not tell it."""
+    """The number of ranks of a run, from its `environment.json`. Raises UserError if that has none."""
     file = folder / "environment.json"
     ranks = read_json_object(file, what="record of a run").get("world_size")
     if type(ranks) is not int or not 1 <= ranks <= limits.RANKS:
         shown = shortened(repr(ranks))
-        raise UserError(Problem(str(file), "world_size is no number of ranks", shown, allowed=f"1 to {limits.RANKS:,}"))
+        raise UserError(Problem(str(file), "world_size is not valid", shown, allowed=f"1 to {limits.RANKS:,}"))
     return ranks
 
 

@@ -1,4 +1,4 @@
-"""`quadriga goodput RUN`: how much of a run's wall time trained, and what became of the rest."""
+"""`quadriga goodput RUN`: the share of a run's time that was spent on training, and what the rest was spent on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quadriga.metrics.goodput import Attempt, Goodput, read_goodput
 from quadriga.units import format_seconds
 
 ABOUT = (
-    "Say how much of a run's wall time trained, was spent starting, saving or waiting for data, or was lost, from its "
-    "first start to its last sign of life. RUN is a run folder (job.dump_folder), also of a run that goes on. "
-    "With --json: one object; quadriga/metrics/goodput.py tells what its keys mean."
+    "Report how much of a run's time was spent on training, starting, saving or waiting for data, or was lost, from "
+    "its first start to its last record. RUN is a run folder (job.dump_folder), also of a run in progress. With "
+    "--json: one object; quadriga/metrics/goodput.py explains its keys."
 )
 
 
@@ -27,14 +27,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     found = read_goodput(options.run)
     if found is None:
-        what = "no run has left a line here" if Path(options.run).is_dir() else "there is no such folder"
+        what = "the folder has no records of a run" if Path(options.run).is_dir() else "there is no such folder"
         raise UserError(Problem("RUN", what, options.run, allowed="a folder with events.jsonl or metrics.jsonl"))
     print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(map(printable, format_goodput(found))))
     return EXIT_OK
 
 
 def format_goodput(found: Goodput) -> Iterator[str]:
-    """The account for a person."""
+    """The report as text lines."""
     attempts = found.attempts
     faults = sum(bool(attempt.faults) for attempt in attempts)
     figures = [plural(len(attempts), "start"), plural(faults, "fault"), plural(found.saves, "save")]
@@ -58,7 +58,7 @@ def format_goodput(found: Goodput) -> Iterator[str]:
 
 
 def _meanings(found: Goodput) -> dict[str, tuple[str, str]]:
-    """By kind, in the order of the table: its name, and what is in it."""
+    """By kind, in the order of the table: its name, and its meaning."""
     skipped = f", {found.skipped_steps:,} of them bad and skipped" if found.skipped_steps else ""
     kept = sum(attempt.kept_step - attempt.first_step for attempt in found.attempts)
     replayed = plural(found.replayed_steps, "step")
@@ -69,7 +69,7 @@ def _meanings(found: Goodput) -> dict[str, tuple[str, str]]:
         "saved": ("saved", "that training waited for"),
         "started": ("started", "from the start of the process to the first step"),
         "lost": ("lost", f"{replayed} that a later start trained again" if found.replayed_steps else ""),
-        "down": ("down", "from the last sign of life to the next start" if len(found.attempts) > 1 else ""),
+        "down": ("down", "from the last record to the next start" if len(found.attempts) > 1 else ""),
     }
 
 

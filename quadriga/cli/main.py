@@ -1,4 +1,4 @@
-"""`quadriga COMMAND`: each command is one small file that parses, calls and prints. Loaded when it is asked for."""
+"""`quadriga COMMAND`: each command is one small module that parses, calls and prints. It is imported on demand."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Fault, Problem, Use
 
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
-    "dry-run": "check a TOML file and say what the run would be; starts nothing, needs no GPU",
-    "estimate": "say what each rank will hold and send, how long a step takes, and whether it fits; no GPU",
-    "search": "rank every layout that fits so many devices by predicted speed",
+    "dry-run": "check a TOML file and print what the run would be; starts nothing, needs no GPU",
+    "estimate": "estimate memory, communication and step time per rank, and whether it fits; needs no GPU",
+    "search": "rank the layouts that fit on a number of devices by predicted speed",
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
-    "convert": "write a checkpoint as a Hugging Face folder, or such a folder as a checkpoint",
-    "bench": "run settings in turns, several times each, and compare them",
-    "compare": "say which of two runs is faster, how sure that is, and where the time went",
-    "trace": "say where the time of a profiled step went, and what each collective carried",
-    "goodput": "say how much of a run's time trained, and what became of the rest",
-    "ccl-bench": "write a run as a workload of CCL-Bench, or say what is wrong in such a workload",
+    "convert": "convert a checkpoint to Hugging Face or torchtitan, or from Hugging Face",
+    "bench": "run several settings several times each, and compare them",
+    "compare": "report which of two runs is faster, with an interval, and where the time was spent",
+    "trace": "report where the time of a profiled step was spent, and the traffic of each collective",
+    "goodput": "report how much of a run's time trained, and what the rest was spent on",
+    "ccl-bench": "write a run as a workload of CCL-Bench, or report mistakes in such a workload",
     "keys": "explain the keys of the configuration",
-    "card": "write the README.md of a configuration, or check that it is up to date",
-    "docs": "write docs/configuration.md and all cards anew",
+    "card": "generate the README.md of a configuration, or check that it is up to date",
+    "docs": "generate docs/configuration.md, tables of docs/from-torchtitan.md and all cards",
     "schema": "print the JSON Schema of the configuration, for editors",
     "version": "print the version",
 }
 
-# Of an operating system's call: what is wrong with the path that was given, not with the machine.
+# Errors of system calls that are about the given path, not about the machine.
 OF_THE_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 USAGE = f"""usage: quadriga COMMAND [arguments]
@@ -40,7 +40,7 @@ Pre-training of Llama models from one TOML file.
 
 {{commands}}
 
-quadriga COMMAND --help says more of one of them.
+quadriga COMMAND --help explains a command.
 
   quadriga dry-run configs/llama3_8b/llama3_8b.toml --ngpu 4
   quadriga train configs/debug/debug.toml --ngpu 2 --training.steps 20
@@ -50,13 +50,13 @@ Version {__version__}. The reference of all keys is docs/configuration.md."""
 
 
 class Command(Protocol):
-    """What each module of a command offers."""
+    """The interface of the module of a command."""
 
     def main(self, argv: Sequence[str]) -> int: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (a fault, or something is out of date) or 2 (the user can mend it)."""
+    """Run one command. Returns its exit code: 0, 2 (an error of the user), or that of the fault (1 if out of date)."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if name in ("-h", "--help", "help"):
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fault as fault:
         print(printable(f"quadriga: {fault}", keep="\n"), file=sys.stderr)
         return fault.exit_code
-    except BrokenPipeError:  # the reader of our output has gone: `quadriga keys | head`
+    except BrokenPipeError:  # the reader of the output has exited: `quadriga keys | head`
         sys.stderr.close()
         return EXIT_OK
     except OSError as error:

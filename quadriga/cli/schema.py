@@ -1,4 +1,4 @@
-"""`quadriga schema`: the JSON Schema of the TOML files."""
+"""`quadriga schema`: print the JSON Schema of the TOML files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quadriga.errors import EXIT_OK
 
 
 def main(argv: Sequence[str]) -> int:
-    about = "Print a JSON Schema of the configuration, with which an editor completes and checks TOML files."
+    about = "Print a JSON Schema of the configuration, for completion and checks of TOML files in an editor."
     Parser("schema", about).parse_args(argv)
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
     return EXIT_OK

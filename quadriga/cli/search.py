@@ -1,4 +1,4 @@
-"""`quadriga search FILE`: the layouts that fit so many devices, the fastest first."""
+"""`quadriga search FILE`: the layouts that fit on a number of devices, the fastest first."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from quadriga.units import GIB, format_bytes
 
 
 def main(argv: Sequence[str]) -> int:
-    about = "Try every legal layout for so many devices by arithmetic, and rank those that fit by predicted speed."
-    parser = Parser("search", about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    about = "Estimate every valid layout for a number of devices, and rank those that fit by predicted speed."
+    parser = Parser("search", about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
     add_estimate_arguments(parser)
-    parser.add_argument("--target-global-batch", type=rank_count, help="rows of a step (default: those of the file)")
-    parser.add_argument("--top", type=rank_count, default=10, help="how many layouts to show (default 10)")
+    parser.add_argument("--target-global-batch", type=rank_count, help="rows per step (default: those of the file)")
+    parser.add_argument("--top", type=rank_count, default=10, help="number of layouts to print (default 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--write", help="write the winner as a TOML file, which `quadriga train` takes")
+    parser.add_argument("--write", help="write the first layout as a TOML file for `quadriga train`")
     options, keys = parser.parse_known_args(argv)
     if options.ngpu is None or options.device is None:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("\n".join(_table(found, options.top, seconds, calibrated=rates is not None)))
     if not found.best:
-        print("Nothing fits: more devices, larger ones, or a smaller step (--target-global-batch).", file=sys.stderr)
+        print("Nothing fits. Use more or larger devices, or a smaller --target-global-batch.", file=sys.stderr)
         return EXIT_FAULT
     if options.write:
         _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def refuse_fixed_stages(run: Run) -> None:
-    """A winner deals out the stages itself, and is written with all other keys of the file."""
+    """Refuse keys that fix the stages, because a search assigns the stages itself and keeps all other keys."""
     for name in ("pipeline_parallel_schedule_csv", "module_fqns_per_model_part", "pipeline_parallel_layers_per_stage"):
         if getattr(run.config.parallelism, name) is not None:
-            fix = "remove it from the file that is searched from"
-            raise UserError(Problem(f"parallelism.{name}", "a search deals out the stages itself", fix=fix))
+            fix = "remove it from the file"
+            raise UserError(Problem(f"parallelism.{name}", "a search assigns the stages itself", fix=fix))
 
 
 def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> list[str]:
@@ -67,7 +67,7 @@ def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> l
         f"{found.tried:,} candidates in {seconds:.1f} s, {found.fitting:,} of them fit; the best of each layout:",
         "",
     ]
-    lines.append(f"  {'tokens/s a device':>18}  {'a step':>9}  {'needs':>10}  layout{label}")
+    lines.append(f"  {'tokens/s/device':>18}  {'step time':>9}  {'needed':>10}  layout{label}")
     for each in found.best[:top]:
         time_of_step = each.estimate.time
         assert time_of_step is not None
@@ -80,23 +80,23 @@ def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> l
 
 
 def explain_winner(first: Candidate, second: Candidate) -> str:
-    """What makes the winner faster than the next one."""
+    """One sentence that says why the first layout is faster than the second."""
     one, other = first.estimate.time, second.estimate.time
     assert one is not None
     assert other is not None
     names = {
-        "compute": "computes less again",
-        "optimizer": "updates fewer parameters a rank",
+        "compute": "computes less",
+        "optimizer": "updates fewer parameters per rank",
         "communication": "waits less for communication",
-        "bubble": "idles less in the pipeline",
+        "bubble": "is idle less in the pipeline",
         "host": "waits less for the host",
     }
     gains = {words: getattr(other, name) - getattr(one, name) for name, words in names.items()}
     best = max(gains, key=lambda words: gains[words])
     share = 1 - one.total / other.total
     if share < 0.002:
-        return f"The first two are as fast ({share:.1%} apart); the first {best}."
-    return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms a step)."
+        return f"The first two are equally fast ({share:.1%} apart); the first {best}."
+    return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms per step)."
 
 
 def candidate_dict(candidate: Candidate) -> dict[str, object]:
@@ -112,7 +112,7 @@ def candidate_dict(candidate: Candidate) -> dict[str, object]:
 
 
 def _write(path: Path, file: str, ranks: int, keys: Sequence[str]) -> None:
-    """The winner, read and checked again, so that what is written is what will be trained."""
+    """Write the first layout. It is read and checked again, so the file is what will be trained."""
     run = run_from_file(file, ranks, keys)
     path.write_text(to_toml(run.config), encoding="utf-8")
-    print(f"the winner is in {path}: quadriga train {path} --ngpu {ranks}", file=sys.stderr)
+    print(f"the first layout is in {path}: quadriga train {path} --ngpu {ranks}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`quadriga trace FOLDER`: where the time of a profiled step went, and what the collectives carried."""
+"""`quadriga trace FOLDER`: where the time of a profiled step was spent, and the traffic of its collectives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_OK, Fault, printable
 
 ABOUT = (
-    "Read the profiler's traces of all ranks and say where a step's time went: computing, communication (and how much "
-    "of it was exposed), copies, waiting for data or for the host; then, by mesh axis and collective, calls, bytes, "
-    "start skew against true transfer, and bandwidth. FOLDER is a run folder, a folder of traces (Quadriga's, "
-    "torchtitan's or flat ones) or one file. docs/traces.md defines every figure."
+    "Read the profiler's traces of all ranks and report where a step's time was spent: compute, communication (and its "
+    "exposed part), copies, waits for data or for the host. Then report, by mesh axis and collective, calls, bytes, "
+    "start skew, transfer time and bandwidth. FOLDER is a run folder, a folder of traces (Quadriga's, torchtitan's or "
+    "flat ones) or one file. docs/traces.md defines every figure."
 )
 
 

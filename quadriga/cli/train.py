@@ -1,4 +1,4 @@
-"""`quadriga train FILE`: what `run_train.sh` does, from an installed package."""
+"""`quadriga train FILE`: the command of `run_train.sh` for an installed package."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def launch(command: str, about: str, argv: Sequence[str], environ: dict[str, str]) -> int:
-    """Hand a file, a number of ranks and further keys over to the launcher, with `environ` on top of our own."""
+    """Start the launcher with a file, a number of ranks and keys. `environ` is added to the environment variables."""
     from quadriga.launch.supervisor import main as start
 
-    parser = Parser(command, about + " Further arguments are keys: --section.key value (see `quadriga keys`).")
+    parser = Parser(command, about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
     parser.add_argument("file", help="the TOML file")
     parser.add_argument("--ngpu", type=rank_count, help="ranks on this machine (default: NGPU, else 4)")
     known, keys = parser.parse_known_args(argv)

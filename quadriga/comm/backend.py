@@ -1,6 +1,6 @@
-"""What each communication backend can carry, which one serves which axis, and the choice of one. No torch here.
+"""The communication backends: what each can carry, the choice of one, and the backend of each axis. No torch here.
 
-What this machine offers is not asked here but by the launcher and the ranks, who pass in what they found.
+The launcher and the ranks find out what the machine offers, and pass it in.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from quadriga.config.run_spec import Degrees
 from quadriga.errors import Problem, UserError, nearest
 
-SHARD = "shard"  # dp_shard and cp as one axis: what parameters are gathered and gradients scattered over
+SHARD = "shard"  # dp_shard and cp as one axis, for all-gathers of parameters and reduce-scatters of gradients
 
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """One backend.
+    """The properties of one backend.
 
-    `device_type` is where the tensors live that it moves, and so where a run over it trains. `carries` names what it
-    can move or take part in: dtypes (`float32`, `bfloat16`, `float64`, `float8`) and features
-    (`async_tensor_parallel`). `fallback_backend`: the backend of everything but the parameters and gradients of
-    `shard`, where that is another one; such a backend has nothing to do in a run that shards nothing. `on_host`: of CPU
-    tensors. `capability`: the least compute capability of a device. `needs`: what PyTorch must offer, as in
-    `Machine.offers`. `with_slots`: parameters and gradients go through memory that peers write into (`comm.heap`).
-    `hidden`: for tests; never named as a choice.
+    `device_type`: device of the tensors that it moves, and so of a run over it. `carries`: the dtypes that it can move
+    for `fully_shard` (`float32`, `bfloat16`, `float64`, `float8`) and the features that it supports
+    (`async_tensor_parallel`). `fallback_backend`: the backend of everything except the parameters and gradients of
+    `shard`, if that is another one; such a backend carries nothing in a run that shards nothing. `on_host`: the backend
+    of CPU tensors. `capability`: minimum compute capability of a device. `needs`: what PyTorch must offer, as in
+    `Machine.offers`. `with_slots`: parameters and gradients go through symmetric memory (`comm.heap`). `hidden`: for
+    tests; never listed as a choice.
     """
 
     name: str
@@ -38,43 +38,43 @@ class BackendFacts:
     hidden: bool = False
 
 
-DTYPES = frozenset({"float32", "bfloat16", "float64"})
-FLOAT8, ASYNC_TP = "float8", "async_tensor_parallel"
+# Gloo itself rejects float8, but `fully_shard` sends a unit with several dtypes as bytes, and every unit has norms. The
+# exception is a pipeline stage with `output` alone (docs/float8.md).
+DTYPES = frozenset({"float32", "bfloat16", "float64", "float8"})
+ASYNC_TP = "async_tensor_parallel"
 NCCL_SYMMETRIC, NVSHMEM = "NCCL's symmetric memory for FSDP", "NVSHMEM"
 
 BACKENDS: Mapping[str, BackendFacts] = {
     facts.name: facts
     for facts in (
         BackendFacts("gloo", "cpu", DTYPES),
-        BackendFacts("nccl", "cuda", DTYPES | {FLOAT8, ASYNC_TP}),
-        # Symmetric memory has one owner a process, and asynchronous tensor parallelism wants to be it.
-        BackendFacts(
-            "nccl-symm", "cuda", DTYPES | {FLOAT8}, fallback_backend="nccl", capability=(9, 0), needs=NCCL_SYMMETRIC
-        ),
+        BackendFacts("nccl", "cuda", DTYPES | {ASYNC_TP}),
+        # Symmetric memory has one owner per process, and asynchronous tensor parallelism must be the owner.
+        BackendFacts("nccl-symm", "cuda", DTYPES, fallback_backend="nccl", capability=(9, 0), needs=NCCL_SYMMETRIC),
         BackendFacts(
             "nvshmem",
             "cuda",
-            DTYPES | {FLOAT8},
+            DTYPES,
             fallback_backend="nccl",
             capability=(7, 0),
             needs=NVSHMEM,
             with_slots=True,
         ),
-        BackendFacts("host-slots", "cpu", DTYPES | {FLOAT8}, fallback_backend="gloo", with_slots=True, hidden=True),
+        BackendFacts("host-slots", "cpu", DTYPES, fallback_backend="gloo", with_slots=True, hidden=True),
     )
 }
 
 INSTALL_HINTS = {
     NCCL_SYMMETRIC: "install PyTorch 2.13 or newer, or choose nccl",
-    NVSHMEM: "install a build of PyTorch with NVSHMEM and the package of its library (nvidia-nvshmem-cu12 or -cu13), "
+    NVSHMEM: "install a PyTorch build with NVSHMEM and the package of its library (nvidia-nvshmem-cu12 or -cu13), "
     "or choose nccl",
 }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides over backends. `offers`: by what PyTorch may offer whether it does; left out where that is not
-    known here, as the compute capability of the devices is None where it is not. `torch`: its version."""
+    """The properties of a machine that decide which backends work. `torch`: its version. `offers`: whether PyTorch has
+    each feature; a feature is left out if that is unknown. `capability`: compute capability, None if unknown."""
 
     cuda: bool
     torch: str = ""
@@ -86,12 +86,12 @@ def choose_backend(requested: str | None, machine: Machine) -> str:
     """The name of the backend that a run will use.
 
     Args:
-        requested: what COMM_BACKEND or `comm.backend` says; None or "" leaves the choice to the machine.
-        machine: what is known of it. What is not known is passed: the ranks ask again.
+        requested: the value of COMM_BACKEND or `comm.backend`; None or "" for the default of the machine.
+        machine: what is known about it. Unknown properties are accepted here, because the ranks check again.
 
     Raises:
-        UserError: the backend is unknown, or cannot be had on this machine. Nothing is ever replaced
-            by another backend.
+        UserError: the backend is unknown, or not available on this machine. A requested backend is never replaced by
+            another one.
     """
     if not requested:
         return "nccl" if machine.cuda else "gloo"
@@ -120,14 +120,14 @@ def _refusal(requested: str, machine: Machine) -> Problem | None:
         )
     if facts.capability is not None and machine.capability is not None and machine.capability < facts.capability:
         least, here = (".".join(map(str, each)) for each in (facts.capability, machine.capability))
-        what = f"this backend needs devices of compute capability {least}, and {here} is here"
+        what = f"this backend needs compute capability {least}, but this device has {here}"
         return Problem("comm.backend", what, requested, fix="choose nccl")
     return None
 
 
 def backend_by_axis(backend: str, degrees: Degrees) -> dict[str, str]:
-    """By axis which backend carries its bytes, of the axes that this run has. `shard`: parameters and gradients;
-    `norms`: the small sums over all axes; `host`: what lies in host memory, such as checkpoints and agreements."""
+    """The backend of each axis of this run. `shard`: parameters and gradients; `norms`: the small sums over all axes;
+    `host`: data in host memory, such as checkpoints and stop requests."""
     facts = BACKENDS[backend]
     rest = facts.fallback_backend or backend
     axes = {"dp_replicate": degrees.dp_replicate, "cp": degrees.cp, "tp": degrees.tp, "pp": degrees.pp}
@@ -137,12 +137,12 @@ def backend_by_axis(backend: str, degrees: Degrees) -> dict[str, str]:
 
 
 def shard_degree(degrees: Degrees) -> int:
-    """Ranks that parameters are cut over."""
+    """The number of ranks that parameters are sharded over."""
     return degrees.dp_shard * degrees.cp
 
 
 def format_backends(by_axis: Mapping[str, str], shares: Mapping[str, float] | None = None) -> str:
-    """`nvshmem: shard; nccl: tp, norms; gloo: host`, and behind a backend its share of the bytes, where it is given."""
+    """`nvshmem: shard; nccl: tp, norms; gloo: host`, with the share of bytes after each backend, if `shares` has it."""
     axes: dict[str, list[str]] = {}
     for axis, backend in by_axis.items():
         axes.setdefault(backend, []).append(axis)
@@ -152,7 +152,7 @@ def format_backends(by_axis: Mapping[str, str], shares: Mapping[str, float] | No
 
 
 def _percent(share: float) -> str:
-    """In tenths; what is not nothing is not shown as 0, and what is not all of it not as 100."""
+    """Three significant digits; 0 and 100 appear only if they are exact."""
     if 0 < share < 1e-3:
         return "under 0.1 %"
     return "over 99.9 %" if 0.999 < share < 1 else f"{100 * share:.3g} %"

@@ -1,7 +1,7 @@
-"""What a piece of code sends: every collective by kind, axis and size, as it is called on this rank.
+"""Records every collective call of this rank by kind, axis and size.
 
-For tests that hold the calls equal to theory, and for rehearsals, where nothing is sent at all. Compiled code is not
-looked into: record eager runs.
+It is used by tests that compare the calls with theory, and by rehearsals, which send nothing. Calls within compiled
+code are not seen, so record eager runs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quadriga.comm.collectives import group_named
 from quadriga.comm.mesh import Mesh
 
-# Kind by the operation's name, in torch's two sets of operations: those that write into a given tensor (c10d) and
-# those that return one (_c10d_functional).
+# Kind by operation name, for torch's two sets of operations: those that write into a given tensor (c10d) and those that
+# return a new one (_c10d_functional).
 KINDS: Mapping[str, str] = {
     "allreduce_": "all_reduce",
     "all_reduce": "all_reduce",
@@ -43,15 +43,15 @@ KINDS: Mapping[str, str] = {
     "recv_": "recv",
     "barrier": "barrier",
 }
-# Operations that send from within, where no mode sees it: by name a function that makes of an operation's arguments the
-# kind and bytes of each call. Whoever defines such an operation enters it here.
+# Operations that send internally, invisible to a dispatch mode: by name, a function from the operation's arguments to
+# the kind and bytes of each call. The module that defines such an operation registers it here.
 SENDS_INSIDE: dict[str, Callable[..., Iterator[tuple[str, int]]]] = {}
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call on this rank. `size` in bytes: of the largest tensor that it takes or gives, so of the whole."""
+    """One call on this rank. `size`: bytes of its largest input or output, so of the complete tensor."""
 
     kind: str
     axis: str
@@ -59,9 +59,9 @@ class RecordedCall:
 
 
 class CallRecorder(TorchDispatchMode):
-    """Within `with CallRecorder(axes) as recorder:` the calls are kept in `recorder.calls`, in order.
+    """Within `with CallRecorder(axes) as recorder:` the calls are appended to `recorder.calls`.
 
-    `axes` names groups of ranks (`axis_by_ranks`); a group that is not in it goes by torch's name for it.
+    `axes` names groups of ranks (`axis_by_ranks`); any other group has torch's name.
     """
 
     def __init__(self, axes: Mapping[frozenset[int], str]) -> None:
@@ -73,7 +73,7 @@ class CallRecorder(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own dispatch first: what it sends comes by here again, on plain tensors
+            return NotImplemented  # DTensor dispatches first; its collectives arrive here again, on plain tensors
         result = operation(*args, **(kwargs or {}))
         if (calls_within := SENDS_INSIDE.get(operation._schema.name)) is not None:
             self.calls += [RecordedCall(kind, self._axis(args), size) for kind, size in calls_within(*args)]
@@ -100,7 +100,7 @@ class CallRecorder(TorchDispatchMode):
             if isinstance(item, torch.ScriptObject) and "ProcessGroup" in str(item._type()):
                 return self._name(dist.ProcessGroup.unbox(item))
             if isinstance(item, str) and (group := group_named(item)) is not None:
-                return self._name(group)  # how the functional operations name a group
+                return self._name(group)  # functional operations take a group by its name
         return "?"
 
     def _name(self, group: dist.ProcessGroup) -> str:
@@ -110,7 +110,8 @@ class CallRecorder(TorchDispatchMode):
 def axis_by_ranks(mesh: Mesh) -> dict[frozenset[int], str]:
     """Names of the mesh's axes by the ranks of this rank's group. `shard` is dp_shard and cp as one axis.
 
-    By ranks, since torch makes several groups of the same ranks. Of axes that hold the same ones the last name counts.
+    The key is the set of ranks, because torch creates several groups of the same ranks. If axes have the same ranks,
+    the last name counts.
     """
     return {frozenset(dist.get_process_group_ranks(group)): axis for axis, group in mesh.groups()}
 

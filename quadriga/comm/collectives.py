@@ -1,4 +1,4 @@
-"""The few collectives that Quadriga calls itself, in one spelling for torch 2.11 to 2.13. Identities at one rank."""
+"""The few collectives that Quadriga calls itself, for torch 2.11 to 2.13. On one rank they return their input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
 
 
 def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> torch.Tensor:
-    """A new tensor, reduced over `group`; the given one stays as it is."""
+    """`tensor` reduced over `group`, as a new tensor."""
     if group.size() == 1:
         return tensor
     result = tensor.clone()
@@ -34,10 +34,10 @@ def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.P
 
 
 def all_gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """What every rank passed in, to the bit, on every rank: shape (ranks, *shape), float or integer.
+    """The numbers of every rank, bit for bit, on every rank: shape (ranks, *shape), float or integer.
 
-    A sum of tables that are empty but for a rank's own row: its time grows with the logarithm of the number of ranks,
-    where that of a gather grows with the number.
+    The implementation is an all-reduce of tables that are 0 except in a rank's own row. Its latency grows with the
+    logarithm of the number of ranks; that of an all-gather grows linearly.
     """
     if world_size() == 1:
         return numbers.unsqueeze(0)
@@ -48,28 +48,28 @@ def all_gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def group_named(name: str) -> dist.ProcessGroup | None:
-    """The process group that torch knows by this name; None where there is none."""
+    """The process group with this torch name; None if there is none."""
     names = distributed_c10d._world.pg_names
     return next((group for group, own in names.items() if own == name), None)
 
 
 def gather_in_symmetric_memory(module: FSDPModule) -> None:
-    """Let NCCL's collectives of `module` work on buffers in its symmetric memory; torch 2.11 has no such call."""
+    """Let NCCL's collectives of `module` use buffers in its symmetric memory; torch 2.11 has no such call."""
     module.set_symm_mem_for_comm(backend="NCCL")
 
 
 def has_symmetric_memory() -> bool:
-    """Whether this torch has that call."""
+    """Whether this torch has the call of `gather_in_symmetric_memory`."""
     return hasattr(FSDPModule, "set_symm_mem_for_comm")
 
 
-HOST = "host"  # what groups are for whose collectives wait for disks, and have patience of their own
+HOST = "host"  # description of groups whose collectives wait for disks and have their own time limit
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long a collective of any process group but the HOST ones may wait for a rank.
+    """Set the time limit of collectives in all process groups except the HOST ones.
 
-    torch offers no public name for this; the one used here is the same in 2.11 and 2.13.
+    torch has no public function for this; the private one used here is the same in 2.11 and 2.13.
     """
     if world_size() > 1:
         for group in list(distributed_c10d._world.pg_map):

@@ -1,7 +1,7 @@
-"""What torch's flight recorder knows of the operations of this rank. It records while `comm.trace_buf_size` > 0.
+"""Reads torch's flight recorder: the operations of this rank. It records while `comm.trace_buf_size` > 0.
 
-Messages between two ranks over gloo are not recorded by torch. The recorder's functions have no public names; those
-used here are the same in torch 2.11 and 2.13, and there is a second set of them in builds with NCCL.
+Torch does not record messages between two ranks over gloo. The recorder has no public functions; the private ones used
+here are the same in torch 2.11 and 2.13. Builds with NCCL have a second set of them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ RECORDERS = ("fr", "nccl")
 
 
 class Traffic(NamedTuple):
-    """How many operations of a group this rank has launched, and how many of them have ended."""
+    """The number of operations of a group that this rank has launched, and how many of them have ended."""
 
     launched: int
     ended: int
 
 
 class GroupOperation(NamedTuple):
-    """One operation: torch's name of it, the name of its group, and what the group is for."""
+    """One operation: its name in torch, the name of its group, and the group's description."""
 
     kind: str
     group: str
@@ -32,7 +32,7 @@ class GroupOperation(NamedTuple):
 
 
 def traffic() -> dict[str, Traffic]:
-    """By group, under names that mean something in this process alone. Cheap: no entry is read."""
+    """The traffic by group, under names that are valid only in this process. Cheap, because it reads no entry."""
     found = {}
     for recorder, record in _records(entries=False):
         for group, status in record.get("pg_status", {}).items():
@@ -43,7 +43,7 @@ def traffic() -> dict[str, Traffic]:
 
 
 def oldest_pending(group: str) -> GroupOperation | None:
-    """The operation of a group that has waited longest; if none waits, its newest. Reads all entries."""
+    """The operation of a group that has been pending longest; if none is pending, its newest. Reads all entries."""
     own = [
         entry
         for recorder, record in _records(entries=True)
@@ -56,8 +56,8 @@ def oldest_pending(group: str) -> GroupOperation | None:
 
 
 class Launch(NamedTuple):
-    """One call, as it was begun: when, in ns since 1970; torch's name of its group; its number among the collectives of
-    the group, alike on all its ranks."""
+    """The launch of one call: its time in ns since the epoch, torch's name of its group, and its number among the
+    group's collectives, which is equal on all ranks of the group."""
 
     time_ns: int
     group: str
@@ -65,7 +65,7 @@ class Launch(NamedTuple):
 
 
 def launches(since_ns: int) -> list[Launch]:
-    """What this rank has begun since then, oldest first, as far as the recorder remembers (`comm.trace_buf_size`)."""
+    """The calls that this rank has launched since then, oldest first, within `comm.trace_buf_size` entries."""
     found = [
         Launch(entry["time_created_ns"], entry["process_group"][0], entry["collective_seq_id"])
         for _, record in _records(entries=True)
@@ -76,9 +76,9 @@ def launches(since_ns: int) -> list[Launch]:
 
 
 def dump(path: Path) -> None:
-    """Write all that is recorded, in the form in which torch itself leaves it when a collective of NCCL times out."""
+    """Write all records, in the format in which torch itself dumps them when an NCCL collective times out."""
     texts = [getattr(c10d, f"_dump_{name}_trace")() for name in RECORDERS if hasattr(c10d, f"_dump_{name}_trace")]
-    path.write_bytes(max(texts, key=len))  # of gloo or of NCCL, whichever carries the run
+    path.write_bytes(max(texts, key=len))  # gloo's or NCCL's: the backend of the run has more
 
 
 def _records(entries: bool) -> Iterator[tuple[str, dict[str, Any]]]:

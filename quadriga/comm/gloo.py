@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PROCESS_GROUP = "gloo"  # what init_process_group is asked for
+PROCESS_GROUP = "gloo"  # argument of init_process_group
 
 
 def device(local_rank: int) -> torch.device:

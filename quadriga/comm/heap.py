@@ -1,4 +1,4 @@
-"""How much memory that peers may write into a rank needs, and whether it gets it. No torch here."""
+"""The size of the symmetric memory that a rank needs, and a check of NVSHMEM_SYMMETRIC_SIZE. No torch here."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from dataclasses import dataclass
 from quadriga.errors import Problem, UserError
 from quadriga.units import MIB, format_bytes
 
-# `fully_shard` frees the output of an all-gather when it has copied it out, and in a forward pass not before the next
-# one is on its way: two are alive at once.
+# `fully_shard` frees the output of an all-gather after it has copied it out. In a forward pass the next all-gather has
+# been launched by then, so two outputs are alive at once.
 GATHER_BUFFERS = 2
-ALIGNMENT = 256  # of the parts, in bytes
-# What NVSHMEM's own bookkeeping and the pieces that it rounds up to may take beside them: assumed, not measured yet.
+ALIGNMENT = 256  # of the buffers, in bytes
+# For NVSHMEM's own data and for its rounding of sizes: assumed, not measured yet.
 RESERVE = 64 * MIB
-VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"  # of NVSHMEM itself: bytes of its heap, a rank
+VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"  # NVSHMEM's own variable: bytes of its heap per rank
 SCALES = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
 @dataclass(frozen=True)
 class Heap:
-    """Bytes of the largest calls of a run, equal on all of its ranks: a peer finds a place by its distance from the
-    beginning.
+    """Bytes of the largest calls of a run. They are equal on all ranks, so that a buffer has the same offset on each.
 
-    `gather`: of what one all-gather puts together; `scatter`: of what one reduce-scatter takes apart, which lands in a
-    scratch as large before it is summed.
+    `gather`: output of the largest all-gather; `scatter`: input of the largest reduce-scatter, which has a scratch
+    buffer of the same size.
     """
 
     gather: int
@@ -41,17 +40,17 @@ class Heap:
 
     @property
     def bytes(self) -> int:
-        """Of all buffers together."""
+        """Total size of all buffers."""
         return self.scatter_start + _aligned(self.scatter)
 
     @property
     def nvshmem_bytes(self) -> int:
-        """What NVSHMEM's heap should have, in whole MiB."""
+        """Required size of NVSHMEM's heap in bytes, rounded up to MiB."""
         return -(-(self.bytes + RESERVE) // MIB) * MIB
 
     def __str__(self) -> str:
         parts = f"{GATHER_BUFFERS} x {format_bytes(self.gather)} for all-gathers, {format_bytes(self.scatter)} for sums"
-        return f"{format_bytes(self.nvshmem_bytes)} a rank ({parts}, {format_bytes(RESERVE)} in reserve)"
+        return f"{format_bytes(self.nvshmem_bytes)} per rank ({parts}, {format_bytes(RESERVE)} in reserve)"
 
 
 def _aligned(size: int) -> int:
@@ -59,10 +58,10 @@ def _aligned(size: int) -> int:
 
 
 def symmetric_size(heap: Heap, environ: Mapping[str, str]) -> str:
-    """The value of NVSHMEM_SYMMETRIC_SIZE for a run: the user's, where it is enough, or what the run needs.
+    """The value of NVSHMEM_SYMMETRIC_SIZE for a run: the user's if it is large enough; if unset, what the run needs.
 
     Raises:
-        UserError: it is set, and too small or no size.
+        UserError: the variable is set, but too small or not a size.
     """
     text = environ.get(VARIABLE, "").strip()
     if not text:
@@ -78,6 +77,6 @@ def symmetric_size(heap: Heap, environ: Mapping[str, str]) -> str:
 
 
 def _size(text: str) -> int | None:
-    """As NVSHMEM reads it: `1073741824`, `1.5G`."""
+    """Bytes, in the formats that NVSHMEM reads: `1073741824`, `1.5G`; None for anything else."""
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([kmgt]?)b?", text.lower())
     return int(float(found.group(1)) * SCALES[found.group(2)]) if found else None

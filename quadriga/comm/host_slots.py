@@ -1,8 +1,7 @@
-"""A transport over memory that the processes of one machine share: the slots of `comm.slots` without a GPU.
+"""A transport over shared memory of one machine, for tests of the protocol of `comm.slots` without a GPU.
 
-It keeps the contract that NVSHMEM keeps: everything on a queue happens later than the call, in the queue's order; a
-signal is seen after the bytes that went before it; a wait ends at just the value that it waits for. It is there for
-tests of that logic, and says so.
+It has the same contract as NVSHMEM: work on a queue runs asynchronously, in the queue's order; a signal is visible only
+after the bytes that were put before it; a wait ends only at exactly the value that it waits for.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from quadriga.json_collectives import all_gather_json
 PROCESS_GROUP, device = gloo.PROCESS_GROUP, gloo.device
 FOLDER = "/dev/shm"
 WORD = 8  # bytes
-PAUSES = (0.0, 2e-5, 1e-4, 1e-3)  # seconds between looks at a word, the longer the longer it is waited for
-LOOKS = 50  # with each of them
+PAUSES = (0.0, 2e-5, 1e-4, 1e-3)  # seconds between two reads of a signal word, longer in a longer wait
+LOOKS = 50  # reads with each pause
 
 
 class HostCompletion:
@@ -47,8 +46,8 @@ class HostCompletion:
 
 
 class HostQueue:
-    """A thread that does one piece of work after the other. What fails is raised where it is waited for, and so is
-    all that follows: after a failure nothing on the queue can be trusted."""
+    """A thread that runs work in order. A failure is raised in the wait for that work and in all later waits, because
+    after a failure no result of the queue is valid."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Callable[[], None], HostCompletion] | None] = queue.SimpleQueue()
@@ -69,7 +68,7 @@ class HostQueue:
         while (item := self._waiting.get()) is not None:
             done = item[1]
             self._failure = self._failure or _failure_of(item[0])
-            del item  # and with it the call's tensors: who waits for its end may count on that
+            del item  # frees the call's tensors before its end is reported, as callers expect
             if self._failure is not None:
                 done.future.set_exception(self._failure)
             else:
@@ -85,10 +84,10 @@ def _failure_of(work: Callable[[], None]) -> Exception | None:
 
 
 class HostTransport:
-    """`size` bytes a rank of `group`, whose ranks are processes of one machine. Make it on all of them together.
+    """`size` bytes per rank of `group`, whose ranks are processes of one machine. Create it on all of them together.
 
     Raises:
-        OSError: the machine has no room for it in shared memory.
+        OSError: the machine has too little shared memory.
         RuntimeError: the ranks are on several machines.
     """
 
@@ -102,13 +101,13 @@ class HostTransport:
         head = -(-words * WORD // mmap.PAGESIZE) * mmap.PAGESIZE
         descriptor, path = tempfile.mkstemp(prefix="quadriga-slots-", dir=FOLDER)
         try:
-            os.posix_fallocate(descriptor, 0, head + size)  # or a later touch would end the process with SIGBUS
+            os.posix_fallocate(descriptor, 0, head + size)  # else a later write could end in SIGBUS
             os.close(descriptor)
             places = all_gather_json([socket.gethostname(), path], group)
             if len({host for host, _ in places}) > 1:
-                raise RuntimeError("host-slots works within one machine, and the ranks are on several")
+                raise RuntimeError("host-slots works within one machine, but the ranks are on several")
             maps = [_mapped(place) for _, place in places]
-            barrier(group)  # everybody has mapped everything: the names can go
+            barrier(group)  # all ranks have mapped all files, so the names can be removed
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
@@ -128,8 +127,7 @@ class HostTransport:
         self.signal(peer, word, value)
 
     def signal(self, peer: int, word: int, value: int) -> None:
-        # A processor may let stores overtake each other, but not across the atomic operations of a lock that is given
-        # back and taken again.
+        # A CPU may reorder stores, but not across the atomic operations of a lock that is released and acquired again.
         with self._fence:
             pass
         with self._fence:
@@ -139,17 +137,17 @@ class HostTransport:
         words, looks, deadline = self._words[self.rank], 0, time.monotonic() + self._timeout
         while words[word] != value:
             if self._closed:
-                raise RuntimeError("the shared memory was given back while a call waited for a peer")
+                raise RuntimeError("the shared memory was released while a call waited for a peer")
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"rank {peer} of {self.size} did not signal within {self._timeout:g} s: word {word} is "
-                    f"{words[word]} and should become {value} (it has ended, hangs, or made other calls)"
+                    f"{words[word]} and should become {value} (the rank has ended, hangs, or made other calls)"
                 )
             time.sleep(PAUSES[min(looks // LOOKS, len(PAUSES) - 1)])
             looks += 1
         with self._fence:
             pass
-        with self._fence:  # loads of the bytes come after that of the word
+        with self._fence:  # the bytes are read after the word
             pass
 
     def close(self) -> None:

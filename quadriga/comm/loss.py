@@ -1,4 +1,4 @@
-"""The loss of a step over all ranks, and the other numbers that travel with it: one small collective."""
+"""Reduces the loss of a step and a few other numbers over all ranks, in one small collective."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from quadriga.comm.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepTotals:
-    """One step's numbers over all ranks: scalars on the device, the same on every rank to the bit."""
+    """One step's numbers over all ranks: tensors of shape () on the device, equal on all ranks to the bit."""
 
-    loss: Tensor  # float64: the mean over the tokens of the global batch, in nats
-    max_loss: Tensor  # float64: the greatest mean over the tokens of one rank
-    grad_norm: Tensor  # float32: of all gradients, before clipping
-    finite: Tensor  # bool: whether every rank's own part of the loss and norm are
-    bad_records: Tensor | None  # float64: records that were left out of the data so far; None where none may be
+    loss: Tensor  # float64: mean over the tokens of the global batch, in nats
+    max_loss: Tensor  # float64: the largest mean over the tokens of one rank, in nats
+    grad_norm: Tensor  # float32: L2 norm of all gradients, before clipping
+    finite: Tensor  # bool: whether the loss and the norm of every rank are finite
+    bad_records: Tensor | None  # float64: records skipped so far; None if skipping is off
 
 
 def all_reduce_loss(
     local_loss: Tensor, local_norm: Tensor, mesh: Mesh, local_bad_records: int | None = None
 ) -> StepTotals:
-    """One collective for all of it. `local_loss`: this rank's part, float64; `local_norm`: the norm as this rank knows
-    it; `local_bad_records`: those of the rows that no other rank counts; None on all ranks where nothing is left out.
+    """Reduce all numbers in one collective.
 
-    Everyone takes the first rank's norm: replicas sum their squares each on their own, and a last bit that came out
-    otherwise on one of them would drive their weights apart.
+    All ranks use the first rank's norm. Each replica sums the squares by itself, and a difference in the last bit would
+    make the weights of the replicas differ.
+
+    Args:
+        local_loss: this rank's part of the loss, float64, shape ().
+        local_norm: the gradient norm as this rank computed it, shape ().
+        local_bad_records: records skipped in rows that no other rank counts; None on all ranks if skipping is off.
     """
     counted = [] if local_bad_records is None else [torch.full_like(local_loss, local_bad_records)]
     by_rank = collectives.all_gather_numbers(torch.stack((local_loss, local_norm.to(local_loss), *counted)))
     losses = mesh.loss_rows(by_rank)[:, 0]
-    parts = mesh.batch_degree * mesh.cp.size()  # that the batch is cut into; ranks without a loss hold 0
+    parts = mesh.batch_degree * mesh.cp.size()  # of the batch; ranks without a loss have 0
     return StepTotals(
         loss=losses.sum(),
         max_loss=losses.max() * parts,

@@ -1,4 +1,4 @@
-"""Where each rank stands: the named axes of a run, and what is derived from them, all created here."""
+"""The device mesh of a run: its named axes, and the groups and coordinates that follow from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run as a box of five axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+    """The ranks of a run as a mesh of five axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
-    `device_mesh` has all five by name, size 1 included. `fsdp` is what `fully_shard` takes: (shard,) or
-    (replicate, shard), where the context axis has joined the shard axis; `tp` is of the same root mesh, so that a
-    parameter may be cut over both. `batch_rank` of `batch_degree` says which rows
-    of the global batch this rank reads; ranks along cp, tp and pp share theirs. `loss_group` holds the ranks whose
-    losses add up to the loss of the global batch: all but those along tp, which know the same (a rank without the last
-    pipeline stage adds 0).
+    `device_mesh` has all five axes by name, also those of size 1. `fsdp` is the mesh for `fully_shard`: (shard,) or
+    (replicate, shard), where shard is dp_shard and cp as one axis. `tp` has the same root mesh as `fsdp`, so that a
+    parameter can be sharded over both. `batch_rank` of `batch_degree` selects the rows of the global batch that this
+    rank reads; ranks along cp, tp and pp read the same rows. `loss_group`: the ranks whose losses add up to the loss of
+    the global batch. That is one rank per tp group, because all ranks of a tp group have the same loss; a rank without
+    the last pipeline stage adds 0.
     """
 
     device_mesh: DeviceMesh
@@ -40,7 +40,7 @@ class Mesh:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether this rank is the first of those that read the same rows."""
+        """Whether this rank is the first of the ranks that read the same rows."""
         return all(self.device_mesh.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
 
     @property
@@ -48,9 +48,9 @@ class Mesh:
         return self.device_mesh["pp"]
 
     def groups(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
-        """Every group of more than one rank that this rank is in, under its axis' name; a name may come twice.
+        """Every group of more than one rank that contains this rank, with its axis name; a name may occur twice.
 
-        Beside the five axes: `world`, `loss`, and `shard`, which is dp_shard and cp as one.
+        Besides the five axes: `world`, `loss`, and `shard`, which is dp_shard and cp as one.
         """
         world = dist.group.WORLD
         assert world is not None
@@ -62,31 +62,31 @@ class Mesh:
         return ((axis, group) for axis, group in named if group.size() > 1)
 
     def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over `loss_group`, on every rank; `tensor` itself is left alone."""
+        """The sum over `loss_group`, on every rank, as a new tensor."""
         return all_reduced(tensor, dist.ReduceOp.SUM, self.loss_group)
 
     def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
 
     def loss_rows(self, by_rank: torch.Tensor) -> torch.Tensor:
-        """Of a table with a row a rank, the rows of one `loss_group`, the same one on every rank."""
+        """Of a table with one row per rank, the rows of one `loss_group`, the same on every rank."""
         return by_rank[:: self.tp.size()]  # the innermost axis
 
     def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the pipeline axis, on every rank; `tensor` itself is left alone."""
+        """The sum over the pipeline axis, on every rank, as a new tensor."""
         return all_reduced(tensor, dist.ReduceOp.SUM, self.device_mesh.get_group("pp"))
 
 
 def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
-    """Name the axes. Needs the default process group, of `degrees.world_size` ranks.
+    """Create the mesh. Needs the default process group, with `degrees.world_size` ranks.
 
-    Data parallelism by mesh: FSDP is (S,), HSDP is (R, S), DDP is (N, 1).
+    `fsdp` by kind of data parallelism: FSDP is (S,), HSDP is (R, S), DDP is (N, 1).
 
     Raises:
         RuntimeError: the process group has another number of ranks.
     """
     if dist.get_world_size() != degrees.world_size:
-        raise RuntimeError(f"the degrees ask for {degrees.world_size} ranks, and {dist.get_world_size()} are here")
+        raise RuntimeError(f"the degrees need {degrees.world_size} ranks, but {dist.get_world_size()} were started")
     shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     ranks_of_loss = (degrees.pp * degrees.batch * degrees.cp, degrees.tp)
@@ -104,10 +104,10 @@ def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
 
 
 def _parameter_mesh(degrees: Degrees, device_mesh: DeviceMesh) -> DeviceMesh:
-    """The axes that parameters are spread over; cp, along which they are the same, is one more to shard them over."""
+    """The axes for parameters. cp joins dp_shard, because parameters are equal along cp and can be sharded over it."""
     if degrees.cp == 1:
         return device_mesh
-    # cp stands right beside dp_shard, so that a second mesh with the two as one axis numbers the ranks alike
-    # (flattening is private in torch).
+    # cp is the axis after dp_shard, so a second mesh with the two as one axis has the ranks in the same order
+    # (flattening a mesh is private in torch).
     shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
     return init_device_mesh(device_mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))

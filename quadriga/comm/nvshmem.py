@@ -1,15 +1,14 @@
 """NVSHMEM through torch's symmetric memory: the transport of `comm.slots` between GPUs. All else goes over NCCL.
 
-Untested here: no GPU was there to run it. What it relies on, all of it read in the sources of torch 2.11 to 2.13:
+This module has not run on a GPU yet. It relies on these facts from the sources of torch 2.11 to 2.13:
 
-- `nvshmem_put_with_signal(bytes, word, value, pe)` copies bytes of symmetric memory to the *same* place at another
-  process (a put from one place to another is not offered), then sets a 64-bit word there, in the order of the stream;
-  the source may be changed by what follows on the stream;
-- `nvshmem_wait_for_signal(word, value, pe)` holds the stream until the word is *equal* to the value;
-- processes are numbered by their rank in the default group, whatever group a call is for. So no team of NVSHMEM is
-  needed: splitting one off is a collective of all processes with equal arguments, which several shard groups beside
-  each other (HSDP, TP, PP) do not have;
-- the first allocation starts NVSHMEM, and every one is a collective of all processes of the run, of equal size.
+- `nvshmem_put_with_signal(bytes, word, value, pe)` copies bytes of symmetric memory to the *same* offset of another
+  process (torch has no put to another offset). Then it sets a 64-bit word there. Both follow the order of the stream,
+  and later work on the stream may overwrite the source.
+- `nvshmem_wait_for_signal(word, value, pe)` blocks the stream until the word is *equal* to the value.
+- The process number is the rank in the default group, for calls of any group. So no NVSHMEM team is needed. Creating
+  one is a collective of all processes with equal arguments, which several shard groups (HSDP, TP, PP) do not have.
+- The first allocation initializes NVSHMEM. Every allocation is a collective of all processes of the run, of equal size.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from quadriga.errors import Fault
 from quadriga.units import format_bytes
 
 PROCESS_GROUP, device = nccl.PROCESS_GROUP, nccl.device
-HIGH_PRIORITY = -1  # as the streams of `fully_shard` have it
+HIGH_PRIORITY = -1  # as for the streams of `fully_shard`
 
 
 class StreamCompletion:
@@ -43,7 +42,7 @@ class StreamCompletion:
 
 
 class StreamQueue:
-    """A stream: what is submitted is enqueued at once, behind the caller's stream, and done later."""
+    """A CUDA stream. `submit` enqueues work after the current work of the caller's stream, and returns at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=HIGH_PRIORITY)
@@ -56,23 +55,23 @@ class StreamQueue:
 
 
 class NvshmemTransport:
-    """`size` bytes a rank of `group`. Make it on all ranks of the run together, with the same size."""
+    """`size` bytes per rank of `group`. Create it on all ranks of the run together, with the same size."""
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._device = device
         self._processes = dist.get_process_group_ranks(group)
-        words = WORDS_A_RANK * self.size + 1  # the last one is of no meaning: a signal without bytes puts it
+        words = WORDS_A_RANK * self.size + 1  # the last one is a dummy, put by a signal without bytes
         try:
             symmetric_memory.set_backend("NVSHMEM")
             self.memory: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
             self._words: Tensor = symmetric_memory.empty(words, dtype=torch.int64, device=device).zero_()
         except RuntimeError as error:
             needed = f"{format_bytes(size)} of symmetric memory that the run needs"
-            what = f"NVSHMEM did not start, or did not give the {needed}"
-            raise Fault(f"{what}: {error}\nNothing was trained. NVSHMEM_DEBUG=INFO tells more.") from error
+            what = f"NVSHMEM did not start, or could not allocate the {needed}"
+            raise Fault(f"{what}: {error}\nNothing was trained. Set NVSHMEM_DEBUG=INFO for details.") from error
         torch.cuda.synchronize(device)
-        barrier()  # nobody may signal before the words of all are 0
+        barrier()  # no rank may signal before the words of all ranks are 0
 
     def new_queue(self) -> StreamQueue:
         return StreamQueue(self._device)
@@ -88,7 +87,7 @@ class NvshmemTransport:
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
-        barrier()  # giving memory back is a collective too
+        barrier()  # freeing symmetric memory is a collective too
         self.memory = self._words = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     def _put(self, what: Tensor, peer: int, word: int, value: int) -> None:
@@ -97,5 +96,5 @@ class NvshmemTransport:
 
 
 def is_offered() -> bool:
-    """Whether this torch was built with NVSHMEM, and the library is there."""
+    """Whether this torch was built with NVSHMEM, and its library is installed."""
     return bool(symmetric_memory.is_nvshmem_available())

@@ -1,4 +1,4 @@
-"""The life of the default process group: start, patience, stop."""
+"""The default process group: start, timeouts, host groups, stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quadriga.comm.network import loopback_variables
 from quadriga.config.schema import Comm
 from quadriga.log import logger
 
-# What of a backend is a process group. NCCL's symmetric memory is one of its buffers, not of its group.
+# The module with the process group of each backend. NCCL's symmetric memory concerns buffers, so its group is NCCL's.
 BACKEND_MODULES: Mapping[str, ModuleType] = {
     "gloo": gloo,
     "nccl": nccl,
@@ -32,14 +32,14 @@ def start(
 ) -> torch.device:
     """Join the default process group and return this rank's device.
 
-    RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous come from `environ`, as torchrun sets them; without RANK this is a
-    run of one rank, which needs no port, and keeps those that its libraries open on the loopback. The first collectives
-    may wait `comm.init_timeout_seconds` (ranks start at different times); `be_patient` and `tighten_timeouts` change
-    that later.
+    RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous come from `environ`, as torchrun sets them. Without RANK this is a
+    run of one rank. It needs no port, and ports that its libraries open are bound to the loopback. The first
+    collectives may wait `comm.init_timeout_seconds`, because ranks start at different times; `tighten_timeouts` changes
+    this later.
 
     Args:
-        backend: a name of `quadriga.comm.backend.BACKENDS`.
-        traces_folder: where a timeout leaves the flight recorder's trace, one file a rank. None: nowhere.
+        backend: a name in `quadriga.comm.backend.BACKENDS`.
+        traces_folder: folder for the flight recorder's trace after a timeout, one file per rank. None: no trace.
     """
     if "RANK" not in environ:
         os.environ.update(loopback_variables(os.environ))
@@ -58,10 +58,10 @@ def start(
 
 
 def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks meet, as arguments of `init_process_group`; {} where torch finds it by itself.
+    """The rendezvous, as arguments of `init_process_group`; {} if torch's defaults work.
 
-    The store of torchrun's agent lives on when torchrun starts the ranks again, and torch would look in it for the
-    addresses of ranks that are dead. So each start has a corner of its own.
+    The store of torchrun's agent survives a restart of the ranks, and torch would read the addresses of dead ranks from
+    it. So each start has its own key prefix.
     """
     if "RANK" not in environ:
         return {"store": HashStore(), "rank": 0, "world_size": 1}
@@ -75,16 +75,16 @@ def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any
 
 
 def tighten_timeouts(comm: Comm) -> None:
-    """After the first step a rank that stays away for `comm.train_timeout_seconds` is lost. Call on all ranks."""
-    collectives.barrier()  # nobody may still be in a first step that the short timeout would cut off
+    """After the first step, set the time limit of collectives to `comm.train_timeout_seconds`. Call on all ranks."""
+    collectives.barrier()  # all ranks have ended the first step, which the short timeout could cut off
     collectives.set_timeout(timedelta(seconds=comm.train_timeout_seconds))
 
 
 def host_group(timeout_seconds: float | None = None) -> dist.ProcessGroup | None:
-    """A gloo group of all ranks for what lies on the host, of no other use; None at one rank. Call on all ranks.
+    """A separate gloo group of all ranks for data on the host; None on one rank. Call on all ranks.
 
-    Not the default group, also where that is gloo: two threads in one gloo group mix up their messages. Its collectives
-    may wait `timeout_seconds`, also when those of training are given less: a slow disk is no hang.
+    The default group is not used even if it is gloo, because two threads in one gloo group mix up their messages. The
+    group's collectives may wait `timeout_seconds`, also if the limit of training is shorter: a slow disk is no hang.
     """
     if dist.get_world_size() == 1:
         return None
@@ -93,17 +93,17 @@ def host_group(timeout_seconds: float | None = None) -> dist.ProcessGroup | None
 
 
 def stop() -> None:
-    """Leave the process group. Safe to call where none was started."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _record_flights(comm: Comm, traces_folder: str | None) -> None:
-    """Keep the last collectives in memory, to be dumped on a timeout (torch reads these once, at start)."""
+    """Let torch record the last collectives, for a dump on a timeout. Torch reads these variables once, at startup."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
     if comm.trace_buf_size > 0 and traces_folder is not None:
         os.makedirs(traces_folder, exist_ok=True)
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
         prefix = os.path.join(traces_folder, comm.save_traces_file_prefix)
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = prefix
-        os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = prefix  # the same, as torch 2.11 spells it
+        os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = prefix  # the name in torch 2.11

@@ -1,4 +1,4 @@
-"""Which collectives `fully_shard` uses over a backend: torch's own, on ordinary or symmetric memory, or ours."""
+"""The collectives of `fully_shard` by backend: torch's, on ordinary or symmetric memory, or Quadriga's."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from quadriga.comm.slots import SlotCollectives
 
 
 class ShardCollectives(Protocol):
-    """What takes the place of torch's own. `bytes_by_collective`: bytes so far, where they are counted."""
+    """Replaces torch's collectives. `bytes_by_collective`: bytes so far by kind of call, if they are counted."""
 
     bytes_by_collective: Counter[str]
 
     def install(self, module: FSDPModule) -> None:
-        """Let the parameters and gradients of `module` go this way."""
+        """Use these collectives for the parameters and gradients of `module`."""
 
     def close(self) -> None:
-        """Give back what was taken. Call on all ranks, when no call is on its way."""
+        """Free the memory. Call on all ranks, when no call is in progress."""
 
 
 class NcclSymmetric:
-    """NCCL's collectives, on buffers that torch takes from NCCL's symmetric memory."""
+    """NCCL's collectives, on buffers that torch allocates in NCCL's symmetric memory."""
 
     def __init__(self) -> None:
         self.bytes_by_collective: Counter[str] = Counter()
@@ -44,10 +44,10 @@ class NcclSymmetric:
 def open_shard_collectives(
     backend: str, group: dist.ProcessGroup, heap: Heap | None, device: torch.device, timeout_seconds: float
 ) -> ShardCollectives | None:
-    """The collectives of a run whose parameters are sharded over `group`; None where torch's own serve.
+    """The collectives of a run whose parameters are sharded over `group`; None for torch's own.
 
-    Those that want a heap take it all here. Call on all ranks of the run together, before any other of their
-    collectives can be under way: NVSHMEM starts within it.
+    A heap is allocated here completely. Call on all ranks of the run together, when no other collective is in progress,
+    because NVSHMEM is initialized here.
     """
     if backend == "nccl-symm":
         return NcclSymmetric()

@@ -1,24 +1,25 @@
-"""All-gather and reduce-scatter by writing into peers' memory: slots, signals and handshakes.
+"""All-gather and reduce-scatter by puts into the memory of peers: slots, signals and a handshake.
 
-For `fully_shard`, which takes them in the place of its own collectives. What moves the bytes is a `Transport`
-(`comm.nvshmem`, `comm.host_slots`); everything that can be got wrong without one stands here.
+`fully_shard` uses them instead of its own collectives. A `Transport` (`comm.nvshmem`, `comm.host_slots`) moves the
+bytes; this module has the protocol, which needs no GPU to test.
 
-A buffer of a group of n ranks has n slots alike, and slot r is rank r's: it alone fills it, on every rank. So
+A buffer of a group of n ranks has n slots of equal size. Only rank r writes slot r, on every rank. Each rank has two
+signal words per peer and kind of call: `ready` and `full`. Their value is the number of the call, which is equal on all
+ranks. A wait ends when the word is *equal* to that number, as NVSHMEM's does through torch. Call number n:
 
-- an **all-gather** puts the own slot into the same slot of each peer, and waits until all other slots are full;
-- a **reduce-scatter** fills the own slot with the chunk for one peer, puts it there, goes on with the next peer's, then
-  keeps its own chunk; when all slots are full it adds them up by rank, in float32 or wider. n - 1 puts, no sum under
-  way: the order of the sum is not that of a ring.
+1. All-gather only: rank r copies its input into its slot.
+2. Handshake: rank r sets `ready[r] = n` on each peer: the peer may now write here. Then it waits for `ready == n` of
+   all peers. This follows, on the queue, all work that read the buffer before.
+3. Rank r puts its slot into the same slot of each peer, and sets `full[r] = n` there. In a reduce-scatter it first
+   copies the chunk of that peer into its slot, and its own chunk after the last peer's.
+4. It waits for `full == n` of all peers. A reduce-scatter then adds the slots in the order of ranks, in float32 or
+   wider. This order is not that of a ring.
 
-**Signals.** Each rank has two words a sender and a kind of call: `ready` (you may write to me) and `full` (I have
-written to you). They carry the number of the call, which all ranks count alike, and are waited for by equality, as
-NVSHMEM's are through torch. **Handshake**: nobody writes before the owner of the memory has said `ready`, which it says
-when its own stream has come to this call, so after everything that read the buffer before. That also keeps a word from
-being overwritten unread: a sender is at its next call only when it has heard our `full`, which we say after we have
-read its `ready`; and it says `full` again only after our next `ready`, which follows our reading of its `full`.
+Invariant: no signal is overwritten before it is read. A peer starts call n + 1 only after it has read this rank's
+`full == n`, which this rank sets after it has read the peer's `ready == n`. The peer sets `full = n + 1` only after
+this rank's `ready = n + 1`, which follows the read of `full == n`.
 
-**Order.** The calls of one kind run one after the other on a queue of their own, whatever stream they come from: a
-stream on a GPU, a thread on a CPU.
+Calls of one kind run in order on their own queue, from whatever stream they come: a stream on a GPU, a thread on a CPU.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from quadriga.comm.annotation import annotated
 from quadriga.comm.heap import Heap
 
-WORDS_A_RANK = 4  # `ready` and `full`, of two kinds of calls
+WORDS_A_RANK = 4  # `ready` and `full`, for two kinds of calls
 AXIS = "shard"
 
 
 class Completion(Protocol):
-    """The end of what was submitted to a queue."""
+    """The end of work that was submitted to a queue."""
 
     def wait(self) -> None:
-        """Let what the caller does next come after it: the caller's stream waits on a GPU, the caller on a CPU."""
+        """Order the caller's next work after it: on a GPU the caller's stream waits, on a CPU the caller."""
 
     def is_done(self) -> bool: ...
 
 
 class WorkQueue(Protocol):
-    """Work that is done one piece after the other."""
+    """Runs work in the order of submission."""
 
     def submit(self, work: Callable[[], None]) -> Completion:
-        """Do `work` after what the caller has done so far and after what was submitted before."""
+        """Run `work` after the caller's work so far and after all work that was submitted before."""
 
 
 class Transport(Protocol):
-    """Memory of `size` ranks that each may write into the others', at the same place as in its own.
+    """Memory of `size` ranks; each rank may write into that of the others, at the same offset as in its own.
 
-    `memory`: of this rank, bytes. `put`, `signal` and `wait` are called from within the work of a queue. Words are 0 in
-    the beginning.
+    `memory`: this rank's memory, uint8, one dimension. `put`, `signal` and `wait` are called within the work of a
+    queue. Signal words are 0 at the beginning.
     """
 
     @property
@@ -75,24 +76,24 @@ class Transport(Protocol):
     def memory(self) -> Tensor: ...
 
     def new_queue(self) -> WorkQueue:
-        """A new one."""
+        """Create a queue."""
 
     def put(self, start: int, stop: int, peer: int, word: int, value: int) -> None:
-        """Copy bytes [start, stop) of our memory to the same place at `peer`, then set `word` there. What comes later
-        on this queue may change the bytes here."""
+        """Copy bytes [start, stop) of this rank's memory to the same offset at `peer`, then set `word` there. Later
+        work on this queue may overwrite the source."""
 
     def signal(self, peer: int, word: int, value: int) -> None:
-        """Set `word` at `peer`, after all that this queue put there before."""
+        """Set `word` at `peer`, after all earlier puts of this queue to that peer."""
 
     def wait(self, peer: int, word: int, value: int) -> None:
-        """Go on when `peer` has set our `word` to just `value`, and see what it put before."""
+        """Wait until `peer` has set this rank's `word` to exactly `value`; its earlier puts are then visible."""
 
     def close(self) -> None:
-        """Give the memory back. Call on all ranks, when nothing is on its way."""
+        """Free the memory. Call on all ranks, when no call is in progress."""
 
 
 class SlotWork(dist.Work):
-    """A call that was made with `async_op=True`."""
+    """A call with `async_op=True`."""
 
     def __init__(self, done: Completion) -> None:
         super().__init__()
@@ -107,14 +108,14 @@ class SlotWork(dist.Work):
 
 
 class Exchange:
-    """The calls of one kind: their queue, their number, their words."""
+    """The calls of one kind: their queue, number and signal words."""
 
     def __init__(self, transport: Transport, kind: int) -> None:
         self.transport, self._queue, self._calls = transport, transport.new_queue(), 0
         self._ready, self._full = (2 * kind * transport.size, (2 * kind + 1) * transport.size)
 
     def run(self, steps: Callable[[int], None], async_op: bool) -> dist.Work | None:
-        """Take the steps of the next call, which are told its number."""
+        """Run `steps` as the next call, with its number as the argument."""
         self._calls += 1
         number = self._calls
 
@@ -129,12 +130,12 @@ class Exchange:
         return None
 
     def peers(self) -> Iterator[int]:
-        """All others, the next rank first, so that not everybody writes to the same one."""
+        """All other ranks, starting after this one, so that ranks do not all write to the same peer."""
         rank, size = self.transport.rank, self.transport.size
         return ((rank + distance) % size for distance in range(1, size))
 
     def handshake(self, number: int) -> None:
-        """Say that peers may write to us, and hear the same of all of them."""
+        """Allow all peers to write here, and wait until all peers allow it too."""
         for peer in self.peers():
             self.transport.signal(peer, self._ready + self.transport.rank, number)
         for peer in self.peers():
@@ -149,7 +150,7 @@ class Exchange:
 
 
 class SlotAllGather(AllGather):
-    """Outputs are buffers of the transport's memory, handed out in turn; torch gives one back by letting go of it."""
+    """Outputs are buffers in the transport's memory, used in turn; a buffer is free when torch drops its tensor."""
 
     def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
         self._exchange, self._heap, self._backend, self._bytes_by_collective = (
@@ -162,15 +163,20 @@ class SlotAllGather(AllGather):
         self._held: list[weakref.ref[Tensor] | None] = [None] * len(heap.gather_starts)
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for an output. Call in the same order on all ranks: it lies at the same place on each."""
+        """A buffer for an output. Call in the same order on all ranks, so that it has the same offset on each.
+
+        Raises:
+            ValueError: it is larger than the heap's buffers.
+            RuntimeError: all buffers are in use.
+        """
         shape = [int(length) for length in size]
         wanted = math.prod(shape) * dtype.itemsize
         if wanted > self._heap.gather:
-            raise ValueError(f"an all-gather of {wanted} bytes was asked for; buffers of {self._heap.gather} were made")
+            raise ValueError(f"an all-gather of {wanted} bytes does not fit into buffers of {self._heap.gather} bytes")
         index, self._next_buffer = self._next_buffer, (self._next_buffer + 1) % len(self._held)
         holder = self._held[index]
         if holder is not None and holder() is not None:
-            raise RuntimeError(f"more than {len(self._held)} outputs of all-gathers are in use at once")
+            raise RuntimeError(f"more than {len(self._held)} outputs of all-gathers are in use at the same time")
         start = self._heap.gather_starts[index]
         output = self._exchange.transport.memory[start : start + wanted].view(dtype).view(shape)
         self._held[index] = weakref.ref(output)
@@ -179,12 +185,12 @@ class SlotAllGather(AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        """Gather `input_tensor` of all ranks into `output_tensor`, which `allocate` gave."""
+        """Gather `input_tensor` of all ranks into `output_tensor`, which must come from `allocate`."""
         exchange, transport = self._exchange, self._exchange.transport
         _check(output_tensor, input_tensor, group, transport)
         base = output_tensor.data_ptr() - transport.memory.data_ptr()
         if base not in self._heap.gather_starts:
-            raise ValueError("the output of an all-gather must be one that `allocate` gave")
+            raise ValueError("the output of an all-gather must come from `allocate`")
         size = input_tensor.numel() * input_tensor.itemsize
         start = base + transport.rank * size
 
@@ -203,7 +209,7 @@ class SlotAllGather(AllGather):
 
 
 class SlotReduceScatter(ReduceScatter):
-    """Chunks meet in a scratch of the transport's memory; inputs and outputs are ordinary tensors."""
+    """Chunks arrive in a scratch buffer of the transport's memory; inputs and outputs are ordinary tensors."""
 
     def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
         self._exchange, self._heap, self._backend, self._bytes_by_collective = (
@@ -228,12 +234,12 @@ class SlotReduceScatter(ReduceScatter):
         exchange, transport = self._exchange, self._exchange.transport
         _check(input_tensor, output_tensor, group, transport)
         if op != dist.ReduceOp.SUM:
-            raise ValueError(f"gradients are summed, and nothing else: {op} was asked for")
+            raise ValueError(f"gradients can only be summed, but {op} was requested")
         if not input_tensor.dtype.is_floating_point:
-            raise ValueError(f"{input_tensor.dtype} is not summed")
+            raise ValueError(f"{input_tensor.dtype} cannot be summed here; only floating point can")
         whole = input_tensor.numel() * input_tensor.itemsize
         if whole > self._heap.scatter:
-            raise ValueError(f"a sum of {whole} bytes was asked for; a scratch of {self._heap.scatter} was made")
+            raise ValueError(f"a sum of {whole} bytes does not fit into a scratch of {self._heap.scatter} bytes")
         start, size = self._heap.scatter_start, whole // transport.size
         slots = transport.memory[start : start + whole].view(input_tensor.dtype).view(transport.size, -1)
 
@@ -253,23 +259,23 @@ class SlotReduceScatter(ReduceScatter):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which numbers of `dtype` are added up; the sum is rounded once."""
+    """The dtype in which numbers of `dtype` are added; the sum is rounded once."""
     return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
 def _check(whole: Tensor, part: Tensor, group: dist.ProcessGroup, transport: Transport) -> None:
     if group.size() != transport.size or group.rank() != transport.rank:
-        raise ValueError(f"this transport serves {transport.size} ranks, and the group has {group.size()}")
+        raise ValueError(f"this transport serves {transport.size} ranks, but the group has {group.size()}")
     if whole.dtype != part.dtype:
-        raise ValueError(f"the whole is {whole.dtype} and a rank's part of it {part.dtype}")
+        raise ValueError(f"the full tensor is {whole.dtype}, but a rank's part of it {part.dtype}")
     if whole.numel() != transport.size * part.numel():
-        raise ValueError(f"{transport.size} parts of {part.numel()} numbers do not make {whole.numel()}")
+        raise ValueError(f"{transport.size} parts of {part.numel()} numbers do not add up to {whole.numel()} numbers")
     if not (whole.is_contiguous() and part.is_contiguous()):
         raise ValueError("tensors must be contiguous")
 
 
 class SlotCollectives:
-    """The two collectives of `fully_shard` over one transport. `bytes_by_collective`: bytes so far, by kind of call."""
+    """The two collectives of `fully_shard` over a transport. `bytes_by_collective`: bytes so far, by kind of call."""
 
     def __init__(self, transport: Transport, heap: Heap, backend: str) -> None:
         self._transport = transport
@@ -278,10 +284,10 @@ class SlotCollectives:
         self.reduce_scatter = SlotReduceScatter(Exchange(transport, 1), heap, backend, self.bytes_by_collective)
 
     def install(self, module: FSDPModule) -> None:
-        """Let the parameters and gradients of `module` go this way."""
+        """Use these collectives for the parameters and gradients of `module`."""
         module.set_custom_all_gather(self.all_gather)
         module.set_custom_reduce_scatter(self.reduce_scatter)
 
     def close(self) -> None:
-        """Give the memory back. Call on all ranks, when no call is on its way."""
+        """Free the memory. Call on all ranks, when no call is in progress."""
         self._transport.close()

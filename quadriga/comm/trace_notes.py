@@ -1,7 +1,7 @@
-"""What a trace of torch's profiler leaves open over gloo: of which group each call was, and which mesh axis a group is.
+"""Data that a profiler trace lacks over gloo: the group of each call, and the mesh axis of each group.
 
-Over NCCL torch writes the group beside each call; over gloo it writes none. The flight recorder knows it there, and the
-moment at which each call began, which lies within the call's range of the trace.
+Over NCCL torch records the group of each call; over gloo it does not. There the flight recorder has it, and the start
+time of each call, which lies within the call's range in the trace.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from quadriga.comm import flight_recorder
 from quadriga.comm.mesh import Mesh
 
 FORMAT = "quadriga-notes-1"
-MESSAGES = "pp"  # the axis along which ranks send to each other one by one; the recorder does not see it over gloo
+MESSAGES = "pp"  # the axis of point-to-point messages, which the flight recorder does not record over gloo
 
 
 def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
-    """For the trace of this rank that began at `since_ns` (since 1970), in this start of the run; docs/traces.md tells
-    what its keys mean."""
+    """The notes for the trace of this rank that began at `since_ns` (ns since the epoch), in start `attempt` of the
+    run. docs/traces.md explains the keys."""
     groups = _groups(mesh)
     axes = {group: axis for axis, group in groups.items()}
     return {
@@ -31,8 +31,8 @@ def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
 
 
 def _groups(mesh: Mesh) -> dict[str, str]:
-    """Torch's name of the group of each axis of more than one rank. `shard` is dp_shard and cp as one.
+    """Torch's name of the group of each axis with more than one rank. `shard` is dp_shard and cp as one.
 
-    An axis that holds all ranks has the default group, as `world` does: of axes that share one the last name counts.
+    An axis with all ranks has the default group, as `world` has. If axes share a group, the last name counts.
     """
     return {axis: str(group.group_name) for axis, group in mesh.groups()}

@@ -1,13 +1,14 @@
-"""Tokens that the files beside a `tokenizer.json` name and it lacks: they are added, as torchtitan v0.2.2 does.
+"""Adds the tokens that `tokenizer.json` lacks but the files next to it name, as torchtitan v0.2.2 does.
 
-In this order, each with the next free id; a token that is there keeps its id, whatever `added_tokens_decoder` says:
+They are added in this order, each with the next free id. A token that exists keeps its id, also if
+`added_tokens_decoder` has another one:
 
 1. bos_token, eos_token, pad_token, unk_token, sep_token, cls_token, mask_token
 2. `added_tokens_decoder` of `tokenizer_config.json`, in the order of the file
-3. `extra_special_tokens`, else `additional_special_tokens` (transformers alone)
+3. `extra_special_tokens`, else `additional_special_tokens` (only in transformers)
 
-transformers takes the second of these first, by id. Where that gives other ids, or a file names other ids than either,
-a notice says so.
+transformers starts with the second group, ordered by id. A notice is printed if that gives other ids, or if a file
+names other ids than both.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ TRANSFORMERS_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_
 MORE_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 DECODER = "added_tokens_decoder"
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
-MAX_LISTED = 4  # tokens that a notice names
+MAX_LISTED = 4  # tokens that one notice names
 
 
 @dataclass(frozen=True)
 class NamedToken:
-    """A token as a file names it. `id`: the one that the file gives it, if any; `flags`: how it is found in a text."""
+    """A token that a file names. `id`: its id in that file, or None; `flags`: how it is matched in a text."""
 
     text: str
     id: int | None
@@ -40,9 +41,14 @@ class NamedToken:
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """`document`: the `tokenizer.json` with the tokens in it; `vocabulary`: ids by token; `added`: those that it
-    lacked, with their ids; `changed`: tokens that a text is now searched for, so that it has other ids than with the
-    `tokenizer.json` alone; `notices`: what there is to note."""
+    """A tokenizer with the added tokens.
+
+    - `document`: the `tokenizer.json` with the added tokens.
+    - `vocabulary`: ids by token.
+    - `added`: the tokens that it lacked, with their ids.
+    - `changed`: tokens that texts are now searched for, so a text has other ids than with the `tokenizer.json` alone.
+    - `notices`: messages for the user.
+    """
 
     document: dict[str, Any]
     vocabulary: Mapping[str, int]
@@ -52,7 +58,7 @@ class ExtendedTokenizer:
 
 
 def vocabulary_of(document: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by token of a `tokenizer.json`, as far as it has the form of one."""
+    """Ids by token of a `tokenizer.json`. Parts that do not have its format are ignored."""
     vocabulary: dict[str, int] = {}
     model, added = document.get("model"), document.get("added_tokens")
     entries = model.get("vocab") if isinstance(model, dict) else None
@@ -71,15 +77,16 @@ def vocabulary_of(document: Mapping[str, Any]) -> dict[str, int]:
 
 
 def extend_tokenizer(folder: Path, document: Mapping[str, Any], tokens: SpecialTokens) -> ExtendedTokenizer:
-    """A `tokenizer.json` with the tokens that the files beside it name.
+    """A `tokenizer.json` with the tokens that the files next to it name.
 
-    Raises UserError where an entry of `added_tokens_decoder` has another form, or no id is free for a token.
+    Raises:
+        UserError: an entry of `added_tokens_decoder` has a wrong format, or the next id of a token is taken.
     """
     before = vocabulary_of(document)
     roles, decoder, more = list(_roles(tokens)), list(_decoder(folder, tokens)), list(_more(tokens))
     added = _ids(folder, document, before, [*roles, *decoder, *more])
     vocabulary = {**before, **added}
-    flags = {one.text: one.flags for one in (*more, *roles, *decoder)}  # the last says it best
+    flags = {one.text: one.flags for one in (*more, *roles, *decoder)}  # the decoder's flags are the most exact
     raw = {one.text: one.flags for one in decoder}
     old = document.get("added_tokens")
     entries = {entry["content"]: entry for entry in old if _is_entry(entry)} if isinstance(old, list) else {}
@@ -101,7 +108,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def _matches(flags: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """How a text is searched for the token; None for one that it is not: special ones, and those of the model."""
+    """How a text is searched for the token. None if it is not searched: special tokens, and tokens of the model."""
     if flags is None or flags.get("special", True):
         return None
     return {name: bool(flags.get(name, name == "normalized")) for name in (*FLAGS, "normalized")}
@@ -128,7 +135,7 @@ def _decoder(folder: Path, tokens: SpecialTokens) -> Iterator[NamedToken]:
         text = token_text(entry) if isinstance(entry, dict) else None
         if not (key.isascii() and key.isdigit() and len(key) < 20) or not text or len(text) > MAX_TOKEN_CHARS:
             allowed = 'an id, and an object with "content", such as "128000": {"content": "<|begin_of_text|>"}'
-            what = f"the entry of {shortened(key)} is no token"
+            what = f"the entry of {shortened(key)} is not a token"
             raise UserError(Problem(f"{folder / CONFIG}, {DECODER}", what, shortened(entry), allowed=allowed))
         flags = {name: entry.get(name, default) is True for name, default in FLAGS.items()}
         special = entry.get("special", True) is not False
@@ -148,8 +155,8 @@ def _more(tokens: SpecialTokens) -> Iterator[NamedToken]:
 def _ids(
     folder: Path, document: Mapping[str, Any], vocabulary: Mapping[str, int], tokens: Iterable[NamedToken]
 ) -> dict[str, int]:
-    """The ids of the tokens that the vocabulary lacks, as the library `tokenizers` numbers them: above all that were
-    added so far, and not below the number of the model's own."""
+    """The ids of the tokens that the vocabulary lacks, as the library `tokenizers` assigns them: above all ids added so
+    far, and not below the number of the model's own tokens."""
     model, added = document.get("model"), document.get("added_tokens")
     own = model.get("vocab") if isinstance(model, dict) else None
     size = len(own) if isinstance(own, dict | list) else 0
@@ -162,7 +169,7 @@ def _ids(
         number = max(largest + 1, size)
         if number in taken:
             what = (
-                f"{shortened(one.text)} is to be added with the next id, {number}, which {shortened(taken[number])} has"
+                f"{shortened(one.text)} would be added with the next id, {number}, which {shortened(taken[number])} has"
             )
             fix = "write the token into tokenizer.json: load the folder with AutoTokenizer and save it"
             raise UserError(Problem(str(folder / CONFIG), what, fix=fix))
@@ -189,12 +196,12 @@ def _notices(
             else "as in transformers"
         )
         yield (
-            f"{config}: ids are those of torchtitan, the next free ones, and not those of its {DECODER}: {named}; "
+            f"{config}: added tokens have the ids of torchtitan (the next free ones), not those of {DECODER}: {named}; "
             f"{same}. To choose ids, write the tokens into tokenizer.json"
         )
     elif other := [text for text in added if added[text] != transformers_ids[text]]:
         named = _format_list(f"{shortened(text)} {added[text]} ({transformers_ids[text]})" for text in other)
-        yield f"{config}: added tokens have the ids of torchtitan (in brackets those of transformers): {named}"
+        yield f"{config}: added tokens have the ids of torchtitan (in parentheses those of transformers): {named}"
 
 
 def _format_list(texts: Iterable[str]) -> str:

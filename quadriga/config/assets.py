@@ -1,7 +1,7 @@
-"""What can be known of tokenizers and data sets without opening them with a library: what is there, how large.
+"""Checks of tokenizers and data sets without their libraries: whether they exist, and the size of the vocabulary.
 
-A data set's name says what is read (`training.dataset`), its path where from (`training.dataset_path`). Relative paths
-are relative to the folder that the run is started from.
+`training.dataset` names the kind of data, `training.dataset_path` the place. Relative paths are relative to the
+directory that the run is started from.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from quadriga.file_search import files_below, files_matching
 from quadriga.reading import read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
-TEST_SET = "c4_test"  # torchtitan's; it is read as another one (`titan_datasets`)
-BYTES_VOCAB = 258  # 256 bytes, and the marks for the begin and the end of a document
-TIKTOKEN_SPECIALS = 256  # ids that Llama 3 keeps beside the ranks of its tokenizer.model
+TEST_SET = "c4_test"  # of torchtitan; it is read as another data set (`titan_datasets`)
+BYTES_VOCAB = 258  # 256 bytes, and the tokens for the begin and the end of a document
+TIKTOKEN_SPECIALS = 256  # special tokens of Llama 3, in addition to the ranks of its tokenizer.model
 
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """One kind of data set. `suffixes`: which files of a folder are read; `path`: none, optional or needed."""
+    """One kind of data set. `suffixes`: of the files that are read from a folder; `path`: none, optional or needed."""
 
     suffixes: tuple[str, ...]
     path: str
@@ -52,10 +52,10 @@ DATASETS: Mapping[str, DatasetKind] = {
 def tokenizer_facts(path: str) -> TokenizerFacts:
     """Kind and vocabulary size of the tokenizer at `path`: a folder (`tokenizer_files`), a file, or `builtin:bytes`.
 
-    Where nothing is there the kind is `missing` and the size None.
+    If nothing exists there, the kind is `missing` and the size None.
 
     Raises:
-        UserError: a file is there, but it is no tokenizer; or what lies beside it cannot be used with it.
+        UserError: the file is not a tokenizer, or the files next to it cannot be used with it.
     """
     if path == BUILTIN_TOKENIZER:
         return TokenizerFacts("bytes", path, BYTES_VOCAB)
@@ -73,7 +73,7 @@ def tokenizer_facts(path: str) -> TokenizerFacts:
         ):
             raise
         reason = error.problems[0].what if isinstance(error, UserError) else shortened(error)
-        what = f"the file is no tokenizer that can be read here: {reason}"
+        what = f"the file is not a tokenizer that Quadriga can read: {reason}"
         fix = "download it again (python scripts/download_hf_assets.py), or name another folder"
         forms = "tokenizer.json of the `tokenizers` library, or Llama 3's tokenizer.model"
         raise UserError(Problem(str(file), what, allowed=forms, fix=fix)) from error
@@ -90,7 +90,7 @@ def _json_facts(file: Path) -> TokenizerFacts:
 
 def _bounded(size: int) -> int:
     if size > limits.VOCABULARY:
-        raise ValueError(f"its largest id is {size - 1}; ids below {limits.VOCABULARY:,} are read")
+        raise ValueError(f"its largest id is {size - 1}; only ids below {limits.VOCABULARY:,} are supported")
     return size
 
 
@@ -102,12 +102,12 @@ def _json_vocab(content: Any) -> int:
     if not ids:
         raise ValueError("its vocabulary is empty")
     if wrong := next((one for one in ids if type(one) is not int or one < 0), None):
-        raise ValueError(f"its vocabulary holds the id {shortened(wrong)}")
+        raise ValueError(f"its vocabulary has the id {shortened(wrong)}")
     return max(ids) + 1
 
 
 def _rank_count(content: bytes) -> int:
-    """Lines of a `tokenizer.model` in tiktoken's form: a token in base64 and its rank."""
+    """The number of lines of a `tokenizer.model` in tiktoken's format: a token in base64 and its rank."""
     lines = content.splitlines()
     token, _, rank = lines[0].partition(b" ") if lines else (b"", b"", b"")
     try:
@@ -119,7 +119,7 @@ def _rank_count(content: bytes) -> int:
 
 
 def data_files(dataset: str, path: str) -> list[Path]:
-    """The files that `path` stands for, sorted: itself, those of a folder and its sub-folders, or those of a glob."""
+    """The files of `path`, sorted: the file itself, those of a folder and its sub-folders, or those of a glob."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         found = [folder / name for name in files_below(folder).files]
@@ -132,7 +132,7 @@ def data_files(dataset: str, path: str) -> list[Path]:
 
 
 def dataset_problem(key: str, dataset: str, path: str | None, source: str | None) -> Problem | None:
-    """Why the data set of `key` (`training.dataset` or `validation.dataset`) cannot be; files are not looked for."""
+    """Why the data set of `key` (`training.dataset` or `validation.dataset`) is not possible. Files are not checked."""
     if dataset not in DATASETS:
         names = sorted([*DATASETS, TEST_SET])
         guess = nearest(dataset, names)
@@ -157,7 +157,7 @@ def _by_suffix(path: str | None) -> str | None:
 
 
 def missing_files(key: str, dataset: str, path: str, source: str | None) -> Problem | None:
-    """Why there is nothing to read at `path`."""
+    """A problem if there is nothing to read at `path`, else None."""
     if data_files(dataset, path):
         return None
     if Path(path).expanduser().is_dir():
@@ -166,5 +166,5 @@ def missing_files(key: str, dataset: str, path: str, source: str | None) -> Prob
         return Problem(f"{key}_path", what, path, source, patterns, fix=fix)
     parent = Path(path).expanduser().parent
     close = nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else None
-    fix = f"paths are relative to the folder the run is started from, {Path.cwd()}"
+    fix = f"paths are relative to the directory that the run is started from, {Path.cwd()}"
     return Problem(f"{key}_path", "nothing is there", path, source, nearest=close and str(parent / close), fix=fix)

@@ -1,6 +1,6 @@
-"""The card of a configuration: its README.md, made from the resolved run, so that every statement in it holds.
+"""The card of a configuration: a README.md, generated from the resolved run, so every statement in it is true.
 
-The first line is the command that makes the card again; `--check` reads it there.
+The first line is the command that generates the card again. `--check` reads it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ GPUS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class CardFigures:
-    """What arithmetic says: trained numbers, FLOPs of one token forward and backward, and rows of the estimate.
+    """Figures from arithmetic: parameters, FLOPs of one token (forward and backward), and rows of the estimate.
 
-    `estimated`: (what, for one rank). `devices`: (device, has, needs, verdict, a step).
+    `estimated`: (what, for one rank). `devices`: (device, memory, needed, verdict, step time).
     """
 
     parameters: int
@@ -38,7 +38,7 @@ class CardFigures:
 
 @dataclass(frozen=True)
 class CardTarget:
-    """What a card is made for: the TOML file as seen from the repository's root, the number of GPUs, the device."""
+    """The target of a card: the TOML file relative to the repository's root, the number of GPUs, the device."""
 
     file: str
     gpus: int
@@ -46,7 +46,7 @@ class CardTarget:
 
     @property
     def unit(self) -> str:
-        """What a rank is called: a GPU, but where the card is made for the CPU."""
+        """The name of a rank in the text: `GPU`, or `rank` if the card is made for the CPU."""
         return "rank" if (self.device or "").lower() == "cpu" else "GPU"
 
     @property
@@ -60,7 +60,7 @@ def read_target(card: str) -> CardTarget | None:
     found = re.match(r"<!-- quadriga card (.+) -->\n", card)
     try:
         arguments = shlex.split(found[1]) if found else []
-    except ValueError:  # a quotation mark without its other half
+    except ValueError:  # an open quotation mark
         return None
     match arguments:
         case [file, "--ngpu", gpus, *rest] if re.fullmatch(r"[1-9][0-9]{0,8}", gpus):
@@ -70,36 +70,36 @@ def read_target(card: str) -> CardTarget | None:
 
 
 def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Device | None) -> str:
-    """The card as Markdown. `run` is resolved for `target.gpus` ranks; `device` is what `target.device` names."""
+    """The card as Markdown. `run` must be resolved for `target.gpus` ranks; `device` is that of `target.device`."""
     sections = [
-        f"{target.header}\n<!-- Made from the TOML file beside it; change that, and run the command above. -->",
+        f"{target.header}\n<!-- Generated from the TOML file; change that, and run the command above. -->",
         f"# {plain(run.config.job.description)}",
         _lead(run, figures, target.unit),
-        "## At a glance",
+        "## Overview",
         _at_a_glance(run, figures, target.unit),
         "## How to run it",
         _how_to_run(run, target),
-        "## How the work is shared",
+        "## Parallelism",
         _parallelism(run, target.unit),
         "## Model and data",
         _model_and_data(run, figures),
         "## Hyper-parameters",
         _hyper_parameters(run),
-        "## Memory and number formats",
+        "## Memory and formats",
         _memory(run, figures, target.unit),
-        "## What it leaves",
+        "## Output",
         _outputs(run, figures),
-        "## Watch it",
+        "## Monitoring",
         _monitor(run),
-        "## Check it",
+        "## Checks",
         _validate(run, target),
-        "## If something goes wrong",
+        "## Troubleshooting",
         _troubleshooting(run),
         "## Environment variables",
         _table(("variable", "if unset", "meaning"), ENVIRONMENT),
         "## Hardware",
         _hardware(run, figures, device),
-        "## Every key that the file sets",
+        "## Keys that the file sets",
         _keys(run),
     ]
     return "\n\n".join(sections) + "\n"
@@ -134,7 +134,7 @@ def _at_a_glance(run: Run, figures: CardFigures, unit: str) -> str:
         ("batch", messages.batch(spec)),
         ("length", f"{plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens"),
         ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.lr:g}"),
-        ("number formats", messages.formats(run)),
+        ("formats", messages.formats(run)),
         ("recompute", messages.recompute(config.activation_checkpoint)),
         ("compile", compiled),
         ("profiling", traces if profiling.enable_profiling else "off"),
@@ -154,7 +154,7 @@ def _data(run: Run) -> str:
 def _how_to_run(run: Run, target: CardTarget) -> str:
     file, gpus = f"./{target.file}", run.spec.world_size
     needs_files = run.config.model.hf_assets_path != "builtin:bytes"
-    fetch = "python scripts/download_hf_assets.py          # tokenizer, once; its licence must be accepted on the Hub\n"
+    fetch = "python scripts/download_hf_assets.py          # the tokenizer, once; accept its licence on the Hub first\n"
     machines = -(-gpus // GPUS_PER_MACHINE)
     if machines == 1:
         script = f"CONFIG_FILE={argument(file)} NGPU={gpus} ./run_train.sh"
@@ -171,17 +171,17 @@ def _how_to_run(run: Run, target: CardTarget) -> str:
             f"--nproc_per_node={here} torchtitan/train.py --job.config_file {shlex.quote(file)}"
         )
         several = (
-            f"\n\nStart this on each of the {machines} machines with {here} GPUs: NODE_RANK counts from 0 to "
-            f"{machines - 1}, and RDZV_ENDPOINT names the first of them (here called `node0`) and a free port on it."
+            f"\n\nStart this on each of the {machines} machines with {here} GPUs. NODE_RANK is 0 to {machines - 1}. "
+            f"RDZV_ENDPOINT is the first machine (`node0` in this example) and a free port on it."
         )
     return (
         "From the repository's root:\n\n```bash\npip install -r requirements.txt\n"
         + (fetch if needs_files else "")
-        + "\n# rehearse: everything is checked, nothing is started, no GPU is needed\n"
+        + "\n# dry run: checks everything, starts nothing, needs no GPU\n"
         f"DRY_RUN=1 NGPU={gpus} CONFIG_FILE={argument(file)} ./run_train.sh\n"
         f"\n# with the script\n{script}\n\n# without it\n{direct}\n```{several}\n\n"
-        "Every key can be changed behind the command: `--training.steps 20`, `--metrics.no_enable_tensorboard`. "
-        "Paths are relative to the folder that the run is started from."
+        "You can override every key on the command line: `--training.steps 20`, `--metrics.no_enable_tensorboard`. "
+        "Paths are relative to the directory that the run is started from."
     )
 
 
@@ -193,22 +193,22 @@ def _parallelism(run: Run, unit: str) -> str:
         for (name, meaning), size in zip(MEANINGS, sizes, strict=True)
     ]
     product = " x ".join(str(size) for size in sizes)
-    each = "one a GPU" if unit == "GPU" else "each a process on the CPU, or one a GPU"
+    each = "one per GPU" if unit == "GPU" else "each a process on the CPU, or one per GPU"
     return (
-        f"{_table(('degree', 'here', 'what it means'), rows)}\n\n"
+        f"{_table(('degree', 'here', 'meaning'), rows)}\n\n"
         f"{product} = {plural(run.spec.world_size, 'rank')}, {each}.{_other_numbers(run)}{_reduction(run)}"
     )
 
 
 def _other_numbers(run: Run) -> str:
-    """On how many ranks the file runs otherwise."""
+    """The other numbers of ranks on which the file runs."""
     training, degrees = run.config.training, run.spec.degrees
     if run.config.parallelism.data_parallel_shard_degree != -1:
         return ""
     free = " `data_parallel_shard_degree = -1` takes all ranks that remain"
     others = run.spec.world_size // degrees.dp_shard
     if training.global_batch_size == -1:
-        return f"{free}, so the file fits any number{f' that {others} divides' if others > 1 else ''}."
+        return f"{free}, so the file runs on any number of ranks{f' that {others} divides' if others > 1 else ''}."
     rows = training.global_batch_size // training.local_batch_size // degrees.dp_replicate
     fits = [others * shard for shard in range(1, rows + 1) if rows % shard == 0]
     return f"{free}; the global batch of {training.global_batch_size} allows {', '.join(map(str, fits))} ranks."
@@ -218,14 +218,14 @@ def _reduction(run: Run) -> str:
     spec = run.spec
     if spec.micro_batches == 1 or spec.degrees.batch * spec.degrees.cp == 1:
         return ""
-    when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
+    when = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
     return f" Gradients are reduced {when}: {spec.reduce_reason}."
 
 
 def _model_and_data(run: Run, figures: CardFigures) -> str:
     model, training = run.spec.model, run.config.training
     heads = f"{model.n_heads}, {model.n_kv_heads} for keys and values, each {model.head_dim} wide"
-    scaling = f", frequencies stretched by {model.rope_scaling.factor:g}" if model.rope_scaling else ""
+    scaling = f", scaling factor {model.rope_scaling.factor:g}" if model.rope_scaling else ""
     rows = [
         ("parameters", f"{figures.parameters:,}"),
         ("blocks", f"{model.n_layers}"),
@@ -234,15 +234,15 @@ def _model_and_data(run: Run, figures: CardFigures) -> str:
         ("vocabulary", f"{model.vocab_size:,}" + (", shared by embedding and output" if model.tie_embeddings else "")),
         ("positions", f"rotary, base {model.rope_theta:,.0f}{scaling}"),
         ("data", _data(run)),
-        ("sequence", f"{training.seq_len:,} tokens, documents packed end to end between begin and end marks"),
-        ("work", f"{figures.flops_per_token:.3g} FLOPs a token, forward and backward, attention halved for causality"),
+        ("sequence", f"{training.seq_len:,} tokens; documents are concatenated, each between BOS and EOS"),
+        ("work", f"{figures.flops_per_token:.3g} FLOPs per token, forward and backward, with causal attention"),
     ]
     return _table(("what", "value"), rows)
 
 
 def _hyper_parameters(run: Run) -> str:
     optimizer, training = run.config.optimizer, run.config.training
-    decayed = "all parameters" if optimizer.decay_norms_and_biases else "matrices alone"
+    decayed = "all parameters" if optimizer.decay_norms_and_biases else "matrices only"
     rows = [
         ("optimizer", f"{optimizer.name} ({optimizer.implementation})"),
         ("learning rate", messages.schedule(run)),
@@ -264,11 +264,11 @@ def _memory(run: Run, figures: CardFigures, unit: str) -> str:
         f"- Compile: {'on' if run.config.compile.enable else 'off'}.",
     ]
     estimated = _table(("estimated", f"for one {unit}"), figures.estimated)
-    devices = _table(("device", "has", "needed", "verdict", "a step (uncalibrated)"), figures.devices)
+    devices = _table(("device", "memory", "needed", "verdict", "step time (uncalibrated)"), figures.devices)
     return (
         "\n".join(facts)
-        + "\n\nWhat `quadriga estimate` says, from arithmetic and without a GPU (docs/estimates.md tells how, and how "
-        f"far it can be trusted):\n\n{estimated}\n\nOn {plural(run.spec.world_size, 'device')} of each kind:\n\n"
+        + "\n\nThe estimate of `quadriga estimate`, from arithmetic, without a GPU (docs/estimates.md explains it and "
+        f"its accuracy):\n\n{estimated}\n\nOn {plural(run.spec.world_size, 'device')} of each kind:\n\n"
         f"{devices}"
     )
 
@@ -276,13 +276,13 @@ def _memory(run: Run, figures: CardFigures, unit: str) -> str:
 def _outputs(run: Run, figures: CardFigures) -> str:
     config, folders = run.config, run.spec.folders
     profiling, metrics = config.profiling, config.metrics
-    traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file a rank"
+    traces = f"{profiling.profiler_active} steps of every {profiling.profile_freq}, one file per rank"
     size = decimal_bytes(messages.save_bytes(run, figures.parameters))
     saves = messages.checkpoints(config.checkpoint)
     takes = "takes" if config.checkpoint.enable else "would take"
     snapshots = profiling.enable_memory_snapshot
     rows = [
-        (code(f"{folders.dump}/config.toml"), "always", "the configuration as resolved"),
+        (code(f"{folders.dump}/config.toml"), "always", "the resolved configuration"),
         (code(f"{folders.dump}/environment.json"), "always", "versions, devices, git commit"),
         (code(f"{folders.dump}/metrics.jsonl"), "always", "every logged step in full precision"),
         (code(f"{folders.tensorboard}/"), _on(metrics.enable_tensorboard), "TensorBoard curves"),
@@ -294,7 +294,7 @@ def _outputs(run: Run, figures: CardFigures) -> str:
             f"{saves}; one full save {takes} about {size}",
         ),
     ]
-    return _table(("where", "here", "what"), rows) + "\n\n(N is a step, K a rank.)"
+    return _table(("file", "here", "content"), rows) + "\n\n(N is a step, K a rank.)"
 
 
 def _on(switch: bool) -> str:
@@ -304,14 +304,14 @@ def _on(switch: bool) -> str:
 def _monitor(run: Run) -> str:
     folders, metrics = run.spec.folders, run.config.metrics
     lines = [
-        f"- On the console: one line every {plural(metrics.log_freq, 'step')} from the ranks in LOG_RANK: loss, "
-        "gradient norm before clipping, memory, tokens per second, data wait, time left.",
+        f"- On the console: one line every {plural(metrics.log_freq, 'step')} from the ranks in LOG_RANK, with loss, "
+        "gradient norm before clipping, memory, tokens per second, wait for data, and time left.",
         "- " + code(f"tail -f {folders.dump}/metrics.jsonl"),
     ]
     if metrics.enable_tensorboard:
         lines.append("- " + code(f"tensorboard --logdir {folders.tensorboard}"))
     if metrics.enable_wandb:
-        lines.append("- Weights & Biases: the project that WANDB_PROJECT names.")
+        lines.append("- Weights & Biases: WANDB_PROJECT names the project.")
     if run.config.profiling.enable_profiling:
         lines.append("- Traces: open a file of " + code(f"{folders.traces}/") + " in https://ui.perfetto.dev.")
     return "\n".join(lines)
@@ -326,31 +326,31 @@ def _validate(run: Run, target: CardTarget) -> str:
         held_out = (
             f"off; `--validation.enable --validation.dataset {dataset} "
             f"--validation.seq_len {training.seq_len} --validation.local_batch_size {training.local_batch_size} "
-            "--validation.steps 20` switches it on"
+            "--validation.steps 20` enables it"
         )
     return (
-        f"- The configuration: {code(dry_run)} reads it strictly and reports every problem at once.\n"
-        f"- This card: {code(f'quadriga card {shlex.quote(target.file)} --check')} fails when it is out of date.\n"
+        f"- The configuration: {code(dry_run)} checks it and reports all problems at once.\n"
+        f"- This card: {code(f'quadriga card {shlex.quote(target.file)} --check')} fails if it is out of date.\n"
         f"- The loss on held-out text: {held_out}.\n"
-        f"- A first look: `--training.steps 20` ends after 20 steps; the first losses are a little "
-        f"above ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
+        f"- A short run: `--training.steps 20` ends after 20 steps; the first losses are slightly above "
+        f"ln(vocabulary) = {math.log(run.spec.model.vocab_size):.2f}."
     )
 
 
 def _troubleshooting(run: Run) -> str:
-    fewer = f"- **Fewer GPUs than {run.spec.world_size}.** NGPU must not exceed what is visible (`nvidia-smi -L`)."
+    fewer = f"- **Fewer GPUs than {run.spec.world_size}.** NGPU must not exceed the visible GPUs (`nvidia-smi -L`)."
     return "\n".join([memory_help(run), backend_help(run), assets_help(run), fewer])
 
 
 def _hardware(run: Run, figures: CardFigures, device: Device | None) -> str:
-    link = "- The GPUs of a machine should share a fast link (NVLink or its like): the parameters travel over it."
+    link = "- The GPUs of a machine should share a fast link such as NVLink: parameters are gathered over it."
     if run.spec.degrees.dp_shard == 1:
         link = (
-            "- Gradients travel between GPUs once a step."
+            "- Gradients are sent between GPUs once per step."
             if run.spec.world_size > 1
-            else "- Nothing travels between GPUs."
+            else "- Nothing is sent between GPUs."
         )
-    cpu = "- The same file runs on CPUs over gloo (`COMM_BACKEND=gloo`), slowly: made for rehearsals of small sizes."
+    cpu = "- The same file runs on CPUs over gloo (`COMM_BACKEND=gloo`), slowly, for tests of small sizes."
     if device is None:
         return f"{link}\n{cpu}"
     training = run.config.training
@@ -367,8 +367,8 @@ def _hardware(run: Run, figures: CardFigures, device: Device | None) -> str:
     else:
         least = figures.flops_per_token * run.spec.tokens_per_step / (peak * run.spec.world_size)
         lines.append(
-            f"- Its peak for {compute} matrix products is {peak / 1e12:.4g} TFLOP/s, so that a step takes at "
-            f"least {format_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}: a bound from arithmetic, "
+            f"- Its peak for {compute} matrix products is {peak / 1e12:.4g} TFLOP/s, so a step takes at least "
+            f"{format_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}. This is a bound from arithmetic, "
             "not a measurement."
         )
     return "\n".join([*lines, link, cpu])
@@ -383,5 +383,5 @@ def _keys(run: Run) -> str:
         for name in key.split("."):
             value = getattr(value, name)
         rows.append((f"{code(key)}", code(format_toml(value))))
-    note = "All others have the defaults of `docs/configuration.md`."
+    note = "All other keys have the defaults of `docs/configuration.md`."
     return f"{note}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"

@@ -1,10 +1,10 @@
-"""Keys whose default has changed since runs were started that may still go on, with the default that they had.
+"""Keys whose default has changed, with their old default, for runs that were started before the change.
 
-A run that resumes keeps, for each of these keys that the user does not set, the value that it was started with: the one
-in the configuration that its checkpoint holds, or the old default where the key did not exist yet.
+For each of these keys that the user does not set, a resumed run keeps the value that it was started with: that of the
+configuration in its checkpoint, or the old default if the key did not exist then.
 
-To change a default on which the numbers of a training depend means to add a line here. A key that is new and whose
-default leaves training as it was needs none.
+A change of a default on which the numbers of a training depend needs a line here. A new key whose default does not
+change training needs none.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def started_with(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The value of each key of `OLD_DEFAULTS` in the run that saved a checkpoint.
 
     Args:
-        saved: what the checkpoint holds beside its tensors; its "config" is the configuration as nested tables. Values
-            are as they were found: a damaged or foreign checkpoint may hold anything.
+        saved: the contents of the checkpoint except its tensors; "config" is the configuration as nested tables. Values
+            are not checked: a damaged or foreign checkpoint may contain anything.
 
     Returns:
-        Values by key; none where the checkpoint holds no configuration.
+        Values by key; empty if the checkpoint has no configuration.
     """
     config = saved.get("config")
     if not isinstance(config, Mapping):
@@ -35,7 +35,7 @@ def started_with(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_in(config: Any, key: str, default: Any) -> Any:
-    """The value of a key in a configuration as nested tables, or what a checkpoint holds in its place."""
+    """The value of a key in a configuration of nested tables, else `default`. `config` may be any value."""
     *tables, name = key.split(".")
     table: Any = config
     for each in tables:

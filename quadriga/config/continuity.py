@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint is the same training: what a checkpoint says of its run, compared."""
+"""Compares a run with the checkpoint that it resumes from: whether it is the same training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from quadriga.config.rules_layout import FROM_CHECKPOINT, divisors
 from quadriga.errors import Problem, shortened
 from quadriga.limits import COUNT
 
-# Of a model: its names, since its numbers count, and what only initial weights depend on, which a checkpoint replaces.
+# Fields of a model that may differ: names, and what only the initial weights depend on (the checkpoint replaces them).
 NOT_COMPARED = {"name", "flavor", "depth_init"}
-FIX = "restore what it was, begin another run (--job.dump_folder), or go on all the same: --checkpoint.allow_change"
+FIX = "restore the old value, start another run (--job.dump_folder), or resume anyway: --checkpoint.allow_change"
 BATCH = "training.global_batch_size"
 ORDER = ("training.dataloader.shuffle", "training.dataloader.window_overlap")
-Change = tuple[str, Any, Any]  # the key, what it was, what it is
+Change = tuple[str, Any, Any]  # the key, its old value, its new value
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """What a checkpoint keeps of the configuration, to be compared later and read by a person."""
+    """The part of the configuration that a checkpoint contains, for comparison at a resume."""
     return {
         "config": run.config.model_dump(mode="json"),
         "model": asdict(run.spec.model),
@@ -36,7 +36,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def training_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
-    """The differences that make it another training: of the model, the length of sequences, the seed, the batch."""
+    """The differences that make it another training: of model, sequence length, seed and global batch."""
     model = saved.get("model")
     for name in sorted(here["model"].keys() - NOT_COMPARED):
         was, now = model.get(name) if isinstance(model, Mapping) else None, here["model"][name]
@@ -48,10 +48,10 @@ def training_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Itera
 
 
 def default_changes(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:
-    """Keys whose default has changed, that the user does not set, and that are not what the run was started with.
+    """Keys whose default has changed, that the user does not set, and whose value is not that of the saved run.
 
-    `read` takes them from the newest checkpoint. They differ where another one is loaded, since that one is damaged,
-    and where the run was read without a look at its checkpoints.
+    `read` takes them from the newest checkpoint. So they differ only if that checkpoint is damaged and another one is
+    loaded, or if the run was read without its checkpoints.
     """
     for key, was in started_with(saved).items():
         now = config_value(run.config, key)
@@ -60,7 +60,7 @@ def default_changes(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:
 
 
 def resume_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
-    """A problem for each such difference, with what to set."""
+    """A problem for each difference that makes it another training, with the remedy."""
     return [
         Problem(key, f"was {was} when the checkpoint was saved", value=str(now), fix=_restore_hint(key, was, run))
         for key, was, now in [*training_changes(saved, run_facts(run)), *default_changes(saved, run)]
@@ -68,8 +68,8 @@ def resume_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
 
 
 def data_order_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
-    """A problem for each key that changes the order of the data. A checkpoint that is older than a key means the
-    default. The ranks compare the data themselves too."""
+    """A problem for each key that changes the order of the data. A checkpoint from before a key existed has its
+    default. The ranks also compare the data itself."""
     before = {key: value_in(saved.get("config"), key, KEYS[key].default) for key in ORDER}
     return [
         Problem(
@@ -84,7 +84,7 @@ def data_order_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
 
 
 def _restore_hint(key: str, was: Any, run: Run) -> str:
-    """How to restore what it was, where one or two keys do."""
+    """How to restore the old value, if one or two keys do."""
     if key == BATCH and isinstance(was, int) and 0 < was <= COUNT:
         ranks, rows = run.spec.degrees.batch, run.spec.local_batch_size
         if was % ranks:

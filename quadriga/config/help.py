@@ -1,4 +1,4 @@
-"""The keys of the configuration on a terminal: by table, with values, defaults and meanings."""
+"""Prints the keys of the configuration: by table, with values, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quadriga.errors import Problem, UserError, nearest
 
 
 def print_keys(words: Sequence[str] = ()) -> None:
-    """Print every key, or those that all `words` lead to, on standard output. Raises UserError if there is none.
+    """Print all keys, or those that match all `words`, on standard output. Raises UserError if there is none.
 
-    A word leads to a key if it is its table, or part of its name or of its meaning.
+    A word matches a key if it is the name of its table, or a part of its name or its meaning.
     """
     console, documented, found = Console(highlight=False), documentation(), False
     for name, about, keys in tables():

@@ -1,4 +1,4 @@
-"""Every key of the vocabulary as one flat table: its type in words, its default, and how its text is read."""
+"""All keys of the configuration in one flat table: type as text, default, and the parser of command-line values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quadriga.reading import parse_json, parse_toml
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the configuration: `name` is `section.key`, `field` what the schema says of it."""
+    """One key of the configuration: `name` is `section.key`, `field` its definition in the schema."""
 
     name: str
     section: type[Section]
@@ -32,7 +32,7 @@ class Key:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The types that a value may have, `None` apart."""
+        """The types that a value may have, except `None`."""
         return tuple(kind for kind in _union_members(self.field.annotation) if kind is not types.NoneType)
 
     @property
@@ -41,7 +41,7 @@ class Key:
 
     @property
     def plain_types(self) -> tuple[Any, ...]:
-        """The same without their limits: `int` for a number of at least 1."""
+        """`kinds` without limits: `int` for a number of at least 1."""
         return tuple(_unwrap_annotated(kind, [])[0] for kind in self.kinds)
 
     @property
@@ -50,12 +50,12 @@ class Key:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are allowed, where only some are (also as items of a list)."""
+        """The allowed words, if only some are allowed (also as items of a list)."""
         return tuple(choice for kind in self.kinds for choice in _choices(kind))
 
     @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """The allowed values, as text."""
         text = self.field.title or " or ".join(_describe(kind, self.field.metadata) for kind in self.kinds)
         if self.field.examples:
             text += ", such as " + " or ".join(format_toml(example) for example in self.field.examples)
@@ -76,9 +76,9 @@ def is_section(annotation: Any) -> bool:
 
 
 def parse_value(key: Key, text: str) -> Any:
-    """The value that `text` from a command line or a variable stands for; the text itself where it stands for none.
+    """The value of a text from the command line or a variable; the text itself if it is not a value of that type.
 
-    Lists are a comma-separated text, or a literal in TOML's or JSON's form.
+    Lists are comma-separated, or literals of TOML or JSON.
     """
     kinds = key.plain_types
     if bool in kinds:
@@ -108,7 +108,7 @@ def _parse_list(text: str) -> Any:
 
 
 def format_toml(value: Any) -> str:
-    """A value as it would be written in TOML; `none` for an optional key that is off."""
+    """A value in TOML's syntax; `none` for an optional key that is off."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -127,7 +127,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _unwrap_annotated(kind: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
-    """An annotated type as (plain type, all its metadata)."""
+    """(plain type, all metadata) of an annotated type."""
     if typing.get_origin(kind) is typing.Annotated:
         plain, *extra = typing.get_args(kind)
         details = [part for item in extra for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
@@ -156,7 +156,7 @@ def _describe(kind: Any, metadata: list[Any]) -> str:
         return "text"
     limits = " and ".join(_describe_bound(item) for item in metadata if isinstance(item, Ge | Gt | Le | Lt))
     noun = "a whole number" if kind is int else "a number"
-    if any(isinstance(item, AfterValidator) for item in metadata):  # the one validator of the schema: all, or a count
+    if any(isinstance(item, AfterValidator) for item in metadata):  # the schema's only validator: -1, or a count
         return f"-1, or {noun} of at least 1"
     return f"{noun} {limits}" if limits else noun
 

@@ -1,7 +1,4 @@
-"""Older spellings of the vocabulary: keys that moved, went away or were never ours, and values with another name now.
-
-The releases meant here are those of the trainer in which the vocabulary grew up: v0.1.0 to v0.2.2.
-"""
+"""Keys and values of torchtitan v0.1.0 to v0.2.2 that have another name here, or do not exist."""
 
 from __future__ import annotations
 
@@ -27,19 +24,19 @@ RENAMED: Mapping[str, str] = {
 MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
 
 
-# Values of a renamed key that have another name under the new one.
+# Values that have another name under the new key.
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     "parallelism.context_parallel_rotate_method": {"allgather": "allgather", "alltoall": "ring"},
     "mx.use_fp8_dim1_cast_triton_kernel": {"true": "triton", "false": "torch"},
 }
 
-# Gone, and without effect on the run: accepted, with this remark.
+# Removed keys without effect on the run: accepted, with this remark.
 REMOVED: Mapping[str, str] = {
     "job.print_args": "use job.print_config to see the configuration",
     "job.use_for_integration_test": "it had no effect on training",
-    "float8.force_recompute_fp8_weight_in_bwd": "what is recomputed is the business of [activation_checkpoint]",
+    "float8.force_recompute_fp8_weight_in_bwd": "[activation_checkpoint] decides what is recomputed",
     **{
-        f"fault_tolerance.{key}": "it belongs to fault tolerance, which training does not have"
+        f"fault_tolerance.{key}": "it is a key of fault tolerance, which training does not support"
         for key in (
             "sync_steps",
             "should_quantize",
@@ -51,14 +48,14 @@ REMOVED: Mapping[str, str] = {
     },
 }
 
-# Gone, and it would change the run: accepted only when empty or off.
+# Removed keys that would change the run: accepted only if empty or off.
 REFUSED: Mapping[str, str] = {
     "parallelism.pipeline_parallel_split_points": "list the stages in parallelism.module_fqns_per_model_part",
-    "parallelism.enable_compiled_autograd": "compiled autograd is not used here; use [compile] without it",
+    "parallelism.enable_compiled_autograd": "Quadriga does not use compiled autograd; use [compile] without it",
 }
 
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
-# Base classes of PyTorch, by which a schedule of one's own (a CSV file) was called there.
+# Base classes of PyTorch. In torchtitan they are the schedule of a CSV file.
 SCHEDULE_CLASSES: Mapping[str, str] = {
     "pipelineschedulesingle": "1F1B",
     "pipelineschedulemulti": "Interleaved1F1B",
@@ -69,13 +66,13 @@ CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx"
 
 
 def resolve_schedule(value: str, known: Collection[str]) -> str:
-    """A pipeline schedule as it is called here, of any capitals, as PyTorch takes it; `value` where none is meant."""
+    """The name of a pipeline schedule for a name in upper or lower case, as PyTorch reads it; else `value`."""
     known_names = {name.lower(): name for name in known}
     return known_names.get(value.lower()) or SCHEDULE_CLASSES.get(value.lower(), value)
 
 
 def renamed_key(old: str) -> str | None:
-    """The key of today that a key of an older release became; None where it was not renamed."""
+    """The current name of a key of an older release; None if it was not renamed."""
     table, _, key = old.partition(".")
     if table in MOVED_TABLES and key and old not in RENAMED:
         return f"{MOVED_TABLES[table]}.{key}"

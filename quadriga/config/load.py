@@ -1,7 +1,7 @@
-"""What the user wrote, merged key by key: defaults < `extends` base < TOML < environment < command line.
+"""Merges the sources of a configuration key by key: defaults < `extends` base < TOML < environment < command line.
 
-Nothing is dropped in silence: a key is known and well typed, or it is renamed or removed and a notice says so, or it
-is a problem. All problems are found, not only the first.
+No key is ignored silently. A key is known and has the right type, or it is renamed or removed with a notice, or it is a
+problem. All problems are found, not only the first.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
 
 @dataclass
 class LoadedConfig:
-    """A configuration, where each key was set (`origin`), and the notices about it.
+    """A configuration, the source of each key (`origin`), and notices and problems.
 
-    `bad` names the keys that were refused; they have their default in `config`, so that the others can be checked.
+    `bad` contains the refused keys. They have their default in `config`, so that the other keys can be checked.
     """
 
     config: JobConfig = field(default_factory=JobConfig)
@@ -45,7 +45,7 @@ class LoadedConfig:
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
-    """Read and merge a configuration. `argv` without the program's name; `--job.config_file` names the TOML file."""
+    """Read and merge a configuration. `argv` is without the program's name; `--job.config_file` names the TOML file."""
     loaded = LoadedConfig()
     arguments, problems = command_line_layer(argv)
     loaded.problems += problems
@@ -56,7 +56,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     )
     loaded.problems += problems
     if problems:
-        loaded.bad |= set(KEYS)  # what the file would have set is not known
+        loaded.bad |= set(KEYS)  # the file could have set any of them
 
     raw: dict[str, Any] = {}
     for layer in [*files, environment_layer(environ), arguments]:
@@ -73,7 +73,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
 
 
 def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) -> None:
-    """Lay one source over the ones before it, under the keys of today."""
+    """Merge one source over the earlier ones, under the current names of keys."""
     seen_keys: dict[str, Entry] = {}
     for entry in layer:
         if len(loaded.problems) >= TOML_PROBLEMS:
@@ -85,8 +85,8 @@ def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) ->
         earlier = seen_keys.get(renamed.key)
         value = _typed(key, renamed, loaded)
         if earlier is not None and earlier.key != entry.key and value != raw[renamed.key]:
-            what = f"the old name {_old_name(earlier.key, entry.key)} and the new one stand side by side and differ"
-            fix = f"keep {renamed.key} alone"
+            what = f"the old name {_old_name(earlier.key, entry.key)} and the new one are both set, and differ"
+            fix = f"keep only {renamed.key}"
             loaded.problems.append(
                 Problem(f"{earlier.key}, {entry.key}", what, format_toml(value), entry.source, fix=fix)
             )
@@ -97,7 +97,7 @@ def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) ->
 
 
 def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: Mapping[str, str]) -> None:
-    """Refuse text that no file or variable can hold, and put in what `~` and `$NAME` stand for in a path."""
+    """Refuse text that is too long or not UTF-8, and expand `~` and `$NAME` in paths."""
     value, source = raw[key], loaded.origin[key]
     if (wrong := _not_text(value, PATH if key in PATHS else TEXT)) is not None:
         loaded.problems.append(Problem(key, wrong, format_toml(value), source))
@@ -124,7 +124,7 @@ def _not_text(value: Any, longest: int) -> str | None:
     if len(value) > longest:
         return f"is longer than {longest} characters"
     if "\0" in value:
-        return "holds a null character"
+        return "contains a null character"
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -137,18 +137,18 @@ def _old_name(*names: str) -> str:
 
 
 def _rename(entry: Entry, loaded: LoadedConfig) -> Entry | None:
-    """The entry under its name of today; None, with a notice or a problem, where there is none."""
+    """The entry under its current name; None, with a notice or a problem, if there is none."""
     name, value = entry.key, entry.value
     if name == CONFIG_FILE and entry.source != COMMAND_LINE:
         loaded.notices.append(
-            f"{name} [{entry.source}] is ignored: a file is named on the command line, a base by `extends`"
+            f"{name} [{entry.source}] is ignored: name the file on the command line, and a base with `extends`"
         )
         return None
     if name in KEYS:
         return entry
     if name in legacy_keys.REMOVED:
         remark = legacy_keys.REMOVED[name]
-        loaded.notices.append(f"{name} [{entry.source}] is gone and changes nothing: {remark}")
+        loaded.notices.append(f"{name} [{entry.source}] was removed and has no effect: {remark}")
         return None
     if name in legacy_keys.REFUSED:
         _refuse_unless_off(entry, legacy_keys.REFUSED[name], loaded)
@@ -185,10 +185,10 @@ def _renamed_value(old: str, value: Any) -> Any:
 def _refuse_unless_off(entry: Entry, reason: str, loaded: LoadedConfig) -> None:
     text = entry.value.text if isinstance(entry.value, RawText) else None
     if not entry.value or (text is not None and text.lower() in ("", "false", "none", "[]")):
-        loaded.notices.append(f"{entry.key} [{entry.source}] is gone; it was off and changes nothing")
+        loaded.notices.append(f"{entry.key} [{entry.source}] was removed; it is off, so nothing changes")
         return
     shown = text if isinstance(entry.value, RawText) else format_toml(entry.value)
-    what = "this key of older releases would change the run, and cannot be honoured"
+    what = "this key of older releases would change the run, and is not supported"
     loaded.problems.append(Problem(entry.key, what, shown, entry.source, fix=reason))
 
 
@@ -202,14 +202,14 @@ def _unknown(entry: Entry) -> Problem:
     elsewhere = [key for key in KEYS if key.rpartition(".")[2] == leaf]
     guess = elsewhere[0] if elsewhere else nearest(name, inside) or nearest(name, KEYS)
     if not table:
-        what, fix = "this key stands outside every table", "put it below the table it belongs to"
+        what, fix = "this key is outside every table", "put it into the table that it belongs to"
         return Problem(name, what, shown, entry.source, f"tables: {', '.join(_roots())}; `extends`", guess, fix)
     what = f"[{table}] has no such key"
     return Problem(name, what, shown, entry.source, _short_list(table, inside), guess, "correct or remove it")
 
 
 def _wrong_table(entry: Entry, shown: str | None) -> Problem:
-    """A value where a table is needed, or a table that is not there."""
+    """A value in place of a table, or an unknown table."""
     if entry.key in _tables():
         what = "this is a table, not a key"
         return Problem(entry.key, what, shown, entry.source, _short_list(entry.key, list(KEYS)))
@@ -240,7 +240,7 @@ def _as_written(entry: Entry) -> str | None:
 
 
 def _typed(key: Key, entry: Entry, loaded: LoadedConfig) -> Any:
-    """The value as the schema takes it: text read, lists as tuples, `"none"` and `""` of an optional key as None."""
+    """The value for the schema: text is parsed, lists become tuples, `"none"` and `""` of an optional key None."""
     value = entry.value
     if isinstance(value, RawText):
         if value.text is None:
@@ -263,7 +263,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _resolve_alias(key: str, raw: Mapping[str, Any], loaded: LoadedConfig) -> Any:
-    """The value, or what it is called here where the vocabulary's first home has another name for it."""
+    """The value, or Quadriga's name for it if torchtitan has another one."""
     value, alias, why = raw[key], raw[key], ""
     if key == "model.hf_assets_path" and _is_test_tokenizer(value) and not Path(value).exists():
         alias, why = "builtin:bytes", titan_datasets.missing_tokenizer()
@@ -283,7 +283,7 @@ def _is_test_tokenizer(value: Any) -> bool:
 
 
 def _validate(raw: Mapping[str, Any], loaded: LoadedConfig) -> None:
-    """Make the frozen configuration; a value that the schema refuses is a problem, and its key keeps the default."""
+    """Make the frozen configuration. A value that the schema refuses is a problem, and its key gets the default."""
     try:
         loaded.config = JobConfig.model_validate(_nested(raw))
     except ValidationError as error:
@@ -312,7 +312,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Problem:
-    """A schema error as a `Problem`. `culprit` is the value itself or the item of a list that is wrong."""
+    """A schema error as a `Problem`. `culprit` is the wrong value: the whole one, or an item of a list."""
     guess = nearest(culprit, key.choices) if isinstance(culprit, str) and key.choices else None
     if kind == "literal_error":
         what = f"unknown value {format_toml(culprit)}" if culprit != value else "unknown value"
@@ -321,7 +321,7 @@ def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Prob
     elif kind == "finite_number":
         what = "not a finite number"
     elif kind == "string_pattern_mismatch":
-        what = "not of the form that is needed"
+        what = "does not have the required form"
     elif kind == "string_too_short":
         what = "must not be empty"
     else:
@@ -343,23 +343,23 @@ def _type_name(value: Any) -> str:
 
 
 def _note_defaults(loaded: LoadedConfig) -> None:
-    """Say where a better default than the vocabulary's first home's changes what a file that relies on it does."""
+    """Add notices where a default that differs from torchtitan's changes what a file does that does not set it."""
     _shorten_profiler_cycle(loaded)
     if not loaded.config.checkpoint.enable or "checkpoint.last_save_model_only" in loaded.origin:
         return
     if loaded.config.checkpoint.export_dtype != "float32" and not loaded.config.checkpoint.last_save_in_hf:
         section = loaded.config.checkpoint.model_copy(update={"last_save_model_only": True})
         loaded.config = loaded.config.model_copy(update={"checkpoint": section})
-        what = "checkpoint.export_dtype converts a last save of weights alone"
-        loaded.notices.append(f"{what}: checkpoint.last_save_model_only is taken to be true")
+        what = "checkpoint.export_dtype converts only a last save of weights"
+        loaded.notices.append(f"{what}: checkpoint.last_save_model_only is set to true")
     else:
-        what = "the last save holds the optimizer too, so that the run can be resumed and extended"
+        what = "the last save also contains the optimizer, so that the run can be resumed and extended"
         loaded.notices.append(f"checkpoint.last_save_model_only is false by default: {what}")
 
 
 def _shorten_profiler_cycle(loaded: LoadedConfig) -> None:
-    """Shorten the default warm-up and recording of the profiler where a cycle, which older files give alone, is shorter
-    than both."""
+    """Shorten the profiler's default warm-up and recording if `profile_freq` is shorter than both. Older files set only
+    that key."""
     profiling, table = loaded.config.profiling, "profiling"
     length, warmup, active = profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active
     if not profiling.enable_profiling or length >= warmup + active:

@@ -1,6 +1,6 @@
-"""How many steps of a learning-rate schedule belong to the warm-up, the plateau and the decay.
+"""The number of steps of warm-up, plateau and decay in a learning-rate schedule.
 
-Shared by the schedule itself (`quadriga.optim.schedule`), the rules that speak of it and the cards that describe it.
+Used by the schedule itself (`quadriga.optim.schedule`), the rules about it, and the cards.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from quadriga.config.schema import LrScheduler
 
 @dataclass(frozen=True)
 class Phases:
-    """`warmup + plateau + decay` is `total`, the length of the schedule in optimizer steps; `wanted_decay` is what
-    `decay_ratio` asks for, before the warm-up takes its part."""
+    """Phases in optimizer steps: `total = warmup + plateau + decay`. `wanted_decay` is the decay that `decay_ratio`
+    requests, which the warm-up can shorten."""
 
     total: int
     warmup: int
@@ -23,10 +23,10 @@ class Phases:
 
 
 def lr_phases(section: LrScheduler, steps: int) -> Phases:
-    """The phases of the schedule of a run of `steps`.
+    """The phases of the schedule of a run of `steps` optimizer steps.
 
-    The warm-up comes first: one that is longer than the schedule takes all of it, and a decay that does not fit behind
-    it is shortened. `decay_ratio` is rounded as Python's `round` does, halves to even.
+    The warm-up comes first, and takes at most the whole schedule. A decay that does not fit after it is shortened.
+    `decay_ratio * total` is rounded like Python's `round`, halves to even.
     """
     total = section.total_steps or steps
     warmup = min(section.warmup_steps, total)

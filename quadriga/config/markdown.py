@@ -1,4 +1,4 @@
-"""Text from files in Markdown: as it is to be read, never as markup, HTML or a command."""
+"""Escapes untrusted text for Markdown, so that it never becomes markup, HTML or a command."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SAFE_WORD = re.compile(r"[\w./=-]+", re.ASCII)
 
 
 def plain(text: str) -> str:
-    """Words of a user in running text, in one line."""
+    """A user's text as one line of Markdown prose."""
     names = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
     return _MARKUP.sub(lambda found: names.get(found.group(), f"\\{found.group()}"), printable(text))
 
 
 def code(text: str) -> str:
-    """A code span, in which nothing has a meaning; it ends with as many backticks as stand nowhere in the text."""
+    """A code span. Its fence has more backticks than any run of them in the text, so the text cannot end it."""
     shown = printable(text)
     longest = max(map(len, re.findall("`+", shown)), default=0)
     fence = "`" * (longest + 1)
@@ -27,5 +27,5 @@ def code(text: str) -> str:
 
 
 def argument(text: str) -> str:
-    """One word of a shell command, in quotes where it needs them."""
+    """One word of a shell command, quoted if necessary."""
     return f'"{text}"' if _SAFE_WORD.fullmatch(text) else shlex.quote(printable(text))

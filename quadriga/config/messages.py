@@ -1,4 +1,4 @@
-"""A resolved run in words: its layout, batch, schedule, formats, recompute. True for this run, and nothing else."""
+"""Describes a resolved run as text: layout, batch, schedule, formats, recompute, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
 from quadriga.units import DTYPE_BYTES, format_bytes
 
-MOMENTS = 2  # that Adam keeps of each parameter
+MOMENTS = 2  # per parameter, kept by Adam
 
 
 def plural(count: int, noun: str) -> str:
@@ -24,20 +24,20 @@ def decimal_bytes(amount: float) -> str:
 
 
 def strategy(spec: RunSpec, unit: str = "GPU") -> str:
-    """The effective parallelism: `FSDP over 4 GPUs: ...`, one sentence for each way the run is cut.
+    """The effective parallelism (`FSDP over 4 GPUs: ...`), one or more sentences for each kind.
 
-    `unit` is what a rank is called: `GPU`, or `rank` where that is not known.
+    `unit` is the name of a rank: `GPU`, or `rank` if that is not known.
     """
     degrees = spec.degrees
     sentences = [_data_parallel(spec, unit)]
     if degrees.tp > 1:
         sentences.append(
-            f"Tensor parallelism over {degrees.tp} {unit}s: each holds 1/{degrees.tp} of every large matrix and works "
-            "on its slice of each product; between them, activations are cut along the sequence."
+            f"Tensor parallelism over {degrees.tp} {unit}s: each holds 1/{degrees.tp} of every large matrix and "
+            "computes its slice of each product; between them, activations are sharded along the sequence."
         )
     if degrees.pp > 1:
         sentences.append(
-            f"A pipeline over {degrees.pp} {unit}s: each holds a range of the layers and hands its activations on."
+            f"A pipeline over {degrees.pp} {unit}s: each holds a range of the layers and sends its activations on."
         )
     if degrees.cp > 1:
         sentences.append(f"Context parallelism over {degrees.cp} {unit}s: each holds 1/{degrees.cp} of every sequence.")
@@ -46,17 +46,17 @@ def strategy(spec: RunSpec, unit: str = "GPU") -> str:
 
 def _data_parallel(spec: RunSpec, unit: str) -> str:
     replicas, shards = spec.degrees.dp_replicate, spec.degrees.dp_shard
-    freed = "frees them again" if spec.reshard_after_forward else "keeps them until the backward pass is through"
+    freed = "frees them after use" if spec.reshard_after_forward else "keeps them until the backward pass ends"
     parts = "parameters, gradients and optimizer state"
-    gathers = f"each gathers a layer's parameters just before it needs them and {freed}"
+    gathers = f"Each {unit} gathers a layer's parameters just before it needs them and {freed}"
     if replicas > 1 and shards > 1:
         return (
-            f"HSDP over {replicas} x {shards} {unit}s: {replicas} copies of the model, each with its {parts} cut into "
-            f"{shards} parts; {gathers}. Gradients are summed within a copy, then between the copies."
+            f"HSDP over {replicas} x {shards} {unit}s: {replicas} copies of the model, each with its {parts} sharded "
+            f"over {shards} {unit}s. {gathers}. Gradients are summed within a copy, then between the copies."
         )
     if shards > 1:
         return (
-            f"FSDP over {shards} {unit}s: {parts} are cut into {shards} parts, one a {unit}; {gathers}. "
+            f"FSDP over {shards} {unit}s: {parts} are sharded, one shard per {unit}. {gathers}. "
             f"Each {unit} reads its own rows of the batch."
         )
     if replicas > 1:
@@ -64,7 +64,7 @@ def _data_parallel(spec: RunSpec, unit: str) -> str:
             f"DDP over {replicas} {unit}s: each holds the whole model and reads its own rows of the batch; "
             "gradients are summed before the update."
         )
-    return f"One {unit} reads every row." if spec.world_size == 1 else f"All {unit}s work on the same rows."
+    return f"One {unit} reads every row." if spec.world_size == 1 else f"All {unit}s compute on the same rows."
 
 
 def batch(spec: RunSpec) -> str:
@@ -74,21 +74,21 @@ def batch(spec: RunSpec) -> str:
         factors.append(plural(spec.accumulation_steps, "micro-batch").replace("micro-batchs", "micro-batches"))
     product = " x ".join(factors)
     sequences = plural(spec.global_batch_size, "sequence")
-    return f"{product} = {sequences} of {spec.seq_len:,} tokens = {spec.tokens_per_step:,} tokens a step"
+    return f"{product} = {sequences} of {spec.seq_len:,} tokens = {spec.tokens_per_step:,} tokens per step"
 
 
 def schedule(run: Run) -> str:
-    """The learning rate over the run, in the phases that have any steps: ramp, plateau, decay."""
+    """The learning rate over the run, by phase: warm-up, plateau, decay. Empty phases are left out."""
     section, lr = run.config.lr_scheduler, run.config.optimizer.lr
     steps = lr_phases(section, run.spec.steps)
-    phases = [f"a linear ramp of {plural(steps.warmup, 'step')} to {lr:g}" if steps.warmup else f"starts at {lr:g}"]
+    phases = [f"a linear warm-up of {plural(steps.warmup, 'step')} to {lr:g}" if steps.warmup else f"starts at {lr:g}"]
     if section.variant == "early_decay" and section.warmup_steps > steps.warmup:
-        phases = [f"a linear ramp to {lr:g} of which {steps.warmup:,} of {section.warmup_steps:,} steps are taken"]
+        phases = [f"a linear warm-up to {lr:g}, cut off after {steps.warmup:,} of {section.warmup_steps:,} steps"]
     if steps.plateau:
         phases.append(f"{plural(steps.plateau, 'step')} at {lr:g}")
     if steps.decay:
         floor = f"{lr * section.min_lr_factor:g}" if section.min_lr_factor else "0"
-        early = ", begun a step early" if section.variant == "early_decay" else ""
+        early = ", started one step early" if section.variant == "early_decay" else ""
         phases.append(f"a {section.decay_type} decay towards {floor} over {plural(steps.decay, 'step')}{early}")
     return ", then ".join(phases)
 
@@ -108,13 +108,13 @@ def formats(run: Run) -> str:
 
 def recompute(section: ActivationCheckpoint) -> str:
     if section.mode == "full":
-        return "full: every block keeps its input alone and computes the rest again in the backward pass"
+        return "full: every block keeps only its input and recomputes the rest in the backward pass"
     if section.mode == "memory_budget":
         return f"memory budget: the compiler keeps {section.memory_budget:.0%} of the activation memory"
     if section.mode == "none":
-        return "none: every activation is kept"
+        return "none: all activations are kept"
     if section.selective_ac_option == "op":
-        return "selective (`op`): costly results such as matrix products are kept, cheap ones are computed again"
+        return "selective (`op`): costly results such as matrix products are kept, cheap ones are recomputed"
     every = int(section.selective_ac_option) or 1
     which = "every block" if every == 1 else f"one of every {every} blocks"
     return f"selective ({section.selective_ac_option}): {which} is recomputed"
@@ -125,7 +125,7 @@ def moments_dtype(run: Run) -> str:
 
 
 def save_bytes(run: Run, parameters: int) -> float:
-    """Bytes of one checkpoint that can be resumed."""
+    """Bytes of one checkpoint with optimizer state, for `parameters` parameters."""
     return (DTYPE_BYTES[run.config.training.dtype] + MOMENTS * DTYPE_BYTES[moments_dtype(run)]) * parameters
 
 
@@ -136,5 +136,5 @@ def checkpoints(section: Checkpoint) -> str:
         return "loaded, never saved"
     kept = "all are kept" if section.keep_latest_k == 0 else f"the newest {section.keep_latest_k} are kept"
     minutes = f" and every {section.interval_minutes:g} minutes" if section.interval_minutes else ""
-    last = "the weights alone" if section.last_save_model_only else "everything that a resume needs"
+    last = "only the weights" if section.last_save_model_only else "everything that a resume needs"
     return f"on: every {plural(section.interval, 'step')}{minutes}, and at the end ({last}); {kept}"

@@ -1,4 +1,4 @@
-"""The numbers of a model, before any tensor exists."""
+"""The dimensions and constants of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies for long contexts (arXiv 2407.21783, section 3.4)."""
+    """Llama 3.1's scaling of the rotary frequencies for long contexts (arXiv 2407.21783, section 3.4)."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -16,7 +16,7 @@ class RopeScaling:
     original_max_position: int = 8192
 
 
-# By the values of `model.rope_scaling`; `none` is Llama 3 before 3.1.
+# By value of `model.rope_scaling`. `none` is Llama 3 before 3.1.
 ROPE_SCALINGS: Mapping[str, RopeScaling | None] = {
     "none": None,
     "llama3.1": RopeScaling(factor=8.0),
@@ -26,9 +26,9 @@ ROPE_SCALINGS: Mapping[str, RopeScaling | None] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One size of one model family. `dim` is the width, `ffn_dim` the inner width of the feed-forward layers.
+    """One size of a model family. `dim` is the width, `ffn_dim` the inner width of the feed-forward layers.
 
-    `depth_init` is of the initial weights alone; nothing else depends on it.
+    Only the initial weights depend on `depth_init`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`~` and `$VARIABLES` in the keys that name files and folders."""
+"""Expands `~` and `$VARIABLES` in the keys that name files and folders."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def expand(where: str, text: str, source: str | None, environ: Mapping[str, str]) -> str | Problem:
-    """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a problem where one of them stands for nothing."""
+    """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a problem if one of them is not defined."""
     for match in _VARIABLE.finditer(text):
         name = match.group(1) if match.group(1) is not None else match.group(2)
         if not _NAME.fullmatch(name):
-            return Problem(where, f"`{match.group()}` names no variable", text, source, "$NAME or ${NAME}")
+            return Problem(where, f"`{match.group()}` is not a variable", text, source, "$NAME or ${NAME}")
         if name not in environ:
             fix = f"export {name}, or write the path itself"
             what = f"the environment variable {name} is not set"

@@ -1,8 +1,8 @@
-"""A pipeline schedule as a CSV file: what torch's `_load_csv` reads in its `compute_only` form, checked beforehand.
+"""Reads and checks a pipeline schedule in a CSV file, in the `compute_only` format of torch's `_load_csv`.
 
-Line *r* is what rank *r* of the pipeline computes, in order, one action a cell: stage, kind, micro-batch. `2F0` is the
-forward pass of micro-batch 0 through stage 2, `B` a whole backward pass, `I` and `W` its two parts: gradients of the
-stage's input, then of its weights. An empty cell waits; `(0F1;0B0)OVERLAP_F_B` runs two actions side by side.
+Line *r* has the actions of pipeline rank *r* in order, one per cell: stage, kind, micro-batch. `2F0` is the forward
+pass of micro-batch 0 through stage 2. `B` is a whole backward pass; `I` and `W` are its two parts, the gradients of the
+stage's input and of its weights. An empty cell waits. `(0F1;0B0)OVERLAP_F_B` runs two actions at the same time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ FORMS = "cells such as 2F0 (stage 2, forward, micro-batch 0), with F, B, I or W"
 
 @dataclass(frozen=True)
 class ScheduleProblem:
-    """What is wrong, and in which line of the file (from 1); None: in the whole of it."""
+    """What is wrong, and in which line of the file (from 1); None: in the whole file."""
 
     what: str
     line: int | None = None
 
 
 def parse(text: str, ranks: int, micro_batches: int) -> PipelineOrder | list[ScheduleProblem]:
-    """The schedule, or every reason why it is none for so many ranks and micro-batches."""
+    """The schedule, or all problems that it has for this number of ranks and micro-batches."""
     try:
         rows = list(csv.reader(text.splitlines()))
     except csv.Error as error:  # a cell of more than 131,072 characters
-        return [ScheduleProblem(f"no table of comma-separated cells: {error}")]
+        return [ScheduleProblem(f"not a CSV file: {error}")]
     unreadable = (
-        ScheduleProblem(f"`{shortened(cell.strip())}` is no action", line)
+        ScheduleProblem(f"`{shortened(cell.strip())}` is not an action", line)
         for line, row in enumerate(rows, 1)
         for cell in row
         if _actions(cell) is None
@@ -45,7 +45,7 @@ def parse(text: str, ranks: int, micro_batches: int) -> PipelineOrder | list[Sch
     problems = list(islice(unreadable, CSV_PROBLEMS))
     if len(rows) != ranks:
         problems.insert(
-            0, ScheduleProblem(f"a schedule has one line a rank; there are {len(rows)} lines and {ranks} ranks")
+            0, ScheduleProblem(f"a schedule has one line per rank; there are {len(rows)} lines and {ranks} ranks")
         )
     if problems:
         return problems
@@ -58,7 +58,7 @@ def parse(text: str, ranks: int, micro_batches: int) -> PipelineOrder | list[Sch
 
 
 def _actions(cell: str) -> list[Action] | None:
-    """The actions of a cell; None where it cannot be read."""
+    """The actions of a cell; None if it cannot be parsed."""
     overlap = _OVERLAP.fullmatch(cell.strip())
     parts = overlap[1].split(";") if overlap else [cell]
     found = [_ACTION.fullmatch(part.strip()) for part in parts if part.strip()]
@@ -66,21 +66,21 @@ def _actions(cell: str) -> list[Action] | None:
 
 
 def _stage_problems(schedule: PipelineOrder) -> Iterator[ScheduleProblem]:
-    """Stages are 0, 1, 2 ... and each is computed by one rank; each rank has one."""
+    """Stages are 0, 1, 2, ... without a gap. Each is computed by one rank, and each rank computes at least one."""
     owners: dict[int, int] = {}
     for line, actions in enumerate(schedule.ranks, 1):
         if not actions:
-            yield ScheduleProblem("the rank computes nothing", line)
+            yield ScheduleProblem("this rank computes nothing", line)
         for stage in sorted({action.stage for action in actions}):
             if owners.setdefault(stage, line) != line:
                 yield ScheduleProblem(f"stage {stage} is computed by line {owners[stage]} already", line)
     gap = next(stage for stage in range(len(owners) + 1) if stage not in owners)
     if gap < len(owners):
-        yield ScheduleProblem(f"stage {gap} is computed by no line, and there are higher ones")
+        yield ScheduleProblem(f"no line computes stage {gap}, and there are higher stages")
 
 
 def _action_problems(schedule: PipelineOrder, micro_batches: int) -> Iterator[ScheduleProblem]:
-    """Each stage computes each micro-batch forward once, then backward once; and the lines do not wait in a circle."""
+    """Each stage computes each micro-batch forward once, then backward once, and there is no deadlock."""
     for line, actions in enumerate(schedule.ranks, 1):
         done: set[Action] = set()
         for action in actions:
@@ -96,11 +96,11 @@ def _action_problems(schedule: PipelineOrder, micro_batches: int) -> Iterator[Sc
                     break
     if deadlock := schedule.deadlock:
         waits = ", ".join(f"{action} in line {rank + 1}" for rank, action in deadlock)
-        yield ScheduleProblem(f"the ranks wait for each other for ever: {waits}")
+        yield ScheduleProblem(f"deadlock, in which ranks wait for each other: {waits}")
 
 
 def _out_of_order(action: Action, done: set[Action], micro_batches: int) -> str | None:
-    """Why this action cannot follow those that its rank has done."""
+    """Why this action cannot follow the actions that its rank has done; None if it can."""
 
     def is_done(kind: str) -> bool:
         return Action(action.stage, kind, action.micro_batch) in done
@@ -110,12 +110,12 @@ def _out_of_order(action: Action, done: set[Action], micro_batches: int) -> str 
     if action in done or (action.kind in "BI" and (is_done("B") or is_done("I"))):
         return "it is done already"
     if action.kind in "BI" and not is_done("F"):
-        return "its forward pass does not stand before it"
+        return "its forward pass is not before it"
     if action.kind == "W" and not is_done("I"):
-        return "its I does not stand before it"
+        return "its I is not before it"
     return None
 
 
 def format_problems(problems: Sequence[ScheduleProblem], path: str) -> list[tuple[str, str]]:
-    """(where, what) of each fault."""
+    """(where, what) of each problem."""
     return [(path if problem.line is None else f"{path}, line {problem.line}", problem.what) for problem in problems]

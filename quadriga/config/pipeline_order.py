@@ -1,4 +1,4 @@
-"""What each rank of a pipeline computes, in order: the passes of micro-batches through stages. Pure arithmetic."""
+"""The order of a pipeline schedule: the passes of micro-batches through stages that each rank computes. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cached_property
 from itertools import accumulate, islice
 from typing import NamedTuple
 
-ACTIVATION_DELTA = {"F": 1, "B": -1, "I": 0, "W": -1}  # passes whose activations an action makes, or lets go
+ACTIVATION_DELTA = {"F": 1, "B": -1, "I": 0, "W": -1}  # change in the number of passes whose activations are held
 
 
 class Action(NamedTuple):
-    """`kind`: F a forward pass, B a backward pass, I and W its two parts: gradients of the stage's input, and of its
-    weights."""
+    """One pass through a stage. `kind`: F forward, B backward, I and W the two parts of a split backward pass:
+    gradients of the stage's input, and of its weights."""
 
     stage: int
     kind: str
@@ -24,21 +24,21 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind}{self.micro_batch}"
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: one object an order, of which much is worked out once
+@dataclass(frozen=True, eq=False)  # compared by identity, because its cached properties take time to compute
 class PipelineOrder:
-    """The actions of each rank. Stages are numbered without a gap, and each is computed by one rank."""
+    """The actions of each rank. Stages are numbered from 0 without a gap, and each is computed by one rank."""
 
     ranks: tuple[tuple[Action, ...], ...]
 
     @cached_property
     def stage_ranks(self) -> tuple[int, ...]:
-        """Which rank computes each stage."""
+        """The rank that computes each stage, by stage."""
         owners = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
         return tuple(owners[stage] for stage in range(len(owners)))
 
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
-        """By rank, the most forward passes at a time whose backward pass is not finished."""
+        """By rank, the largest number of forward passes whose backward pass is not finished."""
         return tuple(max(accumulate(ACTIVATION_DELTA[action.kind] for action in actions)) for actions in self.ranks)
 
     @cached_property
@@ -47,7 +47,7 @@ class PipelineOrder:
 
     @cached_property
     def merged_backward(self) -> PipelineOrder:
-        """The same where the first part of a backward pass does the work of both."""
+        """The same order with whole backward passes, each at the place of its part I."""
         if not self.splits_backward:
             return self
         whole = {"I": "B"}
@@ -60,13 +60,13 @@ class PipelineOrder:
 
     @cached_property
     def counts(self) -> tuple[Mapping[tuple[int, str], int], ...]:
-        """By rank, how often each kind of action is done in each stage."""
+        """By rank, the number of actions by (stage, kind)."""
         return tuple(Counter((action.stage, action.kind) for action in actions) for actions in self.ranks)
 
     def idle_shares(self, seconds: Mapping[tuple[int, str], float]) -> tuple[float, ...]:
-        """How long each rank waits for others, as a share of what it computes.
+        """By rank, the idle time divided by the compute time.
 
-        `seconds`: of an action, by stage and kind. Messages take no time.
+        `seconds`: duration of an action, by (stage, kind). Messages take no time.
         """
         ends = max(_simulate(self, seconds).now)
         busy = [sum(number * seconds[what] for what, number in counts.items()) for counts in self.counts]
@@ -74,7 +74,7 @@ class PipelineOrder:
 
     @property
     def deadlock(self) -> tuple[tuple[int, Action], ...]:
-        """Where the ranks wait for each other for ever: each with the action that it never comes past."""
+        """The ranks that wait for each other forever, each with the action that it cannot start. Empty if none."""
         seconds = {(stage, kind): 1.0 for stage in range(len(self.stage_ranks)) for kind in ACTIVATION_DELTA}
         places = zip(_simulate(self, seconds).at, self.ranks, strict=True)
         return tuple((rank, actions[at]) for rank, (at, actions) in enumerate(places) if at < len(actions))
@@ -82,14 +82,14 @@ class PipelineOrder:
 
 @dataclass(frozen=True)
 class _Progress:
-    """How far each rank has come, in actions, and when it did."""
+    """By rank: the number of finished actions (`at`), and the time in seconds (`now`)."""
 
     at: list[int]
     now: list[float]
 
 
 def _simulate(order: PipelineOrder, seconds: Mapping[tuple[int, str], float]) -> _Progress:
-    """Each rank does what it can until no rank can do more."""
+    """Run the actions of all ranks until no rank can start another one."""
     last = len(order.stage_ranks) - 1
     forward: dict[tuple[int, int], float] = {}
     backward: dict[tuple[int, int], float] = {}

@@ -1,4 +1,4 @@
-"""The entry point: a command line and an environment in, a run out, or every reason why not."""
+"""The entry point of configuration: `read` turns a command line and an environment into a run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text
 
 BATCH, SEED = "training.global_batch_size", "debug.seed"
-Saved = Callable[[str, int], Mapping[str, Any] | None]  # of a folder and a step, -1 for the newest
+Saved = Callable[[str, int], Mapping[str, Any] | None]  # takes a folder and a step; -1 is the newest
 
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration that may be trained: what was written, what follows from it, and who wrote which key."""
+    """A valid configuration: its keys (`config`), what follows from them (`spec`), and their sources (`origin`)."""
 
     config: JobConfig
     spec: RunSpec
@@ -45,22 +45,21 @@ def read(
     training: bool,
     saved: Saved | None = None,
 ) -> Run:
-    """Read, weigh and resolve a configuration.
+    """Read, check and resolve a configuration.
 
     Args:
         argv: the command line without the program's name; `--job.config_file` names the TOML file.
         environ: the environment; COMM_BACKEND is read.
         catalogue: model families by name, each with its sizes by flavor.
-        backends: what is known of each communication backend.
-        world_size: number of ranks; None: as many as the degrees ask for.
-        training: False for a dry run: missing files are noted, and what training does not support yet passes. So it
-            is for a configuration that only rehearses.
-        saved: gives what the checkpoint of a step (-1: the newest) in a folder says of its run; None where there is
-            none. A run that goes on from one keeps what it was started with: a global batch of -1, and each key whose
-            default has changed since.
+        backends: facts about each communication backend, by name.
+        world_size: number of ranks; None: the product of the degrees.
+        training: False for a dry run, in which missing files and unsupported features are notices. A configuration
+            that only rehearses is read in the same way.
+        saved: returns the metadata of the checkpoint of a step (-1: the newest) in a folder, or None. A resumed run
+            keeps what it was started with: a global batch of -1, and each key whose default has changed since.
 
     Raises:
-        UserError: with every problem that was found.
+        UserError: with all problems that were found.
     """
     loaded = load(argv, environ)
     training = training and not loaded.config.only_rehearses
@@ -85,7 +84,7 @@ def read(
 
 
 def _inherit_from_checkpoint(loaded: LoadedConfig, saved: Saved | None) -> None:
-    """Take from the checkpoint that the run goes on from what the user does not set and what may have changed since."""
+    """Take from the checkpoint that the run resumes from what the user does not set and what may have changed since."""
     try:
         place, checkpoint = _checkpoint_of(loaded.config, saved)
     except UserError as error:  # a folder that cannot be listed
@@ -96,22 +95,22 @@ def _inherit_from_checkpoint(loaded: LoadedConfig, saved: Saved | None) -> None:
     rows = checkpoint.get("global_batch_size")
     if loaded.config.training.global_batch_size == -1 and BATCH not in loaded.bad and type(rows) is int and rows >= 1:
         _set_from_checkpoint(loaded, BATCH, rows, place)
-        loaded.notices.append(f"{BATCH} = -1: {rows}, as the checkpoints in {place} were saved with")
+        loaded.notices.append(f"{BATCH} = -1 is {rows}, the value of the checkpoints in {place}")
     if SEED not in loaded.origin and checkpoint.get("seed") == loaded.config.debug.seed:
         _set_from_checkpoint(loaded, SEED, loaded.config.debug.seed, place)
     for key, value in started_with(checkpoint).items():
-        # A value that the key cannot have is told of when the checkpoint is compared with the run.
+        # An invalid value is reported when the checkpoint is compared with the run.
         if key in loaded.origin or value == KEYS[key].default or not _is_valid(key, value):
             continue
         _set_from_checkpoint(loaded, key, value, place)
         loaded.notices.append(
-            f"{key} stays {format_toml(value)}, with which the run in {place} was started (the default is now "
+            f"{key} stays {format_toml(value)}, the value that the run in {place} was started with (the default is now "
             f"{format_toml(KEYS[key].default)}; set the key to change it)"
         )
 
 
 def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping[str, Any] | None]:
-    """Where the checkpoint lies that the run goes on from with its optimizer and schedule, and what it says."""
+    """The folder and the metadata of the checkpoint that the run resumes from with optimizer and schedule."""
     section, folder = config.checkpoint, checkpoint_folder(config)
     if saved is None or not section.enable or section.create_seed_checkpoint:
         return folder, None
@@ -122,7 +121,7 @@ def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping
 
 
 def _set_from_checkpoint(loaded: LoadedConfig, key: str, value: Any, place: str) -> None:
-    """Set a key to what the checkpoints in `place` say."""
+    """Set a key to the value of the checkpoints in `place`."""
     table, name = key.split(".")
     section = getattr(loaded.config, table).model_copy(update={name: value})
     loaded.config = loaded.config.model_copy(update={table: section})
@@ -138,7 +137,7 @@ def _is_valid(key: str, value: Any) -> bool:
 
 
 def _read_schedule(loaded: LoadedConfig) -> tuple[str | None, list[Problem]]:
-    """The text of the pipeline's CSV file. A file that cannot be read makes its key a bad one."""
+    """The text of the pipeline's CSV file. If it cannot be read, its key is added to `loaded.bad`."""
     key = "parallelism.pipeline_parallel_schedule_csv"
     path = loaded.config.parallelism.pipeline_parallel_schedule_csv
     if path is None or loaded.config.parallelism.pipeline_parallel_degree == 1:
@@ -152,7 +151,7 @@ def _read_schedule(loaded: LoadedConfig) -> tuple[str | None, list[Problem]]:
 
 
 def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts, list[Problem], list[str]]:
-    """What is there of tokenizer, data and initial weights. What is missing is a problem in training, else a notice."""
+    """Check tokenizer and data. What is missing is a problem in training, and a notice in a dry run."""
     config, origin = loaded.config, loaded.origin
     wrong: list[Problem] = []
     missing: list[Problem] = []
@@ -193,6 +192,6 @@ def _no_tokenizer(path: str, source: str) -> Problem:
     if folder.name.startswith("Llama-"):
         fix = f"python scripts/download_hf_assets.py --repo_id meta-llama/{folder.name} --local_dir {folder.parent}"
     else:
-        fix = "put one there; `python scripts/download_hf_assets.py` fetches that of Llama 3.1 into ./assets/hf"
+        fix = "put one there; `python scripts/download_hf_assets.py` downloads that of Llama 3.1 to ./assets/hf"
     what = "no tokenizer is there (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)"
     return Problem("model.hf_assets_path", what, path, source, "a folder or file, or builtin:bytes", fix=fix)

@@ -1,4 +1,4 @@
-"""The vocabulary for people and editors: the documentation under each field, the JSON Schema, the reference page."""
+"""Reference of the configuration: the documentation under each field, the JSON Schema, and docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quadriga.config.sources import ENVIRONMENT
 
 
 def documentation() -> Mapping[str, str]:
-    """The documentation under each key's field, read from the source of the schema, by `section.key`."""
+    """The documentation of each key, by `section.key`, read from the source of the schema."""
     docs: dict[type[Section], Mapping[str, str]] = {}
     for section in {key.section for key in KEYS.values()}:
         own = [_field_docs(base) for base in reversed(section.__mro__) if issubclass(base, Section)]
@@ -41,7 +41,7 @@ def _field_docs(section: type[Section]) -> Mapping[str, str]:
 
 
 def tables() -> Iterator[tuple[str, str, list[Key]]]:
-    """(name, what it is about, keys) of every table, in the order of the schema."""
+    """(name, description, keys) of every table, in the order of the schema."""
     grouped: dict[str, list[Key]] = {}
     for name, key in KEYS.items():
         grouped.setdefault(name.rpartition(".")[0], []).append(key)
@@ -50,7 +50,7 @@ def tables() -> Iterator[tuple[str, str, list[Key]]]:
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema (draft 2020-12) of the TOML files, with which an editor completes and checks them."""
+    """A JSON Schema (draft 2020-12) of the TOML files, for completion and checks in an editor."""
     schema = JobConfig.model_json_schema(mode="validation")
     docs = documentation()
     by_section: dict[str, dict[str, str]] = {}
@@ -63,14 +63,14 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["extends"] = {
         "type": "string",
         "minLength": 1,
-        "description": "A TOML file whose keys hold where this one says nothing, relative to this one's folder.",
+        "description": "A base TOML file, for the keys that this file does not set. Relative to this file's folder.",
     }
     schema["title"] = "Quadriga configuration"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_without_null(schema)}
 
 
 def _without_null(node: Any) -> Any:
-    """TOML has no null: an optional key is switched off by `"none"` or an empty text, and its default is left out."""
+    """Replace null, which TOML lacks: `"none"` or `""` switches an optional key off, and a null default is omitted."""
     if isinstance(node, list):
         return [_without_null(item) for item in node]
     if not isinstance(node, dict):
@@ -105,11 +105,11 @@ def _older_names() -> list[str]:
     missing = [(", ".join(f"`{key}`" for key in item.keys), item.name, item.instead) for item in support.UNSUPPORTED]
     return [
         "## Older names",
-        "Files written for earlier releases of this vocabulary load; a notice names the new key.",
-        _markdown(("then", "now"), renamed),
-        _markdown(("gone", "what happens"), gone),
-        "## Not built yet",
-        "Training refuses these by name. A dry run (`DRY_RUN=1`) checks them with all the rest.",
+        "Files for older releases of torchtitan load. A notice names the new key.",
+        _markdown(("old name", "new name"), renamed),
+        _markdown(("removed key", "effect"), gone),
+        "## Not supported yet",
+        "Training refuses these keys by name. A dry run (`DRY_RUN=1`) accepts them, with a notice.",
         _markdown(("key", "feature", "what to do instead"), missing),
     ]
 
@@ -120,11 +120,11 @@ def _markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 _INTRODUCTION = f"""
-<!-- Made by `quadriga docs` from quadriga/config/schema; edit the words there. -->
+<!-- Made by `quadriga docs` from quadriga/config/schema; edit the text there. -->
 
 # Configuration
 
-One TOML file is the whole experiment. What holds is, from weakest to strongest:
+One TOML file describes a run. A key can have several sources. Later ones in this list override earlier ones:
 
 1. the defaults below;
 2. the file named by `extends` (a path at the top of a TOML file, relative to that file), which may extend another;
@@ -132,23 +132,27 @@ One TOML file is the whole experiment. What holds is, from weakest to strongest:
 4. the environment ({", ".join(f"`{name}` for `{key}`" for name, key in ENVIRONMENT.items())});
 5. the command line.
 
-On the command line every key is `--table.key value` or `--table.key=value`; a switch is also `--table.key` and
-`--table.no_key`; a list is `a,b` or `["a", "b"]`. An optional key is switched off by `"none"` or `""`.
+**Command line.** Write a key as `--table.key value` or `--table.key=value`. A switch is also `--table.key` and
+`--table.no_key`. A list is `a,b` or `["a", "b"]`. `"none"` or `""` switches an optional key off.
 
-Paths inside a TOML file are relative to the folder that the run is started from. In every key that names a file or a
-folder, in `extends` and in `CONFIG_FILE`, `~` and `~user` stand for a home folder, `$NAME` and `${{NAME}}` for an
-environment variable; one that is not set is refused by name.
+**Paths.** Paths in a TOML file are relative to the directory that the run is started from. In every key that names a
+file or a folder, in `extends` and in `CONFIG_FILE`, `~`, `~user`, `$NAME` and `${{NAME}}` are replaced. A variable that
+is not set is refused by name.
 
-Reading is strict: an unknown table or key, a value of the wrong type or out of range, and keys that do not go together
-are refused, all in one report with the file and the line. No key is ever dropped in silence. Quadriga's own names for
-assets that need no download are `training.dataset = "builtin"` and `model.hf_assets_path = "builtin:bytes"`; the names
-`c4_test` and `./tests/assets/tokenizer` of other trainers' test files are read as these, with a notice.
+**Strict reading.** Unknown tables or keys, values of the wrong type or out of range, and keys that do not fit together
+are refused. One report lists all of them, with the file and the line. No key is ignored silently.
 
-[from-torchtitan.md](from-torchtitan.md) tells of every key of torchtitan v0.2.2, in which this vocabulary grew up,
-whether it means the same here. Some defaults differ, where those were traps:
-`checkpoint.last_save_model_only` is false, so that a finished run can be resumed; `training.max_norm = 0` switches
-clipping off; `debug.seed` is a number, so that a run can be repeated; `profiling.profiler_active` is 5; traces go to
-`profile_trace`.
+**Assets without a download.** `training.dataset = "builtin"` and `model.hf_assets_path = "builtin:bytes"` need no
+files. The names `c4_test` and `./tests/assets/tokenizer` of torchtitan's test files are read as these, with a notice,
+if the files do not exist.
 
-An editor can complete and check these files: `quadriga schema > quadriga.schema.json`.
+**torchtitan.** The keys are those of torchtitan. [from-torchtitan.md](from-torchtitan.md) says for every key of v0.2.2
+whether it means the same here. Some defaults differ, because those of torchtitan have side effects:
+
+- `checkpoint.last_save_model_only` is false, so that a finished run can be resumed.
+- `training.max_norm = 0` switches clipping off.
+- `debug.seed` is a number, so that a run can be repeated.
+- `profiling.profiler_active` is 5, and traces go to `profile_trace`.
+
+**Editors** can complete and check these files: `quadriga schema > quadriga.schema.json`.
 """

@@ -1,6 +1,6 @@
-"""What follows from a configuration: every `-1` filled in, every choice made, every rule between two keys held.
+"""Resolves a configuration: fills in every `-1`, makes every automatic choice, and checks the rules between keys.
 
-Pure: what is known of models, tokenizers and backends is handed in.
+It reads no files: facts about models, tokenizers and backends are arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RULE_MODULES = (
     rules_run,
     rules_backend,
     rules_torchtitan,
-)  # importing them registers their rules
+)  # their import registers the rules
 
 DEGREES = {
     "dp_replicate": "parallelism.data_parallel_replicate_degree",
@@ -36,13 +36,13 @@ DEGREES = {
     "pp": "parallelism.pipeline_parallel_degree",
     "cp": "parallelism.context_parallel_degree",
 }
-MASKED_FLAVORS = ("_flex", "_varlen")  # of the vocabulary's first home: they keep documents apart by block-causal masks
-GRADIENTS_KEPT_WHOLE = 8 * GIB  # what a rank may spend on gradients that are not sharded, to reduce them once a step
+MASKED_FLAVORS = ("_flex", "_varlen")  # of torchtitan: they separate documents by block-causal masks
+GRADIENTS_KEPT_WHOLE = 8 * GIB  # per rank, the limit of unsharded gradients that are reduced once per step
 
 
 @dataclass
 class Resolved:
-    """`spec` is None where the problems leave nothing to fill in."""
+    """The result of `resolve`. `spec` is None if there are problems."""
 
     spec: RunSpec | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -59,13 +59,13 @@ def resolve(
     training: bool,
     schedule_csv: str | None = None,
 ) -> Resolved:
-    """Hold every rule between keys. Rules that touch a key which is wrong already are left out.
+    """Check the rules between keys, and resolve the configuration. Rules about a key that is already wrong are skipped.
 
     Args:
         loaded: the configuration as read; its `bad` keys have their defaults.
-        world_size: number of ranks; None: as many as the degrees ask for.
-        training: False for a dry run, which passes what training does not support yet.
-        schedule_csv: the text of the file that `parallelism.pipeline_parallel_schedule_csv` names.
+        world_size: number of ranks; None: the product of the degrees.
+        training: False for a dry run, which accepts what training does not support yet.
+        schedule_csv: the text of the file `parallelism.pipeline_parallel_schedule_csv`.
     """
     result, config, bad = Resolved(), loaded.config, set(loaded.bad)
     model, problem = _pick_model(config, catalogue, loaded.origin)
@@ -92,7 +92,7 @@ def resolve(
 
 
 def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, str]) -> tuple[ModelSpec, Problem | None]:
-    """The model's numbers, with the single dimensions that were overridden."""
+    """The model of `model.name` and `model.flavor`, with the overrides of single dimensions."""
     section, problem = config.model, None
     family = catalogue.get(section.name)
     if family is None:
@@ -103,7 +103,7 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
         what = f"{section.name} has no such size"
         if value.endswith(MASKED_FLAVORS):
             value = value.rpartition("_")[0]
-            what += "; masks that keep the documents of a sequence apart are not built"
+            what += "; masks that separate the documents of a sequence are not supported"
     else:
         names = {spec_field.name for spec_field in fields(ModelSpec)} - {"name", "flavor"}
         asked = {name: getattr(section, name, None) for name in names - {"rope_scaling"}}
@@ -126,7 +126,7 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
 def _fit_degrees(
     section: Parallelism, world_size: int | None, origin: Mapping[str, str]
 ) -> tuple[Degrees, Problem | None]:
-    """The degrees with -1 filled in: their product is the number of ranks."""
+    """The degrees with -1 filled in, so that their product is the number of ranks; or a problem."""
     shard = section.data_parallel_shard_degree
     others = Degrees(
         dp_replicate=section.data_parallel_replicate_degree,
@@ -158,7 +158,7 @@ def _fit_degrees(
 
 
 def build_spec(ctx: RuleContext) -> RunSpec:
-    """What follows from a configuration that breaks no rule."""
+    """The resolved run of a configuration that breaks no rule."""
     config, degrees = ctx.config, ctx.degrees
     training = config.training
     batch_per_pass = training.local_batch_size * degrees.batch
@@ -191,23 +191,23 @@ def build_spec(ctx: RuleContext) -> RunSpec:
 
 
 def _when_to_reduce(ctx: RuleContext, micro_batches: int) -> tuple[str, str]:
-    """`once` or `every_micro_batch`, and why: once a step keeps gradients whole that are sharded otherwise."""
+    """`once` or `every_micro_batch`, and why. `once` keeps unsharded gradients in memory between micro-batches."""
     choice, degrees = ctx.config.parallelism.reduce_gradients, ctx.degrees
     if choice != "auto":
-        return choice, "the configuration says so"
+        return choice, "set in the configuration"
     if micro_batches == 1:
-        return "once", "there is one micro-batch a step"
+        return "once", "there is one micro-batch per step"
     if degrees.dp_shard * degrees.cp == 1:
-        return "once", "gradients are not sharded, so that waiting costs no memory"
+        return "once", "gradients are not sharded, so this costs no memory"
     each = DTYPE_BYTES[ctx.config.training.mixed_precision_reduce]
     size = each * count_parameters(ctx.model) // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
-        return "once", f"gradients kept whole take {format_bytes(size)} a rank"
-    return "every_micro_batch", f"gradients kept whole would take {format_bytes(size)} a rank"
+        return "once", f"unsharded gradients take {format_bytes(size)} per rank"
+    return "every_micro_batch", f"unsharded gradients would take {format_bytes(size)} per rank"
 
 
 def count_parameters(model: ModelSpec) -> int:
-    """Parameters of a Llama decoder: matrices of attention and feed-forward, norms, embedding and output."""
+    """The number of parameters of a Llama decoder: attention, feed-forward, norms, embedding and output."""
     attention = model.dim * model.head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
     block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.dim
@@ -215,7 +215,7 @@ def count_parameters(model: ModelSpec) -> int:
 
 
 def checkpoint_folder(config: JobConfig) -> str:
-    """Inside the run folder, or the URL of an object store."""
+    """The folder of checkpoints: inside the run folder, or the URL of an object store."""
     name = config.checkpoint.folder
     return name if "://" in name else str(PurePath(config.job.dump_folder) / name)
 

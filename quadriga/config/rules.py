@@ -1,4 +1,4 @@
-"""What the rules look at, and how a broken rule is reported: every key that takes part, with its value and source."""
+"""Registration and reports of rules between keys. A report has every key of the rule, with its value and source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quadriga.errors import Problem
 
 
 class BackendProtocol(Protocol):
-    """What is to be known of a communication backend: see `quadriga.comm.backend`."""
+    """The facts about a communication backend that rules need. See `quadriga.comm.backend`."""
 
     @property
     def name(self) -> str: ...
@@ -28,7 +28,7 @@ class BackendProtocol(Protocol):
 
 @dataclass(frozen=True)
 class RuleContext:
-    """A configuration and all that has been found out about it so far."""
+    """The input of a rule: a configuration, and what is known about its parts."""
 
     config: JobConfig
     origin: Mapping[str, str]
@@ -45,7 +45,7 @@ class RuleContext:
         return Problem(where, conflict.what, None, source, conflict.allowed, conflict.nearest, conflict.fix)
 
     def _format_value(self, key: str) -> str:
-        """The value that counts: of a dimension that is not overridden the flavor's, and of -1 what it stands for."""
+        """The effective value: the flavor's if a dimension is not overridden, and -1 with the degree it stands for."""
         value = config_value(self.config, key)
         if key == "parallelism.data_parallel_shard_degree" and value == -1:
             return f"-1 (here {self.degrees.dp_shard})"
@@ -55,7 +55,7 @@ class RuleContext:
 
 
 def join_sources(sources: Iterable[str]) -> str:
-    """Several sources as one text: lines of one file together, each source once."""
+    """Several sources as one text: each source once, and the lines of one file together."""
     places: dict[str, list[str]] = {}
     for source in dict.fromkeys(sources):
         name, _, line = source.partition(", line ")
@@ -74,7 +74,7 @@ def config_value(config: JobConfig, key: str) -> Any:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Why some keys do not go together."""
+    """Why the values of some keys do not fit together."""
 
     what: str
     fix: str | None = None
@@ -82,13 +82,13 @@ class Conflict:
     nearest: str | None = None
 
 
-Findings = Iterator[Conflict | Problem | str]  # a text is a notice: worth saying, not wrong
+Findings = Iterator[Conflict | Problem | str]  # a text is a notice, not an error
 Check = Callable[[RuleContext], Findings]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A check, and the keys that it is about: it is left out when one of them is wrong already."""
+    """A check and its keys. It is skipped if one of them is already wrong."""
 
     keys: tuple[str, ...]
     check: Check
@@ -102,9 +102,9 @@ RULES: list[Rule] = []
 
 
 def rule(*keys: str) -> Callable[[Check], Check]:
-    """Register a check; the keys are named in its problems, in this order."""
+    """Register a check. Its problems name the keys in this order."""
     unknown = set(keys) - KEYS.keys()
-    assert not unknown, f"a rule names keys that are not in the vocabulary: {unknown}"
+    assert not unknown, f"a rule names unknown keys: {unknown}"
 
     def register(check: Check) -> Check:
         RULES.append(Rule(keys, check))

@@ -1,4 +1,4 @@
-"""Rules of the communication backend: whether it is known, and whether it can carry what this run sends."""
+"""Rules of the communication backend: whether it is known, and whether it supports what this run sends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ BACKEND = "comm.backend"
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 DP_SHARD = "parallelism.data_parallel_shard_degree"
 CP = "parallelism.context_parallel_degree"
-FLOAT8 = "quantize.linear.float8"
 
 
 @rule(BACKEND)
@@ -22,17 +21,15 @@ def backend_is_known(ctx: RuleContext) -> Findings:
     if facts is None:
         yield Conflict("no backend has this name", allowed=usable, nearest=nearest(name, ctx.backends))
     elif facts.hidden:
-        yield f"{BACKEND} = {name} moves bytes through the shared memory of one machine: it is there for tests"
+        yield f"{BACKEND} = {name} uses the shared memory of one machine, and is only for tests"
 
 
 @rule(BACKEND, DP_SHARD, CP)
 def backend_has_something_to_carry(ctx: RuleContext) -> Findings:
     facts, degrees = _backend_facts(ctx), ctx.degrees
     if facts is not None and facts.fallback_backend is not None and degrees.dp_shard * degrees.cp == 1:
-        what = f"{facts.name} carries parameters and gradients that are sharded, and this run shards none"
-        fix = (
-            f"choose {facts.fallback_backend}, which would carry every byte of this run, or shard over 2 ranks or more"
-        )
+        what = f"{facts.name} carries only sharded parameters and gradients, and this run shards none"
+        fix = f"choose {facts.fallback_backend}, which would carry all bytes of this run, or shard over 2 or more ranks"
         yield Conflict(what, fix)
 
 
@@ -47,18 +44,10 @@ def backend_overlaps_tensor_parallelism(ctx: RuleContext) -> Findings:
         )
 
 
-@rule(BACKEND, f"{FLOAT8}.enable_fsdp_float8_all_gather", "model.converters")
-def backend_carries_float8(ctx: RuleContext) -> Findings:
-    facts = _backend_facts(ctx)
-    wanted = ctx.config.quantize.linear.float8.enable_fsdp_float8_all_gather
-    if facts and wanted and FLOAT8 in ctx.config.model.converters and "float8" not in facts.carries:
-        yield Conflict("this backend cannot move float8", _backends_that_carry(ctx, "float8"))
-
-
 def _backend_facts(ctx: RuleContext) -> BackendProtocol | None:
     return ctx.backends.get(ctx.config.comm.backend or "")
 
 
 def _backends_that_carry(ctx: RuleContext, feature: str) -> str:
     able = [name for name, facts in ctx.backends.items() if feature in facts.carries and not facts.hidden]
-    return f"choose {' or '.join(able)}" if able else "switch the feature off: no backend here can"
+    return f"choose {' or '.join(able)}" if able else "switch the feature off: no backend supports it"

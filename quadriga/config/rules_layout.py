@@ -1,4 +1,4 @@
-"""Rules between the model, the batch and the degrees: what must divide."""
+"""Rules of divisibility between the model, the batch and the degrees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
 DP_SHARD = "parallelism.data_parallel_shard_degree"
 TP = "parallelism.tensor_parallel_degree"
 CP = "parallelism.context_parallel_degree"
-FROM_CHECKPOINT = "the checkpoints in "  # how `origin` begins of what was read from a checkpoint
+FROM_CHECKPOINT = "the checkpoints in "  # prefix of the `origin` of values from a checkpoint
 LOCAL, GLOBAL, SEQ_LEN = "training.local_batch_size", "training.global_batch_size", "training.seq_len"
 
 
@@ -21,7 +21,7 @@ def width_divides_into_heads(ctx: RuleContext) -> Findings:
             "the heads must divide the width", divisor_hint("model.n_heads", ctx.model.dim, ctx.model.n_heads)
         )
     elif ctx.model.head_dim % 2:
-        what = f"heads of odd width ({ctx.model.head_dim}) cannot be rotated by position embeddings"
+        what = f"rotary position embeddings need heads of even width, not {ctx.model.head_dim}"
         yield Conflict(what, "choose dim = n_heads x an even number")
 
 
@@ -40,14 +40,12 @@ def tokenizer_fits_the_model(ctx: RuleContext) -> Findings:
     if size is None:
         return
     if size > rows >= (ctx.tokenizer.used_vocab_size or size):
-        yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: no document gets the special tokens above them"
+        yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: no document has the special tokens above them"
     elif size > rows:
         what = f"the tokenizer has {size:,} ids and the model only {rows:,} rows in its embedding"
-        yield Conflict(
-            what, f"set model.vocab_size to {size} or more, or choose the tokenizer that belongs to the model"
-        )
+        yield Conflict(what, f"set model.vocab_size to {size} or more, or choose the tokenizer of the model")
     elif size < rows:
-        yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: the others are never met"
+        yield f"the tokenizer has {size:,} ids, the model {rows:,} rows: the other rows are never used"
 
 
 @rule(TP, "model.flavor", "model.n_heads", "model.n_kv_heads")
@@ -100,7 +98,7 @@ def heads_divide_over_ulysses_ranks(ctx: RuleContext) -> Findings:
 @rule(CP, "parallelism.context_parallel_load_balancer")
 def load_balancer_is_known_here(ctx: RuleContext) -> Findings:
     if ctx.degrees.cp > 1 and ctx.config.parallelism.context_parallel_load_balancer == "ptrr":
-        yield Conflict("`ptrr` balances block masks, which no model here has", allowed='"headtail", or none')
+        yield Conflict("`ptrr` balances block masks, which no supported model has", allowed='"headtail", or none')
 
 
 @rule(GLOBAL, LOCAL, DP_REPLICATE, DP_SHARD)
@@ -111,7 +109,7 @@ def global_batch_divides_over_ranks(ctx: RuleContext) -> Findings:
         what = f"the global batch must be a multiple of local batch x data-parallel ranks = {one_pass}"
         near = max(round(training.global_batch_size / one_pass), 1) * one_pass
         rows, rest = divmod(training.global_batch_size, dp)
-        resumed = ctx.origin.get(GLOBAL, "").startswith(FROM_CHECKPOINT)  # which a run that goes on must keep
+        resumed = ctx.origin.get(GLOBAL, "").startswith(FROM_CHECKPOINT)  # a resumed run must keep it
         if rest and resumed:
             fix = f"start on a number of data-parallel ranks that divides {training.global_batch_size}"
         elif rest:
@@ -126,11 +124,11 @@ def global_batch_divides_over_ranks(ctx: RuleContext) -> Findings:
 def experts_need_a_model_that_has_them(ctx: RuleContext) -> Findings:
     parallelism = ctx.config.parallelism
     if parallelism.expert_parallel_degree > 1 or parallelism.expert_tensor_parallel_degree > 1:
-        yield Conflict(f"{ctx.model.name} has no experts to spread", "leave both degrees at 1")
+        yield Conflict(f"{ctx.model.name} has no experts", "set both degrees to 1")
 
 
 def divisor_hint(key: str, whole: int, wrong: int) -> str:
-    """The divisors of `whole` on both sides of `wrong`."""
+    """A remedy: the divisors of `whole` next below and next above `wrong`."""
     parts = divisors(whole)
     below = max((part for part in parts if part <= wrong), default=1)
     above = min((part for part in parts if part >= wrong), default=whole)
@@ -139,6 +137,6 @@ def divisor_hint(key: str, whole: int, wrong: int) -> str:
 
 
 def divisors(whole: int) -> list[int]:
-    """All of them, in no order."""
+    """All divisors, in no particular order."""
     low = [part for part in range(1, isqrt(whole) + 1) if whole % part == 0]
     return [*low, *(whole // part for part in low)]

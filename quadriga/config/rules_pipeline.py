@@ -1,4 +1,4 @@
-"""Rules of a pipeline: how the model is cut into stages, who holds them, and what a schedule asks for."""
+"""Rules of a pipeline: how the model is split into stages, which rank holds them, and what a schedule requires."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ FIRST_LESS = "parallelism.pipeline_parallel_first_stage_less_layers"
 LAST_LESS = "parallelism.pipeline_parallel_last_stage_less_layers"
 
 SINGLE_STAGE = ("GPipe", "1F1B")
-V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")  # exactly two stages a rank, dealt out there and back
-SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SCHEDULES)  # gradients of inputs and of weights are computed apart
+V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")  # exactly two stages per rank, assigned in a V: 0, 1, ..., 1, 0
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SCHEDULES)  # gradients of inputs and of weights in separate passes
 
 
 def stage_units(model: ModelSpec) -> tuple[str, ...]:
-    """The modules that a pipeline may cut between, in the order of the forward pass, as the model's plan has them."""
+    """The modules between which a pipeline may split, in the order of the forward pass, as in the model's plan."""
     return ("tok_embeddings", *(f"layers.{layer}" for layer in range(model.n_layers)), "norm", "output")
 
 
 def stage_ranks(ctx: RuleContext) -> tuple[int, ...]:
-    """Which rank of the pipeline holds each stage: dealt out in a loop, or in a V, or as the CSV file says."""
+    """The pipeline rank of each stage: assigned in a loop, in a V, or by the CSV file."""
     parallelism, pp = ctx.config.parallelism, ctx.degrees.pp
     if isinstance(custom := csv_schedule(ctx), PipelineOrder):
         return custom.stage_ranks
@@ -45,7 +45,7 @@ def stage_ranks(ctx: RuleContext) -> tuple[int, ...]:
 
 
 def stage_count(ctx: RuleContext) -> int:
-    """Pipeline stages of the whole model."""
+    """The number of pipeline stages of the whole model."""
     parallelism = ctx.config.parallelism
     if ctx.degrees.pp == 1:
         return 1
@@ -59,13 +59,13 @@ def stage_count(ctx: RuleContext) -> int:
 
 
 def _end_layers(ctx: RuleContext) -> int:
-    """In layers: of the embedding, which alone may be a stage, and of what follows the last layer."""
+    """The weight, in layers, of the embedding (which can be a stage) and of the modules after the last layer."""
     parallelism = ctx.config.parallelism
     return parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
 
 
 def csv_schedule(ctx: RuleContext) -> PipelineOrder | list[ScheduleProblem] | None:
-    """The schedule of the CSV file or what is wrong with it; None where there is no file, or no pipeline."""
+    """The schedule of the CSV file, or its problems; None without a file or without a pipeline."""
     if ctx.schedule_csv is None or ctx.degrees.pp == 1:
         return None
     return pipeline_csv.parse(ctx.schedule_csv, ctx.degrees.pp, micro_batches(ctx))
@@ -77,12 +77,12 @@ def custom_schedule(ctx: RuleContext) -> PipelineOrder | None:
 
 
 def micro_batches(ctx: RuleContext) -> int:
-    """Micro-batches of the pipeline in one pass."""
+    """The number of micro-batches of the pipeline in one pass."""
     return ctx.config.training.local_batch_size // ctx.config.parallelism.pipeline_parallel_microbatch_size
 
 
 def splits_backward(ctx: RuleContext) -> str | None:
-    """The schedule, if it computes gradients of inputs and of weights apart."""
+    """The name of the schedule, if it computes gradients of inputs and of weights in separate passes."""
     if isinstance(custom := csv_schedule(ctx), PipelineOrder):
         return "the schedule of the CSV file" if custom.splits_backward else None
     schedule = ctx.config.parallelism.pipeline_parallel_schedule
@@ -139,7 +139,7 @@ def ends_are_lighter_than_a_stage(ctx: RuleContext) -> Findings:
     each, more = divmod(ctx.model.n_layers + first + last, stages)
     for name, weight, share in (("first", first, each + (more > 0)), ("last", last, each)):
         if weight > share:
-            what = f"the {name} stage has room for {share} layers, and its end alone weighs {weight}"
+            what = f"the {name} stage has {share} layers, and its end alone weighs {weight}"
             yield Conflict(what, f"lower the weight to {share} or less")
 
 
@@ -158,7 +158,7 @@ def _stages_fit_the_schedule(ctx: RuleContext, stages: int, given: str) -> Itera
     per_rank, schedule = stages // ctx.degrees.pp, ctx.config.parallelism.pipeline_parallel_schedule
     if (per_rank == 1) != (schedule in SINGLE_STAGE) or (schedule in V_SCHEDULES and per_rank != 2):
         wanted = "one stage" if schedule in SINGLE_STAGE else "two stages"
-        yield Conflict(f"{schedule} needs {wanted} a rank, and {given} {per_rank}")
+        yield Conflict(f"{schedule} needs {wanted} per rank, and {given} {per_rank}")
 
 
 @rule(PP, LISTED, "model.flavor", "model.n_layers")
@@ -176,15 +176,13 @@ def listed_stages_hold_the_model(ctx: RuleContext) -> Findings:
     if doubled := [name for name, times in Counter(listed).items() if times > 1]:
         yield Conflict(f"listed more than once: {_format_names(doubled)}", "list every module once")
     if any(not part for part in parts):
-        yield Conflict("a stage without a module has nothing to compute", "remove it, or give it a module")
+        yield Conflict("a stage without a module computes nothing", "remove it, or give it a module")
     if not (unknown or missing or doubled) and (late := _first_late(listed, units)) is not None:
-        yield Conflict(
-            f"`{late[0]}` stands before `{late[1]}`, which comes earlier in the forward pass", _format_names(units)
-        )
+        yield Conflict(f"`{late[0]}` is before `{late[1]}`, which is earlier in the forward pass", _format_names(units))
 
 
 def _first_late(listed: list[str], units: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first two neighbours that stand the wrong way round."""
+    """The first two neighbours in the wrong order."""
     return next(((one, other) for one, other in pairwise(listed) if units.index(one) > units.index(other)), None)
 
 
@@ -196,8 +194,8 @@ def _format_names(names: list[str] | tuple[str, ...]) -> str:
 @rule(PP, "model.flavor", "model.tie_embeddings")
 def tied_ends_are_on_one_rank(ctx: RuleContext) -> Findings:
     if ctx.degrees.pp > 1 and ctx.model.tie_embeddings:
-        what = "the embedding matrix also makes the logits, and the two ends of a pipeline would each hold one"
-        yield Conflict(what, "set model.tie_embeddings = false, or cut the model otherwise")
+        what = "the embedding and the output share one matrix, and they would be on different ranks of the pipeline"
+        yield Conflict(what, "set model.tie_embeddings = false, or use another parallelism")
 
 
 @rule(LOCAL, MICROBATCH, PP)
@@ -212,14 +210,14 @@ def validation_batch_divides_into_micro_batches(ctx: RuleContext) -> Findings:
     rows, size = ctx.config.validation.local_batch_size, ctx.config.parallelism.pipeline_parallel_microbatch_size
     if ctx.degrees.pp > 1 and ctx.config.validation.enable and rows % size:
         fix = f"set validation.local_batch_size to a multiple of {size}"
-        yield Conflict("the pipeline's micro-batches must divide the validation batch, too", fix)
+        yield Conflict("the pipeline's micro-batches must also divide the validation batch", fix)
 
 
 @rule(PP, PER_STAGE, SCHEDULE, LOCAL, MICROBATCH)
 def pipeline_is_of_a_size_that_can_be_planned(ctx: RuleContext) -> Findings:
     stages, count = stage_count(ctx), micro_batches(ctx)
     if ctx.degrees.pp > 1 and stages * count > STAGE_PASSES:
-        what = f"{stages} stages x {count} micro-batches are more passes than a schedule here may have"
+        what = f"{stages} stages x {count} micro-batches are more passes than a schedule may have"
         size = ctx.config.training.local_batch_size // max(STAGE_PASSES // stages, 1) + 1
         fix = f"set {MICROBATCH} to {size} or more" if stages < STAGE_PASSES else f"lower {PP}"
         yield Conflict(what, fix, f"at most {STAGE_PASSES}")
@@ -242,16 +240,17 @@ def micro_batches_fill_the_schedule(ctx: RuleContext) -> Findings:
 
 @rule(SCHEDULE, PP, CSV, "compile.enable")
 def schedule_allows_compiling(ctx: RuleContext) -> Findings:
-    """torch finds modules that `torch.compile` wrapped, and not those that were compiled in place, as ours are."""
+    """torch's split backward pass finds modules that `torch.compile` wrapped, but not modules compiled in place, as
+    Quadriga's are."""
     compile, schedule = ctx.config.compile, splits_backward(ctx)
     if schedule is not None and compile.enable and "model" in compile.components:
-        what = f"{schedule} splits the backward pass in two, which compiled blocks do not allow"
-        yield Conflict(what, "choose 1F1B or Interleaved1F1B, or compile the loss alone")
+        what = f"{schedule} splits the backward pass in two, which compiled blocks do not support"
+        yield Conflict(what, "choose 1F1B or Interleaved1F1B, or compile only the loss")
 
 
 @rule(SCHEDULE, PP, CSV, "parallelism.fsdp_reshard_after_forward")
 def split_backward_finds_the_weights(ctx: RuleContext) -> Findings:
-    """torch looks for the gathered weights where their shards are by then."""
+    """torch needs the gathered weights at a time when only their shards are left."""
     if ctx.config.parallelism.fsdp_reshard_after_forward == "always" and (schedule := splits_backward(ctx)):
-        what = f"{schedule} computes gradients of weights when parameters freed after the forward pass are gone"
-        yield Conflict(what, "leave fsdp_reshard_after_forward at `default`, or choose 1F1B or Interleaved1F1B")
+        what = f"{schedule} needs gathered parameters in the backward pass, and `always` frees them before"
+        yield Conflict(what, 'set fsdp_reshard_after_forward = "default", or choose 1F1B or Interleaved1F1B')

@@ -1,4 +1,4 @@
-"""Rules of the run beside its layout: compile, schedule, checkpoints, profiling, folders, user code."""
+"""Rules that are not about the layout: compile, schedule, checkpoints, profiling, folders, user code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT8 = "quantize.linear.float8"
 GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
 STATE_DTYPE = "optimizer.state_dtype"
-LEAST_FALL = 2**-8  # half of what lies between a bfloat16 number just above a power of two and the next
+LEAST_FALL = 2**-8  # half the relative spacing of bfloat16 numbers just above a power of two
 SCHEDULE = ("lr_scheduler.warmup_steps", "training.steps")
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
@@ -29,15 +29,15 @@ def async_tensor_parallel_has_something_to_overlap(ctx: RuleContext) -> Findings
     if not ctx.config.parallelism.enable_async_tensor_parallel:
         return
     if ctx.degrees.tp == 1:
-        yield f"{ASYNC_TP} changes nothing: there is no tensor parallelism whose communication could overlap"
+        yield f"{ASYNC_TP} has no effect without tensor parallelism"
     elif not (compile.enable and "model" in compile.components):
         yield Conflict(
-            "the overlap is made by the compiler", 'set compile.enable = true, with "model" in compile.components'
+            "the compiler creates the overlap", 'set compile.enable = true, with "model" in compile.components'
         )
     elif compile.backend != "inductor":
-        yield Conflict("the overlap is made by inductor", 'set compile.backend = "inductor"')
+        yield Conflict("inductor creates the overlap", 'set compile.backend = "inductor"')
     elif not ctx.config.parallelism.enable_sequence_parallel:
-        what = "the overlap is of gathering and scattering along the sequence, which are not cut without it"
+        what = "only the collectives of sequence parallelism are overlapped"
         yield Conflict(what, f"set {SEQUENCE_PARALLEL} = true, or {ASYNC_TP} = false")
 
 
@@ -48,15 +48,15 @@ def memory_budget_needs_compile(ctx: RuleContext) -> Findings:
         compile.enable and "model" in compile.components
     ):
         fix = 'set compile.enable = true, with "model" in compile.components; or choose "selective" or "full"'
-        yield Conflict("the budget is kept by the compiler, which chooses what to recompute", fix)
+        yield Conflict("the compiler chooses what to recompute within the budget", fix)
 
 
 @rule("activation_checkpoint.debug", "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
 def recompute_records_need_whole_blocks(ctx: RuleContext) -> Findings:
     recompute = ctx.config.activation_checkpoint
     if recompute.debug and recompute.mode == "selective" and recompute.selective_ac_option == "op":
-        what = "PyTorch's records of a failed recomputation do not work with a choice by operation"
-        yield Conflict(what, 'set selective_ac_option = "1" to look into it, or debug = false')
+        what = 'PyTorch cannot record a failed recomputation with selective_ac_option = "op"'
+        yield Conflict(what, 'set selective_ac_option = "1" to debug it, or debug = false')
 
 
 @rule("compile.enable", "compile.components", "quantize.linear.float8.emulate", "model.converters")
@@ -73,9 +73,7 @@ def float8_gather_is_tensorwise(ctx: RuleContext) -> Findings:
     float8 = ctx.config.quantize.linear.float8
     wanted = float8.enable_fsdp_float8_all_gather and "quantize.linear.float8" in ctx.config.model.converters
     if wanted and float8.recipe_name not in (None, "tensorwise"):
-        yield Conflict(
-            "weights can be gathered in float8 with tensorwise scaling only", allowed='"tensorwise", or none'
-        )
+        yield Conflict("only tensorwise scaling can gather weights in float8", allowed='"tensorwise", or none')
 
 
 @rule(PRECOMPUTE, GATHER, "training.enable_cpu_offload", "model.converters")
@@ -84,12 +82,10 @@ def float8_scales_are_of_gathered_weights(ctx: RuleContext) -> Findings:
     if not float8.precompute_float8_dynamic_scale_for_fsdp or FLOAT8 not in ctx.config.model.converters:
         return
     if not float8.enable_fsdp_float8_all_gather:
-        what = f"scales are computed ahead for weights that are gathered in float8 ({GATHER})"
-        yield f"{PRECOMPUTE} changes nothing: {what}"
+        what = f"it computes the scales of weights that are gathered in float8 ({GATHER})"
+        yield f"{PRECOMPUTE} has no effect: {what}"
     elif ctx.config.training.enable_cpu_offload:
-        yield Conflict(
-            "scales of weights that wait on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false"
-        )
+        yield Conflict("scales of weights on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
 
 
 @rule("quantize.linear.float8.filter_fqns", "quantize.linear.float8.recipe_name", "model.converters")
@@ -97,7 +93,7 @@ def float8_thresholds_are_known(ctx: RuleContext) -> Findings:
     float8 = ctx.config.quantize.linear.float8
     wanted = "auto_filter_small_kn" in float8.filter_fqns and FLOAT8 in ctx.config.model.converters
     if wanted and float8.recipe_name == "rowwise_with_gw_hp":
-        yield Conflict("torchao has no thresholds for this recipe", "name the layers to leave, by parts of their names")
+        yield Conflict("torchao has no thresholds for this recipe", "list layers to exclude by parts of their names")
 
 
 @rule("model.converters")
@@ -116,10 +112,10 @@ def warmup_ends_within_the_run(ctx: RuleContext) -> Findings:
     if warmup > total:
         what = f"lr_scheduler.warmup_steps = {warmup} is longer than {key} = {total}"
         cut_off = schedule.variant == "early_decay"
-        yield f"{what}: the ramp is {'cut off, not rescaled' if cut_off else f'shortened to {total} steps'}"
+        yield f"{what}: the warm-up is {'cut off, not rescaled' if cut_off else f'shortened to {total} steps'}"
     elif warmup > steps:
         what = f"lr_scheduler.warmup_steps = {warmup} is longer than training.steps = {steps}"
-        yield f"{what}: the run ends within the ramp"
+        yield f"{what}: the run ends within the warm-up"
 
 
 @rule("lr_scheduler.total_steps", *SCHEDULE, "optimizer.lr")
@@ -131,8 +127,8 @@ def schedule_covers_the_run(ctx: RuleContext) -> Findings:
     decays = lr_phases(schedule, steps).decay > 0 or schedule.variant == "early_decay"
     rate = ctx.config.optimizer.lr * (schedule.min_lr_factor if decays else 1.0)
     yield (
-        f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays where it ends, "
-        f"at {rate:g} from step {total + 1} on (torchtitan v0.2.2 computes beyond its end: negative or rising rates)"
+        f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays at its last value, "
+        f"{rate:g}, from step {total + 1} on (torchtitan v0.2.2 continues the formula: negative or rising rates)"
     )
 
 
@@ -142,7 +138,7 @@ def decay_fits_beside_the_warmup(ctx: RuleContext) -> Findings:
     phases = lr_phases(schedule, ctx.config.training.steps)
     if phases.decay < phases.wanted_decay:
         what = f"a warm-up of {phases.warmup} and a decay of {phases.wanted_decay} steps exceed {phases.total}"
-        yield f"{what}: the decay takes {phases.decay} steps"
+        yield f"{what}: the decay is shortened to {phases.decay} steps"
 
 
 @rule(*CYCLE)
@@ -150,7 +146,7 @@ def profiler_fits_its_cycle(ctx: RuleContext) -> Findings:
     profiling = ctx.config.profiling
     needed = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and profiling.profile_freq < needed:
-        yield Conflict("a cycle must hold the warm-up and the recorded steps", f"set {CYCLE[0]} to {needed} or more")
+        yield Conflict("a cycle includes the warm-up and the recorded steps", f"set {CYCLE[0]} to {needed} or more")
 
 
 @rule("profiling.enable_profiling", "profiling.profile_freq", "training.steps")
@@ -165,9 +161,7 @@ def profiler_finishes_a_cycle(ctx: RuleContext) -> Findings:
 def two_saves_are_kept(ctx: RuleContext) -> Findings:
     checkpoint = ctx.config.checkpoint
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
-        yield Conflict(
-            "a single save leaves nothing to fall back on while the next is written", allowed="0 (all), or 2 and more"
-        )
+        yield Conflict("while a checkpoint is written, an older one must be kept", allowed="0 (all), or 2 and more")
 
 
 @rule("checkpoint.enable", "checkpoint.initial_load_path")
@@ -175,8 +169,8 @@ def initial_load_needs_checkpoints(ctx: RuleContext) -> Findings:
     checkpoint = ctx.config.checkpoint
     if checkpoint.initial_load_path is not None and not checkpoint.enable:
         yield Conflict(
-            "weights are loaded by [checkpoint], which is off",
-            "set checkpoint.enable = true (and load_only, to save nothing)",
+            "[checkpoint] loads the weights, and it is off",
+            "set checkpoint.enable = true (and load_only = true, to save nothing)",
         )
 
 
@@ -185,7 +179,7 @@ def load_step_lies_within_the_run(ctx: RuleContext) -> Findings:
     checkpoint, steps = ctx.config.checkpoint, ctx.config.training.steps
     if checkpoint.enable and checkpoint.load_step > steps:
         yield Conflict(
-            "the run would end before the step that it starts from", "raise training.steps, or load an earlier step"
+            "the run would end before the step that it resumes from", "raise training.steps, or load an earlier step"
         )
 
 
@@ -194,7 +188,7 @@ def hf_weights_are_weights_alone(ctx: RuleContext) -> Findings:
     checkpoint = ctx.config.checkpoint
     if checkpoint.enable and checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         fix = "set checkpoint.initial_load_model_only = true"
-        yield Conflict("Hugging Face weights come without an optimizer and a position in the data", fix)
+        yield Conflict("Hugging Face weights have no optimizer state and no position in the data", fix)
 
 
 @rule("checkpoint.initial_load_in_hf", "checkpoint.initial_load_path", "model.hf_assets_path", "checkpoint.enable")
@@ -203,7 +197,7 @@ def hf_weights_lie_somewhere(ctx: RuleContext) -> Findings:
     if not (checkpoint.enable and checkpoint.initial_load_in_hf) or checkpoint.initial_load_path is not None:
         return
     if assets == BUILTIN_TOKENIZER:
-        yield Conflict("no folder of weights is named", "set checkpoint.initial_load_path to the folder of safetensors")
+        yield Conflict("no folder of weights is given", "set checkpoint.initial_load_path to the folder of safetensors")
 
 
 @rule("checkpoint.export_dtype", "checkpoint.last_save_model_only", "checkpoint.last_save_in_hf")
@@ -213,7 +207,7 @@ def export_needs_a_save_of_weights(ctx: RuleContext) -> Findings:
     if checkpoint.enable and checkpoint.export_dtype != "float32" and not exported:
         fix = "set checkpoint.last_save_model_only = true, or checkpoint.last_save_in_hf = true"
         yield Conflict(
-            "a save that can be resumed keeps the weights as they are; only one of weights alone is converted", fix
+            "a checkpoint with optimizer state is saved unchanged; only a save of the weights is converted", fix
         )
 
 
@@ -221,28 +215,29 @@ def export_needs_a_save_of_weights(ctx: RuleContext) -> Findings:
 def validation_sees_the_same_lengths(ctx: RuleContext) -> Findings:
     validation, seq_len = ctx.config.validation, ctx.config.training.seq_len
     if validation.enable and validation.seq_len > seq_len:
-        yield f"validation.seq_len = {validation.seq_len} is longer than the {seq_len} tokens that training sees"
+        yield f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = {seq_len}"
 
 
 @rule("debug.deterministic", "debug.deterministic_warn_only")
 def warn_only_needs_deterministic(ctx: RuleContext) -> Findings:
     if ctx.config.debug.deterministic_warn_only and not ctx.config.debug.deterministic:
-        yield "debug.deterministic_warn_only changes nothing without debug.deterministic"
+        yield "debug.deterministic_warn_only has no effect without debug.deterministic"
 
 
 @rule("training.dtype")
 def narrow_parameters_lose_small_updates(ctx: RuleContext) -> Findings:
     if ctx.config.training.dtype == "bfloat16":
-        yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates round away"
+        yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates are rounded away"
 
 
 @rule(STATE_DTYPE, "optimizer.beta1", "optimizer.beta2", "training.dtype")
 def moments_can_fall(ctx: RuleContext) -> Findings:
-    """Where gradients are small, a moment falls by (1 - beta) of itself a step.
+    """With small gradients, a moment decreases by the fraction 1 - beta per step.
 
-    A bfloat16 number has 8 binary digits: its neighbours are at most 2^-7 of it away, and a step by less than half of
-    that is rounded away. Below 1 - beta = 2^-8 some numbers in each octave do not fall, and none below them is reached;
-    below 2^-9 none falls at all. (A second moment that is stuck too high makes every later update too small.)
+    bfloat16 has 8 significant bits: the spacing of numbers is at most 2^-7 of their value, and a change by less than
+    half of that is rounded away. If 1 - beta < 2^-8, some numbers in each octave do not decrease, and smaller ones are
+    never reached. If 1 - beta < 2^-9, none decreases. A second moment that stays too large makes all later updates too
+    small.
     """
     optimizer = ctx.config.optimizer
     if (optimizer.state_dtype or ctx.config.training.dtype) != "bfloat16":
@@ -252,11 +247,11 @@ def moments_can_fall(ctx: RuleContext) -> Findings:
         if 1 - beta >= LEAST_FALL:
             continue
         what = (
-            f"optimizer.{name} = {beta:g} lets a moment fall by {1 - beta:.2g} of itself a step, and bfloat16 rounds "
-            "away what is less than 2^-8 (0.0039) of it: the moment would not fall"
+            f"optimizer.{name} = {beta:g} decreases a moment by {1 - beta:.2g} of its value per step, and bfloat16 "
+            "rounds away less than 2^-8 (0.0039) of it: the moment would not decrease"
         )
         if optimizer.state_dtype is None:
-            yield f'{what}; {STATE_DTYPE} = "float32" would let it'
+            yield f'{what}; use {STATE_DTYPE} = "float32"'
         else:
             fix = f'set {STATE_DTYPE} = "float32", or optimizer.{name} to 0.996 or less'
             yield Conflict(what, fix)
@@ -265,7 +260,7 @@ def moments_can_fall(ctx: RuleContext) -> Findings:
 @rule("training.dataloader.persistent_workers")
 def workers_persist_anyway(ctx: RuleContext) -> Findings:
     if ctx.config.training.dataloader.persistent_workers:
-        yield "training.dataloader.persistent_workers changes nothing: workers always live as long as the run"
+        yield "training.dataloader.persistent_workers has no effect: workers always run until the run ends"
 
 
 @rule("profiling.save_traces_folder", "metrics.save_tb_folder", "checkpoint.folder", "comm.save_traces_folder")
@@ -275,14 +270,14 @@ def folders_are_apart(ctx: RuleContext) -> Findings:
     names += [config.comm.save_traces_folder, config.profiling.save_memory_snapshot_folder]
     plain = [name.strip("./") for name in names]
     if len(set(plain)) < len(plain):
-        yield Conflict("two kinds of output would share one folder", "give each a name of its own")
+        yield Conflict("two kinds of output would share one folder", "give each its own folder")
 
 
 def _refuse_user_code(key: str) -> Callable[[RuleContext], Findings]:
     def user_code_comes_through_python(ctx: RuleContext) -> Findings:
         if config_value(ctx.config, key):
-            what = "a configuration file imports no code here"
-            fix = "leave it empty; code of your own enters through Python: import quadriga and call its builders"
+            what = "configuration files cannot import code"
+            fix = "leave it empty, and use your code through Python: import quadriga and call its builders"
             yield Conflict(what, fix)
 
     return user_code_comes_through_python
@@ -304,7 +299,7 @@ def device_is_known(ctx: RuleContext) -> Findings:
 @rule("debug.moe_force_load_balance", "parallelism.expert_parallel_comm_backend")
 def expert_settings_have_no_effect(ctx: RuleContext) -> Findings:
     if ctx.config.debug.moe_force_load_balance or ctx.config.parallelism.expert_parallel_comm_backend != "standard":
-        yield f"{ctx.model.name} has no experts: the settings that are about them change nothing"
+        yield f"{ctx.model.name} has no experts: their settings have no effect"
 
 
 @rule("activation_checkpoint.selective_ac_option", "model.n_layers")

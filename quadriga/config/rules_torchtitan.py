@@ -1,6 +1,6 @@
-"""One notice where a value means something else than in torchtitan v0.2.2 and numbers of the training depend on it.
+"""Notices for values that mean something else than in torchtitan v0.2.2 and change the numbers of the training.
 
-docs/from-torchtitan.md has the whole table, a row a key.
+docs/from-torchtitan.md has the whole table, one row per key.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from quadriga.config.keys import format_toml
 from quadriga.config.rules import Findings, RuleContext, config_value, rule
 
-FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # and defaults of there
+FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # torchtitan's defaults
 SEED = "debug.seed"
 COMPUTES_IN = "training.mixed_precision_param"
 MAX_NORM = "training.max_norm"
@@ -19,13 +19,13 @@ def defaults_need_no_files(ctx: RuleContext) -> Findings:
     defaulted = [f"{key} = {format_toml(config_value(ctx.config, key))}" for key in FILES if key not in ctx.origin]
     if defaulted:
         there = " and ".join(format_toml(FILES[key]) for key in FILES if key not in ctx.origin)
-        yield f"{' and '.join(defaulted)} by default, so that no file is needed (in torchtitan {there})"
+        yield f"{' and '.join(defaulted)} by default, so that no file is needed (torchtitan: {there})"
 
 
 @rule(SEED)
 def seed_is_a_number(ctx: RuleContext) -> Findings:
     if SEED not in ctx.origin:
-        yield f"{SEED} is {ctx.config.debug.seed} by default, so that a run can be repeated (torchtitan drew one)"
+        yield f"{SEED} is {ctx.config.debug.seed} by default, so that a run can be repeated (torchtitan: a random one)"
 
 
 @rule("memory_estimation.enable", "comm.mode")
@@ -34,7 +34,7 @@ def a_run_is_only_rehearsed(ctx: RuleContext) -> Findings:
     if ctx.config.memory_estimation.enable:
         yield f"memory_estimation.enable: {rehearsed} (torchtitan's trainer ignores it)"
     elif ctx.config.comm.mode == "fake_backend":
-        yield f'comm.mode = "fake_backend": {rehearsed} (in torchtitan it takes steps)'
+        yield f'comm.mode = "fake_backend": {rehearsed} (torchtitan takes steps)'
 
 
 @rule("training.dataloader.num_workers")
@@ -42,15 +42,15 @@ def threads_read_each_document_once(ctx: RuleContext) -> Findings:
     count = ctx.config.training.dataloader.num_workers
     if count > 1:
         yield (
-            f"training.dataloader.num_workers = {count}: threads, which change no batch (torchtitan has processes, "
-            f"each of which reads every document: {count} times an epoch)"
+            f"training.dataloader.num_workers = {count}: threads, which change no batch (torchtitan: "
+            f"{count} processes, each of which reads every document once per epoch)"
         )
 
 
 @rule(MAX_NORM)
 def clipping_has_an_off(ctx: RuleContext) -> Findings:
     if ctx.config.training.max_norm == 0:
-        yield f"{MAX_NORM} = 0 switches clipping off (in torchtitan it made every gradient 0)"
+        yield f"{MAX_NORM} = 0 switches clipping off (torchtitan: it makes every gradient 0)"
 
 
 @rule(
@@ -62,8 +62,8 @@ def clipping_has_an_off(ctx: RuleContext) -> Findings:
     "parallelism.pipeline_parallel_degree",
 )
 def computing_format_holds_on_every_layout(ctx: RuleContext) -> Findings:
-    """There `fully_shard` converts where the shard or the context degree is above 1. Elsewhere torch.autocast does, by
-    operation, and beside tensor or pipeline parallelism nothing."""
+    """In torchtitan, `fully_shard` converts if the shard or the context degree is above 1. Otherwise torch.autocast
+    does, by operation, or nothing with tensor or pipeline parallelism."""
     training, degrees = ctx.config.training, ctx.degrees
     if training.mixed_precision_param == "float32" or degrees.dp_shard * degrees.cp > 1:
         return
@@ -71,7 +71,7 @@ def computing_format_holds_on_every_layout(ctx: RuleContext) -> Findings:
         there = f"torchtitan computes in training.dtype ({training.dtype})"
         same = training.dtype == training.mixed_precision_param
     else:
-        there, same = "torchtitan uses torch.autocast, which leaves sums between blocks in float32", False
+        there, same = "torchtitan uses torch.autocast, which keeps the residual stream in float32", False
     if not same:
         yield (
             f"{COMPUTES_IN} = {training.mixed_precision_param} holds for the whole model, as under FSDP; without FSDP "

@@ -1,4 +1,4 @@
-"""What follows from a configuration once the number of ranks is known. Made by `resolve`, read by the builders."""
+"""The resolved run: what follows from a configuration and the number of ranks. Made by `resolve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quadriga.config.pipeline_order import PipelineOrder
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ways each axis cuts the run; their product is the number of ranks."""
+    """The degree of parallelism of each axis. Their product is the number of ranks."""
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -24,13 +24,13 @@ class Degrees:
 
     @property
     def batch(self) -> int:
-        """Ranks that read different rows of the global batch."""
+        """The number of ranks that read different rows of the global batch."""
         return self.dp_replicate * self.dp_shard
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run writes, as paths: `dump` is the run folder and holds the others."""
+    """The folders that a run writes to. `dump` is the run folder, which contains the others."""
 
     dump: str
     checkpoint: str
@@ -42,10 +42,10 @@ class Folders:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What can be known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing.
+    """What is known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing.
 
-    `used_vocab_size`: one more than the largest id that a document can have, where special tokens with larger ones were
-    added that no document gets; `notices`: what there is to note about its files.
+    `used_vocab_size`: one more than the largest id that a document can have. It is less than `vocab_size` if special
+    tokens were added that no document has. `notices`: messages about its files.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The run as it will be: every choice made, every `-1` filled in."""
+    """A run with every automatic choice made and every `-1` filled in."""
 
     world_size: int
     degrees: Degrees
@@ -66,22 +66,22 @@ class RunSpec:
     seq_len: int
     local_batch_size: int  # rows in one micro-batch of one rank
     global_batch_size: int  # rows in one optimizer step of the whole run
-    accumulation_steps: int  # passes of local_batch_size rows that one rank makes in one step
-    micro_batches: int  # of one rank in one step: those passes, each cut up where there is a pipeline
+    accumulation_steps: int  # passes of local_batch_size rows of one rank in one step
+    micro_batches: int  # of one rank in one step: those passes, which a pipeline divides further
     steps: int
     seed: int
     reshard_after_forward: bool
     reduce_gradients: str  # once | every_micro_batch
-    reduce_reason: str  # why `auto` chose so, in one clause
-    backend: str | None  # None: nccl where CUDA is, else gloo, decided where the run starts
+    reduce_reason: str  # the reason for that choice, in a few words
+    backend: str | None  # None: nccl with CUDA, else gloo, decided at the start
     folders: Folders
-    stage_ranks: tuple[int, ...] = (0,)  # which rank along the pipeline holds each stage of the model
-    custom_schedule: PipelineOrder | None = None  # of the CSV file, where there is one
+    stage_ranks: tuple[int, ...] = (0,)  # the pipeline rank of each stage
+    custom_schedule: PipelineOrder | None = None  # that of the CSV file, if any
     notices: tuple[str, ...] = ()
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows of the global batch that one batch rank reads in one step."""
+        """Rows of the global batch that one data-parallel rank reads in one step."""
         return self.global_batch_size // self.degrees.batch
 
     @property

@@ -1,4 +1,4 @@
-"""Where a configuration is written: TOML files and their bases, the environment, the command line."""
+"""The sources of a configuration: TOML files and their bases, the environment, the command line."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from quadriga.reading import parse_toml, read_text
 
 CONFIG_FILE = "job.config_file"
 COMMAND_LINE = "command line"
-MAX_ENTRIES = 200  # entries of a folder among which a file is looked for that may have been meant
+MAX_ENTRIES = 200  # entries of a folder that are searched for a similar name
 ENVIRONMENT = {"COMM_BACKEND": "comm.backend"}
 
 
 @dataclass(frozen=True)
 class RawText:
-    """A value that came as text and is still to be read; None is a switch without a value (`--section.key`)."""
+    """A value as unparsed text; None is a switch without a value (`--section.key`)."""
 
     text: str | None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key, its value, and where it was set. Tables of a TOML file are entries too until they are taken apart."""
+    """One key, its value, and where it was set. An empty table of a TOML file is an entry too."""
 
     key: str
     value: Any
@@ -38,7 +38,7 @@ class Entry:
 
 
 def file_layers(path: str, environ: Mapping[str, str]) -> tuple[list[list[Entry]], list[Problem]]:
-    """The entries of a TOML file and of its bases, the remotest base first."""
+    """The entries of a TOML file and of its bases, the most distant base first."""
     layers: list[list[Entry]] = []
     seen: list[str] = []
     named_by: str | None = None
@@ -73,7 +73,7 @@ def file_layers(path: str, environ: Mapping[str, str]) -> tuple[list[list[Entry]
 
 
 def _unreadable(path: str, named_by: str | None) -> Problem | None:
-    """Why there is no file to read, with what may have been meant."""
+    """A problem if there is no file to read, with a suggestion; else None."""
     where, source = ("extends", named_by) if named_by else (CONFIG_FILE, COMMAND_LINE)
     try:
         kind = os.stat(path).st_mode
@@ -85,12 +85,12 @@ def _unreadable(path: str, named_by: str | None) -> Problem | None:
     except OSError as error:
         return Problem(where, f"the file cannot be read: {error.strerror}", path, source)
     if stat.S_ISDIR(kind):
-        return Problem(where, "a folder where a TOML file is needed", path, source, **_nearby_files(path))
+        return Problem(where, "a folder, not a TOML file", path, source, **_nearby_files(path))
     return None
 
 
 def _nearby_files(folder: str, name: str | None = None) -> dict[str, str]:
-    """What a user may have meant: the TOML files of a folder, or else the nearest folder that is there."""
+    """Suggestions for a wrong path: the TOML files of its folder, or of the nearest folder above that exists."""
     while not os.path.isdir(folder):
         folder, name = os.path.split(folder)
         folder = folder or "."
@@ -103,19 +103,19 @@ def _nearby_files(folder: str, name: str | None = None) -> dict[str, str]:
     except OSError:
         return {}
     shown = sorted(os.path.normpath(os.path.join(folder, file)) for file in files)[:8]
-    found = {"fix": f"choose one of {', '.join(shown)}"} if shown else {"fix": f"no TOML file lies in {folder}"}
+    found = {"fix": f"choose one of {', '.join(shown)}"} if shown else {"fix": f"there is no TOML file in {folder}"}
     close = nearest(name, entries) if name else None
     return {**found, "nearest": os.path.normpath(os.path.join(folder, close))} if close else found
 
 
 def _names(folder: str) -> list[str]:
-    """What lies in a folder; the first of very many."""
+    """The names in a folder, at most `MAX_ENTRIES`."""
     with os.scandir(folder) as entries:
         return [entry.name for entry in islice(entries, MAX_ENTRIES)]
 
 
 class _Lines(dict[str, int]):
-    """The line of each key of a TOML text; of a key that cannot be found, the line of its table, else 1."""
+    """The line of each key of a TOML text. For a key that is not found, the line of its table, else 1."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

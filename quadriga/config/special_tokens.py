@@ -1,12 +1,12 @@
-"""Which tokens begin and end a text, as transformers 5 reads the files beside a `tokenizer.json`.
+"""Finds the BOS and EOS tokens of a `tokenizer.json` in the files next to it, as transformers 5 does.
 
-For each of BOS and EOS the first of these that says something decides; null or an empty text says: none.
+For each of BOS and EOS, the first of these sources that has it decides. Null or an empty text means that there is none.
 
-1. `special_tokens_map.json`, unless `tokenizer_config.json` has `added_tokens_decoder`, which makes it obsolete
+1. `special_tokens_map.json`, unless `tokenizer_config.json` has `added_tokens_decoder`, which replaces it
 2. `tokenizer_config.json`
 3. the default of its `tokenizer_class`
 
-Where nothing is said of either, transformers knows neither. Then the usual names are looked for in the vocabulary.
+If no source has either, transformers knows neither. Quadriga then searches the vocabulary for the usual names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
 MAX_TOKEN_CHARS = 1000  # characters
 ROLES = ("bos_token", "eos_token")
 
-# What classes of transformers take where no file says anything: (BOS, EOS).
+# Defaults of classes of transformers: (BOS, EOS).
 CLASS_DEFAULTS: Mapping[str, tuple[str | None, str | None]] = {
     "CodeLlamaTokenizer": ("<s>", "</s>"),
     "CohereTokenizer": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
@@ -34,7 +34,7 @@ CLASS_DEFAULTS: Mapping[str, tuple[str | None, str | None]] = {
     "Qwen2Tokenizer": (None, "<|endoftext|>"),
 }
 
-# The usual names, for a vocabulary of which no file says anything.
+# The usual names, for a vocabulary without any of these sources.
 COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "bos_token": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
     "eos_token": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>"),
@@ -43,10 +43,10 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """BOS and EOS by name, None where there is none. `add_bos`: what `add_bos_token` says, None where nothing.
+    """BOS and EOS by name; None if there is none. `add_bos`: the value of `add_bos_token`, None if it is not set.
 
-    `raw`: the files that were read, by name; `guessed`: no file names any, and these are the usual names, if the
-    vocabulary has them.
+    `raw`: the contents of the files, by name. `guessed`: no file names either token, and these are the usual names that
+    the vocabulary has.
     """
 
     bos: str | None
@@ -57,16 +57,16 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level: bool) -> SpecialTokens:
-    """What the files of a folder say of BOS and EOS.
+    """BOS and EOS of a folder's tokenizer.
 
     Args:
-        vocabulary: ids by token, of the `tokenizer.json` there.
-        byte_level: whether that works on bytes; transformers then ignores `LlamaTokenizer` as its class.
+        vocabulary: ids by token, of its `tokenizer.json`.
+        byte_level: whether it works on bytes; transformers then ignores the class `LlamaTokenizer`.
 
-    A token that is named and not in the vocabulary is one of those that `added_tokens` adds.
+    `added_tokens` adds tokens that are named here but not in the vocabulary.
 
     Raises:
-        UserError: a file cannot be read, or a token is no text.
+        UserError: a file cannot be read, or a token is not text.
     """
     raw = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if (folder / name).is_file()}
     config = raw.get(CONFIG, {})
@@ -92,7 +92,7 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
 
 
 def token_text(value: object) -> str | None:
-    """A token as it is written in these files, as text or as an object with `content`; None for anything else."""
+    """The text of a token, which the files write as text or as an object with `content`; None for anything else."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
 

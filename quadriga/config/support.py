@@ -1,6 +1,6 @@
-"""What training does not do yet: one line a feature. Training refuses it by name; a dry run checks it all the same.
+"""Features that training does not support yet, one entry each. Training refuses them by name; a dry run accepts them.
 
-To build a feature means to delete its line.
+Delete the entry when a feature is built.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quadriga.errors import Problem
 
 @dataclass(frozen=True)
 class UnsupportedFeature:
-    """A feature that is not built: the keys that ask for it, how to tell, and what to do instead."""
+    """A feature that is not supported: its keys, whether a configuration requests it, and what to do instead."""
 
     keys: tuple[str, ...]
     requested: Callable[[JobConfig], bool]
@@ -27,7 +27,7 @@ UNSUPPORTED = (
     UnsupportedFeature(
         ("model.converters",),
         lambda config: bool(set(config.model.converters) - {"quantize.linear.float8"}),
-        "microscaling formats and grouped products in 8 bits",
+        "microscaling formats and grouped matrix products in 8 bits",
         'use "quantize.linear.float8" alone, or remove the converters',
     ),
     UnsupportedFeature(
@@ -45,7 +45,7 @@ UNSUPPORTED = (
     UnsupportedFeature(
         ("fault_tolerance.enable",),
         lambda config: config.fault_tolerance.enable,
-        "training with replica groups that may fail on their own",
+        "replica groups that can fail independently",
         "set it to false; a run that dies resumes from its newest checkpoint",
     ),
     UnsupportedFeature(
@@ -58,7 +58,7 @@ UNSUPPORTED = (
 
 
 def unsupported_features(ctx: RuleContext, bad: set[str]) -> Iterator[Problem | str]:
-    """A problem for each feature that training would need and does not have; in a dry run a notice."""
+    """A problem for each requested feature that training does not support; a notice in a dry run."""
     for feature in UNSUPPORTED:
         if bad.intersection(feature.keys) or not feature.requested(ctx.config):
             continue

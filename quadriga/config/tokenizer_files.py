@@ -1,8 +1,8 @@
-"""The files of a tokenizer: which ones a path means, and what they say, without the library that reads them.
+"""The files of a tokenizer: which ones a path means, and their contents, without the library `tokenizers`.
 
 tokenizer.json                        of the library `tokenizers`
 tokenizer.model                       of Llama 3: base64 tokens and their ranks; also in original/
-vocab.json or vocab.txt, merges.txt   of GPT-2, read as torchtitan v0.2.2 does: without the merges that begin with #
+vocab.json or vocab.txt, merges.txt   of GPT-2, read like torchtitan v0.2.2: without the merges that begin with #
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NOT_HUGGING_FACE = "not a tokenizer of Hugging Face"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """`content`: what tells this tokenizer from others; `extended`: with the tokens that other files add."""
+    """The files of a tokenizer. `content`: the bytes that identify it; `extended`: with the tokens that other files
+    add."""
 
     file: Path
     content: bytes
@@ -38,7 +39,7 @@ class TokenizerFiles:
 
 
 def find_tokenizer(path: str) -> Path | None:
-    """The file of a tokenizer, in a folder or by itself; None where there is none."""
+    """The file of the tokenizer at `path`, which is a folder or the file itself; None if there is none."""
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):
         return place
@@ -46,12 +47,12 @@ def find_tokenizer(path: str) -> Path | None:
 
 
 def is_json(file: Path) -> bool:
-    """Whether the file is read by the library `tokenizers`, and not as ranks."""
+    """Whether the library `tokenizers` reads the file. Otherwise it has tiktoken's ranks."""
     return file.suffix == ".json" or file.name in VOCABULARIES
 
 
 def read_tokenizer_files(file: Path) -> TokenizerFiles:
-    """What a file and those beside it say. Raises UserError where one cannot be read, or they contradict each other."""
+    """The tokenizer of a file and of those next to it. Raises UserError if one cannot be read, or they conflict."""
     document, content, notices = _vocabulary(file) if file.name in VOCABULARIES else _tokenizer_json(file)
     tokens = read_special_tokens(file.parent, vocabulary_of(document), is_byte_level(document))
     extended = extend_tokenizer(file.parent, document, tokens)
@@ -63,9 +64,9 @@ def read_tokenizer_files(file: Path) -> TokenizerFiles:
 def _special_token_notices(file: Path, tokens: SpecialTokens) -> Iterator[str]:
     if tokens.guessed and (tokens.bos or tokens.eos):
         names = f"BOS {tokens.bos}, EOS {tokens.eos}"
-        yield f"{file}: no file beside it names special tokens; the usual names give {names} (torchtitan: none)"
+        yield f"{file}: no file next to it names special tokens; the usual names give {names} (torchtitan: none)"
     elif not tokens.guessed and tokens.bos is None and tokens.eos is None:
-        yield f"{file.parent / CONFIG} names neither BOS nor EOS: documents run into one another"
+        yield f"{file.parent / CONFIG} names neither BOS nor EOS: documents are not separated"
 
 
 def is_byte_level(document: Mapping[str, Any]) -> bool:
@@ -74,7 +75,7 @@ def is_byte_level(document: Mapping[str, Any]) -> bool:
 
 
 def parts(part: Any, inside: str) -> list[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer and those in it."""
+    """A normalizer or pre-tokenizer, and all that it contains."""
     found: list[Mapping[str, Any]] = []
     stack = [part]
     while stack:
@@ -89,17 +90,17 @@ def _tokenizer_json(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]
     content = read_bytes(file, limits.TOKENIZER_BYTES, what="tokenizer")
     document = parse_json(content, str(file))
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
-        raise UserError(Problem(str(file), 'it has no object "model"'))
+        raise UserError(Problem(str(file), 'has no object "model"'))
     return document, content, ()
 
 
 def _vocabulary(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]:
-    """A `tokenizer.json` made of a vocabulary and merges."""
+    """A `tokenizer.json` made from a vocabulary and merges."""
     merges = file.parent / MERGES
     if not os.path.isfile(merges):
-        what = f"a vocabulary without {MERGES}: each document would be one word, and so one unknown token"
+        what = f"a vocabulary without {MERGES}: each document would be one unknown token"
         fix = (
-            f"put {MERGES} beside it, or the tokenizer.json of the same model (AutoTokenizer.save_pretrained writes it)"
+            f"add {MERGES} to the folder, or the tokenizer.json of the model (AutoTokenizer.save_pretrained writes it)"
         )
         raise UserError(Problem(str(file), what, fix=fix))
     text = _text(file)
@@ -120,9 +121,7 @@ def _vocabulary(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]:
         "decoder": {**bytes_alone, "add_prefix_space": True},
         "model": {"type": "BPE", "vocab": ids, "merges": pairs},
     }
-    notice = (
-        f"{merges}: {left_out:,} merges that begin with # are left out, as torchtitan does; a tokenizer.json has them"
-    )
+    notice = f"{merges}: {left_out:,} merges that begin with # are ignored, as in torchtitan; a tokenizer.json has them"
     return document, json.dumps(document).encode(), (notice,) if left_out else ()
 
 

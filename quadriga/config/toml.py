@@ -1,4 +1,4 @@
-"""A configuration as TOML again: reading it back gives the same configuration."""
+"""Writes a configuration as TOML. Reading it gives the same configuration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from quadriga.config.schema import JobConfig
 
 
 def to_toml(config: JobConfig) -> str:
-    """Every key with its value, defaults included; an optional key that is off is written as `"none"`."""
+    """Every key with its value, including defaults. An optional key that is off is written as `"none"`."""
     tables = config.model_dump(mode="json")
-    del tables["job"]["config_file"]  # where it was read from is no part of what it says
-    header = "# The configuration as resolved: every key with the value that counts.\n\n"
+    del tables["job"]["config_file"]  # the path that it was read from is not part of the configuration
+    header = "# The resolved configuration: every key with its effective value.\n\n"
     return header + tomli_w.dumps(_without_none(tables))
 
 

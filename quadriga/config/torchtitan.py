@@ -1,7 +1,7 @@
-"""What each key of torchtitan v0.2.2 means here: `docs/from-torchtitan.md`, made of two lists that stand beside this.
+"""Generates the tables of `docs/from-torchtitan.md`: what each key of torchtitan v0.2.2 means here.
 
-`torchtitan_keys.toml` holds every key of its JobConfig with type and default, as the package has them;
-`torchtitan_rows.toml` what is the same, what differs, and what is said about it. Nothing here is read at a start.
+`torchtitan_keys.toml` has every key of torchtitan's JobConfig with type and default. `torchtitan_rows.toml` says what
+is the same, what differs, and what is printed about it. A start reads neither.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from quadriga.reading import read_toml
 RELEASE = "v0.2.2"
 BESIDE = Path(__file__).parent
 PART = re.compile(r"(<!-- made by `quadriga docs`: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NO_NUMBERS = "nothing: no number of the training depends on it"
+NO_NUMBERS = "nothing: it does not change the numbers of the training"
 
 
 @dataclass(frozen=True)
 class TitanKey:
-    """A key of the release: the type as it is written there, and the default as TOML would have it."""
+    """A key of the release: its type as text, and its default as a TOML value."""
 
     type: str
     default: Any = None
@@ -33,7 +33,7 @@ class TitanKey:
 
 @dataclass(frozen=True)
 class KeyRow:
-    """What a key means here; `torchtitan_rows.toml` says what each field is. `example` and `refuses` are TOML."""
+    """What a key means here. `torchtitan_rows.toml` explains each field. `example` and `refuses` are TOML."""
 
     same: str | None = None
     differs: str | None = None
@@ -53,7 +53,7 @@ class KeyRow:
 
     @property
     def printed_cell(self) -> str:
-        """What is printed at the start, in a cell."""
+        """The cell with what is printed at the start."""
         parts = [f"notice: `{self.printed}`"] if self.printed else []
         parts += [f"refusal: `{self.refused}`"] if self.refused else []
         return "; ".join(parts) or (NO_NUMBERS if self.free else "")
@@ -65,7 +65,7 @@ def titan_keys() -> Mapping[str, TitanKey]:
 
 
 def titan_rows() -> Mapping[str, KeyRow]:
-    """What is said of each key; a key that is said twice has no place in a mapping, and a test finds it."""
+    """The row of each key. A test finds keys that are listed twice, which a mapping cannot show."""
     table = read_toml(BESIDE / "torchtitan_rows.toml")
     plain = {name: KeyRow(same="") for name in table["same"]}
     return plain | {name: KeyRow(**fields) for name, fields in table.items() if isinstance(fields, dict)}
@@ -77,7 +77,7 @@ def added_keys() -> tuple[str, ...]:
 
 
 def same_default(name: str, there: TitanKey) -> bool:
-    """Whether a key has the default of the release; an empty text switches an optional key off, as none does."""
+    """Whether a key has the default of the release. An empty text and none both switch an optional key off."""
     if name not in KEYS:
         return True
     here = KEYS[name].default
@@ -86,18 +86,18 @@ def same_default(name: str, there: TitanKey) -> bool:
 
 
 def regenerate(page: str) -> str:
-    """`page` with its generated parts written anew; what stands around them is written by hand."""
+    """`page` with its generated parts replaced. The text around them is written by hand."""
     made = {"keys": _keys, "ours": _ours, "older": _older}
     return PART.sub(lambda part: f"{part[1]}\n{made[part[2]]()}\n\n{part[3]}", page)
 
 
 def _keys() -> str:
-    """A table for each table of the release, a row a key."""
+    """One Markdown table for each TOML table of the release, one row per key."""
     rows, tables = titan_rows(), dict[str, list[tuple[str, ...]]]()
     for name, there in titan_keys().items():
         table, _, key = name.rpartition(".")
         tables.setdefault(table, []).append((f"`{key}`", *_cells(name, there, rows[name])))
-    head = ("key", "default there", "here", "what is printed", "the key that decides")
+    head = ("key", "default of v0.2.2", "meaning here", "printed", "key that decides")
     return "\n\n".join(f"### [{table}]\n\n{_table(head, lines)}" for table, lines in tables.items())
 
 
@@ -115,12 +115,12 @@ def _ours() -> str:
 def _older() -> str:
     renamed = [(f"`{old}`", f"`{new}`", "a notice names the new key") for old, new in legacy_keys.RENAMED.items()]
     moved = [(f"`[{old}]`", f"`[{new}]`", "as above") for old, new in legacy_keys.MOVED_TABLES.items()]
-    gone = [(f"`{key}`", "gone", f"accepted with a notice: {why}") for key, why in legacy_keys.REMOVED.items()]
+    gone = [(f"`{key}`", "removed", f"accepted with a notice: {why}") for key, why in legacy_keys.REMOVED.items()]
     refused = [
-        (f"`{key}`", "gone", f"accepted with a notice when off, else refused: {why}")
+        (f"`{key}`", "removed", f"accepted with a notice if off, else refused: {why}")
         for key, why in legacy_keys.REFUSED.items()
     ]
-    return _table(("key of an older release", "here", "what is printed"), [*renamed, *moved, *gone, *refused])
+    return _table(("key of an older release", "here", "printed"), [*renamed, *moved, *gone, *refused])
 
 
 def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""The one thing that data hands to training."""
+"""`Batch`: what the data pipeline passes to training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from quadriga.data.packing import SkippedRecord
 from quadriga.data.sources import DocumentId
 
-IGNORE = -100  # a label that no loss counts
+IGNORE = -100  # a label that the loss ignores
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids and the ids that follow them, on the host. Both int64 of shape (rows, seq_len).
+    """Rows of token ids and of the ids that follow them (labels), on the host. Both int64, shape (rows, seq_len).
 
-    `documents` says of each row which documents it is from; `skipped` names the records that could not be read on the
-    way, and `bad_records` counts them since the first epoch, of these rows; None where such a record ends the run. A
-    micro-batch does not know.
+    `documents`: for each row, the documents that its ids are from. `skipped`: the unreadable records that were passed
+    while these rows were read. `bad_records`: the number of unreadable records of these rows since the first epoch;
+    None if such a record ends the run. Micro-batches have none of the three.
     """
 
     tokens: torch.Tensor
@@ -29,6 +29,6 @@ class Batch:
     bad_records: int | None = None
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
-        """Cut into micro-batches of `rows` rows, in order."""
+        """Splits the batch into micro-batches of `rows` rows, in order."""
         for tokens, labels in zip(self.tokens.split(rows), self.labels.split(rows), strict=True):
             yield Batch(tokens, labels)

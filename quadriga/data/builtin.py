@@ -1,7 +1,7 @@
-"""The built-in corpus: source and documentation of the Python standard library, read where Python keeps them.
+"""The built-in corpus: source and documentation of the Python standard library, read from the Python installation.
 
-Real text, nothing to download, about 10 MB. Tests, generated tables and files that depend on the machine are left out.
-Opening it lists folders and reads no file, since the first step waits for it.
+Real text, about 10 MB, without a download. Tests, generated tables and files that depend on the machine are excluded.
+Opening it lists folders and reads no file, because the first step waits for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from quadriga.data.sources import Document, Record
 from quadriga.errors import Problem, UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-LEFT_OUT |= {"encodings", "lib2to3", "pydoc_data"}  # code tables, grammars, and the topics, which are read as text
-HELD_OUT = 20  # one document in so many is kept for validation
+LEFT_OUT |= {"encodings", "lib2to3", "pydoc_data"}  # code tables and grammars; topics are read as text instead
+HELD_OUT = 20  # one of so many documents is held out for validation
 
 
 class BuiltinSource:
@@ -52,7 +52,7 @@ class BuiltinSource:
         name = self.names[shard]
         kind, _, rest = name.partition(":")
         if kind == "file":
-            with tokenize.open(self._root / rest) as file:  # honours the file's own coding line
+            with tokenize.open(self._root / rest) as file:  # uses the encoding that the file declares
                 text = file.read()
         else:
             text = topics[rest] if kind == "topic" else _documentation(rest)
@@ -75,11 +75,11 @@ class BuiltinSource:
         return None
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        """Nothing: there is no file that a user could mend."""
+        """Does nothing: there are no user files that could change."""
 
 
 def _list_documents(root: Path) -> Iterator[tuple[str, int]]:
-    """Names, and sizes in bytes or characters."""
+    """(name, size) of every document; the size of a file in bytes, of documentation in characters."""
     for folder, inside, files in os.walk(root):
         inside[:] = [name for name in inside if name not in LEFT_OUT and not name.startswith("config-")]
         for file in files:
@@ -90,13 +90,13 @@ def _list_documents(root: Path) -> Iterator[tuple[str, int]]:
     for name, text in topics.items():
         yield f"topic:{name}", len(text)
     for name, thing in vars(builtins).items():
-        native = isinstance(thing, type) or inspect.isbuiltin(thing)  # what site or a library adds there is not ours
+        native = isinstance(thing, type) or inspect.isbuiltin(thing)  # not what `site` or a library adds
         if native and thing.__module__ == "builtins" and not name.startswith("_"):
             yield f"builtin:{name}", len(thing.__doc__ or "")
 
 
 def _documentation(name: str) -> str:
-    """A built-in's documentation and, for a type, that of its own methods."""
+    """The documentation of a built-in and, for a type, of the methods that it defines."""
     thing = getattr(builtins, name)
     parts = [name, inspect.getdoc(thing) or ""]
     if isinstance(thing, type):

@@ -1,4 +1,4 @@
-"""The datasets by name: what `training.dataset` and `training.dataset_path` open."""
+"""Datasets by name: opens what `training.dataset` and `training.dataset_path` select."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOCAL_DATASETS = ("text", "jsonl", "parquet")
 
 
 def open_source(dataset: str, dataset_path: str | None = None, *, streams: int = 1, field: Field = TEXT) -> Source:
-    """The source that `training.dataset` names.
+    """Opens the source that `training.dataset` names.
 
-    `streams` is how many readers will share it: files that can be entered anywhere are cut into enough shards for all.
-    `field`: where the documents of JSON lines, Parquet and the Hub are.
+    `streams`: the number of streams that share it. Files with random access are cut into enough shards for all.
+    `field`: the field of a record that is the document, in JSON lines, Parquet and data of the Hub.
     Raises UserError: an unknown name, no file at the path, a format that cannot be read.
     """
     if dataset in BUILTIN_DATASETS:
@@ -42,7 +42,7 @@ def _refuse_path(dataset: str, dataset_path: str | None) -> None:
     if dataset_path is not None:
         what = f"dataset {dataset} is built in and reads no file"
         raise UserError(
-            Problem("dataset_path", what, value=dataset_path, fix="leave it out, or name the dataset text or jsonl")
+            Problem("dataset_path", what, value=dataset_path, fix="remove it, or set dataset to text or jsonl")
         )
 
 

@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from quadriga.errors import nearest, shortened
 
 DEFAULT = "text"
-MOST_NAMES = 8  # that a message lists
+MOST_NAMES = 8  # listed in a message
 
 
 @dataclass(frozen=True)
 class Field:
-    """`name`: of the field; `key`: of the configuration, which named it."""
+    """`name`: the field. `key`: the configuration key that selects it, for messages."""
 
     name: str = DEFAULT
     key: str = "training.dataset_text_field"
 
     @property
     def fingerprint_suffix(self) -> str:
-        """What it adds to the fingerprint of the data."""
+        """Appended to the fingerprint of the data; empty for the default field."""
         return "" if self.name == DEFAULT else f":{self.name.replace(';', '_')}"
 
     def format_names(self, names: Iterable[str]) -> str:
-        """The fields that are there, for a message."""
+        """The existing fields, for a message."""
         names = [shortened(name, 40) for name in names]
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         return ", ".join(names[:MOST_NAMES]) + more or "none"
 
     def fix(self, names: Iterable[str]) -> str | None:
-        """The remedy where there is no such field but others are."""
+        """The remedy if this field is missing and others exist; None if there are no fields."""
         names = list(names)
         if not names:
             return None

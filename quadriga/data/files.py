@@ -1,4 +1,4 @@
-"""Local files: which ones a path means, and what names them."""
+"""Local data files: finds the files of a path, and names them in a fingerprint."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SUFFIXES = {
 }
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-MOST_PROBLEMS = 10  # that are told of one path
-MOST_NAMES = 5  # that a message lists
+MOST_PROBLEMS = 10  # reported for one path
+MOST_NAMES = 5  # listed in a message
 
 
 @dataclass(frozen=True)
 class File:
     path: Path
-    name: str  # as the fingerprint knows it: the same wherever the folder lies
+    name: str  # relative to the folder, so that the fingerprint is the same wherever the folder is
     size: int  # bytes on disk
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
 
@@ -38,9 +38,9 @@ class File:
 
 
 def find_files(kind: str, pattern: str) -> tuple[File, ...]:
-    """The files of a path, a folder (searched through, by suffix) or a glob, sorted by name.
+    """The files of a path, a folder (searched recursively, by suffix) or a glob, sorted by name.
 
-    Raises UserError where nothing is found, a file cannot be read, or its format is none that is read.
+    Raises UserError if nothing is found, a file cannot be read, or its format is not supported.
     """
     path = Path(pattern).expanduser()
     suffixes = SUFFIXES[kind] + (() if kind == "parquet" else tuple(suffix + ".gz" for suffix in SUFFIXES[kind]))
@@ -50,7 +50,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
         _refuse_saved_by_datasets(kind, path, inside.files, found)
         if not found:
             there = ", ".join(_format_names(inside.files)) or "nothing"
-            what = f"the folder holds no {kind} file; there is {there}"
+            what = f"the folder has no {kind} file; it contains {there}"
             raise UserError(Problem("dataset_path", what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
         files = _describe([(path / name, name) for name in found], path)
         _warn_unexpected(kind, pattern, inside, found)
@@ -60,7 +60,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
     matching = [Path(name) for name in files_matching(str(path)) if not os.path.isdir(name)]
     if not matching:
         what = "no file matches" if any(sign in pattern for sign in "*?[") else "there is no such file or folder"
-        fix = f"paths are relative to the folder that the run is started from, here {Path.cwd()}"
+        fix = f"relative paths start at the current directory, {Path.cwd()}"
         raise UserError(Problem("dataset_path", what, value=pattern, fix=fix))
     root = Path(os.path.commonpath([file.parent for file in matching]))
     files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
@@ -69,7 +69,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
 
 
 def c4_files(folder: str, split: str) -> tuple[File, ...]:
-    """C4's own shards of `split` in a folder or its `en` sub-folder; else every .json.gz of no known split."""
+    """The shards of `split` of C4 in a folder or its subfolder `en`; otherwise every .json.gz without a known split."""
     path = Path(folder).expanduser()
     if path.is_dir() and not list(path.glob("*.json.gz")) and (path / "en").is_dir():
         path = path / "en"
@@ -79,8 +79,8 @@ def c4_files(folder: str, split: str) -> tuple[File, ...]:
     found = [name for name in here if name.startswith(f"c4-{split}.")]
     found = found or [name for name in here if not name.startswith("c4-")]
     if not found:
-        what = f"the folder holds no C4 shard of the {split} split"
-        fix = f"put c4-{split}.*.json.gz there, or leave dataset_path out to stream C4 from the Hub"
+        what = f"the folder has no C4 shard of the {split} split"
+        fix = f"put c4-{split}.*.json.gz there, or remove dataset_path to stream C4 from the Hub"
         raise UserError(Problem("dataset_path", what, value=folder, allowed=f"c4-{split}.*.json.gz", fix=fix))
     return _describe([(path / name, name) for name in found], path)
 
@@ -94,7 +94,7 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
         except OSError as error:
             mode = stat.S_IFLNK if path.is_symlink() else 0
             what = f"is {file_kind(mode)}" if mode else f"the file cannot be read: {error.strerror}"
-            problems.append(Problem(str(path), what, fix="restore what it names, or remove it"))
+            problems.append(Problem(str(path), what, fix="restore it or the target of the link, or remove it"))
             continue
         if not stat.S_ISREG(status.st_mode):
             fix = "move it away, or name the files by a glob"
@@ -111,7 +111,7 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
 
 
 def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], found: Sequence[str]) -> None:
-    """A folder that `Dataset.save_to_disk` wrote holds Arrow files; what it holds of JSON are no documents."""
+    """Raises UserError for a folder of `Dataset.save_to_disk`: Arrow files, and JSON files without documents."""
     described = [name for name in inside if name.rpartition("/")[2] in SAVED_BY_DATASETS]
     arrow = any(name.endswith(".arrow") for name in inside)
     if arrow and described and (kind == "jsonl" or not found):
@@ -128,13 +128,13 @@ def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], fo
         )
     taken = [name for name in found if name.rpartition("/")[2] in SAVED_BY_DATASETS - {"state.json"}]
     if taken:
-        what = "the file describes a data set of the library `datasets`; it holds no documents"
+        what = "the file describes a data set of the library `datasets`; it has no documents"
         fix = "move it out of the folder, or name the files by a glob (dataset_path = FOLDER/*.jsonl)"
         raise UserError(*(Problem(shortened(folder / name, 400), what, fix=fix) for name in taken[:MOST_PROBLEMS]))
 
 
 def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequence[str]) -> None:
-    """Say what a reader of the folder may not expect."""
+    """Warns about files that are read twice or skipped."""
     there = set(found)
     if twice := [name for name in found if name + ".gz" in there]:
         both = f"{shortened(twice[0])} and {shortened(twice[0])}.gz"
@@ -142,12 +142,12 @@ def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequ
         logger.warning("data: %s are both read%s; if one is a copy of the other, remove it", both, more)
     if inside.repeated:
         names = ", ".join(_format_names(inside.repeated))
-        logger.warning("data: links in %s to folders that are read already are left out: %s", shortened(pattern), names)
+        logger.warning("data: links in %s to folders that are already read are skipped: %s", shortened(pattern), names)
     packed = tuple(suffix + end for suffix in SUFFIXES[kind] for end in UNREADABLE)
     packed += (".parquet.gz",) if kind == "parquet" else ()
     if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
         names = ", ".join(_format_names(left_out))
-        logger.warning("data: %d files are left out, since their compression is not read: %s", len(left_out), names)
+        logger.warning("data: %d files with a compression that is not supported are skipped: %s", len(left_out), names)
 
 
 def _format_names(names: Iterable[str]) -> list[str]:
@@ -157,7 +157,7 @@ def _format_names(names: Iterable[str]) -> list[str]:
 
 
 def fingerprint(kind: str, files: Sequence[File]) -> str:
-    """Of names and sizes, so that it costs no reading."""
+    """A hash of names and sizes, so that no file has to be read."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))

@@ -1,4 +1,4 @@
-"""Data sets streamed from the Hugging Face Hub by `datasets`; nothing is stored on disk."""
+"""Data sets streamed from the Hugging Face Hub with `datasets`; nothing is stored on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 256
 
 
 class HubSource:
-    """A shard is a file of the repository. Rows are read in the files' own order; a resume reads its shard again."""
+    """A shard is a file of the repository. Rows are read in file order; a resume reads its shard from the beginning."""
 
     trusted = True
     disk_bytes = 0
@@ -34,9 +34,9 @@ class HubSource:
     ) -> None:
         self._name = "/".join(part for part in (path, name, split) if part)
         self.field = field
-        logger.info("data: opening %s on the Hub", self._name)  # which, with no network, is tried for half a minute
+        logger.info("data: opening %s on the Hub", self._name)  # without a network, this takes half a minute
         rows = _stream(path, name, split, data_files)
-        names = rows.column_names  # None where only the files know
+        names = rows.column_names  # None if only the files contain them
         if names is not None:
             self._refuse_if_missing(list(names))
             rows = rows.select_columns([field.name])
@@ -57,13 +57,13 @@ class HubSource:
         except Exception as error:
             reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
             what = f"streaming {self._name} stopped in shard {shard} after row {row}: {reason}"
-            raise Fault(f"{what}. Checkpoints are not touched; start again to go on from the last") from error
+            raise Fault(f"{what}. Checkpoints are unchanged; start again to resume from the last one") from error
 
     def parse(self, record: Record) -> Document:
         if isinstance(record.data, str):
             if len(record.data) <= limits.DOCUMENT_BYTES:
                 return Document(record.data)
-            what = f"the document is longer than the {limits.DOCUMENT_BYTES:,} characters that it may have"
+            what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
             raise BadRecord(what, lambda: self.format_location(record.shard, record.number))
         what, allowed = f"`{self.field.name}` is not a string", "a string in every row"
         raise BadRecord(what, lambda: self.format_location(record.shard, record.number), allowed)
@@ -81,7 +81,7 @@ class HubSource:
         return None
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        """Nothing: there is no file that a user could mend."""
+        """Does nothing: there are no user files that could change."""
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
         if self.field.name not in names:
@@ -102,7 +102,7 @@ def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] |
                 f"dataset {path}",
                 f"cannot be streamed from the Hub: {first_line}",
                 fix=(
-                    "check the network (HF_ENDPOINT names a mirror) and, for a gated data set, accept its licence and "
+                    "check the network (HF_ENDPOINT names a mirror) and, for a gated data set, accept its license and "
                     "set HF_TOKEN; or set dataset_path to a folder of its *.json.gz shards; "
                     "or train on dataset builtin, which needs no download"
                 ),

@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, one of whose fields is the document."""
+"""JSON lines: one object per line; one field of the object is the document."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class JsonlSource:
-    """A shard is a range of a plain file, which owns the lines that begin in it, or a whole compressed file."""
+    """A shard is a byte range of a plain file, with the lines that begin in it, or a whole compressed file."""
 
     trusted = False
 
@@ -33,13 +33,13 @@ class JsonlSource:
         self.disk_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint("jsonl", files) + field.fingerprint_suffix
         self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_RANGE, most=MOST_RANGE).step
-        self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
+        self._moved: dict[int, list[int]] = {}  # cuts of files that changed since a checkpoint, by file
         self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
 
     def _cut(self, cuts: Cuts) -> None:
         ends = ((starts, file.size) for starts, file in zip(cuts, self.files, strict=True))
         self._ranges = [
-            (index, start, end)  # of a compressed file, (0, its size on disk)
+            (index, start, end)  # (0, size on disk) for a compressed file
             for index, (starts, size) in enumerate(ends)
             for start, end in pairwise([*starts, size])
         ]
@@ -86,8 +86,8 @@ class JsonlSource:
     def parse(self, record: Record) -> Document:
         line = record.data
         if line is None:
-            what = f"the line is longer than the {limits.DOCUMENT_BYTES:,} bytes that a document may have"
-            raise self._refused(record, what, fix="cut the document into several")
+            what = f"the line is longer than the limit of {limits.DOCUMENT_BYTES:,} bytes per document"
+            raise self._refused(record, what, fix="split the document")
         assert isinstance(line, bytes)
         if record.number == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)
@@ -96,30 +96,32 @@ class JsonlSource:
             if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
                 return Document(text)
         except (ValueError, RecursionError, LookupError, TypeError):
-            pass  # looked at closely below, where it costs the others nothing
+            pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
 
     def format_location(self, shard: int, number: int) -> str:
         return format_location(self.files[self._ranges[shard][0]], number)
 
     def _diagnose(self, record: Record, line: bytes) -> Document:
-        """The document of a line that the plain way did not read. Raises what is wrong with it."""
+        """The document of a line that `parse` could not read directly. Raises BadRecord with the reason, or UserError.
+
+        Numbers of any length are accepted, because only the text counts."""
         refuse_if_foreign(self.files[self._ranges[record.shard][0]], "jsonl")
         try:
             decoded = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            at = record._replace(number=record.number + error.start)  # of a mark that was taken off, 3 bytes less
+            at = record._replace(number=record.number + error.start)  # 3 bytes less after a removed byte order mark
             what = f"byte 0x{line[error.start]:02x} is not UTF-8 text"
             fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
             raise self._refused(at, what, fix=fix) from error
         try:
-            value = json.loads(decoded, parse_int=_ignore_number)  # the text alone counts: numbers may be of any length
+            value = json.loads(decoded, parse_int=_ignore_number)
         except json.JSONDecodeError as error:
             whole = decoded.strip() in ("[", "{")  # a JSON document of several lines
-            hint = "write one object a line: jq -c '.[]' IN > OUT" if whole else None
+            hint = "write one object per line: jq -c '.[]' IN > OUT" if whole else None
             raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
         except RecursionError:
-            raise self._refused(record, "the JSON of this line nests too deep to be read") from None
+            raise self._refused(record, "the JSON of this line is nested too deeply to be read") from None
         text = value.get(self.field.name) if isinstance(value, dict) else None
         if isinstance(text, str) and _has_no_surrogate(text):
             return Document(text)
@@ -133,11 +135,11 @@ class JsonlSource:
         if name not in value:
             return f"the object has no `{name}`; its keys are {self.field.format_names(map(repr, value))}"
         if isinstance(value[name], str):
-            return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
         return f"`{name}` is a JSON {json_type(value[name])}, not a string"
 
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
-        allowed = f'one object a line: {{"{self.field.name}": "..."}}'
+        allowed = f'one object per line: {{"{self.field.name}": "..."}}'
         shard, number = record.shard, record.number
         return BadRecord(what, lambda: self.format_location(shard, number), allowed, fix)
 

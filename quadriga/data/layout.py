@@ -1,8 +1,8 @@
-"""How files are cut into shards, kept with a checkpoint: so a run goes on in files that were mended in the meantime.
+"""How files are cut into shards. A checkpoint keeps this, so that a run can resume after files were repaired.
 
-A stream's cursor counts documents from the beginning of a shard. Where shards begin follows from the sizes of the
-files, which a mended file changes; so a resume takes over the cuts of the run that saved, moved to where the same lines
-are now. The saved form is `{"names": ..., "sizes": [...], "newest": ..., "step": ..., "cuts": {"<file>": [...]}}`.
+The cursor of a stream counts documents from the beginning of a shard. The starts of shards follow from the sizes of the
+files, which a repair changes. So a resume uses the cuts of the run that saved, moved to where the same lines are now.
+The saved form is `{"names": ..., "sizes": [...], "newest": ..., "step": ..., "cuts": {"<file>": [...]}}`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from quadriga.data.line_reader import lines_of, open_bytes
 from quadriga.errors import UserError, shortened
 from quadriga.log import logger
 
-WINDOW = 1 << 20  # bytes before and after, in which the first line of a shard is looked for ...
-WIDE = 1 << 26  # ... and at most so many, as many as the file grew or shrank, where it is not found in those
+WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is searched
+WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 NAMES_SHOWN = 3
 
-Cuts = list[list[int]]  # by file: where its shards begin
+Cuts = list[list[int]]  # by file: the first byte (or row) of each shard
 
 
 class Anchor(NamedTuple):
-    """The first line of a shard: where it begins, and its checksum."""
+    """The first line of a shard: its first byte, and its CRC-32."""
 
     start: int
     checksum: int
 
 
 def layout_state(files: Sequence[File], step: int, cuts: Mapping[int, list[int]]) -> dict[str, Any]:
-    """What a checkpoint keeps, JSON-able. `cuts`: of the files that are not cut every `step`."""
+    """What a checkpoint keeps, as JSON values. `cuts`: of the files that are not cut every `step` bytes."""
     return {
         "names": names_digest(files),
         "sizes": [file.size for file in files],
@@ -51,7 +51,7 @@ def names_digest(files: Sequence[File]) -> str:
 
 
 def saved_cuts(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
-    """Where the saved run cut the files, as they were then."""
+    """Where the saved run cut the files, in the positions of that time."""
     cuts = saved["cuts"]
     return [
         cuts[str(index)]
@@ -64,7 +64,7 @@ def saved_cuts(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
 
 
 def changed_files(files: Sequence[File], saved: Mapping[str, Any]) -> list[File]:
-    """The files that have another size than then, or were written after the saved run listed them."""
+    """The files whose size differs from the saved one, or that were written after the saved run listed them."""
     pairs = zip(files, saved["sizes"], strict=True)
     return [file for file, size in pairs if file.size != size or file.modified > saved["newest"]]
 
@@ -75,7 +75,7 @@ def format_files(files: Sequence[File]) -> str:
 
 
 def find_anchor(file: File, start: int, end: int) -> Anchor | None:
-    """The first line of the shard of a plain file; None where it has none, or cannot be read."""
+    """The first line of a shard of a plain file; None if it has no line or cannot be read."""
     try:
         offset, line = next(lines_of(file, start, end), (0, None))
     except UserError:
@@ -84,12 +84,12 @@ def find_anchor(file: File, start: int, end: int) -> Anchor | None:
 
 
 def move_cuts(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
-    """Where the shards of a file of `size` bytes begin, now that it has another size.
+    """Moves the starts of the shards of a file that had `size` bytes and now has another size.
 
-    `anchors`: by number of the shard in the file, of those that are being read. Each begins at its first line, wherever
-    that is now. What lies between is moved as the next one is: then a file that was mended within a shard under way
-    has all of its other lines in the shards that they were in. Where that would leave nothing of a shard under way, it
-    keeps its length: what was removed lies behind it.
+    `anchors`: of the partly read shards, by number of the shard in the file. Each of them starts at its first line,
+    wherever that is now. Shards between them move like the next one. So if a file was changed within a partly read
+    shard, all other lines stay in their shards. A partly read shard that would become empty keeps its length, because
+    the removed lines are behind it.
     """
     by_all = file.size - size
     found: dict[int, int] = {}
@@ -97,14 +97,14 @@ def move_cuts(file: File, starts: Sequence[int], size: int, anchors: Mapping[int
     for number, known in sorted(anchors.items()):
         at = _find(file, known, by_all, shift)
         if at is None and _begins_line(file, known.start + shift):
-            at = known.start + shift  # the first line itself was mended
+            at = known.start + shift  # the first line itself changed
         if at is not None:
             found[number], shift = at, at - known.start
         lost += at is None
     if lost:
         name = shortened(file.name)
-        what = f"{lost} of the shards that were being read begin cannot be found in it"
-        logger.warning("data: %s changed, and where %s: documents may be read twice or left out", name, what)
+        what = f"the first lines of {lost} partly read shards were not found in it"
+        logger.warning("data: %s changed, and %s: documents may be read twice or skipped", name, what)
     cuts: list[int] = []
     shift = by_all
     for number in range(len(starts) - 1, -1, -1):
@@ -123,8 +123,9 @@ def move_cuts(file: File, starts: Sequence[int], size: int, anchors: Mapping[int
 
 
 def _find(file: File, known: Anchor, by_all: int, shift: int) -> int | None:
-    """Where the line is now: near where it was, or moved by what the file grew, or by `shift` as the one before it;
-    else farther from these places, since what was added or removed may lie on both sides."""
+    """The new position of a line: near its old one, or moved by the growth of the file, or by `shift` like the line
+    before it. If it is not there, searches farther from these positions, because lines may have been added or removed
+    on both sides."""
     centers = {known.start, known.start + by_all, known.start + shift}
     for window in (WINDOW, min(abs(by_all), WIDE)):
         places = [at for center in centers for at in _matches(file, known.checksum, center, window)]
@@ -140,7 +141,7 @@ def _begins_line(file: File, at: int) -> bool:
 
 
 def _matches(file: File, checksum: int, center: int, window: int) -> list[int]:
-    """Where lines with this checksum begin, within `window` bytes of `center`."""
+    """The starts of lines with this checksum, within `window` bytes of `center`."""
     start = max(center - window, 0)
     with open_bytes(file) as stream:
         stream.seek(start)

@@ -1,4 +1,4 @@
-"""The bytes of text and JSON-lines files: opened, decompressed, cut into lines of bounded length, decoded."""
+"""Reads text and JSON-lines files: opens and decompresses them, and splits them into lines of bounded length."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 @contextmanager
 def open_bytes(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Raises UserError where the file cannot be opened or read."""
+    """The file's bytes, decompressed. Raises UserError if the file cannot be opened or read."""
     with opened(file.path, what="data file") as plain:
         if file.compressed:
             with gzip.GzipFile(fileobj=plain, mode="rb") as stream:
-                # GzipFile's own `readline` is a Python call a line.
+                # `readline` of GzipFile itself is one Python call per line.
                 yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 17))
         else:
             yield plain
 
 
 def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """Every line with its offset, of those whose first byte lies in [start, end); of a compressed file, all.
+    """Yields (offset, line) of the lines whose first byte is in [start, end); of all lines of a compressed file.
 
-    None stands for a line that is longer than `limits.DOCUMENT_BYTES`.
-    Raises UserError where a compressed file is broken, or no line end is found within `limits.LINE_SKIPPED_BYTES`.
+    A line that is longer than `limits.DOCUMENT_BYTES` is None.
+    Raises UserError if a compressed file is damaged, or if there is no line end within `limits.LINE_SKIPPED_BYTES`.
     """
     number, longest = 0, limits.DOCUMENT_BYTES
     with open_bytes(file) as stream:
@@ -58,7 +58,7 @@ def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tup
 
 
 def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
-    """Read to the end of the line; how many bytes that were."""
+    """Reads to the end of the line. Returns the number of bytes read."""
     passed = 0
     while piece := stream.readline(1 << 20):
         passed += len(piece)
@@ -66,22 +66,23 @@ def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
             break
         if passed > limits.LINE_SKIPPED_BYTES:
             what = f"the line that holds byte {begins:,} has no end within {limits.LINE_SKIPPED_BYTES:,} bytes"
-            fix = "write one JSON object a line; or check whether this is a data file"
+            fix = "write one JSON object per line; or check whether this is a data file"
             raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
     return passed
 
 
 def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
-    """What is wrong with a compressed file that broke off after so many lines. Raises what it is, if no such file."""
+    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
+    another format."""
     refuse_if_foreign(file, "text")
     truncated = isinstance(error, EOFError)
-    what = "the compressed file is cut off" if truncated else f"the compressed file is damaged ({error})"
+    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({error})"
     where = f"{shortened(file.path, NAME_SHOWN)}, after line {lines}"
-    return Problem(where, what, fix="fetch or write the file again")
+    return Problem(where, what, fix="download or write the file again")
 
 
 def line_at(file: File, offset: int) -> int:
-    """The number of the line (from 1) that holds the byte at `offset` of the decompressed file."""
+    """The number (from 1) of the line with the byte at `offset` of the decompressed file."""
     lines = 1
     with open_bytes(file) as stream:
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 16))):
@@ -91,8 +92,8 @@ def line_at(file: File, offset: int) -> int:
 
 
 def format_location(file: File, offset: int) -> str:
-    """Where in the file a byte lies, in the words of a message: the line, or the byte (of the decompressed file) where
-    counting the lines before it would take long or cannot be done. Raises UserError where the file cannot be read."""
+    """The position of a byte for a message: the line, or the byte (of the decompressed file) if counting the lines
+    before it would take long or is not possible. Raises UserError if the file cannot be read."""
     name = shortened(file.path, NAME_SHOWN)
     if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
         with suppress(*BROKEN_GZIP):
@@ -101,8 +102,8 @@ def format_location(file: File, offset: int) -> str:
 
 
 def cut_points(size: int, *, streams: int, least: int, most: int) -> range:
-    """Where a file of `size` bytes is cut, nominally: at least four shards for each stream, if they stay above `least`.
+    """The nominal cuts of a file of `size` bytes: at least four shards per stream, if they are above `least` bytes.
 
-    At most about 2^17 shards, since each epoch sorts them.
+    At most about 2^17 shards, because each epoch sorts them.
     """
     return range(0, size, min(max(size // (4 * streams), least), max(most, size >> 17)))

@@ -1,4 +1,4 @@
-"""Batches for one rank: the streams of its rows, run ahead by threads; state as consumed, not as prefetched."""
+"""Batches for one rank: threads prefetch the streams of its rows; the state is that of consumed batches."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
-PREFETCH = 2  # batches ready, where the configuration leaves the choice
+PREFETCH = 2  # batches ahead, if the configuration gives no number
 
 SINGLE_STREAM = 0  # the one stream of data that are not shuffled
-# What checkpoints mean that were saved before these could be chosen.
+# Of checkpoints that were saved before these keys existed.
 OLDER_DEFAULTS = {"shuffle": "true", "window_overlap": "1"}
 
 
 class BatchPart(NamedTuple):
-    """What one thread makes of one batch: `windows` by row, of the rows that it feeds; `cursors`: by stream, where the
-    next batch begins."""
+    """One thread's part of a batch. `windows`: by row, of the rows that the thread reads. `cursors`: by stream, the
+    beginning of the next batch."""
 
     windows: dict[int, Window]
     cursors: dict[int, Cursor]
@@ -54,14 +54,14 @@ def build_loader(
 ) -> Loader:
     """The loader of `rows` of the global batch.
 
-    infinite: for training: epochs without end, one whole optimizer step a batch. Shuffled by `seed`, row i is stream i.
-    With `dataloader.shuffle` false there is one stream of documents in the source's own order, whose windows fill the
-    rows of one batch after another; every rank reads all of it and keeps its rows.
-    Not infinite: for validation: one pass in the data's own order each time it is iterated; every rank gets the same
-    number of batches, the last of them filled up with rows whose labels are all IGNORE.
+    infinite (training): endless epochs; a batch is a whole optimizer step. Shuffled by `seed`, row i is stream i. With
+    `dataloader.shuffle` false there is one stream of documents in the source's order. Its windows fill the rows of one
+    batch after another; every rank reads all of it and keeps its rows.
+    Not infinite (validation): one pass in the data's order per iteration. Every rank gets the same number of batches;
+    the last one is filled up with rows whose labels are all IGNORE.
 
-    Raises UserError: no such data, data that cannot be read (all of it is looked through first, where that takes
-    moments), or fewer tokens than one window.
+    Raises UserError: data that do not exist or cannot be read (small data are checked completely before the first
+    step), or fewer tokens than one window.
     """
     if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
         raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
@@ -69,7 +69,7 @@ def build_loader(
     count = global_batch_size if shuffled else 1
     source = open_source(dataset, dataset_path, streams=count, field=field)
     skip_bad = dataloader.on_bad_record == "skip"
-    # A pass with overlap ends with a window that is not full; without overlap only whole windows come out of it.
+    # A pass with overlap can end with a partial window; without overlap it gives only full windows.
     least = seq_len + 1 if infinite or dataloader.window_overlap == 0 else 2
     survey(source, tokenizer, least, skip_bad=skip_bad)
     order = seed if shuffled else None
@@ -78,7 +78,7 @@ def build_loader(
 
 
 class Loader:
-    """`next()` gives a Batch of len(rows) rows. `waited` is how many seconds the last one kept the trainer waiting."""
+    """`next()` returns a Batch of len(rows) rows. `waited`: seconds that the last call waited for its batch."""
 
     def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
         self.waited = 0.0
@@ -88,7 +88,7 @@ class Loader:
         self._dataloader = dataloader
         self._pin = dataloader.pin_memory and torch.cuda.is_available()
         if dataloader.pin_memory and not self._pin:
-            logger.info("data: dataloader.pin_memory has no effect, since there is no CUDA here")
+            logger.info("data: dataloader.pin_memory has no effect without CUDA")
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
         self._cursors = dict.fromkeys(self._streams_read, START)
@@ -96,7 +96,7 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """Names what decides which ids come next; checked by a resume."""
+        """Everything that determines the order of ids, as text; a resume compares it."""
         streams = self._streams
         parts = {
             "dataset": streams.source.fingerprint,
@@ -110,11 +110,11 @@ class Loader:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The one in use; after the state of an older run was loaded, perhaps its `earlier`."""
+        """The tokenizer in use. After the state of an older run was loaded, this can be its `earlier`."""
         return self._streams.tokenizer
 
     def __iter__(self) -> Iterator[Batch]:
-        """Itself; a finite loader begins its pass again."""
+        """Returns itself; a finite loader begins its pass again."""
         if not self._streams.endless:
             self.close()
         return self
@@ -123,7 +123,7 @@ class Loader:
         return self.next()
 
     def next(self) -> Batch:
-        """The next batch of this rank. Raises StopIteration at the end of a pass, and whatever its threads raised."""
+        """The next batch of this rank. Raises StopIteration at the end of a pass, and errors of its threads."""
         started = time.perf_counter()
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
@@ -134,38 +134,38 @@ class Loader:
         return self._assemble({row: window for part in parts for row, window in part.windows.items()})
 
     def empty(self) -> Batch:
-        """A batch of the same shape in which no token counts."""
+        """A batch of the same shape whose labels are all IGNORE."""
         return self._assemble({})
 
     def state_dict(self) -> dict[str, Any]:
-        """What was consumed, JSON-able: the fingerprint, of each stream its cursor and how to find the beginning of its
-        shard, and how the files are cut into shards."""
+        """The consumed position, as JSON values: the fingerprint, the cursor and anchor of each stream, and how the
+        files are cut into shards."""
         streams = {str(stream): [*self._cursors[stream], *self._anchor(stream)] for stream in self._streams_read}
         return {"fingerprint": self.fingerprint, "lanes": streams, "layout": self._streams.source.layout()}
 
     def snapshot(self) -> dict[int, Cursor]:
-        """What was consumed, for `restore` of this loader; unlike `state_dict` it reads no file."""
+        """The consumed position, for `restore` of this loader. Unlike `state_dict`, it reads no file."""
         return dict(self._cursors)
 
     def restore(self, snapshot: Mapping[int, Cursor]) -> None:
-        """Go on from where this loader stood at `snapshot`."""
+        """Continues at the position of `snapshot`."""
         self.close()
         self._cursors = dict(snapshot)
 
     def start_at(self, documents: int, tokens_left: int) -> None:
-        """Go on `tokens_left` ids before the end of the `documents`-th document of an epoch: where torchtitan's loader
-        stands, which has read so many documents and not used so many ids. For data that are not shuffled.
+        """Continues `tokens_left` ids before the end of the `documents`-th document of an epoch. This is the position
+        of torchtitan's loader, which counts documents read and keeps the ids not used yet. Only for unshuffled data.
 
-        Raises UserError where the data hold fewer documents or ids.
+        Raises UserError if the data have fewer documents or ids.
         """
         if not self._in_order:
-            raise ValueError("data that are shuffled have no place by the number of documents read")
+            raise ValueError("shuffled data have no position by the number of documents read")
         self.restore({SINGLE_STREAM: cursor_before(self._streams, documents, tokens_left)})
 
     def read_so_far(self) -> tuple[int, list[int]]:
-        """The reverse of `start_at`: how many documents of the epoch are read, and their ids that are still to come."""
+        """The reverse of `start_at`: the number of documents of the epoch read, and their ids not used yet."""
         if not self._in_order:
-            raise ValueError("data that are shuffled have no place by the number of documents read")
+            raise ValueError("shuffled data have no position by the number of documents read")
         return read_so_far(self._streams, self._cursors[SINGLE_STREAM])
 
     def _anchor(self, stream: int) -> tuple[int, ...]:
@@ -174,18 +174,18 @@ class Loader:
         return self._streams.source.anchor(self._streams.shard(stream, self._cursors[stream])[0]) or ()
 
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
-        """Why the data are not those that `state` was saved with; files that were mended since are no reason."""
+        """Why the data differ from those that `state` was saved with. Files that were repaired since are allowed."""
         found = differences(state["fingerprint"], self.fingerprint)
         still = {"dataset": self._same_files(state), "tokenizer": self._earlier(state) is not None}
         return [problem for problem in found if not still.get(problem.where.rpartition(" ")[2])]
 
     def _earlier(self, state: Mapping[str, Any]) -> Tokenizer | None:
-        """The tokenizer as an older version of this program used it, where `state` was saved with that."""
+        """The tokenizer as an older version of Quadriga used it, if `state` was saved with that; else None."""
         earlier = self.tokenizer.earlier
         return earlier if earlier and f"; tokenizer={earlier.fingerprint};" in state["fingerprint"] else None
 
     def _same_files(self, state: Mapping[str, Any]) -> bool:
-        """Whether the files have the names that they had, and are read in the same way."""
+        """Whether the files have the same names as in `state`, and are read in the same way."""
         layout, here = state.get("layout"), self._streams.source.fingerprint
         saved = state["fingerprint"].partition(";")[0].removeprefix("dataset=")
         same_kind = [part for at, part in enumerate(saved.split(":")) if at != 2] == [
@@ -194,20 +194,20 @@ class Loader:
         return same_kind and layout is not None and layout["names"] == names_digest(self._streams.source.files)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, whose streams are those of all ranks that ran; this rank takes its own.
+        """Continues from `state`, which has the streams of all ranks; this rank takes its own.
 
-        Raises UserError where the data are not those that the state was saved with, or a file that was mended since has
-        fewer documents than were read of it.
+        Raises UserError if the data differ from those that the state was saved with, or if a repaired file has fewer
+        documents than were read from it.
         """
         if found := self.differences(state):
             raise UserError(*found)
         missing = [stream for stream in self._streams_read if str(stream) not in state["lanes"]]
         if missing:
-            raise ValueError(f"the saved data state lacks lanes {missing}; it holds {sorted(map(int, state['lanes']))}")
+            raise ValueError(f"the saved data state lacks streams {missing}; it has {sorted(map(int, state['lanes']))}")
         self.close()
         if (earlier := self._earlier(state)) is not None:
             then, now = (f"BOS {one.bos_id}, EOS {one.eos_id}" for one in (earlier, self.tokenizer))
-            logger.info("data: documents get the ids %s, as when this run began; a new one gives %s", then, now)
+            logger.info("data: documents get the ids %s, as at the start of this run; a new run uses %s", then, now)
             self._streams = replace(self._streams, tokenizer=earlier)
         fields = len(Cursor._fields)
         saved = {int(stream): cursor for stream, cursor in state["lanes"].items()}
@@ -220,9 +220,9 @@ class Loader:
     def _load_layout(
         self, layout: Mapping[str, Any], cursors: Mapping[int, Cursor], anchors: Mapping[int, Anchor]
     ) -> None:
-        """Cut the files as the run did that saved; where they were mended since, say so, and check that it can go on.
+        """Cuts the files as the run that saved. If they changed since, logs this and checks that reading can continue.
 
-        `cursors` and `anchors`: of the streams of all ranks, so that all cut alike.
+        `cursors` and `anchors`: of the streams of all ranks, so that all ranks make the same cuts.
         """
         source = self._streams.source
         source.load_layout(layout, {})  # for the numbers of the shards
@@ -233,7 +233,7 @@ class Loader:
         if not changed:
             return
         logger.info(
-            "data: %s changed since the checkpoint was saved; reading goes on at the same document numbers",
+            "data: %s changed since the checkpoint was saved; reading continues at the same document numbers",
             format_files(changed),
         )
         needed: dict[int, int] = {}
@@ -245,11 +245,11 @@ class Loader:
             file = source.file_of(shard)
             if file in changed and (there := sum(1 for _ in islice(source.read(shard), count))) < count:
                 what = f"was read up to document {count:,} of shard {shard}, which now has {there:,}"
-                fix = "restore the documents that came before, or begin another run (--job.dump_folder)"
+                fix = "restore the documents before it, or start another run (--job.dump_folder)"
                 raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
 
     def close(self) -> None:
-        """End the threads; what they had read ahead is read again by the next `next()`."""
+        """Ends the threads. The next `next()` reads again what they had prefetched."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -264,7 +264,8 @@ class Loader:
         ]
 
     def _assemble(self, windows: Mapping[int, Window]) -> Batch:
-        """Rows without a window, and the rest of a short one, are filled up with labels that no loss counts."""
+        """The batch of these windows, by row. Rows without a window, and the rest of a short one, have the label
+        IGNORE."""
         shape = (len(self._rows), self._streams.seq_len)
         tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
         labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
@@ -282,25 +283,25 @@ class Loader:
         )
 
     def _bad_records(self) -> int:
-        """How many records were left out so far of what this rank counts: its streams, or the stream if it has row
-        0."""
+        """The number of records skipped so far in the streams of this rank. The single stream of unshuffled data is
+        counted by the rank of row 0."""
         counts = not self._in_order or 0 in self._rows
         return sum(cursor.skipped for cursor in self._cursors.values()) if counts else 0
 
     def format_location(self, record: SkippedRecord) -> str:
-        """Where a record lies: file and line. May read the file up to there."""
+        """The location of a record: file and line. May read the file up to there."""
         return self._streams.source.format_location(record.shard, record.number)
 
     def _advance(self, cursors: Mapping[int, Cursor]) -> None:
         before = self._cursors.get(0, START).epoch
         self._cursors.update(cursors)
         if 0 in self._rows and self._streams.endless and self._cursors[0].epoch > before:
-            stream = "" if self._in_order else " (lane 0)"
+            stream = "" if self._in_order else " (stream 0)"
             logger.info("data: epoch %d begins%s", self._cursors[0].epoch + 1, stream)
 
 
 def _feed(streams: Streams, cursors: Mapping[int, Cursor]) -> Generator[BatchPart, None, None]:
-    """Endlessly one window of each row. A function of its own, so that no thread keeps a loader alive."""
+    """Yields one window of each row, endlessly. Not a method, so that no thread keeps a loader alive."""
     running = {row: streams.windows(row, cursor) for row, cursor in cursors.items()}
     while True:
         made = {row: next(windows) for row, windows in running.items()}
@@ -310,12 +311,12 @@ def _feed(streams: Streams, cursors: Mapping[int, Cursor]) -> Generator[BatchPar
 def _assign_rows(
     streams: Streams, cursor: Cursor, rows: range, global_batch_size: int
 ) -> Generator[BatchPart, None, None]:
-    """The windows of one stream assigned to the rows of batch after batch; those of `rows` are kept.
+    """Assigns the windows of one stream to the rows of one batch after another, and keeps those of `rows`.
 
-    Every rank reads the whole stream, so that all agree on every cursor, and on the number of batches where it ends.
+    Every rank reads the whole stream, so that all ranks have the same cursors and the same number of batches.
     """
     kept: dict[int, Window] = {}
-    row = 0  # of the global batch under way
+    row = 0  # of the current global batch
     for window in streams.windows(SINGLE_STREAM, cursor):
         if row in rows:
             kept[row] = window
@@ -328,13 +329,13 @@ def _assign_rows(
 
 
 def differences(saved: str, here: str) -> list[Problem]:
-    """What differs between two fingerprints of data, each as a problem; [] where they are the same."""
+    """One problem per difference between two fingerprints of data; [] if they are equal."""
     then, now = (OLDER_DEFAULTS | dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
-    if then["shuffle"] == now["shuffle"] == "false":  # then neither changes which document is next
+    if then["shuffle"] == now["shuffle"] == "false":  # then neither key changes the order of documents
         then, now = (
             {key: parts[key] for key in parts if key not in ("seed", "global_batch_size")} for parts in (then, now)
         )
-    fix = "restore what it was, or read the data given now from their start: --checkpoint.allow_change"
+    fix = "restore the saved value, or read the current data from their start: --checkpoint.allow_change"
     return [
         Problem(f"data of the checkpoint: {key}", f"was {then.get(key)} when it was saved", value=now.get(key), fix=fix)
         for key in {**then, **now}

@@ -1,4 +1,4 @@
-"""Documents to ids to fixed windows. Every item comes with the cursor from which reading starts again."""
+"""Tokenizes documents and packs the ids into fixed windows. Every item has the cursor at which reading continues."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from quadriga.data.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int32]
 
-LEAST_GROUP = 1 << 12  # characters encoded in one call: enough that the call costs nothing ...
-GROUP_PER_TOKEN = 8  # ... and about two windows of text, so that no stream keeps the others waiting for long
-DOCUMENT_OVERHEAD = 64  # what a document counts beside its characters, so that empty ones fill a group too
+LEAST_GROUP = 1 << 12  # characters encoded per call, so that the overhead of the call is negligible
+GROUP_PER_TOKEN = 8  # characters per id of a window: a group is about two windows, so that other streams wait briefly
+DOCUMENT_OVERHEAD = 64  # characters counted per document in addition, so that empty documents fill a group too
 
 
 class Cursor(NamedTuple):
-    """The cursor of a stream: the next token to read. JSON-able, as a list."""
+    """The cursor of a stream: the next token to read. Saved as a JSON list."""
 
     epoch: int = 0
-    unit: int = 0  # which of the stream's units of this epoch
-    document: int = 0  # which document of that unit
-    token: int = 0  # which token of that document, its BOS included
-    skipped: int = 0  # how many records of the stream could not be read so far, in all epochs (`on_bad_record`)
-    block: int = 0  # which block of the shard, of those that are shuffled, the document is in ...
-    first: int = 0  # ... how many records of the shard come before it ...
-    records: int = 0  # ... and how many it has; 0 where an older checkpoint does not say
+    unit: int = 0  # index of the unit in the stream's units of this epoch
+    document: int = 0  # index of the document in that unit
+    token: int = 0  # index of the token in that document, including BOS
+    skipped: int = 0  # unreadable records of the stream so far, in all epochs (`on_bad_record`)
+    block: int = 0  # index of the shuffled block of the shard that has the document
+    first: int = 0  # records of the shard before that block
+    records: int = 0  # records in that block; 0 in older checkpoints
 
 
 START = Cursor()
 
 
 class SkippedRecord(NamedTuple):
-    """A record that could not be read: the `nth` of its stream, where in the source, and why."""
+    """An unreadable record: the `nth` unreadable one of its stream, its place in the source, and the reason."""
 
     nth: int
     shard: int
@@ -44,9 +44,9 @@ class SkippedRecord(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What a row of a batch is made of. `ids`: (seq_len + 1,) int64; `cursor`: where the next window begins;
-    `documents`: those that the ids are from, in order, the one that the window before ended in included; `skipped`:
-    the records that were met on the way and could not be read."""
+    """The content of a row of a batch. `ids`: int64, shape (seq_len + 1,). `cursor`: the beginning of the next window.
+    `documents`: the documents that the ids are from, in order, including the one in which the previous window ended.
+    `skipped`: the unreadable records passed while this window was read."""
 
     ids: npt.NDArray[np.int64]
     cursor: Cursor
@@ -57,7 +57,9 @@ class Window(NamedTuple):
 def tokenized(
     documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer, seq_len: int
 ) -> Iterator[tuple[Ids, Cursor, DocumentId]]:
-    """The ids of each document, with BOS and EOS at the ends of whole documents. Texts are encoded in groups."""
+    """Yields the ids (int32) of each document, with BOS and EOS at the ends of whole documents.
+
+    Texts are encoded in groups, because each call of the tokenizer has an overhead."""
     enough = max(LEAST_GROUP, GROUP_PER_TOKEN * seq_len)
     group: list[tuple[Document, Cursor]] = []
     waiting = 0
@@ -71,7 +73,7 @@ def tokenized(
 
 
 def _encode(group: list[tuple[Document, Cursor]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Cursor, DocumentId]]:
-    # Where one token is both, one of them separates two documents: that at the end.
+    # If one token is both BOS and EOS, only the one at the end separates two documents.
     bos = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = tokenizer.encode_batch([document.text for document, _ in group]) if group else []
@@ -84,14 +86,14 @@ def _encode(group: list[tuple[Document, Cursor]], tokenizer: Tokenizer) -> Itera
 def windows(
     documents: Iterable[tuple[Ids, Cursor, DocumentId]], seq_len: int, start: Cursor = START, overlap: int = 1
 ) -> Iterator[Window]:
-    """Windows of seq_len + 1 ids, each of which begins with the last `overlap` ids (0 or 1) of the one before.
+    """Yields windows of seq_len + 1 ids. Each begins with the last `overlap` ids (0 or 1) of the window before.
 
-    With an overlap of 1 every token is a label exactly once, and a last window that is not full comes out short, if it
-    holds at least one token and its label. With 0 the first id of a window is no label of any, and what is left at the
-    end is left out.
+    With overlap 1, every token is a label exactly once, and a last partial window is short, if it has at least one
+    token and its label. With overlap 0, the first id of a window is never a label, and a last partial window is
+    dropped.
 
-    The first `start.token` tokens of the document at `start` were read before; where that document is not there any
-    more, nothing is skipped of the one that comes instead.
+    The first `start.token` tokens of the document at `start` were read before and are skipped. If that document no
+    longer exists, nothing of the next one is skipped.
     """
     window = np.empty(seq_len + 1, np.int64)
     filled = 0

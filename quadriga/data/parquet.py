@@ -1,4 +1,4 @@
-"""Parquet files: one row a document, in a column of strings or of UTF-8 bytes."""
+"""Parquet files: one row per document, in a column of strings or of UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from quadriga.data.sources import BadRecord, Document, Record
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
-FOOTERS_AT_ONCE = 16  # files whose metadata is read at a time
+FOOTERS_AT_ONCE = 16  # files whose metadata is read concurrently
 MOST_PROBLEMS = 10
 
 
 class ParquetSource:
-    """A shard is a row group, which can be read without the rest of its file."""
+    """A shard is a row group, because a row group can be read without the rest of its file."""
 
     trusted = False
 
@@ -42,7 +42,7 @@ class ParquetSource:
         self._cut([starts[:-1] for starts in self._starts])
 
     def _cut(self, cuts: Cuts) -> None:
-        """`cuts`: by file, the first row of each shard: the row groups, or those that the file had before."""
+        """`cuts`: by file, the first row of each shard: the row groups, or those of the run that saved."""
         self._cuts = cuts
         self._spans = [
             (index, first, end)
@@ -58,7 +58,7 @@ class ParquetSource:
         return layout_state(self.files, 0, dict(enumerate(self._cuts)))
 
     def anchor(self, shard: int) -> None:
-        return None  # rows are numbered
+        return None  # the number of the row is enough
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         cuts = saved_cuts(self.files, saved)
@@ -95,12 +95,12 @@ class ParquetSource:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 what = f"`{self.field.name}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
-                raise self._refused(record, what, fix="write the column anew as UTF-8 text") from error
+                raise self._refused(record, what, fix="rewrite the column as UTF-8 text") from error
         if text is None:
             raise self._refused(record, f"`{self.field.name}` is null", allowed="a string in every row")
         if len(text) > limits.DOCUMENT_BYTES:
-            what = f"the document is longer than the {limits.DOCUMENT_BYTES:,} characters that it may have"
-            raise self._refused(record, what, fix="cut the document into several")
+            what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
+            raise self._refused(record, what, fix="split the document")
         return Document(text)
 
     def format_location(self, shard: int, number: int) -> str:
@@ -111,11 +111,11 @@ class ParquetSource:
 
 
 def _texts(column: Any) -> Iterator[str | bytes | None]:
-    """The cells of a column of strings or bytes; bytes where they are no UTF-8."""
+    """The cells of a column of strings or bytes; bytes if they are not UTF-8."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
-        # Only what these rows use is decoded. `take` raises IndexError where an index lies outside of the dictionary.
+        # Only the values that these rows use are decoded. `take` raises IndexError for an index outside the dictionary.
         used = column.indices.unique().drop_null()
         values = dict(zip(used.to_pylist(), _texts(column.dictionary.take(used)), strict=True))
         for index in column.indices.to_pylist():
@@ -150,7 +150,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _open(file: File) -> Any:
-    """The file, with what may be asked of memory bounded and the checksums of pages, where there are any, compared."""
+    """The open file. Memory for metadata is bounded, and the checksums of pages are compared if the file has them."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
@@ -162,7 +162,7 @@ def _open(file: File) -> Any:
 
 
 def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
-    """The first row of every row group, and the number of all rows; or what is wrong with the file."""
+    """The first row of every row group followed by the number of all rows; or the problems of the file."""
     try:
         refuse_if_foreign(file, "parquet")
         with _open(file) as parquet:
@@ -171,7 +171,7 @@ def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
             if names.count(field.name) != 1:
                 how = "no column" if field.name not in names else f"{names.count(field.name)} columns"
                 what = f"the file has {how} `{field.name}`; its columns are {field.format_names(names)}"
-                allowed = f"one row a document, in a string column `{field.name}`"
+                allowed = f"one row per document, in a string column `{field.name}`"
                 return [], [Problem(shortened(file.path, 400), what, allowed=allowed, fix=field.fix(names))]
             kind = schema.field(field.name).type
             if not _is_text(kind):
@@ -188,14 +188,14 @@ def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except UserError as error:
         return [], list(error.problems)
-    except Exception as error:  # noqa: BLE001 (whatever pyarrow raises of a damaged file, and it is much)
+    except Exception as error:  # noqa: BLE001 (pyarrow raises many kinds of errors for damaged files)
         return [], [_damaged(file, error)]
     if min(rows, default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
-        return [], [_damaged(file, ValueError("it says an impossible number of rows"))]
+        return [], [_damaged(file, ValueError("its number of rows is impossible"))]
     return list(accumulate(rows, initial=0)), []
 
 
 def _damaged(file: File, error: Exception, where: str = "") -> Problem:
     reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
-    fix = "decrypt it first" if "encrypted" in reason.lower() else "fetch or write the file again"
+    fix = "decrypt it first" if "encrypted" in reason.lower() else "download or write the file again"
     return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {reason}", fix=fix)

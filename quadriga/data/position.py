@@ -1,6 +1,6 @@
-"""The place in an unshuffled stream that another program's count of documents means.
+"""Converts torchtitan's position in the data to a cursor of an unshuffled stream, and back.
 
-torchtitan's loader keeps how many documents of the epoch it has read, and the ids of them that no window took yet.
+torchtitan's loader keeps the number of documents of the epoch that it has read, and their ids that no window has yet.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ DocumentCursor = tuple[Document, Cursor]
 
 
 def cursor_before(streams: Streams, documents: int, tokens_left: int) -> Cursor:
-    """The place `tokens_left` ids before the end of the `documents`-th document of an epoch; 0: before the first.
+    """The cursor `tokens_left` ids before the end of the `documents`-th document of an epoch; 0: before the first.
 
-    Ids that the documents up to there do not hold are the last of the epoch before.
-    Raises UserError where the data hold fewer documents or ids.
+    If the documents up to there have fewer ids, the missing ones are the last ids of the epoch before.
+    Raises UserError if the data have fewer documents or ids.
     """
     if documents < 0 or tokens_left < 0:
-        raise ValueError(f"no place {tokens_left} ids before the end of document {documents}")
+        raise ValueError(f"no position {tokens_left} ids before the end of document {documents}")
     for epoch in (0, 1):
-        keep = tokens_left + 1  # a document has an id at least, except where a tokenizer gives an empty one none
+        keep = tokens_left + 1  # a document has at least one id, except possibly an empty one
         while True:
             tail = deque(_up_to(streams, documents, epoch), keep)
             cursor = _within(streams, tail, tokens_left)
@@ -34,15 +34,15 @@ def cursor_before(streams: Streams, documents: int, tokens_left: int) -> Cursor:
             keep *= 2
         if cursor is not None:
             return cursor
-    what = f"hold fewer ids than the {tokens_left:,} that are to come before the end of document {documents:,}"
-    raise UserError(Problem("the training data", what, fix="name the data that the state was saved with"))
+    what = f"have fewer than {tokens_left:,} ids before the end of document {documents:,}"
+    raise UserError(Problem("the training data", what, fix="use the data that the state was saved with"))
 
 
 def read_so_far(streams: Streams, cursor: Cursor) -> tuple[int, list[int]]:
-    """The reverse of `cursor_before`: how many documents of the epoch are read at a place, and their ids that no window
-    took yet. The document at the place counts as read.
+    """The reverse of `cursor_before`: the number of documents of the epoch read at a cursor, and their ids that no
+    window has yet. The document at the cursor counts as read.
 
-    Raises UserError where the data do not reach that far.
+    Raises UserError if the data end before the cursor.
     """
     if cursor == START:
         return 0, []
@@ -57,8 +57,8 @@ def read_so_far(streams: Streams, cursor: Cursor) -> tuple[int, list[int]]:
         if inside and document.ends:
             ids = [int(one) for part, _, _ in tokenized(rest, streams.tokenizer, streams.seq_len) for one in part]
             return read, ids[cursor.token :]
-    what = "end before the place at which the checkpoint was saved"
-    raise UserError(Problem("the training data", what, fix="name the data that the run was started with"))
+    what = "end before the position at which the checkpoint was saved"
+    raise UserError(Problem("the training data", what, fix="use the data that the run was started with"))
 
 
 def _up_to(streams: Streams, documents: int, epoch: int) -> Iterator[DocumentCursor]:
@@ -67,8 +67,8 @@ def _up_to(streams: Streams, documents: int, epoch: int) -> Iterator[DocumentCur
     for document, cursor in streams.documents(0):
         if cursor.epoch > epoch:
             if read < documents:
-                what = f"hold {read:,} documents, fewer than the {documents:,} that were read of them"
-                raise UserError(Problem("the training data", what, fix="name the data that the state was saved with"))
+                what = f"have {read:,} documents, fewer than the {documents:,} that were read"
+                raise UserError(Problem("the training data", what, fix="use the data that the state was saved with"))
             return
         if cursor.epoch == epoch and read == documents:
             return
@@ -77,7 +77,7 @@ def _up_to(streams: Streams, documents: int, epoch: int) -> Iterator[DocumentCur
 
 
 def _within(streams: Streams, tail: deque[DocumentCursor], tokens_left: int) -> Cursor | None:
-    """The place so many ids before the end of the pieces; None where they hold fewer."""
+    """The cursor `tokens_left` ids before the end of the pieces; None if they have fewer ids."""
     if not tail:
         return START if tokens_left == 0 else None
     encoded = list(tokenized(tail, streams.tokenizer, streams.seq_len))

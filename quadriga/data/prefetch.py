@@ -1,4 +1,4 @@
-"""Threads that run iterators ahead of their reader."""
+"""Threads that prefetch items of iterators."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from collections.abc import Generator, Sequence
 from typing import Any
 
-JOIN_SECONDS = 5.0  # a thread that hangs in a read from the network is left behind: it is a daemon
+JOIN_SECONDS = 5.0  # a thread that hangs in a network read is abandoned: it is a daemon
 
 
 class _Feed:
-    """One thread, one generator, at most `depth` items ahead. Knows nothing of its reader, which may be collected."""
+    """One thread, one generator, at most `depth` items ahead. Has no reference to its reader, so it can be freed."""
 
     def __init__(self, items: Generator[Any, None, None], depth: int, name: str) -> None:
         self.items = items
@@ -28,7 +28,7 @@ class _Feed:
                 if self.stopped:
                     break
                 self.ready.put((next(self.items), None))
-        except BaseException as error:  # noqa: BLE001 (whatever it is, the reader must hear of it)
+        except BaseException as error:  # noqa: BLE001 (every error is passed to the reader)
             self.ready.put((None, error))
         finally:
             self.items.close()
@@ -39,25 +39,25 @@ class _Feed:
 
 
 class Prefetcher:
-    """Runs generators ahead, a thread for each, and returns one item of each at a time, in order."""
+    """Runs each generator in a thread, at most `depth` items ahead, and returns one item of each per call, in order."""
 
     def __init__(self, generators: Sequence[Generator[Any, None, None]], depth: int) -> None:
         self._feeds = [_Feed(items, depth, f"data-{index}") for index, items in enumerate(generators)]
 
     def next(self) -> list[Any]:
-        """One item of each generator; raises what a generator raised, StopIteration at its end included."""
+        """One item of each generator. Raises what a generator raised, also StopIteration at its end."""
         items = []
         for feed in self._feeds:
             item, error = feed.ready.get()
             if error is not None:
-                feed.ready.put((None, error))  # so it is for every later call
+                feed.ready.put((None, error))  # later calls raise the same error
                 raise error
             feed.free.release()
             items.append(item)
         return items
 
     def close(self) -> None:
-        """End the threads. Items that were made ahead are dropped."""
+        """Ends the threads and drops the prefetched items."""
         for feed in self._feeds:
             feed.stop()
         for feed in self._feeds:

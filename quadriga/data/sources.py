@@ -1,8 +1,9 @@
-"""Where documents come from. A source is a row of shards; a shard is read from its beginning, record by record.
+"""The interface of data sources. A source is a sequence of shards. A shard is read from its start, record by record.
 
-Reading a record is cheap and parsing it is not, so the two are apart: a stream that shares a shard with others, or
-skips to where it stood, parses only the documents that it keeps. To add a source: a class with the members of `Source`,
-one entry in `catalogue.open_source`, and the conformance test in `tests/unit/data/test_source_conformance.py`.
+Reading a record is cheap and parsing it is expensive, so these are two methods: a stream that shares a shard with
+others, or skips to its cursor, parses only the documents that it keeps. To add a source, write a class with the members
+of `Source`, add it to `catalogue.open_source`, and to the conformance test
+`tests/unit/data/test_source_conformance.py`.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ class Document(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A document as it lies in its shard. `number` is a byte offset or a row: it names the place in an error."""
+    """A document as stored in its shard. `number`: a byte offset or a row; it locates the record in an error."""
 
     shard: int
     number: int
-    data: str | bytes | None  # None: a null, or more bytes than a document may have
+    data: str | bytes | None  # None: a null, or more bytes than the limit for a document
     begins: bool = True
     ends: bool = True
 
 
 class BadRecord(UserError):
-    """One record that cannot be read, while its file can: what `training.dataloader.on_bad_record` may skip.
+    """One unreadable record in a readable file: `training.dataloader.on_bad_record` can skip it.
 
-    The problem is made when it is asked for, since the number of a line takes a read of all lines before it.
+    `problems` is computed on access, because the number of a line takes a read of all lines before it.
     """
 
     def __init__(
@@ -60,47 +61,47 @@ class BadRecord(UserError):
 
 
 class Source(Protocol):
-    """Shards of documents in a fixed order. Any thread may read any shard, each reader for itself."""
+    """Shards of documents in a fixed order. Any thread can read any shard; each call of `read` is independent."""
 
     @property
     def fingerprint(self) -> str:
-        """Names the data in one word without `;`. Equal for equal data wherever it lies; checked by a resume."""
+        """Identifies the data: one word without `;`, equal for equal data in any place. A resume compares it."""
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """The number of shards."""
 
     @property
     def trusted(self) -> bool:
-        """True where a survey before the first step would be waste (our own corpus) or a download (the Hub)."""
+        """True if a survey before the first step is unnecessary (the built-in corpus) or a download (the Hub)."""
 
     @property
     def disk_bytes(self) -> int:
-        """The size on disk, which bounds what a survey reads; 0 where the source is trusted."""
+        """Bytes on disk, which limit what a survey reads; 0 if the source is trusted."""
 
     def read(self, shard: int) -> Iterator[Record]:
-        """The shard's records, in order. Raises UserError where a file is broken."""
+        """The shard's records, in order. Raises UserError if a file is damaged."""
 
     def parse(self, record: Record) -> Document:
-        """The document in a record. Raises BadRecord that names file and line; UserError where the file is at fault."""
+        """The document in a record. Raises BadRecord with file and line; UserError if the whole file is unusable."""
 
     def format_location(self, shard: int, number: int) -> str:
-        """Where a record lies, as a message says it: the file, and the line or row. May read the file up to there."""
+        """The location of a record for a message: the file, and the line or row. May read the file up to there."""
 
     @property
     def files(self) -> Sequence[File]:
-        """The files, where they are files of the user; else ()."""
+        """The files, if they are files of the user; else ()."""
 
     def file_of(self, shard: int) -> File:
-        """The file that the shard is in, one of `files`."""
+        """The file of a shard, one of `files`. Raises LookupError if `files` is empty."""
 
     def layout(self) -> dict[str, Any] | None:
-        """How the files are cut into shards (`layout.layout_state`); None where there are none."""
+        """How the files are cut into shards (`layout.layout_state`); None if `files` is empty."""
 
     def anchor(self, shard: int) -> Anchor | None:
-        """How to find the beginning of the shard after its file was mended; None where its number is enough."""
+        """Locates the beginning of the shard after its file was changed; None if its number is enough."""
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        """Cut the files as the run that saved `layout()` did, also where they were mended in the meantime.
+        """Cuts the files as the run that saved `layout()`, also if they changed since.
 
-        `anchors`: by shard, of those that the run stood in."""
+        `anchors`: by shard, of the partly read ones."""

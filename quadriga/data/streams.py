@@ -1,8 +1,8 @@
-"""Streams: row i of the global batch is fed by stream i, whoever holds that row.
+"""Streams: stream i gives the windows of row i of the global batch, on whichever rank that row is.
 
-The shards of a source are assigned to streams anew in each epoch, in an order that depends on (seed, epoch) alone, so
-that each document goes to exactly one stream an epoch. Where shards are fewer than streams, a shard is assigned in
-parts, each of every n-th document. Nothing here knows of ranks, threads or how far anyone has read ahead.
+In each epoch the shards of a source are assigned to streams in an order that depends only on (seed, epoch), so each
+document goes to exactly one stream per epoch. If there are fewer shards than streams, each shard is assigned in parts
+of every n-th document. Nothing here depends on ranks, threads or prefetching.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from quadriga.data.sources import BadRecord, Document, Record, Source
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
 
-BLOCK_RECORDS = 1024  # records of a shard that are shuffled together ...
-BLOCK_CHARACTERS = 1 << 21  # ... or fewer, if they are long
+BLOCK_RECORDS = 1024  # records of a shard that are shuffled together
+BLOCK_CHARACTERS = 1 << 21  # a block ends earlier at so many characters
 EMPTY_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
 class Streams:
-    """`seed` None leaves everything in the source's own order; `endless` goes on with the next epoch; `skip_bad` leaves
-    out records that cannot be read. They keep their numbers, so that a cursor is the same whether they can or not.
-    `overlap` (0 or 1): how many ids of a window the next one begins with."""
+    """All streams of a source. `seed`: of the shuffling; None keeps the source's order. `endless`: continues with the
+    next epoch. `skip_bad`: skips unreadable records; they keep their numbers, so that cursors do not depend on it.
+    `overlap` (0 or 1): the number of ids that a window shares with the next one."""
 
     source: Source
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class Streams:
     overlap: int = 1
 
     def windows(self, stream: int, cursor: Cursor = START) -> Iterator[Window]:
-        """The stream's windows from `cursor` on."""
+        """Yields the windows of a stream from `cursor` on."""
         skipped: deque[SkippedRecord] = deque()  # read ahead of the windows
         documents = tokenized(self.documents(stream, cursor, skipped), self.tokenizer, self.seq_len)
         for window in windows(documents, self.seq_len, cursor, self.overlap):
@@ -56,9 +56,10 @@ class Streams:
     def documents(
         self, stream: int, cursor: Cursor = START, skipped: deque[SkippedRecord] | None = None
     ) -> Iterator[tuple[Document, Cursor]]:
-        """The stream's documents from the one at `cursor` on, each with its own cursor.
+        """Yields the documents of a stream from the one at `cursor` on, each with its own cursor.
 
-        Records that cannot be read are added to `skipped`, where `skip_bad` says to leave them out; else BadRecord.
+        With `skip_bad`, unreadable records are added to `skipped`; otherwise BadRecord is raised. Raises UserError if
+        the data have no document, or after `limits.BAD_RECORDS_IN_A_ROW` unreadable records in a row.
         """
         epoch, unit, skip, start = cursor.epoch, cursor.unit, cursor.document, cursor
         count, in_a_row = cursor.skipped, 0
@@ -90,21 +91,21 @@ class Streams:
             if not self.endless:
                 return
             epoch, unit, skip, start = epoch + 1, 0, 0, START
-        raise UserError(Problem("dataset", "the data holds no document", value=self.source.fingerprint))
+        raise UserError(Problem("dataset", "the data have no document", value=self.source.fingerprint))
 
     def _no_data(self, count: int, record: Record, error: BadRecord) -> UserError:
         where = self.source.format_location(record.shard, record.number)
         what = f"{count:,} records in a row cannot be read; the last of them: {error.what}"
-        return UserError(Problem(where, what, fix="mend the data, or name the right data set, format and field"))
+        return UserError(Problem(where, what, fix="repair the data, or set the right data set, format and field"))
 
     @property
     def _parts(self) -> int:
-        """Into how many parts each shard is assigned: as few as give every stream one."""
+        """The number of parts of each shard: the smallest number that gives every stream a part."""
         return -(-self.count // self.source.shards)
 
     def _units(self, stream: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The (shard, part) pairs of a stream as one number each. The assignment rotates, so that no stream stays
-        short."""
+        """The (shard, part) pairs of a stream, each as one number. The assignment rotates with the epoch, so that no
+        stream always has fewer units."""
         count = self.source.shards * self._parts
         order = _cached_order(count, f"{self.seed} {epoch} shards") if self.seed is not None else np.arange(count)
         return order[(stream + epoch) % self.count :: self.count]
@@ -112,21 +113,21 @@ class Streams:
     def _records(
         self, unit: int, epoch: int, start: Cursor = START
     ) -> Iterator[tuple[int, Record, tuple[int, int, int]]]:
-        """One part of one shard, shuffled block by block, from the block of `start` on: of each record its number in
-        the part, and the block (which, records before it, records in it)."""
+        """Yields the records of one part of one shard, shuffled block by block, from the block of `start` on.
+
+        Each item is the number in the part, the record, and the block: (index, records before it, records in it)."""
         shard, part = divmod(int(unit), self._parts)
         parts = self._parts
         blocks = _blocks(self.source.read(shard), start.block, start.first, start.records)
         for records, block in blocks:
             _, first, count = block
             for position, index in enumerate(self._order(count, f"shard {shard} block {block[0]}", epoch), first):
-                # A file that was mended may have fewer records than its last block had.
+                # A file that was changed may have fewer records than its last block had.
                 if position % parts == part and index < len(records):
                     yield position // parts, records[index], block
 
     def shard(self, stream: int, cursor: Cursor) -> tuple[int, int]:
-        """The shard that the stream stands in, and how many of its documents were assigned up to there, with that
-        one."""
+        """The shard at the cursor of a stream, and the number of its documents up to the cursor, including that one."""
         units = self._units(stream, cursor.epoch)
         shard, part = divmod(int(units[cursor.unit]), self._parts)
         return shard, cursor.document * self._parts + part + 1
@@ -138,7 +139,8 @@ class Streams:
 def _blocks(
     records: Iterator[Record], number: int, first: int, count: int
 ) -> Iterator[tuple[list[Record], tuple[int, int, int]]]:
-    """The blocks from the `number`-th on, which has `count` records, with `first` before it; 0: as they come."""
+    """Yields the blocks from block `number` on, which has `count` records and `first` records before it. With `count`
+    0, yields all blocks."""
     if count:
         block = list(islice(records, first, first + count))
         yield block, (number, first, count)
@@ -158,17 +160,17 @@ def _blocks(
 
 @functools.lru_cache(maxsize=4)
 def _cached_order(count: int, key: str) -> npt.NDArray[np.int64]:
-    """`shuffled`, kept for the streams that ask for the same."""
+    """`shuffled`, cached because all streams need the same order."""
     order = shuffled(count, key)
     order.flags.writeable = False
     return order
 
 
 def shuffled(count: int, key: str) -> npt.NDArray[np.int64]:
-    """A permutation of range(count) that only `key` decides, in every version of every library.
+    """A permutation of range(count), int64, that depends only on `key`, not on versions of libraries.
 
-    Sorts by splitmix64 (Steele, Lea, Flood 2014) of the index, offset by a hash of the key; NumPy's own generators may
-    change their streams between releases.
+    Sorts the indices by splitmix64 (Steele, Lea, Flood 2014) of the index, offset by a hash of the key. NumPy's
+    generators are not used, because their streams may change between releases.
     """
     start = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8")
     mixed = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

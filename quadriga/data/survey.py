@@ -1,4 +1,4 @@
-"""A look through the data before the first step, so that what is wrong with it is said at the door and all at once."""
+"""Checks the data before the first step, so that their problems are reported at startup and together."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from quadriga.data.sources import BadRecord, Document, Source
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
 
-WHOLE_BYTES = 1 << 26  # up to this size on disk every document is looked at ...
-MOST_BYTES = 1 << 28  # of text: a compressed file may hold any number
-SAMPLED_SHARDS = 64  # ... above it the head of so many shards; the rest when its turn comes
+WHOLE_BYTES = 1 << 26  # up to this size on disk, every document is checked
+MOST_BYTES = 1 << 28  # of text that is checked, because a compressed file can expand to any size
+SAMPLED_SHARDS = 64  # of larger data, the beginnings of so many shards are checked; the rest is checked when it is read
 SAMPLED_RECORDS = 20
 MOST_PROBLEMS = 10
-BYTES_PER_TOKEN = 32  # no text worth training on has fewer tokens than one in so many bytes
+BYTES_PER_TOKEN = 32  # upper bound: training text has at least one token per so many bytes
 
 
 @dataclass
 class _Findings:
     documents: int = 0
     problems: list[Problem] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)  # kept while there are too few to be sure of one window
+    texts: list[str] = field(default_factory=list)  # kept while they might be too few for one window
     text_bytes: int = 0
-    bad: int = 0  # records that are left out
-    first_bad: BadRecord | None = None  # whose line is counted only if it is shown
+    bad: int = 0  # records that are skipped
+    first_bad: BadRecord | None = None  # its line number is computed only if it is shown
 
 
 def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad: bool = False) -> None:
-    """Raises UserError with the problems found, up to MOST_PROBLEMS, or if the tokens are fewer than `least_tokens`.
+    """Raises UserError with up to MOST_PROBLEMS problems, or if there are fewer than `least_tokens` tokens.
 
-    With `skip_bad`, records that cannot be read are no problem, as long as some can.
+    With `skip_bad`, unreadable records are allowed if some records can be read.
     """
     if source.trusted:
         return
@@ -41,12 +41,12 @@ def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad:
     if found.problems:
         raise UserError(*found.problems)
     if found.first_bad and not found.documents:
-        what = f"none of the {found.bad:,} records that were looked at can be read"
-        raise UserError(Problem("dataset_path", what, fix="mend the data"), *found.first_bad.problems)
+        what = f"none of the {found.bad:,} records that were checked can be read"
+        raise UserError(Problem("dataset_path", what, fix="repair the data"), *found.first_bad.problems)
     if whole and found.text_bytes < least_tokens * BYTES_PER_TOKEN:
         tokens = _count_tokens(found, tokenizer)
         if tokens < least_tokens:
-            what = f"{found.documents} documents hold {tokens} tokens, fewer than the {least_tokens} of one window"
+            what = f"{found.documents} documents have {tokens} tokens, fewer than the {least_tokens} of one window"
             raise UserError(Problem("dataset_path", what, fix="add data, or lower seq_len"))
 
 
@@ -65,7 +65,7 @@ def _scan(source: Source, least_tokens: int, records: int | None, skip_bad: bool
 
 
 def _readable(source: Source, shard: int, records: int | None, found: _Findings, skip_bad: bool) -> Iterator[Document]:
-    """The documents of a shard that can be read; the others' problems go to `found`."""
+    """Yields the readable documents of a shard; adds the problems of the others to `found`."""
     try:
         for record in islice(source.read(shard), records):
             try:

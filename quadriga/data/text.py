@@ -1,4 +1,4 @@
-"""Plain text files. A file is one document; a long one is cut at line ends into segments that several streams share."""
+"""Plain text files. A file is one document. A long file is cut at line ends into segments for several streams."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
 MOST_SEGMENT = 1 << 16
-NO_TEXT = (LFS_POINTER, b"%PDF-")  # how files begin that are text by their bytes, and are not meant
-LOOK_AHEAD = 1 << 12  # how far a cut may move to meet the end of a line; at least one character (4 bytes)
+NO_TEXT = (LFS_POINTER, b"%PDF-")  # beginnings of files whose bytes are valid text, but which are not text files
+LOOK_AHEAD = 1 << 12  # bytes that a cut can move to reach the end of a line; at least one character (4 bytes)
 
 
 class TextSource:
-    """A shard is a segment of a file; of a compressed file, which can only be read from its beginning, the whole."""
+    """A shard is a segment of a plain file, or a whole compressed file, which has no random access."""
 
     trusted = False
 
@@ -29,7 +29,7 @@ class TextSource:
         self.disk_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint("text", files)
         self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
-        self._moved: dict[int, list[int]] = {}  # cuts of files that were mended, by file
+        self._moved: dict[int, list[int]] = {}  # cuts of files that changed since a checkpoint, by file
         self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
 
     def _cut(self, cuts: Cuts) -> None:
@@ -46,7 +46,7 @@ class TextSource:
         return layout_state(self.files, self._step, self._moved)
 
     def anchor(self, shard: int) -> None:
-        return None  # a segment begins at the line end that follows its cut, wherever that is
+        return None  # a segment begins at the first line end after its cut
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         cuts = saved_cuts(self.files, saved)
@@ -63,7 +63,7 @@ class TextSource:
         if file.compressed:
             yield from _stream(file, shard)
             return
-        # One record, but for the last segment of a file that has grown since it was cut.
+        # One record, except in the last segment of a file that has grown since it was cut.
         for first, last in pairwise([*range(start, end, self._step), end]):
             yield from _segment(file, shard, first, last)
 
@@ -97,7 +97,7 @@ def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:
 
 
 def _cut(data: bytes, at: int) -> int:
-    """The first position from `at` that follows a line end, within LOOK_AHEAD; else the next character's start."""
+    """The first position from `at` on after a line end, within LOOK_AHEAD bytes; else the next character's start."""
     newline = data.find(b"\n", at - 1, at - 1 + LOOK_AHEAD)
     if newline >= 0:
         return newline + 1
@@ -118,7 +118,7 @@ def _stream(file: File, shard: int) -> Iterator[Record]:
                 raise UserError(broken_gzip(file, lines, error)) from error
             if not chunk:
                 break
-            # A segment goes out when text beyond it is known to exist, so that the last one is known to be the last.
+            # A segment is yielded only if more text follows, so that the last one can be marked as the last.
             if rest:
                 end = _cut(rest + chunk[:LOOK_AHEAD], len(rest))
                 whole = rest + chunk

@@ -1,6 +1,6 @@
-"""Text to token ids: bytes, the files of the library `tokenizers`, or the `tokenizer.model` of Llama 3's release.
+"""Text to token ids: bytes, files of the library `tokenizers`, or the original `tokenizer.model` of Llama 3.
 
-Only the trainer puts BOS and EOS into the stream: a text that spells a special token is encoded as ordinary text.
+Only the trainer adds BOS and EOS. If a text contains the spelling of a special token, it is encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from quadriga.reading import read_bytes
 Ids = npt.NDArray[np.int32]
 
 BYTES = "builtin:bytes"
-FETCH = "python scripts/download_hf_assets.py fetches the tokenizer of Llama 3.1; builtin:bytes needs no file"
+FETCH = "python scripts/download_hf_assets.py downloads the tokenizer of Llama 3.1; builtin:bytes needs no file"
 
-# How Llama 3 splits text before merging: part of the tokenizer.model format, as published in meta-llama/llama-models.
+# The regular expression by which Llama 3 splits text before merging (meta-llama/llama-models).
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIALS = 256
-LONGEST_PIECE = 20_000  # tiktoken's split takes quadratic time, or the whole stack, on one endless word
+LONGEST_PIECE = 20_000  # characters; tiktoken's split takes quadratic time, or the whole stack, on longer words
 
 
 class SpecialIds(NamedTuple):
@@ -52,30 +52,33 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """What begins a document; None: nothing. Where it is `eos_id` too, one of them stands between two documents,
-        at the end of the first."""
+        """The first id of a document; None: documents have no BOS. If it equals `eos_id`, only one of them separates
+        two documents, at the end of the first."""
 
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """The last id of a document; None: documents have no EOS."""
 
     @property
     def special_ids(self) -> SpecialIds:
-        """BOS and EOS of the vocabulary, whether or not documents get them."""
+        """BOS and EOS of the vocabulary, also if documents do not get them."""
 
     @property
     def earlier(self) -> Tokenizer | None:
-        """What older checkpoints were saved with where the same files gave documents other marks; else None."""
+        """The tokenizer of older checkpoints, if the same files gave documents other special tokens; else None."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids; one word without `;`."""
+        """One word without `;`, equal for tokenizers that give equal ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, int32, without BOS and EOS. Releases the GIL while it works, where it can."""
+        """The ids of each text: int32, shape (ids,), without BOS and EOS. Releases the GIL if the library can.
+
+        Raises UserError if a text cannot be encoded."""
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8 are the ids, then BOS and EOS."""
+    """Ids 0 to 255 are the bytes of UTF-8; 256 is BOS and 257 is EOS."""
 
     bos_id = 256
     eos_id = 257
@@ -89,12 +92,12 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer of the library `tokenizers`; BOS and EOS as the files beside it name them (`config.special_tokens`).
+    """A tokenizer of the library `tokenizers`. The files next to it name BOS and EOS (`config.special_tokens`).
 
-    Documents get what torchtitan v0.2.2 gives them: BOS before, EOS after, whatever `add_bos_token` and `add_eos_token`
-    say, which are about encoding a prompt. One token that is both stands before a document. Earlier versions left BOS
-    out where `add_bos_token` was false and the file's own post-processor does not add it, and put one that is both at
-    the end: `earlier`, for runs that began so.
+    Documents get the special tokens of torchtitan v0.2.2: BOS before, EOS after. `add_bos_token` and `add_eos_token`
+    are ignored, because they apply to prompts. A token that is both is put before a document. Earlier versions omitted
+    BOS if `add_bos_token` was false and the file's post-processor does not add it, and put a token that is both at the
+    end: this is `earlier`, for runs that started with it.
     """
 
     earlier: Tokenizer | None = None
@@ -125,11 +128,11 @@ class JsonTokenizer:
         self.fingerprint = f"json:{digest}:{bos}:{eos}"
 
     def _check_special_ids(self, tokens: SpecialTokens) -> None:
-        """Raises UserError, unless the files say that there is neither."""
-        what = "the tokenizer has neither a BOS nor an EOS token, so documents would run into one another"
+        """Raises UserError, unless the files state that there is neither."""
+        what = "the tokenizer has neither a BOS nor an EOS token, so nothing would separate documents"
         if tokens.guessed:
-            begin = "name" if CONFIG in tokens.raw else f"create {CONFIG} and name"
-            fix = f"{begin} bos_token and eos_token in {CONFIG}, or set both to null there to have it so"
+            begin = "set" if CONFIG in tokens.raw else f"create {CONFIG} and set"
+            fix = f"{begin} bos_token and eos_token in {CONFIG}, or set both to null there to train without them"
             raise UserError(Problem(str(self._path), what, fix=fix))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -137,7 +140,7 @@ class JsonTokenizer:
 
 
 class RanksTokenizer:
-    """The original `tokenizer.model` of Llama 3: byte-pair ranks in tiktoken's format, and 256 special tokens."""
+    """The original `tokenizer.model` of Llama 3: byte-pair ranks in the format of tiktoken, and 256 special tokens."""
 
     def __init__(self, path: Path) -> None:
         import tiktoken
@@ -166,7 +169,7 @@ class RanksTokenizer:
 def build_tokenizer(hf_assets_path: str) -> Tokenizer:
     """The tokenizer of `model.hf_assets_path`: `builtin:bytes`, a folder (`config.tokenizer_files`) or a file.
 
-    Raises UserError where there is none, or one that cannot be used.
+    Raises UserError if it does not exist or cannot be used.
     """
     if hf_assets_path == BYTES:
         return ByteTokenizer()
@@ -175,19 +178,19 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
 
 
 def tokenizer_file(hf_assets_path: str) -> Path:
-    """The file of a tokenizer, in a folder or by itself. Raises UserError where there is none."""
+    """The file of a tokenizer; the path is the file or its folder. Raises UserError if there is none."""
     if (file := find_tokenizer(hf_assets_path)) is not None:
         return file
     path = Path(os.path.expanduser(hf_assets_path))
     what, allowed = "there is no such file or folder", None
     if os.path.isdir(path):
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        what, allowed = f"the folder holds no tokenizer; there is {there}", ", ".join(CANDIDATES)
+        what, allowed = f"the folder has no tokenizer; it contains {there}", ", ".join(CANDIDATES)
     raise UserError(Problem("model.hf_assets_path", what, value=hf_assets_path, allowed=allowed, fix=FETCH))
 
 
 def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
-    """Lines of `base64 rank`."""
+    """Parses lines of `base64 rank`: the rank of each token. Raises UserError if the content is anything else."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -210,13 +213,13 @@ def _not_ranks(path: Path, content: bytes, line: int) -> Problem:
     if content[:1] == b"\n":  # the first field of a serialized SentencePiece model
         what = "a SentencePiece model (Llama 2 and before), which cannot be read"
         return Problem(str(path), what, fix="use the tokenizer.json of the same model")
-    return Problem(f"{path}, line {line}", "not a line of `base64 rank`, as Llama 3's tokenizer.model holds", fix=FETCH)
+    return Problem(f"{path}, line {line}", "not a line of `base64 rank`, as in Llama 3's tokenizer.model", fix=FETCH)
 
 
 _ENDLESS = re.compile(rf"\S{{{LONGEST_PIECE}}}|\s{{{LONGEST_PIECE}}}")
 
 
 def _cut_endless(text: str) -> list[str]:
-    """The text, cut inside runs of LONGEST_PIECE characters without (or of nothing but) white space."""
+    """Splits a text within runs of LONGEST_PIECE characters that are all white space or all not white space."""
     cuts = [0, *(match.end() for match in _ENDLESS.finditer(text)), len(text)]
     return [text[start:end] for start, end in pairwise(cuts) if start < end]

@@ -1,4 +1,4 @@
-"""The files of a tokenizer for `AutoTokenizer` of transformers, which then gives the ids that training saw."""
+"""The files of a tokenizer for `AutoTokenizer` of transformers, which then gives the same ids as in training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from quadriga.data.tokenizer_json import open_tokenizer
 from quadriga.reading import read_bytes
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"  # of Llama 3, and of the built-in tokenizer
-# Any class of a model would build its own tokenizer around the vocabulary; this one takes the file as it is.
+# This class uses tokenizer.json unchanged; the tokenizer classes of models build their own around the vocabulary.
 CLASS = "PreTrainedTokenizerFast"
-COPIED_FILES = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied where they are
+COPIED_FILES = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied if they exist
 COPIED_KEYS: Mapping[str, type] = {
     "chat_template": str,
     "clean_up_tokenization_spaces": bool,
@@ -30,11 +30,11 @@ COPIED_KEYS: Mapping[str, type] = {
 
 
 def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
-    """`tokenizer.json`, `tokenizer_config.json` and what lies beside them, by name.
+    """`tokenizer.json`, `tokenizer_config.json` and the other files of a tokenizer: contents by name.
 
-    Tokens that files beside the source's `tokenizer.json` add are written into it. The configuration names BOS and EOS
-    and no token that the vocabulary lacks: transformers would add it.
-    Raises UserError as `build_tokenizer` does.
+    Tokens that files next to the source's `tokenizer.json` add are written into it. The configuration names BOS and
+    EOS, and no token that is not in the vocabulary, because transformers would add it.
+    Raises UserError like `build_tokenizer`.
     """
     if hf_assets_path == BYTES:
         tokenizer = _byte_level({bytes([byte]): byte for byte in range(256)}, (BOS, EOS), split=None)
@@ -64,8 +64,8 @@ def _copied(file: Path) -> bytes:
 
 
 def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes:
-    """`tokenizer_config.json`. `source_config`: what the source's own files say; of it what transformers surely takes
-    stays."""
+    """The text of `tokenizer_config.json`. `source_config`: the values of the source's files; only those that
+    transformers accepts are kept."""
     config: dict[str, Any] = {
         key: source_config[key] for key, kind in COPIED_KEYS.items() if type(source_config.get(key)) is kind
     }
@@ -86,9 +86,9 @@ def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], 
 
 
 def _byte_level(ranks: Mapping[bytes, int], specials: tuple[str, ...], split: str | None) -> tokenizers.Tokenizer:
-    """A tokenizer that merges bytes by rank, puts BOS, the first of `specials`, before a text, and decodes.
+    """A tokenizer that merges bytes by rank, puts BOS (the first of `specials`) before a text, and can decode.
 
-    `split`: how a text is cut before merging, as a regular expression; None: not at all.
+    `split`: the regular expression that splits a text before merging; None: no split.
     """
     names = _characters()
 
@@ -114,9 +114,10 @@ def _byte_level(ranks: Mapping[bytes, int], specials: tuple[str, ...], split: st
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts that each token is merged of, by rank: what lower ranks make of its bytes.
+    """The two parts that merge into each token, by rank: the result of the merges of lower rank on its bytes.
 
-    A token that lower ranks cannot bring to two parts is reached whole or not at all, as in tiktoken.
+    A token that these merges do not reduce to two parts has no merge: it is used only for a whole piece of text, as in
+    tiktoken.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -133,7 +134,7 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it can be printed."""
+    """The character for each byte in a byte-level vocabulary: the byte itself if it is printable (GPT-2)."""
     printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]

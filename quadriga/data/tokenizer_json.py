@@ -1,7 +1,7 @@
-"""A `tokenizer.json` of the `tokenizers` library, opened with care.
+"""Opens a `tokenizer.json` with the library `tokenizers`, and checks it first.
 
-The library is written in Rust. What it finds wrong in a file is an exception, a panic (which is no `Exception`), or
-the end of the process: the last is why some things are looked at here before it sees the file.
+The library is written in Rust. A defect in the file causes an exception, a panic (which is not an `Exception`), or the
+end of the process. To prevent the last, some values are checked here before the library reads them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from quadriga import limits
 from quadriga.config.tokenizer_files import NOT_HUGGING_FACE, VOCABULARIES, TokenizerFiles, parts, read_tokenizer_files
 from quadriga.errors import Problem, UserError, shortened
 
-PROBE = "Hello world 12 \u00e9\u6f22\n"  # a file that fails on every text is refused before training
-ERROR_SHOWN = 300  # characters of what the library says
+PROBE = "Hello world 12 \u00e9\u6f22\n"  # a file that fails on every text is rejected before training
+ERROR_SHOWN = 300  # characters of the library's message
 
 
 def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, TokenizerFiles]:
-    """The tokenizer, which does not truncate, pad or read special tokens in a text; and what its files say.
+    """The tokenizer, which does not truncate, pad or parse special tokens in a text; and the content of its files.
 
     Raises:
-        UserError: the file is no tokenizer, or one that cannot be used; `fix` is the remedy it names.
+        UserError: the file is not a tokenizer, or cannot be used; `fix` is the remedy in the message.
     """
-    # `tokenizers` would start one thread a core in every rank; `num_workers` says how many we want.
+    # `tokenizers` would start one thread per core in every rank; `num_workers` sets the number of threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         files = read_tokenizer_files(path)
@@ -46,16 +46,16 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, Tokenize
     if wrong := next(_fatal_defects(document), None):
         raise UserError(Problem(str(path), f"{NOT_HUGGING_FACE}: {wrong}", fix=fix))
     if document["model"].get("dropout"):
-        what = "leaves out merges at random (model.dropout), so that equal texts have unequal ids"
+        what = "drops merges at random (model.dropout), so the ids of a text would vary"
         raise UserError(Problem(str(path), what, fix="set it to null"))
     try:
         with _panic_output_suppressed():
-            # Not the text itself: where a key stands twice in it, what was looked at must be what is used.
+            # From the parsed document: if the file has a key twice, the value that was checked must be the one used.
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
-            tokenizer.encode_special_tokens = True  # special tokens spelled in a text are text
+            tokenizer.encode_special_tokens = True  # the spelling of a special token in a text is ordinary text
             tokenizer.no_truncation()
             tokenizer.no_padding()
-    except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust is not an Exception; others are raised again
         raise unusable(error, path, NOT_HUGGING_FACE, fix) from None
     with _panic_output_suppressed():
         encode(tokenizer, [PROBE], path)
@@ -65,23 +65,23 @@ def open_tokenizer(path: Path, fix: str) -> tuple[tokenizers.Tokenizer, Tokenize
         raise UserError(Problem(str(path), what, allowed=f"ids below {limits.VOCABULARY:,}", fix=fix))
     for text, number in files.extended.added.items():
         if (given := tokenizer.token_to_id(text)) != number:
-            what = f"{shortened(text)} is added with the id {number}, and the library gives it {given}"
+            what = f"{shortened(text)} is added with the id {number}, but the library gives it {given}"
             raise UserError(Problem(str(path), what, fix="write the token into tokenizer.json"))
     return tokenizer, files
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], path: Path) -> list[list[int]]:
-    """The ids of each text, without BOS and EOS. Raises UserError where the library cannot encode one."""
+    """The ids of each text, without BOS and EOS. Raises UserError if the library cannot encode a text."""
     try:
         encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception; the rest is raised again
-        fix = "take a tokenizer that has an id for every text (an unknown token, or byte fallback)"
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust is not an Exception; others are raised again
+        fix = "use a tokenizer that can encode every text (with an unknown token, or byte fallback)"
         raise unusable(error, path, "cannot encode a text", fix) from None
     return [encoding.ids for encoding in encoded]
 
 
 def begins_with(tokenizer: tokenizers.Tokenizer, token: int | None, path: Path) -> bool:
-    """Whether the post-processor of the file puts this token before a text."""
+    """Whether the file's post-processor puts this token before a text. Raises UserError if it fails."""
     try:
         return token is not None and tokenizer.encode("").ids[:1] == [token]
     except BaseException as error:  # noqa: BLE001 - as above
@@ -89,7 +89,7 @@ def begins_with(tokenizer: tokenizers.Tokenizer, token: int | None, path: Path) 
 
 
 def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError:
-    """The library's complaint as a user's problem; anything that is not the library's is raised as it is."""
+    """Converts an error of the library to a UserError. Raises any other error unchanged."""
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return UserError(Problem(str(path), f"{what}: {shortened(error, ERROR_SHOWN)}", fix=fix))
@@ -97,7 +97,7 @@ def unusable(error: BaseException, path: Path, what: str, fix: str) -> UserError
 
 @contextmanager
 def _panic_output_suppressed() -> Iterator[None]:
-    """Where the body raises, leave out what was written to standard error meanwhile: Rust prints its panics there."""
+    """If the body raises, drops what it wrote to standard error, because Rust prints its panics there."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as captured:
@@ -124,7 +124,7 @@ def _fatal_defects(document: Any) -> Iterator[str]:
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if prefix and isinstance(merges, list):
         if not isinstance(prefix, str):
-            yield "model.continuing_subword_prefix is no text"
+            yield "model.continuing_subword_prefix is not a string"
             return
         seconds = (_second(merge) for merge in merges)
         wrong = next((second for second in seconds if not second.startswith(prefix)), None)
@@ -136,13 +136,13 @@ def _fatal_defects(document: Any) -> Iterator[str]:
 
 
 def _second(merge: object) -> str:
-    """The second part of a merge, which is written "a b" or ["a", "b"]; "" for neither."""
+    """The second part of a merge, which is "a b" or ["a", "b"]; "" if it is neither."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
     return parts[1] if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], str) else ""
 
 
 def _is_charsmap(value: object) -> bool:
-    """Whether the table's own length, in its first 4 bytes, fits the bytes that follow: so much would be allocated."""
+    """Whether the length in the first 4 bytes fits the bytes that follow: the library allocates that much memory."""
     try:
         raw = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
     except (binascii.Error, ValueError):

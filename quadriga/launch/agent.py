@@ -1,13 +1,13 @@
-"""torchrun without its noise: what the launcher starts as its child.
+"""The launcher's child process: torchrun without its messages.
 
     python -m quadriga.launch.agent <torchrun's arguments>
 
-torchrun follows the end of its ranks with a traceback of its own and a box of text; here it says nothing, dies with
-the launcher, and writes which ranks ended how (`agent.json` beside the ranks' own records).
+torchrun prints its own traceback and a box of text when a rank fails. The agent suppresses both, exits with the
+launcher, and writes how ranks ended (`agent.json`, next to the ranks' exit records).
 
-Signals do not go through torchrun, which would take them for the end of the run and kill ranks that need longer than a
-fixed time to save. They are forwarded to the ranks themselves as soon as all of them have handlers; before
-that there is nothing to save, and torchrun ends the ranks.
+Signals do not go through torchrun: it ends the run on a signal, and kills ranks that need longer than a fixed time to
+save. The agent forwards them to the ranks as soon as all ranks have handlers. Before that there is nothing to save, and
+torchrun ends the ranks.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ LAUNCHER_PID = "QUADRIGA_LAUNCHER_PID"
 FAILURES_FILE = "agent.json"
 SAVE_SIGNAL = signal.SIGUSR2
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, SAVE_SIGNAL)
-TORCHRUN_SIGNAL = "SIGQUIT"  # of the signals, the only one that torchrun handles itself
+TORCHRUN_SIGNAL = "SIGQUIT"  # the only signal that torchrun handles itself
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun and return 0, or 1 when a rank failed; 128 + n when signal n ended the run."""
+    """Run torchrun. Returns 0, or 1 if a rank failed, or 128 + n if signal n ended the run."""
     records = Path(os.environ[RECORDS])
     forwarder = SignalForwarder(records, ranks=int(argv[argv.index("--nproc-per-node") + 1]))
     for number in FORWARDED_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored, and it stays ignored
             signal.signal(number, forwarder.forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE_SIGNAL})  # the launcher has blocked it until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE_SIGNAL})  # blocked by the launcher until the handler is set
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     os.environ[AGENT_PID] = str(os.getpid())
     drop_torchrun_variables(argv)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     from quadriga.launch.rendezvous import register
 
-    logging.disable(logging.ERROR)  # the ranks speak for themselves
+    logging.disable(logging.ERROR)  # the ranks print their own errors
     register()
     try:
         forwarder.interrupt = lambda number: SignalException(f"signal {number}", sigval=signal.Signals(number))
@@ -64,18 +64,21 @@ def main(argv: list[str]) -> int:
 
 
 def drop_torchrun_variables(argv: Sequence[str]) -> None:
-    """On one machine, drop the variables that stand for torchrun's options: a cluster sets them for a torchrun of its
-    own, and PET_STANDALONE, say, would bring back the rendezvous that listens on all interfaces."""
+    """On one machine, delete the variables that set torchrun's options (`PET_*`).
+
+    A cluster sets them for its own use of torchrun. PET_STANDALONE, for example, would select the rendezvous that
+    listens on all interfaces.
+    """
     if LOOPBACK_RENDEZVOUS in argv:
         for name in [name for name in os.environ if name.startswith("PET_")]:
             del os.environ[name]
 
 
 class SignalForwarder:
-    """Forwards signals to the ranks of this machine, `ranks` in number.
+    """Forwards signals to the `ranks` ranks of this machine.
 
-    `interrupt` makes the exception that ends the run where the ranks are not that far yet: what torchrun's own handler
-    would raise, as soon as there is a torchrun.
+    `interrupt` makes the exception that ends the run if the ranks have no handlers yet. Once torchrun runs, it is the
+    exception that torchrun's own handler would raise.
     """
 
     def __init__(self, records: Path, ranks: int) -> None:
@@ -87,12 +90,12 @@ class SignalForwarder:
         if len(pids) == self._ranks:
             for pid in pids:
                 os.kill(pid, number)
-        elif number != SAVE_SIGNAL:  # which asks to save: there is nothing to save yet
+        elif number != SAVE_SIGNAL:  # there is nothing to save yet
             raise self.interrupt(number)
 
 
 def write_failures(folder: Path, failures: Mapping[int, Any]) -> None:
-    """Write {rank: {pid, exitcode, time}} of the ranks that failed; an exit code of -n means killed by signal n."""
+    """Write {rank: {pid, exitcode, time}} of the failed ranks. An exit code of -n means killed by signal n."""
     entries = {
         rank: {"pid": failure.pid, "exitcode": failure.exitcode, "time": failure.timestamp}
         for rank, failure in failures.items()
@@ -104,4 +107,4 @@ if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)  # taking torch down with care takes longer than all else that is left to do
+    os._exit(exit_code)  # a regular exit of torch takes longer than the rest of the shutdown

@@ -1,6 +1,7 @@
-"""A launch as a child process, to its end: for whoever starts many runs one after the other.
+"""A launch as a child process, for commands that start many runs one after the other.
 
-Run as a module it is the launcher (`python -m quadriga.launch`), but that it dies with the process that started it.
+Run as a module, this is the launcher (`python -m quadriga.launch`), except that it exits with the process that started
+it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tuple[int, int | None]:
-    """Start the launcher with `argv`, write what it says to `log`, and wait. Returns its exit code, and the first
-    signal that was meant to end us meanwhile, which was passed on to it; it dies with this process."""
+    """Start the launcher with `argv`, write its output to `log`, and wait for its end.
+
+    Returns its exit code, and the first signal that this process received meanwhile, or None. Signals are forwarded to
+    the launcher. It exits with this process.
+    """
     command = [sys.executable, "-m", "quadriga.launch.child", *argv]
     received: list[int] = []
     with log.open("wb") as file, forward_signals(received) as attach:
@@ -33,7 +37,7 @@ def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tu
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
+            start_new_session=True,  # the terminal's Ctrl-C reaches only this process, which forwards it once
         )
         attach(child)
         code = child.wait()
@@ -42,7 +46,7 @@ def run_launch(argv: Sequence[str], environ: Mapping[str, str], log: Path) -> tu
 
 @contextmanager
 def forward_signals(received: list[int]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Pass signals on to a child, and remember them; those that come before there is one follow when it is given."""
+    """Forward signals to a child, and append them to `received`. Signals before `attach(child)` are sent then."""
     children: list[subprocess.Popen[bytes]] = []
 
     def receive(number: int, _frame: FrameType | None) -> None:
@@ -68,8 +72,11 @@ def forward_signals(received: list[int]) -> Iterator[Callable[[subprocess.Popen[
 
 
 def launch_environment(environ: Mapping[str, str], ranks: int | None) -> dict[str, str]:
-    """The variables of a launch from here: as run_train.sh sets them, and nothing that would make of it a dry run,
-    another file, or a run that starts its ranks again. `ranks`: of this machine, where NGPU is not to say."""
+    """The environment of a launch from this process, as run_train.sh sets it.
+
+    CONFIG_FILE, DRY_RUN and MAX_RESTARTS are left out, because they would change the run. `ranks`: of this machine;
+    None leaves NGPU as it is.
+    """
     source_root = str(Path(__file__).resolve().parents[2])
     kept = {name: value for name, value in environ.items() if name not in ("CONFIG_FILE", "DRY_RUN", "MAX_RESTARTS")}
     return {
@@ -77,7 +84,7 @@ def launch_environment(environ: Mapping[str, str], ranks: int | None) -> dict[st
         **kept,
         **({} if ranks is None else {"NGPU": str(ranks)}),
         "PYTHONPATH": os.pathsep.join(filter(None, [source_root, environ.get("PYTHONPATH")])),
-        "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module
+        "PYTHONSAFEPATH": "1",  # a file in the current directory must not replace a module
     }
 
 

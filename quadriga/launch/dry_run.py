@@ -1,4 +1,4 @@
-"""What a run would be, in a page: for `DRY_RUN=1`. Arithmetic only; no device is asked for."""
+"""The page that `DRY_RUN=1` prints: what a run would be. Arithmetic only; it needs no device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ NAME_WIDTH, TEXT_WIDTH = 13, 104
 
 @dataclass(frozen=True)
 class StartCheck:
-    """What a start would refuse a run for: `problems`, or `fault`, checkpoints of which none is good. Else `start`,
-    from where it would begin; none where it only rehearses."""
+    """Whether a run would start.
+
+    `problems` are the reasons for a refusal. `fault`: checkpoints exist, and none is good. Otherwise `start` says from
+    where the run would begin; None if it only rehearses.
+    """
 
     problems: tuple[Problem, ...] = ()
     fault: CheckpointError | None = None
@@ -32,12 +35,12 @@ class StartCheck:
 
     @property
     def code(self) -> int:
-        """The exit code of such a start, as far as it can be told."""
+        """The exit code of such a start, as far as it can be predicted."""
         return EXIT_USAGE if self.problems else self.fault.exit_code if self.fault else EXIT_OK
 
 
 def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
-    """The summary of a run, and whether it would start as things stand. `ports`: where its ranks listen."""
+    """The summary of a run, and whether it would start now. `ports`: where its ranks listen."""
     missing = start_check.problems
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
     predicted = predict(run)
@@ -60,7 +63,7 @@ def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
 
 
 def predict(run: Run) -> Estimate:
-    """The estimate on the device that `estimate.device` names, if it does."""
+    """The estimate, on the device of `estimate.device` if that is set."""
     name = run.config.estimate.device
     return estimate(run, device_named(name, "estimate.device") if name else None)
 
@@ -91,12 +94,12 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     yield "layout", messages.strategy(spec)
     yield "batch", messages.batch(spec)
     if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
-        when = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
+        when = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
         yield "", f"gradients are reduced {when}: {spec.reduce_reason}"
     yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"
     yield "formats", messages.formats(run)
     yield "recompute", messages.recompute(config.activation_checkpoint)
-    yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl where CUDA is, else gloo"
+    yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"
     size = decimal_bytes(messages.save_bytes(run, count_parameters(model)))
     yield "checkpoints", f"{messages.checkpoints(config.checkpoint)}; one full save takes about {size}"
     if start_check.start is not None:

@@ -1,4 +1,4 @@
-"""What the caller asked for in variables, and what this machine has. No torch: asking it would cost seconds."""
+"""The launch request in environment variables, and the devices of this machine. No torch: its import takes seconds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FSDP_SOURCE, SYMMETRIC_CLASS = "distributed/fsdp/_fully_shard/_fsdp_collectives.
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The launch as the variables describe it: `ranks` on each of `nodes` machines, of which this is number `node`.
+    """The launch that the variables request: `ranks` on each of `nodes` machines, of which this is number `node`.
 
-    `restarts`: how often the ranks are started again when one fails.
+    `restarts`: how often the ranks are started again after a failure.
     """
 
     ranks: int
@@ -42,7 +42,8 @@ class LaunchRequest:
 
 
 def read_launch_request(environ: Mapping[str, str]) -> tuple[LaunchRequest, list[Problem]]:
-    """NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK, DRY_RUN; what is wrong stands at its default."""
+    """Read NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK, DRY_RUN. Wrong values become defaults, and
+    a problem each."""
     problems: list[Problem] = []
     ranks = _read_number(environ, "NGPU", DEFAULT_RANKS, (1, DEGREE), problems)
     nodes = _read_number(environ, "NNODES", 1, (1, DEGREE), problems)
@@ -68,13 +69,13 @@ def _read_number(
         return default
     if (number := parse_whole_number(text)) is not None and least <= number <= most:
         return number
-    what, allowed = "not a number that this variable can have", f"{least} to {most}"
+    what, allowed = "not a number in the range of this variable", f"{least} to {most}"
     problems.append(Problem(name, what, text, "environment", allowed))
     return default
 
 
 def parse_whole_number(text: str) -> int | None:
-    """Of a variable; None where it is none, or has more digits than any that is meant."""
+    """The whole number that `text` is; None if it is none, or has more than 15 digits."""
     return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
@@ -120,8 +121,8 @@ def _log_rank_problems(environ: Mapping[str, str], world_size: int) -> list[Prob
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """The PyTorch of this interpreter. `cuda`: the CUDA version it was built for, None for a CPU build.
-    `fsdp_symmetric`: whether its FSDP has buffers in symmetric memory."""
+    """The PyTorch of this interpreter. `cuda`: the CUDA version that it was built for, None for a CPU build.
+    `fsdp_symmetric`: whether its FSDP can place buffers in symmetric memory."""
 
     version: str
     cuda: str | None
@@ -129,12 +130,12 @@ class TorchBuild:
 
     @property
     def offers(self) -> dict[str, bool]:
-        """As in `Machine`. Whether a build for CUDA has NVSHMEM is known to a process that has imported it alone."""
+        """As in `Machine`. Only a process that has imported torch knows whether a CUDA build has NVSHMEM."""
         return {NCCL_SYMMETRIC: self.fsdp_symmetric} | ({} if self.cuda else {NVSHMEM: False})
 
 
 def torch_build() -> TorchBuild | None:
-    """Read from PyTorch's own note of its build, without importing it. None: it is not installed."""
+    """Read from PyTorch's `version.py`, without importing torch. None: it is not installed."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -146,7 +147,7 @@ def torch_build() -> TorchBuild | None:
 
 
 def _fsdp_is_symmetric(folder: Path) -> bool:
-    """By the source of FSDP2, as versions differ."""
+    """Looked up in the source of FSDP2, because versions differ."""
     try:
         return f"class {SYMMETRIC_CLASS}(" in (folder / FSDP_SOURCE).read_text(encoding="utf-8")
     except OSError:
@@ -154,7 +155,7 @@ def _fsdp_is_symmetric(folder: Path) -> bool:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:
-    """The NVIDIA devices that a process started from here would see, CUDA_VISIBLE_DEVICES included."""
+    """The number of NVIDIA devices that a child process would see, with CUDA_VISIBLE_DEVICES applied."""
     present = present_gpus()
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or present == 0:
@@ -164,13 +165,13 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
         name = entry.strip()
         number = parse_whole_number(name)
         if not name.startswith(("GPU-", "MIG-")) and not (number is not None and number < present):
-            break  # CUDA ignores this entry and all that follow
+            break  # CUDA ignores an invalid entry and all entries after it
         count += 1
     return count
 
 
 def present_gpus() -> int:
-    """The NVIDIA devices of this machine: by the driver's library, else by its device files."""
+    """The number of NVIDIA devices of this machine, from the driver's library (NVML), else from its device files."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -185,7 +186,7 @@ def present_gpus() -> int:
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on, a container's quota included."""
+    """The number of cores that this process may use, with the quota of a container (cgroup v2) applied."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -195,10 +196,10 @@ def usable_cores() -> int:
 
 
 def launch_backend(requested: str | None, ranks: int, build: TorchBuild | None, gpus: int) -> tuple[str, str]:
-    """The backend of a training run on this machine, and why, in a clause.
+    """The backend of a training run on this machine, and the reason in a few words.
 
     Raises:
-        UserError: PyTorch is missing, the backend cannot be had here, or there are fewer devices than ranks.
+        UserError: PyTorch is missing, the backend is not available here, or there are fewer devices than ranks.
     """
     if build is None:
         fix = "pip install -r requirements.txt (or name another interpreter: PYTHON=/path/to/python ./run_train.sh)"
@@ -212,7 +213,7 @@ def launch_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
         fix = f"set NGPU={gpus}, or COMM_BACKEND=gloo to rehearse on the CPU"
         raise UserError(Problem("NGPU", f"NGPU={ranks} but {gpus} GPU{'s' * (gpus != 1)} visible", fix=fix))
     if requested:
-        return backend, "as asked for"
+        return backend, "as requested"
     if backend == "nccl":
         return backend, f"{gpus} CUDA device{'s' * (gpus != 1)} visible"
     if gpus:
@@ -221,7 +222,7 @@ def launch_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
 
 
 def rank_environment(environ: Mapping[str, str], request: LaunchRequest) -> dict[str, str]:
-    """Variables for the ranks of this machine that the caller left open."""
+    """Variables for the ranks of this machine that the caller did not set."""
     extra = {}
     if "OMP_NUM_THREADS" not in environ:
         extra["OMP_NUM_THREADS"] = str(max(1, usable_cores() // request.ranks))

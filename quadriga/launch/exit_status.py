@@ -1,4 +1,4 @@
-"""How a run ended: whose error is shown last, and which exit code is returned."""
+"""How a run ended: which rank's error is printed last, and which exit code is returned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quadriga.resilience.processes import ExitRecord, last_start, read_records
 
 @dataclass(frozen=True)
 class UnreportedExit:
-    """A rank that ended without an exit record: `exitcode` -n means killed by signal n. `time` in whole seconds."""
+    """A rank that ended without an exit record. `exitcode` -n means killed by signal n. `time` is in whole seconds."""
 
     rank: int
     pid: int
@@ -25,22 +25,22 @@ class UnreportedExit:
 
     def __str__(self) -> str:
         if self.exitcode >= 0:
-            return f"rank {self.rank} (process {self.pid}) left with exit code {self.exitcode} and no word"
+            return f"rank {self.rank} (process {self.pid}) exited with code {self.exitcode} and without a message"
         name = signal.Signals(-self.exitcode).name
         text = f"rank {self.rank} (process {self.pid}) was killed by {name}"
         if self.exitcode == -signal.SIGKILL:
-            text += "\nThe kernel does this when the machine runs out of memory (see `dmesg`); a scheduler may, too."
+            text += "\nThe kernel does this when the machine runs out of memory (see `dmesg`). A scheduler may, too."
         return text
 
 
 def report_exit(folder: Path, ranks: int, code: int, received: Sequence[int]) -> int:
-    """Show the first failing rank's error last, and return the exit code of the run.
+    """Print the error of the first failed rank, and return the exit code of the run.
 
     Args:
-        folder: the ranks' records and the agent's failures file.
-        ranks: of this machine.
-        code: the agent's own exit code, negative when a signal killed it.
-        received: the signals to leave that were passed on, in order.
+        folder: of the ranks' exit records and the agent's failures file.
+        ranks: number of ranks on this machine.
+        code: the agent's own exit code, negative if a signal killed it.
+        received: the forwarded stop signals, in order.
     """
     records = read_records(last_start(folder))
     failed = [record for record in records if record.code != EXIT_OK and not record.asked]
@@ -50,11 +50,11 @@ def report_exit(folder: Path, ranks: int, code: int, received: Sequence[int]) ->
     first = first_failed_rank(failed, unreported_exits(folder, records))
     if received and _caused_by_signal(received[0], first):
         if not failed and (asked or len(records) == ranks):
-            return asked  # the ranks have said where the run stands
+            return asked  # the ranks have reported the state of the run
         logger.error("stopped by %s", signal.Signals(received[0]).name)
         return 128 + received[0]
     if first is None:
-        logger.error("torchrun ended with code %d before any rank said why; its output is above", code)
+        logger.error("torchrun ended with code %d before any rank reported an error; its output is above", code)
         return EXIT_FAULT
     if isinstance(first, UnreportedExit):
         logger.error("%s", first)
@@ -64,7 +64,7 @@ def report_exit(folder: Path, ranks: int, code: int, received: Sequence[int]) ->
 
 
 def _caused_by_signal(received: int, failure: ExitRecord | UnreportedExit | None) -> bool:
-    """Whether a rank ended so since the run was told to end."""
+    """Whether a rank ended in this way because the run received a stop signal."""
     return not isinstance(failure, ExitRecord) or failure.lost_peer or failure.code == 128 + received
 
 
@@ -79,11 +79,11 @@ def unreported_exits(folder: Path, records: Sequence[ExitRecord]) -> list[Unrepo
 def first_failed_rank(
     records: Sequence[ExitRecord], silent: Sequence[UnreportedExit]
 ) -> ExitRecord | UnreportedExit | None:
-    """What went wrong first. A lost peer is a consequence, and torchrun ends the survivors with SIGTERM."""
+    """The first failure. A lost peer is a consequence of it, and so is SIGTERM: torchrun sends it to the survivors."""
 
     def order(failure: ExitRecord | UnreportedExit) -> tuple[bool, int, int]:
-        # Within one second, which is as fine as torchrun's clock goes, a kill comes before what its peers tell, and
-        # what a rank tells comes before an exit code alone.
+        # torchrun's times are in whole seconds. Within one second, a kill comes before the records of the peers, and a
+        # record comes before a bare exit code.
         if isinstance(failure, UnreportedExit):
             return failure.exitcode == -signal.SIGTERM, int(failure.time), 0 if failure.exitcode < 0 else 2
         return failure.lost_peer, int(failure.time), 1

@@ -1,8 +1,9 @@
-"""Where the ranks of one machine meet: a store on the loopback, made anew by the agent at each start of the ranks.
+"""The rendezvous of the ranks of one machine: a store on the loopback, which the agent creates at each start of the
+ranks.
 
-torchrun's own rendezvous listens on all interfaces, without authentication, and its c10d backend unpickles what it
-finds in its store. One machine needs neither: the agent has nobody to meet, so it keeps its notes in memory, and never
-reads the store of the ranks. That store is a TCPStore whose socket was bound to 127.0.0.1 before torch got it.
+torchrun's own rendezvous listens on all interfaces, without authentication, and its c10d backend unpickles values of
+its store. One machine needs neither. There is only one agent, so it keeps its state in memory, and it never reads the
+store of the ranks. That store is a TCPStore whose socket is bound to 127.0.0.1 before torch receives it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from quadriga.launch.environment import LOOPBACK_RENDEZVOUS
 
 
 def register() -> None:
-    """Let torchrun know the backend, by the name that the launcher gives it. Call once in the agent."""
+    """Register the backend with torchrun, under the name that the launcher passes. Call once, in the agent."""
     rendezvous_handler_registry.register(LOOPBACK_RENDEZVOUS, LoopbackRendezvous)
 
 
 def loopback_store() -> TCPStore:
-    """A store that listens on a free port of the loopback, and on nothing else, as long as the object lives."""
+    """A store that listens on a free port of the loopback interface only, as long as the object exists."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind((LOOPBACK_ADDRESS, 0))
         port = listener.getsockname()[1]
@@ -40,11 +41,11 @@ def loopback_store() -> TCPStore:
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """One agent, which is all there is: each start of its ranks gets a store of its own, on a port of its own."""
+    """The rendezvous of a single agent. Each start of its ranks gets a new store on a new port."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         if parameters.max_nodes != 1:
-            raise ValueError(f"{LOOPBACK_RENDEZVOUS} is for one machine, and {parameters.max_nodes} are to meet")
+            raise ValueError(f"{LOOPBACK_RENDEZVOUS} is for one machine, not for {parameters.max_nodes}")
         self._run_id = parameters.run_id
         self._agent_store: Store = HashStore()
         self._rank_store: TCPStore | None = None
@@ -54,12 +55,12 @@ class LoopbackRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """The ranks are clients of the store; no rank makes one."""
+        """True: the ranks are clients of the agent's store, and no rank creates one."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
         self._agent_store = HashStore()
-        self._rank_store = loopback_store()  # the one before closes: what dead ranks left there misleads nobody
+        self._rank_store = loopback_store()  # the old store closes, so values of dead ranks are lost
         return RendezvousInfo(self._agent_store, 0, 1, RendezvousStoreInfo(LOOPBACK_ADDRESS, self._rank_store.port))
 
     def is_closed(self) -> bool:

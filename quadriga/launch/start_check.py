@@ -1,7 +1,6 @@
-"""Whether a run would start, and from where: one check for the dry run and for the launcher's own start.
+"""Whether a run would start, and from where: one check for the dry run and for the start itself.
 
-No torch, and nothing is written. What the ranks alone can find out (the content of large checkpoints, of weights and of
-data) is left to them.
+It uses no torch and writes nothing. The ranks check the rest: the content of large checkpoints, of weights and of data.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ FROM_SCRATCH = "step 0, from initial weights"
 
 
 def find_start(run: Run, *, deep: bool) -> str:
-    """What the run would start from, in a line.
+    """One line that says what the run would start from.
 
     Args:
-        deep: compare the content of small checkpoints with its hashes, and look whether another run holds the
-            folder: for a dry run. A start leaves both to its ranks.
+        deep: also verify the hashes of small checkpoints, and whether another run holds the folder. A dry run does
+            this; in a start, the ranks do.
 
     Raises:
-        UserError: it would not start, and why.
-        CheckpointError: checkpoints are there and none is good; with exit code 3.
+        UserError: the run would not start, with the reasons.
+        CheckpointError: checkpoints exist and none is good; with exit code 3.
     """
     section, spec = run.config.checkpoint, run.spec
     problems = _no_tokenizer(run) + _not_writable("job.dump_folder", spec.folders.dump)
@@ -62,7 +61,7 @@ def find_start(run: Run, *, deep: bool) -> str:
 
 
 def _no_tokenizer(run: Run) -> list[Problem]:
-    """Why the tokenizer cannot be used, as each rank would find it. One that is missing is told of elsewhere."""
+    """Why the tokenizer cannot be used, as each rank would report it. A missing one is reported elsewhere."""
     if run.spec.tokenizer.kind not in ("huggingface", "tiktoken"):
         return []
     from quadriga.data.tokenizer import build_tokenizer
@@ -76,13 +75,13 @@ def _no_tokenizer(run: Run) -> list[Problem]:
 
 def _from_checkpoints(run: Run, deep: bool) -> str:
     section, folder = run.config.checkpoint, run.spec.folders.checkpoint
-    seed = section.create_seed_checkpoint  # such a run loads nothing, so nothing that lies there hinders it
+    seed = section.create_seed_checkpoint  # such a run loads nothing, so damaged checkpoints do not matter
     found = checkpoints.find_complete(folder, section.load_step) if seed else _newest_checkpoint(section, folder, deep)
     if found is not None and found.step >= run.spec.steps:
         return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
     if seed:
         return FROM_SCRATCH
-    if found is not None and not found.resume:  # a seed of torchtitan's
+    if found is not None and not found.resume:  # a seed checkpoint of torchtitan
         _check_resumable(found, section, run)
         return f"step 0, from the weights of {found.path}, which torchtitan saved"
     if found is not None:
@@ -100,14 +99,14 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
     if section.initial_load_model_only:
         _check_titan_checkpoint(replace(found, resume=False), section, run)
         return f"step 0, from the weights of {found.path}{_unverified(found, deep)}"
-    if (found.resume or found.trainer) and found.contents == ("model",):  # whatever is excluded from loading
+    if (found.resume or found.trainer) and found.contents == ("model",):  # also with `exclude_from_loading`
         raise UserError(messages.missing_contents(found, ["optimizer"]))
     _check_resumable(found, section, run)
     return f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
 
 
 def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> CheckpointInfo | None:
-    """The run's own newest good checkpoint, or that of `load_step`, as `checkpoint.search` chooses it."""
+    """The newest good checkpoint of the run, or that of `load_step`, as `checkpoint.search` chooses it."""
     if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
         raise UserError(messages.not_a_folder(folder))
     whole, damaged = checkpoints.list_checkpoints(folder)
@@ -136,7 +135,7 @@ def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> Checkpoi
 
 
 def _initial_checkpoint(path: str, deep: bool) -> CheckpointInfo | None:
-    """What `initial_load_path` names; None: a folder of another program, which DCP reads."""
+    """The checkpoint at `initial_load_path`. None: a folder of another program, which DCP reads."""
     try:
         found = titan.find_at(path)
     except InvalidCheckpoint as reason:
@@ -162,7 +161,7 @@ def _unverified(found: CheckpointInfo, deep: bool) -> str:
 
 
 def _lost_data_position(found: CheckpointInfo, run: Run) -> str:
-    """That a run of torchtitan reads its data from the start, where the checkpoint and the configuration say so."""
+    """A remark that a run of torchtitan reads its data from the start, if its position in them is not known."""
     if not found.trainer or "dataloader" in run.config.checkpoint.exclude_from_loading:
         return ""
     why = messages.unknown_position(found.extra["dataloader"], run.config.training.dataloader.shuffle)
@@ -170,7 +169,7 @@ def _lost_data_position(found: CheckpointInfo, run: Run) -> str:
 
 
 def _check_resumable(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
-    """Refuse a checkpoint from which this run cannot go on."""
+    """Refuse a checkpoint from which this run cannot resume."""
     if found.trainer:
         _check_titan_checkpoint(found, section, run)
         return
@@ -187,10 +186,10 @@ def _check_resumable(found: CheckpointInfo, section: Checkpoint, run: Run) -> No
 
 
 def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
-    """Refuse a checkpoint of torchtitan that is not of this model, or lacks moments that are to be loaded."""
+    """Refuse a checkpoint of torchtitan that is of another model, or lacks moments that would be loaded."""
     if not found.trainer:
         return
-    if messages.is_last_save(found):  # whatever is excluded from loading
+    if messages.is_last_save(found):  # also with `exclude_from_loading`
         raise UserError(messages.no_training_state(found))
     parts = {"model", "optimizer"} if found.resume else {"model"}
     required = parts - set(section.exclude_from_loading)
@@ -203,7 +202,7 @@ def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run
 
 
 def _hf_weights(place: str, run: Run) -> None:
-    """Refuse a folder without weights, or with those of another model."""
+    """Refuse a folder without weights, or with weights of another model."""
     if is_url(place):
         what = "Hugging Face weights are read from files, not from a URL"
         raise UserError(Problem("checkpoint.initial_load_path", what, place, fix="name a folder of this machine"))
@@ -220,7 +219,7 @@ def _hf_weights(place: str, run: Run) -> None:
 
 
 def _not_writable(key: str, folder: str) -> list[Problem]:
-    """Why nothing could be written at `folder`, which need not be there yet."""
+    """Why nothing could be written in `folder`, which may not exist yet."""
     fix = f"choose a folder that you may write with --{key}"
     if max(map(len, map(os.fsencode, folder.split("/")))) > PATH_PART:
         return [Problem(key, f"cannot be written: a name of more than {PATH_PART} bytes", folder, fix=fix)]
@@ -228,14 +227,14 @@ def _not_writable(key: str, folder: str) -> list[Problem]:
     while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
-        return [Problem(key, f"cannot be written: {there} is no folder", folder, fix=fix)]
+        return [Problem(key, f"cannot be written: {there} is not a folder", folder, fix=fix)]
     if not os.access(there, os.W_OK | os.X_OK):
         return [Problem(key, f"cannot be written: no permission to write in {there}", folder, fix=fix)]
     return []
 
 
 def _locked_by_another_run(folder: str) -> list[Problem]:
-    """Whether another run holds the folder now."""
+    """A problem if another run holds the lock of the folder now."""
     try:
         handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

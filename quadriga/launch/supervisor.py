@@ -1,7 +1,8 @@
-"""The launcher: every check before the launch, then torchrun as a child, its signals, and whose error is shown last.
+"""The launcher: all checks before the launch, then torchrun as a child process, its signals, and the last error.
 
-It exists since torchrun turns a rank's exit 2 into 1 with a traceback of its own, repeats a report once a rank, and
-leaves ranks alive when it is killed. No torch here: a wrong configuration is answered in a fraction of a second.
+It exists because torchrun turns a rank's exit code 2 into 1 with its own traceback, repeats a report once per rank, and
+leaves ranks alive when it is killed. No torch is imported, so a wrong configuration is refused in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -43,45 +44,51 @@ from quadriga.planning.heap import heap_of
 from quadriga.resilience.processes import RECORDS, adopt_orphans
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ORPHAN_SECONDS = 5.0  # that what the ranks started has to end when they have ended
+ORPHAN_SECONDS = 5.0  # for children of the ranks to end after the ranks
 
 REHEARSE = "--rehearse"
 USAGE = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
        python -m quadriga.launch --job.config_file FILE [--section.key value ...]
 
-Trains on the ranks of this machine from one TOML file. Every key can be given behind it, as --section.key value,
---section.key=value, or --section.no_key for a switch; the command line wins over the environment, that over the file.
+Trains on the ranks of this machine from one TOML file. You can give every key on the command line, as
+--section.key value, --section.key=value, or --section.no_key for a switch. The command line overrides the environment,
+and the environment overrides the file.
 
-NGPU (4) ranks of this machine; CONFIG_FILE the TOML file; COMM_BACKEND gloo, nccl, nccl-symm or nvshmem; LOG_RANK (0)
-the ranks that print progress; MAX_RESTARTS (0) how often the ranks are started again when one fails, to go on from the
-newest checkpoint; DRY_RUN=1 says what the run would be and from which step it would go on, starts nothing, and leaves
-with the exit code of such a start; with --rehearse it builds the run and takes a step with tensors that hold nothing;
-for several machines NNODES, NODE_RANK and RDZV_ENDPOINT (host:port of machine 0); PYTHON the interpreter.
+Environment variables (defaults in parentheses):
+  NGPU (4)                  ranks on this machine
+  CONFIG_FILE               the TOML file
+  COMM_BACKEND              gloo, nccl, nccl-symm or nvshmem
+  LOG_RANK (0)              the ranks that print progress
+  MAX_RESTARTS (0)          how often failed ranks are started again; they resume from the newest checkpoint
+  DRY_RUN=1                 print what the run would be and where it would resume, start nothing, and return the exit
+                            code of such a start; --rehearse also builds the run and takes one step without memory
+  NNODES, NODE_RANK, RDZV_ENDPOINT (host:port of machine 0)   for several machines
+  PYTHON                    the interpreter
 
 On one machine every port is opened on the loopback: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and
 NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME name that interface unless you set them. Several machines need a closed network.
 
-SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP: the step is finished and saved, and the run leaves with 75; a second
-Ctrl-C ends it at once. SIGUSR2 saves and goes on. The files STOP and SAVE in the run folder do the same.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP: the run finishes the step, saves, and exits with 75. A second Ctrl-C ends
+it at once. SIGUSR2: the run saves and continues. The files STOP and SAVE in the run folder do the same.
 
 Exit codes:
   0    done
   1    a fault of the machine or the code
-  2    something that you can mend, told in one report
-  3    checkpoints are there, and every one is damaged
-  4    a rank stopped, or a collective waited for too long
-  5    the loss or the gradients are no numbers, or jumped, and [health] says to stop
+  2    an error that you can correct; one report lists all of them
+  3    checkpoints exist, and every one is damaged
+  4    a rank stopped, or a collective timed out
+  5    the loss or the gradients are NaN or infinite, or the loss jumped, and [health] says to stop
   6    out of memory
-  75   asked to leave: saved and left; the same start goes on from there, so that a scheduler may queue it again
+  75   stopped on request, after a save: the same command resumes, so a scheduler can requeue it
   128 + n   ended by signal n, with nothing saved
-docs/operations.md tells what to do about each.
+docs/operations.md says what to do about each.
 """
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Launch what `argv` and `environ` ask for. Returns the documented exit code; 128 + n when signal n ended it."""
+    """Launch the run of `argv` and `environ`. Returns the exit code of `USAGE`; 128 + n if signal n ended the run."""
     if {"-h", "--help"} & set(argv):
-        from quadriga.config.help import print_keys  # rich need not be loaded to start a run
+        from quadriga.config.help import print_keys  # imports rich, which a start does not need
 
         print(USAGE)
         print_keys()
@@ -97,7 +104,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if rehearsal:
             raise UserError(Problem(REHEARSE, "a rehearsal is part of a dry run", fix="set DRY_RUN=1"))
         start_logging({**environ, "RANK": "0", "LOG_RANK": "0"})
-        if request.node == 0:  # whose first rank looks for checkpoints; other machines may not see them
+        if request.node == 0:  # its first rank searches for checkpoints; other machines may not see them
             find_start(run, deep=False)
         gpus = visible_gpus(environ)
         backend, reason = launch_backend(run.spec.backend, request.ranks, torch_build(), gpus)
@@ -114,7 +121,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         logger.info("ports: %s", format_ports(environ, request.nodes))
     for name, size in heap.items():
         logger.info("%s=%s%s", name, size, "" if environ.get(name) else ": what this run needs")
-    # The choice made here is the one that every rank keeps, or fails by: none may choose anew.
+    # Every rank takes the backend that is chosen here, or fails. No rank chooses again.
     environ = {**environ, **rank_variables, "COMM_BACKEND": backend}
     return supervise(request, launch_arguments(argv, environ), environ, run.config.checkpoint.timeout_seconds)
 
@@ -125,13 +132,13 @@ def split_rehearse_flag(argv: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def run_rehearsal(run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Build a rank of the run and take one step, with tensors that hold nothing, in a child process; its exit code.
+    """Build a rank of the run and take one step in a child process, on fake tensors. Returns its exit code.
 
-    Rank 0 and, where a pipeline makes ranks differ, the last one.
+    Rehearses rank 0 and, in a pipeline, the last rank, because it has another stage.
     """
     ranks = (0,) if run.spec.degrees.pp == 1 else (0, run.spec.world_size - 1)
     shared = {**environ, "PYTHONPATH": _python_path(environ), "WORLD_SIZE": str(run.spec.world_size)}
-    print("\nRehearsal (tensors hold nothing, nothing is sent):", flush=True)
+    print("\nRehearsal (tensors without memory, nothing is sent):", flush=True)
     for rank in ranks:
         command = [sys.executable, "-m", "quadriga.rehearsal.rehearse", *argv]
         code = subprocess.run(command, env={**shared, "RANK": str(rank)}, check=False).returncode
@@ -141,7 +148,7 @@ def run_rehearsal(run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> 
 
 
 def check_before_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[LaunchRequest, Run]:
-    """The request and the run, or a UserError with everything that is wrong in the variables and the configuration."""
+    """The launch request and the run. Raises UserError with all problems of the variables and the configuration."""
     request, problems = read_launch_request(environ)
     try:
         run = resolve_run(request, argv, environ, training=not request.dry_run)
@@ -153,7 +160,7 @@ def check_before_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tupl
 
 
 def resolve_run(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str, str], training: bool) -> Run:
-    """The run on all ranks of all machines. `training` asks for what a rehearsal can do without."""
+    """The run on all ranks of all machines. `training`: also require what a dry run does not need."""
     return read(
         launch_arguments(argv, environ),
         environ,
@@ -166,7 +173,7 @@ def resolve_run(request: LaunchRequest, argv: Sequence[str], environ: Mapping[st
 
 
 def check_start(request: LaunchRequest, run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> StartCheck:
-    """What a start would refuse this run for, or where it would begin; nothing of that where it only rehearses."""
+    """Why a start would refuse this run, or where it would begin. Empty if the run only rehearses."""
     if run.config.only_rehearses:
         return StartCheck()
     problems = training_problems(request, argv, environ)
@@ -181,7 +188,7 @@ def check_start(request: LaunchRequest, run: Run, argv: Sequence[str], environ: 
 
 
 def training_problems(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Problem, ...]:
-    """What a dry run lets pass and training would refuse: assets that are not there, features that are not built."""
+    """Problems that only training has: missing assets and unsupported features. A dry run reports them as notices."""
     try:
         heap_variables(resolve_run(request, argv, environ, training=True), environ)
     except UserError as error:
@@ -190,13 +197,13 @@ def training_problems(request: LaunchRequest, argv: Sequence[str], environ: Mapp
 
 
 def heap_variables(run: Run, environ: Mapping[str, str]) -> dict[str, str]:
-    """The size of NVSHMEM's heap for the ranks, where the run has one; or a UserError where the user's is too small."""
+    """NVSHMEM's heap size as a variable; empty without NVSHMEM. Raises UserError if the user's value is too small."""
     heap = heap_of(run) if run.spec.backend == "nvshmem" else None
     return {SYMMETRIC_SIZE: symmetric_size(heap, environ)} if heap else {}
 
 
 def launch_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The command line behind CONFIG_FILE; a `--job.config_file` of its own comes later and wins."""
+    """CONFIG_FILE and then the command line. A `--job.config_file` on the command line comes later and overrides it."""
     file = environ.get("CONFIG_FILE")
     return ["--job.config_file", file, *argv] if file else [*argv]
 
@@ -209,9 +216,9 @@ def _format_ranks(request: LaunchRequest) -> str:
 
 
 def supervise(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str, str], stop_timeout: float) -> int:
-    """Run the ranks of this machine to their end. Returns the exit code of the run.
+    """Run the ranks of this machine until they end. Returns the exit code of the run.
 
-    `stop_timeout`: the seconds that the ranks have to save and leave when a signal asks for it.
+    `stop_timeout`: seconds that the ranks have to save and exit after a stop signal.
     """
     adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
@@ -223,8 +230,8 @@ def supervise(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str,
         }
         command = [sys.executable, "-m", "quadriga.launch.agent", *torchrun_arguments(request), *argv]
         with handle_launcher_signals(stop_timeout) as signals:
-            # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once. An agent
-            # that has only begun to start is not to die of a save request: it takes it up when it is ready.
+            # In a new session, the terminal's Ctrl-C reaches only the launcher, which forwards it once. The save signal
+            # is blocked until the agent has its handler. Otherwise a save request would kill an agent that starts.
             signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE_SIGNAL})
             child = subprocess.Popen(command, env=child_environ, start_new_session=True)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE_SIGNAL})
@@ -235,7 +242,7 @@ def supervise(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str,
 
 
 def torchrun_arguments(request: LaunchRequest) -> list[str]:
-    """Where the ranks meet, and what they run."""
+    """The arguments of torchrun: rendezvous, number of ranks, and the module that they run."""
     rendezvous = ["--nnodes", str(request.nodes), "--rdzv-id", "quadriga"]
     if request.nodes == 1:
         rendezvous += ["--rdzv-backend", LOOPBACK_RENDEZVOUS]
@@ -252,10 +259,10 @@ def _python_path(environ: Mapping[str, str]) -> str:
 
 
 class SignalHandler:
-    """What the launcher was told, passed on to the agent; `stop_signals` are those that ask for the end of the run.
+    """Forwards signals of the launcher to the agent. `stop_signals` are those received that request the end of the run.
 
-    A second Ctrl-C ends all at once, and so does the end of `stop_timeout` seconds after the first request to stop: the
-    ranks die with the agent.
+    A second Ctrl-C kills the agent, and the ranks with it. So does the end of `stop_timeout` seconds after the first
+    stop request.
     """
 
     def __init__(self, stop_timeout: float) -> None:
@@ -271,7 +278,7 @@ class SignalHandler:
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
-            self._kill("they were not done within %g s (checkpoint.timeout_seconds): killed", self._stop_timeout)
+            self._kill("the ranks did not finish within %g s (checkpoint.timeout_seconds): killed", self._stop_timeout)
             return
         if number != SAVE_SIGNAL:
             self.stop_signals.append(number)
@@ -286,17 +293,17 @@ class SignalHandler:
 
     def _kill(self, why: str, *facts: object) -> None:
         if self._child is not None:
-            logger.error(f"{why}; saves that were finished before are whole", *facts)
+            logger.error(f"{why}; checkpoints that were complete before stay intact", *facts)
             self._child.kill()
 
 
 @contextmanager
 def handle_launcher_signals(stop_timeout: float) -> Iterator[SignalHandler]:
-    """Take signals as stop and save requests, and no longer as our own end."""
+    """Handle signals as stop and save requests instead of ending the launcher."""
     signals = SignalHandler(stop_timeout)
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
     for number in map(int, (*STOP_SIGNALS, SAVE_SIGNAL, signal.SIGALRM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored, and it stays ignored
             before[number] = signal.signal(number, signals.receive)
     try:
         yield signals
@@ -307,7 +314,7 @@ def handle_launcher_signals(stop_timeout: float) -> Iterator[SignalHandler]:
 
 
 def reap_orphans() -> None:
-    """See the last of what the agent left behind, so that neither a process nor a zombie of the run remains."""
+    """Wait for the processes that the agent left, so that neither a process nor a zombie of the run remains."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     while time.monotonic() < deadline:
         try:

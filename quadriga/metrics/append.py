@@ -1,4 +1,4 @@
-"""Files that a run appends to: whole pieces or nothing, also on a full disk; and way for them, whatever lies there."""
+"""Files to which a run appends: complete writes or none, also on a full disk. Anything else at a path is set aside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from quadriga.errors import printable
 from quadriga.log import logger
 
-NOT_BLOCKING = os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO that nobody reads would hold up who opens it
+NOT_BLOCKING = os.O_NONBLOCK | os.O_CLOEXEC  # opening a FIFO without a reader would block
 
 
 class Appender:
-    """Appends pieces of bytes, each whole or, where the write fails, not at all. Raises OSError where it fails."""
+    """Appends bytes, each write completely or, if it fails, not at all. Raises OSError if a write fails."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ class Appender:
             while rest:
                 rest = rest[os.write(self._handle, rest) :]
         except OSError:
-            with suppress(OSError):  # what was written of it must not stand before the next piece
+            with suppress(OSError):  # a partial write must not precede the next one
                 os.ftruncate(self._handle, before)
             raise
 
@@ -38,14 +38,14 @@ class Appender:
 
 
 def ensure_appendable(path: Path) -> None:
-    """See to it that a run can append to `path`: what lies there and is no file to read and write is set aside.
+    """Make sure that a run can append to `path`: anything there that is not a readable, writable file is set aside.
 
-    Raises OSError where that cannot be done.
+    Raises OSError if that fails.
     """
     try:
         handle = os.open(path, os.O_RDWR | NOT_BLOCKING)
     except OSError as error:
-        if os.path.lexists(path):  # a folder, a link that leads nowhere, no permission, a disk that does not answer
+        if os.path.lexists(path):  # a folder, a dangling link, no permission, a disk that does not answer
             set_aside(path, error.strerror or str(error))
         return
     try:
@@ -56,9 +56,9 @@ def ensure_appendable(path: Path) -> None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Rename what lies at `path`, so that a run can begin a file of this name. Raises OSError where that fails."""
+    """Rename what is at `path`, so that a run can create a file with this name. Raises OSError if that fails."""
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.unreadable-{number}")):
         number += 1
     path.rename(aside)
-    logger.warning("%s cannot be gone on with (%s): set aside as %s", path, printable(why), aside.name)
+    logger.warning("%s cannot be appended to (%s): set aside as %s", path, printable(why), aside.name)

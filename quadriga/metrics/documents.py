@@ -1,10 +1,10 @@
-"""Which documents each step read: `documents/rankN.jsonl` in the run folder (`metrics.log_documents`).
+"""Logs the documents that each step read: `documents/rankN.jsonl` in the run folder (`metrics.log_documents`).
 
-One JSON object a line and step: {"step": 7, "attempt": 1, "rows": {"0": ["0:12:3", "0:12:9"], "1": [...]}}. Rows are
-those of the global batch. A document goes by `epoch:shard:number`: the pass over the data, the shard of the source, and
-the record in it (a byte offset in text and JSON lines, a row in Parquet and on the Hub). The same documents have the
-same names on every layout, number of ranks and attempt; two runs can be compared if their data, seed and global batch
-are the same. A document that goes on in the next window is named by both.
+Each line is a JSON object for one step: {"step": 7, "attempt": 1, "rows": {"0": ["0:12:3", "0:12:9"], "1": [...]}}.
+Rows are rows of the global batch. The name of a document is `epoch:shard:number`: the pass over the data, the shard of
+the source, and the record in it (a byte offset in text and JSON lines, a row in Parquet and on the Hub). Names are the
+same on every layout, number of ranks and attempt. Two runs can be compared if their data, seed and global batch are the
+same. A document that continues in the next window is listed in both.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from quadriga.reading import parse_json, read_lines
 
 DOCUMENTS_FOLDER = "documents"
 
-Ids = Sequence[tuple[int, int, int]]  # of one row
+Ids = Sequence[tuple[int, int, int]]  # (epoch, shard, number) of each document of a row
 
 
 class DocumentLog:
-    """Writes the documents of one rank's rows; its lines outlive a kill of the process."""
+    """Writes the documents of one rank's rows. Written lines survive a kill of the process."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class DocumentLog:
         first_row: int,
         failures: WriteFailures | None = None,
     ) -> None:
-        """`folder` is that of the run. To be made by one rank of those that read the same rows."""
+        """`folder`: the run folder. Of the ranks that read the same rows, only one creates a log."""
         path = Path(folder, DOCUMENTS_FOLDER, f"rank{rank}.jsonl")
         self._lines = Guarded(lambda: JsonLines(path), str(path), failures or WriteFailures(stops=False))
         self._attempt, self._first_row = attempt, first_row
 
     def write(self, step: int, rows: Sequence[Ids]) -> None:
-        """`rows`: the documents of each row of this rank's share of the step's batch."""
+        """`rows`: the documents of each of this rank's rows of the step's batch."""
         self._lines.write({"step": step, "attempt": self._attempt, "rows": format_documents(rows, self._first_row)})
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class DocumentLog:
 
 
 def format_documents(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]]:
-    """The names of the documents by row of the global batch."""
+    """The names of the documents, by row of the global batch."""
     return {
         str(row): [f"{epoch}:{shard}:{number}" for epoch, shard, number in ids]
         for row, ids in enumerate(rows, start=first_row)
@@ -61,10 +61,10 @@ def format_documents(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]
 def read_documents(folder: str | os.PathLike[str]) -> dict[int, dict[int, list[str]]]:
     """The documents of every step by row, of all ranks of a run: {step: {row: [name, ...]}}, both ascending.
 
-    Where an attempt began again, what older attempts read from there on is left out, for that was given up.
+    Steps of older attempts from the first step of a newer attempt on are left out, because they were discarded.
 
     Raises:
-        UserError: a file cannot be read, or a line is none of ours; the message names both.
+        UserError: a file cannot be read, or a line has another format; the message names file and line.
     """
     by_attempt: dict[int, list[tuple[int, dict[int, list[str]]]]] = defaultdict(list)
     for file in sorted(Path(folder, DOCUMENTS_FOLDER).glob("rank*.jsonl")):
@@ -80,7 +80,7 @@ def read_documents(folder: str | os.PathLike[str]) -> dict[int, dict[int, list[s
 
 
 def _lines_of(file: Path) -> Iterator[tuple[int, int, dict[int, list[str]]]]:
-    """Attempt, step and rows of each line but for a last one that a kill has torn."""
+    """Attempt, step and rows of each line, except a last line that is incomplete after a kill."""
     for number, raw in read_lines(file, what="log of documents", keep_ends=True):
         if not raw.endswith(b"\n"):
             return

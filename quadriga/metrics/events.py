@@ -1,21 +1,21 @@
-"""`events.jsonl`: the event log of a run, one JSON object a line: what happened when, over all of its attempts.
+"""`events.jsonl`: the event log of a run over all of its attempts, one JSON object per line.
 
 Every line has `event`, `time` (seconds since the epoch), `attempt` (the start of the run that wrote it, from 1), `rank`
-and `step` (finished steps). The events and what else they say:
+and `step` (finished steps). The events and their further fields:
 
 | event | by | further fields |
 |---|---|---|
-| `start` | rank 0, when the process group stands | `world_size`, `layout`, `backend`, `process_start` (seconds) |
+| `start` | rank 0, after the process group started | `world_size`, `layout`, `backend`, `process_start` (seconds) |
 | `resume` | rank 0 | `path`, `seconds` |
 | `fallback` | rank 0 | `refused` (the file and why), `steps_lost` |
 | `ready` | rank 0, before the first step of the attempt | |
-| `save_begin`, `save_end` | rank 0 | `path`; at the end `seconds`, `blocked_seconds` (that training waited), `bytes` |
+| `save_begin`, `save_end` | rank 0 | `path`; at the end `seconds`, `blocked_seconds` (training waited), `bytes` |
 | `save_failed` | rank 0 | `reason`, `blocked_seconds` |
-| `skip` | rank 0, when it learns of it | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
-| `bad_record` | the rank that read it, the first ten of each | `place` (file and line), `reason` |
+| `skip` | rank 0, when it reads the verdict | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
+| `bad_record` | the rank that read it, at most ten per rank | `place` (file and line), `reason` |
 | `signal` | rank 0 | `name` |
-| `fault` | the rank that failed; rank 0 where all did | `error`, `lost_peer` (since another rank was gone) |
-| `end` | rank 0 | `code`, `reason`; `carried`: bytes of this rank by kind of call, of collectives of our own |
+| `fault` | the rank that failed; rank 0 if all failed | `error`, `lost_peer` (the cause is the loss of another rank) |
+| `end` | rank 0 | `code`, `reason`; `carried`: this rank's bytes by kind of call, of Quadriga's own collectives |
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends events, each in one write, so that lines of several ranks never mix. Safe to use from any thread."""
+    """Appends events, each in one write, so that lines of several ranks never mix. Thread-safe."""
 
     def __init__(self, folder: str | os.PathLike[str], rank: int, attempt: int) -> None:
         self.path = Path(folder, EVENTS_NAME)
@@ -52,16 +52,16 @@ class EventLog:
                 _warn_once(self.path, str(error.strerror))
 
     def log_event(self, event: str, step: int, **facts: Any) -> None:
-        """Add a line. A folder that cannot be written is no reason to end a run: the line is lost then."""
+        """Add a line. If the file cannot be written, the line is lost, and the run continues."""
         line = {"event": event, "time": time.time(), "attempt": self.attempt, "rank": self.rank, "step": step}
         append_line(self.path, {**line, **facts})
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON in one write, so that lines of several ranks never mix. Where that cannot be done, the line is
-    lost and a warning says so, once."""
+    """Add a line of JSON in one write, so that lines of several ranks never mix. If that fails, the line is lost, and
+    one warning per file is logged."""
     try:
-        # Not through Appender, which gives half a line back: other ranks may have written behind it.
+        # Not through Appender, which truncates a partial line: other ranks may have written after it.
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_BLOCKING, 0o644)
         try:
             os.write(handle, (json.dumps(line) + "\n").encode())
@@ -73,13 +73,13 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 @functools.cache
 def _warn_once(path: Path, reason: str) -> None:
-    logger.warning("%s cannot be written (%s): what it should say is lost, the run goes on", path, reason)
+    logger.warning("%s cannot be written (%s): new content is lost, the run continues", path, reason)
 
 
 def process_start_time() -> float:
-    """When this process began, in seconds since the epoch; now, where the system does not say."""
+    """The start time of this process in seconds since the epoch; the current time if the system does not give it."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):  # not Linux
         age = 0.0
@@ -87,8 +87,8 @@ def process_start_time() -> float:
 
 
 def read_events(folder: str | os.PathLike[str], notices: list[str] | None = None) -> list[Event]:
-    """All events of a run in the order of their time; [] where there are none. Lines that are no events are left out
-    and named: added to `notices`, or logged as a warning.
+    """All events of a run, ordered by time; [] if there are none. Lines that are no events are left out and reported:
+    in `notices`, or as a warning in the log.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).

@@ -1,22 +1,22 @@
-"""What the time of a run went into, from its first start to its last sign of life, over all of its starts.
+"""Goodput: how a run spent its time, from its first start to its last log line, over all of its starts.
 
-Read from `events.jsonl` and `metrics.jsonl` alone, so it can be asked of a run that goes on, and of one that was
-killed. Every second is counted once; `seconds` and `shares` have these keys:
+The only sources are `events.jsonl` and `metrics.jsonl`, so it works for a run in progress and for a killed one. Every
+second is counted once. `seconds` and `shares` have these keys:
 
-- `trained`: steps that count, the first one's compilation included;
-- `data_wait`: of those steps, what the first rank waited for data;
-- `validated`, `saved`: while training waited; of steps that count;
-- `started`: from the start of the first rank's process to its first step, checkpoints being loaded included;
-- `lost`: all that a start did after the step from which a later start went on;
-- `down`: from the last line that a start wrote to the beginning of the next one's first process, if that start had not
-  come to its end.
+- `trained`: steps that count, including the compilation in the first one;
+- `data_wait`: time of those steps in which the first rank waited for data;
+- `validated`, `saved`: time in which training waited for it, in steps that count;
+- `started`: from the start of the first rank's process to its first step, including the load of checkpoints;
+- `lost`: everything that a start did after the step from which a later start resumed;
+- `down`: from the last line of a start to the beginning of the next start's first process, if the earlier start had
+  not finished.
 
-The pause after a start that finished the run, which a later one extended, is none of these: nobody wanted the run to go
-on in it. It is `idle_seconds`, and no part of the shares.
+The pause after a start that finished the run, which a later one extended, is not counted. It is `idle_seconds`, and not
+part of the shares.
 
-A killed start ends with its last line, so that up to `metrics.log_freq` steps of it are seen as `down`, not as `lost`.
-Where a later start went on from a step between two lines, the time between them is divided by steps. Steps after the
-newest save count as trained as long as no later start went back. `effective` is the share `trained`: what others call
+A killed start ends with its last line, so up to `metrics.log_freq` of its steps count as `down`, not as `lost`. If a
+later start resumed from a step between two lines, the time between them is divided by steps. Steps after the newest
+save count as trained until a later start resumes from that save. `effective` is the share `trained`, also known as the
 effective training time ratio, or goodput.
 """
 
@@ -38,7 +38,7 @@ from quadriga.metrics.jsonl import Record, emit_notices, iter_records
 from quadriga.metrics.lines import BadLines
 from quadriga.metrics.loggers import JSONL_NAME
 
-# What a record of each kind must tell beside attempt and step.
+# The fields that a record of each kind must have besides attempt and step.
 REQUIRED = {
     "train": ("time", "elapsed_seconds", "data_wait"),
     "validation": ("time", "seconds"),
@@ -46,19 +46,19 @@ REQUIRED = {
 }
 KINDS = ("trained", "data_wait", "validated", "saved", "started", "lost", "down")
 
-Mark = tuple[float, int]  # at this time, so many steps were finished
+Mark = tuple[float, int]  # a time, and the number of steps finished by then
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the run. Times in seconds since the epoch; steps are counts of finished ones."""
+    """One start of the run. Times in seconds since the epoch; steps are numbers of finished steps."""
 
     attempt: int
     began: float
-    ready: float | None  # None: it never came to its first step
-    last: float  # its last sign of life
-    first_step: int  # that it went on from
-    last_step: int  # that it is known to have come to
+    ready: float | None  # None: it never began its first step
+    last: float  # time of its last log line
+    first_step: int  # from which it resumed
+    last_step: int  # the last one in its logs
     kept_step: int  # up to here its steps count; later ones were trained again
     faults: tuple[str, ...]
     ended: str
@@ -66,8 +66,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Goodput:
-    """`skipped_steps`: bad steps that left the weights alone, among those that count. `idle_seconds`: between a start
-    that finished the run and the next one. `notices`: what of the logs could not be used."""
+    """`skipped_steps`: bad steps that were skipped, among those that count. `idle_seconds`: between a start that
+    finished the run and the next one. `notices`: the parts of the logs that were not usable."""
 
     attempts: tuple[Attempt, ...]
     seconds: dict[str, float]
@@ -78,7 +78,7 @@ class Goodput:
 
     @property
     def wall_seconds(self) -> float:
-        """From the first start to the last sign of life, without the pauses in which the run was finished."""
+        """From the first start to the last log line, without the pauses in which the run was finished."""
         return self.attempts[-1].last - self.attempts[0].began - self.idle_seconds
 
     @property
@@ -91,7 +91,7 @@ class Goodput:
         return sum(attempt.last_step - attempt.kept_step for attempt in self.attempts)
 
     def as_json(self) -> dict[str, Any]:
-        """What `quadriga goodput --json` prints. All times in seconds; `from` and `to` since the epoch."""
+        """The output of `quadriga goodput --json`. All times in seconds; `from` and `to` since the epoch."""
         return {
             "from": self.attempts[0].began,
             "to": self.attempts[-1].last,
@@ -111,7 +111,7 @@ class Goodput:
 
 
 def read_goodput(folder: str | os.PathLike[str]) -> Goodput | None:
-    """The account of the run in `folder`; None where it has left no line.
+    """The goodput of the run in `folder`; None if its logs have no line.
 
     Raises:
         UserError: a log cannot be read, is no regular file, is beyond a limit, or no line of it is a record.
@@ -119,16 +119,16 @@ def read_goodput(folder: str | os.PathLike[str]) -> Goodput | None:
     metrics, notices = Path(folder, JSONL_NAME), list[str]()
     bad = BadLines(metrics)
     records = list(iter_records(metrics, REQUIRED, bad)) if os.path.lexists(metrics) else []
-    records = [record for record in records if "time" in record]  # of an unknown kind: only its time can count
+    records = [record for record in records if "time" in record]  # only the time of an unknown kind counts
     emit_notices(bad, notices)
     found = compute_goodput(read_events(folder, notices), records)
     if found is None and notices:
-        raise UserError(Problem("RUN", "\n".join(["nothing of its logs can be used:", *notices]), str(folder)))
+        raise UserError(Problem("RUN", "\n".join(["its logs have no valid line:", *notices]), str(folder)))
     return None if found is None else replace(found, notices=tuple(notices))
 
 
 def compute_goodput(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
-    """The account of a run by its events and its records, of all attempts; None where there are none."""
+    """The goodput of a run from the events and records of all attempts; None if there are none."""
     by_attempt: dict[int, tuple[list[Event], list[Record]]] = defaultdict(lambda: ([], []))
     for event in events:
         by_attempt[event["attempt"]][0].append(event)
@@ -173,7 +173,7 @@ class _Start:
         self.first_step = 0
         if ready is not None:
             self.ready, self.first_step = float(ready["time"]), int(ready["step"])
-        elif self.training:  # no event log was kept: the clock of a record begins right before the first step
+        elif self.training:  # without an event log: the clock of a record begins right before the first step
             self.ready = float(self.training[0]["time"] - self.training[0]["elapsed_seconds"])
             self.first_step = self.training[0]["step"] - 1
         lines = (*events, *records)
@@ -188,12 +188,12 @@ class _Start:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to the last step of the run, as that was configured then."""
+        """Whether it finished the last step of the run, as configured then."""
         end = self._first("end")
         return end is not None and end.get("code") == 0
 
     def end_before(self, time: float) -> None:
-        """The next start began then: what is said to be later, or earlier than this start, is of another clock."""
+        """Clamp all times to this start; the next one began at `time`. Times beyond come from another clock."""
         self.last = min(max(self.last, self.began), time)
         self.ready = min(max(self.ready, self.began), self.last) if self.ready is not None else None
         self.marks = [(min(max(at, self.began), self.last), step) for at, step in self.marks]
@@ -209,7 +209,7 @@ class _Start:
         return sum(one["event"] == event and one["step"] <= limit for one in self.events)
 
     def spent(self, limit: float) -> dict[str, float]:
-        """Seconds by kind, where steps beyond `limit` were trained again by a later start."""
+        """Seconds by kind. A later start trained the steps beyond `limit` again."""
         if self.ready is None:
             return {"started": self.last - self.began}
         given_up = self._passed(limit)
@@ -220,7 +220,7 @@ class _Start:
             "saved": sum(self._saves(limit)),
         }
         together = sum(waits.values())
-        if together > useful:  # by rounding, or since a rank's clock was set
+        if together > useful:  # by rounding, or because a rank's clock was set
             waits = {kind: amount * useful / together for kind, amount in waits.items()}
             together = useful
         kept = {"started": self.ready - self.began, "trained": useful - together, "lost": self.last - given_up}
@@ -234,7 +234,7 @@ class _Start:
         elif faults:
             ended = f"rank {faults[0]['rank']}: {faults[0].get('error', 'failed')}"
         else:
-            ended = "no word since: it goes on, or was killed" if is_newest else "killed without a word"
+            ended = "no event since: it is running, or was killed" if is_newest else "killed without an event"
         return Attempt(
             attempt=self.number,
             began=self.began,
@@ -251,7 +251,7 @@ class _Start:
         return next((one for one in self.events if one["event"] == event), None)
 
     def _passed(self, limit: float) -> float:
-        """When the last step up to `limit` was finished, with what was done after it and before the next."""
+        """The end time of the last step up to `limit`, including the time after it and before the next step."""
         assert self.ready is not None
         before, after = (self.ready, self.first_step), None
         for mark in self.marks:
@@ -274,8 +274,8 @@ class _Start:
         return total
 
     def _saves(self, limit: float) -> Iterator[float]:
-        """For how long each save kept training waiting."""
-        ends: dict[int, Event] = {}  # by step, the first one behind the place that is looked at
+        """The seconds that training waited for each save."""
+        ends: dict[int, Event] = {}  # by step, the first end after the current position
         waits: list[float] = []
         for event in reversed(self.events):
             if event["event"] in ("save_end", "save_failed"):
@@ -286,16 +286,16 @@ class _Start:
 
     def _waited(self, begin: Event, end: Event | None) -> float:
         until = float(end["time"]) if end is not None else self.last
-        # Marks rise in time and in step, so the last one before the end tells of all.
+        # Marks ascend in time and in step, so the last one before the end decides.
         place = bisect_left(self.marks, until, key=lambda mark: mark[0]) - 1
         if place >= 0 and self.marks[place][0] > begin["time"] and self.marks[place][1] > begin["step"]:
-            # Training went on beside the save, which is asynchronous.
+            # Training continued during the save, so it was asynchronous.
             return float(end.get("blocked_seconds", 0.0)) if end is not None else 0.0
         return max(until - float(begin["time"]), 0.0)
 
 
 def _rising(marks: list[Mark], ready: float | None, first_step: int) -> Iterator[Mark]:
-    """Marks of a training that has begun, by time; those that tell of an older step are left out."""
+    """The marks from `ready` on, by time; those of an older step are left out."""
     if ready is None:
         return
     newest = first_step

@@ -1,7 +1,7 @@
-"""What is done when a file that training could do without cannot be written (`metrics.on_write_failure`).
+"""Handles failed writes of files that training does not need (`metrics.on_write_failure`).
 
-The reason is told once a file; what should have been written is lost, and the next write is tried again. Where the
-configuration says "stop", the run is asked to save and leave.
+The reason is logged once per file. The content of the failed write is lost, and the next write is tried again. With
+"stop" in the configuration, the run is asked to save and exit.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ W = TypeVar("W", bound=RecordWriter)
 
 
 class WriteFailures:
-    """The failed writes of this rank. `reason`: why the run is to stop; None as long as it is not."""
+    """The failed writes of this rank. `reason`: why the run must stop; None if it need not."""
 
     def __init__(self, stops: bool) -> None:
         self._stops = stops
-        self._failing: dict[str, int] = {}  # what cannot be written, and how often
+        self._failing: dict[str, int] = {}  # by file or folder, the number of failed writes
         self.reason: str | None = None
 
     @contextmanager
     def tolerated(self, what: str) -> Iterator[None]:
-        """A write to `what`, a file or folder, whose OSError ends nothing."""
+        """A context for a write to `what`, a file or folder; an OSError in it is recorded and suppressed."""
         try:
             yield
         except OSError as error:
@@ -43,18 +43,18 @@ class WriteFailures:
                 logger.warning("%s can be written again; lost: %d %s", what, lost, "write" if lost == 1 else "writes")
 
     def add(self, what: str, error: Exception) -> None:
-        """Take note of a write that failed."""
+        """Record a failed write."""
         why = printable(getattr(error, "strerror", None) or error)
         self._failing[what] = self._failing.get(what, 0) + 1
         if self._failing[what] == 1:
-            then = "the run saves and stops" if self._stops else "the run goes on"
-            logger.warning("%s cannot be written (%s): what it should say is lost, %s", what, why, then)
+            then = "the run saves and stops" if self._stops else "the run continues"
+            logger.warning("%s cannot be written (%s): new content is lost, %s", what, why, then)
         if self._stops and self.reason is None:
             self.reason = f"{what} cannot be written ({why})"
 
 
 class Guarded(Generic[W]):
-    """A logger whose files may fail. It is made at its first write, and again where that could not be done."""
+    """A writer whose failures are tolerated. It is created at the first write, and again at the next if that fails."""
 
     def __init__(self, make: Callable[[], W], what: str, failures: WriteFailures) -> None:
         self._make, self.what, self._failures = make, what, failures

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line, appended as the run goes, whole again after any kill.
+"""`metrics.jsonl`: one JSON object per line, appended during the run. An incomplete last line after a kill is removed.
 
-Each start begins with a record of kind `backends`: which backend carries the bytes of which axis. After a resume, steps
-that are replayed appear again with a higher `attempt`; `read_metrics` keeps the last.
+Each start begins with a record of kind `backends`: the backend of each axis. After a resume, repeated steps appear
+again with a higher `attempt`; `read_metrics` keeps the last.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from quadriga.reading import parse_json, read_tail
 
 Record = dict[str, Any]
 TAIL = 1 << 16  # more than the longest line
-MAX_ATTEMPT = 10**9  # a number beyond was never counted up to
+MAX_ATTEMPT = 10**9  # a larger number is damage
 
 
 class JsonLines:
-    """Appends records to a file, each line whole or not at all. A last line that a kill tore is cut when the file is
-    opened; what cannot be gone on with is set aside. Raises OSError where that, or a write, fails."""
+    """Appends records to a file, each line completely or not at all. When it opens the file, it removes an incomplete
+    last line, and sets aside anything that is not an appendable file. Raises OSError if that or a write fails."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -42,8 +42,8 @@ class JsonLines:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut what follows the last newline of a file, if there is a file and it does not end in one. What does not begin
-    as a record does was not torn from one: it is ended, and left out by readers as a line that is none."""
+    """Remove an incomplete last line of a file, if the file exists. A last line that does not begin like a record is
+    not the start of one: it only gets a newline, and readers skip it."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:
@@ -71,17 +71,17 @@ def read_metrics(
     required: Collection[str] = (),
     notices: list[str] | None = None,
 ) -> list[Record]:
-    """The records of a run, one a step, by step: where an attempt replayed steps, its records and not the older ones.
+    """The records of a run, one per step, by step. If an attempt repeated steps, its records replace the older ones.
 
-    `kind` is "train" or "validation". What an earlier attempt logged beyond the step where a later one began again is
-    left out, for that branch of the run was given up. Lines that are no records, or lack one of the `required` fields,
-    are left out and named: added to `notices`, or logged as a warning.
+    `kind` is "train" or "validation". Records of an earlier attempt after the first step of a later one are left out,
+    because that branch of the run was discarded. Lines that are no records, or lack one of the `required` fields, are
+    left out and reported: in `notices`, or as a warning in the log.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
     """
     bad = BadLines(Path(path))
-    every: list[tuple[bool, Record]] = []  # whether it begins an attempt
+    every: list[tuple[bool, Record]] = []  # whether the record begins an attempt, and the record
     newest = 0
     for record in iter_records(Path(path), {kind: required}, bad):
         every.append((record["attempt"] > newest, record))
@@ -98,7 +98,7 @@ def read_metrics(
 
 
 def emit_notices(bad: BadLines, notices: list[str] | None) -> None:
-    """Say which lines of a file are left out: into `notices`, or to the log."""
+    """Report which lines of a file are left out: in `notices`, or in the log."""
     if notices is not None:
         notices += bad.notices
     else:
@@ -107,15 +107,15 @@ def emit_notices(bad: BadLines, notices: list[str] | None) -> None:
 
 
 def next_attempt(path: str | os.PathLike[str]) -> int:
-    """The number of the attempt that starts now: one more than the last in the file, 1 where there is none.
+    """The number of the attempt that starts now: one more than the last in the file, 1 if there is none.
 
-    Whatever the file holds: lines that are no records do not count. Raises UserError where it is no regular file.
+    Lines that are no records do not count. Raises UserError if it is no regular file.
     """
     path = Path(path)
     if not path.exists():
         return 1
     tail = read_tail(path, TAIL)
-    # Attempts never fall along the file, so the last record knows the highest.
+    # Attempts never decrease along the file, so the last record has the highest.
     for line in reversed(tail.split(b"\n")[:-1]):
         try:
             found = parse_json(line, str(path), nan=True)
@@ -128,8 +128,8 @@ def next_attempt(path: str | os.PathLike[str]) -> int:
 
 
 def iter_records(path: Path, required: Mapping[str, Collection[str]], bad: BadLines) -> Iterator[Record]:
-    """Every record of a file of ours, in its order. `required`: by kind, the fields beside attempt and step that a
-    record must have; lines that are no records go to `bad`."""
+    """Every record of `metrics.jsonl`, in the order of the file. `required`: by kind, the fields besides attempt and
+    step that a record must have. Lines that are no records are added to `bad`."""
     for number, line in checked_lines(path, ("attempt", "step"), bad):
         record = {"kind": "train", **line}
         lacking = [name for name in required.get(record["kind"], ()) if record.get(name) is None]

@@ -1,8 +1,8 @@
-"""Checked reading of a run's logs, `metrics.jsonl` and `events.jsonl`: one JSON object a line.
+"""Checked reading of a run's logs, `metrics.jsonl` and `events.jsonl`: one JSON object per line.
 
-A line is checked once, here: whoever reads it later finds each field that is named below of the type that it says. A
-line that is none (damaged, forged, of another program) is left out and named with its number; the others are used.
-Limits of size stand in `quadriga.limits`; a file beyond one, or one that is no regular file, is refused.
+Lines are checked here, once: each field listed below has the type of its list for all later readers. A line that is no
+record (damaged, forged, of another program) is left out and reported with its number; the others are used. The limits
+of size are in `quadriga.limits`. A file beyond a limit, or one that is no regular file, is refused.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Line = dict[str, Any]
 
 # Whole numbers, from 0 (attempts: from 1).
 COUNTS = {"attempt", "step", "rank", "tokens_seen", "tokens", "skipped_steps", "world_size", "bytes", "steps_lost"}
-# Seconds since the epoch, up to the year 9999: what a calendar can show.
+# Seconds since the epoch, up to the year 9999, the limit of `datetime`.
 TIMES = {"time", "process_start"}
 LATEST = 253_000_000_000
-# Durations, in seconds, and shares: finite, from 0.
+# Durations in seconds, and shares: finite, from 0.
 AMOUNTS = {"seconds", "blocked_seconds", "step_seconds", "elapsed_seconds", "data_wait", "data_wait_share"}
 MAX_AMOUNT = 1e12
-# Figures: any number, NaN and the infinities included, or null.
+# Figures: any number, including NaN and infinities, or null.
 FIGURES = {"loss", "max_loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_device", "tflops", "mfu"}
 FIGURES |= {"memory_reserved_gib", "memory_active_gib", "memory_peak_gib", "eta_seconds"}
 TEXTS = {"kind", "event", "error", "reason", "name", "path"}
-LARGEST = 2**63  # of any number: what other programs can hold, and float64 arithmetic takes without overflow
+LARGEST = 2**63  # limit of integers: other programs can hold them, and float64 arithmetic does not overflow
 MAX_PARTS = 1000  # of an object or a list within a line
 SHOWN = 3  # bad lines that a notice names
 
 
 @dataclass
 class BadLines:
-    """The lines of a file that are left out: their number, and of the first ones where they are and why."""
+    """The lines of a file that are left out: their count, and the numbers and reasons of the first ones."""
 
     path: Path
     count: int = 0
@@ -52,28 +52,28 @@ class BadLines:
 
     @property
     def notices(self) -> list[str]:
-        """What a user is told: one line, or none."""
+        """The messages for the user: at most one about bad lines and one about an incomplete last line."""
         notices = []
         if self.count:
             more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
             some = "1 line is no record" if self.count == 1 else f"{self.count:,} lines are no records"
             notices.append(f"{self.path}: {some} of a run and left out ({'; '.join(self.first)}{more})")
         if self.torn:
-            notices.append(f"{self.path}: the last line is half written, as a kill leaves it, and left out")
+            notices.append(f"{self.path}: the last line is incomplete, as after a kill, and left out")
         return notices
 
 
 def checked_lines(path: Path, required: Collection[str], bad: BadLines) -> Iterator[tuple[int, Line]]:
-    """(number, line): the lines of a file that have the `required` fields, and known fields of their types.
+    """(number, line): the lines of a file that have the `required` fields, and whose known fields have valid values.
 
-    Others go to `bad`.
+    Other lines are added to `bad`.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit of size.
     """
     for number, raw in read_lines(path, longest=limits.LOG_LINE_BYTES, what="log of a run", keep_ends=True):
         if number > limits.LOG_LINES:
-            bad.add(number, f"a log of more than {limits.LOG_LINES:,} lines is read no further")
+            bad.add(number, f"a log is read up to line {limits.LOG_LINES:,} only")
             return
         if not raw.endswith(b"\n"):
             bad.torn = True
@@ -90,9 +90,9 @@ def checked_lines(path: Path, required: Collection[str], bad: BadLines) -> Itera
 
 
 def _fault(line: Any, required: Collection[str]) -> str | None:
-    """What is wrong with a line; None: nothing."""
+    """The fault of a line; None if it has none."""
     if not isinstance(line, dict):
-        return f"a JSON {json_type(line)} where an object is expected"
+        return f"a JSON {json_type(line)}, not an object"
     if lacking := [name for name in required if name not in line]:
         return f"it lacks {', '.join(sorted(lacking))}"
     return next((f"{shortened(key)} is {why}" for key, value in line.items() if (why := _wrong(key, value))), None)
@@ -118,15 +118,15 @@ def _wrong(key: str, value: Any) -> str | None:
 
 
 def _wrong_parts(key: str, value: dict[str, Any] | list[Any]) -> str | None:
-    """Objects and lists are for further facts, which are few and plain."""
+    """Objects and lists hold further facts, which must be few and not nested."""
     if key in COUNTS | TIMES | AMOUNTS | FIGURES | TEXTS:
         return f"a JSON {json_type(value)}, not one value"
     parts = value.values() if isinstance(value, dict) else value
     if len(value) > MAX_PARTS or any(isinstance(part, dict | list) for part in parts):
-        return f"a JSON {json_type(value)} of more than {MAX_PARTS} parts, or with others within"
+        return f"a JSON {json_type(value)} of more than {MAX_PARTS} parts, or with nested parts"
     return None
 
 
 def _is_number(value: Any) -> bool:
-    """A float, or an integer that fits one; no boolean."""
+    """A float, or an integer below `LARGEST`; not a boolean."""
     return (type(value) is int and abs(value) < LARGEST) or type(value) is float

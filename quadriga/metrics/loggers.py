@@ -1,4 +1,4 @@
-"""Where records go: the console, `metrics.jsonl`, TensorBoard, Weights & Biases. A logger knows `write` and `close`."""
+"""The loggers of records: console, `metrics.jsonl`, TensorBoard, Weights & Biases. Each has `write` and `close`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSONL_NAME = "metrics.jsonl"
 
 
 class Logger(Protocol):
-    """Takes records of `Meter`, both kinds."""
+    """Takes records of `Meter`, of training and validation."""
 
     def write(self, record: Record) -> None: ...
 
@@ -48,16 +48,16 @@ def build_loggers(
     """The loggers of this rank: the console on logging ranks, the files on rank 0, TensorBoard and W&B on every rank
     with `metrics.save_for_all_ranks`.
 
-    Files that cannot be written end nothing: that goes to `failures`.
+    Failed writes are recorded in `failures` and do not end the run.
 
-    `steps`: the last step of the run; `first_step`: the one this attempt starts with; `title` and `config` (the whole
-    configuration as plain data) are for W&B. Raises UserError where W&B is asked for and cannot be had.
+    `steps`: the last step of the run; `first_step`: the first one of this attempt; `title` and `config` (the whole
+    configuration as plain data) are for W&B. Raises UserError if W&B is requested, but not available.
     """
     loggers: list[Logger] = []
     failures = failures or WriteFailures(section.on_write_failure == "stop")
     place = f"rank_{rank}" if section.save_for_all_ranks else ""
     writes_curves = rank == 0 or section.save_for_all_ranks
-    if section.enable_wandb and writes_curves:  # first, for it alone may refuse, and no file must be open then
+    if section.enable_wandb and writes_curves:  # first, because only it may raise, and no file must be open then
         loggers.append(WeightsAndBiases(Path(folders.dump), place, title, config or {}))
     if section.enable_tensorboard and writes_curves:
         curves_folder = Path(folders.tensorboard, place)
@@ -75,7 +75,7 @@ def _wants_colour(section: Metrics, environ: Mapping[str, str]) -> bool:
 
 
 class Console:
-    """One aligned line a record, to standard error through the logger of the run."""
+    """Writes one aligned line per record to standard error, through the logger of the run."""
 
     PLAIN, BOLD, DIM, RED, GREEN, YELLOW, BLUE, CYAN = "0", "1", "2", "31", "32", "33", "34", "36"
 
@@ -118,7 +118,7 @@ class Console:
 
 
 def _memory_used(record: Record) -> str:
-    """Peak reserved of a device, resident set of a CPU process."""
+    """The peak of reserved memory of a device, or the resident set of a CPU process."""
     for amount, share in (("memory_reserved_gib", "memory_reserved_percent"), ("memory_resident_gib", "")):
         if amount in record:
             percent = f" ({record[share]:.0f}%)" if share else ""
@@ -126,7 +126,7 @@ def _memory_used(record: Record) -> str:
     return "unknown"
 
 
-# Names of the vocabulary that users' dashboards already know: (name, key of the record, factor).
+# The metric names of torchtitan, for existing dashboards: (name, key of the record, factor).
 CURVES: Sequence[tuple[str, str, float]] = (
     ("loss_metrics/global_avg_loss", "loss", 1),
     ("loss_metrics/global_max_loss", "max_loss", 1),
@@ -155,18 +155,18 @@ VALIDATION_CURVES: Sequence[tuple[str, str, float]] = (
 
 
 def curves_of_record(record: Record) -> dict[str, float]:
-    """A record under the vocabulary's metric names; what is not known is left out."""
+    """The values of a record under these metric names; None and missing values are left out."""
     names = VALIDATION_CURVES if record["kind"] == "validation" else CURVES
     return {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
 
 
 class TensorBoard:
-    """Event files in `folder`. After a resume the curves go on from there: older events from `first_step` on are
-    marked as given up. Raises OSError where the file cannot be written: SummaryWriter of torch would write in a thread
-    of its own, whose errors surface elsewhere, and wait for ever once that thread has ended."""
+    """Writes event files in `folder`. After a resume the curves continue: a marker discards older events from
+    `first_step` on. Raises OSError if the file cannot be written. Torch's SummaryWriter is not used: it writes in its
+    own thread, whose errors appear elsewhere, and it blocks forever after that thread has ended."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        # A quarter of a second of imports that only runs with TensorBoard pay.
+        # These imports take a quarter of a second, which only runs with TensorBoard need.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -196,12 +196,12 @@ class TensorBoard:
         records = self._records(buffer)
         for event in events:
             records.write(event.SerializeToString())
-        self._file.write(buffer.getvalue())  # whole or not at all: a reader stops at a torn record
+        self._file.write(buffer.getvalue())  # completely or not at all, because readers stop at an incomplete record
 
 
 class WeightsAndBiases:
-    """A run of the package `wandb`; its own variables (WANDB_PROJECT, WANDB_MODE ...) hold. A resumed run goes on
-    under the same id, kept in `wandb_id` in the run folder."""
+    """A run of the package `wandb`, whose own variables (WANDB_PROJECT, WANDB_MODE ...) apply. A resumed run continues
+    under the same id, which is stored in `wandb_id` in the run folder."""
 
     def __init__(self, folder: Path, place: str, title: str, config: Mapping[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
@@ -227,7 +227,7 @@ class WeightsAndBiases:
         try:
             id_file.write_text(self._run.id + "\n", encoding="utf-8")
         except OSError as error:
-            logger.warning("%s cannot be written (%s): a resumed run begins another one", id_file, error.strerror)
+            logger.warning("%s cannot be written (%s): a resume will start a new W&B run", id_file, error.strerror)
 
     def write(self, record: Record) -> None:
         self._run.log(curves_of_record(record), step=record["step"])

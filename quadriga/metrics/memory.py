@@ -1,4 +1,4 @@
-"""How much memory a rank holds: of its CUDA device, or, on a CPU, of its process."""
+"""Measures the memory of a rank: of its CUDA device, or, on a CPU, of its process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Reading = dict[str, float]
 
 
 def memory_reader(device: torch.device) -> Callable[[], Reading]:
-    """A function that reads this rank's memory: GiB, percent of what there is, and counts."""
+    """A function that reads this rank's memory: in GiB, in percent of the total, and counts."""
     return (lambda: _cuda_memory(device)) if device.type == "cuda" else _process_memory
 
 
 def _cuda_memory(device: torch.device) -> Reading:
-    """Peaks of the allocator since the last call. Active: in use by tensors; reserved: taken from the device."""
+    """Peaks of the allocator since the last call. Active: used by tensors; reserved: allocated from the device."""
     stats = torch.cuda.memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
     active, reserved = stats.get("active_bytes.all.peak", 0), stats.get("reserved_bytes.all.peak", 0)
@@ -36,7 +36,7 @@ def _cuda_memory(device: torch.device) -> Reading:
 
 
 def _process_memory() -> Reading:
-    """The resident set of this process now, and the highest it ever was. Empty where the system does not say."""
+    """The resident set of this process now, and its peak. Empty if the system does not report them."""
     if not PROCESS.exists():
         return {}
     lines = dict(line.split(":", 1) for line in PROCESS.read_text().splitlines() if line.startswith("Vm"))

@@ -1,19 +1,19 @@
-"""Turns the numbers of each step into one record at each logging step, with one device sync.
+"""Builds one record at each logging step from the numbers of the steps, with one device sync.
 
-What a record says, and how:
+The fields of a record:
 
-- `loss`, `grad_norm`, `lr`: of the logged step itself. `max_loss`: of the ranks' own mean losses the greatest.
-- `skipped_steps`: how many steps of the run were bad and left the weights alone (see `[health]`).
-- `bad_records`: how many records of the data could not be read and were left out so far.
+- `loss`, `grad_norm`, `lr`: of the logged step itself. `max_loss`: the largest of the ranks' own mean losses.
+- `skipped_steps`: number of bad steps of the run so far, which did not change the weights (see `[health]`).
+- `bad_records`: number of unreadable records of the data that were skipped so far.
 - Every other figure covers the steps since the record before.
-- `step_seconds`: wall time per step, without the time spent in `paused()` (saving, validating).
-- `tokens_per_second`: tokens of the whole run per second; `tokens_per_second_per_device` is that over the devices.
-- `tflops` = flops_per_token x tokens_per_second_per_device / 1e12, the model's own arithmetic: recomputation is not
-  counted, attention is counted with its causal half, the input embedding is left out.
-- `mfu` = flops_per_token x tokens_per_second_per_device / peak, a share of 1; None where the peak is not known.
-- `data_wait`: seconds that this rank waited for data in these steps, `data_wait_share` that over their wall time.
-- `memory_*`: of this rank's device, peaks since the record before; on a CPU the process (see `memory.py`).
-- `eta_seconds`: remaining steps x mean wall time per step since the first record, pauses included.
+- `step_seconds`: elapsed time per step, without the time in `paused()` (saving, validating).
+- `tokens_per_second`: tokens of the whole run per second; `tokens_per_second_per_device`: divided by the devices.
+- `tflops` = flops_per_token x tokens_per_second_per_device / 1e12. Only the model's own operations count:
+  recomputation and the input embedding do not count, and attention counts with its causal half.
+- `mfu` = flops_per_token x tokens_per_second_per_device / peak, a share of 1; None if the peak is unknown.
+- `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
+- `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (see `memory.py`).
+- `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from quadriga.config.schema import Metrics
 from quadriga.metrics.memory import memory_reader
 from quadriga.metrics.step_metrics import StepMetrics
 
-Record = dict[str, Any]  # JSON-able: Python numbers, strings and None
+Record = dict[str, Any]  # JSON values: numbers, strings and None
 
 
 class Meter:
-    """One rank's clock. The time before the first step counts into that step: make it right before the loop."""
+    """One rank's clock. Create it right before the loop, because earlier time counts as part of the first step."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class Meter:
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`steps`: the last step of the run; `first_step`: the one this attempt starts with (1, or the one after the
+        """`steps`: the last step of the run; `first_step`: the first one of this attempt (1, or the one after the
         checkpoint); `tokens_seen`: of the whole run before that step; `devices`: ranks of the run; `peak_flops`: of
-        one device in FLOP/s at the computing dtype, None where it is not known."""
+        one device in FLOP/s for the compute dtype, None if unknown."""
         self._log_freq, self._steps = section.log_freq, steps
         self._attempt, self._devices = attempt, devices
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -67,7 +67,7 @@ class Meter:
         return step == 1 or step % self._log_freq == 0 or step == self._steps
 
     def record(self, metrics: StepMetrics) -> Record | None:
-        """Call after every step. The record at a logging step (this waits for the device), None at any other."""
+        """Call after every step. Returns the record at a logging step (this waits for the device), else None."""
         self._window_wait += metrics.data_wait
         if not self.is_logging_step(metrics.step):
             return None
@@ -124,7 +124,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not training: it is left out of the step time and of everything made from it."""
+        """A context whose time does not count as training: not in the step time, nor in the figures based on it."""
         start = self._clock()
         try:
             yield
@@ -132,7 +132,7 @@ class Meter:
             self._window_pause += self._clock() - start
 
     def _remaining(self, step: int, now: float, this_window: float) -> float:
-        """The first record is left out of the mean, for its steps hold the warm-up."""
+        """The remaining time. Steps up to the first record do not count in the mean, because they include warm-up."""
         if self._first_record is None:
             self._first_record = (step, now)
             per_step = this_window

@@ -5,10 +5,10 @@
             ...
             profiler.step(step)
 
-A cycle waits, warms up for `profiler_warmup` steps and records its last `profiler_active` steps; the trace goes to
-`iteration_N/rankK_trace.json.gz`, N being the last recorded step. A run shorter than one cycle has one cycle of its
-own length, so that a short run leaves a trace too. In a trace, `ProfilerStep#I` is step `first_step + I`, and under the
-key `quadriga` stand `first_step` and `machine`, with whatever `notes` add.
+A cycle waits, warms up for `profiler_warmup` steps and records its last `profiler_active` steps. The trace is
+`iteration_N/rankK_trace.json.gz`, where N is the last recorded step. A run shorter than one cycle has one cycle of its
+own length, so that a short run also writes a trace. In a trace, `ProfilerStep#I` is step `first_step + I`. The key
+`quadriga` holds `first_step`, `machine`, and the result of `notes`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from quadriga.metrics.cycles import Cycle
 from quadriga.metrics.guarded import WriteFailures
 
 ALLOCATOR_EVENTS = 100_000
-NOTES = "quadriga"  # the key of our own words in a trace
-FAST = 3  # of gzip's nine levels: traces shrink nearly as well in less time
+NOTES = "quadriga"  # the key of Quadriga's metadata in a trace
+FAST = 3  # gzip level: traces compress nearly as well as at 9, in less time
 
 
-Notes = Callable[[int], Mapping[str, Any]]  # of a trace that began then, in ns since 1970
+Notes = Callable[[int], Mapping[str, Any]]  # of a trace that began at that time, in ns since the epoch
 
 
 class _Profile(profile):
-    """Torch's, which asks for `notes` after the last recorded step and writes them into the trace."""
+    """Torch's profiler, which also calls `notes` after the last recorded step and writes the result into the trace."""
 
     def __init__(self, notes: Notes, **arguments: Any) -> None:
         self._notes, self._since_ns = notes, 0
@@ -63,7 +63,7 @@ class _Profile(profile):
 
 
 class Profiler:
-    """What `[profiling]` asks for, on one rank; without effect where it asks for nothing."""
+    """Writes the traces and snapshots of one rank that `[profiling]` requests; does nothing if it requests none."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class Profiler:
         notes: Notes | None = None,
         failures: WriteFailures | None = None,
     ) -> None:
-        """`first_step`: the one this attempt starts with; `steps`: the last of the run. `failures`: where traces that
-        cannot be written go to.
+        """`first_step`: the first step of this attempt; `steps`: the last one of the run. `failures` records traces
+        that cannot be written.
 
-        `notes`: asked when a trace ends for what a reader of it must know and torch does not write.
+        `notes`: called when a trace ends, for data that a reader of the trace needs and torch does not write.
         """
         self._first_step, self._notes = first_step, notes
         self._failures = failures or WriteFailures(stops=False)
@@ -91,7 +91,7 @@ class Profiler:
         self._profile = self._build(max(steps - first_step + 1, 1)) if section.enable_profiling else None
         self._keeps_history = section.enable_memory_snapshot and device.type == "cuda"
         if section.enable_memory_snapshot and not self._keeps_history:
-            logger.info("profiling.enable_memory_snapshot: a CPU has no allocator history, nothing is recorded")
+            logger.info("profiling.enable_memory_snapshot: a CPU has no allocator history, so nothing is recorded")
 
     def __enter__(self) -> Profiler:
         if self._keeps_history:
@@ -104,9 +104,9 @@ class Profiler:
         """Call after each step of the run."""
         self._step = step
         if self._profile is not None:
-            running, self._profile = self._profile, None  # torch crashes when it is stopped after a step that raised
+            running, self._profile = self._profile, None  # torch crashes if it is stopped after a step that raised
             with warnings.catch_warnings():
-                # Each cycle is written when it ends, so that torch clears it then is meant.
+                # Each cycle is written when it ends, so it is correct that torch clears it then.
                 warnings.filterwarnings("ignore", message=".*Profiler clears events", category=UserWarning)
                 running.step()
             self._profile = running
@@ -116,8 +116,8 @@ class Profiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish a trace that is being recorded, wait for what is being written, and keep what an end by running out
-        of memory can be explained with."""
+        """Finish a trace in progress, wait for pending writes, and write a memory snapshot after an out-of-memory
+        error."""
         if self._keeps_history:
             if isinstance(error, torch.OutOfMemoryError):
                 self._write_snapshot(f"iteration_{self._step + 1}_exit")
@@ -136,7 +136,7 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        else:  # torch's tracer prints a line at each start and stop; on a GPU its warnings are worth having
+        else:  # torch's tracer prints a line at each start and stop; on a GPU its warnings are useful, so they stay
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         return _Profile(
             self._metadata,
@@ -154,7 +154,7 @@ class Profiler:
         }
 
     def _write_trace(self, done: profile) -> None:
-        """Torch writes plain JSON while training waits; packing it is left to a thread."""
+        """Torch writes plain JSON while training waits; a thread compresses it."""
         target = self._folder / f"iteration_{self._step}" / f"rank{self._rank}_trace.json.gz"
         unpacked = target.with_name(f".{target.stem}")
         with self._failures.tolerated(str(self._folder)):
@@ -162,11 +162,11 @@ class Profiler:
             try:
                 done.export_chrome_trace(str(unpacked))
                 _check_complete(unpacked)
-            except RuntimeError as error:  # of torch, where it says anything at all
+            except RuntimeError as error:  # from torch, which does not report all failures
                 raise OSError(str(error)) from error
             self._pack_in_thread(unpacked, target)
             return
-        with suppress(OSError):  # room for what else is written
+        with suppress(OSError):  # frees disk space for other files
             unpacked.unlink(missing_ok=True)
 
     def _pack_in_thread(self, unpacked: Path, target: Path) -> None:
@@ -184,8 +184,8 @@ class Profiler:
 
 
 def profiler_schedule(cycle: Cycle, steps: int) -> Callable[[int], ProfilerAction]:
-    """What to do at the step that is I steps after the first: each cycle's last `active` steps are recorded, and
-    nothing is begun after the last of all `steps`."""
+    """The profiler's action at a step, counted from 0 at the first one. Each cycle's last `active` steps are recorded,
+    and no cycle begins after the last of all `steps`."""
 
     def action(step: int) -> ProfilerAction:
         if step >= steps:
@@ -201,17 +201,17 @@ def profiler_schedule(cycle: Cycle, steps: int) -> Callable[[int], ProfilerActio
 
 
 def _check_complete(trace: Path) -> None:
-    """Torch says nothing where a disk is full: what it wrote ends anywhere then. Raises OSError."""
+    """Raise OSError if the trace is incomplete, because torch does not report a full disk."""
     end = b""
     with suppress(FileNotFoundError), trace.open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - 16, 0))
         end = file.read().rstrip()
     if not end.endswith(b"}"):
-        raise OSError(errno.ENOSPC, "torch wrote no whole trace: no space left, or a quota")
+        raise OSError(errno.ENOSPC, "torch wrote an incomplete trace: no space left, or a quota")
 
 
 def _pack(unpacked: Path, target: Path, failures: WriteFailures) -> None:
-    """A reader finds the whole file or none."""
+    """Compress a trace. Readers see the complete file or none."""
     packing = target.with_name(f".{target.name}")
     try:
         with failures.tolerated(str(target.parent.parent)):

@@ -1,4 +1,4 @@
-"""Is a loss far above those before it? Measured and remembered on the device, so that the host need not wait."""
+"""Detects losses far above the recent ones. The state is on the device, so that the host need not wait."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from torch import Tensor
 
 
 class RecentLosses:
-    """The last `window` losses, in float64. Until half of them are there, nothing is far above them."""
+    """The last `window` losses, in float64. Until the window is half full, no loss counts as a spike."""
 
     def __init__(self, window: int, device: torch.device) -> None:
         self._losses = torch.zeros(window, dtype=torch.float64, device=device)
         self._places = torch.arange(window, device=device)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)  # of all that were ever added
+        self._count = torch.zeros((), dtype=torch.int64, device=device)  # of all losses ever added
 
     def compare(self, loss: Tensor, sigmas: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether `loss` lies more than `sigmas` standard deviations above their mean, and both: of shape ().
+        """Whether `loss` is more than `sigmas` standard deviations above the mean, the mean, and the deviation.
 
-        The deviation is that of the population; mean and deviation are 0 where there is no loss.
+        All have shape (). The deviation is that of the population; mean and deviation are 0 without losses.
         """
         there = self._places < self._count
         number = there.sum().clamp(min=1)
-        mean = self._losses.sum() / number  # places never written hold 0
+        mean = self._losses.sum() / number  # unused places are 0
         deviation = (torch.where(there, self._losses - mean, 0.0).square().sum() / number).sqrt()
         enough = 2 * self._count >= len(self._losses)
         return enough & (loss > mean + sigmas * deviation), mean, deviation
 
     def add_if(self, wanted: Tensor, loss: Tensor) -> None:
-        """Put `loss` in the place of the oldest, where `wanted` holds."""
+        """Replace the oldest loss by `loss` if `wanted` is true; both have shape ()."""
         here = wanted & (self._places == self._count % len(self._losses))
         self._losses = torch.where(here, loss, self._losses)
         self._count = self._count + wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """{"count": of all that were ever added, "losses": [the oldest first]}, JSON-able. Waits for the device."""
+        """{"count": of all losses ever added, "losses": [oldest first]}, as JSON values. Waits for the device."""
         count, window = int(self._count), len(self._losses)
         losses: list[float] = self._losses.tolist()
         oldest = count % window if count > window else 0
         return {"count": count, "losses": (losses[oldest:] + losses[:oldest])[: min(count, window)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: to the bit, since each loss comes to its own place again. A smaller window keeps the
-        newest; a larger one, or one that was never full, begins with what is there."""
+        """Restore `state`, bit for bit, because each loss returns to its own place. A smaller window keeps the newest
+        losses; a larger one, or one that was never full, begins with the saved ones."""
         window = len(self._losses)
         losses = torch.tensor(state["losses"][-window:], dtype=torch.float64, device=self._losses.device)
         count = state["count"] if len(losses) == window else len(losses)

@@ -1,4 +1,4 @@
-"""One step's numbers. Tensors stay on the device until the logging step reads them all at once."""
+"""The metrics of one step. Tensors stay on the device until the logging step reads them together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """`loss`, `max_loss` and `grad_norm` are scalars on the device, already reduced over all ranks.
+    """`loss`, `max_loss` and `grad_norm` have shape () and are on the device, already reduced over all ranks.
 
-    `loss` is the mean cross-entropy of the step's global batch in nats per token, `max_loss` the greatest of the ranks'
-    own means; `grad_norm` is the global L2 norm before clipping. `skipped`: how many steps of the run so far were bad
-    and left the weights alone; `verdict`: on this one (see `resilience.health`). `data_wait` is in seconds.
-    `documents`: by row of this rank, the names of those that the row was made of. `skipped_records`: records of this
-    rank's rows that could not be read, each with where it is and why; `bad_records`: how many those of all ranks are so
-    far.
+    `loss` is the mean cross-entropy of the step's global batch in nats per token, `max_loss` the largest of the ranks'
+    own means; `grad_norm` is the global L2 norm before clipping. `skipped`: number of bad steps of the run so far,
+    which did not change the weights; `verdict`: of this step (see `resilience.health`). `data_wait` is in seconds.
+    `documents`: by row of this rank, the ids of its documents. `skipped_records`: unreadable records of this rank's
+    rows, with location and reason; `bad_records`: their number on all ranks so far.
     """
 
     step: int

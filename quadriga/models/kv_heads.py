@@ -1,7 +1,7 @@
-"""Keys and values that several query heads share (GQA, arXiv 2305.13245), for kernels that do not know of it.
+"""Repeats the heads of keys and values (GQA, arXiv 2305.13245) for kernels that do not support shared heads.
 
-Query head h of H reads key and value head h // (H / KV). Every place that repeats heads, whatever the device, does so
-by these two functions.
+Query head h of H reads key and value head h // (H / KV). All code that repeats heads, on any device, uses these two
+functions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
-    """(batch, kv_heads, seq, head_dim) -> (batch, heads, seq, head_dim): each head as often as query heads read it."""
+    """(batch, kv_heads, seq, head_dim) -> (batch, heads, seq, head_dim): one copy of a head per query head."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
@@ -20,9 +20,9 @@ def sum_kv(grad: Tensor, kv_heads: int) -> Tensor:
 
 
 def repeats_kv(device_type: str, itemsize: int, heads: int, kv_heads: int) -> bool:
-    """Whether PyTorch's attention has no fast kernel for shared heads here: in float32 on CUDA.
+    """Whether heads must be repeated, because PyTorch has no fast attention for shared heads: in float32 on CUDA.
 
-    Flash attention has no float32 and the memory-efficient kernel no GQA; unrepeated heads would fall to the kernel
-    that stores the whole seq x seq matrix. `itemsize`: bytes of a number.
+    Flash attention does not support float32, and the memory-efficient kernel does not support GQA. Without repeated
+    heads, PyTorch would use the kernel that stores the whole seq x seq matrix. `itemsize`: bytes per element.
     """
     return heads != kv_heads and device_type == "cuda" and itemsize >= 4

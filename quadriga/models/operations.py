@@ -1,14 +1,14 @@
-"""What a part of a model computes, operation by operation: declared by the model, priced by `estimate`. No torch here.
+"""The operations of a part of a model: declared by the model, used by `estimate` for memory and time. No torch here.
 
-A `Value` is a tensor that operations take and give. Its size is said per token, of the whole model; how much of it one
+A `Value` is a tensor that operations read and write. Its size is given per token of the whole model. The part that one
 rank holds follows from its `spread`:
 
-| spread     | one rank holds                                                                          |
-|------------|-----------------------------------------------------------------------------------------|
-| `hidden`   | its tokens; with sequence parallelism a tensor-parallel part of them                    |
-| `whole`    | its tokens, all numbers of each, also where matrices are cut                            |
-| `features` | its tokens, a tensor-parallel part of each one's numbers                                |
-| `sequence` | the tokens of all context-parallel ranks, a tensor-parallel part of each one's numbers  |
+| spread     | one rank holds                                                                            |
+|------------|-------------------------------------------------------------------------------------------|
+| `hidden`   | its tokens; with sequence parallelism, a tensor-parallel part of them                     |
+| `whole`    | its tokens, all features of each, also if matrices are sharded                            |
+| `features` | its tokens, a tensor-parallel part of the features of each                                |
+| `sequence` | the tokens of all context-parallel ranks, a tensor-parallel part of the features of each  |
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Value:
-    """`width`: numbers a token. `float32`: whatever the computing dtype is."""
+    """`width`: elements per token. `float32`: the tensor is float32 for every computing dtype."""
 
     width: float
     spread: str = "features"
@@ -30,10 +30,10 @@ class Value:
 class Operation:
     """One operation of the forward pass.
 
-    `kind`: product (of a matrix, `matrix` is (in, out) and `module` its name), attention, norm, add (of two streams),
-    cheap (by element), gather, scatter and reduce (over tensor-parallel ranks), gather_keys and exchange (over
-    context-parallel ranks). `inputs` and `output` name values; `saved` those that the backward pass needs,
-    of both and of earlier ones. `extra`: values that come beside the result and serve the backward pass alone.
+    `kind`: product (matrix product; `matrix` is (in, out), `module` its name), attention, norm, add (of two tensors),
+    cheap (elementwise), gather, scatter and reduce (over tensor-parallel ranks), gather_keys and exchange (over
+    context-parallel ranks). `inputs` and `output` are names of values. `saved`: the values that the backward pass
+    needs, among these and earlier ones. `extra`: additional results that only the backward pass needs.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Trace:
-    """The operations of a part of the model in the order of the forward pass. Takes the value `x`."""
+    """The operations of a part of the model, in the order of the forward pass. The input is the value `x`."""
 
     values: Mapping[str, Value]
     operations: tuple[Operation, ...]
@@ -56,7 +56,7 @@ class Trace:
 
 @dataclass
 class Tracer:
-    """Writes a trace down: each method adds an operation and returns the name of what it gives."""
+    """Builds a trace: `add` appends an operation and returns the name of its output."""
 
     values: dict[str, Value]
     operations: list[Operation] = field(default_factory=list)
@@ -83,11 +83,11 @@ class Tracer:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What differs from machine to machine in the operations that a model is made of.
+    """The kernels of a machine, as far as they change the operations of a model.
 
-    `attention`: flash (CUDA, halves), efficient (CUDA, float32: heads of keys and values are repeated), cpu (which
-    works in float32). `fused_norm`: one kernel that keeps its input; otherwise several steps, each with its result.
-    `half`: whether the computing dtype is narrower than float32.
+    `attention`: flash (CUDA, half precision), efficient (CUDA, float32; heads of keys and values are repeated), cpu
+    (computes in float32). `fused_norm`: one kernel that saves its input; otherwise several operations, each with its
+    own result. `half`: whether the computing dtype is narrower than float32.
     """
 
     attention: str
@@ -96,7 +96,7 @@ class Kernels:
 
     @classmethod
     def of(cls, device_type: str, dtype: str) -> Kernels:
-        """Of `cpu` or `cuda` (ROCm's too), computing in `dtype`."""
+        """The kernels of `cpu` or `cuda` (also ROCm) that compute in `dtype`."""
         half = dtype != "float32"
         if device_type == "cpu":
             return cls("cpu", fused_norm=False, half=half)
@@ -105,8 +105,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the operations of a block are spread: tensor-parallel at all, with its sequence between the matrices; and
-    the method of context parallelism, None where there is none."""
+    """How the operations of a block are distributed. `tensor`: with tensor parallelism. `sequence`: with sequence
+    parallelism. `context`: the method of context parallelism, None without it."""
 
     tensor: bool = False
     sequence: bool = False

@@ -1,4 +1,4 @@
-"""How a model may be cut: declared by the model, applied by `parallel`, priced by `estimate`. No torch here."""
+"""How a model can be sharded: declared by the model, applied by `parallel`, used by `estimate`. No torch here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 class ParameterPlan:
     """One parameter: full name, shape, and its initial values: `ones`, or `normal` with mean 0.
 
-    `std`: the standard deviation of the normal distribution before it is cut.
-    `bound`: where it is cut, as an absolute value: all initial values lie in [-bound, bound]. inf: not cut.
+    `std`: the standard deviation of the normal distribution before truncation.
+    `bound`: the truncation: all initial values are in [-bound, bound]. inf: no truncation.
     """
 
     name: str
@@ -23,28 +23,30 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """Modules whose parameters are gathered and reduced together. `reshard=False`: whole from forward to backward."""
+    """Modules whose parameters are all-gathered, and whose gradients are reduce-scattered, together.
 
-    modules: tuple[str, ...]  # fully qualified module names; () is the root, which takes what is left
+    `reshard=False`: the weights stay gathered from forward to backward."""
+
+    modules: tuple[str, ...]  # fully qualified module names; () is the root, with the remaining parameters
     reshard: bool = True
-    weights_in_backward: bool = True  # False: its gradients do not depend on its weights (a lookup), gather them once
+    weights_in_backward: bool = True  # False: its gradients do not need its weights (a lookup), so gather only once
 
 
 @dataclass(frozen=True)
 class TensorCut:
-    """What tensor parallelism makes of one module (fully qualified name). Between modules of the styles below, hidden
-    states are cut along the sequence (sequence parallelism) or, without it, whole and the same on all ranks.
+    """The tensor parallelism of one module (fully qualified name). Between the modules below, hidden states are sharded
+    along the sequence (sequence parallelism) or, without it, replicated.
 
-    | style     | its weight   | takes                        | gives                                 |
-    |-----------|--------------|------------------------------|---------------------------------------|
-    | embedding | cut by rows  | token ids, whole             | hidden states                         |
-    | norm      | whole        | hidden states                | hidden states                         |
-    | gather    | none         | hidden states                | hands them to its children, whole     |
-    | columns   | cut by rows  | hidden states, whole         | its slice of the features             |
-    | rows      | cut by columns | its slice of the features  | hidden states, summed over the ranks  |
-    | logits    | cut by rows  | hidden states                | its slice of the vocabulary           |
+    | style     | weight             | input                        | output                                    |
+    |-----------|--------------------|------------------------------|-------------------------------------------|
+    | embedding | sharded by rows    | token ids, replicated        | hidden states                             |
+    | norm      | replicated         | hidden states                | hidden states                             |
+    | gather    | none               | hidden states                | the same, gathered, for its child modules |
+    | columns   | sharded by rows    | hidden states, gathered      | a shard of the features                   |
+    | rows      | sharded by columns | a shard of the features      | hidden states, summed over the ranks      |
+    | logits    | sharded by rows    | hidden states                | a shard of the vocabulary                 |
 
-    (A linear layer's weight is (out, in): a slice of the features that it gives is a slice of its rows.)
+    (The weight of a linear layer is (out, in), so a shard of its output features is a shard of its rows.)
     """
 
     module: str
@@ -53,17 +55,17 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """The cuts that a model allows.
+    """The parallelism that a model supports.
 
     `parameters`: every parameter, in the order of `named_parameters()`, tied ones once.
     `shard_units`: in the order of the forward pass, the root last.
-    `recompute_units`: modules whose forward may be repeated in the backward pass (the blocks), in order.
+    `recompute_units`: modules whose forward can be recomputed in the backward pass (the blocks), in order.
     `tensor_cuts`: in the order of the forward pass.
     `attention_units`: modules that map (q, k, v), each (batch, heads, seq, head_dim), to causal attention over the
-    whole sequence: where context parallelism must look beyond its own part.
-    `stage_units`: what a pipeline may cut between, in the order of the forward pass; a stage is a range of it.
-    `logits_unit`: the module that makes logits of hidden states, token by token, from a `weight` of its own or borrowed
-    and from nothing else; it comes last. None in a part without it.
+    whole sequence. Context parallelism replaces them, because they need other ranks' tokens.
+    `stage_units`: the modules of pipeline stages, in the order of the forward pass; a stage is a range of them.
+    `logits_unit`: the last module. It computes the logits of each token from its hidden state and from `weight`, its
+    own or that of another module, and from nothing else. None in a part without it.
     """
 
     parameters: tuple[ParameterPlan, ...]
@@ -75,7 +77,7 @@ class ParallelPlan:
     logits_unit: str | None = None
 
     def of_stage(self, modules: tuple[str, ...]) -> ParallelPlan:
-        """The plan of a part of the model: of what lies within `modules`, some of `stage_units`."""
+        """The plan of a part of the model: of `modules`, a subset of `stage_units`, and their submodules."""
 
         def held(name: str) -> bool:
             return any(name == module or name.startswith(f"{module}.") for module in modules)
@@ -96,20 +98,21 @@ class ParallelPlan:
 
 
 def split_stages(plan: ParallelPlan, count: int, first_less: int, last_less: int) -> tuple[tuple[str, ...], ...]:
-    """Cut `plan.stage_units` into `count` ranges that take about as long: the modules of each pipeline stage.
+    """Splits `plan.stage_units` into `count` ranges of similar cost: the modules of each pipeline stage.
 
-    A stage gets its share of the layers (`recompute_units`). What stands before the first layer counts as `first_less`
-    layers and what follows the last as `last_less`: the first and the last stage get so many layers less. What does not
-    divide goes to the first stages, one layer each.
+    Each stage gets an equal share of the layers (`recompute_units`). The modules before the first layer count as
+    `first_less` layers and those after the last as `last_less`: the first and the last stage get so many layers less.
+    Of a remainder, the first stages get one layer each.
 
     Raises:
-        ValueError: an end weighs more than a stage, or there are more stages than layers and weights together.
+        ValueError: `first_less` or `last_less` exceeds a stage's share, or there are more stages than layers, including
+            these two.
     """
     layers = [unit for unit in plan.stage_units if unit in plan.recompute_units]
     begin, end = plan.stage_units.index(layers[0]), plan.stage_units.index(layers[-1]) + 1
     shares = stage_shares(len(layers), count, first_less, last_less)
     if min(shares) < 0:
-        raise ValueError(f"{len(layers)} layers cannot be cut into {count} stages: the shares would be {shares}")
+        raise ValueError(f"{len(layers)} layers cannot be split into {count} stages: the shares would be {shares}")
     stages, done = [], begin
     for share in shares:
         stages.append(plan.stage_units[done : done + share])
@@ -120,7 +123,7 @@ def split_stages(plan: ParallelPlan, count: int, first_less: int, last_less: int
 
 
 def stage_shares(layers: int, count: int, first_less: int, last_less: int) -> tuple[int, ...]:
-    """Layers of each of `count` stages; below 0 at an end that weighs more than a stage."""
+    """Layers of each of `count` stages; negative if `first_less` or `last_less` exceeds a stage's share."""
     each, more = divmod(layers + first_less + last_less, count)
     shares = [each + (stage < more) for stage in range(count)]
     shares[0] -= first_less

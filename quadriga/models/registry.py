@@ -1,4 +1,4 @@
-"""Which models there are. Importing this imports no torch: a family's code is loaded when a function needs it."""
+"""The model families. Importing this does not import torch: the code of a family is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def catalogue() -> Mapping[str, Mapping[str, ModelSpec]]:
-    """Every size by `model.name` and `model.flavor`."""
+    """The specification of every model, by `model.name` and `model.flavor`."""
     return {"llama3": llama_spec.SIZES}
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """The model on the current default device; under `torch.device("meta")` it holds no memory whatever its size."""
+    """The model on the current default device; under `torch.device("meta")` it allocates no memory."""
     _known(spec)
     from quadriga.models.llama.model import Llama
 
@@ -34,51 +34,52 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def parallel_plan(spec: ModelSpec) -> ParallelPlan:
-    """How the model may be cut, and how each of its parameters is initialized."""
+    """How the model can be sharded, and how each of its parameters is initialized."""
     _known(spec)
     return llama_plan.parallel_plan(spec)
 
 
 def block_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
-    """What one block computes, operation by operation."""
+    """The operations of one block."""
     _known(spec)
     return llama_operations.block_trace(spec, cut, kernels)
 
 
 def head_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
-    """What follows the last block: a norm and the logits."""
+    """The operations after the last block: a norm and the logits."""
     _known(spec)
     return llama_operations.head_trace(spec, cut, kernels)
 
 
 def count_parameters(spec: ModelSpec) -> int:
-    """The trained numbers of the model, tied ones once."""
+    """The number of trained parameters of the model; tied ones count once."""
     _known(spec)
     return llama_spec.count_parameters(spec)
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
-    """Forward and backward, attention halved for causality, the input embedding left out unless tied, no recompute."""
+    """FLOPs per token of forward and backward: causal attention counts half, an untied input embedding and recompute
+    do not count."""
     _known(spec)
     return llama_spec.flops_per_token(spec, seq_len)
 
 
 def hf_names(spec: ModelSpec) -> llama_hf_names.HfNames:
-    """The model's tensors on both sides of the Hugging Face door."""
+    """The names and shapes of the model's tensors in Hugging Face checkpoints."""
     _known(spec)
     return llama_hf_names.HfNames(spec)
 
 
 def titan_names(spec: ModelSpec) -> llama_titan_names.TitanNames:
-    """The model's tensors in a checkpoint of torchtitan."""
+    """The names and shapes of the model's tensors in a checkpoint of torchtitan."""
     _known(spec)
     return llama_titan_names.TitanNames(spec)
 
 
 def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positions: int = 0) -> dict[str, Any]:
-    """The fields of a Hugging Face `config.json` but the dtype. Unknown token ids are null, since a field that is left
-    out means token 1 or 2. `positions`: of the longest sequences that the weights were made for; where that is not
-    known (0), the published number of models of this kind."""
+    """The fields of a Hugging Face `config.json`, except the dtype. Unknown token ids are null, because an absent field
+    means token 1 or 2. `positions`: the longest sequence that the weights were trained for; 0 (unknown) uses the
+    published number of this kind of model."""
     _known(spec)
     config: dict[str, Any] = llama_hf_names.hf_config(spec)
     longest = positions or config["max_position_embeddings"]
@@ -86,13 +87,14 @@ def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positi
 
 
 def positions_from_hf(config: Mapping[str, Any]) -> int:
-    """For how many positions the weights beside a `config.json` were made; 0 where it does not say."""
+    """The number of positions that the weights of a `config.json` were trained for; 0 if it does not state it."""
     return llama_hf_config.positions(config)
 
 
 def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """The model that a `config.json` describes; a flavor of ours has its name, another is called `hf`. Raises UserError
-    for a model that is not built here; `where` names the file in it."""
+    """The model that a `config.json` describes. A flavor of Quadriga has its name, any other is called `hf`.
+
+    Raises UserError for a model that is not supported; `where` is the file in the message."""
     spec = llama_hf_config.spec_from_hf(config, where)
     flavors = catalogue()[spec.name]
     known = (flavor for flavor, size in flavors.items() if replace(size, flavor="") == spec)
@@ -100,6 +102,6 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def _known(spec: ModelSpec) -> None:
-    """A second family turns this into a look-up of its modules."""
+    """Raises KeyError for an unknown family. With a second family, this becomes a lookup of its modules."""
     if spec.name not in catalogue():
         raise KeyError(f"no model family '{spec.name}'; there are: {', '.join(catalogue())}")

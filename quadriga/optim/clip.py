@@ -1,4 +1,4 @@
-"""The global norm of the gradients, and clipping by it."""
+"""The global gradient norm, and gradient clipping by it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 Reduce = Callable[[Tensor], Tensor]
-EPSILON = 1e-6  # keeps the division finite; the customary value
-BLOCK = 1 << 20  # numbers that are converted to float32 at once
+EPSILON = 1e-6  # keeps the division finite; the value of torch.nn.utils.clip_grad_norm_
+BLOCK = 1 << 20  # elements that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """`total`: over all gradients and all ranks that hold a part of them, float32, shape (), before any clipping.
+    """`total`: the norm over all gradients and all ranks that hold a part of them, before clipping; float32, shape ().
 
-    `local`: of each gradient, in the order given, the norm of this rank's part of it; on a CPU the norms of its rows.
+    `local`: for each gradient, in the given order, the norm of this rank's shard: float64, shape (). On a CPU the norms
+    of its rows: float32, shape (rows,); of a vector float64, shape (1,).
     """
 
     total: Tensor
     local: list[Tensor]
 
     def first_not_finite(self) -> Tensor:
-        """Which gradient is the first that holds a number that is not finite: int64, shape (); -1 where none does."""
+        """The index of the first gradient with a NaN or infinite element: int64, shape (); -1 if there is none."""
         if not self.local:
             return torch.tensor(-1)
         if self.local[0].device.type == "cpu":
@@ -40,7 +41,10 @@ class GradientNorms:
 
 @torch.no_grad()
 def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients of this global norm to `max_norm`, if that is above 0 and they exceed it; no device sync."""
+    """Scales gradients of this global norm to `max_norm`, in place, if that is above 0 and exceeded.
+
+    The factor is min(1, max_norm / (norm + EPSILON)). There is no device synchronization.
+    """
     if max_norm > 0 and gradients:
         local = [_to_local(gradient) for gradient in gradients]
         scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
@@ -53,14 +57,14 @@ def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def gradient_norms(gradients: Iterable[Tensor], sum_over_stages: Reduce | None = None) -> GradientNorms:
-    """The global norm, and those that it was made of.
+    """The global L2 norm of the gradients, and the local norms that it is computed from.
 
-    Gradients may be plain tensors or DTensors over any meshes, of any float dtype. `sum_over_stages` adds a number up
-    over pipeline stages, each of which holds parameters of its own.
+    Gradients can be plain tensors or DTensors over any meshes, of any float dtype. `sum_over_stages` sums a float64
+    scalar over pipeline stages, which have different parameters. Raises ValueError for a Partial gradient.
 
-    Squares are summed in float64 (on CPU: the squares of the rows' norms). A float32 norm of a large matrix is off by
-    an amount that depends on how the matrix is cut: every gradient would be scaled by it, all in one direction, and
-    the losses of two layouts would drift apart faster than by the order of their sums alone.
+    Squares are summed in float64 (on CPU: the squares of the norms of rows). The error of a float32 norm of a large
+    matrix depends on how the matrix is sharded. It would scale all gradients in the same direction, and the losses of
+    two layouts would diverge faster than by the order of their sums alone.
     """
     gradients = list(gradients)
     local = _local_norms([_to_local(gradient) for gradient in gradients])
@@ -77,11 +81,11 @@ def _to_local(gradient: Tensor) -> Tensor:
 
 
 def _shard_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
-    """Over which axes of which mesh the gradient is spread. Copies along other axes are the same and count once."""
+    """The mesh of a gradient and the mesh axes that shard it. Replicas along other axes are equal and count once."""
     if not isinstance(gradient, DTensor):
         return None, ()
     if any(placement.is_partial() for placement in gradient.placements):
-        raise ValueError("a gradient is still a sum to be made over ranks: reduce it before taking the norm")
+        raise ValueError("a gradient has the placement Partial: reduce it before taking the norm")
     cut = tuple(axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate())
     return gradient.device_mesh, cut
 
@@ -101,16 +105,16 @@ def _sum_of_squares(norms: list[Tensor]) -> Tensor:
 
 
 def _row_norms(tensor: Tensor, buffer: Tensor) -> Tensor:
-    """The norms of the rows in float32; of a vector its own, in float64. `buffer`: float32, for converted rows."""
-    # Float32 will do for a row's own norm, or that of its part: the errors of thousands of rows cancel, and where
-    # matrices are cut between rows they are the same on every layout. To convert whole matrices would take longer than
+    """The norms of the rows, in float32; of a vector, its norm in float64. `buffer`: float32, for converted rows."""
+    # Float32 is enough for the norm of a row or of its shard: the errors of thousands of rows cancel, and if matrices
+    # are cut between rows, the errors are the same on every layout. Converting whole matrices would take longer than
     # the norm itself.
     if tensor.dim() < 2:
         return torch.linalg.vector_norm(tensor, dtype=torch.float64).unsqueeze(0)
     rows = tensor.flatten(0, -2)
     if tensor.dtype == torch.float32 or rows.shape[-1] > len(buffer):
         return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
-    # The kernel takes ten times as long on bfloat16 as on a converted block that lies in the cache.
+    # The kernel takes ten times as long on bfloat16 as on a converted block in the cache.
     norms = []
     for block in rows.split(len(buffer) // max(1, rows.shape[-1])):
         converted = buffer[: block.numel()].view_as(block).copy_(block)

@@ -1,17 +1,17 @@
-"""Adam whose moments are held in a format of their own (`optimizer.state_dtype`), and computed in float32.
+"""Adam whose moments are stored in a separate dtype (`optimizer.state_dtype`) and computed in float32.
 
-torch's optimizers hold both moments in the format of the parameters and compute in it. Here each step takes a few
-parameters at a time, makes float32 copies of what is narrower, lets torch's own functional Adam change the copies, and
-rounds them back to nearest. So the copies of one bucket exist and never those of the whole model:
+The optimizers of torch store both moments in the dtype of the parameters and compute in it. Here each step processes
+the parameters in buckets: it makes float32 copies of the narrower tensors, updates the copies with torch's functional
+Adam, and rounds them to nearest. So only the copies of one bucket exist, never those of the whole model:
 
-| parameters | moments  | bytes held a parameter (weight + moments) | float32 copies of one bucket               |
-|------------|----------|--------------------------------------------|--------------------------------------------|
-| float32    | bfloat16 | 4 + 4, instead of 4 + 8                    | both moments                               |
-| bfloat16   | bfloat16 | 2 + 4                                      | weights, gradients, both moments           |
-| bfloat16   | float32  | 2 + 8, instead of 2 + 4                    | weights, gradients                         |
+| parameters | moments  | bytes per parameter (weight + moments) | float32 copies of one bucket     |
+|------------|----------|----------------------------------------|----------------------------------|
+| float32    | bfloat16 | 4 + 4, instead of 4 + 8                | both moments                     |
+| bfloat16   | bfloat16 | 2 + 4                                  | weights, gradients, both moments |
+| bfloat16   | float32  | 2 + 8, instead of 2 + 4                | weights, gradients               |
 
-A bucket is `BUCKET` numbers of this rank's shards (64 MiB a copy), or one parameter's shard if that is larger. On top
-of the copies `foreach` and `for-loop` make intermediate results of their size, as they do without; `fused` makes none.
+A bucket has `BUCKET` elements of this rank's shards (64 MiB per copy), or one parameter's shard if that is larger. In
+addition, `foreach` and `for-loop` make temporary tensors of the same size, as in torch; `fused` makes none.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-BUCKET = 1 << 24  # numbers of this rank's shards that are computed at once
+BUCKET = 1 << 24  # elements of this rank's shards that are updated at a time
 
 
 class AdamWithMomentsIn(torch.optim.Adam):
     """Adam (arXiv 1412.6980) or, with `decoupled_weight_decay`, AdamW (arXiv 1711.05101).
 
-    Its state has the names and shapes of torch's: `step` (float32), `exp_avg` and `exp_avg_sq`, both in `dtype`.
-    Parameters may be plain or DTensors, float32 or bfloat16. A step that `found_inf` skips (see `skip_update.py`)
-    leaves the state as it is, to the bit: to widen a number and to round it back changes nothing.
+    The state has the names and shapes of torch's: `step` (float32), `exp_avg` and `exp_avg_sq`, both in `dtype`.
+    Parameters can be plain tensors or DTensors, float32 or bfloat16. A step that `found_inf` skips (`skip_update.py`)
+    leaves the state bit for bit unchanged, because a conversion to float32 and back is exact.
 
     Args:
         dtype: float32 or bfloat16.
-        options: what `torch.optim.Adam` takes; neither `amsgrad`, `maximize`, `capturable` nor `differentiable`.
+        options: those of `torch.optim.Adam`, except `amsgrad`, `maximize`, `capturable` and `differentiable`.
     """
 
     def __init__(self, params: Iterable[Any], *, dtype: torch.dtype, **options: Any) -> None:
@@ -64,7 +64,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
         weights, means, squares = wide = [[each.float() for each in column] for column in held]
         adam(
             weights,
-            [_to_local(each.grad).float() for each in parameters if each.grad is not None],  # as `step` has picked them
+            [_to_local(each.grad).float() for each in parameters if each.grad is not None],  # `step` selected these
             means,
             squares,
             [],
@@ -89,7 +89,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            # Where torch's own Adam has it: the fused kernel counts on the device, the others on the host.
+            # On the same device as in torch's Adam: the fused kernel counts on the device, the others on the host.
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
@@ -97,7 +97,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of at most `BUCKET` numbers, or of one parameter."""
+    """Yields consecutive parameters with at most `BUCKET` elements together, or one larger parameter."""
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
@@ -112,5 +112,5 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _to_local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, in the same memory."""
+    """This rank's shard, which shares the memory of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

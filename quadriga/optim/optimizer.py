@@ -1,4 +1,4 @@
-"""Adam and AdamW, and which parameters decay."""
+"""Builds Adam and AdamW, and selects the parameters with weight decay."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam (arXiv 1412.6980; decay added to the gradient) or AdamW (arXiv 1711.05101; decay applied to the weight).
 
-    Two parameter groups, always in this order: matrices, and vectors (norms, biases), which do not decay without
-    `optimizer.decay_norms_and_biases`. Where both decay the update is that of one group, to the bit.
+    Two parameter groups, always in this order: matrices, and vectors (norms, biases). Vectors have no weight decay
+    without `optimizer.decay_norms_and_biases`; with it, the update is bit for bit that of a single group.
 
-    torch's own optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype`, see `moments`.
+    This is torch's optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype` it is
+    `moments.AdamWithMomentsIn`.
 
     Args:
-        named_parameters: plain or DTensor parameters; the count of dimensions is that of the whole tensor.
+        named_parameters: plain or DTensor parameters; the number of dimensions is that of the whole tensor.
     """
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]

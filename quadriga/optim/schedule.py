@@ -1,19 +1,20 @@
-"""The learning rate over time, as a pure function of the step.
+"""The learning rate as a pure function of the step.
 
-Steps count from 1, as people and log files do. With W warm-up steps, a schedule of T steps and D decay steps, the
-default (`lr_scheduler.variant = "torchtitan"`) is that of torchtitan v0.2.2, equal to the last digit:
+Steps are counted from 1, as in log files. W is the number of warm-up steps, T the length of the schedule, D the number
+of decay steps. The default (`lr_scheduler.variant = "torchtitan"`) equals torchtitan v0.2.2 to the last digit. The
+factor of the peak learning rate is:
 
-    step s = 1 .. W        s / W                 the first step moves by 1/W of the peak, step W by all of it
+    step s = 1 .. W        s / W                 warm-up: 1/W of the peak in the first step, the peak in step W
     s = W+1 .. T-D         1                     the plateau
     s = T-D+1 .. T         floor + (1 - floor) * shape((s - 1 - (T - D)) / D)
-    s > T                  floor; 1 if D = 0     the run outlives its schedule, and the rate stays where it ends
+    s > T                  floor; 1 if D = 0     the run is longer than its schedule, and the rate is constant
 
-The first decay step is still at the peak, and the floor would be reached at step T+1: no step of the schedule is spent
-at a learning rate of zero. A warm-up longer than the schedule is shortened to it. Beyond step T+1 torchtitan v0.2.2
-continues the formula, to negative rates (linear, sqrt) or up again (cosine), and fails where D = 0: the rate is held
-here instead, and the configuration check says so before the run.
+The first decay step is still at the peak, and the floor would be reached at step T+1, so no step of the schedule has a
+learning rate of zero. A warm-up longer than the schedule is shortened to it. After step T+1, torchtitan v0.2.2
+continues the formula, to negative rates (linear, sqrt) or up again (cosine), and fails if D = 0. Quadriga keeps the
+rate constant instead, and the configuration check reports this before the run.
 
-`lr_scheduler.variant = "early_decay"` is the schedule that Quadriga had before. It differs in three points:
+`lr_scheduler.variant = "early_decay"` is the former schedule of Quadriga. It differs in three points:
 
     W > T                  s / W                 the warm-up is cut off, not shortened
     s = T-D+1 .. T         floor + (1 - floor) * shape((s - (T - D)) / (D + 1))
@@ -31,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import LrScheduler
 
-# From 1 to 0 as the argument goes from 0 to 1. `sqrt` is the 1 - sqrt cooldown of arXiv 2405.18392.
+# Each decreases from 1 to 0 as its argument goes from 0 to 1. `sqrt` is the 1 - sqrt cooldown of arXiv 2405.18392.
 SHAPES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "sqrt": lambda progress: 1.0 - math.sqrt(progress),
@@ -40,7 +41,7 @@ SHAPES: Mapping[str, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, section: LrScheduler, steps: int) -> float:
-    """The share of the peak learning rate at `step` (from 1) of a run of `steps`."""
+    """The factor of the peak learning rate at `step` (from 1) of a run of `steps` steps."""
     if section.variant == "early_decay":
         return _early_decay_factor(step, section, steps)
     phases = lr_phases(section, steps)
@@ -69,17 +70,18 @@ def _between_peak_and_floor(progress: float, section: LrScheduler) -> float:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, section: LrScheduler, steps: int) -> LambdaLR:
-    """Drives the learning rate of every group. Before its n-th `step()` the optimizer stands at step n's rate."""
+    """Sets the learning rate of every parameter group. Before its n-th `step()`, the optimizer has the n-th rate."""
     return LambdaLR(optimizer, lambda done: lr_factor(done + 1, section, steps))
 
 
 def fast_forward(schedule: LambdaLR, done: int) -> None:
-    """Put the schedule where `done` steps have been taken: what a resume needs, since the factor is a pure function.
+    """Moves the schedule to the position after `done` steps, for a resume. This is enough, because the factor is a pure
+    function of the step.
 
-    The rates follow the schedule as it is configured now, not as it was when a checkpoint was saved.
+    The rates follow the current configuration of the schedule, not that of the checkpoint.
     """
     schedule.last_epoch = done
     rates = [base * factor(done) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates  # what get_last_lr() says
+    schedule._last_lr = rates  # returned by get_last_lr()

@@ -1,4 +1,4 @@
-"""Steps of the optimizer that must not be taken."""
+"""Skips optimizer steps, for example after a NaN or infinite loss."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer, *, on_device: bool) -> None:
-    """Let the coming `optimizer.step()` change neither weights nor its own state where `bad` holds.
+    """If `bad` is true, the next `optimizer.step()` changes neither the weights nor the state of the optimizer.
 
     Args:
         bad: bool, shape (), the same on all ranks.
-        on_device: decide without waiting for the device. Only fused Adam and AdamW can; for others the host waits.
+        on_device: decide on the device, without synchronization. Only for fused Adam and AdamW; others wait for `bad`.
     """
     if on_device and optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells its optimizers
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
     elif bad:
-        optimizer.zero_grad(set_to_none=True)  # a step without gradients moves nothing
+        optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing

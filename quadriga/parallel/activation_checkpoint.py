@@ -1,15 +1,14 @@
-"""Recompute: forget activations in the forward pass, compute them again in the backward pass (arXiv 1604.06174).
+"""Activation checkpointing: drop activations in the forward pass, recompute them in the backward (arXiv 1604.06174).
 
 | mode            | what a block keeps for the backward pass                                         |
 |-----------------|----------------------------------------------------------------------------------|
 | `none`          | everything                                                                       |
-| `selective` `N` | every Nth block of a rank keeps its input alone, the others everything; 0 is 1   |
+| `selective` `N` | every Nth block of a rank keeps only its input, the others everything; 0 means 1 |
 | `selective` `op`| results of attention, of every second matrix product and of communication        |
 | `full`          | its input                                                                        |
-| `memory_budget` | what the compiler finds best within a share of the memory (needs `compile`)      |
+| `memory_budget` | what the compiler selects within a share of the memory (needs `compile`)         |
 
-A block's `forward` is replaced by a call that recomputes it; no module is wrapped, so that every parameter keeps its
-name.
+A block's `forward` is replaced by a call that recomputes it. No module is wrapped, so parameters keep their names.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from quadriga.parallel import attention_allgather, attention_ring  # noqa: F401 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
-# Dear to compute again: attention in each of its kernels (the CPU's has a name of its own) and over a sequence that is
-# shared, and what was sent. Not what was gathered: it is as many times larger than what is left of it as ranks sent it.
-# The largest absolute value that float8 takes its scale from is one number, and a pass over a whole matrix to find.
+# Expensive to recompute: attention in each of its kernels (the CPU's has its own name) and under context parallelism,
+# and communication. All-gathered tensors are not saved: they are as many times larger than the local shard as the group
+# has ranks. `max` is for float8: the maximum is one number, and recomputing it is a pass over a whole matrix.
 SAVED_OPERATIONS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -62,15 +61,15 @@ def apply_activation_checkpoint(
     blocks_before: int = 0,
     run_folder: str = ".",
 ) -> None:
-    """Make `blocks` (module names, in the order of the forward pass) recompute as `section` says.
+    """Apply `section` to `blocks` (module names, in the order of the forward pass), in place.
 
-    `memory_budget` sets `torch._functorch.config.activation_memory_budget`, which belongs to the whole process: torch's
+    `memory_budget` sets `torch._functorch.config.activation_memory_budget` for the whole process, because torch's
     partitioner has no other interface.
 
     Args:
         compiled: whether the blocks will be compiled.
-        blocks_before: how many blocks the earlier pipeline stages of this rank hold: every Nth is counted over all.
-        run_folder: where `visualize_memory_budget_pareto` draws, in `memory_budget_pareto`.
+        blocks_before: number of blocks in the earlier pipeline stages of this rank; every Nth is counted over all.
+        run_folder: `visualize_memory_budget_pareto` draws into its folder `memory_budget_pareto`.
 
     Raises:
         UserError: `memory_budget` without compile, or `debug` with `op`.
@@ -90,8 +89,8 @@ def apply_activation_checkpoint(
 def blocks_that_recompute(
     blocks: tuple[str, ...], section: ActivationCheckpoint, blocks_before: int = 0
 ) -> tuple[str, ...]:
-    """With `selective` `N` the Nth, 2Nth, ... block of the rank, of which `blocks_before` come first; `0` means every
-    block. Otherwise all or none."""
+    """With `selective` `N` the Nth, 2Nth, ... block of the rank, counted after `blocks_before` others; `0` means every
+    block. In the other modes all or none."""
     if section.mode in ("none", "memory_budget"):
         return ()
     if section.mode == "full" or _is_per_operation(section):
@@ -101,7 +100,7 @@ def blocks_that_recompute(
 
 
 def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) -> frozenset[tuple[int, int]]:
-    """Shapes (in, out) of the linear layers whose full names contain one of `patterns`."""
+    """The shapes (in, out) of the linear layers whose full names contain one of `patterns`."""
     return frozenset(
         (module.in_features, module.out_features)
         for name, module in block.named_modules()
@@ -110,7 +109,7 @@ def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) 
 
 
 def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    def forward_with_recompute(*args: Any, **kwargs: Any) -> Any:  # a function: the compiler cannot enter a partial
+    def forward_with_recompute(*args: Any, **kwargs: Any) -> Any:  # the compiler cannot trace a partial
         return checkpoint(forward, *args, **options, **kwargs)
 
     return forward_with_recompute
@@ -125,9 +124,9 @@ def _options(section: ActivationCheckpoint) -> dict[str, Any]:
         raise UserError(
             Problem(
                 "activation_checkpoint.debug",
-                "PyTorch's records of a failed recomputation do not work together with the per-operation choice",
+                "PyTorch's records of a failed recomputation do not work together with the per-operation policy",
                 "true",
-                fix='use selective_ac_option = "1" to look into it, or switch debug off',
+                fix='use selective_ac_option = "1" to debug, or switch debug off',
             )
         )
     return {
@@ -144,7 +143,7 @@ def _set_memory_budget(section: ActivationCheckpoint, compiled: bool, run_folder
         raise UserError(
             Problem(
                 "activation_checkpoint.mode",
-                "the memory budget is planned by the compiler, and the model is not compiled",
+                "the compiler plans the memory budget, but the model is not compiled",
                 "memory_budget",
                 fix='set compile.enable = true with "model" in compile.components, or choose another mode',
             )
@@ -158,16 +157,16 @@ def _set_memory_budget(section: ActivationCheckpoint, compiled: bool, run_folder
 
 
 def _per_operation_contexts(forced: frozenset[tuple[int, int]]) -> Contexts:
-    """Fresh for every forward pass, since the policy counts matrix products."""
+    """New contexts for each forward pass, because the policy counts matrix products."""
     contexts: Contexts = create_selective_checkpoint_contexts(_per_operation_policy(forced))
     return contexts
 
 
 def _per_operation_policy(forced: frozenset[tuple[int, int]]) -> Callable[..., CheckpointPolicy]:
-    """Keep attention, communication and every second matrix product; compute everything else again.
+    """Save attention, communication and every second matrix product; recompute everything else.
 
-    Of two neighbouring products one is computed again from the other: about half of their memory for half of their
-    time. The first pass and the recomputation count apart, and so make the same choices.
+    This saves about half of the memory of matrix products for half of their time. The forward pass and the
+    recomputation have separate counters, so they decide the same.
     """
     counts = {False: 0, True: 0}
 

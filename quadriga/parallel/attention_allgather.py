@@ -22,7 +22,7 @@ class AllGatherAttention(nn.Module):
         self.cut, self.group_name = cut, group_name
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # The sequence goes first: a gather lays the ranks' parts one after the other along dimension 0.
+        # The sequence comes first, because an all-gather concatenates the ranks' parts along dimension 0.
         local = torch.stack((k, v)).movedim(3, 0).contiguous()
         gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(local, self.cut.size, self.group_name))
         whole_k, whole_v = self.cut.to_sequence_order(gathered).movedim(0, 3).unbind()
@@ -32,14 +32,17 @@ class AllGatherAttention(nn.Module):
 
 @torch.library.custom_op("quadriga::chunk_attention", mutates_args=())
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Causal attention of a part of a sequence to the whole of it: (out, lse).
+    """Causal attention of a part of a sequence to the whole sequence: (out, lse).
 
-    An operation of its own, so that no mask of queries x keys is made and nothing but `out` and `lse` is kept.
+    It is a custom operation so that no mask of queries x keys is built and only `out` and `lse` are saved.
 
     Args:
-        q: (batch, heads, part, head_dim), as many equally long chunks as there are `starts`, one after the other.
+        q: (batch, heads, part, head_dim): `len(starts)` chunks of equal length, concatenated.
         k, v: (batch, kv_heads, seq, head_dim), in natural order.
         starts: the chunks' first positions.
+
+    Returns:
+        out: (batch, heads, part, head_dim), dtype of q. lse: (batch, heads, part), float32.
     """
     length = q.shape[2] // len(starts)
     out, lse = empty_result(q)
@@ -55,7 +58,7 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> t
 def chunk_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Those of k and v are added up in float32 before they are rounded."""
+    """Gradients of q, k and v, in their shapes and dtypes. Those of k and v are summed in float32, then rounded."""
     length = q.shape[2] // len(starts)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))

@@ -1,9 +1,9 @@
-"""Attention of some queries to some keys, with what it takes to add up attention to several sets of keys.
+"""Attention of some queries to some keys, and the merge of attention to several sets of keys.
 
-Beside its result, attention to one set of keys gives the logarithm of the sum of the exponentials of its scores (lse).
-With it results over disjoint sets of keys are merged exactly (arXiv 2112.05682), and each set's part of the gradients
-follows from the merged result alone (arXiv 2205.14135). Nothing here is recorded for autograd: the operations that call
-it bring their own backward pass.
+Besides its result, attention to one set of keys returns the logarithm of the sum of the exponentials of its scores
+(lse). With it, results over disjoint sets of keys are merged exactly (arXiv 2112.05682), and each set's part of the
+gradients follows from the merged result alone (arXiv 2205.14135). Autograd records nothing here: the operations that
+call these functions have their own backward pass.
 
 Shapes: q and out (batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim), lse (batch, heads,
 queries) in float32. Heads that share keys and values (GQA, arXiv 2305.13245) are not repeated.
@@ -26,16 +26,16 @@ from torch import Tensor
 from quadriga.models.kv_heads import repeat_kv, sum_kv
 
 aten = torch.ops.aten
-LSE_ALIGNMENT = 32  # the memory-efficient kernel fills the lse up to a multiple of it, with infinity
+LSE_ALIGNMENT = 32  # the memory-efficient kernel pads the lse to a multiple of it, with infinity
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse); out is in float32, but for flash on CUDA, which gives the dtype of q.
+    """(out, lse); out is in float32, except for flash on CUDA, which returns the dtype of q.
 
-    With `causal` the queries stand at the last of the keys' positions and each sees the keys up to its own.
+    With `causal` the queries have the last positions of the keys, and each sees the keys up to its own position.
     """
     past = k.shape[2] - q.shape[2]
-    if not causal or past == 0 or _is_flash(q):  # flash on CUDA aligns the causal corner as it is wanted here
+    if not causal or past == 0 or _is_flash(q):  # flash on CUDA aligns the causal mask at the last position, too
         return _forward(q, k, v, causal)
     before = _forward(q, k[:, :, :past], v[:, :, :past], False)
     return merge(before, _forward(q, k[:, :, past:], v[:, :, past:], True))
@@ -44,12 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention to these keys adds to the gradients of q, k and v.
+    """The part of the gradients of q, k and v that comes from these keys.
 
-    `out` and `lse` are those of the queries' whole attention, merged over all sets of keys.
+    `out` and `lse` are those of the complete attention, merged over all sets of keys.
     """
     past = k.shape[2] - q.shape[2]
-    lse = lse.contiguous()  # the kernels read it without looking at strides
+    lse = lse.contiguous()  # the kernels ignore its strides
     if not causal or past == 0 or _is_flash(q):
         return _backward(grad, q, k, v, out, lse, causal)
     dq, dk, dv = _backward(grad, q, k[:, :, :past], v[:, :, :past], out, lse, False)
@@ -58,14 +58,14 @@ def attend_backward(
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) of attention to two disjoint sets of keys, in float32, from those of each."""
+    """(out, lse) of attention to the union of two disjoint sets of keys, in float32, from those of each set."""
     (out, lse), (other_out, other_lse) = one, other
     both = torch.logaddexp(lse, other_lse)
     return out * (lse - both).exp().unsqueeze(-1) + other_out * (other_lse - both).exp().unsqueeze(-1), both
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for (out, lse). A position's heads lie together, as the output projection takes them."""
+    """Uninitialized (out, lse). The heads of a position are adjacent in memory, as the output projection needs them."""
     batch, heads, length, head_dim = q.shape
     out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     return out, torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
@@ -94,7 +94,7 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_flash(q):
-        # Of a forward pass without dropout the state of the random numbers is asked for and not read.
+        # The kernel takes the state of the random generator, but does not read it without dropout.
         state, unused = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
         lengths = (None, None, q.shape[2], k.shape[2])
         given = (grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
@@ -110,10 +110,10 @@ def _backward(
 def efficient_forward(
     kernel: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a kernel that knows no shared heads and fills the lse up to a multiple of LSE_ALIGNMENT.
+    """(out, lse) by a kernel without GQA that pads the lse to a multiple of LSE_ALIGNMENT.
 
-    `kernel(q, k, v, causal)` is the memory-efficient one on CUDA. It is an argument so that a test on CPU reaches the
-    arithmetic around it.
+    `kernel(q, k, v, causal)` is the memory-efficient one on CUDA. It is an argument so that a test on CPU covers the
+    code around it.
     """
     out, lse = kernel(q, *(repeat_kv(x, q.shape[1]) for x in (k, v)), causal)
     return out, lse[:, :, : q.shape[2]]
@@ -129,7 +129,7 @@ def efficient_backward(
     lse: Tensor,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `efficient_forward`. `kernel` gets all that follows it, heads repeated and lse filled up."""
+    """The backward pass of `efficient_forward`. `kernel` gets repeated heads and the padded lse."""
     heads, kv_heads, fill = q.shape[1], k.shape[1], -q.shape[2] % LSE_ALIGNMENT
     filled = F.pad(lse, (0, fill), value=torch.inf)
     dq, dk, dv = kernel(grad, q, repeat_kv(k, heads), repeat_kv(v, heads), out, filled, causal)

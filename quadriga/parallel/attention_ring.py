@@ -1,11 +1,11 @@
 """Context parallelism by passing keys and values around a ring (arXiv 2310.01889).
 
-Each rank holds its queries still. The keys and values of the ranks pass by, one rank's at a time, while the kernel
-works on those that came before; results are merged exactly. In the backward pass they pass by again, and their
-gradients travel along with them, in float32, until they are home.
+Each rank keeps its queries. It receives the keys and values of the other ranks, one rank's at a time, while the kernel
+computes with those received before. Results are merged exactly. In the backward pass keys and values go around again,
+followed by their gradients in float32, until the gradients are back at their rank.
 
-Not torch's own ring (`torch.distributed.tensor.experimental`): it is private, steered by variables of the whole
-process, repeats no heads for float32 on CUDA, and sends the gradients once more than needed.
+Torch's own ring (`torch.distributed.tensor.experimental`) is not used: it is private, configured by process-wide
+variables, repeats no heads for float32 on CUDA, and sends the gradients once more than needed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ class RingAttention(nn.Module):
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, chunks: int, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of a rank's part of a sequence to the whole of it: (out, lse).
+    """Causal attention of a rank's part of a sequence to the whole sequence: (out, lse).
 
-    An operation of its own, so that the compiler sees the same graph on all ranks, and that recompute per operation
-    keeps the result alone and not what passed by.
+    It is a custom operation so that the compiler sees the same graph on all ranks, and so that recompute per operation
+    saves only the result, and not the received keys and values.
 
     Args:
         q: (batch, heads, part, head_dim). k, v: (batch, kv_heads, part, head_dim).
         rank, size, chunks: see `SequenceCut`.
+
+    Returns:
+        out: (batch, heads, part, head_dim), dtype of q. lse: (batch, heads, part), float32.
     """
     kv = torch.stack((k, v))
     coming = _send_to_next(kv, rank, size, group_name)
@@ -58,9 +61,9 @@ def ring_attention(
             coming = _send_to_next(kv, rank, size, group_name)
         visible = _visible_keys(step, rank, chunks, q.shape[2])
         if visible is not None:
-            ours, theirs = visible
-            new = attend(q[:, :, ours], kv[0][:, :, theirs], kv[1][:, :, theirs], causal=False)
-            out[:, :, ours], lse[:, :, ours] = merge((out[:, :, ours], lse[:, :, ours]), new)
+            rows, keys = visible
+            new = attend(q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], causal=False)
+            out[:, :, rows], lse[:, :, rows] = merge((out[:, :, rows], lse[:, :, rows]), new)
     result, result_lse = empty_result(q)
     return result.copy_(out), result_lse.copy_(lse)
 
@@ -78,7 +81,7 @@ def ring_attention_backward(
     chunks: int,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, added up in float32."""
+    """Gradients of q, k and v, in their shapes and dtypes, summed in float32."""
     kv = torch.stack((k, v))
     coming = _send_to_next(kv, rank, size, group_name)
     dq, dk, dv = (x.float() for x in attend_backward(grad, q, k, v, out, lse, causal=True))
@@ -90,36 +93,38 @@ def ring_attention_backward(
         passing = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
         visible = _visible_keys(step, rank, chunks, q.shape[2])
         if visible is not None:
-            ours, theirs = visible
-            seen = (kv[0][:, :, theirs], kv[1][:, :, theirs])
-            mine = (grad[:, :, ours], q[:, :, ours], *seen, out[:, :, ours], lse[:, :, ours])
-            part, passing[0][:, :, theirs], passing[1][:, :, theirs] = attend_backward(*mine, causal=False)
-            dq[:, :, ours] += part
+            rows, keys = visible
+            seen = (kv[0][:, :, keys], kv[1][:, :, keys])
+            inputs = (grad[:, :, rows], q[:, :, rows], *seen, out[:, :, rows], lse[:, :, rows])
+            part, passing[0][:, :, keys], passing[1][:, :, keys] = attend_backward(*inputs, causal=False)
+            dq[:, :, rows] += part
         if kv_grads_in_flight is not None:
             passing += c10d.wait_tensor(kv_grads_in_flight)
-        # The last rank that keys and values come to is the one before their home.
+        # The last rank to receive keys and values is the one before their own rank, so this send returns the gradients.
         kv_grads_in_flight = _send_to_next(passing, rank, size, group_name)
     kv_grads = c10d.wait_tensor(kv_grads_in_flight)
     return _rounded(dq, q), _rounded(dk + kv_grads[0], k), _rounded(dv + kv_grads[1], v)
 
 
 def _visible_keys(step: int, rank: int, chunks: int, length: int) -> tuple[slice, slice] | None:
-    """Which of our `length` queries see which keys of the rank that is `step` before us on the ring; None: no two.
+    """The slices of this rank's `length` queries and of the keys that they see, for the keys of the rank that is `step`
+    places before this one on the ring; None if they see none.
 
-    Of a rank before us in the sequence (the ring has not closed yet) all queries see the early chunk, and none the
-    late one, which stands behind our own. Of a rank behind us only our late chunk sees anything, and it sees both.
+    With two chunks: if that rank comes before this one in the sequence (the ring has not wrapped around yet), all
+    queries see its early chunk, and none its late chunk, which lies behind both chunks of this rank. Otherwise only the
+    late chunk of queries sees any keys, and it sees all.
     """
-    is_before_us = step <= rank
+    is_earlier = step <= rank
     if chunks == 1:
-        return (EVERYTHING, EVERYTHING) if is_before_us else None
+        return (EVERYTHING, EVERYTHING) if is_earlier else None
     half = length // 2
-    return (EVERYTHING, slice(0, half)) if is_before_us else (slice(half, None), EVERYTHING)
+    return (EVERYTHING, slice(0, half)) if is_earlier else (slice(half, None), EVERYTHING)
 
 
 def _send_to_next(tensor: Tensor, rank: int, size: int, group_name: str) -> Tensor:
-    """Start to send to the next rank; what comes from the rank before us, there after `wait_tensor`.
+    """Start a send to the next rank. Returns what the rank before sends, valid after `wait_tensor`.
 
-    An all-to-all in which each rank has but one receiver: point to point on the wire.
+    It is an all-to-all in which each rank has one receiver, so the network carries point-to-point messages.
     """
     rows = tensor.shape[0]
     sent = [rows if other == (rank + 1) % size else 0 for other in range(size)]
@@ -128,7 +133,7 @@ def _send_to_next(tensor: Tensor, rank: int, size: int, group_name: str) -> Tens
 
 
 def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient.to(like.dtype).contiguous()  # as the kernel without numbers promises
+    return gradient.to(like.dtype).contiguous()  # as the fake kernel declares
 
 
 @ring_attention.register_fake

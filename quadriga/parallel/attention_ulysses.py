@@ -11,9 +11,9 @@ c10d = torch.ops._c10d_functional
 
 
 class UlyssesAttention(nn.Module):
-    """Some heads of the whole sequence instead of the whole sequence's heads: then `core` does what it always does.
+    """Exchanges all heads of a part of the sequence for some heads of the whole sequence, then calls `core` unchanged.
 
-    Both numbers of heads must divide over the ranks.
+    Both numbers of heads must be divisible by the number of ranks.
     """
 
     def __init__(self, core: nn.Module, cut: SequenceCut, group_name: str) -> None:
@@ -31,7 +31,7 @@ class UlyssesAttention(nn.Module):
         return self._exchanged(by_rank).unflatten(0, (size, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 
     def _exchanged(self, x: Tensor) -> Tensor:
-        """(ranks, part, ...), for each rank what it shall get -> (ranks * part, ...), from each rank what it sent."""
+        """All-to-all: (ranks, part, ...), one row per receiver -> (ranks * part, ...), one part per sender."""
         x = x.flatten(0, 1).contiguous()
         rows = [x.shape[0] // self.cut.size] * self.cut.size
         return c10d.wait_tensor(c10d.all_to_all_single(x, rows, rows, self.group_name))

@@ -1,4 +1,4 @@
-"""torch.compile: one block at a time, and the loss."""
+"""torch.compile of the model, block by block, and of the loss."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ F = TypeVar("F", bound=Callable[..., torch.Tensor])
 
 
 def apply_compile(model: nn.Module, blocks: tuple[str, ...], section: Compile) -> None:
-    """Compile each of `blocks` in place; names of modules and parameters stay.
+    """Compile each of `blocks` in place; modules and parameters keep their names.
 
-    Block by block, since equal blocks share one compilation: the time to the first step does not grow with the depth.
-    A block that cannot be captured whole is an error, not a slower run.
+    Equal blocks share one compilation, so the time to the first step does not grow with the depth. A graph break in a
+    block is an error, because it would make the run slower.
     """
     for name in blocks:
         model.get_submodule(name).compile(backend=section.backend, fullgraph=True)
 
 
 def maybe_compile_loss(loss: F, section: Compile, *, sliced_on_cpu: bool = False) -> F:
-    """The loss function, compiled where `[compile]` asks for it.
+    """The loss function, compiled if `[compile]` requests it.
 
-    Not by inductor where logits are cut along the vocabulary on a CPU (`sliced_on_cpu`): for some numbers of tokens its
-    code computes a wrong loss there without a word, in torch 2.13 (of 4 and 8 tokens without gradients, of 22 with).
+    It is not compiled by inductor if logits are sharded along the vocabulary on a CPU (`sliced_on_cpu`). There
+    inductor's code of torch 2.13 computes a wrong loss without an error for some numbers of tokens (4 and 8 without
+    gradients, 22 with).
 
-    Once for each number of tokens, of which a run has few: two where the loss is made in chunks, and those of
-    validation. One graph for any number of them fails in torch 2.13 on logits that are DTensors (endless recursion).
+    Each number of tokens is compiled separately. A run has few: two if the loss is chunked, and those of validation. A
+    dynamic graph fails in torch 2.13 on logits that are DTensors (infinite recursion).
     """
     if not (section.enable and "loss" in section.components):
         return loss
     if sliced_on_cpu and section.backend == "inductor":
-        logger.info("the loss is not compiled: on a CPU inductor gets it wrong where logits are cut")
+        logger.info("the loss is not compiled: on a CPU, inductor computes a wrong loss of sharded logits")
         return loss
     return cast(F, torch.compile(loss, backend=section.backend, fullgraph=True, dynamic=False))

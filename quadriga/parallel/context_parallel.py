@@ -1,6 +1,6 @@
-"""Context parallelism: the ranks of a group share every sequence, and only attention looks beyond a rank's own part.
+"""Context parallelism: the ranks of a group share every sequence, and only attention needs other ranks' tokens.
 
-What a rank sends for a layer and a micro-batch of B sequences of S tokens, in bytes (it receives as much):
+Bytes that a rank sends per layer and micro-batch of B sequences of S tokens (it receives as many):
 Q = B x S/cp x heads/tp x head_dim x itemsize, KV = 2 Q x kv_heads/heads, and KV4 is KV in float32.
 
 | method      | forward                              | backward                             | overlaps |
@@ -9,15 +9,15 @@ Q = B x S/cp x heads/tp x head_dim x itemsize, KV = 2 Q x kv_heads/heads, and KV
 | `ring`      | cp - 1 sends: (cp - 1) KV            | 2 (cp - 1) sends: (cp - 1)(KV + KV4) | yes      |
 | `ulysses`   | 2 all-to-all: (cp - 1)/cp (2 Q + KV) | the same as forward                  | no       |
 
-`ulysses` asks that both numbers of heads divide over cp x tp, the others nothing.
+`ulysses` requires that both numbers of heads are divisible by cp x tp; the others have no requirement.
 
-A block that recomputes attention sends the forward column twice. Recompute per operation keeps the results of `ring`
-and `ulysses`, and of `allgather` the attention but not the gathered keys and values, which are cp times as large as
-what a rank holds: they are gathered again. `allgather` holds the keys and values of the whole sequence, for one layer
-at a time where blocks are recomputed and otherwise for all; `ring` never does; `ulysses` holds some heads of them.
+A block that recomputes attention sends the forward column twice. Recompute per operation saves the results of `ring`
+and `ulysses`. With `allgather` it saves the attention, but not the gathered keys and values, which are cp times larger
+than the local ones: they are gathered again. `allgather` holds the keys and values of the whole sequence, for one layer
+at a time if blocks are recomputed, otherwise for all layers. `ring` never does, and `ulysses` holds some heads of them.
 
-Gradients of keys and values are added up over the ranks in their own dtype with `allgather` (by the reduce-scatter), in
-float32 with `ring`; with `ulysses` there is nothing to add up.
+Gradients of keys and values are summed over the ranks in their own dtype with `allgather` (by the reduce-scatter), and
+in float32 with `ring`. With `ulysses` there is no such sum.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ METHODS = {"allgather": AllGatherAttention, "ring": RingAttention, "ulysses": Ul
 def apply_context_parallel(
     model: nn.Module, attention_units: tuple[str, ...], mesh: DeviceMesh, parallelism: Parallelism
 ) -> None:
-    """Let attention see the whole sequence, of which each rank of the one-dimensional `mesh` holds `local_positions`.
+    """Let attention cover the whole sequence, of which each rank of the one-dimensional `mesh` holds `local_positions`.
 
-    Each of `attention_units` is replaced by a module without parameters that takes and gives what it did, of the rank's
-    part of the sequence: q (batch, heads, part, head_dim), k and v with as many heads or fewer.
+    Each of `attention_units` is replaced by a module without parameters. Its inputs and outputs are the same, for the
+    rank's part of the sequence: q (batch, heads, part, head_dim), k and v with as many heads or fewer.
     """
     group_name = mesh.get_group().group_name
     cut = _cut(mesh.get_local_rank(), mesh.size(), parallelism.context_parallel_load_balancer)
@@ -50,10 +50,10 @@ def apply_context_parallel(
 
 
 def local_positions(seq_len: int, rank: int, degree: int, load_balancer: str | None) -> Tensor:
-    """Where in the whole sequence the tokens of `rank` stand: int64 (seq_len / degree,), on the host.
+    """The positions of the tokens of `rank` in the whole sequence: int64, shape (seq_len / degree,), on the host.
 
     Raises:
-        ValueError: the sequence does not divide into equal chunks, or the load balancer is not known here.
+        ValueError: the sequence does not divide into equal chunks, or the load balancer is unknown.
     """
     cut = _cut(rank, degree, load_balancer)
     if seq_len % (degree * cut.chunks):

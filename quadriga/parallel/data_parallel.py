@@ -1,16 +1,16 @@
-"""Data parallelism: FSDP, HSDP and DDP, all three by FSDP2's `fully_shard` over a mesh of another shape.
+"""Data parallelism: FSDP, HSDP and DDP, all by FSDP2's `fully_shard`, over meshes of different shapes.
 
-| layout | mesh      | parameters, gradients, optimizer state | gradients travel by                |
+| layout | mesh      | parameters, gradients, optimizer state | gradients are reduced by           |
 |--------|-----------|-----------------------------------------|------------------------------------|
-| FSDP   | (S,)      | cut S ways                              | reduce-scatter                     |
-| HSDP   | (R, S)    | cut S ways, R copies                    | reduce-scatter, then all-reduce    |
+| FSDP   | (S,)      | sharded S ways                          | reduce-scatter                     |
+| HSDP   | (R, S)    | sharded S ways, R copies                | reduce-scatter, then all-reduce    |
 | DDP    | (N, 1)    | whole on every rank                     | all-reduce                         |
 
-So one mechanism carries the dtype policy, the names of parameters (unchanged) and checkpoints on every layout.
+So the dtype policy, the names of parameters (unchanged) and checkpoints work the same way on every layout.
 
 **Gradients are summed over ranks, not averaged.** Each rank back-propagates its own part of the loss of the global
-batch (the sum over its tokens divided by the tokens of the whole step), and the parts add up. That holds for uneven
-token counts and for any number of ranks, and spares a pass of divisions.
+batch: the sum over its tokens divided by the tokens of the whole step. The parts add up. This is correct for uneven
+token counts and any number of ranks, and needs no pass of divisions.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def apply_data_parallel(
     reshard_after_forward: bool,
     collectives: ShardCollectives | None = None,
 ) -> None:
-    """Cut the parameters of `model` over `mesh.fsdp`, in place. `collectives` take the place of torch's own.
+    """Shard the parameters of `model` over `mesh.fsdp`, in place. `collectives` replace torch's own.
 
-    One rank whose parameters, compute and gradients share one dtype and stay on the device is left alone; any other
-    single rank is wrapped over a mesh of one, so that dtypes are the same as on many ranks. So are ranks that tensor
-    parallelism alone has cut.
+    A single rank is unchanged if parameters, compute and gradients have one dtype and stay on the device. Otherwise it
+    uses `fully_shard` over a mesh of one rank, so that dtypes are the same as on many ranks. The same holds for ranks
+    with tensor parallelism only.
     """
     if not is_needed(mesh, training):
         return
@@ -59,39 +59,39 @@ def apply_data_parallel(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
-            if collectives is not None:  # after the choice of sums: symmetric memory depends on it
+            if collectives is not None:  # after `_sum_gradients`, because symmetric memory depends on it
                 collectives.install(module)
 
 
 def is_needed(mesh: Mesh, training: Training) -> bool:
-    """Whether anything is cut, converted or moved at all."""
+    """Whether anything is sharded, converted or offloaded."""
     dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-    # Under tensor parallelism also over a mesh of one: `fully_shard` makes the sum over its ranks that gradients of
-    # norms still are (`Partial`), once a step where gradients are accumulated.
+    # Under tensor parallelism also over a mesh of one rank: the gradients of norms are still `Partial`, and
+    # `fully_shard` reduces them over the tp ranks, once per step if gradients are accumulated.
     cut = mesh.fsdp.size() > 1 or mesh.tp.size() > 1
     return cut or len(dtypes) > 1 or training.enable_cpu_offload
 
 
 def set_gradient_sync(model: nn.Module, reduce: bool, last: bool) -> None:
-    """Say what the coming backward pass does with gradients. Call before each micro-batch; at one plain rank a no-op.
+    """Set the gradient reduction of the next backward pass. Call before each micro-batch; without FSDP it does nothing.
 
     Args:
-        reduce: reduce the gradients over the shard ranks (always so at the last micro-batch). Where not, they are
-            added up whole, in the reduce dtype.
-        last: this is the step's last micro-batch. Copies (HSDP, DDP) are reconciled then only: their sums of one step
-            are the same early or late.
+        reduce: reduce the gradients over the shard ranks; the last micro-batch always does. Otherwise unsharded
+            gradients are accumulated in the reduce dtype.
+        last: this is the step's last micro-batch. Only then are replicas (HSDP, DDP) all-reduced, because the sum of
+            the step is the same early or late.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce or last)
         model.set_requires_all_reduce(last)
-        # `set_is_last_backward` stays at its default: with False, torch fetches the last unit of the forward pass once
-        # more at the end of every following micro-batch, and drops it.
+        # `set_is_last_backward` keeps its default. With False, torch gathers the last unit of the forward pass once
+        # more at the end of each following micro-batch, without use.
 
 
 def free_gathered_parameters(model: nn.Module) -> None:
-    """Free what units with `reshard=False` gathered in a forward pass that no backward pass follows.
+    """Free the gathered parameters of units with `reshard=False`, after a forward pass without a backward pass.
 
-    Until then `model.parameters()` are the gathered ones, which are not those that the optimizer knows.
+    Until then `model.parameters()` returns the gathered ones, which are not the optimizer's.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -99,9 +99,9 @@ def free_gathered_parameters(model: nn.Module) -> None:
 
 
 def _always(parallelism: Parallelism, training: Training) -> bool:
-    """`always` frees even the units that the plan would keep, the first ones that the backward pass needs.
+    """`always` also frees the units that the plan keeps because the backward pass needs them first.
 
-    But not where the loss is made in chunks: it needs the output layer's weights once the forward pass is through.
+    The exception is a chunked loss, which needs the output layer's weights after the forward pass.
     """
     return parallelism.fsdp_reshard_after_forward == "always" and training.loss_chunks == 1
 
@@ -116,7 +116,7 @@ def _dtype_policy(training: Training) -> MixedPrecisionPolicy:
 def _offload_policy(training: Training, mesh: Mesh) -> OffloadPolicy:
     if not training.enable_cpu_offload:
         return OffloadPolicy()
-    # Pinned memory belongs to an accelerator; without one torch refuses it.
+    # Without an accelerator, torch refuses pinned memory.
     return CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type != "cpu")
 
 

@@ -1,8 +1,8 @@
 """Float8: linear layers multiply in 8 bits, by torchao's `Float8Linear` (arXiv 2209.05433).
 
-Parameters stay in their dtype and keep their names. For each product the operands are scaled and cast, a scale for a
-whole matrix (`tensorwise`) or for each row of it (`rowwise`; `rowwise_with_gw_hp` leaves the weights' gradients in high
-precision). torchao is asked for by this converter alone, and imported by nothing else.
+Parameters keep their dtype and names. For each product the operands are scaled and cast, with one scale per matrix
+(`tensorwise`) or per row (`rowwise`; `rowwise_with_gw_hp` computes the weights' gradients in high precision). Only this
+module imports torchao.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from quadriga.parallel.tensor_parallel import plain_output
 TABLE = "quantize.linear.float8"
 TORCHAO = "0.18.0"
 AUTO_FILTER = "auto_filter_small_kn"
-MULTIPLE = 16  # of both widths of a matrix: what the units that multiply in float8 take
+MULTIPLE = 16  # float8 units of GPUs need both widths of a matrix to be multiples of it
 FIRST_CAPABLE = (8, 9)  # CUDA compute capability
 
 
 def apply_float8(model: nn.Module, cuts: tuple[TensorCut, ...], mesh: Mesh, section: LinearFloat8) -> None:
-    """Let the linear layers of `model` that allow it compute in float8, in place. It may be on meta; names stay.
+    """Convert the linear layers of `model` that allow it to float8, in place. It may be on meta; names do not change.
 
-    What is left as it is, and why, is logged. `cuts` tell how wide a layer is once tensor parallelism has cut it.
+    Logs which layers are not converted, and why. `cuts` give the local widths of layers under tensor parallelism.
 
     Raises:
         UserError: torchao is not installed, or the device has no float8 and `emulate` is false.
@@ -53,15 +53,15 @@ def apply_float8(model: nn.Module, cuts: tuple[TensorCut, ...], mesh: Mesh, sect
         if isinstance(module, nn.Linear) and section.enable_fsdp_float8_all_gather:
             module.register_state_dict_post_hook(_save_plain_weight)
         if isinstance(module, nn.Linear) and "." not in name:  # not within a block
-            module.register_forward_hook(plain_output)  # torchao's layer gives a view
+            module.register_forward_hook(plain_output)  # torchao's layer returns a view
     _log_summary(model, unconverted, section)
 
 
 def precompute_scales(
     optimizer: torch.optim.Optimizer, parts: tuple[nn.Module, ...], section: LinearFloat8 | None
 ) -> None:
-    """Where `section` asks for it: after each step, the scales of all weights that are gathered in float8, in one
-    reduction. Without that gather there are none."""
+    """If `section` requests it, compute the scales of all weights after each step, in one reduction. This has no effect
+    without float8 all-gathers."""
     if section is None or not section.precompute_float8_dynamic_scale_for_fsdp:
         return
     if not section.enable_fsdp_float8_all_gather:
@@ -76,13 +76,13 @@ def precompute_scales(
 
 
 def _save_plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A checkpoint holds the weight itself, not torchao's tensor type around it: it can be read without torchao."""
+    """Save the plain weight instead of torchao's tensor subclass, so that a checkpoint can be read without torchao."""
     name = f"{prefix}weight"
     weight = state[name]
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     if not hasattr(local, "__tensor_flatten__"):
         return
-    plain = getattr(local, local.__tensor_flatten__()[0][0])  # the same memory: what is loaded arrives
+    plain = getattr(local, local.__tensor_flatten__()[0][0])  # shares memory, so a load changes the weight
     if isinstance(weight, DTensor):
         plain = DTensor.from_local(
             plain, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
@@ -93,7 +93,7 @@ def _save_plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, me
 def _unconverted_layers(
     model: nn.Module, cuts: tuple[TensorCut, ...], tp: int, section: LinearFloat8
 ) -> Iterator[tuple[str, str]]:
-    """Names of linear layers that are not converted, each with the reason."""
+    """The names of linear layers that are not converted, each with the reason."""
     styles = {cut.module: cut.style for cut in cuts}
     named = [part for part in section.filter_fqns if part != AUTO_FILTER]
     is_large = _size_filter(section)
@@ -125,12 +125,12 @@ def _log_summary(model: nn.Module, unconverted: dict[str, str], section: LinearF
     from torchao.float8.float8_linear import Float8Linear
 
     count = sum(isinstance(module, Float8Linear) for module in model.modules())
-    how = "emulated, for its numerics and not for speed" if section.emulate else section.recipe_name or "tensorwise"
+    how = "emulated, which is slow" if section.emulate else section.recipe_name or "tensorwise"
     logger.info(f"float8: {count} linear layers ({how})")
     for reason in dict.fromkeys(unconverted.values()):
         names = [name for name, why in unconverted.items() if why == reason]
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        logger.info(f"float8: {len(names)} left as they are, {reason}: {shown}")
+        logger.info(f"float8: {len(names)} not converted, {reason}: {shown}")
 
 
 def _check_library() -> None:
@@ -138,7 +138,7 @@ def _check_library() -> None:
         raise UserError(
             Problem(
                 "model.converters",
-                "computing in float8 needs torchao, which is not installed",
+                "float8 needs torchao, which is not installed",
                 TABLE,
                 fix=f"pip install torchao=={TORCHAO}, or remove the converter",
             )
@@ -152,7 +152,7 @@ def _check_device(device_type: str) -> None:
         raise UserError(
             Problem(
                 "model.converters",
-                f"this device ({device}) does not multiply in float8",
+                f"this device ({device}) does not support float8",
                 TABLE,
                 allowed="GPUs of compute capability 8.9 and up (Ada, Hopper, Blackwell)",
                 fix=f"remove the converter, or set {TABLE}.emulate = true to rehearse its numerics",

@@ -1,9 +1,9 @@
-"""Initial weights by (seed, parameter name, block of rows) alone, so that every layout starts from equal ones.
+"""Initial weights as a function of (seed, parameter name, block of rows), so that all layouts start from equal weights.
 
-A parameter is drawn in blocks of whole rows, at most 2**18 elements each, every block from a generator of its own:
-PCG64, keyed by a 128-bit hash of those three. (`torch.Generator` on CPU takes 32 bits of a seed, too few for the 1.6
-million blocks of 405B.) A rank draws the blocks that overlap what it holds, keeps its part, and needs one block more a
-thread. All drawing is done on the CPU, also for a GPU, so that a rehearsal starts from the weights of the real run.
+A parameter is drawn in blocks of whole rows, at most 2**18 elements each. Each block has its own generator: PCG64,
+seeded with a 128-bit hash of these three values. (`torch.Generator` on CPU uses only 32 bits of a seed, too few for the
+1.6 million blocks of 405B.) A rank draws the blocks that overlap its shard and keeps its part. This needs memory for
+one block per thread. All draws are on the CPU, also for a GPU, so a rehearsal has the initial weights of the real run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from quadriga.models.plan import ParameterPlan
 
 BLOCK_ELEMENTS = 2**18
 _CENTRE = 1 - 2**-24  # see `_to_normal`
-_CHUNK = 2**15  # small enough for the nearest cache, and for PyTorch not to split it over threads of its own
+_CHUNK = 2**15  # small enough for the L1 or L2 cache, and so that PyTorch does not split it over its own threads
 
 
 def materialize(model: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
-    """Give a model on meta its memory on `device` and its initial weights, drawn as `parameters` says.
+    """Allocate a model on meta on `device`, and draw its initial weights as planned in `parameters`.
 
-    Plain parameters and DTensors of any sharding are filled alike, bit for bit the same numbers at the same places.
-    Other dtypes than float32 get the float32 draw, rounded. Buffers are computed by the model's `reset_buffers`.
-    Raises ValueError where the plan and the model do not name the same parameters with the same shapes.
+    The values are equal bit for bit for plain parameters and for DTensors of any sharding. Other dtypes than float32
+    get the rounded float32 draw. The model's `reset_buffers` computes the buffers. Raises ValueError if the plan and
+    the model have different parameter names or shapes.
     """
     named = dict(model.named_parameters())
     _check(named, parameters)
@@ -53,7 +53,7 @@ def materialize(model: nn.Module, parameters: tuple[ParameterPlan, ...], seed: i
 
 @dataclass(frozen=True)
 class _Held:
-    """The part of a parameter that this rank holds: a tensor and where its first element lies in the whole."""
+    """This rank's part of a parameter: a tensor, and the index of its first element in the whole parameter."""
 
     tensor: Tensor
     offset: tuple[int, ...]
@@ -61,7 +61,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows `start` to `stop` of a parameter, the `index`-th block of it."""
+    """Rows `start` to `stop` (exclusive) of a parameter, its block number `index`."""
 
     index: int
     start: int
@@ -69,7 +69,7 @@ class _Block:
 
 
 def _fill(held: _Held, plan: ParameterPlan, seed: int, block: _Block) -> None:
-    """Draw the block and write the part of it that is held."""
+    """Draw the block and write this rank's part of it."""
     drawn = draw(seed, plan.name, block.index, (block.stop - block.start, *plan.shape[1:]), plan.std, plan.bound)
     first = held.offset[0]
     start, stop = max(block.start, first), min(block.stop, first + held.tensor.shape[0])
@@ -79,9 +79,10 @@ def _fill(held: _Held, plan: ParameterPlan, seed: int, block: _Block) -> None:
 
 
 def draw(seed: int, name: str, block: int, shape: tuple[int, ...], std: float, bound: float = math.inf) -> Tensor:
-    """One block on the CPU, float32: normal with `std`, cut at -bound and bound. One uniform draw an element, in order.
+    """One block of `shape` on the CPU, float32: normal with `std`, truncated at -bound and bound.
 
-    (Cut at 3 std, a normal distribution has a standard deviation of 0.987 std.)
+    Each element takes one uniform draw, in order. (Truncated at 3 std, a normal distribution has a standard deviation
+    of 0.987 std.)
     """
     key = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
@@ -93,18 +94,19 @@ def draw(seed: int, name: str, block: int, shape: tuple[int, ...], std: float, b
 
 
 def _to_normal(uniform: Tensor, std: float, bound: float) -> None:
-    """In place: what was drawn uniformly from [0, 1), float32, through the inverse of the normal distribution function.
+    """Map uniform draws from [0, 1), float32, to normal ones by the inverse of the normal distribution function, in
+    place.
 
-    The draws are k / 2**24 for whole k. 2 k / 2**24 - 1 would begin at -1, where the inverse is -inf, and have a mean
-    below 0; the middles of those steps, (2 k + 1) / 2**24 - 1, are exact in float32, symmetric, and end before -1 and
-    1. So a distribution that is not cut ends at 5.4 standard deviations.
+    The draws are k / 2**24 for integer k. 2 k / 2**24 - 1 would begin at -1, where the inverse is -inf, and its mean
+    would be below 0. The midpoints (2 k + 1) / 2**24 - 1 are exact in float32, symmetric, and exclude -1 and 1. So a
+    distribution that is not truncated ends at 5.4 standard deviations.
     """
-    share = math.erf(bound / (std * math.sqrt(2)))  # of the whole distribution, which lies within the bound
+    share = math.erf(bound / (std * math.sqrt(2)))  # fraction of the distribution within the bound
     uniform.mul_(2 * share).sub_(_CENTRE * share).erfinv_().mul_(std * math.sqrt(2)).clamp_(-bound, bound)
 
 
 def _blocks(shape: tuple[int, ...], held: _Held) -> Iterator[_Block]:
-    """The blocks of a parameter that overlap what is held. A single row above 2**18 elements is a block of its own."""
+    """The blocks of a parameter that overlap this rank's part. A row of more than 2**18 elements is one block."""
     if held.tensor.numel() == 0:
         return
     rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
@@ -114,19 +116,17 @@ def _blocks(shape: tuple[int, ...], held: _Held) -> Iterator[_Block]:
 
 
 def _held(parameter: Tensor) -> _Held:
-    """The local part of a DTensor as a box of the whole.
+    """This rank's part of a parameter, which is one box of the whole.
 
-    It is one under FSDP over tensor parallelism too (`_StridedShard`): FSDP cuts the contiguous part that tensor
-    parallelism left.
+    This also holds for FSDP over tensor parallelism (`_StridedShard`), because FSDP shards the contiguous part of a tp
+    rank.
     """
     if not isinstance(parameter, DTensor):
         return _Held(parameter.detach(), (0,) * parameter.dim())
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = parameter.to_local().detach()
     if tuple(local.shape) != tuple(shape):
-        raise RuntimeError(
-            f"a shard of shape {tuple(local.shape)} where {tuple(shape)} was expected: {parameter.placements}"
-        )
+        raise RuntimeError(f"a shard has shape {tuple(local.shape)}, expected {tuple(shape)}: {parameter.placements}")
     return _Held(local, tuple(offset))
 
 

@@ -1,7 +1,7 @@
-"""The one legal order in which a model is changed for training, with the reason beside each line.
+"""Applies all transformations of a model for training, in the only correct order, with the reason at each line.
 
-Modules are exchanged first, then the matrices within a block are cut. Then, from the inside out as the parts lie
-around a block when it runs: gather( compiled( recompute( block ) ) ). All of them change modules in place and take
+First modules are replaced, then the matrices within a block are sharded. The rest is applied from the inside out, as it
+encloses a block at run time: gather( compiled( recompute( block ) ) ). All of them change modules in place and take
 effect at the first call.
 """
 
@@ -37,31 +37,31 @@ def parallelize(
     blocks_before: int = 0,
     run_folder: str = ".",
 ) -> None:
-    """Recompute, compile and cut `model` in place, as `plan` allows. It may still be on meta, and keeps every name.
+    """Shard, checkpoint and compile `model` in place, as `plan` describes it. It may be on meta; names do not change.
 
-    `blocks_before`: recompute units of the earlier pipeline stages of this rank. `run_folder`: for figures of the
-    compiler's memory budget.
+    `blocks_before`: number of recompute units in the earlier pipeline stages of this rank. `run_folder`: for the
+    figures of the compiler's memory budget.
     """
     compiled = compile.enable and "model" in compile.components
 
-    # Before everything else: it puts other modules in the place of linear layers, and all that follows hangs on them.
+    # First, because it replaces linear layers, to which all later transformations are attached.
     if float8 is not None:
         apply_float8(model, plan.tensor_cuts, mesh, float8)
 
-    # After the exchange, which would bring another output layer. What was to come out of it is made within the loss.
+    # After float8, which replaces the output layer. The loss then computes the logits.
     if training.loss_chunks > 1 and plan.logits_unit is not None:
         return_hidden_states(model, plan.logits_unit)
 
-    # Then the cut: everything later finds the slices of the matrices where the matrices were.
+    # Then tensor parallelism: all later transformations see only this rank's slices of the matrices.
     if mesh.tp.size() > 1:
         apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism, loss_chunks=training.loss_chunks)
 
-    # Before recompute and compile, which take the attention that they find into a block.
+    # Before recompute and compile, which capture the attention module of the block.
     if mesh.cp.size() > 1:
         apply_context_parallel(model, plan.attention_units, mesh.cp, parallelism)
 
-    # Inside compile, so that the compiler sees the recomputation and plans memory with it. Around compiled code it
-    # would find one operation, to be kept or computed again as a whole.
+    # Inside compile, so that the compiler sees the recomputation and plans memory with it. Outside, it would see the
+    # compiled code as one operation, to be saved or recomputed completely.
     apply_activation_checkpoint(
         model,
         plan.recompute_units,
@@ -71,8 +71,7 @@ def parallelize(
         run_folder=run_folder,
     )
 
-    # Inside the cut, so that gathering and freeing parameters happen around the compiled code and not within it, where
-    # they would break the graph.
+    # Inside FSDP, so that parameters are gathered and freed outside of the compiled code, where they break no graph.
     if compiled:
         apply_compile(model, plan.recompute_units, compile)
 

@@ -2,19 +2,19 @@
 
 `torch.distributed.pipelining` brings the schedules:
 
-| schedule                | stages a rank | which, of 4 on 2 ranks | backward pass | paper                          |
-|-------------------------|---------------|------------------------|---------------|--------------------------------|
-| `GPipe`                 | 1             |                        | whole         | arXiv 1811.06965               |
-| `1F1B`                  | 1             |                        | whole         | arXiv 1806.03377               |
-| `Interleaved1F1B`       | 2 or more     | 0 2, 1 3 (loop)        | whole         | arXiv 2104.04473               |
-| `LoopedBFS`             | 2 or more     | loop                   | whole         | arXiv 2211.05953               |
-| `InterleavedZeroBubble` | 2 or more     | loop                   | in two parts  | arXiv 2401.10241               |
-| `ZBVZeroBubble`         | 2             | 0 3, 1 2 (V)           | in two parts  | arXiv 2401.10241               |
-| `DualPipeV`             | 2             | V                      | in two parts  | arXiv 2412.19437, 2 halves cut |
-| a CSV file              | as it says    | as it says             | as it says    |                                |
+| schedule                | stages per rank | example: 4 on 2 ranks  | backward pass | paper                          |
+|-------------------------|-----------------|------------------------|---------------|--------------------------------|
+| `GPipe`                 | 1               |                        | whole         | arXiv 1811.06965               |
+| `1F1B`                  | 1               |                        | whole         | arXiv 1806.03377               |
+| `Interleaved1F1B`       | 2 or more       | 0 2, 1 3 (loop)        | whole         | arXiv 2104.04473               |
+| `LoopedBFS`             | 2 or more       | loop                   | whole         | arXiv 2211.05953               |
+| `InterleavedZeroBubble` | 2 or more       | loop                   | in two parts  | arXiv 2401.10241               |
+| `ZBVZeroBubble`         | 2               | 0 3, 1 2 (V)           | in two parts  | arXiv 2401.10241               |
+| `DualPipeV`             | 2               | V                      | in two parts  | arXiv 2412.19437, cut in half  |
+| a CSV file              | from the file   | from the file          | from the file |                                |
 
-What is done here on top of torch: shapes are known beforehand, so that nothing but activations and their gradients
-travels; every stage gets the positions whole; and gradients are reduced when the trainer says so (see `_Stage`).
+This module adds to torch: shapes are known in advance, so that ranks send only activations and their gradients; every
+stage gets all positions; and the trainer controls when gradients are reduced (see `_Stage`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def remove_modules(model: nn.Module, modules: Sequence[str]) -> None:
-    """Remove `modules` (full names) from `model`, in place: layers by their key, ends by None. Other names stay."""
+    """Remove `modules` (full names) from `model`, in place: layers by their key, others by None. Other names stay."""
     for name in modules:
         above, _, last = name.rpartition(".")
         owner = model.get_submodule(above)
@@ -60,17 +60,16 @@ def remove_modules(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def stages_of_rank(stage_ranks: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The stages that the pipeline's rank `rank` holds, where `stage_ranks` says which rank holds each stage."""
+    """The stages of the pipeline's rank `rank`; `stage_ranks` has the rank of each stage."""
     return tuple(stage for stage, holder in enumerate(stage_ranks) if holder == rank)
 
 
 @dataclass(frozen=True)
 class StageShapes:
-    """What goes from stage to stage for one micro-batch.
+    """The tensors between stages for one micro-batch.
 
-    `shape`: of hidden states (rows, tokens, dim) as one rank holds them: with sequence parallelism its part of the
-    tokens. `dtype`: the computing dtype. `seq_len`: token ids in a row of what the first stage is given, which are cut
-    there and not before.
+    `shape`: of hidden states (rows, tokens, dim) on one rank; with sequence parallelism its part of the tokens.
+    `dtype`: the compute dtype. `seq_len`: token ids per row in the input of the first stage, which shards them itself.
     """
 
     shape: tuple[int, int, int]
@@ -85,17 +84,17 @@ class StageShapes:
 
 
 class Pipeline:
-    """The stages of this rank, and their part in the schedule. All ranks of the pipeline call the same method.
+    """Runs the stages of this rank in the schedule. All ranks of the pipeline call the same method.
 
     Args:
-        parts: the stages that this rank holds, by their index in the whole model, ascending.
-        stage_ranks: which rank of `mesh` holds each stage.
+        parts: this rank's stages, by their index in the whole model, ascending.
+        stage_ranks: the rank in `mesh` of each stage.
         mesh: the one-dimensional mesh of the pipeline's ranks.
-        micro_batches: into how many the rows of one call are cut, along the first dimension.
+        micro_batches: number of micro-batches into which the rows of one call are split, along the first dimension.
         loss: maps (logits, labels) of one micro-batch to its part of the loss; the parts add up.
-        recomputes: blocks compute their activations again. Schedules that split the backward pass then run both parts
-            at once: torch makes gradients of weights parameter by parameter, and a block would be computed, and kept,
-            anew for each of them.
+        recomputes: whether blocks recompute activations. Schedules with a split backward pass then run both parts at
+            once. Otherwise torch, which computes weight gradients parameter by parameter, would recompute and keep a
+            block again for each of them.
     """
 
     def __init__(
@@ -120,18 +119,18 @@ class Pipeline:
         self._call = _CallState()
 
     def train(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, reduce: bool, last: bool) -> Tensor:
-        """Forward and backward through all stages: gradients are added to those that are there.
+        """Forward and backward through all stages; gradients are accumulated.
 
         Args:
-            tokens: int64 (rows, tokens); looked at where the first stage is.
-            labels: int64 (rows, tokens); looked at where the last stage is.
+            tokens: int64 (rows, tokens); used on the rank of the first stage.
+            labels: int64 (rows, tokens); used on the rank of the last stage.
             positions: int64 (tokens,).
             reduce: reduce gradients over the shard ranks after each micro-batch of the pipeline; otherwise once, in
-                the call that is the `last`.
-            last: this is the step's last call. Copies (HSDP, DDP) are reconciled then only.
+                the call with `last`.
+            last: this is the step's last call. Only then are replicas (HSDP, DDP) all-reduced.
 
         Returns:
-            The sum of the losses of the micro-batches where the last stage is, 0 elsewhere; detached, shape ().
+            The sum of the losses of the micro-batches on the rank of the last stage, 0 elsewhere; detached, shape ().
         """
         self._call.set(positions, reduce, last)
         losses: list[Tensor] = []
@@ -140,7 +139,7 @@ class Pipeline:
         return self._sum(losses)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Forward alone. Arguments and result as those of `train`."""
+        """Forward only. Arguments and result are those of `train`."""
         self._call.set(positions, reduce=False, last=False)
         losses: list[Tensor] = []
         with _stage_error():
@@ -160,9 +159,9 @@ class Pipeline:
 
     @cached_property
     def _forward_only(self) -> _PipelineSchedule:
-        """Stage by stage, each with all micro-batches: works for any number of them and for any assignment of stages.
+        """A schedule that runs stage by stage, each with all micro-batches, for any number and assignment of stages.
 
-        torch's own `eval` of a schedule runs the backward pass as well, with nothing to do, and stumbles in a V.
+        Torch's own `eval` of a schedule also runs empty backward passes, and fails with a V assignment.
         """
         stages = self._stages()
         schedule = _PipelineScheduleRuntime(stages, n_microbatches=self._micro_batches, loss_fn=self._loss)
@@ -180,12 +179,12 @@ class Pipeline:
         schedule.pipeline_order_with_comms = _add_send_recv(
             order, stage_to_rank=self._stage_ranks.__getitem__, num_stages=len(self._stage_ranks)
         )
-        for stage in stages:  # the schedule has just assigned them in a loop
+        for stage in stages:  # the schedule has assigned stages in a loop; restore the real assignment
             stage.stage_index_to_group_rank = dict(enumerate(self._stage_ranks))
         return schedule
 
     def _stages(self) -> list[_Stage]:
-        """Fresh ones for each schedule, over the same modules: they hold the buffers of its messages."""
+        """New stages over the same modules for each schedule, because a stage holds the buffers of its messages."""
         return [
             _Stage(
                 *(part, index, len(self._stage_ranks), self._device),
@@ -212,7 +211,7 @@ class Pipeline:
 
 
 class _CallState:
-    """What the stages are to know of the call that is running."""
+    """The arguments of the current call that the stages need."""
 
     positions: Tensor
     reduce: bool
@@ -223,13 +222,13 @@ class _CallState:
 
 
 class _Stage(PipelineStage):
-    """A stage that knows its messages beforehand, sees all positions, and reduces gradients when it is told to.
+    """A stage with known message shapes and all positions, in which the caller controls the reduction of gradients.
 
-    Positions do not go through the schedule: it would cut them into micro-batches, as it does with every tensor.
+    Positions do not go through the schedule, because it splits every tensor into micro-batches.
 
-    torch's stage never lets `fully_shard` reduce by itself, since autograd's hooks do not fire where the backward pass
-    is made in two parts; it reduces at the end of every call. Here `fully_shard` does it by itself wherever the
-    backward pass is whole, in each micro-batch or in the step's last one; elsewhere it is made to.
+    Torch's stage never lets `fully_shard` reduce by its hooks, because autograd does not call them if the backward pass
+    is split; it reduces at the end of every call. Here the hooks of `fully_shard` reduce if the backward pass is whole,
+    in each micro-batch or in the step's last one. If it is split, `_reduce_gradients` calls the reduction.
     """
 
     def __init__(
@@ -252,7 +251,7 @@ class _Stage(PipelineStage):
             count,
             device,
             input_args=stage_shapes.tokens() if index == 0 else stage_shapes.hidden_states(),
-            output_args=stage_shapes.hidden_states(),  # the last stage's goes nowhere: its shape does not matter
+            output_args=stage_shapes.hidden_states(),  # the last stage sends nothing, so its shape does not matter
             group=mesh.get_group(),
             dw_builder=dw_builder,
         )
@@ -266,14 +265,14 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
-        """`last_backward` is not looked at: torch does not say it of gradients of inputs, which may be all there is."""
+        """`last_backward` is ignored, because torch does not set it for input gradients, which may be the only ones."""
         if backward_type == "input":
             gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
             return _sendable(gradients), groups
         self._backward_count += 1
         last = self._backward_count == self._micro_batches
         if backward_type == "full":
-            # torch reduces nothing until the end; here units reduce one by one, as they do without a pipeline.
+            # Torch reduces nothing until the end; here each unit reduces by its hook, as without a pipeline.
             self._set_gradient_sync(self.call.reduce, last and self.call.last)
             return _sendable(stage_backward(**bwd_kwargs)), None
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
@@ -282,27 +281,27 @@ class _Stage(PipelineStage):
         return _sendable(gradients), groups
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """The end of the stage's part in a call."""
-        assert grad_scale_factor == 1, "losses are sums, whose gradients are not divided"
+        """Called by the schedule at the end of the stage's part in a call."""
+        assert grad_scale_factor == 1, "losses are sums, so gradients are not divided"
         self._backward_count = 0
         self._reduce_gradients(self.call.reduce or self.call.last, self.call.last)
 
     def _set_gradient_sync(self, reduce: bool, last: bool) -> None:
-        """Parameters that stay together after a forward pass do so until the last call, for what follows."""
+        """Set the reduction. Parameters that stay gathered after a forward pass do so until the last call of a step."""
         if isinstance(self.submod, FSDPModule):
             set_gradient_sync(self.submod, reduce, last)
             self.submod.set_reshard_after_backward(last or self._reshards)
-            self.submod.set_is_last_backward(True)  # wait for the reductions, and let their buffers go
+            self.submod.set_is_last_backward(True)  # wait for the reductions, and free their buffers
 
     def _reduce_gradients(self, reduce: bool, last: bool) -> None:
-        """Reduce the gradients that are there or, if not, add them up in the reduce dtype."""
+        """Reduce the gradients; without `reduce`, accumulate them in the reduce dtype."""
         if isinstance(self.submod, FSDPModule):
             self._set_gradient_sync(reduce, last)
-            # Autograd's last hook: it treats every unit whose own hook has not fired. (torch hangs `state` on the
-            # function at its import, which a type checker does not see; its own pipelining calls the same.)
+            # Autograd's final callback handles every unit whose own hook was not called. Torch's own pipelining calls
+            # it too. (Torch sets `state` on the function at import time, which a type checker does not see.)
             fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
-    # Three answers to torch 2.11 and 2.13, which otherwise send messages to find out what the constructor was told.
+    # Torch 2.11 and 2.13 would send messages to find out shapes that the constructor has. These methods avoid it.
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
@@ -314,33 +313,33 @@ class _Stage(PipelineStage):
         return _VotedYes()
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
-        """torch 2.11 compares every output with the shape that was told; logits of the last stage are not told."""
+        """Torch 2.11 compares every output with the given shape; no shape is given for the logits of the last stage."""
         if not self.is_last:
-            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]  # torch 2.13 has it no more, nor calls it
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]  # removed in torch 2.13
 
 
 def _no_weight_grads() -> Callable[[], None]:
-    """What the second part of a backward pass does where the first one did everything."""
+    """The second part of a backward pass if the first part computed all gradients: it does nothing."""
     return lambda: None
 
 
 class _VotedYes:
-    """The outcome of a vote, as torch reads it. Not a tensor: in a rehearsal those hold nothing."""
+    """The result of a vote, as torch reads it. It is not a tensor, because tensors have no values in a rehearsal."""
 
     def item(self) -> int:
         return 1
 
 
 def _sendable(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """gloo sends contiguous tensors only."""
+    """Contiguous gradients, because gloo sends no others."""
     return tuple(None if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 @contextmanager
 def _stage_error() -> Iterator[None]:
-    """Raise what went wrong in a stage itself, and not torch's report that something did.
+    """Raise the error of a stage itself instead of torch's report about it.
 
-    The report lists arguments and hides a user's mistake, which has its own exit code.
+    The report lists arguments and hides the type of the error, which decides the exit code.
     """
     cause: BaseException | None = None
     try:
@@ -349,5 +348,5 @@ def _stage_error() -> Iterator[None]:
         if error.__cause__ is None:
             raise
         cause = error.__cause__
-    if cause is not None:  # raised out here, so that the report, which names it as its cause, is not its context
+    if cause is not None:  # raised outside of the handler, so that torch's report is not its context
         raise cause

@@ -1,21 +1,21 @@
-"""Tensor parallelism: every matrix product is shared by the ranks of one mesh axis (arXiv 1909.08053).
+"""Tensor parallelism: the ranks of one mesh axis share every matrix product (arXiv 1909.08053).
 
-PyTorch's parallel styles do the work, one for each `TensorCut` that the model declares:
+It uses PyTorch's parallel styles, one for each `TensorCut` that the model declares:
 
-| cut       | torch's style                        | on the wire, forward (backward: the reverse)             |
+| cut       | torch's style                        | communication, forward (backward: the reverse)           |
 |-----------|--------------------------------------|-----------------------------------------------------------|
 | embedding | `RowwiseParallel`                    | reduce-scatter along the sequence                         |
 | norm      | `SequenceParallel`                   | nothing                                                   |
 | gather    | `PrepareModuleInput`                 | all-gather along the sequence                             |
 | columns   | `ColwiseParallel`                    | nothing                                                   |
 | rows      | `RowwiseParallel`                    | reduce-scatter along the sequence                         |
-| logits    | `ColwiseParallel`                    | all-gather along the sequence; of the logits if asked for |
+| logits    | `ColwiseParallel`                    | all-gather along the sequence; of logits on request       |
 
 Without sequence parallelism (arXiv 2205.05198) each pair of a reduce-scatter and an all-gather is one all-reduce.
 
-Between blocks hidden states are plain tensors: what this rank holds of them. All parameters become DTensors on one
-mesh, also those that every rank holds whole: one operation over all of them, such as torch's norm of all gradients,
-takes no mixture, and the global norm counts such a parameter once.
+Between blocks, hidden states are plain local tensors. All parameters become DTensors on one mesh, also the replicated
+ones. An operation over all of them, such as torch's norm of all gradients, does not accept a mixture, and the global
+norm must count a replicated parameter once.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ def apply_tensor_parallel(
     *,
     loss_chunks: int = 1,
 ) -> None:
-    """Cut `model` over the one-dimensional `mesh`, in place. It may be on meta, or a pipeline stage; names stay.
+    """Shard `model` over the one-dimensional `mesh`, in place. It may be on meta, or a pipeline stage; names do not
+    change.
 
-    With `loss_chunks` above 1 hidden states come out of it, whole, as a DTensor: `chunked_loss` makes logits of them.
+    With `loss_chunks` above 1 the model returns hidden states, gathered, as a DTensor; `chunked_loss` computes logits.
 
-    Gradients of parameters that are whole on every rank come out as sums to be made (`Partial`), one part a rank:
-    `fully_shard`, applied later, makes them.
+    Gradients of replicated parameters are `Partial`, with one summand per rank. `fully_shard`, applied later, reduces
+    them.
 
     Raises:
-        UserError: `enable_async_tensor_parallel` on a device that has no symmetric memory.
+        UserError: `enable_async_tensor_parallel` on a device without symmetric memory.
     """
     hidden = SEQUENCE if parallelism.enable_sequence_parallel else WHOLE
     logits: Placement | None = WHOLE if parallelism.disable_loss_parallel else FEATURES
@@ -81,10 +82,10 @@ def apply_tensor_parallel(
 
 
 def loss_context(mesh: DeviceMesh, parallelism: Parallelism) -> Callable[[], AbstractContextManager[None]]:
-    """What to enter around the loss and its backward pass.
+    """The context manager for the loss and its backward pass.
 
-    With `loss_parallel` the cross-entropy of logits that are cut along the vocabulary sends three numbers a
-    token instead of the vocabulary.
+    With `loss_parallel`, the cross-entropy of logits that are sharded along the vocabulary sends three numbers per
+    token instead of all logits.
     """
     if mesh.size() > 1 and not parallelism.disable_loss_parallel:
         return loss_parallel
@@ -92,7 +93,7 @@ def loss_context(mesh: DeviceMesh, parallelism: Parallelism) -> Callable[[], Abs
 
 
 def plain_loss(loss: Tensor) -> Tensor:
-    """A loss of logits that were cut, as a plain tensor; gradients pass. All ranks of the mesh know the same loss."""
+    """The loss as a plain tensor, with its gradients. All ranks of the mesh have the same loss."""
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
@@ -102,7 +103,7 @@ def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, log
     elif style == "norm" and hidden == SEQUENCE:
         parallelize_module(module, mesh, SequenceParallel(sequence_dim=SEQUENCE.dim, use_local_output=True))
     elif style == "norm":
-        distribute_module(module, mesh)  # its parameters: whole on every rank
+        distribute_module(module, mesh)  # replicates its parameters
         _convert(module, mesh, takes=WHOLE, wants=WHOLE, makes=WHOLE, gives=WHOLE)
     elif style == "gather":
         parallelize_module(module, mesh, _gather_first_input(module, hidden))
@@ -117,20 +118,20 @@ def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, log
 
 
 def _gather_first_input(module: nn.Module, hidden: Placement) -> PrepareModuleInput:
-    """Hidden states come first; what else `forward` takes, such as tables of positions, is whole already.
+    """Gather the first argument, the hidden states. The others, such as rotary tables, are already replicated.
 
-    The module gets a DTensor: gradients of all its children are added up before they are sent.
+    The module gets a DTensor, so that the gradients of all its children are added before they are sent.
     """
     others = (None,) * (len(inspect.signature(module.forward).parameters) - 1)
     return PrepareModuleInput(input_layouts=(hidden, *others), desired_input_layouts=(WHOLE, *others))
 
 
 def _cut_logits(module: nn.Module, mesh: DeviceMesh, hidden: Placement, logits: Placement | None) -> None:
-    """Logits come out as a DTensor that is cut along the vocabulary, or as a plain whole tensor.
+    """Return logits as a DTensor that is sharded along the vocabulary, or gathered as a plain tensor.
 
-    None: it is hidden states that come out, gathered, as a DTensor.
+    With `logits=None` the module returns hidden states, gathered, as a DTensor.
     """
-    # A tied output layer multiplies by the embedding's matrix, of which each rank holds some rows.
+    # A tied output layer multiplies by the embedding's matrix, which is sharded by rows.
     tied = next(module.parameters(), None) is None
     if tied and logits is not None:
         _convert(module, mesh, takes=hidden, wants=WHOLE, makes=FEATURES, gives=logits)
@@ -144,14 +145,14 @@ def _cut_logits(module: nn.Module, mesh: DeviceMesh, hidden: Placement, logits: 
 def _convert(
     module: nn.Module, mesh: DeviceMesh, *, takes: Placement, wants: Placement, makes: Placement, gives: Placement
 ) -> None:
-    """Change tensors on the way in and out; what is given whole is given as a plain tensor."""
+    """Redistribute the input and output of a module; a replicated output is a plain tensor."""
     parallelize_module(module, mesh, PrepareModuleInput(input_layouts=takes, desired_input_layouts=wants))
     style = PrepareModuleOutput(output_layouts=makes, desired_output_layouts=gives, use_local_output=gives == WHOLE)
     parallelize_module(module, mesh, style)
 
 
 class _PlainTensor(torch.autograd.Function):
-    """The same numbers in a tensor that has arrived and is a view of no other. Copies nothing."""
+    """The same data as a plain tensor that is complete and no view of another. Copies nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -163,12 +164,11 @@ class _PlainTensor(torch.autograd.Function):
 
 
 def plain_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """What the ends of the model return: a plain tensor, in which nothing of the way it came is left.
+    """A forward hook for modules outside of blocks: converts their output to a plain tensor; a DTensor is unchanged.
 
-    The embedding's output is still on its way (`AsyncCollectiveTensor`), and a compiled block that is given such a
-    tensor computes wrong gradients or fails in the backward pass. An eager block loses nothing by waiting here: its
-    first operation needs the numbers. Other outputs are views of a DTensor, on which the hooks of `fully_shard` can
-    get lost.
+    The embedding's output is an unfinished collective (`AsyncCollectiveTensor`). A compiled block with such an input
+    computes wrong gradients or fails in the backward pass. The wait costs an eager block nothing, because its first
+    operation needs the values. Other outputs are views of a DTensor, on which the hooks of `fully_shard` can get lost.
     """
     if isinstance(output, DTensor):
         return output
@@ -177,12 +177,12 @@ def plain_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _overlap_communication(mesh: DeviceMesh) -> None:
-    """Let inductor cut each product into pieces that are sent while the next one is computed (arXiv 2305.06942)."""
+    """Let inductor split each product, and send one part while it computes the next (arXiv 2305.06942)."""
     if mesh.device_type != "cuda":
         raise UserError(
             Problem(
                 "parallelism.enable_async_tensor_parallel",
-                f"the overlap goes through symmetric memory of GPUs, and this run is on {mesh.device_type}",
+                f"the overlap needs symmetric memory of GPUs, but this run is on {mesh.device_type}",
                 "true",
                 fix="set it to false",
             )

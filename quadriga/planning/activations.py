@@ -1,9 +1,9 @@
-"""What a forward pass leaves behind for the backward pass, and what the backward pass needs beside it. In bytes.
+"""Bytes that a forward pass saves for the backward pass, and that the backward pass needs in addition.
 
-From the trace that the model declares (`models.operations`): which values an operation keeps, which of them a recompute
-mode or the compiler lets go, and how many bytes of each one rank holds. Eager counts are exact; a test compares them
-with the tensors of a real forward pass. What the compiler keeps is a model of it: values that are cheap to make again
-from others that are kept are made again.
+They are computed from the trace that the model declares (`models.operations`): which values an operation saves, which
+of them a recompute mode or the compiler drops, and how many bytes of each a rank holds. Counts of eager blocks are
+exact; a test compares them with the tensors of a real forward pass. For compiled blocks they are a model: the compiler
+is assumed to recompute values that are cheap to compute from saved ones.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from quadriga.config.model_spec import ModelSpec
 from quadriga.models.operations import Cut, Kernels, Operation, Trace, Value
 
 FLOAT32_BYTES = 4
-SAVED_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, beside every second product
-WEIGHTED = ("product", "norm")  # that have parameters
-RECOMPUTABLE_KINDS = ("cheap", "norm")  # that the compiler computes again where that saves memory
+SAVED_KINDS = ("attention", "scatter", "exchange")  # by recompute per operation, besides every second product
+WEIGHTED = ("product", "norm")  # kinds with parameters
+RECOMPUTABLE_KINDS = ("cheap", "norm")  # the compiler recomputes these if that saves memory
 
 
 @dataclass(frozen=True)
 class LocalSizes:
-    """What one rank holds of a micro-batch: `tokens` of its own; `itemsize` of the computing dtype, in bytes."""
+    """One rank's part of a micro-batch: number of `tokens`, `itemsize` of the compute dtype in bytes, and the cuts."""
 
     tokens: int
     itemsize: int
@@ -55,14 +55,14 @@ class Activations:
 
     @cached_property
     def weighted_outputs(self) -> float:
-        """Bytes of what the operations with weights of their own give."""
+        """Bytes of the outputs of the operations that have weights."""
         return self.bytes(each.output for each in self.trace.operations if each.kind in WEIGHTED)
 
     @cache  # noqa: B019
     def kept(self, mode: str, compiled: bool, forced: frozenset[tuple[int, int]] = frozenset()) -> frozenset[str]:
-        """Names of what stays after the forward pass.
+        """Names of the values that are saved by the forward pass.
 
-        `mode`: `none`, `full` or `op`. `forced`: shapes (in, out) of products that `op` always computes again.
+        `mode`: `none`, `full` or `op`. `forced`: shapes (in, out) of products that `op` always recomputes.
         """
         if mode == "full":
             return frozenset({"x"})
@@ -81,13 +81,13 @@ class Activations:
                     yield operation.output
 
     def _without_recomputable(self, names: frozenset[str]) -> frozenset[str]:
-        """Without what can be made again from what is kept anyway, or from less."""
+        """Without values that can be recomputed from saved ones, or from inputs that take fewer bytes."""
         kept = set(names)
         for operation in reversed(self.trace.operations):
             made = kept.intersection((operation.output, *operation.extra))
             if operation.kind not in RECOMPUTABLE_KINDS or not made:
                 continue
-            small = {name for name in made if self.trace.values[name].width == 1}  # a norm's statistics
+            small = {name for name in made if self.trace.values[name].width == 1}  # the statistics of a norm
             sources = set(operation.inputs) - kept
             if self.bytes(sources) < self.bytes(made - small):
                 kept = (kept - (made - small)) | sources
@@ -95,17 +95,17 @@ class Activations:
 
     @cache  # noqa: B019 - as many as `activations_of` keeps
     def backward_peak(self, alive: frozenset[str], weight_itemsize: float, accumulates: bool = False) -> float:
-        """The most that the backward pass needs at once: of `alive`, which is freed on the way, of gradients of
-        values, and of the gradients of its matrices, which take `weight_itemsize` bytes a number (0: made elsewhere).
+        """Peak bytes of a backward pass: values of `alive`, which it frees on the way, gradients of values, and
+        gradients of its matrices at `weight_itemsize` bytes per element (0: they are allocated elsewhere).
 
-        `accumulates`: each matrix's gradient is added to one that is there, and dropped.
+        `accumulates`: each matrix's gradient is added to an existing one, and freed.
         """
         return _BackwardWalk(self, alive, weight_itemsize, accumulates).run()
 
     @cached_property
     def bwd_input_peak(self) -> float:
-        """The most that gradients of inputs alone need at once, beside what the forward pass left, all of which stays:
-        gradients of what operations with weights give stay as well."""
+        """Peak bytes of a pass that computes only gradients of inputs, besides the saved values, which all stay.
+        Gradients of the outputs of operations with weights also stay, for the gradients of weights."""
         return _BackwardWalk(self, frozenset(), 0.0, accumulates=False, keeps_output_grads=True).run()
 
 
@@ -117,12 +117,12 @@ def activations_of(
     kernels: Kernels,
     local_sizes: LocalSizes,
 ) -> Activations:
-    """Of the part of a model that `trace` writes down: kept, since thousands of candidates share few of them."""
+    """The activations of one trace of a model. Cached: thousands of candidates of a search share few of them."""
     return Activations(trace(model, cut, kernels), local_sizes)
 
 
 class _BackwardWalk:
-    """Follows the backward pass through a trace and notes how many bytes are alive."""
+    """Walks through a trace backward and records the peak of the bytes that are alive."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class _BackwardWalk:
     def step_through(self, operation: Operation) -> None:
         sizes, local_sizes = self._all.sizes, self._all.local_sizes
         given = self._gradients.pop(operation.output, 0.0)
-        if operation.kind == "add":  # the same gradient flows on to both, in one tensor
+        if operation.kind == "add":  # both inputs get the same gradient, in one tensor
             one, other = operation.inputs
             self._gradients[one] = self._gradients.get(one, 0.0) + given
             self._gradients.setdefault(other, 0.0)
@@ -172,7 +172,7 @@ class _BackwardWalk:
         self.peak = max(self.peak, self._alive_bytes())
 
     def _temporary_bytes(self, operation: Operation) -> float:
-        """What an operation's own backward pass makes and drops: a norm in several steps works on copies."""
+        """Temporary bytes of the operation's backward pass: a norm that is not one kernel works on copies."""
         if operation.kind == "norm" and any("unscaled" in name for name in operation.extra):
             return 3 * self._all.bytes(name for name in operation.extra if "unscaled" in name)
         return 0.0

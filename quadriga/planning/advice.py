@@ -1,5 +1,6 @@
-"""What to change: the smallest changes that make a run fit, or what would make one that fits faster. Each is tried by
-the same estimate, and told with its price."""
+"""Advice: the smallest changes that make a run fit, or changes that make a run that fits faster.
+
+Each change is estimated like the run itself, and listed with its cost in step time."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MAX_ADVICE = 4  # pieces of advice
 
 @dataclass(frozen=True)
 class Advice:
-    """`keys`: what to set. `saves`: bytes a device. `slower`: share of the step, None where time is not known."""
+    """Changed `keys` with their values. `needed`, `saves`: bytes per device. `slower`: relative change of the step
+    time, None if unknown. `fits`: whether the run then fits."""
 
     keys: tuple[tuple[str, Any], ...]
     summary: str
@@ -28,8 +30,8 @@ class Advice:
     fits: bool
 
     def __str__(self) -> str:
-        price = "" if self.slower is None else f", the step {_format_slowdown(self.slower)}"
-        end = " and fits" if self.fits else ", which does not suffice alone"
+        price = "" if self.slower is None else f", {_format_slowdown(self.slower)}"
+        end = " and fits" if self.fits else ", which is not enough alone"
         settings = ", ".join(f"{key} = {format_toml(value)}" for key, value in self.keys)
         return f"{self.summary} ({settings}): needs {format_bytes(self.needed)}{price}{end}"
 
@@ -46,12 +48,12 @@ class Advice:
 
 def _format_slowdown(slower: float) -> str:
     if abs(slower) < 0.005:
-        return "as fast"
+        return "same step time"
     return f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
 
 
 def advice_for(given: Estimate) -> tuple[Advice, ...]:
-    """At most a few, the most helpful first. Nothing where no device is named."""
+    """At most `MAX_ADVICE` changes, the best first. Empty if no device is named."""
     fit = given.memory_fit()
     if fit is None:
         return ()
@@ -59,7 +61,7 @@ def advice_for(given: Estimate) -> tuple[Advice, ...]:
 
 
 def format_memory_savings(given: Estimate) -> list[str]:
-    """What to set so that less memory is needed, in words, what saves most first."""
+    """Arguments that reduce the memory of a run, as text, the largest saving first."""
     tried = [_evaluated(given, (name, variant)) for name, variant in _smaller(given)]
     return [
         f"{' '.join(f'--{key}={format_argument(value)}' for key, value in each.keys)}: saves {format_bytes(each.saves)}"
@@ -69,7 +71,7 @@ def format_memory_savings(given: Estimate) -> list[str]:
 
 
 def _to_fit(given: Estimate) -> Iterator[Advice]:
-    """Single changes that suffice, the cheapest first; else pairs; else what saves most."""
+    """Single changes that make the run fit, the cheapest first; else pairs; else single changes by memory needed."""
     single = [_evaluated(given, (name, variant)) for name, variant in _smaller(given)]
     enough = [each for each in single if each.fits]
     if not enough:
@@ -112,7 +114,7 @@ def _evaluated(given: Estimate, *steps: tuple[str, Variant]) -> Advice:
 
 
 def _smaller(given: Estimate) -> Iterator[tuple[str, Variant]]:
-    """Changes that need less memory, each by itself."""
+    """Single changes that reduce memory."""
     run, spec, config = given.run, given.run.spec, given.run.config
     recompute = config.activation_checkpoint
     if recompute.mode != "full":
@@ -141,13 +143,13 @@ def _smaller(given: Estimate) -> Iterator[tuple[str, Variant]]:
     ):
         yield f"tensor parallelism over {tp}", vary(run, parallelism__tensor_parallel_degree=tp)
     if spec.degrees.dp_replicate > 1:
-        yield "shards instead of copies", vary(run, parallelism__data_parallel_replicate_degree=1)
+        yield "shards instead of replicas", vary(run, parallelism__data_parallel_replicate_degree=1)
     if not config.training.enable_cpu_offload:
-        yield "the state in host memory", vary(run, training__enable_cpu_offload=True)
+        yield "state in host memory", vary(run, training__enable_cpu_offload=True)
 
 
 def _faster(given: Estimate) -> Iterator[tuple[str, Variant]]:
-    """Changes that use memory which is left."""
+    """Single changes that spend free memory on speed."""
     run, spec, config = given.run, given.run.spec, given.run.config
     recompute = config.activation_checkpoint
     if recompute.mode != "none":
@@ -162,6 +164,6 @@ def _faster(given: Estimate) -> Iterator[tuple[str, Variant]]:
     if not config.compile.enable:
         yield "compiled blocks", vary(run, compile__enable=True)
     if spec.reshard_after_forward and spec.degrees.dp_shard * spec.degrees.cp > 1:
-        yield "parameters kept together", vary(run, parallelism__fsdp_reshard_after_forward="never")
+        yield "parameters kept gathered", vary(run, parallelism__fsdp_reshard_after_forward="never")
     if spec.degrees.tp > 1:
         yield "no tensor parallelism", vary(run, parallelism__tensor_parallel_degree=1)

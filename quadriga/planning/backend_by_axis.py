@@ -1,4 +1,4 @@
-"""Which backend would carry how much of what a step sends."""
+"""The share of the bytes of a step that each backend would carry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NORMS = "norms"
 
 
 def byte_share_by_backend(run: Run, backend: str) -> dict[str, float]:
-    """Of the bytes on the wire of a step, over all ranks, by backend; {} where nothing is sent."""
+    """Share of the bytes that all ranks send in a step, by backend; {} if they send none."""
     setup, served = Setup(run), backend_by_axis(backend, run.spec.degrees)
     sent: Counter[str] = Counter()
     for rank in range(setup.degrees.pp):
@@ -25,5 +25,5 @@ def byte_share_by_backend(run: Run, backend: str) -> dict[str, float]:
 
 
 def format_backend_by_axis(run: Run, backend: str) -> str:
-    """`nvshmem: shard (89.4 %); nccl: tp, norms (10.6 %); gloo: host`: with shares of a step's bytes on the wire."""
+    """`nvshmem: shard (89.4 %); nccl: tp, norms (10.6 %); gloo: host`, with shares of the bytes sent in a step."""
     return format_backends(backend_by_axis(backend, run.spec.degrees), byte_share_by_backend(run, backend))

@@ -1,7 +1,7 @@
-"""Rates measured in a finished run: its trace says how long products, attention and the update take, its metrics how
-long a step does. What is left of a step is work that memory bounds.
+"""Rates measured in a finished run.
 
-What is reckoned with is read and checked by others: `metrics.jsonl` and a trace of the profiler (`cli.estimate`).
+Its trace gives the time of products, attention and the update; its metrics give the time of a step. The rest of a step
+is memory-bound work. `cli.estimate` reads and checks the files: `metrics.jsonl` and a trace of the profiler.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ITERATION = re.compile(r"iteration_([0-9]{1,15})")
 
 @dataclass(frozen=True)
 class ProfiledStep:
-    """Of one profiled step, on the rank of the trace: what its processor was busy with. `forward_products`,
-    `forward_attention`: outside of the backward pass; None where the trace does not tell, as that of a GPU."""
+    """Seconds of the mean profiled step on the rank of the trace, in all and by kind of work. `forward_products`,
+    `forward_attention`: outside of the backward pass; None if the trace does not show this, as on a GPU."""
 
     step: float
     products: float
@@ -41,11 +41,14 @@ class ProfiledStep:
 
 
 def calibrate(folder: Path, run: Run, device: Device | None, seconds: ProfiledStep, measured: float) -> Rates:
-    """Rates of the machine that `run` was trained on, in `folder`. `seconds`: of its trace; `measured`: of a step
-    without the profiler. Raises UserError where these do not tell them."""
+    """Rates of the machine on which `run` was trained.
+
+    `folder`: the run folder, for messages. `seconds`: of its trace. `measured`: seconds of a step without the profiler.
+    Raises UserError if the trace has no products or attention, or more of them than its steps take.
+    """
     setup = Setup(run, "cpu" if device is None or device.name == "CPU" else "cuda")
     work, forward, update = work_of(setup, 0), forward_of(setup, 0), update_of(setup, 0)
-    # A profiler slows the host down: its shares of a step are kept, its sum is not.
+    # A profiler slows the host down, so only the shares of a step are taken from the trace.
     scale = measured / seconds.step
     rest = seconds.step - seconds.products - seconds.attention - seconds.update - seconds.collectives
     if min(seconds.products, seconds.attention, rest, measured) <= 0:
@@ -82,26 +85,27 @@ def calibrate(folder: Path, run: Run, device: Device | None, seconds: ProfiledSt
 def _by_direction(
     forward: float, again: float, backward: float, forward_seconds: float | None, seconds: float
 ) -> tuple[float, float]:
-    """FLOP/s of the forward and of the backward pass. `again`: FLOP of forward passes within backward passes."""
+    """FLOP/s of the forward and of the backward pass. `again`: FLOP that the backward pass recomputes."""
     if not forward_seconds:
         return (both := (forward + again + backward) / seconds), both
     rate = forward / forward_seconds
-    # A run that recomputes does so more slowly than it went forward, which may leave nothing: then a tenth is left.
+    # Recompute is slower than the forward pass, so the difference can be near zero or negative: a tenth is the least.
     return rate, backward / max(seconds - forward_seconds - again / rate, 0.1 * seconds)
 
 
 def seconds_a_step(records: Sequence[Mapping[str, Any]], profiling: Profiling, folder: Path) -> float:
-    """The median of the logged steps, but for the first two, which warm up, and for those that the profiler slowed
-    down, where at least three others are left.
+    """Median seconds of the logged steps of the newest attempt.
 
-    `records`: of training, by step, each with `step`, `attempt` and `step_seconds`. Raises UserError: too few of them.
+    The first two steps, which warm up, do not count. Steps that the profiler slows do not count if at least three
+    others are left. `records`: of training, by step, each with `step`, `attempt` and `step_seconds`.
+    Raises UserError if there are fewer than 4.
     """
     if len(records) < 4:
-        what = f"metrics.jsonl has {len(records)} logged steps, too few to tell how long one takes"
+        what = f"metrics.jsonl has {len(records)} logged steps, too few for a step time"
         fix = "train at least 10 steps with --metrics.log_freq=1"
         raise UserError(Problem("--calibrate", what, str(folder), fix=fix))
     newest = records[-1]["attempt"]
-    attempt = [record for record in records if record["attempt"] == newest]  # each warms up anew
+    attempt = [record for record in records if record["attempt"] == newest]  # each attempt warms up again
     first, last = attempt[0]["step"], attempt[-1]["step"]
     cycle = Cycle.of_run(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
     settled = attempt[2:] or attempt
@@ -112,7 +116,7 @@ def seconds_a_step(records: Sequence[Mapping[str, Any]], profiling: Profiling, f
 
 
 def newest_trace(folder: Path) -> Path:
-    """The trace of rank 0 that a run left last. Raises UserError where there is none."""
+    """The newest trace of rank 0 in a run folder. Raises UserError if there is none."""
     found = {
         int(match[1]): path
         for path in sorted(folder.glob("**/iteration_*/rank0_trace.json*"))
@@ -120,5 +124,5 @@ def newest_trace(folder: Path) -> Path:
     }
     if not found:
         fix = "train with --profiling.enable_profiling; its default keeps 5 steps"
-        raise UserError(Problem("--calibrate", "no trace of the profiler is there", str(folder), fix=fix))
+        raise UserError(Problem("--calibrate", "the folder has no profiler trace", str(folder), fix=fix))
     return found[max(found)]

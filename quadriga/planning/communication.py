@@ -1,8 +1,8 @@
-"""What a rank sends in one step: every collective by mesh axis, kind, number of calls and bytes. Exact arithmetic.
+"""The collectives of a rank in one step, by mesh axis and kind: number of calls and bytes. Exact arithmetic.
 
-Bytes are those of the largest tensor that a call takes or gives: what an all-gather puts together, what a
-reduce-scatter takes apart. What goes over the wire is less of it, or more (`wire_bytes`). A test holds calls and bytes
-equal to those recorded on real ranks and on fake groups.
+The bytes of a call are those of its largest input or output tensor: the output of an all-gather, the input of a
+reduce-scatter. `wire_bytes` are the bytes that a rank sends over the network. Tests compare calls and bytes with those
+recorded on real ranks and on fake process groups.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FLOAT64_BYTES = 8  # norms and losses
 
 @dataclass(frozen=True)
 class CollectiveCalls:
-    """Calls alike. `axis`: of the mesh (`shard` is dp_shard and cp as one; `world`, `loss`: see `comm.mesh`).
+    """Equal calls. `axis`: of the mesh (`shard` is dp_shard and cp as one axis; `world`, `loss`: see `comm.mesh`).
 
-    `size`: bytes of one call. `ranks`: of the group. `when`: `forward`, `backward`, `reduction`, `messages` or `norm`.
+    `size`: bytes per call. `ranks`: of the group. `when`: `forward`, `backward`, `reduction`, `messages` or `norm`.
     """
 
     axis: str
@@ -38,14 +38,14 @@ class CollectiveCalls:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one rank sends in the step, by the customary algorithms (rings)."""
+        """Bytes that one rank sends in the step, with ring algorithms."""
         share = (self.ranks - 1) / self.ranks
         factor = {"all_gather": share, "reduce_scatter": share, "all_reduce": 2 * share, "all_to_all": share}
         return self.bytes * factor.get(self.kind, 1.0)
 
 
 def collective_calls(setup: Setup, rank: int) -> tuple[CollectiveCalls, ...]:
-    """What the ranks of the pipeline's rank `rank` call in one step."""
+    """The calls of one step on pipeline rank `rank`."""
     wanted = _StepCalls(setup, rank).calls()
     return tuple(each for each in wanted if each.calls and each.ranks > 1)
 
@@ -175,7 +175,7 @@ class _StepCalls:
             yield CollectiveCalls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")
 
     def _norm_calls(self) -> Iterator[CollectiveCalls]:
-        """The squared norm: parameters that are cut along tp and those that are whole along it are summed apart."""
+        """The squared norm. Parameters that tp shards and parameters that it replicates are summed separately."""
         degrees = self.degrees
         yield CollectiveCalls(
             "shard", "all_reduce", 2 if degrees.tp > 1 else 1, FLOAT64_BYTES, self.setup.shards, "norm", "norm"

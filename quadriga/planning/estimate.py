@@ -1,4 +1,4 @@
-"""The estimate of a run: what its ranks hold, what they send, how long a step takes, and whether it fits. No torch."""
+"""The estimate of a run: memory, communication and step time of its ranks, and whether it fits. No torch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from quadriga.planning.step_time import StepTime, step_time, strides
 from quadriga.units import GIB
 
 FORMAT = "quadriga-estimate-1"
-# What CUDA and each communicator take beside torch's allocator.
+# Bytes of the CUDA context and of each communicator, outside of torch's allocator. Guesses, not measured.
 CUDA_CONTEXT_BYTES, BYTES_PER_GROUP = 0.6 * GIB, 0.25 * GIB
-COMFORTABLE_SHARE = 0.9  # of what a device has: beyond it a run fits barely
-COMMON_DEVICES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # where no device is named
+COMFORTABLE_SHARE = 0.9  # of the memory of a device; with more, a run fits barely
+COMMON_DEVICES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # shown if no device is named
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """Whether a rank's memory fits into a device: `label` is `fits`, `fits barely` or `does not fit`."""
+    """Whether `needed` bytes fit into `capacity` bytes: `label` is `fits`, `fits barely` or `does not fit`."""
 
     needed: float
     capacity: float
@@ -48,7 +48,7 @@ class MemoryFit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that is known of a run before it starts. `device` None: no device was named."""
+    """The predictions for a run. `device` None: no device was named. `rates` None: no step time is predicted."""
 
     run: Run
     device: Device | None
@@ -63,7 +63,7 @@ class Estimate:
 
     @cached_property
     def memories(self) -> tuple[Memory, ...]:
-        """By rank of the pipeline."""
+        """By pipeline rank."""
         return memories_of(self.setup)
 
     @cached_property
@@ -72,12 +72,12 @@ class Estimate:
 
     @cached_property
     def heap(self) -> Heap | None:
-        """What peers may write into, where the backend wants such memory."""
+        """The symmetric heap that peers write into, if the backend needs one."""
         return heap_of(self.run)
 
     @property
     def outside_allocator(self) -> float:
-        """Bytes on the device beside torch's allocator: the driver's context, the communicators' buffers, the heap."""
+        """Bytes on the device outside of torch's allocator: CUDA context, buffers of communicators, symmetric heap."""
         degrees = self.setup.degrees
         sizes = (degrees.pp, degrees.dp_replicate, self.setup.shards, degrees.cp, degrees.tp)
         groups = sum(size > 1 for size in sizes) + (degrees.world_size > 1)
@@ -85,7 +85,7 @@ class Estimate:
         return 0.0 if self.setup.device_type == "cpu" else CUDA_CONTEXT_BYTES + groups * BYTES_PER_GROUP + heap
 
     def memory_fit(self, device: Device | None = None) -> MemoryFit | None:
-        """None where no device is named, or its memory is not known."""
+        """None if no device is named, or its memory is not known."""
         chosen = device or self.device
         if chosen is None or chosen.capacity is None:
             return None
@@ -93,7 +93,7 @@ class Estimate:
 
     @cached_property
     def calls(self) -> tuple[CollectiveCalls, ...]:
-        """Of the rank of the pipeline that sends most."""
+        """Of the pipeline rank that sends most."""
         by_rank = (collective_calls(self.setup, rank) for rank in range(self.setup.degrees.pp))
         return max(by_rank, key=lambda calls: sum(call.wire_bytes for call in calls))
 
@@ -108,13 +108,13 @@ class Estimate:
 
     @property
     def flops_per_step(self) -> float:
-        """Of the model, on all ranks, recompute not counted: what MFU counts."""
+        """FLOP of the model on all ranks, without recompute, as MFU counts them."""
         spec = self.run.spec
         return flops_per_token(spec.model, spec.seq_len) * spec.tokens_per_step
 
     @property
     def mfu(self) -> float | None:
-        """Share of the device's dense peak; None where the time or the peak is not known, and in float8."""
+        """Model FLOP/s as a share of the device's dense peak; None if time or peak are unknown, and in float8."""
         training = self.run.config.training
         if self.time is None or self.device is None or self.run.config.model.converters:
             return None
@@ -126,15 +126,15 @@ class Estimate:
         kernels = "of a CPU" if self.setup.device_type == "cpu" else "of CUDA, with flash or memory-efficient attention"
         known = [
             f"kernels {kernels}",
-            f"reserved = {STATE_FACTOR:g} x state + {REST_FACTOR:g} x the most beside it (fitted to published runs)",
-            "all ranks of a group work at one speed",
+            f"reserved = {STATE_FACTOR:g} x state + {REST_FACTOR:g} x the rest at its peak (fitted to published runs)",
+            "all ranks of a group have the same speed",
         ]
         if self.setup.compiled:
-            known.append("what the compiler keeps is a model of it; compiled blocks are not measured on a GPU yet")
+            known.append("what the compiler saves is assumed; compiled blocks are not measured on a GPU yet")
         return (*known, *(self.rates.descriptions if self.rates else ()))
 
     def to_dict(self, advice: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """The documented JSON: docs/estimates.md."""
+        """The JSON that docs/estimates.md describes."""
         worst, fit, spec, time = self.worst, self.memory_fit(), self.run.spec, self.time
         return {
             "format": FORMAT,
@@ -184,7 +184,7 @@ class Estimate:
         }
 
     def bytes_by_axis(self) -> dict[tuple[str, str], tuple[float, float, float]]:
-        """Calls, bytes and bytes on the wire of a step, by axis and kind; the most first."""
+        """Calls, bytes and bytes sent per step, by (axis, kind); the most bytes sent first."""
         found: dict[tuple[str, str], tuple[float, float, float]] = defaultdict(lambda: (0.0, 0.0, 0.0))
         for call in self.calls:
             so_far = found[call.axis, call.kind]
@@ -226,7 +226,10 @@ def _seconds(time: StepTime) -> dict[str, float]:
 
 
 def estimate(run: Run, device: Device | None, rates: Rates | None = None, gpus_per_node: int = 8) -> Estimate:
-    """The estimate of `run` on `device`. `rates`: measured ones; None: assumed from the device's data sheet."""
+    """The estimate of `run` on `device`. `rates`: measured ones; None: assumed from the device's data sheet.
+
+    `gpus_per_node`: devices that share the fast link.
+    """
     if rates is None and device is not None:
         training = run.config.training
         rates = Rates.assumed(device, training.mixed_precision_param, training.float32_matmul_precision)

@@ -1,4 +1,4 @@
-"""How much memory a run needs that its ranks may write into: the largest calls of `fully_shard`, exactly."""
+"""Bytes of the symmetric heap of a run, computed exactly from the largest calls of `fully_shard`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from quadriga.planning.setup import Setup
 
 
 def heap_of(run: Run, backend: str | None = None) -> Heap | None:
-    """The heap of every rank, alike on all of them; None where `backend` (or that of the run) does without.
+    """The heap, equal on all ranks; None if `backend` (default: the run's) needs none.
 
-    A unit's parameters are gathered in the computing dtype and their gradients scattered in the reduce dtype, both with
-    the rows that fill up the last shard.
+    The parameters of a unit are gathered in the compute dtype, and their gradients scattered in the reduce dtype. Both
+    include the padding of the last shard.
     """
     facts = BACKENDS.get(backend or run.spec.backend or "")
     if facts is None or not facts.with_slots:

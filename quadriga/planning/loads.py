@@ -1,4 +1,4 @@
-"""What lies on a pipeline's rank beside a pass: how many others it keeps, and whose gradients are there."""
+"""Activations and gradients in the memory of a pipeline rank besides the pass that runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from quadriga.config.pipeline_order import PipelineOrder
 
 @dataclass(frozen=True)
 class Load:
-    """An action, and what is there beside it, by each stage of its rank (as `stages` of `loads_of` has them).
+    """An action, and what else is in memory during it, by stage of its rank (in the order of stage numbers).
 
-    `passes`: forward passes not gone back yet, that of the action included. `n_pending_wgrad`: of those, how many have
-    their gradients of inputs and wait for those of weights. `n_bwd_input`: how many passes have gradients of inputs
-    from a backward pass in two parts. `has_weight_grads`: whether a backward pass has made gradients of weights.
+    `passes`: micro-batches whose activations are held, with that of the action. `n_pending_wgrad`: how many of them
+    have gradients of inputs and not yet of weights. `n_bwd_input`: passes whose gradients of inputs were computed
+    separately, in a split backward pass. `has_weight_grads`: whether gradients of the weights exist.
     """
 
     stage: int
@@ -26,18 +26,18 @@ class Load:
     has_weight_grads: tuple[bool, ...]
 
     def dominates(self, other: Load) -> bool:
-        """Whether nothing is less here than there."""
-        ours, theirs = (
+        """Whether no count is smaller than that of `other`."""
+        own, others = (
             (*load.passes, *load.n_pending_wgrad, *load.n_bwd_input, *load.has_weight_grads) for load in (self, other)
         )
-        return all(one >= another for one, another in zip(ours, theirs, strict=True))
+        return all(one >= another for one, another in zip(own, others, strict=True))
 
 
 @lru_cache(maxsize=4096)
 def loads_of(order: PipelineOrder, rank: int, accumulates: bool = False) -> tuple[Load, ...]:
-    """The loads of a rank that no other one covers: by stage and kind, before and after the stage's first gradients.
+    """The loads of a rank that no other load dominates, by stage and kind, before and after the stage has gradients.
 
-    `again`: the order is gone through several times before the update.
+    `accumulates`: the order runs several times before the update. From the second on, all stages have gradients.
     """
     stages = sorted({stage for stage, _ in order.counts[rank]})
     passes, n_pending_wgrad, n_bwd_input = Counter[int](), Counter[int](), Counter[int]()

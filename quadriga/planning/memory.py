@@ -1,8 +1,7 @@
-"""What one rank holds at each moment of a step, in bytes: what is *active*, as torch's allocator would say.
+"""Memory of one rank at each moment of a step, in bytes: *active* memory, as torch's allocator counts it.
 
-A step is followed from moment to moment, with what is alive in each: every kind of pass (`passes`) under the greatest
-loads that a schedule puts beside it (`loads`), and the optimizer. The greatest moment is the peak, and its greatest
-parts are what binds. `docs/estimates.md` says what is not modelled.
+The moments are those of every kind of pass (`passes`), with the largest amounts that a schedule holds besides it
+(`loads`), and of the optimizer. The largest moment is the peak. `docs/estimates.md` lists what is not modelled.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from quadriga.planning.passes import PassSnapshot, StagePasses
 from quadriga.planning.schedule import unsharded_stages
 from quadriga.planning.setup import Setup
 
-# What the allocator takes from the device for what is active (`reserved`): fitted to published runs, docs/estimates.md.
+# Reserved memory per byte of state, and per other active byte: fitted to published runs, see docs/estimates.md.
 STATE_FACTOR, REST_FACTOR = 1.10, 1.18
-STATE_KINDS = ("parameters", "optimizer state")  # and gradients
+STATE_KINDS = ("parameters", "optimizer state")  # besides gradients
 
 
 @dataclass(frozen=True)
 class OtherPasses:
-    """What is on a rank beside a pass, in bytes: activations of other passes, gradients of other stages' parameters.
-    `has_weight_grads`: those of the stage itself are there as well."""
+    """Bytes on a rank besides a pass: activations of other passes, gradients of other stages' parameters.
+    `has_weight_grads`: gradients of the stage's own parameters exist too."""
 
     activations: float
     gradients: float
     has_weight_grads: bool
 
     def dominates(self, other: OtherPasses) -> bool:
-        """Whether every moment of a pass holds as much beside this as beside `other`."""
+        """Whether every moment of a pass takes at least as much memory with this as with `other`."""
         return (
             self.activations >= other.activations
             and self.activations + self.gradients >= other.activations + other.gradients
@@ -45,8 +44,8 @@ NO_OTHER_PASSES = OtherPasses(0.0, 0.0, has_weight_grads=False)
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """What is alive at one moment, in bytes. `static`: at every one of them. `unsharded_grads`: gradients are not cut
-    up."""
+    """Bytes that are alive at one moment. `static`: at all moments. `in_pass`: of the pass and its stage's gradients.
+    `unsharded_grads`: gradients are not sharded yet."""
 
     name: str
     static: PassSnapshot
@@ -60,13 +59,13 @@ class MemorySnapshot:
 
     @property
     def outside_state(self) -> float:
-        """All but parameters, moments of the optimizer, and gradients of which each rank holds its part."""
+        """Bytes without parameters, optimizer moments and sharded gradients."""
         gradients = 0.0 if self.unsharded_grads else self.in_pass.by_kind.get("gradients", 0.0) + self.others.gradients
         return self.total - gradients - sum(self.static.by_kind.get(kind, 0.0) for kind in STATE_KINDS)
 
     @cached_property
     def by_kind(self) -> dict[str, float]:
-        """By kind."""
+        """Bytes by kind, without kinds of 0 bytes."""
         found = {**self.static.by_kind, **self.in_pass.by_kind}
         for kind, size in (("activations", self.others.activations), ("gradients", self.others.gradients)):
             found[kind] = found.get(kind, 0.0) + size
@@ -77,11 +76,11 @@ class MemorySnapshot:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the ranks of one pipeline rank hold, those that hold most of it; in bytes.
+    """Bytes on one rank of a pipeline rank, on the one that holds most.
 
-    `parameters`, `gradients`, `moments`: the state; gradients live from the backward pass to the update. `activations`:
-    what forward passes leave behind, of all micro-batches under way; `activations_per_block`: of one block and one
-    micro-batch. `host`: of the state, what lies in host memory.
+    `parameters`, `gradients`, `moments`: the state; gradients exist from the backward pass to the update.
+    `activations`: saved by the forward passes of all `in_flight` micro-batches; `activations_per_block`: of one block
+    and one micro-batch. `host`: bytes of the state in host memory. `timeline`: the moments of a step.
     """
 
     rank: int
@@ -100,10 +99,10 @@ class Memory:
 
     @property
     def reserved(self) -> float:
-        """What torch's allocator takes from the device: of the whole state, and of the most that is needed beside it.
+        """Bytes that torch's allocator takes from the device: for the state, and for the peak of all else.
 
-        Gradients count in full, whenever the peak is: they are made when the greatest tensors have just been freed, in
-        pieces of other sizes.
+        Gradients count in full, whenever the peak is. They are allocated after the largest tensors are freed, in blocks
+        of other sizes, so they do not reuse that memory.
         """
         state = self.parameters + self.gradients + self.moments if not self.host else 0.0
         rest = max(moment.outside_state for moment in self.timeline)
@@ -111,7 +110,7 @@ class Memory:
 
     @property
     def binding(self) -> tuple[str, ...]:
-        """The kinds that make most of the peak, the greatest first, until two thirds of it are named."""
+        """The largest kinds of the peak, the largest first, that make up two thirds of it."""
         named: list[str] = []
         so_far = 0.0
         for kind, size in sorted(self.peak.by_kind.items(), key=lambda part: -part[1]):
@@ -123,12 +122,12 @@ class Memory:
 
 
 def memory_of(setup: Setup, rank: int) -> Memory:
-    """Of the pipeline's rank `rank`; 0 without a pipeline."""
+    """The memory of pipeline rank `rank` (0 without a pipeline)."""
     return _Rank(setup, rank).memory()
 
 
 def memories_of(setup: Setup) -> tuple[Memory, ...]:
-    """Of each rank of the pipeline. Stages alike are worked out once."""
+    """The memory of each pipeline rank. Equal stages are computed once."""
     known: dict[Any, StagePasses] = {}
     return tuple(_Rank(setup, rank, known).memory() for rank in range(setup.degrees.pp))
 
@@ -165,7 +164,7 @@ class _Rank:
 
     @cached_property
     def _unsharded_bytes(self) -> float | None:
-        """Parameters that are together at once in a pipeline which does not reshard."""
+        """Peak bytes of gathered parameters in a pipeline that does not reshard; None otherwise."""
         setup = self.setup
         if setup.degrees.pp == 1 or setup.reshards:
             return None
@@ -187,14 +186,14 @@ class _Rank:
 
     @property
     def _messages(self) -> float:
-        """Buffers of a pipeline for what comes in: hidden states from before, gradients from behind."""
+        """Receive buffers of a pipeline: hidden states of the previous stage, gradients of the next."""
         if self.setup.degrees.pp == 1:
             return 0.0
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
         return neighbours * self.setup.micro_batches_per_call * self.setup.block.sizes["x"]
 
     def held_activations(self, load: Load) -> float:
-        """Activations of all passes, the one at work among them."""
+        """Bytes of the activations of all passes, including the running one."""
         return sum(
             passes * each.held_until_backward + n_pending_wgrad * each.held_until_wgrad + n_bwd_input * each.x
             for each, passes, n_pending_wgrad, n_bwd_input in zip(
@@ -219,7 +218,7 @@ class _Rank:
         return MemorySnapshot(in_pass.name, self._static, in_pass, others, self.setup.keeps_unsharded_grads)
 
     def _heaviest(self) -> dict[tuple[int, str], list[OtherPasses]]:
-        """By stage and kind of pass, what is beside it at its worst: nothing that is covered by another."""
+        """By stage and kind of pass, the amounts besides it that no other amounts dominate."""
         found: dict[tuple[int, str], list[OtherPasses]] = {}
         for load in self.loads:
             others = self._other_passes(load)
@@ -243,7 +242,7 @@ class _Rank:
 
     @property
     def _update(self) -> float:
-        """What the optimizer makes and drops."""
+        """Temporary bytes of the update."""
         setup = self.setup
         largest = max(
             unit.largest(setup.degrees.tp, setup.shards) for stage in self.stages for unit, _ in stage.units()

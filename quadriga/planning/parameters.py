@@ -1,7 +1,7 @@
-"""The parameters of a model as they are cut: which numbers a rank holds, gathers and updates. Exact arithmetic.
+"""The sharded parameters of a model: how many elements a rank holds, gathers and updates. Exact arithmetic.
 
-Counts are of numbers, not bytes. Nothing here depends on the number of ranks of a run beyond the two degrees that cut
-parameters, so that a search over thousands of layouts asks for each once.
+Counts are elements, not bytes. They depend only on the two degrees that shard parameters (tp and shard), so that a
+search over thousands of layouts computes each of them once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from quadriga.config.model_spec import ModelSpec
 from quadriga.models.plan import ParallelPlan, ShardUnit, split_stages
 from quadriga.models.registry import parallel_plan
 
-# The dimension along which each style of a tensor cut divides a weight; others leave it whole.
+# The dimension along which each style of tensor parallelism divides a weight; other styles replicate it.
 SHARD_DIMENSION = {"embedding": 0, "columns": 0, "logits": 0, "rows": 1}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its whole shape, and the dimension that tensor parallelism cuts; None where it is whole."""
+    """One parameter: its full shape, and the dimension that tensor parallelism shards; None if it is replicated."""
 
     shape: tuple[int, ...]
     shard_dim: int | None
@@ -30,27 +30,28 @@ class Weight:
         return tuple(size // tp if axis == self.shard_dim else size for axis, size in enumerate(self.shape))
 
     def shard(self, tp: int, shards: int, rank: int) -> int:
-        """Numbers that shard rank `rank` holds: `fully_shard` cuts the first dimension as `torch.chunk` does."""
+        """Elements on shard rank `rank`: `fully_shard` divides the first dimension as `torch.chunk` does."""
         first, *rest = self.local_shape(tp)
         rows = -(-first // shards)
         return min(max(first - rank * rows, 0), rows) * prod(rest)
 
     def gathered(self, tp: int, shards: int) -> int:
-        """Numbers of the parameter put together again, with the rows that fill up the last shards."""
+        """Elements of the gathered parameter, with the padding rows of the last shards."""
         first, *rest = self.local_shape(tp)
         return -(-first // shards) * shards * prod(rest)
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: one object a unit, whose sizes are looked up often
+@dataclass(frozen=True, eq=False)  # compared by identity: one object per unit, which is a key of caches
 class Unit:
-    """Parameters that are gathered and reduced together. `is_block`: it repeats, and may be recomputed."""
+    """Parameters that are gathered and reduced together. `reshard`: freed after the forward pass.
+    `weights_in_backward`: the backward pass reads them. `is_block`: a repeated block, which may be recomputed."""
 
     weights: tuple[Weight, ...]
     reshard: bool
     weights_in_backward: bool
     is_block: bool
 
-    @cache  # noqa: B019 - as many units as models, and they stay
+    @cache  # noqa: B019 - few units exist, and they live as long as the process
     def held(self, tp: int, shards: int, rank: int = 0) -> int:
         return sum(weight.shard(tp, shards, rank) for weight in self.weights)
 
@@ -69,7 +70,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Stage:
-    """A range of the model. `blocks`: how many, alike. `others`: units before and after them."""
+    """A range of the model. `blocks`: number of equal blocks. `others`: units before and after them."""
 
     first: bool
     last: bool
@@ -79,11 +80,11 @@ class Stage:
 
     @property
     def embedding(self) -> Unit | None:
-        """The unit that holds the embedding where the stage has one."""
+        """The unit of the embedding, None if the stage has none."""
         return next((unit for unit in self.others if not unit.is_block and self.first), None)
 
     def units(self) -> tuple[tuple[Unit, int], ...]:
-        """Each unit with how often it occurs."""
+        """Each unit with its count."""
         return ((self.block, self.blocks), *((unit, 1) for unit in self.others))
 
     def held(self, tp: int, shards: int, rank: int = 0) -> int:
@@ -103,13 +104,13 @@ def _plan(model: ModelSpec) -> ParallelPlan:
 
 @lru_cache(maxsize=4096)
 def even_split(model: ModelSpec, count: int, first_less: int, last_less: int) -> tuple[tuple[str, ...], ...]:
-    """The modules of each of `count` stages: see `models.plan.split_stages`."""
+    """The modules of each of `count` stages; see `models.plan.split_stages`."""
     return split_stages(_plan(model), count, first_less, last_less)
 
 
 @lru_cache(maxsize=4096)
 def build_stages(model: ModelSpec, split: Sequence[tuple[str, ...]] | None) -> tuple[Stage, ...]:
-    """The stages of a model; `split`: the modules of each, None for the model as a whole."""
+    """The stages of a model. `split`: the modules of each; None: the whole model is one stage."""
     plan = _plan(model)
     parts = [plan.stage_units] if split is None else list(split)
     return tuple(_build_stage(plan, tuple(part), split is None) for part in parts)
@@ -149,7 +150,7 @@ def _key(unit: ShardUnit) -> str:
 
 
 def _unit_of(module: str, units: Sequence[ShardUnit]) -> str:
-    """The unit that a module's parameters belong to: the first that names it or holds it, else the root."""
+    """The unit of a module's parameters: the first one that names the module or a parent of it, else the root."""
     for unit in units:
         if any(module == name or module.startswith(f"{name}.") for name in unit.modules):
             return _key(unit)

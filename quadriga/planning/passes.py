@@ -1,5 +1,7 @@
-"""What one pass through a stage needs, from moment to moment, in bytes: the loss, the backward pass of the output
-layer, of each block and of the embedding, and the reductions between. A run without a pipeline is one stage.
+"""Bytes of one pass through a stage at each of its moments.
+
+The moments are the loss, the backward pass of the output layer, of each block and of the embedding, and the reductions
+between them. A run without a pipeline is one stage.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from quadriga.planning.activations import FLOAT32_BYTES
 from quadriga.planning.parameters import Stage, Unit
 from quadriga.planning.setup import Setup
 
-# Float32 numbers a logit that the loss makes beside those it keeps: forward pass, backward pass.
+# Temporary float32 elements of the loss per logit, besides those that it saves: forward pass, backward pass.
 LOSS_COPIES = {"plain": (0, 2), "parallel": (1, 3)}
-NamedBytes = tuple[str, dict[str, float]]  # a moment's name, and what is alive in it by kind
+NamedBytes = tuple[str, dict[str, float]]  # name of a moment, and bytes alive by kind
 
 
 @dataclass(frozen=True)
 class PassSnapshot:
-    """A moment of a pass, and what the pass itself and its stage's gradients take in it: by kind, and in all."""
+    """One moment of a pass: bytes of the pass and of its stage's gradients, by kind and in total."""
 
     name: str
     by_kind: Mapping[str, float]
@@ -32,8 +34,11 @@ class PassSnapshot:
 
 
 class StagePasses:
-    """`unsharded_bytes`: of parameters that a pipeline keeps gathered; None where each unit is gathered by itself.
-    `modes`: how each block of the stage recomputes."""
+    """Memory of the passes through one stage.
+
+    `unsharded_bytes`: of parameters that a pipeline keeps gathered; None if each unit is gathered separately. `modes`:
+    recompute mode of each block.
+    """
 
     def __init__(self, setup: Setup, stage: Stage, unsharded_bytes: float | None, modes: tuple[str, ...]) -> None:
         self.setup, self.stage, self.unsharded_bytes = setup, stage, unsharded_bytes
@@ -43,11 +48,11 @@ class StagePasses:
         self.x = setup.block.sizes["x"]
         self._snapshots = dict[tuple[str, bool], tuple[PassSnapshot, ...]]()
 
-    # --- what a pass leaves until its backward pass ------------------------------------------------------------------
+    # --- saved until the backward pass -------------------------------------------------------------------------------
 
     @cached_property
     def held_until_backward(self) -> float:
-        """All of it, the logarithms of the probabilities among it."""
+        """Bytes that a forward pass saves, including the log-probabilities of the loss."""
         whole = self.stage.last and self.setup.loss_chunks == 1
         return (
             self.block_activations
@@ -62,21 +67,21 @@ class StagePasses:
 
     @property
     def _received(self) -> float:
-        """Of the first block's input: it lies in the buffer that it was received into."""
+        """Bytes of the first block's input that are in the receive buffer, and so are not counted twice."""
         if self.stage.first or not self.modes or "x" not in self.setup.kept(self.modes[0]):
             return 0.0
         return self.x
 
     @cached_property
     def output(self) -> float:
-        """What a pipeline holds on to: hidden states that it has sent, logits."""
+        """Bytes of the stage's output, which a pipeline keeps: sent hidden states, or logits."""
         if self.setup.degrees.pp == 1:
             return 0.0
         return self.setup.logits * self.setup.itemsize if self.stage.last else self.x
 
     @cached_property
     def head_activations(self) -> float:
-        """Of the last norm and the output layer. A loss in chunks keeps gradients in the place of the layer's input."""
+        """Saved bytes of the last norm and the output layer. A chunked loss saves gradients instead of the input."""
         head = self.setup.head
         if not self.stage.last:
             return 0.0
@@ -90,20 +95,22 @@ class StagePasses:
 
     @property
     def _output_matrix(self) -> int:
-        """Numbers of the output matrix on this rank."""
+        """Elements of the output matrix on this rank."""
         matrix = self.setup.head.trace.operations[-1].matrix
         assert matrix is not None
         return matrix[0] * matrix[1] // self.tp
 
     @property
     def _loss_chunk_grads(self) -> float:
-        """Gradients that a loss in chunks has made: of the hidden states and of the output matrix."""
+        """Bytes of the gradients that a chunked loss computes: of the hidden states and of the output matrix."""
         return self.setup.head.sizes[self._head_input] + self._output_matrix * self.setup.itemsize
 
     @cached_property
     def held_until_wgrad(self) -> float:
-        """What gradients of inputs leave until those of weights: gradients of what each weight gives. The last one of
-        them is what was received; the loss itself, and its logits, are gone."""
+        """Bytes held between the two parts of a split backward pass: the output gradient of every layer with weights.
+
+        The gradient of the stage's output is the received one and is not counted. Loss and logits are freed.
+        """
         blocks = len(self.modes) * self.setup.block.weighted_outputs
         if not self.stage.last:
             return blocks - self.x
@@ -112,10 +119,10 @@ class StagePasses:
     # --- parameters and their gradients ------------------------------------------------------------------------------
 
     def gathered(self, blocks: int, ends: tuple[Unit, ...]) -> float:
-        """Parameters that are together while `blocks` are still to go backward, and before those of `ends` did.
+        """Bytes of gathered parameters while `blocks` blocks and the units `ends` still need their backward pass.
 
-        With resharding: of the block that is at work and of the one before it, which is fetched ahead, where there are
-        ranks to fetch it from. A pipeline keeps everything together to its last micro-batch.
+        With resharding: the parameters of the running block, and of the block before it, which is prefetched if there
+        are other ranks. A pipeline keeps all parameters gathered until its last micro-batch.
         """
         if self.unsharded_bytes is not None:
             return self.unsharded_bytes
@@ -127,29 +134,29 @@ class StagePasses:
         return blocks * one + sum(map(setup.gathered, ends))
 
     def _unreduced_grads(self, unit: Unit) -> float:
-        """Before they are reduced: whole, in the computing dtype. Where nothing is wrapped they are final."""
+        """Bytes of a unit's gradients before reduction: unsharded, in the compute dtype; 0 without `fully_shard`."""
         return self.setup.itemsize * unit.whole(self.tp) if self.setup.uses_fsdp else 0.0
 
     def _final_grads(self, unit: Unit) -> float:
-        """What is left of them on the device until the update."""
+        """Bytes of a unit's gradients that stay on the device until the update."""
         if self.setup.keeps_unsharded_grads:
             return self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
         return 0.0 if self.setup.offload else self.setup.parameter_bytes * unit.held(self.tp, self.shards)
 
     def _reduction_buffer(self, unit: Unit) -> float:
-        """The buffer of the reduction."""
+        """Bytes of the send buffer of a unit's reduction."""
         whole = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
         return whole if self.setup.uses_fsdp and not self.setup.keeps_unsharded_grads else 0.0
 
     @cached_property
     def final_grads(self) -> float:
-        """Of the whole stage."""
+        """Bytes of the gradients of the whole stage until the update."""
         return sum(count * self._final_grads(unit) for unit, count in self.stage.units())
 
     @property
     def reduction_bytes(self) -> float:
-        """What the reduction of gradients that were kept whole makes, of the greatest unit: what is sent, and what
-        comes back. Without tensor parallelism the gradients go as soon as they are copied."""
+        """Peak bytes of reducing unsharded gradients: send buffer and result of the largest unit. Without tensor
+        parallelism, the gradients are freed as soon as they are copied."""
 
         def of(unit: Unit) -> float:
             sent = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
@@ -164,7 +171,7 @@ class StagePasses:
 
     @property
     def _is_tied(self) -> bool:
-        """Whether one unit stands at both ends: together, and its gradients unsent, until all blocks are through."""
+        """Whether one unit is at both ends. It stays gathered, with unreduced gradients, during all blocks."""
         return self.stage.first and self.stage.last and len(self.stage.others) == 1
 
     @property
@@ -176,8 +183,10 @@ class StagePasses:
     # --- moments -----------------------------------------------------------------------------------------------------
 
     def snapshots(self, kind: str, has_weight_grads: bool) -> tuple[PassSnapshot, ...]:
-        """Of an action: F a forward pass, B a backward pass, I and W its two parts. `has_weight_grads`: gradients of
-        the stage's parameters are there already."""
+        """The moments of an action: F forward, B backward, I and W the two parts of a backward pass.
+
+        `has_weight_grads`: gradients of the stage's parameters exist already.
+        """
         if (kind, has_weight_grads) not in self._snapshots:
             found = [
                 (name, {key: size for key, size in by_kind.items() if size})
@@ -189,7 +198,7 @@ class StagePasses:
         return self._snapshots[kind, has_weight_grads]
 
     def _named_bytes(self, kind: str, has_weight_grads: bool) -> Iterator[NamedBytes]:
-        """The first stage has no input to make gradients of, and leaves all to the second part of a backward pass."""
+        """The first stage needs no gradients of its input, so its whole backward pass is in the second part (W)."""
         if kind == "F":
             yield from self._loss(has_weight_grads)
         elif kind == "B" or (kind == "W" and self.stage.first):
@@ -200,7 +209,7 @@ class StagePasses:
             yield from self._bwd_weights(has_weight_grads)
 
     def _existing_grads(self, has_weight_grads: bool) -> float:
-        """Gradients of parameters that are there."""
+        """Bytes of existing gradients of parameters."""
         return self.final_grads if has_weight_grads else 0.0
 
     def _loss(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
@@ -208,20 +217,20 @@ class StagePasses:
             forward, _ = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
             in_compute = self.setup.itemsize + (
                 FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
-            )  # as made, and widened
+            )  # as computed, and cast
             yield "loss", self._loss_bytes(has_weight_grads, in_compute + FLOAT32_BYTES * (1 + forward))
 
-    def _loss_bytes(self, has_weight_grads: bool, bytes_a_logit: float) -> dict[str, float]:
+    def _loss_bytes(self, has_weight_grads: bool, bytes_per_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
         kept = self.block_activations + self.head_activations
         if setup.loss_chunks > 1:
-            # The input of the output layer is still there, and the sum of the matrix's gradients is float32.
+            # The input of the output layer still exists, and the matrix's gradients are accumulated in float32.
             kept += head.sizes[self._head_input] + self._output_matrix * (FLOAT32_BYTES - setup.itemsize)
         return {
             "gathered_parameters": self.gathered(0 if setup.reshards else len(self.modes), self.stage.others),
             "gradients": self._existing_grads(has_weight_grads),
             "activations": kept,
-            "logits_and_loss": setup.logits / setup.loss_chunks * bytes_a_logit,
+            "logits_and_loss": setup.logits / setup.loss_chunks * bytes_per_logit,
         }
 
     def _backward(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
@@ -243,7 +252,7 @@ class StagePasses:
         )
         if setup.loss_chunks > 1:
             chunk = (setup.logits / setup.loss_chunks + self._output_matrix) * setup.itemsize
-            yield "loss, a piece's weights", {**loss, "logits_and_loss": chunk}
+            yield "loss, weights of a chunk", {**loss, "logits_and_loss": chunk}
             kept = self.block_activations + self.head_activations + self._loss_chunk_grads
             alive = {
                 "gathered_parameters": loss["gathered_parameters"],
@@ -273,7 +282,7 @@ class StagePasses:
         final, count = 0.0 if has_weight_grads else self._final_grads(self.stage.block), len(self.modes)
         sent = self._reduction_buffer(self.stage.block)
         ends = sorted({0, 1, count - 2, count - 1} & set(range(count)))
-        for number in ends if len(self.kept) == 1 else range(count):  # alike ones lie between
+        for number in ends if len(self.kept) == 1 else range(count):  # the blocks between are equal
             kept = self.output + self.block_activations - freed[number]
             alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
             waiting = sent if number or self._is_tied else sum(map(self._reduction_buffer, self._head_units))
@@ -313,10 +322,10 @@ class StagePasses:
             },
         )
 
-    # --- a backward pass in two parts --------------------------------------------------------------------------------
+    # --- a split backward pass ---------------------------------------------------------------------------------------
 
     def _bwd_inputs(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
-        """Gradients of inputs alone: nothing is let go, and gradients of what each weight gives stay for the rest."""
+        """Gradients of inputs only: nothing is freed, and output gradients of layers with weights stay for part W."""
         block, head = self.setup.block, self.setup.head
         kept = self.block_activations + self.head_activations
         unsharded_bytes, before = (
@@ -334,7 +343,7 @@ class StagePasses:
             yield f"block {len(self.modes) - 1 - number}, inputs", {**alive, "activations": kept + of_head + walk}
 
     def _bwd_weights(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
-        """Gradients of weights: each unit's activations go as they are made, and wrapped ones wait for each other."""
+        """Gradients of weights: each frees activations. With `fully_shard`, unreduced gradients stay to the end."""
         held = self.held_until_wgrad + self.x + (0.0 if self.stage.last else self.output)
         alive = {"gathered_parameters": self.gathered(len(self.modes), self.stage.others)}
         matrix = self.setup.itemsize * self.stage.block.largest(self.tp, 1)

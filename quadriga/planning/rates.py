@@ -1,4 +1,4 @@
-"""How fast a machine works: assumed from a device's data sheet, or measured in a finished run."""
+"""Speeds of a machine: assumed from a device's data sheet, or measured in a finished run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import asdict, dataclass
 
 from quadriga.hardware import Device
 
-# Shares of what the data sheets promise that long runs reach. They are guesses to rank layouts by, and said to be.
+# Assumed shares of the data sheets' peaks. They are guesses, good for ranking layouts, and reported as assumptions.
 PRODUCTS, ATTENTION, MEMORY, LINK = 0.65, 0.45, 0.8, 0.75
-CALL_SECONDS, NETWORK_CALL_SECONDS = 10e-6, 25e-6  # until a collective's first byte, and for each further rank a tenth
-OPERATION_SECONDS = 8e-6  # of the host, to launch one operation
+CALL_SECONDS, NETWORK_CALL_SECONDS = 10e-6, 25e-6  # latency of a collective; each further rank adds a tenth of it
+OPERATION_SECONDS = 8e-6  # host time to launch one operation
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of matrix products and of attention, bytes/s of memory, of the link in a machine and of the network
-    between machines (of one device, in one direction), seconds of the host for an operation, and of a step for what
-    is none of these.
+    """`products`, `attention`: FLOP/s. `memory`: bytes/s. `link`, `network`: bytes/s within a machine and between
+    machines, per device and direction. `operation`: host seconds per operation. `step`: other seconds per step.
 
-    `forward_products`, `forward_attention`: of the forward pass, None: as of the backward pass.
-    `update`: bytes/s of the optimizer, None: those of memory. `measured`: where they come from, None: assumed.
+    `forward_products`, `forward_attention`: FLOP/s of the forward pass; None: the same as in the backward pass.
+    `update`: bytes/s of the optimizer; None: `memory`. `measured`: the source of measured rates; None: assumed.
     """
 
     products: float
@@ -37,7 +36,7 @@ class Rates:
 
     @classmethod
     def assumed(cls, device: Device, dtype: str, matmul_precision: str) -> Rates | None:
-        """None for a device without figures, or without units for the dtype."""
+        """Rates assumed from the data sheet; None if it lacks a figure, or the device has no units for the dtype."""
         peak = device.peak_flops(dtype, matmul_precision)
         if peak is None or device.memory_bandwidth is None or device.link_bandwidth is None:
             return None
@@ -51,13 +50,13 @@ class Rates:
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """What was assumed, or where it was measured."""
+        """The assumptions, or the source of measured rates, as text."""
         if self.measured:
             return (f"rates measured in {self.measured}",)
         return (
             "uncalibrated: no run was measured (--calibrate RUN_FOLDER)",
             f"matrix products at {PRODUCTS:.0%} of the dense peak, attention at {ATTENTION:.0%}",
-            f"memory at {MEMORY:.0%} and links at {LINK:.0%} of their bandwidth, 400 Gbit/s of network a GPU",
+            f"memory at {MEMORY:.0%} and links at {LINK:.0%} of their bandwidth, a network of 400 Gbit/s per GPU",
             f"the host launches an operation in {1e6 * OPERATION_SECONDS:.0f} microseconds",
         )
 

@@ -1,4 +1,4 @@
-"""An estimate in words: whether it fits first, then why. For a terminal, and for a configuration's card."""
+"""An estimate as text: first whether the run fits, then why. For a terminal, and for the card of a configuration."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from quadriga.planning.advice import Advice
 from quadriga.planning.estimate import COMMON_DEVICES, Estimate, estimate
 from quadriga.units import GIB, format_bytes, format_count, format_seconds
 
-WIDTH = 13  # of the names of rows
+WIDTH = 13  # of the row names
 
 
 def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
-    """The page of `quadriga estimate`."""
+    """The lines that `quadriga estimate` prints."""
     spec = given.run.spec
     device = f" on {given.device.slug}" if given.device else ""
     yield f"Estimate of {spec.model.name} {spec.model.flavor}, {spec.world_size} ranks{device}"
@@ -33,7 +33,7 @@ def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[
 
 
 def estimate_rows(given: Estimate) -> Iterator[tuple[str, str]]:
-    """(name, text): the verdict, memory, time. Names are empty where a row goes on."""
+    """(name, text) of verdict, memory and time. A row that continues the previous one has an empty name."""
     yield "verdict", format_memory_fit(given)
     yield from memory_rows(given)
     yield from time_rows(given)
@@ -44,14 +44,14 @@ def format_memory_fit(given: Estimate) -> str:
     fit = given.memory_fit()
     if fit is not None:
         margin = fit.capacity - needed
-        less = "are left" if margin >= 0 else "are missing"
+        less = "left" if margin >= 0 else "missing"
         return (
-            f"{fit.label}: {format_bytes(needed)} of {format_bytes(fit.capacity)} a device are needed, "
+            f"{fit.label}: {format_bytes(needed)} of {format_bytes(fit.capacity)} needed per device, "
             f"{format_bytes(abs(margin))} {less}"
         )
     if given.setup.device_type == "cpu":
-        return f"{format_bytes(needed)} a rank are needed; how much there is, is not known here"
-    return f"{format_bytes(needed)} a device are needed: {format_common_devices(given)}"
+        return f"{format_bytes(needed)} needed per rank; the capacity of the machine is not known"
+    return f"{format_bytes(needed)} needed per device: {format_common_devices(given)}"
 
 
 def format_common_devices(given: Estimate) -> str:
@@ -65,7 +65,7 @@ def format_common_devices(given: Estimate) -> str:
 
 
 def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
-    """(device, what it has, what is needed, verdict, step) for every device of the table."""
+    """(device, capacity, needed memory, verdict, step time) for every device of the table with a known capacity."""
     for device in DEVICES:
         if device.capacity is None:
             continue
@@ -79,36 +79,36 @@ def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
 def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     worst = given.worst
     where = f" (pipeline rank {worst.rank})" if len(given.memories) > 1 else ""
-    beside = f", {format_bytes(given.outside_allocator)} beside torch" if given.outside_allocator else ""
+    outside = f", {format_bytes(given.outside_allocator)} outside torch" if given.outside_allocator else ""
     if given.outside_allocator and given.heap:
-        beside += ", the symmetric heap among it"
+        outside += " with the symmetric heap"
     peak = worst.peak
-    amounts = f"active {format_bytes(peak.total)}, reserved {format_bytes(worst.reserved)}{beside}"
+    amounts = f"active {format_bytes(peak.total)}, reserved {format_bytes(worst.reserved)}{outside}"
     yield "memory", f"{amounts}; peak: {peak.name}{where}"
     kinds = [part for part in sorted(peak.by_kind.items(), key=lambda part: -part[1]) if part[1] > 0.005 * peak.total]
     yield "", "at the peak: " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds)
-    yield "", f"what binds: {' and '.join(worst.binding)}"
+    yield "", f"largest parts: {' and '.join(worst.binding)}"
     if given.heap:
         yield "heap needed", str(given.heap)
     host = " of host memory" if worst.host else ""
     state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
     parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in state.items())
-    yield "state", f"{parts} = {format_bytes(sum(state.values()))}{host} a rank"
+    yield "state", f"{parts} = {format_bytes(sum(state.values()))}{host} per rank"
     batches = f", {worst.in_flight} passes at once" if worst.in_flight > 1 else ""
     each = format_bytes(worst.activations_per_block)
-    yield "activations", f"{format_bytes(worst.activations)}, {each} a block and micro-batch{batches}"
+    yield "activations", f"{format_bytes(worst.activations)}, {each} per block and micro-batch{batches}"
 
 
 def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     time, spec = given.time, given.run.spec
     work = f"{format_count(given.flops_per_step)}FLOP of the model"
     if time is None:
-        yield "time", f"not predicted without figures of a device; a step is {work}"
+        yield "time", f"not predicted without a device's figures; {work} per step"
         return
     label = "" if given.rates and given.rates.measured else ", uncalibrated"
     speed = given.tokens_per_second_per_device
     mfu = f", MFU {given.mfu:.0%}" if given.mfu is not None else ""
-    yield "time", f"{_step(time.total)} a step{label}: {speed:,.0f} tokens/s a device{mfu}; {work}"
+    yield "time", f"{_step(time.total)} per step{label}: {speed:,.0f} tokens/s per device{mfu}; {work}"
     parts = {
         "products": time.products,
         "attention": time.attention,
@@ -146,7 +146,7 @@ def _communication(given: Estimate) -> Iterator[str]:
     if not sent:
         yield "  Nothing is sent."
         return
-    yield f"  {'axis':<14}{'collective':<16}{'calls a step':>12}  {'bytes':>12}  {'on the wire':>12}"
+    yield f"  {'axis':<14}{'collective':<16}{'calls/step':>12}  {'bytes':>12}  {'sent':>12}"
     for (axis, kind), (calls, size, wire) in sent.items():
         yield f"  {axis:<14}{kind:<16}{calls:>12,.0f}  {format_bytes(size):>12}  {format_bytes(wire):>12}"
 

@@ -1,7 +1,7 @@
-"""The orders in which torch's pipeline schedules run their passes. Pure arithmetic; a test holds them equal to torch's.
+"""The orders in which torch's pipeline schedules run their passes. Pure arithmetic; a test compares them with torch's.
 
-GPipe (arXiv 1811.06965), 1F1B and interleaved (2104.04473), zero bubble, interleaved and in a V (2401.10241), DualPipe
-in a V (2412.19437).
+GPipe (arXiv:1811.06965), 1F1B and interleaved 1F1B (arXiv:2104.04473), interleaved and V-shaped zero bubble
+(arXiv:2401.10241), DualPipeV (arXiv:2412.19437).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from itertools import islice, pairwise
 
 from quadriga.config.pipeline_order import Action, PipelineOrder
 
-UNSHARDED_AHEAD = 3  # stages whose parameters torch's pipelines put together at once
+UNSHARDED_AHEAD = 3  # stages whose parameters torch's pipelines keep gathered at once
 
 
 @lru_cache(maxsize=1024)
 def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) -> PipelineOrder:
-    """The order of a schedule of torch's, by its name in the configuration."""
+    """The order of one of torch's schedules. `schedule`: its name in the configuration. Raises KeyError for others."""
     add_actions = {
         "GPipe": _all_forward_first,
         "LoopedBFS": _all_forward_first,
@@ -37,8 +37,8 @@ def order_of(schedule: str, ranks: int, stages_a_rank: int, micro_batches: int) 
 
 @lru_cache(maxsize=4096)
 def unsharded_stages(order: PipelineOrder, rank: int) -> tuple[frozenset[int], ...]:
-    """Which stages of a rank have their parameters together, one after the other, where they are cut up: those of the
-    next `UNSHARDED_AHEAD` stages that it will work on. torch fetches and frees them so."""
+    """The sets of stages of a rank with gathered parameters, in time order. With `fully_shard`, torch gathers the next
+    `UNSHARDED_AHEAD` stages that the rank runs and frees the others."""
     actions, found = order.ranks[rank], list[frozenset[int]]()
     for place in range(len(actions)):
         wanted: set[int] = set()
@@ -53,24 +53,24 @@ def unsharded_stages(order: PipelineOrder, rank: int) -> tuple[frozenset[int], .
 
 @lru_cache(maxsize=4096)
 def gather_counts(order: PipelineOrder, rank: int) -> Mapping[int, int]:
-    """How often each stage of a rank is put together."""
+    """How often the parameters of each stage of a rank are gathered."""
     seen = unsharded_stages(order, rank)
     return Counter(stage for before, now in pairwise((frozenset[int](), *seen)) for stage in now - before)
 
 
 class _RankActions:
-    """What one rank does. Each stage takes its micro-batches in turn, so that stage and kind say which is next."""
+    """The actions of one rank. Each stage runs its micro-batches in order, so stage and kind determine the next one."""
 
     def __init__(self, rank: int, ranks: int, stages: int, micro_batches: int, split: bool) -> None:
         self.rank, self.ranks, self.stages, self.micro_batches, self.split = rank, ranks, stages, micro_batches, split
         self.after = ranks - 1 - rank
         self.first, self.second = rank, 2 * ranks - 1 - rank  # in a V
         self.actions: list[Action] = []
-        self.pending_weight_grads: list[Action] = []  # gradients of weights, where those of inputs are there
+        self.pending_weight_grads: list[Action] = []  # actions W whose action I is done
         self._done: Counter[tuple[int, str]] = Counter()
 
     def add(self, stage: int, *kinds: str) -> None:
-        """The next micro-batch of a stage. A schedule may count more of them than there are."""
+        """Add the next micro-batch of a stage. Ignored beyond the last: schedules may count more than there are."""
         for kind in kinds:
             each = self._done[stage, kind]
             self._done[stage, kind] += 1
@@ -84,7 +84,7 @@ class _RankActions:
                 self.pending_weight_grads.append(Action(stage, "W", each))
 
     def add_weight_grads(self, most: int = 1) -> None:
-        """Gradients of weights that are owed, the oldest first."""
+        """Add pending gradients of weights, the oldest first."""
         due, self.pending_weight_grads = self.pending_weight_grads[:most], self.pending_weight_grads[most:]
         for action in due:
             self.add(action.stage, "W")
@@ -96,7 +96,7 @@ def _all_forward_first(row: _RankActions) -> None:
         row.add(stage, *"F" * row.micro_batches)
     for stage in reversed(stages):
         micro_batches = range(row.micro_batches)
-        # torch's breadth-first schedule goes back from the last micro-batch, its GPipe from the first.
+        # torch's breadth-first schedule starts the backward passes at the last micro-batch, its GPipe at the first.
         row.actions += [
             Action(stage, "B", each) for each in (reversed(micro_batches) if row.stages > 1 else micro_batches)
         ]
@@ -108,20 +108,20 @@ def _one_forward_one_backward(row: _RankActions) -> None:
 
 
 def _interleaved(row: _RankActions) -> None:
-    """Rounds of about as many micro-batches as ranks through each stage in turn. With the backward pass in two parts
-    gradients of weights wait, one step of the pipeline for each rank before this one."""
-    a_round = row.micro_batches // max(1, row.micro_batches // row.ranks)
+    """Each stage in turn runs a round of about as many micro-batches as ranks. With a split backward pass, gradients of
+    weights are delayed by one step per earlier rank."""
+    per_round = row.micro_batches // max(1, row.micro_batches // row.ranks)
     passes = row.stages * row.micro_batches
-    ahead = min((row.stages - 1) * a_round + (1 if row.split else 2) * row.after, passes)
+    ahead = min((row.stages - 1) * per_round + (1 if row.split else 2) * row.after, passes)
 
     def stage(step: int) -> int:
-        return step // a_round % row.stages * row.ranks + row.rank
+        return step // per_round % row.stages * row.ranks + row.rank
 
     for step in range(passes + ahead):
         if step < passes:
             row.add(stage(step), "F")
         if step >= ahead:
-            back = row.stages - 1 - (step - ahead) // a_round % row.stages
+            back = row.stages - 1 - (step - ahead) // per_round % row.stages
             row.add(back * row.ranks + row.rank, "I" if row.split else "B")
             if row.split and step - ahead >= row.rank:
                 row.add_weight_grads()
@@ -130,7 +130,7 @@ def _interleaved(row: _RankActions) -> None:
 
 def _v_with_zero_bubble(row: _RankActions) -> None:
     first, second = row.first, row.second
-    counted = max(2 * row.ranks - 1, row.micro_batches)  # with fewer, some actions fall out
+    counted = max(2 * row.ranks - 1, row.micro_batches)  # with fewer micro-batches, `add` ignores some actions
     row.add(first, *"F" * (2 * row.after + 1))
     for _ in range(row.rank):
         row.add(second, "F")
@@ -153,7 +153,7 @@ def _v_with_zero_bubble(row: _RankActions) -> None:
 
 
 def _dual_pipe(row: _RankActions) -> None:
-    """Two halves of each rank face each other: forward passes of one run beside backward passes of the other."""
+    """Each rank has two stages: forward passes of one alternate with backward passes of the other."""
     first, second, odd = row.first, row.second, row.rank % 2
     row.add(first, *"F" * (2 * row.after))
     for _ in range(row.rank + 1):
@@ -170,7 +170,7 @@ def _dual_pipe(row: _RankActions) -> None:
     for _ in range(row.after):
         row.add(second, "B", "F")
         row.add(first, "B")
-    half = (row.rank + 1) // 2  # from there on in two parts, the weights' part of which fills what follows
+    half = (row.rank + 1) // 2  # from here on split: W actions fill the idle time that follows
     for step in range(row.rank + 1):
         row.add(second, "I" if step > half - (odd == 1) else "B")
         row.add(first, "I" if step >= half else "B")

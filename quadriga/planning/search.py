@@ -1,8 +1,8 @@
-"""Every legal layout for so many devices, pruned by memory, ranked by predicted time. Pure arithmetic.
+"""Search over all valid layouts for a number of devices: pruned by memory, ranked by predicted speed. Pure arithmetic.
 
-What varies: the degrees, the pipeline's schedule and micro-batch, recompute, resharding. The batch of a step stays as
-the file has it or as it is asked for; a rank's part of it is the largest power of two that fits. A winner is written
-as a configuration, which goes through the door as any other does.
+The search varies degrees, pipeline schedule and micro-batch size, recompute and resharding. The global batch is that of
+the file or of the request; local batches are powers of two. The winner is written as a configuration, and is validated
+like any other.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from quadriga.planning.variants import Variant, stages_a_rank, vary
 SCHEDULES = ("1F1B", "Interleaved1F1B", *SPLIT_BACKWARD)
 RECOMPUTE = ({"mode": "none"}, {"mode": "selective", "selective_ac_option": "op"}, {"mode": "full"})
 RESHARD = ("default", "never")
-LARGEST_ROWS = 16  # of a micro-batch that are tried
-# What the size of parameters, gradients and moments of a rank depends on, of what varies.
+LARGEST_ROWS = 16  # largest local batch that is tried
+# The varied keys that determine the bytes of parameters, gradients and moments on a rank.
 STATE_KEYS = (*(key.replace(".", "__") for key in DEGREES.values()), "parallelism__pipeline_parallel_schedule")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant that fits, and its estimate."""
+    """A variant that fits, with its estimate."""
 
     variant: Variant
     estimate: Estimate
@@ -55,7 +55,7 @@ class Candidate:
         recompute = config.activation_checkpoint
         parts.append({"none": "no recompute", "full": "full recompute"}.get(recompute.mode, "recompute per operation"))
         if config.parallelism.fsdp_reshard_after_forward == "never":
-            parts.append("kept together")
+            parts.append("kept gathered")
         rows = config.training.local_batch_size
         parts.append(f"{rows} row{'s' if rows > 1 else ''}")
         return ", ".join(parts)
@@ -63,7 +63,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`best`: the fastest of each layout that fits, the fastest first. `tried` and `fitting`: how many there were."""
+    """`best`: the fastest candidate of each layout that fits, the fastest first. `tried`, `fitting`: numbers of
+    candidates."""
 
     best: tuple[Candidate, ...]
     tried: int
@@ -73,11 +74,14 @@ class SearchResult:
 def search(
     run: Run, device: Device, *, rates: Rates | None = None, gpus_per_node: int = 8, global_batch: int | None = None
 ) -> SearchResult:
-    """`global_batch`: rows of a step; None: those of `run`."""
+    """Search the layouts of `run` on its number of devices.
+
+    `rates`: measured ones; None: assumed. `global_batch`: rows per step; None: those of `run`.
+    """
     rows = global_batch or run.spec.global_batch_size
     tried = fitting = 0
     by_layout: dict[Any, Candidate] = {}
-    too_large: set[Any] = set()  # layouts and schedules whose state alone does not fit
+    too_large: set[Any] = set()  # layouts and schedules whose state does not fit
     for choices in candidates(run, rows, gpus_per_node):
         tried += 1
         state = tuple(choices.get(key) for key in STATE_KEYS)
@@ -88,7 +92,7 @@ def search(
         if found.setup.state_bytes > device.capacity:
             too_large.add(state)
             continue
-        # The first of a pipeline's ranks is mostly the worst: where it does not fit, the others need no look.
+        # Pipeline rank 0 mostly needs most memory: if it does not fit, the other ranks are not computed.
         if found.setup.degrees.pp > 1 and memory_of(found.setup, 0).reserved > device.capacity:
             continue
         fit = found.memory_fit()
@@ -104,7 +108,7 @@ def search(
 
 
 def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Everything legal, as what `vary` takes: heads, widths, layers, sequence and batch divide."""
+    """All valid combinations, as keyword arguments of `vary`. The degrees divide heads, widths, sequence and batch."""
     for degrees in layouts(run, gpus_per_node):
         batch = degrees["dp_replicate"] * degrees["dp_shard"]
         if global_batch % batch:
@@ -122,7 +126,7 @@ def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict
 
 
 def layouts(run: Run, gpus_per_node: int) -> Iterator[dict[str, int]]:
-    """Degrees whose product is the number of ranks. Tensor parallelism stays within a machine."""
+    """Degrees whose product is the number of ranks. Tensor parallelism does not cross machines."""
     model, world, seq_len = run.spec.model, run.spec.world_size, run.spec.seq_len
     chunks_per_rank = 2 if run.config.parallelism.context_parallel_load_balancer == "headtail" else 1
     widths = (model.n_heads, model.n_kv_heads, model.ffn_dim, model.vocab_size)
@@ -141,7 +145,7 @@ def layouts(run: Run, gpus_per_node: int) -> Iterator[dict[str, int]]:
 
 
 def _pipelines(run: Run, pp: int, rows: int) -> Iterator[dict[str, Any]]:
-    """Schedules and micro-batches of a rank's rows; one choice of nothing without a pipeline."""
+    """Schedules and micro-batch sizes for `rows` rows per rank; one empty choice without a pipeline."""
     if pp == 1:
         yield {}
         return

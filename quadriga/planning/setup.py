@@ -1,4 +1,4 @@
-"""What the estimates ask of a run, in one place: sizes of numbers, tokens of a rank, what is kept, what is gathered."""
+"""The quantities of a run that the estimates share: sizes of dtypes, tokens per rank, saved and gathered tensors."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from quadriga.planning.parameters import Stage, Unit, build_stages, even_split
 from quadriga.planning.schedule import gather_counts, order_of
 from quadriga.units import DTYPE_BYTES
 
-UPDATE_BUCKET = 1 << 24  # numbers that an update with moments of their own format takes at a time: see `optim.moments`
-# Copies of all parameters on a rank that an update makes and drops.
+UPDATE_BUCKET = 1 << 24  # elements per bucket of an update with a separate moment dtype, see `optim.moments`
+# Temporary copies of all parameters of a rank during an update.
 OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
 
-# Blocks of torch's attention kernel for CPUs: from which length on, how many rows, and what an operation in one costs
-# beside one in the largest (FlashAttentionKernel.cpp; measured by benchmarks/attention.py).
+# Blocks of torch's attention kernel for CPUs: (shortest sequence, rows of a block, cost of an operation relative to one
+# in the largest block). From FlashAttentionKernel.cpp; measured by benchmarks/attention.py.
 ATTENTION_BLOCKS = ((768, 256, 1.0), (192, 64, 1.6), (0, 32, 2.0))
 
 
 def causal_attention_cost(length: int) -> float:
-    """What an operation of attention costs on a CPU, of those that a causal mask leaves: blocks on the diagonal are
-    computed whole, and small ones more slowly."""
+    """Relative cost on a CPU of an attention operation that a causal mask leaves, for sequences of `length` tokens.
+
+    The kernel computes blocks on the diagonal in full, and small blocks more slowly.
+    """
     rows, each = next((rows, each) for start, rows, each in ATTENTION_BLOCKS if length >= start)
     return each * (1 + rows / length)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run on a kind of device: `cpu` or `cuda`."""
+    """A run on a device type, `cpu` or `cuda`."""
 
     run: Run
     device_type: str = "cuda"
@@ -49,7 +51,7 @@ class Setup:
 
     @cached_property
     def shards(self) -> int:
-        """Ranks that each parameter is cut over by `fully_shard`."""
+        """Ranks over which `fully_shard` shards each parameter."""
         return self.degrees.dp_shard * self.degrees.cp
 
     @cached_property
@@ -58,7 +60,7 @@ class Setup:
 
     @cached_property
     def itemsize(self) -> int:
-        """Bytes of a number in the computing dtype."""
+        """Bytes per element in the compute dtype."""
         return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.uses_fsdp else self.parameter_bytes
 
     @cached_property
@@ -79,7 +81,7 @@ class Setup:
 
     @cached_property
     def uses_fsdp(self) -> bool:
-        """Whether `fully_shard` is there: as `parallel.data_parallel` decides."""
+        """Whether `fully_shard` wraps the model, by the rule of `parallel.data_parallel`."""
         training, degrees = self.run.config.training, self.degrees
         dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
         return self.shards * degrees.dp_replicate * degrees.tp > 1 or len(dtypes) > 1 or self.offload
@@ -90,7 +92,7 @@ class Setup:
 
     @cached_property
     def reshards_ends(self) -> bool:
-        """Whether the first units that the backward pass needs are let go as well."""
+        """Whether the units that the backward pass needs first are resharded too."""
         return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_chunks == 1
 
     @cached_property
@@ -99,7 +101,7 @@ class Setup:
 
     @cached_property
     def keeps_unsharded_grads(self) -> bool:
-        """Whether gradients of several micro-batches are added up before they are reduced, in the reduce dtype."""
+        """Whether unsharded gradients of several micro-batches are accumulated in the reduce dtype before reduction."""
         return self.uses_fsdp and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
 
     @cached_property
@@ -108,11 +110,11 @@ class Setup:
 
     @cached_property
     def micro_batches_per_call(self) -> int:
-        """Of one pass of local_batch_size rows through a pipeline."""
+        """Micro-batches of one pass of local_batch_size rows through a pipeline."""
         return self.run.spec.micro_batches // self.run.spec.accumulation_steps
 
     def update_bytes(self, held: int, largest: int) -> float:
-        """What an update of `held` numbers, the greatest parameter having `largest`, makes and drops."""
+        """Temporary bytes of an update of `held` elements, if the largest parameter has `largest`."""
         section, wide = self.run.config.optimizer, DTYPE_BYTES["float32"]
         copies = OPTIMIZER_COPIES[section.implementation]
         if section.state_dtype is None:
@@ -122,14 +124,14 @@ class Setup:
 
     @cached_property
     def rows(self) -> int:
-        """Of one micro-batch on one rank."""
+        """Rows of a micro-batch on one rank."""
         if self.degrees.pp > 1:
             return self.run.config.parallelism.pipeline_parallel_microbatch_size
         return self.run.spec.local_batch_size
 
     @cached_property
     def tokens(self) -> int:
-        """Of one micro-batch that one rank holds."""
+        """Tokens of a micro-batch on one rank."""
         return self.rows * self.run.spec.seq_len // self.degrees.cp
 
     @cached_property
@@ -142,12 +144,12 @@ class Setup:
 
     @cached_property
     def logits(self) -> float:
-        """How many of a micro-batch one rank makes a loss of."""
+        """Elements of the logits of a micro-batch on one rank."""
         return self.tokens * self.run.spec.model.vocab_size / (self.degrees.tp if self.parallel_loss else 1)
 
     @cached_property
     def table_bytes(self) -> float:
-        """Of the rotary tables, and of tokens and labels."""
+        """Bytes of the rotary tables, tokens and labels."""
         length = self.run.spec.seq_len // self.degrees.cp
         rows = self.run.spec.local_batch_size
         return 2 * length * self.run.spec.model.head_dim * self.itemsize + 2 * 8 * rows * length
@@ -184,8 +186,8 @@ class Setup:
         return self.run.config.compile.enable and "model" in self.run.config.compile.components
 
     def modes_of_blocks(self, number: int) -> tuple[str, ...]:
-        """How each block of stage `number` recomputes: `none`, `op` or `full`. As `parallel.activation_checkpoint` has
-        it, every Nth is counted over all stages of a rank."""
+        """Recompute mode of each block of stage `number`: `none`, `op` or `full`. Every Nth block is counted over all
+        stages of a rank, as in `parallel.activation_checkpoint`."""
         section, blocks = self.recompute, self.stages[number].blocks
         if section.mode in ("none", "memory_budget"):
             return ("none",) * blocks
@@ -199,7 +201,7 @@ class Setup:
         return tuple("none" if (before + count) % every else "full" for count in range(1, blocks + 1))
 
     def kept(self, mode: str) -> frozenset[str]:
-        """Names of what a block keeps."""
+        """Names of the values that a block saves."""
         return self.block.kept(mode, self.compiled, self._forced)
 
     @cached_property
@@ -214,7 +216,7 @@ class Setup:
 
     @cached_property
     def state_bytes(self) -> float:
-        """Parameters, gradients and moments on the pipeline rank that holds most: what no recompute makes smaller."""
+        """Bytes of parameters, gradients and moments on the pipeline rank with most. Recompute does not change them."""
         if self.offload:
             return 0.0
         ranks = range(self.degrees.pp)
@@ -222,11 +224,11 @@ class Setup:
         return held * (2 * self.parameter_bytes + 2 * self.moment_bytes)
 
     def stages_of(self, number: int) -> tuple[Stage, ...]:
-        """Those of the pipeline's rank `number`."""
+        """The stages of pipeline rank `number`."""
         return tuple(self.stages[stage] for stage in self.stage_numbers(number))
 
     def stage_numbers(self, number: int) -> tuple[int, ...]:
-        """Which stages the pipeline's rank `number` holds."""
+        """The numbers of the stages of pipeline rank `number`."""
         return tuple(stage for stage, rank in enumerate(self.run.spec.stage_ranks) if rank == number)
 
     @cached_property
@@ -243,7 +245,7 @@ class Setup:
         return build_stages(model, tuple(tuple(part) for part in split))
 
     def neighbours(self, number: int) -> tuple[int, int]:
-        """Of the stages of the pipeline's rank `number`, how many have the next one, and the one before, elsewhere."""
+        """How many stages of pipeline rank `number` have their next, and their previous, stage on another rank."""
         ranks = self.run.spec.stage_ranks
         own = [stage for stage, rank in enumerate(ranks) if rank == number]
         ahead = sum(stage + 1 < len(ranks) and ranks[stage + 1] != number for stage in own)
@@ -251,22 +253,22 @@ class Setup:
 
     @cached_property
     def order(self) -> PipelineOrder:
-        """What the ranks of the pipeline do in one pass of local_batch_size rows; without one, forward and backward."""
+        """The order of one pass of local_batch_size rows; without a pipeline, a forward and a backward pass."""
         spec, pp = self.run.spec, self.degrees.pp
         order = spec.custom_schedule
         if order is None:
             schedule = self.run.config.parallelism.pipeline_parallel_schedule if pp > 1 else "1F1B"
             order = order_of(schedule, pp, len(spec.stage_ranks) // pp, self.micro_batches_per_call)
-        # As `parallel.pipeline_parallel` has it: who recomputes makes both parts of a backward pass at once.
+        # As in `parallel.pipeline_parallel`: with recompute, the backward pass is not split.
         return order.merged_backward if self.recompute.recomputes else order
 
     def loads(self, rank: int) -> tuple[Load, ...]:
-        """What lies beside the passes of the pipeline's rank `rank`."""
+        """The loads besides the passes of pipeline rank `rank`."""
         return loads_of(self.order, rank, accumulates=self.run.spec.accumulation_steps > 1)
 
     def gather_counts(self, rank: int) -> Mapping[int, int]:
-        """How often, in a step, the pipeline's rank `rank` puts each of its stages together, and keeps it so. torch's
-        schedules of one stage a rank do it once, the others in each pass of local_batch_size rows."""
+        """How often per step pipeline rank `rank` gathers the parameters of each of its stages. torch's schedules with
+        one stage per rank do it once, the others in each pass of local_batch_size rows."""
         schedule, spec = self.run.config.parallelism.pipeline_parallel_schedule, self.run.spec
         if schedule in SINGLE_STAGE and spec.custom_schedule is None:
             return dict.fromkeys(self.stage_numbers(rank), 1)
@@ -274,5 +276,5 @@ class Setup:
         return {stage: times * spec.accumulation_steps for stage, times in once.items()}
 
     def gathered(self, unit: Unit) -> float:
-        """Bytes of a unit's parameters put together in the computing dtype."""
+        """Bytes of a unit's gathered parameters in the compute dtype; 0 without `fully_shard`."""
         return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.uses_fsdp else 0.0

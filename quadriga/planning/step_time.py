@@ -1,7 +1,7 @@
-"""How long a step takes: work over rates, what of the communication shows, the pipeline's idle time, the host.
+"""The time of a step: work divided by rates, exposed communication, idle time of the pipeline, host time.
 
-A rank's step is the sum of what its processor computes and of what it waits for. What the rates are is another matter
-(`rates`): assumed ones rank layouts, measured ones predict.
+The step of a rank is the sum of the time in which its device computes and the time in which it waits. Assumed rates
+(`rates`) are good for ranking layouts; measured rates predict times.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from quadriga.planning.communication import CollectiveCalls, collective_calls
 from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
 from quadriga.planning.setup import Setup, causal_attention_cost
 
-ATTENTION_BACKWARD = 2.5  # of the forward pass: scores are computed again (arXiv 2205.14135)
-LOGIT_ACCESSES = {"eager": 12, "compiled": 5}  # how often a logit's float32 goes to memory or comes from it
-# Numbers of a parameter that go to memory or come from it: Adam reads four and writes three, the norm reads the
-# gradient, clipping reads and writes it.
+ATTENTION_BACKWARD = 2.5  # times the forward pass: scores are recomputed (FlashAttention, arXiv:2205.14135)
+LOGIT_ACCESSES = {"eager": 12, "compiled": 5}  # memory accesses per float32 logit
+# Memory accesses per parameter element: Adam reads four and writes three, the norm reads the gradient, clipping reads
+# and writes it.
 UPDATE_NUMBERS = 10
-# Recompute per operation goes through Python twice for each of torch's operations, forward and again, of which there
-# are about five for each one that a model declares; seconds as torch's profiler shows them on an AMD EPYC.
+# Recompute per operation calls Python for each of torch's operations, in the forward pass and in the recompute. There
+# are about five per operation that a model declares. Seconds are those of torch's profiler on an AMD EPYC.
 DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
-OVERLAPPED_AXES = {"shard", "dp_replicate"}  # axes whose calls run beside the blocks' own work
+OVERLAPPED_AXES = {"shard", "dp_replicate"}  # axes whose calls overlap with the work of blocks
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in a step: FLOP of products and of attention, bytes to and from memory, operations.
+    """Work of one rank in a step: FLOP of products and of attention, bytes to and from memory, number of operations.
 
-    `forward_products`, `forward_attention`: of those FLOP, what forward passes do, the first time or again. `python`:
-    seconds in which the host asks what to do with an operation, beside launching it.
+    `forward_products`, `forward_attention`: FLOP of forward passes and recompute, a part of the above. `python`: host
+    seconds of dispatch in Python, besides the launches of operations.
     """
 
     products: float = 0.0
@@ -65,7 +65,7 @@ class Work:
         )
 
     def seconds(self, rates: Rates) -> tuple[float, float, float]:
-        """Of products, of attention and of what memory bounds, on a processor that is never kept waiting."""
+        """Seconds of products, attention and memory-bound work, on a device that never waits."""
         products, attention = rates.forward_products or rates.products, rates.forward_attention or rates.attention
         return (
             (self.products - self.forward_products) / rates.products + self.forward_products / products,
@@ -76,16 +76,16 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step of the slowest rank, by what they go to; `total` is their sum."""
+    """Seconds of one step of the slowest rank, by kind; `total` is their sum."""
 
     products: float
     attention: float
     memory_bound: float
     optimizer: float
-    communication: float  # what of it is not hidden
+    communication: float  # exposed
     bubble: float
-    host: float  # what the processor waits for the host, and what is the same in every step
-    hidden: float  # communication beside computation: not part of the sum
+    host: float  # time in which the device waits for the host, and other constant time per step
+    hidden: float  # communication that overlaps with computation: not part of the sum
     by_call: tuple[tuple[CollectiveCalls, float], ...]
 
     @property
@@ -98,7 +98,7 @@ class StepTime:
 
 
 def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
-    """Of the pipeline rank that takes longest."""
+    """The step time of the slowest pipeline rank. `gpus_per_node`: devices that share the fast link."""
     works = _WorkOfPasses(setup)
     idle = _idle_shares(works, rates) if setup.degrees.pp > 1 else (0.0,)
     times = (_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
@@ -112,39 +112,39 @@ def _idle_shares(works: _WorkOfPasses, rates: Rates) -> tuple[float, ...]:
 
 
 def work_of(setup: Setup, rank: int) -> Work:
-    """Of all passes of one step, without the update."""
+    """Work of all passes of one step, without the update."""
     return _WorkOfPasses(setup).of_rank(rank)
 
 
 def forward_of(setup: Setup, rank: int) -> Work:
-    """Of the forward passes of one step alone."""
+    """Work of the forward passes of one step, without recompute."""
     works, passes = _WorkOfPasses(setup), setup.order.counts[rank]
     forward = (works.of_pass(*what).times(number) for what, number in passes.items() if what[1] == "F")
     return sum(forward, Work()).times(setup.run.spec.accumulation_steps)
 
 
 def update_of(setup: Setup, rank: int) -> Work:
-    """The clipping of gradients and the update."""
+    """Work of clipping and the optimizer update."""
     held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in setup.stages_of(rank))
     return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
 
 
 class _WorkOfPasses:
-    """What the parts of a model do for one micro-batch, each worked out once for all ranks."""
+    """Work of the parts of a model for one micro-batch, each computed once for all ranks."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self._blocks, self._passes = setup, dict[tuple[str, str], Work](), dict[tuple[int, str], Work]()
 
     def of_rank(self, rank: int) -> Work:
-        """Of all passes of one step, without the update."""
+        """Work of all passes of one step, without the update."""
         work = Work()
         for (stage, kind), number in self.setup.order.counts[rank].items():
             work += self.of_pass(stage, kind).times(number)
         return work.times(self.setup.run.spec.accumulation_steps)
 
     def of_pass(self, number: int, kind: str) -> Work:
-        """One pass of a micro-batch through a stage: F forward, B backward, I and W its two parts, of which the first
-        stage, whose input needs no gradients, does the second alone."""
+        """Work of one pass of a micro-batch through a stage: F forward, B backward, I and W the two parts of B. The
+        first stage needs no gradients of its input, so its W is a whole B."""
         stage = self.setup.stages[number]
         if stage.first and kind in "IW":
             return self.of_pass(number, "B") if kind == "W" else Work()
@@ -156,7 +156,7 @@ class _WorkOfPasses:
         return self._passes[number, kind]
 
     def block(self, mode: str, kind: str) -> Work:
-        """What is computed again is part of each backward pass, or part of one."""
+        """Work of a block. Recompute is part of every kind except F."""
         if (mode, kind) not in self._blocks:
             again = Work() if kind == "F" else self._again(mode)
             self._blocks[mode, kind] = _work_of_kind(self.forward, kind, ATTENTION_BACKWARD) + again
@@ -178,11 +178,11 @@ class _WorkOfPasses:
 
     @cached_property
     def forward(self) -> Work:
-        """Of a block."""
+        """Work of the forward pass of a block."""
         setup, trace, sizes = self.setup, self.setup.block.trace, self.setup.block.sizes
         products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
         model, degrees = setup.run.spec.model, setup.degrees
-        # Queries by keys and weights by values, halved since a token sees half of the sequence on average.
+        # Queries x keys and weights x values, halved because a token attends to half of the sequence on average.
         length = setup.run.spec.seq_len
         attention = 2.0 * setup.tokens * length * model.n_heads * model.head_dim / degrees.tp
         attention *= causal_attention_cost(length) if setup.device_type == "cpu" else 1.0
@@ -195,7 +195,7 @@ class _WorkOfPasses:
 
     @cached_property
     def head(self) -> dict[str, Work]:
-        """The output layer and the loss, by kind of pass."""
+        """Work of the output layer and the loss, by kind of pass."""
         setup, model = self.setup, self.setup.run.spec.model
         compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
         accesses = LOGIT_ACCESSES["compiled" if compiled else "eager"]
@@ -205,8 +205,8 @@ class _WorkOfPasses:
 
 
 def _work_of_kind(forward: Work, kind: str, attention: float) -> Work:
-    """What a kind of pass does where the forward pass does so much. A backward pass makes two products of each:
-    gradients of what came in, and of weights. `attention`: its backward pass, in forward passes."""
+    """Work of a kind of pass, from that of the forward pass. A backward pass has two products per forward product: for
+    gradients of the input and of the weight. `attention`: cost of its backward pass in forward passes."""
     return {
         "F": forward,
         "B": Work(2 * forward.products, attention * forward.attention, 2 * forward.memory, 2 * forward.operations),
@@ -220,7 +220,7 @@ def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
 
 
 def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_node: int) -> float:
-    """One call of a ring over `calls.ranks` ranks that stand `stride` apart (alpha-beta: Hockney, 1994)."""
+    """Seconds of one call of a ring over `calls.ranks` ranks, `stride` apart (alpha-beta model: Hockney, 1994)."""
     inside = calls.ranks * stride <= gpus_per_node
     start = CALL_SECONDS if inside else NETWORK_CALL_SECONDS
     rate = rates.link if inside else rates.network
@@ -229,7 +229,7 @@ def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_nod
 
 
 def strides(setup: Setup) -> dict[str, int]:
-    """How far neighbours of each axis stand apart: tp is innermost, pp outermost."""
+    """Distance in ranks between neighbours of each axis: tp is innermost, pp outermost."""
     degrees = setup.degrees
     shard = degrees.cp * degrees.tp
     replicate = shard * degrees.dp_shard
@@ -238,7 +238,7 @@ def strides(setup: Setup) -> dict[str, int]:
 
 
 def _of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
-    """`idle_share`: how long the rank waits for other ranks of the pipeline, as a share of its own work."""
+    """`idle_share`: time in which the rank waits for other pipeline ranks, as a share of its own work."""
     setup = works.setup
     work, update = works.of_rank(rank), update_of(setup, rank)
     stride_by_axis = strides(setup)
@@ -268,18 +268,18 @@ def _of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, 
 def _exposed_and_hidden(
     setup: Setup, timed: Iterable[tuple[CollectiveCalls, float]], compute: float
 ) -> tuple[float, float]:
-    """Seconds of communication that are seen, and that hide behind the blocks' work.
+    """Seconds of exposed communication, and of communication that overlaps with the work of blocks.
 
-    Parameters and their gradients travel beside the work of other blocks: what exceeds it is seen, and of what does
-    not the first gather and the last reduction. Everything else is waited for; on a CPU all of it, where gloo moves
-    bytes with the processors that compute.
+    Parameters and their gradients are sent during the work of other blocks. Exposed is the time beyond that work, and
+    at least the first gather and the last reduction. All other calls are exposed. On a CPU all calls are, because gloo
+    uses the cores that compute.
     """
     timed = list(timed)
     if setup.device_type == "cpu":
         return sum(seconds for _, seconds in timed), 0.0
     overlapped = sum(seconds for call, seconds in timed if call.axis in OVERLAPPED_AXES and call.when != "norm")
     waited = sum(seconds for call, seconds in timed) - overlapped
-    if setup.degrees.pp > 1:  # neighbours' messages pass while other micro-batches are computed
+    if setup.degrees.pp > 1:  # messages overlap with the work of other micro-batches
         messages = sum(seconds for call, seconds in timed if call.axis == "pp" and call.when == "messages")
         waited -= messages
         overlapped += messages

@@ -1,7 +1,7 @@
-"""Runs like a given one with a few choices changed. For advice and search, which look at thousands of them.
+"""Variants of a run: the same run with some keys changed. For advice and search, which try thousands of them.
 
-A variant is not read through the door again: only what changes is worked out anew, by the same arithmetic. Whoever
-proposes one keeps to the rules, and a winner is written as a configuration that goes through the door like any other.
+A variant is not validated again; only the values that depend on the changed keys are recomputed, by the same code. The
+caller must propose valid values. A winner is written as a configuration, and is validated like any other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quadriga.config.run_spec import Degrees, RunSpec
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed: keys of the configuration with their values, and the run that results."""
+    """`changes`: keys of the configuration with their new values. `run`: the result."""
 
     changes: tuple[tuple[str, Any], ...]
     run: Run
@@ -30,12 +30,12 @@ class Variant:
 
 
 def format_argument(value: Any) -> str:
-    """As it stands on a command line."""
+    """A value as written on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def vary(run: Run, **changes: Any) -> Variant:
-    """`run` with other values; names are keys with `__` for the dot."""
+    """`run` with other values. The names of `changes` are keys with `__` for the dot."""
     named = tuple((name.replace("__", "."), value) for name, value in changes.items())
     config = run.config
     tables: dict[str, dict[str, Any]] = {}
@@ -49,7 +49,7 @@ def vary(run: Run, **changes: Any) -> Variant:
 
 
 def _spec(run: Run, config: JobConfig) -> RunSpec:
-    """What follows anew, as `resolve` has it: degrees, accumulation, micro-batches, stages and the rest."""
+    """The run's derived values, computed as in `resolve`: degrees, accumulation, micro-batches, stages."""
     others = {axis: config_value(config, key) for axis, key in DEGREES.items() if axis != "dp_shard"}
     degrees = Degrees(dp_shard=run.spec.world_size // math.prod(others.values()), **others)
     spec = build_spec(

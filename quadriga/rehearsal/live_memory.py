@@ -1,9 +1,9 @@
-"""How much memory the tensors that are alive take, operation by operation. Counts bytes; the tensors may be fake.
+"""Tracks the bytes of live tensors, operation by operation. The tensors may be fake.
 
-What torch's own allocator would call active: every storage counts once, from the operation that made it until nothing
-holds it. `fully_shard` frees and fills storages without an operation, so `UntypedStorage.resize_` is watched as well.
-Two things that only seem to take memory are left out: tensors of whole shapes by which DTensor finds out the shape of a
-result, and copies that a fake group makes where a real one gives back the tensor that was waited for.
+It counts active memory as torch's allocator does: every storage once, from the operation that allocates it until no
+reference is left. `fully_shard` frees and allocates storages without an operation, so `UntypedStorage.resize_` is
+wrapped too. Two kinds of tensors are not counted, because a real run does not allocate them: tensors of full shapes,
+with which DTensor computes the shape of a result, and copies that a fake process group makes in `wait_tensor`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within `with LiveMemory() as live:`, `live.bytes` are alive now, `live.peak` at most since `reset_peak`."""
+    """In `with LiveMemory() as live:`, `live.bytes` is the live memory, and `live.peak` its peak since `reset_peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class LiveMemory(TorchDispatchMode):
         self._sizes: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def reset_peak(self) -> int:
-        """Forget the peak so far. Returns the bytes that are alive."""
+        """Set the peak to the bytes that are alive, and return them."""
         self.peak = self.bytes
         return self.bytes
 
@@ -62,15 +62,15 @@ class LiveMemory(TorchDispatchMode):
 
     @staticmethod
     def _patch(resize: Any, find_shape: Any) -> None:
-        """torch tells nobody of either: its own functions are wrapped while this looks."""
-        setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 - a type checker does not let it be assigned
+        """torch has no hooks for these two functions, so they are wrapped while this mode is active."""
+        setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 - the type checker forbids an assignment
         setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", find_shape)  # noqa: B010
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own dispatch first: the plain tensors come by here
+            return NotImplemented  # DTensor dispatches first, and calls this again with plain tensors
         if operation is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         result = operation(*args, **(kwargs or {}))

@@ -1,8 +1,8 @@
-"""A rehearsal: the real build and one real step of one rank, with tensors that hold nothing and a group that sends
-nothing (`DRY_RUN=1 ... --rehearse`). No GPU, no data, little memory, whatever the size of the run.
+"""A rehearsal: builds the real model and runs one real step of one rank, on fake tensors and a fake process group
+(`DRY_RUN=1 ... --rehearse`). It needs no GPU, no data and little memory, for a run of any size.
 
-What it proves: that the configuration can be built and stepped through, and what the step sends. What it cannot: that
-the numbers are right, or how long anything takes on the real machine.
+It shows that the configuration can be built and run, and what the step sends. It does not show that the values are
+right, or how long anything takes on the real machine.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from quadriga.train.step import StepConfig, train_step
 from quadriga.units import format_bytes, format_count
 
 HOST = torch.device("cpu")
-ESTIMATE_TOLERANCE = 0.03  # how far an estimate of active memory may be from what is found
+ESTIMATE_TOLERANCE = 0.03  # largest relative error of the estimate of active memory
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank's rehearsal showed.
+    """Results of the rehearsal of one rank.
 
-    `n_parameters`: of its own shards alone. `peak`: bytes that were alive at most, from the forward pass to the end of
-    the backward pass. `calls`: (kind, axis, calls in the step, bytes in all), most bytes first.
+    `n_parameters`: elements of its own shards. `peak`: peak bytes of active memory from the forward pass to the end of
+    the backward pass. `calls`: (kind, axis, calls per step, bytes per step), most bytes first.
     """
 
     rank: int
@@ -67,14 +67,14 @@ class Rehearsal:
 
 @dataclass
 class EmptyLoader:
-    """Hands out one batch of token 0, again and again."""
+    """A loader whose batches consist of token 0."""
 
     rows: int
     seq_len: int
     waited: float = 0.0
 
     def snapshot(self) -> dict[int, Cursor]:
-        """It stands where it stood."""
+        """There is no position in the data."""
         return {}
 
     def next(self) -> Batch:
@@ -83,12 +83,12 @@ class EmptyLoader:
 
 
 def empty_loader(run: Run) -> Loader:
-    """Stands in for a loader where nothing but the next batch is asked of it."""
+    """A replacement for a loader if only `next` is called."""
     return cast(Loader, EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len))
 
 
 def rehearse(run: Run, rank: int) -> Rehearsal:
-    """Build what `rank` would hold, and take one step. Starts and ends a process group of its own."""
+    """Build the state of `rank` and run one step. Creates and destroys its own process group."""
     start = time.perf_counter()
     dist.init_process_group("fake", rank=rank, world_size=run.spec.world_size, store=FakeStore())
     try:
@@ -115,9 +115,9 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
 
 
 def _step(state: TrainState, step_config: StepConfig, mesh: Mesh, live: LiveMemory) -> int:
-    """One step. Returns the most bytes that were alive in it, parameters and optimizer state among them.
+    """Run one step. Returns the peak bytes before the update, including parameters and optimizer state.
 
-    Until the update: on fake tensors it makes temporaries that no real one makes.
+    The update does not count: on fake tensors it allocates temporaries that a real update does not.
     """
     for parameter in state.parameters():
         live.track(parameter.detach())
@@ -132,13 +132,13 @@ def _step(state: TrainState, step_config: StepConfig, mesh: Mesh, live: LiveMemo
 
 
 def state_itemsize(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
-    """Bytes of a number of the optimizer's moments."""
+    """Bytes per element of the optimizer's moments of a parameter."""
     state = optimizer.state.get(parameter, {})
     return next((value.itemsize for value in state.values() if value.dim() > 0), parameter.itemsize)
 
 
 def empty_state(run: Run, mesh: Mesh, fake_mode: FakeTensorMode) -> TrainState:
-    """The state of a run before its first step, of tensors without memory."""
+    """The state of a run before its first step, with fake tensors."""
 
     def fill_nothing(part: nn.Module, parameters: tuple[ParameterPlan, ...], seed: int, device: torch.device) -> None:
         reset_buffers = part.reset_buffers
@@ -147,15 +147,15 @@ def empty_state(run: Run, mesh: Mesh, fake_mode: FakeTensorMode) -> TrainState:
             part.to_empty(device=device)
             reset_buffers()
 
-    with torch.utils._python_dispatch._disable_current_modes():  # cutting looks into meshes, which are real
+    with torch.utils._python_dispatch._disable_current_modes():  # sharding reads meshes, which are real tensors
         parts = build_parts(run, mesh, HOST, fill=fill_nothing)
     state = build_state(run, parts, empty_loader(run))
-    state.health = HealthMonitor(HealthSection(non_finite="ignore", spike="ignore"))  # there is no number to look at
+    state.health = HealthMonitor(HealthSection(non_finite="ignore", spike="ignore"))  # fake losses have no value
     return state
 
 
 def rehearsable(run: Run) -> tuple[Run, list[str]]:
-    """The run as it can be rehearsed, and what was left out of it."""
+    """The run without what a rehearsal cannot do, and the list of what was removed."""
     left_out, config = [], run.config
     if config.compile.enable:
         left_out.append("compile: the blocks are rehearsed uncompiled")
@@ -164,7 +164,7 @@ def rehearsable(run: Run) -> tuple[Run, list[str]]:
         left_out.append("converters: linear layers are rehearsed in the dtype they are converted from")
         config = _changed(config, "model", converters=())
     if config.parallelism.enable_async_tensor_parallel:
-        left_out.append("asynchronous tensor parallelism: it is part of what the compiler does")
+        left_out.append("asynchronous tensor parallelism: the compiler does it")
         config = _changed(config, "parallelism", enable_async_tensor_parallel=False)
     spec = run.spec
     if spec.accumulation_steps > 1:
@@ -182,15 +182,15 @@ def _changed(config: JobConfig, table: str, **values: object) -> JobConfig:
 def format_rehearsal(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
     yield (
         f"  rank {rehearsal.rank} of {run.spec.world_size}: built in {rehearsal.build_seconds:.1f} s, one step in "
-        f"{rehearsal.step_seconds:.1f} s; it holds {format_count(rehearsal.n_parameters)} parameters and sends, each "
-        "step,"
+        f"{rehearsal.step_seconds:.1f} s; it holds {format_count(rehearsal.n_parameters)} parameters and sends per "
+        "step:"
     )
     for kind, axis, count, size in rehearsal.calls:
         yield f"    {kind:<14} over {axis:<12} {count:>6} calls  {format_bytes(size):>12}"
 
 
 def format_estimate_check(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
-    """What was estimated beside what was found, on the kernels of this machine."""
+    """Estimated and rehearsed figures side by side, for the kernels of this machine."""
     setup = Setup(run, HOST.type)
     rank = rehearsal.rank // (run.spec.world_size // run.spec.degrees.pp)
     predicted = memory_of(setup, rank)
@@ -217,7 +217,7 @@ def format_estimate_check(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
     yield (
         "    communication  as estimated"
         if not wrong
-        else f"    communication  estimated otherwise: {', '.join(wrong)}"
+        else f"    communication  differs from the estimate: {', '.join(wrong)}"
     )
 
 
@@ -226,7 +226,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Rehearse rank RANK of WORLD_SIZE of the run of `argv`, and print what was found."""
+    """Rehearse rank RANK of WORLD_SIZE for the run of `argv`, and print the results. Returns the exit code."""
     try:
         world_size = int(environ["WORLD_SIZE"])
         run = read(argv, environ, catalogue=catalogue(), backends=BACKENDS, world_size=world_size, training=False)
@@ -237,7 +237,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except UserError as error:
         print(error.report, file=sys.stderr)
         return error.exit_code
-    except Exception:  # noqa: BLE001 - told once, here, with where it happened; the launcher passes the code on
+    except Exception:  # noqa: BLE001 - printed here once, with its traceback; the launcher returns the code
         print(f"the rehearsal failed:\n\n{traceback.format_exc()}", file=sys.stderr)
         return EXIT_FAULT
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

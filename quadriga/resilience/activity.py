@@ -1,18 +1,17 @@
-"""Whether this rank gets on before its first step has ended, as far as another thread of it can see.
+"""Detects whether this rank makes progress before its first step ends, from another thread of the process.
 
-Nobody knows in advance how long a download, a compilation or the reading of weights takes. So what counts is progress,
-and it is any of these:
+The duration of a download, a compilation or a load of weights is not known in advance. So a fixed time limit does not
+work, and any of these counts as progress:
 
-- the run came to another phase, step or micro-batch (`Progress`);
-- the main thread was seen in a chain of functions in which it was not seen before in this phase;
-- this process or its children read or wrote as much as `RATE` and `FLOOR` say between two looks;
-- its children (compilers) worked for as long;
-- it touched as many pages of new memory (arithmetic on a CPU does so with every large result).
+- The run entered another phase, step or micro-batch (`Progress`).
+- The main thread has a call chain that was not sampled before in this phase.
+- This process and its children read or wrote at least the bytes of `RATE` and `FLOOR` between two samples.
+- Its children (compilers) used at least that much CPU time.
+- It touched at least that many new pages of memory. Arithmetic on a CPU does so with every large result.
 
-A loop without an end does none of them, although it works all the time. Nor does what reports on the run in the
-background: the least is asked of every pause between two looks, so that a trickle does not add up. A rank that only
-waits for others makes none. Where the system has no /proc, the figures that come from there are missing and the others
-decide.
+Limits: an endless loop shows none of these signs, although it uses the CPU. A monitor that runs in the background does
+not count either: the thresholds hold for each interval between two samples, so small amounts do not add up. A rank that
+only waits for others makes no progress. Without /proc the figures from there are missing, and the others decide.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from types import FrameType
 
 from quadriga.resilience.progress import Progress
 
-# Per second of the pause, and at least. Bytes: less than the slowest download, more than 24 KB every few seconds of a
-# system monitor at the usual pause of 5 s. Children: a twentieth of a core.
+# The threshold is RATE per second between two samples, and at least FLOOR. Bytes: below the slowest download, above the
+# 24 KB that a system monitor writes every few seconds, at the usual interval of 5 s. Children: a twentieth of a core.
 RATE = {"bytes": 8192.0, "child_seconds": 0.05, "page_faults": 0.0}
 FLOOR = {"bytes": 4096.0, "child_seconds": 0.02, "page_faults": 256.0}
-MONITOR = "wandb"  # how the names of processes begin that report all the time, and do nothing for the run
+MONITOR = "wandb"  # prefix of the names of processes that report continuously and do no work for the run
 COMPILER = ("torch._dynamo", "torch._inductor", "triton")
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
-INNERMOST = 4  # functions, in which a wait for other ranks shows
+INNERMOST = 4  # frames; a wait for other ranks is one of them
 
 
 class ActivityMonitor:
-    """Looks at the main thread of this process. To be asked by one other thread alone, whose own work is left out."""
+    """Samples the main thread of this process. Only one other thread may call it; that thread's work does not count."""
 
     def __init__(self, progress: Progress, pause: float) -> None:
-        """`pause`: seconds between two looks."""
+        """`pause`: seconds between two samples."""
         self._progress = progress
         self._thresholds = {name: max(FLOOR[name], rate * pause) for name, rate in RATE.items()}
         self._position: tuple[object, ...] = ()
@@ -53,24 +52,24 @@ class ActivityMonitor:
         self._modules: list[str] = []
 
     def reset(self) -> None:
-        """Forget for how long nothing has moved: it was this process that did not run."""
+        """Restart the clock: this process itself was suspended, so the time without progress does not count."""
         self._since = time.monotonic()
 
     def poll(self, waits: bool = False) -> float:
-        """Seconds since progress was last seen; there is none while this rank `waits` for others."""
-        moves = any(list(self._progress_signs()))  # every measure is brought up to date, not only the first that moved
+        """Seconds since the last progress. While this rank `waits` for others, no sign counts as progress."""
+        moves = any(list(self._progress_signs()))  # a list, so that every sign is updated, not only those up to a True
         if moves and not waits:
             self._since = time.monotonic()
         return time.monotonic() - self._since
 
     @property
     def compiles(self) -> bool:
-        """Whether the main thread was within the compiler at the last look."""
+        """Whether the main thread was in the compiler at the last sample."""
         return any(module.startswith(COMPILER) for module in self._modules)
 
     @property
     def communicates(self) -> bool:
-        """Whether the main thread was within a call of torch.distributed at the last look: it waits for other ranks."""
+        """Whether the main thread was in a call of torch.distributed at the last sample: it waits for other ranks."""
         return any(module.startswith(COMMUNICATION) for module in self._modules[:INNERMOST])
 
     def _progress_signs(self) -> Iterator[bool]:
@@ -86,11 +85,11 @@ class ActivityMonitor:
         self._call_chains.add(chain)
         for name, amount in _usage():
             yield amount - self._last_usage.get(name, amount) >= self._thresholds[name]
-            self._last_usage[name] = amount  # less than before where a child is gone, and with it what it had done
+            self._last_usage[name] = amount  # decreases if a child has ended, because its usage is no longer in the sum
 
 
 def main_frames() -> Iterator[FrameType]:
-    """The frames of the main thread, the innermost first."""
+    """The frames of the main thread, innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         yield frame
@@ -98,7 +97,7 @@ def main_frames() -> Iterator[FrameType]:
 
 
 def _usage() -> Iterator[tuple[str, float]]:
-    """What this process has done so far, but for the thread that asks."""
+    """The usage of this process so far, without that of the calling thread: (name, amount)."""
     own = os.getpid()
     with suppress(OSError):
         here = _bytes(f"/proc/{own}/io") - _bytes(f"/proc/{own}/task/{threading.get_native_id()}/io")
@@ -112,7 +111,7 @@ def _usage() -> Iterator[tuple[str, float]]:
 
 
 def _bytes(file: str) -> float:
-    """Read and written through system calls, sockets that are read like files included; 0 for what is gone."""
+    """Bytes read and written through system calls, also on sockets that are read like files; 0 if the file is gone."""
     with suppress(OSError):
         fields = dict(line.split(": ") for line in Path(file).read_text().splitlines())
         return float(fields["rchar"]) + float(fields["wchar"])

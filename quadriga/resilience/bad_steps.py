@@ -1,8 +1,8 @@
-"""What is said and done about a bad step: named by step, rank and parameter, its documents written down; then the run
-goes on without it, or ends (`[health]`).
+"""Reports a bad step by step, rank and parameter, and records its documents. Then the run skips it or ends.
 
-On a CPU the host knows at once. With CUDA it learns at the logging step, with the numbers that the meter waits for
-anyway, and before a save. All ranks learn of the same steps at the same time, so they may talk.
+`[health]` has the policies. On a CPU the host reads the verdict at once. With CUDA it reads it at the logging step,
+together with the numbers that the meter waits for, and before a save. All ranks read the verdicts of the same steps at
+the same point, so they may call collectives here.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from quadriga.resilience.health import FINE, NOT_FINITE, HealthMonitor, StepVerd
 from quadriga.units import format_some
 
 BAD_BATCHES_NAME = "bad_batches.jsonl"
-MAX_SKIPPED_IN_A_ROW = 100  # bad steps that are skipped; a run in which nothing else happens is not training
+MAX_SKIPPED_IN_A_ROW = 100  # skipped bad steps; a run that skips more makes no progress, so it ends
 MAX_RANKS_NAMED = 8
 
 
 class CommonFault(Fault):
-    """Raised by all ranks alike, at the same step: to be logged once."""
+    """Raised by all ranks at the same step, so that it is logged once."""
 
 
 class BadSteps:
-    """Looks at the verdicts of `HealthMonitor`, and does what its section says."""
+    """Reads the verdicts of `HealthMonitor` and applies the policies of `[health]`."""
 
     def __init__(
         self,
@@ -45,20 +45,26 @@ class BadSteps:
         folder: str,
         first_row: int | None,
     ) -> None:
-        """`folder` is that of the run; `first_row`: which row of the global batch is this rank's first, None where
-        another rank that reads the same rows writes them down. To be made when the state is as it will train on."""
+        """Create it after the state is restored, because it reads `health.skipped`.
+
+        Args:
+            folder: the run folder.
+            first_row: index in the global batch of this rank's first row; None if another rank with the same rows
+                records their documents.
+        """
         self._health, self._events = health, events
         self._path = Path(folder, BAD_BATCHES_NAME)
         self._first_row = first_row
         self._names = [strip_wrappers(name) for part in parts for name, p in part.named_parameters() if p.requires_grad]
         self._pending: list[StepMetrics] = []
-        self._skipped = int(health.skipped)  # that have been acted on
+        self._skipped = int(health.skipped)  # bad steps that have been handled
         self._in_a_row = 0
 
     def check(self, metrics: StepMetrics, skipped: int | None) -> None:
-        """Call after every step. `skipped`: what the step's record says of `metrics.skipped`; None without a record.
+        """Call after every step. `skipped`: the value of `metrics.skipped` in the step's record; None without a record.
 
-        Raises CommonFault on all ranks where `[health]` says so.
+        Raises:
+            CommonFault: on all ranks, if the policy is `raise`, or after `MAX_SKIPPED_IN_A_ROW` bad steps in a row.
         """
         self._pending.append(metrics)
         if skipped == self._skipped:
@@ -67,7 +73,7 @@ class BadSteps:
             self.check_pending()
 
     def check_pending(self) -> None:
-        """Look at all steps that are pending, waiting for the device. Call before a save, too. Raises as `check`."""
+        """Check all pending steps; this waits for the device. Call it also before a save. Raises as `check`."""
         pending, self._pending = self._pending, []
         verdicts = torch.stack([metrics.verdict for metrics in pending]).tolist() if pending else []
         for metrics, figures in zip(pending, verdicts, strict=True):
@@ -85,12 +91,12 @@ class BadSteps:
         if stops or self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise CommonFault(f"{what}\n{self._advice(metrics, verdict, stops)}", EXIT_NOT_FINITE)
         if collectives.rank() == 0:
-            logger.warning("%s\nskipped: the weights are left as they were (%d so far)", what, self._skipped)
+            logger.warning("%s\nskipped: the weights are unchanged (%d so far)", what, self._skipped)
             facts = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
             self._events.log_event("skip", metrics.step, reason=_key(verdict), **facts)
 
     def _local_figures(self, verdict: StepVerdict) -> list[bool | str | None]:
-        """Whether this rank's part of the loss is no finite number, and its first parameter whose gradient is none."""
+        """Whether this rank's part of the loss is NaN or infinite, and its first parameter whose gradient is."""
         index = int(verdict.first_gradient)
         return [not math.isfinite(verdict.local_loss), self._names[index] if index >= 0 else None]
 
@@ -102,13 +108,13 @@ class BadSteps:
         append_line(self._path, {**line, "reason": _key(verdict), "rows": rows})
 
     def _advice(self, metrics: StepMetrics, verdict: StepVerdict, stops: bool) -> str:
-        safe = f"the weights are those before this step, saves are not touched; what it read is named in {self._path}"
+        safe = f"the weights are those before this step, checkpoints are unchanged; its documents are in {self._path}"
         if not stops:
-            return f"{safe}\n{self._in_a_row} steps in a row were skipped: this run does not train any more"
+            return f"{safe}\n{self._in_a_row} steps in a row were skipped: the run makes no progress"
         return (
-            f"{safe}\nto do: start again, which goes on from the newest save and reads the same batches. If step "
-            f"{metrics.step} is bad again, leave it out: --health.{_key(verdict)} skip_step. If it is not, have the "
-            "device of the named rank checked. If later steps follow, lower optimizer.lr"
+            f"{safe}\nto do: start again; the run resumes from the newest checkpoint and reads the same batches. If "
+            f"step {metrics.step} is bad again, skip it: --health.{_key(verdict)} skip_step. If it is not, check the "
+            "device of the named rank. If later steps are bad too, lower optimizer.lr"
         )
 
 
@@ -121,9 +127,9 @@ def _describe(metrics: StepMetrics, verdict: StepVerdict, by_rank: list[Any]) ->
     line = f"step {metrics.step}: the loss is {loss:.4f}, the gradient norm {norm:.4f}"
     if verdict.kind != NOT_FINITE:
         above = (loss - verdict.mean) / verdict.deviation if verdict.deviation else math.inf
-        return f"{line}; the losses before are {verdict.mean:.4f} in the mean, {above:.1f} standard deviations below"
+        return f"{line}; the mean of the losses before is {verdict.mean:.4f}, {above:.1f} standard deviations below"
     losses = [rank for rank, (bad, _) in enumerate(by_rank) if bad]
-    # Of gradients that were added up over ranks: one rank's own bad ones are bad on all that hold them by now.
+    # The gradients are already reduced: a NaN of one rank is now on all ranks that hold the same shard.
     gradients = {rank: name for rank, (_, name) in enumerate(by_rank) if name is not None}
     if losses:
         line += f"\nnot finite: the loss of {_format_ranks(losses)}"

@@ -1,4 +1,4 @@
-"""What is known of this rank when something ends it, brought together: for the report, and for the event log."""
+"""Collects the state of this rank when an error ends it, for the report and the event log."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from quadriga.resilience.progress import Progress
 
 @dataclass
 class FailureContext:
-    """What there is of the run so far."""
+    """The state of the run that a failure report needs."""
 
     progress: Progress
-    events: EventLog | None = None  # from when the run is built
+    events: EventLog | None = None  # None until the run is built
     last_step: Callable[[], int] = lambda: 0
-    on_all_ranks: bool = False  # whether what ends this rank ends all, alike
+    on_all_ranks: bool = False  # whether the same error ends all ranks
 
     def log_failure(self, error: BaseException) -> None:
-        """Add what ended this rank to the event log, which is kept from when the run is built. What all ranks meet
-        alike, and the loss of another rank, the first rank alone logs."""
+        """Add the error that ended this rank to the event log, if the log exists already.
+
+        The first rank alone logs errors that all ranks have, and the loss of another rank.
+        """
         if self.events is None:
             return
-        process_guards.acquire_exit_lock()  # where the watchdog ends this rank, it has told why
+        process_guards.acquire_exit_lock()  # if the watchdog ends this rank, it has logged the cause
         line, events = _one_line(error), self.events
         lost_peer = isinstance(error, RuntimeError) and any(
             sign in str(error).lower() for sign in process_guards.LOST_PEER
@@ -42,7 +44,7 @@ class FailureContext:
 
 @contextmanager
 def record_failure(run: Run, progress: Progress) -> Iterator[FailureContext]:
-    """Write what ends the body into the event log, and say of a lack of memory where it was met and what would help."""
+    """Write the error that ends the body into the event log; turn an out-of-memory error into a report with advice."""
     context = FailureContext(progress)
     try:
         yield context

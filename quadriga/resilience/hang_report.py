@@ -1,4 +1,4 @@
-"""Which rank a run waits for, from what the ranks say of themselves, and the report on it. Pure: no clock, no store."""
+"""Finds the rank that a hung run waits for, from the ranks' heartbeats, and formats the report. No clock, no store."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from quadriga import limits
 from quadriga.errors import EXIT_STALLED, Fault, Problem, UserError, printable, shortened
 from quadriga.reading import parse_json
 
-STACK_LINES = 40  # of the late rank's stack, in the report
+STACK_LINES = 40  # lines of the late rank's stack in the report
 WHERE = "the rendezvous store"
-MAX_NUMBER = 1 << 53  # of any number of a heartbeat: what a float holds exactly
-FIELDS: Mapping[str, tuple[type, ...]] = {  # what JSON may hold for a field of this type
+MAX_NUMBER = 1 << 53  # limit of every number in a heartbeat: a float holds integers up to here exactly
+FIELDS: Mapping[str, tuple[type, ...]] = {  # annotation of a field: the types that its JSON value may have
     "int": (int,),
     "int | None": (int, type(None)),
     "bool": (bool,),
@@ -30,12 +30,12 @@ FIELDS: Mapping[str, tuple[type, ...]] = {  # what JSON may hold for a field of 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank says of itself, time and again: `count` grows each time, so that silence shows.
+    """The state of a rank, which it sends periodically. All times are in seconds.
 
-    `seconds`: in its phase. `waits`: for how long it has waited for an operation of training, in seconds; None where it
-    does not. `waits_in_host`: the same for host groups. `launched`: how many operations it has launched. `finished`: it
-    trains no more. `no_progress`: before the first step has ended, for how long the rank has made no progress.
-    `next_silent`: for how long the next rank has said nothing.
+    `count` grows with each heartbeat: a rank whose count does not change is silent. `seconds`: time in its phase.
+    `waits`: how long it has waited for an operation of training; None if it does not wait. `waits_in_host`: the same
+    for host groups. `launched`: number of operations launched. `finished`: it no longer trains. `no_progress`: time
+    without progress, before the end of the first step. `next_silent`: time since a heartbeat of the next rank.
     """
 
     rank: int
@@ -57,18 +57,18 @@ class Heartbeat:
 
     @classmethod
     def from_json(cls, text: bytes) -> Heartbeat:
-        """Raises UserError where the text, which anybody who reaches the store may have written, is no heartbeat."""
+        """Raises UserError if the text is no heartbeat: any process that reaches the store may have written it."""
         return cls(**_checked(cls, _parsed(text, limits.HEARTBEAT_BYTES)))
 
 
 @dataclass(frozen=True)
 class HangReport:
-    """A run that stands still: `late` is the rank that the others wait for, or None where that cannot be known.
+    """A run that makes no progress: `late` is the rank that the others wait for, or None if it is unknown.
 
-    `silent`: the ranks that do not even send heartbeats. `reporter`: the rank that found out, which waits in
-    `operation`. `waiting`: how many ranks wait; `late_waits`: whether the late one does. `began`: in seconds since the
-    epoch. `same_host_rank`: a rank on the machine of a late rank that is silent. `starting`: the first step had not
-    ended.
+    `silent`: ranks that send no heartbeats. `reporter`: the rank that detected the hang, which waits in `operation`.
+    `waiting`: number of ranks that wait. `late_waits`: whether the late rank waits too. `seconds`: how long there was
+    no progress. `began`: in seconds since the epoch. `same_host_rank`: a rank on the machine of the late rank, to read
+    the stack of a silent one. `starting`: the first step had not ended.
     """
 
     late: Heartbeat | None
@@ -88,7 +88,7 @@ class HangReport:
 
     @classmethod
     def from_json(cls, text: bytes) -> HangReport:
-        """Raises UserError where the text, which anybody who reaches the store may have written, is no alarm."""
+        """Raises UserError if the text is no alarm: any process that reaches the store may have written it."""
         facts = _checked(cls, _parsed(text, limits.HANG_REPORT_BYTES))
         late = None if facts["late"] is None else Heartbeat(**_checked(Heartbeat, facts["late"]))
         reporter = Heartbeat(**_checked(Heartbeat, facts["reporter"]))
@@ -104,7 +104,7 @@ def _parsed(text: bytes, most: int) -> Any:
 
 
 def _checked(cls: type, facts: Any) -> dict[str, Any]:
-    """The facts, if they are those of the class, by name and type; their texts as a terminal may be sent them."""
+    """The facts, if their names and types are the class's fields; strings without control characters."""
     kinds = {field.name: FIELDS[str(field.type)] for field in fields(cls)}
     if not isinstance(facts, dict) or facts.keys() != kinds.keys():
         raise _refusal(f"not the fields of a {cls.__name__}")
@@ -126,10 +126,10 @@ def silent_ranks(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]
 
 
 def moving_ranks(heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...], limit: float) -> tuple[int, ...]:
-    """The ranks that may have made progress in the last `limit` seconds of the start, or have done their first step.
+    """The ranks that may have made progress in the last `limit` seconds of the start, or have ended their first step.
 
-    A call that lets no other thread run (an import, say) makes a rank silent: what it does meanwhile cannot be seen, so
-    its silence counts as standstill.
+    A call that holds the GIL (an import, for example) makes a rank silent. Its activity is then unknown, so the time of
+    silence counts as time without progress.
     """
     silence = _silence(heartbeats, silent)
     return tuple(
@@ -145,7 +145,7 @@ def moving_ranks(heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...], l
 
 
 def _silence(heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...]) -> dict[int, float]:
-    """For how long each silent rank has said nothing: as the rank before it says, and since when that one is silent."""
+    """Seconds of silence of each silent rank: as the rank before it measured, plus that rank's own silence."""
     seconds: dict[int, float] = {}
     for rank in sorted(silent):
         past, before = 0.0, rank
@@ -173,8 +173,8 @@ def waiting_ranks(heartbeats: Mapping[int, Heartbeat], host: bool) -> set[int]:
 def late_rank(heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...], waiting: set[int]) -> Heartbeat | None:
     """The rank that the others wait for.
 
-    One that is silent; else one that does not wait for others; else, as all wait, the one that has launched the fewest
-    operations. Among several: the one at the earliest step, and then the longest in its phase.
+    A silent rank; else a rank that does not wait; else, if all wait, the one that has launched the fewest operations.
+    Of several, the one at the earliest step, and then the one that has been longest in its phase.
     """
     here = [heartbeat for heartbeat in heartbeats.values() if not heartbeat.finished]
     held = [heartbeat for heartbeat in here if heartbeat.rank in silent] or [
@@ -186,7 +186,7 @@ def late_rank(heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...], wait
 
 
 def rank_on_same_host(late: Heartbeat, heartbeats: Mapping[int, Heartbeat], silent: tuple[int, ...]) -> int | None:
-    """The first rank on the machine of `late` that can look after it."""
+    """The first responsive rank on the machine of `late`, which can read its stack and kill it."""
     near = (
         rank
         for rank, heartbeat in heartbeats.items()
@@ -196,18 +196,18 @@ def rank_on_same_host(late: Heartbeat, heartbeats: Mapping[int, Heartbeat], sile
 
 
 def hang_fault(report: HangReport, stack: str, folder: str) -> Fault:
-    """The report: who, where, since when, what the others wait in, the stack of the late rank, and what to do."""
+    """The report: which rank, where, since when, the operation in which others wait, its stack, and a remedy."""
     late, reporter = report.late, report.reporter
     lines = [_headline(report), ""]
     if late is not None:
         lines.append(f"    where     process {late.pid} on {late.host}")
-        lines.append(f"    at        step {late.step}, phase {late.phase!r}, for {late.seconds:.0f} s as it last said")
+        lines.append(f"    at        step {late.step}, phase {late.phase!r}, for {late.seconds:.0f} s (last heartbeat)")
         lines.append(f"    state     {_state(report, late)}")
     others = f"{report.waiting} of {report.world_size} ranks"
     if report.world_size > 1:
         place = f"(step {reporter.step}, {reporter.phase}) in {report.operation}"
         lines.append(f"    waiting   {others}; rank {reporter.rank} {place}")
-    lines.append(f"    traces    {folder}: of each rank its stack and its last collectives")
+    lines.append(f"    traces    {folder}: the stack and the last collectives of each rank")
     if late is not None:
         lines += ["", f"The stack of rank {late.rank}:", "", *(f"    {line}" for line in _of_main_thread(stack))]
     lines += ["", *_advice(report)]
@@ -217,34 +217,32 @@ def hang_fault(report: HangReport, stack: str, folder: str) -> Fault:
 def _headline(report: HangReport) -> str:
     who = "the rendezvous store does not answer" if report.late is None else f"it waits for rank {report.late.rank}"
     if report.starting and report.late is not None:
-        who = (
-            f"nothing moves before its first step has ended; rank {report.late.rank} is in phase {report.late.phase!r}"
-        )
+        who = f"the first step has not ended; rank {report.late.rank} is in phase {report.late.phase!r}"
     more = f" (ranks {', '.join(map(str, report.silent[:16]))} are silent)" if len(report.silent) > 1 else ""
-    return f"the run has stood still for {report.seconds:.0f} s: {who}{more}"
+    return f"the run has made no progress for {report.seconds:.0f} s: {who}{more}"
 
 
 def _state(report: HangReport, late: Heartbeat) -> str:
     if late.rank in report.silent:
-        return "gives no sign: stopped, held in a call that lets no other thread run, or its machine is gone"
+        return "sends no heartbeat: stopped, in a call that holds the GIL, or its machine is gone"
     if not report.late_waits:
-        return "alive, and makes no progress" if report.starting else "alive, and not on its way to the others"
-    return "alive, and it waits as all others do: the ranks may have called different collectives"
+        return "alive, and makes no progress" if report.starting else "alive, and does not wait for others"
+    return "alive, and waits as all other ranks do: the ranks may have called different collectives"
 
 
 def _of_main_thread(stack: str) -> list[str]:
-    """The part of faulthandler's output that shows the training itself."""
+    """The part of faulthandler's output for the thread that trains."""
     threads = re.split(r"(?m)^(?=Thread 0x|Current thread 0x)", stack)
     own = next((thread for thread in threads if "loop.py" in thread), stack)
-    return [printable(line) for line in own.strip().splitlines()[:STACK_LINES]] or ["(it could not be had)"]
+    return [printable(line) for line in own.strip().splitlines()[:STACK_LINES]] or ["(not available)"]
 
 
 def _advice(report: HangReport) -> list[str]:
-    lines = ["Checkpoints that were finished before are whole: the same start goes on from the newest one."]
+    lines = ["Checkpoints that were finished before are complete: the same command resumes from the newest one."]
     if report.late is None or report.late.rank in report.silent:
         host = report.late.host if report.late else "the machine of rank 0"
-        lines.append(f"If it happens on {host} again, look at its kernel log and take it out of the job.")
+        lines.append(f"If it happens on {host} again, read its kernel log and exclude it from the job.")
     else:
         key = "comm.init_timeout_seconds" if report.starting else "comm.train_timeout_seconds"
-        lines.append(f"If the rank had good reason to be slow, raise {key}.")
+        lines.append(f"If the rank was only slow, raise {key}.")
     return lines

@@ -1,9 +1,9 @@
-"""Is a step bad: no finite loss or gradient norm, or a loss that jumps? Then the weights are left alone (`[health]`).
+"""Detects bad steps and skips their weight update: a NaN or infinite loss or gradient norm, or a loss spike.
 
-Decided on the device, from numbers that all ranks hold alike, so that they decide alike and nobody waits. With CUDA and
-a fused optimizer the update is skipped on the device too, and the host learns of it at the logging step (see
-`bad_steps.py`). Other optimizers make the host wait for the verdict of each step, unless both policies are `ignore`.
-A bad step counts as a step: its batch is consumed, the schedule goes on.
+`[health]` has the policies. The device decides, from numbers that are equal on all ranks. So all ranks decide the same,
+and the host does not wait. With CUDA and a fused optimizer the update is skipped on the device too, and the host reads
+the verdict at the logging step (see `bad_steps.py`). Other optimizers make the host wait for the verdict of each step,
+unless both policies are `ignore`. A bad step counts as a step: its batch is consumed, and the schedule advances.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DEFAULT = HealthSection()
 
 
 class StepVerdict(NamedTuple):
-    """What a verdict says, as numbers. `local_loss`: this rank's part; `first_gradient`: which of its gradients is the
-    first that is not finite, -1 if none is; `mean`, `deviation`: of the losses that the loss was measured against."""
+    """A verdict as numbers. `local_loss`: this rank's part of the loss. `first_gradient`: index of its first gradient
+    that is not finite, -1 if all are. `mean`, `deviation`: of the recent losses that the loss was compared with."""
 
     kind: float  # FINE, NOT_FINITE, SPIKE
     local_loss: float
@@ -37,13 +37,13 @@ class StepVerdict(NamedTuple):
 
 
 class HealthMonitor:
-    """Judges every step. `verdict` on the last one: float64, the fields of `StepVerdict`; `skipped`: int64, how many
-    steps of the run were bad. Both on the device."""
+    """Judges every step. `verdict` of the last step: float64, shape (5,), the fields of `StepVerdict`. `skipped`:
+    int64, shape (), the number of bad steps of the run. Both are on the device."""
 
     def __init__(
         self, section: HealthSection = DEFAULT, device: torch.device = HOST, waits: bool | None = None
     ) -> None:
-        """`waits`: whether the host looks at each verdict at once. None: where that costs nothing, on a CPU."""
+        """`waits`: whether the host reads each verdict at once. None: only on a CPU, where that costs nothing."""
         self.section = section
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.verdict = torch.zeros(len(StepVerdict._fields), dtype=torch.float64, device=device)
@@ -55,8 +55,8 @@ class HealthMonitor:
     def skip_if_bad(
         self, optimizer: torch.optim.Optimizer, local_loss: Tensor, norms: GradientNorms, totals: StepTotals
     ) -> None:
-        """Judge the step under way. Where it is bad, by a NaN or infinite loss or gradient norm or by a loss spike, the
-        coming `optimizer.step()` changes nothing."""
+        """Judge the current step. If its loss or gradient norm is NaN or infinite, or its loss is a spike, the next
+        `optimizer.step()` changes nothing."""
         bad_kinds = []
         mean = deviation = self._zero
         if self.section.non_finite != "ignore":
@@ -76,7 +76,7 @@ class HealthMonitor:
         skip_update_if(bad, optimizer, on_device=not self.waits)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to judge as this one would; JSON-able. Waits for the device."""
+        """The state with which a resumed run judges as this one would, as JSON values. Waits for the device."""
         return {"skipped": int(self.skipped), "recent": self._recent.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The report when memory runs out: where, how much was held, and the two changes of configuration that help most."""
+"""The out-of-memory report: where it happened, the memory in use, and the two configuration changes that help most."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault, causes
 from quadriga.resilience.progress import Progress
 from quadriga.units import format_bytes
 
-ESTIMATE_NAME = "estimate.json"  # what this launch has left in the run folder
+ESTIMATE_NAME = "estimate.json"  # in the run folder, written by this launch
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that the host or the device has no memory left."""
+    """Whether an error, or one of its causes, is an out-of-memory error of the host or the device."""
     return any(_is_memory_error(each) for each in causes(error))
 
 
@@ -46,7 +46,7 @@ def out_of_memory_fault(error: BaseException, run: Run, progress: Progress, rank
         "What would help most:",
         *(f"    {change}" for change in advice[:2]),
         "",
-        "Checkpoints that were finished before are whole: a start goes on from the newest one.",
+        "Checkpoints that were finished before are complete: the same command resumes from the newest one.",
     ]
     return Fault("\n".join(lines), EXIT_OUT_OF_MEMORY)
 
@@ -70,7 +70,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _advice_of_estimate(path: Path) -> list[str]:
-    """What the estimate of the run would change: strings, best first. [] where there is none that can be read."""
+    """The changes that the run's estimate lists: strings, best first. [] if there is no readable estimate."""
     try:
         advice = json.loads(path.read_text())["if_memory_runs_out"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -79,30 +79,30 @@ def _advice_of_estimate(path: Path) -> list[str]:
 
 
 def memory_saving_changes(run: Run, phase: str, on_device: bool) -> Iterator[str]:
-    """All changes of configuration that would save memory, best first. Pure.
+    """All configuration changes that would save memory, best first.
 
-    Where parameters and optimizer state weigh most, these are spread first; elsewhere activations come first.
+    In the phases `STATE_PHASES` those come first that shard parameters and optimizer state; elsewhere activations do.
     """
     of_state, of_activations = list(_for_state(run, on_device)), list(_for_activations(run))
     yield from (*of_state, *of_activations) if phase in STATE_PHASES else (*of_activations, *of_state)
-    yield "a machine with more memory, or less beside this run on it"
+    yield "a machine with more memory, or fewer other processes on this one"
 
 
 def _for_activations(run: Run) -> Iterator[str]:
     config, rows, batch = run.config, run.config.training.local_batch_size, run.spec.global_batch_size
     if config.activation_checkpoint.mode != "full":
-        yield "--activation_checkpoint.mode=full: keeps one activation a block, for about a third more work"
+        yield "--activation_checkpoint.mode=full: keeps one activation per block, for about a third more computation"
     if rows > config.parallelism.pipeline_parallel_microbatch_size:
         fewer = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
         batches = f"--training.local_batch_size={fewer} --training.global_batch_size={batch}"
         yield f"{batches}: the same batch in {rows // fewer} times as many passes"
     if config.training.loss_chunks == 1:
-        yield "--training.loss_chunks=8: holds the logits of an eighth of the tokens at a time, for no more work"
+        yield "--training.loss_chunks=8: holds the logits of an eighth of the tokens at a time, at no extra computation"
     if config.training.mixed_precision_param == "float32":
         yield "--training.mixed_precision_param=bfloat16: halves activations"
     if run.spec.degrees.dp_shard % 2 == 0 and batch % max(run.spec.degrees.batch // 2, 1) == 0:
         context = 2 * run.spec.degrees.cp
-        yield f"--parallelism.context_parallel_degree={context}: a rank holds half as much of a sequence"
+        yield f"--parallelism.context_parallel_degree={context}: each rank holds half as much of a sequence"
 
 
 def _for_state(run: Run, on_device: bool) -> Iterator[str]:
@@ -110,15 +110,15 @@ def _for_state(run: Run, on_device: bool) -> Iterator[str]:
     if degrees.dp_replicate > 1:
         yield (
             "--parallelism.data_parallel_replicate_degree=1 --parallelism.data_parallel_shard_degree=-1: "
-            f"spreads parameters and optimizer state over {degrees.dp_replicate} times as many ranks"
+            f"shards parameters and optimizer state over {degrees.dp_replicate} times as many ranks"
         )
     elif degrees.world_size == 1 or degrees.dp_shard > 1:
-        yield "more ranks (NGPU, NNODES): parameters and optimizer state are spread over all of them"
+        yield "more ranks (NGPU, NNODES): parameters and optimizer state are sharded over all of them"
     if run.spec.reduce_gradients == "once" and run.spec.accumulation_steps > 1:
-        yield "--parallelism.reduce_gradients=every_micro_batch: holds no gradients of the whole model between them"
+        yield "--parallelism.reduce_gradients=every_micro_batch: holds no whole-model gradients between micro-batches"
     if not run.spec.reshard_after_forward and degrees.dp_shard > 1:
-        yield "--parallelism.fsdp_reshard_after_forward=always: holds one block of gathered parameters at a time"
+        yield "--parallelism.fsdp_reshard_after_forward=always: holds the gathered parameters of one block at a time"
     if on_device and not config.training.enable_cpu_offload:
-        yield "--training.enable_cpu_offload: keeps parameters and optimizer state in host memory, at a cost in speed"
+        yield "--training.enable_cpu_offload: keeps parameters and optimizer state in host memory, but is slower"
     if config.checkpoint.enable and config.checkpoint.async_mode != "disabled":
         yield "--checkpoint.async_mode=disabled: makes no copy of the state in host memory to save it"

@@ -1,4 +1,4 @@
-"""What keeps a run from harm at its edges: no orphaned rank, no two runs in one folder, no failure without a word."""
+"""Guards of a rank's process: no orphaned rank, no two runs in one folder, and an exit record of every failure."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from quadriga.resilience.processes import (
 )
 
 LOCK_NAME = ".lock"
-LOCK_TIMEOUT_SECONDS = 3.0  # the last rank of a killed run needs a moment to die
+LOCK_TIMEOUT_SECONDS = 3.0  # the last rank of a killed run needs some time to exit
 CONFIG_ERROR_WAIT_SECONDS = 10.0
 EXIT_REPORT_SECONDS = 60.0  # longer than any report takes
 INTERRUPTED = 130  # 128 + SIGINT
-STOP_REQUESTED_KEY = "quadriga/stop_requested"  # where ranks of a bare torchrun note that they were asked to leave
-FINAL_EXIT_CODES = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # what another start would only meet again
-# How gloo, NCCL and the rendezvous store say that the other side has not come, or is gone.
+STOP_REQUESTED_KEY = "quadriga/stop_requested"  # store key: the ranks of a bare torchrun were asked to stop
+FINAL_EXIT_CODES = {EXIT_USAGE, EXIT_NO_GOOD_CHECKPOINT, EXIT_NOT_FINITE}  # a restart would fail in the same way
+# Parts of the error messages with which gloo, NCCL and the rendezvous store report a missing or lost peer.
 TIMED_OUT = ("timed out waiting", "watchdog caught collective operation timeout")
 LOST_PEER = (
     "connection closed by peer",
@@ -66,31 +66,31 @@ LOST_PEER = (
 
 
 def die_with_torchrun(environ: Mapping[str, str]) -> None:
-    """Let this rank end with the torchrun that started it, also when that one is killed by SIGKILL.
+    """Kill this rank when the torchrun that started it ends, also by SIGKILL.
 
-    A process that was started by hand is left alone: `nohup python -m quadriga.train &` must outlive its shell.
+    This does nothing in a process that was started by hand: `nohup python -m quadriga.train &` must outlive its shell.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return
     agent = environ.get(AGENT_PID)
     die_with_parent(int(agent) if agent else None)
     if not agent and os.getppid() == 1 and not _is_python(1):
-        os._exit(EXIT_FAULT)  # a bare torchrun (itself process 1 in some containers) was gone before we asked
+        os._exit(EXIT_FAULT)  # a bare torchrun (itself process 1 in some containers) ended before the call above
 
 
 def _is_python(pid: int) -> bool:
     try:
         return Path(os.readlink(f"/proc/{pid}/exe")).name.startswith("python")
-    except OSError:  # not ours to look at, so not the torchrun of this user
+    except OSError:  # a process of another user, so not the torchrun of this run
         return False
 
 
 @contextmanager
 def lock_run_folder(folder: str) -> Iterator[None]:
-    """Hold `folder` for this process alone; the kernel lets go when the process ends, however it ends.
+    """Lock `folder` for this process. The kernel releases the lock when the process ends, also after a kill.
 
     Raises:
-        UserError: another run holds the folder, or it cannot be written.
+        UserError: another run holds the lock, or the folder cannot be written.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -109,7 +109,7 @@ def lock_run_folder(folder: str) -> Iterator[None]:
 
 
 def _acquire_lock(handle: int, folder: str) -> bool:
-    """Lock the open file, waiting a moment for a dying holder. False where the file system knows no locks."""
+    """Lock the open file; wait `LOCK_TIMEOUT_SECONDS` for a holder that exits. False if the file system lacks locks."""
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
@@ -121,7 +121,7 @@ def _acquire_lock(handle: int, folder: str) -> bool:
             time.sleep(0.1)
         except OSError as error:
             logger.warning(
-                "%s: cannot be locked (%s); see to it that no other run writes there", folder, error.strerror
+                "%s: cannot be locked (%s); make sure that no other run writes there", folder, error.strerror
             )
             return False
 
@@ -133,10 +133,10 @@ def _in_use(handle: int, folder: str) -> Problem:
 
 
 def exit_code_after_restart(environ: Mapping[str, str]) -> int | None:
-    """After a restart by torchrun: say what ended the start before. To be called when torch is imported.
+    """After a restart by torchrun, log what ended the start before. Call it after torch is imported.
 
-    Returns the exit code with which this start ends at once, where the run was asked to leave or would only meet the
-    same again; None where it is to try.
+    Returns the exit code with which this start must end at once, if the run was asked to stop or would fail in the same
+    way again; else None.
     """
     restart, folder = int(environ.get(RESTART_COUNT, "0")), records_folder(environ)
     if restart == 0:
@@ -144,7 +144,7 @@ def exit_code_after_restart(environ: Mapping[str, str]) -> int | None:
     if folder is None:
         store = _store(environ)
         stored = store.get(STOP_REQUESTED_KEY) if store.check([STOP_REQUESTED_KEY]) else b""
-        return int(stored) if re.fullmatch(rb"[1-9]\d{0,2}", stored) else None  # anybody can write to this store
+        return int(stored) if re.fullmatch(rb"[1-9]\d{0,2}", stored) else None  # other processes can write this key
     failure = first_failure(read_records(folder.with_name(str(restart - 1))))
     if failure is not None and failure.code in FINAL_EXIT_CODES:
         failure.write(folder)
@@ -152,16 +152,16 @@ def exit_code_after_restart(environ: Mapping[str, str]) -> int | None:
             ExitRecord(_rank(environ), failure.code, time.time(), failure.error, lost_peer=True).write(folder)
         return failure.code
     if environ.get("LOCAL_RANK", "0") == "0":
-        cause = f"rank {failure.rank} failed:\n\n{failure.details}\n" if failure else "a rank died without a word"
+        cause = f"rank {failure.rank} failed:\n\n{failure.details}\n" if failure else "a rank was killed"
         logger.warning("restart %d of %s, since %s", restart, environ.get("TORCHELASTIC_MAX_RESTARTS", "?"), cause)
     return None
 
 
 def record_exit(environ: Mapping[str, str], code: int) -> int:
-    """Record an end that is no failure; a `code` other than 0 says that this rank was asked to leave.
+    """Record an exit that is no failure. A `code` other than 0 means that this rank was asked to stop.
 
-    Returns what torchrun is to be told. Where the launcher reads the record that is 0, for torchrun would kill ranks
-    that are slower to leave, or start all of them again.
+    Returns the exit code for torchrun. If the launcher reads the record, this is 0, because on another code torchrun
+    would kill the ranks that exit later, or restart all ranks.
     """
     asked, folder = code != EXIT_OK, records_folder(environ)
     if folder is None:
@@ -174,7 +174,7 @@ def record_exit(environ: Mapping[str, str], code: int) -> int:
 
 
 def record_interrupt(environ: Mapping[str, str]) -> int:
-    """Record a Ctrl-C before training began: there is nothing to save."""
+    """Record a Ctrl-C before training began, when there is nothing to save."""
     folder = records_folder(environ)
     if folder is not None:
         ExitRecord(_rank(environ), INTERRUPTED, time.time()).write(folder)
@@ -182,14 +182,14 @@ def record_interrupt(environ: Mapping[str, str]) -> int:
 
 
 def report_config_error(environ: Mapping[str, str], error: UserError) -> int:
-    """Report what is wrong with the configuration: every rank of a machine finds the same, so the first one says it.
+    """Report an error of the configuration. All ranks of a machine have the same error, so the first rank prints it.
 
-    The others must not leave before it: torchrun would kill it while it speaks. They wait to be ended by torchrun in
-    their turn, and speak after all if nobody comes.
+    The others must not exit first, because torchrun would then kill the first rank while it prints. They wait until
+    torchrun kills them, and print the error themselves after `CONFIG_ERROR_WAIT_SECONDS`.
     """
     folder = records_folder(environ)
     if folder is not None:
-        _write_exit_record(folder, environ, error)  # the launcher shows it
+        _write_exit_record(folder, environ, error)  # the launcher prints it
         return error.exit_code
     if int(environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(CONFIG_ERROR_WAIT_SECONDS)
@@ -201,15 +201,16 @@ _exit_lock = threading.RLock()
 
 
 def acquire_exit_lock() -> None:
-    """See to it that this thread alone reports the end of this rank; wait for that end where another has begun to."""
+    """Let only this thread report the end of this rank. If another thread reports already, wait for the exit."""
     if not _exit_lock.acquire(blocking=False):
         time.sleep(EXIT_REPORT_SECONDS)
 
 
 def report_failure(environ: Mapping[str, str], error: BaseException, since: float | None = None) -> int:
-    """Report what ended this rank: in full, or in a line where the launcher shows the first failure in full.
+    """Report the error that ended this rank and return the exit code.
 
-    `since`: when it went wrong, in seconds since the epoch; now, if not given.
+    The report is complete, or one line if the launcher prints the first failure completely. `since`: time of the
+    failure in seconds since the epoch; None: now.
     """
     acquire_exit_lock()
     folder = records_folder(environ)
@@ -236,7 +237,7 @@ def _message_contains(error: BaseException, signs: tuple[str, ...]) -> bool:
 
 
 def _report_text(error: BaseException) -> str | None:
-    """What is shown of an error as it stands; None where it is the traceback that tells."""
+    """The report of an error, printed without a traceback; None for an error that needs its traceback."""
     if isinstance(error, UserError):
         return error.report
     return str(error) if isinstance(error, Fault) else None
@@ -261,7 +262,7 @@ def _write_exit_record(
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave with `code`. A failed rank leaves at once: a communicator that waits for the others must not hold it."""
+    """Exit with `code`. A failed rank skips cleanup, because a communicator that waits for others would block it."""
     if code == EXIT_OK:
         sys.exit(code)
     logging.shutdown()
@@ -279,19 +280,18 @@ def _rank(environ: Mapping[str, str]) -> int:
 
 
 def _is_first_to_report(report: str, environ: Mapping[str, str]) -> bool:
-    """Whether no other rank of this torchrun has said the same. The ranks agree through the store of its agent."""
+    """Whether no other rank of this torchrun has printed the same report. A counter in torchrun's store decides."""
     if int(environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
         store = _store(environ)
         return store is None or store.add("quadriga/report/" + hashlib.sha256(report.encode()).hexdigest(), 1) == 1
-    except RuntimeError:  # no store to ask: better said twice than not at all
+    except RuntimeError:  # the store is gone: a report that appears twice is better than none
         return True
 
 
 def _store(environ: Mapping[str, str]) -> Any:
-    """The store of torchrun, by a connection of our own. None before torch is imported, which is not done for this:
-    one rank alone can fail then."""
+    """A new connection to torchrun's store. None before torch is imported: a store alone is no reason to import it."""
     dist = sys.modules.get("torch.distributed")
     if dist is None:
         return None

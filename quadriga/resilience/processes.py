@@ -1,12 +1,12 @@
-"""What the processes of one run owe each other: to die with their parent, and to leave a note of how they ended.
+"""The process tree of a run: processes die with their parent, and ranks leave exit records.
 
-The launcher starts torchrun's agent, the agent starts the ranks. The launcher names a folder in the environment, in
-which every start of the ranks (torchrun may restart them) has a folder of its own. A rank leaves there
+The launcher starts torchrun's agent, and the agent starts the ranks. An environment variable of the launcher names a
+folder. Each start of the ranks has its own folder in it, because torchrun may restart them. A rank writes there
 
-    rank3.pid      while signals are requests to it that it answers at the end of a step, instead of its death
-    rank3.json     when it fails or ends: how
+    rank3.pid      while it handles signals as requests at the end of a step, so that they do not kill it
+    rank3.json     its exit record, when it fails or ends
 
-and the launcher reads them to deliver signals, and to tell whose error came first.
+The launcher reads them to forward signals and to find the first error.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path
 
 from quadriga.errors import EXIT_FAULT, EXIT_OK
 
-RECORDS = "QUADRIGA_EXIT_RECORDS"  # the folder of the records of this machine's ranks
+RECORDS = "QUADRIGA_EXIT_RECORDS"  # the folder of the exit records of this machine's ranks
 AGENT_PID = "QUADRIGA_AGENT_PID"  # the agent that started the ranks
-RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's: how often it has started the ranks again
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has restarted the ranks
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel (Linux alone has a way) to kill this process when the thread that started it ends.
+    """Set PR_SET_PDEATHSIG: the kernel kills this process when the thread that started it ends (Linux only).
 
-    `parent` is the process that is meant, where it is known: if it ended before the kernel was asked, this process has
-    another parent by now and leaves at once.
+    `parent`: process id of the expected parent, if known. If it ended before the call, this process already has another
+    parent, and exits at once.
     """
     if sys.platform != "linux":
         return
@@ -43,7 +43,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever our children leave behind, so that it can be collected (Linux alone has a way)."""
+    """Become the parent of the orphans of this process's children, so that it can reap them (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
@@ -52,8 +52,8 @@ def adopt_orphans() -> None:
 class ExitRecord:
     """How one rank ended. `time` in seconds since the epoch; `error` is one line, `details` the report or traceback.
 
-    `is_report`: the details are a report, to be shown as it is. `lost_peer`: this rank failed since another was gone.
-    `asked`: no failure; it left with this code since it was asked to, and torchrun was told 0.
+    `is_report`: the details are a report, to be printed unchanged. `lost_peer`: this rank failed because another was
+    gone. `asked`: no failure; the rank stopped on request with this code, and its exit code for torchrun was 0.
     """
 
     rank: int
@@ -66,12 +66,12 @@ class ExitRecord:
     asked: bool = False
 
     def write(self, folder: Path) -> None:
-        """Leave the record where the launcher looks."""
+        """Write the record into the folder that the launcher reads."""
         _write(folder / f"rank{self.rank}.json", json.dumps(asdict(self)))
 
 
 def records_folder(environ: Mapping[str, str]) -> Path | None:
-    """Where this rank leaves its record, made for this start of the ranks; None when no launcher waits for it."""
+    """The records folder of this start of the ranks, created if needed; None if no launcher reads records."""
     folder = environ.get(RECORDS)
     if not folder or not Path(folder).is_dir():
         return None
@@ -81,7 +81,7 @@ def records_folder(environ: Mapping[str, str]) -> Path | None:
 
 
 def last_start(folder: Path) -> Path:
-    """The records folder of the newest start of the ranks: what an earlier one left decides nothing."""
+    """The records folder of the newest start of the ranks. Records of earlier starts do not count."""
     starts = [path for path in folder.iterdir() if path.name.isdecimal()]
     return max(starts, key=lambda path: int(path.name), default=folder / "0")
 
@@ -93,14 +93,14 @@ def read_records(folder: Path) -> list[ExitRecord]:
 
 
 def first_failure(records: list[ExitRecord]) -> ExitRecord | None:
-    """The record of what went wrong first; a lost peer is a consequence."""
+    """The record of the first failure. The loss of a peer is a consequence, so it comes last."""
     failed = [record for record in records if record.code != EXIT_OK and not record.asked]
     return min(failed, key=lambda record: (record.lost_peer, record.time), default=None)
 
 
 @contextmanager
 def handle_signals(environ: Mapping[str, str]) -> Iterator[None]:
-    """Let the launcher know that this rank takes signals as stop requests."""
+    """Inform the launcher, by the file `rankN.pid`, that this rank handles signals as stop requests."""
     folder = records_folder(environ)
     if folder is None:
         yield
@@ -114,16 +114,16 @@ def handle_signals(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def ranks_with_handlers(folder: Path, parent: int) -> list[int]:
-    """The process ids of the ranks, started by `parent`, that take signals as stop requests now."""
+    """The process ids of the ranks started by `parent` that handle signals as stop requests now."""
     pids = []
     for note in folder.glob("rank*.pid"):
-        with suppress(FileNotFoundError):  # it has stopped to handle them just now
+        with suppress(FileNotFoundError):  # the rank has just removed its handlers
             pids.append(int(note.read_text()))
     return [pid for pid in pids if parent_of(pid) == parent]
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a running process; None where there is none."""
+    """The parent of a running process; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -132,7 +132,7 @@ def parent_of(pid: int) -> int | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file under its final name at once, so that a reader never sees half of it."""
+    """Write a file atomically, so that a reader never sees a partial file."""
     draft = path.with_suffix(f".draft{os.getpid()}")
     draft.write_text(text)
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""Where this rank stands, for those who watch it from other threads: the watchdog, and the report of a fault."""
+"""The step and phase of this rank, for readers in other threads: the watchdog and the failure report."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """`step` is the one under way, from 1; 0 before the first. `phase` is one of start, rendezvous, data, weights;
-    in a step data, forward and backward, gradient norm, optimizer, record; then validate, save, leave. `since` is when
-    the phase began, in seconds of time.monotonic(). `ticks` counts what was done within phases."""
+    """`step` is the current step, from 1; 0 before the first. `phase` is one of start, rendezvous, data, weights;
+    in a step data, forward and backward, gradient norm, optimizer, record; then validate, save, leave. `since` is the
+    start of the phase, in seconds of time.monotonic(). `ticks` counts units of progress within phases."""
 
     step: int = 0
     phase: str = "start"
     since: float = field(default_factory=time.monotonic)
     ticks: int = 0
-    before_first_pass: Callable[[], None] | None = None  # called once, when the first batch is there
+    before_first_pass: Callable[[], None] | None = None  # called once, when the first batch is ready
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Say that the rank has come to a phase."""
+        """Record that the rank enters a phase."""
         if phase == "forward and backward" and self.before_first_pass is not None:
             wait_for_all, self.before_first_pass = self.before_first_pass, None
             wait_for_all()
@@ -30,12 +30,12 @@ class Progress:
         self.step = self.step if step is None else step
 
     def tick(self) -> None:
-        """Say that the rank gets on within its phase."""
+        """Record progress within the phase."""
         self.ticks += 1
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """A phase, and after it the phase before, begun anew."""
+        """Enter a phase; afterwards re-enter the phase before it."""
         before = self.phase
         self.enter_phase(phase)
         yield
@@ -43,5 +43,5 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """For how long the rank has been in its phase."""
+        """Seconds that the rank has been in its phase."""
         return time.monotonic() - self.since

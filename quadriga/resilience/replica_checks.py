@@ -1,8 +1,8 @@
-"""Copies of the weights that must be equal to the bit: are they? (`health.replica_check_interval`)
+"""Checks that the replicas of the weights are equal to the bit (`health.replica_check_interval`).
 
-Replicas hold the same weights and get the same gradients, so nothing but broken hardware or a fault of software drives
-them apart, and no loss shows it. Each rank hashes the bits of its shards on the device; the hashes are compared along
-`dp_replicate`. That is one pass over the weights and two small collectives.
+Replicas hold the same weights and receive the same gradients. Only broken hardware or a software error makes them
+differ, and no loss shows it. Each rank hashes the bits of its shards on the device, and the hashes are compared along
+`dp_replicate`. The cost is one pass over the weights and two small collectives.
 """
 
 from __future__ import annotations
@@ -23,24 +23,22 @@ from quadriga.log import logger
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.units import format_some
 
-BITS = {1: torch.int8, 2: torch.int16}  # by bytes; wider numbers are read as several of 32 bits
-BLOCK = 1 << 22  # numbers that are hashed at once: 32 MiB of working memory, a few times
+BITS = {1: torch.int8, 2: torch.int16}  # by bytes per number; wider numbers are read as several of 32 bits
+BLOCK = 1 << 22  # numbers hashed at once: a few temporary tensors of 32 MiB
 MAX_NAMES = 4
 
 ReplicaReport = tuple[
     Sequence[int], dict[str, int]
-]  # a rank's place in the mesh; the hashes of shards that differ, by name
+]  # a rank's coordinate in the mesh; the hashes of its shards that differ, by name
 
 
 class ReplicaCheck:
-    """Compares every `interval` steps; never where `interval` is 0 or there is one copy alone."""
+    """Compares every `interval` steps; never if `interval` is 0 or there is only one copy."""
 
     def __init__(self, interval: int, parts: Sequence[torch.nn.Module], mesh: Mesh) -> None:
         copies = mesh.device_mesh["dp_replicate"].size()
         if interval > 0 and copies == 1:
-            logger.info(
-                "health.replica_check_interval: there is one copy of the weights, and nothing to compare it with"
-            )
+            logger.info("health.replica_check_interval: there is only one copy of the weights, so nothing is compared")
         self._interval = interval if copies > 1 else 0
         self._mesh = mesh
         self._named = [(strip_wrappers(name), p) for part in parts for name, p in part.named_parameters()]
@@ -50,10 +48,10 @@ class ReplicaCheck:
 
     @torch.no_grad()
     def compare(self, step: int) -> None:
-        """Call on all ranks. Raises CommonFault on all, naming replica, rank and parameter, where copies differ."""
+        """Call on all ranks. If copies differ, raises CommonFault on all ranks, with replica, rank and parameter."""
         hashes = hashes_of([parameter for _, parameter in self._named])
         group = self._mesh.device_mesh.get_group("dp_replicate")
-        # The greatest of the hashes and of their complements: the greatest and the least, in one collective.
+        # The maximum of the hashes and of their complements gives the maximum and the minimum in one collective.
         greatest, complement = collectives.all_reduced(torch.stack((hashes, ~hashes)), dist.ReduceOp.MAX, group)
         differs = greatest != ~complement
         if collectives.all_gather_numbers(differs.any().int()).any():
@@ -65,10 +63,10 @@ class ReplicaCheck:
 
 
 def hashes_of(parameters: Sequence[Tensor]) -> Tensor:
-    """A hash of the bits of this rank's shard of each, in their order: int64, shape (parameters,), on their device.
+    """A hash of the bits of this rank's shard of each parameter, in order: int64, shape (parameters,), on their device.
 
-    Each number is multiplied by an odd one that belongs to its place, and all are added up, modulo 2^64. One number
-    that changed shows for certain, since an odd number divides no power of two; several do, but once in 2^64.
+    The hash is the sum modulo 2^64 of each number times an odd weight of its position. If one number changed, the hash
+    always differs, because an odd weight is invertible modulo 2^64. If several changed, it is equal once in 2^64 cases.
     """
     shards = [_bits(parameter) for parameter in parameters]
     places = torch.arange(min(max(map(len, shards)), BLOCK), device=shards[0].device)
@@ -83,26 +81,26 @@ def hashes_of(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _bits(parameter: Tensor) -> Tensor:
-    """This rank's shard as integers in one row."""
+    """This rank's shard as integers, flattened."""
     local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().flatten()
     return local.view(BITS.get(local.element_size(), torch.int32))
 
 
 def _message_lines(step: int, reports: Sequence[ReplicaReport]) -> Iterator[str]:
     names = list(dict.fromkeys(name for _, hashes in reports for name in hashes))
-    yield f"step {step}: copies of the weights differ, which must be equal to the bit: {format_some(names, MAX_NAMES)}"
+    yield f"step {step}: copies of the weights differ, but must be equal to the bit: {format_some(names, MAX_NAMES)}"
     outliers = [rank for rank in range(len(reports)) if _is_outlier(rank, reports)]
     for rank in outliers:
-        yield f"rank {rank} (replica {reports[rank][0][1]}) holds other weights than most replicas do"
+        yield f"rank {rank} (replica {reports[rank][0][1]}) has other weights than most replicas"
     if not outliers:
         ranks = ", ".join(str(rank) for rank, (_, hashes) in enumerate(reports) if hashes)
-        yield f"between ranks {ranks}: of so few copies none can say which is right"
-    yield "saves since the last comparison that found all equal may hold wrong weights"
-    yield "to do: have the devices of these ranks checked; go on from an earlier save: --checkpoint.load_step"
+        yield f"between ranks {ranks}: there are too few copies to find the wrong one"
+    yield "checkpoints since the last comparison without a difference may have wrong weights"
+    yield "to do: check the devices of these ranks; resume from an earlier checkpoint: --checkpoint.load_step"
 
 
 def _is_outlier(rank: int, reports: Sequence[ReplicaReport]) -> bool:
-    """Whether a rank's hash of some shard is unlike that of most ranks that hold a copy of it."""
+    """Whether a rank's hash of some shard differs from that of the majority of its copies."""
     coordinate, own = reports[rank]
     copies = [hashes for other, hashes in reports if _shard(other) == _shard(coordinate)]
     for name, value in own.items():
@@ -113,5 +111,5 @@ def _is_outlier(rank: int, reports: Sequence[ReplicaReport]) -> bool:
 
 
 def _shard(coordinate: Sequence[int]) -> list[int]:
-    """A place in the mesh (pp, dp_replicate, dp_shard, cp, tp) without which copy it is."""
+    """A coordinate of the mesh (pp, dp_replicate, dp_shard, cp, tp) without dp_replicate."""
     return [*coordinate[:1], *coordinate[2:]]

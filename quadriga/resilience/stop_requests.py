@@ -1,9 +1,10 @@
-"""What is asked of a run from outside while it trains: to save, or to save and leave.
+"""Stop and save requests: signals, files and the save timer, agreed on by all ranks.
 
-SIGTERM, SIGINT, SIGUSR1 and SIGHUP, and a file `STOP` in the run folder, ask to leave; SIGUSR2 and a file `SAVE` ask to
-save and go on. Whichever rank is asked, all act at the same step: after each step the ranks start to tell each other
-what they were asked, and read it after the next one, so that nothing waits for it. What the clock of the first rank
-says (`checkpoint.interval_minutes`) travels with it.
+SIGTERM, SIGINT, SIGUSR1, SIGHUP and a file `STOP` in the run folder request a save and an exit. SIGUSR2 and a file
+`SAVE` request a save; training continues. A request reaches any rank, and all ranks must act at the same step. After
+each step all ranks start an asynchronous MAX all-reduce of the request flags on a gloo group of their own, and read the
+result after the next step. So no rank blocks. The save timer of the first rank (`checkpoint.interval_minutes`) uses the
+same flags.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from quadriga.resilience.processes import handle_signals, records_folder
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAVE_SIGNAL = signal.SIGUSR2
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
-BY_FILE = 128  # stands for the file STOP among the numbers of signals
-# What a rank found itself. The greatest number is the one that all act on.
+BY_FILE = 128  # represents the file STOP among the numbers of signals
+# Failures that a rank detects. All ranks act on the greatest number.
 BY_FAILED_WRITE, BY_LOST_FOLDER = 129, 130
 POLL_SECONDS = 1.0  # between two polls for the files
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after this step. `stop`: the number of the signal that asks for it, or `BY_FILE`.
+    """What all ranks do after this step. `stop`: the number of the signal that requests it, or a `BY_` constant.
 
-    `save`: on request, or since it is time.
+    `save`: on request, or because the timer has expired.
     """
 
     stop: int | None = None
@@ -46,7 +47,7 @@ class Decision:
 
 
 class StopRequests:
-    """Collects what is asked of this rank, and agrees with the others. Without checkpoints, saves are refused."""
+    """Collects the requests to this rank and reduces them over all ranks. With checkpoints off, saves are refused."""
 
     def __init__(
         self,
@@ -55,32 +56,35 @@ class StopRequests:
         group: dist.ProcessGroup | None,
         saves: bool,
     ) -> None:
-        """`group`: a gloo group of all ranks, used by this thread alone; None: one rank alone. `saves`: checkpoints are
+        """`group`: a gloo group of all ranks that only this thread uses; None for one rank. `saves`: checkpoints are
         on."""
         self._folder, self._environ, self._group = Path(folder), environ, group
         self._saves = saves
         self._is_first = group is None or dist.get_rank() == 0
-        self._stop, self._save = 0, False  # asked of this rank, by a signal or a file
-        self._save_file_seen = False  # a file SAVE: one that is dropped during a save asks for another
+        self._stop, self._save = 0, False  # requests to this rank, by a signal or a file
+        self._save_file_seen = False  # a file SAVE that appears during a save requests another one
         self._last_poll = time.monotonic()
-        self._identity = _identity(self._folder)  # of the run folder, which may be removed, or become another
+        self._identity = _identity(self._folder)  # the run folder may be removed or replaced
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._outdated = False  # what is pending was asked before a save that has been made since
+        self._outdated = False  # the pending requests are older than the last save, which fulfilled them
 
     @contextmanager
     def install_handlers(self) -> Iterator[None]:
-        """Take signals as requests from here on. Afterwards they do what they did before."""
+        """Handle signals as requests within the context. Afterwards the previous handlers are restored."""
         with ExitStack() as undo:
-            if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
                 for number in (*STOP_SIGNALS, SAVE_SIGNAL):
                     if number == SAVE_SIGNAL or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                         undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
                 undo.enter_context(handle_signals(self._environ))
             yield
-            self._finish()  # every rank has begun as many reductions as the others
+            self._finish()  # safe, because all ranks have started the same number of reductions
 
     def sync(self, save_is_due: bool = False) -> Decision:
-        """What the ranks agreed on. Call after every step, on all ranks. `save_is_due`: as the first rank finds."""
+        """The decision of all ranks on the requests up to the step before. Call after every step, on all ranks.
+
+        `save_is_due`: whether the save timer has expired; only the first rank's value counts.
+        """
         if self._is_first:
             self._poll_files()
         if self._save and not self._saves:
@@ -98,18 +102,18 @@ class StopRequests:
         return decision
 
     def report_write_failure(self) -> None:
-        """Ask all ranks to save and leave, since this one cannot write what it must."""
+        """Request a save and an exit of all ranks, because this rank cannot write a required file."""
         self._stop = max(self._stop, BY_FAILED_WRITE)
 
     def mark_saved(self) -> None:
-        """Say that a save has been made: it answers every request to save so far. Call on all ranks."""
+        """Record a finished save, which fulfils all save requests so far. Call on all ranks."""
         self._outdated = self._pending is not None
         if self._save_file_seen:
             self._save_file_seen = False
             self._remove(SAVE_FILE)
 
     def mark_stopped(self) -> None:
-        """Say that the run ends since it was asked to: that answers the request."""
+        """Remove the request files, because the run ends on request."""
         self._remove(STOP_FILE)
         self._remove(SAVE_FILE)
 
@@ -126,13 +130,13 @@ class StopRequests:
             self._save = True
             return
         if number == signal.SIGINT and self._stop == number and records_folder(self._environ) is None:
-            os.write(2, b"interrupted twice: left at once; saves that were finished before are whole\n")
+            os.write(2, b"interrupted twice: exit at once; checkpoints that were finished before are complete\n")
             os._exit(128 + number)
         if self._is_first and not self._stop:
-            what = "saves and leaves" if self._saves else "leaves"
+            what = "saves and exits" if self._saves else "exits"
             os.write(
                 2, f"{stop_cause_name(number)}: the run finishes its step, {what}\n".encode()
-            )  # a logger may be at work
+            )  # not by the logger, whose lock the interrupted code may hold
         self._stop = number
 
     def _poll_files(self) -> None:
@@ -150,41 +154,41 @@ class StopRequests:
         if self._is_first:
             try:
                 (self._folder / name).unlink(missing_ok=True)
-            except OSError as error:  # a folder of this name, or a disk that became read-only
+            except OSError as error:  # a folder with this name, or a disk that became read-only
                 logger.warning("%s cannot be removed (%s)", self._folder / name, error.strerror)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; (0, 0) where there is none, None where nobody can tell."""
+    """(device, inode) of a folder, to detect another one with its name; (0, 0) if it is missing, None if unknown."""
     try:
         status = os.stat(folder)
     except (FileNotFoundError, NotADirectoryError):
         return 0, 0
-    except OSError:  # a server that does not answer now is no folder that is gone
+    except OSError:  # a server that does not answer now does not mean that the folder is gone
         return None
     return status.st_dev, status.st_ino
 
 
 def stop_cause_name(cause: int) -> str:
-    """What asked for the end of the run, in words."""
+    """The text for the cause of a stop."""
     if cause in (BY_FAILED_WRITE, BY_LOST_FOLDER):
         return "a failed write" if cause == BY_FAILED_WRITE else "the loss of the run folder"
     return f"the file {STOP_FILE}" if cause == BY_FILE else signal.Signals(cause).name
 
 
 def log_exit(cause: int, step: int, steps: int, checkpoint: str | None) -> int:
-    """Say where a run stands that leaves on request. Returns the exit code.
+    """Log the state of a run that ends on request. Returns the exit code.
 
     Args:
-        cause: as agreed.
-        checkpoint: where `step` is saved; None: nowhere.
+        cause: `stop` of the decision.
+        checkpoint: the folder in which `step` is saved; None if it is not saved.
     """
     code = EXIT_SAVED if checkpoint else 128 + (signal.SIGTERM if cause == BY_FILE else cause)
-    where = f"{stop_cause_name(cause)}: left after step {step} of {steps}"
+    where = f"{stop_cause_name(cause)}: stopped after step {step} of {steps}"
     if checkpoint:
-        logger.info("%s; saved in %s, and the same start goes on from there (exit code %d)", where, checkpoint, code)
+        logger.info("%s; saved in %s; the same command resumes from there (exit code %d)", where, checkpoint, code)
     else:
-        logger.info("%s; nothing was saved, for checkpoints are off (exit code %d)", where, code)
+        logger.info("%s; nothing was saved, because checkpoints are off (exit code %d)", where, code)
     return code
 
 

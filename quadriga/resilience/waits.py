@@ -1,4 +1,4 @@
-"""For how long this rank has waited for others, as far as that can be seen from another thread of it."""
+"""Measures how long this rank has waited for other ranks, from another thread of the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PIPELINE = "torch.distributed.pipelining"  # over gloo, its messages are not in 
 
 
 class StableTimer:
-    """For how long a value has been the same, by the clock of this process."""
+    """Measures for how many seconds a value has been the same, by the clock of this process."""
 
     def __init__(self) -> None:
         self._value: Any = None
@@ -29,7 +29,7 @@ class StableTimer:
 
 
 class Wait(NamedTuple):
-    """A wait of `seconds` so far, in `operation`, of `limit` seconds that are allowed; `host`: in a host group."""
+    """A wait of `seconds` so far, in `operation`, with `limit` seconds allowed; `host`: in a host group."""
 
     seconds: float
     operation: str
@@ -42,15 +42,16 @@ class Wait(NamedTuple):
 
 
 def worst_wait(waits: Iterable[Wait], default: Wait) -> Wait:
-    """The one to report. Host groups have messages under way that nobody waits for, so training comes first."""
+    """The wait to report. Host groups may have pending operations that no thread waits for, so training comes first."""
     return max(waits, key=lambda wait: (wait.is_too_long, not wait.host, wait.seconds), default=default)
 
 
 class WaitTracker:
-    """Follows the operations of this rank. `launched` is the number of them, as of the last look."""
+    """Tracks the operations of this rank. `launched` is their number at the last poll."""
 
     def __init__(self, limit: float, host_limit: float, short: float) -> None:
-        """Seconds: what a wait in training may take, what one in a host group may, and what is not worth a look."""
+        """All in seconds. `limit`: for a wait in training; `host_limit`: in a host group; `short`: shorter waits are
+        ignored."""
         self._limit, self._host_limit, self._short = limit, host_limit, short
         self._groups: dict[str, StableTimer] = {}
         self._operations: dict[tuple[str, int], flight_recorder.GroupOperation | None] = {}
@@ -58,7 +59,7 @@ class WaitTracker:
         self.launched = 0
 
     def poll(self) -> tuple[Wait | None, Wait | None]:
-        """The longest wait in training, and in host groups: those may be of another thread."""
+        """The longest wait in training, and the longest in host groups, which may be that of another thread."""
         traffic = flight_recorder.traffic()
         self.launched = sum(group.launched for group in traffic.values())
         stuck = {name: group for name, group in traffic.items() if group.ended < group.launched}
@@ -73,18 +74,18 @@ class WaitTracker:
 
     def _wait(self, group: str, ended: int, seconds: float) -> Wait:
         key = group, ended
-        if key not in self._operations:  # slow to ask for, so once a wait
+        if key not in self._operations:  # the query is slow, so it is made once per wait
             self._operations = {old: name for old, name in self._operations.items() if old[0] != group}
             self._operations[key] = flight_recorder.oldest_pending(group)
         found = self._operations[key]
-        if found is None:  # not one of training, which would have waited for it instead of recording others
+        if found is None:  # not of training: that would have waited for it, and launched no others
             return Wait(seconds, "an operation that is no longer recorded", self._host_limit, host=True)
         name = f"{found.kind} of group {found.group} ({found.purpose}), its operation {ended + 1}"
         host = found.purpose == HOST
         return Wait(seconds, name, self._host_limit if host else self._limit, host)
 
     def _pipeline_message_seconds(self) -> float:
-        """For how long the main thread has stood in a wait of the pipeline without doing anything at all."""
+        """Seconds that the main thread has been in a wait of the pipeline without using CPU time."""
         main = threading.main_thread().ident or 0
         frame = sys._current_frames().get(main)
         if frame is None or not frame.f_globals.get("__name__", "").startswith(PIPELINE):

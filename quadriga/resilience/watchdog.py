@@ -1,17 +1,17 @@
-"""Ends a run that stands still, and says which rank it waited for, or where it hangs.
+"""Ends a run that makes no progress, and reports which rank it waited for, or where it hangs.
 
-A thread on every rank looks at the main thread, and says through the rendezvous store where its rank is.
+A thread on every rank samples the main thread and sends heartbeats through the rendezvous store.
 
-Until the first step has ended (`starting`), also on one rank: the run stands still when no rank has made progress (see
-`activity`) for `TIMEOUT_SHARE` of `comm.init_timeout_seconds`. A download or a compilation of any length is no hang.
+Until the first step has ended (`starting`), also on one rank: the run hangs if no rank makes progress (see `activity`)
+for `TIMEOUT_SHARE` of `comm.init_timeout_seconds`. A download or a compilation of any length is no hang.
 
-After the first step: when a rank has waited in a collective for longer than `TIMEOUT_SHARE` of the time allowed, or
-waits while the next rank has been silent for as long, it compares what all ranks say. At one rank nobody waits, and the
-thread ends.
+After the first step, a rank compares the heartbeats of all ranks in two cases: it has waited in a collective for longer
+than `TIMEOUT_SHARE` of the allowed time, or it waits and the next rank has been silent for as long. A single rank never
+waits, so its thread ends.
 
-Whoever finds out raises the alarm. On the alarm every rank writes down its stack and its last collectives, a silent one
-is made to by a signal from a rank on its machine, and all leave with exit code 4. The timeouts of the process groups,
-which name nobody, come later.
+The rank that detects a hang raises the alarm. Then every rank writes its stack and its last collectives. A rank on the
+same machine sends a signal to a silent rank, so that it does so too. All exit with code 4. The timeouts of the process
+groups, which name no rank, come later.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from quadriga.resilience.processes import RESTART_COUNT, parent_of
 from quadriga.resilience.progress import Progress
 from quadriga.resilience.waits import StableTimer, Wait, WaitTracker, worst_wait
 
-TIMEOUT_SHARE = 0.7  # of the time that a collective may take; the rest is for finding out, and for leaving
+TIMEOUT_SHARE = 0.7  # of the time that a collective may take; the rest is for the comparison and the exit
 HEARTBEATS = 60  # in the same time
-RANKS_PER_SECOND = 4000  # that one store serves
+RANKS_PER_SECOND = 4000  # heartbeats per second that one store can serve
 READING_GAP = 4  # heartbeats between two readings: a rank that is alive has sent one
-ALIVE_SECONDS = 1.0  # between two readings, at least
-STACK_HEARTBEATS = 6  # in which a rank has to show its stack
+ALIVE_SECONDS = 1.0  # minimum time between two readings
+STACK_HEARTBEATS = 6  # time for a rank to write its stack
 NONE = "-"  # no alarm, no leader
 
 
 class Watchdog:
-    """Watches this rank and the next, from `start` on; a context that ends the watch when it is left."""
+    """Watches this rank and the next, from `start` on. As a context manager it stops at the end of the context."""
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class Watchdog:
         traces_folder: str,
         environ: Mapping[str, str],
     ) -> None:
-        """`host_timeout_seconds`: how long collectives of host groups may take."""
+        """`host_timeout_seconds`: time limit of collectives in host groups."""
         self.progress, self._environ, self._comm = progress, environ, comm
         progress.before_first_pass = lambda: self.store_barrier("first batch")
         self._in_barrier = False
-        self.events: EventLog | None = None  # where an end is logged, once there is an event log
+        self.events: EventLog | None = None  # for the fault, once the run is built
         self._rank, self._world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         self._limit, self._host_limit = TIMEOUT_SHARE * comm.train_timeout_seconds, TIMEOUT_SHARE * host_timeout_seconds
         self._start_limit = TIMEOUT_SHARE * comm.init_timeout_seconds
@@ -79,7 +79,7 @@ class Watchdog:
         self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
         self._heartbeat = Heartbeat(self._rank, socket.gethostname(), os.getpid())
         self._last_heartbeats: dict[int, Heartbeat] = {}  # the last heartbeat of each rank that was read
-        self._warned = False  # of values that no rank wrote
+        self._warned = False  # about values that no rank wrote
         self._reset()
         self._stopped, self._next_round = threading.Event(), threading.Event()
         self._store: PrefixStore | None = None
@@ -91,14 +91,14 @@ class Watchdog:
         return max(seconds / HEARTBEATS, self._world_size / RANKS_PER_SECOND)
 
     def _reset(self) -> None:
-        """Forget for how long anything has stood still: it was this process that did not run."""
+        """Restart all clocks, because this process itself was suspended."""
         self._waits = WaitTracker(self._limit, self._host_limit, short=2 * self._pause)
         self._next_rank_timer, self._leader_timer = StableTimer(), StableTimer()
         self._activity.reset()
-        self._store_answered = time.monotonic()  # the store, last
+        self._store_answered = time.monotonic()  # time of the store's last answer
 
     def _reset_if_suspended(self, then: float, pause: float) -> None:
-        """After a pause: one that took far longer is one in which this process did not run."""
+        """Call after a pause. If it took far longer than intended, this process was suspended."""
         if time.monotonic() - then > READING_GAP * pause + 1:
             self._reset()
 
@@ -107,7 +107,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Where the run has failed the thread is not waited for: it may be held by a store that is gone."""
+        """After a failure the thread is not joined, because it may wait for a store that is gone."""
         if error is None:
             self.stop()
         elif not self._ending:
@@ -122,7 +122,7 @@ class Watchdog:
         except OSError as error:
             what, fix = (
                 f"cannot be written: {error.strerror}",
-                "remove what lies there, make room, or name another folder",
+                "remove the file there, free disk space, or set another folder",
             )
             raise UserError(Problem("comm.save_traces_folder", what, str(self._traces), fix=fix)) from error
         if number := stack_signal():
@@ -131,18 +131,18 @@ class Watchdog:
         self._thread.start()
 
     def store_barrier(self, name: str) -> None:
-        """Wait for all ranks, for as long as one of them gets on: a collective would give up after a fixed time.
+        """Wait for all ranks, without a limit while one of them makes progress; a collective has a fixed time limit.
 
-        Without torchrun's store collectives alone hold the ranks together, and their time limits count.
+        Without torchrun's store this does nothing: then the ranks meet in a collective, with its time limit.
         """
         if self._world_size == 1 or self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return
         store, pause, everyone = self._open_store(), 0.002, f"{name}/all"
-        self._activity.reset()  # it got as far as this, and waits from now on
+        self._activity.reset()  # reaching the barrier is progress; waiting in it is none
         self._in_barrier = True
         try:
-            # Names, whose values nobody reads: a counter that a stranger wrote over would end the store. The first rank
-            # looks for all of them, the others for its answer alone.
+            # Keys whose values are never read: on a counter that another process overwrote, the store would fail. The
+            # first rank checks the keys of all ranks; the others check only the key that it sets then.
             store.set(f"{name}/{self._rank}", "here")
             names = [f"{name}/{rank}" for rank in range(self._world_size)] if self._rank == 0 else []
             while not store.check([everyone]):
@@ -151,12 +151,12 @@ class Watchdog:
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, 0.5)
-            self._activity.reset()  # all have come
+            self._activity.reset()  # all ranks are here
         finally:
             self._in_barrier = False
 
     def first_step_done(self) -> None:
-        """From now on it is the others who tell whether this rank is late. Call on all ranks."""
+        """From now on a rank is late if other ranks wait for it. Call on all ranks."""
         if self._world_size == 1:
             self.stop()
             return
@@ -166,7 +166,7 @@ class Watchdog:
         self._next_round.set()
 
     def stop(self) -> None:
-        """Watch no more: this rank does not train any longer."""
+        """Stop the thread, because this rank no longer trains."""
         if self._stopped.is_set() or self._thread is None or self._stack_file is None:
             return
         self._stopped.set()
@@ -187,20 +187,20 @@ class Watchdog:
             try:
                 self._check_peers(wait, host_wait, overdue)
                 self._store_answered = time.monotonic()
-            except RuntimeError:  # of the store: its machine is gone, or it does not answer in time
-                # A busy store may answer again, and in a start no rank waits for this one in a collective.
+            except RuntimeError:  # from the store: its machine is gone, or it does not answer in time
+                # A busy store may answer again, and before the first step no rank waits in a collective.
                 lost = not self._starting or time.monotonic() - self._store_answered > self._start_limit
                 if overdue is not None and lost:
                     self._abort(self._build_report({self._rank: self._heartbeat}, (), overdue, store_answers=False))
                 if self._starting:
-                    self._store = None  # a connection that broke never answers: the next round makes another
+                    self._store = None  # a broken connection never answers; the next round opens another
             then, pause = time.monotonic(), self._pause
             self._next_round.wait(pause)
             self._next_round.clear()
             self._reset_if_suspended(then, pause)
 
     def _start_wait(self) -> tuple[Wait | None, Wait | None]:
-        """For how long this rank has made no progress, before its first step has ended."""
+        """The time without progress of this rank, before the end of its first step."""
         seconds = self._activity.poll(waits=self._in_barrier)
         where = f"phase {self._phase!r}"
         return Wait(seconds, f"{where}, without progress", self._start_limit), None
@@ -211,16 +211,16 @@ class Watchdog:
         return f"{self.progress.phase}: compile" if compiles else self.progress.phase
 
     def _connect(self) -> None:
-        """Reach the store, where there are others to hear of; torchrun's is there before its ranks are."""
-        ours = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if self._store is not None or self._world_size == 1 or not (ours or dist.is_initialized()):
+        """Connect to the store, if there are other ranks. Torchrun's store exists before its ranks start."""
+        agent = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self._store is not None or self._world_size == 1 or not (agent or dist.is_initialized()):
             return
         self._store = self._open_store()
         for key in ("alarm", "leader"):
             self._store.compare_set(key, "", NONE)
 
     def _open_store(self) -> PrefixStore:
-        """A connection of its own, in a corner of this start of the ranks."""
+        """A new connection, with a key prefix for this start of the ranks."""
         host, port = self._environ["MASTER_ADDR"], int(self._environ["MASTER_PORT"])
         timeout = timedelta(seconds=max(READING_GAP * self._pause, 1.0))
         store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -247,7 +247,7 @@ class Watchdog:
             self._store.set("leader", NONE)  # the leader itself has stopped
 
     def _next_rank_timeout(self, store: PrefixStore, wait: Wait | None) -> Wait | None:
-        """Our own wait, made as long as the next rank has been silent, where that is too long in training."""
+        """This rank's wait with the seconds of the next rank's silence, if that is too long in training; else None."""
         next_rank = (self._rank + 1) % self._world_size
         heartbeat = self._read_heartbeats(store, [next_rank])[next_rank]
         seconds = self._next_rank_timer.seconds(heartbeat.count)
@@ -257,7 +257,7 @@ class Watchdog:
         return wait._replace(seconds=seconds) if wait and seconds > self._limit and not heartbeat.finished else None
 
     def _diagnose(self, store: PrefixStore, overdue: Wait) -> None:
-        """Compare what the ranks say, and raise the alarm unless the rank that is late has come meanwhile."""
+        """Compare the heartbeats of all ranks, and raise the alarm unless the late rank has arrived meanwhile."""
         starting = self._starting
         before = self._read_heartbeats(store, range(self._world_size))
         for _ in range(max(READING_GAP, round(ALIVE_SECONDS / self._pause))):
@@ -269,7 +269,7 @@ class Watchdog:
         silent = hang_report.silent_ranks(before, after)
         waits = [wait for wait in (self._start_wait() if starting else self._waits.poll()) if wait is not None]
         stuck = any(wait.is_too_long for wait in waits)
-        if starting:  # all must stand still: one that gets on will come
+        if starting:  # a hang only if no rank makes progress: a rank that does will arrive
             stuck = self._starting and stuck and not hang_report.moving_ranks(after, silent, self._start_limit)
         elif silent:
             stuck = True
@@ -278,7 +278,7 @@ class Watchdog:
             self._abort(self._read_alarm(store, store.compare_set("alarm", NONE, own.to_json())) or own)
 
     def _read_alarm(self, store: PrefixStore, text: bytes) -> HangReport | None:
-        """What the store holds as alarm; None where there is none. What is no alarm of ours is taken back."""
+        """The alarm in the store, or None. A value that no rank wrote is removed."""
         if text == NONE.encode():
             return None
         try:
@@ -310,7 +310,7 @@ class Watchdog:
         )
 
     def _send_heartbeat(self, wait: Wait | None = None, host_wait: Wait | None = None) -> None:
-        """Let the others know where this rank is. Messages to the store are few and small."""
+        """Send this rank's state to the store: one small message."""
         starting = self._starting
         waits = wait if not starting or self._activity.communicates or self._in_barrier else None
         self._heartbeat = replace(
@@ -328,19 +328,19 @@ class Watchdog:
             self._store.set(str(self._rank), self._heartbeat.to_json())
 
     def _read_heartbeats(self, store: PrefixStore, ranks: range | list[int]) -> dict[int, Heartbeat]:
-        """What ranks have said last; a rank that has not begun to speak is silent."""
+        """The last heartbeat of each rank; one with count 0 for a rank that has sent none."""
         keys = [str(rank) for rank in ranks]
         if not store.check(keys):
             keys = [key for key in keys if store.check([key])]
         for key, text in zip(keys, store.multi_get(keys), strict=True):
-            with suppress(UserError):  # not written by the rank, which will say it again
+            with suppress(UserError):  # overwritten by another process; the rank will send the next one
                 heartbeat = Heartbeat.from_json(text)
                 if heartbeat.rank == int(key):
                     self._last_heartbeats[heartbeat.rank] = heartbeat
         return {rank: self._last_heartbeats.get(rank, Heartbeat(rank, "?", 0)) for rank in ranks}
 
     def _abort(self, report: HangReport) -> NoReturn:
-        """Write down what this rank knows, and leave; this thread alone reports its end."""
+        """Log the fault, write stacks and traces, and exit. This thread alone reports the end of the rank."""
         process_guards.acquire_exit_lock()
         self._ending = True
         try:
@@ -354,10 +354,10 @@ class Watchdog:
             os._exit(EXIT_STALLED)
 
     def _dump_state(self, report: HangReport) -> str:
-        """Leave this rank's stack and last collectives in the traces folder. Returns the stack of the late rank."""
+        """Write this rank's stack and last collectives into the traces folder. Returns the stack of the late rank."""
         assert self._stack_file is not None
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
-        # Before a silent rank is ended, at which torchrun ends the others.
+        # Before a silent rank is killed, because torchrun then kills the others.
         flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
         late, deadline = report.late, time.monotonic() + STACK_HEARTBEATS * self._pause + 1
         if late is not None and self._rank == late.rank and self._store is None:
@@ -376,7 +376,7 @@ class Watchdog:
         return ""
 
     def _dump_stack_of(self, late: Heartbeat, deadline: float) -> str:
-        """Have a silent rank on this machine write down its stack, and end it: it may never do so by itself."""
+        """Make a silent rank on this machine write its stack, and kill it, because it may never exit by itself."""
         number, path, stack = stack_signal(), self._stack_path(late.rank), ""
         if not number or parent_of(late.pid) != os.getppid():
             return stack
@@ -390,9 +390,9 @@ class Watchdog:
         return stack
 
     def _stack_path(self, rank: int) -> Path:
-        return self._traces / f"stack_{rank}.txt"  # a name in which torch's tools do not see a trace
+        return self._traces / f"stack_{rank}.txt"  # a name that torch's tools do not take for a trace
 
 
 def stack_signal() -> int | None:
-    """What makes a rank write down its stack, whatever it does; None where the system has no such signals."""
+    """The signal on which a rank writes its stack, whatever it does; None if the system has no such signals."""
     return signal.SIGRTMIN + 5 if hasattr(signal, "SIGRTMIN") else None

@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank; `python -m quadriga.train` without torchrun is a run of one rank."""
+"""The program that torchrun starts on every rank; without torchrun, `python -m quadriga.train` is a run of one rank."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from quadriga.resilience import process_guards
 HELP = """usage: python -m quadriga.train --job.config_file FILE [--section.key value ...]        one rank
        torchrun --nproc_per_node=N torchtitan/train.py --job.config_file FILE [...]    N ranks
 
-./run_train.sh does the second with its checks made before anything starts, and without torchrun's noise; its --help
-tells the signals that a run heeds, and all exit codes.
+./run_train.sh does the second. It checks the configuration first and hides torchrun's own output. Its --help lists the
+signals that a run handles and all exit codes.
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the configuration, hold the run folder, train. Returns the exit code of this rank."""
+    """Read the configuration, lock the run folder, train. Returns the exit code of this rank."""
     environ = os.environ
     if problems := invalid_variables(environ):
         print(UserError(*problems).report, file=sys.stderr)
@@ -49,18 +49,18 @@ def main(argv: Sequence[str]) -> int:
     try:
         first = environ.get("RANK", "0") == "0"
         with process_guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
-            from quadriga.train.loop import run as train  # imports torch, which a wrong configuration need not wait for
+            from quadriga.train.loop import run as train  # imports torch, slowly: errors above come without that delay
 
             ended = process_guards.exit_code_after_restart(environ)
             return process_guards.record_exit(environ, train(run, environ)) if ended is None else ended
     except KeyboardInterrupt:
         return process_guards.record_interrupt(environ)
-    except Exception as error:  # noqa: BLE001 - whatever it was, it is reported and recorded once, here
+    except Exception as error:  # noqa: BLE001 - the one place where errors of any kind are reported and recorded
         return process_guards.report_failure(environ, error)
 
 
 def invalid_variables(environ: Mapping[str, str]) -> list[Problem]:
-    """What torchrun sets, and a user may have set by hand."""
+    """Problems of the variables that torchrun sets; a user may have set them by hand."""
     problems = []
     bounds = {"RANK": (0, RANKS), "WORLD_SIZE": (1, RANKS), "LOCAL_RANK": (0, RANKS), "MASTER_PORT": (0, 65535)}
     for name, (least, most) in bounds.items():
@@ -70,13 +70,13 @@ def invalid_variables(environ: Mapping[str, str]) -> list[Problem]:
                 Problem(name, "not a number that this variable can have", text, "environment", f"{least} to {most}")
             )
     if not problems and int(environ.get("RANK", "0")) >= int(environ.get("WORLD_SIZE", "1")):
-        what = "there is no such rank; torchrun sets both"
+        what = "not below WORLD_SIZE; torchrun sets both"
         problems.append(Problem("RANK", what, environ["RANK"], "environment", "0 to WORLD_SIZE - 1"))
     return problems
 
 
 def read_run(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
-    """Start logging and read the run, or raise UserError with everything that is wrong."""
+    """Start logging and read the run. Raises UserError with all problems of the configuration."""
     try:
         start_logging(environ)
     except ValueError:
@@ -94,14 +94,14 @@ def read_run(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
     )
     if run.config.only_rehearses:
         key = "comm.mode" if run.config.comm.mode != "default" else "memory_estimation.enable"
-        fix = "start it with ./run_train.sh, which rehearses without ranks; or remove the key to train"
-        raise UserError(Problem(key, "this run is only rehearsed, which needs no ranks", fix=fix))
+        fix = "start it with ./run_train.sh, which needs no ranks for this; or remove the key to train"
+        raise UserError(Problem(key, "this key asks for a dry run, but ranks were started", fix=fix))
     return run
 
 
 def run_rank() -> NoReturn:
-    """The whole life of the process that torchrun starts."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a request to save is no harm before there is anything to save
+    """Run the process that torchrun starts, and exit with its code."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a save request must not kill the process before training begins
     process_guards.end_process(main(sys.argv[1:]))
 
 

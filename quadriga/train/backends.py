@@ -1,5 +1,4 @@
-"""The backend as the ranks find it: what PyTorch and the device offer, the collectives that follow, and what the run
-leaves of it in `metrics.jsonl`."""
+"""The backend of a run: what torch and the device support, the collectives to use, the record in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ from quadriga.planning.heap import heap_of
 
 
 def machine_for(backend: str | None, local_rank: int) -> Machine:
-    """This rank's machine, as far as `backend` depends on it."""
+    """The properties of this rank's machine that `backend` depends on."""
     cuda, facts = torch.cuda.is_available(), BACKENDS.get(backend or "")
     offers = {}
     if facts is not None and facts.needs == NCCL_SYMMETRIC:
         offers[NCCL_SYMMETRIC] = collectives.has_symmetric_memory()
-    elif facts is not None and facts.needs == NVSHMEM and cuda:  # its library may complain where it is not found
+    elif facts is not None and facts.needs == NVSHMEM and cuda:  # without CUDA its library may print errors
         offers[NVSHMEM] = nvshmem.is_offered()
     asked = cuda and facts is not None and facts.capability is not None
     capability = torch.cuda.get_device_capability(local_rank) if asked else None
@@ -38,7 +37,7 @@ def machine_for(backend: str | None, local_rank: int) -> Machine:
 def collectives_for_shards(
     run: Run, backend: str, mesh: Mesh, device: torch.device, environ: MutableMapping[str, str] = os.environ
 ) -> ShardCollectives | None:
-    """What `fully_shard` is to use in the place of torch's own; None where it keeps those. Call on all ranks.
+    """The collectives that `fully_shard` uses instead of torch's; None if it keeps torch's. Call on all ranks.
 
     Raises:
         UserError: the user's NVSHMEM_SYMMETRIC_SIZE is too small for this run.
@@ -47,13 +46,13 @@ def collectives_for_shards(
     if heap is not None and backend == "nvshmem":
         environ[VARIABLE] = symmetric_size(heap, environ)
     if heap is not None:
-        logger.debug("memory that peers write into: %s", heap)
+        logger.debug("symmetric memory: %s", heap)
     group = mesh.fsdp.get_group("dp_shard")
     return open_shard_collectives(backend, group, heap, device, run.config.comm.init_timeout_seconds)
 
 
 def write_backends_record(loggers: Sequence[Logger], run: Run, backend: str, attempt: int, first_step: int) -> None:
-    """Begin this start's part of `metrics.jsonl` with a record of which backend serves which axis."""
+    """Begin this start's part of `metrics.jsonl` with a record of the backend of each axis."""
     record = {
         "kind": "backends",
         "step": first_step,

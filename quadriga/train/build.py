@@ -1,4 +1,4 @@
-"""The composition root: the one place where a whole configuration becomes the parts of a run."""
+"""The composition root: builds the parts of a run from the configuration."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 
 @dataclass
 class Trainer:
-    """Everything that the loop calls. The run's moving parts are in `state`; nothing else changes but `last_record`."""
+    """The parts that the loop uses. Everything that changes from step to step is in `state`, except `last_record`."""
 
     run: Run
     backend: str
-    shard_collectives: ShardCollectives | None  # what `fully_shard` uses in the place of torch's own collectives
+    shard_collectives: ShardCollectives | None  # used by `fully_shard` instead of torch's collectives
     device: torch.device
     mesh: Mesh
     state: TrainState
@@ -86,14 +86,14 @@ class Trainer:
     last_record: Record | None = None  # of a training step
 
     def write(self, record: Record | None) -> None:
-        """Give a record to every logger; None, between logging steps, to nobody."""
+        """Give a record to every logger; None, between logging steps, to none."""
         if record is not None:
             self.last_record = record if record["kind"] == "train" else self.last_record
             for writer in self.loggers:
                 writer.write(record)
 
     def close(self) -> None:
-        """Wait for what is still being written, and end the threads."""
+        """Wait for pending writes, and end the threads."""
         self.state.loader.close()
         if self.validator is not None:
             self.validator.loader.close()
@@ -106,7 +106,7 @@ class Trainer:
 
 
 def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
-    """Build every part in the order of need, and go on from the newest checkpoint where there is one."""
+    """Build all parts in the order of their dependencies, and resume from the newest checkpoint, if there is one."""
     config, spec, progress = run.config, run.spec, watchdog.progress
     set_numerics(run)
     progress.enter_phase("rendezvous")
@@ -141,7 +141,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     state.progress = progress
     state.health = HealthMonitor(config.health, device)
     step_config = build_step_config(run, mesh, device, parts)
-    watchdog.store_barrier("built")  # before a rank waits for another in a collective, which has a time limit
+    watchdog.store_barrier("built")  # without a time limit, unlike the collectives that follow
     patience = config.checkpoint.timeout_seconds
     checkpoints = CheckpointManager(
         config.checkpoint, spec.folders.checkpoint, process_group.host_group(patience), log_event=events.log_event
@@ -211,7 +211,7 @@ def build_parts(
     fill: Fill = materialize,
     shard_collectives: ShardCollectives | None = None,
 ) -> tuple[nn.Module, ...]:
-    """The whole model, or the pipeline stages of it that this rank holds, ascending."""
+    """The whole model, or this rank's pipeline stages of it, in ascending order."""
     plan = registry.parallel_plan(run.spec.model)
     if mesh.pp.size() == 1:
         return (build_part(run, mesh, device, plan, fill, shard_collectives),)
@@ -240,7 +240,7 @@ def build_part(
     shard_collectives: ShardCollectives | None,
     blocks_before: int = 0,
 ) -> nn.Module:
-    """On meta, cut, then made real: no rank ever holds what it does not keep. `plan`: of the part, or of the whole."""
+    """Build on the meta device, shard, then allocate: a rank allocates only its shards. `plan`: of this part."""
     config, spec = run.config, run.spec
     with torch.device("meta"):
         model = registry.build_model(spec.model).to(getattr(torch, config.training.dtype))
@@ -268,7 +268,7 @@ def build_part(
 
 
 def build_state(run: Run, parts: tuple[nn.Module, ...], loader: Loader, attempt: int = 1) -> TrainState:
-    """The state before the first step."""
+    """The training state before the first step."""
     named = [pair for part in parts for pair in part.named_parameters()]
     optimizer = build_optimizer(named, run.config.optimizer)
     precompute_scales(optimizer, parts, float8_of(run))
@@ -277,7 +277,7 @@ def build_state(run: Run, parts: tuple[nn.Module, ...], loader: Loader, attempt:
 
 
 def float8_of(run: Run) -> LinearFloat8 | None:
-    """How linear layers compute in float8; None where no converter asks for it."""
+    """The float8 settings of linear layers; None if no converter requests float8."""
     return run.config.quantize.linear.float8 if FLOAT8 in run.config.model.converters else None
 
 
@@ -304,7 +304,7 @@ def build_forward_backward(
     seq_len: int,
     divisor: int = 1,
 ) -> ForwardBackward:
-    """The way of `rows` sequences of `seq_len` tokens through the model; losses are divided by `divisor`."""
+    """Forward and backward for `rows` sequences of `seq_len` tokens; losses are divided by `divisor`."""
     parallelism = run.config.parallelism
     loss = build_loss(run, device, parts, divisor)
     positions = local_positions(
@@ -335,7 +335,7 @@ def build_forward_backward(
 
 
 def build_loss(run: Run, device: torch.device, parts: tuple[nn.Module, ...], divisor: int) -> Loss:
-    """Of what the model returns and the labels: the summed cross-entropy over `divisor`."""
+    """The loss as a function of the model's output and the labels: the summed cross-entropy divided by `divisor`."""
     compile, gathered = run.config.compile, run.config.parallelism.disable_loss_parallel
     sliced = run.spec.degrees.tp > 1 and not gathered
     cross_entropy = maybe_compile_loss(summed_cross_entropy, compile, sliced_on_cpu=sliced and device.type == "cpu")
@@ -375,10 +375,10 @@ def build_validator(
 
 
 def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
-    """Without page-locked memory where the run computes on CPU: to lock it would open a GPU wherever there is one."""
+    """The section, with `pin_memory` off if the run computes on a CPU, because pinning memory would initialize CUDA."""
     if not section.pin_memory or device.type == "cuda":
         return section
-    logger.info("data: dataloader.pin_memory has no effect, since this run does not compute on CUDA")
+    logger.info("data: dataloader.pin_memory has no effect, because this run does not compute on CUDA")
     return section.model_copy(update={"pin_memory": False})
 
 

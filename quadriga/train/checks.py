@@ -1,4 +1,4 @@
-"""What is looked at or written down after every step, beside figures: documents, bad steps, copies of the weights."""
+"""What is checked and recorded after every step, besides metrics: documents, bad steps, replicas of the weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from quadriga.train.bad_records import BadRecords
 
 @dataclass(frozen=True)
 class Checks:
-    """Of one rank. `documents`: None where they are not asked for, or another rank reads the same rows."""
+    """The checks of one rank. `documents`: None if they are not logged, or another rank reads the same rows."""
 
     documents: DocumentLog | None
     bad_steps: BadSteps
     replicas: ReplicaCheck
-    bad_records: BadRecords | None = None  # None where another rank reads the same rows
+    bad_records: BadRecords | None = None  # None if another rank reads the same rows
 
     def after_step(self, metrics: StepMetrics, record: Record | None) -> None:
-        """`record`: the step's, if it has one. Raises CommonFault on all ranks where the run must not go on."""
+        """`record`: the step's, if it has one. Raises CommonFault on all ranks if the run must stop."""
         if self.documents is not None:
             self.documents.write(metrics.step, metrics.documents)
         if self.bad_records is not None:
@@ -32,7 +32,7 @@ class Checks:
             self.replicas.compare(metrics.step)
 
     def before_save(self) -> None:
-        """A step that calls for the end of the run, unseen so far, ends it before the save. Raises as `after_step`."""
+        """Check pending steps before a save, so that a bad one stops the run first. Raises as `after_step`."""
         self.bad_steps.check_pending()
 
     def close(self) -> None:

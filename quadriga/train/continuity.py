@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint is still the same training, and what else has changed since."""
+"""Compares a resumed run with its checkpoint: refuses another training, and reports other changes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from quadriga.errors import UserError
 from quadriga.log import logger
 
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
-PATH_KEYS = {"job.config_file", "job.dump_folder"}  # another one is no change of the run
+PATH_KEYS = {"job.config_file", "job.dump_folder"}  # other paths do not change the run
 
 
 def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
-    """Show what differs from the configuration of the checkpoint.
+    """Log the differences from the configuration of the checkpoint.
 
-    Raises UserError where the model, the data, the seed or the batch differ, and `checkpoint.allow_change` is not set.
+    Raises:
+        UserError: the model, the data, the seed or the batch differ, and `checkpoint.allow_change` is not set.
     """
     here = run_facts(run)
     for key, was, now in config_changes(saved["config"], here["config"], started_with(saved)):
@@ -30,7 +31,7 @@ def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None
         wrong += [
             problem
             for problem in loader.differences(saved["dataloader"])
-            if not problem.where.endswith(("seed", "global_batch_size"))  # said above
+            if not problem.where.endswith(("seed", "global_batch_size"))  # reported above
         ]
     if wrong and not run.config.checkpoint.allow_change:
         raise UserError(*wrong)
@@ -39,10 +40,10 @@ def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None
 
 
 def config_changes(saved: Mapping[str, Any], here: Mapping[str, Any], old_defaults: Mapping[str, Any]) -> list[Change]:
-    """Every key of two configurations whose value differs, except where the run lies.
+    """Every key whose value differs between two configurations, except the paths of the run.
 
-    A key that the saved one lacks did not exist then, and is taken as its default of today; a key that is gone is None.
-    `old_defaults`: what the saved one meant by keys that it may lack and whose default has changed, by key."""
+    A key that the saved one lacks did not exist then, and has today's default; a key that was removed since is None.
+    `old_defaults`: by key, the old values of keys that the saved one may lack and whose default has changed."""
     defaults = dict(flatten(JobConfig().model_dump(mode="json")))
     was, now = {**defaults, **old_defaults, **dict(flatten(saved))}, dict(flatten(here))
     keys = sorted((was.keys() | now.keys()) - PATH_KEYS)

@@ -1,4 +1,4 @@
-"""The event log of a run (`metrics.events`) from its first line on, and the number of this start of the run."""
+"""Opens the event log of a run (`metrics.events`) and numbers this start of the run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from quadriga.metrics.loggers import JSONL_NAME
 
 
 def open_event_log(spec: RunSpec, backend: str) -> EventLog:
-    """Number this start of the run, and log it. Call on all ranks when the process group stands."""
+    """Number this start of the run, and log it. Call on all ranks after the process group is initialized."""
     folder = Path(spec.folders.dump)
     if collectives.rank() != 0:
         return EventLog(folder, collectives.rank(), broadcast_json(None))
-    # The first rank decides, for it alone writes what the number is read from: a start may have ended before its first
-    # figures, another one before its first event.
+    # The first rank decides, because it alone writes the two files that give the number. Both are read: a start may
+    # have ended before its first metrics, another one before its first event.
     attempt = max(_next_attempt(folder / name) for name in (JSONL_NAME, EVENTS_NAME))
     events = EventLog(folder, 0, broadcast_json(attempt))
     facts = {"world_size": spec.world_size, "layout": asdict(spec.degrees), "backend": backend}
@@ -31,11 +31,11 @@ def open_event_log(spec: RunSpec, backend: str) -> EventLog:
 
 
 def _next_attempt(path: Path) -> int:
-    """By what an earlier start left; 1 where that cannot be read. It is set aside then."""
+    """The number after that of the last start in the file; 1 if the file is not readable, which is then set aside."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ensure_appendable(path)
         return next_attempt(path)
     except (OSError, UserError) as error:
-        logger.warning("%s cannot be read: starts of this run are counted anew (%s)", path, error)
+        logger.warning("%s cannot be read: the starts of this run are numbered from 1 again (%s)", path, error)
         return 1

@@ -1,12 +1,12 @@
-"""The next batch of every rank, or none: a rank that cannot read its data ends the run for all at the last whole step.
+"""The next batch of every rank; if one rank cannot read its data, all ranks stop after the last complete step.
 
-1. A rank whose data cannot be read takes an empty batch, so that the others' collectives find it where they expect it.
-2. Once they have their batch, the ranks start a small MAX all-reduce on a gloo group: did one have none?
-3. Before the optimizer they read it. If so, no rank takes the step: weights and optimizer are those of the step before,
-   the place in the data is put back, and every rank raises the same `DataFault`.
+1. A rank whose data cannot be read takes an empty batch, so that it still joins the collectives of the step.
+2. After they have their batch, the ranks start an asynchronous MAX all-reduce of a failure flag on a gloo group.
+3. Before the optimizer step they read the result. If a rank failed, no rank takes the step: weights and optimizer are
+   those of the step before, the cursors in the data are restored, and every rank raises the same `DataFault`.
 
-Invariant: either all ranks take a step with whole batches, or none does. In a validation the ranks agree on each batch
-before they use it: there is no step to give up.
+Invariant: either all ranks take a step with complete batches, or none does. In a validation the ranks wait for the flag
+of each batch before they use it, because there is no step to abandon.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quadriga.json_collectives import all_gather_json, error_from_json, error_to
 
 
 class DataFault(Exception):
-    """Raised by all ranks alike after the last whole step; `error` is what ended the reading."""
+    """Raised by all ranks after the last complete step; `error` is the cause."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -33,33 +33,33 @@ class DataFault(Exception):
 
 
 class Feed:
-    """Takes batches from a loader, and agrees with the other ranks that all have one."""
+    """Takes batches from a loader, and checks that all ranks have one."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """`group`: a gloo group of all ranks, used by this thread alone; None: nobody is asked."""
+        """`group`: a gloo group of all ranks that only this thread uses; None: no other rank is checked."""
         self._group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._error: Exception | None = None
         self._before: dict[int, Cursor] = {}
 
     def next(self, loader: Loader) -> Batch:
-        """The next batch; an empty one where it cannot be read, of which `check` tells. Raises DataFault where nobody
-        is asked."""
+        """The next batch; an empty one if it cannot be read, which `check` then reports. Without a group, raises
+        DataFault at once."""
         self._before = loader.snapshot()
         batch = self._read(loader)
         self._start_agreement()
         return loader.empty() if batch is None else batch
 
     def check(self, loader: Loader) -> None:
-        """Call on all ranks before the step changes anything. Raises DataFault on all where one had no batch; the
-        loader is then where it stood before `next`."""
+        """Call on all ranks before the step changes anything. Raises DataFault on all ranks if one had no batch; the
+        loader then has the state from before `next`."""
         if self._failed_somewhere():
             loader.restore(self._before)
             self._raise_common()
 
     def one_pass(self, loader: Loader) -> Iterator[Batch]:
-        """The batches of one pass over a loader that is not endless, from its beginning. Call on all ranks: where one
-        cannot read a batch, all raise DataFault instead of using it."""
+        """The batches of one pass over a finite loader, from its beginning. Call on all ranks: if one cannot read a
+        batch, all raise DataFault instead of using theirs."""
         iter(loader)
         while True:
             batch = self._read(loader)
@@ -71,20 +71,20 @@ class Feed:
             yield batch
 
     def _read(self, loader: Loader) -> Batch | None:
-        """The next batch; None at the end of a pass, and where it cannot be read: then `_error` says why."""
+        """The next batch; None at the end of a pass, or if it cannot be read: then `_error` is set."""
         self._error = None
         try:
             return loader.next()
         except StopIteration:
             return None
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        except Exception as error:  # of any kind: the other ranks must not wait for this one
             if self._group is None:
                 raise DataFault(error) from error
             self._error = error
             return None
 
     def _start_agreement(self) -> None:
-        """Start to ask whether any rank met an error."""
+        """Start the all-reduce of the failure flag."""
         if self._group is None:
             return
         failed = torch.tensor([self._error is not None], dtype=torch.int64)
@@ -93,7 +93,7 @@ class Feed:
         self._pending = work, failed
 
     def _failed_somewhere(self) -> bool:
-        """The answer; False where nobody was asked."""
+        """Whether any rank failed; False without a group."""
         if self._pending is None:
             return False
         (work, failed), self._pending = self._pending, None
@@ -106,7 +106,7 @@ class Feed:
 
 
 def _common_error(records: list[Any]) -> Exception:
-    """One error for all ranks: every problem that a user can mend, else what the first rank met."""
+    """One error for all ranks: all problems that a user can correct, else the error of the first failed rank."""
     errors = [error_from_json(record) for record in records if record is not None]
     problems = dict.fromkeys(problem for error in errors if isinstance(error, UserError) for problem in error.problems)
     return UserError(*problems) if problems else errors[0]

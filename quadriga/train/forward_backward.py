@@ -1,4 +1,4 @@
-"""How a batch goes forward and backward: through a whole model, or through a pipeline of its parts."""
+"""Forward and backward of a batch: through a whole model, or through a pipeline of its stages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LossContext = Callable[[], AbstractContextManager[None]]
 
 
 class ForwardBackward(Protocol):
-    """Both return this rank's part of the loss, detached: parts of all ranks of `Mesh.loss_group` add up."""
+    """Both methods return this rank's part of the loss, detached, shape (). The parts add up over `Mesh.loss_group`."""
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
-        """Forward and backward: gradients are added to those that are there.
+        """Forward and backward; gradients are accumulated.
 
         `reduce` and `last`: see `parallel.data_parallel.set_gradient_sync`.
         """
@@ -33,14 +33,14 @@ class ForwardBackward(Protocol):
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What this rank takes of every sequence. `positions`: int64 (its tokens,), on the device."""
+    """This rank's part of every sequence. `positions`: int64, shape (local tokens,), on the device."""
 
     device: torch.device
     positions: Tensor
     seq_len: int
 
     def select(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens and labels on the device, each (rows, its tokens)."""
+        """Tokens and labels on the device, each of shape (rows, local tokens)."""
         tokens = batch.tokens.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         if len(self.positions) == self.seq_len:
@@ -50,7 +50,7 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class WholeForwardBackward:
-    """The whole model is here. `loss` takes what it returns, and the labels."""
+    """The rank holds the whole model. `loss` is a function of its output and the labels."""
 
     model: nn.Module
     loss: Loss
@@ -73,7 +73,7 @@ class WholeForwardBackward:
 
 @dataclass(frozen=True)
 class PipelineForwardBackward:
-    """Some stages of the model are here."""
+    """The rank holds some stages of the model."""
 
     pipeline: Pipeline
     loss_context: LossContext

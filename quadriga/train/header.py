@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step and after its last."""
+"""The header before the first step of a run, and the summary after its last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quadriga.units import format_count, format_seconds
 
 
 def log_header(trainer: Trainer) -> None:
-    """The header: what, where, layout, batch arithmetic, parameters, backend. To the log."""
+    """Log the header: model, data, ranks, backends, layout, batch, length, formats and run folder."""
     run, spec, state = trainer.run, trainer.run.spec, trainer.state
     for notice in spec.notices:
         logger.info("notice: %s", notice)
@@ -52,13 +52,13 @@ def header_rows(trainer: Trainer) -> list[tuple[str, str]]:
         ("run folder", spec.folders.dump),
     ]
     if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
-        how = "once a step" if spec.reduce_gradients == "once" else "after every micro-batch"
+        how = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
         rows.insert(6, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
     return rows
 
 
 def log_if_finished(run: Run) -> bool:
-    """Whether the newest checkpoint is the last step already; then say so, and how to go on from there."""
+    """Whether the newest checkpoint is of the last step already. If so, log it, and how to extend the run."""
     section, spec = run.config.checkpoint, run.spec
     found = titan.find_newest(spec.folders.checkpoint, section.load_step, least=spec.steps)  # on every rank
     if found is None or found.step < spec.steps:
@@ -70,7 +70,7 @@ def log_if_finished(run: Run) -> bool:
 
 
 def print_summary(trainer: Trainer, seconds: float) -> None:
-    """The result of a run, to standard output, from rank 0: what it reached and where everything is."""
+    """Print the result of a run and the paths of its files to standard output, on rank 0."""
     if collectives.rank() != 0:
         return
     spec, config, state = trainer.run.spec, trainer.run.config, trainer.state

@@ -1,4 +1,4 @@
-"""Hugging Face: weights of theirs that a run starts from, and the last step's weights in their form."""
+"""Hugging Face weights: loads them at the start of a run, and exports those of the last step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from quadriga.units import format_seconds
 
 
 def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
-    """Where `checkpoint.initial_load_in_hf` asks for it, fill the parts of the model on this rank; how many positions
-    the weights were made for, 0 where nothing is loaded. Call on all ranks of a run that has no checkpoint of its own.
-    Raises UserError on every rank where the weights do not fit."""
+    """With `checkpoint.initial_load_in_hf`, load Hugging Face weights into this rank's parts of the model.
+
+    Returns the number of positions that the weights were trained for; 0 if nothing is loaded. Call on all ranks of a
+    run without a checkpoint. Raises UserError on every rank if the weights do not fit."""
     section = run.config.checkpoint
     if not (section.enable and section.initial_load_in_hf):
         return 0
@@ -36,8 +37,8 @@ def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
 
 
 def export_last_step(run: Run, step: int) -> None:
-    """Where `checkpoint.last_save_in_hf` asks for it, write `step-N-hf` beside `step-N`, which must be published. Call
-    on all ranks. Raises CheckpointError on every rank where it cannot be written; `step-N` is whole all the same."""
+    """With `checkpoint.last_save_in_hf`, write `step-N-hf` next to `step-N`, which must be published. Call on all
+    ranks. Raises CheckpointError on every rank if it cannot be written; `step-N` is then still complete."""
     section = run.config.checkpoint
     if not (section.enable and section.last_save_in_hf) or section.load_only:
         return

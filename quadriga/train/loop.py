@@ -1,4 +1,4 @@
-"""The run: build, go on from where it stood, step until done, leave everything that a run should leave."""
+"""The run: build, resume, train until the last step or a stop request, write the final files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from quadriga.train.step import train_step
 
 
 def run(run: Run, environ: Mapping[str, str]) -> int:
-    """Train as `run` says, on this rank. Returns the exit code; faults are raised."""
+    """Train on this rank with the configuration `run`. Returns the exit code; faults are raised."""
     patience = run.config.checkpoint.timeout_seconds
     watchdog = Watchdog(run.config.comm, patience, Progress(), run.spec.folders.comm_traces, environ)
     with watchdog, record_failure(run, watchdog.progress) as context:
@@ -52,8 +52,8 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
             if unreadable is not None:
                 save_last_whole_step(trainer)
                 raise unreadable
-            # Not in a `finally`: a rank that fails leaves at once. Waiting for others in a broken run may never end,
-            # and an error made by closing would hide the first one. Every line and event is on disk when it is written.
+            # Not in a `finally`: a rank that fails exits at once. A wait for other ranks in a broken run may never end,
+            # and an error in `close` would hide the first one. Records and events are written to disk immediately.
             trainer.state.progress.enter_phase("leave")
             trainer.close()
             if stop_cause is None:
@@ -69,11 +69,11 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
 
 
 def train(trainer: Trainer) -> int | None:
-    """From the step that the state stands at to the last one, or to one after which all ranks agreed to leave: then
-    what asked for it."""
+    """Train from the current step to the last one, or until all ranks agree on a stop request. Returns the cause of
+    the stop, None after the last step."""
     state, spec, stop_cause = trainer.state, trainer.run.spec, None
     started_at = state.step
-    gc.disable()  # collected when we choose, on all ranks at the same step: a straggler makes all wait
+    gc.disable()  # collected explicitly, on all ranks at the same step, because one slow rank delays all
     with trainer.profiler:
         while state.step < spec.steps and stop_cause is None:
             metrics = train_step(state, trainer.step_config, trainer.mesh)
@@ -95,15 +95,15 @@ def train(trainer: Trainer) -> int | None:
             if trainer.checkpoints.should_save(state.step, last, wanted=decision.save or stop_cause is not None):
                 save(trainer, last)
             if trainer.validator and trainer.validator.is_due(state.step):
-                validate(trainer)  # after the save: what ends a validation costs no step
+                validate(trainer)  # after the save, so that a failed validation costs no step
             if state.step % trainer.run.config.training.gc_freq == 0:
                 collect_garbage(trainer)
     return stop_cause
 
 
 def save_last_whole_step(trainer: Trainer) -> None:
-    """What is saved, and told, before a run ends that cannot read its data. Call on all ranks; raises nothing that
-    would hide that."""
+    """Save the last complete step before a run with unreadable data ends. Call on all ranks. Logs faults of the save
+    instead of raising them, because they would hide the data error."""
     state, section = trainer.state, trainer.run.config.checkpoint
     state.optimizer.zero_grad(set_to_none=True)
     if not section.enable or section.load_only or state.step == 0:
@@ -117,21 +117,21 @@ def save_last_whole_step(trainer: Trainer) -> None:
         return
     path = trainer.checkpoints.on_first_rank(lambda: _saved_at(trainer.run.spec.folders.checkpoint, state.step))
     if path is not None:
-        logger.info("the data cannot be read on; step %d is saved in %s: a start goes on from there", state.step, path)
+        logger.info("the data cannot be read; step %d is saved in %s: a start resumes from there", state.step, path)
 
 
 def lost_folder_fault(trainer: Trainer) -> CommonFault:
-    """What all ranks raise when the run folder is gone, or another one has its name."""
+    """The fault that all ranks raise if the run folder is gone, or another one has its name."""
     folder, state = trainer.run.spec.folders.dump, trainer.state
     return CommonFault(
-        f"the run folder {folder} was removed or replaced in mid-run: stopped after step {state.step}\n"
-        "nothing was written into what has its name now; saves that lie elsewhere are whole\n"
-        "to do: find out who removed it; restore it from a copy to go on from its newest save, or begin anew"
+        f"the run folder {folder} was removed or replaced during the run: stopped after step {state.step}\n"
+        "nothing was written into a folder that replaced it; checkpoints in other folders are complete\n"
+        "to do: find out who removed it; restore it from a copy to resume from its newest checkpoint, or start anew"
     )
 
 
 def finish_on_request(trainer: Trainer, stop_cause: int) -> int:
-    """The end of a run that was asked to leave; the exit code."""
+    """End a run that was asked to stop. Returns the exit code; faults are raised."""
     state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
     log_event(trainer, "signal", name=stop_requests.stop_cause_name(stop_cause))
     trainer.stop_requests.mark_stopped()
@@ -143,19 +143,19 @@ def finish_on_request(trainer: Trainer, stop_cause: int) -> int:
     if stop_cause == stop_requests.BY_FAILED_WRITE:
         raise write_failure_fault(trainer, path)
     if path is None:
-        what = f"asked to leave, but step {state.step} could not be saved (see above)"
-        raise Fault(f"{what}: a start goes on from the save before")
+        what = f"asked to stop, but step {state.step} could not be saved (see above)"
+        raise Fault(f"{what}: a start resumes from the checkpoint before")
     return stop_requests.log_exit(stop_cause, state.step, spec.steps, path)
 
 
 def write_failure_fault(trainer: Trainer, path: str | None) -> CommonFault:
-    """What all ranks raise where `metrics.on_write_failure` says to stop; `path`: where the last step is saved."""
+    """The fault that all ranks raise if `metrics.on_write_failure` is "stop". `path`: checkpoint of the last step."""
     reason = trainer.failures.reason or "another rank could not write its files"
     saved = f"saved in {path}" if path else "not saved"
     return CommonFault(
         f'{reason}, and metrics.on_write_failure is "stop"\n'
         f"stopped after step {trainer.state.step}, which is {saved}\n"
-        "to do: make room or mend the folder, and start again; or train on without: --metrics.on_write_failure go_on"
+        "to do: free disk space or repair the folder, and start again; or --metrics.on_write_failure go_on"
     )
 
 
@@ -165,13 +165,13 @@ def _saved_at(folder: str, step: int) -> str | None:
 
 
 def log_event(trainer: Trainer, event: str, **facts: Any) -> None:
-    """Add to the event log what is logged once for all ranks."""
+    """Add an event to the log on the first rank, once for all ranks."""
     if trainer.events.rank == 0:
         trainer.events.log_event(event, trainer.state.step, **facts)
 
 
 def bytes_by_collective(trainer: Trainer) -> dict[str, Any]:
-    """What our own collectives carried on this rank, where there are any: bytes by kind of call."""
+    """Bytes by kind of call that Quadriga's own collectives carried on this rank; empty if it uses none."""
     return (
         {"carried": dict(trainer.shard_collectives.bytes_by_collective)}
         if trainer.shard_collectives and trainer.shard_collectives.bytes_by_collective
@@ -197,7 +197,7 @@ def save(trainer: Trainer, last: bool) -> None:
 
 
 def collect_garbage(trainer: Trainer) -> None:
-    """The young generations each time; everything, with a report, where `training.gc_debug` asks for it."""
+    """Collect the young generations; with `training.gc_debug` all of them, and log the counts."""
     if trainer.run.config.training.gc_debug:
         logger.info("garbage: %d objects collected, %d tracked", gc.collect(), len(gc.get_objects()))
     else:

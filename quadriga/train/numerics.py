@@ -1,4 +1,4 @@
-"""What holds for the whole process: seed, determinism, and how (and how fast at most) matrices are multiplied."""
+"""Process-wide numerics: seed, determinism, precision of matrix products, and the peak rate of the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from quadriga.config.schema import Training
 from quadriga.hardware import find_device
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-ROWWISE = ("rowwise",)  # recipes whose scales are taken of what eager kernels would have rounded
+ROWWISE = ("rowwise",)  # recipes whose scales must come from numbers rounded as in eager kernels
 
 
 def set_numerics(run: Run) -> None:
-    """Call before the first operation on a device: cuBLAS reads its variable when it is opened.
+    """Call before the first operation on a device, because cuBLAS reads its variable when it is initialized.
 
-    `debug.deterministic` makes torch choose kernels whose results repeat, and gives cuBLAS a workspace of a fixed size,
-    without which torch refuses its products; a workspace that the environment names is kept.
+    `debug.deterministic` makes torch choose kernels with repeatable results. It also sets a cuBLAS workspace of a fixed
+    size, without which torch refuses matrix products; a workspace set in the environment is kept.
     """
     config = run.config
     torch.manual_seed(run.spec.seed)
@@ -30,13 +30,13 @@ def set_numerics(run: Run) -> None:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
     if "quantize.linear.float8" in config.model.converters and config.quantize.linear.float8.recipe_name in ROWWISE:
-        # Fused kernels keep more digits than bfloat16 between two operations: the scale of a row would not be that of
-        # the numbers that are cast by it (https://github.com/pytorch/pytorch/issues/150859).
+        # Fused kernels keep more precision than bfloat16 between two operations, so the scale of a row would not match
+        # the numbers that are cast with it (https://github.com/pytorch/pytorch/issues/150859).
         torch._inductor.config.emulate_precision_casts = True
 
 
 def peak_flops(device: torch.device, training: Training) -> float | None:
-    """The dense peak of this device in FLOP/s at the computing dtype; None where the device is not in the table."""
+    """The dense peak of this device in FLOP/s for the compute dtype; None if the device is not in the table."""
     if device.type != "cuda":
         return None
     known = find_device(torch.cuda.get_device_name(device))

@@ -1,4 +1,4 @@
-"""What a checkpoint takes of a run, and how a run is put back where one stood."""
+"""What a checkpoint saves of a run, and how a run is restored from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quadriga.train.titan import resume_from_titan
 
 
 def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
-    """Put the state where the newest good checkpoint stood; leave it alone where there is none."""
+    """Restore the state from the newest good checkpoint; without one, load Hugging Face weights if requested."""
     state.progress.enter_phase("weights")
     found = checkpoints.find()
     if found is None:
@@ -59,7 +59,7 @@ def saved_tensors(state: TrainState) -> dict[str, Stateful]:
 
 
 def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, the places of all ranks in the data included. Call on all ranks."""
+    """What a checkpoint holds besides tensors, including the data cursors of all ranks. Call on all ranks."""
     data = state.loader.state_dict()
     for other in all_gather_json(data["lanes"]):
         data["lanes"].update(other)
@@ -79,7 +79,7 @@ def saved_extra(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
-    """The reverse of `saved_extra`; parts that `checkpoint.exclude_from_loading` took out stay as they are."""
+    """The inverse of `saved_extra`; parts in `checkpoint.exclude_from_loading` are unchanged."""
     if "train_state" in extra:
         state.step = extra["train_state"]["step"]
         state.tokens_seen = extra["train_state"]["tokens_seen"]
@@ -92,4 +92,4 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
     if not state.loader.differences(extra["dataloader"]):
         state.loader.load_state_dict(extra["dataloader"])
     else:  # only with `checkpoint.allow_change`
-        logger.warning("these are other data than the checkpoint's: reading begins at their start")
+        logger.warning("the data differ from the checkpoint's: reading begins at their start")

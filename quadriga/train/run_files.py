@@ -1,4 +1,4 @@
-"""What a run folder says of itself: the configuration as resolved, and the machine that it ran on."""
+"""Describes a run in its folder: the resolved configuration, the environment and the estimate."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_config_and_environment(
 
 
 def _write(path: Path, text: str, failures: WriteFailures) -> None:
-    """Replace a file by another, whole; whatever lay there, a FIFO too, is no longer there."""
+    """Replace a file atomically. Anything else at the path is removed (also a FIFO), or set aside (a folder)."""
     draft = path.with_name(f".{path.name}.draft")
     with failures.tolerated(str(path)):
         draft.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,10 @@ def _write(path: Path, text: str, failures: WriteFailures) -> None:
 
 
 def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int, failures: WriteFailures) -> None:
-    """Leave `estimate.json`: what this run should hold, send and take on the device that it runs on.
+    """Write `estimate.json`: predicted memory, communication and step time of this run on its device.
 
-    A copy for this start of the run goes to `estimates/attempt-N.json`, with which the traces of this start can be
-    compared after a resume on another layout.
+    A copy for this start of the run goes to `estimates/attempt-N.json`, so that the traces of this start can still be
+    compared with it after a resume on another layout.
     """
     known = find_device(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     predicted = estimate(run, known)
@@ -82,9 +82,9 @@ def write_estimate(folder: Path, run: Run, device: torch.device, attempt: int, f
 
 
 def describe_environment(backend: str, degrees: Degrees, device: torch.device) -> dict[str, Any]:
-    """Versions, devices, git commit and command: enough to explain the run a year later.
+    """Versions, devices, git commit and command, to reproduce the run later.
 
-    A run that computes on CPU does not ask GPUs for their names, which would open them."""
+    A run that computes on a CPU does not query GPUs, because that would initialize CUDA."""
     on_cuda = device.type == "cuda"
     return {
         "quadriga": quadriga.__version__,
@@ -111,7 +111,7 @@ def describe_environment(backend: str, degrees: Degrees, device: torch.device) -
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Quadriga, Python and the libraries that shape the numbers."""
+    """The versions of Quadriga, Python and the libraries that affect the numbers."""
     libraries = {name: version for name in LIBRARIES if (version := installed_version(name))}
     return {"quadriga": quadriga.__version__, "python": platform.python_version(), **libraries}
 
@@ -124,7 +124,7 @@ def installed_version(name: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree was changed; None outside a checkout."""
+    """The commit, and whether the tree has changes; None outside a checkout."""
     root = Path(quadriga.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

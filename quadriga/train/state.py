@@ -1,4 +1,4 @@
-"""What changes from step to step, and nothing else."""
+"""The state of a run that changes from step to step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 @dataclass
 class TrainState:
-    """The moving parts of a run.
+    """Everything that a step changes.
 
-    `parts` is the whole model, or the pipeline stages of it that this rank holds. `step` counts finished optimizer
-    steps; `tokens_seen` the tokens they trained on. `attempt` counts the starts of this run in its folder, from 1;
-    replayed steps carry the higher attempt. `device` is the one that this rank computes on. `progress` says where this
-    rank is within a step; `health` judges each step; `feed` takes the batches.
+    `parts` is the whole model, or this rank's pipeline stages of it. `step` counts finished optimizer steps;
+    `tokens_seen` the tokens that they trained on. `attempt` counts the starts of this run in its folder, from 1;
+    records of repeated steps have the higher attempt. `device` is the one that this rank computes on. `progress` holds
+    the current phase; `health` judges each step; `feed` takes the batches.
     """
 
     parts: tuple[nn.Module, ...]
@@ -34,7 +34,7 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     attempt: int = 1
-    max_positions: int = 0  # of the sequences that the weights were made for before this run
+    max_positions: int = 0  # longest sequence that the weights were trained for before this run
     progress: Progress = field(default_factory=Progress)
     health: HealthMonitor = field(default_factory=HealthMonitor)
     device: torch.device = CPU

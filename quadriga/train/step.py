@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What every step of a run has in common.
+    """The settings that all steps of a run share.
 
-    Losses and gradients are parts that add up: each micro-batch of each rank contributes the sum over its tokens
-    divided by `tokens_per_step`, the tokens of the whole run's step.
+    Losses and gradients are sums: each micro-batch of each rank contributes the sum over its tokens divided by
+    `tokens_per_step`, the number of tokens of a step over all ranks.
     """
 
     forward_backward: ForwardBackward
@@ -43,26 +43,29 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     Args:
         logits: (batch, seq, vocab), any float dtype.
         labels: (batch, seq) int64; `IGNORE` is not counted.
+
+    Returns:
+        float32, shape ().
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMetrics:
-    """Take the next batch, train on it, and leave the step's numbers on the device.
+    """Take the next batch and train on it. The metrics stay on the device, so that the host does not wait.
 
-    Raises DataFault on all ranks, with the state of the step before, where one of them had no batch."""
+    Raises DataFault on all ranks if one of them had no batch; the state is then that of the step before."""
     progress = state.progress
     progress.enter_phase("data", state.step + 1)
     with record_function("quadriga:data_wait"):
         batch = state.feed.next(state.loader)
     progress.enter_phase("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
-    loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # whose sum does not depend on the order
+    loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # float64, so that the order does not matter
     for micro_batch, is_last in with_last(batch.micro_batches(step_config.micro_batch_rows)):
         reduce = step_config.reduce_gradients == "every_micro_batch"
         loss += step_config.forward_backward.train(micro_batch, reduce=reduce, last=is_last)
         progress.tick()
-    state.feed.check(state.loader)  # from here on the step changes what a checkpoint holds
+    state.feed.check(state.loader)  # before the first change of what a checkpoint holds
     progress.enter_phase("gradient norm")
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)

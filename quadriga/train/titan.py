@@ -1,4 +1,4 @@
-"""A run of torchtitan goes on here: the step, the tokens, the learning rate, and the place in the data."""
+"""Continues a run of torchtitan: restores the step, the tokens, the learning rate, and the position in the data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from quadriga.train.state import TrainState
 
 
 def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> None:
-    """Put what is no tensor where a checkpoint of torchtitan stood; parts that `checkpoint.exclude_from_loading` took
-    out stay as they are. One line says what could not be known. The schedule is this run's: a function of the step.
+    """Restore everything except tensors from a checkpoint of torchtitan; parts in `checkpoint.exclude_from_loading` are
+    unchanged. A warning lists what the checkpoint does not contain. The schedule is this run's, a function of the step.
     """
     if "train_state" in found.extra:
         state.step, tokens = found.extra["train_state"]["step"], found.extra["train_state"]["tokens_seen"]
         if tokens is None:
             tokens = state.step * run.spec.tokens_per_step
-            _warn("it does not say how many tokens it has seen: taken as this run's batch times its steps")
+            _warn("it does not contain the number of tokens seen: assumed as this run's batch times its steps")
         state.tokens_seen = tokens
     if "lr_scheduler" in found.extra:
         fast_forward(state.schedule, found.extra["lr_scheduler"]["done"])
@@ -33,30 +33,30 @@ def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> Non
 
 
 def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
-    """Read on where torchtitan's loader stood, if these data are read in the order in which it reads them."""
+    """Continue reading where torchtitan's loader stopped, if the data are read in the same order."""
     dataloader = run.config.training.dataloader
     why = unknown_position(saved, dataloader.shuffle)
     if why is None:
         try:
             state.loader.start_at(saved["documents"], saved["tokens_left"])
-        except UserError as error:  # of other data: every rank meets the same
+        except UserError as error:  # of other data; all ranks have the same error
             why = f"{error.problems[0].where} {error.problems[0].what}"
     if why is not None:
         _warn(position_lost(why))
         return
     logger.info(
-        "data: reading goes on where torchtitan stopped: %s read, with %s still to be trained on",
+        "data: reading continues where torchtitan stopped: %s read, %s left to train on",
         plural(saved["documents"], "document"),
         plural(saved["tokens_left"], "id"),
     )
     if dataloader.window_overlap:
         _warn(
-            "torchtitan's windows do not overlap, and here they do: training.dataloader.window_overlap = 0 reads as it "
-            "would have"
+            "torchtitan's windows do not overlap, but those of this run do: set training.dataloader.window_overlap = 0 "
+            "to read as torchtitan does"
         )
 
 
 def _warn(message: str) -> None:
-    """On the first rank alone: every rank finds the same."""
+    """Log on the first rank only, because the message is the same on all."""
     if collectives.rank() == 0:
         logger.warning("%s", message)

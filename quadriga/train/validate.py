@@ -1,4 +1,4 @@
-"""The loss on text that is not trained on."""
+"""Validation: the loss on text that is not trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quadriga.train.forward_backward import ForwardBackward
 class Validator:
     """One pass over the validation text, or its first `steps` batches, weighted by tokens.
 
-    The loader begins its pass again each time it is iterated, so two validations see the same text.
+    Each iteration of the loader begins a new pass, so all validations use the same text.
     """
 
     loader: Loader
@@ -35,12 +35,13 @@ class Validator:
 
     @torch.no_grad()
     def mean_loss(self, parts: tuple[torch.nn.Module, ...], mesh: Mesh) -> tuple[float, int]:
-        """The mean cross-entropy in nats per token over all ranks, and the number of tokens it is the mean of.
+        """The mean cross-entropy in nats per token over all ranks, and the number of tokens in the mean.
 
-        Raises DataFault on all ranks where one cannot read the text; the parts are then as they were. UserError where
-        the text holds no token that counts.
+        Raises:
+            DataFault: on all ranks, if one cannot read the text; the parts are then unchanged.
+            UserError: the text has no token that counts.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nats, tokens): read once, at the end
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nats, tokens), read once, at the end
         for part in parts:
             part.eval()
         try:
@@ -52,9 +53,9 @@ class Validator:
                 free_gathered_parameters(part)
                 part.train()
         summed, tokens = mesh.reduce_sum(total).tolist()
-        if tokens == 0:  # on all ranks alike
-            what = "its data hold no window of validation.seq_len tokens"
-            raise UserError(Problem("validation.dataset", what, fix="name more text, or shorten validation.seq_len"))
-        # Ranks that share their rows each count all tokens of them, and nats of their own part alone.
+        if tokens == 0:  # on all ranks
+            what = "its data contain no window of validation.seq_len tokens"
+            raise UserError(Problem("validation.dataset", what, fix="use more text, or reduce validation.seq_len"))
+        # Ranks that share rows count all tokens of these rows each, but only the nats of their own part.
         tokens = tokens * mesh.batch_degree / mesh.loss_group.size()
         return summed / tokens, int(tokens)

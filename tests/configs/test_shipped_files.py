@@ -74,7 +74,7 @@ def test_its_card_leaves_no_placeholder_and_no_topic_out(file):
         f"FSDP over {stated_gpus(file)} {unit}s" if stated_gpus(file) > 1 else f"One {unit}",
         f"| total {unit}s | {stated_gpus(file)} |",
         f"{run.spec.steps:,} steps",
-        f"{run.spec.tokens_per_step:,} tokens a step",
+        f"{run.spec.tokens_per_step:,} tokens per step",
         f"the model computes in {run.config.training.mixed_precision_param}",
         "| recompute |",
         "| compile |",

@@ -160,7 +160,7 @@ MUTANTS: dict[str, tuple[Callable[[], CollectivePair], Callable[[CollectivePair]
 @pytest.mark.parametrize("name", MUTANTS)
 def test_what_is_broken_fails(name: str) -> None:
     make, check = MUTANTS[name]
-    with pytest.raises(RankError, match=r"numbers are wrong|did not signal within|in use at once"):
+    with pytest.raises(RankError, match=r"numbers are wrong|did not signal within|in use at the same time"):
         run_ranks(conformance_backend.run_checks, 3, make, check)
 
 

@@ -50,7 +50,7 @@ def test_a_backend_that_can_be_had_carries_the_run(backend: str, served: str, tm
     assert f"backends   {beside}" in ended.err
     if served == "host-slots":
         assert " %); gloo: norms, host (" in ended.err
-        assert "it is there for tests" in ended.err
+        assert "is only for tests" in ended.err
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["kind"] for record in records] == ["backends", "train"]
     assert records[0]["backends"] == {"shard": served, "norms": "gloo", "host": "gloo"}
@@ -74,7 +74,7 @@ def test_the_ranks_refuse_it_too(backend: str, tmp_path: Path) -> None:
         (
             ["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1"],
             2,
-            "choose nccl, which would carry every byte of this run",
+            "choose nccl, which would carry all bytes of this run",
         ),
         (
             [

@@ -51,7 +51,7 @@ def test_a_bench_that_was_interrupted_goes_on(tmp_path):
         running.process.send_signal(signal.SIGINT)
         stopped = running.end()
         assert stopped.code == 128 + signal.SIGINT
-        assert "run 2 of 2: round 1, mode=full: ended by SIGINT; the same command goes on from here" in stopped.err
+        assert "run 2 of 2: round 1, mode=full: ended by SIGINT; the same command continues from here" in stopped.err
         assert "Traceback" not in stopped.err
         assert wait_until(lambda: not any(map(is_alive, process_tree)), 20)
     finally:
@@ -63,7 +63,7 @@ def test_a_bench_that_was_interrupted_goes_on(tmp_path):
     ended = launch(command, ONE_THREAD)
     assert ended.code == 0, ended.err
     assert "run 1 of 2: round 1, mode=none: finished before" in ended.err
-    assert ended.out.startswith("too few runs to tell: 1 pair, at least 3 are needed (mode=none ")
+    assert ended.out.startswith("too few runs: 1 pair, at least 3 are needed (mode=none ")
     assert (first / "metrics.jsonl").read_text() == before
     assert len(finished(tmp_path / "out")) == 2
     configs = [(tmp_path / f"out/setting-{n}/repeat-1/config.toml").read_text() for n in (1, 2)]

@@ -111,7 +111,7 @@ def test_a_local_batch_in_the_card_is_found_by_the_trace(workload, tmp_path, cap
         (tmp_path / f"rank{rank}_trace.json").symlink_to(workload / f"rank{rank}_trace.json")
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
     output = capsys.readouterr().out
-    assert "are 256 tokens a step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in output
+    assert "are 256 tokens per step, but the trace shows 1,024 over all ranks, which is 1/4 of them" in output
 
 
 def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tmp_path, capsys):
@@ -119,17 +119,17 @@ def test_a_folder_in_use_and_a_missing_rank_are_refused(run_folder, workload, tm
     assert "not empty" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["ccl-bench", "write", str(run_folder), str(tmp_path / "file")]) == 2
-    assert "no folder can be made there" in capsys.readouterr().err
+    assert "the folder cannot be created" in capsys.readouterr().err
     lame = tmp_path / "run"
     lame.mkdir()
     for name in ("config.toml", "environment.json"):
         (lame / name).write_bytes((run_folder / name).read_bytes())
     (lame / "profile_trace" / "iteration_12").mkdir(parents=True)
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
-    assert "no trace of torch.profiler lies here" in capsys.readouterr().err
+    assert "there is no trace of torch.profiler" in capsys.readouterr().err
     (lame / "profile_trace" / "iteration_12" / "rank1_trace.json.gz").touch()
     assert main(["ccl-bench", "write", str(lame), str(tmp_path / "out")]) == 2
-    assert "lack those of ranks [0]" in capsys.readouterr().err
+    assert "are missing those of ranks [0]" in capsys.readouterr().err
 
 
 def test_the_traces_keep_the_chrome_format(run_folder):
@@ -167,10 +167,10 @@ def test_a_run_without_metrics_says_so(run_folder, tmp_path, capsys, caplog):
     shutil.copytree(run_folder, mute)
     (mute / "metrics.jsonl").unlink()
     assert main(["ccl-bench", "write", str(mute), str(tmp_path / "out")]) == 0
-    assert "metrics.jsonl: not measurable: no logged line covers those steps alone" in capsys.readouterr().out
+    assert "metrics.jsonl: not measurable: no logged line covers only those steps" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "out" / "workload_card.yaml").read_text())["quadriga"]["last_record"] is None
     (mute / "metrics.jsonl").write_text("{}\n")
     assert main(["ccl-bench", "write", str(mute), str(tmp_path / "again")]) == 0
     captured = capsys.readouterr()
-    assert "not measurable: no logged line covers those steps alone" in captured.out
+    assert "not measurable: no logged line covers only those steps" in captured.out
     assert "1 line is no record of a run and left out (line 1" in caplog.text + captured.err

@@ -167,8 +167,8 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, mode):
     for message, left in run_ranks(save_on_a_full_disk, 2, str(tmp_path), mode):
         assert message.startswith("step 2 was not saved")
         assert f"rank 1: [Errno 27] File too large: '{tmp_path}/.step-2.saving/__1_*'" in message
-        assert f"whole in {tmp_path}: step-1\n" in message
-        assert "room left there" in message
+        assert f"complete in {tmp_path}: step-1\n" in message
+        assert "free space there" in message
         assert left == ["step-1"], "the room of the failed save is given back"
 
 

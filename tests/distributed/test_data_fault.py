@@ -68,7 +68,7 @@ def test_a_document_that_one_rank_cannot_read_ends_the_run_at_the_last_whole_ste
     assert find_damage(found) == []
     log = ends[0][2]
     assert log.rstrip().splitlines()[-1] == (
-        f"the data cannot be read on; step {BROKEN} is saved in {found.path}: a start goes on from there"
+        f"the data cannot be read; step {BROKEN} is saved in {found.path}: a start resumes from there"
     )
     faults = [event for event in read_events(tmp_path) if event["event"] == "fault"]
     assert [(event["rank"], event["step"]) for event in faults] == [(0, BROKEN)], "told once"

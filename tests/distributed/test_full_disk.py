@@ -56,9 +56,9 @@ def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_is_whole(tmp_p
     for step in (4, 6):
         assert f"step {step} was not saved" in ended.err
     assert "No space left on device" in ended.err
-    assert f"whole in {tmp_path}/checkpoint: step-2\n" in ended.err
-    assert "room left there" in ended.err
-    assert "training goes on" in ended.err
+    assert f"complete in {tmp_path}/checkpoint: step-2\n" in ended.err
+    assert "free space there" in ended.err
+    assert "training continues" in ended.err
     assert "Traceback" not in ended.err
     assert ended.out.split()[-1] == "step-2", "the room of the failed saves was given back"
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -74,7 +74,7 @@ def test_on_a_full_disk_training_stops_where_that_is_wanted(tmp_path):
     ended = train_on("size=900k", tmp_path, "--checkpoint.on_save_failure=stop")
     assert ended.code == 1
     assert "step 4 was not saved" in ended.err
-    assert "training goes on" not in ended.err
+    assert "training continues" not in ended.err
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
@@ -98,7 +98,7 @@ def all_files(folder) -> tuple[str, ...]:
 
 
 def test_a_full_run_folder_ends_nothing(tmp_path):
-    """No room for records, metrics, curves, documents, events or traces: each is told once, and training goes on."""
+    """No room for records, metrics, curves, documents, events or traces: each is told once, and training continues."""
     (tmp_path / "run").mkdir()
     ended = train_on("size=16k", tmp_path / "run", *all_files(tmp_path), mounted=".")
     assert ended.code == 0, ended.err

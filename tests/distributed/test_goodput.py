@@ -39,7 +39,7 @@ def test_a_run_that_was_killed_and_started_again(tmp_path, capsys):
     assert first["began"] < first["ready"] < first["last"] < killed < second["last"]
     assert (first["first_step"], first["kept_step"], first["last_step"]) == (0, 3, 5)  # killed before its last line
     assert (second["first_step"], second["kept_step"], second["last_step"]) == (3, 8, 8)
-    assert (first["ended"], second["ended"]) == ("killed without a word", "finished")
+    assert (first["ended"], second["ended"]) == ("killed without an event", "finished")
     assert all(output["seconds"][kind] > 0 for kind in ("trained", "saved", "started", "lost", "down"))
     assert output["seconds"]["started"] == pytest.approx(sum(one["ready"] - one["began"] for one in (first, second)))
     assert (output["step"], output["replayed_steps"], output["saves"]) == (8, 2, 3)

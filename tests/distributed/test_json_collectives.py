@@ -71,11 +71,11 @@ def refused() -> list[str]:
 def test_a_message_that_cannot_be_sent_raises_on_every_rank() -> None:
     first, second = run_ranks(refused, 2)
     long = "announced a message of 2{} bytes; at most 1000 are taken"
-    assert "rank 1 could not put its value into JSON" in first[0]
+    assert "rank 1 could not encode its value as JSON" in first[0]
     assert "not JSON serializable" in second[0]
     assert first[1] == second[1] == f"Fault: rank 1 {long.format('002')}"
     assert "not JSON serializable" in first[2]
-    assert "rank 0 could not put its value into JSON" in second[2]
+    assert "rank 0 could not encode its value as JSON" in second[2]
     assert first[3] == second[3] == f"Fault: rank 0 {long.format('000')}"
 
 

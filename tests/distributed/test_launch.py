@@ -134,7 +134,7 @@ slow = pytest.mark.slow
     [
         pytest.param("fault", 1, "ValueError: the first error", id="fault"),
         pytest.param("user", 2, "    is not JSON", id="user", marks=slow),
-        pytest.param("killed", 1, "(see `dmesg`); a scheduler may, too.", id="killed", marks=slow),
+        pytest.param("killed", 1, "(see `dmesg`). A scheduler may, too.", id="killed", marks=slow),
     ],
 )
 def test_the_first_error_of_a_failed_rank_comes_last(case: str, code: int, last: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_lost_run_folder_stops_the_run(tmp_path, replaced):
     ends = run_ranks(train_and_lose, 2, argv, str(folder), replaced, backend=None, timeout=120)
     assert [code for code, _ in ends] == [EXIT_FAULT] * 2
     assert ends[0][1] == ends[1][1]
-    assert f"the run folder {folder} was removed or replaced in mid-run: stopped after step 4" in ends[0][1]
+    assert f"the run folder {folder} was removed or replaced during the run: stopped after step 4" in ends[0][1]
     assert (os.listdir(folder) if replaced else folder.exists()) in ([], False)
 
 

@@ -45,14 +45,14 @@ def messages_on_resume(folder, saved: Generators, here: Generators, monkeypatch)
 def test_generators_of_a_gpu_have_no_use_on_a_cpu(tmp_path, monkeypatch):
     here = Generators(0, "0.torch")
     messages = messages_on_resume(tmp_path, Generators(7, "0.torch", "0.cuda"), here, monkeypatch)
-    assert messages == ["random generators of the checkpoint that this run has no use for: cuda"]
+    assert messages == ["random generators of the checkpoint that this run does not use: cuda"]
     assert here.loaded["0.torch"].eq(7).all()
 
 
 def test_generators_that_the_checkpoint_lacks_begin_anew(tmp_path, monkeypatch):
     here = Generators(0, "0.torch", "0.cuda")
     messages = messages_on_resume(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
-    assert messages == ["random generators that the checkpoint lacks begin anew: cuda"]
+    assert messages == ["random generators that are not in the checkpoint start anew: cuda"]
     assert list(here.loaded) == ["0.torch"]
     assert here.held["0.cuda"].eq(0).all()
 
@@ -61,7 +61,7 @@ def test_a_state_of_another_size_begins_anew(tmp_path, monkeypatch):
     """Of another version of a library."""
     here = Generators(0, "0.torch", size=20)
     messages = messages_on_resume(tmp_path, Generators(7, "0.torch"), here, monkeypatch)
-    assert messages == ["random generators that the checkpoint lacks begin anew: torch"]
+    assert messages == ["random generators that are not in the checkpoint start anew: torch"]
     assert here.loaded == {}
 
 

@@ -135,7 +135,7 @@ def test_the_dry_run_says_what_a_run_that_goes_on_keeps(older: Path, capfd: pyte
     environ = {"CONFIG_FILE": str(OLDER / "tiny.toml"), "NGPU": "2", "DRY_RUN": "1"}
     assert launch(argv, environ) == 0
     output = " ".join(capfd.readouterr().out.split())
-    kept = f"with which the run in {older.parent} was started"
+    kept = f"the value that the run in {older.parent} was started with"
     assert f'lr_scheduler.variant stays "early_decay", {kept}' in output
     assert f"optimizer.decay_norms_and_biases stays false, {kept}" in output
     assert launch([*argv, *TODAY], environ) == 0

@@ -77,7 +77,7 @@ def test_one_rank_reduces_to_itself() -> None:
 
 
 def test_degrees_must_match_the_ranks() -> None:
-    with pytest.raises(RankError, match="the degrees ask for 3 ranks, and 2 are here"):
+    with pytest.raises(RankError, match="the degrees need 3 ranks, but 2 were started"):
         run_ranks(positions, 2, [Degrees(dp_shard=3)])
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a run from outside: it finishes its step, saves and leaves with 75, and goes on from there."""
+"""What is asked of a run from outside: it finishes its step, saves and exits with 75, and goes on from there."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_a_signal_to_the_launcher_saves_and_leaves_with_75(number: int, everybod
     assert saved_in(tmp_path)[-1] == step
     last = ended.err.rstrip().splitlines()[-1]
     assert last == (
-        f"{signal.Signals(number).name}: left after step {step} of 100000; saved in {tmp_path}/checkpoint/step-{step}, "
-        "and the same start goes on from there (exit code 75)"
+        f"{signal.Signals(number).name}: stopped after step {step} of 100000; "
+        f"saved in {tmp_path}/checkpoint/step-{step}; the same command resumes from there (exit code 75)"
     )
     assert [event["name"] for event in read_events(tmp_path) if event["event"] == "signal"] == [
         signal.Signals(number).name
@@ -208,7 +208,7 @@ def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
         ended = running.end(30)
         assert 2 <= time.monotonic() - start < 15
         assert ended.code == 143
-        assert "they were not done within 2 s (checkpoint.timeout_seconds): killed" in ended.err
+        assert "the ranks did not finish within 2 s (checkpoint.timeout_seconds): killed" in ended.err
         assert not [pid for pid in running.seen if is_alive(pid)]
     finally:
         running.kill_all()

@@ -102,8 +102,8 @@ CASES = [
 def test_one_rank_that_hangs_is_ended_with_phase_and_stack(place: str, how, phase: str, tmp_path: Path) -> None:
     (record,) = exit_records_of(tmp_path, 1, place, how)
     first = record.details.splitlines()[0]
-    assert first.startswith("the run has stood still for ")
-    assert first.endswith(f"s: nothing moves before its first step has ended; rank 0 is in phase '{phase}'")
+    assert first.startswith("the run has made no progress for ")
+    assert first.endswith(f"s: the first step has not ended; rank 0 is in phase '{phase}'")
     assert f"in {how.__name__}" in record.details
     assert "alive, and makes no progress" in record.details
     assert "raise comm.init_timeout_seconds" in record.details

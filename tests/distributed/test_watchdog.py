@@ -39,10 +39,10 @@ def test_a_stopped_rank_is_named_with_its_stack_and_nothing_is_left(tmp_path: Pa
         assert not [pid for pid in running.seen if Path(f"/proc/{pid}").exists()], "a zombie is left"
     finally:
         running.kill_all()
-    report = ended.err[ended.err.rindex("the run has stood still") :]
+    report = ended.err[ended.err.rindex("the run has made no progress") :]
     assert "it waits for rank 2" in report
     assert f"process {victim} on " in report
-    assert "gives no sign: stopped" in report
+    assert "sends no heartbeat: stopped" in report
     assert "loop.py" in report.partition("The stack of rank 2")[2]
     steps = finished_steps(tmp_path)
     match = re.search(r"at        step (\d+), phase '", report)
@@ -110,7 +110,7 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_pa
     report = exits[0].details
     assert "it waits for rank 1" in report
     assert "at        step 3, phase 'data'" in report
-    assert "alive, and not on its way to the others" in report
+    assert "alive, and does not wait for others" in report
     assert "in slow_next" in report
     assert ("a message of the pipeline" if layout == "PP" else "gloo:") in report.partition("1 of 2 ranks; rank 0 ")[2]
 

@@ -34,7 +34,7 @@ def test_json_is_read(tmp_path):
         ("[" * 101 + "]" * 101, "nests deeper than 100"),
         ("[" + "9" * 5000 + "]", "a number of 5000 digits"),
         ("[0." + "1" * 5000 + "]", "a number of 5002 characters"),
-        ("[NaN]", "NaN is no JSON number"),
+        ("[NaN]", "NaN is not a JSON number"),
         ("", "line 1, column 1"),
     ],
 )

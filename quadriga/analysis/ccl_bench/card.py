@@ -1,8 +1,8 @@
-"""CCL-Bench's workload card (version 1): its fields, one that anybody wrote, and what is known to go wrong in them.
+"""CCL-Bench's workload card (version 1): its fields, reading and writing a card, and checks for known errors.
 
-The schema is that of its `workload_card_template.yaml`. Its figures rest on a card as much as on a trace: `mfu` is
-(6 (num_params - num_params_embedding) + 12 num_layers num_heads head_dim seq_len) x batch_size x seq_len / step time /
-(peak x total_count), so a wrong embedding or a local batch gives a wrong row of a table without any sign of it.
+The schema is that of CCL-Bench's `workload_card_template.yaml`. Its figures depend on the card as much as on a trace:
+`mfu` is (6 (num_params - num_params_embedding) + 12 num_layers num_heads head_dim seq_len) x batch_size x seq_len /
+step time / (peak x total_count). So a wrong embedding size or a local batch gives a wrong row without any message.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ FIELDS = (
 )
 INFERENCE_FIELDS = ("workload.data.input_len", "workload.data.output_len")
 MIN_STEPS = 5
-MAX_FILES = 16  # more are sampled by CCL-Bench's tools
-TOLERANCE = 0.02  # within which two counts are the same
+MAX_FILES = 16  # CCL-Bench's tools sample from more files
+TOLERANCE = 0.02  # relative, between two counts of tokens
 
 
 def field_value(card: Mapping[str, Any], path: str) -> Any:
-    """What stands at `workload.data.batch_size`; None where nothing does."""
+    """The value at a path such as `workload.data.batch_size`; None if there is none."""
     found: Any = card
     for name in path.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -54,35 +54,35 @@ def field_value(card: Mapping[str, Any], path: str) -> Any:
 
 
 def card_file(place: Path) -> Path:
-    """The card at a place: the file itself, or the first `*.yaml` of a folder, as CCL-Bench's tools take it."""
+    """The file `place`, or the first `*.yaml` of a folder, which CCL-Bench's tools read. Raises UserError if none."""
     if place.is_file():
         return place
     found = sorted(place.glob("*.yaml")) or sorted(place.glob("*.yml"))
     if not found:
-        what = "there is no card (*.yaml) in it" if place.is_dir() else "there is no such file or folder"
+        what = "the folder has no card (*.yaml)" if place.is_dir() else "there is no such file or folder"
         raise UserError(Problem("FOLDER", what, str(place), allowed="a folder with a card, or a card"))
     return found[0]
 
 
 def read_card(path: Path) -> Card:
-    """The fields of a card; what is neither number, truth, list nor mapping is text.
+    """The fields of a card. A value that is not a number, boolean, list or mapping is read as text.
 
-    Raises UserError where the file is no YAML, no mapping, or beyond a limit.
+    Raises UserError if the file is not YAML, not a mapping, or exceeds a limit.
     """
     text = read_text(path, limits.CCL_CARD_BYTES, what="card")
     try:
         card = _plain(yaml.load(text, Loader=_Plain))
     except RecursionError:
         raise UserError(Problem(shortened(path, 400), "the card cannot be read: it nests too deep")) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: invalid dates and numbers
         raise UserError(Problem(shortened(path, 400), f"the card cannot be read: {shortened(error, 300)}")) from None
     if not isinstance(card, dict):
-        raise UserError(Problem(shortened(path, 400), "this is no card: it holds no fields"))
+        raise UserError(Problem(shortened(path, 400), "the file is not a card: it has no fields"))
     return card
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without references and tags: a few references within each other stand for more than any memory holds."""
+    """YAML without references and tags: a few nested references can expand to more than the memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -104,15 +104,15 @@ def _plain(value: Any) -> Any:
 
 
 def write_card(card: Card, path: Path) -> None:
-    """One card as YAML, fields in the order of the template."""
+    """Write a card as YAML, with the fields in the order of the template."""
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110)
     path.write_text(text, encoding="utf-8")
 
 
 def card_errors(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[int, int]) -> list[str]:
-    """What is wrong, or cannot be right, in a card and the traces beside it.
+    """Errors in a card, found from the card itself and the traces next to it. One message per error.
 
-    `embeddings`: of models that are known, numbers of the embedding table by numbers of the whole model.
+    `embeddings`: elements of the embedding table by parameters of the model, for known models.
     """
     found = [*_missing(card), *_embedding(card, traces, embeddings), *_batch(card, traces), *_utilization(card, traces)]
     found += [*_profiled(traces), *_bandwidth(card), *_backend(card), *_degrees(card)]
@@ -120,28 +120,28 @@ def card_errors(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[i
 
 
 def layout_errors(folder: Path, card: Card) -> Iterator[str]:
-    """What CCL-Bench's tools would not find, or take for something else, in a folder."""
+    """Files of a folder that CCL-Bench's tools would not find, or misread. One message per error."""
     cards = [path.name for path in sorted(folder.glob("*.yaml"))]
     if len(cards) > 1:
-        yield f"{len(cards)} cards ({format_some(cards)}): the tools take whichever the folder lists first"
-    ours = set(rank_files(folder).values())
-    others = [path.name for path in sorted(folder.glob("*.json")) if path not in ours]
+        yield f"{len(cards)} cards ({format_some(cards)}): the tools read the one that the file system lists first"
+    traces = set(rank_files(folder).values())
+    others = [path.name for path in sorted(folder.glob("*.json")) if path not in traces]
     if others:
-        yield f"every *.json is read as a trace, so is {format_some(others)}"
+        yield f"the tools read every *.json as a trace, also {format_some(others)}"
     if hidden := [path for pattern in ("*_trace.json.gz", "*/**/*_trace.json*") for path in folder.glob(pattern)]:
-        yield f"{len(hidden)} traces are packed or in sub-folders, where the tools do not look"
-    if len(ours) > MAX_FILES:
-        yield f"{len(ours)} traces: of more than {MAX_FILES}, the tools read a fixed random sample"
+        yield f"{len(hidden)} traces are compressed or in subfolders, which the tools do not read"
+    if len(traces) > MAX_FILES:
+        yield f"{len(traces)} traces: of more than {MAX_FILES}, the tools read a fixed random sample"
     total = field_value(card, "workload.hardware.xpu_spec.total_count")
-    if ours and isinstance(total, int) and len(ours) != total:
-        yield f"traces of {len(ours)} ranks, but total_count is {total}"
+    if traces and isinstance(total, int) and len(traces) != total:
+        yield f"traces of {len(traces)} ranks, but total_count is {total}"
     listed = field_value(card, "metric_source.traces")
-    if ours and "json" not in (listed if isinstance(listed, list) else [listed]):
+    if traces and "json" not in (listed if isinstance(listed, list) else [listed]):
         yield "metric_source.traces does not list `json`, so the tools do not read the traces"
 
 
 def model_flops_utilization(card: Card, step_time: float | None) -> float | None:
-    """CCL-Bench's `mfu` as a share of 1, from a card and a step time in seconds; None where either does not tell it."""
+    """CCL-Bench's `mfu`, a share of 1, from a card and a step time in seconds; None if a value for it is missing."""
     arch = [_number(card, f"{ARCH}.{name}") for name in ("num_params", "num_layers", "num_heads", "head_dim")]
     data = [_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len")]
     total, peak = _number(card, "workload.hardware.xpu_spec.total_count"), _peak(card)
@@ -150,8 +150,8 @@ def model_flops_utilization(card: Card, step_time: float | None) -> float | None
     parameters, layers, heads, width = (figure or 0.0 for figure in arch)
     batch, length = (figure or 0.0 for figure in data)
     weights = parameters - (_number(card, f"{ARCH}.num_params_embedding") or 0.0)
-    a_token = 6 * weights + 12 * layers * heads * width * length
-    return a_token * batch * length / step_time / (peak * total)
+    flops_per_token = 6 * weights + 12 * layers * heads * width * length
+    return flops_per_token * batch * length / step_time / (peak * total)
 
 
 def _peak(card: Card) -> float | None:
@@ -166,7 +166,7 @@ def _missing(card: Card) -> Iterator[str]:
         yield f"{len(absent)} of {len(fields)} fields are missing or empty: {', '.join(absent)}"
     astray = [name for name in ("num_params", "num_layers", "head_dim") if field_value(card, f"workload.model.{name}")]
     if astray:
-        yield f"{', '.join(astray)} stand in workload.model, but `mfu` looks for them in {ARCH}"
+        yield f"{', '.join(astray)} are in workload.model, but `mfu` reads them from {ARCH}"
 
 
 def _is_empty(given: Any) -> bool:
@@ -181,8 +181,8 @@ def _embedding(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[in
     known = embeddings.get(int(parameters)) if parameters else None
     right, source = (known, "this model's") if known else (max(tables, default=None), "the trace's")
     if right and given != right:
-        twice = ": the output layer, which does multiply, was counted with it" if given == 2 * right else ""
-        yield f"num_params_embedding is {given:,.0f}, {source} is {right:,} (vocabulary x width){twice}; `mfu` is off"
+        twice = ": the output layer, whose FLOP count, was included" if given == 2 * right else ""
+        yield f"num_params_embedding is {given:,.0f}, {source} is {right:,} (vocabulary x width){twice}; `mfu` is wrong"
     elif not right and parameters and given >= parameters:
         yield f"num_params_embedding {given:,.0f} is not below num_params {parameters:,.0f}"
 
@@ -196,20 +196,18 @@ def _batch(card: Card, traces: Sequence[RankSummary]) -> Iterator[str]:
     if seen is None:
         scope = field_value(card, "workload.data.batch_size_scope")
         if scope != "global" and rows > 1:
-            given = (
-                f"batch_size_scope says `{shortened(scope)}`" if scope else "the card does not say that it is global"
-            )
-            yield f"batch_size {batch:g} cannot be checked against the trace, and {given}; global is what `mfu` needs"
+            given = f"batch_size_scope is `{shortened(scope)}`" if scope else "batch_size_scope is missing"
+            yield f"batch_size {batch:g} cannot be checked against the trace, and {given}; `mfu` needs the global batch"
         if batch % rows:
-            yield f"batch_size {batch:g} is no multiple of {rows} data-parallel ranks, so it is not the global batch"
+            yield f"batch_size {batch:g} is not a multiple of {rows} data-parallel ranks, so it is not the global batch"
         return
     tokens = seen * rows * _degree(card, "cp")
     if abs(tokens - batch * length) > TOLERANCE * tokens:
         times = tokens / (batch * length)
         local = f", which is 1/{times:g} of them: the batch of one rank or one micro-batch" if times > 1 else ""
         yield (
-            f"batch_size {batch:g} x seq_len {length:g} are {batch * length:,.0f} tokens a step, but the trace shows "
-            f"{tokens:,} over all ranks{local}; `mfu` and throughput are off by {times:.3g}"
+            f"batch_size {batch:g} x seq_len {length:g} are {batch * length:,.0f} tokens per step, but the trace shows "
+            f"{tokens:,} over all ranks{local}; `mfu` and throughput are wrong by a factor of {times:.3g}"
         )
 
 
@@ -221,14 +219,14 @@ def _utilization(card: Card, traces: Sequence[RankSummary]) -> Iterator[str]:
 
 def _profiled(traces: Sequence[RankSummary]) -> Iterator[str]:
     if not traces:
-        yield "there is no trace of a rank beside the card, so nothing that it says could be checked"
+        yield "there is no trace of a rank next to the card, so the card could not be checked"
         return
     fewest = min(len(trace.steps) for trace in traces)
     if fewest == 0:
         yield "a trace has no ProfilerStep marks: its steps cannot be counted"
     elif fewest < MIN_STEPS:
         counted = len(without_ends([0] * fewest))
-        yield f"{fewest} profiled steps, of which `avg_step_time` counts {counted}: its own rule asks for 5 steady ones"
+        yield f"{fewest} profiled steps, of which `avg_step_time` counts {counted}: its rule requires 5 steady ones"
     if len({tuple(trace.steps) for trace in traces}) > 1:
         yield "the traces of the ranks are of different steps"
 
@@ -241,18 +239,18 @@ def _bandwidth(card: Card) -> Iterator[str]:
     if len(given) != 2:
         yield f"bandwidth_gbps has {len(given)} figures, not two: scale-out, then scale-up"
     elif len(numbers) == 2 and numbers[0] > numbers[1]:
-        yield f"bandwidth_gbps is {numbers}: scale-out comes first and is hardly above scale-up; the two look swapped"
+        yield f"bandwidth_gbps is {numbers}: scale-out comes first and is rarely above scale-up; the two may be swapped"
 
 
 def _backend(card: Card) -> Iterator[str]:
     name = str(field_value(card, f"{LIBRARY}.name") or "")
     if "gloo" in name.lower():
         yield (
-            "the library is Gloo, which runs on the host and starts no kernel: figures that look for kernels by name "
-            "(communication_fraction, total_communication_time, bandwidths) show 0 or nothing, which is not true"
+            "the library is Gloo, which runs on the host and launches no kernels: figures that find kernels by name "
+            "(communication_fraction, total_communication_time, bandwidths) show 0 or nothing, which is wrong"
         )
     elif "nvshmem" in name.lower() or "mscclpp" in name.lower().replace("+", "p"):
-        yield f"the library is said to be {shortened(name)}: no field says which one carried the bytes"
+        yield f"the library is {shortened(name)} by the card: no field shows which one carried the bytes"
 
 
 def _degrees(card: Card) -> Iterator[str]:
@@ -277,7 +275,7 @@ def _number(card: Card, path: str) -> float | None:
 
 
 def _is_number(given: Any) -> bool:
-    """One that can be reckoned with: no truth, no NaN, and of a size that some figure could have."""
+    """A number for arithmetic: not a boolean, not NaN or infinite, and below 1e30."""
     return type(given) in (int, float) and -1e30 < given < 1e30
 
 

@@ -1,7 +1,7 @@
-"""CCL-Bench's layout of a workload: one folder, flat, with a card and a plain trace a rank; and what its traces say.
+"""CCL-Bench's layout of a workload: one flat folder with a card and an uncompressed trace per rank.
 
-CCL-Bench (arXiv 2605.06544) opens neither sub-folders nor packed traces, takes the first `*.yaml` that it finds as the
-card, and takes every `*.json` for a trace.
+CCL-Bench (arXiv:2605.06544) reads neither subfolders nor compressed traces. It reads the first `*.yaml` as the card and
+every `*.json` as a trace. This module also reads the values of those traces that a card can be checked against.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class RankSummary:
-    """What a card can be held against, from the trace of one rank.
+    """Values from the trace of one rank that a card can be checked against.
 
-    `steps`: seconds by the number of the profiled step. `tokens`: looked up in an embedding in the middle one of those
-    steps. `table`: numbers in that embedding. None where the trace shows no look-up (another stage of a pipeline, a
-    compiled model, no shapes).
+    `steps`: seconds by number of the profiled step. `tokens`: embedding look-ups in the median step. `table`: elements
+    of the embedding. Both are None if the trace shows no look-up: another pipeline stage, a compiled model, no shapes.
     """
 
     rank: int
@@ -48,19 +47,23 @@ class RankSummary:
 
 
 def newest_traces(run: Path) -> tuple[int, dict[int, Path]]:
-    """The last step of the newest cycle in a run folder, and its traces by rank. Raises UserError where there are
-    none."""
+    """The last step of the newest profiler cycle in a run folder, and its traces by rank.
+
+    Raises UserError if there are none.
+    """
     found = find_traces(run)
     by_rank = {rank: path for path in found.files if (rank := rank_in_name(path)) is not None}
     if found.iteration is None or len(by_rank) < len(found.files):
         allowed = "profile_trace/iteration_N/rankK_trace.json.gz"
-        raise UserError(Problem("RUN", "its traces do not lie as those of a run do", str(run), allowed=allowed))
+        raise UserError(Problem("RUN", "its traces are not in the layout of a run", str(run), allowed=allowed))
     return found.iteration, by_rank
 
 
 def unpack_traces(traces: Mapping[int, Path], folder: Path) -> list[Path]:
-    """Write each trace unpacked as `rank<k>_trace.json` into a folder; their paths by rank. Raises UserError where one
-    cannot be unpacked."""
+    """Write each trace uncompressed as `rank<k>_trace.json` into a folder. Returns the paths in the order of ranks.
+
+    Raises UserError if a trace cannot be decompressed.
+    """
     return [_unpack(source, folder / f"rank{rank}_trace.json") for rank, source in sorted(traces.items())]
 
 
@@ -70,12 +73,12 @@ def _unpack(source: Path, target: Path) -> Path:
         with opener(source, "rb") as packed, target.open("wb") as plain:
             shutil.copyfileobj(packed, plain, CHUNK)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(Problem(str(source), f"the trace cannot be unpacked: {error}")) from None
+        raise UserError(Problem(str(source), f"the trace cannot be decompressed: {error}")) from None
     return target
 
 
 def rank_files(folder: Path) -> dict[int, Path]:
-    """By rank, the traces that CCL-Bench finds in a folder."""
+    """The traces that CCL-Bench finds in a folder, by rank."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         match = RANK_FILE.fullmatch(path.name)
@@ -85,7 +88,7 @@ def rank_files(folder: Path) -> dict[int, Path]:
 
 
 def read_rank_summary(rank: int, path: Path) -> RankSummary:
-    """Steps and look-ups of one trace. Raises UserError where the file is no trace."""
+    """Steps and embedding look-ups of one trace. Raises UserError if the file is not a trace."""
     trace = read_trace(path, rank)
     ops = trace.ops
     numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP_MARK.match(name))}
@@ -102,21 +105,21 @@ def read_rank_summary(rank: int, path: Path) -> RankSummary:
 
 
 def average_step_time(traces: Sequence[RankSummary]) -> float | None:
-    """CCL-Bench's `avg_step_time` in seconds: of each rank the mean step, without the first and the last where there
-    are more than two, then the mean over ranks. None where no trace has steps."""
+    """CCL-Bench's `avg_step_time` in seconds: the mean over ranks of the mean step. With more than two steps, the first
+    and the last do not count. None if no trace has steps."""
     means = [statistics.mean(kept) for trace in traces if (kept := without_ends(list(trace.steps.values())))]
     return statistics.mean(means) if means else None
 
 
 def without_ends(steps: list[Any]) -> list[Any]:
-    """Those of a rank's steps, in their order, that `avg_step_time` counts."""
+    """The steps of a rank that `avg_step_time` counts. `steps`: in order."""
     return steps[1:-1] if len(steps) > 2 else steps
 
 
 def _looked_up(
     ops: EventTable, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
 ) -> tuple[int | None, int | None]:
-    """Tokens looked up in the median step and the size of the table; a look-up inside another one is the same one."""
+    """Tokens looked up in the median step, and elements of the table. Nested look-ups count once."""
     tokens = [0] * len(marks)
     windows = np.array(sorted(marks)).reshape(-1, 2)
     order = lookups[np.lexsort((-ops.end[lookups], ops.start[lookups]))]

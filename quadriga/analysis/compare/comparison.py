@@ -1,4 +1,4 @@
-"""The comparison of settings as one JSON-able object (`quadriga-compare-1`; docs/comparisons.md says what it holds)."""
+"""The comparison of settings as one object for JSON (format `quadriga-compare-1`, see docs/comparisons.md)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SPEED = ("faster", "slower")
 STEP_TIME, THROUGHPUT = "step_time_s", "tokens_per_second"
 TOO_FEW, NO_DIFFERENCE, NOT_VERIFIED = "too few runs", "no difference shown", "not credited"
 
-Values = dict[int, list[float]]  # of one setting: by number of the repeat
+Values = dict[int, list[float]]  # of one setting, by number of the repeat
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that runs are compared by. `values` gives its values in one run, `verdicts` what is said of the one that
-    has the better and of the one that has the worse of it."""
+    """A figure of the comparison. `values`: its values in one run. `verdicts`: for a run with a better and with a worse
+    value than the first setting."""
 
     name: str
     unit: str
@@ -56,7 +56,7 @@ def _each(name: str) -> Callable[[RunFolder], list[float]]:
 COMPARED_METRICS = (
     Metric(STEP_TIME, "s", True, _each("step_seconds"), SPEED),
     Metric(THROUGHPUT, "tokens/s", False, _each("tokens_per_second"), SPEED),
-    Metric("tflops", "TFLOP/s a device", False, _each("tflops")),
+    Metric("tflops", "TFLOP/s per device", False, _each("tflops")),
     Metric("mfu", "share", False, _each("mfu")),
     Metric("memory_reserved_gib", "GiB", True, _peak("memory_reserved_gib")),
     Metric("memory_active_gib", "GiB", True, _peak("memory_active_gib")),
@@ -76,14 +76,14 @@ def compare_settings(
     """Compare each setting with the first.
 
     Args:
-        settings: at least two, each with a name of its own.
+        settings: at least two, with different names.
         varied: the keys that a bench varied; None for other runs.
-        accepted: further keys that the user lets differ.
-        analyse: reads the traces of a run folder (`analysis.trace.analysis`); raises UserError where it cannot.
-        warmup: the first steps of each run that were left out, to be told.
+        accepted: further keys that may differ.
+        analyse: analyses the traces of a run folder (`analysis.trace.analysis`); raises UserError if it cannot.
+        warmup: number of excluded first steps of each run, for the report.
 
     Raises:
-        UserError: the settings differ in more than was varied, or ran different rounds.
+        UserError: the settings differ in more than was varied, or have no round in common.
     """
     unlike = find_differences(settings, varied, accepted)
     rounds = common_rounds(settings)
@@ -121,18 +121,18 @@ def compare_settings(
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be a key of a dictionary: lists become text."""
+    """The value, or its text if it is not hashable, such as a list."""
     return value if isinstance(value, str | int | float | bool) else str(value)
 
 
 def _warnings(setting: Setting) -> list[str]:
     many = len(setting.runs) > 1
-    left_out = [f"{name} has not finished, and is left out" for name in setting.unfinished]
+    left_out = [f"{name} has not finished, and is excluded" for name in setting.unfinished]
     return left_out + [f"{run.folder.name}: {line}" if many else line for run in setting.runs for line in run.warnings]
 
 
 def headline_metric(settings: Sequence[Setting]) -> str:
-    """The figure that decides which setting is faster: the time of a step, or, where steps differ in tokens, tokens."""
+    """The figure that ranks settings: step time, or tokens per second if tokens per step differ."""
     sizes = {tokens_per_step(run) for setting in settings for run in setting.runs}
     return STEP_TIME if len(sizes) == 1 else THROUGHPUT
 
@@ -143,7 +143,7 @@ def tokens_per_step(run: RunFolder) -> int:
 
 
 def common_rounds(settings: Sequence[Setting]) -> list[int]:
-    """The numbers of the repeats that every setting has."""
+    """The numbers of the repeats that every setting has. Raises UserError if there are none."""
     numbers = [{run.number for run in setting.runs} for setting in settings]
     common = set.intersection(*numbers)
     if not common:
@@ -155,7 +155,7 @@ def common_rounds(settings: Sequence[Setting]) -> list[int]:
 def compare_metrics(
     settings: Sequence[Setting], rounds: Sequence[int], traces: Mapping[str, SettingTraces], unverified: set[str]
 ) -> list[dict[str, Any]]:
-    """All figures that every run has, those of the traces last."""
+    """The figures that every run has, those of the traces last."""
     found = []
     for metric in COMPARED_METRICS:
         values = [{run.number: metric.values(run) for run in setting.runs} for setting in settings]
@@ -183,7 +183,7 @@ def _compared(
     rounds: Sequence[int],
     unverified: set[str],
 ) -> dict[str, Any] | None:
-    """One figure of all settings, each against the first; None where a run does not have it."""
+    """One figure of all settings, each compared with the first; None if a run does not have it."""
     if any(not own.get(number) for own in values for number in rounds):
         return None
     by_run = []
@@ -228,8 +228,8 @@ def _ratio(metric: Metric, run: str, against: str, ratio: Ratio, is_unverified: 
 
 
 def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> dict[str, Any]:
-    """The loss at the steps that all runs logged, the median of the repeats, and how far two settings are apart at
-    most. `largest_within_a_setting`: how far repeats of one setting are, at most."""
+    """Loss curves at the steps that all runs logged (medians of repeats), and the largest difference of two settings.
+    `largest_within_a_setting`: the largest difference of two repeats of a setting."""
     logged = [set(run.losses) for setting in settings for run in setting.runs]
     steps = sorted(set.intersection(*logged))
     curves = {setting.name: [_median_loss(setting, step) for step in steps] for setting in settings}
@@ -246,7 +246,7 @@ def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> d
     if unlike.data_keys:
         notes.append(f"not comparable: the settings read different batches ({', '.join(unlike.data_keys)})")
     if odd:
-        notes.append(f"{odd} losses are no finite numbers and are left out")
+        notes.append(f"{odd} losses are NaN or infinite and are excluded")
     return {
         "steps": steps,
         "by_run": [{"run": name, "loss": curve} for name, curve in curves.items()],
@@ -267,7 +267,7 @@ def _difference_within(setting: Setting, step: int) -> float | None:
 
 
 def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[str]:
-    """What the order of the runs does not guard against."""
+    """Warnings about runs that overlapped or were not interleaved, and about widened intervals."""
     runs = {number: [run for s in settings for run in s.runs if run.number == number] for number in rounds}
     warnings = []
     in_time = sorted((run.span for own in runs.values() for run in own), key=lambda span: span[0])
@@ -275,10 +275,10 @@ def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[s
         warnings.append("runs overlapped in time, so they may have slowed each other")
     spans = [(min(run.span[0] for run in own), max(run.span[1] for run in own)) for own in runs.values()]
     if any(after[0] < before[1] for before, after in pairwise(spans)):
-        warnings.append("the runs did not take turns, so a drift of the machine counts as a difference of the settings")
+        warnings.append("the runs were not interleaved, so a drift of the machine counts as a difference of settings")
     firsts = {min(own, key=lambda run: run.span[0]).folder.parent for own in runs.values()}
     if len(rounds) >= FEWEST_PAIRS and len(firsts) == 1:
-        warnings.append("the same setting was always first, so what a round's start costs counts against it")
+        warnings.append("the same setting was always first, so the cost of the start of a round counts against it")
     if len(settings) > 2:
         many = len(settings) - 1
         warnings.append(

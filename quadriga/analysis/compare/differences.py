@@ -1,10 +1,9 @@
-"""In what runs differ, and whether they may be compared all the same.
+"""The differences between runs, and whether the runs may be compared.
 
-Every key of `config.toml` counts but those that say where a run writes and what it prints (`IGNORED_KEYS`). Of
-`environment.json` what decides over speed and numbers counts (`DECISIVE_ENVIRONMENT`); other differences, another host
-of the same kind among them, are warnings. Between settings, what was varied may differ: for a bench its varied keys,
-otherwise what the user accepts, or, where the runs differ in one single key, that one; between the repeats of a
-setting, what the user accepts alone.
+Every key of `config.toml` counts except those that only change where a run writes and what it prints (`IGNORED_KEYS`).
+Of `environment.json`, only what affects speed or numerics counts (`DECISIVE_ENVIRONMENT`). Other differences, such as
+another host, are warnings. Settings may differ in the varied keys: for a bench its `--vary` keys, otherwise the
+accepted keys, or the only key that differs. Repeats of a setting may differ only in accepted keys.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ DECISIVE_ENVIRONMENT = (
     "environment.OMP_NUM_THREADS",
     "environment.PYTORCH_ALLOC_CONF",
 )
-# Said elsewhere, or of no effect.
+# Reported elsewhere, or without effect.
 UNREPORTED_ENVIRONMENT = ("command", "environment.COMM_BACKEND", "environment.LOG_RANK")
 BACKEND_KEY = "comm.backend"
-# What follows from a varied key and so differs with it.
+# What follows from a varied key, and so differs too.
 IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
-# Whoever varies one of these gives his settings other batches to learn from.
+# Settings that differ in one of these train on other batches.
 DATA_KEYS = frozenset(
     {
         "debug.seed",
@@ -53,13 +52,13 @@ DATA_KEYS = frozenset(
         "training.seq_len",
     }
 )
-MISSING_VALUE = "(not said)"
-MAX_REPORTED = 20  # keys or remarks of one report
+MISSING_VALUE = "(missing)"
+MAX_REPORTED = 20  # keys or warnings of one report
 
 
 @dataclass(frozen=True)
 class SettingDifferences:
-    """`varied`: key -> the value of each setting in their order. `warnings`: what else differs and may not matter."""
+    """`varied`: key -> values in the order of the settings. `warnings`: other differences, which may not matter."""
 
     varied: dict[str, list[Any]]
     warnings: list[str] = field(default_factory=list)
@@ -73,15 +72,15 @@ class SettingDifferences:
 def find_differences(
     settings: Sequence[Setting], varied: Sequence[str] | None, accepted: Sequence[str]
 ) -> SettingDifferences:
-    """What differs between settings.
+    """The differences between settings.
 
     Args:
-        varied: the keys that a bench varied; None for runs that were not made by one.
-        accepted: further keys that the user lets differ.
+        varied: the keys that a bench varied; None for other runs.
+        accepted: further keys that may differ.
 
     Raises:
-        UserError: the repeats of a setting differ, or the settings do in more than was varied; or an accepted key does
-            not differ.
+        UserError: repeats of a setting differ, settings differ in more than was varied, or an accepted key does not
+            differ.
     """
     first, *others = [run for setting in settings for run in setting.runs]
     anywhere = {key for other in others for key in decisive_keys(first, other)}
@@ -112,12 +111,12 @@ def refuse_differing_repeats(setting: Setting, accepted: Sequence[str]) -> None:
             if key in accepted:
                 continue
             what = ", ".join(f"{_format_value(run, key)} in {run.folder.name}" for run in (first, other))
-            fix = f"leave out the repeats that are not alike, or, if it is meant: --accept-difference {key}"
+            fix = f"remove the repeats that differ, or, if the difference is intended: --accept-difference {key}"
             raise UserError(Problem(str(setting.folder), f"its repeats differ in {key}: {what}", fix=fix))
 
 
 def decisive_keys(one: RunFolder, other: RunFolder) -> list[str]:
-    """The keys in which two runs differ and that decide what is trained or how fast."""
+    """The keys in which two runs differ and that affect what is trained or how fast."""
     config = [key for key in differing_keys(one.config, other.config) if key not in IGNORED_KEYS]
     found = differing_keys(one.environment, other.environment) if one.environment and other.environment else []
     return [*config, *(f"environment.{key}" for key in found if _within(key, DECISIVE_ENVIRONMENT))]
@@ -130,7 +129,7 @@ def differing_keys(one: Flat, other: Flat) -> list[str]:
 
 
 def _remarks(settings: Sequence[Setting]) -> list[str]:
-    """One line for each thing of the environments that differs and is not decisive."""
+    """One warning per non-decisive key of the environments that differs."""
     runs = [run for setting in settings for run in setting.runs if run.environment]
     keys = {key for run in runs[1:] for key in differing_keys(runs[0].environment, run.environment)}
     remarks = []
@@ -160,5 +159,5 @@ def _format_value(run: RunFolder, key: str) -> str:
 def _problem(key: str, settings: Sequence[Setting]) -> Problem:
     values = "; ".join(f"{setting.name}: {_format_value(setting.runs[0], key)}" for setting in settings)
     what = f"the runs differ in more than was varied ({values})"
-    fix = f"compare runs that are alike in it, or, if it is meant: --accept-difference {key}"
+    fix = f"compare runs with the same value, or, if the difference is intended: --accept-difference {key}"
     return Problem(shortened(key, 200), shortened(what, 400), fix=shortened(fix, 400))

@@ -1,8 +1,8 @@
-"""What the traces of the runs say: where the time went, and which backend carried the bytes.
+"""Evidence from the traces of runs: where the time went, and which backend carried the bytes.
 
-The traces are read by `analysis.trace`, whose answer (`quadriga-trace-1`, docs/traces.md) is taken as it is; a run
-whose traces cannot be read has a reason in its place. A backend is credited only if in every repeat the trace shows
-its bytes: what a run asked for or declared is a wish, what its collectives went through is evidence.
+`analysis.trace` analyses the traces (`quadriga-trace-1`, docs/traces.md). A run whose traces cannot be read has a
+reason instead. A backend is credited only if the traces of every repeat show its bytes. The request and the declaration
+of a run are not evidence; the collectives in its traces are.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Analyse = Callable[[Path], Analysis]
 
 PARTS = ("compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "host_idle_s", "data_wait_s")
 EXPOSED = "exposed_communication_s"
-TOLERATED_SHARE = 0.01  # the share of bytes that another backend may carry: small sums
-HOST_AXIS = "host"  # the axis of agreements between the ranks' hosts, which are no part of the training's bytes
+TOLERATED_SHARE = 0.01  # share of the bytes that another backend may carry: small reductions
+HOST_AXIS = "host"  # groups that serve the host only: their bytes do not belong to training
 SYMMETRIC, SYMMETRIC_KERNEL = "nccl-symm", "ncclsymk"
 NO_TRACE = "no trace shows who carried the bytes"
 
 
 @dataclass(frozen=True)
 class SettingTraces:
-    """The analyses of a setting by number of the repeat, and why others have none."""
+    """The analyses of a setting by number of the repeat, and the reasons for missing ones."""
 
     analyses: dict[int, Analysis]
     missing: dict[int, str]
 
     def why_missing(self) -> str:
-        """The reasons, each once, with the repeats that it holds for."""
+        """The reasons, each once, with its repeats."""
         reasons: dict[str, list[str]] = {}
         for number, why in self.missing.items():
             reasons.setdefault(why, []).append(str(number))
@@ -57,8 +57,8 @@ def analyse_setting(setting: Setting, analyse: Analyse) -> SettingTraces:
 
 
 def time_by_part(settings: Sequence[Setting], traces: Mapping[str, SettingTraces]) -> list[dict[str, Any]] | None:
-    """Seconds of a traced step by part, the mean of the ranks and the median of the repeats; exposed communication once
-    more by axis. None where a setting has no trace. A part that no trace tells has None for its seconds."""
+    """Seconds of a traced step by part: the mean over ranks, and the median over repeats. Exposed communication is also
+    listed by axis. None if a setting has no trace. A part that no trace shows has None for its seconds."""
     if not all(traces[setting.name].analyses for setting in settings):
         return None
     parts = [_row(part, None, settings, partial(part_seconds, part), traces) for part in PARTS]
@@ -76,7 +76,7 @@ def _row(
     read: Callable[[Analysis], float | None],
     traces: Mapping[str, SettingTraces],
 ) -> dict[str, Any]:
-    """`axis`: for a row that is a part of another one."""
+    """`axis`: None for a whole part; an axis for its share of the exposed communication."""
     by_run = []
     for setting in settings:
         values = [read(each) for each in traces[setting.name].analyses.values()]
@@ -86,13 +86,13 @@ def _row(
 
 
 def part_seconds(part: str, analysis: Analysis) -> float | None:
-    """Seconds of a step, the mean over ranks; None where a rank cannot tell."""
+    """Seconds of a step, mean over ranks; None if it is not known for a rank."""
     values = [rank["mean"].get(part) for rank in analysis["by_rank"]]
     return sum(values) / len(values) if values and None not in values else None
 
 
 def exposed_seconds(axis: str, analysis: Analysis) -> float | None:
-    """Exposed seconds of a step in the collectives of one axis; None where one of them cannot tell."""
+    """Exposed seconds of a step in the collectives of one axis; None if it is not known for one of them."""
     values = [found["exposed_s_a_step"] for found in analysis["collectives"] if found["axis"] == axis]
     return sum(values) if None not in values else None
 
@@ -102,13 +102,13 @@ def exposed_part_name(axis: str) -> str:
 
 
 def traced_axes(traces: Iterable[SettingTraces]) -> list[str]:
-    """Of all collectives, but for what passes between hosts beside the training."""
+    """The axes of all collectives except those between hosts."""
     found = (each["axis"] for one in traces for analysis in one.analyses.values() for each in analysis["collectives"])
     return sorted(set(found) - {HOST_AXIS})
 
 
 def verify_backend(setting: Setting, traces: SettingTraces) -> dict[str, Any]:
-    """Whether the backend that was asked for carried the bytes, and on what evidence."""
+    """Whether the requested backend carried the bytes, with the evidence."""
     requested, declared = requested_backend(setting), _declared_backends(setting)
     sent = _sent_bytes(traces, declared)
     total = sum(sent.amounts.values())
@@ -121,7 +121,7 @@ def verify_backend(setting: Setting, traces: SettingTraces) -> dict[str, Any]:
         verified, why = False, f"{NO_TRACE} ({traces.why_missing()})"
         rows = rows or None
     elif sent.unknown_bytes:
-        verified, why = False, f"the traces do not tell the bytes of {format_some(sorted(sent.unknown_bytes))}"
+        verified, why = False, f"the traces do not show the bytes of {format_some(sorted(sent.unknown_bytes))}"
     elif not total:
         verified, why = False, "the traces show no bytes between ranks"
     else:
@@ -137,14 +137,14 @@ def requested_backend(setting: Setting) -> str:
 
 
 def _declared_backends(setting: Setting) -> dict[str, str]:
-    """By axis, which backend the run said would serve it; {} where it said nothing."""
+    """The declared backend of each axis; {} if the run declared none."""
     return {axis: str(name) for axis, name in config_table(setting.runs[0].environment, "backends").items()}
 
 
 @dataclass(frozen=True)
 class SentBytes:
-    """Bytes of a step by axis and backend, summed over repeats. `by_name`: those that are known by a kernel's name
-    alone; `unknown_bytes`: collectives whose bytes no trace tells."""
+    """Bytes of a step by (axis, backend), summed over repeats. `by_name`: bytes known only by the name of a kernel.
+    `unknown_bytes`: collectives whose bytes a trace does not show."""
 
     amounts: Counter[tuple[str, str]]
     by_name: float
@@ -168,7 +168,7 @@ def _sent_bytes(traces: SettingTraces, declared: Mapping[str, str]) -> SentBytes
 
 
 def _backend_of(found: Mapping[str, Any], declared: Mapping[str, str], analysis: Analysis) -> str:
-    """The backend of a collective. NCCL's kernels for symmetric memory are known by their names alone."""
+    """The backend of a collective. NCCL's kernels for symmetric memory are recognized only by their names."""
     backend = str(found["backend"] or "unknown")
     if backend == "nccl" and declared.get(found["axis"]) == SYMMETRIC:
         kernels = (kernel["name"].lower() for kernel in analysis["kernels"]["top"])
@@ -180,7 +180,7 @@ def _backend_of(found: Mapping[str, Any], declared: Mapping[str, str], analysis:
 def _verify(requested: str, declared: Mapping[str, str], sent: SentBytes) -> tuple[bool, str]:
     total = sum(sent.amounts.values())
     own = sum(amount for (_, backend), amount in sent.amounts.items() if backend == requested)
-    elsewhere = declared.get("norms", requested)  # of an axis that the run declared nothing of: the sums over all ranks
+    elsewhere = declared.get("norms", requested)  # for axes without a declaration, such as reductions over all ranks
     unexpected = {
         (axis, backend): amount
         for (axis, backend), amount in sent.amounts.items()
@@ -191,7 +191,7 @@ def _verify(requested: str, declared: Mapping[str, str], sent: SentBytes) -> tup
         share = sum(amount for (_, name), amount in sent.amounts.items() if name == backend) / total
         return False, f"{requested} was asked for, and {backend} carried {_percent(share)} of the bytes ({axis})"
     if sent.by_name > TOLERATED_SHARE * total:
-        return False, f"{_percent(sent.by_name / total)} of the bytes are known by a kernel's name alone"
+        return False, f"{_percent(sent.by_name / total)} of the bytes are known only by the name of a kernel"
     others = {
         f"{axis} is on {name}" for axis, name in declared.items() if name != requested and axis in axes_sent(sent)
     }

@@ -1,6 +1,6 @@
-"""The report of a comparison as one HTML page: which run is faster, or that none was shown to be; then the pictures.
+"""The report of a comparison as one HTML page: first the answer, then charts and tables.
 
-`comparison_page` takes what `quadriga compare --json` prints (`quadriga-compare-1`).
+`comparison_page` reads the object that `quadriga compare --json` prints (`quadriga-compare-1`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from quadriga.analysis.pages.plots import Interval, Series, interval_plot, line_
 from quadriga.analysis.pages.style import BLUE, GREY, VERMILION
 
 VERDICTS = {"faster": BLUE, "better": BLUE, "slower": VERMILION, "worse": VERMILION}
-UNITS_IN_CELLS = ("s", "GiB", "share")  # units that stand beside each figure
+UNITS_IN_CELLS = ("s", "GiB", "share")  # units that are shown in each cell
 Comparison = dict[str, Any]
 MAX_LOSS_ROWS = 20
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The whole page. `comparison`: a dict of the format `quadriga-compare-1`."""
+    """The HTML of the page. `comparison`: a dict of the format `quadriga-compare-1`."""
     names = _names(comparison)
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
     warned += comparison.get("warnings", ())
@@ -44,7 +44,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def comparison_sentences(comparison: Comparison) -> list[str]:
-    """The answer, in the words of the terminal; the refusal where there is one."""
+    """The answer as in the terminal, or the refusal."""
     if comparison["refused"]:
         return [f"Not compared: {comparison['refused']}"]
     return [
@@ -157,9 +157,9 @@ def _where(parts: Sequence[Mapping[str, Any]] | None, why: str | None) -> Markup
             values = [seconds.get(run) if i == index else None for i in range(len(runs))]
             bars.append(Bar(_part(part) if index == 0 else "", values))
     cells = [[_part(part), *(_seconds_of(part, run) for run in runs)] for part in parts]
-    image = stacked_bars("Parts of a step by run", legend_parts, bars, "time a step")
+    image = stacked_bars("Parts of a step by run", legend_parts, bars, "time per step")
     numbers = elements.table(["part of a step", *runs], cells)
-    caption = "The same part of a step in each run, one bar a run. Parts may overlap, so they need not add up."
+    caption = "Each part of a step, with one bar per run. Parts may overlap, so their sum can exceed the step."
     reasons = elements.not_measurable(why) if why else None
     return elements.section(title, elements.figure(image, caption, numbers, legend(legend_parts)), reasons)
 
@@ -170,7 +170,7 @@ def _seconds_of(part: Mapping[str, Any], run: str) -> str | None:
 
 
 def _part(part: Mapping[str, Any]) -> str:
-    """`exposed communication`, and below it `exposed on shard`."""
+    """The name of a part: `exposed communication`, or `exposed on shard` for one axis."""
     axis = part.get("axis")
     return f"exposed on {axis}" if axis else part["part"].removesuffix("_s").replace("_", " ")
 
@@ -204,7 +204,7 @@ def _losses(losses: Mapping[str, Any] | None) -> Markup:
     caption = f"Every {every} logged steps, and the last." if every > 1 else "Every logged step."
     numbers = elements.table(["step", *(run["run"] for run in losses["by_run"])], cells, caption=caption)
     if not any(math.isfinite(loss) for each in series for _, loss in each.points):
-        return elements.section(title, elements.note("No loss is a finite number."), numbers)
+        return elements.section(title, elements.note("All losses are NaN or infinite."), numbers)
     image = line_plot("Loss by step", series, "step", "loss")
     return elements.section(
         title,
@@ -214,7 +214,7 @@ def _losses(losses: Mapping[str, Any] | None) -> Markup:
 
 
 def _figure(loss: float | None) -> float:
-    """A loss that was not logged is no number, and leaves a hole in its curve."""
+    """NaN for a loss that was not logged, which is a gap in the curve."""
     return math.nan if loss is None else float(loss)
 
 
@@ -233,7 +233,7 @@ def _runs(comparison: Comparison) -> Markup:
 
 def _varied(varied: Mapping[str, Sequence[Any]]) -> str:
     if not varied:
-        return "Nothing was varied on purpose."
+        return "No key was varied."
     return "Varied: " + "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in varied.items())
 
 

@@ -1,4 +1,4 @@
-"""What a bench is going to run: the settings, the order of the runs, and the note that it leaves of both."""
+"""The plan of a bench: its settings, the order of its runs, and its record `bench.json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARY = "--vary"
 
 @dataclass(frozen=True)
 class SettingChoice:
-    """One setting: by key, the value as text. `number` from 1."""
+    """One setting. `number`: from 1. `values`: by key, as text."""
 
     number: int
     values: Mapping[str, str]
@@ -30,7 +30,7 @@ class SettingChoice:
 
     @property
     def name(self) -> str:
-        """`backend=nccl, mode=full`: the last words of the keys, unless two of them are alike."""
+        """`backend=nccl, mode=full`: with the last part of each key, or with whole keys if two last parts are equal."""
         last = [key.rpartition(".")[2] for key in self.values]
         short = len(set(last)) == len(last)
         labels = last if short else list(self.values)
@@ -38,7 +38,7 @@ class SettingChoice:
 
 
 def parse_choices(varied: Sequence[str]) -> list[SettingChoice]:
-    """Every combination of `KEY=A,B` texts. Raises UserError where one is not of that form."""
+    """Every combination of `KEY=A,B` texts. Raises UserError if a text has another form."""
     tables: dict[str, list[str]] = {}
     for text in varied:
         key, equals, values = text.partition("=")
@@ -46,7 +46,7 @@ def parse_choices(varied: Sequence[str]) -> list[SettingChoice]:
         found = _values(values)
         form = "--vary section.key=VALUE,VALUE (a list as a value in brackets)"
         if not equals or "." not in key:
-            raise UserError(Problem(VARY, "not of the form that is needed", text, allowed=form))
+            raise UserError(Problem(VARY, "does not have the required form", text, allowed=form))
         if key in tables:
             raise UserError(Problem(VARY, f"{key} is varied twice", text, fix="name all its values at once"))
         if len(found) < 2 or len(set(found)) < len(found) or "" in found:
@@ -59,19 +59,19 @@ def parse_choices(varied: Sequence[str]) -> list[SettingChoice]:
 
 
 def _values(text: str) -> list[str]:
-    """`a,b` -> a and b; commas within brackets belong to a list."""
+    """`a,b` -> a and b. Commas in brackets belong to a list."""
     return [value.strip() for value in re.split(r",(?![^\[]*\])", text)]
 
 
 def run_order(count: int, rounds: int) -> Iterator[tuple[int, list[int]]]:
-    """By round, from 1, the places of `count` settings in the order in which they run: each is first in its turn."""
+    """(round from 1, indices of the `count` settings in the order of their runs). Each setting is first in turn."""
     for number in range(rounds):
         first = number % count
         yield number + 1, [(first + place) % count for place in range(count)]
 
 
 def bench_record(choices: Sequence[SettingChoice], file: str, arguments: Sequence[str], ranks: int) -> dict[str, Any]:
-    """What `bench.json` says. `arguments`: the keys that all runs are given."""
+    """The content of `bench.json`. `arguments`: of all runs."""
     keys = list(choices[0].values)
     return {
         "format": FORMAT,
@@ -86,7 +86,7 @@ def bench_record(choices: Sequence[SettingChoice], file: str, arguments: Sequenc
 
 
 def refuse_another_bench(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raise UserError where a folder holds a bench of other settings, or what is no bench at all."""
+    """Raise UserError if a folder contains a bench with other settings, or other files without a bench."""
     before = read_bench(folder / BENCH_FILE)
     fix = "choose another folder (--out), or remove this one"
     if before is None and folder.is_dir() and any(folder.iterdir()):
@@ -99,7 +99,7 @@ def refuse_another_bench(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_bench_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `bench.json`; a reader finds the whole file or none."""
+    """Write `bench.json` atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{BENCH_FILE}"
     draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

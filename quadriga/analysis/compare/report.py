@@ -1,4 +1,4 @@
-"""A comparison in words, for a terminal: the answer first, in one sentence a setting; then the table; then the rest."""
+"""A comparison as text for a terminal: first the answer, in one sentence per setting, then the table and the rest."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def format_comparison(comparison: Comparison) -> Iterator[str]:
 
 
 def format_answers(comparison: Comparison) -> Iterator[str]:
-    """One sentence for each setting but the first. Percentages are of speed: steps or tokens in a second."""
+    """One sentence for each setting except the first. Percentages are of speed: steps or tokens per second."""
     figure = next(each for each in comparison["figures"] if each["name"] == comparison["headline"])
     for ratio in figure["ratios"]:
         yield _answer(ratio, figure, comparison)
 
 
 def _answer(ratio: dict[str, Any], figure: dict[str, Any], comparison: Comparison) -> str:
-    ours, other = ratio["run"], ratio["against"]
+    run, other = ratio["run"], ratio["against"]
     medians = {each["run"]: format_value(each["median"], figure["unit"]) for each in figure["by_run"]}
-    measured = f"{other} {medians[other]}, {ours} {medians[ours]}"
+    measured = f"{other} {medians[other]}, {run} {medians[run]}"
     pairs = f"{ratio['pairs']} pair{'s' * (ratio['pairs'] != 1)}"
     if ratio["verdict"] == TOO_FEW:
-        return f"too few runs to tell: {pairs}, at least {FEWEST_PAIRS} are needed ({measured})"
+        return f"too few runs: {pairs}, at least {FEWEST_PAIRS} are needed ({measured})"
     low, high = speed_interval(ratio, figure["lower_is_better"])
     interval = f"{_level(ratio)} interval {_range(low, high)}, {pairs}"
     if ratio["verdict"] == NO_DIFFERENCE:
         change = round(100 * (speed_ratio(ratio["ratio"], figure["lower_is_better"]) - 1), 1) + 0.0  # no -0.0
-        return f"no difference shown between {other} and {ours} (speed {change:+.1f} %, {interval}; {measured})"
+        return f"no difference shown between {other} and {run} (speed {change:+.1f} %, {interval}; {measured})"
     if ratio["verdict"] == NOT_VERIFIED:
         reasons = {each["run"]: each["why"] for each in comparison["backend"] if not each["credited"]}
-        why = "; ".join(f"{run}: {reasons[run]}" for run in (other, ours) if run in reasons)
-        return f"no winner is named between {other} and {ours} ({why}); measured: {measured}, {interval}"
+        why = "; ".join(f"{name}: {reasons[name]}" for name in (other, run) if name in reasons)
+        return f"no winner is named between {other} and {run} ({why}); measured: {measured}, {interval}"
     speed = speed_ratio(ratio["ratio"], figure["lower_is_better"])
     if speed > 1:
-        return f"{ours} is {100 * (speed - 1):.1f} % faster than {other} ({interval}; {measured})"
+        return f"{run} is {100 * (speed - 1):.1f} % faster than {other} ({interval}; {measured})"
     interval = f"{_level(ratio)} interval {_range(2 - high, 2 - low)}, {pairs}"
-    return f"{ours} is {100 * (1 - speed):.1f} % slower than {other} ({interval}; {measured})"
+    return f"{run} is {100 * (1 - speed):.1f} % slower than {other} ({interval}; {measured})"
 
 
 def speed_ratio(ratio: float, lower_is_better: bool) -> float:
-    """A ratio of times as one of speeds."""
+    """The ratio of speeds for a ratio of a figure."""
     return 1 / ratio if lower_is_better else ratio
 
 
@@ -74,7 +74,7 @@ def _level(ratio: dict[str, Any]) -> str:
 
 
 def format_value(value: float | None, unit: str) -> str:
-    """A figure with its unit, to four digits; `not measurable` for None."""
+    """A figure with its unit and four digits; `not measurable` for None."""
     if value is None:
         return "not measurable"
     shown = {"s": f"{value:.4g} s", "GiB": f"{value:.2f} GiB", "share": f"{100 * value:.2f} %"}
@@ -86,15 +86,15 @@ def _setup(comparison: Comparison) -> Iterator[str]:
     for key, values in varied.items():
         yield f"varied: {key} = {', '.join(map(str, values))}"
     if not varied:
-        yield "nothing was varied: the runs are alike"
+        yield "nothing was varied: the runs have the same configuration"
     for run in comparison["runs"]:
         count = run["repeats"]
         yield f"  {run['name']}: {count} run{'s' * (count != 1)} in {run['folder']}"
-    yield f"the first {comparison['warmup_steps']} steps of each run are left out"
+    yield f"the first {comparison['warmup_steps']} steps of each run are excluded"
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
-    """By figure: each setting's median and middle half; and its ratio to the first."""
+    """Rows by figure and setting: median, middle half, and ratio to the first setting."""
     rows = [("", "", "median", "middle half", "against the first", "interval", "")]
     for figure in comparison["figures"]:
         ratios = {ratio["run"]: ratio for ratio in figure["ratios"]}
@@ -121,7 +121,7 @@ def _ratio_cells(ratio: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """The first two columns and the last to the left, the others to the right."""
+    """Aligned columns: the first two and the last to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
@@ -135,7 +135,7 @@ def _where(comparison: Comparison) -> Iterator[str]:
         yield f"where the time went: not measurable: {comparison['not_measurable']['where']}"
         yield ""
         return
-    yield "where the time of a traced step went (seconds, mean of the ranks; the profiler slows these steps)"
+    yield "where the time of a traced step went (mean over ranks; the profiler slows these steps)"
     names = [run["name"] for run in comparison["runs"]]
     table = [("", "", *names, "")]
     for row in rows:

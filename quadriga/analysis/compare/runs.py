@@ -1,8 +1,8 @@
-"""Run folders as a comparison reads them: one run, and a setting, which is one run or a folder of its repeats.
+"""Reads run folders for a comparison: a run, and a setting, which is one run or a folder of its repeats.
 
-RUN/config.toml, environment.json, metrics.jsonl, events.jsonl     one run, as quadriga/train leaves it
+RUN/config.toml, environment.json, metrics.jsonl, events.jsonl     one run, as quadriga/train writes it
 SETTING/repeat-1/, repeat-2/, ...                                  repeats of one setting, one run folder each
-BENCH/bench.json, setting-1/, setting-2/, ...                      what `quadriga bench` leaves
+BENCH/bench.json, setting-1/, setting-2/, ...                      as `quadriga bench` writes it
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ METRICS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, BENCH_FILE = (
     "bench.json",
 )
 REPEAT = re.compile(r"repeat-([0-9]{1,9})")
-REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # what a comparison reads of each record
+REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # fields of each record that a comparison reads
 MAX_SETTINGS = 1000  # of one bench
-# What of `config.toml` is reckoned with, and from which value on it can be.
+# Keys of `config.toml` that are used in arithmetic, with their least values.
 MINIMUM_VALUES = {
     "training.steps": 1,
     "profiling.profile_freq": 1,
@@ -44,7 +44,7 @@ Flat = dict[str, Any]  # `section.key` -> value
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `number`: which repeat it is, and so which round it belongs to, from 1."""
+    """One run. `number`: of the repeat, and so of the round, from 1."""
 
     folder: Path
     number: int
@@ -56,7 +56,7 @@ class RunFolder:
 
     @cached_property
     def span(self) -> tuple[float, float]:
-        """When its first and its last record were written, in seconds since the epoch."""
+        """Times of the first and the last record, in seconds since the epoch."""
         return self.records[0]["time"], self.records[-1]["time"]
 
     @property
@@ -64,15 +64,15 @@ class RunFolder:
         return {record["step"]: float(record["loss"]) for record in self.records}
 
     def window_values(self, name: str) -> list[float]:
-        """A figure of all windows that have it."""
+        """The finite values of a figure in all windows."""
         values = (window.record.get(name) for window in self.windows)
         return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The repeats of one setting, by number. `name` is how it is called in the report; `unfinished` are the folders of
-    repeats that did not come to their end and are left out."""
+    """The repeats of one setting, by number. `name`: in the report. `unfinished`: folders of repeats that have not
+    finished, which are excluded."""
 
     name: str
     folder: Path
@@ -81,17 +81,17 @@ class Setting:
 
 
 def read_setting(name: str, folder: Path, warmup: int) -> Setting:
-    """A run folder, or a folder of repeats, under the name that it will be called by.
+    """Read a run folder or a folder of repeats as the setting `name`.
 
     Raises:
-        UserError: it is neither, or what is in it cannot be read.
+        UserError: it is neither, or a file cannot be read.
     """
     if is_run(folder):
         return Setting(name, folder, [read_run_folder(folder, 1, warmup)])
     found = repeats_of(folder)
     repeats = {number: path for number, path in found.items() if has_finished(path)} or found
     if not repeats:
-        what = "no run is here" if os.path.isdir(folder) else "there is no such folder"
+        what = "the folder has no run" if os.path.isdir(folder) else "there is no such folder"
         allowed = f"a run folder (with {METRICS_FILE}), a folder of runs repeat-1, repeat-2, ..., or that of a bench"
         raise UserError(Problem("RUN", what, str(folder), allowed=allowed))
     runs = [read_run_folder(path, number, warmup) for number, path in repeats.items()]
@@ -99,17 +99,17 @@ def read_setting(name: str, folder: Path, warmup: int) -> Setting:
 
 
 def is_run(folder: Path) -> bool:
-    return os.path.isfile(folder / METRICS_FILE)  # unlike Path.is_file it raises nothing for a path that cannot be
+    return os.path.isfile(folder / METRICS_FILE)  # unlike Path.is_file, it does not raise for an invalid path
 
 
 def repeats_of(folder: Path) -> dict[int, Path]:
-    """The runs in a folder of repeats by number."""
+    """The runs in a folder of repeats, by number."""
     found = {int(match[1]): path for path in folder.glob("repeat-*") if (match := REPEAT.fullmatch(path.name))}
     return {number: found[number] for number in sorted(found) if is_run(found[number])}
 
 
 def folders_of(named: Sequence[Path]) -> list[Path]:
-    """The folders of the settings: a folder of a bench stands for all of its settings."""
+    """The folders of the settings. The folder of a bench is replaced by the folders of its settings."""
     return [setting for folder in named for setting in (_settings_of_bench(folder) or [folder])]
 
 
@@ -119,7 +119,7 @@ def _settings_of_bench(folder: Path) -> list[Path]:
 
 
 def find_bench(settings: Sequence[Path]) -> dict[str, Any] | None:
-    """What the bench says (`bench.json`) that all these folders are settings of; None where there is none."""
+    """The record (`bench.json`) of the bench to which all these folders belong; None if there is none."""
     parents = {folder.resolve().parent for folder in settings}
     found = read_bench(parents.pop() / BENCH_FILE) if len(parents) == 1 else None
     known = {setting["folder"] for setting in found["settings"]} if found else set()
@@ -127,10 +127,10 @@ def find_bench(settings: Sequence[Path]) -> dict[str, Any] | None:
 
 
 def read_bench(path: Path) -> dict[str, Any] | None:
-    """The note of a bench (see `analysis.compare.plan`), checked; None where there is no file.
+    """The validated record of a bench (see `analysis.compare.plan`); None if there is no file.
 
     Raises:
-        UserError: it is not one that `quadriga bench` has left.
+        UserError: `quadriga bench` does not write such a record.
     """
     found = read_optional_json(path)
     if found is None:
@@ -139,7 +139,7 @@ def read_bench(path: Path) -> dict[str, Any] | None:
     known = isinstance(settings, list) and 0 < len(settings) <= MAX_SETTINGS and all(map(_is_setting, settings))
     if not isinstance(settings, list) or not known or not isinstance(varied, dict):
         allowed = '{"varied": {KEY: [VALUE, ...]}, "settings": [{"folder": "setting-1", "name": TEXT}, ...]}'
-        raise UserError(Problem(str(path), "this is no note of a bench", allowed=allowed, fix="bench anew, elsewhere"))
+        raise UserError(Problem(str(path), "not the record of a bench", allowed=allowed, fix="bench again, elsewhere"))
     for key in ("folder", "name"):
         if len({setting[key] for setting in settings}) < len(settings):
             raise UserError(Problem(str(path), f"two settings of the bench have the same {key}"))
@@ -149,12 +149,12 @@ def read_bench(path: Path) -> dict[str, Any] | None:
 def _is_setting(setting: Any) -> bool:
     if not isinstance(setting, dict) or not isinstance(setting.get("name"), str):
         return False
-    folder = setting.get("folder")  # a name within the bench's folder, and nothing else
+    folder = setting.get("folder")  # a name in the bench's folder, not a path
     return isinstance(folder, str) and folder == os.path.basename(folder) != "" and _is_file_name(folder)
 
 
 def _is_file_name(text: str) -> bool:
-    """Whether a file system can have it; `.` and `..` are none."""
+    """Whether the text is a valid file name. `.` and `..` are not."""
     try:
         size = len(os.fsencode(text))
     except UnicodeEncodeError:
@@ -163,7 +163,7 @@ def _is_file_name(text: str) -> bool:
 
 
 def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[str]:
-    """A name for each: that of the bench, else the last words of the path that tell them apart."""
+    """A name for each folder: that of the bench, else the last parts of its path that make the names different."""
     if bench is not None:
         by_folder = {setting["folder"]: str(setting["name"]) for setting in bench["settings"]}
         return [by_folder[folder.resolve().name] for folder in settings]
@@ -177,10 +177,10 @@ def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[
 
 
 def read_run_folder(folder: Path, number: int, warmup: int) -> RunFolder:
-    """One run folder. Lines of its metrics that are no records are left out, and a warning says so.
+    """Read one run folder. Invalid lines of its metrics are ignored, with a warning.
 
     Raises:
-        UserError: a file of it cannot be read, or too few steps were logged.
+        UserError: a file cannot be read, or too few steps were logged.
     """
     warnings: list[str] = []
     records = read_metrics(folder / METRICS_FILE, required=REQUIRED, notices=warnings)
@@ -195,7 +195,7 @@ def read_run_folder(folder: Path, number: int, warmup: int) -> RunFolder:
     environment = read_optional_json(folder / ENVIRONMENT_FILE)
     warnings += [slowed] if slowed else []
     if environment is None:
-        warnings.append(f"no {ENVIRONMENT_FILE}: on what machine and with which versions it ran is not known")
+        warnings.append(f"no {ENVIRONMENT_FILE}: machine and versions of the run are not known")
     if records[-1]["step"] < steps:
         warnings.append(f"ended after step {records[-1]['step']} of {steps}")
     if (attempts := records[-1]["attempt"]) > 1:
@@ -206,21 +206,21 @@ def read_run_folder(folder: Path, number: int, warmup: int) -> RunFolder:
 
 
 def check_whole_numbers(path: Path, config: Flat) -> None:
-    """Raise UserError where what is reckoned with is no whole number in its range."""
+    """Raise UserError if a key of `MINIMUM_VALUES` is not an integer in its range."""
     profiled = config.get("profiling.enable_profiling") is True
     for key, least in MINIMUM_VALUES.items():
         value = config.get(key)
         if key.startswith("profiling.") and not profiled:
             continue
         if type(value) is not int or not least <= value < 2**63:
-            fix = "name the folder of a run that has ended (job.dump_folder)"
-            what = "the file lacks it" if value is None else "is no whole number that it can be"
+            fix = "name the folder of a finished run (job.dump_folder)"
+            what = "is missing" if value is None else "is not a valid integer"
             shown = None if value is None else shortened(repr(value))
             raise UserError(Problem(key, what, shown, source=str(path), allowed=f"{least} or more", fix=fix))
 
 
 def has_finished(folder: Path) -> bool:
-    """Whether the newest start of a run came to its end."""
+    """Whether the newest start of a run ended with exit code 0."""
     events = read_events(folder)
     newest = max((event["attempt"] for event in events), default=0)
     return any(e["event"] == "end" and e["attempt"] == newest and e.get("code") == 0 for e in events)
@@ -238,10 +238,10 @@ def flatten_tables(tables: Mapping[str, Any], prefix: str = "") -> Flat:
 
 
 def config_table(flat: Flat, name: str) -> dict[str, Any]:
-    """One table of a flat configuration."""
+    """One table of a flattened configuration."""
     return {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. Raises UserError where it is damaged."""
+    """The object in a JSON file; None if there is no file. Raises UserError if it is damaged."""
     return read_json_object(path, what="record") if os.path.exists(path) else None

@@ -1,13 +1,12 @@
-"""Which steps of a run count: not the first ones, and none that the profiler slowed down.
+"""The windows of steps of a run that a comparison counts.
 
-A record of `metrics.jsonl` covers the steps since the record before it: a window. A window counts if it is whole, that
-is, if no step of it is left out. Left out are
+A window is the steps between two records of `metrics.jsonl`. It counts if none of its steps is excluded. Excluded are
 
-- the first `warmup` steps of each start of the run (compilation, caches, the allocator's growth);
-- steps in which the profiler warms up or records, and the step after a recorded cycle, in which its trace is written.
-  They are counted after all where fewer than FEWEST_WINDOWS windows would be left, and a warning says so.
+- the first `warmup` steps of each start of the run (compilation, caches, growth of the allocator);
+- steps in which the profiler warms up or records, and the step after them, in which the trace is written. If fewer than
+  FEWEST_WINDOWS windows would remain, these steps count too, with a warning.
 
-Time in which training paused, to save or to validate, is in no window (see quadriga/metrics/meter.py).
+Saves and validations are in no window (see quadriga/metrics/meter.py).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FEWEST_WINDOWS = 3
 
 @dataclass(frozen=True)
 class StepWindow:
-    """The steps `first` to `last`, and what was logged of them."""
+    """The steps `first` to `last`, and the record of them."""
 
     first: int
     last: int
@@ -35,14 +34,14 @@ class StepWindow:
 
 
 def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
-    """Of a table `[profiling]`, for a start of so many steps; None without the profiler."""
+    """The profiler's cycle of a table `[profiling]`, for a start of `steps` steps; None without the profiler."""
     if profiling.get("enable_profiling") is not True:
         return None
     return Cycle.of_run(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
 
 
 def windows_of(records: Sequence[Record]) -> dict[int, list[StepWindow]]:
-    """By attempt, the windows whose first step is known: all but the first of an attempt."""
+    """By attempt, all windows except the first, whose first step is unknown."""
     found: dict[int, list[StepWindow]] = {}
     for attempt, group in groupby(records, key=lambda record: int(record["attempt"])):
         own = list(group)
@@ -53,7 +52,7 @@ def windows_of(records: Sequence[Record]) -> dict[int, list[StepWindow]]:
 def counted_windows(
     records: Sequence[Record], profiling: Mapping[str, Any], steps: int, warmup: int
 ) -> tuple[list[StepWindow], str | None]:
-    """The windows that count, and a warning where steps with the profiler are among them.
+    """The windows that count, and a warning if they include steps with the profiler, else None.
 
     `records`: of training, by step; `profiling`: the table of the configuration; `steps`: the last step of the run.
     """
@@ -62,24 +61,24 @@ def counted_windows(
     for windows in windows_of(records).values():
         if not windows:
             continue
-        # The first record of the first attempt is that of step 1; that of a later one may be some steps into it.
+        # The first record of the first attempt is of step 1. That of a later attempt may be some steps after its start.
         first_step = windows[0].first - 1
         cycle = cycle_of(profiling, max(steps - first_step + 1, 1))
         for window in windows:
             if window.first < first_step + warmup:
                 continue
             after_warmup.append(window)
-            # Cycles repeat, so one cycle's length of steps tells of a window of any length.
+            # Cycles repeat, so the first cycle's length of steps of a window is enough to check.
             most = window.first + (cycle.length if cycle else 0)
             inside = range(window.first, min(window.last, most) + 1)
             if cycle is None or not any(cycle.disturbs(step, first_step) for step in inside):
                 undisturbed.append(window)
     if len(undisturbed) >= FEWEST_WINDOWS or len(undisturbed) == len(after_warmup):
         return undisturbed, None
-    return after_warmup, "steps that the profiler slowed are counted, for too few others are left"
+    return after_warmup, "steps that the profiler slowed are counted, because too few others are left"
 
 
 def predicted_records(steps: int, log_freq: int) -> list[Record]:
-    """What a run that is still to come will log, without the figures."""
+    """The records that a future run will write, without figures."""
     logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0 or step == steps]
     return [{"step": step, "attempt": 1} for step in logged]

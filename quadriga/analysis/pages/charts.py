@@ -1,4 +1,4 @@
-"""Pictures of time: bars by rank cut into parts, and strips that show one step as it went."""
+"""Charts of time: stacked bars by rank, and a timeline of one step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from quadriga.analysis.pages.numbers import format_duration, trim_zeros
 from quadriga.analysis.pages.scales import Scale, linear
 
 WIDTH = 960.0
-LEFT, RIGHT = 185.0, 36.0  # of the picture, for names on the left and the end of an axis on the right
+LEFT, RIGHT = 185.0, 36.0  # margins of the picture: names on the left, the end of the axis on the right
 BAR, GAP = 24.0, 10.0
 STRIP, STRIP_GAP, RANK_GAP = 15.0, 2.0, 10.0
 AXIS = 46.0
-THINNEST = 0.7  # of a span, so that a short one can be seen
+THINNEST = 0.7  # least width of a span, so that short ones are visible
 LETTER = 8.2  # mean width of a letter
 
 
 @dataclass(frozen=True)
 class BarPart:
-    """One part of all bars: its name and the number of its colour."""
+    """One part of all bars: its name and the index of its colour."""
 
     name: str
     colour: int
@@ -28,7 +28,7 @@ class BarPart:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a value or None for each part, and what it should add up to, where that is known."""
+    """One bar: a value or None for each part, and the value of the whole bar, if it is known."""
 
     name: str
     values: Sequence[float | None]
@@ -37,16 +37,16 @@ class Bar:
 
 @dataclass(frozen=True)
 class Strip:
-    """What one lane of one rank was busy with: (start, end, name) in seconds."""
+    """One stream of one rank: spans (start, end, name) in seconds."""
 
     rank: str
-    lane: str
+    stream: str
     colour: int
     spans: Sequence[tuple[float, float, str]]
 
 
 def picture(title: str, height: float, *parts: str | None) -> Markup:
-    """A drawing that is as wide as its place; `title` is read out to those who do not see it."""
+    """An SVG as wide as its container. `title`: for screen readers."""
     box = f"0 0 {WIDTH:.0f} {height:.0f}"
     return tag("svg", tag("title", title), *parts, class_="picture", viewBox=box, role="img", aria_label=title)
 
@@ -68,7 +68,7 @@ def stacked_bars(
     axis_title: str,
     formatter: Callable[[float], str] = format_duration,
 ) -> Markup:
-    """One bar a row, its parts side by side in their order; a tick marks the whole where it is known."""
+    """One bar per row, with its parts side by side in order. A tick marks the value of the whole bar, if known."""
     longest = [max(sum(v for v in bar.values if v is not None), bar.whole or 0.0) for bar in bars]
     scale = linear([*longest, 0.0], LEFT, WIDTH - RIGHT, from_zero=True)
     foot = len(bars) * (BAR + GAP)
@@ -96,7 +96,7 @@ def _bar(bar: Bar, parts: Sequence[BarPart], scale: Scale, top: float, formatter
 
 
 def _inside(text: str, x: float, y: float) -> Markup:
-    """A figure on a coloured ground: dark letters with a light edge can be read on every colour."""
+    """A label in a bar: dark letters with a light outline are readable on every colour."""
     look = "fill:#111;stroke:#fff;stroke-width:3px;paint-order:stroke;stroke-linejoin:round"
     return tag("text", text, x=x, y=y, text_anchor="middle", style=look)
 
@@ -106,14 +106,14 @@ def _box(x: float, y: float, width: float, height: float, class_: str, hint: str
 
 
 def row_name(name: str, middle: float, width: float = LEFT) -> Markup:
-    """The name left of a row; what is too long for its place is cut, the whole is in its hint."""
+    """The name to the left of a row. A long name is truncated, and its tooltip has the whole."""
     most = int((width - 10) / LETTER)
     shown = name if len(name) <= most else name[: most - 1] + "…"
     return tag("text", tag("title", name), shown, x=width - 10, y=middle + 4.5, text_anchor="end")
 
 
 def horizontal_axis(scale: Scale, top: float, foot: float, title: str, formatter: Callable[[float], str]) -> Markup:
-    """Lines from `top` to `foot` at round figures, the figures below them, and what they count."""
+    """Grid lines from `top` to `foot` at the ticks, with their labels and the title of the axis."""
     drawn = []
     for value in scale.ticks():
         at = scale(value)
@@ -125,7 +125,7 @@ def horizontal_axis(scale: Scale, top: float, foot: float, title: str, formatter
 
 
 def timeline_chart(title: str, strips: Sequence[Strip], start: float, axis_title: str) -> Markup:
-    """Strips of all ranks below each other, on one axis of time that begins at `start`."""
+    """The strips of all ranks below each other, on one time axis that begins at `start` seconds."""
     scale = Scale(0.0, longest_strip(strips, start), LEFT, WIDTH - RIGHT)
     drawn, top, rank = [], 0.0, None
     for strip in strips:
@@ -139,13 +139,13 @@ def timeline_chart(title: str, strips: Sequence[Strip], start: float, axis_title
 
 
 def longest_strip(strips: Sequence[Strip], start: float) -> float:
-    """Seconds from `start` to the end of the last span; 1 where nothing was busy."""
+    """Seconds from `start` to the end of the last span; 1 if there are no spans."""
     return max((end - start for strip in strips for _, end, _ in strip.spans), default=0.0) or 1.0
 
 
 def _strip(strip: Strip, scale: Scale, start: float, top: float) -> Markup:
-    ground = _box(scale.start, top, scale.end - scale.start, STRIP, "lane")
-    name = tag("text", strip.lane, x=LEFT - 10, y=top + STRIP - 3.5, text_anchor="end", class_="small")
+    ground = _box(scale.start, top, scale.end - scale.start, STRIP, "stream")
+    name = tag("text", strip.stream, x=LEFT - 10, y=top + STRIP - 3.5, text_anchor="end", class_="small")
     spans = []
     for begins, ends, what in strip.spans:
         left, right = scale(begins - start), scale(ends - start)

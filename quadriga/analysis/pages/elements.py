@@ -1,4 +1,4 @@
-"""A page that is one file: no script, nothing fetched, readable on paper and without its pictures.
+"""Elements of a self-contained HTML page: no scripts, no requests, readable in print and without its pictures.
 
 document("Where a step went", answer("It computed."), section("By rank", figure(picture, caption, numbers)))
 """
@@ -14,11 +14,11 @@ NO_REASON = "no reason was recorded"
 
 
 def document(title: str, *parts: str | None, source: str | None = None) -> str:
-    """The whole page; `source` names what it was made from."""
+    """The whole page. `source`: a line about the input."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        # Nothing is fetched and no script runs, whatever the names in the page hold.
+        # No requests and no scripts, whatever text the names in the page have.
         tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
@@ -34,7 +34,7 @@ def section(title: str, *parts: str | None) -> Markup:
 
 
 def answer(*sentences: str) -> Markup:
-    """What a reader came for, first sentence in large."""
+    """The answer of a report. The first sentence is large."""
     return tag("div", *(tag("p", sentence) for sentence in sentences), class_="answer", role="note")
 
 
@@ -50,12 +50,12 @@ def note(text: str) -> Markup:
 
 
 def not_measurable(why: str | None) -> Markup:
-    """What stands where a figure could not be had."""
+    """The text in place of a figure that could not be measured."""
     return tag("span", f"not measurable: {why or NO_REASON}", class_="missing")
 
 
 def figure(picture: str, caption: str, numbers: str | None, legend: str | None = None) -> Markup:
-    """A picture with its legend, what it shows, and the table of its numbers."""
+    """A picture with its legend, its caption, and the table of its numbers."""
     return tag("figure", legend, tag("div", picture, class_="scroll"), tag("figcaption", caption), numbers)
 
 
@@ -66,9 +66,9 @@ def table(
     caption: str | None = None,
     text_columns: Collection[int] = (0,),
 ) -> Markup:
-    """Rows of cells; columns of words (by number) stand to the left, those of figures to the right.
+    """A table. `text_columns` (by index) are aligned to the left, columns of figures to the right.
 
-    A cell that is None is one that could not be had: it says so, and the text beside the table says why.
+    A cell that is None is shown as "not measurable"; `reasons` next to the table gives the reason.
     """
     head = tag("tr", *(tag("th", name, scope="col", class_=_side(i, text_columns)) for i, name in enumerate(header)))
     body = [tag("tr", *(_cell(cell, i, text_columns) for i, cell in enumerate(row))) for row in rows]
@@ -89,7 +89,7 @@ def _side(column: int, text_columns: Collection[int]) -> str | None:
 
 
 def reasons(figures: Mapping[str, str | None]) -> Markup | None:
-    """One line for each figure that could not be had, and why; None where there is none."""
+    """One line with the reason for each figure that could not be measured; None if there are none."""
     if not figures:
         return None
     listed = (tag("li", f"{name}: ", not_measurable(why)) for name, why in figures.items())
@@ -97,5 +97,5 @@ def reasons(figures: Mapping[str, str | None]) -> Markup | None:
 
 
 def collapsible(title: str, content: str) -> Markup:
-    """What few readers want: open on a click, and on paper."""
+    """Content that is hidden until a click, and shown in print."""
     return tag("details", tag("summary", title), content)

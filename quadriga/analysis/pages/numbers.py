@@ -1,4 +1,4 @@
-"""Figures as a page shows them: three digits that count, and a unit that fits."""
+"""Formats figures for a page: three significant digits, and a suitable unit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MINUS = "−"
 
 
 def format_number(value: float) -> str:
-    """Three significant digits: `0.0123`, `12.3`, `1,230`; very small and very large ones with a power of ten."""
+    """Three significant digits: `0.0123`, `12.3`, `1,230`; very small and very large values with a power of ten."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -37,7 +37,7 @@ def format_share(part: float) -> str:
 
 
 def trim_zeros(text: str) -> str:
-    """A figure at a round place, without zeros that say nothing: `0.920` -> `0.92`, `50.0 ms` -> `50 ms`."""
+    """Without trailing zeros: `0.920` -> `0.92`, `50.0 ms` -> `50 ms`."""
     return re.sub(r"\.(\d*?)0+(?!\d)", lambda found: f".{found[1]}" if found[1] else "", text)
 
 
@@ -50,5 +50,5 @@ def format_decimal_bytes(amount: float) -> str:
 
 
 def format_whole(value: float) -> str:
-    """A count: `1,234`; with one decimal where it is a mean of counts."""
+    """A count: `1,234`; with one decimal if it is not whole, such as a mean of counts."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

@@ -1,4 +1,4 @@
-"""Pictures of one figure against another: points on logarithmic axes, curves, and intervals around ratios."""
+"""Plots: points on logarithmic axes, curves, and intervals around ratios."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from quadriga.analysis.pages.scales import Scale, linear, logarithmic
 
 HEIGHT = 380.0  # of the space between the axes
 TOP = 14.0
-SIDE = 84.0  # for the figures of the vertical axis
+SIDE = 84.0  # for the labels of the vertical axis
 DASHES = (None, "7 4", "2 4", "10 3 2 3", "14 4", "4 2", "1 2")
 DOT = 4.6
 ROW = 34.0
-NAMES_WIDTH, MEANINGS_WIDTH = 330.0, 180.0  # of the picture of intervals, left and right
+NAMES_WIDTH, MEANINGS_WIDTH = 330.0, 180.0  # margins of the interval plot
 Formatter = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together, with one colour, one mark and one dash: two of them can be told without colours."""
+    """Points (x, y) with one colour, marker and dash, which differ without colours too. `index` selects them."""
 
     name: str
     index: int
@@ -32,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the interval around it, and what it means."""
+    """A value with its interval and its meaning, such as a verdict."""
 
     name: str
     value: float
@@ -43,7 +43,7 @@ class Interval:
 
 
 def marker(index: int, x: float, y: float, hint: str | None = None, size: float = DOT) -> Markup:
-    """Circle, square, triangle, diamond, triangle upside down, cross: by the number of the series."""
+    """The marker of a series by index: circle, square, triangle, diamond, inverted triangle, cross."""
     shapes = (
         None, "M-1,-1 H1 V1 H-1 Z", "M0,-1.2 L1.15,0.9 H-1.15 Z", "M0,-1.35 L1.35,0 L0,1.35 L-1.35,0 Z",
         "M0,1.2 L1.15,-0.9 H-1.15 Z", "M-1,-0.35 H-0.35 V-1 H0.35 V-0.35 H1 V0.35 H0.35 V1 H-0.35 V0.35 H-1 Z",
@@ -56,7 +56,7 @@ def marker(index: int, x: float, y: float, hint: str | None = None, size: float 
 
 
 def series_legend(series: Sequence[Series], *, lines: bool) -> Markup:
-    """Marks, dashes where they are drawn as lines, and names."""
+    """Markers and names; with `lines`, dashes too."""
     listed = []
     for each in series:
         dash = _line([(0.0, 7.0), (30.0, 7.0)], each.index) if lines else None
@@ -69,7 +69,7 @@ def series_legend(series: Sequence[Series], *, lines: bool) -> Markup:
 def log_log_plot(
     title: str, series: Sequence[Series], x_title: str, y_title: str, x_formatter: Formatter, y_formatter: Formatter
 ) -> Markup:
-    """Points on two logarithmic axes. Figures must be above 0."""
+    """Points on two logarithmic axes. Values must be above 0."""
     points = [point for each in series for point in each.points]
     x = logarithmic([point[0] for point in points], SIDE, WIDTH - RIGHT)
     y = logarithmic([point[1] for point in points], TOP + HEIGHT, TOP)
@@ -83,7 +83,7 @@ def log_log_plot(
 
 
 def line_plot(title: str, series: Sequence[Series], x_title: str, y_title: str) -> Markup:
-    """One line a series, through its points by their order; what is no finite number is a hole in the line."""
+    """One line per series, through its points in order. A NaN or infinite value is a gap in the line."""
     finite = [point for each in series for point in each.points if math.isfinite(point[1])]
     x = linear([point[0] for point in finite], SIDE, WIDTH - RIGHT)
     y = linear([point[1] for point in finite], TOP + HEIGHT, TOP)
@@ -128,7 +128,7 @@ def _vertical_axis(scale: Scale, title: str, formatter: Formatter) -> Markup:
 
 
 def interval_plot(title: str, rows: Sequence[Interval], axis_title: str, reference: float = 1.0) -> Markup:
-    """Figures with their intervals around a line at `reference`: an interval that touches it shows no difference."""
+    """Values with their intervals, and a line at `reference`. An interval that contains it shows no difference."""
     ends = [end for row in rows for end in (row.low, row.high, row.value)]
     scale = linear([*ends, reference], NAMES_WIDTH, WIDTH - MEANINGS_WIDTH)
     foot = len(rows) * ROW

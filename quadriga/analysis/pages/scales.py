@@ -1,4 +1,4 @@
-"""From figures to places on a picture, and the ticks of an axis."""
+"""Maps values to coordinates, and selects the ticks of an axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOO_CLOSE, TINY = 1e-9, 1e-100
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps `low`..`high` to the places `start`..`end`, along the logarithm where `log` is set (figures above 0)."""
+    """Maps values `low`..`high` to coordinates `start`..`end`. `log`: by the logarithm (values above 0)."""
 
     low: float
     high: float
@@ -25,29 +25,29 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int = 7) -> list[float]:
-        """Round figures within the scale, `most` or fewer of them."""
+        """Round values in the scale, at most `most`."""
         return _log_ticks(self.low, self.high, most) if self.log else _ticks(self.low, self.high, most)
 
 
 def linear(values: Sequence[float], start: float, end: float, *, from_zero: bool = False) -> Scale:
-    """A scale that holds all values, with round ends."""
+    """A scale that includes all values, with round ends."""
     low, high = (0.0, max(values)) if from_zero else (min(values), max(values))
     size = max(abs(low), abs(high))
-    if high - low < max(TOO_CLOSE * size, TINY):  # to be told apart: a scale around them all
+    if high - low < max(TOO_CLOSE * size, TINY):  # nearly equal values: a scale around them
         low, high = (low, low + 1.0) if size < TINY else (low - size / 10, high + size / 10)
     step = _step(high - low, 6)
     return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end)
 
 
 def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
-    """A scale in whole powers of ten that holds all values."""
+    """A scale between powers of ten that includes all values, which must be above 0."""
     low = 10.0 ** math.floor(math.log10(min(values)) + 1e-9)
     high = 10.0 ** math.ceil(math.log10(max(values)) - 1e-9)
     return Scale(low, high if high > low else 10 * low, start, end, log=True)
 
 
 def _step(length: float, most: int) -> float:
-    """The smallest round step that cuts a length into at most so many parts."""
+    """The smallest round step that divides a length into at most `most` parts."""
     rough = length / most
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * factor for factor in ROUND if power * factor >= rough * (1 - 1e-9))
@@ -61,7 +61,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    if last - first + 1 <= most // 2:  # few powers: those between them help
+    if last - first + 1 <= most // 2:  # few powers of ten: with ticks between them
         between = [10.0**power * factor for power in range(first - 1, last + 1) for factor in ROUND[:3]]
         return [value for value in between if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
     every = max(math.ceil((last - first + 1) / most), 1)

@@ -1,7 +1,8 @@
-"""How a page looks: one sheet, light or dark as the reader's system says, and light on paper.
+"""The style sheet of a page: light or dark by the setting of the reader's system, and light in print.
 
-The colours of data are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common colour
-blindness can tell apart, in one set for light and one for dark ground; yellow is left out, white ground swallows it.
+The colours of data are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which are distinguishable with any
+common colour blindness, in one set for light and one for dark backgrounds. Yellow is not used: it is hardly visible on
+white.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ svg.picture text { font-size: 13px; fill: var(--text); }
 svg.picture text.small { font-size: 11.5px; fill: var(--muted); }
 svg.picture .grid { stroke: var(--line); stroke-width: 1; }
 svg.picture .axis { stroke: var(--muted); stroke-width: 1.2; }
-svg.picture .lane { fill: var(--raised); }
+svg.picture .stream { fill: var(--raised); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .4rem 0; }
 .legend li { font-size: .88rem; display: flex; align-items: center; gap: .4rem; max-width: none; }
 .scroll { overflow-x: auto; margin: .6rem 0 1rem; }

@@ -1,4 +1,4 @@
-"""Traces of a run -> one dict that JSON can hold (`quadriga-trace-1`, docs/traces.md)."""
+"""Analyses the traces of a run into one dict for JSON (format `quadriga-trace-1`, see docs/traces.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quadriga.errors import Fault, Problem, UserError
 from quadriga.units import MIB, format_some
 
 FORMAT = "quadriga-trace-1"
-PARALLEL_READ_BYTES = 8 * MIB  # of files, packed or not: less is read sooner than a process starts
+PARALLEL_READ_BYTES = 8 * MIB  # size of files: smaller sets are read faster than a process starts
 TOP_KERNELS = 20
 FEW_STEPS = 5
 
@@ -27,10 +27,12 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
     """Analyse the traces of a run folder, a folder of traces, or one file.
 
     Args:
-        iteration: which `iteration_N`; None: the newest.
-        processes: how many files are read at once; None: as many as there are cores.
+        iteration: N of `iteration_N`; None: the newest.
+        processes: number of files that are read in parallel; None: the number of cores.
 
-    Raises UserError: nothing to read, or a file that is no whole trace.
+    Raises:
+        UserError: there is no trace, a file is not a complete trace, or two files are of one rank.
+        Fault: a process that reads traces was killed.
     """
     chosen = find_traces(place, iteration)
     ranks = sorted(_read_all(chosen.files, processes), key=lambda rank: rank.rank)
@@ -70,8 +72,8 @@ def _read_all(files: tuple[Path, ...], processes: int | None) -> list[RankResult
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             return list(pool.map(analyse_rank, *zip(*jobs, strict=True)))
     except BrokenProcessPool:
-        todo = "nothing was changed; give it more memory, or analyse one file at a time"
-        raise Fault(f"a process that read the traces was ended, most likely for lack of memory: {todo}") from None
+        todo = "no file was changed; provide more memory, or analyse one file at a time"
+        raise Fault(f"a process that read traces was killed, most likely because memory ran out: {todo}") from None
 
 
 def _cores() -> int:
@@ -82,8 +84,8 @@ def _refuse_duplicate_ranks(ranks: list[RankResult]) -> None:
     numbers = [rank.rank for rank in ranks]
     duplicates = sorted({str(number) for number in numbers if numbers.count(number) > 1})
     if duplicates:
-        what = f"several files say that they are of rank {format_some(duplicates)}"
-        raise UserError(Problem("TRACES", what, fix="keep one file a rank in the folder"))
+        what = f"several files are of rank {format_some(duplicates)}"
+        raise UserError(Problem("TRACES", what, fix="keep one file per rank in the folder"))
 
 
 def _world_size(ranks: list[RankResult]) -> int:
@@ -91,7 +93,7 @@ def _world_size(ranks: list[RankResult]) -> int:
 
 
 def _step_times(ranks: list[RankResult]) -> dict[str, Any]:
-    """Times of steps, by rank, and who is the slowest."""
+    """Step times, by rank too, and the slowest rank."""
     taken = [step.seconds for rank in ranks for step in rank.steps]
     by_rank = [
         {
@@ -116,8 +118,8 @@ def _step_times(ranks: list[RankResult]) -> dict[str, Any]:
 
 
 def _slowest(by_rank: list[dict[str, Any]], step: float) -> dict[str, Any] | None:
-    """The rank with most time of its own, not spent in exposed communication, and by how much that is above the median
-    of all ranks. None: one rank, or communication is not known."""
+    """The rank with the longest time outside of exposed communication, and the difference to the median of all ranks.
+    None for one rank, or if communication is not known."""
     own = {
         entry["rank"]: entry["mean"]["seconds"] - entry["mean"]["exposed_communication_s"]
         for entry in by_rank
@@ -131,7 +133,7 @@ def _slowest(by_rank: list[dict[str, Any]], step: float) -> dict[str, Any] | Non
 
 
 def _kernels(ranks: list[RankResult]) -> dict[str, Any]:
-    """Means over ranks, a step. Shares are of the sum of all families."""
+    """Seconds per step, means over ranks. Shares are of the sum of all families."""
     families: dict[str, float] = defaultdict(float)
     blocks: dict[str, float] = defaultdict(float)
     names: dict[str, float] = defaultdict(float)
@@ -160,44 +162,44 @@ def _time_rows(seconds: dict[str, float], whole: float) -> list[dict[str, Any]]:
 
 
 def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any] | None, str]:
-    """Calls and bytes beside those estimated for the start of the run that made the traces; None, and why."""
+    """Measured and estimated calls and bytes, for the start of the run that made the traces; or None and the reason."""
     if chosen.run is None:
-        return None, "no estimate.json lies in the run folder"
+        return None, "the run folder has no estimate.json"
     predicted, why = prediction.read_prediction(chosen.run, ranks[0].attempt)
     return ({"rows": collectives.compare_with_estimate(ranks, predicted)} if predicted is not None else None), why
 
 
 def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:
-    """The middle step. Where clocks are comparable the ranks stand as they ran, else each starts at 0."""
+    """The spans of the middle step. If clocks are comparable, ranks share one origin; else each starts at 0."""
     first_origin_ns = min((rank.origin_ns or 0 for rank in ranks), default=0)
     shown = [rank.steps[len(rank.steps) // 2] for rank in ranks]
     shifts = [((rank.origin_ns or 0) - first_origin_ns) * 1e-9 if aligned else 0.0 for rank in ranks]
     starts = [step.start + shift for step, shift in zip(shown, shifts, strict=True)]
     zeros = [min(starts) - shift if aligned else start for start, shift in zip(starts, shifts, strict=True)]
     strips = [
-        {"rank": rank.rank, "lane": lane, "spans": [[start - zero, end - zero, name] for start, end, name in spans]}
+        {"rank": rank.rank, "lane": stream, "spans": [[start - zero, end - zero, name] for start, end, name in spans]}
         for rank, zero in zip(ranks, zeros, strict=True)
-        for lane, spans in rank.strips.items()
+        for stream, spans in rank.strips.items()
     ]
     return {"step": shown[0].number, "start_s": 0.0, "strips": strips}
 
 
 def _not_measurable(ranks: list[RankResult], result: dict[str, Any], why_not_comparable: str | None) -> dict[str, str]:
-    """By figure, or by group of figures: why it is None."""
+    """The reason for each None, by figure or group of figures."""
     found: dict[str, str] = {}
     if any(entry["mean"]["communication_s"] is None for entry in result["by_rank"]):
-        what = "no operation, annotation or kernel of the trace could be told to be a collective"
-        found["communication_s"] = f"{what}; if there was one, it stands among the computing or the idle time"
+        what = "no operation, annotation or kernel of the trace was identified as a collective"
+        found["communication_s"] = f"{what}; if there was one, it is part of the computing or the idle time"
         found["exposed_communication_s"] = "communication was not identified"
     if result["device_type"] == "cpu":
         found["memcpy_s"] = "a CPU has no copies between host and device"
-        found["host_idle_s"] = "the host is the device: what is neither work nor waiting is `rest_s`"
+        found["host_idle_s"] = "the host is the device: time without work or waiting is `rest_s`"
     if not all(rank.has_data_marks for rank in ranks):
-        found["data_wait_s"] = "the trace has no mark of it (`quadriga:data_wait`, or that of torch's DataLoader)"
+        found["data_wait_s"] = "the trace has no mark of it (`quadriga:data_wait`, or the mark of torch's DataLoader)"
     if not result["kernels"]["blocks"]:
-        found["blocks"] = "the trace has no marks of the model's blocks (FSDP leaves them)"
+        found["blocks"] = "the trace has no marks of the model's blocks (FSDP writes them)"
     if result["slowest"] is None:
-        found["slowest"] = "it takes the traces of several ranks, and their exposed communication"
+        found["slowest"] = "it needs the traces of several ranks, and their exposed communication"
     if result["collectives"]:
         found |= _unmeasured_collectives(result["collectives"], why_not_comparable)
     return found
@@ -210,9 +212,9 @@ def _unmeasured_collectives(rows: list[dict[str, Any]], why_not_comparable: str 
     for row in rows:
         name = f"{row['axis']} {row['collective']}"
         if row["axis"] == "?":
-            found[f"axis of {name}"] = "the trace does not tell the group (over gloo, the profiler's notes do)"
+            found[f"axis of {name}"] = "the trace does not show the group (over gloo, the notes of Quadriga do)"
         if row["bytes_a_step"] is None:
-            found[f"bytes of {name}"] = "nothing in the trace tells the size of its tensors"
+            found[f"bytes of {name}"] = "the trace does not show the size of its tensors"
         if row["seconds_a_step"] is None:
             found[f"seconds of {name}"] = "the trace does not show where these calls ran"
         if why_not_comparable is None and row["transfer_s"] is None and row["axis"] != "host":
@@ -224,20 +226,20 @@ def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, ma
     found = [warning for rank in ranks for warning in rank.warnings]
     world, steps = _world_size(ranks), {tuple(step.number for step in rank.steps) for rank in ranks}
     if len(ranks) < world:
-        found.append(f"traces of {len(ranks)} of {world} ranks are here: what the others did is not known")
+        found.append(f"traces of {len(ranks)} of {world} ranks are here: the other ranks are not known")
     if len(steps) > 1:
-        found.append("the ranks' traces are not of the same steps")
+        found.append("the traces of the ranks are not of the same steps")
     if len(ranks[0].steps) < FEW_STEPS:
-        found.append(f"{len(ranks[0].steps)} profiled steps are few: means of less than {FEW_STEPS} say little")
+        found.append(f"{len(ranks[0].steps)} profiled steps are few: means of less than {FEW_STEPS} are not reliable")
     if missing := sum(rank.missing for rank in ranks):
-        found.append(f"{missing} calls have no row on the device: they count, and their time does not")
+        found.append(f"{missing} calls have no row on the device: they are counted, but without time")
     if contradictions:
         found.append(
-            f"{contradictions} of {contradictions + matched} calls ended on one rank before another began them, as far "
-            "as the clocks say: they are left out of transfers"
+            f"{contradictions} of {contradictions + matched} calls ended on one rank before another began them, by "
+            "these clocks: they are excluded from transfers"
         )
     if any(has_calls_by_name(rank) for rank in ranks):
-        found.append("some communication was found by the names of kernels alone: its bytes and groups are not known")
+        found.append("some communication was found only by the names of kernels: its bytes and groups are not known")
     if chosen.others:
         found.append(f"of several iterations this is {chosen.iteration}; also here: {list(chosen.others)} (--step N)")
     return found

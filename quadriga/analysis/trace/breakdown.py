@@ -1,4 +1,4 @@
-"""Where the time of each step of one rank went. docs/traces.md defines every figure."""
+"""The time of each step of one rank, by part. docs/traces.md defines every figure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from quadriga.analysis.trace.read import KERNEL, RankTrace
 from quadriga.analysis.trace.steps import Step
 
 DATA_WAIT = ("quadriga:data_wait", "enumerate(DataLoader)#")
-HOST_AXIS = "host"  # groups for what lies on the host: saves and stop requests, which no step waits for
+HOST_AXIS = "host"  # groups that serve the host: saves and stop requests, for which no step waits
 Breakdown = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class DeviceActivity:
-    """Unions of time of one rank. `communication` None: there must be some, and none was identified; `data_wait` None:
-    the trace has no mark of it."""
+    """Unions of time of one rank. `communication` None: the run has several ranks, and no call was identified.
+    `data_wait` None: the trace has no mark of it. `memcpy` None: there is no device."""
 
     compute: Spans
     communication: Spans | None
@@ -31,7 +31,7 @@ class DeviceActivity:
 
 
 def device_activity(trace: RankTrace, found: RankCalls, work: HostWork, single_rank: bool) -> DeviceActivity:
-    """`alone`: the run has one rank, so that no communication is none."""
+    """`single_rank`: the run has one rank, so finding no call means that there is no communication."""
     marks = [number for number, name in enumerate(trace.names) if name.startswith(DATA_WAIT)]
     calls = without_host_calls(found.calls)
     known = bool(calls) or single_rank
@@ -50,12 +50,12 @@ def device_activity(trace: RankTrace, found: RankCalls, work: HostWork, single_r
 
 
 def without_host_calls(calls: list[Call]) -> list[Call]:
-    """Without what lies on the host alone."""
+    """The calls without those of groups that serve the host."""
     return [call for call in calls if call.axis != HOST_AXIS]
 
 
 def step_breakdown(found: DeviceActivity, step: Step) -> dict[str, float | None]:
-    """Of one step, in seconds. What is exposed, data wait and the rest add up, with compute, to the step."""
+    """Seconds of one step by part. Compute, exposed parts, data wait and rest add up to the step."""
 
     def within(spans: Spans) -> Spans:
         return clip(spans, step.start, step.end)
@@ -83,7 +83,7 @@ def step_breakdown(found: DeviceActivity, step: Step) -> dict[str, float | None]
 
 
 def mean_breakdown(steps: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Of figures that every step has, or none."""
+    """Means over steps. A figure must be None in all steps or in none."""
     result: dict[str, float | None] = {}
     for name in steps[0]:
         values = [value for step in steps if (value := step[name]) is not None]
@@ -92,7 +92,7 @@ def mean_breakdown(steps: list[dict[str, float | None]]) -> dict[str, float | No
 
 
 def seconds_of(calls: list[Call], found: DeviceActivity, steps: tuple[Step, ...]) -> tuple[float, float]:
-    """Of calls, a step: in which one of them ran, and in which no operation computed meanwhile."""
+    """Seconds per step in which one of the calls ran, and in which nothing computed during that time."""
     ran = union(*(call.rows for call in calls))
     windows = np.array([[step.start, step.end] for step in steps])
     inside = intersection(ran, union(windows))

@@ -1,5 +1,5 @@
-"""What the processor of one rank was busy with in a profiled step, for the rates of an estimate: matrix products,
-attention, the optimizer's update, collectives."""
+"""Seconds of a profiled step of one rank by kind of work, for the rates of an estimate: matrix products, attention, the
+optimizer's update, collectives."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BACKWARD = re.compile(r"autograd::engine::evaluate_function")
 
 
 def busy_seconds(path: Path) -> dict[str, Any]:
-    """Means over the profiled steps, in seconds: `step`, one figure for each of PATTERNS, and, outside of the backward
-    pass, `forward_products` and `forward_attention` (None where the trace does not tell, as that of a GPU).
+    """Means over the profiled steps, in seconds: `step`, one figure for each of PATTERNS, and `forward_products` and
+    `forward_attention` outside of the backward pass (None if the trace does not show this, as on a GPU).
 
-    Of nested events of a kind the outermost counts. Raises UserError: no trace, or one without marks of steps.
+    Of nested events of a kind, the outermost counts. Raises UserError if there is no trace or no mark of a step.
     """
     trace = read_trace(path, 0)
     if not any(STEP_MARK.match(name) for name in trace.names):
@@ -52,12 +52,12 @@ def _named(trace: RankTrace, rows: EventTable, pattern: re.Pattern[str]) -> NDAr
 
 
 def _ordered(rows: EventTable, places: NDArray[np.intp]) -> NDArray[np.intp]:
-    """By thread and start, longer ones first."""
+    """Rows by thread and start, longer ones first."""
     return places[np.lexsort((-rows.end[places], rows.start[places], rows.thread[places]))]
 
 
 def _sum(rows: EventTable, places: NDArray[np.intp]) -> float:
-    """Seconds of the rows that lie in no other one of their thread."""
+    """Seconds of the rows that are not within another one of their thread."""
     total, thread, end = 0.0, -1, 0.0
     for at in _ordered(rows, places).tolist():
         if rows.thread[at] != thread:
@@ -69,7 +69,7 @@ def _sum(rows: EventTable, places: NDArray[np.intp]) -> float:
 
 
 def _outside(rows: EventTable, marks: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Rows that are no marks and lie in none, on their thread."""
+    """Rows that are not marks and are not within a mark on their thread."""
     found, thread, end = [], -1, -1.0
     for at in _ordered(rows, np.arange(len(rows))).tolist():
         if rows.thread[at] != thread:

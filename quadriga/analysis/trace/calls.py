@@ -1,9 +1,9 @@
-"""The collectives of one rank: found by the operation that launched them, then by annotations, by name last.
+"""Finds the collectives of one rank: by the operation that launched them, by annotation, and last by name.
 
-1. `record_param_comms`, `c10d::*`, `_c10d_functional::*`, `symm_mem::*`: what they launched, followed by correlation
-   (or by torch's External id) to rows of the device of any sort; over gloo to the range `gloo:*` on its threads.
-2. Quadriga's own annotations (`quadriga:collective ...`), which describe what torch does not, with all rows within.
-3. Kernels that nobody launched as far as the trace says, by their names; they are marked so.
+1. `record_param_comms`, `c10d::*`, `_c10d_functional::*`, `symm_mem::*`: the correlation id (or torch's External id)
+   leads to the device rows that they launched, of any kind; over gloo, to the range `gloo:*` on its threads.
+2. Quadriga's annotations (`quadriga:collective ...`), for calls that torch does not describe: all rows within them.
+3. Kernels without a launch in the trace: by their names, and marked as such.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from quadriga.analysis.trace.metadata import ProcessGroup
 from quadriga.analysis.trace.read import KERNEL, RankTrace
 
 LINKAGE, ANNOTATION, NAME = "linkage", "annotation", "name"
-# Operations that compute and send in one: of them only the copies are communication.
+# Operations that multiply and communicate in one: only their copies are communication.
 FUSED_OPERATIONS = ("matmul", "_mm")
 CLOCK_TOLERANCE = 50e-6  # seconds by which two clocks of one machine may differ within a trace
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a collective. Times in seconds of its trace. `step`: index of the step it was launched in, -1: none.
+    """One call of a collective. Times in seconds of its trace. `step`: index of the step that launched it; -1: none.
 
-    `rows`: where it ran, unsorted: rows of the device, or ranges on gloo's threads; empty where the trace has none.
+    `rows`: times in which it ran, unsorted: device rows, or ranges on gloo's threads; empty if the trace has none.
     """
 
     info: CallInfo
@@ -65,8 +65,8 @@ class Call:
 
 @dataclass(frozen=True)
 class RankCalls:
-    """`owned`: by row of the device, whether it belongs to a call. `waits`: a union of time in which a thread of the
-    host waited for a call, as far as an operation says so."""
+    """`owned`: for each device row, whether it belongs to a call. `waits`: union of the time in which a host thread
+    waited for a call, as far as operations show it."""
 
     calls: list[Call]
     owned: NDArray[np.bool_]
@@ -83,7 +83,7 @@ def find_calls(trace: RankTrace) -> RankCalls:
         calls += _by_name(trace, owned)
     else:
         for call in calls:
-            if call.found_by == ANNOTATION:  # without a device the call runs where it is made
+            if call.found_by == ANNOTATION:  # without a device, the call runs within the annotation
                 call.rows = np.array([[call.launched, call.returned]])
     _assign_groups(trace, calls)
     gloo.match_ranges(trace, calls)
@@ -98,7 +98,7 @@ def find_calls(trace: RankTrace) -> RankCalls:
 
 
 def _launched(trace: RankTrace) -> tuple[list[Call], list[list[int]]]:
-    """Of operations within each other the outermost is the call, and the others tell more of it: their rows."""
+    """The calls and their operations. Of nested operations the outermost is the call; the others add information."""
     ops = trace.ops
     calls: list[Call] = []
     inner: list[list[int]] = []
@@ -122,7 +122,7 @@ def _launched(trace: RankTrace) -> tuple[list[Call], list[list[int]]]:
 
 
 def _follow(trace: RankTrace, calls: list[Call], inner: list[list[int]], owned: NDArray[np.bool_]) -> None:
-    """Give each call the rows of the device that it launched."""
+    """Assign to each call the device rows that it launched."""
     ops, device = trace.ops, trace.device
     by_correlation, by_link = _index(device.correlation), _index(device.link)
     is_plain = [name.startswith("aten::") for name in trace.names]
@@ -136,7 +136,7 @@ def _follow(trace: RankTrace, calls: list[Call], inner: list[list[int]], owned: 
             rows.update(by_correlation.get(correlation, ()))
         for link in {int(ops.link[at]) for at in recorded or within}:
             rows.update(by_link.get(link, ()))
-        if call.found_by == LINKAGE and not recorded:  # a copy that torch makes around the call is no part of it
+        if call.found_by == LINKAGE and not recorded:  # copies that torch makes around the call do not count
             rows = {row for row in rows if not plain.get(int(device.link[row]), False)}
         if fused:
             rows = {row for row in rows if device.category[row] != KERNEL}
@@ -146,7 +146,7 @@ def _follow(trace: RankTrace, calls: list[Call], inner: list[list[int]], owned: 
 
 
 class _Launches:
-    """Correlations of what each thread launched, by time."""
+    """Correlation ids of the launches of each thread, by time."""
 
     def __init__(self, trace: RankTrace) -> None:
         rows = trace.launches
@@ -159,7 +159,7 @@ class _Launches:
         }
 
     def during(self, thread: int, times: Spans) -> set[int]:
-        """Those that are not 0, of what the thread launched in a union of times."""
+        """The nonzero correlation ids of the launches of a thread within a union of times."""
         starts, correlations = self._by_thread.get(thread, (np.empty(0), np.empty(0, np.int64)))
         first, last = (np.searchsorted(starts, times[:, side]) for side in (0, 1))
         found = {each for begin, end in zip(first, last, strict=True) for each in correlations[begin:end].tolist()}
@@ -167,7 +167,7 @@ class _Launches:
 
 
 def _index(values: NDArray[np.int64]) -> dict[int, list[int]]:
-    """Rows by a number that is not 0."""
+    """Rows by value, without value 0."""
     found: dict[int, list[int]] = {}
     for row, value in enumerate(values.tolist()):
         if value:
@@ -179,7 +179,7 @@ def _index(values: NDArray[np.int64]) -> dict[int, list[int]]:
 
 
 def _by_recorded_args(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Call]:
-    """Rows to which Kineto itself has copied what record_param_comms said."""
+    """Calls from device rows to which Kineto has copied the arguments of record_param_comms."""
     for row, args in trace.device.args.items():
         info = info_of_operation(trace.names[trace.device.name[row]], args)
         if info is not None and not owned[row]:
@@ -205,7 +205,7 @@ def _of_row(trace: RankTrace, row: int, info: CallInfo, found_by: str) -> Call:
 
 
 def _assign_groups(trace: RankTrace, calls: list[Call]) -> None:
-    """Which group, and so which axis, each call belongs to."""
+    """Assign group and axis to each call."""
     _apply_notes(trace, calls)
     axes = trace.notes.axes
     for call in calls:
@@ -220,7 +220,7 @@ def _assign_groups(trace: RankTrace, calls: list[Call]) -> None:
 
 
 def _apply_notes(trace: RankTrace, calls: list[Call]) -> None:
-    """Calls whose group torch did not write get it from the notes: by the moment at which they began."""
+    """Assign groups from the notes to calls whose group torch did not record, by their start time."""
     launches = trace.notes.launches
     if not launches or trace.origin_ns is None:
         return

@@ -1,4 +1,4 @@
-"""Calls of all ranks laid over each other: who waited for whom, and how fast the bytes went."""
+"""Matches the calls of all ranks: start skew, transfer time and bandwidth of each collective."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from quadriga.analysis.trace.prediction import PredictedCalls
 from quadriga.analysis.trace.rank import CallKey, RankResult, key_of
 
 GIGA = 1e9
-POINT_TO_POINT = ("send", "recv", "send_recv")  # no ranks that all start and end one transfer
+POINT_TO_POINT = ("send", "recv", "send_recv")  # not all ranks start and end these together
 BUS_FACTORS = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0, "all_reduce": 2.0}  # times (n - 1) / n
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One call on all its ranks, in seconds: from the first start to the last, and from there to the first end."""
+    """One call on all its ranks. `size`: bytes. `skew`: seconds from the first start to the last. `seconds`: from the
+    last start to the first end."""
 
     key: CallKey
     size: int | None
@@ -30,22 +31,22 @@ class Transfer:
 
 
 def why_not_comparable(ranks: list[RankResult]) -> str | None:
-    """Why starts and ends of different ranks cannot be laid over each other; None: they can."""
+    """The reason why times of different ranks cannot be compared; None if they can."""
     machines = {rank.machine for rank in ranks}
     if len(ranks) < 2:
         return "there is the trace of one rank only"
     if any(rank.origin_ns is None for rank in ranks):
-        return "the traces do not tell when they began (baseTimeNanoseconds)"
+        return "the traces do not have their start time (baseTimeNanoseconds)"
     if None in machines:
-        return "the traces do not tell whether their ranks shared one machine, and so one clock (host_name)"
+        return "the traces do not show whether their ranks shared one machine, and so one clock (host_name)"
     if len(machines) > 1:
         return f"the ranks ran on {len(machines)} machines, whose clocks differ by more than a transfer takes"
     return None
 
 
 def match_transfers(ranks: list[RankResult]) -> tuple[list[Transfer], int]:
-    """Calls that are in the trace of every rank of their group, and how many of them contradict each other: one rank
-    has ended before another began. The clocks must be comparable."""
+    """Calls that are in the traces of all ranks of their group, and the number of contradictions: calls that ended on
+    one rank before they began on another. The clocks must be comparable."""
     first_origin_ns = min(rank.origin_ns or 0 for rank in ranks)
     matched: dict[Any, list[tuple[float, float, Call]]] = defaultdict(list)
     for rank in ranks:
@@ -66,7 +67,7 @@ def match_transfers(ranks: list[RankResult]) -> tuple[list[Transfer], int]:
 
 
 def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
-    """Each call with what it is known by on all ranks of its group: its number where the trace has it, else its place
+    """Each call with a key that is equal on all ranks of its group: its number if the trace has it, else its position
     among the calls of the step."""
     counts: dict[Any, int] = defaultdict(int)
     for call in rank.calls:
@@ -75,13 +76,13 @@ def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
             continue
         group = (info.group, info.ranks) if info.group else (call.axis, info.group_size)
         within = rank.steps[call.step].number if info.sequence is None else f"call {info.sequence}"
-        place = (group, info.kind, within)  # calls that are made as one share their number
+        place = (group, info.kind, within)  # coalesced calls share their number
         counts[place] += 1
         yield (*place, counts[place]), call
 
 
 def collective_rows(ranks: list[RankResult], matched: list[Transfer] | None) -> list[dict[str, Any]]:
-    """The table of collectives; `matched` None: ranks cannot be laid over each other. The longest first."""
+    """The rows of the table of collectives, the longest first. `matched` None: times of ranks cannot be compared."""
     keys = {key for rank in ranks for key in rank.seconds}
     by_key: dict[CallKey, list[Transfer]] = defaultdict(list)
     for transfer in matched or ():
@@ -124,8 +125,10 @@ def _row(key: CallKey, ranks: list[RankResult], calls: list[Call], matched: list
 
 
 def bandwidths(kind: str, ranks: int | None, size: int, seconds: float) -> dict[str, float | None]:
-    """Of bytes moved in a time, in GB/s (1e9): as the caller sees it, and as the links do (rings). `size`: of the
-    largest tensor, so of an all-gather's whole output."""
+    """Algorithm and bus bandwidth in GB/s (1e9 bytes/s); the bus bandwidth is the load of a link of a ring.
+
+    `size`: bytes of the largest tensor, such as the whole output of an all-gather. None without size or time.
+    """
     if not seconds or not size:
         return {"algorithm_gb_s": None, "bus_gb_s": None}
     speed = size / seconds / GIGA
@@ -155,9 +158,9 @@ def _by_size(
 
 
 def compare_with_estimate(ranks: list[RankResult], estimate: Sequence[PredictedCalls]) -> list[dict[str, Any]]:
-    """Calls and bytes of a step beside those predicted, by axis and collective, of the rank that sends most (that is
-    the one that the estimate describes). Calls for the host alone are no part of either; axes that share a group, as
-    `world` and one that holds all ranks do, stand in one row."""
+    """Measured and predicted calls and bytes per step, by axis and collective, for the rank that sends most, as in the
+    estimate. Calls that serve the host are not included. Axes that share a group, such as
+    `world` and an axis of all ranks, are one row."""
     aliases = ranks[0].axis_aliases
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for call in estimate:
@@ -184,7 +187,7 @@ def compare_with_estimate(ranks: list[RankResult], estimate: Sequence[PredictedC
 
 
 def _sums(rank: RankResult) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """Calls and bytes of a mean step by axis and kind; bytes None where those of a call are not known."""
+    """Mean calls and bytes per step by (axis, kind). Bytes are None if those of a call are not known."""
     sums: dict[tuple[str, str], tuple[float, float | None]] = {}
     for call in rank.calls:
         if call.axis == "host":
@@ -201,5 +204,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _whole(value: float) -> int | float:
-    """A whole number as one, as it stands in most traces: every step makes the same calls."""
+    """An int if the value is whole, which it is if every step makes the same calls."""
     return int(value) if float(value).is_integer() else value

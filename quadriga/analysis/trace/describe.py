@@ -1,4 +1,4 @@
-"""What a row of a trace says of a collective: its kind, its bytes, its group. Facts of torch's spellings."""
+"""Reads kind, bytes and group of a collective from a row of a trace, in torch's spellings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from quadriga.analysis.trace.fields import FieldError, numel, whole_number
 
-# The first that occurs in an operation's name decides.
+# The kind of an operation is the first one that its name contains.
 KINDS = (
     ("reduce_scatter", "reduce_scatter"),
     ("reducescatter", "reduce_scatter"),
@@ -28,14 +28,14 @@ KINDS = (
     ("gather", "gather"),
     ("reduce", "reduce"),
 )
-# As RecordFunction spells them for C++ (`c10::BFloat16`, `long int`) and for NCCL (`BFloat16`, `Long`).
+# Dtypes as RecordFunction spells them for C++ (`c10::BFloat16`, `long int`) and for NCCL (`BFloat16`, `Long`).
 ITEM_BYTES = {
     "double": 8, "long int": 8, "long": 8, "float": 4, "int": 4, "short": 2, "bfloat16": 2, "half": 2, "byte": 1,
     "unsigned char": 1, "signed char": 1, "char": 1, "bool": 1, "complexfloat": 8, "complexdouble": 16,
     "float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1,
 }  # fmt: skip
 OUTPUT_FIRST = ("all_gather", "reduce_scatter", "all_to_all")
-ANNOTATION_PREFIX = "quadriga:collective "  # the beginning of our own annotations (quadriga/comm/annotation.py)
+ANNOTATION_PREFIX = "quadriga:collective "  # prefix of Quadriga's annotations (quadriga/comm/annotation.py)
 AXIS_OF_PURPOSE = {"default_pg": "world", "mesh_dp_shard": "shard"}
 UNKNOWN = "?"
 COLLECTIVE_NAMES = re.compile(
@@ -45,9 +45,9 @@ COLLECTIVE_NAMES = re.compile(
 
 @dataclass
 class CallInfo:
-    """What is known of a call so far. `count`: numbers in the largest tensor that it takes or gives, `item` bytes of
-    one; `inputs`: numbers in what it takes, by which its row on gloo's threads is found. `group`: torch's name of it;
-    `ranks`: () where not said."""
+    """What is known of a call. `count`: elements of its largest input or output tensor; `item`: bytes per element;
+    `inputs`: elements of its input, by which its range on gloo's threads is found. `group`: torch's name of the group;
+    `ranks`: () if unknown."""
 
     kind: str
     count: int | None = None
@@ -63,13 +63,13 @@ class CallInfo:
 
     @property
     def size(self) -> int | None:
-        """Bytes of the largest tensor; 0 of a barrier."""
+        """Bytes of the largest tensor; 0 for a barrier; None if unknown."""
         if self.kind == "barrier":
             return 0
         return None if self.count is None or self.item is None else self.count * self.item
 
     def fill(self, other: CallInfo) -> None:
-        """Take from `other`, an operation within this one, what is not known here. Both may know one tensor each."""
+        """Fill unknown fields from `other`, an operation within this one. `count` is the maximum of both."""
         counts = [count for count in (self.count, other.count) if count is not None]
         for name, value in vars(other).items():
             if getattr(self, name) in (None, ()):
@@ -78,7 +78,7 @@ class CallInfo:
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of collective that an operation or kernel is by its name; None: none."""
+    """The kind of collective of an operation or kernel, by its name; None if it is not one."""
     lower = name.lower()
     return next((kind for word, kind in KINDS if word in lower), None)
 
@@ -89,7 +89,8 @@ def item_bytes(dtype: str) -> int | None:
 
 
 def info_of_operation(name: str, args: Mapping[str, Any]) -> CallInfo | None:
-    """Of an operation `namespace::operation`, of record_param_comms or of a kernel with its words; None: no call."""
+    """The call of an operation `namespace::operation`, of record_param_comms, or of a kernel with its arguments; None
+    if it is not a call."""
     if "Collective name" in args:
         return _info_of_record(args)
     namespace, _, operation = name.rpartition("::")
@@ -103,7 +104,7 @@ def info_of_operation(name: str, args: Mapping[str, Any]) -> CallInfo | None:
 
 
 def info_of_annotation(name: str) -> CallInfo:
-    """Of our own annotation: `quadriga:collective axis=shard kind=all_gather bytes=8 dtype=float32 ranks=4 ...`."""
+    """The call of an annotation: `quadriga:collective axis=shard kind=all_gather bytes=8 dtype=float32 ranks=4 ...`."""
     fields = dict(pair.split("=", 1) for pair in name.split() if "=" in pair)
     size = fields.get("bytes", "")
     return CallInfo(
@@ -121,12 +122,12 @@ def _count(text: str) -> int | None:
 
 
 def axis_of(purpose: str) -> str:
-    """The axis that torch's description of a group names: `mesh_tp` -> `tp`."""
+    """The axis of a group, from torch's description of it: `mesh_tp` -> `tp`."""
     return AXIS_OF_PURPOSE.get(purpose) or purpose.removeprefix("mesh_") or UNKNOWN
 
 
 def _info_of_record(args: Mapping[str, Any]) -> CallInfo | None:
-    """ParamCommsDebugInfo, as NCCL's process group leaves it on record_param_comms and Kineto on the kernels."""
+    """The call of ParamCommsDebugInfo, which NCCL's process group adds to record_param_comms, and Kineto to kernels."""
     kind = kind_of(args["Collective name"])
     if kind is None:
         return None
@@ -145,7 +146,7 @@ def _info_of_record(args: Mapping[str, Any]) -> CallInfo | None:
 
 
 def _measure(found: CallInfo, namespace: str, args: Mapping[str, Any]) -> None:
-    """Sizes of what the operation was given. Those of c10d write into a given tensor, and name it first."""
+    """Set the sizes from the operation's inputs. Operations of c10d have their output tensor as first input."""
     dims, types = args.get("Input Dims") or (), args.get("Input type") or ()
     tensors = [(each, kind) for each, kind in zip(dims, types, strict=False) if kind not in ("", "Scalar")]
     if not tensors:
@@ -159,7 +160,7 @@ def _measure(found: CallInfo, namespace: str, args: Mapping[str, Any]) -> None:
 
 
 def _sequence(value: int | str | None) -> int | None:
-    """The number of a call in its group; None where the writer knew none."""
+    """The number of a call in its group; None if the trace has none."""
     try:
         return None if value is None else whole_number("Seq", value)
     except FieldError:
@@ -167,7 +168,7 @@ def _sequence(value: int | str | None) -> int | None:
 
 
 def _ranks(value: str | tuple[int, ...] | None) -> tuple[int, ...]:
-    """`[0, 1]`, also as text; () where Kineto has cut a long list off."""
+    """Ranks from `[0, 1]` or its text; () if Kineto has truncated the list."""
     if value is None or isinstance(value, tuple):
         return value or ()
     return () if "..." in value else tuple(int(number) for number in re.findall(r"\d{1,9}", value))

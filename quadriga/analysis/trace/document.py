@@ -1,7 +1,7 @@
-"""A trace's JSON, element by element: files of any size pass through a few megabytes.
+"""Reads the JSON of a trace as a stream of events: a few megabytes of memory for files of any size.
 
-Read as others write it too: one line or many, `{"traceEvents": [...]}` or the bare array that Chrome's format allows,
-plain or packed with gzip (told by its first bytes, whatever the name says). Limits stand in `quadriga.limits`.
+Files of other trainers are read too: one line or many, `{"traceEvents": [...]}` or the bare array that Chrome's format
+allows, plain or compressed with gzip (detected by the first bytes). The limits are in `quadriga.limits`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from quadriga.reading import opened
 CHUNK = 1 << 22  # characters read at once
 GZIP = b"\x1f\x8b"
 SPACE = re.compile(r"[ \t\r\n]*")
-BORDER, TAIL = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*\{"), 1 << 16  # between two events; where the last one is looked for
+BORDER, TAIL = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*\{"), 1 << 16  # between events; characters to search for it
 EVENTS = "traceEvents"
-LONGEST_WORD = 10  # characters of a literal or an escape that the end of what was read may cut through
-CUT_OFF = "the file is cut off: it ends in the middle"
-AGAIN = "copy the file once more, or profile again; a run writes a trace whole or not at all"
+LONGEST_WORD = 10  # characters of a literal or an escape that may be cut off at the end of a chunk
+CUT_OFF = "the file is truncated"
+AGAIN = "copy the file again, or profile again; a run writes complete traces only"
 
 
 class TraceDocument:
-    """Iterate over it for the events; whatever else stands in the file is in `metadata` afterwards, and in
-    `non_objects` how many elements among the events are no objects.
+    """An iterable of the events. After the iteration, `metadata` has the other keys of the file, and `non_objects` the
+    number of events that are not JSON objects.
 
-    Raises UserError where the file cannot be read, is no JSON, is cut off, is beyond a limit, or holds no events.
+    Raises UserError if the file cannot be read, is not JSON, is truncated, exceeds a limit, or has no events.
     """
 
     def __init__(self, path: Path, chunk: int = CHUNK) -> None:
@@ -42,7 +42,7 @@ class TraceDocument:
         self.non_objects = 0
         self._path, self._chunk = path, chunk
         self._text, self._at, self._ended = "", 0, False
-        self._one_by_one = False  # what has been read cannot be decoded at once
+        self._one_by_one = False  # the text that was read cannot be decoded at once
         self._length = self._kept = 0  # characters of the last value, and of all metadata
         self._decode = json.JSONDecoder(strict=False).raw_decode  # names may hold control characters
 
@@ -61,7 +61,7 @@ class TraceDocument:
             yield from self._array()
             return
         if self._peek() != "{":
-            raise self._wrong("this is no JSON object or array")
+            raise self._wrong("the file is not a JSON object or array")
         self._at += 1
         seen = False
         while self._peek() != "}":
@@ -74,11 +74,11 @@ class TraceDocument:
                 self.metadata[str(key)] = self._value()
                 self._kept += self._length
                 if self._kept > limits.TRACE_VALUE:
-                    raise LimitExceeded(f"its metadata is longer than {limits.TRACE_VALUE:,} characters")
+                    raise LimitExceeded(f"the metadata is longer than {limits.TRACE_VALUE:,} characters")
             if self._peek() == ",":
                 self._at += 1
         if not seen:
-            raise self._wrong(f"no {EVENTS} stand in it: this is no trace of torch.profiler", "name another folder")
+            raise self._wrong(f"the file has no {EVENTS}: it is not a trace of torch.profiler", "name another folder")
 
     def _array(self) -> Iterator[dict[str, Any]]:
         self._expect("[")
@@ -97,8 +97,10 @@ class TraceDocument:
                 self.non_objects += 1
 
     def _many(self) -> list[Any]:
-        """As many events as end before the last border in what has been read: decoded at once, which is twice as fast
-        as one by one. None where the border turns out to be none, since it lies within an event or a text."""
+        """Decode all events before the last border at once, which is twice as fast as one by one.
+
+        Empty if the match is not a border between events, but within an event or a string.
+        """
         if self._one_by_one:
             return []
         borders = list(BORDER.finditer(self._text, max(self._at, len(self._text) - TAIL)))
@@ -108,16 +110,16 @@ class TraceDocument:
             text = "[" + self._text[self._at : borders[-1].start() + 1] + "]"
             values: list[Any]
             values, end = self._decode(text)
-            if end < len(text):  # the events end before this border, which lies in the metadata that follow
+            if end < len(text):  # the events end before this border, which is in the metadata that follows
                 raise ValueError
         except (ValueError, RecursionError):
-            self._one_by_one = True  # until more is read: it is then said what is wrong with it
+            self._one_by_one = True  # until more is read; decoding one by one reports the error
             return []
         self._at = borders[-1].end() - 1
         return values
 
     def _peek(self) -> str:
-        """The next character that is no space; the reading stands before it."""
+        """The next character that is not whitespace. The position is before it."""
         while True:
             match = SPACE.match(self._text, self._at)
             assert match is not None
@@ -129,7 +131,7 @@ class TraceDocument:
 
     def _expect(self, character: str) -> None:
         if self._peek() != character:
-            raise self._wrong(f"`{character}` is due, and `{self._near(self._at)}` stands there")
+            raise self._wrong(f"`{character}` is expected, not `{self._near(self._at)}`")
         self._at += 1
 
     def _value(self) -> Any:
@@ -146,10 +148,10 @@ class TraceDocument:
                 what = f"{error.msg} at `{self._near(error.pos)}`"
                 raise self._wrong(CUT_OFF if unfinished else what) from None
             except RecursionError:
-                raise self._wrong("a value nests too deep to be one of torch.profiler") from None
-            except ValueError as error:  # a number of more digits than are converted
+                raise self._wrong("a value is nested too deeply for a trace of torch.profiler") from None
+            except ValueError as error:  # a number with more digits than Python converts
                 raise self._wrong(f"a value cannot be read: {shortened(error, 200)}") from None
-            if end == len(self._text) and self._fill():  # a number may go on
+            if end == len(self._text) and self._fill():  # a number may continue
                 continue
             self._length, self._at = end - self._at, end
             return value
@@ -158,7 +160,7 @@ class TraceDocument:
         return shortened(self._text[at : at + 40])
 
     def _fill(self) -> bool:
-        """Read on; whether there was more. What has been read is dropped."""
+        """Read more text and drop what was consumed. Returns whether there was more."""
         more = "" if self._ended else self._file.read(max(self._chunk, len(self._text) - self._at))
         self._ended, self._one_by_one = not more, False
         self._text, self._at = self._text[self._at :] + more, 0
@@ -169,11 +171,11 @@ class TraceDocument:
 
 
 class LimitExceeded(Exception):
-    """A limit is passed."""
+    """A limit is exceeded; the message names it."""
 
 
 class _Text:
-    """The characters of a file, packed or not."""
+    """The characters of a file, compressed or not."""
 
     def __init__(self, file: BinaryIO) -> None:
         packed = file.read(2) == GZIP
@@ -185,13 +187,13 @@ class _Text:
         self._done = 0
 
     def read(self, size: int) -> str:
-        """At most so many characters; "" at the end, and only there. Raises EOFError where a packed file is cut off."""
+        """At most `size` characters; "" only at the end. Raises EOFError if a compressed file is truncated."""
         while True:
             raw = self._source.read(size)
             self._done += len(raw)
             if self._done > self._most:
-                what = f"it is longer than {limits.TRACE_BYTES:,} bytes"
-                packed = f"it unpacks to more than {limits.TRACE_RATIO} times its {self._size:,} bytes: no trace does"
+                what = f"the trace is longer than {limits.TRACE_BYTES:,} bytes"
+                packed = f"decompressed, it has over {limits.TRACE_RATIO} times its {self._size:,} bytes: not a trace"
                 raise LimitExceeded(what if self._most == limits.TRACE_BYTES else packed)
             text = self._decode(raw, final=not raw)
             if text or not raw:

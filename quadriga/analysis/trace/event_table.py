@@ -1,4 +1,4 @@
-"""The events of one sort as columns."""
+"""A table of events, as columns."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class EventTable:
     """Columns of equal length, in the order of the file. Times in seconds from the trace's origin.
 
     `name` and `thread` are indices into the trace's names and threads; `category` is a number of `read.HOST_CATEGORIES`
-    or `read.DEVICE_CATEGORIES`; `link` is torch's External id (an operation and what it launched share it),
-    `correlation` that of a launch and its rows on the device; both are 0 where there is none. `args` holds what some
-    rows were called with, by row.
+    or `read.DEVICE_CATEGORIES`; `link` is torch's External id (an operation and the rows that it
+    launched share it), `correlation` is the id of a launch and its device rows; both are 0 if there is none. `args`:
+    arguments of some rows, by row.
     """
 
     name: NDArray[np.int64]

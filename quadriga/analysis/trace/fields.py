@@ -1,7 +1,6 @@
-"""Values of a trace's events, checked: a number, an id, a text, the shapes of tensors.
+"""Validates values of a trace's events: numbers, ids, texts, shapes of tensors.
 
-What is none raises `FieldError`. Writers differ: old ones write numbers as text, and ids of 64 bits without a sign.
-Both are read.
+Invalid values raise `FieldError`. Old versions write numbers as text, and 64-bit ids without a sign. Both are accepted.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from quadriga import limits
 from quadriga.errors import shortened
 
 Args = Mapping[str, Any]
-LONGEST_TIME = 1e17  # microseconds, 3,000 years: since 1970, or since the machine started
+LONGEST_TIME = 1e17  # microseconds, 3,000 years: since 1970, or since the start of the machine
 LONGEST_DURATION = 1e13  # microseconds, 115 days
 TEXTS = ("Collective name", "dtype", "Process Group Name", "Process Group Description")
 COUNTS = ("In msg nelems", "Out msg nelems", "Group size")
 
 
 class FieldError(ValueError):
-    """A value is not of the type that its field has."""
+    """A value does not have the type or range of its field."""
 
 
 def _field_error(what: str, value: Any, allowed: str) -> FieldError:
@@ -39,23 +38,23 @@ def microseconds(what: str, value: Any, most: float = LONGEST_TIME) -> float:
             raise _field_error(what, value, "a number of microseconds") from None
     else:
         raise _field_error(what, value, "a number of microseconds")
-    if not -most <= found <= most:  # NaN is none either
+    if not -most <= found <= most:  # False for NaN too
         raise _field_error(what, value, f"a time within {most:g} us")
     return float(found)
 
 
 def whole_number(what: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
-    """A whole number, also as text or as a float without a fraction."""
+    """An integer, also as text or as a float without a fraction."""
     digits = isinstance(value, str) and value.isascii() and len(value) < 40 and value.removeprefix("-").isdecimal()
     is_whole = type(value) is float and math.isfinite(value) and value.is_integer()
     found = int(value) if type(value) is int or is_whole or digits else None
     if found is None or not least <= found <= most:
-        raise _field_error(what, value, f"a whole number of {least:,} to {most:,}")
+        raise _field_error(what, value, f"an integer from {least:,} to {most:,}")
     return found
 
 
 def signed_id(what: str, value: Any) -> int:
-    """An id of 64 bits as the signed number of the same bits; 0 where there is none."""
+    """A 64-bit id as the signed integer with the same bits; 0 if there is none."""
     if value is None or value == 0:
         return 0
     found = whole_number(what, value, -(2**63), 2**64 - 1)
@@ -71,14 +70,14 @@ def text(what: str, value: Any) -> str:
 
 
 def call_args(args: Args) -> Args:
-    """What a collective or a look-up was called with: the fields that are read, with their types."""
+    """The validated arguments of a collective or a look-up that the analysis reads."""
     found: dict[str, Any] = {name: text(name, args[name]) for name in TEXTS if args.get(name) is not None}
     found |= {name: whole_number(name, args[name]) for name in COUNTS if args.get(name) is not None}
     if (ranks := args.get("Process Group Ranks")) is not None:
         found["Process Group Ranks"] = text("Process Group Ranks", ranks) if isinstance(ranks, str) else ranks_of(ranks)
     if "Seq" in args:
         found["Seq"] = args["Seq"] if type(args["Seq"]) in (int, str) else None
-    dims, types = args.get("Input Dims", args.get("Input dims")), args.get("Input type")  # before 1.9 in small letters
+    dims, types = args.get("Input Dims", args.get("Input dims")), args.get("Input type")  # lower case before torch 1.9
     if dims is not None:
         found["Input Dims"] = _list("Input Dims", dims)
         for each in dims:
@@ -93,7 +92,7 @@ def ranks_of(value: Any) -> tuple[int, ...]:
 
 
 def numel(value: Any) -> int:
-    """Numbers in a tensor of this shape, or in all of a list of tensors; 0 for what is no tensor ("")."""
+    """Elements of a tensor of this shape, or of all tensors of a list; 0 if it is not a tensor ("")."""
     if value == "" or value is None:
         return 0
     dims = _list("Input Dims", value)

@@ -1,4 +1,4 @@
-"""Which files of a folder are one set of traces: one a rank, of the same steps.
+"""Finds the set of traces in a folder: one file per rank, of the same steps.
 
 RUN/profile_trace/iteration_N/rankK_trace.json.gz     Quadriga
 profiling/traces/iteration_N/rankK_trace.json(.gz)    torchtitan
@@ -23,8 +23,8 @@ ESTIMATE = "estimate.json"
 
 @dataclass(frozen=True)
 class TraceSet:
-    """`files`: by path order. `iteration`: what their folder says, None where it says none. `others`: the iterations
-    that are there too. `run`: the run folder that the traces lie in, if it is one with an estimate."""
+    """`files`: in path order. `iteration`: number in the name of their folder, or None. `others`: further iterations.
+    `run`: the run folder that contains them, if it has an estimate."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -34,9 +34,9 @@ class TraceSet:
 
 
 def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
-    """The traces in a folder, or one file. Of several iterations the newest, or the one that is asked for.
+    """The traces in a folder, or one file. Of several iterations, the newest or the requested one.
 
-    Raises UserError: nothing is there, or not that iteration, or folders that do not say which one counts.
+    Raises UserError if there are no traces, or not of that iteration, or if several folders qualify.
     """
     if place.is_file():
         return TraceSet(place.parent, (place,), _iteration(place), (), None)
@@ -47,9 +47,9 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
         if NAME.search(path.name) and not path.name.startswith(".") and path.is_file():
             by_folder[_set_folder(path)].append(path)
     if not by_folder:
-        what = "no trace of torch.profiler lies here"
+        what = "there is no trace of torch.profiler"
         fix = "train with --profiling.enable_profiling, or name the folder of the traces"
-        allowed = "rankK_trace.json(.gz), kineto_trace_K.json or *.pt.trace.json, in any folder within"
+        allowed = "rankK_trace.json(.gz), kineto_trace_K.json or *.pt.trace.json, in any subfolder"
         raise UserError(Problem("TRACES", what, str(place), allowed=allowed, fix=fix))
     chosen = _choose(place, by_folder, iteration)
     others = sorted({found for folder in by_folder if (found := _iteration(folder / "x")) is not None})
@@ -60,7 +60,7 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
 
 
 def rank_in_name(path: Path) -> int | None:
-    """The rank that a file's name tells, or that of its folder."""
+    """The rank in the name of a file or of its folder; None if there is none."""
     for text in (path.name, path.parent.name):
         match = RANK.search(text)
         if match:
@@ -69,7 +69,7 @@ def rank_in_name(path: Path) -> int | None:
 
 
 def _set_folder(path: Path) -> Path:
-    """The folder that holds a set: a folder a rank is part of the one above it."""
+    """The folder of a set: for one folder per rank, the folder above."""
     return path.parent.parent if re.match(r"rank[-_]?\d+$", path.parent.name) else path.parent
 
 
@@ -87,18 +87,18 @@ def _choose(place: Path, by_folder: dict[Path, list[Path]], iteration: int | Non
         fitting = [folder for folder, number in numbered.items() if number == iteration]
         there = sorted(number for number in numbered.values() if number is not None)
         if not fitting:
-            what = "no traces of this iteration are here"
+            what = "there are no traces of this iteration"
             raise UserError(Problem("--step", what, str(iteration), allowed=format_some([*map(str, there)]) or "none"))
     else:
         newest = max((-1 if number is None else number) for number in numbered.values())
         fitting = [folder for folder, number in numbered.items() if (-1 if number is None else number) == newest]
     if len(fitting) > 1:
-        what = "several folders hold traces, and none says which counts"
+        what = "several folders hold traces, and their names do not decide"
         names = format_some([str(folder.relative_to(place)) for folder in fitting])
         raise UserError(Problem("TRACES", what, str(place), allowed=names, fix="name one of them"))
     return fitting[0]
 
 
 def run_folder(folder: Path) -> Path | None:
-    """The run whose traces lie in `folder`, which is its third level at most: it holds an estimate."""
+    """The run folder of the traces in `folder`: the first of it and the three above with an estimate; None: none."""
     return next((each for each in (folder, *folder.parents[:3]) if (each / ESTIMATE).exists()), None)

@@ -1,7 +1,7 @@
-"""Gloo's collectives run on threads of their own, in ranges `gloo:*` that do not say which call began them.
+"""Matches ranges `gloo:*` on gloo's own threads with calls. The trace does not show which call started a range.
 
-Each group has its own threads, and starts its calls in their order. So a call's range is the next one of its kind and
-size on the threads of its group; whose a thread is, the first pass over all calls tells by the majority.
+Each group has its own threads, and starts its calls in order. So the range of a call is the next one of its kind and
+size on the threads of its group. A first pass over all calls assigns each thread to a group, by majority.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 RANGE = re.compile(r"gloo:")
 WAIT = re.compile(r"_?c10d_functional::wait_tensor$")
-IMPLEMENTED_BY = {"reduce_scatter": "all_reduce"}  # how gloo makes what it does not have
+IMPLEMENTED_BY = {"reduce_scatter": "all_reduce"}  # gloo implements the first by the second
 
 
 def match_ranges(trace: RankTrace, calls: list[Call]) -> None:
-    """Give each call over gloo the range in which it ran. The groups of the calls are known, as far as they can be."""
+    """Assign to each call over gloo the range in which it ran. Groups must already be assigned to calls."""
     ranges = _Ranges(trace)
     waiting = [call for call in calls if not len(call.rows)]
     if not len(ranges.at) or not waiting:
@@ -43,12 +43,12 @@ def match_ranges(trace: RankTrace, calls: list[Call]) -> None:
 
 
 def threads(trace: RankTrace) -> set[int]:
-    """Those of gloo alone: no step is marked on them."""
+    """The threads of gloo, on which no step is marked."""
     return set(trace.ops.thread[_Ranges(trace).at].tolist()) - {step.thread for step in trace.steps}
 
 
 def wait_spans(trace: RankTrace) -> Spans:
-    """Time in which the host waited for a call, by torch's own word. On a GPU it is the device that waits."""
+    """Union of the time in which the host waits in `wait_tensor`. Empty on a GPU, where the device waits."""
     if trace.on_device:
         return union()
     return union(trace.ops.spans(np.isin(trace.ops.name, trace.named(WAIT))))
@@ -64,7 +64,7 @@ class _Ranges:
         self._keys = [self._key(int(at)) for at in self.at]
 
     def assign(self, calls: list[Call], groups: dict[int, str | None] | None) -> list[tuple[int, Call]]:
-        """Pairs of a range and its call: of calls alike the first one begun comes first. `groups`: by thread."""
+        """Pairs of (index of a range, its call). Of equal calls, the earliest comes first. `groups`: by thread."""
         queues: dict[tuple[object, ...], deque[Call]] = defaultdict(deque)
         for call in sorted(calls, key=lambda call: call.launched):
             info = call.info

@@ -1,5 +1,5 @@
-"""What the threads that train computed, where the host is the device: which ranges are work, and how much of it each
-is itself."""
+"""Work of the training threads if the host is the device: which ranges are work, and the time of each without its
+nested ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quadriga.analysis.trace.calls import RankCalls
 from quadriga.analysis.trace.intervals import EMPTY, Spans, subtract, union
 from quadriga.analysis.trace.read import HOST_CATEGORIES, RankTrace
 
-# Namespaces of operations that move tensors between ranks, or hold others.
+# Namespaces of operations that move tensors between ranks, or only contain others.
 NO_WORK_NAMESPACES = (
     "autograd",
     "c10d",
@@ -24,14 +24,14 @@ NO_WORK_NAMESPACES = (
     "profiler",
 )
 COMPILED = ("## Call CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction")
-# A tensor subclass (DTensor) takes the operation in hand: what is around it is Python, and the work stands within.
+# A tensor subclass (DTensor) handles the operation: the time around it is Python, and the work is within it.
 SUBCLASS = "PythonSubclass"
 
 
 @dataclass(frozen=True)
 class HostWork:
-    """`spans`: a union of the time in which an operation computed. `rows`: those operations, `seconds` what each took
-    without what lies in it."""
+    """`spans`: union of the time in which an operation computed. `rows`: those operations. `seconds`: time of each
+    without nested ranges."""
 
     spans: Spans
     rows: NDArray[np.int64]
@@ -39,11 +39,11 @@ class HostWork:
 
 
 def host_work(trace: RankTrace, found: RankCalls) -> HostWork:
-    """Of the threads on which steps are marked or gradients computed. Nothing where a device works for the host."""
+    """Work on the threads that mark steps or compute gradients. Empty if the trace has a device."""
     if trace.on_device:
         return HostWork(EMPTY, np.empty(0, dtype=np.int64), np.empty(0))
     ops, names = trace.ops, trace.names
-    # Ranges of gloo on these threads (messages) end whenever the message has come: nothing lies within them.
+    # Ranges of gloo on these threads (messages) end when the message has arrived, so nothing is nested in them.
     chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(gloo.RANGE))
     rows = np.flatnonzero(chosen)
     rows = rows[np.lexsort((-ops.end[rows], ops.start[rows], ops.thread[rows]))]
@@ -71,7 +71,7 @@ def _threads(trace: RankTrace) -> set[int]:
 def _own_seconds(
     trace: RankTrace, rows: NDArray[np.int64], subclass: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """By row: its seconds without those of the ranges in it, and whether a tensor subclass lies in it.
+    """For each row: seconds without those of nested ranges, and whether a tensor subclass is nested in it.
 
     `rows` are sorted by thread and start, longer ones first.
     """
@@ -90,7 +90,7 @@ def _own_seconds(
             own[open_rows[-1]] -= ends[place] - start
         if names[place] == subclass:
             for each in reversed(open_rows):
-                if outer[each]:  # and so are those around it
+                if outer[each]:  # and so are the rows around it
                     break
                 outer[each] = True
         open_rows.append(place)

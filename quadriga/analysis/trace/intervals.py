@@ -1,4 +1,4 @@
-"""Sets of time: arrays of shape (n, 2), float64, of starts and ends; sorted and apart where they come from `union`."""
+"""Sets of time: float64 arrays (n, 2) of starts and ends. Those of `union` are sorted and disjoint (a union)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_spans(starts: Iterable[float], ends: Iterable[float]) -> Spans:
 
 
 def union(*sets: Spans) -> Spans:
-    """The time in any of the spans, given in any order; touching spans become one, empty ones vanish."""
+    """The time in any of the spans, which may be in any order. Touching spans are merged, empty ones dropped."""
     every = np.concatenate([EMPTY, *sets])
     every = every[every[:, 1] > every[:, 0]]
     if not len(every):
@@ -29,7 +29,7 @@ def union(*sets: Spans) -> Spans:
 
 
 def clip(found: Spans, start: float, end: float) -> Spans:
-    """What of a union lies between two moments."""
+    """The part of a union between two moments."""
     first, last = np.searchsorted(found[:, 1], start, "right"), np.searchsorted(found[:, 0], end, "left")
     return np.clip(found[first:last], start, end)
 
@@ -38,13 +38,13 @@ def subtract(found: Spans, other: Spans) -> Spans:
     """The time in the union `found` that is not in the union `other`."""
     if not len(found) or not len(other):
         return found
-    # The time outside of `other` is a union too: of the gaps between its spans.
+    # The time outside of `other` is the union of the gaps between its spans.
     gaps = np.column_stack([np.concatenate([[-np.inf], other[:, 1]]), np.concatenate([other[:, 0], [np.inf]])])
     return intersection(found, gaps)
 
 
 def intersection(found: Spans, other: Spans) -> Spans:
-    """The time in two unions at once."""
+    """The time in both unions."""
     if not len(found) or not len(other):
         return EMPTY
     first = np.searchsorted(other[:, 1], found[:, 0], "right")
@@ -59,12 +59,12 @@ def intersection(found: Spans, other: Spans) -> Spans:
 
 
 def total_length(found: Spans) -> float:
-    """Of a union, in its unit."""
+    """The length of a union, in its unit."""
     return float((found[:, 1] - found[:, 0]).sum())
 
 
 def window_index(moments: NDArray[np.float64], windows: Spans) -> NDArray[np.intp]:
-    """By moment, which of the windows holds it; -1: none. The windows are sorted and apart."""
+    """The index of the window that contains each moment; -1 if none does. Windows are sorted and disjoint."""
     if not len(windows):
         return np.full(len(moments), -1, dtype=np.intp)
     place = np.searchsorted(windows[:, 0], moments, "right") - 1

@@ -1,4 +1,4 @@
-"""What the computing time went into: by family, by block of the model, by name."""
+"""Computing time by family of kernels, by block of the model, and by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quadriga.analysis.trace.host import HostWork
 from quadriga.analysis.trace.intervals import window_index
 from quadriga.analysis.trace.read import RankTrace
 
-# The first that fits a kernel's or an operation's name decides.
+# The family of a kernel or an operation is the first whose pattern matches its name.
 FAMILIES = tuple(
     (family, re.compile(pattern, re.IGNORECASE))
     for family, pattern in (
@@ -43,21 +43,21 @@ OUTSIDE = "outside of blocks"
 OPTIMIZER = re.compile(r"Optimizer\.step#")
 UNIT = re.compile(r"FSDP::(pre_forward|post_forward|pre_backward|post_backward)\w* ?\((.+)\)$")
 OPENS, CLOSES = {"pre_forward": "post_forward", "pre_backward": "post_backward"}, ("post_forward", "post_backward")
-TOP = 200  # names that a rank hands on
+TOP = 200  # names per rank in the result
 
 
 @dataclass(frozen=True)
 class KernelTotals:
-    """Sums over the steps of one rank. `blocks` None: the trace has no marks of them."""
+    """Seconds over all steps of one rank. `blocks` None: the trace has no marks of blocks."""
 
     families: Mapping[str, float]
     blocks: Mapping[str, float] | None
-    names: Mapping[str, tuple[float, int]]  # seconds, number
+    names: Mapping[str, tuple[float, int]]  # seconds, count
 
 
 @dataclass(frozen=True)
 class _WorkItems:
-    """By piece of work: its name, when it was launched and when it ran, and its seconds."""
+    """For each kernel or operation: index of its name, time of launch, time of start, seconds."""
 
     name: NDArray[np.int64]
     launched: NDArray[np.float64]
@@ -66,7 +66,7 @@ class _WorkItems:
 
 
 def kernel_totals(trace: RankTrace, found: RankCalls, work: HostWork, sent_seconds: float) -> KernelTotals:
-    """`sent_seconds`: of communication, in all steps together."""
+    """Totals of one rank. `sent_seconds`: of communication, over all steps."""
     items = _of_device(trace, found) if trace.on_device else _of_host(trace, work)
     windows = np.array([[step.start, step.end] for step in trace.steps])
     kept = window_index(items.ran, windows) >= 0
@@ -111,7 +111,7 @@ def _of_host(trace: RankTrace, work: HostWork) -> _WorkItems:
 
 
 def _blocks(trace: RankTrace, items: _WorkItems, kept: NDArray[np.bool_]) -> dict[str, float] | None:
-    """Seconds by the block (or unit of FSDP) during which work was launched."""
+    """Seconds by the block (or unit of FSDP) that launched the work."""
     windows = _windows(trace)
     if not any(label != "optimizer" for _, _, label in windows):
         return None
@@ -125,7 +125,7 @@ def _blocks(trace: RankTrace, items: _WorkItems, kept: NDArray[np.bool_]) -> dic
 
 
 def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
-    """The optimizer's step, and what lies between the marks that FSDP leaves before and after a unit's passes."""
+    """(start, end, label): the optimizer's step, and the time between FSDP's marks before and after a unit's passes."""
     marks = {}
     for number, name in enumerate(trace.names):
         if match := UNIT.match(name):
@@ -150,7 +150,7 @@ def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
 
 
 def _innermost(windows: list[tuple[float, float, str]]) -> tuple[NDArray[np.float64], list[str]]:
-    """Moments at which the label changes, and the label from each on: of windows in each other the later one's."""
+    """The times at which the label changes, and the label after each. In nested windows, the later one counts."""
     events = sorted([(start, 1, place) for place, (start, _, _) in enumerate(windows)])
     events = sorted([*events, *((end, 0, place) for place, (_, end, _) in enumerate(windows))])
     open_windows: dict[int, None] = {}

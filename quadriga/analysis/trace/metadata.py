@@ -1,7 +1,7 @@
-"""What stands in a trace beside its events: whose it is, when it began, which groups there are, and our own notes.
+"""Metadata of a trace besides its events: rank, start time, process groups, and Quadriga's notes.
 
-Each value is checked once, here. One that is not as torch (or `quadriga.comm.trace_notes`) writes it is left out, with
-a warning that names it; what follows from it is then not measurable, and the analysis says so.
+Each value is validated once, here. A value that neither torch nor `quadriga.comm.trace_notes` writes is ignored, with a
+warning that names it. Figures that depend on it are then not measurable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """A process group. `purpose`: torch's description of it; `ranks`: () where the trace does not say."""
+    """A process group. `purpose`: torch's description of it; `ranks`: () if unknown."""
 
     name: str
     purpose: str
@@ -30,7 +30,7 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class Notes:
-    """Of Quadriga's own (docs/traces.md). `launches`: (ns since 1970, group, number) of calls."""
+    """The notes of Quadriga (docs/traces.md). `launches`: (ns since 1970, group, number) of calls."""
 
     first_step: int = 0
     attempt: int | None = None
@@ -43,7 +43,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Metadata:
-    """`base_ns`: what times count from, in ns since 1970."""
+    """`base_ns`: the origin of times, in ns since 1970."""
 
     rank: int | None
     world_size: int | None
@@ -56,28 +56,28 @@ class Metadata:
 
 
 class _Section:
-    """An object of the metadata, whose values are asked for one by one."""
+    """An object of the metadata, whose values are validated one by one."""
 
     def __init__(self, name: str, value: Any, warnings: list[str]) -> None:
         self._name, self._warnings = name, warnings
         if value is not None and not isinstance(value, dict):
-            warnings.append(f"{name} is a JSON {json_type(value)}, not an object, and is left out")
+            warnings.append(f"{name} is a JSON {json_type(value)}, not an object, and is ignored")
         self._values: Mapping[str, Any] = value if isinstance(value, dict) else {}
 
     def get(self, key: str, check: Callable[[str, Any], T]) -> T | None:
-        """The checked value; None where there is none, or a wrong one, of which a warning tells."""
+        """The validated value; None if it is missing, or invalid, which adds a warning."""
         value = self._values.get(key)
         if value is None:
             return None
         try:
             return check(key, value)
         except fields.FieldError as error:
-            self._warnings.append(f"{self._name}: {error}; it is left out")
+            self._warnings.append(f"{self._name}: {error}; it is ignored")
             return None
 
 
 def read_metadata(metadata: Mapping[str, Any], file: str) -> Metadata:
-    """The metadata of a trace; `file` names it in warnings."""
+    """The metadata of a trace. `file`: its name in warnings."""
     warnings: list[str] = []
     outer = _Section(file, dict(metadata), warnings)
     group = _Section(f"{file}: distributedInfo", metadata.get("distributedInfo"), warnings)
@@ -130,7 +130,7 @@ def _launches(what: str, value: Any) -> tuple[tuple[int, str, int], ...]:
     found = []
     for each in value:
         if not isinstance(each, list) or len(each) != 3:
-            raise fields.FieldError(f"a part of {what} is not [time, group, number]")
+            raise fields.FieldError(f"an element of {what} is not [time, group, number]")
         found.append(
             (fields.whole_number(what, each[0]), fields.text(what, each[1]), fields.whole_number(what, each[2]))
         )
@@ -139,7 +139,7 @@ def _launches(what: str, value: Any) -> tuple[tuple[int, str, int], ...]:
 
 def _groups(what: str, value: Any) -> dict[str, ProcessGroup]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise fields.FieldError(f"{what} is no list of objects")
+        raise fields.FieldError(f"{what} is not a list of objects")
     found = [
         ProcessGroup(
             fields.text("pg_name", each.get("pg_name", "")),

@@ -1,7 +1,7 @@
-"""The report of an analysed trace as one HTML page: what took the time first, then the pictures and their numbers.
+"""The report of an analysed trace as one HTML page: first what took the time, then charts and tables.
 
-`trace_page` takes what `quadriga trace --json` prints (`quadriga-trace-1`). A figure that is None was not measurable;
-the page says so and why, in the words of the analysis.
+`trace_page` reads the object that `quadriga trace --json` prints (`quadriga-trace-1`). A figure that is None was not
+measurable; the page shows the reason that the analysis gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quadriga.analysis.pages.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from quadriga.analysis.trace.report import format_time
 from quadriga.units import format_bytes
 
-# What a step is cut into, in the order of a bar; with the rest these add up. What compute hides is no part of it.
+# The parts of a step, in the order of a bar. With the rest they add up to the step. Overlapped time is not included.
 PARTS = {
     "compute_s": ("compute", BLUE),
     "exposed_communication_s": ("exposed communication", VERMILION),
@@ -44,26 +44,26 @@ STEP_COLUMNS = {
     "host_idle_s": "waiting for the host",
     "data_wait_s": "waiting for data",
 }
-LANES = {"compute": BLUE, "communication": VERMILION, "memcpy": GREEN, "host": GREY}
-LANE_FIGURES = {
+STRIPS = {"compute": BLUE, "communication": VERMILION, "memcpy": GREEN, "host": GREY}
+STRIP_FIGURES = {
     "compute": ("compute_s",),
     "communication": ("communication_s",),
     "memcpy": ("memcpy_s",),
     "host": ("rest_s", "data_wait_s"),
 }
 FOUND_BY = {"linkage": "linkage", "annotation": "annotation", "name": "name only"}
-# Under which word the analysis tells why a figure of one collective is missing: `transfer of tp all_gather`.
+# The prefix of the analysis' reason for a missing figure of a collective: `transfer of tp all_gather`.
 REASON_GROUPS = {
     **dict.fromkeys(("start_skew_s", "transfer_s", "bus_gb_s"), "transfer"),
     **dict.fromkeys(("seconds_a_step", "exposed_s_a_step", "overlap_share", "algorithm_gb_s"), "seconds"),
     "bytes_a_step": "bytes",
 }
 Formatter = Callable[[float], str]
-Columns = dict[str, tuple[str, Formatter]]  # by the key of a row: its title, and how it is shown
+Columns = dict[str, tuple[str, Formatter]]  # by key of a row: title and format
 
 
 def trace_page(analysis: Mapping[str, Any]) -> str:
-    """The whole page. `analysis`: a dict of the format `quadriga-trace-1`."""
+    """The HTML of the page. `analysis`: a dict of the format `quadriga-trace-1`."""
     return elements.document(
         "Where a step's time went",
         elements.answer(*trace_sentences(analysis)),
@@ -79,20 +79,20 @@ def trace_page(analysis: Mapping[str, Any]) -> str:
 
 
 def trace_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """The answer: how long a step takes, what takes it, which rank is slow, which collective costs most."""
+    """The answer: the time of a step and its parts, the slowest rank, the collective with most exposed time."""
     sentences = [_what_took_the_time(analysis)]
     slowest = analysis["slowest"]
     if slowest:
         by = f"{format_duration(slowest['by_s'])} ({format_share(slowest['by_share'])})"
         sentences.append(
-            f"The slowest rank is {slowest['rank']}: it spends {by} a step more than the median rank on its own."
+            f"The slowest rank is {slowest['rank']}: its own time is {by} per step longer than that of the median rank."
         )
     costly = [row for row in analysis["collectives"] if row["exposed_s_a_step"]]
     if costly:
         row = max(costly, key=lambda each: each["exposed_s_a_step"])
         what = f"{row['collective']} on axis {row['axis']} over {row['backend'] or UNKNOWN}"
         sentences.append(
-            f"Most of the exposed communication: {what}, {format_duration(row['exposed_s_a_step'])} a step."
+            f"Most of the exposed communication: {what}, {format_duration(row['exposed_s_a_step'])} per step."
         )
     elif not analysis["collectives"]:
         sentences.append("No collective was found.")
@@ -112,7 +112,7 @@ def _what_took_the_time(analysis: Mapping[str, Any]) -> str:
 
 
 def _mean_shares(analysis: Mapping[str, Any]) -> dict[str, float]:
-    """By name, of each part that was measured on all ranks and of the rest: its share of the step, over all ranks."""
+    """By name: the share of the step of each part that was measured on all ranks, and of the rest. Over all ranks."""
     means = [rank["mean"] for rank in analysis["by_rank"]]
     whole_time = sum(mean["seconds"] for mean in means)
     if not whole_time:
@@ -133,8 +133,8 @@ def _by_rank(analysis: Mapping[str, Any]) -> Markup:
     rows = [[f"{rank['rank']}", *(_or_none(rank["mean"].get(key), format_duration) for key in known)] for rank in ranks]
     numbers = elements.table(["rank", *known.values()], rows, caption="Mean over the steps, by rank.")
     caption = (
-        "The mean step of each rank, cut into its parts; the tick is the step's own length. What compute hides is in "
-        f"the table alone. “{REST}” is what is left of the step: the host's own work, and idling."
+        "The mean step of each rank by part; the tick is the length of the step. Time that overlaps with compute is "
+        f"only in the table. “{REST}” is the rest of the step: work of the host, and idle time."
     )
     image = stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", format_duration)
     missing = elements.reasons(_reasons_for(analysis, STEP_COLUMNS, [rank["mean"] for rank in ranks]))
@@ -168,31 +168,31 @@ def _one_step(analysis: Mapping[str, Any]) -> Markup | None:
         return None
     strips = [
         Strip(
-            f"rank {each['rank']}", each["lane"], LANES.get(each["lane"], SKY), [tuple(span) for span in each["spans"]]
+            f"rank {each['rank']}", each["lane"], STRIPS.get(each["lane"], SKY), [tuple(span) for span in each["spans"]]
         )
         for each in line["strips"]
     ]
     start = line["start_s"]
     rows = [_busy(analysis, each) for each in line["strips"]]
     numbers = elements.table(
-        ["rank", "lane", "busy", "spans drawn"], rows, caption="This step by lane.", text_columns=(0, 1)
+        ["rank", "stream", "busy", "spans drawn"], rows, caption="This step by stream.", text_columns=(0, 1)
     )
     caption = (
-        "Each strip is one lane of one rank; a span tells its name and its length under the pointer. Spans that lie "
-        "too close for the eye are drawn as one. The lane `host` shows where nothing else ran, data wait included."
+        "Each strip is one stream of one rank; a span shows its name and its length under the pointer. Spans that are "
+        "too close to see are drawn as one. The stream `host` is the time in which nothing else ran, with data wait."
     )
     image = timeline_chart(
         f"Step {line['step']} of all ranks", strips, start, f"time from the start of step {line['step']}"
     )
-    lanes = legend([BarPart(name, colour) for name, colour in LANES.items() if any(s.lane == name for s in strips)])
-    return elements.section(f"Step {line['step']} as it went", elements.figure(image, caption, numbers, lanes))
+    drawn = legend([BarPart(name, colour) for name, colour in STRIPS.items() if any(s.stream == name for s in strips)])
+    return elements.section(f"Step {line['step']} as it went", elements.figure(image, caption, numbers, drawn))
 
 
 def _busy(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> list[str | None]:
-    """The lane's time by the figures of the step: strips are no finer than can be seen, and do not measure it."""
+    """The time of a stream, from the figures of the step. Spans in strips are merged, so they do not measure it."""
     steps = [step for rank in analysis["by_rank"] if rank["rank"] == strip["rank"] for step in rank["steps"]]
     step: Mapping[str, Any] = next((step for step in steps if step["step"] == analysis["timeline"]["step"]), {})
-    seconds = [step.get(key) for key in LANE_FIGURES.get(strip["lane"], ())]
+    seconds = [step.get(key) for key in STRIP_FIGURES.get(strip["lane"], ())]
     known = [figure for figure in seconds if figure is not None]
     busy = format_duration(sum(known)) if known else None
     return [f"rank {strip['rank']}", strip["lane"], busy, f"{len(strip['spans']):,}"]
@@ -206,22 +206,22 @@ def _communication(analysis: Mapping[str, Any]) -> Markup:
             "Communication", elements.not_measurable(why) if why else elements.note("No collective was found.")
         )
     sent: Columns = {
-        "calls_a_step": ("calls a step", format_whole),
-        "bytes_a_step": ("bytes a step", format_bytes),
-        "seconds_a_step": ("time a step", format_duration),
+        "calls_a_step": ("calls per step", format_whole),
+        "bytes_a_step": ("bytes per step", format_bytes),
+        "seconds_a_step": ("time per step", format_duration),
         "exposed_s_a_step": ("exposed", format_duration),
         "overlap_share": ("hidden", format_share),
     }
     speed: Columns = {
-        "start_skew_s": ("start skew a call", format_duration),
-        "transfer_s": ("transfer a call", format_duration),
+        "start_skew_s": ("start skew per call", format_duration),
+        "transfer_s": ("transfer per call", format_duration),
         "algorithm_gb_s": ("algorithm GB/s", format_number),
         "bus_gb_s": ("bus GB/s", format_number),
     }
-    what = "What each axis sent. Bytes: of the largest tensor that a call takes or gives."
+    what = "Bytes and calls by axis. Bytes are those of the largest input or output tensor of a call."
     how_fast = (
-        "How fast. Start skew: from the first rank's start to the last's; transfer: from the latest start to the "
-        "earliest end, so that waiting for a late rank is not counted."
+        "Speed. Start skew: from the first rank's start to the last's; transfer: from the latest start to the "
+        "earliest end, so that the wait for a late rank does not count."
     )
     names = {key: name for key, (name, _) in (sent | speed).items()}
     return elements.section(
@@ -246,7 +246,7 @@ def _by_axis(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str) 
 def _reasons_by_row(
     why: Mapping[str, str], columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str | None]:
-    """By figure where one reason holds for all rows, else by figure and row: why it is None."""
+    """The reasons for None: by figure if one reason holds for all rows, else by figure and row."""
     found: dict[str, str | None] = {}
     for key, name in columns.items():
         for row in rows:
@@ -280,7 +280,7 @@ def _bandwidth(analysis: Mapping[str, Any]) -> Markup | None:
         ]
         for name, s in measured
     ]
-    numbers = elements.table(["collective", "bytes a call", "calls", "transfer a call", "bus GB/s"], rows)
+    numbers = elements.table(["collective", "bytes per call", "calls", "transfer per call", "bus GB/s"], rows)
     image = log_log_plot(
         "Bus bandwidth by bytes of a call",
         series,
@@ -307,7 +307,7 @@ def _kernels(analysis: Mapping[str, Any]) -> Markup | None:
             tables.append(join_markup(elements.note(f"{title}: "), elements.not_measurable(why)) if why else None)
             continue
         counts = "calls_a_step" in rows[0]
-        header = ["name", *(["calls a step"] if counts else []), "time a step", "share"]
+        header = ["name", *(["calls per step"] if counts else []), "time per step", "share"]
         cells = [
             [row["name"]]
             + ([_or_none(row["calls_a_step"], format_whole)] if counts else [])
@@ -333,7 +333,7 @@ def _against_estimate(analysis: Mapping[str, Any]) -> Markup:
     ]
     header = ["axis", "collective", "calls", "predicted", "bytes", "predicted", "verdict"]
     different = sum(not row["equal"] for row in rows)
-    verdict = f"{different} of {len(rows)} rows differ from the estimate." if different else "All rows agree exactly."
+    verdict = f"{different} of {len(rows)} rows differ from the estimate." if different else "All rows are equal."
     return elements.section(
         title,
         elements.note(verdict),
@@ -343,13 +343,13 @@ def _against_estimate(analysis: Mapping[str, Any]) -> Markup:
 
 def _not_measurable(analysis: Mapping[str, Any]) -> Markup | None:
     missing = elements.reasons(analysis["not_measurable"])
-    return elements.section("What this trace cannot tell", missing) if missing else None
+    return elements.section("Not measurable from this trace", missing) if missing else None
 
 
 def _reasons_for(
     analysis: Mapping[str, Any], columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str | None]:
-    """By a column's name, why some of its figures are None."""
+    """The reason for None in a column, by the name of the column."""
     why = analysis["not_measurable"]
     absent = [key for key in columns if any(row.get(key) is None for row in rows)]
     return {columns[key]: why.get(key) or why.get(key.removeprefix("exposed_")) for key in absent}

@@ -1,7 +1,7 @@
-"""The calls and bytes of a step that a run's estimate foresaw, for the start of the run that made a trace.
+"""The predicted calls and bytes of a step, for the start of the run that made a trace.
 
-A run folder holds `estimate.json`, of its newest start, and `estimates/attempt-N.json`, of each. A trace says which
-start made it (`attempt` in its notes); an older one does not, and is compared with the newest.
+A run folder has `estimate.json` of its newest start, and `estimates/attempt-N.json` of each start. The notes of a trace
+name the start (`attempt`). A trace without it is compared with the newest estimate.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import read_json_object
 
 ESTIMATE, BY_ATTEMPT = "estimate.json", "estimates/attempt-{}.json"
-MOST_CALLS = 100_000  # different calls of one estimate
+MOST_CALLS = 100_000  # of one estimate
 
 
 @dataclass(frozen=True)
 class PredictedCalls:
-    """`calls` a step, of `bytes` each."""
+    """`calls` per step, of `bytes` each."""
 
     axis: str
     collective: str
@@ -30,9 +30,9 @@ class PredictedCalls:
 
 
 def read_prediction(run: Path, attempt: int | None) -> tuple[list[PredictedCalls] | None, str]:
-    """What was foreseen for a start of the run, None: not known which; or None, and why it cannot be had.
+    """The calls predicted for start `attempt` of the run (None: unknown), and ""; or None and the reason.
 
-    Raises UserError: a file is there and is no estimate.
+    Raises UserError if a file is not an estimate.
     """
     own = run / BY_ATTEMPT.format(attempt)
     if attempt is not None and own.exists():
@@ -43,8 +43,7 @@ def read_prediction(run: Path, attempt: int | None) -> tuple[list[PredictedCalls
     if attempt is not None and estimated_attempt is not None and estimated_attempt != attempt:
         return (
             None,
-            f"the traces are of start {attempt} of the run, and of its estimate only that of start {estimated_attempt} "
-            "is left",
+            f"the traces are of start {attempt} of the run, but its only estimate is that of start {estimated_attempt}",
         )
     return _calls(newest, found), ""
 
@@ -58,18 +57,18 @@ def _calls(path: Path, estimate: Mapping[str, Any]) -> list[PredictedCalls]:
     calls = [] if calls is None else calls
     try:
         if not isinstance(calls, list) or len(calls) > MOST_CALLS:
-            raise fields.FieldError("communication is no list of calls")
+            raise fields.FieldError("communication is not a list of calls")
         return [_call(call) for call in calls]
     except fields.FieldError as error:
         where = shortened(path, 400)
         raise UserError(
-            Problem(where, f"this is no estimate of a run: {error}", fix="move it out of the folder")
+            Problem(where, f"the file is not an estimate of a run: {error}", fix="move it out of the folder")
         ) from None
 
 
 def _call(call: Any) -> PredictedCalls:
     if not isinstance(call, dict):
-        raise fields.FieldError("a call in communication is no object")
+        raise fields.FieldError("a call in communication is not an object")
     axis, collective = (fields.text(name, call.get(name)) for name in ("axis", "collective"))
     return PredictedCalls(axis, collective, _amount("calls", call.get("calls")), _amount("bytes", call.get("bytes")))
 

@@ -1,4 +1,4 @@
-"""All that one rank's trace says by itself: what the analysis of all ranks is put together from."""
+"""The analysis of one rank's trace, from which the analysis of all ranks is built."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CallKey = tuple[str, str, str, str, int | None]  # axis, collective, backend, fo
 
 @dataclass(frozen=True)
 class RankResult:
-    """`seconds`: of each kind of call, a step: in which it ran, and in which nothing computed meanwhile. `missing`:
-    calls whose place on the device, or on gloo's threads, the trace does not show. `axis_aliases`: other names of axes
-    that share a group. `attempt`: the start of the run that made the trace, where it says so."""
+    """`seconds`: per step, by kind of call: time in which it ran, and the part in which nothing computed. `missing`:
+    calls without a row on the device or a range on gloo's threads. `axis_aliases`: other names of axes that share a
+    group. `attempt`: the start of the run that made the trace, if known. `origin_ns`: time 0 in ns since 1970."""
 
     rank: int
     world_size: int | None
@@ -44,7 +44,7 @@ def key_of(call: Call) -> CallKey:
 
 
 def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
-    """Read and analyse one file. `rank`: where it does not tell it; `files`: how many there are of the set."""
+    """Read and analyse one file. `rank`: used if the file has none. `files`: number of files in the set."""
     trace = read_trace(path, rank)
     found = find_calls(trace)
     done = host_work(trace, found)

@@ -1,4 +1,4 @@
-"""One rank's trace as columns of numbers: what the host did, what it launched, and what ran on the device."""
+"""Reads one rank's trace into tables: operations of the host, launches, and rows of the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quadriga.analysis.trace.metadata import Notes, ProcessGroup, read_metadata
 from quadriga.analysis.trace.steps import Step, steps_of
 from quadriga.errors import Problem, UserError, shortened
 
-# Categories of events, by their names since torch 1.12 and before.
+# Categories of events, by their names since torch 1.12 and in older versions.
 HOST_CATEGORIES = {"cpu_op": 0, "user_annotation": 1, "Operator": 0}
 LAUNCH_CATEGORIES = {
     "cuda_runtime": 0,
@@ -35,7 +35,7 @@ KERNEL, MEMCPY, MEMSET = 0, 1, 2
 DEVICE_CATEGORIES = {"kernel": KERNEL, "gpu_memcpy": MEMCPY, "gpu_memset": MEMSET}
 DEVICE_CATEGORIES |= {"Kernel": KERNEL, "Memcpy": MEMCPY, "Memset": MEMSET}
 LINKS = ("External id", "external id")
-# Operations of which what they were called with is kept: all that may be a collective, and look-ups of tokens.
+# Operations whose arguments are kept: those that may be collectives, and embedding look-ups.
 KEEPS_ARGS = re.compile(
     r"record_param_comms$|c10d::|_?c10d_functional(_autograd)?::|gloo:|symm_mem::|nccl:|aten::embedding$"
 )
@@ -43,7 +43,7 @@ KEEPS_ARGS = re.compile(
 
 @dataclass(frozen=True)
 class RankTrace:
-    """`origin_ns`: the moment 0 in ns since 1970, None where the trace does not tell it. `notes`: of Quadriga's own."""
+    """`origin_ns`: time 0 in ns since 1970; None if unknown. `notes`: of Quadriga."""
 
     path: Path
     rank: int
@@ -66,14 +66,14 @@ class RankTrace:
         return len(self.device) > 0
 
     def named(self, pattern: re.Pattern[str]) -> NDArray[np.int64]:
-        """Numbers of the names that match from their beginning."""
+        """Indices of the names whose beginning matches."""
         return np.array([number for number, name in enumerate(self.names) if pattern.match(name)], dtype=np.int64)
 
 
 class _EventTableBuilder:
     def __init__(self) -> None:
-        self.whole = array("q")  # name, thread, sort, link, correlation, one after the other
-        self.times = array("d")  # start, duration
+        self.whole = array("q")  # name, thread, category, link, correlation of each row
+        self.times = array("d")  # start, duration in microseconds
         self.args: dict[int, Mapping[str, Any]] = {}
 
     def rows(self, origin: float) -> EventTable:
@@ -88,7 +88,7 @@ NOT_KEPT: tuple[_EventTableBuilder | None, int] = (None, 0)
 
 
 class _Reader:
-    """Sorts events into tables; names and threads get numbers as they come."""
+    """Sorts events into tables. Names and threads are numbered in the order of their first event."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
@@ -96,7 +96,7 @@ class _Reader:
         self.threads: dict[tuple[Any, Any], int] = {}
         self.labels: dict[tuple[Any, Any], str] = {}
         self.ops, self.launches, self.device = _EventTableBuilder(), _EventTableBuilder(), _EventTableBuilder()
-        self.negative = 0  # rows that are said to end before they begin
+        self.negative = 0  # rows that end before they begin
         self.row_count = self.call_count = 0
         self._tables: Mapping[str, tuple[_EventTableBuilder | None, int]] = (
             {name: (self.ops, category) for name, category in HOST_CATEGORIES.items()}
@@ -133,7 +133,7 @@ class _Reader:
             return
         args = event.get("args") or {}
         if not isinstance(args, dict):
-            raise fields.FieldError("args is no object")
+            raise fields.FieldError("args is not an object")
         number = self._name(event.get("name"))
         place = self.threads.setdefault(_thread(event), len(self.threads))
         if (table is self.ops and self.may_be_a_call[number]) or "Collective name" in args:
@@ -146,7 +146,7 @@ class _Reader:
             or len(self.names) > limits.TRACE_NAMES
         ):
             most = f"{limits.TRACE_ROWS:,} rows, {limits.TRACE_CALLS:,} calls and {limits.TRACE_NAMES:,} names"
-            raise fields.FieldError(f"a trace of more than {most} is not read: profile fewer steps")
+            raise fields.FieldError(f"a trace with more than {most} is not read: profile fewer steps")
         link = next((args[name] for name in LINKS if name in args), None)
         ids = fields.signed_id("External id", link), fields.signed_id("correlation", args.get("correlation"))
         table.whole.extend((number, place, category, *ids))
@@ -165,14 +165,14 @@ class _Reader:
 def _thread(event: Mapping[str, Any]) -> tuple[Any, Any]:
     for key in ("pid", "tid"):
         if not isinstance(event.get(key), int | str | float | None):
-            raise fields.FieldError(f"{key} is no number or text")
+            raise fields.FieldError(f"{key} is not a number or text")
     return event.get("pid"), event.get("tid")
 
 
 def read_trace(path: Path, rank: int | None = None) -> RankTrace:
-    """Read one file. `rank`: what to take where neither the file nor its name tells.
+    """Read one file. `rank`: used if neither the file nor its name has the rank.
 
-    Raises UserError: no trace of torch.profiler, cut off, beyond a limit, or of an unknown rank.
+    Raises UserError if it is not a trace of torch.profiler, is truncated, exceeds a limit, or has no known rank.
     """
     document, reader = TraceDocument(path), _Reader()
     try:
@@ -183,7 +183,7 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
     tables = (reader.ops, reader.launches, reader.device)
     firsts = [min(table.times[::2]) for table in tables if table.times]
     if not firsts:
-        what = "it holds no operations, kernels or copies"
+        what = "the trace has no operations, kernels or copies"
         fix = "profile with ProfilerActivity.CPU, and CUDA where there is one"
         raise UserError(Problem(shortened(path, 400), what, fix=fix))
     origin, metadata = min(firsts), read_metadata(document.metadata, path.name)
@@ -191,9 +191,9 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
     names = list(reader.names)
     steps, remarks = steps_of(ops, launches, device, names, path, metadata.notes.first_step)
     if reader.negative:
-        remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are left out")
+        remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are ignored")
     if document.non_objects:
-        remarks.append(f"{document.non_objects:,} of the events of {path.name} are no objects, and are left out")
+        remarks.append(f"{document.non_objects:,} of the events of {path.name} are not objects, and are ignored")
     base = metadata.base_ns
     return RankTrace(
         path=path,
@@ -217,6 +217,6 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
 def _rank(path: Path, recorded: int | None, rank: int | None) -> int:
     found = next((each for each in (recorded, rank_in_name(path), rank) if each is not None), None)
     if found is None:
-        what = "neither the file (distributedInfo) nor its name says which rank's trace this is"
+        what = "neither the file (distributedInfo) nor its name has the rank"
         raise UserError(Problem(shortened(path, 400), what, fix="rename it to rankK_trace.json"))
     return found

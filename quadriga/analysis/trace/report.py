@@ -1,4 +1,4 @@
-"""The analysis as lines for a terminal: the verdict first, then the axes, then what could not be measured and why."""
+"""The analysis as text for a terminal: first the verdict, then tables, last what could not be measured and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Analysis = Mapping[str, Any]
 PARTS = (
     ("compute_s", "computing"),
     ("exposed_communication_s", "waiting for communication"),
-    ("exposed_memcpy_s", "copying with nothing else going on"),
+    ("exposed_memcpy_s", "copying without overlap"),
     ("data_wait_s", "waiting for data"),
     ("host_idle_s", "idle (the host launched nothing in time)"),
 )
@@ -21,7 +21,7 @@ MAX_ROWS = 12  # rows of one table
 
 
 def format_trace(analysis: Analysis) -> Iterator[str]:
-    """The whole report."""
+    """The lines of the report."""
     yield format_verdict(analysis)
     yield ""
     yield from _overview(analysis)
@@ -36,7 +36,7 @@ def format_trace(analysis: Analysis) -> Iterator[str]:
 
 
 def format_verdict(analysis: Analysis) -> str:
-    """Where a step's time went, in one line."""
+    """Where the time of a step went, in one line."""
     step = format_time(analysis["step_time_s"]["mean"], 4)
     parts = sorted(_shares(analysis), key=lambda part: -part[1])
     shares = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
@@ -54,7 +54,7 @@ def format_time(value: float | None, digits: int = 3) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
-    """Aligned columns, the first `left` of them to the left."""
+    """Aligned columns: the first `left` to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
         cells = [
@@ -65,7 +65,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def _shares(analysis: Analysis) -> list[tuple[str, float]]:
-    """Parts of the mean step over ranks, that add up to it."""
+    """The parts of the step, means over ranks, which add up to it."""
     means = [entry["mean"] for entry in analysis["by_rank"]]
     whole = sum(mean["seconds"] for mean in means)
     parts = [*PARTS, *([REST] if means[0]["host_idle_s"] is None else [])]
@@ -81,15 +81,15 @@ def _overview(analysis: Analysis) -> Iterator[str]:
         f"{analysis['device_type']}, steps {steps[0]} to {steps[-1]} ({len(steps)} profiled)"
     )
     low, middle, high = (format_time(times[name]) for name in ("min", "median", "max"))
-    spread = f"from {low} to {high}, the middle one {middle}"
-    yield f"  steps: {spread}; the profiler itself slows a step down"
+    spread = f"from {low} to {high}, median {middle}"
+    yield f"  steps: {spread}; the profiler slows steps down"
     if (slowest := analysis["slowest"]) is not None:
-        by = f"{format_time(slowest['by_s'])} a step ({slowest['by_share']:.1%}) above the median rank"
-        yield f"  slowest rank: {slowest['rank']}, by {by}, not counting what it waited for others"
+        by = f"{format_time(slowest['by_s'])} per step ({slowest['by_share']:.1%}) above the median rank"
+        yield f"  slowest rank: {slowest['rank']}, by {by}, without exposed communication"
 
 
 def _where(analysis: Analysis) -> Iterator[str]:
-    """One line a rank: mean seconds a step."""
+    """One line per rank: mean seconds per step."""
     rest = "rest" if analysis["device_type"] == "cpu" else "host idle"
     header = ("rank", "step", "compute", "communication", "exposed", "copies", "data wait", rest)
     keys = ("seconds", "compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "data_wait_s", "rest_s")
@@ -127,7 +127,7 @@ def _collectives(analysis: Analysis) -> Iterator[str]:
         )
         for row in rows
     ]
-    yield "  a step and rank; skew and transfer: median of a call, from the first start to the last, to the first end"
+    yield "  per step and rank; medians: skew, from first to last start; transfer, from last start to first end"
     yield from format_table(header, shown, left=3)
     yield ""
 
@@ -156,9 +156,9 @@ def _estimate(analysis: Analysis) -> Iterator[str]:
     rows = analysis["estimate"]["rows"]
     wrong = [row for row in rows if not row["equal"]]
     if not wrong:
-        yield f"  bytes and calls a step equal the estimate's in all {len(rows)} rows of axis and collective"
+        yield f"  bytes and calls per step equal the estimate in all {len(rows)} rows of axis and collective"
     else:
-        yield "  NOT as estimated (a step):"
+        yield "  NOT as estimated (per step):"
         shown = [
             (
                 *(row["axis"], row["collective"], _number(row["calls"]), _number(row["predicted_calls"])),
@@ -181,7 +181,7 @@ def _kernels(analysis: Analysis) -> Iterator[str]:
                 + ((f"{entry['calls_a_step']:,.1f}",) if title == "kernel" else ())
                 for entry in entries[:MAX_ROWS]
             ]
-            yield from format_table((title, "a step", "share", *(("calls",) if title == "kernel" else ())), rows)
+            yield from format_table((title, "per step", "share", *(("calls",) if title == "kernel" else ())), rows)
             yield ""
 
 

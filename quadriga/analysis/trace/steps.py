@@ -1,8 +1,7 @@
-"""The profiled steps of a rank: which marks `ProfilerStep#N` count.
+"""The profiled steps of a rank, from the marks `ProfilerStep#N`.
 
-A step that is marked on several threads is one step: the mark on the thread that works most counts. What lies between
-the last call of `profiler.step` and the end of profiling is marked as a step too; it holds next to no work, and is left
-out with a warning.
+If several threads mark a step, the mark on the thread with the most operations counts. The time between the last call
+of `profiler.step` and the end of profiling is marked too. It has almost no work, and is excluded with a warning.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from quadriga.analysis.trace.event_table import EventTable
 from quadriga.errors import Problem, UserError, shortened
 
 STEP_MARK = re.compile(r"ProfilerStep#([0-9]{1,15})$")
-# A last step is a stub where it launches less than this share of the work of the others (the median), and is shorter.
+# The last step is a stub if its work and its time are below these shares of the medians of the other steps.
 STUB_WORK, STUB_TIME = 0.1, 0.5
 
 
 @dataclass(frozen=True)
 class Step:
-    """One profiled step of the run. `number`: as the run counts, or as the profiler does where the trace cannot say."""
+    """One profiled step. `number`: of the run, or of the profiler if the trace has no notes. Times in seconds."""
 
     number: int
     start: float
@@ -41,9 +40,9 @@ class Step:
 def steps_of(
     ops: EventTable, launches: EventTable, device: EventTable, names: list[str], path: Path, first: int
 ) -> tuple[tuple[Step, ...], list[str]]:
-    """The steps that count in their order, and warnings of what was left out. `first`: the run's number of step 0.
+    """The steps in order, and warnings about excluded ones. `first`: the run's number of `ProfilerStep#0`.
 
-    Raises UserError: more steps than are read, or a trace that takes no time.
+    Raises UserError if there are too many steps, or the trace has no duration.
     """
     warnings: list[str] = []
     marked = [step for step in _unique_steps(ops, names, first) if step.seconds > 0]
@@ -53,21 +52,21 @@ def steps_of(
     if marked and _is_stub(marked, ops, launches, names):
         stub = marked.pop()
         what = f"the last mark of a step ({_time(stub.seconds)} between the last step and the end of profiling)"
-        warnings.append(f"{path.name}: {what} holds no step's work: it is left out of all figures")
+        warnings.append(f"{path.name}: {what} has no work of a step: it is excluded from all figures")
     if marked:
         return tuple(marked), warnings
     ends = [rows.end.max() for rows in (ops, device) if len(rows)]
     whole = float(max(ends, default=0.0))
     if whole <= 0:
-        what = "all that it holds happened in one moment"
+        what = "all its events are at the same time"
         raise UserError(Problem(shortened(path, 400), what, fix="profile again"))
-    warnings.append(f"{path.name} has no marks of steps (profiler.step was not called): all of it counts as one")
+    warnings.append(f"{path.name} has no marks of steps (profiler.step was not called): the whole counts as one step")
     thread = int(np.bincount(ops.thread).argmax()) if len(ops) else 0
     return (Step(0, 0.0, whole, thread),), warnings
 
 
 def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
-    """Each step once, by start."""
+    """Each step once, in the order of starts."""
     matches = {number: int(match.group(1)) for number, name in enumerate(names) if (match := STEP_MARK.match(name))}
     places = np.flatnonzero(np.isin(ops.name, list(matches)))
     work = np.bincount(ops.thread) if len(ops) else np.empty(0, dtype=np.int64)
@@ -80,7 +79,7 @@ def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
         thread = max(steps, key=lambda step: (work[step.thread], -step.start)).thread
         own = sorted((step for step in steps if step.thread == thread), key=lambda step: (step.start, -step.end))
         end = -1.0
-        for step in own:  # of marks within each other the outer one
+        for step in own:  # of nested marks, the outer one
             if step.start >= end:
                 found.append(step)
                 end = step.end
@@ -88,7 +87,7 @@ def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
 
 
 def _is_stub(steps: list[Step], ops: EventTable, launches: EventTable, names: list[str]) -> bool:
-    """Whether the last step does next to nothing, beside the others."""
+    """Whether the last step has almost no work, compared with the others."""
     *others, last = steps
     if not others:
         return False
@@ -101,9 +100,9 @@ def _is_stub(steps: list[Step], ops: EventTable, launches: EventTable, names: li
 
 
 def _work_counts(steps: list[Step], ops: EventTable, launches: EventTable, names: list[str]) -> list[int]:
-    """By step, how many operations and launches begin within it on the threads of the steps."""
+    """The number of operations and launches that begin in each step, on the threads of the steps."""
     threads = list({step.thread for step in steps})
-    marks = [number for number, name in enumerate(names) if STEP_MARK.match(name)]  # operations too, before torch 1.12
+    marks = [number for number, name in enumerate(names) if STEP_MARK.match(name)]  # operations before torch 1.12
     start_times = [
         rows.start[(rows.category == 0) & np.isin(rows.thread, threads) & ~np.isin(rows.name, marks)]
         for rows in (ops, launches)

@@ -1,4 +1,4 @@
-"""One step as strips of spans for drawing: no finer than can be seen."""
+"""The timeline of one step as spans for a chart, merged so that few remain."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from quadriga.analysis.trace.intervals import EMPTY, Spans, clip, subtract, unio
 from quadriga.analysis.trace.read import RankTrace
 from quadriga.analysis.trace.steps import Step
 
-MAX_SPANS = 2000  # of all ranks and lanes together, about
+MAX_SPANS = 2000  # of all ranks and streams together, approximately
 Span = tuple[float, float, str]
 
 
 def timeline_strips(
     trace: RankTrace, found: RankCalls, active: DeviceActivity, step: Step, files: int
 ) -> dict[str, list[Span]]:
-    """By lane: spans in seconds from the trace's origin. `host` is what is left where nothing else runs."""
+    """Spans by stream, in seconds from the trace's origin. `host`: the time in which nothing else runs."""
     budget = max(MAX_SPANS // (4 * files), 8)
     sent: dict[str, list[Spans]] = defaultdict(list)
     for call in without_host_calls(found.calls):
@@ -31,17 +31,17 @@ def timeline_strips(
     copies = EMPTY if active.memcpy is None else active.memcpy
     whole = np.array([[step.start, step.end]])
     idle = subtract(subtract(whole, union(active.compute, copies, *communication)), waited)
-    lanes = {
+    streams = {
         "compute": {"compute": active.compute},
         "communication": {name: union(*rows) for name, rows in sent.items()},
         "memcpy": {"copies": copies},
         "host": {"data wait": waited, "idle": idle},
     }
-    return {lane: _coarse(sets, step, budget) for lane, sets in lanes.items() if any(map(len, sets.values()))}
+    return {name: _coarse(sets, step, budget) for name, sets in streams.items() if any(map(len, sets.values()))}
 
 
 def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
-    """All sets on one strip: gaps that are too narrow are closed, until few enough spans are left."""
+    """All sets as one list of spans. Narrow gaps are closed until at most `budget` spans are left."""
     gap = step.seconds / 4000
     named = [(name, _without_gaps(clip(spans, step.start, step.end), gap)) for name, spans in sets.items()]
     every = sorted((start, end, name) for name, spans in named for start, end in spans.tolist())
@@ -53,7 +53,7 @@ def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
 
 
 def _without_gaps(spans: Spans, gap: float) -> Spans:
-    """A union whose gaps are wider than `gap`: few, however many spans there were."""
+    """The union with all gaps of at most `gap` seconds closed."""
     if not len(spans):
         return spans
     begins = np.concatenate([[True], spans[1:, 0] - spans[:-1, 1] > gap])
@@ -62,7 +62,7 @@ def _without_gaps(spans: Spans, gap: float) -> Spans:
 
 
 def _close(spans: list[Span], gap: float) -> list[Span]:
-    """Spans of one name whose gap is narrow become one; of names that lie so close the longer one's stays."""
+    """Merge spans of one name with a narrow gap, and short spans into the one before them."""
     merged: list[Span] = []
     for start, end, name in spans:
         if merged and start - merged[-1][1] <= gap and (name == merged[-1][2] or end - start <= gap):

@@ -1,4 +1,7 @@
-"""The vocabulary: one frozen model for each TOML table. `JobConfig` nests them all and is known to few."""
+"""The schema of the configuration: one frozen model for each TOML table. `JobConfig` contains all of them.
+
+Only a few modules may use `JobConfig` (`tests/architecture/test_root.py`). Builders take single sections.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ __all__ = [
 
 
 class JobConfig(Section):
-    """What the human wrote, with every default filled in."""
+    """The whole configuration: the user's keys, and the defaults of all others."""
 
     job: Job = Job()
     model: Model = Model()
@@ -71,5 +74,5 @@ class JobConfig(Section):
 
     @property
     def only_rehearses(self) -> bool:
-        """Whether a launch builds the run without memory and takes one step of it, and trains nothing."""
+        """Whether a launch only builds the run without memory and takes one step, and does not train."""
         return self.memory_estimation.enable or self.comm.mode == "fake_backend"

@@ -1,4 +1,4 @@
-"""[health]: what to do when the numbers go wrong."""
+"""[health]: what to do about NaN, infinities and loss spikes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Policy = Literal["raise", "skip_step", "ignore"]
 
 
 class Health(Section):
-    """Watches the loss and the gradients of every step, without making the host wait for the device."""
+    """Checks of the loss and the gradients of every step, without waiting for the device."""
 
     non_finite: Policy = "raise"
-    """A loss or gradient norm that is no finite number: leave the weights alone and stop, or go on; or let it pass."""
+    """After a NaN or infinite loss or gradient norm: stop before the optimizer step, skip the step, or ignore it."""
 
     spike: Policy = "ignore"
-    """A loss far above those of the steps before: the same choice as for `non_finite`."""
+    """After a loss far above those of the previous steps: as `non_finite`."""
 
     spike_sigmas: Positive = 6.0
-    """How many standard deviations above the mean of the last `spike_window` losses a loss counts as a spike."""
+    """A loss is a spike if it is this many standard deviations above the mean of the last `spike_window` losses."""
 
     spike_window: Count = 128
-    """Losses that a spike is measured against; the first ones of a run are never spikes."""
+    """The number of losses that a spike is compared with. The first losses of a run are never spikes."""
 
     replica_check_interval: Amount = 0
-    """Steps between two comparisons of the replicas' weights, which must be equal to the bit; 0 never compares."""
+    """Steps between two comparisons of the replicas' weights, which must be equal bit for bit; 0 switches this off."""

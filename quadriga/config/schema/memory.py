@@ -1,4 +1,4 @@
-"""[activation_checkpoint], [compile], [memory_estimation] and [estimate]: memory against time, and foresight."""
+"""[activation_checkpoint], [compile], [memory_estimation] and [estimate]: recompute, compilation, estimates."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from quadriga.config.schema.section import Name, Names, Section, Share
 
 
 class ActivationCheckpoint(Section):
-    """Recompute: forget activations in the forward pass and compute them again in the backward pass."""
+    """Recompute: free activations in the forward pass and compute them again in the backward pass."""
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
-    """Which blocks recompute: some of their work, all of it, as much as a budget demands, or nothing."""
+    """What is recomputed: some blocks or operations, all blocks, as much as a memory budget requires, or nothing."""
 
     selective_ac_option: Annotated[str, Field(pattern=r"^(op|[0-9]{1,9})$", examples=["op", "2"])] = "2"
-    """With `selective`: `op` recomputes cheap operations of every block, `N` the whole of every Nth of a rank."""
+    """With `selective`: `op` recomputes cheap operations of every block, `N` every Nth block of a rank."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: Names = ("moe.router.gate",)
-    """With `op`: linear layers whose matrix products are recomputed even so, by parts of their names."""
+    """With `op`: linear layers whose matrix products are always recomputed, by parts of their names."""
 
     early_stop: bool = False
-    """Stop recomputing a block as soon as all that is needed is there."""
+    """Stop recomputing a block as soon as all needed tensors exist."""
 
     memory_budget: Share = 0.5
-    """With `memory_budget`: share of the activation memory to keep, 0 as in `full`, 1 as in `none`; needs `compile`."""
+    """With `memory_budget`: share of the activation memory to keep, from 0 (`full`) to 1 (`none`). Needs `compile`."""
 
     visualize_memory_budget_pareto: bool = False
-    """Draw memory against recompute time while the budget is planned."""
+    """Plot memory against recompute time while the compiler plans the budget."""
 
     preserve_rng_state: bool = True
-    """Give the recomputation the random numbers of the first computation."""
+    """Recompute with the random numbers of the first computation."""
 
     determinism_check: Literal["default", "none"] = "default"
     """How recomputed values are compared with the first ones: `default` (shape, type, device) or `none`."""
@@ -41,7 +41,7 @@ class ActivationCheckpoint(Section):
 
     @property
     def recomputes(self) -> bool:
-        """Whether a block's forward pass is done again; the compiler's way with `memory_budget` is another."""
+        """Whether the forward pass of a block runs again. With `memory_budget`, the compiler recomputes instead."""
         return self.mode in ("selective", "full")
 
 
@@ -49,27 +49,27 @@ class Compile(Section):
     """torch.compile."""
 
     enable: bool = False
-    """Compile what `components` names."""
+    """Compile the `components`."""
 
     components: tuple[Literal["model", "loss"], ...] = ("model", "loss")
-    """What to compile: the blocks of the model, the loss."""
+    """The parts to compile: the blocks of the model, the loss."""
 
     backend: Name = "inductor"
     """Backend of torch.compile."""
 
 
 class MemoryEstimation(Section):
-    """A run that is not trained: it is estimated and rehearsed, as by `DRY_RUN=1 ... --rehearse`."""
+    """Estimate and rehearse a run instead of training it, like `DRY_RUN=1 ... --rehearse`."""
 
     enable: bool = False
-    """Estimate and rehearse instead of training, as `DRY_RUN=1 ... --rehearse` does."""
+    """Estimate and rehearse instead of training, like `DRY_RUN=1 ... --rehearse`."""
 
     disable_fake_mode: bool = False
-    """Without effect: what is rehearsed holds nothing."""
+    """Without effect: a rehearsal always uses fake tensors."""
 
 
 class Estimate(Section):
-    """What a dry run assumes."""
+    """Assumptions of estimates."""
 
     device: Name | None = None
-    """Device to plan for, by name (`H100`, `A100`, ...); none leaves out what depends on it."""
+    """Device to estimate for, by name (`H100`, `A100`, ...) or as a TOML file; none omits what depends on it."""

@@ -1,4 +1,4 @@
-"""[model] and [quantize.*]: which model is trained, and which of its layers compute in 8 bits."""
+"""[model] and [quantize.*]: the model, and its layers that compute in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Converter = Literal[
 
 
 class Model(Section):
-    """The model: a family, a size of it, its tokenizer, and single dimensions that differ from that size."""
+    """The model: family, size, tokenizer, and overrides of single dimensions."""
 
     name: Name = "llama3"
     """Model family."""
@@ -24,10 +24,10 @@ class Model(Section):
     """Folder with `tokenizer.json` (or `tokenizer.model`), or `builtin:bytes`, which needs no files."""
 
     converters: tuple[Converter, ...] = ()
-    """Rewrites of the model before training; each reads its table in `[quantize]`."""
+    """Conversions of the model before training. Each reads its table in `[quantize]`."""
 
     print_after_conversion: bool = False
-    """Print the module tree after the converters ran."""
+    """Print the module tree after the conversions."""
 
     dim: Width | None = None
     """Override of the flavor: width of the model."""
@@ -51,13 +51,13 @@ class Model(Section):
     """Override of the flavor: base of the rotary frequencies."""
 
     rope_scaling: Literal["flavor", "none", "llama3.1", "llama3.2"] = "flavor"
-    """Stretching of the rotary frequencies: the flavor's, or none (Llama 3), that of Llama 3.1, that of Llama 3.2."""
+    """Scaling of the rotary frequencies: that of the flavor, none (Llama 3), that of Llama 3.1, or of Llama 3.2."""
 
     tie_embeddings: bool | None = None
     """Override of the flavor: let the output layer share the weight of the embedding."""
 
     depth_init: bool = True
-    """Initial `wo`, `w2`, `w3`: standard deviation 0.02/sqrt(2(layer+1)), with `false` 0.02/sqrt(2 n_layers)."""
+    """Standard deviation of initial `wo`, `w2`, `w3`: 0.02/sqrt(2(layer+1)), or with `false` 0.02/sqrt(2 n_layers)."""
 
 
 class LinearFloat8(Section):
@@ -67,16 +67,16 @@ class LinearFloat8(Section):
     """Gather sharded weights in float8 (tensorwise scaling only)."""
 
     precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute the scales of all weights in one reduction after each step (with `enable_fsdp_float8_all_gather`)."""
+    """Compute the scales of all weights in one all-reduce after each step (with `enable_fsdp_float8_all_gather`)."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Scaling recipe; none means tensorwise with the two switches above."""
+    """Scaling recipe; none is tensorwise with the two switches above."""
 
     filter_fqns: Names = ()
-    """Layers to leave as they are, by parts of their names; `auto_filter_small_kn` leaves those too small to gain."""
+    """Layers to exclude, by parts of their names; `auto_filter_small_kn` excludes layers too small to gain speed."""
 
     emulate: bool = False
-    """Emulate float8 on hardware that has none; eager mode only."""
+    """Emulate float8 on hardware without it, in eager mode only."""
 
 
 class LinearMX(Section):
@@ -89,7 +89,7 @@ class LinearMX(Section):
     """Microscaling recipe."""
 
     filter_fqns: Names = ("output",)
-    """Layers to leave as they are, by parts of their names."""
+    """Layers to exclude, by parts of their names."""
 
 
 class GroupedFloat8(Section):
@@ -124,7 +124,7 @@ class GroupedMM(Section):
 
 
 class Quantize(Section):
-    """Settings of the converters; a table is read only when `model.converters` names it."""
+    """Settings of the converters. A table is read only if `model.converters` names it."""
 
     linear: Linear = Linear()
     grouped_mm: GroupedMM = GroupedMM()

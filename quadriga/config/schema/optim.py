@@ -1,4 +1,4 @@
-"""[optimizer] and [lr_scheduler]: how weights are updated, and how fast."""
+"""[optimizer] and [lr_scheduler]: the update of weights, and the learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Optimizer(Section):
     """The optimizer and its constants."""
 
     name: Literal["Adam", "AdamW"] = "AdamW"
-    """Adam (decay added to the gradient) or AdamW (decay applied to the weight)."""
+    """Adam (weight decay added to the gradient) or AdamW (weight decay applied to the weight)."""
 
     lr: Positive = 8e-4
     """Peak learning rate."""
@@ -23,41 +23,41 @@ class Optimizer(Section):
     """Decay of the second moment."""
 
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     weight_decay: NonNegative = 0.1
-    """Weight decay, on all parameters; without `decay_norms_and_biases` on matrices only."""
+    """Weight decay of all parameters; without `decay_norms_and_biases`, of matrices only."""
 
     decay_norms_and_biases: bool = True
-    """Apply the weight decay to norms and biases too, as torchtitan does; false: to matrices only."""
+    """Also apply the weight decay to norms and biases, as torchtitan does; false: only to matrices."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed: parameter by parameter, in lists, or in one fused kernel."""
 
     state_dtype: Literal["bfloat16", "float32"] | None = None
-    """Format of Adam's two moments, whose updates are then computed in float32; none: that of the parameters."""
+    """Format of Adam's two moments, which are then updated in float32; none: that of the parameters."""
 
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there."""
+    """Update each parameter as soon as its gradient is computed."""
 
 
 class LrScheduler(Section):
-    """The learning rate over time: a linear ramp, a plateau, a decay."""
+    """The learning rate over time: a linear warm-up, a plateau, a decay."""
 
     warmup_steps: Amount = 200
-    """Steps of the linear ramp at the start; shortened where the schedule is shorter."""
+    """Steps of the linear warm-up, at most the whole schedule."""
 
     total_steps: Count | None = None
-    """Length of the schedule where it is not `training.steps`."""
+    """Length of the schedule in steps; none: `training.steps`."""
 
     decay_ratio: Share | None = None
-    """Share of the schedule spent decaying; none: decay starts right after the warm-up, with no plateau."""
+    """Share of the schedule that decays; none: the decay starts right after the warm-up, without a plateau."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the decay."""
 
     min_lr_factor: Share = 0.0
-    """Where the decay ends, as a fraction of the peak learning rate."""
+    """The learning rate at the end of the decay, as a fraction of the peak."""
 
     variant: Literal["torchtitan", "early_decay"] = "torchtitan"
-    """Schedule of torchtitan, or that of Quadriga before it: decay from D/(D+1) of the peak on, warm-up cut off."""
+    """Schedule of torchtitan, or that of old Quadriga runs: decay from D/(D+1) of the peak on, long warm-up cut off."""

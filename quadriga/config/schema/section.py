@@ -1,7 +1,7 @@
-"""What every table has in common: frozen, strictly typed, closed to unknown keys; and the types of their values.
+"""The base class of all tables (frozen, strictly typed, no unknown keys), and the types of values.
 
-The string under a field is its only documentation: `--help`, the JSON Schema, `docs/configuration.md` read it from the
-source when they are asked for, so that a training start does not pay for it.
+The string under a field is its only documentation. `--help`, the JSON Schema and `docs/configuration.md` read it from
+the source on demand, so a training start does not spend time on it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from quadriga import limits
 
 
 class Section(BaseModel):
-    """One TOML table. Attribute names are the keys; nothing edits a section once it is made."""
+    """One TOML table. Attribute names are the keys. Sections are immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _not_zero(amount: int) -> int:
     if amount == 0:
-        raise ValueError("0 is not meant here")
+        raise ValueError("0 is not allowed")
     return amount
 
 
 Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
 Amount = Annotated[int, Field(ge=0, le=limits.COUNT)]
-# A title is what the key allows, in words.
+# The title replaces the generated text of allowed values.
 Overlap = Annotated[int, Field(ge=0, le=1, title="0 (torchtitan's windows) or 1 (each token is a label once)")]
 Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
 Width = Annotated[int, Field(ge=1, le=limits.MODEL_WIDTH)]

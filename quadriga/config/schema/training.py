@@ -1,4 +1,4 @@
-"""[training] and [validation], each with its nested [*.dataloader]: data, batches, steps and number formats."""
+"""[training] and [validation], each with its nested [*.dataloader]: data, batches, steps and formats."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonN
 
 
 class Fetching(Section):
-    """How batches are made of documents and fetched ahead: `validation.dataloader`, whose documents stay in order."""
+    """Batches and prefetching of `validation.dataloader`. Documents are read in order."""
 
     num_workers: Amount = 0
-    """Threads that read and tokenize ahead of training, at most one a row of the batch; 0 is one too."""
+    """Threads that read and tokenize ahead of training, at most one per row of the batch; 0 is one too."""
 
     persistent_workers: bool = False
-    """Without effect: the threads always live as long as the run."""
+    """Without effect: the threads always run until the run ends."""
 
     pin_memory: bool = False
-    """Place batches in page-locked memory, from which copies to a GPU are faster."""
+    """Place batches in page-locked memory, which makes copies to a GPU faster."""
 
     prefetch_factor: Count | None = None
-    """Batches held ready; none is 2."""
+    """Batches that are prefetched; none is 2."""
 
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A document that cannot be read (no JSON, no such field, not UTF-8, too long) ends the run, or is left out."""
+    """After a document that cannot be read (not JSON, no such field, not UTF-8, too long): stop the run, or skip it."""
 
     window_overlap: Overlap = 1
     """Ids that a window of `seq_len` + 1 shares with the next: 1 makes each token a label once; 0 is torchtitan's."""
 
 
 class Dataloader(Fetching):
-    """How documents are ordered, made into batches and fetched ahead of training."""
+    """Order of documents, batches and prefetching."""
 
     shuffle: bool = True
-    """Mix the documents by seed and epoch; false reads them in the data's own order, as torchtitan does."""
+    """Shuffle the documents by seed and epoch; false reads them in the order of the data, as torchtitan does."""
 
 
 class Training(Section):
-    """Data, batch, length of the run and number formats."""
+    """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
-    """What to read: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet` (with `dataset_path`)."""
+    """The data: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet` (with `dataset_path`)."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
 
     dataset_text_field: Name = "text"
-    """The field of JSON lines, or the column of Parquet files and of the Hub, that holds the documents."""
+    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents."""
 
     local_batch_size: Count = 8
     """Sequences in one micro-batch of one data-parallel rank."""
@@ -58,7 +58,7 @@ class Training(Section):
     """Tokens in one sequence."""
 
     loss_chunks: Count = 1
-    """Pieces that a micro-batch's tokens are cut into at the loss: logits exist for one piece at a time."""
+    """Number of chunks of a micro-batch's tokens at the loss. Logits exist for one chunk at a time."""
 
     max_norm: NonNegative = 1.0
     """Clip gradients to this global norm; 0 switches clipping off."""
@@ -70,22 +70,22 @@ class Training(Section):
     """Keep parameters, gradients and optimizer state in host memory."""
 
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Format in which parameters are held."""
+    """Format of the parameters."""
 
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Format in which the model computes, on every layout alike."""
+    """Format of computation in the model, the same on every layout."""
 
     mixed_precision_reduce: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Format in which gradients are summed over ranks; in `float64` data-parallel layouts agree to the bit."""
+    """Format of the sum of gradients over ranks. With `float64`, data-parallel layouts agree bit for bit."""
 
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products: `highest` is float32, `high` allows TF32, `medium` allows bfloat16."""
 
     gc_freq: Count = 50
-    """Steps between two collections of Python's garbage, which otherwise waits, so that ranks do not stall apart."""
+    """Steps between two garbage collections of Python. All ranks collect in the same step, so none delays another."""
 
     gc_debug: bool = False
-    """Collect garbage with extra diagnostics."""
+    """Collect garbage with additional diagnostics."""
 
     dataloader: Dataloader = Dataloader()
 
@@ -94,16 +94,16 @@ class Validation(Section):
     """Loss on held-out data, weighted by tokens."""
 
     enable: bool = False
-    """Run the validation loop, at step 1 and then every `freq` steps."""
+    """Validate at step 1 and then every `freq` steps."""
 
     dataset: Name = "c4_validation"
-    """What to read: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`."""
+    """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files."""
 
     dataset_text_field: Name | None = None
-    """The field or column that holds the documents; none is that of `training`."""
+    """The field or column that contains the documents; none is that of `training`."""
 
     local_batch_size: Count = 8
     """Sequences in one validation batch of one data-parallel rank."""
@@ -115,6 +115,6 @@ class Validation(Section):
     """Steps between two validations."""
 
     steps: AllOrCount = -1
-    """Batches of one validation; -1 is the whole set."""
+    """Batches per validation; -1 is the whole data set."""
 
     dataloader: Fetching = Fetching()

@@ -1,6 +1,6 @@
-"""The way back from a `config.json` of Hugging Face to our numbers, and which of them cannot be had here.
+"""Converts a `config.json` of Hugging Face to a `ModelSpec`, and reports values that are not supported.
 
-Both spellings are read: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
+Both formats are read: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OTHERS = {
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MOST = {"num_hidden_layers": limits.MODEL_LAYERS}
 _LIMITS = f"up to {limits.MODEL_LAYERS:,} layers, and {limits.MODEL_WIDTH:,} of everything else"
-# What the model here always has, with the default of transformers where a file is silent.
+# Values that this model always has: (this value, the default of transformers for an absent field).
 _FIXED: Mapping[str, tuple[Any, Any]] = {
     "hidden_act": ("silu", "silu"),
     "attention_bias": (False, False),
@@ -40,9 +40,9 @@ _FIXED: Mapping[str, tuple[Any, Any]] = {
 
 
 def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """The model that a `config.json` describes, as a flavor without a name. `where`: the file, for what is told.
+    """The model that a `config.json` describes, as a flavor without a name. `where`: the file, for messages.
 
-    Raises UserError with everything in it that is no Llama 3 as it is built here.
+    Raises UserError with every value that Quadriga's Llama does not support.
     """
     problems = list(_problems(config, where))
     if problems:
@@ -66,8 +66,8 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def config_differences(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Problem]:
-    """Where a `config.json` describes another model than `spec`, the rotary frequencies and the number of heads
-    included, which no shape of a tensor tells. Raises UserError as `spec_from_hf` does."""
+    """The differences between the model of a `config.json` and `spec`, including the rotary frequencies and the number
+    of heads, which the shapes of tensors do not show. Raises UserError like `spec_from_hf`."""
     theirs = spec_from_hf(config, where)
     return [
         Problem(
@@ -86,7 +86,7 @@ def _key(field: str) -> str:
 
 
 def _fix_for(field: str, value: Any) -> str:
-    """What to set so that the run has the value of the weights, where a key does."""
+    """The remedy: the key to set so that the run has the value of the weights, if there is a key."""
     if field == "rope_scaling":
         name = next((name for name, scaling in ROPE_SCALINGS.items() if scaling == value), None)
         return f'set model.rope_scaling = "{name}"' if name else "no key has this scaling; choose other weights"
@@ -96,7 +96,7 @@ def _fix_for(field: str, value: Any) -> str:
 
 
 def positions(config: Mapping[str, Any]) -> int:
-    """For how many positions the weights were made; 0 where the file does not say so in a number that can be."""
+    """The number of positions that the weights were trained for; 0 if the file has no valid number."""
     value = config.get("max_position_embeddings")
     return int(value) if value is not None and _is_count(value, limits.MODEL_WIDTH) else 0
 
@@ -104,7 +104,7 @@ def positions(config: Mapping[str, Any]) -> int:
 def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = config.get("model_type")
     if kind != "llama":
-        what = "this is no Llama, and no other family is read here"
+        what = "this is not a Llama, and no other family is supported"
         yield Problem(f"{where}, model_type", what, None if kind is None else shortened(kind), allowed="llama")
         return
     needed = [name for name in _SIZES.values() if name != "num_key_value_heads"]
@@ -113,7 +113,7 @@ def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         return
     for name, (built, default) in _FIXED.items():
         if (value := config.get(name, default)) != built:
-            what = "weights that are quantized cannot be read" if name == "quantization_config" else "not built here"
+            what = "quantized weights are not supported" if name == "quantization_config" else "not supported"
             yield Problem(f"{where}, {name}", what, shortened(value), allowed=str(built))
     if not isinstance(tied := _value_or(config, "tie_word_embeddings", False), bool):
         yield Problem(f"{where}, tie_word_embeddings", "must be true or false", shortened(tied))
@@ -122,10 +122,10 @@ def _problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     dim, heads = config["hidden_size"], config["num_attention_heads"]
     key_value = _value_or(config, "num_key_value_heads", heads)
     if dim % heads or _value_or(config, "head_dim", dim // heads) != dim // heads:
-        what = f"heads of another width than hidden_size / num_attention_heads = {dim} / {heads} are not built here"
+        what = f"a head width other than hidden_size / num_attention_heads = {dim} / {heads} is not supported"
         yield Problem(f"{where}, head_dim", what, shortened(config.get("head_dim")))
     elif dim // heads % 2:
-        yield Problem(f"{where}, head_dim", "rotary positions need heads of an even width", str(dim // heads))
+        yield Problem(f"{where}, head_dim", "rotary embeddings need an even head width", str(dim // heads))
     if not _is_count(key_value, heads) or heads % key_value:
         yield Problem(f"{where}, num_key_value_heads", f"it does not divide {heads} heads", shortened(key_value))
     yield from _rope_problems(config, where)
@@ -139,7 +139,7 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     rope = _rope(config)
     kind = _rope_type(rope)
     if kind not in ("default", "llama3"):
-        what = "this way of scaling rotary frequencies is not built here"
+        what = "this scaling of rotary frequencies is not supported"
         yield Problem(f"{where}, rope_type", what, shortened(kind), allowed="llama3, default")
     elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_positive(rope.get(name))]):
         yield Problem(where, f"the scaling of the rotary frequencies lacks {', '.join(absent)}")
@@ -150,11 +150,11 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     if not _is_positive(_value_or(rope, "rope_theta", 10_000.0)):
         yield Problem(f"{where}, rope_theta", "must be a number above 0", shortened(rope["rope_theta"]))
     if _value_or(rope, "partial_rotary_factor", 1.0) != 1.0:
-        yield Problem(f"{where}, partial_rotary_factor", "not built here", shortened(rope["partial_rotary_factor"]))
+        yield Problem(f"{where}, partial_rotary_factor", "not supported", shortened(rope["partial_rotary_factor"]))
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What either spelling says of the rotary frequencies, in one table."""
+    """The values of the rotary frequencies, from both formats."""
     said = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
     for spelling in ("rope_scaling", "rope_parameters"):
         said |= config.get(spelling) or {}
@@ -177,13 +177,13 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _value_or(table: Mapping[str, Any], name: str, default: Any) -> Any:
-    """An entry that is there and not null."""
+    """The value of an entry; `default` if it is absent or null."""
     value = table.get(name)
     return default if value is None else value
 
 
 def _is_positive(value: object) -> bool:
-    """A finite number above 0, of a size that float64 holds."""
+    """Whether it is a finite number above 0 within the range of float64."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face door: the same tensors under other names. Nothing is permuted, since both sides rotate halves."""
+"""Hugging Face's names of the tensors. Only names differ: rows have the same order, because both rotate halves."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ _LAYER_BACK = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 def to_hf(name: str) -> str:
-    """`layers.0.attention.wq.weight` -> `model.layers.0.self_attn.q_proj.weight`. ValueError for an unknown name."""
+    """`layers.0.attention.wq.weight` -> `model.layers.0.self_attn.q_proj.weight`. Unknown names raise ValueError."""
     if name in _ENDS:
         return _ENDS[name]
     match = _LAYER.fullmatch(name)
     if match and match[2] in _IN_LAYER:
         return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.weight"
-    raise ValueError(f"'{name}' is not a parameter of a Llama here, so it has no Hugging Face name")
+    raise ValueError(f"'{name}' is not a parameter of Quadriga's Llama, so it has no Hugging Face name")
 
 
 def from_hf(name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.weight` -> `layers.0.attention.wq.weight`. ValueError for an unknown name."""
+    """`model.layers.0.self_attn.q_proj.weight` -> `layers.0.attention.wq.weight`. Unknown names raise ValueError."""
     if name in _ENDS_BACK:
         return _ENDS_BACK[name]
     match = _LAYER_BACK.fullmatch(name)
     if match and match[2] in _IN_LAYER_BACK:
         return f"layers.{match[1]}.{_IN_LAYER_BACK[match[2]]}.weight"
-    raise ValueError(f"'{name}' is not a tensor of a Hugging Face Llama checkpoint that this model has a place for")
+    raise ValueError(f"'{name}' is not a tensor of a Hugging Face Llama that this model has")
 
 
 def hf_config(spec: ModelSpec) -> dict[str, object]:
-    """The fields of `config.json` that describe the model itself. Token ids and dtype are the exporter's to add.
+    """The fields of `config.json` that describe the model. The export adds token ids and dtype.
 
     `max_position_embeddings` is the published one: 131,072 with scaled rotary frequencies, the original length without.
     """
@@ -93,21 +93,21 @@ def hf_config(spec: ModelSpec) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class HfNames:
-    """The tensors of one model on both sides of the door: their names; the shapes are the same."""
+    """Maps the tensors of one model to Hugging Face's names; the shapes are the same."""
 
     spec: ModelSpec
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor, by our names."""
+        """The shape of every tensor, by Quadriga's names."""
         return {parameter.name: parameter.shape for parameter in parallel_plan(self.spec).parameters}
 
     def hf_name(self, name: str) -> str:
         return to_hf(name)
 
     def is_optional(self, name: str) -> bool:
-        """Whether a Hugging Face file may hold this tensor though nothing here needs it: the frequencies that older
-        files keep, which are computed."""
+        """Whether a Hugging Face file can have this tensor although it is not loaded: the rotary frequencies in older
+        files, which Quadriga computes."""
         return name.endswith(".rotary_emb.inv_freq")
 
     def config_differences(self, config: Mapping[str, Any], where: str) -> list[Problem]:

@@ -1,12 +1,12 @@
-"""Llama 3, 3.1 and 3.2: a plain decoder in plain PyTorch (arXiv 2302.13971, 2407.21783).
+"""Llama 3, 3.1 and 3.2: a decoder-only transformer in plain PyTorch (arXiv 2302.13971, 2407.21783).
 
-It does not know that it will be cut. What a cut changes is inferred at run time: the number of heads from what the
-projections return, the ends from whether they are there. Nothing here draws initial weights: `parallel.materialize`
-does, from the plan.
+The model does not depend on how it is sharded. The effects of sharding are inferred at run time: the number of heads
+from the output of the projections, the ends of a pipeline stage from the modules that exist. The initial weights are
+not drawn here, but by `parallel.materialize` from the plan.
 
-Precision follows the dtype of the parameters (bfloat16, say), with three exceptions: rotary angles, cosines and sines
-are computed in float32 and then rounded; RMSNorm takes its statistics in float32 (PyTorch's kernel does so for every
-half type); attention on CPU is done in float32.
+Precision follows the dtype of the parameters (for example bfloat16), with three exceptions. Rotary angles, cosines and
+sines are computed in float32 and then rounded. RMSNorm computes its statistics in float32, as PyTorch's kernel does for
+every half-precision dtype. Attention on a CPU is computed in float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from quadriga.models.kv_heads import repeat_kv, repeats_kv
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Radians a position turns each pair of entries by: float32 of shape (head_dim / 2,).
+    """The rotation of each pair of entries in radians per position: float32, shape (head_dim / 2,).
 
-    RoPE (arXiv 2104.09864). With `scaling` the slow frequencies are divided by `factor`, the fast ones kept, those
-    between blended in proportion to how often they turn within the original context (arXiv 2407.21783, section 3.4).
+    RoPE (arXiv 2104.09864). With `scaling`, slow frequencies are divided by `factor` and fast ones are kept. Those
+    between are blended in proportion to their number of turns within the original context (arXiv 2407.21783, section
+    3.4).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponents
@@ -38,9 +39,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
 
 
 def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, each (seq, 1, head_dim) in `dtype`; the 1 stands for the heads.
+    """Cosines and signed sines, each (seq, 1, head_dim) in `dtype`; the 1 broadcasts over the heads.
 
-    The sines of the first half carry the minus of the rotation, so that `rotate` needs no negation.
+    `frequencies`: float32, (head_dim / 2,); `positions`: (seq,). The sines of the first half are negated, so that
+    `rotate` needs no negation.
     """
     angles = torch.outer(positions.to(torch.float32), frequencies)
     cos, sin = angles.cos(), angles.sin()
@@ -51,22 +53,21 @@ def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Turn x of shape (batch, seq, heads, head_dim), entry i of the first half paired with entry i of the second.
+    """Rotates x, (batch, seq, heads, head_dim); entry i of the first half is paired with entry i of the second half.
 
-    One roll and one fused multiply-add: fewer passes over memory than to negate and concatenate
-    halves.
+    One roll and one fused multiply-add take fewer passes over memory than to negate and concatenate the halves.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of each position to those up to itself: (batch, heads, seq, head_dim) -> the same shape.
+    """Attention of each position to itself and earlier ones: (batch, heads, seq, head_dim) -> the same shape and dtype.
 
-    k and v may have fewer heads, each shared by equally many query heads (GQA, arXiv 2305.13245).
+    k and v can have fewer heads, each shared by the same number of query heads (GQA, arXiv 2305.13245).
     """
     dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and dtype.itemsize < 4:
-        # The half-precision backward kernel on CPU is slower than the float32 one at small heads, and less exact.
+        # On a CPU, the half-precision backward kernel is slower than the float32 one for small heads, and less exact.
         q, k, v = q.float(), k.float(), v.float()
     if repeats_kv(q.device.type, dtype.itemsize, q.shape[1], k.shape[1]):
         k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
@@ -75,7 +76,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """`causal_attention` as a module of no parameters, so that another can take its place."""
+    """`causal_attention` as a module without parameters, so that context parallelism can replace it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v)
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        heads = (-1, self.head_dim)  # as many as this rank's projections make
+        heads = (-1, self.head_dim)  # as many heads as this rank's projections return
         q = rotate(self.wq(x).unflatten(-1, heads), cos, signed_sin)
         k = rotate(self.wk(x).unflatten(-1, heads), cos, signed_sin)
         v = self.wv(x).unflatten(-1, heads)
@@ -101,7 +102,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -127,11 +128,11 @@ class Block(nn.Module):
 
 
 class TiedOutput(nn.Module):
-    """The output layer of a model whose logits are made by its embedding matrix: a module without parameters."""
+    """The output layer of a model with tied embeddings: a module without parameters that uses the embedding matrix."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule: its matrix keeps one name
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule and its matrix has one name
 
     @property
     def weight(self) -> Tensor:
@@ -142,10 +143,10 @@ class TiedOutput(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model, or the part of it that is left when ends or layers are taken out (set to None, deleted by key).
+    """The whole model, or a part of it: a pipeline stage sets its absent ends to None, and deletes layers by key.
 
-    Without `tok_embeddings` the input is the hidden states of the part before; without `output` the output is hidden
-    states.
+    Without `tok_embeddings`, the input is the hidden states of the stage before, (batch, seq, dim). Without `output`,
+    the output is hidden states.
     """
 
     rope_frequencies: Tensor
@@ -153,7 +154,7 @@ class Llama(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        # From an empty tensor: the default normal draw on meta imports PyTorch's decompositions, which takes a second.
+        # From an empty tensor: the default draw on the meta device imports PyTorch's decompositions, which takes 1 s.
         empty = torch.empty(spec.vocab_size, spec.dim)
         self.tok_embeddings: nn.Embedding | None = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.n_layers)})
@@ -166,20 +167,20 @@ class Llama(nn.Module):
             self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute the buffers anew where they lie: after `to_empty` they hold nothing, after a cast too few digits."""
+        """Recomputes the buffers on their device: after `to_empty` they are undefined, after a cast not exact."""
         spec, device = self.spec, self.rope_frequencies.device
         self.rope_frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling, device)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab) in the dtype of the parameters, of int64 `tokens` (batch, seq).
 
-        `positions`, int64 (seq,), says where in the whole sequence the tokens stand; without it, at 0, 1, 2 ...
+        `positions`, int64 (seq,): the positions of the tokens in the whole sequence; None: 0, 1, 2 ...
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        # Made once a forward pass, not once a layer. No table is kept: it would need a longest sequence and saves
-        # microseconds.
+        # Computed once per forward pass, not per layer. It is not cached: a cache would need a maximum length, and
+        # would save microseconds.
         cos, signed_sin = rope_tables(self.rope_frequencies.to(tokens.device), positions, x.dtype)
         for layer in self.layers.values():
             x = layer(x, cos, signed_sin)

@@ -1,6 +1,6 @@
-"""What a Llama computes, operation by operation, as `model.py` writes it. No torch here.
+"""The operations of a Llama, as in `model.py`. No torch here.
 
-A test holds it equal to the model: the bytes that a forward pass leaves behind, on many layouts.
+A test compares this with the model: the bytes that a forward pass saves for the backward pass, on many layouts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from quadriga.models.operations import Cut, Kernels, Trace, Tracer, Value
 
 
 def block_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
-    """One block. The tables of the rotary positions, which all blocks share, are left out."""
+    """The operations of one block, without the rotary tables, which all blocks share."""
     hidden, query, key = Value(spec.dim, "hidden"), spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     tracer = Tracer({"x": hidden})
     taken = _gathered(tracer, _normed(tracer, "x", "attention_norm", spec.dim, kernels), spec.dim, cut)
     q0 = _product(tracer, taken, "attention.wq", (spec.dim, query))
     k0 = _product(tracer, taken, "attention.wk", (spec.dim, key))
     v = _product(tracer, taken, "attention.wv", (spec.dim, key))
-    q = tracer.add("q", Value(query), "cheap", (q0,))  # turned; what it keeps are the tables
+    q = tracer.add("q", Value(query), "cheap", (q0,))  # rotated; the backward pass needs only the rotary tables
     k = tracer.add("k", Value(key), "cheap", (k0,))
     out = _attention(tracer, q, k, v, spec, cut, kernels)
     o = _product(tracer, out, "attention.wo", (query, spec.dim), spread="whole")
@@ -32,14 +32,14 @@ def block_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
 
 
 def head_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
-    """The last norm and the logits."""
+    """The operations of the last norm and the logits."""
     tracer = Tracer({"x": Value(spec.dim, "hidden")})
     taken = _gathered(tracer, _normed(tracer, "x", "norm", spec.dim, kernels), spec.dim, cut)
     return tracer.trace(_product(tracer, taken, "output", (spec.dim, spec.vocab_size)))
 
 
 def _normed(tracer: Tracer, x: str, name: str, dim: int, kernels: Kernels) -> str:
-    """RMSNorm. Off CUDA it is several operations in float32, of which the input and the unscaled result are kept."""
+    """RMSNorm. Without CUDA, it is several operations in float32 that save the input and the unscaled result."""
     extra = {f"{name}.rstd": Value(1, "hidden", float32=True)}
     saved: tuple[str, ...] = (x, f"{name}.rstd")
     if not kernels.fused_norm:
@@ -66,7 +66,7 @@ def _product(tracer: Tracer, x: str, module: str, matrix: tuple[int, int], sprea
 
 
 def _attention(tracer: Tracer, q: str, k: str, v: str, spec: ModelSpec, cut: Cut, kernels: Kernels) -> str:
-    """Attention within a rank, or over all context-parallel ranks by one of the methods. Returns what `wo` takes."""
+    """Attention within a rank, or over all context-parallel ranks by one of the methods. Returns the input of `wo`."""
     query, key = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     lse = {"lse": Value(spec.n_heads, float32=True)}
     if cut.context == "allgather":

@@ -1,4 +1,4 @@
-"""The sizes of Llama 3, 3.1 and 3.2 and what follows from them by arithmetic alone. No torch here.
+"""The sizes of Llama 3, 3.1 and 3.2, and what follows from them by arithmetic. No torch here.
 
 Dimensions are those of the published `config.json` files (Llama 3.1: arXiv 2407.21783, table 3; 1B and 3B: Llama 3.2).
 """
@@ -37,8 +37,8 @@ def _size(
     )
 
 
-# The debug model is for walking through the whole house quickly. It keeps the rotary scaling of Llama 3.1, so that it
-# runs the very arithmetic of the reference; its vocabulary has room for any small tokenizer and is easily cut.
+# The debug model is for fast tests of the whole code. It has the rotary scaling of Llama 3.1, so that it computes the
+# same formulas as the large models. Its vocabulary fits any small tokenizer and is divisible by powers of 2.
 _DEBUG = ModelSpec(
     name="llama3",
     flavor="debugmodel",
@@ -67,7 +67,7 @@ SIZES: MappingProxyType[str, ModelSpec] = MappingProxyType(
 
 
 def count_parameters(spec: ModelSpec) -> int:
-    """The trained numbers of the model, tied embeddings once."""
+    """The number of trained parameters of the model; tied embeddings count once."""
     query = spec.n_heads * spec.head_dim
     key_value = spec.n_kv_heads * spec.head_dim
     attention = 2 * spec.dim * query + 2 * spec.dim * key_value
@@ -78,11 +78,12 @@ def count_parameters(spec: ModelSpec) -> int:
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
-    """Floating-point operations of one forward and backward pass for one token of a sequence of `seq_len`.
+    """Floating-point operations of forward and backward for one token of a sequence of `seq_len` tokens.
 
-    6 for each weight that multiplies (2 forward, 4 backward): the input embedding is a look-up and is left out, unless
-    it is tied and so multiplies as the output. Attention adds 12 * layers * heads * head_dim * seq_len (queries by
-    keys and weights by values), halved since a token sees half of the sequence on average. Recompute is not counted.
+    6 per weight of a matrix product (2 forward, 4 backward). The input embedding is a lookup and does not count, unless
+    it is tied and is also the output matrix. Attention adds 12 * layers * heads * head_dim * seq_len (queries by keys,
+    and attention weights by values), halved because a token attends to half of the sequence on average. Recompute does
+    not count.
     """
     looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.dim
     weights = 6 * (count_parameters(spec) - looked_up)

@@ -1,7 +1,7 @@
-"""torchtitan's Llama: the same tensors under the same names, but rows of `wq` and `wk` in another order.
+"""torchtitan's Llama: the same tensors with the same names, but the rows of `wq` and `wk` have another order.
 
-Rotary embeddings turn pairs of entries of a head against each other. torchtitan pairs neighbours (2i, 2i + 1), as
-Meta's code does; here, as in transformers, entry i of the first half is paired with entry i of the second.
+Rotary embeddings rotate pairs of entries of a head. torchtitan, like Meta's code, pairs neighbors (2i, 2i + 1).
+Quadriga, like transformers, pairs entry i of the first half with entry i of the second half.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class TitanNames:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor, by its name, which is the same on both sides."""
+        """The shape of every tensor, by its name, which is the same in both programs."""
         return {parameter.name: parameter.shape for parameter in parallel_plan(self.spec).parameters}
 
     def paired_rows(self, name: str) -> int:
-        """How many rows make a head, where rows are paired in this tensor; 0 where they are not."""
+        """Rows per head, if the rows of this tensor are rotated in pairs; otherwise 0."""
         return self.spec.head_dim if _PAIRED.fullmatch(name) else 0

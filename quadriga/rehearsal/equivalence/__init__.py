@@ -1,1 +1,1 @@
-"""Is a run the same run on another layout? The table of layouts, and the comparison with one plain process."""
+"""Equivalence of layouts: the table of layouts, and the comparison of each with one process."""

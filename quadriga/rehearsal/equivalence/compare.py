@@ -1,4 +1,4 @@
-"""Two finished runs of one configuration, side by side: every loss, every gradient norm, and the final weights."""
+"""Compares two finished runs of one configuration: every loss, every gradient norm, and the final weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quadriga.models.plan import ParameterPlan
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run left: a loss and a gradient norm a step, and the weights by name, on the host in float32."""
+    """Results of a run: loss and gradient norm of each step, and weights by name, on the host in float32."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -25,7 +25,7 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class OutcomeDifferences:
-    """The greatest relative differences between two runs; see `rows.TOLERANCES`."""
+    """The largest relative differences between two runs; see `rows.TOLERANCES`."""
 
     loss: float
     grad_norm: float
@@ -37,7 +37,7 @@ class OutcomeDifferences:
 
 
 def read_outcome(folder: Path, parameters: Iterable[ParameterPlan], steps: int) -> RunOutcome:
-    """Read a run folder. Raises ValueError where a step is missing in it."""
+    """Read the results of steps 1 to `steps` from a run folder. Raises ValueError if a step is missing."""
     records = read_metrics(folder / "metrics.jsonl")
     if [record["step"] for record in records] != list(range(1, steps + 1)):
         raise ValueError(f"{folder}: not every step from 1 to {steps} is in metrics.jsonl")
@@ -47,19 +47,19 @@ def read_outcome(folder: Path, parameters: Iterable[ParameterPlan], steps: int) 
     return RunOutcome([record["loss"] for record in records], [record["grad_norm"] for record in records], weights)
 
 
-def compare_outcomes(ours: RunOutcome, theirs: RunOutcome) -> OutcomeDifferences:
-    """How far `ours` is from `theirs`, relative to `theirs`."""
+def compare_outcomes(run: RunOutcome, reference: RunOutcome) -> OutcomeDifferences:
+    """The largest differences of `run` from `reference`, relative to `reference`."""
     differences = {
-        name: ((ours.weights[name] - weight).norm() / weight.norm()).item() for name, weight in theirs.weights.items()
+        name: ((run.weights[name] - weight).norm() / weight.norm()).item() for name, weight in reference.weights.items()
     }
     worst = max(differences, key=lambda name: differences[name])
     return OutcomeDifferences(
-        loss=_max_relative_difference(ours.losses, theirs.losses),
-        grad_norm=_max_relative_difference(ours.grad_norms, theirs.grad_norms),
+        loss=_max_relative_difference(run.losses, reference.losses),
+        grad_norm=_max_relative_difference(run.grad_norms, reference.grad_norms),
         weights=differences[worst],
         weights_of=worst,
     )
 
 
-def _max_relative_difference(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+def _max_relative_difference(values: list[float], reference: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))

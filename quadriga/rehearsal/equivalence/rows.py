@@ -1,8 +1,7 @@
-"""The table of layouts that are held equal to one plain process: one row a layout. No torch here.
+"""The table of layouts that must train as one process does: one row per layout. No torch here.
 
-A row trains the debug model in float32 at one global batch of short sequences; what the row's `model` keys change (more
-layers, tied matrices) they change for the plain process too, what its `layout_keys` change (a schedule, a method) must
-not change the training.
+A row trains the debug model in float32 with short sequences and a fixed global batch. Its `model` keys (more layers,
+tied matrices) apply to the reference process too. Its `layout_keys` (a schedule, a method) must not change training.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from quadriga.config.run_spec import Degrees
 
 Keys = tuple[tuple[str, str], ...]
 
-ROWS_PER_STEP = 16  # of the global batch: two for each of 8 data-parallel ranks, and enough for a pipeline of 8
+ROWS_PER_STEP = 16  # global batch: two rows for each of 8 data-parallel ranks, and enough for a pipeline of 8
 SEQ_LEN = 64
 STEPS = 5
-# The greatest relative difference that a layout may make: of a step's loss, of its gradient norm, and of a final
-# weight matrix (the norm of the difference over the norm of the matrix). Measured ones: docs/numerics.md.
+# The largest allowed relative differences: of the loss of a step, of its gradient norm, and of a final weight matrix
+# (norm of the difference / norm of the matrix). docs/numerics.md has the measured ones.
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "float32": {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-4},
-    # 8 bits of precision: one rounding is up to 4e-3, and another order of summing rounds otherwise.
+    # 8 bits of precision: one rounding is up to 4e-3, and another order of summation rounds differently.
     "bfloat16": {"loss": 1e-2, "grad_norm": 5e-2, "weights": 5e-2},
 }
 
@@ -50,7 +49,7 @@ SHARED: Keys = (
     ("metrics.enable_tensorboard", "false"),
     ("profiling.enable_profiling", "false"),
     ("checkpoint.enable", "true"),
-    ("checkpoint.last_save_model_only", "true"),  # the final weights, to be compared
+    ("checkpoint.last_save_model_only", "true"),  # the final weights are compared
     ("lr_scheduler.warmup_steps", "2"),
     ("debug.seed", "42"),
 )
@@ -58,7 +57,7 @@ SHARED: Keys = (
 
 @dataclass(frozen=True)
 class Row:
-    """One layout. `local_batch` 0: all rows of a step at once. `label`: what the table says for the `model` keys."""
+    """One layout. `local_batch` 0: all rows of a step in one pass. `label`: shown in place of the `model` keys."""
 
     degrees: Degrees
     layout_keys: Keys = ()
@@ -84,40 +83,40 @@ class Row:
         return ", ".join([*(cuts or ["one rank"]), *accumulation, *settings, *filter(None, [self.label])])
 
     def keys(self) -> Keys:
-        """All that the row's run does not leave at its default."""
+        """All keys that the row's run sets."""
         rows = self.local_batch or ROWS_PER_STEP // self.degrees.batch
         cuts = tuple((key, str(getattr(self.degrees, axis))) for axis, key in DEGREE_KEYS.items())
         return (*SHARED, *cuts, ("training.local_batch_size", str(rows)), *self.model, *self.layout_keys)
 
     def one_rank(self) -> Row:
-        """The plain process that it is compared with."""
+        """The row of the reference process."""
         return Row(Degrees(), model=self.model)
 
 
 def format_arguments(keys: Keys) -> list[str]:
-    """As they stand on a command line."""
+    """Keys as command-line arguments."""
     return [argument for key, value in keys for argument in (f"--{key}", value)]
 
 
 def parse_layout(text: str) -> Degrees:
-    """`dp_shard=2,tp=2` as degrees; axes that are not named are 1.
+    """Parse `dp_shard=2,tp=2`. Axes that are not named have degree 1.
 
     Raises:
-        ValueError: an axis that is not there, or a degree that is no positive number; the message says which.
+        ValueError: an unknown axis, or a degree that is not a positive integer; the message names it.
     """
     found: dict[str, int] = {}
     for part in filter(None, (text_part.strip() for text_part in text.split(","))):
         axis, _, size = part.partition("=")
         if axis not in DEGREE_KEYS:
-            raise ValueError(f"{axis!r} is no axis; the axes are {', '.join(DEGREE_KEYS)}")
+            raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(DEGREE_KEYS)}")
         if not size.isdigit() or int(size) < 1:
-            raise ValueError(f"{part!r} is no degree; write {axis}=2")
+            raise ValueError(f"{part!r} is not a degree; write {axis}=2")
         found[axis] = int(size)
     return Degrees(**found)
 
 
 def _keys(**named: str | int | bool) -> Keys:
-    """`pipeline_parallel_schedule="GPipe"` as a key of its table, which is `parallelism` or the one named first."""
+    """`pipeline_parallel_schedule="GPipe"` as a key of `parallelism`; `table__name` as a key of another table."""
     written = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
     return tuple(
         (name.replace("__", ".") if "__" in name else f"parallelism.{name}", value) for name, value in written.items()
@@ -171,7 +170,7 @@ def _models() -> Iterator[Row]:
 
 
 def _accumulation() -> Iterator[Row]:
-    """Gradients reduced once a step, or after every micro-batch."""
+    """Gradients reduced once per step, or after every micro-batch."""
     for degrees in (Degrees(dp_shard=2), Degrees(dp_replicate=2, dp_shard=2), Degrees(dp_shard=2, tp=2)):
         for when in ("once", "every_micro_batch"):
             yield Row(degrees, _keys(reduce_gradients=when), local_batch=2)
@@ -194,7 +193,7 @@ def _schedules() -> Iterator[Row]:
 
 
 def _attention() -> Iterator[Row]:
-    """Each way to see the whole sequence, dealt out in two pieces a rank or in one."""
+    """Each method of context parallelism, with two chunks of the sequence per rank or one."""
     for method in ("ring", "ulysses"):
         chosen = _keys(context_parallel_method=method)
         for degrees in (Degrees(cp=2), Degrees(cp=4), Degrees(cp=2, tp=2), Degrees(dp_shard=2, cp=2)):
@@ -218,7 +217,7 @@ def _switches() -> Iterator[Row]:
 
 
 def _loss_chunks() -> Iterator[Row]:
-    """Pieces that are not equally long, of logits that are whole, cut, gathered, and made on the last stage."""
+    """Chunks of unequal length; logits that are replicated, sharded, gathered, and on the last pipeline stage."""
     chosen = _keys(training__loss_chunks=3)
     yield Row(Degrees(tp=2), chosen)
     for degrees in (Degrees(dp_shard=2), Degrees(cp=2), Degrees(pp=2), Degrees(dp_shard=2, tp=2)):
@@ -247,9 +246,9 @@ def _compiled() -> Iterator[Row]:
 
 
 def _bfloat16() -> Iterator[Row]:
-    """On every axis: computing in bfloat16 with parameters in float32, and parameters in bfloat16 too.
+    """Each axis with compute in bfloat16 and parameters in float32, and with parameters in bfloat16 too.
 
-    The model is small, since CPUs without units for bfloat16 are a hundred times slower at it.
+    The model is small, because CPUs without bfloat16 units are about a hundred times slower in bfloat16.
     """
     small = _keys(model__dim=64, model__n_layers=4, model__ffn_dim=128, model__vocab_size=512)
     computed = _keys(training__mixed_precision_param="bfloat16")

@@ -1,4 +1,4 @@
-"""One row of the table, run and compared: through the launcher, as a user would start it."""
+"""Runs a row of the table through the launcher, as a user would, and compares it with its reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Train = Callable[[Path, int, Sequence[str]], None]  # run folder, ranks, command
 
 
 class RunFailed(Exception):
-    """A row's run did not end well; the message is the end of what it printed."""
+    """A row's run failed; the message is the end of its output."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class RowResult:
 
 @dataclass
 class Trials:
-    """Runs rows within `folder`, and the plain process of each kind of model once.
+    """Runs rows in `folder`, and the reference process of each set of model keys once.
 
-    `train` runs one training to its end, or raises `RunFailed`. `extra_keys` are given to every run.
+    `train` runs one training to its end, or raises `RunFailed`. `extra_keys` are arguments of every run.
     """
 
     folder: Path
@@ -65,13 +65,13 @@ class Trials:
         return RowResult(row, differences, time.perf_counter() - start)
 
     def baseline(self, row: Row) -> RunOutcome:
-        """What the plain process of the row's model left."""
+        """Results of the reference process for the row's model."""
         if row.model not in self._baselines:
             self._baselines[row.model] = self._outcome(row.one_rank())
         return self._baselines[row.model]
 
     def _outcome(self, row: Row) -> RunOutcome:
-        """Train and read what is left; the run folder, with its checkpoint, is not kept."""
+        """Train and read the results. The run folder, with its checkpoint, is deleted."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             command = [*format_arguments(row.keys()), *self.extra_keys, "--job.dump_folder", folder]
             run = read(command, {}, catalogue=catalogue(), backends=BACKENDS, world_size=row.ranks, training=True)
@@ -80,7 +80,7 @@ class Trials:
 
 
 def train_with_launcher(folder: Path, ranks: int, command: Sequence[str]) -> None:
-    """Train in processes of their own, quietly. Raises Failed with the end of their output."""
+    """Train in separate processes without output. Raises RunFailed with the end of their output."""
     environ = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0"}
     for name in ("CONFIG_FILE", "DRY_RUN", "NNODES", "NODE_RANK", "RDZV_ENDPOINT"):
         environ.pop(name, None)
@@ -91,7 +91,7 @@ def train_with_launcher(folder: Path, ranks: int, command: Sequence[str]) -> Non
 
 
 def summarize_results(results: Sequence[RowResult], command: str) -> dict[str, Any]:
-    """The figures of all rows for a file, with what was run where."""
+    """The figures of all rows for a result file, with command, device and versions."""
     return {
         "benchmark": "equivalence",
         "command": command,

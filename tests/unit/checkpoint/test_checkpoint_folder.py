@@ -73,7 +73,7 @@ def test_a_kill_just_before_replacing_loses_nothing_either(tmp_path, is_damaged)
     if is_damaged:  # why the run went back
         (old / "__0_0.distcp").write_bytes(b"x")
     (tmp_path / "aside").rename(folders.staging_path(tmp_path, 40))
-    assert folders.clean_up(tmp_path) == ["step-40: finished, in the place of an older one"]
+    assert folders.clean_up(tmp_path) == ["step-40: finished, replacing an older one"]
     assert folders.find_complete(tmp_path).extra == {"which": "new"}
     assert names(tmp_path) == ["step-40"]
 

@@ -173,10 +173,10 @@ def test_a_last_save_of_the_model_only(tmp_path, name, dtype):
     one.save(2, run.states, {}, last=True)
     found = one.find()
     assert found.contents == ("model",)
-    with pytest.raises(UserError, match="a run cannot go on from it"):
+    with pytest.raises(UserError, match="a run cannot resume from it"):
         one.load(found, Run().states)
 
-    with pytest.raises(UserError, match="a run cannot go on from it"):
+    with pytest.raises(UserError, match="a run cannot resume from it"):
         manager(tmp_path / "all", initial_load_path=str(tmp_path), initial_load_model_only=False).find()
 
     # but a new run can start from its weights
@@ -214,7 +214,7 @@ def test_another_model_is_refused_with_names_and_shapes(tmp_path):
     one, wide = manager(tmp_path), Run(width=8)
     with pytest.raises(UserError) as refused:
         one.load(one.find(), wide.states)
-    assert "model.0.weight: [6, 6] saved, [8, 8] here" in refused.value.report
+    assert "model.0.weight: [6, 6] in the checkpoint, [8, 8] in the run" in refused.value.report
     short = Run()
     short.model = short.model[:2]
     with pytest.raises(UserError, match=r"only the checkpoint has model\.2\.bias"):
@@ -243,7 +243,7 @@ def test_where_nothing_can_be_pinned_one_line_says_so(tmp_path, caplog, monkeypa
     with caplog.at_level(logging.INFO, "quadriga"):
         saved(tmp_path, steps=(1, 2), async_mode="async_with_pinned_mem")
     assert [record.message for record in caplog.records if "unpinned" in record.message] == [
-        "checkpoints: no tensor is on CUDA, so copies are made in ordinary, unpinned memory"
+        "checkpoints: no tensor is on CUDA, so copies are in unpinned memory"
     ]
     assert manager(tmp_path).find().step == 2
 

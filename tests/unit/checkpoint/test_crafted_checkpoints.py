@@ -266,7 +266,7 @@ def opened_by_a_rank(place: str) -> str:
 
 
 def test_a_plan_that_other_ranks_would_refuse_is_refused_on_all(tmp_path):
-    """Names full of brackets: as JSON they look like more entries than a plan may have."""
+    """Names full of brackets: as JSON they look like more entries than the limit for a plan."""
     from torch.distributed import checkpoint as dcp
 
     place = tmp_path / "dcp"
@@ -278,7 +278,7 @@ def test_a_plan_that_other_ranks_would_refuse_is_refused_on_all(tmp_path):
     assert outcomes == ["opened"] * 2
     first, second = run_ranks(opened_by_a_rank, 2, str(place / "[[[[["))
     assert first == second
-    assert "more entries than a plan may have" in first
+    assert "more entries than the limit for a plan" in first
     assert str(place) in first
 
 
@@ -317,7 +317,7 @@ def test_a_state_that_no_generator_has_is_refused_with_a_remedy(tmp_path, name):
 
     manager(tmp_path).save(8, states(Broken()), {})
     one = manager(tmp_path)
-    with pytest.raises(UserError, match="no state of a random number generator") as caught:
+    with pytest.raises(UserError, match="not a state of a random generator") as caught:
         one.load(one.find(), states(RandomState(0)))
     assert f"random.0.{GENERATORS[name][0]}" in str(caught.value)
     assert "--checkpoint.exclude_from_loading '[\"random\"]'" in str(caught.value)

@@ -91,7 +91,7 @@ def test_what_is_no_file_to_read_is_named_and_the_one_before_is_taken(tmp_path, 
     found = manager(tmp_path).find()
     assert found.step == 3
     assert str(tmp_path / "step-8" / file) in logged.text
-    assert "this checkpoint is passed over" in logged.text
+    assert "this checkpoint is skipped" in logged.text
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert folders.delete_old(tmp_path, 1) == []
 
@@ -138,7 +138,7 @@ def test_what_is_no_folder_holds_up_no_start_and_no_save(tmp_path, logged, name,
     one = manager(place)
     assert one.find().step == 3
     if name == "step-9":
-        assert f"{path} is {'a link, which is not followed' if path.is_symlink() else 'no folder'}" in logged.text
+        assert f"{path} is {'a link, which is not followed' if path.is_symlink() else 'not a folder'}" in logged.text
         assert main(["checkpoints", str(place)]) == 0
         assert folders.delete_old(place, 1) == []
     else:
@@ -224,8 +224,8 @@ def test_a_copy_under_another_step_is_named_and_passed_over(tmp_path, logged):
     shutil.copytree(tmp_path / "step-2", tmp_path / "step-9")
     assert manager(tmp_path).find().step == 4
     manifest = tmp_path / "step-9" / folders.STATE_FILE
-    assert f"{manifest} is of step 2, but its folder is called that of step 9" in logged.text
-    with pytest.raises(CheckpointError, match="step 9, which was asked for, is damaged"):
+    assert f"{manifest} is of step 2, but the name of its folder is of step 9" in logged.text
+    with pytest.raises(CheckpointError, match="step 9, which was requested, is damaged"):
         manager(tmp_path, load_step=9).find()
     with pytest.raises(UserError, match="is of step 2"):
         manager(tmp_path / "new", initial_load_path=str(tmp_path / "step-9")).find()
@@ -308,7 +308,7 @@ CANNOT_BE = {
 def test_a_manifest_that_fits_its_hash_and_cannot_be(tmp_path, key, value):
     newest = save(tmp_path, 8)
     reseal(newest, **{key: value})
-    with pytest.raises(InvalidCheckpoint, match="is no manifest of a checkpoint") as caught:
+    with pytest.raises(InvalidCheckpoint, match="is not a valid manifest of a checkpoint") as caught:
         folders.read_checkpoint(newest)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500 + len(str(newest))
@@ -341,7 +341,7 @@ def test_a_token_folder_that_is_a_link_is_not_followed(tmp_path):
     assert folders.read_checkpoint(newest).location == str(newest / ("a" * 32))
     (newest / ("a" * 32)).rename(outside)
     (newest / ("a" * 32)).symlink_to(outside)
-    with pytest.raises(InvalidCheckpoint, match="is no folder"):
+    with pytest.raises(InvalidCheckpoint, match="is not a folder"):
         folders.read_checkpoint(newest)
 
 

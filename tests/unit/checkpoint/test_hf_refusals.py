@@ -66,13 +66,12 @@ def test_tensors_that_do_not_fit_are_named_all_at_once(hf, tmp_path, capsys):
     )
     for report in (refused(hf, tmp_path / "out", capsys), refused_in_a_run(hf)):
         assert report.startswith("quadriga: 3 problems")
-        assert "the model needs tensors that are not there: model.layers.3.mlp.up_proj.weight" in report
+        assert "tensors of the model are missing: model.layers.3.mlp.up_proj.weight" in report
         assert "did you mean: model.layers.3.mlp.up_projection.weight" in report
         assert (
-            "that the model has no place for: model.layers.0.self_attn.q_proj.bias, model.layers.3.mlp.up_proj"
-            in report
+            "that the model does not have: model.layers.0.self_attn.q_proj.bias, model.layers.3.mlp.up_proj" in report
         )
-        assert "shapes differ: model.norm.weight: [31] there, [32] here" in report
+        assert "shapes differ: model.norm.weight: [31] in the folder, [32] in the model" in report
         assert "to do: " in report
 
 
@@ -84,8 +83,8 @@ def test_many_that_are_missing_are_counted(hf, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "mistral"}, "model_type = mistral\n    this is no Llama"),
-        ({"model_type": None}, "this is no Llama"),
+        ({"model_type": "mistral"}, "model_type = mistral\n    this is not a Llama"),
+        ({"model_type": None}, "this is not a Llama"),
         ({"hidden_size": "wide", "vocab_size": None}, "whole numbers of at least 1: hidden_size, vocab_size"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -96,7 +95,7 @@ def test_many_that_are_missing_are_counted(hf, tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor, orig"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "weights that are quantized cannot be read"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
     ],
 )
 def test_another_model_is_refused_by_its_config(hf, tmp_path, capsys, fields, says):
@@ -109,11 +108,11 @@ def test_another_model_is_refused_by_its_config(hf, tmp_path, capsys, fields, sa
 
 def test_a_config_that_is_missing_or_broken(hf, tmp_path, capsys):
     (hf / "config.json").write_text("[]")
-    assert "holds no table of JSON" in refused(hf, tmp_path / "out", capsys)
+    assert "is not a JSON object" in refused(hf, tmp_path / "out", capsys)
     (hf / "config.json").write_text("{")
     assert "cannot be read" in refused(hf, tmp_path / "out", capsys)
     (hf / "config.json").unlink()
-    assert "missing: it says how many heads" in refused(hf, tmp_path / "out", capsys)
+    assert "missing: only this file has the number of heads" in refused(hf, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,7 @@ def test_an_output_layer_that_differs_is_not_tied(tmp_path, monkeypatch, capsys,
     head[rows] += 1
     change(folder, lm_head__weight=head)
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 0
-    assert "lm_head.weight is not model.embed_tokens.weight: read as not tied" in capsys.readouterr().err
+    assert "lm_head.weight differs from model.embed_tokens.weight: loaded as untied" in capsys.readouterr().err
     source = HfFolder(folder)
     untied = spec_from_hf(source.config(), source.config_file)
     assert untied.tie_embeddings is False
@@ -193,13 +192,13 @@ def test_folders_that_are_something_else(hf, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert "there is no such folder" in refused(tmp_path / "none", out, capsys)
     assert "--repo_id meta-llama/Llama-3.1-8B --assets all" in refused("meta-llama/Llama-3.1-8B", out, capsys)
-    assert "a file, where the folder around it is wanted" in refused(hf / "model.safetensors", out, capsys)
+    assert "a file; its folder is expected" in refused(hf / "model.safetensors", out, capsys)
     assert "not from a URL" in refused("s3://bucket/llama", out, capsys)
     found = save(random_model(SPEC), tmp_path / "checkpoint")
     assert "a checkpoint of torch.distributed.checkpoint" in refused(found.path, out, capsys)
     assert "a checkpoint of torch.distributed.checkpoint" in refused(tmp_path / "checkpoint", out, capsys)
     (hf / "model.safetensors").unlink()
-    assert "holds neither model.safetensors nor model.safetensors.index.json; there is config.json" in refused(
+    assert "has neither model.safetensors nor model.safetensors.index.json; it contains config.json" in refused(
         hf, out, capsys
     )
 
@@ -217,19 +216,19 @@ def split(hf: Path, file: str = "model-00001-of-00001.safetensors") -> Path:
 def test_an_index_may_name_only_safetensors_beside_it(hf, tmp_path, capsys, file):
     index = split(hf, file)
     report = refused(hf, tmp_path / "out", capsys)
-    assert f"{index}\n    names files that are no safetensors beside it: {file}" in report
+    assert f"{index}\n    has entries other than safetensors next to it: {file}" in report
 
 
 def test_an_index_that_lies(hf, tmp_path, capsys):
     index = split(hf)
     (hf / "model-00001-of-00001.safetensors").rename(hf / "away")
-    assert "names files that are not there: model-00001-of-00001" in refused(hf, tmp_path / "out", capsys)
+    assert "lists files that are missing: model-00001-of-00001" in refused(hf, tmp_path / "out", capsys)
     (hf / "away").rename(hf / "model-00001-of-00001.safetensors")
     listed = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": {**listed["weight_map"], "model.norm.weight": 7}}))
-    assert "no safetensors beside it: 7" in refused(hf, tmp_path / "out", capsys)
+    assert "other than safetensors next to it: 7" in refused(hf, tmp_path / "out", capsys)
     index.write_text("{}")
-    assert "no index of safetensors: it has no object" in refused(hf, tmp_path / "out", capsys)
+    assert "not an index of safetensors: it has no object" in refused(hf, tmp_path / "out", capsys)
 
 
 def test_an_index_may_not_name_a_tensor_that_its_file_lacks(hf, tmp_path, capsys):
@@ -254,7 +253,7 @@ def test_a_file_that_was_cut_off(hf, tmp_path, capsys, left):
 
 def test_formats_that_are_not_read(hf, tmp_path, capsys):
     change(hf, model__norm__weight=torch.zeros(32).to(torch.float8_e4m3fn))
-    assert "model.norm.weight is in the format F8_E4M3, which is not read here" in refused(hf, tmp_path / "out", capsys)
+    assert "model.norm.weight has dtype F8_E4M3, which is not supported" in refused(hf, tmp_path / "out", capsys)
 
 
 def test_nothing_that_is_there_is_overwritten(hf, tmp_path, capsys):
@@ -263,8 +262,8 @@ def test_nothing_that_is_there_is_overwritten(hf, tmp_path, capsys):
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     for direction, source in (("from-hf", hf), ("to-hf", Path(found.path))):
-        assert "is there already, and is not empty" in refused(source, out, capsys, direction)
-        assert "is there already, and is not empty" in refused(source, out / "thesis.txt", capsys, direction)
+        assert "already exists, and is not empty" in refused(source, out, capsys, direction)
+        assert "already exists, and is not empty" in refused(source, out / "thesis.txt", capsys, direction)
     shutil.rmtree(out)
     out.mkdir()  # an empty folder is nobody's work
     assert main(["convert", "to-hf", found.path, str(out)]) == 0
@@ -272,15 +271,15 @@ def test_nothing_that_is_there_is_overwritten(hf, tmp_path, capsys):
 
 def test_checkpoints_that_are_none(hf, tmp_path, capsys):
     out = tmp_path / "out"
-    assert "there is no checkpoint of ours" in refused(tmp_path / "none", out, capsys, "to-hf")
-    assert "there is no checkpoint of ours" in refused(hf, out, capsys, "to-hf")
+    assert "there is no checkpoint of Quadriga" in refused(tmp_path / "none", out, capsys, "to-hf")
+    assert "there is no checkpoint of Quadriga" in refused(hf, out, capsys, "to-hf")
     found = save(random_model(SPEC), tmp_path / "run" / "checkpoint")
     Path(found.path, "__0_0.distcp").unlink()
     assert "__0_0.distcp is missing" in refused(found.path, out, capsys, "to-hf")
-    assert "no whole checkpoint: " in refused(tmp_path / "run", out, capsys, "to-hf")
+    assert "no complete checkpoint: " in refused(tmp_path / "run", out, capsys, "to-hf")
     Path(found.path, "train_state.json").unlink()
     report = refused(found.path, out, capsys, "to-hf")
-    assert "one of another trainer may order the rows of its heads otherwise" in report
+    assert "another trainer may order the rows of heads differently" in report
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_checkpoints_that_are_none(hf, tmp_path, capsys):
         (["sideways", "a", "b"], "invalid choice: 'sideways'"),
         (["to-hf", "a"], "the following arguments are required: OUT"),
         (["to-hf", "a", "b", "--dtype", "float8"], "invalid choice: 'float8'"),
-        (["from-hf", "a", "b", "--tokenizer", "c"], "of no use for from-hf"),
+        (["from-hf", "a", "b", "--tokenizer", "c"], "not for from-hf"),
     ],
 )
 def test_mistakes_of_the_command_line(arguments, says, capsys):
@@ -300,7 +299,7 @@ def test_mistakes_of_the_command_line(arguments, says, capsys):
 def test_there_must_be_free_space_before_the_first_byte(hf, tmp_path, capsys, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    assert "157.88 KiB are to be written, and 1000 B are free there" in refused(hf, tmp_path / "out", capsys)
+    assert "157.88 KiB of space are needed, and 1000 B are free" in refused(hf, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +365,7 @@ def test_what_is_no_file(hf, tmp_path, capsys):
 
 def test_an_index_with_names_of_any_length(hf, tmp_path, capsys):
     index = split(hf, "a" * 5000 + ".safetensors")
-    assert "names files that are not there" in refused(hf, tmp_path / "out", capsys)
+    assert "lists files that are missing" in refused(hf, tmp_path / "out", capsys)
     names = {f"\x1b[2J{number}" + "x" * 50_000: "model-00001-of-00001.safetensors" for number in range(30)}
     index.write_text(json.dumps({"weight_map": names}))
     report = refused(hf, tmp_path / "out", capsys)

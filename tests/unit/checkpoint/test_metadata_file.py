@@ -109,25 +109,25 @@ def changed(**fields):
 
 REFUSED = {
     "empty": (b"", "ends too early"),
-    "no pickle": (b"xyz", "an opcode that no plan is written with"),
+    "no pickle": (b"xyz", "an opcode that plans do not use"),
     "an older protocol": (pickle.dumps(sample(), 3), "protocol 3"),
     "cut off": (pickle.dumps(sample())[:-300], "ends too early"),
-    "something behind it": (pickle.dumps(sample()) + b".", "something left over"),
-    "another value": (pickle.dumps({"a": 1}), "something else than the plan"),
-    "a set": (changed(planner_data={1, 2}), "an opcode that no plan"),
-    "a nested tuple": (changed(planner_data={"a": (((1,),),)}), "a tuple of what no plan puts"),
-    "an entry of another kind": (changed(state_dict_metadata={"a": 3}), "no name of a tensor"),
-    "no storage": (changed(storage_data={}), "lies in no file"),
+    "something behind it": (pickle.dumps(sample()) + b".", "left over"),
+    "another value": (pickle.dumps({"a": 1}), "not the plan of a checkpoint"),
+    "a set": (changed(planner_data={1, 2}), "an opcode that plans do not use"),
+    "a nested tuple": (changed(planner_data={"a": (((1,),),)}), "a tuple of values that no plan has"),
+    "an entry of another kind": (changed(state_dict_metadata={"a": 3}), "not a name of a tensor"),
+    "no storage": (changed(storage_data={}), "is in no file"),
     "a number for the storage": (changed(storage_data=3), "a state that no Metadata has"),
     "a number of 9 bytes": (changed(planner_data={"a": 1 << 70}), "more than 64 bits"),
     "a long text": (changed(planner_data={"a": "a" * 5000}), "longer than any name"),
     "a long tuple": (changed(planner_data={"a": (1,) * 257}), "a tuple longer than any of a plan"),
-    "a float": (changed(planner_data={"a": 1.5}), "an opcode that no plan"),
+    "a float": (changed(planner_data={"a": 1.5}), "an opcode that plans do not use"),
     "not UTF-8": (b"\x80\x04\x8c\x02\xff\xff.", "not UTF-8"),
-    "a memo entry that is not there": (b"\x80\x04j\xff\xff\xff\xff.", "never put there"),
+    "a memo entry that is not there": (b"\x80\x04j\xff\xff\xff\xff.", "reads an empty stack or memo"),
     "a list in two places": (b"\x80\x04]\x94h\x00\x86.", "two places"),
-    "a huge index of the memo": (b"\x80\x04Nr\xff\xff\xff\xff.", "an opcode that no plan"),
-    "a duplicate": (b"\x80\x04N2\x86.", "an opcode that no plan"),
+    "a huge index of the memo": (b"\x80\x04Nr\xff\xff\xff\xff.", "an opcode that plans do not use"),
+    "a duplicate": (b"\x80\x04N2\x86.", "an opcode that plans do not use"),
     "a key alone": (b"\x80\x04}(Nu.", "a key without a value"),
     "a call of the encoder": (b"\x80\x04\x8c\x07_codecs\x8c\x06encode\x93N\x85R.", "'_codecs.encode'"),
 }
@@ -161,7 +161,7 @@ def test_bombs_end_at_a_limit(name, monkeypatch):
 
 def test_a_long_file_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(limits, "METADATA_BYTES", 100)
-    with pytest.raises(PlanError, match="longer than a plan may be"):
+    with pytest.raises(PlanError, match="longer than the limit for a plan"):
         metadata_file.read_plan(pickle.dumps(sample()))
 
 

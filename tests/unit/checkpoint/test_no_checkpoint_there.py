@@ -11,12 +11,12 @@ def test_a_place_that_is_no_checkpoint_is_reported_as_what_it_is(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/model.safetensors").write_text("")
     for path, what, fix in (
-        ("away", "nothing is there", "correct the path"),
+        ("away", "it does not exist", "correct the path"),
         ("file", "neither train_state.json nor .metadata", "initial_load_in_hf"),
         ("hf", "neither train_state.json nor .metadata", "add --checkpoint.initial_load_in_hf"),
-        ("run", "neither train_state.json nor .metadata", f"lie in {run}/checkpoint"),
+        ("run", "neither train_state.json nor .metadata", f"are in {run}/checkpoint"),
         ("run/checkpoint", "step-3/train_state.json cannot be read", None),
-        ("run/checkpoint/step-3", "neither train_state.json nor .metadata", "name a folder that holds one"),
+        ("run/checkpoint/step-3", "neither train_state.json nor .metadata", "use a folder that has one"),
     ):
         problem = messages.not_a_checkpoint(str(tmp_path / path), InvalidCheckpoint("train_state.json cannot be read"))
         assert what in problem.what, path

@@ -224,7 +224,7 @@ def test_what_another_trainer_saved_there_is_named_and_kept(scheme, url, monkeyp
         files.write(path, path.encode())
     one = manager(url, keep_latest_k=2)
     assert one.find() is None
-    assert "saved by another trainer, passed over and kept: step-3, step-5" in caplog.text
+    assert "saved by another trainer, skipped and kept: step-3, step-5" in caplog.text
     assert main(["checkpoints", url]) == 0
     for step, value in ((3, 3), (5, 5), (5, 55), (8, 8), (9, 9)):  # the last two take the place of 3 and 5
         one.save(step, {"model": Weights(value)}, {})

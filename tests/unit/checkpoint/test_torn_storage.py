@@ -85,7 +85,7 @@ def test_a_damaged_step_that_was_asked_for_is_not_replaced_by_another(pristine, 
     place = tmp_path / "asked"
     shutil.copytree(pristine, place)
     damage(place / "step-8" / "__0_0.distcp", "truncate", random.Random(1))
-    with pytest.raises(CheckpointError, match="step 8, which was asked for, is damaged"):
+    with pytest.raises(CheckpointError, match="step 8, which was requested, is damaged"):
         manager(place, load_step=8).find()
     assert manager(place, load_step=3).find().step == 3
 

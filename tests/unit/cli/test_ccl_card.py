@@ -87,7 +87,7 @@ def test_devices_are_spelled_as_the_tools_spell_them(device, spelling):
 
 
 def test_a_tied_embedding_is_noted():
-    assert "multiplies as the output too" in card("llama3_1b")["quadriga"]["embedding"]
+    assert "it is also the output matrix" in card("llama3_1b")["quadriga"]["embedding"]
     assert card("llama3_1b")["hf_url"] == "https://huggingface.co/meta-llama/Llama-3.2-1B"
 
 

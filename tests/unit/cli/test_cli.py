@@ -60,7 +60,7 @@ def test_every_command_explains_itself(command, capsys):
     [
         (["kard"], "did you mean: card"),
         (["card"], "the following arguments are required: FILE"),
-        (["card", "small.toml"], "how many GPUs is the file meant for?"),
+        (["card", "small.toml"], "there is no card yet"),
         (["card", "small.toml", "--ngpu", "0"], "0 is not a number of ranks"),
         (["card", "small.toml", "--ngpu", "2", "--device", "H1000"], "did you mean: h100-80gb"),
         (["card", "none.toml", "--ngpu", "2"], "no such file"),
@@ -106,7 +106,7 @@ def test_keys_explains_a_table(capsys):
     assert main(["keys", "lr_scheduler"]) == 0
     printed = capsys.readouterr().out
     assert "--lr_scheduler.warmup_steps" in printed
-    assert "Steps of the linear ramp at the start; " in printed
+    assert "Steps of the linear warm-up, " in printed
 
 
 def test_a_card_is_written_checked_and_found_stale(folder, capsys):
@@ -137,7 +137,7 @@ def test_a_stale_page_is_found(root, tmp_path):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "run_train.sh", tmp_path)
     page = tmp_path / "docs" / "configuration.md"
-    page.write_text(page.read_text().replace("strict", "lenient"))
+    page.write_text(page.read_text().replace("Strict", "Lenient"))
     check = [sys.executable, "-m", "quadriga.cli", "docs"]
     done = subprocess.run([*check, "--check"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -70,7 +70,7 @@ class FakeRunner:
 def fake_runner(monkeypatch) -> FakeRunner:
     runs = FakeRunner()
     monkeypatch.setattr(bench, "run_launch", runs)
-    monkeypatch.setattr(compare, "reader_of_traces", lambda: no_traces)
+    monkeypatch.setattr(compare, "load_analyse", lambda: no_traces)
     return runs
 
 
@@ -84,16 +84,16 @@ def fake_runner(monkeypatch) -> FakeRunner:
         (["--vary", "training.local_batch_size=2,3", "--training.global_batch_size", "4"], "must be a multiple of"),
         (["--vary", f"{MODE}=none"], "at least two values are needed"),
         (["--vary", f"{MODE}=none,none"], "at least two values are needed, each once"),
-        (["--vary", "mode=none,full"], "not of the form that is needed"),
+        (["--vary", "mode=none,full"], "does not have the required form"),
         (["--vary", f"{MODE}=none,full", "--vary", f"{MODE}=none,selective"], "is varied twice"),
-        (["--vary", f"{MODE}=none,full", f"--{MODE}", "none"], "is varied and given for all runs too"),
+        (["--vary", f"{MODE}=none,full", f"--{MODE}", "none"], "is varied and also set for all runs"),
         (["--vary", "debug.seed=1,2"], "all runs have the same seed"),
-        (["--vary", "job.dump_folder=a,b"], "each run has a folder of its own"),
-        (["--vary", f"{MODE}=none,full", "--job.dump_folder", "x"], "each run has a folder of its own"),
-        (["--vary", f"{MODE}=none,full", "--steps", "30", "--training.steps", "30"], "training.steps is given too"),
-        (["--vary", f"{MODE}=none,full", "--steps", "6"], "leaves 1 windows to time"),
+        (["--vary", "job.dump_folder=a,b"], "each run has its own folder"),
+        (["--vary", f"{MODE}=none,full", "--job.dump_folder", "x"], "each run has its own folder"),
+        (["--vary", f"{MODE}=none,full", "--steps", "30", "--training.steps", "30"], "training.steps is also set"),
+        (["--vary", f"{MODE}=none,full", "--steps", "6"], "gives only 1 windows"),
         (["--vary", f"{MODE}=none,full", "--repeat", "0"], "0 is not a number"),
-        (["--vary", f"{MODE}=none,full", "--html", "none/page.html"], "not a file in a folder that is there"),
+        (["--vary", f"{MODE}=none,full", "--html", "none/page.html"], "not a file in an existing folder"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is(more, says, fake_runner, folder, capsys):
@@ -168,7 +168,7 @@ def test_a_failed_run_stops_the_bench_and_the_same_command_goes_on(fake_runner, 
 def test_a_signal_ends_the_bench_with_its_code(fake_runner, capsys):
     fake_runner.fails, fake_runner.ended_by = "setting-1/repeat-1", 15
     assert main(["bench", "small.toml", *VARY]) == 128 + 15
-    assert "ended by SIGTERM; the same command goes on from here" in capsys.readouterr().err
+    assert "ended by SIGTERM; the same command continues from here" in capsys.readouterr().err
 
 
 def test_finished_runs_of_another_configuration_are_refused(fake_runner, capsys):
@@ -205,7 +205,7 @@ def test_compare_reads_the_folder_of_a_bench(fake_runner, capsys):
     assert "<svg" in Path("page.html").read_text()
     assert capsys.readouterr().out.startswith("mode=full is ")
     assert main(["compare", "bench/setting-1"]) == 2
-    assert "two runs are needed" in capsys.readouterr().err
+    assert "a comparison needs two runs" in capsys.readouterr().err
     assert main(["compare", "bench", "--warmup", "40"]) == 2
     assert "no window of steps is left" in capsys.readouterr().err
 

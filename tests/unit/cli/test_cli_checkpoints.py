@@ -23,7 +23,7 @@ def test_lists_and_verifies(tmp_path, capsys):
     first, second = save(place, 3), save(place, 7)
     assert main(["checkpoints", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert f"{first}: model, optimizer; 700 B; sizes are right; 3,000 tokens seen; saved on 4 ranks" in out
+    assert f"{first}: model, optimizer; 700 B; sizes are correct; 3,000 tokens seen; saved on 4 ranks" in out
     assert main(["checkpoints", str(place), "--verify"]) == 0
     assert capsys.readouterr().out.count("verified") == 2
 
@@ -32,7 +32,7 @@ def test_lists_and_verifies(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path), "--verify"]) == 0
     out = capsys.readouterr().out
     assert f"DAMAGED: {second / '__0_0.distcp'} is damaged" in out
-    assert ".step-9.saving: never published" in out
+    assert ".step-9.saving: not completed" in out
     (first / "train_state.json").unlink()
     assert main(["checkpoints", str(tmp_path), "--verify"]) == 3
 
@@ -41,8 +41,8 @@ def test_those_of_torchtitan_are_listed_as_such(tmp_path, capsys):
     run_folder("one_rank", tmp_path)
     assert main(["checkpoints", str(tmp_path), "--verify"]) == 0
     whole, last = capsys.readouterr().out.splitlines()
-    assert whole.endswith("step-3: model, optimizer; saved by torchtitan: it has no hashes to verify it by")
-    assert last.endswith("step-6: model; saved by torchtitan: it has no hashes to verify it by")
+    assert whole.endswith("step-3: model, optimizer; saved by torchtitan, without hashes to verify")
+    assert last.endswith("step-6: model; saved by torchtitan, without hashes to verify")
     for step in (3, 6):
         (tmp_path / f"checkpoint/step-{step}/__0_0.distcp").unlink()
     assert main(["checkpoints", str(tmp_path)]) == 3

@@ -58,8 +58,8 @@ def test_the_request_counts_and_the_machine_decides_where_there_is_none(
             r"2\.13\.0\+cu130 does not offer NVSHMEM(.|\n)*nvidia-nvshmem",
         ),
         ("nccl-symm", replace(H100, offers={NCCL_SYMMETRIC: False}), "PyTorch 2.13 or newer"),
-        ("nccl-symm", replace(H100, capability=(8, 0)), r"capability 9\.0, and 8\.0 is here"),
-        ("nvshmem", replace(H100, capability=(6, 1)), r"capability 7\.0, and 6\.1 is here"),
+        ("nccl-symm", replace(H100, capability=(8, 0)), r"capability 9\.0, but this device has 8\.0"),
+        ("nvshmem", replace(H100, capability=(6, 1)), r"capability 7\.0, but this device has 6\.1"),
     ],
 )
 def test_what_cannot_be_had_is_refused_and_never_replaced(requested: str, machine: Machine, expected: str) -> None:

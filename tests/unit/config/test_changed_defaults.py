@@ -86,7 +86,7 @@ def test_an_older_run_keeps_what_it_was_started_with_and_one_notice_a_key_says_s
     assert kept(run) == ("early_decay", False)
     assert kept_by_notice(run) == [VARIANT, DECAY]
     assert (
-        f'{VARIANT} stays "early_decay", with which the run in run/checkpoint was started '
+        f'{VARIANT} stays "early_decay", the value that the run in run/checkpoint was started with '
         '(the default is now "torchtitan"; set the key to change it)'
     ) in run.spec.notices
     assert run.origin[VARIANT] == "the checkpoints in run/checkpoint"

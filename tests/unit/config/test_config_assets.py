@@ -70,7 +70,7 @@ def test_a_file_that_is_no_tokenizer_is_named(name, content, write, refusal):
         tokenizer_facts("tok")
     assert caught.value.problems[0].where == f"tok/{name}"
     (problem,) = refusal("--model.hf_assets_path", "tok", training=False)  # also in a dry run: it is there, but wrong
-    assert "no tokenizer" in problem.what
+    assert "not a tokenizer" in problem.what
 
 
 def test_files_are_found_by_path_folder_and_glob(write):

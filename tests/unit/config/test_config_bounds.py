@@ -35,7 +35,7 @@ FILES = {
     "many unknown keys": ("[training]\n" + "".join(f"k{n} = 1\n" for n in range(50_000)), "training.k0", "no such key"),
     "a file without an end": ('extends = "/dev/zero"', "/dev/zero", "a device, not a regular file"),
     "a pipe": ('extends = "pipe"', "pipe", "a FIFO, not a regular file"),
-    "a folder": ('extends = "."', "extends", "a folder where a TOML file is needed"),
+    "a folder": ('extends = "."', "extends", "a folder, not a TOML file"),
     "a name that is too long": ('extends = "' + "x" * 5000 + '"', "extends", "File name too long"),
     "a null in a name": ('extends = "a\\u0000"', "extends", "null character"),
     "itself": ('extends = "run.toml"', "extends", "in a circle"),
@@ -223,7 +223,7 @@ def test_a_variable_that_is_not_set_is_refused_by_name(key, refusal):
     (problem,) = [each for each in refusal(f"--{key}=$DTAA/x", environ={"DATA": "/data"}) if each.where == key]
     assert problem.what == "the environment variable DTAA is not set"
     assert problem.nearest == "DATA"
-    assert "names no variable" in refusal(f"--{key}=${{a b}}/x")[0].what
+    assert "is not a variable" in refusal(f"--{key}=${{a b}}/x")[0].what
     assert "no home folder" in refusal(f"--{key}=~nobody-of-this-name/x")[0].what
 
 

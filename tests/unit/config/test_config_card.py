@@ -46,17 +46,17 @@ def test_another_page_is_no_card(text):
     ("arguments", "gpus", "says"),
     [
         ([], 1, "One GPU reads every row."),
-        ([], 4, "FSDP over 4 GPUs: parameters, gradients and optimizer state are cut into 4 parts"),
+        ([], 4, "FSDP over 4 GPUs: parameters, gradients and optimizer state are sharded, one shard per GPU"),
         ([DP_REPLICATE, "4"], 4, "DDP over 4 GPUs: each holds the whole model"),
         ([DP_REPLICATE, "2"], 4, "HSDP over 2 x 2 GPUs: 2 copies of the model"),
-        ([], 4, "just before it needs them and frees them again"),
+        ([], 4, "just before it needs them and frees them after use"),
         (["--parallelism.fsdp_reshard_after_forward", "never"], 4, "keeps them until the backward pass"),
         (["--parallelism.tensor_parallel_degree", "2"], 4, "Tensor parallelism over 2 GPUs"),
         (["--parallelism.context_parallel_degree", "2"], 4, "Context parallelism over 2 GPUs"),
         (["--parallelism.pipeline_parallel_degree", "2"], 4, "A pipeline over 2 GPUs"),
-        (["--parallelism.tensor_parallel_degree", "4"], 4, "All GPUs work on the same rows."),
+        (["--parallelism.tensor_parallel_degree", "4"], 4, "All GPUs compute on the same rows."),
         (["--training.global_batch_size", "64"], 4, "x 2 micro-batches = 64 sequences"),
-        (["--training.global_batch_size", "64"], 4, "Gradients are reduced once a step"),
+        (["--training.global_batch_size", "64"], 4, "Gradients are reduced once per step"),
     ],
 )
 def test_the_layout_is_described(arguments, gpus, says, card):
@@ -66,25 +66,25 @@ def test_the_layout_is_described(arguments, gpus, says, card):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "a linear ramp of 200 steps to 0.0008, then a linear decay towards 0 over 9,800 steps"),
+        ([], "a linear warm-up of 200 steps to 0.0008, then a linear decay towards 0 over 9,800 steps"),
         (["--lr_scheduler.warmup_steps", "0"], "starts at 0.0008, then a linear decay towards 0 over 10,000 steps"),
         (
             ["--lr_scheduler.decay_ratio", "0.2", "--lr_scheduler.min_lr_factor", "0.1"],
             "to 0.0008, then 7,800 steps at 0.0008, then a linear decay towards 8e-05 over 2,000 steps",
         ),
-        (["--lr_scheduler.decay_ratio", "0"], "a linear ramp of 200 steps to 0.0008, then 9,800 steps at 0.0008"),
-        (["--training.steps", "50"], "a linear ramp of 50 steps to 0.0008"),
+        (["--lr_scheduler.decay_ratio", "0"], "a linear warm-up of 200 steps to 0.0008, then 9,800 steps at 0.0008"),
+        (["--training.steps", "50"], "a linear warm-up of 50 steps to 0.0008"),
         (
             ["--lr_scheduler.decay_type", "cosine", "--lr_scheduler.total_steps", "300"],
             "a cosine decay towards 0 over 100",
         ),
         (
             ["--training.steps", "50", "--lr_scheduler.variant", "early_decay"],
-            "a linear ramp to 0.0008 of which 50 of 200 steps are taken",
+            "a linear warm-up to 0.0008, cut off after 50 of 200 steps",
         ),
         (
             ["--lr_scheduler.variant", "early_decay"],
-            "a linear decay towards 0 over 9,800 steps, begun a step early",
+            "a linear decay towards 0 over 9,800 steps, started one step early",
         ),
     ],
 )
@@ -103,10 +103,10 @@ def test_recompute_is_described(option, says, read_config):
 
 def test_state_and_save_are_arithmetic(card):
     text = card(*EIGHT_B, device="H100")
-    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB a rank" in text
+    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB per rank" in text
     assert "one full save would take about 96.4 GB (89.75 GiB)" in text
-    assert "14.96 GiB a rank" in card(*EIGHT_B, "--training.dtype", "bfloat16")
-    assert "29.92 GiB of host memory a rank" in card(*EIGHT_B, "--training.enable_cpu_offload", device="H100")
+    assert "14.96 GiB per rank" in card(*EIGHT_B, "--training.dtype", "bfloat16")
+    assert "29.92 GiB of host memory per rank" in card(*EIGHT_B, "--training.enable_cpu_offload", device="H100")
 
 
 def test_every_device_of_the_table_has_its_verdict(card):
@@ -121,7 +121,7 @@ def test_a_device_gives_a_bound_and_none_is_made_up(card):
     text = card(*EIGHT_B, "--training.mixed_precision_param", "float32", device="H100")
     run_flops = 4096 * 45.4e9
     bound = run_flops / (4 * 67e12)
-    assert f"at least {1000 * bound:.0f} ms: a bound from arithmetic, not a measurement" in text
+    assert f"at least {1000 * bound:.0f} ms. This is a bound from arithmetic, not a measurement" in text
     assert "no units for bfloat16" in card(*EIGHT_B, device="T4")
     assert "TFLOP/s" not in card(*EIGHT_B)
 
@@ -148,7 +148,7 @@ def test_several_machines_are_started_one_by_one(card):
     text = card(*EIGHT_B, gpus=64)
     assert "NNODES=8 NODE_RANK=0 RDZV_ENDPOINT=node0:29500 NGPU=8" in text
     assert "torchrun --nnodes=8 --node_rank=0" in text
-    assert "NODE_RANK counts from 0 to 7" in text
+    assert "NODE_RANK is 0 to 7" in text
 
 
 def test_what_is_switched_on_is_shown(card):
@@ -164,7 +164,7 @@ def test_what_is_switched_on_is_shown(card):
         "| compile | on (model, loss; inductor) |",
         "validation on `builtin_validation` at step 1 and every 10 steps",
         "on: every 500 steps and every 30 minutes, and at the end",
-        "full: every block keeps its input alone",
+        "full: every block keeps only its input",
     ):
         assert says in text, says
 
@@ -187,8 +187,8 @@ def test_moments_in_a_format_of_their_own_are_saved_in_it(read_config):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "so the file fits any number."),
-        ([DP_REPLICATE, "2"], "so the file fits any number that 2 divides."),
+        ([], "so the file runs on any number of ranks."),
+        ([DP_REPLICATE, "2"], "so the file runs on any number of ranks that 2 divides."),
         (["--training.global_batch_size", "64"], "the global batch of 64 allows 1, 2, 4, 8 ranks."),
         ([DP_REPLICATE, "2", "--training.global_batch_size", "64"], "the global batch of 64 allows 2, 4, 8 ranks."),
     ],

@@ -217,10 +217,11 @@ def test_the_names_of_test_assets_mean_what_is_built_in(write, read_config):
     assert run.config.validation.dataset == "builtin_validation"
     notices = notices_of(run)
     assert notices.count("is read as") == 3
-    here = f"(looked for from {json.dumps(str(Path.cwd()))}): start in torchtitan's folder, or name "
-    assert f'is read as "builtin", since tests/assets/c4_test is not there {here}training.dataset_path' in notices
-    assert f'"builtin_validation", since tests/assets/c4_test is not there {here}validation.dataset_path' in notices
-    assert f'is read as "builtin:bytes", since no tokenizer is there {here}another folder' in notices
+    here = f"(relative to {json.dumps(str(Path.cwd()))}): start in torchtitan's folder, or "
+    no_test_set = f"because tests/assets/c4_test does not exist {here}set"
+    assert f'is read as "builtin", {no_test_set} training.dataset_path' in notices
+    assert f'"builtin_validation", {no_test_set} validation.dataset_path' in notices
+    assert f'is read as "builtin:bytes", because no tokenizer exists there {here}name another folder' in notices
 
 
 def test_c4_test_with_a_path_is_read_from_there(write, read_config):
@@ -254,12 +255,12 @@ def test_order_and_overlap_from_the_command_line(read_config, refusal):
 
 TABLE = "in [training.dataloader]"
 ORDER = (
-    "training.dataloader.shuffle is true and training.dataloader.window_overlap 1: documents are mixed, and each token "
-    f"is a label once; torchtitan's batches: shuffle = false and window_overlap = 0 {TABLE}"
+    "training.dataloader.shuffle is true and training.dataloader.window_overlap 1: documents are shuffled, and each "
+    f"token is a label once; for torchtitan's batches, set shuffle = false and window_overlap = 0 {TABLE}"
 )
 WINDOWS = (
-    "training.dataloader.window_overlap is 1: windows share a token, so that each token is a label once; torchtitan's "
-    f"batches: window_overlap = 0 {TABLE}"
+    "training.dataloader.window_overlap is 1: windows share a token, so that each token is a label once; for "
+    f"torchtitan's batches, set window_overlap = 0 {TABLE}"
 )
 
 

@@ -102,47 +102,47 @@ def test_folders_lie_in_the_run_folder(read_config):
     ("arguments", "says"),
     [
         (["--training.steps", "10"], "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10"),
-        (["--training.steps", "10"], "the ramp is shortened to 10 steps"),
+        (["--training.steps", "10"], "the warm-up is shortened to 10 steps"),
         (
             ["--training.steps", "10", "--lr_scheduler.variant", "early_decay"],
-            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10: the ramp is cut off, not rescaled",
+            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 10: the warm-up is cut off, not rescaled",
         ),
         (
             ["--lr_scheduler.total_steps", "100", "--training.steps", "50"],
-            "lr_scheduler.warmup_steps = 200 is longer than lr_scheduler.total_steps = 100: the ramp is shortened",
+            "lr_scheduler.warmup_steps = 200 is longer than lr_scheduler.total_steps = 100: the warm-up is shortened",
         ),
         (
             ["--lr_scheduler.total_steps", "1000", "--training.steps", "50"],
-            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 50: the run ends within the ramp",
+            "lr_scheduler.warmup_steps = 200 is longer than training.steps = 50: the run ends within the warm-up",
         ),
-        (["--lr_scheduler.total_steps", "300"], "the rate stays where it ends, at 0 from step 301 on"),
+        (["--lr_scheduler.total_steps", "300"], "the rate stays at its last value, 0, from step 301 on"),
         (
             ["--lr_scheduler.total_steps", "300", "--lr_scheduler.min_lr_factor", "0.5"],
-            "the rate stays where it ends, at 0.0004 from step 301 on",
+            "the rate stays at its last value, 0.0004, from step 301 on",
         ),
         (
             ["--lr_scheduler.total_steps", "300", "--lr_scheduler.decay_ratio", "0"],
-            "the rate stays where it ends, at 0.0008 from step 301 on",
+            "the rate stays at its last value, 0.0008, from step 301 on",
         ),
         (
             ["--training.steps", "10", "--lr_scheduler.warmup_steps", "5", "--lr_scheduler.decay_ratio", "0.8"],
-            "the decay takes 5 steps",
+            "the decay is shortened to 5 steps",
         ),
         (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "the last steps are traced"),
         (["--checkpoint.enable"], "checkpoint.last_save_model_only is false by default"),
-        (["--training.dtype", "bfloat16"], "small updates round away"),
-        (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.999"], 'optimizer.state_dtype = "float32" would let'),
+        (["--training.dtype", "bfloat16"], "small updates are rounded away"),
+        (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.999"], 'use optimizer.state_dtype = "float32"'),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
         (["--debug.moe_force_load_balance"], "has no experts"),
         (
             ["--model.converters", "float8", "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"],
-            "precompute_float8_dynamic_scale_for_fsdp changes nothing",
+            "precompute_float8_dynamic_scale_for_fsdp has no effect",
         ),
-        (["--debug.deterministic_warn_only"], "changes nothing without debug.deterministic"),
-        (["--training.dataloader.persistent_workers"], "workers always live as long as the run"),
+        (["--debug.deterministic_warn_only"], "has no effect without debug.deterministic"),
+        (["--training.dataloader.persistent_workers"], "workers always run until the run ends"),
         (
             ["--validation.enable", "--validation.dataset", "builtin_validation", "--validation.seq_len", "4096"],
-            "validation.seq_len = 4096 is longer than the 2048 tokens that training sees",
+            "validation.seq_len = 4096 is longer than training.seq_len = 2048",
         ),
         ([], "the tokenizer has 258 ids, the model 2,048 rows"),
     ],
@@ -173,7 +173,7 @@ TP = ["--parallelism.tensor_parallel_degree"]
         (["--parallelism.pipeline_parallel_degree", "9"], 9, "9 stages need at least as many layers"),
         ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "3"], 2, "must divide the local batch"),
         ([*PP, "--parallelism.pipeline_parallel_microbatch_size", "4"], 2, "needs at least 2 micro-batches"),
-        ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "2"], 2, "1F1B needs one stage a rank"),
+        ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "2"], 2, "1F1B needs one stage per rank"),
         ([*PP, "--parallelism.pipeline_parallel_layers_per_stage", "3"], 2, "3 stages do not divide over 2 ranks"),
         ([*PP, "--parallelism.module_fqns_per_model_part", '[["a"], ["b"], ["c"]]'], 2, "3 listed stages"),
         (
@@ -186,11 +186,11 @@ TP = ["--parallelism.tensor_parallel_degree"]
             2,
             "2 equal rounds",
         ),
-        ([*TP, "2", "--parallelism.enable_async_tensor_parallel"], 2, "the overlap is made by the compiler"),
+        ([*TP, "2", "--parallelism.enable_async_tensor_parallel"], 2, "the compiler creates the overlap"),
         (
             [*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--compile.backend", "eager"],
             2,
-            "the overlap is made by inductor",
+            "inductor creates the overlap",
         ),
         (
             [
@@ -198,7 +198,7 @@ TP = ["--parallelism.tensor_parallel_degree"]
                 "--parallelism.no_enable_sequence_parallel",
             ],
             2,
-            "gathering and scattering along the sequence",
+            "collectives of sequence parallelism",
         ),
         (
             [*TP, "2", "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--comm.backend", "gloo"],
@@ -216,7 +216,7 @@ TP = ["--parallelism.tensor_parallel_degree"]
                 *("--quantize.linear.float8.recipe_name", "rowwise"),
             ],
             1,
-            "tensorwise scaling only",
+            "only tensorwise scaling",
         ),
         (
             [
@@ -227,18 +227,17 @@ TP = ["--parallelism.tensor_parallel_degree"]
             "no thresholds for this recipe",
         ),
         (["--model.converters", "quantize.linear.float8,quantize.linear.mx"], 1, "convert the same layers"),
-        (
-            [
-                *("--model.converters", "float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"),
-                *("--comm.backend", "gloo"),
-            ],
-            1,
-            "cannot move float8",
-        ),
     ],
 )
 def test_a_dry_run_checks_what_training_does_not_support_yet(arguments, ranks, says, refusal):
     assert says in "\n".join(map(str, refusal(*arguments, ranks=ranks, training=False)))
+
+
+@pytest.mark.parametrize("backend", [(), ("--comm.backend", "gloo")])
+def test_float8_is_gathered_over_gloo_by_name_as_by_default(backend, read_config):
+    keys = ("--model.converters", "float8", "--quantize.linear.float8.emulate")
+    gather = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+    assert read_config(*keys, gather, *backend, ranks=2).config.quantize.linear.float8.enable_fsdp_float8_all_gather
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,11 @@ def test_one_notice_states_what_the_ids_are(tmp_path):
 @pytest.mark.parametrize(
     ("value", "where", "what"),
     [
-        ({"x": token("<b>")}, "added_tokens_decoder", "the entry of x is no token"),
-        ({"-1": token("<b>")}, "added_tokens_decoder", "the entry of -1 is no token"),
-        ({"256": "<b>"}, "added_tokens_decoder", "the entry of 256 is no token"),
-        ({"256": {"content": 3}}, "added_tokens_decoder", "the entry of 256 is no token"),
-        ({"9" * 30: token("<b>")}, "added_tokens_decoder", "is no token"),
+        ({"x": token("<b>")}, "added_tokens_decoder", "the entry of x is not a token"),
+        ({"-1": token("<b>")}, "added_tokens_decoder", "the entry of -1 is not a token"),
+        ({"256": "<b>"}, "added_tokens_decoder", "the entry of 256 is not a token"),
+        ({"256": {"content": 3}}, "added_tokens_decoder", "the entry of 256 is not a token"),
+        ({"9" * 30: token("<b>")}, "added_tokens_decoder", "is not a token"),
         (["<b>"], "added_tokens_decoder", "JSON array"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_vocabulary_with_merges(tmp_path, name):
     assert ours.encode_batch(["ab a##c"])[0].tolist() == [2, 6, 3, 3, 7]
     facts = tokenizer_facts(str(folder))
     assert (facts.kind, facts.vocab_size) == ("huggingface", 10)
-    assert "1 merges that begin with # are left out" in " ".join(facts.notices)
+    assert "1 merges that begin with # are ignored" in " ".join(facts.notices)
     for file, content in transformers_files(str(folder)).items():
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / file).write_bytes(content)
@@ -242,7 +242,7 @@ def test_a_vocabulary_with_merges(tmp_path, name):
 def test_a_vocabulary_without_merges_is_refused_before_the_launch(tmp_path, name):
     folder = vocabulary_folder(tmp_path, name=name, merges=None)
     for read in (tokenizer_facts, build_tokenizer):
-        with pytest.raises(UserError, match=r"without merges.txt: each document would be one word"):
+        with pytest.raises(UserError, match=r"without merges.txt: each document would be one unknown token"):
             read(str(folder))
 
 

@@ -81,7 +81,7 @@ def test_a_truncated_gz_names_the_last_whole_line(tmp_path, kind):
     whole = gzip.compress("".join(line + "\n" for line in lines).encode())
     path = tmp_path / {"jsonl": "cut.jsonl.gz", "text": "cut.txt.gz"}[kind]
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut off") as caught:
+    with pytest.raises(UserError, match="truncated") as caught:
         build(kind, path)
     named = int(caught.value.problems[0].where.rpartition("line ")[2])
     assert 500 < named < 4000
@@ -112,8 +112,8 @@ def test_missing_empty_and_unreadable_paths(tmp_path):
     for dataset, path, message in [
         ("text", tmp_path / "gone", "no such file or folder"),
         ("text", tmp_path / "*.csv", "no file matches"),
-        ("jsonl", empty, "holds no jsonl file; there is nothing"),
-        ("parquet", tmp_path, "holds no parquet file; there is"),
+        ("jsonl", empty, "has no jsonl file; it contains nothing"),
+        ("parquet", tmp_path, "has no parquet file; it contains"),
         ("text", tmp_path / "nothing.txt", "every file is empty"),
         ("jsonl", tmp_path / "a.jsonl.zst", r"\.zst files cannot be read"),
         ("jsonl", None, "needs a path"),

@@ -251,11 +251,11 @@ def test_start_at_reaches_over_short_documents_and_the_border_of_an_epoch(tmp_pa
 
 def test_start_at_beyond_the_data_is_refused(data):
     loader = make(data)
-    with pytest.raises(UserError, match="hold 23 documents, fewer than the 24"):
+    with pytest.raises(UserError, match="have 23 documents, fewer than the 24"):
         loader.start_at(24, 0)
-    with pytest.raises(UserError, match="fewer ids"):
+    with pytest.raises(UserError, match="fewer than 1,000,000 ids"):
         loader.start_at(3, 10**6)
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="no position"):
         loader.start_at(-1, 0)
     with pytest.raises(ValueError, match="shuffled"):
         make(data, shuffle=True).start_at(1, 0)

@@ -181,7 +181,7 @@ def test_other_data_are_refused_by_name(lines):
 
 def test_missing_streams_are_named():
     state = make(range(4)).state_dict()
-    with pytest.raises(ValueError, match=r"lacks lanes \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"lacks streams \[4, 5\]"):
         make(range(4, 6)).load_state_dict(state)
 
 
@@ -197,7 +197,7 @@ def test_the_start_of_an_epoch_is_logged_by_the_owner_of_stream_0(lines, caplog)
         steps(loader, 60)
         epochs = loader.state_dict()["lanes"]["0"][0]
         assert [record.message for record in caplog.records] == [
-            f"data: epoch {epoch + 2} begins (lane 0)" for epoch in range(epochs)
+            f"data: epoch {epoch + 2} begins (stream 0)" for epoch in range(epochs)
         ]
         assert epochs > 2
         caplog.clear()
@@ -349,7 +349,7 @@ def test_a_run_that_began_with_an_earlier_meaning_of_the_tokenizer_keeps_it(line
     second = loader(WithEarlier())
     with caplog.at_level(logging.INFO, logger="quadriga"):
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert "BOS None, EOS 257, as when this run began; a new one gives BOS 256, EOS 257" in caplog.text
+    assert "BOS None, EOS 257, as at the start of this run; a new run uses BOS 256, EOS 257" in caplog.text
     assert second.tokenizer.bos_id is None
     middle = steps(second, 2)
     third = loader(WithEarlier())

@@ -153,7 +153,7 @@ def test_it_is_reported_in_one_line(tmp_path, caplog):
         go_on("jsonl", tmp_path, state, 1)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "data: 1.jsonl changed since the checkpoint was saved; reading goes on at the same document numbers"
+        "data: 1.jsonl changed since the checkpoint was saved; reading continues at the same document numbers"
     )
 
 

@@ -87,7 +87,7 @@ def test_it_is_reported_where_the_beginning_of_a_shard_is_not_found(path, caplog
     with caplog.at_level(logging.WARNING, logger="quadriga"):
         cut.again()
     (record,) = caplog.records
-    assert record.getMessage().startswith("data: a.jsonl changed, and where 3 of the shards that were being read begin")
+    assert record.getMessage().startswith("data: a.jsonl changed, and the first lines of 3 partly read shards")
 
 
 def test_how_far_a_line_is_looked_for_is_bounded(path, monkeypatch):

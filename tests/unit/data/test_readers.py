@@ -159,7 +159,7 @@ def test_deep_nesting_is_reported_with_its_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(GOOD + line + b"\n")
     problem = refused("jsonl", tmp_path)
     assert problem.where.endswith("a.jsonl, line 2")
-    assert "nests too deep" in problem.what
+    assert "nested too deeply" in problem.what
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -277,7 +277,7 @@ def test_a_copy_beside_its_compressed_form_is_noticed(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="quadriga"):
         assert names("jsonl", tmp_path) == ["a.jsonl", "a.jsonl.gz"]
     assert "a.jsonl and a.jsonl.gz are both read" in caplog.text
-    assert "1 files are left out" in caplog.text
+    assert "1 files with a compression that is not supported" in caplog.text
     assert "b.jsonl.zst" in caplog.text
 
 

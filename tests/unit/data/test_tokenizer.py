@@ -97,11 +97,11 @@ def test_a_tokenizer_without_marks_is_refused(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="neither a BOS nor an EOS") as caught:
         build_tokenizer(str(tmp_path))
-    assert "create tokenizer_config.json and name bos_token and eos_token in" in caught.value.report
+    assert "create tokenizer_config.json and set bos_token and eos_token in" in caught.value.report
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="neither a BOS nor an EOS") as caught:
         build_tokenizer(str(tmp_path))
-    assert "to do: name bos_token and eos_token in tokenizer_config.json" in caught.value.report
+    assert "to do: set bos_token and eos_token in tokenizer_config.json" in caught.value.report
 
 
 def test_ranks_give_the_ids_of_tiktoken(ranks_file):
@@ -142,7 +142,7 @@ def test_the_folder_of_the_hub_is_searched_in_order(json_folder, ranks_file, tmp
         ("tokenizer.model", b"aGU= 0\nbGw= 7\n", "incomplete"),
         ("tokenizer.json", b'{"version": "1.0"', "not a tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer"),
-        ("notes.txt", b"x", r"the folder holds no tokenizer; there is notes\.txt"),
+        ("notes.txt", b"x", r"the folder has no tokenizer; it contains notes\.txt"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(tmp_path, name, content, message):

@@ -39,8 +39,8 @@ def test_the_reference_in_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([], {"CONFIG_FILE": shipped("llama3_8b"), "DRY_RUN": "1"}) == 2  # its tokenizer is to be downloaded
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters" in shown
-    assert "4 data-parallel ranks x 2 sequences = 8 sequences of 512 tokens = 4,096 tokens a step" in shown
-    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB a rank" in shown
+    assert "4 data-parallel ranks x 2 sequences = 8 sequences of 512 tokens = 4,096 tokens per step" in shown
+    assert "parameters 7.48 GiB + gradients 7.48 GiB + Adam's moments 14.96 GiB = 29.92 GiB per rank" in shown
     assert "96.4 GB" in shown
 
 

@@ -110,7 +110,7 @@ CASES = [
     Case(
         "no weights to start from",
         2,
-        "no checkpoint: nothing is there",
+        "not a checkpoint: it does not exist",
         ("--checkpoint.initial_load_path=nowhere",),
         lambda folder: (folder / "checkpoint").rename(folder / "old"),
     ),
@@ -140,7 +140,7 @@ CASES = [
     Case(
         "a model alone, to go on from",
         2,
-        "holds model, but no optimizer",
+        "has model, but no optimizer",
         (
             "--checkpoint.initial_load_path=RUN/old/step-4",
             "--checkpoint.initial_load_model_only=false",
@@ -254,7 +254,7 @@ def unusable(folder: Path, name: str) -> str:
         return "without merges.txt"
     if name == "no token":
         write_folder(folder, byte_level(), tokenizer_config={**config, "added_tokens_decoder": {"x": {}}})
-        return "the entry of x is no token"
+        return "the entry of x is not a token"
     if name == "neither BOS nor EOS":
         write_folder(folder, byte_level(["<x>"]))
         return "neither a BOS nor an EOS token"

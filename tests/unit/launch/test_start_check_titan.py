@@ -43,9 +43,7 @@ def in_hugging_faces_form(folder: Path) -> None:
 
 CASES = [
     Case("goes on", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved"),
-    Case(
-        "goes on, with shuffled data", 0, "the place in the data is not taken over: it is one in the data's own order"
-    ),
+    Case("goes on, with shuffled data", 0, "the position in the data is not restored: it is a position in unshuffled"),
     Case("goes on in its data", 0, "which torchtitan saved run folder", IN_ORDER),
     Case(
         "goes on without its place",
@@ -53,10 +51,8 @@ CASES = [
         "which torchtitan saved run folder",
         ("--checkpoint.exclude_from_loading=dataloader",),
     ),
-    Case("weights alone", 2, "holds the weights alone", ("--checkpoint.load_step=-1",)),
-    Case(
-        "weights alone without the optimizer", 2, "holds the weights alone", ("--checkpoint.load_step=-1", NO_MOMENTS)
-    ),
+    Case("weights alone", 2, "has only the weights", ("--checkpoint.load_step=-1",)),
+    Case("weights alone without the optimizer", 2, "has only the weights", ("--checkpoint.load_step=-1", NO_MOMENTS)),
     Case("weights alone, but finished", 0, "finished", ("--checkpoint.load_step=-1", "--training.steps=6")),
     Case("a newest one that is cut", 0, "step 3, from", ("--checkpoint.load_step=-1",), cut),
     Case("none is good", 3, "no published checkpoint is good", ("--checkpoint.load_step=-1",), without_values),
@@ -69,7 +65,7 @@ CASES = [
     Case("its weights", 0, "step 0, from the weights of RUN/checkpoint/step-3, which torchtitan saved", FROM),
     Case("all of it", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved", (*FROM, *ALL)),
     Case("the weights of its last save", 0, "step 0, from the weights of RUN/checkpoint/step-6", LAST),
-    Case("all of its last save", 2, "holds the weights alone", (*LAST, *ALL)),
+    Case("all of its last save", 2, "has only the weights", (*LAST, *ALL)),
     Case("the weights of another model", 2, "shapes differ", (*FROM, "--model.ffn_dim=56")),
 ]
 

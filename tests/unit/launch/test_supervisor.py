@@ -82,7 +82,7 @@ def test_a_users_mistake_on_one_rank_is_exit_2(tmp_path: Path, caplog: pytest.Lo
 
 def test_without_any_exit_record_the_report_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert report_exit(tmp_path, 2, 1, []) == 1
-    assert "before any rank said why" in last_message(caplog)
+    assert "before any rank reported an error" in last_message(caplog)
 
 
 def test_ranks_that_saved_on_a_signal_end_well(tmp_path: Path) -> None:

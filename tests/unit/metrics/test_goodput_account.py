@@ -66,7 +66,7 @@ def test_a_killed_run_that_went_on_from_a_save():
     assert found.wall_seconds == 541
     assert (found.replayed_steps, found.skipped_steps, found.saves) == (20, 1, 2)
     first, second = found.attempts
-    assert (first.first_step, first.kept_step, first.last_step, first.ended) == (0, 10, 30, "killed without a word")
+    assert (first.first_step, first.kept_step, first.last_step, first.ended) == (0, 10, 30, "killed without an event")
     assert (second.first_step, second.kept_step, second.last_step, second.ended) == (10, 20, 20, "finished")
 
 
@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_has_lost_nothing_yet():
     trained = (1340 - 1020) - 7 - 10 - 10
     expected = {"trained": trained, "data_wait": 7, "validated": 10, "saved": 10, "started": 20, "lost": 0, "down": 0}
     assert found.seconds == expected
-    assert found.attempts[0].ended == "no word since: it goes on, or was killed"
+    assert found.attempts[0].ended == "no event since: it is running, or was killed"
 
 
 def test_between_two_lines_time_is_divided_by_steps():
@@ -261,11 +261,11 @@ def test_the_table_and_the_json(tmp_path, capsys):
     assert any(line.split()[:3] == ["trained", "3m15s", "36.0%"] for line in table)
     assert (
         table[-1]
-        == f"notice: {tmp_path}/events.jsonl: the last line is half written, as a kill leaves it, and left out"
+        == f"notice: {tmp_path}/events.jsonl: the last line is incomplete, as after a kill, and left out"
     )
     assert any("20 steps that a later start trained again" in line for line in table)
     assert any("1 of them bad and skipped" in line for line in table)
-    assert any("killed without a word (20 steps lost)" in line for line in table)
+    assert any("killed without an event (20 steps lost)" in line for line in table)
     assert main(["goodput", str(tmp_path), "--json"]) == 0
     output = json.loads(capsys.readouterr().out)
     assert output["effective"] == pytest.approx(195 / 541)
@@ -327,6 +327,6 @@ def test_the_text_of_an_error_cannot_move_the_cursor(tmp_path, capsys):
 
 def test_a_folder_without_a_run_is_reported(tmp_path, capsys):
     assert main(["goodput", str(tmp_path)]) == 2
-    assert "no run has left a line here" in capsys.readouterr().err
+    assert "the folder has no records of a run" in capsys.readouterr().err
     assert main(["goodput", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_of_many_bad_lines_the_first_are_named_and_all_are_counted(tmp_path, cap
     assert "1,000 lines are no records" in bad
     assert "line 2: " in bad
     assert "and 997 more" in bad
-    assert "the last line is half written" in torn
+    assert "the last line is incomplete" in torn
 
 
 def test_a_record_that_lacks_what_its_reader_needs_is_reported(tmp_path):

@@ -123,7 +123,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch, lines, cod
     one.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 4]
     assert lines == [
-        f"{path} cannot be written ({os.strerror(code)}): what it should say is lost, the run goes on",
+        f"{path} cannot be written ({os.strerror(code)}): new content is lost, the run continues",
         f"{path} can be written again; lost: 2 writes",
     ]
     assert failures.reason is None

@@ -56,7 +56,7 @@ def test_stages_are_the_whole_model_in_order(layers, count):
 
 
 def test_an_end_that_weighs_more_than_a_stage_is_an_error():
-    with pytest.raises(ValueError, match="cannot be cut into 2 stages"):
+    with pytest.raises(ValueError, match="cannot be split into 2 stages"):
         split_stages(plan_of(3), 2, 5, 0)
 
 

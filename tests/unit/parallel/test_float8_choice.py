@@ -59,7 +59,7 @@ def test_what_is_converted_and_left_is_reported(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "quadriga"):
         float8.apply_float8(model, (), mesh(), LinearFloat8(emulate=True, recipe_name="rowwise"))
     assert "float8: 7 linear layers (emulated" in caplog.text
-    assert "1 left as they are, not a multiple of 16 wide: output" in caplog.text
+    assert "1 not converted, not a multiple of 16 wide: output" in caplog.text
     assert isinstance(model.layers["0"].attention.wq, linear.Float8Linear)
     assert model.layers["0"].attention.wq.config.emulate
     assert list(model.state_dict()) == names
@@ -67,7 +67,7 @@ def test_what_is_converted_and_left_is_reported(caplog: pytest.LogCaptureFixture
 
 def test_a_device_without_float8_is_refused() -> None:
     pytest.importorskip("torchao.float8")
-    with pytest.raises(UserError, match=r"this device \(cpu\) does not multiply in float8"):
+    with pytest.raises(UserError, match=r"this device \(cpu\) does not support float8"):
         float8.apply_float8(torch.nn.Module(), (), mesh(), LinearFloat8())
 
 

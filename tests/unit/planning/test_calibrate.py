@@ -92,6 +92,6 @@ def test_a_finished_run_calibrates_the_estimate(tmp_path, capsys: pytest.Capture
     for trace in folder.glob("profile_trace/**/*.json*"):
         trace.unlink()
     assert main(command) == 2
-    assert "no trace of the profiler is there" in capsys.readouterr().err
+    assert "the folder has no profiler trace" in capsys.readouterr().err
     assert main([*command[: command.index("--calibrate") + 1], str(tmp_path / "nothing")]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -118,11 +118,11 @@ def test_a_device_of_the_users_own(tmp_path, capsys: pytest.CaptureFixture[str])
     own = tmp_path / "own.toml"
     own.write_text('name = "own"\nmemory = 32\nfp32 = 40\nbf16 = 300\nmemory_bandwidth = 1500\nlink_bandwidth = 100\n')
     assert main(["estimate", EIGHT_B_FILE, "--ngpu", "8", "--device", str(own)]) == 0
-    assert "of 31.52 GiB a device" in capsys.readouterr().out
+    assert "of 31.52 GiB needed per device" in capsys.readouterr().out
     own.write_text('name = "own"\nmemory = -1\nspeed = 3\n')
     assert main(["estimate", EIGHT_B_FILE, "--ngpu", "8", "--device", str(own)]) == 2
     output = capsys.readouterr().err
-    for wrong in ("speed", "memory", "must be a number above 0", "fp32", "is missing"):
+    for wrong in ("speed", "memory", "must be a number within the bounds", "fp32", "is missing"):
         assert wrong in output
 
 

@@ -61,7 +61,7 @@ def test_it_counts_on_the_device() -> None:
 
 def test_it_is_reported() -> None:
     table = dict(estimate_rows(estimate(run("nvshmem"), None)))
-    assert table["heap needed"].startswith("3.98 GiB a rank (2 x 1002.01 MiB for all-gathers, 1.96 GiB for sums")
+    assert table["heap needed"].startswith("3.98 GiB per rank (2 x 1002.01 MiB for all-gathers, 1.96 GiB for sums")
 
 
 def test_the_share_of_each_backend_by_hand() -> None:

@@ -59,7 +59,7 @@ def test_each_bad_step_is_reported_once_whenever_the_host_learns_of_it(tmp_path,
     assert "step 4: the loss is nan" in lines[0]
     assert "not finite: the loss of rank 0\n" in lines[0]
     assert "not finite: the gradients held by rank 0; on rank 0 the first is bias" in lines[0]
-    assert "the losses before are 2.0000 in the mean, 6.0 standard deviations below" in lines[1]
+    assert "the mean of the losses before is 2.0000, 6.0 standard deviations below" in lines[1]
     assert "(3 so far)" in lines[2]
     records = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert [(line["step"], line["reason"]) for line in records] == [(4, "non_finite"), (7, "spike"), (20, "spike")]

@@ -117,11 +117,11 @@ def test_help_comes_from_the_same_machine() -> None:
 def test_the_report_names_everything(tmp_path: object) -> None:
     late = heartbeats(rank2={"phase": "data", "seconds": 9.0})[2]
     report = str(hang_fault(hang_report(late), STACK, "/run/comm_traces"))
-    assert report.splitlines()[0] == "the run has stood still for 8 s: it waits for rank 2"
+    assert report.splitlines()[0] == "the run has made no progress for 8 s: it waits for rank 2"
     for fact in (
         "process 102 on host1",
         "step 7, phase 'data', for 9 s",
-        "alive, and not on its way to the others",
+        "alive, and does not wait for others",
         "3 of 4 ranks; rank 0 (step 7, gradient norm) in gloo:all_reduce of group 0",
         "/run/comm_traces",
         'File "lanes.py", line 9 in read',

@@ -29,7 +29,8 @@ def step(parameters, optimizer, health: HealthMonitor, bad: bool) -> None:
     norms = gradient_norms(gradients)
     loss = torch.full((), 2.0, dtype=torch.float64, device="cuda")
     scale_gradients(gradients, norms.total, 1.0)
-    health.skip_if_bad(optimizer, loss, norms, StepTotals(loss, loss, norms.total, norms.total.isfinite()))
+    totals = StepTotals(loss, loss, norms.total, finite=norms.total.isfinite(), bad_records=None)
+    health.skip_if_bad(optimizer, loss, norms, totals)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

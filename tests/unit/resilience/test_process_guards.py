@@ -143,10 +143,10 @@ def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.C
 def test_a_failure_is_reported_as_it_is_and_has_its_own_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = Fault("the run has stood still\n\n    rank 1 stopped", 4)
+    error = Fault("the run has made no progress\n\n    rank 1 stopped", 4)
     assert process_guards.report_failure({RECORDS: str(tmp_path), "RANK": "0"}, error, since=12.5) == 4
     record = read_records(tmp_path / "0")[0]
-    assert (record.code, record.error, record.details) == (4, "the run has stood still", str(error))
+    assert (record.code, record.error, record.details) == (4, "the run has made no progress", str(error))
     assert (record.is_report, record.time) == (True, 12.5)
     assert process_guards.report_failure({"RANK": "0"}, error) == 4
     output = capsys.readouterr().err

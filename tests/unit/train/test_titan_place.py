@@ -34,16 +34,16 @@ def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0) -> Sim
 PLACE = {"ranks": 1, "documents": 5, "tokens_left": 30}
 CASES = {
     "in order": (PLACE, False, 0, (5, 30), None),
-    "windows that overlap": (PLACE, False, 1, (5, 30), "window_overlap = 0 reads as it would have"),
-    "shuffled": (PLACE, True, 0, None, "to go on at its place: training.dataloader.shuffle = false"),
+    "windows that overlap": (PLACE, False, 1, (5, 30), "window_overlap = 0 to read as torchtitan does"),
+    "shuffled": (PLACE, True, 0, None, "to continue there: training.dataloader.shuffle = false"),
     "other data": (
         {**PLACE, "documents": 101},
         False,
         0,
         None,
-        "not taken over: the training data hold 100 documents.",
+        "not restored: the training data hold 100 documents.",
     ),
-    "of two ranks": ({"ranks": 2, "unknown": "two ranks"}, False, 0, None, "not taken over: two ranks. Reading begins"),
+    "of two ranks": ({"ranks": 2, "unknown": "two ranks"}, False, 0, None, "not restored: two ranks. Reading begins"),
 }
 
 
@@ -67,7 +67,7 @@ def test_the_first_rank_alone_logs_it(monkeypatch, caplog):
 def test_it_logs_where_reading_continues(caplog):
     with caplog.at_level(logging.INFO):
         go_on({"dataloader": PLACE})
-    assert "where torchtitan stopped: 5 documents read, with 30 ids still to be trained on" in caplog.text
+    assert "where torchtitan stopped: 5 documents read, 30 ids left to train on" in caplog.text
 
 
 def test_the_step_and_the_tokens(caplog):
@@ -75,7 +75,7 @@ def test_the_step_and_the_tokens(caplog):
     assert (state.step, state.tokens_seen) == (7, 1234)
     with caplog.at_level(logging.WARNING):
         assert go_on({"train_state": {"step": 7, "tokens_seen": None}}).tokens_seen == 700
-    assert "how many tokens" in caplog.text
+    assert "the number of tokens seen" in caplog.text
 
 
 def test_parts_that_are_left_out_stay():

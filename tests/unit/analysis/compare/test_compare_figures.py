@@ -63,7 +63,7 @@ def test_two_pairs_are_too_few_to_tell(tmp_path):
     found = compared(make_pair(tmp_path, [0.1, 0.1], [0.2, 0.2]))
     ratio = figure(found, "step_time_s")["ratios"][0]
     assert (ratio["ratio"], ratio["interval"], ratio["verdict"]) == (pytest.approx(2.0), None, "too few runs")
-    assert next(format_answers(found)).startswith("too few runs to tell: 2 pairs, at least 3 are needed")
+    assert next(format_answers(found)).startswith("too few runs: 2 pairs, at least 3 are needed")
 
 
 def test_medians_and_spread_are_those_of_the_counted_windows(tmp_path):
@@ -128,7 +128,7 @@ def test_a_nonfinite_loss_is_reported_and_left_out(tmp_path):
     folders = pair(tmp_path, 1.0, loss=lambda step: math.nan if step == 3 else 1.0)
     found = compared(folders)
     assert found["losses"]["by_run"][1]["loss"][2] is None
-    assert "1 losses are no finite numbers" in found["losses"]["note"]
+    assert "1 losses are NaN or infinite" in found["losses"]["note"]
     json.dumps(found, allow_nan=False)
 
 
@@ -167,7 +167,7 @@ def test_a_comparison_is_json_and_a_report(tmp_path):
     assert text.startswith("b is 11.1 % faster than a")
     for part in ("varied: activation_checkpoint.mode = selective, none", "step_time_s", "memory_peak_gib"):
         assert part in text
-    assert "the first 5 steps of each run are left out" in text
+    assert "the first 5 steps of each run are excluded" in text
     assert "losses: equal to the last digit at all 20 logged steps" in text
     assert max(map(len, text.splitlines())) < 170
 

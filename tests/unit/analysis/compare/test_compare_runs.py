@@ -123,7 +123,7 @@ def test_repeats_may_differ_in_what_is_accepted(tmp_path):
 
 def test_what_is_no_run_is_refused(tmp_path):
     make_run(tmp_path / "a")
-    for name, says in (("none", "there is no such folder"), ("empty", "no run is here")):
+    for name, says in (("none", "there is no such folder"), ("empty", "the folder has no run")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert says in refusal([tmp_path / "a", tmp_path / name])
 
@@ -153,7 +153,7 @@ def test_repeats_that_have_not_finished_are_left_out_and_reported(tmp_path):
     (folders[1] / "repeat-3" / "events.jsonl").unlink()
     found = compared(folders)
     assert [run["repeats"] for run in found["runs"]] == [3, 2]
-    assert found["runs"][1]["warnings"] == ["repeat-3 has not finished, and is left out"]
+    assert found["runs"][1]["warnings"] == ["repeat-3 has not finished, and is excluded"]
     assert found["figures"][0]["ratios"][0]["pairs"] == 2
 
 
@@ -167,7 +167,7 @@ def test_rounds_are_those_that_all_settings_have(tmp_path):
 def test_runs_that_were_not_interleaved_are_reported(tmp_path):
     make_setting(tmp_path / "a", [0.1] * 3, apart=100.0)
     make_setting(tmp_path / "b", [0.1] * 3, first=300.0, apart=100.0)
-    assert any("did not take turns" in warning for warning in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
+    assert any("were not interleaved" in warning for warning in compared([tmp_path / "a", tmp_path / "b"])["warnings"])
 
 
 def test_runs_at_the_same_time_are_reported(tmp_path):
@@ -198,7 +198,7 @@ def test_the_folder_of_a_bench_stands_for_its_settings(tmp_path):
 def test_a_bench_s_setting_is_a_folder_that_can_be_there(tmp_path, name):
     settings = [{"folder": "a", "name": "mode=none"}, {"folder": name, "name": "mode=full"}]
     (tmp_path / "bench.json").write_text(json.dumps({"settings": settings, "varied": {MODE: ["none", "full"]}}))
-    with pytest.raises(UserError, match="no note of a bench"):
+    with pytest.raises(UserError, match="not the record of a bench"):
         folders_of([tmp_path])
 
 

@@ -62,5 +62,5 @@ def test_losses_that_are_no_numbers():
     for run in lost["losses"]["by_run"]:
         run["loss"] = [float("nan")] * 200
     read = assert_page_rules(comparison_page(lost))
-    assert "No loss is a finite number." in read.text
+    assert "All losses are NaN or infinite." in read.text
     assert len(read.all("svg", "picture")) == 2

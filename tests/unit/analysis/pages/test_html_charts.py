@@ -56,7 +56,7 @@ def test_strips_begin_where_their_spans_begin():
         (pytest.approx(LEFT + 0.4 * ROOM), pytest.approx(0.6 * ROOM)),
     ]
     assert "<a>: 2.00 s, from 0 s" in drawn.text
-    assert len(drawn.all("rect", "lane")) == 2
+    assert len(drawn.all("rect", "stream")) == 2
 
 
 def test_a_timeline_of_idle_lanes_is_drawn():

@@ -17,8 +17,8 @@ def test_the_answer_stands_before_any_picture():
     assert trace_sentences(analysis()) == [
         "A step takes 419.4 ms on average (410 ms to 440 ms): 60.0 % compute, 22.0 % exposed communication, "
         "10.0 % waiting for the host.",
-        "The slowest rank is 3: it spends 10.0 ms (2.4 %) a step more than the median rank on its own.",
-        "Most of the exposed communication: reduce_scatter on axis shard over nccl, 44.0 ms a step.",
+        "The slowest rank is 3: its own time is 10.0 ms (2.4 %) per step longer than that of the median rank.",
+        "Most of the exposed communication: reduce_scatter on axis shard over nccl, 44.0 ms per step.",
     ]
 
 
@@ -42,10 +42,10 @@ def test_every_figure_is_there_and_names_stay_names():
 def test_missing_figures_say_why_and_are_no_zeros():
     read = assert_page_rules(trace_page(analysis()))
     assert "waiting for data: not measurable: the trace has no range around the loader" in read.text
-    assert f"transfer a call, tp {EVIL}: not measurable: ranks without `Seq` cannot be matched" in read.text
+    assert f"transfer per call, tp {EVIL}: not measurable: ranks without `Seq` cannot be matched" in read.text
     assert "algorithm GB/s: not measurable: no reason was recorded" in read.text
     assert "waiting for data" not in read.all("table")[0].text, "a column in which nothing could be had is left out"
-    speed = next(table for table in read.all("table") if "How fast." in table.text)
+    speed = next(table for table in read.all("table") if "Speed." in table.text)
     assert [cell.text for cell in speed.all("tr")[-1].inner[4:]] == ["not measurable"] * 4
 
 
@@ -69,7 +69,7 @@ def test_what_is_left_of_a_step_is_named():
 def test_how_long_a_lane_was_busy_is_not_read_off_its_strip():
     """Strips are coarse; step 8 of rank 0 took 0.415 s and computed 0.6 of it."""
     read = assert_page_rules(trace_page(analysis()))
-    lanes = next(table for table in read.all("table") if "This step by lane." in table.text)
+    lanes = next(table for table in read.all("table") if "This step by stream." in table.text)
     first = [[cell.text for cell in row.inner[:3]] for row in lanes.all("tr")[1:5]]
     assert first == [
         ["rank 0", "compute", "249 ms"],
@@ -93,5 +93,5 @@ def test_any_figure_of_a_collective_may_be_missing(key):
 @pytest.mark.parametrize("ranks", [1, 64])
 def test_pages_of_any_number_of_ranks(ranks):
     text = trace_page(analysis(ranks))
-    assert len(assert_page_rules(text).all("rect", "lane")) == 4 * ranks
+    assert len(assert_page_rules(text).all("rect", "stream")) == 4 * ranks
     assert len(text) < 60_000 + 60_000 * ranks

@@ -74,18 +74,18 @@ def test_a_right_card_is_left_alone():
 @pytest.mark.parametrize(
     ("path", "new", "expected"),
     [
-        ("workload.model.model_arch.num_params_embedding", 1_050_673_152, "the output layer, which does multiply"),
+        ("workload.model.model_arch.num_params_embedding", 1_050_673_152, "the output layer, whose FLOP count"),
         ("workload.model.model_arch.num_params_embedding", 524_288_000, "this model's is 525,336,576"),
         ("workload.data.batch_size", 4, "which is 1/8 of them: the batch of one rank"),
-        ("workload.data.batch_size", 64, "off by 0.5"),
-        ("workload.hardware.network_topo.bandwidth_gbps", [2400, 200], "the two look swapped"),
+        ("workload.data.batch_size", 64, "wrong by a factor of 0.5"),
+        ("workload.hardware.network_topo.bandwidth_gbps", [2400, 200], "the two may be swapped"),
         ("workload.hardware.network_topo.bandwidth_gbps", [200], "has 1 figures, not two"),
-        ("Model-executor.communication_library.name", "Gloo", "starts no kernel"),
-        ("Model-executor.communication_library.name", "NVSHMEM", "no field says which one carried the bytes"),
+        ("Model-executor.communication_library.name", "Gloo", "launches no kernels"),
+        ("Model-executor.communication_library.name", "NVSHMEM", "no field shows which one carried the bytes"),
         ("Model-executor.model_plan_parallelization.tp", 4, "is 32, but total_count is 16"),
         ("contributor", None, "1 of 43 fields are missing or empty: contributor"),
         ("workload.hardware.network_topo.bandwidth_gbps", [None, 2400], "bandwidth_gbps"),
-        ("workload.model.num_params", 8_030_261_248, "`mfu` looks for them in workload.model.model_arch"),
+        ("workload.model.num_params", 8_030_261_248, "`mfu` reads them from workload.model.model_arch"),
     ],
 )
 def test_known_mistakes_are_named(path, new, expected):
@@ -106,10 +106,10 @@ def test_traces_that_are_too_short_or_of_different_steps():
 
 def test_a_batch_that_no_trace_proves():
     blind = [RankSummary(rank, trace.steps, None, None) for rank, trace in enumerate(TRACES)]
-    assert "the card does not say that it is global" in found(RIGHT, blind)
+    assert "batch_size_scope is missing" in found(RIGHT, blind)
     scoped = changed("workload.data.batch_size_scope", "global")
     assert found(scoped, blind) == ""
-    assert "is no multiple of 8 data-parallel ranks" in found(changed("workload.data.batch_size", 12), blind)
+    assert "is not a multiple of 8 data-parallel ranks" in found(changed("workload.data.batch_size", 12), blind)
     serving = changed("workload.model.phase", "serving")
     assert "input_len, workload.data.output_len" in found(serving, blind)
     assert "batch_size" not in found(serving, blind).replace("batch_size_scope", "")
@@ -185,7 +185,7 @@ def test_a_layout_that_the_tools_would_misread(tmp_path):
     (tmp_path / "iteration_5").mkdir()
     (tmp_path / "iteration_5" / "rank1_trace.json").touch()
     mistakes = "\n".join(layout_errors(tmp_path, changed("metric_source.traces", ["nsys"])))
-    for part in ("2 cards (a.yaml, b.yaml)", "so is groups.json", "2 traces are packed or in sub-folders",
+    for part in ("2 cards (a.yaml, b.yaml)", "also groups.json", "2 traces are compressed or in subfolders",
                  "traces of 1 ranks, but total_count is 16", "does not list `json`"):  # fmt: skip
         assert part in mistakes
     for rank in range(2, 18):
@@ -199,7 +199,7 @@ def test_the_command_reads_anybodys_card(tmp_path, capsys: pytest.CaptureFixture
     assert main(["ccl-bench", "read", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "step         0.001 s (avg_step_time)" in output
-    assert "by this card" in output
+    assert "from this card" in output
     assert "3 profiled steps" in output
     assert main(["ccl-bench", "read", str(tmp_path / "card.yaml"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -209,7 +209,7 @@ def test_the_command_reads_anybodys_card(tmp_path, capsys: pytest.CaptureFixture
 
 def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]):
     for content, expected in (
-        ("- a\n- list\n", "no card"),
+        ("- a\n- list\n", "not a card"),
         ("a: [1", "cannot be read"),
         (b"\xff\xfe\x00", "not UTF-8"),
         ("a: &a [1, 1]\nb: [*a, *a]\n", "references"),
@@ -235,7 +235,7 @@ def test_what_is_no_card_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(RIGHT))
     (tmp_path / "rank0_trace.json").write_text('{"no": "trace"}')
     assert main(["ccl-bench", "read", str(tmp_path)]) == 2
-    assert "no traceEvents stand in it" in capsys.readouterr().err
+    assert "the file has no traceEvents" in capsys.readouterr().err
     for arguments, expected in (
         (["read", str(tmp_path / "nowhere")], "no such file or folder"),
         (["read", str(tmp_path), "out"], "`read` writes nothing"),

@@ -202,7 +202,7 @@ def test_renamed_and_unlinked_communication_is_not_identified_instead_of_none(tm
         assert entry["mean"]["exposed_communication_s"] is None
     assert found["collectives"] == []
     assert found["slowest"] is None
-    assert "could be told to be a collective" in found["not_measurable"]["communication_s"]
+    assert "was identified as a collective" in found["not_measurable"]["communication_s"]
     assert main(["trace", str(tmp_path)]) == 0
     assert "not measurable: communication_s" in capsys.readouterr().out
 
@@ -272,7 +272,7 @@ def test_the_terminal_begins_with_where_the_time_went(tmp_path, capsys):
     first, *_ = capsys.readouterr().out.splitlines()
     assert first == (
         "a step takes 1 ms on average: 41.5% idle (the host launched nothing in time), 30.0% computing, "
-        "13.5% waiting for communication, 10.0% waiting for data, 5.0% copying with nothing else going on"
+        "13.5% waiting for communication, 10.0% waiting for data, 5.0% copying without overlap"
     )
 
 

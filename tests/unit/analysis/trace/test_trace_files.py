@@ -127,14 +127,14 @@ def test_a_rank_that_nothing_states_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (json.dumps(content())[:3000], "cut off"),
-        (json.dumps(content())[:-1], "cut off"),
-        ("", "cut off"),
+        (json.dumps(content())[:3000], "truncated"),
+        (json.dumps(content())[:-1], "truncated"),
+        ("", "truncated"),
         ('{"traceEvents": [{"ph": "X", nonsense}]}', "nonsense"),
-        ('{"schemaVersion": 1}', "no trace of torch.profiler"),
+        ('{"schemaVersion": 1}', "not a trace of torch.profiler"),
         ('{"traceEvents": []}', "no operations"),
         ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a"}]}', "event 1: ts is None"),
-        ("what is this", "no JSON"),
+        ("what is this", "not a JSON object"),
     ],
     ids=["truncated", "unclosed", "empty", "broken", "another", "no events", "no time", "text"],
 )
@@ -157,7 +157,7 @@ def test_a_packed_file_that_is_cut_off_is_named(tmp_path):
 
 
 def test_a_place_without_traces_is_refused(tmp_path):
-    assert "no trace of torch.profiler lies here" in problem(tmp_path)
+    assert "there is no trace of torch.profiler" in problem(tmp_path)
     assert "no such file or folder" in problem(tmp_path / "nowhere")
 
 

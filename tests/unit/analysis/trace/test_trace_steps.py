@@ -48,7 +48,7 @@ def test_what_lies_between_the_last_step_and_the_end_of_profiling_is_no_step(tmp
     assert found["steps"] == [0, 1, 2, 3, 4]
     assert found["step_time_s"]["mean"] == pytest.approx(1e-3)
     assert len(found["by_rank"][0]["steps"]) == 5
-    (message,) = [warning for warning in found["warnings"] if "left out" in warning]
+    (message,) = [warning for warning in found["warnings"] if "excluded" in warning]
     assert message.startswith("rank0_trace.json: the last mark of a step (")
 
 
@@ -126,7 +126,7 @@ def test_a_distributed_info_of_another_type_is_read_or_left_out_with_a_warning(t
     assert found["ranks"] == [0]
     sound = info == {"rank": "0", "world_size": "2"}
     assert found["world_size"] == (2 if sound else 1)
-    assert any("left out" in warning for warning in found["warnings"]) is not sound
+    assert any("ignored" in warning for warning in found["warnings"]) is not sound
 
 
 def test_terminal_and_page_show_the_same_mean(tmp_path):
