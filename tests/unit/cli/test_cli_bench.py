@@ -70,7 +70,7 @@ class FakeRunner:
 def fake_runner(monkeypatch) -> FakeRunner:
     runs = FakeRunner()
     monkeypatch.setattr(bench, "run_launch", runs)
-    monkeypatch.setattr(compare, "reader_of_traces", lambda: no_traces)
+    monkeypatch.setattr(compare, "load_analyse", lambda: no_traces)
     return runs
 
 
