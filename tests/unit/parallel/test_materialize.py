@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -10,12 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadriga.models.plan import ParameterPlan
 from quadriga.parallel import materialize as under_test
 from quadriga.parallel.materialize import BLOCK_ELEMENTS, draw, materialize
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Bag(nn.Module):
@@ -90,6 +97,36 @@ def test_a_distribution_that_is_not_cut_has_the_quantiles_of_a_normal_one() -> N
     under_test._to_normal(drawn, 1.0, math.inf)
     expected = [NormalDist().inv_cdf((step + 0.5) / 2**24) for step in steps]
     assert drawn.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+# Defined to the bit by IEEE 754, or not arithmetic at all. `erfinv`, `log` and `addcmul` are not: their last bit
+# depends on the library and on the CPU that a machine has.
+EXACT = {"mul", "add", "sub", "div", "neg", "sqrt", "abs", "copysign", "clamp", "frexp", "gt", "rsub"}
+NO_ARITHMETIC = {"nonzero", "squeeze", "index", "index_put", "copy", "_to_copy", "slice", "view", "split", "empty", "detach"}
+
+
+def test_a_draw_uses_arithmetic_that_is_the_same_on_every_cpu() -> None:
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            used.add(operation.overloadpacket.__name__.rstrip("_"))
+            assert "alpha" not in (kwargs or {}), "a scaled sum may be fused"
+            return operation(*args, **(kwargs or {}))
+
+    used: set[str] = set()
+    with Operations():
+        draw(7, "weight", 0, (300, 1000), 0.02, 0.06)
+    assert used <= EXACT | NO_ARITHMETIC
+    assert {"mul", "sqrt", "frexp"} <= used
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_a_draw_does_not_depend_on_what_the_cpu_can_do(capability: str) -> None:
+    code = "from quadriga.parallel.materialize import draw; import hashlib; "
+    code += "print(hashlib.sha256(draw(7, 'weight', 3, (300, 1000), 0.5, 1.5).numpy().tobytes()).hexdigest())"
+    here = hashlib.sha256(draw(7, "weight", 3, (300, 1000), 0.5, 1.5).numpy().tobytes()).hexdigest()
+    environ = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == here
 
 
 def test_blocks_neither_repeat_nor_correlate() -> None:
