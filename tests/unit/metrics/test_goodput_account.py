@@ -259,10 +259,7 @@ def test_the_table_and_the_json(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "step 20 after 2 starts, 0 faults, 2 saves"
     assert any(line.split()[:3] == ["trained", "3m15s", "36.0%"] for line in table)
-    assert (
-        table[-1]
-        == f"notice: {tmp_path}/events.jsonl: the last line is incomplete, as after a kill, and left out"
-    )
+    assert table[-1] == f"notice: {tmp_path}/events.jsonl: the last line is incomplete, as after a kill, and left out"
     assert any("20 steps that a later start trained again" in line for line in table)
     assert any("1 of them bad and skipped" in line for line in table)
     assert any("killed without an event (20 steps lost)" in line for line in table)
