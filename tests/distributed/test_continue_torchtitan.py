@@ -52,5 +52,5 @@ def test_one_number_that_is_off_at_one_step_misses(key, factor):
 
 
 def test_a_run_that_began_anew_is_no_comparison():
-    with pytest.raises(SystemExit, match="steps 4 to 6 were to be trained"):
+    with pytest.raises(SystemExit, match="steps 4 to 6 are expected"):
         proof.compare_steps(WHOLE, WHOLE, 4, 6)

@@ -107,7 +107,7 @@ def test_a_full_run_folder_ends_nothing(tmp_path):
     for file in ("metrics.jsonl", "/tb", "documents/rank0.jsonl", "profile_trace", "estimate.json"):
         (line,) = (line for line in warned if f"{file} cannot be written" in line)
         assert "No space left" in line or "no space left" in line
-        assert line.endswith("the run goes on")
+        assert line.endswith("the run continues")
     assert folders.find_complete(tmp_path / "elsewhere").step == 6
     assert "finished: 6 steps" in ended.out
 

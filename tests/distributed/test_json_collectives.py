@@ -70,7 +70,7 @@ def refused() -> list[str]:
 
 def test_a_message_that_cannot_be_sent_raises_on_every_rank() -> None:
     first, second = run_ranks(refused, 2)
-    long = "announced a message of 2{} bytes; at most 1000 are taken"
+    long = "announced a message of 2{} bytes; at most 1000 are allowed"
     assert "rank 1 could not encode its value as JSON" in first[0]
     assert "not JSON serializable" in second[0]
     assert first[1] == second[1] == f"Fault: rank 1 {long.format('002')}"

@@ -66,7 +66,7 @@ def test_a_loop_that_does_nothing_is_no_progress() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_bytes_memory_and_children_are_progress() -> None:
     assert moved(works_in_a_child)
-    assert moved(lambda: torch.ones(5_000_000).sum())
+    assert moved(lambda: torch.ones(20_000_000).sum())  # 80 MB: above 32 MB malloc always takes new pages
     with open("/dev/zero", "rb") as file:
         assert moved(lambda: os.read(file.fileno(), 8192))
 
