@@ -36,7 +36,7 @@ def result_figures(name: str) -> Any:
 
 
 def equivalence_layouts() -> list[dict[str, Any]]:
-    return [*result_figures("equivalence"), *result_figures("equivalence_loss_in_pieces")]
+    return result_figures("equivalence")
 
 
 def layouts_of_dtype(bfloat16: bool) -> list[dict[str, Any]]:
