@@ -57,9 +57,9 @@ def _local(parameter: Tensor) -> Tensor:
 def inject(*faults: InjectedFault) -> None:
     """Inject faults into this process, a rank: its losses are multiplied in the steps named. Call it before
     the trainer is built."""
-    from quadriga.train import build, loop, step
+    from quadriga.train import loop, loss, step
 
-    rank, cross_entropy, train_step = int(os.environ["RANK"]), step.summed_cross_entropy, step.train_step
+    rank, cross_entropy, train_step = int(os.environ["RANK"]), loss.summed_cross_entropy, step.train_step
     by_step = {injected.step: injected for injected in faults if injected.rank == rank}
     now = 0
 
@@ -79,5 +79,5 @@ def inject(*faults: InjectedFault) -> None:
             flip_lowest_bit(parameter, far_from_a_power_of_two(parameter))
         return metrics
 
-    build.summed_cross_entropy = cross_entropy_with_faults
+    loss.summed_cross_entropy = cross_entropy_with_faults
     step.train_step = loop.train_step = counting_train_step

@@ -19,8 +19,8 @@ from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
-from quadriga.parallel.tensor_parallel import loss_context, plain_loss
-from quadriga.train.step import summed_cross_entropy
+from quadriga.parallel.tensor_parallel import loss_context
+from quadriga.train.loss import summed_cross_entropy
 
 SPEC = ModelSpec(
     "llama3", "tiny", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=56, vocab_size=99, rope_theta=1e4
@@ -71,6 +71,7 @@ def make_model(case: Case, mesh: Mesh) -> nn.Module:
         activation_checkpoint=case.recompute,
         compile=case.compile,
         reshard_after_forward=case.reshard,
+        reshard_ends=case.parallelism.fsdp_reshard_after_forward == "always",
     )
     materialize(model, plan.parameters, 7, torch.device("cpu"))
     return model
@@ -100,7 +101,8 @@ def train(case: Case, steps: int = 3) -> TrainingTrace:
             last = number == len(micro_batches) - 1
             set_gradient_sync(model, reduce=case.reduce == "every_micro_batch", last=last)
             with loss_context(mesh.tp, case.parallelism)():
-                loss = plain_loss(summed_cross_entropy(model(x, positions), y))
+                loss = summed_cross_entropy(model(x, positions), y)
+                loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
                 (loss / (GLOBAL_BATCH * SEQ_LEN)).backward()
             total += loss.detach()
         trace.losses.append((mesh.reduce_sum(total) / (GLOBAL_BATCH * SEQ_LEN)).item())

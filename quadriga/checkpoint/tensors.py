@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from quadriga.checkpoint.files import Files, Location, files_at
@@ -36,6 +35,7 @@ from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
 from quadriga.checkpoint.stored import StoredTensors, TensorPlanner, open_stored
 from quadriga.errors import UserError, causes
 from quadriga.json_collectives import all_gather_json
+from quadriga.tensors import from_local_like, to_local
 
 Tensors = Mapping[str, torch.Tensor]
 COPIED_AHEAD = 10_000_000  # bytes that DCP copies ahead from the device
@@ -147,15 +147,12 @@ class Staging:
         return copies
 
     def _into_host(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        held = value.to_local() if isinstance(value, DTensor) else value
+        held = to_local(value)
         copy = self._copies.get(name)
         if copy is None or copy.shape != held.shape or copy.dtype != held.dtype:
             copy = self._copies[name] = torch.empty_like(held, device="cpu", pin_memory=self._pinned)
         copy.copy_(held, non_blocking=self._pinned)
-        if not isinstance(value, DTensor):
-            return copy
-        mesh, placements = value.device_mesh, value.placements
-        return DTensor.from_local(copy, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+        return from_local_like(copy, value)
 
 
 class HashingFiles(FileSystemBase):

@@ -33,20 +33,6 @@ def all_reduced(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.P
     return result
 
 
-def all_gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """The numbers of every rank, bit for bit, on every rank: shape (ranks, *shape), float or integer.
-
-    The implementation is an all-reduce of tables that are 0 except in a rank's own row. Its latency grows with the
-    logarithm of the number of ranks; that of an all-gather grows linearly.
-    """
-    if world_size() == 1:
-        return numbers.unsqueeze(0)
-    table = torch.zeros(world_size(), *numbers.shape, dtype=numbers.dtype, device=numbers.device)
-    table[rank()] = numbers
-    dist.all_reduce(table)
-    return table
-
-
 def group_named(name: str) -> dist.ProcessGroup | None:
     """The process group with this torch name; None if there is none."""
     names = distributed_c10d._world.pg_names

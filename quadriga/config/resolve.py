@@ -181,6 +181,7 @@ def build_spec(ctx: RuleContext) -> RunSpec:
         steps=training.steps,
         seed=config.debug.seed,
         reshard_after_forward=degrees.pp == 1 if reshard == "default" else reshard == "always",
+        reshard_ends=reshard == "always" and training.loss_chunks == 1,  # chunks use the output layer later
         reduce_gradients=reduce,
         reduce_reason=reason,
         backend=config.comm.backend,

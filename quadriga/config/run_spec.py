@@ -71,6 +71,7 @@ class RunSpec:
     steps: int
     seed: int
     reshard_after_forward: bool
+    reshard_ends: bool  # also of the units that the backward pass needs first
     reduce_gradients: str  # once | every_micro_batch
     reduce_reason: str  # the reason for that choice, in a few words
     backend: str | None  # None: nccl with CUDA, else gloo, decided at the start

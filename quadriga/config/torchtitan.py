@@ -71,11 +71,6 @@ def titan_rows() -> Mapping[str, KeyRow]:
     return plain | {name: KeyRow(**fields) for name, fields in table.items() if isinstance(fields, dict)}
 
 
-def added_keys() -> tuple[str, ...]:
-    """The keys that the release does not have."""
-    return tuple(read_toml(BESIDE / "torchtitan_rows.toml")["ours"])
-
-
 def same_default(name: str, there: TitanKey) -> bool:
     """Whether a key has the default of the release. An empty text and none both switch an optional key off."""
     if name not in KEYS:
@@ -107,8 +102,9 @@ def _cells(name: str, there: TitanKey, row: KeyRow) -> tuple[str, ...]:
 
 
 def _ours() -> str:
-    documented = documentation()
-    lines = [(f"`{name}`", f"`{format_toml(KEYS[name].default)}`", documented[name]) for name in added_keys()]
+    documented, there = documentation(), titan_keys()
+    ours = [name for name in KEYS if name not in there]
+    lines = [(f"`{name}`", f"`{format_toml(KEYS[name].default)}`", documented[name]) for name in ours]
     return _table(("key", "default", "meaning"), lines)
 
 

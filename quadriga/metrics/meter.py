@@ -12,23 +12,26 @@ The fields of a record:
   recomputation and the input embedding do not count, and attention counts with its causal half.
 - `mfu` = flops_per_token x tokens_per_second_per_device / peak, a share of 1; None if the peak is unknown.
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
-- `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (see `memory.py`).
+- `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from quadriga.config.schema import Metrics
-from quadriga.metrics.memory import memory_reader
 from quadriga.metrics.step_metrics import StepMetrics
+from quadriga.units import GIB
 
+PROCESS = Path("/proc/self/status")
 Record = dict[str, Any]  # JSON values: numbers, strings and None
 
 
@@ -140,3 +143,40 @@ class Meter:
             first_step, first_time = self._first_record
             per_step = (now - first_time) / max(step - first_step, 1)
         return per_step * max(self._steps - step, 0)
+
+
+def memory_reader(device: torch.device) -> Callable[[], dict[str, float]]:
+    """A function that reads this rank's memory: in GiB, in percent of the total, and counts."""
+    return (lambda: _cuda_memory(device)) if device.type == "cuda" else _process_memory
+
+
+def _cuda_memory(device: torch.device) -> dict[str, float]:
+    """Peaks of the allocator since the last call. Active: used by tensors; reserved: allocated from the device."""
+    stats = torch.cuda.memory_stats(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    active, reserved = stats.get("active_bytes.all.peak", 0), stats.get("reserved_bytes.all.peak", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "memory_active_gib": active / GIB,
+        "memory_active_percent": 100 * active / total,
+        "memory_reserved_gib": reserved / GIB,
+        "memory_reserved_percent": 100 * reserved / total,
+        "memory_alloc_retries": stats.get("num_alloc_retries", 0),
+        "memory_ooms": stats.get("num_ooms", 0),
+    }
+
+
+def _process_memory() -> dict[str, float]:
+    """The resident set of this process now, and its peak. Empty if the system does not report them."""
+    if not PROCESS.exists():
+        return {}
+    lines = dict(line.split(":", 1) for line in PROCESS.read_text().splitlines() if line.startswith("Vm"))
+    if "VmRSS" not in lines or "VmHWM" not in lines:
+        return {}
+    resident, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "memory_resident_gib": resident / GIB,
+        "memory_peak_gib": peak / GIB,
+        "memory_peak_percent": 100 * peak / total,
+    }

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from quadriga.tensors import to_local
+
 Reduce = Callable[[Tensor], Tensor]
 EPSILON = 1e-6  # keeps the division finite; the value of torch.nn.utils.clip_grad_norm_
 BLOCK = 1 << 20  # elements that are converted to float32 at a time
@@ -46,7 +48,7 @@ def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> N
     The factor is min(1, max_norm / (norm + EPSILON)). There is no device synchronization.
     """
     if max_norm > 0 and gradients:
-        local = [_to_local(gradient) for gradient in gradients]
+        local = [to_local(gradient) for gradient in gradients]
         scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(local, scale.to(local[0].device))
 
@@ -67,17 +69,13 @@ def gradient_norms(gradients: Iterable[Tensor], sum_over_stages: Reduce | None =
     two layouts would diverge faster than by the order of their sums alone.
     """
     gradients = list(gradients)
-    local = _local_norms([_to_local(gradient) for gradient in gradients])
+    local = _local_norms([to_local(gradient) for gradient in gradients])
     by_mesh: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     for gradient, norms in zip(gradients, local, strict=True):
         by_mesh[_shard_axes(gradient)].append(norms)
     squares = [_sum_over_shards(_sum_of_squares(norms), mesh, dims) for (mesh, dims), norms in by_mesh.items()]
     square = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
     return GradientNorms((sum_over_stages(square) if sum_over_stages else square).sqrt().float(), local)
-
-
-def _to_local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _shard_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:

@@ -10,8 +10,8 @@ Adam, and rounds them to nearest. So only the copies of one bucket exist, never 
 | bfloat16   | bfloat16 | 2 + 4                                  | weights, gradients, both moments |
 | bfloat16   | float32  | 2 + 8, instead of 2 + 4                | weights, gradients               |
 
-A bucket has `BUCKET` elements of this rank's shards (64 MiB per copy), or one parameter's shard if that is larger. In
-addition, `foreach` and `for-loop` make temporary tensors of the same size, as in torch; `fused` makes none.
+A bucket has `UPDATE_BUCKET` elements of this rank's shards (64 MiB per copy), or one parameter's shard if that is
+larger. In addition, `foreach` and `for-loop` make temporary tensors of the same size, as in torch; `fused` makes none.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-BUCKET = 1 << 24  # elements of this rank's shards that are updated at a time
+from quadriga.config.schema import UPDATE_BUCKET
+from quadriga.tensors import to_local
 
 
 class AdamWithMomentsIn(torch.optim.Adam):
     """Adam (arXiv 1412.6980) or, with `decoupled_weight_decay`, AdamW (arXiv 1711.05101).
 
     The state has the names and shapes of torch's: `step` (float32), `exp_avg` and `exp_avg_sq`, both in `dtype`.
-    Parameters can be plain tensors or DTensors, float32 or bfloat16. A step that `found_inf` skips (`skip_update.py`)
+    Parameters can be plain tensors or DTensors, float32 or bfloat16. A step that `found_inf` skips (`skip_update_if`)
     leaves the state bit for bit unchanged, because a conversion to float32 and back is exact.
 
     Args:
@@ -57,14 +57,14 @@ class AdamWithMomentsIn(torch.optim.Adam):
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self._state_of(parameter, group) for parameter in parameters]
         held = (
-            [_to_local(parameter) for parameter in parameters],
-            [_to_local(state["exp_avg"]) for state in states],
-            [_to_local(state["exp_avg_sq"]) for state in states],
+            [to_local(parameter) for parameter in parameters],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
         )
         weights, means, squares = wide = [[each.float() for each in column] for column in held]
         adam(
             weights,
-            [_to_local(each.grad).float() for each in parameters if each.grad is not None],  # `step` selected these
+            [to_local(each.grad).float() for each in parameters if each.grad is not None],  # `step` selected these
             means,
             squares,
             [],
@@ -97,20 +97,15 @@ class AdamWithMomentsIn(torch.optim.Adam):
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields consecutive parameters with at most `BUCKET` elements together, or one larger parameter."""
+    """Yields consecutive parameters with at most `UPDATE_BUCKET` elements together, or one larger parameter."""
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        more = _to_local(parameter).numel()
-        if bucket and size + more > BUCKET:
+        more = to_local(parameter).numel()
+        if bucket and size + more > UPDATE_BUCKET:
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
         size += more
     if bucket:
         yield bucket
-
-
-def _to_local(tensor: Tensor) -> Tensor:
-    """This rank's shard, which shares the memory of the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

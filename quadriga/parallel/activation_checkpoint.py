@@ -77,26 +77,15 @@ def apply_activation_checkpoint(
     if section.mode == "memory_budget":
         _set_memory_budget(section, compiled, run_folder)
         return
-    for name in blocks_that_recompute(blocks, section, blocks_before):
+    for number, name in enumerate(blocks, start=blocks_before + 1):
+        if not section.recomputes_block(number):
+            continue
         block = model.get_submodule(name)
         options = _options(section)
-        if _is_per_operation(section):
+        if section.per_operation:
             shapes = forced_shapes(block, name, section.per_op_sac_force_recompute_mm_shapes_by_fqns)
             options["context_fn"] = partial(_per_operation_contexts, shapes)
         block.forward = _recomputed(block.forward, options)
-
-
-def blocks_that_recompute(
-    blocks: tuple[str, ...], section: ActivationCheckpoint, blocks_before: int = 0
-) -> tuple[str, ...]:
-    """With `selective` `N` the Nth, 2Nth, ... block of the rank, counted after `blocks_before` others; `0` means every
-    block. In the other modes all or none."""
-    if section.mode in ("none", "memory_budget"):
-        return ()
-    if section.mode == "full" or _is_per_operation(section):
-        return blocks
-    every = int(section.selective_ac_option) or 1
-    return tuple(block for count, block in enumerate(blocks, start=blocks_before + 1) if count % every == 0)
 
 
 def forced_shapes(block: nn.Module, block_name: str, patterns: tuple[str, ...]) -> frozenset[tuple[int, int]]:
@@ -115,12 +104,8 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
     return forward_with_recompute
 
 
-def _is_per_operation(section: ActivationCheckpoint) -> bool:
-    return section.mode == "selective" and section.selective_ac_option == "op"
-
-
 def _options(section: ActivationCheckpoint) -> dict[str, Any]:
-    if section.debug and _is_per_operation(section):
+    if section.debug and section.per_operation:
         raise UserError(
             Problem(
                 "activation_checkpoint.debug",

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from quadriga.comm.mesh import Mesh
 from quadriga.comm.sharding import ShardCollectives
-from quadriga.config.schema import Parallelism, Training
+from quadriga.config.schema import Training
 from quadriga.models.plan import ShardUnit
 
 
@@ -30,25 +30,27 @@ def apply_data_parallel(
     units: tuple[ShardUnit, ...],
     mesh: Mesh,
     *,
-    parallelism: Parallelism,
     training: Training,
     reshard_after_forward: bool,
+    reshard_ends: bool = False,
     collectives: ShardCollectives | None = None,
 ) -> None:
     """Shard the parameters of `model` over `mesh.fsdp`, in place. `collectives` replace torch's own.
+
+    `reshard_ends`: free also the units that the plan keeps because the backward pass needs them first.
 
     A single rank is unchanged if parameters, compute and gradients have one dtype and stay on the device. Otherwise it
     uses `fully_shard` over a mesh of one rank, so that dtypes are the same as on many ranks. The same holds for ranks
     with tensor parallelism only.
     """
-    if not is_needed(mesh, training):
+    if not training.uses_fsdp(mesh.fsdp.size() * mesh.tp.size()):
         return
     for unit in units:
         modules = [model.get_submodule(name) for name in unit.modules] or [model]
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh.fsdp,
-            reshard_after_forward=reshard_after_forward and (unit.reshard or _always(parallelism, training)),
+            reshard_after_forward=reshard_after_forward and (unit.reshard or reshard_ends),
             mp_policy=_dtype_policy(training),
             offload_policy=_offload_policy(training, mesh),
         )
@@ -61,15 +63,6 @@ def apply_data_parallel(
             _sum_gradients(module)
             if collectives is not None:  # after `_sum_gradients`, because symmetric memory depends on it
                 collectives.install(module)
-
-
-def is_needed(mesh: Mesh, training: Training) -> bool:
-    """Whether anything is sharded, converted or offloaded."""
-    dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-    # Under tensor parallelism also over a mesh of one rank: the gradients of norms are still `Partial`, and
-    # `fully_shard` reduces them over the tp ranks, once per step if gradients are accumulated.
-    cut = mesh.fsdp.size() > 1 or mesh.tp.size() > 1
-    return cut or len(dtypes) > 1 or training.enable_cpu_offload
 
 
 def set_gradient_sync(model: nn.Module, reduce: bool, last: bool) -> None:
@@ -96,14 +89,6 @@ def free_gathered_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _always(parallelism: Parallelism, training: Training) -> bool:
-    """`always` also frees the units that the plan keeps because the backward pass needs them first.
-
-    The exception is a chunked loss, which needs the output layer's weights after the forward pass.
-    """
-    return parallelism.fsdp_reshard_after_forward == "always" and training.loss_chunks == 1
 
 
 def _dtype_policy(training: Training) -> MixedPrecisionPolicy:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from quadriga.comm.mesh import Mesh
 from quadriga.config.schema import LinearFloat8
@@ -22,6 +21,7 @@ from quadriga.errors import Problem, UserError
 from quadriga.log import logger
 from quadriga.models.plan import TensorCut
 from quadriga.parallel.tensor_parallel import plain_output
+from quadriga.tensors import from_local_like, to_local
 
 TABLE = "quantize.linear.float8"
 TORCHAO = "0.18.0"
@@ -79,15 +79,11 @@ def _save_plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, me
     """Save the plain weight instead of torchao's tensor subclass, so that a checkpoint can be read without torchao."""
     name = f"{prefix}weight"
     weight = state[name]
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    local = to_local(weight)
     if not hasattr(local, "__tensor_flatten__"):
         return
     plain = getattr(local, local.__tensor_flatten__()[0][0])  # shares memory, so a load changes the weight
-    if isinstance(weight, DTensor):
-        plain = DTensor.from_local(
-            plain, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-        )
-    state[name] = plain
+    state[name] = from_local_like(plain, weight)
 
 
 def _unconverted_layers(

@@ -7,14 +7,13 @@ effect at the first call.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from quadriga.comm.mesh import Mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
-from quadriga.parallel.chunked_loss import return_hidden_states
 from quadriga.parallel.compile import apply_compile
 from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
@@ -32,6 +31,8 @@ def parallelize(
     activation_checkpoint: ActivationCheckpoint,
     compile: Compile,
     reshard_after_forward: bool,
+    reshard_ends: bool = False,
+    chunked_output: str | None = None,
     float8: LinearFloat8 | None = None,
     collectives: ShardCollectives | None = None,
     blocks_before: int = 0,
@@ -39,6 +40,7 @@ def parallelize(
 ) -> None:
     """Shard, checkpoint and compile `model` in place, as `plan` describes it. It may be on meta; names do not change.
 
+    `chunked_output`: name of the output layer if it must return hidden states; `model` may be a stage without it.
     `blocks_before`: number of recompute units in the earlier pipeline stages of this rank. `run_folder`: for the
     figures of the compiler's memory budget.
     """
@@ -49,12 +51,15 @@ def parallelize(
         apply_float8(model, plan.tensor_cuts, mesh, float8)
 
     # After float8, which replaces the output layer. The loss then computes the logits.
-    if training.loss_chunks > 1 and plan.logits_unit is not None:
-        return_hidden_states(model, plan.logits_unit)
+    for name, module in model.named_modules():
+        if name == chunked_output:
+            module.forward = _identity  # its hooks still run
 
     # Then tensor parallelism: all later transformations see only this rank's slices of the matrices.
     if mesh.tp.size() > 1:
-        apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism, loss_chunks=training.loss_chunks)
+        apply_tensor_parallel(
+            model, plan.tensor_cuts, mesh.tp, parallelism, returns_hidden_states=chunked_output is not None
+        )
 
     # Before recompute and compile, which capture the attention module of the block.
     if mesh.cp.size() > 1:
@@ -80,8 +85,12 @@ def parallelize(
         model,
         plan.shard_units,
         mesh,
-        parallelism=parallelism,
         training=training,
         reshard_after_forward=reshard_after_forward,
+        reshard_ends=reshard_ends,
         collectives=collectives,
     )
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden

@@ -55,12 +55,12 @@ def apply_tensor_parallel(
     mesh: DeviceMesh,
     parallelism: Parallelism,
     *,
-    loss_chunks: int = 1,
+    returns_hidden_states: bool = False,
 ) -> None:
     """Shard `model` over the one-dimensional `mesh`, in place. It may be on meta, or a pipeline stage; names do not
     change.
 
-    With `loss_chunks` above 1 the model returns hidden states, gathered, as a DTensor; `chunked_loss` computes logits.
+    `returns_hidden_states`: the output layer returns its input, gathered, as a DTensor; the loss computes the logits.
 
     Gradients of replicated parameters are `Partial`, with one summand per rank. `fully_shard`, applied later, reduces
     them.
@@ -70,7 +70,7 @@ def apply_tensor_parallel(
     """
     hidden = SEQUENCE if parallelism.enable_sequence_parallel else WHOLE
     logits: Placement | None = WHOLE if parallelism.disable_loss_parallel else FEATURES
-    if loss_chunks > 1:
+    if returns_hidden_states:
         logits = None
     for cut in cuts:
         module = model.get_submodule(cut.module)
@@ -90,11 +90,6 @@ def loss_context(mesh: DeviceMesh, parallelism: Parallelism) -> Callable[[], Abs
     if mesh.size() > 1 and not parallelism.disable_loss_parallel:
         return loss_parallel
     return nullcontext
-
-
-def plain_loss(loss: Tensor) -> Tensor:
-    """The loss as a plain tensor, with its gradients. All ranks of the mesh have the same loss."""
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def _cut(module: nn.Module, style: str, mesh: DeviceMesh, hidden: Placement, logits: Placement | None) -> None:

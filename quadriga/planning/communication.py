@@ -90,7 +90,7 @@ class _StepCalls:
             "shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what
         )
         yield gather
-        if setup.reshards and (unit.reshard or setup.reshards_ends) and unit.weights_in_backward:
+        if setup.reshards and (unit.reshard or setup.run.spec.reshard_ends) and unit.weights_in_backward:
             yield replace(gather, when="backward")
         sent = 1 if setup.reduces_once else self.passes
         size = setup.reduce_bytes * numbers

@@ -53,7 +53,7 @@ class StagePasses:
     @cached_property
     def held_until_backward(self) -> float:
         """Bytes that a forward pass saves, including the log-probabilities of the loss."""
-        whole = self.stage.last and self.setup.loss_chunks == 1
+        whole = self.stage.last and self.setup.run.config.training.loss_chunks == 1
         return (
             self.block_activations
             + self.head_activations
@@ -85,7 +85,7 @@ class StagePasses:
         head = self.setup.head
         if not self.stage.last:
             return 0.0
-        if self.setup.loss_chunks == 1:
+        if self.setup.run.config.training.loss_chunks == 1:
             return head.bytes(head.all_saved)
         return head.bytes(head.all_saved - {self._head_input}) + self._loss_chunk_grads
 
@@ -223,14 +223,14 @@ class StagePasses:
     def _loss_bytes(self, has_weight_grads: bool, bytes_per_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
         kept = self.block_activations + self.head_activations
-        if setup.loss_chunks > 1:
+        if setup.run.config.training.loss_chunks > 1:
             # The input of the output layer still exists, and the matrix's gradients are accumulated in float32.
             kept += head.sizes[self._head_input] + self._output_matrix * (FLOAT32_BYTES - setup.itemsize)
         return {
             "gathered_parameters": self.gathered(0 if setup.reshards else len(self.modes), self.stage.others),
             "gradients": self._existing_grads(has_weight_grads),
             "activations": kept,
-            "logits_and_loss": setup.logits / setup.loss_chunks * bytes_per_logit,
+            "logits_and_loss": setup.logits / setup.run.config.training.loss_chunks * bytes_per_logit,
         }
 
     def _backward(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
@@ -250,8 +250,8 @@ class StagePasses:
             self._unreduced_grads(unit) or (0.0 if has_weight_grads else self._final_grads(unit))
             for unit in self._head_units
         )
-        if setup.loss_chunks > 1:
-            chunk = (setup.logits / setup.loss_chunks + self._output_matrix) * setup.itemsize
+        if setup.run.config.training.loss_chunks > 1:
+            chunk = (setup.logits / setup.run.config.training.loss_chunks + self._output_matrix) * setup.itemsize
             yield "loss, weights of a chunk", {**loss, "logits_and_loss": chunk}
             kept = self.block_activations + self.head_activations + self._loss_chunk_grads
             alive = {

@@ -10,7 +10,7 @@ from quadriga.config import Run
 from quadriga.config.pipeline_order import PipelineOrder
 from quadriga.config.rules_pipeline import SINGLE_STAGE
 from quadriga.config.run_spec import Degrees
-from quadriga.config.schema import ActivationCheckpoint
+from quadriga.config.schema import UPDATE_BUCKET, ActivationCheckpoint
 from quadriga.models.operations import Cut, Kernels
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.planning.activations import Activations, LocalSizes, activations_of
@@ -19,7 +19,6 @@ from quadriga.planning.parameters import Stage, Unit, build_stages, even_split
 from quadriga.planning.schedule import gather_counts, order_of
 from quadriga.units import DTYPE_BYTES
 
-UPDATE_BUCKET = 1 << 24  # elements per bucket of an update with a separate moment dtype, see `optim.moments`
 # Temporary copies of all parameters of a rank during an update.
 OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
@@ -72,28 +71,17 @@ class Setup:
         return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
 
     @cached_property
-    def loss_chunks(self) -> int:
-        return self.run.config.training.loss_chunks
-
-    @cached_property
     def offload(self) -> bool:
         return self.run.config.training.enable_cpu_offload
 
     @cached_property
     def uses_fsdp(self) -> bool:
-        """Whether `fully_shard` wraps the model, by the rule of `parallel.data_parallel`."""
-        training, degrees = self.run.config.training, self.degrees
-        dtypes = {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-        return self.shards * degrees.dp_replicate * degrees.tp > 1 or len(dtypes) > 1 or self.offload
+        """Whether `fully_shard` wraps the model."""
+        return self.run.config.training.uses_fsdp(self.shards * self.degrees.dp_replicate * self.degrees.tp)
 
     @cached_property
     def reshards(self) -> bool:
         return self.run.spec.reshard_after_forward and self.uses_fsdp
-
-    @cached_property
-    def reshards_ends(self) -> bool:
-        """Whether the units that the backward pass needs first are resharded too."""
-        return self.run.config.parallelism.fsdp_reshard_after_forward == "always" and self.loss_chunks == 1
 
     @cached_property
     def reduces_once(self) -> bool:
@@ -186,19 +174,12 @@ class Setup:
         return self.run.config.compile.enable and "model" in self.run.config.compile.components
 
     def modes_of_blocks(self, number: int) -> tuple[str, ...]:
-        """Recompute mode of each block of stage `number`: `none`, `op` or `full`. Every Nth block is counted over all
-        stages of a rank, as in `parallel.activation_checkpoint`."""
-        section, blocks = self.recompute, self.stages[number].blocks
-        if section.mode in ("none", "memory_budget"):
-            return ("none",) * blocks
-        if section.mode == "full":
-            return ("full",) * blocks
-        if section.selective_ac_option == "op":
-            return ("op",) * blocks
-        every = int(section.selective_ac_option) or 1
+        """Recompute mode of each block of stage `number`: `none`, `op` or `full`."""
         own = self.stage_numbers(self.run.spec.stage_ranks[number])
-        before = sum(self.stages[stage].blocks for stage in own if stage < number)
-        return tuple("none" if (before + count) % every else "full" for count in range(1, blocks + 1))
+        first = 1 + sum(self.stages[stage].blocks for stage in own if stage < number)
+        mode = "op" if self.recompute.per_operation else "full"
+        blocks = range(first, first + self.stages[number].blocks)
+        return tuple(mode if self.recompute.recomputes_block(block) else "none" for block in blocks)
 
     def kept(self, mode: str) -> frozenset[str]:
         """Names of the values that a block saves."""

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from quadriga.comm.backend import BACKENDS
@@ -40,6 +39,7 @@ from quadriga.planning.memory import memory_of
 from quadriga.planning.setup import Setup
 from quadriga.rehearsal.live_memory import LiveMemory
 from quadriga.resilience.health import HealthMonitor
+from quadriga.tensors import to_local
 from quadriga.train.build import build_parts, build_state, build_step_config
 from quadriga.train.state import TrainState
 from quadriga.train.step import StepConfig, train_step
@@ -105,7 +105,7 @@ def rehearse(run: Run, rank: int) -> Rehearsal:
         return Rehearsal(
             rank=rank,
             peak=peak,
-            n_parameters=sum(_local(parameter).numel() for parameter in state.parameters()),
+            n_parameters=sum(to_local(parameter).numel() for parameter in state.parameters()),
             build_seconds=built - start,
             step_seconds=stepped - built,
             calls=tuple(sorted(calls, key=lambda call: -call[3])),
@@ -122,7 +122,7 @@ def _step(state: TrainState, step_config: StepConfig, mesh: Mesh, live: LiveMemo
     for parameter in state.parameters():
         live.track(parameter.detach())
     moments = 2 * sum(
-        _local(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
+        to_local(parameter).numel() * state_itemsize(state.optimizer, parameter) for parameter in state.parameters()
     )
     peaks: list[int] = []
     update = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(live.peak))
@@ -219,10 +219,6 @@ def format_estimate_check(rehearsal: Rehearsal, run: Run) -> Iterator[str]:
         if not wrong
         else f"    communication  differs from the estimate: {', '.join(wrong)}"
     )
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

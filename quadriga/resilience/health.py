@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quadriga.comm.loss import StepTotals
 from quadriga.config.schema import Health as HealthSection
-from quadriga.metrics.spikes import RecentLosses
 from quadriga.optim.clip import GradientNorms
-from quadriga.optim.skip_update import skip_update_if
+from quadriga.optim.optimizer import skip_update_if
 
 FINE, NOT_FINITE, SPIKE = 0, 1, 2
 HOST = torch.device("cpu")
@@ -53,18 +51,20 @@ class HealthMonitor:
 
     @torch.no_grad()
     def skip_if_bad(
-        self, optimizer: torch.optim.Optimizer, local_loss: Tensor, norms: GradientNorms, totals: StepTotals
+        self, optimizer: torch.optim.Optimizer, local_loss: Tensor, norms: GradientNorms, loss: Tensor, finite: Tensor
     ) -> None:
-        """Judge the current step. If its loss or gradient norm is NaN or infinite, or its loss is a spike, the next
-        `optimizer.step()` changes nothing."""
+        """Judge the current step by its `loss` over all ranks, and by whether the numbers of all ranks are `finite`.
+
+        After a NaN or infinite loss or gradient norm, or a loss spike, the next `optimizer.step()` changes nothing.
+        """
         bad_kinds = []
         mean = deviation = self._zero
         if self.section.non_finite != "ignore":
-            bad_kinds.append(torch.where(totals.finite, FINE, NOT_FINITE))
+            bad_kinds.append(torch.where(finite, FINE, NOT_FINITE))
         if self.section.spike != "ignore":
-            spike, mean, deviation = self._recent.compare(totals.loss, self.section.spike_sigmas)
-            spike = spike & totals.finite
-            self._recent.add_if(totals.finite & ~spike, totals.loss)
+            spike, mean, deviation = self._recent.compare(loss, self.section.spike_sigmas)
+            spike = spike & finite
+            self._recent.add_if(finite & ~spike, loss)
             bad_kinds.append(torch.where(spike, SPIKE, FINE))
         if not bad_kinds:
             return
@@ -82,3 +82,47 @@ class HealthMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped.fill_(state["skipped"])
         self._recent.load_state_dict(state["recent"])
+
+
+class RecentLosses:
+    """The last `window` losses, in float64. Until the window is half full, no loss counts as a spike."""
+
+    def __init__(self, window: int, device: torch.device) -> None:
+        self._losses = torch.zeros(window, dtype=torch.float64, device=device)
+        self._places = torch.arange(window, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)  # of all losses ever added
+
+    def compare(self, loss: Tensor, sigmas: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether `loss` is more than `sigmas` standard deviations above the mean, the mean, and the deviation.
+
+        All have shape (). The deviation is that of the population; mean and deviation are 0 without losses.
+        """
+        there = self._places < self._count
+        number = there.sum().clamp(min=1)
+        mean = self._losses.sum() / number  # unused places are 0
+        deviation = (torch.where(there, self._losses - mean, 0.0).square().sum() / number).sqrt()
+        enough = 2 * self._count >= len(self._losses)
+        return enough & (loss > mean + sigmas * deviation), mean, deviation
+
+    def add_if(self, wanted: Tensor, loss: Tensor) -> None:
+        """Replace the oldest loss by `loss` if `wanted` is true; both have shape ()."""
+        here = wanted & (self._places == self._count % len(self._losses))
+        self._losses = torch.where(here, loss, self._losses)
+        self._count = self._count + wanted
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"count": of all losses ever added, "losses": [oldest first]}, as JSON values. Waits for the device."""
+        count, window = int(self._count), len(self._losses)
+        losses: list[float] = self._losses.tolist()
+        oldest = count % window if count > window else 0
+        return {"count": count, "losses": (losses[oldest:] + losses[:oldest])[: min(count, window)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`, bit for bit, because each loss returns to its own place. A smaller window keeps the newest
+        losses; a larger one, or one that was never full, begins with the saved ones."""
+        window = len(self._losses)
+        losses = torch.tensor(state["losses"][-window:], dtype=torch.float64, device=self._losses.device)
+        count = state["count"] if len(losses) == window else len(losses)
+        self._losses.zero_()
+        self._losses[(self._places[: len(losses)] + count - len(losses)) % window] = losses
+        self._count.fill_(count)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from quadriga.checkpoint.states import strip_wrappers
 from quadriga.comm import collectives
@@ -21,6 +20,7 @@ from quadriga.comm.mesh import Mesh
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.resilience.bad_steps import CommonFault
+from quadriga.tensors import to_local
 from quadriga.units import format_some
 
 BITS = {1: torch.int8, 2: torch.int16}  # by bytes per number; wider numbers are read as several of 32 bits
@@ -54,7 +54,7 @@ class ReplicaCheck:
         # The maximum of the hashes and of their complements gives the maximum and the minimum in one collective.
         greatest, complement = collectives.all_reduced(torch.stack((hashes, ~hashes)), dist.ReduceOp.MAX, group)
         differs = greatest != ~complement
-        if collectives.all_gather_numbers(differs.any().int()).any():
+        if self._mesh.all_gather_numbers(differs.any().int()).any():
             places = differs.nonzero().flatten().tolist()
             own = {self._named[place][0]: int(hashes[place]) for place in places}
             coordinate = list(self._mesh.device_mesh.get_coordinate() or ())
@@ -82,7 +82,7 @@ def hashes_of(parameters: Sequence[Tensor]) -> Tensor:
 
 def _bits(parameter: Tensor) -> Tensor:
     """This rank's shard as integers, flattened."""
-    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().flatten()
+    local = to_local(parameter).detach().flatten()
     return local.view(BITS.get(local.element_size(), torch.int32))
 
 

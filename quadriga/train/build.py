@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.comm import collectives, process_group, trace_notes
@@ -32,15 +32,13 @@ from quadriga.models import registry
 from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
-from quadriga.parallel.chunked_loss import Loss, chunked_loss
-from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.float8 import TABLE as FLOAT8
 from quadriga.parallel.float8 import precompute_scales
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, StageShapes, remove_modules, stages_of_rank
-from quadriga.parallel.tensor_parallel import loss_context, plain_loss
+from quadriga.parallel.tensor_parallel import loss_context
 from quadriga.resilience.bad_steps import BadSteps
 from quadriga.resilience.health import HealthMonitor
 from quadriga.resilience.replica_checks import ReplicaCheck
@@ -51,12 +49,18 @@ from quadriga.train.bad_records import BadRecords
 from quadriga.train.checks import Checks
 from quadriga.train.event_log import open_event_log
 from quadriga.train.feed import Feed
-from quadriga.train.forward_backward import ForwardBackward, LocalShard, PipelineForwardBackward, WholeForwardBackward
+from quadriga.train.loss import build_loss, chunked_output
 from quadriga.train.numerics import peak_flops, set_numerics
 from quadriga.train.resume import resume
 from quadriga.train.run_files import write_config_and_environment, write_estimate
 from quadriga.train.state import TrainState
-from quadriga.train.step import StepConfig, summed_cross_entropy
+from quadriga.train.step import (
+    ForwardBackward,
+    LocalShard,
+    PipelineForwardBackward,
+    StepConfig,
+    WholeForwardBackward,
+)
 from quadriga.train.validate import Validator
 
 Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
@@ -84,13 +88,6 @@ class Trainer:
     watchdog: Watchdog
     validator: Validator | None
     last_record: Record | None = None  # of a training step
-
-    def write(self, record: Record | None) -> None:
-        """Give a record to every logger; None, between logging steps, to none."""
-        if record is not None:
-            self.last_record = record if record["kind"] == "train" else self.last_record
-            for writer in self.loggers:
-                writer.write(record)
 
     def close(self) -> None:
         """Wait for pending writes, and end the threads."""
@@ -255,6 +252,8 @@ def build_part(
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         reshard_after_forward=spec.reshard_after_forward,
+        reshard_ends=spec.reshard_ends,
+        chunked_output=chunked_output(run),
         float8=float8_of(run),
         collectives=shard_collectives,
         blocks_before=blocks_before,
@@ -332,22 +331,6 @@ def build_forward_backward(
         recomputes=run.config.activation_checkpoint.recomputes,
     )
     return PipelineForwardBackward(pipeline, context, shard)
-
-
-def build_loss(run: Run, device: torch.device, parts: tuple[nn.Module, ...], divisor: int) -> Loss:
-    """The loss as a function of the model's output and the labels: the summed cross-entropy divided by `divisor`."""
-    compile, gathered = run.config.compile, run.config.parallelism.disable_loss_parallel
-    sliced = run.spec.degrees.tp > 1 and not gathered
-    cross_entropy = maybe_compile_loss(summed_cross_entropy, compile, sliced_on_cpu=sliced and device.type == "cpu")
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return plain_loss(cross_entropy(logits, labels)) / divisor
-
-    loss_chunks = run.config.training.loss_chunks
-    output = registry.parallel_plan(run.spec.model).logits_unit
-    if loss_chunks == 1 or output is None:
-        return loss
-    return chunked_loss(loss, parts, output, loss_chunks=loss_chunks, gather_logits=gathered)
 
 
 def build_validator(

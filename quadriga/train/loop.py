@@ -12,6 +12,7 @@ from quadriga.comm import process_group
 from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
+from quadriga.metrics.meter import Record
 from quadriga.resilience import stop_requests
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.resilience.failures import record_failure
@@ -82,7 +83,7 @@ def train(trainer: Trainer) -> int | None:
                 trainer.watchdog.first_step_done()
             state.progress.enter_phase("record")
             record = trainer.meter.record(metrics)
-            trainer.write(record)
+            write_record(trainer, record)
             trainer.checks.after_step(metrics, record)
             trainer.profiler.step(state.step)
             if trainer.failures.reason is not None:
@@ -99,6 +100,14 @@ def train(trainer: Trainer) -> int | None:
             if state.step % trainer.run.config.training.gc_freq == 0:
                 collect_garbage(trainer)
     return stop_cause
+
+
+def write_record(trainer: Trainer, record: Record | None) -> None:
+    """Give a record to every logger; None, between logging steps, to none."""
+    if record is not None:
+        trainer.last_record = record if record["kind"] == "train" else trainer.last_record
+        for writer in trainer.loggers:
+            writer.write(record)
 
 
 def save_last_whole_step(trainer: Trainer) -> None:
@@ -185,7 +194,7 @@ def validate(trainer: Trainer) -> None:
         start = time.perf_counter()
         loss, tokens = trainer.validator.mean_loss(trainer.state.parts, trainer.mesh)
         seconds = time.perf_counter() - start
-    trainer.write(trainer.meter.validation(trainer.state.step, loss, tokens, seconds))
+    write_record(trainer, trainer.meter.validation(trainer.state.step, loss, tokens, seconds))
 
 
 def save(trainer: Trainer, last: bool) -> None:

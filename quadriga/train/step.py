@@ -1,24 +1,27 @@
-"""One optimizer step, from the batch to the new weights."""
+"""One optimizer step, from the batch to the new weights. The model is whole, or the rank has pipeline stages of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.profiler import record_function
 
-from quadriga.comm.loss import all_reduce_loss
 from quadriga.comm.mesh import Mesh
-from quadriga.data.batch import IGNORE
+from quadriga.data.batch import Batch
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
-from quadriga.train.forward_backward import ForwardBackward
+from quadriga.parallel.data_parallel import set_gradient_sync
+from quadriga.parallel.pipeline_parallel import Pipeline
+from quadriga.train.loss import Loss, all_reduce_loss
 from quadriga.train.state import TrainState
 
 T = TypeVar("T")
+LossContext = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,6 @@ class StepConfig:
     tokens_per_step: int
     max_norm: float
     reduce_gradients: str  # once | every_micro_batch
-
-
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy in nats summed over tokens, in float32.
-
-    Args:
-        logits: (batch, seq, vocab), any float dtype.
-        labels: (batch, seq) int64; `IGNORE` is not counted.
-
-    Returns:
-        float32, shape ().
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMetrics:
@@ -73,7 +63,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     totals = all_reduce_loss(loss, norms.total, mesh, local_bad_records)
     scale_gradients(gradients, totals.grad_norm, step_config.max_norm)
     progress.enter_phase("optimizer")
-    state.health.skip_if_bad(state.optimizer, loss, norms, totals)
+    state.health.skip_if_bad(state.optimizer, loss, norms, totals.loss, totals.finite)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
@@ -103,3 +93,75 @@ def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         yield current, False
         current = following
     yield current, True
+
+
+class ForwardBackward(Protocol):
+    """Both methods return this rank's part of the loss, detached, shape (). The parts add up over `Mesh.loss_group`."""
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        """Forward and backward; gradients are accumulated.
+
+        `reduce` and `last`: see `parallel.data_parallel.set_gradient_sync`.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """This rank's part of every sequence. `positions`: int64, shape (local tokens,), on the device."""
+
+    device: torch.device
+    positions: Tensor
+    seq_len: int
+
+    def select(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens and labels on the device, each of shape (rows, local tokens)."""
+        tokens = batch.tokens.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        if len(self.positions) == self.seq_len:
+            return tokens, labels
+        return tokens[:, self.positions], labels[:, self.positions]
+
+
+@dataclass(frozen=True)
+class WholeForwardBackward:
+    """The rank holds the whole model. `loss` is a function of its output and the labels."""
+
+    model: nn.Module
+    loss: Loss
+    loss_context: LossContext
+    shard: LocalShard
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        tokens, labels = self.shard.select(batch)
+        set_gradient_sync(self.model, reduce, last)
+        with self.loss_context():
+            loss = self.loss(self.model(tokens, self.shard.positions), labels)
+            loss.backward()
+        return loss.detach()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        tokens, labels = self.shard.select(batch)
+        with self.loss_context():
+            return self.loss(self.model(tokens, self.shard.positions), labels).detach()
+
+
+@dataclass(frozen=True)
+class PipelineForwardBackward:
+    """The rank holds some stages of the model."""
+
+    pipeline: Pipeline
+    loss_context: LossContext
+    shard: LocalShard
+
+    def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
+        tokens, labels = self.shard.select(batch)
+        with self.loss_context():
+            return self.pipeline.train(tokens, labels, self.shard.positions, reduce=reduce, last=last)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        tokens, labels = self.shard.select(batch)
+        with self.loss_context():
+            return self.pipeline.evaluate(tokens, labels, self.shard.positions)

@@ -13,7 +13,7 @@ from quadriga.data.loader import Loader
 from quadriga.errors import Problem, UserError
 from quadriga.parallel.data_parallel import free_gathered_parameters
 from quadriga.train.feed import Feed
-from quadriga.train.forward_backward import ForwardBackward
+from quadriga.train.step import ForwardBackward
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ TRAINING: Mapping[str, Sequence[tuple[str, str]]] = {
         ("checkpoint/hf_write.py:write_weights", "checkpoint/hf_write.py:write_weights"),
     ],
     "loss": [
-        ("train/build.py:build_loss.<locals>.loss", "train/build.py:build_loss.<locals>.loss"),
-        ("comm/loss.py:all_reduce_loss", "comm/loss.py:all_reduce_loss"),
+        ("train/loss.py:build_loss.<locals>.loss", "train/loss.py:build_loss.<locals>.loss"),
+        ("train/loss.py:all_reduce_loss", "train/loss.py:all_reduce_loss"),
         ("metrics/meter.py:Meter.record", "metrics/loggers.py:Console.write"),
     ],
 }

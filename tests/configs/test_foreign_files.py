@@ -21,7 +21,6 @@ from quadriga.errors import EXIT_OK, UserError
 from quadriga.launch.supervisor import main
 from quadriga.models.registry import catalogue
 from quadriga.optim.schedule import lr_factor
-from quadriga.parallel.activation_checkpoint import blocks_that_recompute
 
 COMMON = """
 [job]
@@ -293,8 +292,9 @@ def test_a_preset_means_what_it_meant(name, tmp_path, monkeypatch):
     assert differing == ALIKE_IN_ALL | READ_AS.get(name, {})
     for step, rate in RATES[name].items():
         assert lr_factor(step, run.config.lr_scheduler, run.spec.steps) == pytest.approx(rate, rel=1e-12)
-    blocks = tuple(f"layers.{number}" for number in range(run.spec.model.n_layers))
-    assert blocks_that_recompute(blocks, run.config.activation_checkpoint) == RECOMPUTED[name]
+    recomputes = run.config.activation_checkpoint.recomputes_block
+    blocks = tuple(f"layers.{number}" for number in range(run.spec.model.n_layers) if recomputes(number + 1))
+    assert blocks == RECOMPUTED[name]
     assert run.spec.reshard_after_forward
     assert (run.spec.accumulation_steps, run.config.training.mixed_precision_param) == (1, "bfloat16")
 

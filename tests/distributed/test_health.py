@@ -50,10 +50,10 @@ def steps_with_fault(
     import torch.distributed as dist
 
     from quadriga.resilience.health import HealthMonitor
-    from quadriga.train import step
+    from quadriga.train import loss, step
     from quadriga.train.build import build_step_config
 
-    genuine = step.summed_cross_entropy, step.train_step
+    genuine = loss.summed_cross_entropy, step.train_step
     inject(injected)
     run = read_run((*arguments, "--training.local_batch_size=2", "--model.n_layers=2"), dist.get_world_size())
     mesh = build_mesh(run.spec.degrees, "cpu")
@@ -68,7 +68,7 @@ def steps_with_fault(
         losses.append((metrics.verdict[1].item(), metrics.loss.item(), metrics.max_loss.item()))
         after = held(state)
         moved.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
-    step.summed_cross_entropy, step.train_step = genuine
+    loss.summed_cross_entropy, step.train_step = genuine
     return Outcome(kinds, moved, int(state.health.skipped), losses, held(state))
 
 
@@ -253,8 +253,8 @@ def test_a_spike_can_stop_the_run(tmp_path):
 def totals_of_a_rank_without_a_loss() -> tuple[bool, float]:
     import torch.distributed as dist
 
-    from quadriga.comm.loss import all_reduce_loss
     from quadriga.config.run_spec import Degrees
+    from quadriga.train.loss import all_reduce_loss
 
     mesh = build_mesh(Degrees(dp_shard=2), "cpu")
     own_loss = torch.tensor(NAN if dist.get_rank() == 1 else 0.5, dtype=torch.float64)

@@ -20,8 +20,7 @@ from torch.distributed.pipelining.schedules import _check_torch_compile_compatib
 from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import build_mesh
 from quadriga.train.build import build_forward_backward, build_step_config
-from quadriga.train.forward_backward import PipelineForwardBackward
-from quadriga.train.step import train_step
+from quadriga.train.step import PipelineForwardBackward, train_step
 
 SINGLE, LOOP = ("GPipe", "1F1B"), ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 SCHEDULES = (*SINGLE, *LOOP, "ZBVZeroBubble", "DualPipeV")
@@ -251,6 +250,7 @@ def free_without_the_check(arguments: Arguments) -> None:
     run = read_run(arguments, dist.get_world_size())
     object.__setattr__(run.config.parallelism, "fsdp_reshard_after_forward", "always")
     object.__setattr__(run.spec, "reshard_after_forward", True)
+    object.__setattr__(run.spec, "reshard_ends", True)
     mesh = build_mesh(run.spec.degrees, "cpu")
     state = make_state(run, mesh)
     train_step(state, build_step_config(run, mesh, CPU, state.parts), mesh)

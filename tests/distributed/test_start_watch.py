@@ -50,7 +50,7 @@ def run_with_delay(folder: str, place: str, how: Callable[[], None], who: int) -
     """A run in which rank `who` does something else first in the function named."""
     from quadriga.comm import process_group
     from quadriga.train import build, loop
-    from quadriga.train.forward_backward import WholeForwardBackward
+    from quadriga.train.step import WholeForwardBackward
 
     holder, name = {
         "rendezvous": (process_group, "start"),

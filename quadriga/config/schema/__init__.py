@@ -11,12 +11,13 @@ from quadriga.config.schema.job import Experimental, Job
 from quadriga.config.schema.memory import ActivationCheckpoint, Compile, Estimate, MemoryEstimation
 from quadriga.config.schema.model import GroupedFloat8, GroupedMX, LinearFloat8, LinearMX, Model, Quantize
 from quadriga.config.schema.observe import Debug, Metrics, Profiling
-from quadriga.config.schema.optim import LrScheduler, Optimizer
+from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
 from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
 
 __all__ = [
+    "UPDATE_BUCKET",
     "ActivationCheckpoint",
     "Checkpoint",
     "Comm",

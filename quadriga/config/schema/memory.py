@@ -44,6 +44,19 @@ class ActivationCheckpoint(Section):
         """Whether the forward pass of a block runs again. With `memory_budget`, the compiler recomputes instead."""
         return self.mode in ("selective", "full")
 
+    @property
+    def per_operation(self) -> bool:
+        """Whether a block that recomputes keeps the results of some operations, and not only its input."""
+        return self.mode == "selective" and self.selective_ac_option == "op"
+
+    def recomputes_block(self, number: int) -> bool:
+        """Whether block `number` of a rank recomputes, counted from 1 over all its pipeline stages.
+
+        With `selective` `N` these are blocks N, 2N, ...; 0 selects all blocks.
+        """
+        every_nth = self.mode == "selective" and not self.per_operation
+        return self.recomputes and number % (int(self.selective_ac_option) or 1 if every_nth else 1) == 0
+
 
 class Compile(Section):
     """torch.compile."""

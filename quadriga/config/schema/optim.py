@@ -6,6 +6,9 @@ from typing import Literal
 
 from quadriga.config.schema.section import Amount, Beta, Count, NonNegative, Positive, Section, Share
 
+# Elements of a rank's shards that an update with a separate dtype of the moments processes at a time.
+UPDATE_BUCKET = 1 << 24
+
 
 class Optimizer(Section):
     """The optimizer and its constants."""

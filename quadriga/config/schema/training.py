@@ -89,6 +89,16 @@ class Training(Section):
 
     dataloader: Dataloader = Dataloader()
 
+    def uses_fsdp(self, ranks: int) -> bool:
+        """Whether `fully_shard` wraps the model: if anything is sharded over the `ranks`, converted or offloaded.
+
+        `ranks`: of the data-parallel, context and tensor axes. Tensor parallelism alone counts too: the gradients of
+        norms are still `Partial`, and `fully_shard` over a mesh of one rank reduces them over the tp ranks, once per
+        step if gradients are accumulated.
+        """
+        dtypes = {self.dtype, self.mixed_precision_param, self.mixed_precision_reduce}
+        return ranks > 1 or len(dtypes) > 1 or self.enable_cpu_offload
+
 
 class Validation(Section):
     """Loss on held-out data, weighted by tokens."""

@@ -11,8 +11,7 @@ from torch import nn
 
 from quadriga.config.schema import Optimizer
 from quadriga.optim import moments
-from quadriga.optim.optimizer import build_optimizer
-from quadriga.optim.skip_update import skip_update_if
+from quadriga.optim.optimizer import build_optimizer, skip_update_if
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 NARROW = torch.bfloat16
@@ -102,7 +101,7 @@ def test_moments_take_half_the_bytes() -> None:
 def test_a_bucket_is_updated_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """So are the float32 copies; and buckets change nothing."""
     expected = weights(train(3, state_dtype="bfloat16")[0])
-    monkeypatch.setattr(moments, "BUCKET", 1100)
+    monkeypatch.setattr(moments, "UPDATE_BUCKET", 1100)
     sizes: list[list[int]] = []
     adam = moments.adam
 

@@ -21,7 +21,7 @@ from quadriga.config.schema import ActivationCheckpoint
 from quadriga.errors import UserError
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.parallel import activation_checkpoint
-from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint, blocks_that_recompute
+from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
 from quadriga.parallel.materialize import materialize
 
 SPEC = ModelSpec("llama3", "tiny", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=56, vocab_size=99)
@@ -101,6 +101,13 @@ def test_named_layers_are_always_recomputed() -> None:
     plain, forced = operations(NONE), operations(section)
     # w2 alone has the shape (56, 32): computed again, and not counted; of the other six the 2nd, 4th and 6th are too.
     assert forced["mm"] - plain["mm"] == (1 + 3) * SPEC.n_layers
+
+
+def blocks_that_recompute(
+    blocks: tuple[str, ...], section: ActivationCheckpoint, blocks_before: int = 0
+) -> tuple[str, ...]:
+    numbered = enumerate(blocks, start=blocks_before + 1)
+    return tuple(block for number, block in numbered if section.recomputes_block(number))
 
 
 def test_every_nth_block() -> None:

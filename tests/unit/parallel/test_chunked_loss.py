@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quadriga.config.model_spec import ModelSpec
 from quadriga.data.batch import IGNORE
 from quadriga.models.registry import build_model, parallel_plan
-from quadriga.parallel.chunked_loss import chunked_loss, return_hidden_states
-from quadriga.train.step import summed_cross_entropy
+from quadriga.train.loss import chunked_loss, summed_cross_entropy
 
 ROWS, SEQ_LEN = 4, 16
 TOKENS = ROWS * SEQ_LEN
@@ -48,7 +47,7 @@ def make(spec: ModelSpec, loss_chunks: int, dtype: torch.dtype = torch.float32) 
     if loss_chunks > 1:
         output = parallel_plan(spec).logits_unit
         assert output is not None
-        return_hidden_states(model, output)
+        model.get_submodule(output).forward = lambda hidden: hidden  # as `parallelize` does
         used = chunked_loss(loss, [model], output, loss_chunks=loss_chunks)
     return model, lambda: used(model(tokens[:, :-1]), labels)
 

@@ -14,11 +14,9 @@ from launching import ROOT
 
 from quadriga.cli.main import main
 from quadriga.hardware import device_named
-from quadriga.optim import moments
 from quadriga.planning.advice import advice_for, format_memory_savings
 from quadriga.planning.estimate import estimate
 from quadriga.planning.search import candidates, search
-from quadriga.planning.setup import UPDATE_BUCKET
 from quadriga.planning.variants import vary
 
 EIGHT_B_FILE = str(ROOT / "configs/llama3_8b/llama3_8b.toml")
@@ -199,7 +197,3 @@ def test_a_schedule_of_the_users_keeps_its_stages(tmp_path) -> None:
     assert run.spec.stage_ranks == (0, 1, 0)
     assert [memory.in_flight for memory in estimate(run, None).memories] == [5, 4], "as the file has them"
     assert vary(run, activation_checkpoint__mode="full").run.spec.stage_ranks == (0, 1, 0)
-
-
-def test_buckets_of_the_update_are_as_the_optimizer_has_them() -> None:
-    assert UPDATE_BUCKET == moments.BUCKET

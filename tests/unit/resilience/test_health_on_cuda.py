@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from quadriga.comm.loss import StepTotals
 from quadriga.config.schema import Health as HealthSection
 from quadriga.optim.clip import gradient_norms, scale_gradients
 from quadriga.optim.moments import AdamWithMomentsIn
@@ -29,8 +28,7 @@ def step(parameters, optimizer, health: HealthMonitor, bad: bool) -> None:
     norms = gradient_norms(gradients)
     loss = torch.full((), 2.0, dtype=torch.float64, device="cuda")
     scale_gradients(gradients, norms.total, 1.0)
-    totals = StepTotals(loss, loss, norms.total, finite=norms.total.isfinite(), bad_records=None)
-    health.skip_if_bad(optimizer, loss, norms, totals)
+    health.skip_if_bad(optimizer, loss, norms, loss, finite=norms.total.isfinite())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

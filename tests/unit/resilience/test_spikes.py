@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quadriga.metrics.spikes import RecentLosses
+from quadriga.resilience.health import RecentLosses
 
 CPU = torch.device("cpu")
 LOSSES = st.lists(st.floats(0.01, 20), max_size=40)

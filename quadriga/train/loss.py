@@ -1,10 +1,11 @@
-"""The output layer and the loss, one chunk of the tokens at a time (`training.loss_chunks`).
+"""The loss of a run: cross-entropy, its sum over micro-batches and ranks, and how it is computed in chunks.
 
-Logits are the largest tensor of a step: tokens x vocabulary, with their float32 copy, its logarithms and the gradients
-of all of them. Only one number per token, the loss, is needed of them. So the tokens of a micro-batch are split into
-chunks, and each chunk runs forward *and* backward through the output layer and the loss before the next chunk begins.
-Only its loss and two gradients are kept: those of its hidden states and of the output matrix. Nothing is computed
-twice: the later backward pass only multiplies the two gradients by the incoming gradient (1 in training).
+**In chunks** (`training.loss_chunks`): the output layer and the loss run on one chunk of the tokens at a time. Logits
+are the largest tensor of a step: tokens x vocabulary, with their float32 copy, its logarithms and the gradients of all
+of them. Only one number per token, the loss, is needed of them. So the tokens of a micro-batch are split into chunks,
+and each chunk runs forward *and* backward through the output layer and the loss before the next chunk begins. Only its
+loss and two gradients are kept: those of its hidden states and of the output matrix. Nothing is computed twice: the
+later backward pass only multiplies the two gradients by the incoming gradient (1 in training).
 
 In bytes, with T tokens on a rank, n chunks, width d, v rows of the output matrix on this rank (under tensor parallelism
 its part of the vocabulary, or the whole vocabulary if logits are gathered), c bytes per number in the compute dtype:
@@ -28,21 +29,97 @@ output layer's unit gathered until the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from quadriga.comm.mesh import Mesh
+from quadriga.config import Run
+from quadriga.data.batch import IGNORE
+from quadriga.models import registry
+from quadriga.parallel.compile import maybe_compile_loss
+from quadriga.tensors import to_local
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def return_hidden_states(model: nn.Module, output: str) -> None:
-    """Let the module `output` return its input, in place; its hooks still run. `model` may be a stage without it."""
-    if (module := _find_module((model,), output)) is not None:
-        module.forward = _identity
+def build_loss(run: Run, device: torch.device, parts: Sequence[nn.Module], divisor: int) -> Loss:
+    """The loss as a function of the model's output and the labels: the summed cross-entropy divided by `divisor`."""
+    gathered = run.config.parallelism.disable_loss_parallel
+    sliced = run.spec.degrees.tp > 1 and not gathered
+    cross_entropy = maybe_compile_loss(
+        summed_cross_entropy, run.config.compile, sliced_on_cpu=sliced and device.type == "cpu"
+    )
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        total = cross_entropy(logits, labels)  # a DTensor if the logits are sharded; all tp ranks have the same loss
+        return (total.full_tensor() if isinstance(total, DTensor) else total) / divisor
+
+    output = chunked_output(run)
+    if output is None:
+        return loss
+    return chunked_loss(loss, parts, output, loss_chunks=run.config.training.loss_chunks, gather_logits=gathered)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy in nats summed over tokens, in float32.
+
+    Args:
+        logits: (batch, seq, vocab), any float dtype.
+        labels: (batch, seq) int64; `IGNORE` is not counted.
+
+    Returns:
+        float32, shape ().
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One step's numbers over all ranks: tensors of shape () on the device, equal on all ranks to the bit."""
+
+    loss: Tensor  # float64: mean over the tokens of the global batch, in nats
+    max_loss: Tensor  # float64: the largest mean over the tokens of one rank, in nats
+    grad_norm: Tensor  # float32: L2 norm of all gradients, before clipping
+    finite: Tensor  # bool: whether the loss and the norm of every rank are finite
+    bad_records: Tensor | None  # float64: records skipped so far; None if skipping is off
+
+
+def all_reduce_loss(
+    local_loss: Tensor, local_norm: Tensor, mesh: Mesh, local_bad_records: int | None = None
+) -> StepTotals:
+    """Reduce all numbers in one collective.
+
+    All ranks use the first rank's norm. Each replica sums the squares by itself, and a difference in the last bit would
+    make the weights of the replicas differ.
+
+    Args:
+        local_loss: this rank's part of the loss, float64, shape ().
+        local_norm: the gradient norm as this rank computed it, shape ().
+        local_bad_records: records skipped in rows that no other rank counts; None on all ranks if skipping is off.
+    """
+    counted = [] if local_bad_records is None else [torch.full_like(local_loss, local_bad_records)]
+    by_rank = mesh.all_gather_numbers(torch.stack((local_loss, local_norm.to(local_loss), *counted)))
+    losses = mesh.loss_rows(by_rank)[:, 0]
+    parts = mesh.batch_degree * mesh.cp.size()  # of the batch; ranks without a loss have 0
+    return StepTotals(
+        loss=losses.sum(),
+        max_loss=losses.max() * parts,
+        grad_norm=by_rank[0, 1].float(),
+        finite=by_rank.isfinite().all(),
+        bad_records=by_rank[:, 2].sum() if counted else None,
+    )
+
+
+def chunked_output(run: Run) -> str | None:
+    """The name of the output layer if it returns hidden states, because the loss computes the logits in chunks."""
+    return registry.parallel_plan(run.spec.model).logits_unit if run.config.training.loss_chunks > 1 else None
 
 
 def chunked_loss(
@@ -52,7 +129,7 @@ def chunked_loss(
 
     Args:
         loss: maps logits (1, tokens, vocab) and labels (1, tokens) to the *sum* over tokens, plain, of shape ().
-        parts: the model, or the stages of this rank, after `return_hidden_states`.
+        parts: the model, or the stages of this rank, whose output layer returns hidden states.
         output: full name of the module that computes logits by `forward(hidden states)`, from `weight` alone.
         loss_chunks: number of chunks. Their lengths differ by at most one token; with fewer tokens, one per chunk.
         gather_logits: gather logits that are sharded along the vocabulary before `loss`.
@@ -61,7 +138,8 @@ def chunked_loss(
         A function of hidden states (batch, seq, dim) and int64 labels (batch, seq). If autograd is on, its forward pass
         also computes the gradients; otherwise it only computes the logits of each chunk and drops them.
     """
-    if (module := _find_module(parts, output)) is None:
+    module = next((module for part in parts for name, module in part.named_modules() if name == output), None)
+    if module is None:
         return loss  # never called on a rank without the last stage
     make_logits = partial(type(module).forward, module)
 
@@ -85,15 +163,15 @@ def chunked_loss(
 def _with_gradients(chunk_loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, loss_chunks: int) -> Tensor:
     """The loss of all tokens; its gradients are computed in the same pass."""
     tokens, labels = hidden.detach().flatten(0, 1), labels.flatten()
-    losses, of_hidden, of_weight = [], torch.empty_like(_local(tokens)), None
+    losses, of_hidden, of_weight = [], torch.empty_like(to_local(tokens)), None
     for cut in _chunk_slices(len(labels), loss_chunks):
         chunk = tokens[cut].requires_grad_()
         loss = chunk_loss(chunk, labels[cut])
         losses.append(loss.detach())
         gradients = torch.autograd.grad(loss, (chunk, weight))
         as_hidden, as_weight = _rebuild_as(gradients[0], hidden), _rebuild_as(gradients[1], weight)
-        of_hidden[cut] = _local(gradients[0])
-        of_weight = _accumulate(of_weight, _local(gradients[1]))
+        of_hidden[cut] = to_local(gradients[0])
+        of_weight = _accumulate(of_weight, to_local(gradients[1]))
         del loss, gradients  # else they stay alive until the next chunk's replace them
     assert of_weight is not None, "a batch without tokens"
     total = torch.stack(losses).sum()
@@ -124,15 +202,6 @@ class _PrecomputedGradient(torch.autograd.Function):
         return None, ctx.rebuild(local * above), None, None
 
 
-def _find_module(parts: Sequence[nn.Module], name: str) -> nn.Module | None:
-    found = [module for part in parts for here, module in part.named_modules() if here == name]
-    return found[0] if found else None
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
-
-
 def _chunk_slices(tokens: int, loss_chunks: int) -> Iterator[slice]:
     """Ranges whose lengths differ by at most one token, so that compiled code has at most two input lengths."""
     ends = [tokens * chunk // loss_chunks for chunk in range(loss_chunks + 1)]
@@ -144,14 +213,10 @@ def _accumulate(total: Tensor | None, more: Tensor) -> Tensor:
     return more.to(torch.promote_types(more.dtype, torch.float32)) if total is None else total.add_(more)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _rebuild_as(gradient: Tensor, whole: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from this rank's part to a gradient of `whole`, with the placements of `gradient`, that of a chunk."""
     if not isinstance(gradient, DTensor):
-        return _identity
+        return lambda local: local
     return partial(
         DTensor.from_local,
         device_mesh=gradient.device_mesh,

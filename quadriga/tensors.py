@@ -1,0 +1,19 @@
+"""Shards of tensors. Every package that handles sharded parameters may import this."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def from_local_like(local: Tensor, whole: Tensor) -> Tensor:
+    """A DTensor with this local shard, and otherwise as `whole`; if that is no DTensor, `local` as it is."""
+    if not isinstance(whole, DTensor):
+        return local
+    mesh, placements = whole.device_mesh, whole.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
