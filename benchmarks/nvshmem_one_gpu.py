@@ -85,7 +85,7 @@ def build_transport(size: int) -> Any:
     from quadriga.comm.nvshmem import NvshmemTransport
 
     assert dist.group.WORLD is not None
-    return NvshmemTransport(dist.group.WORLD, size, torch.device("cuda", 0))
+    return NvshmemTransport(dist.group.WORLD, size, torch.device("cuda", 0), 60.0)
 
 
 def import_conformance_checks() -> Any:

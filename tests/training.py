@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import host_slots_backend
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ def one_rank(argv: list[str], log: bool = True) -> int:
     from quadriga.models.registry import catalogue
     from quadriga.train.loop import run
 
+    host_slots_backend.register()
     if log:
         start_logging()
     world_size = int(os.environ["WORLD_SIZE"])

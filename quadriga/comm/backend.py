@@ -23,8 +23,8 @@ class BackendFacts:
     (`async_tensor_parallel`). `fallback_backend`: the backend of everything except the parameters and gradients of
     `shard`, if that is another one; such a backend carries nothing in a run that shards nothing. `on_host`: the backend
     of CPU tensors. `capability`: minimum compute capability of a device. `needs`: what PyTorch must offer, as in
-    `Machine.offers`. `with_slots`: parameters and gradients go through symmetric memory (`comm.heap`). `hidden`: for
-    tests; never listed as a choice.
+    `Machine.offers`. `transport`: "module:class" of the transport of `comm.slots`, if parameters and gradients go
+    through symmetric memory (`comm.heap`).
     """
 
     name: str
@@ -34,8 +34,7 @@ class BackendFacts:
     on_host: str = "gloo"
     capability: tuple[int, int] | None = None
     needs: str | None = None
-    with_slots: bool = False
-    hidden: bool = False
+    transport: str | None = None
 
 
 # Gloo itself rejects float8, but `fully_shard` sends a unit with several dtypes as bytes, and every unit has norms. The
@@ -44,7 +43,7 @@ DTYPES = frozenset({"float32", "bfloat16", "float64", "float8"})
 ASYNC_TP = "async_tensor_parallel"
 NCCL_SYMMETRIC, NVSHMEM = "NCCL's symmetric memory for FSDP", "NVSHMEM"
 
-BACKENDS: Mapping[str, BackendFacts] = {
+BACKENDS: dict[str, BackendFacts] = {
     facts.name: facts
     for facts in (
         BackendFacts("gloo", "cpu", DTYPES),
@@ -58,11 +57,16 @@ BACKENDS: Mapping[str, BackendFacts] = {
             fallback_backend="nccl",
             capability=(7, 0),
             needs=NVSHMEM,
-            with_slots=True,
+            transport="quadriga.comm.nvshmem:NvshmemTransport",
         ),
-        BackendFacts("host-slots", "cpu", DTYPES, fallback_backend="gloo", with_slots=True, hidden=True),
     )
 }
+
+
+def register_backend(facts: BackendFacts) -> None:
+    """Add a backend to those that a run can choose. The launcher and each rank must call it at startup."""
+    BACKENDS[facts.name] = facts
+
 
 INSTALL_HINTS = {
     NCCL_SYMMETRIC: "install PyTorch 2.13 or newer, or choose nccl",
@@ -105,8 +109,9 @@ def _refusal(requested: str, machine: Machine) -> Problem | None:
     facts = BACKENDS.get(requested)
     if facts is None:
         what = "no backend has this name"
-        usable = ", ".join(name for name, each in BACKENDS.items() if not each.hidden)
-        return Problem("comm.backend", what, requested, allowed=usable, nearest=nearest(requested, BACKENDS))
+        return Problem(
+            "comm.backend", what, requested, allowed=", ".join(BACKENDS), nearest=nearest(requested, BACKENDS)
+        )
     if facts.device_type == "cuda" and not machine.cuda:
         what = "this backend moves tensors between CUDA devices, and none is visible here"
         fix = "leave the backend unset, or choose gloo to train on the CPU"

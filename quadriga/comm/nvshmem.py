@@ -20,13 +20,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from quadriga.comm import nccl
 from quadriga.comm.collectives import barrier
 from quadriga.comm.slots import WORDS_A_RANK
 from quadriga.errors import Fault
 from quadriga.units import format_bytes
 
-PROCESS_GROUP, device = nccl.PROCESS_GROUP, nccl.device
 HIGH_PRIORITY = -1  # as for the streams of `fully_shard`
 
 
@@ -55,9 +53,10 @@ class StreamQueue:
 
 
 class NvshmemTransport:
-    """`size` bytes per rank of `group`. Create it on all ranks of the run together, with the same size."""
+    """`size` bytes per rank of `group`. Create it on all ranks of the run together, with the same size. Its waits have
+    no time limit."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device, timeout_seconds: float) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._device = device
         self._processes = dist.get_process_group_ranks(group)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from quadriga.comm import collectives, gloo, host_slots, nccl, nvshmem
+from quadriga.comm import collectives
+from quadriga.comm.backend import BACKENDS
 from quadriga.comm.network import loopback_variables
 from quadriga.config.schema import Comm
 from quadriga.log import logger
 
-# The module with the process group of each backend. NCCL's symmetric memory concerns buffers, so its group is NCCL's.
-BACKEND_MODULES: Mapping[str, ModuleType] = {
-    "gloo": gloo,
-    "nccl": nccl,
-    "nccl-symm": nccl,
-    "nvshmem": nvshmem,
-    "host-slots": host_slots,
-}
+# By device: the argument of `init_process_group`. CPU tensors of a run on CUDA devices (small objects, offloaded
+# gradients) go over gloo.
+PROCESS_GROUPS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def start(
@@ -44,13 +39,16 @@ def start(
     if "RANK" not in environ:
         os.environ.update(loopback_variables(os.environ))
     _record_flights(comm, traces_folder)
-    module = BACKEND_MODULES[backend]
-    device: torch.device = module.device(int(environ.get("LOCAL_RANK", "0")))
+    device_type = BACKENDS[backend].device_type
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)  # NCCL binds its communicators to the current device
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     dist.init_process_group(
-        module.PROCESS_GROUP,
+        PROCESS_GROUPS[device_type],
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if device_type == "cuda" else None,
         **_rendezvous(environ, timeout),
     )
     logger.debug("process group of %d ranks over %s", dist.get_world_size(), backend)

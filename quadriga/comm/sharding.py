@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from quadriga.comm.backend import BACKENDS
 from quadriga.comm.collectives import gather_in_symmetric_memory
 from quadriga.comm.heap import Heap
-from quadriga.comm.host_slots import HostTransport
-from quadriga.comm.nvshmem import NvshmemTransport
 from quadriga.comm.slots import SlotCollectives
 
 
@@ -51,8 +51,9 @@ def open_shard_collectives(
     """
     if backend == "nccl-symm":
         return NcclSymmetric()
-    if heap is None:
+    place = BACKENDS[backend].transport
+    if heap is None or place is None:
         return None
-    if backend == "nvshmem":
-        return SlotCollectives(NvshmemTransport(group, heap.bytes, device), heap, backend)
-    return SlotCollectives(HostTransport(group, heap.bytes, timeout_seconds), heap, backend)
+    module, _, name = place.partition(":")
+    transport = getattr(import_module(module), name)(group, heap.bytes, device, timeout_seconds)
+    return SlotCollectives(transport, heap, backend)

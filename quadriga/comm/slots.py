@@ -1,7 +1,7 @@
 """All-gather and reduce-scatter by puts into the memory of peers: slots, signals and a handshake.
 
-`fully_shard` uses them instead of its own collectives. A `Transport` (`comm.nvshmem`, `comm.host_slots`) moves the
-bytes; this module has the protocol, which needs no GPU to test.
+`fully_shard` uses them instead of its own collectives. A `Transport` (`comm.nvshmem`) moves the bytes; this module has
+the protocol, which needs no GPU to test.
 
 A buffer of a group of n ranks has n slots of equal size. Only rank r writes slot r, on every rank. Each rank has two
 signal words per peer and kind of call: `ready` and `full`. Their value is the number of the call, which is equal on all
@@ -35,12 +35,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.profiler import record_function
 
-from quadriga.comm.annotation import annotated
 from quadriga.comm.heap import Heap
 
 WORDS_A_RANK = 4  # `ready` and `full`, for two kinds of calls
-AXIS = "shard"
+KINDS = ("all_gather", "reduce_scatter")
+# The name of a call in a profiler trace, because torch does not record it by itself (docs/communication.md).
+ANNOTATION = "quadriga:collective axis=shard kind={kind} bytes={size} dtype={dtype} ranks={ranks} backend={backend}"
 
 
 class Completion(Protocol):
@@ -63,7 +65,8 @@ class Transport(Protocol):
     """Memory of `size` ranks; each rank may write into that of the others, at the same offset as in its own.
 
     `memory`: this rank's memory, uint8, one dimension. `put`, `signal` and `wait` are called within the work of a
-    queue. Signal words are 0 at the beginning.
+    queue. Signal words are 0 at the beginning. Constructors take the process group, the bytes per rank, the device, and
+    the time limit of a wait in seconds.
     """
 
     @property
@@ -108,26 +111,32 @@ class SlotWork(dist.Work):
 
 
 class Exchange:
-    """The calls of one kind: their queue, number and signal words."""
+    """The calls of one of KINDS: their queue, number, bytes and signal words."""
 
-    def __init__(self, transport: Transport, kind: int) -> None:
+    def __init__(self, transport: Transport, kind: str, backend: str, bytes_by_collective: Counter[str]) -> None:
         self.transport, self._queue, self._calls = transport, transport.new_queue(), 0
-        self._ready, self._full = (2 * kind * transport.size, (2 * kind + 1) * transport.size)
+        self._kind, self._backend, self._bytes = kind, backend, bytes_by_collective
+        first = 2 * KINDS.index(kind) * transport.size
+        self._ready, self._full = first, first + transport.size
 
-    def run(self, steps: Callable[[int], None], async_op: bool) -> dist.Work | None:
-        """Run `steps` as the next call, with its number as the argument."""
+    def run(self, steps: Callable[[int], None], whole: Tensor, async_op: bool) -> dist.Work | None:
+        """Run `steps` as the next call, with its number as the argument. `whole`: its largest tensor."""
         self._calls += 1
-        number = self._calls
+        number, size, dtype = self._calls, whole.numel() * whole.itemsize, str(whole.dtype).removeprefix("torch.")
+        ranks = self.transport.size
+        name = ANNOTATION.format(kind=self._kind, size=size, dtype=dtype, ranks=ranks, backend=self._backend)
+        self._bytes[self._kind] += size
 
         def work() -> None:
             with torch.no_grad():
                 steps(number)
 
-        done = self._queue.submit(work)
-        if async_op:
-            return SlotWork(done)
-        done.wait()
-        return None
+        with record_function(name):
+            done = self._queue.submit(work)
+            if async_op:
+                return SlotWork(done)
+            done.wait()
+            return None
 
     def peers(self) -> Iterator[int]:
         """All other ranks, starting after this one, so that ranks do not all write to the same peer."""
@@ -152,13 +161,8 @@ class Exchange:
 class SlotAllGather(AllGather):
     """Outputs are buffers in the transport's memory, used in turn; a buffer is free when torch drops its tensor."""
 
-    def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
-        self._exchange, self._heap, self._backend, self._bytes_by_collective = (
-            exchange,
-            heap,
-            backend,
-            bytes_by_collective,
-        )
+    def __init__(self, exchange: Exchange, heap: Heap) -> None:
+        self._exchange, self._heap = exchange, heap
         self._next_buffer = 0
         self._held: list[weakref.ref[Tensor] | None] = [None] * len(heap.gather_starts)
 
@@ -203,21 +207,14 @@ class SlotAllGather(AllGather):
                 exchange.put(start, size, peer, number)
             exchange.wait_until_full(number)
 
-        self._bytes_by_collective["all_gather"] += transport.size * size
-        with annotated(AXIS, "all_gather", output_tensor, transport.size, self._backend):
-            return exchange.run(steps, async_op)
+        return exchange.run(steps, output_tensor, async_op)
 
 
 class SlotReduceScatter(ReduceScatter):
     """Chunks arrive in a scratch buffer of the transport's memory; inputs and outputs are ordinary tensors."""
 
-    def __init__(self, exchange: Exchange, heap: Heap, backend: str, bytes_by_collective: Counter[str]) -> None:
-        self._exchange, self._heap, self._backend, self._bytes_by_collective = (
-            exchange,
-            heap,
-            backend,
-            bytes_by_collective,
-        )
+    def __init__(self, exchange: Exchange, heap: Heap) -> None:
+        self._exchange, self._heap = exchange, heap
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty([int(length) for length in size], dtype=dtype, device=device)
@@ -253,9 +250,7 @@ class SlotReduceScatter(ReduceScatter):
             exchange.wait_until_full(number)
             output_tensor.view(-1).copy_(torch.sum(slots, dim=0, dtype=_wide(slots.dtype)))
 
-        self._bytes_by_collective["reduce_scatter"] += whole
-        with annotated(AXIS, "reduce_scatter", input_tensor, transport.size, self._backend):
-            return exchange.run(steps, async_op)
+        return exchange.run(steps, input_tensor, async_op)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -280,8 +275,8 @@ class SlotCollectives:
     def __init__(self, transport: Transport, heap: Heap, backend: str) -> None:
         self._transport = transport
         self.bytes_by_collective: Counter[str] = Counter()
-        self.all_gather = SlotAllGather(Exchange(transport, 0), heap, backend, self.bytes_by_collective)
-        self.reduce_scatter = SlotReduceScatter(Exchange(transport, 1), heap, backend, self.bytes_by_collective)
+        calls = [Exchange(transport, kind, backend, self.bytes_by_collective) for kind in KINDS]
+        self.all_gather, self.reduce_scatter = SlotAllGather(calls[0], heap), SlotReduceScatter(calls[1], heap)
 
     def install(self, module: FSDPModule) -> None:
         """Use these collectives for the parameters and gradients of `module`."""

@@ -14,14 +14,9 @@ CP = "parallelism.context_parallel_degree"
 @rule(BACKEND)
 def backend_is_known(ctx: RuleContext) -> Findings:
     name = ctx.config.comm.backend
-    if name is None:
-        return
-    facts = ctx.backends.get(name)
-    usable = ", ".join(known for known, about in ctx.backends.items() if not about.hidden)
-    if facts is None:
+    if name is not None and name not in ctx.backends:
+        usable = ", ".join(ctx.backends)
         yield Conflict("no backend has this name", allowed=usable, nearest=nearest(name, ctx.backends))
-    elif facts.hidden:
-        yield f"{BACKEND} = {name} uses the shared memory of one machine, and is only for tests"
 
 
 @rule(BACKEND, DP_SHARD, CP)
@@ -49,5 +44,5 @@ def _backend_facts(ctx: RuleContext) -> BackendProtocol | None:
 
 
 def _backends_that_carry(ctx: RuleContext, feature: str) -> str:
-    able = [name for name, facts in ctx.backends.items() if feature in facts.carries and not facts.hidden]
+    able = [name for name, facts in ctx.backends.items() if feature in facts.carries]
     return f"choose {' or '.join(able)}" if able else "switch the feature off: no backend supports it"

@@ -15,7 +15,7 @@ def heap_of(run: Run, backend: str | None = None) -> Heap | None:
     include the padding of the last shard.
     """
     facts = BACKENDS.get(backend or run.spec.backend or "")
-    if facts is None or not facts.with_slots:
+    if facts is None or facts.transport is None:
         return None
     setup = Setup(run)
     units = [unit for stage in setup.stages for unit, count in stage.units() if count]

@@ -45,14 +45,12 @@ from quadriga.resilience.replica_checks import ReplicaCheck
 from quadriga.resilience.stop_requests import StopRequests
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train.backends import collectives_for_shards, machine_for
-from quadriga.train.bad_records import BadRecords
-from quadriga.train.checks import Checks
-from quadriga.train.event_log import open_event_log
+from quadriga.train.checks import BadRecords, Checks
 from quadriga.train.feed import Feed
 from quadriga.train.loss import build_loss, chunked_output
 from quadriga.train.numerics import peak_flops, set_numerics
 from quadriga.train.resume import resume
-from quadriga.train.run_files import write_config_and_environment, write_estimate
+from quadriga.train.run_files import open_event_log, write_config_and_environment, write_estimate
 from quadriga.train.state import TrainState
 from quadriga.train.step import (
     ForwardBackward,

@@ -1,8 +1,8 @@
-"""What a checkpoint saves of a run, and how a run is restored from it."""
+"""What a checkpoint saves of a run, how a run is restored from it, and which changes of the run are refused then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quadriga.checkpoint.extra_errors import convert_extra_errors
@@ -10,17 +10,23 @@ from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
-from quadriga.config.continuity import run_facts
+from quadriga.config.changed_defaults import started_with
+from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.messages import plural
+from quadriga.config.schema import JobConfig
+from quadriga.data.loader import Loader
+from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.models import registry
 from quadriga.optim.schedule import fast_forward
-from quadriga.train import continuity
 from quadriga.train.hf import start_from_hf
 from quadriga.train.run_files import versions
 from quadriga.train.state import TrainState
 from quadriga.train.titan import resume_from_titan
+
+Change = tuple[str, Any, Any]  # the key, what it was, what it is
+PATH_KEYS = {"job.config_file", "job.dump_folder"}  # other paths do not change the run
 
 
 def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
@@ -35,7 +41,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
         del tensors["random"]
     elif found.resume:
         with convert_extra_errors(found):
-            continuity.check_continuity(found.extra, run, state.loader)
+            check_continuity(found.extra, run, state.loader)
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
@@ -93,3 +99,44 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
         state.loader.load_state_dict(extra["dataloader"])
     else:  # only with `checkpoint.allow_change`
         logger.warning("the data differ from the checkpoint's: reading begins at their start")
+
+
+def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:
+    """Log the differences from the configuration of the checkpoint.
+
+    Raises:
+        UserError: the model, the data, the seed or the batch differ, and `checkpoint.allow_change` is not set.
+    """
+    here = run_facts(run)
+    for key, was, now in config_changes(saved["config"], here["config"], started_with(saved)):
+        logger.info("changed since this checkpoint was saved: %s: %s -> %s", key, was, now)
+    wrong = resume_problems(saved, run)
+    if "dataloader" in saved:
+        wrong += [
+            problem
+            for problem in loader.differences(saved["dataloader"])
+            if not problem.where.endswith(("seed", "global_batch_size"))  # reported above
+        ]
+    if wrong and not run.config.checkpoint.allow_change:
+        raise UserError(*wrong)
+    for problem in wrong:
+        logger.warning("%s is %s; it %s (checkpoint.allow_change)", problem.where, problem.value, problem.what)
+
+
+def config_changes(saved: Mapping[str, Any], here: Mapping[str, Any], old_defaults: Mapping[str, Any]) -> list[Change]:
+    """Every key whose value differs between two configurations, except the paths of the run.
+
+    A key that the saved one lacks did not exist then, and has today's default; a key that was removed since is None.
+    `old_defaults`: by key, the old values of keys that the saved one may lack and whose default has changed."""
+    defaults = dict(flatten(JobConfig().model_dump(mode="json")))
+    was, now = {**defaults, **old_defaults, **dict(flatten(saved))}, dict(flatten(here))
+    keys = sorted((was.keys() | now.keys()) - PATH_KEYS)
+    return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

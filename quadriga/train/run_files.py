@@ -1,4 +1,5 @@
-"""Describes a run in its folder: the resolved configuration, the environment and the estimate."""
+"""Describes a run in its folder: the resolved configuration, the environment, the estimate, and the start in the event
+log, which numbers it."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,19 @@ from typing import Any
 import torch
 
 import quadriga
+from quadriga.comm import collectives
 from quadriga.comm.backend import backend_by_axis
 from quadriga.config import JobConfig, Run, to_toml
-from quadriga.config.run_spec import Degrees
+from quadriga.config.run_spec import Degrees, RunSpec
+from quadriga.errors import UserError
 from quadriga.hardware import find_device
-from quadriga.metrics.append import set_aside
+from quadriga.json_collectives import broadcast_json
+from quadriga.log import logger
+from quadriga.metrics.append import ensure_appendable, set_aside
+from quadriga.metrics.events import EVENTS_NAME, EventLog, process_start_time
 from quadriga.metrics.guarded import WriteFailures
+from quadriga.metrics.jsonl import next_attempt
+from quadriga.metrics.loggers import JSONL_NAME
 from quadriga.planning.advice import advice_for, format_memory_savings
 from quadriga.planning.estimate import estimate
 
@@ -91,7 +100,7 @@ def describe_environment(backend: str, degrees: Degrees, device: torch.device) -
         "git": git_state(),
         "command": sys.argv,
         "python": platform.python_version(),
-        "libraries": {name: version for name in LIBRARIES if (version := installed_version(name))},
+        "libraries": library_versions(),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if on_cuda else 0)],
@@ -109,18 +118,19 @@ def describe_environment(backend: str, degrees: Degrees, device: torch.device) -
     }
 
 
-@functools.cache
 def versions() -> dict[str, str]:
-    """The versions of Quadriga, Python and the libraries that affect the numbers."""
-    libraries = {name: version for name in LIBRARIES if (version := installed_version(name))}
-    return {"quadriga": quadriga.__version__, "python": platform.python_version(), **libraries}
+    """Of Quadriga, Python and the libraries that shape the numbers."""
+    return {"quadriga": quadriga.__version__, "python": platform.python_version(), **library_versions()}
 
 
-def installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Of the installed ones of LIBRARIES."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_state() -> dict[str, Any] | None:
@@ -140,3 +150,28 @@ def git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def open_event_log(spec: RunSpec, backend: str) -> EventLog:
+    """Number this start of the run, and log it. Call on all ranks after the process group is initialized."""
+    folder = Path(spec.folders.dump)
+    if collectives.rank() != 0:
+        return EventLog(folder, collectives.rank(), broadcast_json(None))
+    # The first rank decides, because it alone writes the two files that give the number. Both are read: a start may
+    # have ended before its first metrics, another one before its first event.
+    attempt = max(_next_attempt(folder / name) for name in (JSONL_NAME, EVENTS_NAME))
+    events = EventLog(folder, 0, broadcast_json(attempt))
+    facts = {"world_size": spec.world_size, "layout": asdict(spec.degrees), "backend": backend}
+    events.log_event("start", 0, **facts, process_start=process_start_time())
+    return events
+
+
+def _next_attempt(path: Path) -> int:
+    """The number after that of the last start in the file; 1 if the file is not readable, which is then set aside."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ensure_appendable(path)
+        return next_attempt(path)
+    except (OSError, UserError) as error:
+        logger.warning("%s cannot be read: the starts of this run are numbered from 1 again (%s)", path, error)
+        return 1

@@ -70,10 +70,17 @@ def with_slots(backend: str, timeout: float = TIMEOUT) -> CollectivePair:
     from quadriga.comm.heap import Heap
     from quadriga.comm.sharding import open_shard_collectives
 
+    register_test_backend()
     world, device = group_of_all(), device_here()
     sharding = open_shard_collectives(backend, world, Heap(CAPACITY, CAPACITY), device, timeout)
     assert sharding is not None
     return CollectivePair(sharding.all_gather, sharding.reduce_scatter, world, device, sharding.close)
+
+
+def register_test_backend() -> None:
+    import host_slots_backend
+
+    host_slots_backend.register()
 
 
 def host_slots() -> CollectivePair:
@@ -301,6 +308,7 @@ def main(backend: str) -> int:
     from quadriga.comm import process_group
     from quadriga.config.schema import Comm
 
+    register_test_backend()
     process_group.start(Comm(), backend)
     candidates: dict[str, Make] = {"nvshmem": nvshmem, "host-slots": host_slots, "nccl-symm": nccl_symm}
     pair = candidates.get(backend, torch_collectives)()
@@ -321,5 +329,5 @@ def main(backend: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (2, 1)]
     sys.exit(main(sys.argv[1]))

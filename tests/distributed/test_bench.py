@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from host_slots_backend import environ_with_host_slots
 from launching import ROOT, Running, is_alive, launch, wait_until
 
 CLI = [sys.executable, "-m", "quadriga.cli"]
@@ -104,7 +105,8 @@ def test_each_backend_is_credited_with_what_it_carried(tmp_path):
     """Two that carry the same bytes in different ways on a CPU; the traces of both say which it was."""
     varied = "comm.backend=gloo,host-slots"
     keys = ["--training.mixed_precision_reduce", "float32", "--json"]
-    ended = launch(bench(tmp_path / "out", varied, "--repeat", "1", "--ngpu", "2", "--steps", "17", *keys), ONE_THREAD)
+    environ = {**ONE_THREAD, **environ_with_host_slots(tmp_path / "hook")}
+    ended = launch(bench(tmp_path / "out", varied, "--repeat", "1", "--ngpu", "2", "--steps", "17", *keys), environ)
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
     assert [(each["asked"], each["credited"]) for each in found["backend"]] == [("gloo", True), ("host-slots", True)]

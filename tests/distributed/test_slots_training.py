@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from estimating import run_of
+from host_slots_backend import FACTS
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, largest_difference, one_rank, train
 
+from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run
 from quadriga.metrics.jsonl import read_metrics
 
@@ -47,6 +49,11 @@ GLOO = "over gloo"
 EXACT, EXACT_GLOO = "sums in float64", "sums in float64, over gloo"
 QUICK = (*tuple(LAYOUTS)[:2], "HSDP 2 x 2", EXACT)
 Records = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _known_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, FACTS.name, FACTS)
 
 
 def arguments_of(name: str, ranks: int) -> tuple[int, tuple[str, ...]]:
@@ -148,12 +155,14 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from quadriga.comm.backend import register_backend
     from quadriga.comm.mesh import build_mesh
     from quadriga.rehearsal.rehearse import empty_loader
     from quadriga.train.backends import collectives_for_shards
     from quadriga.train.build import build_parts, build_state, build_step_config
     from quadriga.train.step import train_step
 
+    register_backend(FACTS)
     cpu = torch.device("cpu")
     mesh = build_mesh(run.spec.degrees, "cpu")
     sharding = collectives_for_shards(run, "host-slots", mesh, cpu)

@@ -35,7 +35,7 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1,
 }  # fmt: skip
 OUTPUT_FIRST = ("all_gather", "reduce_scatter", "all_to_all")
-ANNOTATION_PREFIX = "quadriga:collective "  # prefix of Quadriga's annotations (quadriga/comm/annotation.py)
+ANNOTATION_PREFIX = "quadriga:collective "  # prefix of Quadriga's annotations (quadriga/comm/slots.py)
 AXIS_OF_PURPOSE = {"default_pg": "world", "mesh_dp_shard": "shard"}
 UNKNOWN = "?"
 COLLECTIVE_NAMES = re.compile(

@@ -19,7 +19,7 @@ from quadriga.config.keys import KEYS
 from quadriga.config.rules import config_value
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import catalogue
-from quadriga.train.continuity import config_changes, flatten
+from quadriga.train.resume import config_changes, flatten
 
 VARIANT, DECAY = "lr_scheduler.variant", "optimizer.decay_norms_and_biases"
 PLACES = {"job.config_file", "job.dump_folder", "training.dataset_path"}  # of that run

@@ -14,7 +14,7 @@ from quadriga.metrics.append import Appender
 from quadriga.metrics.events import EventLog, read_events
 from quadriga.metrics.guarded import Guarded, WriteFailures
 from quadriga.metrics.jsonl import JsonLines, read_metrics
-from quadriga.train.event_log import open_event_log
+from quadriga.train.run_files import open_event_log
 
 SOUND = '{"kind": "train", "step": 1, "attempt": 4, "event": "start", "time": 1.0, "rank": 0}\n'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quadriga.data.packing import SkippedRecord
 from quadriga.errors import Problem, UserError
-from quadriga.train.bad_records import MAX_LOGGED, BadRecords
+from quadriga.train.checks import MAX_LOGGED, BadRecords
 
 
 class FileGone:

@@ -22,12 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quadriga.comm import gloo
 from quadriga.comm.collectives import barrier
 from quadriga.comm.slots import WORDS_A_RANK
 from quadriga.json_collectives import all_gather_json
 
-PROCESS_GROUP, device = gloo.PROCESS_GROUP, gloo.device
 FOLDER = "/dev/shm"
 WORD = 8  # bytes
 PAUSES = (0.0, 2e-5, 1e-4, 1e-3)  # seconds between two reads of a signal word, longer in a longer wait
@@ -91,7 +89,7 @@ class HostTransport:
         RuntimeError: the ranks are on several machines.
     """
 
-    def __init__(self, group: dist.ProcessGroup, size: int, timeout_seconds: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, _: torch.device, timeout_seconds: float) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._timeout = timeout_seconds
         self._queues: list[HostQueue] = []
