@@ -83,12 +83,13 @@ class StageShapes:
         return torch.empty((self.shape[0], self.seq_len), dtype=torch.int64, device="meta")
 
 
+@dataclass(eq=False)
 class Pipeline:
     """Runs the stages of this rank in the schedule. All ranks of the pipeline call the same method.
 
     Args:
         parts: this rank's stages, by their index in the whole model, ascending.
-        stage_ranks: the rank in `mesh` of each stage.
+        stage_ranks: the rank in `mesh` of each stage of the model.
         mesh: the one-dimensional mesh of the pipeline's ranks.
         micro_batches: number of micro-batches into which the rows of one call are split, along the first dimension.
         loss: maps (logits, labels) of one micro-batch to its part of the loss; the parts add up.
@@ -97,26 +98,15 @@ class Pipeline:
             block again for each of them.
     """
 
-    def __init__(
-        self,
-        parts: Mapping[int, nn.Module],
-        *,
-        stage_ranks: Sequence[int],
-        mesh: DeviceMesh,
-        device: torch.device,
-        stage_shapes: StageShapes,
-        micro_batches: int,
-        parallelism: Parallelism,
-        loss: Loss,
-        recomputes: bool,
-    ) -> None:
-        self._parts = dict(parts)
-        self._stage_ranks = tuple(stage_ranks)
-        self._mesh, self._device, self._stage_shapes = mesh, device, stage_shapes
-        self._micro_batches, self._parallelism, self._loss = micro_batches, parallelism, loss
-        self._dw_builder = _no_weight_grads if recomputes else None
-        self._is_first, self._is_last = 0 in parts, len(stage_ranks) - 1 in parts
-        self._call = _CallState()
+    parts: Mapping[int, nn.Module]
+    stage_ranks: Sequence[int]
+    mesh: DeviceMesh
+    device: torch.device
+    stage_shapes: StageShapes
+    micro_batches: int
+    parallelism: Parallelism
+    loss: Loss
+    recomputes: bool
 
     def train(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, reduce: bool, last: bool) -> Tensor:
         """Forward and backward through all stages; gradients are accumulated.
@@ -132,24 +122,28 @@ class Pipeline:
         Returns:
             The sum of the losses of the micro-batches on the rank of the last stage, 0 elsewhere; detached, shape ().
         """
-        self._call.set(positions, reduce, last)
-        losses: list[Tensor] = []
-        with _stage_error():
-            self._training.step(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
-        return self._sum(losses)
+        return self._run(tokens, labels, positions, reduce, last, backward=True)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Forward only. Arguments and result are those of `train`."""
-        self._call.set(positions, reduce=False, last=False)
+        return self._run(tokens, labels, positions, reduce=False, last=False, backward=False)
+
+    def _run(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, reduce: bool, last: bool, backward: bool
+    ) -> Tensor:
+        self.positions, self.reduce, self.last = positions, reduce, last  # the stages read them during the call
+        inputs = (tokens,) if 0 in self.parts else ()
+        target = {"target": labels} if len(self.stage_ranks) - 1 in self.parts else {}
         losses: list[Tensor] = []
         with _stage_error():
-            self._forward_only.eval(*self._inputs(tokens), **self._target(labels), losses=losses, return_outputs=False)
-        return self._sum(losses)
+            call = self._training.step if backward else self._forward_only.eval
+            call(*inputs, **target, losses=losses, return_outputs=False)
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.device)
 
     @cached_property
     def _training(self) -> _PipelineSchedule:
-        stages, parallelism = self._stages(), self._parallelism
-        options: dict[str, Any] = {"n_microbatches": self._micro_batches, "loss_fn": self._loss, "scale_grads": False}
+        stages, parallelism = self._stages(), self.parallelism
+        options: dict[str, Any] = {"n_microbatches": self.micro_batches, "loss_fn": self.loss, "scale_grads": False}
         if parallelism.pipeline_parallel_schedule_csv is not None:
             custom = _PipelineScheduleRuntime(stages, **options)
             custom._load_csv(parallelism.pipeline_parallel_schedule_csv)
@@ -164,61 +158,28 @@ class Pipeline:
         Torch's own `eval` of a schedule also runs empty backward passes, and fails with a V assignment.
         """
         stages = self._stages()
-        schedule = _PipelineScheduleRuntime(stages, n_microbatches=self._micro_batches, loss_fn=self._loss)
+        schedule = _PipelineScheduleRuntime(stages, n_microbatches=self.micro_batches, loss_fn=self.loss)
         schedule.stage_index_to_group_rank = stages[0].stage_index_to_group_rank
         order = {
             rank: _add_unshard_reshard(
                 [
                     _Action(stage, _ComputationType.FORWARD, micro_batch)
-                    for stage in stages_of_rank(self._stage_ranks, rank)
-                    for micro_batch in range(self._micro_batches)
+                    for stage in stages_of_rank(self.stage_ranks, rank)
+                    for micro_batch in range(self.micro_batches)
                 ]
             )
-            for rank in range(self._mesh.size())
+            for rank in range(self.mesh.size())
         }
         schedule.pipeline_order_with_comms = _add_send_recv(
-            order, stage_to_rank=self._stage_ranks.__getitem__, num_stages=len(self._stage_ranks)
+            order, stage_to_rank=self.stage_ranks.__getitem__, num_stages=len(self.stage_ranks)
         )
         for stage in stages:  # the schedule has assigned stages in a loop; restore the real assignment
-            stage.stage_index_to_group_rank = dict(enumerate(self._stage_ranks))
+            stage.stage_index_to_group_rank = dict(enumerate(self.stage_ranks))
         return schedule
 
     def _stages(self) -> list[_Stage]:
         """New stages over the same modules for each schedule, because a stage holds the buffers of its messages."""
-        return [
-            _Stage(
-                *(part, index, len(self._stage_ranks), self._device),
-                mesh=self._mesh,
-                stage_shapes=self._stage_shapes,
-                call=self._call,
-                micro_batches=self._micro_batches,
-                reshards=self._parallelism.fsdp_reshard_after_forward == "always",
-                dw_builder=self._dw_builder,
-            )
-            for index, part in self._parts.items()
-        ]
-
-    def _inputs(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return (tokens,) if self._is_first else ()
-
-    def _target(self, labels: Tensor) -> dict[str, Any]:
-        return {"target": labels} if self._is_last else {}
-
-    def _sum(self, losses: list[Tensor]) -> Tensor:
-        if not losses:
-            return torch.zeros((), device=self._device)
-        return torch.stack([loss.detach() for loss in losses]).sum()
-
-
-class _CallState:
-    """The arguments of the current call that the stages need."""
-
-    positions: Tensor
-    reduce: bool
-    last: bool
-
-    def set(self, positions: Tensor, reduce: bool, last: bool) -> None:
-        self.positions, self.reduce, self.last = positions, reduce, last
+        return [_Stage(self, part, index) for index, part in self.parts.items()]
 
 
 class _Stage(PipelineStage):
@@ -231,35 +192,19 @@ class _Stage(PipelineStage):
     in each micro-batch or in the step's last one. If it is split, `_reduce_gradients` calls the reduction.
     """
 
-    def __init__(
-        self,
-        part: nn.Module,
-        index: int,
-        count: int,
-        device: torch.device,
-        *,
-        mesh: DeviceMesh,
-        stage_shapes: StageShapes,
-        call: _CallState,
-        micro_batches: int,
-        reshards: bool,
-        dw_builder: Callable[[], Callable[[], None]] | None,
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, part: nn.Module, index: int) -> None:
+        shapes = pipeline.stage_shapes
         super().__init__(
-            part,
-            index,
-            count,
-            device,
-            input_args=stage_shapes.tokens() if index == 0 else stage_shapes.hidden_states(),
-            output_args=stage_shapes.hidden_states(),  # the last stage sends nothing, so its shape does not matter
-            group=mesh.get_group(),
-            dw_builder=dw_builder,
+            *(part, index, len(pipeline.stage_ranks), pipeline.device),
+            input_args=shapes.tokens() if index == 0 else shapes.hidden_states(),
+            output_args=shapes.hidden_states(),  # the last stage sends nothing, so its shape does not matter
+            group=pipeline.mesh.get_group(),
+            dw_builder=_no_weight_grads if pipeline.recomputes else None,
         )
-        self.call, self._micro_batches, self._reshards = call, micro_batches, reshards
-        self._backward_count = 0
+        self.pipeline, self._backward_count = pipeline, 0
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.submod(*args, positions=self.call.positions, **kwargs)
+        output: Tensor = self.submod(*args, positions=self.pipeline.positions, **kwargs)
         return output if self.is_last else output.contiguous()
 
     def backward_maybe_with_nosync(
@@ -270,27 +215,28 @@ class _Stage(PipelineStage):
             gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
             return _sendable(gradients), groups
         self._backward_count += 1
-        last = self._backward_count == self._micro_batches
+        last = self._backward_count == self.pipeline.micro_batches
         if backward_type == "full":
             # Torch reduces nothing until the end; here each unit reduces by its hook, as without a pipeline.
-            self._set_gradient_sync(self.call.reduce, last and self.call.last)
+            self._set_gradient_sync(self.pipeline.reduce, last and self.pipeline.last)
             return _sendable(stage_backward(**bwd_kwargs)), None
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if not last:
-            self._reduce_gradients(reduce=self.call.reduce, last=False)
+            self._reduce_gradients(reduce=self.pipeline.reduce, last=False)
         return _sendable(gradients), groups
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Called by the schedule at the end of the stage's part in a call."""
         assert grad_scale_factor == 1, "losses are sums, so gradients are not divided"
         self._backward_count = 0
-        self._reduce_gradients(self.call.reduce or self.call.last, self.call.last)
+        self._reduce_gradients(self.pipeline.reduce or self.pipeline.last, self.pipeline.last)
 
     def _set_gradient_sync(self, reduce: bool, last: bool) -> None:
         """Set the reduction. Parameters that stay gathered after a forward pass do so until the last call of a step."""
         if isinstance(self.submod, FSDPModule):
             set_gradient_sync(self.submod, reduce, last)
-            self.submod.set_reshard_after_backward(last or self._reshards)
+            reshards = self.pipeline.parallelism.fsdp_reshard_after_forward == "always"
+            self.submod.set_reshard_after_backward(last or reshards)
             self.submod.set_is_last_backward(True)  # wait for the reductions, and free their buffers
 
     def _reduce_gradients(self, reduce: bool, last: bool) -> None:
