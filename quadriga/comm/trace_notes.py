@@ -18,7 +18,9 @@ MESSAGES = "pp"  # the axis of point-to-point messages, which the flight recorde
 def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
     """The notes for the trace of this rank that began at `since_ns` (ns since the epoch), in start `attempt` of the
     run. docs/traces.md explains the keys."""
-    groups = _groups(mesh)
+    # Torch's name of the group of each axis. An axis of all ranks has the default group, as `world` does. Of several axes
+    # with one group, the last name counts.
+    groups = {axis: str(group.group_name) for axis, group in mesh.groups()}
     axes = {group: axis for axis, group in groups.items()}
     return {
         "format": FORMAT,
@@ -28,11 +30,3 @@ def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
         "messages": MESSAGES if mesh.pp.size() > 1 else None,
         "launches": [[each.time_ns, each.group, each.sequence] for each in flight_recorder.launches(since_ns)],
     }
-
-
-def _groups(mesh: Mesh) -> dict[str, str]:
-    """Torch's name of the group of each axis with more than one rank. `shard` is dp_shard and cp as one.
-
-    An axis with all ranks has the default group, as `world` has. If axes share a group, the last name counts.
-    """
-    return {axis: str(group.group_name) for axis, group in mesh.groups()}

@@ -14,13 +14,15 @@ from quadriga.errors import printable
 from quadriga.log import logger
 
 
-class RecordWriter(Protocol):
+class Logger(Protocol):
+    """Takes records: of `Meter`, or of the documents of a step."""
+
     def write(self, record: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-W = TypeVar("W", bound=RecordWriter)
+W = TypeVar("W", bound=Logger)
 
 
 class WriteFailures:

@@ -19,7 +19,7 @@ from quadriga.metrics.append import Appender, ensure_appendable
 from quadriga.metrics.lines import BadLines, checked_lines
 from quadriga.reading import parse_json, read_tail
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # JSON values
 TAIL = 1 << 16  # more than the longest line
 MAX_ATTEMPT = 10**9  # a larger number is damage
 

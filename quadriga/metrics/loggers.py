@@ -10,27 +10,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Metrics
 from quadriga.errors import Problem, UserError
 from quadriga.log import is_logging_rank, logger
 from quadriga.metrics.append import Appender
-from quadriga.metrics.guarded import Guarded, WriteFailures
-from quadriga.metrics.jsonl import JsonLines
+from quadriga.metrics.guarded import Guarded, Logger, WriteFailures
+from quadriga.metrics.jsonl import JsonLines, Record
 from quadriga.units import format_count, format_seconds
 
-Record = dict[str, Any]
 JSONL_NAME = "metrics.jsonl"
-
-
-class Logger(Protocol):
-    """Takes records of `Meter`, of training and validation."""
-
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def build_loggers(

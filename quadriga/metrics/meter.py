@@ -23,16 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quadriga.config.schema import Metrics
+from quadriga.metrics.jsonl import Record
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.units import GIB
 
 PROCESS = Path("/proc/self/status")
-Record = dict[str, Any]  # JSON values: numbers, strings and None
 
 
 class Meter:

@@ -16,8 +16,8 @@ from quadriga.comm.mesh import Mesh
 from quadriga.comm.sharding import ShardCollectives, open_shard_collectives
 from quadriga.config import Run
 from quadriga.log import logger
-from quadriga.metrics.guarded import Guarded
-from quadriga.metrics.loggers import JSONL_NAME, Logger
+from quadriga.metrics.guarded import Guarded, Logger
+from quadriga.metrics.loggers import JSONL_NAME
 from quadriga.planning.heap import heap_of
 
 

@@ -24,9 +24,10 @@ from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.events import EventLog
-from quadriga.metrics.guarded import WriteFailures
-from quadriga.metrics.loggers import Logger, build_loggers
-from quadriga.metrics.meter import Meter, Record
+from quadriga.metrics.guarded import Logger, WriteFailures
+from quadriga.metrics.jsonl import Record
+from quadriga.metrics.loggers import build_loggers
+from quadriga.metrics.meter import Meter
 from quadriga.metrics.profiler import Profiler
 from quadriga.models import registry
 from quadriga.models.plan import ParallelPlan, ParameterPlan, split_stages

@@ -11,7 +11,7 @@ from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.events import EventLog
-from quadriga.metrics.meter import Record
+from quadriga.metrics.jsonl import Record
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.resilience.bad_steps import BadSteps
 from quadriga.resilience.replica_checks import ReplicaCheck

@@ -12,7 +12,7 @@ from quadriga.comm import process_group
 from quadriga.config import Run
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
-from quadriga.metrics.meter import Record
+from quadriga.metrics.jsonl import Record
 from quadriga.resilience import stop_requests
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.resilience.failures import record_failure
