@@ -18,8 +18,8 @@ MESSAGES = "pp"  # the axis of point-to-point messages, which the flight recorde
 def notes(mesh: Mesh, attempt: int, since_ns: int) -> dict[str, Any]:
     """The notes for the trace of this rank that began at `since_ns` (ns since the epoch), in start `attempt` of the
     run. docs/traces.md explains the keys."""
-    # Torch's name of the group of each axis. An axis of all ranks has the default group, as `world` does. Of several axes
-    # with one group, the last name counts.
+    # By axis, torch's name of the group. An axis of all ranks has the default group, as `world` does. If axes share a
+    # group, the last name counts.
     groups = {axis: str(group.group_name) for axis, group in mesh.groups()}
     axes = {group: axis for axis, group in groups.items()}
     return {

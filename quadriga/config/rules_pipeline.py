@@ -243,7 +243,7 @@ def schedule_allows_compiling(ctx: RuleContext) -> Findings:
     """torch's split backward pass finds modules that `torch.compile` wrapped, but not modules compiled in place, as
     Quadriga's are."""
     compile, schedule = ctx.config.compile, splits_backward(ctx)
-    if schedule is not None and compile.enable and "model" in compile.components:
+    if schedule is not None and compile.compiles("model"):
         what = f"{schedule} splits the backward pass in two, which compiled blocks do not support"
         yield Conflict(what, "choose 1F1B or Interleaved1F1B, or compile only the loss")
 

@@ -30,7 +30,7 @@ def async_tensor_parallel_has_something_to_overlap(ctx: RuleContext) -> Findings
         return
     if ctx.degrees.tp == 1:
         yield f"{ASYNC_TP} has no effect without tensor parallelism"
-    elif not (compile.enable and "model" in compile.components):
+    elif not compile.compiles("model"):
         yield Conflict(
             "the compiler creates the overlap", 'set compile.enable = true, with "model" in compile.components'
         )
@@ -44,9 +44,7 @@ def async_tensor_parallel_has_something_to_overlap(ctx: RuleContext) -> Findings
 @rule("activation_checkpoint.mode", "compile.enable", "compile.components")
 def memory_budget_needs_compile(ctx: RuleContext) -> Findings:
     compile = ctx.config.compile
-    if ctx.config.activation_checkpoint.mode == "memory_budget" and not (
-        compile.enable and "model" in compile.components
-    ):
+    if ctx.config.activation_checkpoint.mode == "memory_budget" and not compile.compiles("model"):
         fix = 'set compile.enable = true, with "model" in compile.components; or choose "selective" or "full"'
         yield Conflict("the compiler chooses what to recompute within the budget", fix)
 
@@ -54,7 +52,7 @@ def memory_budget_needs_compile(ctx: RuleContext) -> Findings:
 @rule("activation_checkpoint.debug", "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
 def recompute_records_need_whole_blocks(ctx: RuleContext) -> Findings:
     recompute = ctx.config.activation_checkpoint
-    if recompute.debug and recompute.mode == "selective" and recompute.selective_ac_option == "op":
+    if recompute.debug and recompute.per_operation:
         what = 'PyTorch cannot record a failed recomputation with selective_ac_option = "op"'
         yield Conflict(what, 'set selective_ac_option = "1" to debug it, or debug = false')
 
@@ -63,7 +61,7 @@ def recompute_records_need_whole_blocks(ctx: RuleContext) -> Findings:
 def emulation_is_eager(ctx: RuleContext) -> Findings:
     compile = ctx.config.compile
     emulates = ctx.config.quantize.linear.float8.emulate and FLOAT8 in ctx.config.model.converters
-    if emulates and compile.enable and "model" in compile.components:
+    if emulates and compile.compiles("model"):
         fix = 'set compile.enable = false, or compile.components = ["loss"], or emulate = false'
         yield Conflict("emulated float8 runs in eager mode only", fix)
 

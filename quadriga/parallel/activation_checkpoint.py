@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from quadriga.config.schema import ActivationCheckpoint
-from quadriga.errors import Problem, UserError
 from quadriga.parallel import attention_allgather, attention_ring  # noqa: F401 - they define the operations named below
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -57,7 +56,6 @@ def apply_activation_checkpoint(
     blocks: tuple[str, ...],
     section: ActivationCheckpoint,
     *,
-    compiled: bool,
     blocks_before: int = 0,
     run_folder: str = ".",
 ) -> None:
@@ -67,21 +65,23 @@ def apply_activation_checkpoint(
     partitioner has no other interface.
 
     Args:
-        compiled: whether the blocks will be compiled.
         blocks_before: number of blocks in the earlier pipeline stages of this rank; every Nth is counted over all.
         run_folder: `visualize_memory_budget_pareto` draws into its folder `memory_budget_pareto`.
-
-    Raises:
-        UserError: `memory_budget` without compile, or `debug` with `op`.
     """
     if section.mode == "memory_budget":
-        _set_memory_budget(section, compiled, run_folder)
+        _set_memory_budget(section, run_folder)
         return
     for number, name in enumerate(blocks, start=blocks_before + 1):
         if not section.recomputes_block(number):
             continue
         block = model.get_submodule(name)
-        options = _options(section)
+        options: dict[str, Any] = {
+            "use_reentrant": False,
+            "preserve_rng_state": section.preserve_rng_state,
+            "determinism_check": section.determinism_check,
+            "early_stop": section.early_stop,
+            "debug": section.debug,
+        }
         if section.per_operation:
             shapes = forced_shapes(block, name, section.per_op_sac_force_recompute_mm_shapes_by_fqns)
             options["context_fn"] = partial(_per_operation_contexts, shapes)
@@ -104,35 +104,8 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
     return forward_with_recompute
 
 
-def _options(section: ActivationCheckpoint) -> dict[str, Any]:
-    if section.debug and section.per_operation:
-        raise UserError(
-            Problem(
-                "activation_checkpoint.debug",
-                "PyTorch's records of a failed recomputation do not work together with the per-operation policy",
-                "true",
-                fix='use selective_ac_option = "1" to debug, or switch debug off',
-            )
-        )
-    return {
-        "use_reentrant": False,
-        "preserve_rng_state": section.preserve_rng_state,
-        "determinism_check": section.determinism_check,
-        "early_stop": section.early_stop,
-        "debug": section.debug,
-    }
-
-
-def _set_memory_budget(section: ActivationCheckpoint, compiled: bool, run_folder: str) -> None:
-    if not compiled:
-        raise UserError(
-            Problem(
-                "activation_checkpoint.mode",
-                "the compiler plans the memory budget, but the model is not compiled",
-                "memory_budget",
-                fix='set compile.enable = true with "model" in compile.components, or choose another mode',
-            )
-        )
+def _set_memory_budget(section: ActivationCheckpoint, run_folder: str) -> None:
+    """Takes effect if the blocks are compiled, which the configuration rules require."""
     torch._functorch.config.activation_memory_budget = section.memory_budget
     torch._functorch.config.visualize_memory_budget_pareto = section.visualize_memory_budget_pareto
     if section.visualize_memory_budget_pareto:

@@ -14,7 +14,6 @@ from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
-from quadriga.parallel.compile import apply_compile
 from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
 from quadriga.parallel.float8 import apply_float8
@@ -44,7 +43,7 @@ def parallelize(
     `blocks_before`: number of recompute units in the earlier pipeline stages of this rank. `run_folder`: for the
     figures of the compiler's memory budget.
     """
-    compiled = compile.enable and "model" in compile.components
+    compiled = compile.compiles("model")
 
     # First, because it replaces linear layers, to which all later transformations are attached.
     if float8 is not None:
@@ -71,7 +70,6 @@ def parallelize(
         model,
         plan.recompute_units,
         activation_checkpoint,
-        compiled=compiled,
         blocks_before=blocks_before,
         run_folder=run_folder,
     )
@@ -90,6 +88,16 @@ def parallelize(
         reshard_ends=reshard_ends,
         collectives=collectives,
     )
+
+
+def apply_compile(model: nn.Module, blocks: tuple[str, ...], section: Compile) -> None:
+    """Compile each of `blocks` in place; modules and parameters keep their names.
+
+    Equal blocks share one compilation, so the time to the first step does not grow with the depth. A graph break in a
+    block is an error, because it would make the run slower.
+    """
+    for name in blocks:
+        model.get_submodule(name).compile(backend=section.backend, fullgraph=True)
 
 
 def _identity(hidden: Tensor) -> Tensor:

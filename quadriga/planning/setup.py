@@ -171,7 +171,7 @@ class Setup:
 
     @cached_property
     def compiled(self) -> bool:
-        return self.run.config.compile.enable and "model" in self.run.config.compile.components
+        return self.run.config.compile.compiles("model")
 
     def modes_of_blocks(self, number: int) -> tuple[str, ...]:
         """Recompute mode of each block of stage `number`: `none`, `op` or `full`."""

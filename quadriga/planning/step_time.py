@@ -197,7 +197,7 @@ class _WorkOfPasses:
     def head(self) -> dict[str, Work]:
         """Work of the output layer and the loss, by kind of pass."""
         setup, model = self.setup, self.setup.run.spec.model
-        compiled = setup.run.config.compile.enable and "loss" in setup.run.config.compile.components
+        compiled = setup.run.config.compile.compiles("loss")
         accesses = LOGIT_ACCESSES["compiled" if compiled else "eager"]
         products = _product_flops(setup, (model.dim, model.vocab_size))
         forward = Work(products, 0.0, 4.0 * accesses / 3 * setup.logits, 10, forward_products=products)

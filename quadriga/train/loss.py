@@ -41,9 +41,10 @@ from torch.distributed.tensor import DTensor
 
 from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
+from quadriga.config.schema import Compile
 from quadriga.data.batch import IGNORE
+from quadriga.log import logger
 from quadriga.models import registry
-from quadriga.parallel.compile import maybe_compile_loss
 from quadriga.tensors import to_local
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -53,9 +54,7 @@ def build_loss(run: Run, device: torch.device, parts: Sequence[nn.Module], divis
     """The loss as a function of the model's output and the labels: the summed cross-entropy divided by `divisor`."""
     gathered = run.config.parallelism.disable_loss_parallel
     sliced = run.spec.degrees.tp > 1 and not gathered
-    cross_entropy = maybe_compile_loss(
-        summed_cross_entropy, run.config.compile, sliced_on_cpu=sliced and device.type == "cpu"
-    )
+    cross_entropy = compiled_cross_entropy(run.config.compile, sliced_on_cpu=sliced and device.type == "cpu")
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         total = cross_entropy(logits, labels)  # a DTensor if the logits are sharded; all tp ranks have the same loss
@@ -78,6 +77,24 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         float32, shape ().
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def compiled_cross_entropy(section: Compile, sliced_on_cpu: bool) -> Loss:
+    """`summed_cross_entropy`, compiled if `section` requests it.
+
+    It is not compiled by inductor if logits are sharded along the vocabulary on a CPU (`sliced_on_cpu`). There
+    inductor's code of torch 2.13 computes a wrong loss without an error for some numbers of tokens (4 and 8 without
+    gradients, 22 with).
+
+    Each number of tokens is compiled separately. A run has few: two if the loss is chunked, and those of validation. A
+    dynamic graph fails in torch 2.13 on logits that are DTensors (infinite recursion).
+    """
+    if not section.compiles("loss"):
+        return summed_cross_entropy
+    if sliced_on_cpu and section.backend == "inductor":
+        logger.info("the loss is not compiled: on a CPU, inductor computes a wrong loss of sharded logits")
+        return summed_cross_entropy
+    return cast(Loss, torch.compile(summed_cross_entropy, backend=section.backend, fullgraph=True, dynamic=False))
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def plain_model(section: Parallelism, recompute: ActivationCheckpoint) -> nn.Mod
         model = build_model(SMALL)
     plan = parallel_plan(SMALL)
     apply_context_parallel(model, plan.attention_units, init_device_mesh("cpu", (dist.get_world_size(),)), section)
-    apply_activation_checkpoint(model, plan.recompute_units, recompute, compiled=False)
+    apply_activation_checkpoint(model, plan.recompute_units, recompute)
     materialize(model, plan.parameters, 7, torch.device("cpu"))
     return model
 

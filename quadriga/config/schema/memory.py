@@ -70,6 +70,9 @@ class Compile(Section):
     backend: Name = "inductor"
     """Backend of torch.compile."""
 
+    def compiles(self, component: Literal["model", "loss"]) -> bool:
+        return self.enable and component in self.components
+
 
 class MemoryEstimation(Section):
     """Estimate and rehearse a run instead of training it, like `DRY_RUN=1 ... --rehearse`."""

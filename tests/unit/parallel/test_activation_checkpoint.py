@@ -18,7 +18,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.schema import ActivationCheckpoint
-from quadriga.errors import UserError
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.parallel import activation_checkpoint
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -44,7 +43,7 @@ class CountOperations(TorchDispatchMode):
 def model_with(section: ActivationCheckpoint) -> nn.Module:
     with torch.device("meta"):
         model = build_model(SPEC)
-    apply_activation_checkpoint(model, PLAN.recompute_units, section, compiled=False)
+    apply_activation_checkpoint(model, PLAN.recompute_units, section)
     materialize(model, PLAN.parameters, 3, torch.device("cpu"))
     return model
 
@@ -169,18 +168,8 @@ def test_the_pareto_figures_of_a_memory_budget_go_into_the_run_folder(tmp_path: 
     set_by_it = ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir")
     # Not by monkeypatch: it would delete torch's settings where it is to restore them.
     with functorch.patch({name: getattr(functorch, name) for name in set_by_it}):
-        apply_activation_checkpoint(model, PLAN.recompute_units, section, compiled=True, run_folder=str(tmp_path))
+        apply_activation_checkpoint(model, PLAN.recompute_units, section, run_folder=str(tmp_path))
         assert functorch.activation_memory_budget == 0.25
         assert functorch.memory_budget_pareto_dir == str(tmp_path / "memory_budget_pareto")
         assert Path(functorch.memory_budget_pareto_dir).is_dir()
     assert functorch.activation_memory_budget == 1.0
-
-
-def test_a_memory_budget_without_compile_is_refused() -> None:
-    with pytest.raises(UserError, match="the model is not compiled"):
-        model_with(ActivationCheckpoint(mode="memory_budget"))
-
-
-def test_debug_with_the_per_operation_choice_is_refused() -> None:
-    with pytest.raises(UserError, match="per-operation"):
-        model_with(OP.model_copy(update={"debug": True}))
