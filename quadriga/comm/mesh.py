@@ -65,9 +65,6 @@ class Mesh:
         """The sum over `loss_group`, on every rank, as a new tensor."""
         return all_reduced(tensor, dist.ReduceOp.SUM, self.loss_group)
 
-    def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        return all_reduced(tensor, dist.ReduceOp.MAX, self.loss_group)
-
     def loss_rows(self, by_rank: torch.Tensor) -> torch.Tensor:
         """Of a table with one row per rank, the rows of one `loss_group`, the same on every rank."""
         return by_rank[:: self.tp.size()]  # the innermost axis
