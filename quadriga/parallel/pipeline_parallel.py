@@ -133,7 +133,7 @@ class Pipeline:
     ) -> Tensor:
         self.positions, self.reduce, self.last = positions, reduce, last  # the stages read them during the call
         inputs = (tokens,) if 0 in self.parts else ()
-        target = {"target": labels} if len(self.stage_ranks) - 1 in self.parts else {}
+        target: dict[str, Any] = {"target": labels} if len(self.stage_ranks) - 1 in self.parts else {}
         losses: list[Tensor] = []
         with _stage_error():
             call = self._training.step if backward else self._forward_only.eval

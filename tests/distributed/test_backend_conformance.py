@@ -120,8 +120,8 @@ def work_that_does_not_wait() -> CollectivePair:
     def mutate(pair: CollectivePair) -> None:
         for exchange in exchanges(pair):
             run = exchange.run
-            exchange.run = lambda steps, async_op, run=run: (
-                WorkWithoutWait(run(steps, True)) if async_op else run(steps, False)
+            exchange.run = lambda steps, whole, async_op, run=run: (
+                WorkWithoutWait(run(steps, whole, True)) if async_op else run(steps, whole, False)
             )
 
     return broken(mutate)
