@@ -67,11 +67,7 @@ def parallelize(
     # Inside compile, so that the compiler sees the recomputation and plans memory with it. Outside, it would see the
     # compiled code as one operation, to be saved or recomputed completely.
     apply_activation_checkpoint(
-        model,
-        plan.recompute_units,
-        activation_checkpoint,
-        blocks_before=blocks_before,
-        run_folder=run_folder,
+        model, plan.recompute_units, activation_checkpoint, blocks_before=blocks_before, run_folder=run_folder
     )
 
     # Inside FSDP, so that parameters are gathered and freed outside of the compiled code, where they break no graph.
