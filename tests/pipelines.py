@@ -14,8 +14,7 @@ from training import DEBUG_FILE, TINY
 from quadriga.comm.backend import BACKENDS
 from quadriga.comm.mesh import build_mesh
 from quadriga.config import Run, read
-from quadriga.data.batch import Batch
-from quadriga.data.loader import Loader
+from quadriga.data.loader import Batch, Loader
 from quadriga.models.registry import catalogue
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule

@@ -130,8 +130,8 @@ def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str,
         return None, "the run shuffled its data, and torchtitan reads it in order"
     if not isinstance(saved, Mapping):
         return None, "the checkpoint does not contain it"
-    from quadriga.data.fields import Field
     from quadriga.data.loader import build_loader
+    from quadriga.data.sources import Field
     from quadriga.data.tokenizer import build_tokenizer
 
     batch, seed = found.extra["global_batch_size"], found.extra["seed"]

@@ -18,8 +18,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from quadriga.data.files import File
-from quadriga.data.layout import Anchor
-from quadriga.data.sources import Document, Record
+from quadriga.data.sources import Anchor, Document, Record
 from quadriga.errors import Problem, UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

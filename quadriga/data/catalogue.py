@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from quadriga.data.builtin import BuiltinSource
-from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import c4_files, find_files
 from quadriga.data.hub import HubSource
 from quadriga.data.jsonl import JsonlSource
 from quadriga.data.parquet import ParquetSource
-from quadriga.data.sources import Source
+from quadriga.data.sources import TEXT, Field, Source
 from quadriga.data.text import TextSource
 from quadriga.errors import Problem, UserError, nearest
 

@@ -1,13 +1,20 @@
-"""Local data files: finds the files of a path, and names them in a fingerprint."""
+"""Local data files: finds the files of a path, names them in a fingerprint, and keeps how they are cut into shards.
+
+The cursor of a stream counts documents from the beginning of a shard. The starts of shards follow from the sizes of the
+files, which a repair changes. A checkpoint keeps the cuts, so that a run can resume after files were repaired: with the
+cuts of the run that saved, moved to where the same lines are now. The saved form is
+`{"names": ..., "sizes": [...], "newest": ..., "step": ..., "cuts": {"<file>": [...]}}`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
@@ -23,6 +30,9 @@ UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MOST_PROBLEMS = 10  # reported for one path
 MOST_NAMES = 5  # listed in a message
+CHANGED_SHOWN = 3
+
+Cuts = list[list[int]]  # by file: the first byte (or row) of each shard
 
 
 @dataclass(frozen=True)
@@ -31,10 +41,7 @@ class File:
     name: str  # relative to the folder, so that the fingerprint is the same wherever the folder is
     size: int  # bytes on disk
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
-
-    @property
-    def compressed(self) -> bool:
-        return self.path.suffix == ".gz"
+    compressed: bool = False
 
 
 def find_files(kind: str, pattern: str) -> tuple[File, ...]:
@@ -102,7 +109,7 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
         elif name.lower().endswith(UNREADABLE):
             what = f"{path.suffix} files cannot be read"
             problems.append(Problem(str(path), what, allowed="plain files, and .gz for text and jsonl"))
-        files.append(File(path, name, status.st_size, status.st_mtime_ns))
+        files.append(File(path, name, status.st_size, status.st_mtime_ns, path.suffix == ".gz"))
     if not problems and not sum(file.size for file in files):
         problems.append(Problem(str(root if len(files) > 1 else files[0].path), "every file is empty"))
     if problems:
@@ -162,3 +169,45 @@ def fingerprint(kind: str, files: Sequence[File]) -> str:
     for file in files:
         digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
     return f"{kind}:{len(files)}:{digest.hexdigest()}"
+
+
+def layout_state(files: Sequence[File], step: int, cuts: Mapping[int, list[int]]) -> dict[str, Any]:
+    """What a checkpoint keeps, as JSON values. `cuts`: of the files that are not cut every `step` bytes."""
+    return {
+        "names": names_digest(files),
+        "sizes": [file.size for file in files],
+        "newest": max((file.modified for file in files), default=0),
+        "step": step,
+        "cuts": {str(index): starts for index, starts in cuts.items()},
+    }
+
+
+def names_digest(files: Sequence[File]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(os.fsencode(file.name) + b"\0")
+    return digest.hexdigest()
+
+
+def saved_cuts(files: Sequence[File], saved: Mapping[str, Any]) -> Cuts:
+    """Where the saved run cut the files, in the positions of that time."""
+    cuts = saved["cuts"]
+    return [
+        cuts[str(index)]
+        if str(index) in cuts
+        else [0]
+        if file.compressed
+        else list(range(0, saved["sizes"][index], saved["step"]))
+        for index, file in enumerate(files)
+    ]
+
+
+def changed_files(files: Sequence[File], saved: Mapping[str, Any]) -> list[File]:
+    """The files whose size differs from the saved one, or that were written after the saved run listed them."""
+    pairs = zip(files, saved["sizes"], strict=True)
+    return [file for file, size in pairs if file.size != size or file.modified > saved["newest"]]
+
+
+def format_files(files: Sequence[File]) -> str:
+    names = ", ".join(shortened(file.name) for file in files[:CHANGED_SHOWN])
+    return names + (f" and {len(files) - CHANGED_SHOWN} more" if len(files) > CHANGED_SHOWN else "")

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.fields import TEXT, Field
 from quadriga.data.files import File
-from quadriga.data.layout import Anchor
-from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
 

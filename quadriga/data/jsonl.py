@@ -1,25 +1,34 @@
-"""JSON lines: one object per line; one field of the object is the document."""
+"""JSON lines: one object per line; one field of the object is the document. Reads the lines of text files too.
+
+A line is found by its byte in the file, decompressed if it ends in .gz; its length is bounded.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from quadriga import limits
-from quadriga.data.fields import TEXT, Field
-from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, find_anchor, layout_state, move_cuts, saved_cuts
-from quadriga.data.line_reader import cut_points, format_location, lines_of
+from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import BadRecord, Document, Record
-from quadriga.errors import Problem, UserError
-from quadriga.reading import json_type
+from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
+from quadriga.errors import Problem, UserError, shortened
+from quadriga.log import logger
+from quadriga.reading import json_type, opened
 
 LEAST_RANGE = 1 << 16
 MOST_RANGE = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NAME_SHOWN = 400  # characters of a path in a message
+BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is searched
+WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 
 
 class JsonlSource:
@@ -154,3 +163,175 @@ def _has_no_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@contextmanager
+def open_bytes(file: File) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed. Raises UserError if the file cannot be opened or read."""
+    with opened(file.path, what="data file") as plain:
+        if file.compressed:
+            with gzip.GzipFile(fileobj=plain, mode="rb") as stream:
+                # `readline` of GzipFile itself is one Python call per line.
+                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 17))
+        else:
+            yield plain
+
+
+def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (offset, line) of the lines whose first byte is in [start, end); of all lines of a compressed file.
+
+    A line that is longer than `limits.DOCUMENT_BYTES` is None.
+    Raises UserError if a compressed file is damaged, or if there is no line end within `limits.LINE_SKIPPED_BYTES`.
+    """
+    number, longest = 0, limits.DOCUMENT_BYTES
+    with open_bytes(file) as stream:
+        offset = start
+        if start > 0:
+            stream.seek(start - 1)
+            offset += _to_line_end(stream, file, start) - 1
+        try:
+            while (end is None or offset < end) and (line := stream.readline(longest + 1)):
+                number += 1
+                if len(line) <= longest or line.endswith(b"\n"):
+                    yield offset, line
+                    offset += len(line)
+                else:
+                    begins = offset
+                    offset += len(line) + _to_line_end(stream, file, begins)
+                    yield begins, None
+        except BROKEN_GZIP as error:
+            raise UserError(broken_gzip(file, number, error)) from error
+
+
+def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
+    """Reads to the end of the line. Returns the number of bytes read."""
+    passed = 0
+    while piece := stream.readline(1 << 20):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+        if passed > limits.LINE_SKIPPED_BYTES:
+            what = f"the line that holds byte {begins:,} has no end within {limits.LINE_SKIPPED_BYTES:,} bytes"
+            fix = "write one JSON object per line; or check whether this is a data file"
+            raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
+    return passed
+
+
+def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
+    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
+    another format."""
+    refuse_if_foreign(file, "text")
+    truncated = isinstance(error, EOFError)
+    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({error})"
+    where = f"{shortened(file.path, NAME_SHOWN)}, after line {lines}"
+    return Problem(where, what, fix="download or write the file again")
+
+
+def line_at(file: File, offset: int) -> int:
+    """The number (from 1) of the line with the byte at `offset` of the decompressed file."""
+    lines = 1
+    with open_bytes(file) as stream:
+        while offset > 0 and (chunk := stream.read(min(offset, 1 << 16))):
+            lines += chunk.count(b"\n")
+            offset -= len(chunk)
+    return lines
+
+
+def format_location(file: File, offset: int) -> str:
+    """The position of a byte for a message: the line, or the byte (of the decompressed file) if counting the lines
+    before it would take long or is not possible. Raises UserError if the file cannot be read."""
+    name = shortened(file.path, NAME_SHOWN)
+    if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
+        with suppress(*BROKEN_GZIP):
+            return f"{name}, line {line_at(file, offset)}"
+    return f"{name}, byte {offset:,}"
+
+
+def cut_points(size: int, *, streams: int, least: int, most: int) -> range:
+    """The nominal cuts of a file of `size` bytes: at least four shards per stream, if they are above `least` bytes.
+
+    At most about 2^17 shards, because each epoch sorts them.
+    """
+    return range(0, size, min(max(size // (4 * streams), least), max(most, size >> 17)))
+
+
+def find_anchor(file: File, start: int, end: int) -> Anchor | None:
+    """The first line of a shard of a plain file; None if it has no line or cannot be read."""
+    try:
+        offset, line = next(lines_of(file, start, end), (0, None))
+    except UserError:
+        return None
+    return None if line is None else Anchor(offset, zlib.crc32(line))
+
+
+def move_cuts(file: File, starts: Sequence[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
+    """Moves the starts of the shards of a file that had `size` bytes and now has another size.
+
+    `anchors`: of the partly read shards, by number of the shard in the file. Each of them starts at its first line,
+    wherever that is now. Shards between them move like the next one. So if a file was changed within a partly read
+    shard, all other lines stay in their shards. A partly read shard that would become empty keeps its length, because
+    the removed lines are behind it.
+    """
+    by_all = file.size - size
+    found: dict[int, int] = {}
+    shift = lost = 0
+    for number, known in sorted(anchors.items()):
+        at = _find(file, known, by_all, shift)
+        if at is None and _begins_line(file, known.start + shift):
+            at = known.start + shift  # the first line itself changed
+        if at is not None:
+            found[number], shift = at, at - known.start
+        lost += at is None
+    if lost:
+        name = shortened(file.name)
+        what = f"the first lines of {lost} partly read shards were not found in it"
+        logger.warning("data: %s changed, and %s: documents may be read twice or skipped", name, what)
+    cuts: list[int] = []
+    shift = by_all
+    for number in range(len(starts) - 1, -1, -1):
+        if number in found:
+            shift = found[number] - anchors[number].start
+        at = found[number] if number in found else starts[number] + shift if number else 0
+        if number - 1 in found and number not in found and at <= found[number - 1]:
+            at = starts[number] + found[number - 1] - anchors[number - 1].start
+        cuts.append(at)
+    cuts.reverse()
+    least = 0
+    for number, at in enumerate(cuts):
+        least = max(least, min(at, file.size))
+        cuts[number] = least
+    return cuts
+
+
+def _find(file: File, known: Anchor, by_all: int, shift: int) -> int | None:
+    """The new position of a line: near its old one, or moved by the growth of the file, or by `shift` like the line
+    before it. If it is not there, searches farther from these positions, because lines may have been added or removed
+    on both sides."""
+    centers = {known.start, known.start + by_all, known.start + shift}
+    for window in (WINDOW, min(abs(by_all), WIDE)):
+        places = [at for center in centers for at in _matches(file, known.checksum, center, window)]
+        if places or abs(by_all) <= WINDOW:
+            return min(places, key=lambda at: min(abs(at - center) for center in centers), default=None)
+    return None
+
+
+def _begins_line(file: File, at: int) -> bool:
+    with open_bytes(file) as stream:
+        stream.seek(max(at - 1, 0))
+        return at == 0 or (at > 0 and stream.read(1) == b"\n")
+
+
+def _matches(file: File, checksum: int, center: int, window: int) -> list[int]:
+    """The starts of lines with this checksum, within `window` bytes of `center`."""
+    start = max(center - window, 0)
+    with open_bytes(file) as stream:
+        stream.seek(start)
+        data = stream.read(center + window - start) if center + window > start else b""
+    at = data.find(b"\n") + 1 if start else 0
+    places = []
+    while at < len(data):
+        end = data.find(b"\n", at) + 1 or len(data)
+        if zlib.crc32(data[at:end]) == checksum:
+            places.append(start + at)
+        at = end
+    return places

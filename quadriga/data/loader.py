@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 
 from quadriga.config.schema import Dataloader, Fetching
-from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.catalogue import open_source
-from quadriga.data.fields import TEXT, Field
-from quadriga.data.layout import Anchor, changed_files, format_files, names_digest
-from quadriga.data.packing import START, Cursor, SkippedRecord, Window
+from quadriga.data.files import changed_files, format_files, names_digest
 from quadriga.data.position import cursor_before, read_so_far
-from quadriga.data.prefetch import Prefetcher
-from quadriga.data.streams import Streams
+from quadriga.data.sources import TEXT, Anchor, DocumentId, Field
+from quadriga.data.streams import START, Cursor, Prefetcher, SkippedRecord, Streams, Window
 from quadriga.data.survey import survey
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
+IGNORE = -100  # a label that the loss ignores
 PREFETCH = 2  # batches ahead, if the configuration gives no number
 
 SINGLE_STREAM = 0  # the one stream of data that are not shuffled
 # Of checkpoints that were saved before these keys existed.
 OLDER_DEFAULTS = {"shuffle": "true", "window_overlap": "1"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of token ids and of the ids that follow them (labels), on the host. Both int64, shape (rows, seq_len).
+
+    `documents`: for each row, the documents that its ids are from. `skipped`: the unreadable records that were passed
+    while these rows were read. `bad_records`: the number of unreadable records of these rows since the first epoch;
+    None if such a record ends the run. Micro-batches have none of the three.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    documents: tuple[tuple[DocumentId, ...], ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
+    bad_records: int | None = None
+
+    def micro_batches(self, rows: int) -> Iterator[Batch]:
+        """Splits the batch into micro-batches of `rows` rows, in order."""
+        for tokens, labels in zip(self.tokens.split(rows), self.labels.split(rows), strict=True):
+            yield Batch(tokens, labels)
 
 
 class BatchPart(NamedTuple):

@@ -9,11 +9,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.fields import TEXT, Field
-from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, layout_state, saved_cuts
+from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256

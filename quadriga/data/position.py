@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from quadriga.data.packing import START, Cursor, tokenized
 from quadriga.data.sources import Document
-from quadriga.data.streams import Streams
+from quadriga.data.streams import START, Cursor, Streams, tokenized
 from quadriga.errors import Problem, UserError
 
 DocumentCursor = tuple[Document, Cursor]

@@ -8,14 +8,48 @@ of `Source`, add it to `catalogue.open_source`, and to the conformance test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from quadriga.data.files import File
-from quadriga.data.layout import Anchor
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, nearest, shortened
 
+DEFAULT_FIELD = "text"
+MOST_NAMES = 8  # listed in a message
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
+
+
+@dataclass(frozen=True)
+class Field:
+    """`name`: the field. `key`: the configuration key that selects it, for messages."""
+
+    name: str = DEFAULT_FIELD
+    key: str = "training.dataset_text_field"
+
+    @property
+    def fingerprint_suffix(self) -> str:
+        """Appended to the fingerprint of the data; empty for the default field."""
+        return "" if self.name == DEFAULT_FIELD else f":{self.name.replace(';', '_')}"
+
+    def format_names(self, names: Iterable[str]) -> str:
+        """The existing fields, for a message."""
+        names = [shortened(name, 40) for name in names]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return ", ".join(names[:MOST_NAMES]) + more or "none"
+
+    def fix(self, names: Iterable[str]) -> str | None:
+        """The remedy if this field is missing and others exist; None if there are no fields."""
+        names = list(names)
+        if not names:
+            return None
+        likely = [name for name in ("text", "content", "document", "body", "raw_content", "code") if name in names]
+        guess = likely[0] if likely else nearest(self.name, names)
+        named = f", here perhaps {shortened(guess, 40)}" if guess else ""
+        return f"set {self.key} to the field that holds the documents{named}"
+
+
+TEXT = Field()
 
 
 class Document(NamedTuple):
@@ -60,6 +94,13 @@ class BadRecord(UserError):
         return UserError, self.problems
 
 
+class Anchor(NamedTuple):
+    """The first line of a shard: its first byte, and its CRC-32."""
+
+    start: int
+    checksum: int
+
+
 class Source(Protocol):
     """Shards of documents in a fixed order. Any thread can read any shard; each call of `read` is independent."""
 
@@ -96,7 +137,7 @@ class Source(Protocol):
         """The file of a shard, one of `files`. Raises LookupError if `files` is empty."""
 
     def layout(self) -> dict[str, Any] | None:
-        """How the files are cut into shards (`layout.layout_state`); None if `files` is empty."""
+        """How the files are cut into shards (`files.layout_state`); None if `files` is empty."""
 
     def anchor(self, shard: int) -> Anchor | None:
         """Locates the beginning of the shard after its file was changed; None if its number is enough."""

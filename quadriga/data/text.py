@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from quadriga.data.files import File, fingerprint
-from quadriga.data.layout import Anchor, Cuts, layout_state, saved_cuts
-from quadriga.data.line_reader import BROKEN_GZIP, broken_gzip, cut_points, format_location, line_at, open_bytes
+from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
+from quadriga.data.jsonl import BROKEN_GZIP, broken_gzip, cut_points, format_location, line_at, open_bytes
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
-from quadriga.data.sources import BadRecord, Document, Record
+from quadriga.data.sources import Anchor, BadRecord, Document, Record
 from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10

@@ -28,9 +28,8 @@ from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import JobConfig, Run, read
 from quadriga.config.schema import Health as HealthSection
-from quadriga.data.batch import Batch
-from quadriga.data.loader import Loader
-from quadriga.data.packing import Cursor
+from quadriga.data.loader import Batch, Loader
+from quadriga.data.streams import Cursor
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
 from quadriga.models.plan import ParameterPlan
 from quadriga.models.registry import catalogue

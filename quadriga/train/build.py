@@ -18,8 +18,8 @@ from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
 from quadriga.config.schema import Fetching, LinearFloat8
-from quadriga.data.fields import Field
 from quadriga.data.loader import Loader, build_loader
+from quadriga.data.sources import Field
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quadriga.data.loader import Loader
-from quadriga.data.packing import SkippedRecord
+from quadriga.data.streams import SkippedRecord
 from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog

@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from quadriga.data.batch import Batch
-from quadriga.data.loader import Loader
-from quadriga.data.packing import Cursor
+from quadriga.data.loader import Batch, Loader
+from quadriga.data.streams import Cursor
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json, error_from_json, error_to_json
 

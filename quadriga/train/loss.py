@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
 from quadriga.config.schema import Compile
-from quadriga.data.batch import IGNORE
+from quadriga.data.loader import IGNORE
 from quadriga.log import logger
 from quadriga.models import registry
 from quadriga.tensors import to_local

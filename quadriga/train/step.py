@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from quadriga.comm.mesh import Mesh
-from quadriga.data.batch import Batch
+from quadriga.data.loader import Batch
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
 from quadriga.parallel.data_parallel import set_gradient_sync

@@ -8,8 +8,7 @@ from itertools import islice
 import torch
 
 from quadriga.comm.mesh import Mesh
-from quadriga.data.batch import IGNORE
-from quadriga.data.loader import Loader
+from quadriga.data.loader import IGNORE, Loader
 from quadriga.errors import Problem, UserError
 from quadriga.parallel.data_parallel import free_gathered_parameters
 from quadriga.train.feed import Feed

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from quadriga.config.schema import Dataloader
-from quadriga.data.batch import Batch
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Batch, Loader, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 
 ROWS, SEQ_LEN, FIRST, SECOND = 8, 128, 5, 4

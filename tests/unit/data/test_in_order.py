@@ -11,9 +11,8 @@ import torch
 from corpora import KINDS, texts, write_jsonl
 
 from quadriga.config.schema import Dataloader, Fetching
-from quadriga.data.batch import IGNORE, Batch
 from quadriga.data.hub import HubSource
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
 from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from quadriga.config.schema import Dataloader
-from quadriga.data.batch import IGNORE
 from quadriga.data.catalogue import open_source
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import IGNORE, Loader, build_loader
 from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError

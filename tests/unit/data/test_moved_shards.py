@@ -15,9 +15,9 @@ from quadriga import limits
 from quadriga.config.schema import Dataloader
 from quadriga.data import jsonl, layout, line_reader, text
 from quadriga.data.files import File
-from quadriga.data.layout import Anchor, find_anchor, move_cuts
+from quadriga.data.jsonl import find_anchor, move_cuts
 from quadriga.data.loader import Loader, build_loader
-from quadriga.data.sources import Record
+from quadriga.data.sources import Anchor, Record
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadriga.data.packing import Cursor, tokenized, windows
 from quadriga.data.sources import Document, Record
-from quadriga.data.streams import Streams, shuffled
+from quadriga.data.streams import Cursor, Streams, shuffled, tokenized, windows
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

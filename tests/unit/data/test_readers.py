@@ -18,8 +18,8 @@ from quadriga import limits
 from quadriga.config.schema import Dataloader
 from quadriga.data import parquet
 from quadriga.data.catalogue import open_source
-from quadriga.data.fields import Field
 from quadriga.data.loader import build_loader
+from quadriga.data.sources import Field
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

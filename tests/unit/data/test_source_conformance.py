@@ -11,8 +11,7 @@ import pytest
 from corpora import KINDS, texts
 
 from quadriga.data.builtin import BuiltinSource
-from quadriga.data.packing import Cursor
-from quadriga.data.streams import Streams
+from quadriga.data.streams import Cursor, Streams
 from quadriga.data.tokenizer import ByteTokenizer
 
 DOCUMENTS = texts(60)

@@ -13,8 +13,8 @@ import pytest
 from tokenizer_folders import SPECIALS, byte_level, write_folder
 
 from quadriga.config.special_tokens import CLASS_DEFAULTS
-from quadriga.data.packing import START, tokenized
 from quadriga.data.sources import Document
+from quadriga.data.streams import START, tokenized
 from quadriga.data.tokenizer import Tokenizer, build_tokenizer
 from quadriga.errors import UserError
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from quadriga.config.model_spec import ModelSpec
-from quadriga.data.batch import IGNORE
+from quadriga.data.loader import IGNORE
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.train.loss import chunked_loss, summed_cross_entropy
 

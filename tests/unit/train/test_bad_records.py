@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quadriga.data.packing import SkippedRecord
+from quadriga.data.streams import SkippedRecord
 from quadriga.errors import Problem, UserError
 from quadriga.train.checks import MAX_LOGGED, BadRecords
 
