@@ -12,13 +12,11 @@ import inspect
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
-from quadriga.data.files import File
-from quadriga.data.sources import Anchor, Document, Record
+from quadriga.data.sources import Document, Record, SourceWithoutFiles
 from quadriga.errors import Problem, UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -26,12 +24,8 @@ LEFT_OUT |= {"encodings", "lib2to3", "pydoc_data"}  # code tables and grammars; 
 HELD_OUT = 20  # one of so many documents is held out for validation
 
 
-class BuiltinSource:
+class BuiltinSource(SourceWithoutFiles):
     """A shard is one document: a file of the standard library, a help topic, or the documentation of a built-in."""
-
-    trusted = True
-    disk_bytes = 0
-    files: tuple[File, ...] = ()
 
     def __init__(self, *, held_out: bool) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
@@ -63,18 +57,6 @@ class BuiltinSource:
 
     def format_location(self, shard: int, number: int) -> str:
         return self.names[shard]
-
-    def file_of(self, shard: int) -> File:
-        raise LookupError("no file of the user")
-
-    def layout(self) -> None:
-        return None
-
-    def anchor(self, shard: int) -> None:
-        return None
-
-    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        """Does nothing: there are no user files that could change."""
 
 
 def _list_documents(root: Path) -> Iterator[tuple[str, int]]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.files import File
-from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
+from quadriga.data.sources import TEXT, Document, Field, Record, SourceWithoutFiles, bad_record
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
 
 ROWS_AT_ONCE = 256
 
 
-class HubSource:
+class HubSource(SourceWithoutFiles):
     """A shard is a file of the repository. Rows are read in file order; a resume reads its shard from the beginning."""
-
-    trusted = True
-    disk_bytes = 0
-    files: tuple[File, ...] = ()
 
     def __init__(
         self,
@@ -62,24 +57,11 @@ class HubSource:
             if len(record.data) <= limits.DOCUMENT_BYTES:
                 return Document(record.data)
             what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
-            raise BadRecord(what, lambda: self.format_location(record.shard, record.number))
-        what, allowed = f"`{self.field.name}` is not a string", "a string in every row"
-        raise BadRecord(what, lambda: self.format_location(record.shard, record.number), allowed)
+            raise bad_record(self, record, what)
+        raise bad_record(self, record, f"`{self.field.name}` is not a string", "a string in every row")
 
     def format_location(self, shard: int, number: int) -> str:
         return f"{self._name}, shard {shard}, row {number + 1}"
-
-    def file_of(self, shard: int) -> File:
-        raise LookupError("no file of the user")
-
-    def layout(self) -> None:
-        return None
-
-    def anchor(self, shard: int) -> None:
-        return None
-
-    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        """Does nothing: there are no user files that could change."""
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
         if self.field.name not in names:

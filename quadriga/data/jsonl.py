@@ -11,13 +11,12 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
 from quadriga import limits
-from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
+from quadriga.data.files import File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
+from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, FileSource, Record, bad_record
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 from quadriga.reading import json_type, opened
@@ -31,38 +30,19 @@ WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is
 WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 
 
-class JsonlSource:
-    """A shard is a byte range of a plain file, with the lines that begin in it, or a whole compressed file."""
+class ByteRangeSource(FileSource):
+    """A shard is a byte range of a plain file, or a whole compressed file, which has no random access: (0, size)."""
 
-    trusted = False
-
-    def __init__(self, files: Sequence[File], *, streams: int = 1, field: Field = TEXT) -> None:
-        self.files = files
-        self.field = field
-        self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("jsonl", files) + field.fingerprint_suffix
-        self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_RANGE, most=MOST_RANGE).step
+    def __init__(self, kind: str, files: Sequence[File], field: Field, streams: int, least: int, most: int) -> None:
+        super().__init__(kind, files, field)
+        # At least four shards per stream, if they are above `least` bytes; at most about 2^17 shards, because each
+        # epoch sorts them.
+        self._step = min(max(self.disk_bytes // (4 * streams), least), max(most, self.disk_bytes >> 17))
         self._moved: dict[int, list[int]] = {}  # cuts of files that changed since a checkpoint, by file
-        self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
-
-    def _cut(self, cuts: Cuts) -> None:
-        ends = ((starts, file.size) for starts, file in zip(cuts, self.files, strict=True))
-        self._ranges = [
-            (index, start, end)  # (0, size on disk) for a compressed file
-            for index, (starts, size) in enumerate(ends)
-            for start, end in pairwise([*starts, size])
-        ]
-        self.shards = len(self._ranges)
-
-    def file_of(self, shard: int) -> File:
-        return self.files[self._ranges[shard][0]]
+        self._cut(saved_cuts(files, self.layout()), [file.size for file in files])
 
     def layout(self) -> dict[str, Any]:
         return layout_state(self.files, self._step, self._moved)
-
-    def anchor(self, shard: int) -> Anchor | None:
-        index, start, end = self._ranges[shard]
-        return None if self.files[index].compressed else find_anchor(self.files[index], start, end)
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         cuts = saved_cuts(self.files, saved)
@@ -73,12 +53,33 @@ class JsonlSource:
             count = len(cuts[index])
             if file.size != size and not file.compressed:
                 own = {shard - first: known for shard, known in anchors.items() if first <= shard < first + count}
-                cuts[index] = self._moved[index] = move_cuts(file, cuts[index], size, own)
+                cuts[index] = self._moved[index] = self._move(file, cuts[index], size, own)
             first += count
-        self._cut(cuts)
+        self._cut(cuts, [file.size for file in self.files])
+
+    def _move(self, file: File, starts: list[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
+        """The starts of the shards of a plain file that had `size` bytes and now has another size."""
+        return [min(start, file.size) for start in starts]
+
+    def format_location(self, shard: int, number: int) -> str:
+        return format_location(self.file_of(shard), number)
+
+
+class JsonlSource(ByteRangeSource):
+    """A shard has the lines that begin in its byte range."""
+
+    def __init__(self, files: Sequence[File], *, streams: int = 1, field: Field = TEXT) -> None:
+        super().__init__("jsonl", files, field, streams, LEAST_RANGE, MOST_RANGE)
+
+    def anchor(self, shard: int) -> Anchor | None:
+        index, start, end = self._spans[shard]
+        return None if self.files[index].compressed else find_anchor(self.files[index], start, end)
+
+    def _move(self, file: File, starts: list[int], size: int, anchors: Mapping[int, Anchor]) -> list[int]:
+        return move_cuts(file, starts, size, anchors)
 
     def read(self, shard: int) -> Iterator[Record]:
-        index, start, end = self._ranges[shard]
+        index, start, end = self._spans[shard]
         file = self.files[index]
         lines = lines_of(file) if file.compressed else lines_of(file, start, end)
         blank = 0
@@ -108,14 +109,11 @@ class JsonlSource:
             pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
 
-    def format_location(self, shard: int, number: int) -> str:
-        return format_location(self.files[self._ranges[shard][0]], number)
-
     def _diagnose(self, record: Record, line: bytes) -> Document:
         """The document of a line that `parse` could not read directly. Raises BadRecord with the reason, or UserError.
 
         Numbers of any length are accepted, because only the text counts."""
-        refuse_if_foreign(self.files[self._ranges[record.shard][0]], "jsonl")
+        refuse_if_foreign(self.file_of(record.shard), "jsonl")
         try:
             decoded = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -148,9 +146,7 @@ class JsonlSource:
         return f"`{name}` is a JSON {json_type(value[name])}, not a string"
 
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
-        allowed = f'one object per line: {{"{self.field.name}": "..."}}'
-        shard, number = record.shard, record.number
-        return BadRecord(what, lambda: self.format_location(shard, number), allowed, fix)
+        return bad_record(self, record, what, f'one object per line: {{"{self.field.name}": "..."}}', fix)
 
 
 def _ignore_number(digits: str) -> int:
@@ -245,14 +241,6 @@ def format_location(file: File, offset: int) -> str:
         with suppress(*BROKEN_GZIP):
             return f"{name}, line {line_at(file, offset)}"
     return f"{name}, byte {offset:,}"
-
-
-def cut_points(size: int, *, streams: int, least: int, most: int) -> range:
-    """The nominal cuts of a file of `size` bytes: at least four shards per stream, if they are above `least` bytes.
-
-    At most about 2^17 shards, because each epoch sorts them.
-    """
-    return range(0, size, min(max(size // (4 * streams), least), max(most, size >> 17)))
 
 
 def find_anchor(file: File, start: int, end: int) -> Anchor | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
+from quadriga.data.files import Cuts, File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, Record
+from quadriga.data.sources import TEXT, Anchor, Document, Field, FileSource, Record, bad_record
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
@@ -19,16 +19,11 @@ FOOTERS_AT_ONCE = 16  # files whose metadata is read concurrently
 MOST_PROBLEMS = 10
 
 
-class ParquetSource:
+class ParquetSource(FileSource):
     """A shard is a row group, because a row group can be read without the rest of its file."""
 
-    trusted = False
-
     def __init__(self, files: Sequence[File], *, field: Field = TEXT) -> None:
-        self.files = files
-        self.field = field
-        self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("parquet", files) + field.fingerprint_suffix
+        super().__init__("parquet", files, field)
         problems: list[Problem] = []
         self._starts: list[list[int]] = []  # by file: the first row of every row group, and the number of rows
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
@@ -37,30 +32,19 @@ class ParquetSource:
                 problems += found
         if problems:
             raise UserError(*problems[:MOST_PROBLEMS])
-        self._cut([starts[:-1] for starts in self._starts])
+        self._cut_rows([starts[:-1] for starts in self._starts])
 
-    def _cut(self, cuts: Cuts) -> None:
+    def _cut_rows(self, cuts: Cuts) -> None:
         """`cuts`: by file, the first row of each shard: the row groups, or those of the run that saved."""
         self._cuts = cuts
-        self._spans = [
-            (index, first, end)
-            for index, (firsts, starts) in enumerate(zip(cuts, self._starts, strict=True))
-            for first, end in pairwise([*firsts, starts[-1]])
-        ]
-        self.shards = len(self._spans)
-
-    def file_of(self, shard: int) -> File:
-        return self.files[self._spans[shard][0]]
+        self._cut(cuts, [starts[-1] for starts in self._starts])
 
     def layout(self) -> dict[str, Any]:
         return layout_state(self.files, 0, dict(enumerate(self._cuts)))
 
-    def anchor(self, shard: int) -> None:
-        return None  # the number of the row is enough
-
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         cuts = saved_cuts(self.files, saved)
-        self._cut(
+        self._cut_rows(
             [[min(first, starts[-1]) for first in firsts] for firsts, starts in zip(cuts, self._starts, strict=True)]
         )
 
@@ -93,19 +77,16 @@ class ParquetSource:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 what = f"`{self.field.name}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
-                raise self._refused(record, what, fix="rewrite the column as UTF-8 text") from error
+                raise bad_record(self, record, what, fix="rewrite the column as UTF-8 text") from error
         if text is None:
-            raise self._refused(record, f"`{self.field.name}` is null", allowed="a string in every row")
+            raise bad_record(self, record, f"`{self.field.name}` is null", allowed="a string in every row")
         if len(text) > limits.DOCUMENT_BYTES:
             what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
-            raise self._refused(record, what, fix="split the document")
+            raise bad_record(self, record, what, fix="split the document")
         return Document(text)
 
     def format_location(self, shard: int, number: int) -> str:
-        return f"{shortened(self.files[self._spans[shard][0]].path, 400)}, row {number + 1}"
-
-    def _refused(self, record: Record, what: str, allowed: str | None = None, fix: str | None = None) -> BadRecord:
-        return BadRecord(what, lambda: self.format_location(record.shard, record.number), allowed, fix)
+        return f"{shortened(self.file_of(shard).path, 400)}, row {number + 1}"
 
 
 def _texts(column: Any) -> Iterator[str | bytes | None]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
-from quadriga.data.files import File
+from quadriga.data.files import Cuts, File, fingerprint
 from quadriga.errors import Problem, UserError, nearest, shortened
 
 DEFAULT_FIELD = "text"
@@ -146,3 +147,55 @@ class Source(Protocol):
         """Cuts the files as the run that saved `layout()`, also if they changed since.
 
         `anchors`: by shard, of the partly read ones."""
+
+
+class FileSource:
+    """The part of `Source` that sources of the user's files share. `_spans`: by shard, its file, and where it begins
+    and ends there, in bytes or rows."""
+
+    trusted = False
+
+    def __init__(self, kind: str, files: Sequence[File], field: Field = TEXT) -> None:
+        self.files, self.field = files, field
+        self.disk_bytes = sum(file.size for file in files)
+        self.fingerprint = fingerprint(kind, files) + field.fingerprint_suffix
+
+    def _cut(self, cuts: Cuts, ends: Iterable[int]) -> None:
+        self._spans = [
+            (index, start, end)
+            for index, (starts, last) in enumerate(zip(cuts, ends, strict=True))
+            for start, end in pairwise([*starts, last])
+        ]
+        self.shards = len(self._spans)
+
+    def file_of(self, shard: int) -> File:
+        return self.files[self._spans[shard][0]]
+
+    def anchor(self, shard: int) -> Anchor | None:
+        return None
+
+
+class SourceWithoutFiles:
+    """The same part, for sources that read no file of the user: there is none that could change."""
+
+    trusted = True
+    disk_bytes = 0
+    files: tuple[File, ...] = ()
+
+    def file_of(self, shard: int) -> File:
+        raise LookupError("no file of the user")
+
+    def layout(self) -> None:
+        return None
+
+    def anchor(self, shard: int) -> None:
+        return None
+
+    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
+        """Does nothing."""
+
+
+def bad_record(
+    source: Source, record: Record, what: str, allowed: str | None = None, fix: str | None = None
+) -> BadRecord:
+    return BadRecord(what, lambda: source.format_location(record.shard, record.number), allowed, fix)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
-from quadriga.data.files import Cuts, File, fingerprint, layout_state, saved_cuts
-from quadriga.data.jsonl import BROKEN_GZIP, broken_gzip, cut_points, format_location, line_at, open_bytes
+from quadriga.data.files import File
+from quadriga.data.jsonl import BROKEN_GZIP, ByteRangeSource, broken_gzip, line_at, open_bytes
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
-from quadriga.data.sources import Anchor, BadRecord, Document, Record
+from quadriga.data.sources import TEXT, Document, Record, bad_record
 from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
@@ -18,43 +17,11 @@ NO_TEXT = (LFS_POINTER, b"%PDF-")  # beginnings of files whose bytes are valid t
 LOOK_AHEAD = 1 << 12  # bytes that a cut can move to reach the end of a line; at least one character (4 bytes)
 
 
-class TextSource:
-    """A shard is a segment of a plain file, or a whole compressed file, which has no random access."""
-
-    trusted = False
+class TextSource(ByteRangeSource):
+    """A shard is a segment of a plain file, which begins at the first line end after its cut."""
 
     def __init__(self, files: Sequence[File], *, streams: int = 1) -> None:
-        self.files = files
-        self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint("text", files)
-        self._step = cut_points(self.disk_bytes, streams=streams, least=LEAST_SEGMENT, most=MOST_SEGMENT).step
-        self._moved: dict[int, list[int]] = {}  # cuts of files that changed since a checkpoint, by file
-        self._cut([[0] if file.compressed else list(range(0, file.size, self._step)) for file in files])
-
-    def _cut(self, cuts: Cuts) -> None:
-        ends = ((starts, file.size) for starts, file in zip(cuts, self.files, strict=True))
-        self._spans = [  # file, nominal start and end
-            (index, start, end) for index, (starts, size) in enumerate(ends) for start, end in pairwise([*starts, size])
-        ]
-        self.shards = len(self._spans)
-
-    def file_of(self, shard: int) -> File:
-        return self.files[self._spans[shard][0]]
-
-    def layout(self) -> dict[str, Any]:
-        return layout_state(self.files, self._step, self._moved)
-
-    def anchor(self, shard: int) -> None:
-        return None  # a segment begins at the first line end after its cut
-
-    def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
-        cuts = saved_cuts(self.files, saved)
-        self._step = saved["step"]
-        self._moved = {int(index): starts for index, starts in saved["cuts"].items()}
-        for index, (file, size) in enumerate(zip(self.files, saved["sizes"], strict=True)):
-            if file.size != size and not file.compressed:
-                cuts[index] = self._moved[index] = [min(start, file.size) for start in cuts[index]]
-        self._cut(cuts)
+        super().__init__("text", files, TEXT, streams, LEAST_SEGMENT, MOST_SEGMENT)
 
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._spans[shard]
@@ -67,7 +34,7 @@ class TextSource:
             yield from _segment(file, shard, first, last)
 
     def parse(self, record: Record) -> Document:
-        file = self.files[self._spans[record.shard][0]]
+        file = self.file_of(record.shard)
         data = record.data
         assert isinstance(data, bytes)
         if record.begins and (data.startswith(NO_TEXT) or b"\0" in data[:64]):
@@ -76,12 +43,9 @@ class TextSource:
             return Document(data.decode("utf-8"), record.begins, record.ends)
         except UnicodeDecodeError as error:
             refuse_if_foreign(file, "text")
-            shard, at, what = record.shard, record.number + error.start, f"byte 0x{data[error.start]:02x} is not UTF-8"
+            at = record._replace(number=record.number + error.start)
             fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
-            raise BadRecord(what, lambda: self.format_location(shard, at), fix=fix) from error
-
-    def format_location(self, shard: int, number: int) -> str:
-        return format_location(self.files[self._spans[shard][0]], number)
+            raise bad_record(self, at, f"byte 0x{data[error.start]:02x} is not UTF-8", fix=fix) from error
 
 
 def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:
