@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
 from quadriga.cli.convert import find_checkpoint, saved_model
-from quadriga.config.changed_defaults import started_with
-from quadriga.config.lr_phases import lr_phases
+from quadriga.config.legacy_keys import started_with
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError, printable
 from quadriga.log import logger
@@ -45,7 +44,7 @@ def convert_to_torchtitan(source: str, out: str) -> None:
         with convert_extra_errors(found, USE_ANOTHER):
             config = config_of(found)
             states, group = states_of(found, config)
-            phases = lr_phases(config.lr_scheduler, config.training.steps)
+            phases = config.lr_scheduler.phases(config.training.steps)
             ended = found.extra["lr_scheduler"]["done"] >= phases.total
             position, why = loader_state_of(found, config)
         if position is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quadriga.cli.arguments import Parser
-from quadriga.config.help import print_keys
+from quadriga.config.reference import print_keys
 from quadriga.errors import EXIT_OK
 
 

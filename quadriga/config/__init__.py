@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from quadriga.config.keys import to_toml
 from quadriga.config.read import Run, read
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import JobConfig
-from quadriga.config.toml import to_toml
 
 __all__ = ["JobConfig", "Run", "RunSpec", "read", "to_toml"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quadriga.config import messages
 from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_help, backend_help, memory_help
 from quadriga.config.keys import format_toml
-from quadriga.config.markdown import argument, code, plain
+from quadriga.config.markdown import argument, code, plain, table
 from quadriga.config.messages import decimal_bytes, plural
 from quadriga.config.read import Run
 from quadriga.hardware import Device
@@ -96,18 +95,13 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
         "## Troubleshooting",
         _troubleshooting(run),
         "## Environment variables",
-        _table(("variable", "if unset", "meaning"), ENVIRONMENT),
+        table(("variable", "if unset", "meaning"), ENVIRONMENT),
         "## Hardware",
         _hardware(run, figures, device),
         "## Keys that the file sets",
         _keys(run),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _lead(run: Run, figures: CardFigures, unit: str) -> str:
@@ -141,7 +135,7 @@ def _at_a_glance(run: Run, figures: CardFigures, unit: str) -> str:
         ("checkpoints", messages.checkpoints(config.checkpoint)),
         ("run folder", f"{code(spec.folders.dump)}"),
     ]
-    return _table(("what", "value"), rows)
+    return table(("what", "value"), rows)
 
 
 def _data(run: Run) -> str:
@@ -195,7 +189,7 @@ def _parallelism(run: Run, unit: str) -> str:
     product = " x ".join(str(size) for size in sizes)
     each = "one per GPU" if unit == "GPU" else "each a process on the CPU, or one per GPU"
     return (
-        f"{_table(('degree', 'here', 'meaning'), rows)}\n\n"
+        f"{table(('degree', 'here', 'meaning'), rows)}\n\n"
         f"{product} = {plural(run.spec.world_size, 'rank')}, {each}.{_other_numbers(run)}{_reduction(run)}"
     )
 
@@ -237,7 +231,7 @@ def _model_and_data(run: Run, figures: CardFigures) -> str:
         ("sequence", f"{training.seq_len:,} tokens; documents are concatenated, each between BOS and EOS"),
         ("work", f"{figures.flops_per_token:.3g} FLOPs per token, forward and backward, with causal attention"),
     ]
-    return _table(("what", "value"), rows)
+    return table(("what", "value"), rows)
 
 
 def _hyper_parameters(run: Run) -> str:
@@ -253,7 +247,7 @@ def _hyper_parameters(run: Run) -> str:
         ("steps", f"{run.spec.steps:,}"),
         ("seed", f"{run.spec.seed}"),
     ]
-    return _table(("what", "value"), rows)
+    return table(("what", "value"), rows)
 
 
 def _memory(run: Run, figures: CardFigures, unit: str) -> str:
@@ -263,8 +257,8 @@ def _memory(run: Run, figures: CardFigures, unit: str) -> str:
         f"- CPU offload: {'on' if run.config.training.enable_cpu_offload else 'off'}.",
         f"- Compile: {'on' if run.config.compile.enable else 'off'}.",
     ]
-    estimated = _table(("estimated", f"for one {unit}"), figures.estimated)
-    devices = _table(("device", "memory", "needed", "verdict", "step time (uncalibrated)"), figures.devices)
+    estimated = table(("estimated", f"for one {unit}"), figures.estimated)
+    devices = table(("device", "memory", "needed", "verdict", "step time (uncalibrated)"), figures.devices)
     return (
         "\n".join(facts)
         + "\n\nThe estimate of `quadriga estimate`, from arithmetic, without a GPU (docs/estimates.md explains it and "
@@ -294,7 +288,7 @@ def _outputs(run: Run, figures: CardFigures) -> str:
             f"{saves}; one full save {takes} about {size}",
         ),
     ]
-    return _table(("file", "here", "content"), rows) + "\n\n(N is a step, K a rank.)"
+    return table(("file", "here", "content"), rows) + "\n\n(N is a step, K a rank.)"
 
 
 def _on(switch: bool) -> str:
@@ -384,4 +378,4 @@ def _keys(run: Run) -> str:
             value = getattr(value, name)
         rows.append((f"{code(key)}", code(format_toml(value))))
     note = "All other keys have the defaults of `docs/configuration.md`."
-    return f"{note}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{_table(('key', 'value'), rows)}\n\n</details>"
+    return f"{note}\n\n<details>\n<summary>{len(rows)} keys</summary>\n\n{table(('key', 'value'), rows)}\n\n</details>"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from quadriga.config.changed_defaults import started_with, value_in
 from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.legacy_keys import started_with, value_in
 from quadriga.config.read import Run
 from quadriga.config.rules import config_value
 from quadriga.config.rules_layout import FROM_CHECKPOINT, divisors

@@ -1,4 +1,4 @@
-"""All keys of the configuration in one flat table: type as text, default, and the parser of command-line values."""
+"""All keys of the configuration in one flat table: type as text, default, parser of command-line values. And TOML."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
@@ -118,6 +119,21 @@ def format_toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(format_toml(item) for item in value) + "]"
     return str(value)
+
+
+def to_toml(config: JobConfig) -> str:
+    """A configuration as TOML, which reads as the same configuration: every key with its value, including defaults. An
+    optional key that is off is written as `"none"`."""
+    tables = config.model_dump(mode="json")
+    del tables["job"]["config_file"]  # the path that it was read from is not part of the configuration
+    header = "# The resolved configuration: every key with its effective value.\n\n"
+    return header + tomli_w.dumps(_without_none(tables))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items()}
+    return "none" if value is None else value
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -1,8 +1,17 @@
-"""Keys and values of torchtitan v0.1.0 to v0.2.2 that have another name here, or do not exist."""
+"""Keys and values of torchtitan v0.1.0 to v0.2.2 that have another name here, or do not exist; and changed defaults.
+
+`OLD_DEFAULTS` has the keys of Quadriga whose default has changed, with their old default, for runs that were started
+before the change. For each of these keys that the user does not set, a resumed run keeps the value that it was started
+with: that of the configuration in its checkpoint, or the old default if the key did not exist then.
+
+A change of a default on which the numbers of a training depend needs a line there. A new key whose default does not
+change training needs none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 RENAMED: Mapping[str, str] = {
     "training.seed": "debug.seed",
@@ -22,7 +31,6 @@ RENAMED: Mapping[str, str] = {
 
 # Tables of v0.1.0 that became tables of [quantize].
 MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
-
 
 # Values that have another name under the new key.
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
@@ -64,6 +72,11 @@ SCHEDULE_CLASSES: Mapping[str, str] = {
 
 CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
 
+OLD_DEFAULTS: Mapping[str, Any] = {
+    "lr_scheduler.variant": "early_decay",
+    "optimizer.decay_norms_and_biases": False,
+}
+
 
 def resolve_schedule(value: str, known: Collection[str]) -> str:
     """The name of a pipeline schedule for a name in upper or lower case, as PyTorch reads it; else `value`."""
@@ -77,3 +90,28 @@ def renamed_key(old: str) -> str | None:
     if table in MOVED_TABLES and key and old not in RENAMED:
         return f"{MOVED_TABLES[table]}.{key}"
     return RENAMED.get(old)
+
+
+def started_with(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of each key of `OLD_DEFAULTS` in the run that saved a checkpoint.
+
+    Args:
+        saved: the contents of the checkpoint except its tensors; "config" is the configuration as nested tables. Values
+            are not checked: a damaged or foreign checkpoint may contain anything.
+
+    Returns:
+        Values by key; empty if the checkpoint has no configuration.
+    """
+    config = saved.get("config")
+    if not isinstance(config, Mapping):
+        return {}
+    return {key: value_in(config, key, default) for key, default in OLD_DEFAULTS.items()}
+
+
+def value_in(config: Any, key: str, default: Any) -> Any:
+    """The value of a key in a configuration of nested tables, else `default`. `config` may be any value."""
+    *tables, name = key.split(".")
+    table: Any = config
+    for each in tables:
+        table = table.get(each, {}) if isinstance(table, Mapping) else {}
+    return table.get(name, default) if isinstance(table, Mapping) else default

@@ -15,15 +15,16 @@ from pydantic import ValidationError
 
 from quadriga.config import legacy_keys, titan_datasets
 from quadriga.config.keys import KEYS, Key, format_toml, is_section, parse_value
-from quadriga.config.paths import PATHS, expand
 from quadriga.config.schema import JobConfig
 from quadriga.config.sources import (
     COMMAND_LINE,
     CONFIG_FILE,
+    PATHS,
     Entry,
     RawText,
     command_line_layer,
     environment_layer,
+    expand,
     file_layers,
 )
 from quadriga.errors import Problem, nearest

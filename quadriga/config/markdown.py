@@ -1,9 +1,10 @@
-"""Escapes untrusted text for Markdown, so that it never becomes markup, HTML or a command."""
+"""Markdown: tables, and untrusted text that never becomes markup, HTML or a command."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from quadriga.errors import printable
 
@@ -29,3 +30,8 @@ def code(text: str) -> str:
 def argument(text: str) -> str:
     """One word of a shell command, quoted if necessary."""
     return f'"{text}"' if _SAFE_WORD.fullmatch(text) else shlex.quote(printable(text))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from quadriga.config.lr_phases import lr_phases
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
@@ -80,7 +79,7 @@ def batch(spec: RunSpec) -> str:
 def schedule(run: Run) -> str:
     """The learning rate over the run, by phase: warm-up, plateau, decay. Empty phases are left out."""
     section, lr = run.config.lr_scheduler, run.config.optimizer.lr
-    steps = lr_phases(section, run.spec.steps)
+    steps = section.phases(run.spec.steps)
     phases = [f"a linear warm-up of {plural(steps.warmup, 'step')} to {lr:g}" if steps.warmup else f"starts at {lr:g}"]
     if section.variant == "early_decay" and section.warmup_steps > steps.warmup:
         phases = [f"a linear warm-up to {lr:g}, cut off after {steps.warmup:,} of {section.warmup_steps:,} steps"]

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
-from quadriga.config.changed_defaults import started_with
 from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.legacy_keys import started_with
 from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules import BackendProtocol

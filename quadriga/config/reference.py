@@ -1,4 +1,4 @@
-"""Reference of the configuration: the documentation under each field, the JSON Schema, and docs/configuration.md."""
+"""Reference of the configuration: the documentation of each field, the list of keys, JSON Schema, configuration.md."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from quadriga.config import legacy_keys, support
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from quadriga.config import legacy_keys
 from quadriga.config.keys import KEYS, Key, format_toml
+from quadriga.config.markdown import table
+from quadriga.config.rules_torchtitan import UNSUPPORTED
 from quadriga.config.schema import JobConfig, Section
 from quadriga.config.sources import ENVIRONMENT
+from quadriga.errors import Problem, UserError, nearest
 
 
 def documentation() -> Mapping[str, str]:
@@ -47,6 +54,38 @@ def tables() -> Iterator[tuple[str, str, list[Key]]]:
         grouped.setdefault(name.rpartition(".")[0], []).append(key)
     for name, keys in grouped.items():
         yield name, (keys[0].section.__doc__ or "").strip(), keys
+
+
+def print_keys(words: Sequence[str] = ()) -> None:
+    """Print all keys, or those that match all `words`, on standard output. Raises UserError if there is none.
+
+    A word matches a key if it is the name of its table, or a part of its name or its meaning.
+    """
+    console, documented, found = Console(highlight=False), documentation(), False
+    for name, about, keys in tables():
+        matching = [
+            key for key in keys if all(_matches(word.lower(), name, key, documented[key.name]) for word in words)
+        ]
+        if matching:
+            found = True
+            console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}\n"))
+        for key in matching:
+            values = f"  {key.allowed}; default {format_toml(key.default)}"
+            console.print(_indented(Text.assemble((f"--{key.name}", "green"), (values, "dim")), 2))
+            console.print(_indented(Text(documented[key.name]), 6))
+        if matching:
+            console.print()
+    if not found:
+        text = " ".join(words)
+        raise UserError(Problem(text, "no key has this in its name or meaning", nearest=nearest(text, KEYS)))
+
+
+def _indented(text: Text, columns: int) -> Padding:
+    return Padding(text, (0, 0, 0, columns), expand=False)
+
+
+def _matches(word: str, table: str, key: Key, meaning: str) -> bool:
+    return word.strip("[]") == table or word in key.name or word in meaning.lower()
 
 
 def json_schema() -> dict[str, Any]:
@@ -89,7 +128,7 @@ def reference_page() -> str:
             (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{format_toml(key.default)}`", docs[key.name])
             for key in keys
         ]
-        page += [f"### [{name}]", about, _markdown(("key", "value", "default", "meaning"), rows)]
+        page += [f"### [{name}]", about, table(("key", "value", "default", "meaning"), rows)]
     page += _older_names()
     return "\n\n".join(page) + "\n"
 
@@ -102,21 +141,16 @@ def _older_names() -> list[str]:
     ]
     gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in legacy_keys.REMOVED.items()]
     gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in legacy_keys.REFUSED.items()]
-    missing = [(", ".join(f"`{key}`" for key in item.keys), item.name, item.instead) for item in support.UNSUPPORTED]
+    missing = [(", ".join(f"`{key}`" for key in item.keys), item.name, item.instead) for item in UNSUPPORTED]
     return [
         "## Older names",
         "Files for older releases of torchtitan load. A notice names the new key.",
-        _markdown(("old name", "new name"), renamed),
-        _markdown(("removed key", "effect"), gone),
+        table(("old name", "new name"), renamed),
+        table(("removed key", "effect"), gone),
         "## Not supported yet",
         "Training refuses these keys by name. A dry run (`DRY_RUN=1`) accepts them, with a notice.",
-        _markdown(("key", "feature", "what to do instead"), missing),
+        table(("key", "feature", "what to do instead"), missing),
     ]
-
-
-def _markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 _INTRODUCTION = f"""

@@ -9,25 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
-from quadriga.config import rules_backend, rules_layout, rules_pipeline, rules_run, rules_torchtitan
+from quadriga.config import rules_layout, rules_pipeline, rules_run, rules_torchtitan
 from quadriga.config.keys import format_toml
 from quadriga.config.load import LoadedConfig
 from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
 from quadriga.config.rules import RULES, BackendProtocol, RuleContext, join_sources
 from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig, Parallelism
-from quadriga.config.support import unsupported_features
 from quadriga.errors import Problem, nearest
 from quadriga.units import DTYPE_BYTES, GIB, format_bytes
 
 Catalogue = Mapping[str, Mapping[str, ModelSpec]]
-RULE_MODULES = (
-    rules_layout,
-    rules_pipeline,
-    rules_run,
-    rules_backend,
-    rules_torchtitan,
-)  # their import registers the rules
+RULE_MODULES = (rules_layout, rules_pipeline, rules_run, rules_torchtitan)  # their import registers the rules
 
 DEGREES = {
     "dp_replicate": "parallelism.data_parallel_replicate_degree",
@@ -81,11 +74,8 @@ def resolve(
 
     ctx = RuleContext(config, loaded.origin, model, degrees, tokenizer, backends, training, schedule_csv)
     findings = [finding for rule in RULES if not bad.intersection(rule.keys) for finding in rule.apply(ctx)]
-    for finding in [*findings, *unsupported_features(ctx, bad)]:
-        if isinstance(finding, Problem):
-            result.problems.append(finding)
-        else:
-            result.notices.append(finding)
+    result.problems += [finding for finding in findings if isinstance(finding, Problem)]
+    result.notices += [finding for finding in findings if isinstance(finding, str)]
     if not result.problems and not loaded.problems:
         result.spec = build_spec(ctx)
     return result

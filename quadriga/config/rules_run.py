@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
-from quadriga.config.lr_phases import lr_phases
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
@@ -122,7 +121,7 @@ def schedule_covers_the_run(ctx: RuleContext) -> Findings:
     total = schedule.total_steps
     if total is None or total >= steps:
         return
-    decays = lr_phases(schedule, steps).decay > 0 or schedule.variant == "early_decay"
+    decays = schedule.phases(steps).decay > 0 or schedule.variant == "early_decay"
     rate = ctx.config.optimizer.lr * (schedule.min_lr_factor if decays else 1.0)
     yield (
         f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}: the rate stays at its last value, "
@@ -133,7 +132,7 @@ def schedule_covers_the_run(ctx: RuleContext) -> Findings:
 @rule("lr_scheduler.decay_ratio", *SCHEDULE, "lr_scheduler.total_steps")
 def decay_fits_beside_the_warmup(ctx: RuleContext) -> Findings:
     schedule = ctx.config.lr_scheduler
-    phases = lr_phases(schedule, ctx.config.training.steps)
+    phases = schedule.phases(ctx.config.training.steps)
     if phases.decay < phases.wanted_decay:
         what = f"a warm-up of {phases.warmup} and a decay of {phases.wanted_decay} steps exceed {phases.total}"
         yield f"{what}: the decay is shortened to {phases.decay} steps"

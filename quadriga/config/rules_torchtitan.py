@@ -1,12 +1,18 @@
 """Notices for values that mean something else than in torchtitan v0.2.2 and change the numbers of the training.
 
-docs/from-torchtitan.md has the whole table, one row per key.
+docs/from-torchtitan.md has the whole table, one row per key. Features of it that training does not support yet are one
+entry each in `UNSUPPORTED`: training refuses them by name, and a dry run accepts them. Delete the entry when a feature
+is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from quadriga.config.keys import format_toml
-from quadriga.config.rules import Findings, RuleContext, config_value, rule
+from quadriga.config.rules import Check, Conflict, Findings, RuleContext, config_value, rule
+from quadriga.config.schema import JobConfig
 
 FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # torchtitan's defaults
 SEED = "debug.seed"
@@ -77,3 +83,60 @@ def computing_format_holds_on_every_layout(ctx: RuleContext) -> Findings:
             f"{COMPUTES_IN} = {training.mixed_precision_param} holds for the whole model, as under FSDP; without FSDP "
             f'{there}. With "float32" both compute the same'
         )
+
+
+@dataclass(frozen=True)
+class UnsupportedFeature:
+    """A feature that is not supported: its keys, whether a configuration requests it, and what to do instead."""
+
+    keys: tuple[str, ...]
+    requested: Callable[[JobConfig], bool]
+    name: str
+    instead: str
+
+
+UNSUPPORTED = (
+    UnsupportedFeature(
+        ("model.converters",),
+        lambda config: bool(set(config.model.converters) - {"quantize.linear.float8"}),
+        "microscaling formats and grouped matrix products in 8 bits",
+        'use "quantize.linear.float8" alone, or remove the converters',
+    ),
+    UnsupportedFeature(
+        ("checkpoint.initial_load_in_hf_quantized",),
+        lambda config: config.checkpoint.enable and config.checkpoint.initial_load_in_hf_quantized,
+        "starting from quantized weights",
+        "start from weights that are not quantized",
+    ),
+    UnsupportedFeature(
+        ("optimizer.early_step_in_backward",),
+        lambda config: config.optimizer.early_step_in_backward,
+        "updating parameters within the backward pass",
+        "set it to false",
+    ),
+    UnsupportedFeature(
+        ("fault_tolerance.enable",),
+        lambda config: config.fault_tolerance.enable,
+        "replica groups that can fail independently",
+        "set it to false; a run that dies resumes from its newest checkpoint",
+    ),
+    UnsupportedFeature(
+        ("comm.mode",),
+        lambda config: config.comm.mode == "local_tensor",
+        "all ranks in one process",
+        'set it to "default" to train on the CPU with gloo, or to "fake_backend" to rehearse',
+    ),
+)
+
+
+def _refuse(feature: UnsupportedFeature) -> Check:
+    def feature_is_supported(ctx: RuleContext) -> Findings:
+        if feature.requested(ctx.config):
+            what = f"training does not support {feature.name} yet"
+            yield Conflict(what, feature.instead) if ctx.training else f"{what} ({', '.join(feature.keys)})"
+
+    return feature_is_supported
+
+
+for _feature in UNSUPPORTED:
+    rule(*_feature.keys)(_refuse(_feature))

@@ -7,13 +7,14 @@ is the same, what differs, and what is printed about it. A start reads neither.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quadriga.config import legacy_keys
 from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.markdown import table
 from quadriga.config.reference import documentation
 from quadriga.reading import read_toml
 
@@ -61,14 +62,14 @@ class KeyRow:
 
 def titan_keys() -> Mapping[str, TitanKey]:
     """Every key of the release, in its order."""
-    return {name: TitanKey(**table) for name, table in read_toml(BESIDE / "torchtitan_keys.toml").items()}
+    return {name: TitanKey(**fields) for name, fields in read_toml(BESIDE / "torchtitan_keys.toml").items()}
 
 
 def titan_rows() -> Mapping[str, KeyRow]:
     """The row of each key. A test finds keys that are listed twice, which a mapping cannot show."""
-    table = read_toml(BESIDE / "torchtitan_rows.toml")
-    plain = {name: KeyRow(same="") for name in table["same"]}
-    return plain | {name: KeyRow(**fields) for name, fields in table.items() if isinstance(fields, dict)}
+    rows = read_toml(BESIDE / "torchtitan_rows.toml")
+    plain = {name: KeyRow(same="") for name in rows["same"]}
+    return plain | {name: KeyRow(**fields) for name, fields in rows.items() if isinstance(fields, dict)}
 
 
 def same_default(name: str, there: TitanKey) -> bool:
@@ -88,12 +89,12 @@ def regenerate(page: str) -> str:
 
 def _keys() -> str:
     """One Markdown table for each TOML table of the release, one row per key."""
-    rows, tables = titan_rows(), dict[str, list[tuple[str, ...]]]()
+    rows, sections = titan_rows(), dict[str, list[tuple[str, ...]]]()
     for name, there in titan_keys().items():
-        table, _, key = name.rpartition(".")
-        tables.setdefault(table, []).append((f"`{key}`", *_cells(name, there, rows[name])))
+        section, _, key = name.rpartition(".")
+        sections.setdefault(section, []).append((f"`{key}`", *_cells(name, there, rows[name])))
     head = ("key", "default of v0.2.2", "meaning here", "printed", "key that decides")
-    return "\n\n".join(f"### [{table}]\n\n{_table(head, lines)}" for table, lines in tables.items())
+    return "\n\n".join(f"### [{section}]\n\n{table(head, lines)}" for section, lines in sections.items())
 
 
 def _cells(name: str, there: TitanKey, row: KeyRow) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def _ours() -> str:
     documented, there = documentation(), titan_keys()
     ours = [name for name in KEYS if name not in there]
     lines = [(f"`{name}`", f"`{format_toml(KEYS[name].default)}`", documented[name]) for name in ours]
-    return _table(("key", "default", "meaning"), lines)
+    return table(("key", "default", "meaning"), lines)
 
 
 def _older() -> str:
@@ -116,9 +117,4 @@ def _older() -> str:
         (f"`{key}`", "removed", f"accepted with a notice if off, else refused: {why}")
         for key, why in legacy_keys.REFUSED.items()
     ]
-    return _table(("key of an older release", "here", "printed"), [*renamed, *moved, *gone, *refused])
-
-
-def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
-    cells = [head, tuple("---" for _ in head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
+    return table(("key of an older release", "here", "printed"), [*renamed, *moved, *gone, *refused])

@@ -88,7 +88,7 @@ docs/operations.md says what to do about each.
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Launch the run of `argv` and `environ`. Returns the exit code of `USAGE`; 128 + n if signal n ended the run."""
     if {"-h", "--help"} & set(argv):
-        from quadriga.config.help import print_keys  # imports rich, which a start does not need
+        from quadriga.config.reference import print_keys  # imports rich, which a start does not need
 
         print(USAGE)
         print_keys()

@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import LrScheduler
 
 # Each decreases from 1 to 0 as its argument goes from 0 to 1. `sqrt` is the 1 - sqrt cooldown of arXiv 2405.18392.
@@ -44,7 +43,7 @@ def lr_factor(step: int, section: LrScheduler, steps: int) -> float:
     """The factor of the peak learning rate at `step` (from 1) of a run of `steps` steps."""
     if section.variant == "early_decay":
         return _early_decay_factor(step, section, steps)
-    phases = lr_phases(section, steps)
+    phases = section.phases(steps)
     if step <= phases.warmup:
         return step / phases.warmup
     decayed = min(step - 1, phases.total) - (phases.total - phases.decay)  # decay steps before this one
@@ -54,7 +53,7 @@ def lr_factor(step: int, section: LrScheduler, steps: int) -> float:
 
 
 def _early_decay_factor(step: int, section: LrScheduler, steps: int) -> float:
-    phases = lr_phases(section, steps)
+    phases = section.phases(steps)
     if step <= section.warmup_steps:
         return step / section.warmup_steps
     if step > phases.total:

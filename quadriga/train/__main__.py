@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     process_guards.die_with_torchrun(environ)
     faulthandler.enable()
     if {"-h", "--help"} & set(argv):
-        from quadriga.config.help import print_keys
+        from quadriga.config.reference import print_keys
 
         print(HELP)
         print_keys()

@@ -10,8 +10,8 @@ from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
 from quadriga.comm import collectives
 from quadriga.config import Run
-from quadriga.config.changed_defaults import started_with
 from quadriga.config.continuity import resume_problems, run_facts
+from quadriga.config.legacy_keys import started_with
 from quadriga.config.messages import plural
 from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader

@@ -68,7 +68,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
         "quadriga.config.tokenizer_files",
     ),
     ("launch", "data"): ("quadriga.data.tokenizer",),
-    ("optim", "config"): ("quadriga.config.schema", "quadriga.config.lr_phases"),
+    ("optim", "config"): ("quadriga.config.schema",),
     ("metrics", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("parallel", "config"): ("quadriga.config.schema",),
     ("checkpoint", "config"): ("quadriga.config.schema",),

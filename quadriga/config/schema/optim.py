@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from quadriga.config.schema.section import Amount, Beta, Count, NonNegative, Positive, Section, Share
@@ -64,3 +65,27 @@ class LrScheduler(Section):
 
     variant: Literal["torchtitan", "early_decay"] = "torchtitan"
     """Schedule of torchtitan, or that of old Quadriga runs: decay from D/(D+1) of the peak on, long warm-up cut off."""
+
+    def phases(self, steps: int) -> Phases:
+        """The phases of the schedule of a run of `steps` optimizer steps.
+
+        The warm-up comes first, and takes at most the whole schedule. A decay that does not fit after it is shortened.
+        `decay_ratio * total` is rounded like Python's `round`, halves to even.
+        """
+        total = self.total_steps or steps
+        warmup = min(self.warmup_steps, total)
+        wanted = total - warmup if self.decay_ratio is None else round(total * self.decay_ratio)
+        decay = min(wanted, total - warmup)
+        return Phases(total, warmup, total - warmup - decay, decay, wanted)
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Phases in optimizer steps: `total = warmup + plateau + decay`. `wanted_decay` is the decay that `decay_ratio`
+    requests, which the warm-up can shorten."""
+
+    total: int
+    warmup: int
+    plateau: int
+    decay: int
+    wanted_decay: int

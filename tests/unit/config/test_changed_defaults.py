@@ -13,9 +13,9 @@ import pytest
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
-from quadriga.config.changed_defaults import OLD_DEFAULTS, started_with
 from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.keys import KEYS
+from quadriga.config.legacy_keys import OLD_DEFAULTS, started_with
 from quadriga.config.rules import config_value
 from quadriga.errors import Problem, UserError
 from quadriga.models.registry import catalogue

@@ -12,7 +12,7 @@ import pytest
 
 from quadriga.cli.main import main as command
 from quadriga.config.keys import KEYS
-from quadriga.config.paths import PATHS
+from quadriga.config.sources import PATHS
 from quadriga.errors import MAX_PROBLEMS, Problem, UserError, nearest
 from quadriga.hardware import device_named
 from quadriga.launch.environment import read_launch_request

@@ -7,10 +7,9 @@ import tomllib
 import jsonschema
 import pytest
 
-from quadriga.config import JobConfig, legacy_keys, support, to_toml
-from quadriga.config.help import print_keys
+from quadriga.config import JobConfig, legacy_keys, rules_torchtitan, to_toml
 from quadriga.config.keys import KEYS, format_toml
-from quadriga.config.reference import documentation, json_schema, reference_page
+from quadriga.config.reference import documentation, json_schema, print_keys, reference_page
 from quadriga.config.schema import Section
 
 
@@ -44,7 +43,7 @@ def test_older_names_lead_to_keys_of_today_and_are_none_themselves():
 
 
 def test_what_is_not_built_is_off_by_default():
-    for feature in support.UNSUPPORTED:
+    for feature in rules_torchtitan.UNSUPPORTED:
         assert set(feature.keys) <= KEYS.keys()
         assert not feature.requested(JobConfig())
 

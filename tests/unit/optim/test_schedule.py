@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quadriga.config.lr_phases import lr_phases
 from quadriga.config.schema import LrScheduler
 from quadriga.optim.schedule import build_schedule, fast_forward, lr_factor
 
@@ -148,14 +147,14 @@ def test_the_first_decay_step_is_at_the_peak_and_none_is_at_zero() -> None:
 
 def test_phases_by_hand() -> None:
     section = LrScheduler(warmup_steps=2, decay_ratio=0.3, min_lr_factor=0.2)
-    phases = lr_phases(section, 10)
+    phases = section.phases(10)
     assert (phases.warmup, phases.plateau, phases.decay, phases.total) == (2, 5, 3, 10)
     assert factors(section, 10) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1 - 0.8 / 3, 1 - 1.6 / 3])
 
 
 @pytest.mark.parametrize(("length", "ratio", "decay"), [(5, 0.5, 2), (7, 0.5, 4), (10, 0.25, 2), (30, 0.05, 2)])
 def test_half_a_step_of_decay_is_rounded_to_even(length: int, ratio: float, decay: int) -> None:
-    assert lr_phases(LrScheduler(warmup_steps=0, decay_ratio=ratio), length).decay == decay
+    assert LrScheduler(warmup_steps=0, decay_ratio=ratio).phases(length).decay == decay
 
 
 def test_a_warmup_longer_than_the_schedule_is_shortened_to_it() -> None:
@@ -199,7 +198,7 @@ def test_up_then_down_and_within_the_floor(section: LrScheduler, steps: int) -> 
     values = factors(section, steps)
     warmup = min(section.warmup_steps, steps)
     if section.variant == "torchtitan":
-        warmup = min(lr_phases(section, steps).warmup, steps)
+        warmup = min(section.phases(steps).warmup, steps)
     assert values[:warmup] == sorted(values[:warmup])
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
     assert all(value >= section.min_lr_factor for value in values[warmup:])
