@@ -14,7 +14,7 @@ from quadriga.config.card import CardFigures, CardTarget, read_target, render_ca
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.limits import README_BYTES
-from quadriga.models.registry import catalogue, count_parameters, flops_per_token
+from quadriga.models.registry import catalogue, flops_per_token
 from quadriga.planning.estimate import estimate
 from quadriga.planning.report import device_rows, estimate_rows
 from quadriga.reading import read_text
@@ -100,7 +100,7 @@ def figures_of(run: Run, device: Device | None) -> CardFigures:
     """The figures of a run for its card, from arithmetic."""
     model, predicted = run.spec.model, estimate(run, device)
     return CardFigures(
-        count_parameters(model),
+        model.n_parameters,
         flops_per_token(model, run.spec.seq_len),
         tuple(estimate_rows(predicted)),
         tuple(device_rows(predicted)),

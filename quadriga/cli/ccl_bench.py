@@ -32,7 +32,7 @@ from quadriga.cli.ccl_card import CARD_NAME, CardOptions, build_card
 from quadriga.cli.estimate import run_from_file, world_size_of
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.jsonl import Record, read_metrics
-from quadriga.models.registry import catalogue, count_parameters
+from quadriga.models.registry import catalogue
 from quadriga.reading import read_json_object
 
 ABOUT = (
@@ -152,7 +152,7 @@ def _why_no_mfu(seconds: float | None) -> str:
 
 def _card_mistakes(place: Path, card: Card, traces: Sequence[RankSummary]) -> list[str]:
     sizes = [spec for family in catalogue().values() for spec in family.values()]
-    embeddings = {count_parameters(spec): spec.vocab_size * spec.dim for spec in sizes}
+    embeddings = {spec.n_parameters: spec.vocab_size * spec.dim for spec in sizes}
     layout = layout_errors(place, card) if place.is_dir() else ()
     return [*card_errors(card, traces, embeddings), *layout]
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from quadriga.config import Run
 from quadriga.config.messages import moments_dtype
 from quadriga.hardware import Device, find_device
-from quadriga.models.registry import count_parameters
 
 CARD_NAME = "workload_card.yaml"
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
@@ -114,7 +113,7 @@ def _model(run: Run) -> dict[str, Any]:
         "epochs": 1,
         "iteration": run.spec.steps,
         "model_arch": {
-            "num_params": count_parameters(spec),
+            "num_params": spec.n_parameters,
             "num_params_embedding": spec.vocab_size * spec.dim,  # without the output layer, which is a matrix product
             "num_layers": spec.n_layers,
             "num_heads": spec.n_heads,

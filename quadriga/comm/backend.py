@@ -8,33 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quadriga.config.run_spec import Degrees
+from quadriga.config.run_spec import BackendFacts, Degrees
 from quadriga.errors import Problem, UserError, nearest
 
 SHARD = "shard"  # dp_shard and cp as one axis, for all-gathers of parameters and reduce-scatters of gradients
-
-
-@dataclass(frozen=True)
-class BackendFacts:
-    """The properties of one backend.
-
-    `device_type`: device of the tensors that it moves, and so of a run over it. `carries`: the dtypes that it can move
-    for `fully_shard` (`float32`, `bfloat16`, `float64`, `float8`) and the features that it supports
-    (`async_tensor_parallel`). `fallback_backend`: the backend of everything except the parameters and gradients of
-    `shard`, if that is another one; such a backend carries nothing in a run that shards nothing. `on_host`: the backend
-    of CPU tensors. `capability`: minimum compute capability of a device. `needs`: what PyTorch must offer, as in
-    `Machine.offers`. `transport`: "module:class" of the transport of `comm.slots`, if parameters and gradients go
-    through symmetric memory (`comm.heap`).
-    """
-
-    name: str
-    device_type: str
-    carries: frozenset[str]
-    fallback_backend: str | None = None
-    on_host: str = "gloo"
-    capability: tuple[int, int] | None = None
-    needs: str | None = None
-    transport: str | None = None
 
 
 # Gloo itself rejects float8, but `fully_shard` sends a unit with several dtypes as bytes, and every unit has norms. The

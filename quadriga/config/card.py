@@ -115,7 +115,7 @@ def _lead(run: Run, figures: CardFigures, unit: str) -> str:
 
 
 def _at_a_glance(run: Run, figures: CardFigures, unit: str) -> str:
-    config, spec = run.config, run.spec
+    config, spec, described = run.config, run.spec, messages.describe(run, unit)
     compile = config.compile
     compiled = f"on ({', '.join(compile.components)}; {plain(compile.backend)})" if compile.enable else "off"
     profiling = config.profiling
@@ -125,11 +125,9 @@ def _at_a_glance(run: Run, figures: CardFigures, unit: str) -> str:
         ("model", f"{spec.model.name} {spec.model.flavor}, {format_count(figures.parameters)} parameters"),
         ("tokenizer", code(spec.tokenizer.path if spec.tokenizer.kind == "bytes" else config.model.hf_assets_path)),
         ("data", _data(run)),
-        ("batch", messages.batch(spec)),
-        ("length", f"{plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens"),
+        *((name, described[name]) for name in ("batch", "length")),
         ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.lr:g}"),
-        ("formats", messages.formats(run)),
-        ("recompute", messages.recompute(config.activation_checkpoint)),
+        *((name, described[name]) for name in ("formats", "recompute")),
         ("compile", compiled),
         ("profiling", traces if profiling.enable_profiling else "off"),
         ("checkpoints", messages.checkpoints(config.checkpoint)),
@@ -187,10 +185,11 @@ def _parallelism(run: Run, unit: str) -> str:
         for (name, meaning), size in zip(MEANINGS, sizes, strict=True)
     ]
     product = " x ".join(str(size) for size in sizes)
+    reduced = f" G{text[1:]}." if (text := messages.reduction(run.spec)) else ""
     each = "one per GPU" if unit == "GPU" else "each a process on the CPU, or one per GPU"
     return (
         f"{table(('degree', 'here', 'meaning'), rows)}\n\n"
-        f"{product} = {plural(run.spec.world_size, 'rank')}, {each}.{_other_numbers(run)}{_reduction(run)}"
+        f"{product} = {plural(run.spec.world_size, 'rank')}, {each}.{_other_numbers(run)}{reduced}"
     )
 
 
@@ -206,14 +205,6 @@ def _other_numbers(run: Run) -> str:
     rows = training.global_batch_size // training.local_batch_size // degrees.dp_replicate
     fits = [others * shard for shard in range(1, rows + 1) if rows % shard == 0]
     return f"{free}; the global batch of {training.global_batch_size} allows {', '.join(map(str, fits))} ranks."
-
-
-def _reduction(run: Run) -> str:
-    spec = run.spec
-    if spec.micro_batches == 1 or spec.degrees.batch * spec.degrees.cp == 1:
-        return ""
-    when = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
-    return f" Gradients are reduced {when}: {spec.reduce_reason}."
 
 
 def _model_and_data(run: Run, figures: CardFigures) -> str:

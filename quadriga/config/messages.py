@@ -5,7 +5,7 @@ from __future__ import annotations
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
-from quadriga.units import DTYPE_BYTES, format_bytes
+from quadriga.units import DTYPE_BYTES, format_bytes, format_count
 
 MOMENTS = 2  # per parameter, kept by Adam
 
@@ -20,6 +20,27 @@ def decimal_bytes(amount: float) -> str:
         if amount >= unit:
             return f"{amount / unit:.3g} {name} ({format_bytes(amount)})"
     return format_bytes(amount)
+
+
+def describe(run: Run, unit: str = "GPU") -> dict[str, str]:
+    """What a run is, by name, for the dry run, the header of the log and the card. `unit`: as for `strategy`."""
+    config, spec = run.config, run.spec
+    return {
+        "layout": strategy(spec, unit),
+        "batch": batch(spec),
+        **({"": reduction(spec)} if reduction(spec) else {}),
+        "length": f"{plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens",
+        "formats": formats(run),
+        "recompute": recompute(config.activation_checkpoint),
+    }
+
+
+def reduction(spec: RunSpec) -> str:
+    """When gradients are reduced, and why; empty if there is no choice."""
+    if spec.micro_batches == 1 or spec.degrees.batch * spec.degrees.cp == 1:
+        return ""
+    when = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
+    return f"gradients are reduced {when}: {spec.reduce_reason}"
 
 
 def strategy(spec: RunSpec, unit: str = "GPU") -> str:

@@ -1,4 +1,7 @@
-"""The dimensions and constants of a model."""
+"""The dimensions and constants of a model, and what follows from them for a decoder like Llama 3.
+
+Both the rules of the configuration and `models` use it, which may not import each other's code.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,17 @@ class ModelSpec:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of trained parameters: attention, feed-forward, norms, embedding and output. Tied embeddings count
+        once."""
+        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
+        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return self.n_layers * layer + embeddings + self.dim
+
+    @property
+    def stage_units(self) -> tuple[str, ...]:
+        """The modules between which a pipeline may split, in the order of the forward pass."""
+        return ("tok_embeddings", *(f"layers.{layer}" for layer in range(self.n_layers)), "norm", "output")

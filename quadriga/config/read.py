@@ -14,9 +14,8 @@ from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.legacy_keys import started_with
 from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
-from quadriga.config.rules import BackendProtocol
 from quadriga.config.rules_layout import FROM_CHECKPOINT
-from quadriga.config.run_spec import RunSpec, TokenizerFacts
+from quadriga.config.run_spec import BackendFacts, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
@@ -40,7 +39,7 @@ def read(
     environ: Mapping[str, str],
     *,
     catalogue: Catalogue,
-    backends: Mapping[str, BackendProtocol],
+    backends: Mapping[str, BackendFacts],
     world_size: int | None,
     training: bool,
     saved: Saved | None = None,

@@ -13,8 +13,8 @@ from quadriga.config import rules_layout, rules_pipeline, rules_run, rules_torch
 from quadriga.config.keys import format_toml
 from quadriga.config.load import LoadedConfig
 from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
-from quadriga.config.rules import RULES, BackendProtocol, RuleContext, join_sources
-from quadriga.config.run_spec import Degrees, Folders, RunSpec, TokenizerFacts
+from quadriga.config.rules import RULES, RuleContext, join_sources
+from quadriga.config.run_spec import BackendFacts, Degrees, Folders, RunSpec, TokenizerFacts
 from quadriga.config.schema import JobConfig, Parallelism
 from quadriga.errors import Problem, nearest
 from quadriga.units import DTYPE_BYTES, GIB, format_bytes
@@ -46,7 +46,7 @@ def resolve(
     loaded: LoadedConfig,
     *,
     catalogue: Catalogue,
-    backends: Mapping[str, BackendProtocol],
+    backends: Mapping[str, BackendFacts],
     tokenizer: TokenizerFacts,
     world_size: int | None,
     training: bool,
@@ -191,18 +191,10 @@ def _when_to_reduce(ctx: RuleContext, micro_batches: int) -> tuple[str, str]:
     if degrees.dp_shard * degrees.cp == 1:
         return "once", "gradients are not sharded, so this costs no memory"
     each = DTYPE_BYTES[ctx.config.training.mixed_precision_reduce]
-    size = each * count_parameters(ctx.model) // (degrees.tp * degrees.pp)
+    size = each * ctx.model.n_parameters // (degrees.tp * degrees.pp)
     if size <= GRADIENTS_KEPT_WHOLE:
         return "once", f"unsharded gradients take {format_bytes(size)} per rank"
     return "every_micro_batch", f"unsharded gradients would take {format_bytes(size)} per rank"
-
-
-def count_parameters(model: ModelSpec) -> int:
-    """The number of parameters of a Llama decoder: attention, feed-forward, norms, embedding and output."""
-    attention = model.dim * model.head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
-    block = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
-    embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * model.dim
-    return model.n_layers * block + embeddings + model.dim
 
 
 def checkpoint_folder(config: JobConfig) -> str:

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.model_spec import ModelSpec
-from quadriga.config.run_spec import Degrees, TokenizerFacts
+from quadriga.config.run_spec import BackendFacts, Degrees, TokenizerFacts
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem
-
-
-class BackendProtocol(Protocol):
-    """The facts about a communication backend that rules need. See `quadriga.comm.backend`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def carries(self) -> frozenset[str]: ...
-    @property
-    def fallback_backend(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +22,7 @@ class RuleContext:
     model: ModelSpec
     degrees: Degrees
     tokenizer: TokenizerFacts
-    backends: Mapping[str, BackendProtocol]
+    backends: Mapping[str, BackendFacts]
     training: bool  # False: a dry run
     schedule_csv: str | None = None  # the text of `parallelism.pipeline_parallel_schedule_csv`
 

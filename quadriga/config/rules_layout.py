@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import isqrt
 
-from quadriga.config.rules import BackendProtocol, Conflict, Findings, RuleContext, rule
+from quadriga.config.rules import Conflict, Findings, RuleContext, rule
+from quadriga.config.run_spec import BackendFacts
 from quadriga.errors import nearest
 
 DP_REPLICATE = "parallelism.data_parallel_replicate_degree"
@@ -45,7 +46,7 @@ def backend_overlaps_tensor_parallelism(ctx: RuleContext) -> Findings:
         )
 
 
-def _backend_facts(ctx: RuleContext) -> BackendProtocol | None:
+def _backend_facts(ctx: RuleContext) -> BackendFacts | None:
     return ctx.backends.get(ctx.config.comm.backend or "")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from quadriga.config import pipeline_csv
-from quadriga.config.model_spec import ModelSpec
 from quadriga.config.pipeline_csv import ScheduleProblem
 from quadriga.config.pipeline_order import PipelineOrder
 from quadriga.config.rules import Conflict, Findings, RuleContext, rule
@@ -27,11 +26,6 @@ LAST_LESS = "parallelism.pipeline_parallel_last_stage_less_layers"
 SINGLE_STAGE = ("GPipe", "1F1B")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")  # exactly two stages per rank, assigned in a V: 0, 1, ..., 1, 0
 SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SCHEDULES)  # gradients of inputs and of weights in separate passes
-
-
-def stage_units(model: ModelSpec) -> tuple[str, ...]:
-    """The modules between which a pipeline may split, in the order of the forward pass, as in the model's plan."""
-    return ("tok_embeddings", *(f"layers.{layer}" for layer in range(model.n_layers)), "norm", "output")
 
 
 def stage_ranks(ctx: RuleContext) -> tuple[int, ...]:
@@ -164,7 +158,7 @@ def _stages_fit_the_schedule(ctx: RuleContext, stages: int, given: str) -> Itera
 @rule(PP, LISTED, "model.flavor", "model.n_layers")
 def listed_stages_hold_the_model(ctx: RuleContext) -> Findings:
     """Each module once, in the order of the forward pass."""
-    parts, units = ctx.config.parallelism.module_fqns_per_model_part, stage_units(ctx.model)
+    parts, units = ctx.config.parallelism.module_fqns_per_model_part, ctx.model.stage_units
     if ctx.degrees.pp == 1 or parts is None:
         return
     listed = [name for part in parts for name in part]

@@ -56,6 +56,29 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
+class BackendFacts:
+    """The properties of one communication backend: an entry of `comm.backend.BACKENDS`.
+
+    `device_type`: device of the tensors that it moves, and so of a run over it. `carries`: the dtypes that it can move
+    for `fully_shard` (`float32`, `bfloat16`, `float64`, `float8`) and the features that it supports
+    (`async_tensor_parallel`). `fallback_backend`: the backend of everything except the parameters and gradients of
+    `shard`, if that is another one; such a backend carries nothing in a run that shards nothing. `on_host`: the backend
+    of CPU tensors. `capability`: minimum compute capability of a device. `needs`: what PyTorch must offer, as in
+    `Machine.offers`. `transport`: "module:class" of the transport of `comm.slots`, if parameters and gradients go
+    through symmetric memory (`comm.heap`).
+    """
+
+    name: str
+    device_type: str
+    carries: frozenset[str]
+    fallback_backend: str | None = None
+    on_host: str = "gloo"
+    capability: tuple[int, int] | None = None
+    needs: str | None = None
+    transport: str | None = None
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """A run with every automatic choice made and every `-1` filled in."""
 

@@ -11,12 +11,10 @@ from quadriga.config import Run, messages
 from quadriga.config.messages import decimal_bytes, plural
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
 from quadriga.hardware import device_named
-from quadriga.models.registry import count_parameters
 from quadriga.planning.advice import advice_for
 from quadriga.planning.backend_by_axis import format_backend_by_axis
 from quadriga.planning.estimate import Estimate, estimate
 from quadriga.planning.report import estimate_rows as estimated_rows
-from quadriga.units import format_count
 
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
@@ -86,21 +84,13 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     shape = f"{model.n_layers} layers, {model.dim:,} wide, {heads}, vocabulary {model.vocab_size:,}"
     facts, training = spec.tokenizer, config.training
     known = facts.kind if facts.vocab_size is None else f"{facts.kind}, {facts.vocab_size:,} ids"
-    tokens = format_count(spec.steps * spec.tokens_per_step)
     yield "description", config.job.description
-    yield "model", f"{count_parameters(model):,} parameters: {shape}"
+    yield "model", f"{model.n_parameters:,} parameters: {shape}"
     yield "tokenizer", f"{facts.path} ({known})"
     yield "data", training.dataset + (f" from {training.dataset_path}" if training.dataset_path else "")
-    yield "layout", messages.strategy(spec)
-    yield "batch", messages.batch(spec)
-    if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
-        when = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
-        yield "", f"gradients are reduced {when}: {spec.reduce_reason}"
-    yield "length", f"{plural(spec.steps, 'step')}, {tokens} tokens"
-    yield "formats", messages.formats(run)
-    yield "recompute", messages.recompute(config.activation_checkpoint)
+    yield from messages.describe(run).items()
     yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"
-    size = decimal_bytes(messages.save_bytes(run, count_parameters(model)))
+    size = decimal_bytes(messages.save_bytes(run, model.n_parameters))
     yield "checkpoints", f"{messages.checkpoints(config.checkpoint)}; one full save takes about {size}"
     if start_check.start is not None:
         yield "starts at", start_check.start

@@ -51,12 +51,6 @@ def head_trace(spec: ModelSpec, cut: Cut, kernels: Kernels) -> Trace:
     return llama_operations.head_trace(spec, cut, kernels)
 
 
-def count_parameters(spec: ModelSpec) -> int:
-    """The number of trained parameters of the model; tied ones count once."""
-    _known(spec)
-    return llama_spec.count_parameters(spec)
-
-
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """FLOPs per token of forward and backward: causal attention counts half, an untied input embedding and recompute
     do not count."""

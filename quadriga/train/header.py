@@ -11,7 +11,6 @@ from quadriga.comm import collectives
 from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
 from quadriga.log import logger
-from quadriga.models import registry
 from quadriga.planning.backend_by_axis import format_backend_by_axis
 from quadriga.train.build import Trainer
 from quadriga.units import format_count, format_seconds
@@ -33,28 +32,20 @@ def log_header(trainer: Trainer) -> None:
 
 def header_rows(trainer: Trainer) -> list[tuple[str, str]]:
     config, spec, model = trainer.run.config, trainer.run.spec, trainer.run.spec.model
-    parameters = format_count(registry.count_parameters(model))
+    parameters = format_count(model.n_parameters)
     shape = (
         f"{model.n_layers} layers, {model.dim:,} wide, {model.n_heads} heads ({model.n_kv_heads} for keys and values)"
     )
     place = f" at {config.training.dataset_path}" if config.training.dataset_path else ""
-    rows = [
+    return [
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
         ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
         ("backends", format_backend_by_axis(trainer.run, trainer.backend)),
-        ("layout", messages.strategy(spec, "GPU" if trainer.device.type == "cuda" else "rank")),
-        ("batch", messages.batch(spec)),
-        ("length", f"{messages.plural(spec.steps, 'step')}, {format_count(spec.steps * spec.tokens_per_step)} tokens"),
-        ("formats", messages.formats(trainer.run)),
-        ("recompute", messages.recompute(config.activation_checkpoint)),
+        *messages.describe(trainer.run, "GPU" if trainer.device.type == "cuda" else "rank").items(),
         ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
         ("run folder", spec.folders.dump),
     ]
-    if spec.micro_batches > 1 and spec.degrees.batch * spec.degrees.cp > 1:
-        how = "once per step" if spec.reduce_gradients == "once" else "after every micro-batch"
-        rows.insert(6, ("", f"gradients are reduced {how}: {spec.reduce_reason}"))
-    return rows
 
 
 def log_if_finished(run: Run) -> bool:

@@ -14,7 +14,7 @@ from quadriga.config import read
 from quadriga.config.card import read_target
 from quadriga.config.load import load
 from quadriga.config.torchtitan import titan_keys
-from quadriga.models.registry import catalogue, count_parameters
+from quadriga.models.registry import catalogue
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.toml"))
@@ -70,7 +70,7 @@ def test_its_card_leaves_no_placeholder_and_no_topic_out(file):
     run = resolved(file, stated_gpus(file))
     unit = "rank" if file.stem == "debug" else "GPU"  # whose card is made for the CPU
     for text in (
-        f"{count_parameters(run.spec.model):,} parameters",
+        f"{run.spec.model.n_parameters:,} parameters",
         f"FSDP over {stated_gpus(file)} {unit}s" if stated_gpus(file) > 1 else f"One {unit}",
         f"| total {unit}s | {stated_gpus(file)} |",
         f"{run.spec.steps:,} steps",

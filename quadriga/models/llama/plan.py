@@ -102,6 +102,6 @@ def parallel_plan(spec: ModelSpec) -> ParallelPlan:
         recompute_units=layers,
         tensor_cuts=tuple(_tensor_cuts(layers)),
         attention_units=tuple(f"{layer}.attention.core" for layer in layers),
-        stage_units=("tok_embeddings", *layers, "norm", "output"),
+        stage_units=spec.stage_units,
         logits_unit="output",
     )

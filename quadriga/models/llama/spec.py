@@ -66,17 +66,6 @@ SIZES: MappingProxyType[str, ModelSpec] = MappingProxyType(
 )
 
 
-def count_parameters(spec: ModelSpec) -> int:
-    """The number of trained parameters of the model; tied embeddings count once."""
-    query = spec.n_heads * spec.head_dim
-    key_value = spec.n_kv_heads * spec.head_dim
-    attention = 2 * spec.dim * query + 2 * spec.dim * key_value
-    feed_forward = 3 * spec.dim * spec.ffn_dim
-    layer = attention + feed_forward + 2 * spec.dim
-    embeddings = spec.vocab_size * spec.dim * (1 if spec.tie_embeddings else 2)
-    return spec.n_layers * layer + embeddings + spec.dim
-
-
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """Floating-point operations of forward and backward for one token of a sequence of `seq_len` tokens.
 
@@ -86,6 +75,6 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     not count.
     """
     looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.dim
-    weights = 6 * (count_parameters(spec) - looked_up)
+    weights = 6 * (spec.n_parameters - looked_up)
     attention = 6 * spec.n_layers * spec.n_heads * spec.head_dim * seq_len
     return float(weights + attention)

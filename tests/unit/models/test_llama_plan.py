@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quadriga.models.plan import ParallelPlan
-from quadriga.models.registry import build_model, catalogue, count_parameters, parallel_plan
+from quadriga.models.registry import build_model, catalogue, parallel_plan
 
 SIZES = catalogue()["llama3"]
 
@@ -22,7 +22,7 @@ def test_the_plan_names_exactly_the_parameters_that_the_model_has(flavor: str) -
     built = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     planned = [(parameter.name, parameter.shape) for parameter in parallel_plan(spec).parameters]
     assert built == planned
-    assert sum(math.prod(shape) for _, shape in built) == count_parameters(spec)
+    assert sum(math.prod(shape) for _, shape in built) == spec.n_parameters
     assert all(parameter.is_meta for parameter in model.parameters())
     assert set(model.state_dict()) == {name for name, _ in built}, "buffers must stay out of checkpoints"
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from quadriga.models.registry import build_model, catalogue, count_parameters, flops_per_token, parallel_plan
+from quadriga.models.registry import build_model, catalogue, flops_per_token, parallel_plan
 
 SIZES = catalogue()["llama3"]
 
@@ -21,12 +21,12 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("flavor", "parameters"), PUBLISHED.items())
 def test_parameter_counts_are_the_published_ones(flavor: str, parameters: int) -> None:
-    assert count_parameters(SIZES[flavor]) == parameters
+    assert SIZES[flavor].n_parameters == parameters
 
 
 def test_the_debug_model_by_hand() -> None:
     layer = 4 * 256 * 256 + 3 * 256 * 768 + 2 * 256
-    assert count_parameters(SIZES["debugmodel"]) == 2048 * 256 + 6 * layer + 256 + 2048 * 256
+    assert SIZES["debugmodel"].n_parameters == 2048 * 256 + 6 * layer + 256 + 2048 * 256
 
 
 def test_every_size_is_listed_under_its_own_name() -> None:
@@ -53,7 +53,7 @@ def test_flops_of_8b_at_8192_by_hand() -> None:
 def test_a_tied_embedding_counts_once_and_in_full() -> None:
     tied = SIZES["1B"]
     untied = dataclasses.replace(tied, tie_embeddings=False)
-    assert count_parameters(untied) - count_parameters(tied) == 128_256 * 2048
+    assert untied.n_parameters - tied.n_parameters == 128_256 * 2048
     assert flops_per_token(tied, 4096) == flops_per_token(untied, 4096)
 
 
@@ -63,7 +63,7 @@ def test_attention_costs_in_proportion_to_the_sequence() -> None:
     assert per_position == 6 * 32 * 4096
 
 
-@pytest.mark.parametrize("use", [build_model, parallel_plan, count_parameters])
+@pytest.mark.parametrize("use", [build_model, parallel_plan])
 def test_an_unknown_family_is_refused_by_name(use) -> None:
     with pytest.raises(KeyError, match=r"'mamba'.*llama3"):
         use(dataclasses.replace(SIZES["8B"], name="mamba"))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from quadriga.config.rules_pipeline import stage_units
 from quadriga.models.plan import split_stages, stage_shares
 from quadriga.models.registry import catalogue, parallel_plan
 
@@ -58,8 +57,3 @@ def test_stages_are_the_whole_model_in_order(layers, count):
 def test_an_end_that_weighs_more_than_a_stage_is_an_error():
     with pytest.raises(ValueError, match="cannot be split into 2 stages"):
         split_stages(plan_of(3), 2, 5, 0)
-
-
-@pytest.mark.parametrize("flavor", SIZES)
-def test_the_configuration_check_knows_the_modules_that_the_plan_cuts_between(flavor):
-    assert stage_units(SIZES[flavor]) == parallel_plan(SIZES[flavor]).stage_units

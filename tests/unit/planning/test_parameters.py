@@ -7,7 +7,6 @@ from estimating import keys, run_of
 from fake_ranks import on_fake_ranks, own, rehearsed_state
 
 from quadriga.config import Run
-from quadriga.models.registry import count_parameters
 from quadriga.planning.parameters import Weight, build_stages
 from quadriga.planning.setup import Setup
 
@@ -96,7 +95,7 @@ def test_the_shards_of_every_size_add_up(flavor: str, degrees: dict[str, int]) -
     model = run.spec.model
     whole = sum(stage.held(tp, setup.shards, rank) for stage in setup.stages for rank in range(setup.shards))
     norms = (2 * model.n_layers + 1) * model.dim
-    assert tp * (whole - norms) + norms == count_parameters(model)
+    assert tp * (whole - norms) + norms == model.n_parameters
 
 
 def test_tensor_parallelism_cuts_rows_and_columns_where_the_model_says() -> None:
