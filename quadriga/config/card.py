@@ -11,11 +11,12 @@ import shlex
 from dataclasses import dataclass
 
 from quadriga.config import messages
-from quadriga.config.card_help import ENVIRONMENT, MEANINGS, assets_help, backend_help, memory_help
+from quadriga.config.card_help import MEANINGS, assets_help, backend_help, memory_help
 from quadriga.config.keys import format_toml
 from quadriga.config.markdown import argument, code, plain, table
 from quadriga.config.messages import decimal_bytes, plural
 from quadriga.config.read import Run
+from quadriga.config.variables import VARIABLES
 from quadriga.hardware import Device
 from quadriga.units import format_count, format_seconds
 
@@ -95,7 +96,7 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
         "## Troubleshooting",
         _troubleshooting(run),
         "## Environment variables",
-        table(("variable", "if unset", "meaning"), ENVIRONMENT),
+        table(("variable", "if unset", "meaning"), [(code(name), *texts) for name, *texts in VARIABLES]),
         "## Hardware",
         _hardware(run, figures, device),
         "## Keys that the file sets",

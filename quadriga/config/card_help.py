@@ -1,4 +1,4 @@
-"""Parts of a card that are similar for every run: parallelisms, variables, troubleshooting."""
+"""Parts of a card that are similar for every run: parallelisms, troubleshooting."""
 
 from __future__ import annotations
 
@@ -17,25 +17,6 @@ MEANINGS = (
     ("tensor_parallel_degree", "GPUs that share each large matrix product"),
     ("pipeline_parallel_degree", "GPUs that hold different layers; micro-batches pass through them in order"),
     ("context_parallel_degree", "GPUs that share each sequence"),
-)
-
-ENVIRONMENT = (
-    ("`CONFIG_FILE`", "`configs/debug/debug.toml`", "the TOML file, for `run_train.sh`"),
-    ("`NGPU`", "4", "ranks on this machine"),
-    ("`COMM_BACKEND`", "nccl with CUDA, else gloo", "communication backend; overrides `comm.backend` of the file"),
-    ("`NVSHMEM_SYMMETRIC_SIZE`", "what the run needs", "size of NVSHMEM's heap per GPU, for `COMM_BACKEND=nvshmem`"),
-    ("`LOG_RANK`", "0", "ranks that print progress, such as `0,1`"),
-    ("`DRY_RUN`", "0", "1: check everything, print what the run would be, start nothing"),
-    ("`NNODES`", "1", "machines"),
-    ("`NODE_RANK`", "0", "number of this machine, from 0"),
-    ("`RDZV_ENDPOINT`", "none", "host and port of the first machine, for several machines"),
-    ("`PYTHON`", "that of the active environment, that of `.venv`, or `python3`", "interpreter of `run_train.sh`"),
-    ("`PYTORCH_ALLOC_CONF`", "`expandable_segments:True`", "options of PyTorch's CUDA allocator"),
-    ("`CUDA_VISIBLE_DEVICES`", "all", "GPUs that the run may use"),
-    ("`OMP_NUM_THREADS`", "cores / ranks", "threads of each rank on the CPU"),
-    ("`HF_TOKEN`", "none", "access token of the Hugging Face Hub, for gated repositories"),
-    ("`HF_ENDPOINT`", "`https://huggingface.co`", "address of the Hub or of a mirror"),
-    ("`WANDB_PROJECT`, `WANDB_MODE`", "Weights & Biases' own", "with `metrics.enable_wandb`: project; `offline`"),
 )
 
 

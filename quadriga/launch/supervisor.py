@@ -24,6 +24,7 @@ from quadriga.comm.heap import VARIABLE as SYMMETRIC_SIZE
 from quadriga.comm.heap import symmetric_size
 from quadriga.comm.network import INTERFACE_VARIABLES, format_ports, loopback_variables
 from quadriga.config import Run, read
+from quadriga.config.variables import variables_help
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.launch.agent import LAUNCHER_PID, SAVE_SIGNAL, TORCHRUN_SIGNAL
 from quadriga.launch.dry_run import StartCheck, describe
@@ -47,23 +48,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_SECONDS = 5.0  # for children of the ranks to end after the ranks
 
 REHEARSE = "--rehearse"
-USAGE = """usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
+USAGE = f"""usage: [NGPU=4] [CONFIG_FILE=FILE] ./run_train.sh [--section.key value ...]
        python -m quadriga.launch --job.config_file FILE [--section.key value ...]
 
 Trains on the ranks of this machine from one TOML file. You can give every key on the command line, as
 --section.key value, --section.key=value, or --section.no_key for a switch. The command line overrides the environment,
 and the environment overrides the file.
 
-Environment variables (defaults in parentheses):
-  NGPU (4)                  ranks on this machine
-  CONFIG_FILE               the TOML file
-  COMM_BACKEND              gloo, nccl, nccl-symm or nvshmem
-  LOG_RANK (0)              the ranks that print progress
-  MAX_RESTARTS (0)          how often failed ranks are started again; they resume from the newest checkpoint
-  DRY_RUN=1                 print what the run would be and where it would resume, start nothing, and return the exit
-                            code of such a start; --rehearse also builds the run and takes one step without memory
-  NNODES, NODE_RANK, RDZV_ENDPOINT (host:port of machine 0)   for several machines
-  PYTHON                    the interpreter
+Environment variables:
+{variables_help()}
+
+DRY_RUN=1 also prints where the run would resume, and returns the exit code of such a start. With --rehearse, it also
+builds the run and takes one step without memory.
 
 On one machine every port is opened on the loopback: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and
 NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME name that interface unless you set them. Several machines need a closed network.
