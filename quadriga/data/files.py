@@ -16,16 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quadriga.config.assets import DATASETS
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
 from quadriga.reading import file_kind
 
-SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".rst"),
-    "jsonl": (".jsonl", ".json", ".ndjson"),
-    "parquet": (".parquet",),
-}
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MOST_PROBLEMS = 10  # reported for one path
@@ -50,7 +46,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
     Raises UserError if nothing is found, a file cannot be read, or its format is not supported.
     """
     path = Path(pattern).expanduser()
-    suffixes = SUFFIXES[kind] + (() if kind == "parquet" else tuple(suffix + ".gz" for suffix in SUFFIXES[kind]))
+    suffixes = DATASETS[kind].suffixes
     if path.is_dir():
         inside = files_below(path)
         found = [name for name in inside.files if name.lower().endswith(suffixes)]
@@ -150,7 +146,7 @@ def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequ
     if inside.repeated:
         names = ", ".join(_format_names(inside.repeated))
         logger.warning("data: links in %s to folders that are already read are skipped: %s", shortened(pattern), names)
-    packed = tuple(suffix + end for suffix in SUFFIXES[kind] for end in UNREADABLE)
+    packed = tuple(suffix + end for suffix in DATASETS[kind].suffixes for end in UNREADABLE)
     packed += (".parquet.gz",) if kind == "parquet" else ()
     if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
         names = ", ".join(_format_names(left_out))

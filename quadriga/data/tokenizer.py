@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga import limits
+from quadriga.config.assets import BUILTIN_TOKENIZER, BYTES_VOCAB, TIKTOKEN_SPECIALS
 from quadriga.config.special_tokens import CONFIG, SpecialTokens
 from quadriga.config.tokenizer_files import CANDIDATES, find_tokenizer, is_json
 from quadriga.data.tokenizer_json import begins_with, encode, open_tokenizer
@@ -28,7 +29,6 @@ from quadriga.reading import read_bytes
 
 Ids = npt.NDArray[np.int32]
 
-BYTES = "builtin:bytes"
 FETCH = "python scripts/download_hf_assets.py downloads the tokenizer of Llama 3.1; builtin:bytes needs no file"
 
 # The regular expression by which Llama 3 splits text before merging (meta-llama/llama-models).
@@ -36,7 +36,6 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3_SPECIALS = 256
 LONGEST_PIECE = 20_000  # characters; tiktoken's split takes quadratic time, or the whole stack, on longer words
 
 
@@ -82,7 +81,7 @@ class ByteTokenizer:
 
     bos_id = 256
     eos_id = 257
-    vocab_size = 258
+    vocab_size = BYTES_VOCAB
     special_ids = SpecialIds(256, 257)
     earlier = None
     fingerprint = "bytes"
@@ -147,7 +146,7 @@ class RanksTokenizer:
 
         content = read_bytes(path, limits.RANKS_BYTES, what="tokenizer")
         ranks = read_ranks(path, content)
-        specials = {f"<|special_{index}|>": len(ranks) + index for index in range(LLAMA3_SPECIALS)}
+        specials = {f"<|special_{index}|>": len(ranks) + index for index in range(TIKTOKEN_SPECIALS)}
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials
         )
@@ -155,7 +154,7 @@ class RanksTokenizer:
         self.eos_id = len(ranks) + 1  # <|end_of_text|>
         self.special_ids = SpecialIds(self.bos_id, self.eos_id)
         self.earlier = None
-        self.vocab_size = len(ranks) + LLAMA3_SPECIALS
+        self.vocab_size = len(ranks) + TIKTOKEN_SPECIALS
         self.fingerprint = f"ranks:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -171,7 +170,7 @@ def build_tokenizer(hf_assets_path: str) -> Tokenizer:
 
     Raises UserError if it does not exist or cannot be used.
     """
-    if hf_assets_path == BYTES:
+    if hf_assets_path == BUILTIN_TOKENIZER:
         return ByteTokenizer()
     path = tokenizer_file(hf_assets_path)
     return JsonTokenizer(path) if is_json(path) else RanksTokenizer(path)

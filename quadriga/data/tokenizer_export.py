@@ -12,9 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from quadriga import limits
 from quadriga.config.added_tokens import MORE_TOKENS, OTHER_ROLES
+from quadriga.config.assets import BUILTIN_TOKENIZER, TIKTOKEN_SPECIALS
 from quadriga.config.special_tokens import CONFIG, MAP, token_text
 from quadriga.config.tokenizer_files import is_json
-from quadriga.data.tokenizer import BYTES, FETCH, LLAMA3_SPECIALS, LLAMA3_SPLIT, read_ranks, tokenizer_file
+from quadriga.data.tokenizer import FETCH, LLAMA3_SPLIT, read_ranks, tokenizer_file
 from quadriga.data.tokenizer_json import open_tokenizer
 from quadriga.reading import read_bytes
 
@@ -36,13 +37,13 @@ def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
     EOS, and no token that is not in the vocabulary, because transformers would add it.
     Raises UserError like `build_tokenizer`.
     """
-    if hf_assets_path == BYTES:
+    if hf_assets_path == BUILTIN_TOKENIZER:
         tokenizer = _byte_level({bytes([byte]): byte for byte in range(256)}, (BOS, EOS), split=None)
         return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), CONFIG: _config(BOS, EOS, {}, {})}
     path = tokenizer_file(hf_assets_path)
     if not is_json(path):
         content = read_bytes(path, limits.RANKS_BYTES, what="tokenizer")
-        others = (f"<|reserved_special_token_{number}|>" for number in range(LLAMA3_SPECIALS - 2))
+        others = (f"<|reserved_special_token_{number}|>" for number in range(TIKTOKEN_SPECIALS - 2))
         tokenizer = _byte_level(read_ranks(path, content), (BOS, EOS, *others), split=LLAMA3_SPLIT)
         files = {"tokenizer.json": tokenizer.to_str().encode(), CONFIG: _config(BOS, EOS, {}, {})}
         return {**files, "tokenizer.model": content}

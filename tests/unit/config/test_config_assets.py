@@ -99,12 +99,6 @@ def test_validation_data_is_looked_for_too(write, refusal):
     assert problem.source == "run.toml, line 4"
 
 
-def test_the_names_are_those_that_data_opens():
-    catalogue = pytest.importorskip("quadriga.data.catalogue")
-    opened = {*catalogue.HUB_DATASETS, *catalogue.BUILTIN_DATASETS, *catalogue.LOCAL_DATASETS}
-    assert DATASETS.keys() == opened - {"c4_test"}
-
-
 def test_the_suffixes_are_those_that_data_reads(tmp_path):
     files = pytest.importorskip("quadriga.data.files")
     for kind in ("text", "jsonl", "parquet"):
