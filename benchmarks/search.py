@@ -15,7 +15,7 @@ from typing import Any
 
 from common import command_line, met_or_missed, save, text_table
 
-from quadriga.cli.estimate import run_from_file
+from quadriga.cli.arguments import run_from_file
 from quadriga.cli.search import candidate_dict, explain_winner
 from quadriga.hardware import device_named
 from quadriga.planning.search import search

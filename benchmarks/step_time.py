@@ -25,7 +25,8 @@ from paired import TimedCommand, Timings, exit_on_sigterm, time_interleaved
 from paired import estimate_median as interval
 from trainer import environment, output_tail, trainer_command
 
-from quadriga.cli.estimate import measured_rates, run_from_file
+from quadriga.cli.arguments import run_from_file
+from quadriga.cli.estimate import measured_rates
 from quadriga.hardware import Device, find_device
 from quadriga.planning.estimate import estimate
 from quadriga.planning.rates import Rates

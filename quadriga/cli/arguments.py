@@ -1,13 +1,17 @@
-"""Shared by several commands: an argument parser that raises UserError, and the place of the repository."""
+"""Shared by several commands: an argument parser that raises UserError, the run of a file, pages, the repository."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.errors import Fault, Problem, UserError, shortened
+
+if TYPE_CHECKING:
+    from quadriga.config import Run
 
 ROOT_MARK = "run_train.sh"
 
@@ -33,3 +37,22 @@ def repository_of(path: Path) -> Path:
     """The folder above `path` that contains the launch script, else the current directory."""
     above = (folder for folder in path.resolve().parents if (folder / ROOT_MARK).is_file())
     return next(above, Path.cwd())
+
+
+def run_from_file(
+    file: str, ranks: int | None, keys: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Run:
+    """The run of a file, as a dry run reads it. `ranks`: None for the product of the degrees."""
+    from quadriga.comm.backend import BACKENDS
+    from quadriga.config import read
+    from quadriga.models.registry import catalogue
+
+    arguments = ["--job.config_file", file, *keys]
+    return read(arguments, environ or {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)
+
+
+def write_page(target: Path, page: str) -> None:
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise Fault(f"{target} cannot be written: {error}") from None

@@ -1,4 +1,4 @@
-"""`quadriga card FILE --ngpu N`: generate the README.md of a configuration."""
+"""`quadriga card FILE --ngpu N`: generate the README.md of a configuration. `quadriga docs`: generate all documents."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quadriga.cli.arguments import Parser, rank_count, repository_of
-from quadriga.comm.backend import BACKENDS
-from quadriga.config import Run, read
+from quadriga.cli.arguments import Parser, rank_count, repository_of, run_from_file
+from quadriga.config import Run
 from quadriga.config.card import CardFigures, CardTarget, read_target, render_card
+from quadriga.config.reference import reference_page
+from quadriga.config.torchtitan import regenerate
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.limits import README_BYTES
-from quadriga.models.registry import catalogue, flops_per_token
+from quadriga.models.registry import flops_per_token
 from quadriga.planning.estimate import estimate
 from quadriga.planning.report import device_rows, estimate_rows
 from quadriga.reading import read_text
@@ -38,6 +39,20 @@ def main(argv: Sequence[str]) -> int:
             print(card, end="")
         else:
             stale += write_or_check(card_path(file), card, options.check)
+    return EXIT_FAULT if stale else EXIT_OK
+
+
+def docs(argv: Sequence[str]) -> int:
+    """`quadriga docs`: generate docs/configuration.md, tables of docs/from-torchtitan.md and the cards of configs/."""
+    parser = Parser("docs", "Generate docs/configuration.md, tables of docs/from-torchtitan.md and cards of configs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
+    check = parser.parse_args(argv).check
+    root = repository_of(Path(__file__))
+    stale = write_or_check(root / "docs" / "configuration.md", reference_page(), check)
+    page = root / "docs" / "from-torchtitan.md"
+    stale |= write_or_check(page, regenerate(page.read_text(encoding="utf-8")), check)
+    for file in sorted(root.glob("configs/*/*.toml")):
+        stale |= write_or_check(card_path(file), make_card(target_for(file, None, None), file), check)
     return EXIT_FAULT if stale else EXIT_OK
 
 
@@ -84,15 +99,10 @@ def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
 
 def make_card(target: CardTarget, file: Path) -> str:
     """The text of the card of `file`."""
-    run = read(
-        ["--job.config_file", str(file)],
-        {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"},
-        catalogue=catalogue(),
-        backends=BACKENDS,
-        world_size=target.gpus,
-        training=False,
-    )
-    device = _device(target.device or run.config.estimate.device)
+    environ = {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"}
+    run = run_from_file(str(file), target.gpus, environ=environ)
+    name = target.device or run.config.estimate.device
+    device = None if name is None else device_named(name, "--device")
     return render_card(run, target, figures_of(run, device), device)
 
 
@@ -105,7 +115,3 @@ def figures_of(run: Run, device: Device | None) -> CardFigures:
         tuple(estimate_rows(predicted)),
         tuple(device_rows(predicted)),
     )
-
-
-def _device(name: str | None) -> Device | None:
-    return None if name is None else device_named(name, "--device")

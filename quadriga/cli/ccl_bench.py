@@ -27,9 +27,9 @@ from quadriga.analysis.ccl_bench.folder import (
     unpack_traces,
     without_ends,
 )
-from quadriga.cli.arguments import Parser, rank_count
+from quadriga.cli.arguments import Parser, rank_count, run_from_file
 from quadriga.cli.ccl_card import CARD_NAME, CardOptions, build_card
-from quadriga.cli.estimate import run_from_file, world_size_of
+from quadriga.cli.estimate import world_size_of
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.jsonl import Record, read_metrics
 from quadriga.models.registry import catalogue
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 def export_run(folder: Path, out: Path, given: CardOptions) -> int:
     """Write a run's traces and card into `out`, and print its step time next to that of the run's own metrics."""
-    run = run_from_file(str(folder / "config.toml"), world_size_of(folder), ())
+    run = run_from_file(str(folder / "config.toml"), world_size_of(folder))
     environment = read_json_object(folder / "environment.json", what="record of a run")
     last_step, packed = newest_traces(folder)
     absent = [rank for rank in range(run.spec.world_size) if rank not in packed]

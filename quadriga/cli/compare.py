@@ -14,8 +14,8 @@ from quadriga.analysis.compare.evidence import Analyse
 from quadriga.analysis.compare.report import format_comparison
 from quadriga.analysis.compare.runs import find_bench, folders_of, names_of, read_setting
 from quadriga.analysis.compare.windows import WARMUP_STEPS
-from quadriga.cli.arguments import Parser
-from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
+from quadriga.cli.arguments import Parser, write_page
+from quadriga.errors import EXIT_OK, Problem, UserError, printable
 
 ABOUT = (
     "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the requested "
@@ -93,8 +93,5 @@ def print_comparison(found: dict[str, Any], options: argparse.Namespace) -> None
     if options.html:
         from quadriga.analysis.compare.page import comparison_page
 
-        try:
-            options.html.write_text(comparison_page(found), encoding="utf-8")
-        except OSError as error:
-            raise Fault(f"{options.html} cannot be written: {error}") from None
+        write_page(options.html, comparison_page(found))
         print(f"the page is {options.html}", file=sys.stderr)

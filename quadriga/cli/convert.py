@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
-from quadriga.cli.arguments import Parser
-from quadriga.comm.backend import BACKENDS
-from quadriga.config import read
+from quadriga.cli.arguments import Parser, run_from_file
 from quadriga.config.model_spec import ModelSpec, RopeScaling
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.log import logger, start_logging
@@ -158,14 +156,7 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
 
 
 def model_from_config(file: str) -> SavedModel:
-    run = read(
-        ["--job.config_file", file],
-        {},
-        catalogue=registry.catalogue(),
-        backends=BACKENDS,
-        world_size=None,
-        training=False,
-    )
+    run = run_from_file(file, None)
     return SavedModel(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
 
 

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga import limits
-from quadriga.cli.arguments import Parser, rank_count
-from quadriga.comm.backend import BACKENDS
-from quadriga.config import Run, read
+from quadriga.cli.arguments import Parser, rank_count, run_from_file
 from quadriga.errors import EXIT_OK, Problem, UserError, shortened
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.metrics.jsonl import read_metrics
-from quadriga.models.registry import catalogue
 from quadriga.planning.advice import advice_for
 from quadriga.planning.calibrate import ProfiledStep, calibrate, newest_trace, seconds_a_step
 from quadriga.planning.estimate import estimate
@@ -54,7 +51,7 @@ def measured_rates(folder: str | None, device: Device | None) -> Rates | None:
     if folder is None:
         return None
     place = Path(folder)
-    run = run_from_file(str(place / "config.toml"), world_size_of(place), ())
+    run = run_from_file(str(place / "config.toml"), world_size_of(place))
     records = read_metrics(place / "metrics.jsonl", required=("step_seconds",))
     measured = seconds_a_step(records, run.config.profiling, place)
     from quadriga.analysis.trace.busy import busy_seconds  # imports numpy, which other estimates do not need
@@ -71,9 +68,3 @@ def world_size_of(folder: Path) -> int:
         shown = shortened(repr(ranks))
         raise UserError(Problem(str(file), "world_size is not valid", shown, allowed=f"1 to {limits.RANKS:,}"))
     return ranks
-
-
-def run_from_file(file: str, ranks: int | None, keys: Sequence[str]) -> Run:
-    """The run of a file, as a dry run reads it."""
-    arguments = ["--job.config_file", file, *keys]
-    return read(arguments, {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)

@@ -6,7 +6,6 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Protocol
 
 from quadriga import __version__
 from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable, shortened
@@ -31,6 +30,9 @@ COMMANDS = {
     "version": "print the version",
 }
 
+# Commands that share a module: the module and its function. The others are `main` of a module of their name.
+SHARED = {"dry-run": ("train", "dry_run"), "docs": ("card", "docs"), "schema": ("keys", "schema")}
+
 # Errors of system calls that are about the given path, not about the machine.
 OF_THE_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
@@ -49,12 +51,6 @@ quadriga COMMAND --help explains a command.
 Version {__version__}. The reference of all keys is docs/configuration.md."""
 
 
-class Command(Protocol):
-    """The interface of the module of a command."""
-
-    def main(self, argv: Sequence[str]) -> int: ...
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 (an error of the user), or that of the fault (1 if out of date)."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -69,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 Problem(name, "no such command", allowed=", ".join(COMMANDS), nearest=nearest(name, COMMANDS))
             )
-        command: Command = importlib.import_module(f"quadriga.cli.{name.replace('-', '_')}")
-        return command.main(rest)
+        module, function = SHARED.get(name, (name.replace("-", "_"), "main"))
+        code: int = getattr(importlib.import_module(f"quadriga.cli.{module}"), function)(rest)
+        return code
     except UserError as error:
         print(error.report, file=sys.stderr)
         return EXIT_USAGE

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from quadriga.cli.arguments import Parser, rank_count
-from quadriga.cli.estimate import add_estimate_arguments, measured_rates, run_from_file
+from quadriga.cli.arguments import Parser, rank_count, run_from_file
+from quadriga.cli.estimate import add_estimate_arguments, measured_rates
 from quadriga.config import Run, to_toml
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import device_named

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from quadriga.cli.arguments import Parser
-from quadriga.errors import EXIT_OK, Fault, printable
+from quadriga.cli.arguments import Parser, write_page
+from quadriga.errors import EXIT_OK, printable
 
 ABOUT = (
     "Read the profiler's traces of all ranks and report where a step's time was spent: compute, communication (and its "
@@ -29,15 +29,8 @@ def main(argv: Sequence[str]) -> int:
 
     found = analyse(Path(options.folder), options.step)
     if options.html is not None:
-        _write_page(options.html, found)
+        from quadriga.analysis.trace.page import trace_page
+
+        write_page(options.html, trace_page(found))
     print(json.dumps(found, indent=1) if options.json else "\n".join(map(printable, format_trace(found))))
     return EXIT_OK
-
-
-def _write_page(target: Path, found: dict[str, object]) -> None:
-    from quadriga.analysis.trace.page import trace_page
-
-    try:
-        target.write_text(trace_page(found), encoding="utf-8")
-    except OSError as error:
-        raise Fault(f"{target} cannot be written: {error}") from None

@@ -1,4 +1,4 @@
-"""`quadriga train FILE`: the command of `run_train.sh` for an installed package."""
+"""`quadriga train FILE` and `quadriga dry-run FILE`: what `run_train.sh` does, for an installed package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from quadriga.cli.arguments import Parser, rank_count
 
 def main(argv: Sequence[str]) -> int:
     return launch("train", "Train from a TOML file on the ranks of this machine.", argv, {})
+
+
+def dry_run(argv: Sequence[str]) -> int:
+    about = "Check a TOML file and print what the run would be. Starts nothing, needs no GPU."
+    return launch("dry-run", about, argv, {"DRY_RUN": "1"})
 
 
 def launch(command: str, about: str, argv: Sequence[str], environ: dict[str, str]) -> int:

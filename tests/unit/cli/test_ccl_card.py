@@ -8,9 +8,9 @@ import pytest
 
 from quadriga.analysis.ccl_bench.card import FIELDS, card_errors, field_value
 from quadriga.analysis.ccl_bench.folder import RankSummary
+from quadriga.cli.arguments import run_from_file
 from quadriga.cli.ccl_bench import logged_step_time, profiled_steps
 from quadriga.cli.ccl_card import CardOptions, build_card
-from quadriga.cli.estimate import run_from_file
 
 H100 = {
     "quadriga": "0.1.0",
