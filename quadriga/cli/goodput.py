@@ -8,10 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser
-from quadriga.config.messages import plural
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 from quadriga.metrics.goodput import Attempt, Goodput, read_goodput
-from quadriga.units import format_seconds
+from quadriga.units import format_seconds, plural
 
 ABOUT = (
     "Report how much of a run's time was spent on training, starting, saving or waiting for data, or was lost, from "

@@ -21,6 +21,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.config.special_tokens import CONFIG, MAP, MAX_TOKEN_CHARS, SpecialTokens, token_text, type_problem
 from quadriga.errors import Problem, UserError, shortened
+from quadriga.units import format_some
 
 OTHER_ROLES = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 TRANSFORMERS_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # the order of transformers
@@ -205,6 +206,4 @@ def _notices(
 
 
 def _format_list(texts: Iterable[str]) -> str:
-    texts = list(texts)
-    more = f" and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
-    return ", ".join(texts[:MAX_LISTED]) + more
+    return format_some(list(texts), MAX_LISTED)

@@ -10,22 +10,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import jinja2
 
 from quadriga.config import messages
 from quadriga.config.keys import format_toml
-from quadriga.config.markdown import argument, code, plain, table
-from quadriga.config.messages import plural
+from quadriga.config.markdown import code, render
 from quadriga.config.read import Run
 from quadriga.config.rules import config_value
 from quadriga.config.sources import CONFIG_FILE
 from quadriga.config.variables import VARIABLES
 from quadriga.hardware import Device
-from quadriga.units import format_count, format_seconds
+from quadriga.units import format_seconds
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
 GPUS_PER_MACHINE = 8
 
 
@@ -77,33 +72,21 @@ def read_target(card: str) -> CardTarget | None:
 
 def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Device | None) -> str:
     """The card as Markdown. `run` must be resolved for `target.gpus` ranks; `device` is that of `target.device`."""
-    config, spec = run.config, run.spec
-    training, profiling = config.training, config.profiling
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"code": code, "plain": plain, "argument": argument, "quote": shlex.quote, "plural": plural}
-    environment.filters |= {"format_count": format_count, "n": "{:,}".format, "g": "{:g}".format}
-    environment.filters["on"] = lambda switch: "on" if switch else "off"
-    environment.filters["bold"] = lambda size: f"**{size}**" if size > 1 else "1"
+    config, spec, training = run.config, run.spec, run.config.training
     place = {"builtin": ", the Python standard library's text", "c4": ", streamed from the Hugging Face Hub"}
     where = f" from {code(training.dataset_path)}" if training.dataset_path else place.get(training.dataset, "")
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        {name: getattr(config, name) for name in ("training", "profiling", "compile", "optimizer")},
+    return render(
+        "card.md.jinja",
         run=run,
         target=target,
         figures=figures,
-        unit=target.unit,
         config=config,
         spec=spec,
-        model=spec.model,
-        degrees=spec.degrees,
-        folders=spec.folders,
         messages=messages,
         described=messages.describe(run, target.unit),
-        table=table,
         log=math.log,
         variables=[(code(name), *texts) for name, *texts in VARIABLES],
         data=f"{code(training.dataset)}{where}",
-        profiled=f"{profiling.profiler_active} steps of every {profiling.profile_freq}",
         file=f"./{target.file}",
         machines=-(-spec.world_size // GPUS_PER_MACHINE),
         other_numbers=_other_numbers(run),

@@ -44,6 +44,15 @@ class LoadedConfig:
     problems: list[Problem] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
 
+    def refuse(self, key: str, problem: Problem) -> None:
+        self.problems.append(problem)
+        self.bad.add(key)
+
+    def update(self, table: str, **values: Any) -> None:
+        """Set keys of a table."""
+        section = getattr(self.config, table).model_copy(update=values)
+        self.config = self.config.model_copy(update={table: section})
+
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     """Read and merge a configuration. `argv` is without the program's name; `--job.config_file` names the TOML file."""
@@ -88,10 +97,8 @@ def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) ->
         if earlier is not None and earlier.key != entry.key and value != raw[renamed.key]:
             what = f"the old name {_old_name(earlier.key, entry.key)} and the new one are both set, and differ"
             fix = f"keep only {renamed.key}"
-            loaded.problems.append(
-                Problem(f"{earlier.key}, {entry.key}", what, format_toml(value), entry.source, fix=fix)
-            )
-            loaded.bad.add(renamed.key)
+            where = f"{earlier.key}, {entry.key}"
+            loaded.refuse(renamed.key, Problem(where, what, format_toml(value), entry.source, fix=fix))
         seen_keys[renamed.key] = entry
         raw[renamed.key] = value
         loaded.origin[renamed.key] = renamed.source
@@ -101,8 +108,7 @@ def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: M
     """Refuse text that is too long or not UTF-8, and expand `~` and `$NAME` in paths."""
     value, source = raw[key], loaded.origin[key]
     if (wrong := _not_text(value, PATH if key in PATHS else TEXT)) is not None:
-        loaded.problems.append(Problem(key, wrong, format_toml(value), source))
-        loaded.bad.add(key)
+        loaded.refuse(key, Problem(key, wrong, format_toml(value), source))
         raw[key] = KEYS[key].default
     elif (
         key in PATHS - {CONFIG_FILE}
@@ -111,8 +117,7 @@ def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: M
     ):
         expanded = expand(key, value, source, environ)
         if isinstance(expanded, Problem):
-            loaded.problems.append(expanded)
-            loaded.bad.add(key)
+            loaded.refuse(key, expanded)
         else:
             raw[key] = expanded
 
@@ -165,8 +170,7 @@ def _rename(entry: Entry, loaded: LoadedConfig) -> Entry | None:
         if value.text is None:
             return Entry(switch, False, entry.source)
         fix = f"write --{name}, or --{switch} false"
-        loaded.problems.append(Problem(name, "takes no value", format_toml(value.text), entry.source, fix=fix))
-        loaded.bad.add(switch)
+        loaded.refuse(switch, Problem(name, "takes no value", format_toml(value.text), entry.source, fix=fix))
         return None
     loaded.problems.append(_unknown(entry))
     return None
@@ -247,9 +251,7 @@ def _typed(key: Key, entry: Entry, loaded: LoadedConfig) -> Any:
         if value.text is None:
             if key.boolean:
                 return True
-            problem = Problem(key.name, "needs a value", source=entry.source, allowed=key.allowed)
-            loaded.problems.append(problem)
-            loaded.bad.add(key.name)
+            loaded.refuse(key.name, Problem(key.name, "needs a value", source=entry.source, allowed=key.allowed))
             return key.default
         if key.optional and value.text.lower() in ("", "none"):
             return None
@@ -349,8 +351,7 @@ def _note_defaults(loaded: LoadedConfig) -> None:
     if not loaded.config.checkpoint.enable or "checkpoint.last_save_model_only" in loaded.origin:
         return
     if loaded.config.checkpoint.export_dtype != "float32" and not loaded.config.checkpoint.last_save_in_hf:
-        section = loaded.config.checkpoint.model_copy(update={"last_save_model_only": True})
-        loaded.config = loaded.config.model_copy(update={"checkpoint": section})
+        loaded.update("checkpoint", last_save_model_only=True)
         what = "checkpoint.export_dtype converts only a last save of weights"
         loaded.notices.append(f"{what}: checkpoint.last_save_model_only is set to true")
     else:
@@ -373,7 +374,6 @@ def _shorten_profiler_cycle(loaded: LoadedConfig) -> None:
     if len(given) == 2 or length < warmup + active:
         return
     changes = {"profiler_warmup": warmup, "profiler_active": active}
-    section = profiling.model_copy(update=changes)
-    loaded.config = loaded.config.model_copy(update={table: section})
+    loaded.update(table, **changes)
     shown = " and ".join(f"{table}.{name} = {value}" for name, value in changes.items() if name not in given)
     loaded.notices.append(f"{table}.profile_freq = {length} is shorter than a default cycle: {shown} fit into it")

@@ -1,12 +1,17 @@
-"""Markdown: tables, and untrusted text that never becomes markup, HTML or a command."""
+"""Markdown: templates, tables, and untrusted text that never becomes markup, HTML or a command."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from quadriga.errors import printable
+from quadriga.units import format_count, plural
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|~$]")
 _SAFE_WORD = re.compile(r"[\w./=-]+", re.ASCII)
@@ -35,3 +40,25 @@ def argument(text: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+FILTERS = {
+    "argument": argument,
+    "bold": lambda size: f"**{size}**" if size > 1 else "1",
+    "code": code,
+    "format_count": format_count,
+    "g": "{:g}".format,
+    "n": "{:,}".format,
+    "on": lambda switch: "on" if switch else "off",
+    "plain": plain,
+    "plural": plural,
+    "quote": shlex.quote,
+}
+
+
+def render(template: str, **values: Any) -> str:
+    """The document of a template, a file of this folder. In it, `table` and `FILTERS` can be used besides `values`."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= FILTERS
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values, table=table)

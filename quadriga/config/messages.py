@@ -5,13 +5,9 @@ from __future__ import annotations
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import ActivationCheckpoint, Checkpoint
-from quadriga.units import DTYPE_BYTES, format_bytes, format_count
+from quadriga.units import DTYPE_BYTES, format_bytes, format_count, plural
 
 MOMENTS = 2  # per parameter, kept by Adam
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def decimal_bytes(amount: float) -> str:

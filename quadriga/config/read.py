@@ -122,8 +122,7 @@ def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping
 def _set_from_checkpoint(loaded: LoadedConfig, key: str, value: Any, place: str) -> None:
     """Set a key to the value of the checkpoints in `place`."""
     table, name = key.split(".")
-    section = getattr(loaded.config, table).model_copy(update={name: value})
-    loaded.config = loaded.config.model_copy(update={table: section})
+    loaded.update(table, **{name: value})
     loaded.origin[key] = f"{FROM_CHECKPOINT}{place}"
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from quadriga.config import legacy_keys
 from quadriga.config.keys import KEYS, Key, format_toml
-from quadriga.config.markdown import table
+from quadriga.config.markdown import render
 from quadriga.config.rules_torchtitan import UNSUPPORTED
 from quadriga.config.schema import JobConfig, Section
 from quadriga.config.sources import ENVIRONMENT
@@ -122,18 +122,6 @@ def _without_null(node: Any) -> Any:
 def reference_page() -> str:
     """`docs/configuration.md`."""
     docs = documentation()
-    page = [_INTRODUCTION.strip(), "## Tables and keys"]
-    for name, about, keys in tables():
-        rows = [
-            (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{format_toml(key.default)}`", docs[key.name])
-            for key in keys
-        ]
-        page += [f"### [{name}]", about, table(("key", "value", "default", "meaning"), rows)]
-    page += _older_names()
-    return "\n\n".join(page) + "\n"
-
-
-def _older_names() -> list[str]:
     renamed = [(f"`{old}`", f"`{new}`") for old, new in legacy_keys.RENAMED.items()]
     renamed += [(f"`[{old}]`", f"`[{new}]`") for old, new in legacy_keys.MOVED_TABLES.items()]
     renamed += [
@@ -141,52 +129,21 @@ def _older_names() -> list[str]:
     ]
     gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in legacy_keys.REMOVED.items()]
     gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in legacy_keys.REFUSED.items()]
-    missing = [(", ".join(f"`{key}`" for key in item.keys), item.name, item.instead) for item in UNSUPPORTED]
-    return [
-        "## Older names",
-        "Files for older releases of torchtitan load. A notice names the new key.",
-        table(("old name", "new name"), renamed),
-        table(("removed key", "effect"), gone),
-        "## Not supported yet",
-        "Training refuses these keys by name. A dry run (`DRY_RUN=1`) accepts them, with a notice.",
-        table(("key", "feature", "what to do instead"), missing),
-    ]
-
-
-_INTRODUCTION = f"""
-<!-- Made by `quadriga docs` from quadriga/config/schema; edit the text there. -->
-
-# Configuration
-
-One TOML file describes a run. A key can have several sources. Later ones in this list override earlier ones:
-
-1. the defaults below;
-2. the file named by `extends` (a path at the top of a TOML file, relative to that file), which may extend another;
-3. the TOML file (`CONFIG_FILE` for `run_train.sh`, `--job.config_file` everywhere);
-4. the environment ({", ".join(f"`{name}` for `{key}`" for name, key in ENVIRONMENT.items())});
-5. the command line.
-
-**Command line.** Write a key as `--table.key value` or `--table.key=value`. A switch is also `--table.key` and
-`--table.no_key`. A list is `a,b` or `["a", "b"]`. `"none"` or `""` switches an optional key off.
-
-**Paths.** Paths in a TOML file are relative to the directory that the run is started from. In every key that names a
-file or a folder, in `extends` and in `CONFIG_FILE`, `~`, `~user`, `$NAME` and `${{NAME}}` are replaced. A variable that
-is not set is refused by name.
-
-**Strict reading.** Unknown tables or keys, values of the wrong type or out of range, and keys that do not fit together
-are refused. One report lists all of them, with the file and the line. No key is ignored silently.
-
-**Assets without a download.** `training.dataset = "builtin"` and `model.hf_assets_path = "builtin:bytes"` need no
-files. The names `c4_test` and `./tests/assets/tokenizer` of torchtitan's test files are read as these, with a notice,
-if the files do not exist.
-
-**torchtitan.** The keys are those of torchtitan. [from-torchtitan.md](from-torchtitan.md) says for every key of v0.2.2
-whether it means the same here. Some defaults differ, because those of torchtitan have side effects:
-
-- `checkpoint.last_save_model_only` is false, so that a finished run can be resumed.
-- `training.max_norm = 0` switches clipping off.
-- `debug.seed` is a number, so that a run can be repeated.
-- `profiling.profiler_active` is 5, and traces go to `profile_trace`.
-
-**Editors** can complete and check these files: `quadriga schema > quadriga.schema.json`.
-"""
+    return render(
+        "configuration.md.jinja",
+        environment=", ".join(f"`{name}` for `{key}`" for name, key in ENVIRONMENT.items()),
+        tables=(
+            (
+                name,
+                about,
+                [
+                    (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{format_toml(key.default)}`", docs[key.name])
+                    for key in keys
+                ],
+            )
+            for name, about, keys in tables()
+        ),
+        renamed=renamed,
+        removed=gone,
+        unsupported=[(", ".join(f"`{key}`" for key in each.keys), each.name, each.instead) for each in UNSUPPORTED],
+    )

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quadriga.config.keys import KEYS
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.limits import EXTENDS, TOML_BYTES
 from quadriga.reading import parse_toml, read_text
@@ -20,24 +21,7 @@ COMMAND_LINE = "command line"
 MAX_ENTRIES = 200  # entries of a folder that are searched for a similar name
 ENVIRONMENT = {"COMM_BACKEND": "comm.backend"}
 # The keys that name files and folders, in which `~` and `$VARIABLES` are replaced.
-PATHS = frozenset(
-    {
-        "checkpoint.folder",
-        "checkpoint.initial_load_path",
-        "comm.save_traces_folder",
-        "estimate.device",
-        "job.config_file",
-        "job.dump_folder",
-        "job.save_config_file",
-        "metrics.save_tb_folder",
-        "model.hf_assets_path",
-        "parallelism.pipeline_parallel_schedule_csv",
-        "profiling.save_memory_snapshot_folder",
-        "profiling.save_traces_folder",
-        "training.dataset_path",
-        "validation.dataset_path",
-    }
-)
+PATHS = {key for key in KEYS if key.endswith(("folder", "path", "file", "csv"))} | {"estimate.device"}
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 

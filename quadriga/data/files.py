@@ -21,12 +21,12 @@ from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
 from quadriga.reading import file_kind
+from quadriga.units import format_some
 
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MOST_PROBLEMS = 10  # reported for one path
 MOST_NAMES = 5  # listed in a message
-CHANGED_SHOWN = 3
 
 Cuts = list[list[int]]  # by file: the first byte (or row) of each shard
 
@@ -205,5 +205,4 @@ def changed_files(files: Sequence[File], saved: Mapping[str, Any]) -> list[File]
 
 
 def format_files(files: Sequence[File]) -> str:
-    names = ", ".join(shortened(file.name) for file in files[:CHANGED_SHOWN])
-    return names + (f" and {len(files) - CHANGED_SHOWN} more" if len(files) > CHANGED_SHOWN else "")
+    return format_some([shortened(file.name) for file in files], 3)

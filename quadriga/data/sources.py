@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from quadriga.data.files import Cuts, File, fingerprint
 from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.units import format_some
 
 DEFAULT_FIELD = "text"
 MOST_NAMES = 8  # listed in a message
@@ -35,9 +36,7 @@ class Field:
 
     def format_names(self, names: Iterable[str]) -> str:
         """The existing fields, for a message."""
-        names = [shortened(name, 40) for name in names]
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        return ", ".join(names[:MOST_NAMES]) + more or "none"
+        return format_some([shortened(name, 40) for name in names], MOST_NAMES) or "none"
 
     def fix(self, names: Iterable[str]) -> str | None:
         """The remedy if this field is missing and others exist; None if there are no fields."""

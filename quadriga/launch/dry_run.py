@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.config import Run, messages
-from quadriga.config.messages import decimal_bytes, plural
+from quadriga.config.messages import decimal_bytes
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
 from quadriga.hardware import device_named
 from quadriga.planning.advice import advice_for
 from quadriga.planning.backend_by_axis import format_backend_by_axis
 from quadriga.planning.estimate import Estimate, estimate
 from quadriga.planning.report import estimate_rows as estimated_rows
+from quadriga.units import plural
 
 NAME_WIDTH, TEXT_WIDTH = 13, 104
 
