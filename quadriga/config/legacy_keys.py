@@ -11,67 +11,19 @@ change training needs none.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-RENAMED: Mapping[str, str] = {
-    "training.seed": "debug.seed",
-    "training.deterministic": "debug.deterministic",
-    "training.debug_moe_force_load_balance": "debug.moe_force_load_balance",
-    "training.batch_size": "training.local_batch_size",
-    "training.compile": "compile.enable",
-    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
-    "checkpoint.enable_checkpoint": "checkpoint.enable",
-    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
-    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
-    "memory_estimation.enabled": "memory_estimation.enable",
-    "model.tokenizer_path": "model.hf_assets_path",
-    "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_method",
-    "mx.use_fp8_dim1_cast_triton_kernel": "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
-}
+from quadriga.reading import read_toml
 
-# Tables of v0.1.0 that became tables of [quantize].
-MOVED_TABLES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
-
-# Values that have another name under the new key.
-RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
-    "parallelism.context_parallel_rotate_method": {"allgather": "allgather", "alltoall": "ring"},
-    "mx.use_fp8_dim1_cast_triton_kernel": {"true": "triton", "false": "torch"},
-}
-
-# Removed keys without effect on the run: accepted, with this remark.
-REMOVED: Mapping[str, str] = {
-    "job.print_args": "use job.print_config to see the configuration",
-    "job.use_for_integration_test": "it had no effect on training",
-    "float8.force_recompute_fp8_weight_in_bwd": "[activation_checkpoint] decides what is recomputed",
-    **{
-        f"fault_tolerance.{key}": "it is a key of fault tolerance, which training does not support"
-        for key in (
-            "sync_steps",
-            "should_quantize",
-            "fragment_sync_delay",
-            "fragment_update_alpha",
-            "module_fqns_per_model_fragment",
-            "num_fragments",
-        )
-    },
-}
-
-# Removed keys that would change the run: accepted only if empty or off.
-REFUSED: Mapping[str, str] = {
-    "parallelism.pipeline_parallel_split_points": "list the stages in parallelism.module_fqns_per_model_part",
-    "parallelism.enable_compiled_autograd": "Quadriga does not use compiled autograd; use [compile] without it",
-}
+_TABLES = read_toml(Path(__file__).with_suffix(".toml"))  # explains each table
+RENAMED: Mapping[str, str] = _TABLES["renamed"]
+MOVED_TABLES: Mapping[str, str] = _TABLES["moved_tables"]
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = _TABLES["renamed_values"]
+REMOVED: Mapping[str, str] = _TABLES["removed"]
+REFUSED: Mapping[str, str] = _TABLES["refused"]
 
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
-# Base classes of PyTorch. In torchtitan they are the schedule of a CSV file.
-SCHEDULE_CLASSES: Mapping[str, str] = {
-    "pipelineschedulesingle": "1F1B",
-    "pipelineschedulemulti": "Interleaved1F1B",
-    "_pipelinescheduleruntime": "Interleaved1F1B",
-}
-
-CONVERTER_ALIASES: Mapping[str, str] = {"float8": "quantize.linear.float8", "mx": "quantize.linear.mx"}
-
 OLD_DEFAULTS: Mapping[str, Any] = {
     "lr_scheduler.variant": "early_decay",
     "optimizer.decay_norms_and_biases": False,
@@ -81,7 +33,7 @@ OLD_DEFAULTS: Mapping[str, Any] = {
 def resolve_schedule(value: str, known: Collection[str]) -> str:
     """The name of a pipeline schedule for a name in upper or lower case, as PyTorch reads it; else `value`."""
     known_names = {name.lower(): name for name in known}
-    return known_names.get(value.lower()) or SCHEDULE_CLASSES.get(value.lower(), value)
+    return known_names.get(value.lower()) or _TABLES["schedule_classes"].get(value.lower(), value)
 
 
 def renamed_key(old: str) -> str | None:

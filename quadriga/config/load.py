@@ -273,7 +273,7 @@ def _resolve_alias(key: str, raw: Mapping[str, Any], loaded: LoadedConfig) -> An
     if key == legacy_keys.SCHEDULE and isinstance(value, str):
         alias = legacy_keys.resolve_schedule(value, KEYS[key].choices)
     if key == "model.converters" and isinstance(value, tuple):
-        alias = tuple(legacy_keys.CONVERTER_ALIASES.get(name, name) for name in value)
+        alias = tuple(legacy_keys.MOVED_TABLES.get(name, name) for name in value)
     if alias != value:
         loaded.notices.append(
             f"{key} = {format_toml(value)} [{loaded.origin[key]}] is read as {format_toml(alias)}{why}"

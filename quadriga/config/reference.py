@@ -124,9 +124,7 @@ def reference_page() -> str:
     docs = documentation()
     renamed = [(f"`{old}`", f"`{new}`") for old, new in legacy_keys.RENAMED.items()]
     renamed += [(f"`[{old}]`", f"`[{new}]`") for old, new in legacy_keys.MOVED_TABLES.items()]
-    renamed += [
-        (f'`model.converters = ["{old}"]`', f'`["{new}"]`') for old, new in legacy_keys.CONVERTER_ALIASES.items()
-    ]
+    renamed += [(f'`model.converters = ["{old}"]`', f'`["{new}"]`') for old, new in legacy_keys.MOVED_TABLES.items()]
     gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in legacy_keys.REMOVED.items()]
     gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in legacy_keys.REFUSED.items()]
     return render(

@@ -24,14 +24,12 @@ class ParquetSource(FileSource):
 
     def __init__(self, files: Sequence[File], *, field: Field = TEXT) -> None:
         super().__init__("parquet", files, field)
-        problems: list[Problem] = []
-        self._starts: list[list[int]] = []  # by file: the first row of every row group, and the number of rows
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            for starts, found in pool.map(lambda file: _row_groups(file, field), files):
-                self._starts.append(starts)
-                problems += found
-        if problems:
+            footers = [pool.submit(_row_groups, file, field) for file in files]
+        errors = [error for each in footers if isinstance(error := each.exception(), UserError)]
+        if problems := [problem for error in errors for problem in error.problems]:
             raise UserError(*problems[:MOST_PROBLEMS])
+        self._starts = [each.result() for each in footers]
         self._cut_rows([starts[:-1] for starts in self._starts])
 
     def _cut_rows(self, cuts: Cuts) -> None:
@@ -140,8 +138,9 @@ def _open(file: File) -> Any:
     )
 
 
-def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
-    """The first row of every row group followed by the number of all rows; or the problems of the file."""
+def _row_groups(file: File, field: Field) -> list[int]:
+    """The first row of every row group, followed by the number of all rows. Raises UserError."""
+    where = shortened(file.path, 400)
     try:
         refuse_if_foreign(file, "parquet")
         with _open(file) as parquet:
@@ -151,27 +150,21 @@ def _row_groups(file: File, field: Field) -> tuple[list[int], list[Problem]]:
                 how = "no column" if field.name not in names else f"{names.count(field.name)} columns"
                 what = f"the file has {how} `{field.name}`; its columns are {field.format_names(names)}"
                 allowed = f"one row per document, in a string column `{field.name}`"
-                return [], [Problem(shortened(file.path, 400), what, allowed=allowed, fix=field.fix(names))]
+                raise UserError(Problem(where, what, allowed=allowed, fix=field.fix(names)))
             kind = schema.field(field.name).type
             if not _is_text(kind):
                 what = f"the column `{field.name}` is of type {shortened(kind, 200)}"
                 others = [name for name in names if _is_text(schema.field(name).type)] if names else []
-                return [], [
-                    Problem(
-                        shortened(file.path, 400),
-                        what,
-                        allowed="a column of strings, or of bytes that are UTF-8",
-                        fix=field.fix(others),
-                    )
-                ]
+                allowed = "a column of strings, or of bytes that are UTF-8"
+                raise UserError(Problem(where, what, allowed=allowed, fix=field.fix(others)))
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except UserError as error:
-        return [], list(error.problems)
-    except Exception as error:  # noqa: BLE001 (pyarrow raises many kinds of errors for damaged files)
-        return [], [_damaged(file, error)]
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises many kinds of errors for damaged files
+        raise UserError(_damaged(file, error)) from error
     if min(rows, default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
-        return [], [_damaged(file, ValueError("its number of rows is impossible"))]
-    return list(accumulate(rows, initial=0)), []
+        raise UserError(_damaged(file, ValueError("its number of rows is impossible")))
+    return list(accumulate(rows, initial=0))
 
 
 def _damaged(file: File, error: Exception, where: str = "") -> Problem:
