@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from quadriga.config import messages
 from quadriga.config.keys import format_toml
@@ -76,7 +77,7 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
     place = {"builtin": ", the Python standard library's text", "c4": ", streamed from the Hugging Face Hub"}
     where = f" from {code(training.dataset_path)}" if training.dataset_path else place.get(training.dataset, "")
     return render(
-        "card.md.jinja",
+        Path(__file__).with_name("card.md.jinja"),
         run=run,
         target=target,
         figures=figures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ FILTERS = {
     "code": code,
     "format_count": format_count,
     "g": "{:g}".format,
+    "j": json.dumps,
     "n": "{:,}".format,
     "on": lambda switch: "on" if switch else "off",
     "plain": plain,
@@ -56,9 +58,8 @@ FILTERS = {
 }
 
 
-def render(template: str, **values: Any) -> str:
-    """The document of a template, a file of this folder. In it, `table` and `FILTERS` can be used besides `values`."""
+def render(template: Path, **values: Any) -> str:
+    """The document of a template. In it, `table` and `FILTERS` can be used besides `values`."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= FILTERS
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(values, table=table)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values, table=table)

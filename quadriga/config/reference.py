@@ -128,7 +128,7 @@ def reference_page() -> str:
     gone = [(f"`{key}`", f"accepted; {remark}") for key, remark in legacy_keys.REMOVED.items()]
     gone += [(f"`{key}`", f"accepted when off, else refused; {remark}") for key, remark in legacy_keys.REFUSED.items()]
     return render(
-        "configuration.md.jinja",
+        Path(__file__).with_name("configuration.md.jinja"),
         environment=", ".join(f"`{name}` for `{key}`" for name, key in ENVIRONMENT.items()),
         tables=(
             (
