@@ -28,6 +28,7 @@ TRANSFORMERS_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_
 MORE_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 DECODER = "added_tokens_decoder"
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
+SPECIAL = {**FLAGS, "normalized": False, "special": True}
 MAX_LISTED = 4  # tokens that one notice names
 
 
@@ -119,11 +120,11 @@ def _roles(tokens: SpecialTokens, others: Iterable[str] = OTHER_ROLES) -> Iterat
     config, named = tokens.raw.get(CONFIG, {}), tokens.raw.get(MAP, {})
     for text in (tokens.bos, tokens.eos):
         if text is not None:
-            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
+            yield NamedToken(text, None, SPECIAL)
     for role in others:
         text = token_text(named[role] if role in named else config.get(role))
         if text and len(text) <= MAX_TOKEN_CHARS:
-            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
+            yield NamedToken(text, None, SPECIAL)
 
 
 def _decoder(folder: Path, tokens: SpecialTokens) -> Iterator[NamedToken]:
@@ -150,7 +151,7 @@ def _more(tokens: SpecialTokens) -> Iterator[NamedToken]:
     lists = (raw[key] for key in MORE_TOKENS if isinstance(raw.get(key), list))
     for text in map(token_text, next(lists, [])):
         if text and len(text) <= MAX_TOKEN_CHARS:
-            yield NamedToken(text, None, {**FLAGS, "normalized": False, "special": True})
+            yield NamedToken(text, None, SPECIAL)
 
 
 def _ids(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-FILTERS = {
+FILTERS: Mapping[str, Callable[..., str]] = {
     "argument": argument,
     "bold": lambda size: f"**{size}**" if size > 1 else "1",
     "code": code,
@@ -61,5 +61,5 @@ FILTERS = {
 def render(template: Path, **values: Any) -> str:
     """The document of a template. In it, `table` and `FILTERS` can be used besides `values`."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= FILTERS
+    environment.filters.update(FILTERS)
     return environment.from_string(template.read_text(encoding="utf-8")).render(values, table=table)
