@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quadriga.comm.backend import DTYPES, BackendFacts, register_backend
+from quadriga.comm.backend import DTYPES, register_backend
+from quadriga.config.run_spec import BackendFacts
 
 FACTS = BackendFacts("host-slots", "cpu", DTYPES, fallback_backend="gloo", transport="host_slots:HostTransport")
 _HOOK = "import sys\nsys.path.append({folder!r})\nimport host_slots_backend\nhost_slots_backend.register()\n"

@@ -18,7 +18,6 @@ from quadriga.config.markdown import table
 from quadriga.config.reference import documentation
 from quadriga.reading import read_toml
 
-RELEASE = "v0.2.2"
 BESIDE = Path(__file__).parent
 PART = re.compile(r"(<!-- made by `quadriga docs`: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NO_NUMBERS = "nothing: it does not change the numbers of the training"

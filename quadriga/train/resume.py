@@ -12,7 +12,6 @@ from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.legacy_keys import started_with
-from quadriga.config.messages import plural
 from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
@@ -24,6 +23,7 @@ from quadriga.train.hf import start_from_hf
 from quadriga.train.run_files import versions
 from quadriga.train.state import TrainState
 from quadriga.train.titan import resume_from_titan
+from quadriga.units import plural
 
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
 PATH_KEYS = {"job.config_file", "job.dump_folder"}  # other paths do not change the run

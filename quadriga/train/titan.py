@@ -9,11 +9,11 @@ from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.messages import position_lost, unknown_position
 from quadriga.comm import collectives
 from quadriga.config import Run
-from quadriga.config.messages import plural
 from quadriga.errors import UserError
 from quadriga.log import logger
 from quadriga.optim.schedule import fast_forward
 from quadriga.train.state import TrainState
+from quadriga.units import plural
 
 
 def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from quadriga import limits
 from quadriga.config.schema import Dataloader
-from quadriga.data import jsonl, layout, line_reader, text
+from quadriga.data import jsonl, text
 from quadriga.data.files import File
 from quadriga.data.jsonl import find_anchor, move_cuts
 from quadriga.data.loader import Loader, build_loader
@@ -33,7 +33,7 @@ def path(tmp_path) -> Path:
 
 
 def file_at(path: Path) -> File:
-    return File(path, path.name, path.stat().st_size)
+    return File(path, path.name, path.stat().st_size, compressed=path.suffix == ".gz")
 
 
 class Cut:
@@ -56,7 +56,7 @@ class Cut:
 
     def _lines(self, starts: list[int], number: int) -> list[bytes | None]:
         end = [*starts, self.path.stat().st_size][number + 1]
-        return [line for _, line in line_reader.lines_of(file_at(self.path), starts[number], end)]
+        return [line for _, line in jsonl.lines_of(file_at(self.path), starts[number], end)]
 
 
 def without(path: Path, *ranges: range) -> None:
@@ -74,7 +74,7 @@ def test_lines_that_go_far_behind_leave_the_shard_under_way_as_it_was(path, unde
 
 @pytest.mark.parametrize("gone", [(range(10), range(300, 390)), (range(60), range(370, 390))], ids=str)
 def test_lines_that_go_on_both_sides_are_found(path, gone, monkeypatch, caplog):
-    monkeypatch.setattr(layout, "WINDOW", 50)
+    monkeypatch.setattr(jsonl, "WINDOW", 50)
     cut = Cut(path, 12, 13)
     without(path, *gone)
     assert cut.again() == cut.read
@@ -91,11 +91,11 @@ def test_it_is_reported_where_the_beginning_of_a_shard_is_not_found(path, caplog
 
 
 def test_how_far_a_line_is_looked_for_is_bounded(path, monkeypatch):
-    monkeypatch.setattr(layout, "WINDOW", 50)
-    monkeypatch.setattr(layout, "WIDE", 200)
+    monkeypatch.setattr(jsonl, "WINDOW", 50)
+    monkeypatch.setattr(jsonl, "WIDE", 200)
     windows = []
-    real = layout._matches
-    monkeypatch.setattr(layout, "_matches", lambda *given: windows.append(given[-1]) or real(*given))
+    real = jsonl._matches
+    monkeypatch.setattr(jsonl, "_matches", lambda *given: windows.append(given[-1]) or real(*given))
     cut = Cut(path, 12)
     without(path, range(60), range(300, 390))
     cut.again()
@@ -169,18 +169,18 @@ def test_lines_are_counted_as_long_as_that_is_quick(tmp_path, monkeypatch, name)
     path.write_bytes(gzip.compress(b"".join(LINES)) if name.endswith("gz") else b"".join(LINES))
     monkeypatch.setattr(limits, "LINES_COUNTED_PACKED" if name.endswith("gz") else "LINES_COUNTED", 2000)
     file, offset = file_at(path), len(LINES[0])
-    assert line_reader.format_location(file, offset) == f"{path}, line 2"
+    assert jsonl.format_location(file, offset) == f"{path}, line 2"
     asked = []
-    monkeypatch.setattr(line_reader, "line_at", lambda *given: asked.append(given) or 1)
-    assert line_reader.format_location(file, 2001) == f"{path}, byte 2,001"
+    monkeypatch.setattr(jsonl, "line_at", lambda *given: asked.append(given) or 1)
+    assert jsonl.format_location(file, 2001) == f"{path}, byte 2,001"
     assert not asked
-    assert line_reader.format_location(file, 2000) == f"{path}, line 1"
+    assert jsonl.format_location(file, 2000) == f"{path}, line 1"
 
 
 def test_a_compressed_file_that_is_broken_by_now_has_no_lines_to_count(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(LINES))[:300])
-    assert line_reader.format_location(file_at(path), 20_000) == f"{path}, byte 20,000"
+    assert jsonl.format_location(file_at(path), 20_000) == f"{path}, byte 20,000"
 
 
 def test_a_survey_counts_no_line_of_a_record_that_it_does_not_show(path, monkeypatch):
