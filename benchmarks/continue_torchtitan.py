@@ -138,12 +138,12 @@ def tensor_differences(one: Path, other: Path) -> dict[str, Any]:
     import torch
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from quadriga.checkpoint.tensors import stored_tensors
+    from quadriga.checkpoint.stored import open_stored
 
     worst: dict[str, float] = {}
     sides = []
     for place in (one, other):
-        held = {name: torch.zeros(planned.shape) for name, planned in stored_tensors(place).items()}
+        held = {name: torch.zeros(planned.shape) for name, planned in open_stored(place, None).plan.tensors.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is intended
             load(held, checkpoint_id=place, no_dist=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import subprocess
@@ -345,12 +346,15 @@ def moments_of(exported: Path) -> Iterator[tuple[str, tuple[float, float]]]:
     import numpy as np
     from safetensors.numpy import load_file
 
-    from quadriga.models.llama.hf_names import from_hf
+    from quadriga.models.registry import spec_from_hf, tensor_names
 
+    config = exported / "config.json"
+    names = tensor_names(spec_from_hf(json.loads(config.read_text()), str(config)))
+    from_hf = {names.hf_name(name): name for name in names.shapes}
     for path in sorted(exported.glob("*.safetensors")):
         for name, values in load_file(path).items():
             whole = values.astype(np.float64)
-            yield from_hf(name), (float(whole.mean()), float(whole.std()))
+            yield from_hf[name], (float(whole.mean()), float(whole.std()))
 
 
 def weights_result(

@@ -172,12 +172,14 @@ def final_state_hash(folder: Path) -> str:
     import torch
 
     from quadriga.checkpoint import folder as folders
-    from quadriga.checkpoint.tensors import load_tensors, stored_tensors
+    from quadriga.checkpoint.load import load_tensors
+    from quadriga.checkpoint.stored import open_stored
 
     found = folders.read_checkpoint(folder / "checkpoint" / f"step-{STEPS}")
     if wrong := folders.find_damage(found):
         raise SystemExit("; ".join(wrong))
-    stored = {name: entry for name, entry in stored_tensors(found.location).items() if not name.startswith("random.")}
+    planned = open_stored(found.location, None).plan.tensors
+    stored = {name: entry for name, entry in planned.items() if not name.startswith("random.")}
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
     load_tensors(found.location, tensors, None, may_hold_more=True)
     digest = hashlib.sha256()

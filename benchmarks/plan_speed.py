@@ -64,15 +64,15 @@ def run_child(*arguments: str) -> str:
 
 
 def measure(form: str, folder: Path) -> dict[str, Any]:
-    from quadriga.checkpoint import metadata_file, plan
+    from quadriga.checkpoint import plan, stored
 
     start, busy = time.perf_counter(), time.process_time()
     content = (folder / form).read_bytes()
-    read = plan.parse_plan(content) if form == "plan.json" else metadata_file.read_plan(content)
+    read = plan.parse_plan(content) if form == "plan.json" else plan.parse_metadata(content)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     start = time.perf_counter()
     if form == "plan.json":
-        read.metadata(read.tensors)
+        stored.dcp_metadata(read, read.tensors)
     return {
         "chunks": sum(len(one.chunks) for one in read.tensors.values()),
         "seconds": round(seconds, 2),
@@ -96,7 +96,7 @@ def write_plans(folder: Path, chunks: int) -> None:
         TensorStorageMetadata,
     )
 
-    from quadriga.checkpoint import plan
+    from quadriga.checkpoint import tensors
 
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -111,7 +111,7 @@ def write_plans(folder: Path, chunks: int) -> None:
         shape = torch.Size((rows * len(parts), width))
         entries[name] = TensorStorageMetadata(TensorProperties(dtype=torch.float32), shape, parts)
     metadata = Metadata(entries, {name: (name,) for name in entries}, storage, StorageMeta("benchmark"), "1.0.0")
-    (folder / "plan.json").write_bytes(plan.from_metadata(metadata))
+    (folder / "plan.json").write_bytes(tensors.plan_text(metadata))
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
 

@@ -1,13 +1,16 @@
-"""Readable text for bytes, counts and durations."""
+"""Readable text for bytes, counts, durations and names; groups of a limited size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # inserted into names by compile and recompute
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -19,6 +22,13 @@ def format_some(names: Sequence[str], most: int = 5) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 step`, `1,000 steps`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def format_bytes(amount: float) -> str:
@@ -47,3 +57,18 @@ def format_seconds(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yields consecutive items in groups with a size of at most `most`; a larger item is a group by itself."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        more = size(item)
+        if group and total + more > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += more
+    if group:
+        yield group

@@ -12,12 +12,12 @@ import torch
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.checkpoint.hf_export import WeightFile, write_weights
 from quadriga.checkpoint.hf_folder import TensorInfo
-from quadriga.checkpoint.hf_write import WeightFile, write_weights
 from quadriga.checkpoint.tensors import save_tensors
 from quadriga.config.model_spec import ModelSpec, RopeScaling
 from quadriga.models.llama.model import Llama
-from quadriga.models.registry import hf_config, hf_names, parallel_plan
+from quadriga.models.registry import hf_config, parallel_plan, tensor_names
 from quadriga.parallel.materialize import materialize
 
 # Of the four frequencies of a head here one is kept, one blended, two are slowed down, within reach of a test.
@@ -48,7 +48,7 @@ def save(model: Llama, folder: Path, step: int = 7, config: Mapping[str, Any] | 
 def write_hf(model: Llama, folder: Path) -> Path:
     """The model as a folder of Hugging Face's, one file, without their library."""
     folder.mkdir(parents=True)
-    names = hf_names(model.spec)
+    names = tensor_names(model.spec)
     tensors = {names.hf_name(name): value for name, value in model.state_dict().items()}
     entries = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with (folder / "model.safetensors").open("wb") as stream:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from quadriga.checkpoint.tensors import stored_tensors
+from quadriga.checkpoint.stored import open_stored
 from quadriga.config.model_spec import ModelSpec
 
 TORCHTITAN_FOLDER = Path(__file__).parent / "distributed/torchtitan_v022"
@@ -41,7 +41,9 @@ def run_folder(name: str, folder: Path) -> Path:
 
 def by_dcp(step: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder, by its own names, as stock torch.distributed.checkpoint reads them."""
-    tensors = {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in stored_tensors(step).items()}
+    tensors = {
+        name: torch.zeros(one.shape, dtype=one.dtype) for name, one in open_stored(step, None).plan.tensors.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, checkpoint_id=step)

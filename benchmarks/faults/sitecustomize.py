@@ -178,7 +178,7 @@ PATCHES = {
     "rename": ("quadriga.checkpoint.files", patch_rename),
     "remove": ("quadriga.checkpoint.files", patch_remove),
     "verify": ("quadriga.checkpoint.folder", patch_verify),
-    "load": ("quadriga.checkpoint.tensors", patch_load),
+    "load": ("quadriga.checkpoint.load", patch_load),
 }
 
 
@@ -197,7 +197,7 @@ def drop_data_position(loader):
 
 
 DEFECTS = {
-    "moments": ("quadriga.checkpoint.tensors", drop_moments),
+    "moments": ("quadriga.checkpoint.load", drop_moments),
     "data": ("quadriga.data.loader", drop_data_position),
 }
 

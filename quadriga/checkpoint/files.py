@@ -7,6 +7,8 @@ object, written last, publishes everything that was written before (see `folder.
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import random
 import shutil
@@ -14,67 +16,17 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast
+from typing import IO, Any, TypeAlias, TypeVar, cast
 
 from quadriga import limits
-from quadriga.checkpoint import direct
 from quadriga.errors import Problem, UserError
 
 T = TypeVar("T")
 Location = str | os.PathLike[str]
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
-PERMANENT_ERRORS = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-)  # not retried
-
-
-class Files(Protocol):
-    """A file system. Paths are complete paths or URLs. All methods raise OSError on failure."""
-
-    renames: bool  # whether it can rename a folder atomically
-
-    def open(self, path: Location, mode: str) -> IO[bytes]: ...
-
-    def create(self, path: Location) -> IO[bytes]:
-        """Opens a new large file for sequential writing. Its content is durable after `close`."""
-
-    def names(self, folder: Location) -> list[str]:
-        """The names in a folder, sorted; [] if the folder does not exist."""
-
-    def exists(self, path: Location) -> bool:
-        """Whether the name exists; also true for a link with a missing target."""
-
-    def is_file(self, path: Location) -> bool: ...
-
-    def is_folder(self, path: Location) -> bool:
-        """Whether it is a folder itself, not a link to one."""
-
-    def size(self, path: Location) -> int:
-        """The size of a regular file in bytes. Raises OSError for anything else."""
-
-    def read(self, path: Location) -> bytes:
-        """The content of a small file. Raises OSError if it is longer than `limits.JSON_BYTES`."""
-
-    def write(self, path: Location, data: bytes) -> None:
-        """Writes a small file. On return, it and the names of all files in its folder are durable."""
-
-    def make(self, folder: Location) -> None:
-        """Creates a folder and its missing parents, durably."""
-
-    def rename(self, path: Location, new: Location) -> None:
-        """Renames a file. If `renames`, also a folder, and atomically."""
-
-    def remove(self, path: Location) -> None:
-        """Removes a file, a link (never its target), or a folder with its content."""
-
-    def flush_names(self, folder: Location) -> None:
-        """Makes the names in a folder durable. To flush a file covers only its content."""
-
-    def retried(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which is repeated if the storage fails temporarily."""
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # not retried
+BLOCK = 1 << 12  # bytes; with O_DIRECT, positions, lengths and addresses are multiples of it
+BUFFER_BYTES = 1 << 22  # bytes per write
 
 
 def is_url(location: Location) -> bool:
@@ -101,6 +53,10 @@ def local(location: Location) -> Path:
     return Path(str(location).removeprefix("file://"))
 
 
+def join(folder: Location, name: str) -> str:
+    return f"{str(folder).rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
+
+
 def try_to_write(folder: Location) -> None:
     """Writes a small file and removes it again. Raises OSError if this fails."""
     files, path = files_at(folder), f"{str(folder).rstrip('/')}/.try"
@@ -112,20 +68,24 @@ def try_to_write(folder: Location) -> None:
 
 
 class LocalFiles:
-    """Folders of this machine, including shared file systems."""
+    """Folders of this machine, including shared file systems. Paths are complete paths or URLs, as in `ObjectFiles`.
+    All methods raise OSError on failure."""
 
-    renames = True
+    renames = True  # whether it can rename a folder atomically
 
     def open(self, path: Location, mode: str) -> IO[bytes]:
         return open_regular(local(path)) if mode == "rb" else cast(IO[bytes], local(path).open(mode))
 
     def create(self, path: Location) -> IO[bytes]:
-        return direct.create(local(path))
+        """Opens a new large file for sequential writing. Its content is durable after `close`."""
+        return create_direct(local(path))
 
     def names(self, folder: Location) -> list[str]:
+        """The names in a folder, sorted; [] if the folder does not exist."""
         return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
 
     def exists(self, path: Location) -> bool:
+        """Whether the name exists; also true for a link with a missing target."""
         try:
             os.lstat(local(path))
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -138,20 +98,28 @@ class LocalFiles:
         return local(path).is_file()
 
     def is_folder(self, path: Location) -> bool:
+        """Whether it is a folder itself, not a link to one."""
         return stat.S_ISDIR(os.lstat(local(path)).st_mode)
 
+    def is_link(self, path: Location) -> bool:
+        """Whether it is a link, which could lead to any file of this machine."""
+        return os.path.islink(local(path))
+
     def size(self, path: Location) -> int:
+        """The size of a regular file in bytes. Raises OSError for anything else."""
         status = os.stat(local(path))
         _refuse_other_kinds(status.st_mode, path)
         return status.st_size
 
     def read(self, path: Location) -> bytes:
+        """The content of a small file. Raises OSError if it is longer than `limits.JSON_BYTES`."""
         with self.open(path, "rb") as file:
             content = file.read(limits.JSON_BYTES + 1)
         _refuse_longer(len(content), path)
         return content
 
     def write(self, path: Location, data: bytes) -> None:
+        """Writes a small file. On return, it and the names of all files in its folder are durable."""
         with local(path).open("wb") as file:
             file.write(data)
             file.flush()
@@ -159,6 +127,7 @@ class LocalFiles:
         self.flush_names(local(path).parent)
 
     def make(self, folder: Location) -> None:
+        """Creates a folder and its missing parents, durably."""
         path = local(folder).absolute()
         missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
@@ -166,15 +135,18 @@ class LocalFiles:
             self.flush_names(each.parent)
 
     def rename(self, path: Location, new: Location) -> None:
+        """Renames a file. If `renames`, also a folder, and atomically."""
         local(path).rename(local(new))
 
     def remove(self, path: Location) -> None:
+        """Removes a file, a link (never its target), or a folder with its content."""
         if self.is_folder(path):
             shutil.rmtree(local(path), onerror=_ignore_missing)
         else:
             local(path).unlink()
 
     def flush_names(self, folder: Location) -> None:
+        """Makes the names in a folder durable. To flush a file covers only its content."""
         handle = os.open(local(folder), os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -182,7 +154,88 @@ class LocalFiles:
             os.close(handle)
 
     def retried(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is repeated if the storage fails temporarily."""
         return work()  # a disk error is reported, not retried
+
+
+def create_direct(path: Path) -> IO[bytes]:
+    """Opens a new file for sequential writing without the page cache of the system (`O_DIRECT`).
+
+    A checkpoint is not read back soon, so its pages would take memory from the training data without use. Filling new
+    pages also costs more processor time than hashing (`benchmarks/save_cost.py`). Only Linux has `O_DIRECT`, and not
+    every file system supports it; without it, files are written with buffering. Raises OSError.
+    """
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        handle, direct = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 0
+    return cast(IO[bytes], DirectFile(handle, direct))
+
+
+class DirectFile:
+    """The methods of a binary file that writers use. `direct`: the flag that `handle` was opened with, or 0."""
+
+    def __init__(self, handle: int, direct: int) -> None:
+        self._handle, self._direct = handle, direct
+        self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # aligned to a page, as O_DIRECT requires
+        self._filled = self._sent = 0
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        length = len(left)
+        while left:
+            taken = left[: BUFFER_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            left = left[len(taken) :]
+            if self._filled == BUFFER_BYTES:
+                self.flush()
+        return length
+
+    def flush(self) -> None:
+        """Writes whole blocks. A partial block stays in the buffer until `close`."""
+        whole = self._filled - self._filled % BLOCK
+        self._send(whole)
+        self._buffer.move(0, whole, self._filled - whole)
+        self._filled -= whole
+
+    def tell(self) -> int:
+        return self._sent + self._filled
+
+    def fileno(self) -> int:
+        return self._handle
+
+    def close(self) -> None:
+        if self._handle < 0:
+            return
+        try:
+            self.flush()
+            if self._filled and self._direct:  # the last block is partial, which O_DIRECT does not allow
+                fcntl.fcntl(self._handle, fcntl.F_SETFL, fcntl.fcntl(self._handle, fcntl.F_GETFL) & ~self._direct)
+            self._send(self._filled)
+            os.fsync(self._handle)
+        finally:
+            self._close_handle()
+
+    def __enter__(self) -> DirectFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self._close_handle()
+
+    def _send(self, length: int) -> None:
+        with memoryview(self._buffer) as buffer:
+            sent = 0
+            while sent < length:
+                sent += os.write(self._handle, buffer[sent:length])
+        self._sent += length
+
+    def _close_handle(self) -> None:
+        os.close(self._handle)
+        self._handle = -1
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -248,6 +301,9 @@ class ObjectFiles:
     def is_folder(self, path: Location) -> bool:
         return True  # a prefix of names; a store has no links
 
+    def is_link(self, path: Location) -> bool:
+        return False
+
     def size(self, path: Location) -> int:
         return self.retried(lambda: int(self._system.size(str(path))))
 
@@ -292,3 +348,6 @@ class ObjectFiles:
             time.sleep(pause * (0.5 + random.random()))  # random, so that not all ranks retry at once
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         raise AssertionError("unreachable")
+
+
+Files: TypeAlias = LocalFiles | ObjectFiles

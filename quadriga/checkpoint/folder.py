@@ -29,7 +29,7 @@ from typing import Any
 
 from quadriga.checkpoint import foreign
 from quadriga.checkpoint import manifest as manifests
-from quadriga.checkpoint.files import Files, Location, files_at, is_url
+from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.manifest import FORMAT, STATE_FILE, FileFacts, InvalidCheckpoint, format_manifest
 from quadriga.errors import Fault, Problem, UserError
 
@@ -68,10 +68,6 @@ def published_path(folder: Location, step: int) -> str:
 def staging_path(folder: Location, step: int) -> str:
     """Where step N is written on a file system until it is complete."""
     return join(folder, f".step-{step}.saving")
-
-
-def join(folder: Location, name: str) -> str:
-    return f"{str(folder).rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
 def prepare(folder: Location, step: int) -> str:

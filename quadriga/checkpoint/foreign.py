@@ -1,16 +1,39 @@
-"""Folders called `step-N` of another trainer: how they are distinguished from Quadriga's, and kept."""
+"""Checkpoints of other programs: the names of tensors in them, and how folders `step-N` of another trainer are
+distinguished from Quadriga's and kept."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from quadriga.checkpoint.files import Files, Location, files_at, local
+from quadriga.checkpoint.files import Files, Location, files_at
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE, TOKEN
 from quadriga.checkpoint.plan_format import PLAN_FILE
+from quadriga.errors import Problem
 
 HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
 SHARDED = "sharded"  # the folder in such a save with the files of each rank
 SHARDS = (".safetensors", ".distcp")
+
+
+class TensorNames(Protocol):
+    """Maps the tensors of one model to names in other programs; see `models.registry.tensor_names`."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor of the whole model, by Quadriga's names."""
+
+    def hf_name(self, name: str) -> str:
+        """Hugging Face's name of a tensor."""
+
+    def is_optional(self, name: str) -> bool:
+        """Whether Hugging Face's files can have this tensor although the model does not need it."""
+
+    def config_differences(self, config: Mapping[str, Any], where: str) -> list[Problem]:
+        """The differences between the model of a `config.json` and this model."""
+
+    def paired_rows(self, name: str) -> int:
+        """Rows per head, if torchtitan rotates the rows of this tensor in pairs; otherwise 0."""
 
 
 def has_foreign_plan(files: Files, path: Location) -> bool:
@@ -31,7 +54,7 @@ def has_foreign_plan_on_disk(path: Location) -> bool:
 def has_foreign_weights(files: Files, path: Location) -> bool:
     """Whether a folder (not a link to one) has weights, and no file that only Quadriga writes. A save that was
     interrupted counts too: its shards may have no plan, or be only in `sharded`."""
-    if files.renames and os.path.islink(local(path)):
+    if files.is_link(path):
         return False
     names = set(files.names(path))
     weights = names & {METADATA, HF_INDEX, SHARDED} or any(name.endswith(SHARDS) for name in names)

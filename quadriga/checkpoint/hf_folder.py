@@ -6,7 +6,8 @@ A file is opened for one tensor at a time and memory-mapped, so only the copied 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class HfFolder:
         if entries[one] != entries[other] or len(shape) != 2:
             return False
         rows = max(1, COMPARED_BYTES // max(1, shape[1] * entries[one].dtype.itemsize))
-        with _SafetensorsFile(self._files[one]) as first, _SafetensorsFile(self._files[other]) as second:
+        with _opened(self._files[one]) as first, _opened(self._files[other]) as second:
             a, b = first.get_slice(one), second.get_slice(other)
             return all(torch.equal(a[at : at + rows], b[at : at + rows]) for at in range(0, shape[0], rows))
 
@@ -105,7 +106,7 @@ class HfFolder:
             wanted.setdefault(self._files[name], []).append(name)
         found = {}
         for path, inside in wanted.items():
-            with _SafetensorsFile(path) as file:
+            with _opened(path) as file:
                 for name in inside:
                     part = file.get_slice(name)
                     if (form := part.get_dtype()) not in FORMATS:
@@ -121,34 +122,23 @@ class HfFolder:
     def fill(self, name: str, into: torch.Tensor, offset: Sequence[int]) -> None:
         """Copies the slice of a tensor at `offset` with the shape of `into` to `into`, and converts the dtype."""
         box = tuple(slice(start, start + size) for start, size in zip(offset, into.shape, strict=True))
-        with _SafetensorsFile(self._files[name]) as file, torch.no_grad():
+        with _opened(self._files[name]) as file, torch.no_grad():
             into.copy_(file.get_slice(name)[box])
 
 
-class _SafetensorsFile:
-    """A safetensors file as a context manager. Converts errors of the library to a UserError: a damaged file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = safe_open(str(self._path), framework="pt")
-            return self._file.__enter__()
-        except (SafetensorError, OSError) as error:
-            raise UserError(self._damaged(error)) from error
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._file.__exit__(kind, error, trace)
-        if isinstance(error, SafetensorError):
-            raise UserError(self._damaged(error)) from error
-
-    def _damaged(self, error: Exception) -> Problem:
-        return Problem(str(self._path), f"damaged or incomplete: {shortened(error, 300)}", fix=DOWNLOAD_AGAIN)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Converts errors of the library to a UserError: a damaged file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        what = f"damaged or incomplete: {shortened(error, 300)}"
+        raise UserError(Problem(str(path), what, fix=DOWNLOAD_AGAIN)) from error
 
 
 def _names_in(path: Path) -> list[str]:
-    with _SafetensorsFile(path) as file:
+    with _opened(path) as file:
         return list(file.keys())
 
 

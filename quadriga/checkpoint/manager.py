@@ -32,9 +32,9 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages
 from quadriga.checkpoint.files import Location, try_to_write
 from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.foreign import TensorNames
 from quadriga.checkpoint.ranks import on_all_ranks, on_first_rank
 from quadriga.checkpoint.search import CheckpointSearch
-from quadriga.checkpoint.titan import TitanTensorNames
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
 from quadriga.json_collectives import gather_json
@@ -51,7 +51,7 @@ LogEvent = Callable[..., None]  # log_event(event, step, **facts): see quadriga.
 
 
 class Stateful(Protocol):
-    """A state that can be saved. `state_dict` returns its tensors, not copies, by flat names; see `states.py`."""
+    """A state that can be saved. `state_dict` returns its tensors, not copies, by flat names; see `tensors.py`."""
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
@@ -105,7 +105,7 @@ class CheckpointManager:
         return replace(found, extra=kept)
 
     def load(
-        self, found: CheckpointInfo, tensors: Mapping[str, Stateful], titan_names: TitanTensorNames | None = None
+        self, found: CheckpointInfo, tensors: Mapping[str, Stateful], titan_names: TensorNames | None = None
     ) -> None:
         """Fills the given states from a checkpoint of any layout: only the model if `found.resume` is False, and not
         the parts in `exclude_from_loading`. `titan_names`: for a checkpoint of torchtitan. Raises UserError if the
@@ -118,7 +118,7 @@ class CheckpointManager:
         absent = sorted(wanted.keys() - set(found.contents))
         if absent:
             raise UserError(messages.missing_contents(found, absent))
-        from quadriga.checkpoint.tensors import load_tensors
+        from quadriga.checkpoint.load import load_tensors
 
         start = time.monotonic()
         loaded = {part: state.state_dict() for part, state in wanted.items()}
@@ -151,8 +151,8 @@ class CheckpointManager:
         logger.info(f"loaded {found.path} in {format_seconds(seconds)}")
         self._log_event("resume", found.step, path=found.path, seconds=seconds)
 
-    def _load_titan(self, found: CheckpointInfo, tensors: Tensors, names: TitanTensorNames | None) -> None:
-        from quadriga.checkpoint.titan_read import read_titan
+    def _load_titan(self, found: CheckpointInfo, tensors: Tensors, names: TensorNames | None) -> None:
+        from quadriga.checkpoint.load import read_titan
 
         if names is None:
             raise CheckpointError(f"{found.path} was saved by {found.trainer}, and its tensor names are unknown")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint.files import files_at, is_url, local
-from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.checkpoint.files import files_at, is_url, join, local
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
-from quadriga.errors import Problem, UserError
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError, shortened
 from quadriga.log import logger
 from quadriga.units import format_bytes, format_some
+
+NEW_RUN = "another job.dump_folder, and this folder as checkpoint.initial_load_path"
+TO_RESUME = "start from another checkpoint (--checkpoint.load_step), or from only its weights in a new run folder"
 
 
 def save_failed(folder: str, step: int, error: Exception) -> str:
@@ -32,24 +35,17 @@ def save_failed(folder: str, step: int, error: Exception) -> str:
 
 
 def cannot_be_written(folder: str, error: OSError) -> Problem:
-    return Problem(
-        where="checkpoint.folder",
-        value=folder,
-        what=f"cannot be written: {error.strerror or error}",
-        fix="choose another with --checkpoint.folder or --job.dump_folder, or save nothing: --checkpoint.load_only",
-    )
+    fix = "choose another with --checkpoint.folder or --job.dump_folder, or save nothing: --checkpoint.load_only"
+    return Problem("checkpoint.folder", f"cannot be written: {error.strerror or error}", folder, fix=fix)
 
 
 def not_a_folder(folder: str) -> Problem:
-    return Problem(
-        where="checkpoint.folder",
-        value=folder,
-        what="is not a folder: it is a file, or a link whose target is missing",
-        fix="mount the disk or repair the link; or remove it, if there is nothing to resume from",
-    )
+    what = "is not a folder: it is a file, or a link whose target is missing"
+    fix = "mount the disk or repair the link; or remove it, if there is nothing to resume from"
+    return Problem("checkpoint.folder", what, folder, fix=fix)
 
 
-def no_valid_checkpoint(folder: str, asked: int, refused: Mapping[int, str]) -> str:
+def no_valid_checkpoint(folder: str, asked: int, refused: Mapping[int, str]) -> CheckpointError:
     what = f"step {asked}, which was requested, is damaged" if asked >= 0 else "no published checkpoint is good"
     lines = [f"{folder}: {what}", *(reason for step, reason in sorted(refused.items()) if asked in (-1, step))]
     lines.append("nothing was changed, and the run does not start from scratch")
@@ -57,17 +53,17 @@ def no_valid_checkpoint(folder: str, asked: int, refused: Mapping[int, str]) -> 
         lines.append("to resume from the newest good one, start without checkpoint.load_step")
     else:
         lines.append("restore these files from a copy; or start anew: use another job.dump_folder, or remove this one")
-    return "\n".join(lines)
+    return CheckpointError("\n".join(lines), EXIT_NO_GOOD_CHECKPOINT)
 
 
 def log_generator_changes(unfilled: Sequence[str], unused: Sequence[str]) -> None:
     """Logs random generators that only the checkpoint or only the run has, after a move to or from CUDA."""
-    if unfilled:
-        names = ", ".join(name.rpartition(".")[2] for name in unfilled)
-        logger.info(f"random generators that are not in the checkpoint start anew: {names}")
-    if unused:
-        names = ", ".join(name.rpartition(".")[2] for name in unused)
-        logger.info(f"random generators of the checkpoint that this run does not use: {names}")
+    for what, names in (
+        ("that are not in the checkpoint start anew", unfilled),
+        ("of the checkpoint that this run does not use", unused),
+    ):
+        if names:
+            logger.info(f"random generators {what}: {', '.join(name.rpartition('.')[2] for name in names)}")
 
 
 def only_remains(folder: str, remains: Iterable[str]) -> str:
@@ -75,22 +71,15 @@ def only_remains(folder: str, remains: Iterable[str]) -> str:
 
 
 def no_such_step(step: int, folder: str, whole: list[CheckpointInfo]) -> Problem:
-    return Problem(
-        where="checkpoint.load_step",
-        value=str(step),
-        what=f"{folder} has no checkpoint of this step",
-        allowed=", ".join(str(found.step) for found in whole) or "there is none: leave it at -1",
-    )
+    allowed = ", ".join(str(found.step) for found in whole) or "there is none: leave it at -1"
+    return Problem("checkpoint.load_step", f"{folder} has no checkpoint of this step", str(step), allowed=allowed)
 
 
 def missing_contents(found: CheckpointInfo, absent: list[str]) -> Problem:
     if found.trainer:
         return no_training_state(found)
-    return Problem(
-        where=found.path,
-        what=f"has {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot resume from it",
-        fix="start a new run from it: another job.dump_folder, and this folder as checkpoint.initial_load_path",
-    )
+    what = f"has {' and '.join(found.contents)}, but no {' and '.join(absent)}: a run cannot resume from it"
+    return Problem(found.path, what, fix=f"start a new run from it: {NEW_RUN}")
 
 
 def no_manifest(path: str) -> str:
@@ -121,13 +110,9 @@ def is_last_save(found: CheckpointInfo) -> bool:
 
 def no_training_state(found: CheckpointInfo) -> Problem:
     """For a last save of torchtitan."""
-    return Problem(
-        where=found.path,
-        what="torchtitan's last save: it has only the weights (its checkpoint.last_save_model_only), so no run can "
-        "resume from it",
-        fix="resume from an earlier step of that run (checkpoint.load_step); or start a new run from these weights: "
-        "another job.dump_folder, and this folder as checkpoint.initial_load_path",
-    )
+    why = "it has only the weights (its checkpoint.last_save_model_only), so no run can resume from it"
+    fix = "resume from an earlier step of that run (checkpoint.load_step); or start a new run from these weights"
+    return Problem(found.path, f"torchtitan's last save: {why}", fix=f"{fix}: {NEW_RUN}")
 
 
 def titan_not_verified(found: CheckpointInfo) -> str:
@@ -159,15 +144,10 @@ def not_a_checkpoint(path: str, reason: Exception) -> Problem:
     what, fix = f"not a checkpoint: {reason}", None
     with suppress(OSError, UserError):  # of a disk or server that does not answer: `reason` reports it
         what, fix = _describe_contents(path, what)
-    if _has_safetensors(path):
+    if not is_url(path) and any(Path(path).glob("*.safetensors")):
         fix = "for Hugging Face weights add --checkpoint.initial_load_in_hf"
-    return Problem(
-        where="checkpoint.initial_load_path",
-        value=path,
-        what=what,
-        allowed="a folder `step-N` of a run, the folder that has them, or one of torch.distributed.checkpoint",
-        fix=fix,
-    )
+    allowed = "a folder `step-N` of a run, the folder that has them, or one of torch.distributed.checkpoint"
+    return Problem("checkpoint.initial_load_path", what, path, allowed=allowed, fix=fix)
 
 
 def _describe_contents(path: str, damage: str) -> tuple[str, str | None]:
@@ -180,7 +160,7 @@ def _describe_contents(path: str, damage: str) -> tuple[str, str | None]:
         return damage, None
     if torn := folders.damaged_in(path):
         return f"it has no complete checkpoint: {'; '.join(torn)}", None
-    inside = folders.join(path, "checkpoint")
+    inside = join(path, "checkpoint")
     if any(folders.PUBLISHED.fullmatch(name) for name in files.names(inside)):
         fix: str | None = f"its checkpoints are in {inside}: use that folder, or a step-N in it"
     else:
@@ -193,6 +173,18 @@ def mismatches(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str)
     return [Problem(where, f"{kind} {format_some(names)}", fix=fix) for kind, names in kinds if names]
 
 
+def compare_shapes(
+    wanted: Mapping[str, Sequence[int]], there: Mapping[str, Sequence[int]], place: str, here: str = "model"
+) -> tuple[list[str], list[str], list[str]]:
+    """The names that only `wanted` has, the names that only `there` has, and both shapes of those that differ."""
+    reshaped = [
+        f"{name}: {list(shape)} in the {place}, {list(wanted[name])} in the {here}"
+        for name, shape in there.items()
+        if name in wanted and tuple(wanted[name]) != tuple(shape)
+    ]
+    return sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys()), reshaped
+
+
 def not_verified(path: str) -> str:
     return (
         f"{path} was not saved by Quadriga: it has no hashes, so it is not verified. Its weights are loaded by name; "
@@ -200,5 +192,11 @@ def not_verified(path: str) -> str:
     )
 
 
-def _has_safetensors(path: str) -> bool:
-    return not is_url(path) and any(Path(path).glob("*.safetensors"))
+@contextmanager
+def convert_extra_errors(found: CheckpointInfo, fix: str = TO_RESUME) -> Iterator[None]:
+    """Converts errors of the body, which uses `found.extra`, to a UserError that names the manifest."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"the state of the run in it cannot be used ({type(error).__name__}: {shortened(error, 200)})"
+        raise UserError(Problem(join(found.path, STATE_FILE), what, fix=fix)) from error

@@ -54,6 +54,7 @@ KNOWN = 1 << 16  # decoded values that are cached
 Decoded = tuple[type, Any, tuple[Any, ...]]  # the type of a value, the value, the entries added to the memo
 Layout = tuple[str, tuple[type, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]]
 NOT_DECODED: Decoded = (type(None), None, ())
+CONSTANTS: dict[int, Any] = {0x4E: None, 0x88: True, 0x89: False, 0x29: ()}
 PLAIN = {int, str, bool, type(None), GlobalName}
 
 
@@ -131,6 +132,9 @@ class Interpreter:
                 elif code == 0x8C:  # SHORT_BINUNICODE
                     start, at = at + 2, at + 2 + data[at + 1]
                     push(str(data[start:at], "utf-8"))
+                elif code in CONSTANTS:
+                    push(CONSTANTS[code])
+                    at += 1
                 elif code in OTHER_OPCODES:
                     at = OTHER_OPCODES[code](self, at)
                 elif code == 0x2E:  # STOP
@@ -229,22 +233,6 @@ class Interpreter:
         end = at + 2 + length
         self._stack.append(int.from_bytes(self._data[at + 2 : end], "little", signed=True))
         return end
-
-    def _none(self, at: int) -> int:
-        self._stack.append(None)
-        return at + 1
-
-    def _true(self, at: int) -> int:
-        self._stack.append(True)
-        return at + 1
-
-    def _false(self, at: int) -> int:
-        self._stack.append(False)
-        return at + 1
-
-    def _empty_tuple(self, at: int) -> int:
-        self._stack.append(())
-        return at + 1
 
     def _empty_list(self, at: int) -> int:
         self._made += 1
@@ -366,10 +354,6 @@ OTHER_OPCODES: dict[int, Callable[[Interpreter, int], int]] = {
     0x95: Interpreter._frame,
     0x58: Interpreter._text,
     0x8A: Interpreter._integer,
-    0x4E: Interpreter._none,
-    0x88: Interpreter._true,
-    0x89: Interpreter._false,
-    0x29: Interpreter._empty_tuple,
     0x5D: Interpreter._empty_list,
     0x7D: Interpreter._empty_dict,
     0x81: Interpreter._new_object,

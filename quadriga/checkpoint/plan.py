@@ -11,7 +11,7 @@
 
 A chunk is [offsets, sizes, number of the file, first byte, bytes]; a sixth entry lists the transforms of its bytes
 (compression), which only other writers use. Loads read `plan.json`. For a folder without it, of an earlier version or
-of another program, `metadata_file` makes the same plan from `.metadata`.
+of another program, `parse_metadata` makes the same plan from `.metadata`, without unpickling it: see `opcodes`.
 
 A forged checkpoint can have valid hashes, so nothing here is trusted. The type and range of every value are checked,
 and chunks must tile their tensor and be inside their file. DCP's objects are built from checked values.
@@ -19,28 +19,24 @@ and chunks must tile their tensor and be inside their file. DCP's objects are bu
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from quadriga import limits
-from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, PLAN_FILE, PlanError, format_raw
+from quadriga.checkpoint.files import Files, Location, files_at, join
+from quadriga.checkpoint.folder import CheckpointError, FileFacts
+from quadriga.checkpoint.manifest import METADATA
+from quadriga.checkpoint.metadata_entries import read_entries
+from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, LINK, PLAN_FILE, PlanError, format_raw
 
 __all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # reexported
 
@@ -63,53 +59,13 @@ class Plan:
     files: list[str]
     tensors: dict[str, PlannedTensor]
 
-    def metadata(self, names: Iterable[str]) -> Metadata:
-        """DCP's metadata of these tensors. Raises KeyError for a name that is not in the plan."""
-        tensors, storage = {}, {}
-        for name in names:
-            planned = self.tensors[name]
-            chunks = []
-            for number, (offsets, sizes, file, start, length, *transforms) in enumerate(planned.chunks):
-                position = torch.Size(offsets)
-                chunks.append(ChunkStorageMetadata(position, torch.Size(sizes)))
-                info = _StorageInfo(self.files[file], start, length, *transforms)
-                storage[MetadataIndex(name, position, number)] = info
-            properties = TensorProperties(dtype=planned.dtype)
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(planned.shape), chunks)
-        return Metadata(cast(dict[str, Any], tensors), storage_data=storage, storage_meta=StorageMeta())
-
     def as_json(self) -> bytes:
-        """The text of `plan.json`."""
-        return _as_text(
-            self.files,
-            ((name, planned.dtype, planned.shape, planned.chunks) for name, planned in self.tensors.items()),
-        )
-
-
-def from_metadata(metadata: Metadata) -> bytes:
-    """The text of `plan.json` for the metadata that DCP wrote. Entries that are not tensors are omitted."""
-    files: dict[str, int] = {}
-    tensors = []
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            chunks = []
-            for chunk in entry.chunks:
-                info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                file = files.setdefault(info.relative_path, len(files))
-                transforms = [list(info.transform_descriptors)] if info.transform_descriptors else []
-                chunks.append([[*chunk.offsets], [*chunk.sizes], file, info.offset, info.length, *transforms])
-            tensors.append((name, entry.properties.dtype, entry.size, chunks))
-    return _as_text(list(files), tensors)
-
-
-def _as_text(files: list[str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int], list[Chunk]]]) -> bytes:
-    """JSON with one tensor per line, for readability."""
-    lines = []
-    for name, dtype, shape, chunks in tensors:
-        entry = {"dtype": str(dtype).removeprefix("torch."), "shape": [*shape], "chunks": chunks}
-        lines.append(f" {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
-    head = f'{{"format": {json.dumps(FORMAT)},\n "files": {json.dumps(files)},\n "tensors": {{\n'
-    return (head + ",\n".join(lines) + "\n}}\n").encode()
+        """The same plan as JSON, which `parse_plan` reads."""
+        tensors = {
+            name: {"dtype": str(planned.dtype).removeprefix("torch."), "shape": planned.shape, "chunks": planned.chunks}
+            for name, planned in self.tensors.items()
+        }
+        return json.dumps({"format": FORMAT, "files": self.files, "tensors": tensors}, separators=(",", ":")).encode()
 
 
 def parse_plan(text: bytes) -> Plan:
@@ -122,6 +78,11 @@ def parse_plan(text: bytes) -> Plan:
     except ValueError as error:  # bad JSON, bad UTF-8, numbers of thousands of digits
         raise PlanError(f"not readable JSON: {error}") from error
     return validate_plan(raw)
+
+
+def parse_metadata(data: bytes) -> Plan:
+    """The plan in the bytes of a `.metadata`. Raises PlanError if the bytes are anything else."""
+    return validate_plan(read_entries(data).plan)
 
 
 def check_text(text: bytes) -> None:
@@ -165,6 +126,61 @@ def check_files(plan: Plan, sizes: Mapping[str, int]) -> None:
             if start + length > ends[file]:
                 what = f"bytes {start} to {start + length} of {plan.files[file]}, which has {ends[file]}"
                 raise PlanError(f"{format_raw(name)} is at {what}")
+
+
+def read_plan(location: Location, facts: Mapping[str, FileFacts], retries: int) -> tuple[Plan, bytes]:
+    """The checked plan of a folder, and its JSON text if `plan.json` was read, else b"". Raises CheckpointError."""
+    files, name = files_at(location, retries), METADATA
+    try:
+        if PLAN_FILE in facts if facts else files.exists(join(location, PLAN_FILE)):
+            name = PLAN_FILE
+            text = _content(files, location, name, limits.PLAN_BYTES, facts.get(name))
+            plan = parse_plan(text)
+        else:
+            text, content = b"", _content(files, location, name, limits.METADATA_BYTES, facts.get(name))
+            plan = parse_metadata(content)
+        check_files(plan, {file: _size(files, location, file, facts) for file in plan.files})
+        return plan, text
+    except PlanError as error:
+        raise refusal_error(join(location, name), error) from error
+    except OSError as error:
+        raise CheckpointError(f"{join(location, name)} cannot be read: {error.strerror or error}") from error
+
+
+def refusal_error(path: str, error: PlanError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is refused: {error}\n"
+        "no code in this checkpoint was executed, and no tensor was loaded from it\n"
+        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust"
+    )
+
+
+def _content(files: Files, location: Location, name: str, most: int, fact: FileFacts | None) -> bytes:
+    path = join(location, name)
+
+    def look() -> bytes:
+        if files.is_link(path):
+            raise PlanError(f"{format_raw(name)} {LINK}")
+        with files.open(path, "rb") as file:
+            return file.read(most + 1)
+
+    content = files.retried(look)
+    if len(content) > most:
+        raise PlanError(f"longer than the limit for a plan ({most:,} bytes)")
+    if fact is not None and hashlib.sha256(content).hexdigest() != fact.sha256:
+        raise PlanError("its hash differs from the one in the manifest")
+    return content
+
+
+def _size(files: Files, location: Location, name: str, facts: Mapping[str, FileFacts]) -> int:
+    if facts:
+        if name not in facts:
+            raise PlanError(f"{format_raw(name)} is not a file that the manifest lists")
+        return facts[name].size  # compared with the file when the manifest was read
+    try:
+        return files.size(join(location, name))
+    except OSError as error:
+        raise PlanError(f"{format_raw(name)}, a file of tensors: {error.strerror or error}") from error
 
 
 def _tensor(name: str, entry: Any, files: int) -> PlannedTensor:

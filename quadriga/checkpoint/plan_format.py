@@ -7,6 +7,7 @@ from typing import Any
 
 FORMAT = "quadriga-plan-1"  # of `plan.json`
 PLAN_FILE = "plan.json"
+LINK = "is a link, not a file of this folder"
 # The name of every dtype of torch in a plan; a test compares them with torch.
 DTYPE_NAMES = {
     *("bfloat16", "bits16", "bits1x8", "bits2x4", "bits4x2", "bits8", "bool"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,11 @@ import torch.distributed as dist
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages, titan
-from quadriga.checkpoint.files import Location, is_url
-from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.files import Location
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.ranks import info_from_json, info_to_json
 from quadriga.config.schema import Checkpoint
-from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
+from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 
@@ -60,25 +59,17 @@ class CheckpointSearch:
                 self._log_lost_steps(found, whole)
                 return found
         if asked >= 0 or self.refused:
-            raise CheckpointError(
-                messages.no_valid_checkpoint(self._folder, asked, self.refused), EXIT_NO_GOOD_CHECKPOINT
-            )
+            raise messages.no_valid_checkpoint(self._folder, asked, self.refused)
         if remains:
             logger.warning(messages.only_remains(self._folder, remains))
         return None
 
     def _list(self) -> tuple[list[Any], list[tuple[int, str]]]:
-        if not is_url(self._folder) and os.path.lexists(self._folder) and not os.path.isdir(self._folder):
-            raise UserError(
-                messages.not_a_folder(self._folder)
-            )  # for example a disk that is not mounted: the run must not start anew
         for reason in folders.non_folders_in(self._folder):
             logger.warning(reason)
         if foreign := folders.foreign_steps_in(self._folder):
             logger.warning(messages.not_read_from_stores(self._folder, foreign))
-        whole, damaged = folders.list_checkpoints(self._folder)
-        theirs, damaged = titan.find_candidates(self._folder, damaged)
-        whole = sorted([*whole, *theirs], key=lambda found: found.step)
+        whole, damaged = titan.list_all(self._folder)
         return [info_to_json(found) for found in whole], damaged
 
     def _inspected(self, found: CheckpointInfo) -> CheckpointInfo | None:
@@ -91,10 +82,8 @@ class CheckpointSearch:
         return None if record is None else info_from_json(record)
 
     def _inspect_titan(self, path: str) -> tuple[dict[str, Any] | None, str]:
-        try:
-            return info_to_json(titan.inspect(path)), messages.no_manifest(path)
-        except InvalidCheckpoint as reason:
-            return None, str(reason)
+        inspected, why = titan.inspect_candidate(path)
+        return info_to_json(inspected), why
 
     def find_initial(self, path: str) -> CheckpointInfo:
         """The checkpoint of `initial_load_path`: of Quadriga, torchtitan, or torch.distributed.checkpoint alone.
@@ -104,7 +93,7 @@ class CheckpointSearch:
         if found.trainer:
             logger.info(messages.titan_not_verified(found))
         if found.files and not self._is_intact(found):
-            raise CheckpointError(messages.no_valid_checkpoint(path, found.step, self.refused), EXIT_NO_GOOD_CHECKPOINT)
+            raise messages.no_valid_checkpoint(path, found.step, self.refused)
         if self._section.initial_load_model_only:
             return replace(found, resume=False, extra={})
         alone = found.contents == ("model",)  # of a last save without optimizer, or converted
@@ -113,11 +102,7 @@ class CheckpointSearch:
         return found
 
     def _inspect_initial(self, path: str) -> CheckpointInfo:
-        try:
-            found = titan.find_at(path)
-        except InvalidCheckpoint as reason:
-            raise UserError(messages.not_a_checkpoint(path, reason)) from reason
-        if found is not None:
+        if found := titan.find_initial(path):
             return found
         logger.warning(messages.not_verified(path))
         return CheckpointInfo(0, path, ("model",), resume=False, location=path)

@@ -1,44 +1,184 @@
-"""Saves and loads tensors with `torch.distributed.checkpoint` (DCP): each rank writes and reads its shards.
+"""Saves tensors of a run: their names and values, and the files that `torch.distributed.checkpoint` (DCP) writes.
 
-Mappings are flat, from name to tensor; sharded tensors are DTensors. `group` None is a single process. The group should
-be a gloo group without other use, because planning sends small objects between ranks while training can use the other
-groups.
+`ModelState`, `OptimizerState` and `RandomState` give tensors with the same names on every layout. Hyperparameters of
+the optimizer are not saved. They come from the configuration and the schedule, so that a resume never silently undoes a
+changed learning rate.
 
-DCP writes its plan as a pickle, `.metadata`, for its own loads. A save also writes it as JSON (`plan.json`), which is
-read here (`stored`).
+Each rank writes its shards. Mappings are flat, from name to tensor; sharded tensors are DTensors. `group` None is a
+single process. The group should be a gloo group without other use, because planning sends small objects between ranks
+while training can use the other groups.
+
+DCP writes its plan as a pickle, `.metadata`, for its own loads. A save also writes it as JSON (`plan.json`,
+see `plan`), which loads read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import random
+import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.optim import Optimizer
 
-from quadriga.checkpoint.files import Files, Location, files_at
-from quadriga.checkpoint.folder import CheckpointError, FileFacts, join
-from quadriga.checkpoint.messages import mismatches
-from quadriga.checkpoint.plan import PLAN_FILE, PlannedTensor, from_metadata
-from quadriga.checkpoint.stored import StoredTensors, TensorPlanner, open_stored
-from quadriga.errors import UserError, causes
-from quadriga.json_collectives import all_gather_json
+from quadriga.checkpoint.files import Files, Location, files_at, join
+from quadriga.checkpoint.folder import CheckpointError
+from quadriga.checkpoint.plan_format import FORMAT, PLAN_FILE
+from quadriga.errors import Problem, UserError, causes, shortened
 from quadriga.tensors import from_local_like, to_local
+from quadriga.units import strip_wrappers
 
 Tensors = Mapping[str, torch.Tensor]
 COPIED_AHEAD = 10_000_000  # bytes that DCP copies ahead from the device
+CPU = torch.device("cpu")
+WORDS = 624  # in the state of a Mersenne Twister
+
+
+class ModelState:
+    """Parameters and persistent buffers of all model parts of this rank, by their full names."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        self._parts = tuple(parts)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, not copies; sharded tensors as DTensors."""
+        return {
+            strip_wrappers(name): value.detach() for part in self._parts for name, value in part.state_dict().items()
+        }
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        _copy(self.state_dict(), loaded)
+
+
+class OptimizerState:
+    """Moments and step counts, named `NAME.KEY` (`layers.0.attention.wq.weight.exp_avg`)."""
+
+    def __init__(self, parts: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
+        self._optimizers = tuple(optimizers)
+        named = (pair for part in parts for pair in part.named_parameters())
+        self._names: dict[torch.Tensor, str] = {parameter: strip_wrappers(name) for name, parameter in named}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, not copies. Before the first step, they are created as zeros."""
+        for optimizer in self._optimizers:
+            if not optimizer.state:
+                _make_state(optimizer)
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        _copy(self.state_dict(), loaded)
+
+
+class RandomState:
+    """The random generators of this rank, named `RANK.GENERATOR`: of torch, its device, Python and NumPy. A run on CPU
+    does not save or load that of CUDA, even on a machine with a GPU, because this would initialize CUDA.
+
+    Training itself draws no random numbers. Code that is added and does so continues with the same generators.
+    """
+
+    def __init__(self, rank: int, device: torch.device = CPU) -> None:
+        self._rank, self._device = rank, device
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of the states: uint8 or int64, one dimension."""
+        version, words, _ = random.getstate()
+        numpy: Any = np.random.get_state(legacy=True)
+        states = {
+            "torch": torch.get_rng_state(),
+            "python": torch.tensor([version, *words], dtype=torch.int64),
+            "numpy": torch.tensor([int(numpy[2]), *map(int, numpy[1])], dtype=torch.int64),
+        }
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        return {f"{self._rank}.{name}": state for name, state in states.items()}
+
+    def load_state_dict(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Sets the generators in `loaded`; others are unchanged. Raises UserError if a state is not valid for its
+        generator."""
+        for name, state in loaded.items():
+            generator = name.partition(".")[2]
+            try:
+                self._restore(generator, state)
+            except (ValueError, OverflowError, RuntimeError) as error:
+                what = f"the value in the checkpoint is not a state of a random generator: {shortened(error, 200)}"
+                fix = (
+                    "exclude the generators (--checkpoint.exclude_from_loading '[\"random\"]'), "
+                    "which then start anew; or start from another checkpoint (--checkpoint.load_step)"
+                )
+                raise UserError(Problem(f"random.{name}", what, fix=fix)) from error
+
+    def _restore(self, generator: str, state: torch.Tensor) -> None:
+        if generator == "torch":
+            _check_torch(state)
+            torch.set_rng_state(state)
+        elif generator == "python":
+            version, *words = state.tolist()
+            random.setstate((version, tuple(words), None))
+        elif generator == "numpy":
+            position, *keys = state.tolist()
+            if not 0 <= position <= WORDS:  # NumPy does not check it, and would read out of bounds
+                raise ValueError(f"position {position} of {WORDS}")
+            np.random.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
+        elif generator == "cuda" and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+
+
+def _check_torch(state: torch.Tensor) -> None:
+    """Checks the state of torch's CPU generator: seed (8 bytes), number of words left (4), flag (4), next word (8), all
+    words, and more. torch does not check that so many words are left, and would read out of bounds."""
+    left, following = struct.unpack_from("<i4xQ", state.numpy().tobytes(), 8)
+    if left + following > WORDS + 1:
+        raise ValueError(f"{left} words left from word {following} on, of {WORDS}")
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """Creates the state of an optimizer, which is created in its first step: takes a step with learning rate 0, then
+    sets the state to zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    gradients = [p.grad for p in parameters]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+@torch.no_grad()
+def _copy(own: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:
+    if own.keys() != loaded.keys():
+        raise KeyError(f"names differ: {sorted(own.keys() ^ loaded.keys())[:5]}")
+    for name, value in own.items():
+        value.copy_(loaded[name])
 
 
 def save_tensors(
@@ -54,77 +194,6 @@ def save_tensors(
     with convert_dcp_errors(f"{location} could not be written"), _without_crc32():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
-
-
-def load_tensors(
-    location: Location,
-    tensors: Tensors,
-    group: dist.ProcessGroup | None,
-    *,
-    facts: Mapping[str, FileFacts] | None = None,
-    may_hold_more: bool = False,
-    prefix: str = "",
-    retries: int = 5,
-    optional: str | None = None,
-) -> tuple[list[str], list[str]]:
-    """Fills the tensors in place from what `save_tensors` wrote on any layout. Call on all ranks.
-
-    `tensors` must have exactly the names of the checkpoint with the same first words (`model.`, `optimizer.`). A name
-    that only one side has (with `may_hold_more`: only `tensors`), or another shape, raises UserError on every rank.
-    A damaged checkpoint, or one that differs from its plan, raises CheckpointError on every rank.
-
-    Names that begin with `optional` can be missing on either side or have another shape; such tensors are unchanged.
-    Returns the names of this rank that were not filled, and the unused names of the checkpoint that equal one of this
-    rank up to the last point.
-
-    Args:
-        facts: the files in the manifest; None or empty without a manifest.
-        prefix: of all names in `tensors`; the names in the checkpoint may lack it.
-    """
-    stored = open_stored(location, group, facts, retries)
-    there = stored.plan.tensors
-    if prefix and not all(name.startswith(prefix) for name in there):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    may_lack = {name for name in tensors.keys() | there.keys() if optional and name.startswith(optional)}
-    unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(there.get(name), tensors[name]))
-    beginnings = {name.rpartition(".")[0] for name in may_lack & tensors.keys()}
-    unused = sorted(n for n in may_lack - tensors.keys() if n.rpartition(".")[0] in beginnings)
-    wanted = {name: value for name, value in tensors.items() if name not in unfilled}
-    due = {name: value for name, value in wanted.items() if name not in may_lack}
-    expected = {name: entry for name, entry in there.items() if name not in may_lack}
-    _refuse_other_tensors(str(location), due, expected, group, may_hold_more)
-    with convert_dcp_errors(f"{location} could not be read"):
-        load(
-            wanted,
-            storage_reader=stored.reader(wanted),
-            planner=TensorPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
-    return unfilled, unused
-
-
-def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
-    return entry is not None and entry.shape == tuple(value.shape)
-
-
-def stored_tensors(location: Location, facts: Mapping[str, FileFacts] | None = None) -> dict[str, PlannedTensor]:
-    """Shape, dtype and chunks of all tensors in a place, by name. Single process. Raises CheckpointError like
-    `load_tensors`."""
-    return open_stored(location, None, facts).plan.tensors
-
-
-def load_tensor(stored: StoredTensors, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A whole tensor, in `dtype` or (None) its saved dtype. In addition, only one saved chunk is in memory.
-
-    Can be called on a single rank. Raises CheckpointError if it is damaged."""
-    planned = stored.plan.tensors[name]
-    tensor = torch.empty(planned.shape, dtype=dtype or planned.dtype)
-    reader, planner = stored.reader([name]), TensorPlanner()
-    planner.set_up_planner({name: tensor}, reader.read_metadata(), is_coordinator=True)
-    with convert_dcp_errors(f"{stored.location} could not be read"):
-        reader.read_data(planner.create_local_plan(), planner).wait()
-    return tensor
 
 
 class Staging:
@@ -197,7 +266,7 @@ class HashingFiles(FileSystemBase):
 
 
 class _HashedStream:
-    """A sequential output stream with a hash. Has the methods that DCP and torch.save call."""
+    """A sequential output stream with a hash."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
@@ -206,17 +275,26 @@ class _HashedStream:
         self.digest.update(data)
         return self._stream.write(data)
 
-    def tell(self) -> int:
-        return self._stream.tell()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
-    def flush(self) -> None:
-        self._stream.flush()
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
+class StreamingPlanner(DefaultSavePlanner):
+    """Makes each tensor when it is written, if `make` returns one for its name. `options`: of `DefaultSavePlanner`."""
 
-    def close(self) -> None:
-        self._stream.close()
+    refused: UserError | None = None  # the UserError that ended the save, because DCP would wrap it
+
+    def __init__(self, make: Callable[[str], torch.Tensor | None], **options: Any) -> None:
+        super().__init__(**options)
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        try:
+            made = self._make(index.fqn)
+        except UserError as error:
+            self.refused = error
+            raise
+        return super().lookup_object(index) if made is None else made
 
 
 class CheckpointWriter(FileSystemWriter):
@@ -239,7 +317,7 @@ class CheckpointWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         with self.fs.create_stream(join(self.path, PLAN_FILE), "wb") as file:
-            file.write(from_metadata(metadata))
+            file.write(plan_text(metadata))
 
     def _write_once(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -254,45 +332,6 @@ class CheckpointWriter(FileSystemWriter):
             raise OSError(cause.errno, cause.strerror, file) from error
 
 
-def _refuse_other_tensors(
-    location: str,
-    tensors: Tensors,
-    there: Mapping[str, PlannedTensor],
-    group: dist.ProcessGroup | None,
-    may_hold_more: bool,
-) -> None:
-    parts = {name.split(".", 1)[0] for name in tensors}
-    # With `may_hold_more` the names have no common first word, so pipeline stages would have different lists.
-    known = [] if may_hold_more else sorted(name for name in there if name.split(".", 1)[0] in parts)
-    missing = [name for name in tensors if name not in there]
-    reshaped = [
-        f"{name}: {list(there[name].shape)} in the checkpoint, {list(tensors[name].shape)} in the run"
-        for name in tensors.keys() & there.keys()
-        if there[name].shape != tuple(tensors[name].shape)
-    ]
-    wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
-    gathered: list[Any] = [[missing, reshaped]]
-    if group is not None:  # with pipeline stages, each rank has some of the names
-        if not may_hold_more:
-            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
-        gathered = all_gather_json([missing, reshaped], group)
-    missing = sorted({name for one, _ in gathered for name in one})
-    reshaped = sorted({name for _, one in gathered for name in one})
-    surplus = (
-        [] if may_hold_more else [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
-    )
-    kinds = (
-        ("the checkpoint lacks", missing),
-        ("only the checkpoint has", surplus),
-        ("shapes differ:", reshaped),
-    )
-    problems = mismatches(
-        location, kinds, "start with the configuration that saved it, or with another job.dump_folder"
-    )
-    if problems:
-        raise UserError(*problems)
-
-
 @contextmanager
 def _without_crc32() -> Iterator[None]:
     """Omits torch's CRC-32 of each tensor, which readers do not need: the SHA-256 covers the whole file."""
@@ -302,6 +341,25 @@ def _without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+def plan_text(metadata: Metadata) -> bytes:
+    """The text of `plan.json` for the metadata that DCP wrote. Entries that are not tensors are omitted."""
+    files: dict[str, int] = {}
+    lines = []  # one per tensor, for readability
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = []
+            for chunk in entry.chunks:
+                info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                file = files.setdefault(info.relative_path, len(files))
+                transforms = [list(info.transform_descriptors)] if info.transform_descriptors else []
+                chunks.append([[*chunk.offsets], [*chunk.sizes], file, info.offset, info.length, *transforms])
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            text = json.dumps({"dtype": dtype, "shape": [*entry.size], "chunks": chunks}, separators=(",", ":"))
+            lines.append(f" {json.dumps(name)}: {text}")
+    head = f'{{"format": {json.dumps(FORMAT)},\n "files": {json.dumps([*files])},\n "tensors": {{\n'
+    return (head + ",\n".join(lines) + "\n}}\n").encode()
 
 
 @contextmanager

@@ -16,18 +16,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from quadriga import limits
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import foreign
-from quadriga.checkpoint.files import Files, Location, files_at, local
+from quadriga.checkpoint.files import Files, Location, files_at, is_url, join
 from quadriga.checkpoint.folder import CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.foreign import TensorNames
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE
-from quadriga.checkpoint.messages import no_state
+from quadriga.checkpoint.messages import compare_shapes, no_manifest, no_state, not_a_checkpoint, not_a_folder
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
-from quadriga.checkpoint.plan_format import PlanError, format_raw
+from quadriga.checkpoint.plan_format import LINK, PlanError, format_raw
 from quadriga.errors import Problem, UserError
 from quadriga.units import format_some
 
@@ -49,17 +50,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 FIX = "set model.flavor and its sizes to those of the run that saved it, or use another checkpoint"
 
 
-class TitanTensorNames(Protocol):
-    """The tensors of one model in torchtitan; see `models.registry.titan_names`."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor of the whole model, by name."""
-
-    def paired_rows(self, name: str) -> int:
-        """Rows per head, if the rows of this tensor are rotated in pairs; otherwise 0."""
-
-
 def find_candidates(
     folder: Location, damaged: Iterable[tuple[int, str]]
 ) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
@@ -79,6 +69,26 @@ def find_candidates(
         except OSError:
             left.append((step, why))
     return theirs, left
+
+
+def list_all(folder: Location) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
+    """The complete checkpoints of Quadriga and the candidates of torchtitan, by step; the others as (step, why).
+
+    Raises UserError if something else has the name of the folder: for example a link to a disk that is not mounted. The
+    run must not start anew."""
+    if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(not_a_folder(str(folder)))
+    whole, damaged = folders.list_checkpoints(folder)
+    theirs, damaged = find_candidates(folder, damaged)
+    return sorted([*whole, *theirs], key=lambda found: found.step), damaged
+
+
+def inspect_candidate(path: str) -> tuple[CheckpointInfo | None, str]:
+    """A candidate as `inspect` reads it; or None, and why it cannot be used."""
+    try:
+        return inspect(path), no_manifest(path)
+    except InvalidCheckpoint as reason:
+        return None, str(reason)
 
 
 def find_newest(folder: Location, step: int = -1, least: int = 0) -> CheckpointInfo | None:
@@ -122,7 +132,7 @@ def inspect(path: Location) -> CheckpointInfo | None:
         contents = ("model", "optimizer") if run_state.has_training else ("model",)
         extra = run_state.extra() if run_state.has_training else {}
     except PlanError as error:
-        raise InvalidCheckpoint(f"{folders.join(path, METADATA)}: {error}") from error
+        raise InvalidCheckpoint(f"{join(path, METADATA)}: {error}") from error
     except OSError as error:
         raise InvalidCheckpoint(f"{path} cannot be read ({error.strerror or error})") from error
     named = folders.step_in_name(path)
@@ -142,9 +152,17 @@ def find_at(path: Location) -> CheckpointInfo | None:
     except InvalidCheckpoint:
         files = files_at(path)
         # With a manifest, it is a checkpoint of Quadriga. It must not be loaded as a foreign one, without verification.
-        if files.exists(folders.join(path, STATE_FILE)) or not files.exists(folders.join(path, METADATA)):
+        if files.exists(join(path, STATE_FILE)) or not files.exists(join(path, METADATA)):
             raise
         return inspect(path) if foreign.has_foreign_plan(files, path) else None
+
+
+def find_initial(path: str) -> CheckpointInfo | None:
+    """`find_at` for `initial_load_path`: raises UserError if it is not a checkpoint."""
+    try:
+        return find_at(path)
+    except InvalidCheckpoint as reason:
+        raise UserError(not_a_checkpoint(path, reason)) from reason
 
 
 def shapes_in(path: Location) -> dict[str, tuple[int, ...]]:
@@ -156,7 +174,7 @@ def shapes_in(path: Location) -> dict[str, tuple[int, ...]]:
 def refuse_other_titan_model(
     where: str,
     there: Mapping[str, tuple[int, ...]],
-    names: TitanTensorNames,
+    names: TensorNames,
     parts: Iterable[str] = ("model",),
     moments: Iterable[str] = (),
 ) -> None:
@@ -166,13 +184,8 @@ def refuse_other_titan_model(
     wanted = dict(shapes) if "model" in parts else {}
     for name, key in itertools.product(shapes, moments):
         wanted[f"{STATE}{name}.{key}"] = () if key == "step" else shapes[name]
-    missing = sorted(wanted.keys() - there.keys())
+    missing, _, reshaped = compare_shapes(wanted, there, "checkpoint")
     surplus = sorted(weights - shapes.keys()) if "model" in parts else []
-    reshaped = sorted(
-        f"{name}: {list(there[name])} in the checkpoint, {list(shape)} in the model"
-        for name, shape in wanted.items()
-        if name in there and there[name] != shape
-    )
     if not (missing or surplus or reshaped):
         return
     saved, asked = _sizes({name: there[name] for name in weights}), _sizes(shapes)
@@ -180,7 +193,11 @@ def refuse_other_titan_model(
         (layers, width, vocabulary), here = saved, ", ".join(f"{size:,}" for size in asked)
         what = f"the checkpoint has {layers:,} layers, width {width:,}, vocabulary {vocabulary:,}"
         raise UserError(Problem(where, f"another model: {what}; the configuration {here}", fix=FIX))
-    kinds = (("the checkpoint lacks", missing), ("only the checkpoint has", surplus), ("shapes differ:", reshaped))
+    kinds = (
+        ("the checkpoint lacks", missing),
+        ("only the checkpoint has", surplus),
+        ("shapes differ:", sorted(reshaped)),
+    )
     what = "; ".join(f"{kind} {format_some(names)}" for kind, names in kinds if names)
     raise UserError(Problem(where, f"another model: {what}", fix=FIX))
 
@@ -269,7 +286,7 @@ def _check_files(entries: Entries, files: Files, path: Location) -> None:
         if not FILE_NAME.fullmatch(name) or name in (".", ".."):
             raise PlanError(f"{format_raw(name)} is not a name of a file in the folder")
         try:
-            size = files.size(folders.join(path, name))
+            size = files.size(join(path, name))
         except OSError as error:
             raise PlanError(f"{name} cannot be read ({error.strerror or error})") from error
         if size < end:
@@ -281,9 +298,9 @@ def _bytes(files: Files, path: Location, name: str, start: int, length: int | No
     more than `most` bytes."""
     if length is not None and (length > most or length < 0 or start < 0):
         raise PlanError(f"{length} bytes of {name} from byte {start} on: not a valid length or position of a value")
-    if files.renames and os.path.islink(local(path) / name):
-        raise PlanError(f"{format_raw(name)} is a link, not a file of this folder")
-    with files.open(folders.join(path, name), "rb") as file:
+    if files.is_link(join(path, name)):
+        raise PlanError(f"{format_raw(name)} {LINK}")
+    with files.open(join(path, name), "rb") as file:
         file.seek(start)
         content = file.read(most + 1 if length is None else length)
     if len(content) > most:

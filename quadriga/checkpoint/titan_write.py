@@ -8,14 +8,12 @@ one file is in memory.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -23,14 +21,16 @@ from torch.futures import Future
 
 from quadriga.checkpoint.files import Location, files_at, is_url, local
 from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, published_path, staging_path
-from quadriga.checkpoint.hf import refuse_lack_of_space
+from quadriga.checkpoint.foreign import TensorNames
+from quadriga.checkpoint.hf_export import refuse_lack_of_space
 from quadriga.checkpoint.hf_folder import TensorInfo
+from quadriga.checkpoint.load import halves_to_interleaved, parameter_name
 from quadriga.checkpoint.plan import PlannedTensor
-from quadriga.checkpoint.stored import StoredTensors, open_stored
-from quadriga.checkpoint.tensors import convert_dcp_errors, load_tensor
-from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, TitanTensorNames, refuse_other_titan_model, titan_name
-from quadriga.checkpoint.titan_read import halves_to_interleaved, parameter_name
+from quadriga.checkpoint.stored import StoredTensors, load_tensor, open_stored
+from quadriga.checkpoint.tensors import StreamingPlanner, convert_dcp_errors
+from quadriga.checkpoint.titan import MODEL, MOMENTS, OPTIMIZER, refuse_other_titan_model, titan_name
 from quadriga.errors import Problem, UserError
+from quadriga.units import grouped
 
 IN_A_FILE = 2 * 10**9  # bytes per file, except for a larger tensor
 
@@ -38,7 +38,7 @@ IN_A_FILE = 2 * 10**9  # bytes per file, except for a larger tensor
 def export_titan(
     checkpoint: CheckpointInfo,
     out: Location,
-    names: TitanTensorNames,
+    names: TensorNames,
     states: Mapping[str, Any],
     group: Mapping[str, Any],
 ) -> str:
@@ -70,8 +70,17 @@ def export_titan(
     if files.exists(location):
         files.remove(location)
     files.make(location)
+    theirs = {titan_name(ours): ours for ours in stored.plan.tensors if ours.startswith((MODEL, OPTIMIZER))}
+
+    def make(name: str) -> torch.Tensor | None:
+        if name not in theirs:
+            return None
+        tensor = load_tensor(stored, theirs[name])
+        head = names.paired_rows(parameter_name(name)) if tensor.dim() else 0
+        return halves_to_interleaved(tensor, head) if head else tensor
+
     try:
-        planner = _Planner(stored, names)
+        planner = StreamingPlanner(make)
         with convert_dcp_errors(f"{name} could not be written"):
             save(_state_dict(saved, states, group), storage_writer=_Writer(location), planner=planner, no_dist=True)
         files.flush_names(location)
@@ -110,44 +119,17 @@ def _state_dict(
     return {**weights, "optimizer": {**moments, **groups}, **states}
 
 
-class _Planner(DefaultSavePlanner):
-    """Makes each tensor when it is written."""
-
-    def __init__(self, stored: StoredTensors, names: TitanTensorNames) -> None:
-        super().__init__()
-        self._stored, self._names = stored, names
-        self._ours = {titan_name(name): name for name in stored.plan.tensors if name.startswith((MODEL, OPTIMIZER))}
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        ours = self._ours.get(index.fqn)
-        if ours is None:
-            return super().lookup_object(index)
-        tensor = load_tensor(self._stored, ours)
-        head = self._names.paired_rows(parameter_name(index.fqn)) if tensor.dim() else 0
-        return halves_to_interleaved(tensor, head) if head else tensor
-
-
 class _Writer(FileSystemWriter):
     """Writes several files, because DCP keeps every tensor of a file in memory until the file is written."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         files: queue.Queue[tuple[Any, str, list[WriteItem]]] = queue.Queue()
-        for number, items in enumerate(_assign_to_files(plan.items)):
+        for number, items in enumerate(grouped(plan.items, _bytes_of, IN_A_FILE)):
             name = f"{plan.storage_data.prefix}{number}.distcp"
             files.put((self.fs.concat_path(self.path, name), name, items))
         return self._write_data(planner, files)
 
 
-def _assign_to_files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
-    file: list[WriteItem] = []
-    size = 0
-    for item in items:
-        data = item.tensor_data
-        length = data.size.numel() * data.properties.dtype.itemsize if data is not None else 0
-        if file and size + length > IN_A_FILE:
-            yield file
-            file, size = [], 0
-        file.append(item)
-        size += length
-    if file:
-        yield file
+def _bytes_of(item: WriteItem) -> int:
+    data = item.tensor_data
+    return data.size.numel() * data.properties.dtype.itemsize if data is not None else 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages, titan
-from quadriga.checkpoint.files import files_at
+from quadriga.checkpoint.files import files_at, join
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.cli.arguments import Parser
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
@@ -67,7 +67,7 @@ def split_titan(candidates: Sequence[CheckpointInfo]) -> tuple[list[CheckpointIn
 
 def checkpoint_folder_of(folder: str) -> str:
     """`checkpoint/` inside the folder if it exists, else the folder itself."""
-    inside = folders.join(folder, "checkpoint")
+    inside = join(folder, "checkpoint")
     return inside if files_at(folder).exists(inside) else folder
 
 

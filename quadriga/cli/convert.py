@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, tokenizer: str | None) -> None:
-    from quadriga.checkpoint.extra_errors import convert_extra_errors
     from quadriga.checkpoint.folder import CheckpointError, find_damage
     from quadriga.checkpoint.hf_export import export_hf
+    from quadriga.checkpoint.messages import convert_extra_errors
 
     found = find_checkpoint(source)
     with convert_extra_errors(found, "name the configuration that it was saved with: --config FILE.toml"):
@@ -79,7 +79,7 @@ def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, to
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
     (bos_id, eos_id), files = tokenizer_of(tokenizer, model.tokenizer)
     config = registry.hf_config(model.spec, bos_id=bos_id, eos_id=eos_id, positions=model.positions)
-    export_hf(found, out, registry.hf_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
+    export_hf(found, out, registry.tensor_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
     logger.info(f"{printable(found.path)} was written in Hugging Face's format to {printable(out)}")
     print(printable(out))
 
@@ -92,7 +92,7 @@ def convert_from_hf(source: str, out: str, dtype: str | None) -> None:
     config = folder.config()
     spec = registry.spec_from_hf(config, folder.config_file)
     extra = {"model": asdict(spec), "max_positions": registry.positions_from_hf(config)}
-    name = import_hf(folder, out, registry.hf_names(spec), extra, torch_dtype(dtype))
+    name = import_hf(folder, out, registry.tensor_names(spec), extra, torch_dtype(dtype))
     where = printable(out)
     logger.info(f"{printable(source)} was converted; to start from it: --checkpoint.initial_load_path {where}")
     print(printable(name))
@@ -100,13 +100,12 @@ def convert_from_hf(source: str, out: str, dtype: str | None) -> None:
 
 def find_checkpoint(source: str) -> CheckpointInfo:
     """The checkpoint at `source`: the folder itself, or the newest good one in it or in one of its folders."""
-    from quadriga.checkpoint.files import files_at
+    from quadriga.checkpoint.files import files_at, join
     from quadriga.checkpoint.folder import (
         STATE_FILE,
         InvalidCheckpoint,
         damaged_in,
         find_complete,
-        join,
         read_checkpoint,
     )
 

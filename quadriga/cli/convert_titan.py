@@ -24,8 +24,8 @@ WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
 
 def convert_to_torchtitan(source: str, out: str) -> None:
     """Write a checkpoint of Quadriga as `step-N` in `out`, from which torchtitan v0.2.2 resumes."""
-    from quadriga.checkpoint.extra_errors import convert_extra_errors
     from quadriga.checkpoint.folder import CheckpointError, find_damage
+    from quadriga.checkpoint.messages import convert_extra_errors
     from quadriga.checkpoint.titan_write import export_titan
 
     found = find_checkpoint(source)
@@ -49,7 +49,7 @@ def convert_to_torchtitan(source: str, out: str) -> None:
             position, why = loader_state_of(found, config)
         if position is not None:
             states["dataloader"] = position
-    name = export_titan(found, out, registry.titan_names(spec), states, group)
+    name = export_titan(found, out, registry.tensor_names(spec), states, group)
     logger.info(f"{printable(found.path)} was converted to a checkpoint of torchtitan: {printable(name)}")
     start = f"--checkpoint.enable --checkpoint.initial_load_path {printable(name)}"
     if not states:

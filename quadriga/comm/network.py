@@ -15,9 +15,10 @@ IFF_LOOPBACK = 0x8  # linux/if.h
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME")
 
 
-def loopback_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that bind the listening sockets of ranks to the loopback, without those that the user set."""
-    name = loopback_interface()
+def loopback_variables(environ: Mapping[str, str], machines: int = 1) -> dict[str, str]:
+    """The variables that bind the listening sockets of ranks to the loopback, without those that the user set. Empty
+    for several machines."""
+    name = loopback_interface() if machines == 1 else None
     return {} if name is None else {variable: name for variable in INTERFACE_VARIABLES if not environ.get(variable)}
 
 

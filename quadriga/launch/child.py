@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from quadriga.launch.supervisor import main
-from quadriga.resilience.processes import die_with_parent
+from quadriga.launch.supervisor import main, python_path
+from quadriga.resilience.processes import die_with_parent, signal_handlers
 
 STARTER_PID = "QUADRIGA_STARTER_PID"
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,16 +59,8 @@ def forward_signals(received: list[int]) -> Iterator[Callable[[subprocess.Popen[
             child.send_signal(number)
         children.append(child)
 
-    before = {
-        number: signal.signal(number, receive)
-        for number in FORWARDED_SIGNALS
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
+    with signal_handlers(receive, FORWARDED_SIGNALS):
         yield attach
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def launch_environment(environ: Mapping[str, str], ranks: int | None) -> dict[str, str]:
@@ -77,13 +69,12 @@ def launch_environment(environ: Mapping[str, str], ranks: int | None) -> dict[st
     CONFIG_FILE, DRY_RUN and MAX_RESTARTS are left out, because they would change the run. `ranks`: of this machine;
     None leaves NGPU as it is.
     """
-    source_root = str(Path(__file__).resolve().parents[2])
     kept = {name: value for name, value in environ.items() if name not in ("CONFIG_FILE", "DRY_RUN", "MAX_RESTARTS")}
     return {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         **kept,
         **({} if ranks is None else {"NGPU": str(ranks)}),
-        "PYTHONPATH": os.pathsep.join(filter(None, [source_root, environ.get("PYTHONPATH")])),
+        "PYTHONPATH": python_path(environ),
         "PYTHONSAFEPATH": "1",  # a file in the current directory must not replace a module
     }
 

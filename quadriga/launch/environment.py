@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose_backend
-from quadriga.comm.network import loopback_variables
 from quadriga.errors import Problem, UserError
 from quadriga.limits import COUNT, DEGREE
 from quadriga.log import logging_ranks
 
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
 DEFAULT_RANKS = 4
-LOOPBACK_RENDEZVOUS = "quadriga-loopback"  # the name by which torchrun knows `launch.rendezvous`
+LOOPBACK_RENDEZVOUS = "quadriga-loopback"  # the name by which torchrun knows the rendezvous of `launch.agent`
 FSDP_SOURCE, SYMMETRIC_CLASS = "distributed/fsdp/_fully_shard/_fsdp_collectives.py", "SymmMemAllGather"
 
 
@@ -223,9 +222,6 @@ def launch_backend(requested: str | None, ranks: int, build: TorchBuild | None, 
 
 def rank_environment(environ: Mapping[str, str], request: LaunchRequest) -> dict[str, str]:
     """Variables for the ranks of this machine that the caller did not set."""
-    extra = {}
-    if "OMP_NUM_THREADS" not in environ:
-        extra["OMP_NUM_THREADS"] = str(max(1, usable_cores() // request.ranks))
-    if request.nodes == 1:
-        extra |= loopback_variables(environ)
-    return extra
+    if "OMP_NUM_THREADS" in environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // request.ranks))}

@@ -15,17 +15,17 @@ from typing import Any
 from quadriga.checkpoint import folder as checkpoints
 from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import is_url, local
-from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.config import Run
 from quadriga.config.continuity import data_order_problems, resume_problems
 from quadriga.config.schema import Checkpoint
-from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, Problem, UserError
+from quadriga.errors import Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
 from quadriga.models import registry
 from quadriga.reading import read_json_object
+from quadriga.resilience.processes import LOCK_NAME, in_use
 from quadriga.units import format_bytes
 
-LOCK_NAME = ".lock"  # of train.guards
 FROM_SCRATCH = "step 0, from initial weights"
 
 
@@ -107,11 +107,7 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
 
 def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> CheckpointInfo | None:
     """The newest good checkpoint of the run, or that of `load_step`, as `checkpoint.search` chooses it."""
-    if not is_url(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
-        raise UserError(messages.not_a_folder(folder))
-    whole, damaged = checkpoints.list_checkpoints(folder)
-    titan_checkpoints, damaged = titan.find_candidates(folder, damaged)
-    whole = sorted([*whole, *titan_checkpoints], key=lambda found: found.step)
+    whole, damaged = titan.list_all(folder)
     refused, asked = dict(damaged), section.load_step
     if asked >= 0 and asked not in {found.step for found in whole} | refused.keys():
         raise UserError(messages.no_such_step(asked, folder, whole))
@@ -119,32 +115,26 @@ def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> Checkpoi
         if asked not in (-1, found.step):
             continue
         if found.trainer:
-            try:
-                if looked := titan.inspect(found.path):
-                    return looked
-                refused[found.step] = messages.no_manifest(found.path)
-            except InvalidCheckpoint as reason:
-                refused[found.step] = str(reason)
+            inspected, refused[found.step] = titan.inspect_candidate(found.path)
+            if inspected is not None:
+                return inspected
             continue
         if not (wrong := _damage(found, deep)):
             return found
         refused[found.step] = "; ".join(wrong)
     if asked >= 0 or refused:
-        raise CheckpointError(messages.no_valid_checkpoint(folder, asked, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise messages.no_valid_checkpoint(folder, asked, refused)
     return None
 
 
 def _initial_checkpoint(path: str, deep: bool) -> CheckpointInfo | None:
     """The checkpoint at `initial_load_path`. None: a folder of another program, which DCP reads."""
-    try:
-        found = titan.find_at(path)
-    except InvalidCheckpoint as reason:
-        raise UserError(messages.not_a_checkpoint(path, reason)) from reason
+    found = titan.find_initial(path)
     if found is None:
         return None
     if wrong := _damage(found, deep):
         refused = {found.step: "; ".join(wrong)}
-        raise CheckpointError(messages.no_valid_checkpoint(path, found.step, refused), EXIT_NO_GOOD_CHECKPOINT)
+        raise messages.no_valid_checkpoint(path, found.step, refused)
     return found
 
 
@@ -197,7 +187,7 @@ def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run
         raise UserError(messages.missing_contents(found, absent))
     moments = titan.MOMENTS if "optimizer" in required else ()
     titan.refuse_other_titan_model(
-        found.path, titan.shapes_in(found.path), registry.titan_names(run.spec.model), required, moments
+        found.path, titan.shapes_in(found.path), registry.tensor_names(run.spec.model), required, moments
     )
 
 
@@ -214,7 +204,7 @@ def _hf_weights(place: str, run: Run) -> None:
     config = folder / "config.json"
     if config.is_file() and not run.config.checkpoint.allow_change:
         hf_config: Mapping[str, Any] = read_json_object(config)
-        if unlike := registry.hf_names(run.spec.model).config_differences(hf_config, str(config)):
+        if unlike := registry.tensor_names(run.spec.model).config_differences(hf_config, str(config)):
             raise UserError(*unlike)
 
 
@@ -242,9 +232,7 @@ def _locked_by_another_run(folder: str) -> list[Problem]:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
-        fix = "wait for that run to end, stop it, or choose another folder with --job.dump_folder"
-        return [Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)]
+        return [in_use(handle, folder)]
     except OSError:
         return []
     finally:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from quadriga.comm.network import INTERFACE_VARIABLES, format_ports, loopback_va
 from quadriga.config import Run, read
 from quadriga.config.variables import variables_help
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
-from quadriga.launch.agent import LAUNCHER_PID, SAVE_SIGNAL, TORCHRUN_SIGNAL
+from quadriga.launch.agent import LAUNCHER_PID, TORCHRUN_SIGNAL
 from quadriga.launch.dry_run import StartCheck, describe
 from quadriga.launch.environment import (
     LOOPBACK_RENDEZVOUS,
@@ -42,9 +42,8 @@ from quadriga.launch.start_check import find_start
 from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
 from quadriga.planning.heap import heap_of
-from quadriga.resilience.processes import RECORDS, adopt_orphans
+from quadriga.resilience.processes import RECORDS, SAVE_SIGNAL, STOP_SIGNALS, adopt_orphans, signal_handlers
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_SECONDS = 5.0  # for children of the ranks to end after the ranks
 
 REHEARSE = "--rehearse"
@@ -111,9 +110,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except CheckpointError as error:
         print(printable(error, keep="\n"), file=sys.stderr)
         return error.exit_code
-    rank_variables = rank_environment(environ, request) | heap
+    loopback = loopback_variables(environ, request.nodes)
+    rank_variables = rank_environment(environ, request) | loopback | heap
     logger.info("%s over %s (%s)", _format_ranks(request), backend, reason)
-    if request.nodes > 1 or len(loopback_variables(environ)) < len(INTERFACE_VARIABLES):
+    if len(loopback) < len(INTERFACE_VARIABLES):
         logger.info("ports: %s", format_ports(environ, request.nodes))
     for name, size in heap.items():
         logger.info("%s=%s%s", name, size, "" if environ.get(name) else ": what this run needs")
@@ -133,7 +133,7 @@ def run_rehearsal(run: Run, argv: Sequence[str], environ: Mapping[str, str]) -> 
     Rehearses rank 0 and, in a pipeline, the last rank, because it has another stage.
     """
     ranks = (0,) if run.spec.degrees.pp == 1 else (0, run.spec.world_size - 1)
-    shared = {**environ, "PYTHONPATH": _python_path(environ), "WORLD_SIZE": str(run.spec.world_size)}
+    shared = {**environ, "PYTHONPATH": python_path(environ), "WORLD_SIZE": str(run.spec.world_size)}
     print("\nRehearsal (tensors without memory, nothing is sent):", flush=True)
     for rank in ranks:
         command = [sys.executable, "-m", "quadriga.rehearsal.rehearse", *argv]
@@ -220,7 +220,7 @@ def supervise(request: LaunchRequest, argv: Sequence[str], environ: Mapping[str,
     with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
         child_environ = {
             **environ,
-            "PYTHONPATH": _python_path(environ),
+            "PYTHONPATH": python_path(environ),
             LAUNCHER_PID: str(os.getpid()),
             RECORDS: folder,
         }
@@ -249,7 +249,7 @@ def torchrun_arguments(request: LaunchRequest) -> list[str]:
     return [*rendezvous, *ranks, "--signals-to-handle", TORCHRUN_SIGNAL, "-m", "quadriga.train"]
 
 
-def _python_path(environ: Mapping[str, str]) -> str:
+def python_path(environ: Mapping[str, str]) -> str:
     source_root = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, [source_root, environ.get("PYTHONPATH")]))
 
@@ -297,16 +297,11 @@ class SignalHandler:
 def handle_launcher_signals(stop_timeout: float) -> Iterator[SignalHandler]:
     """Handle signals as stop and save requests instead of ending the launcher."""
     signals = SignalHandler(stop_timeout)
-    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-    for number in map(int, (*STOP_SIGNALS, SAVE_SIGNAL, signal.SIGALRM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored, and it stays ignored
-            before[number] = signal.signal(number, signals.receive)
-    try:
-        yield signals
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signal_handlers(signals.receive, (*STOP_SIGNALS, SAVE_SIGNAL, signal.SIGALRM)):
+        try:
+            yield signals
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def reap_orphans() -> None:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from quadriga.config.model_spec import ModelSpec
 from quadriga.models.llama import hf_config as llama_hf_config
-from quadriga.models.llama import hf_names as llama_hf_names
+from quadriga.models.llama import names as llama_names
 from quadriga.models.llama import operations as llama_operations
 from quadriga.models.llama import plan as llama_plan
 from quadriga.models.llama import spec as llama_spec
-from quadriga.models.llama import titan_names as llama_titan_names
 from quadriga.models.operations import Cut, Kernels, Trace
 from quadriga.models.plan import ParallelPlan
 
@@ -58,16 +57,10 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     return llama_spec.flops_per_token(spec, seq_len)
 
 
-def hf_names(spec: ModelSpec) -> llama_hf_names.HfNames:
-    """The names and shapes of the model's tensors in Hugging Face checkpoints."""
+def tensor_names(spec: ModelSpec) -> llama_names.TensorNames:
+    """The names and shapes of the model's tensors in checkpoints of Hugging Face and torchtitan."""
     _known(spec)
-    return llama_hf_names.HfNames(spec)
-
-
-def titan_names(spec: ModelSpec) -> llama_titan_names.TitanNames:
-    """The names and shapes of the model's tensors in a checkpoint of torchtitan."""
-    _known(spec)
-    return llama_titan_names.TitanNames(spec)
+    return llama_names.TensorNames(spec)
 
 
 def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positions: int = 0) -> dict[str, Any]:
@@ -75,7 +68,7 @@ def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positi
     means token 1 or 2. `positions`: the longest sequence that the weights were trained for; 0 (unknown) uses the
     published number of this kind of model."""
     _known(spec)
-    config: dict[str, Any] = llama_hf_names.hf_config(spec)
+    config: dict[str, Any] = llama_hf_config.hf_config(spec)
     longest = positions or config["max_position_embeddings"]
     return {**config, "max_position_embeddings": longest, "bos_token_id": bos_id, "eos_token_id": eos_id}
 

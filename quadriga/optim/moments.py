@@ -16,7 +16,7 @@ larger. In addition, `foreach` and `for-loop` make temporary tensors of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.optim.adam import adam
 
 from quadriga.config.schema import UPDATE_BUCKET
 from quadriga.tensors import to_local
+from quadriga.units import grouped
 
 
 class AdamWithMomentsIn(torch.optim.Adam):
@@ -50,7 +51,8 @@ class AdamWithMomentsIn(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for bucket in _buckets([parameter for parameter in group["params"] if parameter.grad is not None]):
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for bucket in grouped(parameters, lambda parameter: to_local(parameter).numel(), UPDATE_BUCKET):
                 self._update(group, bucket)
         return loss
 
@@ -94,18 +96,3 @@ class AdamWithMomentsIn(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
         return state
-
-
-def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields consecutive parameters with at most `UPDATE_BUCKET` elements together, or one larger parameter."""
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        more = to_local(parameter).numel()
-        if bucket and size + more > UPDATE_BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += more
-    if bucket:
-        yield bucket

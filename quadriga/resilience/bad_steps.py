@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from quadriga.checkpoint.states import strip_wrappers
 from quadriga.comm import collectives
 from quadriga.errors import EXIT_NOT_FINITE, Fault
 from quadriga.json_collectives import all_gather_json
@@ -23,7 +22,7 @@ from quadriga.metrics.documents import format_documents
 from quadriga.metrics.events import EventLog, append_line
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.resilience.health import FINE, NOT_FINITE, HealthMonitor, StepVerdict
-from quadriga.units import format_some
+from quadriga.units import format_some, strip_wrappers
 
 BAD_BATCHES_NAME = "bad_batches.jsonl"
 MAX_SKIPPED_IN_A_ROW = 100  # skipped bad steps; a run that skips more makes no progress, so it ends

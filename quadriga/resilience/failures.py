@@ -11,7 +11,7 @@ from quadriga.comm import collectives
 from quadriga.config import Run
 from quadriga.errors import Fault, UserError
 from quadriga.metrics.events import EventLog
-from quadriga.resilience import process_guards
+from quadriga.resilience import exit_reports
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.resilience.out_of_memory import is_out_of_memory, out_of_memory_fault
 from quadriga.resilience.progress import Progress
@@ -33,11 +33,9 @@ class FailureContext:
         """
         if self.events is None:
             return
-        process_guards.acquire_exit_lock()  # if the watchdog ends this rank, it has logged the cause
+        exit_reports.acquire_exit_lock()  # if the watchdog ends this rank, it has logged the cause
         line, events = _one_line(error), self.events
-        lost_peer = isinstance(error, RuntimeError) and any(
-            sign in str(error).lower() for sign in process_guards.LOST_PEER
-        )
+        lost_peer = exit_reports.lost_peer(error)
         if events.rank == 0 or not (lost_peer or self.on_all_ranks or isinstance(error, CommonFault)):
             events.log_event("fault", self.last_step(), error=line, lost_peer=lost_peer)
 

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quadriga.checkpoint.states import strip_wrappers
 from quadriga.comm import collectives
 from quadriga.comm.mesh import Mesh
 from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.tensors import to_local
-from quadriga.units import format_some
+from quadriga.units import format_some, strip_wrappers
 
 BITS = {1: torch.int8, 2: torch.int16}  # by bytes per number; wider numbers are read as several of 32 bits
 BLOCK = 1 << 22  # numbers hashed at once: a few temporary tensors of 32 MiB

@@ -24,10 +24,8 @@ import torch.distributed as dist
 
 from quadriga.errors import EXIT_SAVED
 from quadriga.log import logger
-from quadriga.resilience.processes import handle_signals, records_folder
+from quadriga.resilience.processes import SAVE_SIGNAL, STOP_SIGNALS, handle_signals, records_folder, signal_handlers
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SAVE_SIGNAL = signal.SIGUSR2
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 BY_FILE = 128  # represents the file STOP among the numbers of signals
 # Failures that a rank detects. All ranks act on the greatest number.
@@ -73,9 +71,7 @@ class StopRequests:
         """Handle signals as requests within the context. Afterwards the previous handlers are restored."""
         with ExitStack() as undo:
             if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
-                for number in (*STOP_SIGNALS, SAVE_SIGNAL):
-                    if number == SAVE_SIGNAL or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                        undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                undo.enter_context(signal_handlers(self._on_signal, STOP_SIGNALS, even_if_ignored=[SAVE_SIGNAL]))
                 undo.enter_context(handle_signals(self._environ))
             yield
             self._finish()  # safe, because all ranks have started the same number of reductions

@@ -39,7 +39,7 @@ from quadriga.config.schema import Comm
 from quadriga.errors import EXIT_STALLED, Problem, UserError
 from quadriga.log import logger
 from quadriga.metrics.events import EventLog
-from quadriga.resilience import hang_report, process_guards
+from quadriga.resilience import exit_reports, hang_report
 from quadriga.resilience.activity import ActivityMonitor
 from quadriga.resilience.hang_report import HangReport, Heartbeat
 from quadriga.resilience.processes import RESTART_COUNT, parent_of
@@ -341,7 +341,7 @@ class Watchdog:
 
     def _abort(self, report: HangReport) -> NoReturn:
         """Log the fault, write stacks and traces, and exit. This thread alone reports the end of the rank."""
-        process_guards.acquire_exit_lock()
+        exit_reports.acquire_exit_lock()
         self._ending = True
         try:
             if report.reporter.rank == self._rank and self.events is not None:
@@ -349,7 +349,7 @@ class Watchdog:
                 headline = str(hang_report.hang_fault(report, "", str(self._traces))).splitlines()[0]
                 self.events.log_event("fault", self._heartbeat.step, error=headline)
             error = hang_report.hang_fault(report, self._dump_state(report), str(self._traces))
-            process_guards.end_process(process_guards.report_failure(self._environ, error, report.began))
+            exit_reports.end_process(exit_reports.report_failure(self._environ, error, report.began))
         finally:
             os._exit(EXIT_STALLED)
 

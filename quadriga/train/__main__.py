@@ -18,7 +18,7 @@ from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError
 from quadriga.limits import RANKS
 from quadriga.log import start_logging
 from quadriga.models.registry import catalogue
-from quadriga.resilience import process_guards
+from quadriga.resilience import exit_reports, processes
 
 HELP = """usage: python -m quadriga.train --job.config_file FILE [--section.key value ...]        one rank
        torchrun --nproc_per_node=N torchtitan/train.py --job.config_file FILE [...]    N ranks
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if problems := invalid_variables(environ):
         print(UserError(*problems).report, file=sys.stderr)
         return EXIT_USAGE
-    process_guards.die_with_torchrun(environ)
+    processes.die_with_torchrun(environ)
     faulthandler.enable()
     if {"-h", "--help"} & set(argv):
         from quadriga.config.reference import print_keys
@@ -45,18 +45,18 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = read_run(argv, environ)
     except UserError as error:
-        return process_guards.report_config_error(environ, error)
+        return exit_reports.report_config_error(environ, error)
     try:
         first = environ.get("RANK", "0") == "0"
-        with process_guards.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
+        with processes.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
             from quadriga.train.loop import run as train  # imports torch, slowly: errors above come without that delay
 
-            ended = process_guards.exit_code_after_restart(environ)
-            return process_guards.record_exit(environ, train(run, environ)) if ended is None else ended
+            ended = processes.exit_code_after_restart(environ)
+            return processes.record_exit(environ, train(run, environ)) if ended is None else ended
     except KeyboardInterrupt:
-        return process_guards.record_interrupt(environ)
+        return processes.record_interrupt(environ)
     except Exception as error:  # noqa: BLE001 - the one place where errors of any kind are reported and recorded
-        return process_guards.report_failure(environ, error)
+        return exit_reports.report_failure(environ, error)
 
 
 def invalid_variables(environ: Mapping[str, str]) -> list[Problem]:
@@ -102,7 +102,7 @@ def read_run(argv: Sequence[str], environ: Mapping[str, str]) -> Run:
 def run_rank() -> NoReturn:
     """Run the process that torchrun starts, and exit with its code."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a save request must not kill the process before training begins
-    process_guards.end_process(main(sys.argv[1:]))
+    exit_reports.end_process(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from quadriga.checkpoint import folder as checkpoint_folder
 from quadriga.comm import process_group
 from quadriga.config import Run
+from quadriga.data.tokenizer import build_tokenizer
+from quadriga.data.tokenizer_export import transformers_files
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
 from quadriga.metrics.jsonl import Record
+from quadriga.models import registry
 from quadriga.resilience import stop_requests
 from quadriga.resilience.bad_steps import CommonFault
 from quadriga.resilience.failures import record_failure
@@ -22,9 +27,9 @@ from quadriga.train import header
 from quadriga.train.backends import write_backends_record
 from quadriga.train.build import Trainer, build
 from quadriga.train.feed import DataFault
-from quadriga.train.hf import export_last_step
 from quadriga.train.resume import saved_extra, saved_tensors
 from quadriga.train.step import train_step
+from quadriga.units import format_seconds
 
 
 def run(run: Run, environ: Mapping[str, str]) -> int:
@@ -203,6 +208,28 @@ def save(trainer: Trainer, last: bool) -> None:
         state = trainer.state
         trainer.checkpoints.save(state.step, saved_tensors(state), saved_extra(trainer.run, state), last=last)
     trainer.stop_requests.mark_saved()
+
+
+def export_last_step(run: Run, step: int) -> None:
+    """With `checkpoint.last_save_in_hf`, write `step-N-hf` next to `step-N`, which must be published. Call on all
+    ranks. Raises CheckpointError on every rank if it cannot be written; `step-N` is then still complete."""
+    section = run.config.checkpoint
+    if not (section.enable and section.last_save_in_hf) or section.load_only:
+        return
+    from quadriga.checkpoint.hf_export import export_hf
+
+    start, path = time.monotonic(), checkpoint_folder.published_path(run.spec.folders.checkpoint, step)
+    found = checkpoint_folder.read_checkpoint(path)
+    assets = run.config.model.hf_assets_path
+    tokenizer = build_tokenizer(assets)
+    model, (bos_id, eos_id) = run.spec.model, tokenizer.special_ids
+    positions = max(found.extra.get("max_positions", 0), run.spec.seq_len)
+    config = registry.hf_config(model, bos_id=bos_id, eos_id=eos_id, positions=positions)
+    dtype = getattr(torch, section.export_dtype)
+    out, group = f"{found.path}-hf", process_group.host_group(section.timeout_seconds)
+    names, files = registry.tensor_names(model), transformers_files(assets)
+    export_hf(found, out, names, config, group, dtype=dtype, tokenizer=files, replace=True)
+    logger.info("saved %s in %s", out, format_seconds(time.monotonic() - start))
 
 
 def collect_garbage(trainer: Trainer) -> None:

@@ -1,14 +1,18 @@
-"""What a checkpoint saves of a run, how a run is restored from it, and which changes of the run are refused then."""
+"""What a checkpoint saves of a run, and how a run is restored from it, from one of torchtitan, or from Hugging Face
+weights. A resume that would continue another training is refused."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quadriga.checkpoint.extra_errors import convert_extra_errors
+from torch import nn
+
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.manager import CheckpointManager, Stateful
-from quadriga.checkpoint.states import ModelState, OptimizerState, RandomState
-from quadriga.comm import collectives
+from quadriga.checkpoint.messages import convert_extra_errors, position_lost, unknown_position
+from quadriga.comm import collectives, process_group
 from quadriga.config import Run
 from quadriga.config.continuity import resume_problems, run_facts
 from quadriga.config.legacy_keys import started_with
@@ -19,11 +23,9 @@ from quadriga.json_collectives import all_gather_json
 from quadriga.log import logger
 from quadriga.models import registry
 from quadriga.optim.schedule import fast_forward
-from quadriga.train.hf import start_from_hf
 from quadriga.train.run_files import versions
 from quadriga.train.state import TrainState
-from quadriga.train.titan import resume_from_titan
-from quadriga.units import plural
+from quadriga.units import format_seconds, plural
 
 Change = tuple[str, Any, Any]  # the key, what it was, what it is
 PATH_KEYS = {"job.config_file", "job.dump_folder"}  # other paths do not change the run
@@ -45,7 +47,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
-    checkpoints.load(found, tensors, registry.titan_names(run.spec.model))
+    checkpoints.load(found, tensors, registry.tensor_names(run.spec.model))
     state.max_positions = found.extra.get("max_positions", found.extra.get("seq_len", 0))
     if found.trainer and found.resume:
         resume_from_titan(run, state, found)
@@ -57,6 +59,8 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
 
 
 def saved_tensors(state: TrainState) -> dict[str, Stateful]:
+    from quadriga.checkpoint.tensors import ModelState, OptimizerState, RandomState
+
     return {
         "model": ModelState(state.parts),
         "optimizer": OptimizerState(state.parts, [state.optimizer]),
@@ -99,6 +103,71 @@ def restore_extra(state: TrainState, extra: Mapping[str, Any]) -> None:
         state.loader.load_state_dict(extra["dataloader"])
     else:  # only with `checkpoint.allow_change`
         logger.warning("the data differ from the checkpoint's: reading begins at their start")
+
+
+def start_from_hf(run: Run, parts: tuple[nn.Module, ...]) -> int:
+    """With `checkpoint.initial_load_in_hf`, load Hugging Face weights into this rank's parts of the model.
+
+    Returns the number of positions that the weights were trained for; 0 if nothing is loaded. Call on all ranks of a
+    run without a checkpoint. Raises UserError on every rank if the weights do not fit."""
+    section = run.config.checkpoint
+    if not (section.enable and section.initial_load_in_hf):
+        return 0
+    from quadriga.checkpoint.hf import read_hf
+    from quadriga.checkpoint.tensors import ModelState
+
+    start, place = time.monotonic(), section.initial_load_path or run.config.model.hf_assets_path
+    group = process_group.host_group(section.timeout_seconds)
+    names = registry.tensor_names(run.spec.model)
+    hf_config = read_hf(place, ModelState(parts).state_dict(), names, group, allow_change=section.allow_change)
+    logger.info("weights of %s read in %s", place, format_seconds(time.monotonic() - start))
+    return registry.positions_from_hf(hf_config)
+
+
+def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> None:
+    """Restore everything except tensors from a checkpoint of torchtitan; parts in `checkpoint.exclude_from_loading` are
+    unchanged. A warning lists what the checkpoint does not contain. The schedule is this run's, a function of the step.
+    """
+    if "train_state" in found.extra:
+        state.step, tokens = found.extra["train_state"]["step"], found.extra["train_state"]["tokens_seen"]
+        if tokens is None:
+            tokens = state.step * run.spec.tokens_per_step
+            _warn("it does not contain the number of tokens seen: assumed as this run's batch times its steps")
+        state.tokens_seen = tokens
+    if "lr_scheduler" in found.extra:
+        fast_forward(state.schedule, found.extra["lr_scheduler"]["done"])
+    if "dataloader" in found.extra:
+        _resume_data(run, state, found.extra["dataloader"])
+
+
+def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Continue reading where torchtitan's loader stopped, if the data are read in the same order."""
+    dataloader = run.config.training.dataloader
+    why = unknown_position(saved, dataloader.shuffle)
+    if why is None:
+        try:
+            state.loader.start_at(saved["documents"], saved["tokens_left"])
+        except UserError as error:  # of other data; all ranks have the same error
+            why = f"{error.problems[0].where} {error.problems[0].what}"
+    if why is not None:
+        _warn(position_lost(why))
+        return
+    logger.info(
+        "data: reading continues where torchtitan stopped: %s read, %s left to train on",
+        plural(saved["documents"], "document"),
+        plural(saved["tokens_left"], "id"),
+    )
+    if dataloader.window_overlap:
+        _warn(
+            "torchtitan's windows do not overlap, but those of this run do: set training.dataloader.window_overlap = 0 "
+            "to read as torchtitan does"
+        )
+
+
+def _warn(message: str) -> None:
+    """Log on the first rank only, because the message is the same on all."""
+    if collectives.rank() == 0:
+        logger.warning("%s", message)
 
 
 def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None:

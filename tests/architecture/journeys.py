@@ -24,10 +24,10 @@ TRAINING: Mapping[str, Sequence[tuple[str, str]]] = {
     "weight": [
         ("models/registry.py:build_model", "models/registry.py:build_model"),
         ("parallel/materialize.py:materialize", "parallel/materialize.py:materialize"),
-        ("checkpoint/states.py:ModelState.state_dict", "checkpoint/states.py:ModelState.state_dict"),
+        ("checkpoint/tensors.py:ModelState.state_dict", "checkpoint/tensors.py:ModelState.state_dict"),
         ("checkpoint/tensors.py:save_tensors", "checkpoint/tensors.py:save_tensors"),
-        ("models/llama/hf_names.py:HfNames.hf_name", "models/llama/hf_names.py:HfNames.hf_name"),
-        ("checkpoint/hf_write.py:write_weights", "checkpoint/hf_write.py:write_weights"),
+        ("models/llama/names.py:TensorNames.hf_name", "models/llama/names.py:TensorNames.hf_name"),
+        ("checkpoint/hf_export.py:write_weights", "checkpoint/hf_export.py:write_weights"),
     ],
     "loss": [
         ("train/loss.py:build_loss.<locals>.loss", "train/loss.py:build_loss.<locals>.loss"),
@@ -41,8 +41,10 @@ LAUNCH = {
         ("launch/environment.py:rank_environment", "launch/environment.py:rank_environment"),
         ("launch/supervisor.py:supervise", "launch/supervisor.py:SignalHandler.attach"),
         ("launch/agent.py:main", "launch/agent.py:main"),
-        ("resilience/process_guards.py:die_with_torchrun", "resilience/process_guards.py:die_with_torchrun"),
-        ("resilience/process_guards.py:lock_run_folder", "resilience/process_guards.py:exit_code_after_restart"),
+        ("resilience/processes.py:die_with_torchrun", "resilience/processes.py:die_with_torchrun"),
+        ("resilience/processes.py:lock_run_folder", "resilience/processes.py:lock_run_folder"),
+        ("resilience/processes.py:exit_code_after_restart", "resilience/processes.py:exit_code_after_restart"),
+        ("resilience/processes.py:record_exit", "resilience/processes.py:record_exit"),
     ],
 }
 

@@ -29,14 +29,14 @@ journeys.Trace(journeys.LAUNCH, pathlib.Path({log!r})).start()
 LIMITS = {
     "One knob: `training.loss_chunks`": (7, 7),
     "One document, disk to batch": (7, 7),
-    "One weight, initialization to checkpoint to Hugging Face": (20, 11),
+    "One weight, initialization to checkpoint to Hugging Face": (11, 11),
     "One loss, logits to log line": (6, 6),
-    "One launch, `run_train.sh` to a rank": (10, 7),
+    "One launch, `run_train.sh` to a rank": (7, 7),
 }
 
 # Files that a journey enters and a reader need not open.
 EXCLUDED = {
-    "quadriga/units.py": "formats numbers with their units",
+    "quadriga/units.py": "formats numbers with their units, and names",
     "quadriga/log.py": "adds the prefix to a log line",
     "quadriga/reading.py": "opens files with a limit on their size",
     "quadriga/config/model_spec.py": "the sizes of a model, one property",

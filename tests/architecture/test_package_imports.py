@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "units", "log", "config", "limits", "reading", "json_collectives", "tensors"},
     "parallel": {"models", "comm", "errors", "units", "log", "config", "tensors"},
     "planning": GROUND | {"config", "models", "comm", "metrics"},
-    "resilience": GROUND | {"config", "comm", "optim", "metrics", "checkpoint", "json_collectives", "tensors"},
+    "resilience": GROUND | {"config", "comm", "optim", "metrics", "json_collectives", "tensors"},
     "train": GROUND
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint"}
     | {"planning", "resilience", "json_collectives", "tensors"},
@@ -56,7 +56,6 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("planning", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap"),
     ("planning", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.operations"),
     ("planning", "metrics"): ("quadriga.metrics.cycles",),
-    ("resilience", "checkpoint"): ("quadriga.checkpoint.states",),
     ("rehearsal.equivalence", "comm"): ("quadriga.comm.backend",),
     ("analysis.compare", "metrics"): tuple(f"quadriga.metrics.{part}" for part in ("jsonl", "events", "cycles")),
     ("comm", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
@@ -85,7 +84,7 @@ LAZY_READERS |= {
     "tensorboard.summary.writer.record_writer",
     "quadriga.checkpoint.tensors",
     "quadriga.checkpoint.hf",
-    "quadriga.checkpoint.titan_read",
+    "quadriga.checkpoint.load",
     "quadriga.checkpoint.hf_export",
     "fsspec.core",
 }  # half a second of start-up

@@ -22,7 +22,7 @@ NAMES |= {"all_gather_object", "gather_object", "broadcast_object_list", "scatte
 NAMES |= {"send_object_list", "recv_object_list", "read_pickle", "find_class", "Unpickler"}
 CALLS = {"torch.load", "torch.jit.load", "torch.package.PackageImporter", "np.load", "numpy.load"}
 LISTED: dict[str, set[str]] = {
-    "quadriga/checkpoint/shards.py": {"pickletools"},
+    "quadriga/checkpoint/stored.py": {"pickletools"},
     "quadriga/cli/convert_titan.py": {"pickle"},
     "quadriga/metrics/profiler.py": {"pickle"},
     "quadriga/analysis/trace/analysis.py": {"multiprocessing", "ProcessPoolExecutor"},

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.states import ModelState, OptimizerState
+from quadriga.checkpoint.tensors import ModelState, OptimizerState
 from quadriga.config.schema import Checkpoint
 
 STEPS = 4

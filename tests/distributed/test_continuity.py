@@ -118,7 +118,7 @@ def test_a_seed_checkpoint_is_the_start_of_the_run(tmp_path):
 
 def test_a_resumed_run_finds_its_random_numbers(tmp_path):
     """What is drawn after the state was put back is what was drawn after it was taken."""
-    from quadriga.checkpoint.states import RandomState
+    from quadriga.checkpoint.tensors import RandomState
 
     states = RandomState(3)
     torch.manual_seed(5)

@@ -18,11 +18,10 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.hf import read_hf
 from quadriga.checkpoint.hf_export import export_hf
-from quadriga.checkpoint.states import ModelState
-from quadriga.checkpoint.tensors import save_tensors
+from quadriga.checkpoint.tensors import ModelState, save_tensors
 from quadriga.comm.mesh import build_mesh
 from quadriga.config.model_spec import ModelSpec
-from quadriga.models.registry import hf_config, hf_names
+from quadriga.models.registry import hf_config, tensor_names
 from quadriga.train.build import build_parts, build_state
 
 CPU = torch.device("cpu")
@@ -50,7 +49,7 @@ def load(folder: str, arguments: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """The weights that this rank's parts of the model have after reading, whole."""
     run, parts = parts_of(arguments)
     group = dist.new_group(backend="gloo")
-    read_hf(folder, ModelState(parts).state_dict(), hf_names(run.spec.model), group)
+    read_hf(folder, ModelState(parts).state_dict(), tensor_names(run.spec.model), group)
     return whole_weights(build_state(run, parts, None))
 
 
@@ -89,7 +88,7 @@ def export(folder: str, out: str, arguments: tuple[str, ...], full_on_rank: int)
     """Save on this layout, then export by all ranks; what went wrong. One rank's disk may be full."""
     run, parts = parts_of(arguments)
     group = dist.new_group(backend="gloo")
-    read_hf(str(Path(folder, "hf")), ModelState(parts).state_dict(), hf_names(run.spec.model), group)
+    read_hf(str(Path(folder, "hf")), ModelState(parts).state_dict(), tensor_names(run.spec.model), group)
     if dist.get_rank() == 0:
         folders.prepare(folder, 5)
     dist.barrier()
@@ -101,7 +100,7 @@ def export(folder: str, out: str, arguments: tuple[str, ...], full_on_rank: int)
     if dist.get_rank() == full_on_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     config = hf_config(run.spec.model, bos_id=None, eos_id=None)
-    found, names = folders.read_checkpoint(folders.published_path(folder, 5)), hf_names(run.spec.model)
+    found, names = folders.read_checkpoint(folders.published_path(folder, 5)), tensor_names(run.spec.model)
     try:
         export_hf(found, out, names, config, group, dtype=torch.bfloat16, most=10_000, replace=True)
     except CheckpointError as error:
@@ -120,7 +119,7 @@ def test_every_rank_writes_its_share(tmp_path, layout):
     assert len(files) > 4
     assert set(index.values()) == {file.name for file in files}
     held = {name: value for file in files for name, value in load_file(file).items()}
-    theirs = {hf_names(model.spec).hf_name(name): value for name, value in model.state_dict().items()}
+    theirs = {tensor_names(model.spec).hf_name(name): value for name, value in model.state_dict().items()}
     assert held.keys() == theirs.keys()
     assert all(torch.equal(held[name], value.bfloat16()) for name, value in theirs.items())
 
@@ -144,6 +143,6 @@ def test_an_export_holds_what_one_process_would_write(tmp_path):
     run_ranks(export, 2, str(tmp_path), str(tmp_path / "step-5-hf"), FSDP, -1)
     found, spec = save(model, tmp_path / "alone"), model.spec
     config = hf_config(spec, bos_id=None, eos_id=None)
-    export_hf(found, tmp_path / "out", hf_names(spec), config, None, dtype=torch.bfloat16, most=10_000)
+    export_hf(found, tmp_path / "out", tensor_names(spec), config, None, dtype=torch.bfloat16, most=10_000)
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("step-5-hf", "out")]
     assert files[0] == files[1]

@@ -13,9 +13,9 @@ from ranks import RankError
 from safetensors.torch import load_file
 from training import TINY, train
 
-from quadriga.checkpoint.tensors import load_tensors
+from quadriga.checkpoint.load import load_tensors
 from quadriga.models.llama.model import Llama
-from quadriga.models.registry import hf_names
+from quadriga.models.registry import tensor_names
 
 STEPS = ("--training.steps=4", "--checkpoint.enable", "--checkpoint.interval=100")
 FSDP = ("--parallelism.data_parallel_shard_degree=2",)
@@ -49,7 +49,7 @@ def test_a_run_starts_from_their_weights_and_ends_in_them(tmp_path):
         saved = Llama(spec())
         load_tensors(place / "step-4", {f"model.{n}": v for n, v in saved.state_dict().items()}, None)
         exported = weights_in(place / "step-4-hf")
-        assert all(torch.equal(exported[hf_names(spec()).hf_name(n)], v) for n, v in saved.state_dict().items())
+        assert all(torch.equal(exported[tensor_names(spec()).hf_name(n)], v) for n, v in saved.state_dict().items())
         config = json.loads((place / "step-4-hf" / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (256, 257, "float32")
         assert config["max_position_embeddings"] == 4321, "the source's: more than the run's own sequences"

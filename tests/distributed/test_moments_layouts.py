@@ -9,7 +9,7 @@ import pytest
 import training
 from training import TINY
 
-from quadriga.checkpoint.tensors import stored_tensors
+from quadriga.checkpoint.stored import open_stored
 
 NARROW = (*TINY, "--optimizer.state_dtype=bfloat16", "--training.mixed_precision_param=float32")
 # Sums whose order does not matter: data-parallel layouts are then the same to the bit.
@@ -25,7 +25,7 @@ def figures(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
 def formats(folder: Path) -> dict[str, set[str]]:
     """The formats that a checkpoint holds each kind of the optimizer's tensors in."""
     found: dict[str, set[str]] = {}
-    for name, entry in stored_tensors(str(folder)).items():
+    for name, entry in open_stored(str(folder), None).plan.tensors.items():
         if name.startswith("optimizer."):
             found.setdefault(name.rpartition(".")[2], set()).add(str(entry.dtype))
     return found

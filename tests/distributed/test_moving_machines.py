@@ -11,7 +11,7 @@ from training import DEBUG_FILE, TINY, one_rank
 
 from quadriga.checkpoint.folder import find_complete
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.states import RandomState
+from quadriga.checkpoint.tensors import RandomState
 from quadriga.config.schema import Checkpoint
 from quadriga.metrics.jsonl import read_metrics
 

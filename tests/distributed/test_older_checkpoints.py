@@ -21,9 +21,10 @@ from training import train
 from weights import Weights
 
 from quadriga.checkpoint import folder as folders
-from quadriga.checkpoint import metadata_file, plan
+from quadriga.checkpoint import plan
+from quadriga.checkpoint.load import load_tensors
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.tensors import load_tensors, stored_tensors
+from quadriga.checkpoint.stored import open_stored
 from quadriga.config.schema import Checkpoint
 from quadriga.launch.supervisor import main as launch
 
@@ -49,7 +50,7 @@ def older(tmp_path: Path) -> Path:
 
 
 def empty(step: Path) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in stored_tensors(step).items()}
+    return {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in open_stored(step, None).plan.tensors.items()}
 
 
 def by_dcp(step: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +94,7 @@ def test_an_older_checkpoint_resumes_to_the_bit(older: Path, tmp_path: Path) -> 
     """The run that goes on from it is the run that goes on from the same state with a plan, bit for bit."""
     newer = tmp_path / "newer/checkpoint/step-2"
     shutil.copytree(older, newer)
-    (newer / "plan.json").write_bytes(metadata_file.read_plan((older / ".metadata").read_bytes()).as_json())
+    (newer / "plan.json").write_bytes(plan.parse_metadata((older / ".metadata").read_bytes()).as_json())
     (newer / ".metadata").write_bytes(b"not opened")
     reseal_manifest(newer)
     assert resumed(older, 2) == resumed(newer, 2)
@@ -151,7 +152,7 @@ def test_stock_dcp_reads_what_is_saved_on_two_ranks(older: Path) -> None:
     load_tensors(last, ours, None, facts=folders.read_checkpoint(last).files)
     assert same(ours, by_dcp(last))
     written = plan.parse_plan((last / "plan.json").read_bytes())
-    assert written.tensors == metadata_file.read_plan((last / ".metadata").read_bytes()).tensors
+    assert written.tensors == plan.parse_metadata((last / ".metadata").read_bytes()).tensors
     assert "plan.json" in folders.read_checkpoint(last).files
 
 

@@ -13,10 +13,10 @@ from ranks import run_ranks
 from tiny import to_full_tensor
 from torchtitan_checkpoints import SIZES, expected, unpack
 
-from quadriga.checkpoint.states import ModelState, OptimizerState
-from quadriga.checkpoint.titan_read import read_titan
+from quadriga.checkpoint.load import read_titan
+from quadriga.checkpoint.tensors import ModelState, OptimizerState
 from quadriga.comm.mesh import build_mesh
-from quadriga.models.registry import titan_names
+from quadriga.models.registry import tensor_names
 from quadriga.train.build import build_parts, build_state
 
 FSDP, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
@@ -36,7 +36,7 @@ def load(place: str, arguments: tuple[str, ...]) -> dict[str, torch.Tensor]:
     state = build_state(run, parts, None)
     states = {"model": ModelState(parts), "optimizer": OptimizerState(parts, [state.optimizer])}
     held = {f"{part}.{name}": value for part, one in states.items() for name, value in one.state_dict().items()}
-    read_titan(place, held, titan_names(run.spec.model), dist.new_group(backend="gloo"))
+    read_titan(place, held, tensor_names(run.spec.model), dist.new_group(backend="gloo"))
     return {name: to_full_tensor(value) for name, value in held.items()}
 
 

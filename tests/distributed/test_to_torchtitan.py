@@ -85,7 +85,7 @@ def test_tensors_are_ours_with_rows_in_their_order(start, monkeypatch):
     main(["to-torchtitan", "out/checkpoint/step-4", "tensors"])
     from test_older_checkpoints import empty
 
-    from quadriga.checkpoint.tensors import load_tensors
+    from quadriga.checkpoint.load import load_tensors
 
     found = folders.read_checkpoint(start / "out/checkpoint/step-4")
     ours = {name: value for name, value in empty(Path(found.location)).items() if not name.startswith("random")}

@@ -12,12 +12,12 @@ from torchtitan_checkpoints import SPEC, unpack, zip64
 
 from quadriga.checkpoint import titan
 from quadriga.checkpoint.folder import CheckpointError, InvalidCheckpoint
+from quadriga.checkpoint.load import load_tensors, read_titan
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.checkpoint.plan_format import PlanError, format_raw
-from quadriga.checkpoint.tensors import load_tensors, save_tensors
-from quadriga.checkpoint.titan_read import read_titan
+from quadriga.checkpoint.tensors import save_tensors
 from quadriga.errors import Problem, UserError
-from quadriga.models.registry import titan_names
+from quadriga.models.registry import tensor_names
 
 SHAPES = {"model.a.weight": (6, 5), "model.b.weight": (7,), "model.c": ()}
 
@@ -41,7 +41,7 @@ def read_it(folder: Path) -> None:
         raise UserError(Problem(json.dumps(str(folder)), str(error))) from error
 
 
-NAMES = titan_names(SPEC)
+NAMES = tensor_names(SPEC)
 
 
 def build_theirs(folder: Path) -> None:

@@ -20,7 +20,7 @@ from quadriga.checkpoint.hf_folder import HfFolder
 from quadriga.config.assets import tokenizer_facts
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.data.tokenizer_export import transformers_files
-from quadriga.models.registry import hf_names, positions_from_hf, spec_from_hf
+from quadriga.models.registry import positions_from_hf, spec_from_hf, tensor_names
 
 CHARSMAP = (2048).to_bytes(4, "little") + bytes(2048) + b"a"  # a table that maps nothing
 UNIGRAM = {
@@ -89,7 +89,7 @@ def build_indexed(folder: Path) -> None:
     write_hf(random_model(SPEC), folder / "hf")
     file = "model-00001-of-00001.safetensors"
     (folder / "hf" / "model.safetensors").rename(folder / "hf" / file)
-    names = hf_names(SPEC)
+    names = tensor_names(SPEC)
     listed = {"metadata": {"total_size": 1}, "weight_map": {names.hf_name(name): file for name in names.shapes}}
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(listed))
 
@@ -99,7 +99,7 @@ def read_weights(folder: Path) -> None:
     config = source.config()
     spec = spec_from_hf(config, source.config_file)
     positions_from_hf(config)
-    names = hf_names(spec)
+    names = tensor_names(spec)
     names.config_differences(config, source.config_file)
     refuse_other_names(source, names, names.shapes)
     for name, shape in names.shapes.items():

@@ -1,4 +1,4 @@
-"""Converts a `config.json` of Hugging Face to a `ModelSpec`, and reports values that are not supported.
+"""Converts a `config.json` of Hugging Face to a `ModelSpec` and back, and reports values that are not supported.
 
 Both formats are read: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
 """
@@ -63,6 +63,43 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
         norm_eps=float(_value_or(config, "rms_norm_eps", 1e-6)),
         tie_embeddings=bool(_value_or(config, "tie_word_embeddings", False)),
     )
+
+
+def hf_config(spec: ModelSpec) -> dict[str, object]:
+    """The fields of `config.json` that describe the model. The export adds token ids and dtype.
+
+    `max_position_embeddings` is the published one: 131,072 with scaled rotary frequencies, the original length without.
+    """
+    scaling = spec.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": spec.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": spec.ffn_dim,
+        "max_position_embeddings": 131_072 if scaling else 8_192,
+        "mlp_bias": False,
+        "num_attention_heads": spec.n_heads,
+        "num_hidden_layers": spec.n_layers,
+        "num_key_value_heads": spec.n_kv_heads,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "factor": scaling.factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+            "rope_type": "llama3",
+        },
+        "rope_theta": spec.rope_theta,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "vocab_size": spec.vocab_size,
+    }
 
 
 def config_differences(config: Mapping[str, Any], spec: ModelSpec, where: str) -> list[Problem]:

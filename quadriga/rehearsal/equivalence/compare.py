@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quadriga.checkpoint import tensors
+from quadriga.checkpoint import load
 from quadriga.checkpoint.folder import published_path
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.models.plan import ParameterPlan
@@ -43,7 +43,7 @@ def read_outcome(folder: Path, parameters: Iterable[ParameterPlan], steps: int) 
         raise ValueError(f"{folder}: not every step from 1 to {steps} is in metrics.jsonl")
     weights = {plan.name: torch.empty(plan.shape) for plan in parameters}
     saved = {f"model.{name}": tensor for name, tensor in weights.items()}
-    tensors.load_tensors(published_path(folder / "checkpoint", steps), saved, None)
+    load.load_tensors(published_path(folder / "checkpoint", steps), saved, None)
     return RunOutcome([record["loss"] for record in records], [record["grad_norm"] for record in records], weights)
 
 

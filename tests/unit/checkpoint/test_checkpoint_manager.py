@@ -11,7 +11,7 @@ from torch import nn
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.states import ModelState, OptimizerState
+from quadriga.checkpoint.tensors import ModelState, OptimizerState
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
 

@@ -20,12 +20,12 @@ from weights import Weights
 
 from quadriga import limits
 from quadriga.checkpoint import plan as plans
-from quadriga.checkpoint import shards
+from quadriga.checkpoint import stored
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
 from quadriga.checkpoint.plan import PlanError
-from quadriga.checkpoint.states import RandomState
 from quadriga.checkpoint.stored import open_stored
+from quadriga.checkpoint.tensors import RandomState
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
 
@@ -80,14 +80,12 @@ def test_metadata_is_not_looked_at_where_there_is_a_plan(pristine, tmp_path):
 
 def test_the_plan_is_parsed_once_and_dcp_reads_no_file_of_its_own(pristine, tmp_path, monkeypatch):
     """What was checked is what is used."""
-    from quadriga.checkpoint import metadata_file, plan
+    from quadriga.checkpoint import plan
 
     calls = []
-    for module, name in ((plan, "parse_plan"), (metadata_file, "read_plan")):
-        original = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda data, original=original, name=name: calls.append(name) or original(data)
-        )
+    for name in ("parse_plan", "parse_metadata"):
+        original = getattr(plan, name)
+        monkeypatch.setattr(plan, name, lambda data, original=original, name=name: calls.append(name) or original(data))
     monkeypatch.setattr(pickle, "load", lambda file: pytest.fail("a file was unpickled"))
     for legacy in (False, True):
         step = tmp_path / str(legacy) / "step-8"
@@ -96,7 +94,7 @@ def test_the_plan_is_parsed_once_and_dcp_reads_no_file_of_its_own(pristine, tmp_
             (step / "plan.json").unlink()
             reseal_manifest(step)
         assert load(manager(step.parent)).held["a.weight"].eq(8).all()
-    assert calls == ["parse_plan", "read_plan"]
+    assert calls == ["parse_plan", "parse_metadata"]
 
 
 def test_pickled_entries_of_a_foreign_folder_are_left_alone(tmp_path):
@@ -155,7 +153,7 @@ def test_records_that_differ_in_case_are_not_confused():
     confused = torch.load(io.BytesIO(data), weights_only=True)
     assert type(confused) is bytearray
     assert len(confused) == 4096
-    read = shards.read_chunk(io.BytesIO(data), len(data), torch.float32, [4])
+    read = stored.read_chunk(io.BytesIO(data), len(data), torch.float32, [4])
     assert read.equal(torch.arange(4.0))
 
 
@@ -175,7 +173,7 @@ def test_a_tensor_of_more_numbers_than_its_storage_is_refused(held):
         made.writestr("archive/padding", b"x" * 800)
     data = file.getvalue()
     with pytest.raises(PlanError, match="out of bounds for storage"):
-        shards.read_chunk(io.BytesIO(data), len(data), torch.float32, [200])
+        stored.read_chunk(io.BytesIO(data), len(data), torch.float32, [200])
 
 
 TENSORS = [
@@ -196,11 +194,11 @@ TENSORS = [
 
 @pytest.mark.parametrize("in_memory", [0, 1 << 24])
 def test_a_chunk_is_what_was_saved(monkeypatch, in_memory):
-    monkeypatch.setattr(shards, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(stored, "IN_MEMORY", in_memory)
     for tensor in TENSORS:
         data = archive(tensor)
-        part = shards.Slice(io.BytesIO(b"xx" + data + b"yy"), 2, len(data))
-        read = shards.read_chunk(part, len(data), tensor.dtype, list(tensor.shape))
+        part = stored.Slice(io.BytesIO(b"xx" + data + b"yy"), 2, len(data))
+        read = stored.read_chunk(part, len(data), tensor.dtype, list(tensor.shape))
         assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
         assert read.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
 

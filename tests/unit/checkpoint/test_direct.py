@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadriga.checkpoint import direct
+from quadriga.checkpoint import files
 
-BLOCK, PIECE = direct.BLOCK, direct.BUFFER_BYTES
+BLOCK, PIECE = files.BLOCK, files.BUFFER_BYTES
 lengths = st.one_of(st.integers(0, 3 * BLOCK), st.sampled_from([BLOCK, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + BLOCK]))
 
 
@@ -23,7 +23,7 @@ def random_bytes():
 def test_a_file_holds_what_was_written(tmp_path_factory, random_bytes, pieces):
     path = tmp_path_factory.getbasetemp() / "direct"
     expected = b""
-    with direct.create(path) as file:
+    with files.create_direct(path) as file:
         for length, flush in pieces:
             assert file.write(random_bytes[:length]) == length
             expected += random_bytes[:length]
@@ -37,7 +37,7 @@ def test_a_file_holds_what_was_written(tmp_path_factory, random_bytes, pieces):
 def test_an_older_file_is_replaced_and_any_buffer_will_do(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 3 * BLOCK)
-    with direct.create(path) as file:
+    with files.create_direct(path) as file:
         file.write(memoryview(b"abcd").cast("i"))
     assert path.read_bytes() == b"abcd"
 
@@ -53,19 +53,19 @@ def test_a_file_system_without_direct_writing(tmp_path, monkeypatch, random_byte
 
     monkeypatch.setattr(os, "open", refuse)
     path = tmp_path / "file"
-    with direct.create(path) as file:
+    with files.create_direct(path) as file:
         file.write(random_bytes[: PIECE + 5])
     assert path.read_bytes() == random_bytes[: PIECE + 5]
 
 
 def write_to_a_full_disk(path):
-    with direct.create(path) as file:
+    with files.create_direct(path) as file:
         os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
         file.write(b"x" * PIECE)
 
 
 def test_other_troubles_stay(tmp_path):
     with pytest.raises(FileNotFoundError):
-        direct.create(tmp_path / "nowhere" / "file")
+        files.create_direct(tmp_path / "nowhere" / "file")
     with pytest.raises(OSError, match="No space left"):
         write_to_a_full_disk(tmp_path / "file")

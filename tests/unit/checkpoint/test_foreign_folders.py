@@ -381,7 +381,7 @@ STAGES = (("tok_embeddings.weight", "layers.0.w"), ("layers.1.w", "norm.weight",
 def read_as_a_stage(place: str, lacking: str) -> list[float] | str:
     from torch import distributed as dist
 
-    from quadriga.checkpoint.tensors import load_tensors
+    from quadriga.checkpoint.load import load_tensors
 
     rank = dist.get_rank()
     own = {f"model.{name}": torch.zeros(4) for name in STAGES[rank]}

@@ -20,12 +20,11 @@ from quadriga.checkpoint.folder import read_checkpoint
 from quadriga.checkpoint.hf import import_hf, read_hf
 from quadriga.checkpoint.hf_export import export_hf
 from quadriga.checkpoint.hf_folder import HfFolder
-from quadriga.checkpoint.tensors import load_tensors
+from quadriga.checkpoint.load import load_tensors
 from quadriga.cli.main import main
 from quadriga.config.schema import JobConfig
-from quadriga.models.llama.hf_names import from_hf
 from quadriga.models.llama.model import Llama
-from quadriga.models.registry import hf_config, hf_names, spec_from_hf
+from quadriga.models.registry import hf_config, spec_from_hf, tensor_names
 
 
 def convert(*arguments: object) -> None:
@@ -87,7 +86,7 @@ def test_a_random_llama_of_theirs_gives_the_same_logits_here(tmp_path, tied, sca
     converted = load_checkpoint(tmp_path / "ours" / "step-0", Llama(spec))
     assert (logits(converted, spec) - expected).abs().max() <= 1e-4
     direct = random_model(spec)
-    read_hf(tmp_path / "hf", direct.state_dict(), hf_names(spec), None)
+    read_hf(tmp_path / "hf", direct.state_dict(), tensor_names(spec), None)
     assert torch.equal(logits(direct, spec), logits(converted, spec))
 
 
@@ -109,7 +108,7 @@ def test_there_and_back_no_bit_changes(tmp_path, dtype):
 def test_files_are_as_large_as_asked_for_and_listed(tmp_path):
     model = random_model(SPEC)
     found = save(model, tmp_path / "checkpoint")
-    names, config = hf_names(SPEC), hf_config(SPEC, bos_id=None, eos_id=None)
+    names, config = tensor_names(SPEC), hf_config(SPEC, bos_id=None, eos_id=None)
     export_hf(found, tmp_path / "out", names, config, None, most=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -120,7 +119,7 @@ def test_files_are_as_large_as_asked_for_and_listed(tmp_path):
     assert all(file.stat().st_size <= 20_000 + 4_000 for file in files)  # tensors, and the header
     held = {name: file.name for file in files for name in load_file(file)}
     assert index["weight_map"] == held
-    assert {from_hf(name) for name in held} == set(model.state_dict())
+    assert set(held) == {tensor_names(SPEC).hf_name(name) for name in model.state_dict()}
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     assert (logits(theirs(tmp_path / "out"), SPEC) - logits(model, SPEC)).abs().max() <= 1e-4
 
@@ -130,8 +129,9 @@ def test_weights_are_rounded_on_request(tmp_path):
     save(model, tmp_path / "checkpoint")
     convert("to-hf", tmp_path / "checkpoint", tmp_path / "out", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    for name, value in weights_in(tmp_path / "out").items():
-        assert torch.equal(value, model.state_dict()[from_hf(name)].bfloat16())
+    held = weights_in(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        assert torch.equal(held[tensor_names(SPEC).hf_name(name)], value.bfloat16())
     convert("from-hf", tmp_path / "out", tmp_path / "back", "--dtype", "float32")
     back = load_checkpoint(tmp_path / "back" / "step-0", Llama(SPEC))
     assert torch.equal(back.norm.weight, model.norm.weight.bfloat16().float())
@@ -211,7 +211,7 @@ def test_a_file_says_what_a_checkpoint_does_not(tmp_path, capsys):
     assert "--config FILE.toml" in capsys.readouterr().err
     convert("to-hf", found.path, tmp_path / "out", "--config", tmp_path / "run.toml")
     assert set(weights_in(tmp_path / "out")) == {
-        hf_names(spec).hf_name(name) for name in random_model(spec).state_dict()
+        tensor_names(spec).hf_name(name) for name in random_model(spec).state_dict()
     }
     (tmp_path / "run.toml").write_text(text.replace("96", "128"))
     assert main(["convert", "to-hf", found.path, str(tmp_path / "other"), "--config", str(tmp_path / "run.toml")]) == 2
@@ -273,7 +273,7 @@ def test_a_bit_that_flipped_in_the_checkpoint_is_not_exported(tmp_path, capsys):
 
 
 def test_an_export_may_replace_an_older_one(tmp_path):
-    config, names = hf_config(SPEC, bos_id=None, eos_id=None), hf_names(SPEC)
+    config, names = hf_config(SPEC, bos_id=None, eos_id=None), tensor_names(SPEC)
     export_hf(save(random_model(SPEC, 1), tmp_path, 1), tmp_path / "out", names, config, None, most=20_000)
     export_hf(save(random_model(SPEC, 2), tmp_path, 2), tmp_path / "out", names, config, None, replace=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
@@ -283,7 +283,7 @@ def test_an_export_may_replace_an_older_one(tmp_path):
 def test_an_import_into_a_place_of_our_own(tmp_path):
     """`import_hf` is what the command calls; the name that it returns can be read."""
     source = HfFolder(write_hf(random_model(SPEC), tmp_path / "hf"))
-    name = import_hf(source, tmp_path / "ours", hf_names(SPEC), {"model": {}})
+    name = import_hf(source, tmp_path / "ours", tensor_names(SPEC), {"model": {}})
     assert read_checkpoint(name).extra == {"model": {}}
 
 
@@ -296,5 +296,5 @@ def test_checkpoints_and_exports_may_lie_in_an_object_store(tmp_path):
     files = files_at(store)
     assert files.names(f"{store}/out") == ["config.json", "model.safetensors"]
     held = load(files.read(f"{store}/out/model.safetensors"))
-    assert all(torch.equal(held[hf_names(SPEC).hf_name(n)], v.bfloat16()) for n, v in model.state_dict().items())
+    assert all(torch.equal(held[tensor_names(SPEC).hf_name(n)], v.bfloat16()) for n, v in model.state_dict().items())
     assert main(["convert", "to-hf", f"{store}/run", f"{store}/out"]) == 2, "what is there is not overwritten"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quadriga.checkpoint.hf_export import WeightFile, write_weights
 from quadriga.checkpoint.hf_folder import TensorInfo
-from quadriga.checkpoint.hf_write import WeightFile, write_weights
 from quadriga.config.model_spec import ModelSpec
-from quadriga.models.registry import hf_config, hf_names
+from quadriga.models.registry import hf_config, tensor_names
 from quadriga.units import MIB
 
 SMALL, LARGE = 2, 24  # layers
@@ -29,7 +29,7 @@ def spec_of(layers: int) -> ModelSpec:
 def write_folder(spec: ModelSpec, folder: Path) -> int:
     """Weights of a model in bfloat16, written without ever holding them; their bytes in float32."""
     folder.mkdir()
-    names = hf_names(spec)
+    names = tensor_names(spec)
     entries = {names.hf_name(name): TensorInfo(shape, torch.bfloat16) for name, shape in names.shapes.items()}
     file = WeightFile("model.safetensors", entries)
     with (folder / file.name).open("wb") as stream:

@@ -17,7 +17,7 @@ from quadriga.checkpoint.hf import read_hf
 from quadriga.checkpoint.hf_folder import HfFolder
 from quadriga.cli.main import main
 from quadriga.errors import UserError
-from quadriga.models.registry import hf_names, spec_from_hf
+from quadriga.models.registry import spec_from_hf, tensor_names
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def refused(source: Path | str, out: Path, capsys, direction: str = "from-hf") -
 
 def refused_in_a_run(source: Path, **keys) -> str:
     with pytest.raises(UserError) as caught:
-        read_hf(source, random_model(SPEC).state_dict(), hf_names(SPEC), None, **keys)
+        read_hf(source, random_model(SPEC).state_dict(), tensor_names(SPEC), None, **keys)
     return str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_a_run_takes_no_weights_that_were_made_with_other_numbers(hf, fields, sa
     configure(hf, **fields)
     assert says in refused_in_a_run(hf)
     model = random_model(dataclasses.replace(SPEC, n_layers=4), seed=9)
-    read_hf(hf, model.state_dict(), hf_names(SPEC), None, allow_change=True)
+    read_hf(hf, model.state_dict(), tensor_names(SPEC), None, allow_change=True)
     assert torch.equal(model.norm.weight, random_model(SPEC).norm.weight)
 
 
@@ -171,12 +171,12 @@ def test_an_output_layer_that_differs_is_not_tied(tmp_path, monkeypatch, capsys,
     untied = spec_from_hf(source.config(), source.config_file)
     assert untied.tie_embeddings is False
     ours = random_model(untied)
-    read_hf(folder, ours.state_dict(), hf_names(untied), None)
+    read_hf(folder, ours.state_dict(), tensor_names(untied), None)
     assert torch.equal(ours.output.weight, head)
     assert (logits(AutoModelForCausalLM.from_pretrained(folder), spec) - logits(ours, spec)).abs().max() <= 1e-4
     for allow_change in (False, True):
         with pytest.raises(UserError, match=r"tie_word_embeddings|lm_head"):
-            read_hf(folder, random_model(spec).state_dict(), hf_names(spec), None, allow_change=allow_change)
+            read_hf(folder, random_model(spec).state_dict(), tensor_names(spec), None, allow_change=allow_change)
 
 
 def test_pickles_are_never_read(hf, tmp_path, capsys):

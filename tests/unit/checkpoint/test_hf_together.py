@@ -11,7 +11,7 @@ from quadriga.checkpoint.hf import import_hf
 from quadriga.checkpoint.hf_folder import HfFolder
 from quadriga.checkpoint.ranks import on_all_ranks
 from quadriga.errors import Problem, UserError
-from quadriga.models.registry import hf_names
+from quadriga.models.registry import tensor_names
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -47,5 +47,5 @@ def test_a_refusal_in_the_middle_of_writing(tmp_path):
         model.norm.weight[3] = 1e5
     folder = HfFolder(write_hf(model, tmp_path / "hf"))
     with pytest.raises(UserError, match="outside the range of float16") as caught:
-        import_hf(folder, tmp_path / "out", hf_names(SPEC), {}, torch.float16)
+        import_hf(folder, tmp_path / "out", tensor_names(SPEC), {}, torch.float16)
     causes(caught.value)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from quadriga import limits
-from quadriga.checkpoint import metadata_file, opcodes, plan
+from quadriga.checkpoint import opcodes, plan, stored, tensors
 from quadriga.checkpoint.plan import PlanError
 
 SHAPES = ((), (7,), (6, 5), (4, 3, 2), (2, 2, 2, 2), (2, 1, 2, 1, 2), (0, 3))
@@ -66,19 +66,19 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_it_gives_the_plan_that_a_save_writes_as_json(name, writer):
     metadata = SAMPLES[name]
-    assert metadata_file.read_plan(WRITERS[writer](metadata)) == plan.parse_plan(plan.from_metadata(metadata))
+    assert plan.parse_metadata(WRITERS[writer](metadata)) == plan.parse_plan(tensors.plan_text(metadata))
 
 
 def test_objects_that_are_matched_as_a_whole_are_read_as_opcode_by_opcode(monkeypatch):
     data = pickle.dumps(SAMPLES["many chunks"])
-    matched = metadata_file.read_plan(data)
+    matched = plan.parse_metadata(data)
     monkeypatch.setattr(opcodes.Interpreter, "_record", lambda self, at: 0)
-    assert metadata_file.read_plan(data) == matched
+    assert plan.parse_metadata(data) == matched
 
 
 def test_the_plan_makes_the_objects_of_dcp_again():
     metadata = SAMPLES["many chunks"]
-    made = plan.parse_plan(plan.from_metadata(metadata)).metadata(metadata.state_dict_metadata)
+    made = stored.dcp_metadata(plan.parse_plan(tensors.plan_text(metadata)), metadata.state_dict_metadata)
     assert made.state_dict_metadata == metadata.state_dict_metadata
     assert made.storage_data == metadata.storage_data
     assert [index.index for index in made.storage_data] == [index.index for index in metadata.storage_data]
@@ -88,16 +88,16 @@ def test_transforms_are_kept():
     metadata = sample(tensors=2)
     for info in metadata.storage_data.values():
         info.transform_descriptors = ["stream.zstd/1"]
-    made = metadata_file.read_plan(pickle.dumps(metadata))
-    assert made == plan.parse_plan(plan.from_metadata(metadata))
-    assert made.metadata(made.tensors).storage_data == metadata.storage_data
+    made = plan.parse_metadata(pickle.dumps(metadata))
+    assert made == plan.parse_plan(tensors.plan_text(metadata))
+    assert stored.dcp_metadata(made, made.tensors).storage_data == metadata.storage_data
 
 
 def test_pickled_objects_are_left_out():
     metadata = sample(tensors=3)
     metadata.state_dict_metadata["trainer"] = BytesStorageMetadata()
     metadata.storage_data[MetadataIndex("trainer")] = _StorageInfo("__0_0.distcp", 9, 9)
-    assert metadata_file.read_plan(pickle.dumps(metadata)) == plan.parse_plan(plan.from_metadata(metadata))
+    assert plan.parse_metadata(pickle.dumps(metadata)) == plan.parse_plan(tensors.plan_text(metadata))
 
 
 def changed(**fields):
@@ -137,7 +137,7 @@ REFUSED = {
 def test_what_no_plan_has_is_refused_with_its_place(name):
     data, reason = REFUSED[name]
     with pytest.raises(PlanError, match=reason):
-        metadata_file.read_plan(data)
+        plan.parse_metadata(data)
 
 
 BOMBS = {
@@ -156,13 +156,13 @@ BOMBS = {
 def test_bombs_end_at_a_limit(name, monkeypatch):
     monkeypatch.setattr(limits, "METADATA_VALUES", 100_000)
     with pytest.raises(PlanError):
-        metadata_file.read_plan(b"\x80\x04" + BOMBS[name] + b".")
+        plan.parse_metadata(b"\x80\x04" + BOMBS[name] + b".")
 
 
 def test_a_long_file_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(limits, "METADATA_BYTES", 100)
     with pytest.raises(PlanError, match="longer than the limit for a plan"):
-        metadata_file.read_plan(pickle.dumps(sample()))
+        plan.parse_metadata(pickle.dumps(sample()))
 
 
 def run_cases(cases: range) -> None:
@@ -174,7 +174,7 @@ def run_cases(cases: range) -> None:
             message = ""
             try:
                 with watch.reading():
-                    metadata_file.read_plan(data)
+                    plan.parse_metadata(data)
             except PlanError as error:
                 message = str(error)
             assert len(message) < 500, number

@@ -18,14 +18,14 @@ from quadriga import limits
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import titan
 from quadriga.checkpoint.folder import CheckpointError, InvalidCheckpoint
+from quadriga.checkpoint.load import halves_to_interleaved, interleaved_to_halves, read_titan
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.titan_read import halves_to_interleaved, interleaved_to_halves, read_titan
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 from quadriga.models import registry
 from quadriga.train import header
 
-NAMES = registry.titan_names(SPEC)
+NAMES = registry.tensor_names(SPEC)
 
 
 class Held:
@@ -184,7 +184,7 @@ def test_another_model_is_refused_in_one_message(one):
         (replace(SPEC, ffn_dim=56), r"another model: shapes differ: .*\[48, 16\] in the checkpoint, \[56, 16\]"),
         (replace(SPEC, tie_embeddings=True), r"another model: only the checkpoint has output\.weight$"),
     ):
-        names = registry.titan_names(spec)
+        names = registry.tensor_names(spec)
         with pytest.raises(UserError) as caught:
             read_titan(one / "step-3", {f"model.{n}": torch.zeros(s) for n, s in names.shapes.items()}, names, None)
         (problem,) = caught.value.problems

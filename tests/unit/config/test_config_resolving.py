@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quadriga.models.registry import hf_config, hf_names
+from quadriga.models.registry import hf_config, tensor_names
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -272,8 +272,8 @@ def test_rotary_scaling_is_a_key(value, factor, write, read_config):
     assert (spec.rope_scaling and spec.rope_scaling.factor) == factor
     config = hf_config(spec, bos_id=1, eos_id=2)
     assert config["max_position_embeddings"] == (8192 if factor is None else 131072)
-    assert hf_names(spec).config_differences(config, "config.json") == []
+    assert tensor_names(spec).config_differences(config, "config.json") == []
     if factor is None:
         scaled = read_config("--model.flavor=8B", training=False).spec.model
-        (problem,) = hf_names(scaled).config_differences(config, "config.json")
+        (problem,) = tensor_names(scaled).config_differences(config, "config.json")
         assert problem.fix == 'set model.rope_scaling = "none"'

@@ -158,19 +158,21 @@ def test_ranks_share_the_cores() -> None:
     extra = rank_environment({}, LaunchRequest(ranks=2))
     assert int(extra["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
     assert rank_environment({}, LaunchRequest(ranks=10_000))["OMP_NUM_THREADS"] == "1"
-    assert {extra[variable] for variable in INTERFACE_VARIABLES} <= {"lo", "lo0"}
+    bound = network.loopback_variables({})
+    assert set(bound) == {*INTERFACE_VARIABLES}
+    assert {*bound.values()} <= {"lo", "lo0"}
 
 
 def test_what_the_caller_set_stays() -> None:
     set_by_caller = {"OMP_NUM_THREADS": "7", **dict.fromkeys(INTERFACE_VARIABLES, "eth0")}
     assert rank_environment(set_by_caller, LaunchRequest(ranks=2)) == {}
+    assert network.loopback_variables(set_by_caller) == {}
     del set_by_caller["NCCL_SOCKET_IFNAME"]
-    assert set(rank_environment(set_by_caller, LaunchRequest(ranks=2))) == {"NCCL_SOCKET_IFNAME"}
+    assert set(network.loopback_variables(set_by_caller)) == {"NCCL_SOCKET_IFNAME"}
 
 
 def test_several_machines_listen_where_their_libraries_choose() -> None:
-    extra = rank_environment({}, LaunchRequest(ranks=2, nodes=2, endpoint="a:1"))
-    assert not {*INTERFACE_VARIABLES} & set(extra)
+    assert network.loopback_variables({}, machines=2) == {}
 
 
 def test_where_a_run_listens_is_reported() -> None:

@@ -12,7 +12,7 @@ import pytest
 from quadriga.errors import EXIT_FAULT, EXIT_USAGE
 from quadriga.launch.agent import FAILURES_FILE
 from quadriga.launch.exit_status import UnreportedExit, first_failed_rank, report_exit
-from quadriga.resilience import process_guards
+from quadriga.resilience import processes
 from quadriga.resilience.processes import RECORDS, RESTART_COUNT, ExitRecord, read_records
 
 REPORT = ExitRecord(1, EXIT_USAGE, 100.3, "data.jsonl, line 3: is not JSON", "report", is_report=True)
@@ -48,7 +48,7 @@ def test_a_start_that_would_fail_the_same_way_again_ends_with_a_record_of_every_
     failed.write(tmp_path / "0")
     for rank in ("0", "1"):
         environ = {RECORDS: str(tmp_path), RESTART_COUNT: "1", "RANK": rank, "WORLD_SIZE": "2"}
-        assert process_guards.exit_code_after_restart(environ) == EXIT_USAGE
+        assert processes.exit_code_after_restart(environ) == EXIT_USAGE
     assert {record.rank for record in read_records(tmp_path / "1")} == {0, 1}
     early = {rank: {"pid": 7, "exitcode": EXIT_USAGE, "time": int(failed.time)} for rank in (0, 1)}
     (tmp_path / FAILURES_FILE).write_text(json.dumps(early))

@@ -22,13 +22,13 @@ SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=4"
 def started(argv: list[str]) -> tuple[int, str]:
     """What one rank makes of it: exit code and report, without training (the step is left out)."""
     from quadriga.errors import Fault, UserError
-    from quadriga.resilience import process_guards
+    from quadriga.resilience import processes
     from quadriga.train import loop
 
     loop.train = lambda trainer: None
     folder = [word for word in argv if word.startswith("--job.dump_folder=")][-1].partition("=")[2]
     try:
-        with process_guards.lock_run_folder(folder):
+        with processes.lock_run_folder(folder):
             return one_rank(argv), ""
     except (UserError, Fault) as error:
         return error.exit_code, str(error)

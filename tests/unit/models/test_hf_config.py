@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from quadriga.config.model_spec import ModelSpec, RopeScaling
-from quadriga.models.registry import catalogue, hf_config, hf_names, positions_from_hf, spec_from_hf
+from quadriga.models.registry import catalogue, hf_config, positions_from_hf, spec_from_hf, tensor_names
 
 SIZES = list(catalogue()["llama3"].values())
 ODD = ModelSpec(
@@ -30,7 +30,7 @@ ODD = ModelSpec(
 def test_every_number_comes_back_and_flavors_of_ours_are_known(spec):
     config = hf_config(spec, bos_id=None, eos_id=None)
     assert spec_from_hf(config, "config.json") == spec
-    assert hf_names(spec).config_differences(config, "config.json") == []
+    assert tensor_names(spec).config_differences(config, "config.json") == []
 
 
 @pytest.mark.parametrize("spec", [ODD, dataclasses.replace(ODD, rope_scaling=None)], ids=["scaled", "plain"])
@@ -63,7 +63,7 @@ def test_every_difference_is_reported_with_its_key():
     other = dataclasses.replace(
         ODD, dim=192, n_heads=12, rope_theta=5.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=False
     )
-    problems = hf_names(ODD).config_differences(hf_config(other, bos_id=None, eos_id=None), "there/config.json")
+    problems = tensor_names(ODD).config_differences(hf_config(other, bos_id=None, eos_id=None), "there/config.json")
     report = "\n".join(map(str, problems))
     assert len(problems) == 6
     for field, key in (

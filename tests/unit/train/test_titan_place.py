@@ -10,7 +10,7 @@ import pytest
 
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.errors import Problem, UserError
-from quadriga.train.titan import resume_from_titan
+from quadriga.train.resume import resume_from_titan
 
 
 class Loader:

@@ -1,7 +1,9 @@
-"""Loads weights and moments of a checkpoint of torchtitan, on any layout. See `titan` for its content.
+"""Loads tensors of a checkpoint into a run of any layout: of Quadriga, or weights and moments of torchtitan.
+
+See `titan` for the content of a checkpoint of torchtitan.
 
 torchtitan rotates pairs of neighboring rows of query and key matrices, Quadriga pairs of the two halves
-(`TitanTensorNames.paired_rows`). The rows of moments have the same order as those of their weights. A rank reads the
+(`TensorNames.paired_rows`). The rows of moments have the same order as those of their weights. A rank reads the
 heads that overlap its shard and reorders their rows before it copies them. So there is no communication, and at most
 one whole tensor of the model is in memory besides the shards.
 """
@@ -11,23 +13,124 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from quadriga.checkpoint.files import Files, Location, files_at
-from quadriga.checkpoint.folder import join
-from quadriga.checkpoint.plan import Chunk, Plan, PlanError, PlannedTensor
-from quadriga.checkpoint.shards import Slice, read_chunk
-from quadriga.checkpoint.stored import TensorPlanner, TensorReader, copy_part, open_file, open_stored, refusal_error
+from quadriga.checkpoint.files import Files, Location, files_at, join
+from quadriga.checkpoint.folder import FileFacts
+from quadriga.checkpoint.foreign import TensorNames
+from quadriga.checkpoint.messages import compare_shapes, mismatches
+from quadriga.checkpoint.plan import Chunk, Plan, PlanError, PlannedTensor, refusal_error
+from quadriga.checkpoint.stored import (
+    Slice,
+    TensorPlanner,
+    TensorReader,
+    copy_part,
+    dcp_metadata,
+    open_file,
+    open_stored,
+    read_chunk,
+)
 from quadriga.checkpoint.tensors import Tensors, convert_dcp_errors
-from quadriga.checkpoint.titan import OPTIMIZER, STATE, TitanTensorNames, refuse_other_titan_model, titan_name
+from quadriga.checkpoint.titan import OPTIMIZER, STATE, refuse_other_titan_model, titan_name
+from quadriga.errors import UserError
+from quadriga.json_collectives import all_gather_json
+
+
+def load_tensors(
+    location: Location,
+    tensors: Tensors,
+    group: dist.ProcessGroup | None,
+    *,
+    facts: Mapping[str, FileFacts] | None = None,
+    may_hold_more: bool = False,
+    prefix: str = "",
+    retries: int = 5,
+    optional: str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Fills the tensors in place from what `save_tensors` wrote on any layout. Call on all ranks.
+
+    `tensors` must have exactly the names of the checkpoint with the same first words (`model.`, `optimizer.`). A name
+    that only one side has (with `may_hold_more`: only `tensors`), or another shape, raises UserError on every rank.
+    A damaged checkpoint, or one that differs from its plan, raises CheckpointError on every rank.
+
+    Names that begin with `optional` can be missing on either side or have another shape; such tensors are unchanged.
+    Returns the names of this rank that were not filled, and the unused names of the checkpoint that equal one of this
+    rank up to the last point.
+
+    Args:
+        facts: the files in the manifest; None or empty without a manifest.
+        prefix: of all names in `tensors`; the names in the checkpoint may lack it.
+    """
+    stored = open_stored(location, group, facts, retries)
+    there = stored.plan.tensors
+    if prefix and not all(name.startswith(prefix) for name in there):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    may_lack = {name for name in tensors.keys() | there.keys() if optional and name.startswith(optional)}
+    unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(there.get(name), tensors[name]))
+    beginnings = {name.rpartition(".")[0] for name in may_lack & tensors.keys()}
+    unused = sorted(n for n in may_lack - tensors.keys() if n.rpartition(".")[0] in beginnings)
+    wanted = {name: value for name, value in tensors.items() if name not in unfilled}
+    due = {name: value for name, value in wanted.items() if name not in may_lack}
+    expected = {name: entry for name, entry in there.items() if name not in may_lack}
+    _refuse_other_tensors(str(location), due, expected, group, may_hold_more)
+    with convert_dcp_errors(f"{location} could not be read"):
+        load(
+            wanted,
+            storage_reader=stored.reader(wanted),
+            planner=TensorPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
+    return unfilled, unused
+
+
+def _fits(entry: PlannedTensor | None, value: torch.Tensor) -> bool:
+    return entry is not None and entry.shape == tuple(value.shape)
+
+
+def _refuse_other_tensors(
+    location: str,
+    tensors: Tensors,
+    there: Mapping[str, PlannedTensor],
+    group: dist.ProcessGroup | None,
+    may_hold_more: bool,
+) -> None:
+    parts = {name.split(".", 1)[0] for name in tensors}
+    # With `may_hold_more` the names have no common first word, so pipeline stages would have different lists.
+    known = [] if may_hold_more else sorted(name for name in there if name.split(".", 1)[0] in parts)
+    here = {name: tensor.shape for name, tensor in tensors.items()}
+    planned = {name: entry.shape for name, entry in there.items()}
+    missing, _, reshaped = compare_shapes(here, planned, "checkpoint", "run")
+    wanted = torch.tensor([name in tensors for name in known], dtype=torch.uint8)
+    gathered: list[Any] = [[missing, reshaped]]
+    if group is not None:  # with pipeline stages, each rank has some of the names
+        if not may_hold_more:
+            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
+        gathered = all_gather_json([missing, reshaped], group)
+    missing = sorted({name for one, _ in gathered for name in one})
+    reshaped = sorted({name for _, one in gathered for name in one})
+    surplus = (
+        [] if may_hold_more else [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
+    )
+    kinds = (
+        ("the checkpoint lacks", missing),
+        ("only the checkpoint has", surplus),
+        ("shapes differ:", reshaped),
+    )
+    problems = mismatches(
+        location, kinds, "start with the configuration that saved it, or with another job.dump_folder"
+    )
+    if problems:
+        raise UserError(*problems)
 
 
 def read_titan(
-    location: Location, tensors: Tensors, names: TitanTensorNames, group: dist.ProcessGroup | None, *, retries: int = 5
+    location: Location, tensors: Tensors, names: TensorNames, group: dist.ProcessGroup | None, *, retries: int = 5
 ) -> None:
     """Fills this rank's tensors in place, plain ones or DTensors of any layout, by Quadriga's flat names (`model.NAME`,
     `optimizer.NAME.exp_avg`). Dtypes are converted.
@@ -83,7 +186,7 @@ class _Reader(TensorReader):
         self._saved, self._paired = plan, paired
         tensors = {name: plan.tensors[name] for name in names}
         tensors |= {name: _in_blocks(plan.tensors[name], head) for name, head in paired.items()}
-        super().__init__(location, files, Plan(plan.files, tensors).metadata(names))
+        super().__init__(location, files, dcp_metadata(Plan(plan.files, tensors), names))
         self._blocks = {name: tensors[name].chunks for name in paired}
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:

@@ -14,19 +14,19 @@ import pytest
 from launching import ROOT, is_alive, wait_until
 
 from quadriga.errors import Fault, Problem, UserError
-from quadriga.resilience import process_guards
-from quadriga.resilience.process_guards import lock_run_folder
+from quadriga.resilience import exit_reports, processes
 from quadriga.resilience.processes import (
     AGENT_PID,
     RECORDS,
     RESTART_COUNT,
     ExitRecord,
     handle_signals,
+    lock_run_folder,
     ranks_with_handlers,
     read_records,
 )
 
-HOLD = "import sys, time; from quadriga.resilience.process_guards import lock_run_folder\n"
+HOLD = "import sys, time; from quadriga.resilience.processes import lock_run_folder\n"
 HOLD += "with lock_run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
@@ -44,7 +44,7 @@ def holder_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_guards, "LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "LOCK_TIMEOUT_SECONDS", 0.2)
     with holder_of(tmp_path / "run") as holder:
         with pytest.raises(UserError) as refusal, lock_run_folder(str(tmp_path / "run")):
             pass
@@ -74,7 +74,7 @@ PARENT = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.ar
 CHILD = """
 import os, time
 from quadriga.resilience.processes import die_with_parent
-from quadriga.resilience.process_guards import die_with_torchrun
+from quadriga.resilience.processes import die_with_torchrun
 {guard}
 print(os.getpid(), flush=True)
 time.sleep(60)
@@ -126,12 +126,12 @@ def test_records_come_back_in_order_of_time(tmp_path: Path) -> None:
 def test_failures_are_recorded_for_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environ = {RECORDS: str(tmp_path), "RANK": "2", "WORLD_SIZE": "4"}
     error = UserError(Problem("data.jsonl, line 3", "is not JSON"))
-    assert process_guards.report_failure(environ, error) == 2
+    assert exit_reports.report_failure(environ, error) == 2
     assert (
-        process_guards.report_failure({**environ, "RANK": "1"}, RuntimeError("gloo: Connection closed by peer [::1]"))
+        exit_reports.report_failure({**environ, "RANK": "1"}, RuntimeError("gloo: Connection closed by peer [::1]"))
         == 1
     )
-    assert process_guards.record_exit({**environ, "RANK": "0"}, 0) == 0
+    assert processes.record_exit({**environ, "RANK": "0"}, 0) == 0
     by_rank = {record.rank: record for record in read_records(tmp_path / "0")}
     assert (by_rank[2].code, by_rank[2].details, by_rank[2].is_report) == (2, error.report, True)
     assert (by_rank[1].code, by_rank[1].lost_peer) == (1, True)
@@ -144,11 +144,11 @@ def test_a_failure_is_reported_as_it_is_and_has_its_own_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = Fault("the run has made no progress\n\n    rank 1 stopped", 4)
-    assert process_guards.report_failure({RECORDS: str(tmp_path), "RANK": "0"}, error, since=12.5) == 4
+    assert exit_reports.report_failure({RECORDS: str(tmp_path), "RANK": "0"}, error, since=12.5) == 4
     record = read_records(tmp_path / "0")[0]
     assert (record.code, record.error, record.details) == (4, "the run has made no progress", str(error))
     assert (record.is_report, record.time) == (True, 12.5)
-    assert process_guards.report_failure({"RANK": "0"}, error) == 4
+    assert exit_reports.report_failure({"RANK": "0"}, error) == 4
     output = capsys.readouterr().err
     assert output.count(str(error)) == 1
     assert "Traceback" not in output
@@ -156,17 +156,17 @@ def test_a_failure_is_reported_as_it_is_and_has_its_own_code(
 
 def test_a_collective_that_waited_too_long_is_a_hang(tmp_path: Path) -> None:
     environ = {RECORDS: str(tmp_path)}
-    assert process_guards.report_failure(environ, RuntimeError("Timed out waiting 300000ms for recv operation")) == 4
+    assert exit_reports.report_failure(environ, RuntimeError("Timed out waiting 300000ms for recv operation")) == 4
     assert read_records(tmp_path / "0")[0].lost_peer
 
 
 def test_torchrun_is_not_notified_of_a_rank_that_was_asked_to_leave(tmp_path: Path) -> None:
     """Where nobody reads the record, the rank has to say it itself."""
-    assert process_guards.record_exit({RECORDS: str(tmp_path), "RANK": "1"}, 75) == 0
+    assert processes.record_exit({RECORDS: str(tmp_path), "RANK": "1"}, 75) == 0
     record = read_records(tmp_path / "0")[0]
     assert (record.rank, record.code, record.asked) == (1, 75, True)
-    assert process_guards.record_exit({"RANK": "1"}, 75) == 75
-    assert process_guards.record_interrupt({RECORDS: str(tmp_path), "RANK": "2"}) == 130
+    assert processes.record_exit({"RANK": "1"}, 75) == 75
+    assert processes.record_interrupt({RECORDS: str(tmp_path), "RANK": "2"}) == 130
     assert [record.asked for record in read_records(tmp_path / "0")] == [True, False]
 
 
@@ -178,8 +178,8 @@ def test_a_restart_reports_the_start_before_and_stops_where_it_is_of_no_use(
     ExitRecord(1, code, 10.0, "what it was", "what it was, at length").write(tmp_path / "0")
     ExitRecord(0, 1, 9.0, "RuntimeError: closed", "...", lost_peer=True).write(tmp_path / "0")
     environ = {RECORDS: str(tmp_path), RESTART_COUNT: "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
-    assert process_guards.exit_code_after_restart({**environ, RESTART_COUNT: "0"}) is None
-    assert process_guards.exit_code_after_restart(environ) == (None if again else code)
+    assert processes.exit_code_after_restart({**environ, RESTART_COUNT: "0"}) is None
+    assert processes.exit_code_after_restart(environ) == (None if again else code)
     assert ("restart 1 of 3, since rank 1 failed:\n\nwhat it was, at length" in caplog.text) == again
     records = [(record.rank, record.code, record.lost_peer) for record in read_records(tmp_path / "1")]
     assert records == ([] if again else [(1, code, False), (0, code, True)]), "the failure, and who only follows it"
@@ -205,18 +205,18 @@ def test_without_a_launcher_the_first_rank_of_a_machine_reports(
 ) -> None:
     error = UserError(Problem("training.steps", "out of range"))
     waits: list[float] = []
-    monkeypatch.setattr(process_guards.time, "sleep", waits.append)
-    assert process_guards.report_config_error({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, error) == 2
+    monkeypatch.setattr(exit_reports.time, "sleep", waits.append)
+    assert exit_reports.report_config_error({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, error) == 2
     assert waits == []
-    assert process_guards.report_config_error({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
-    assert waits == [process_guards.CONFIG_ERROR_WAIT_SECONDS]  # torchrun ends it here when the first one has left
+    assert exit_reports.report_config_error({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, error) == 2
+    assert waits == [exit_reports.CONFIG_ERROR_WAIT_SECONDS]  # torchrun ends it here when the first one has left
     assert capsys.readouterr().err.count("training.steps") == 2
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_a_failed_rank_is_not_held_by_what_waits_at_the_exit(code: int) -> None:
     """A clean end runs what was registered for the exit; a failed one leaves at once, its words already out."""
-    source = "import atexit, sys; from quadriga.resilience.process_guards import end_process\n"
+    source = "import atexit, sys; from quadriga.resilience.exit_reports import end_process\n"
     source += "atexit.register(lambda: print('waited'))\nprint('last word'); end_process(int(sys.argv[1]))"
     ended = subprocess.run(
         [sys.executable, "-c", source, str(code)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -226,5 +226,5 @@ def test_a_failed_rank_is_not_held_by_what_waits_at_the_exit(code: int) -> None:
 
 
 def test_an_error_of_the_network_is_not_taken_for_a_lost_rank(tmp_path: Path) -> None:
-    process_guards.report_failure({RECORDS: str(tmp_path)}, ConnectionRefusedError(111, "Connection refused"))
+    exit_reports.report_failure({RECORDS: str(tmp_path)}, ConnectionRefusedError(111, "Connection refused"))
     assert not read_records(tmp_path / "0")[0].lost_peer
