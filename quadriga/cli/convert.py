@@ -55,8 +55,6 @@ def main(argv: Sequence[str]) -> int:
     if options.direction == "to-hf":
         convert_to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
     elif options.direction == "to-torchtitan":
-        from quadriga.cli.convert_titan import convert_to_torchtitan
-
         if options.config or options.tokenizer or options.dtype:
             raise UserError(Problem("--config, --tokenizer, --dtype", "not for to-torchtitan", fix="remove them"))
         convert_to_torchtitan(options.source, options.out)
@@ -82,6 +80,16 @@ def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, to
     export_hf(found, out, registry.tensor_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
     logger.info(f"{printable(found.path)} was written in Hugging Face's format to {printable(out)}")
     print(printable(out))
+
+
+def convert_to_torchtitan(source: str, out: str) -> None:
+    from quadriga.checkpoint.messages import convert_extra_errors
+    from quadriga.cli.convert_titan import USE_ANOTHER, write_torchtitan
+
+    found = find_checkpoint(source)
+    with convert_extra_errors(found, USE_ANOTHER):
+        spec = saved_model(found.extra, None, found.path).spec
+    write_torchtitan(found, spec, out)
 
 
 def convert_from_hf(source: str, out: str, dtype: str | None) -> None:

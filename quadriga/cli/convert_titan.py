@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
-from quadriga.cli.convert import find_checkpoint, saved_model
 from quadriga.config.legacy_keys import started_with
+from quadriga.config.model_spec import ModelSpec
 from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError, printable
 from quadriga.log import logger
@@ -22,15 +22,12 @@ USE_ANOTHER = "name another checkpoint of the run"
 WITHOUT_DATA = "--checkpoint.exclude_from_loading dataloader"
 
 
-def convert_to_torchtitan(source: str, out: str) -> None:
-    """Write a checkpoint of Quadriga as `step-N` in `out`, from which torchtitan v0.2.2 resumes."""
+def write_torchtitan(found: CheckpointInfo, spec: ModelSpec, out: str) -> None:
+    """Write a checkpoint of a model as `step-N` in `out`, from which torchtitan v0.2.2 resumes."""
     from quadriga.checkpoint.folder import CheckpointError, find_damage
     from quadriga.checkpoint.messages import convert_extra_errors
     from quadriga.checkpoint.titan_write import export_titan
 
-    found = find_checkpoint(source)
-    with convert_extra_errors(found, USE_ANOTHER):
-        spec = saved_model(found.extra, None, found.path).spec
     if spec.tie_embeddings:
         what = "the model has tied embeddings, which torchtitan's Llama does not support"
         raise UserError(Problem(found.path, what))

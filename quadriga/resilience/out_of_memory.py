@@ -11,12 +11,14 @@ import torch
 
 from quadriga.config import Run
 from quadriga.errors import EXIT_OUT_OF_MEMORY, Fault, causes
+from quadriga.planning.advice import remedies
 from quadriga.resilience.progress import Progress
 from quadriga.units import format_bytes
 
 ESTIMATE_NAME = "estimate.json"  # in the run folder, written by this launch
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
+OFFLOAD = "training__enable_cpu_offload"  # no help if the memory of the host has run out
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -34,9 +36,8 @@ def out_of_memory_fault(error: BaseException, run: Run, progress: Progress, rank
     """The report on an error for which `is_out_of_memory` holds."""
     on_device = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
     where = f"step {progress.step}, phase {progress.phase!r}" if progress.step else f"phase {progress.phase!r}"
-    advice = _advice_of_estimate(Path(run.spec.folders.dump, ESTIMATE_NAME)) or list(
-        memory_saving_changes(run, progress.phase, on_device)
-    )
+    advice = _advice_of_estimate(Path(run.spec.folders.dump, ESTIMATE_NAME))
+    advice = advice or memory_saving_changes(run, progress.phase, on_device)
     lines = [
         f"rank {rank} ran out of {'device' if on_device else 'host'} memory in {where}",
         "",
@@ -78,47 +79,11 @@ def _advice_of_estimate(path: Path) -> list[str]:
     return [line for line in advice if isinstance(line, str)] if isinstance(advice, list) else []
 
 
-def memory_saving_changes(run: Run, phase: str, on_device: bool) -> Iterator[str]:
-    """All configuration changes that would save memory, best first.
+def memory_saving_changes(run: Run, phase: str, on_device: bool) -> list[str]:
+    """All remedies as text, the best first.
 
     In the phases `STATE_PHASES` those come first that shard parameters and optimizer state; elsewhere activations do.
     """
-    of_state, of_activations = list(_for_state(run, on_device)), list(_for_activations(run))
-    yield from (*of_state, *of_activations) if phase in STATE_PHASES else (*of_activations, *of_state)
-    yield "a machine with more memory, or fewer other processes on this one"
-
-
-def _for_activations(run: Run) -> Iterator[str]:
-    config, rows, batch = run.config, run.config.training.local_batch_size, run.spec.global_batch_size
-    if config.activation_checkpoint.mode != "full":
-        yield "--activation_checkpoint.mode=full: keeps one activation per block, for about a third more computation"
-    if rows > config.parallelism.pipeline_parallel_microbatch_size:
-        fewer = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
-        batches = f"--training.local_batch_size={fewer} --training.global_batch_size={batch}"
-        yield f"{batches}: the same batch in {rows // fewer} times as many passes"
-    if config.training.loss_chunks == 1:
-        yield "--training.loss_chunks=8: holds the logits of an eighth of the tokens at a time, at no extra computation"
-    if config.training.mixed_precision_param == "float32":
-        yield "--training.mixed_precision_param=bfloat16: halves activations"
-    if run.spec.degrees.dp_shard % 2 == 0 and batch % max(run.spec.degrees.batch // 2, 1) == 0:
-        context = 2 * run.spec.degrees.cp
-        yield f"--parallelism.context_parallel_degree={context}: each rank holds half as much of a sequence"
-
-
-def _for_state(run: Run, on_device: bool) -> Iterator[str]:
-    degrees, config = run.spec.degrees, run.config
-    if degrees.dp_replicate > 1:
-        yield (
-            "--parallelism.data_parallel_replicate_degree=1 --parallelism.data_parallel_shard_degree=-1: "
-            f"shards parameters and optimizer state over {degrees.dp_replicate} times as many ranks"
-        )
-    elif degrees.world_size == 1 or degrees.dp_shard > 1:
-        yield "more ranks (NGPU, NNODES): parameters and optimizer state are sharded over all of them"
-    if run.spec.reduce_gradients == "once" and run.spec.accumulation_steps > 1:
-        yield "--parallelism.reduce_gradients=every_micro_batch: holds no whole-model gradients between micro-batches"
-    if not run.spec.reshard_after_forward and degrees.dp_shard > 1:
-        yield "--parallelism.fsdp_reshard_after_forward=always: holds the gathered parameters of one block at a time"
-    if on_device and not config.training.enable_cpu_offload:
-        yield "--training.enable_cpu_offload: keeps parameters and optimizer state in host memory, but is slower"
-    if config.checkpoint.enable and config.checkpoint.async_mode != "disabled":
-        yield "--checkpoint.async_mode=disabled: makes no copy of the state in host memory to save it"
+    found = [each for each in remedies(run) if each.effect and (on_device or OFFLOAD not in each.changes)]
+    first = "state" if phase in STATE_PHASES else "activations"
+    return [str(each) for each in sorted(found[:-1], key=lambda each: each.kind != first)] + [str(found[-1])]

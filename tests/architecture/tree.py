@@ -40,7 +40,12 @@ def package_of(path: Path) -> str:
     A package within a package is one of its own: `quadriga/analysis/trace/read.py` -> `analysis.trace`. Only
     `models/llama` and `config/schema` are parts of the package around them.
     """
-    return package_of_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    return package_of_module(module_of(path))
+
+
+def module_of(path: Path) -> str:
+    """`quadriga/data/loader.py` -> `quadriga.data.loader`"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def package_of_module(module: str) -> str:

@@ -59,7 +59,7 @@ def test_running_out_of_host_memory(estimated: bool, tmp_path: Path) -> None:
         assert lines[helps + 1 : helps + 4] == [f"    {predicted[0]}", f"    {predicted[1]}", ""]
     else:
         assert "activation_checkpoint.mode=full" in lines[helps + 1]
-        assert "training.local_batch_size=4 --training.global_batch_size=8" in lines[helps + 2]
+        assert "training.loss_chunks=8" in lines[helps + 2]
     assert "Traceback" not in record.details
     faults = [event for event in read_events(run) if event["event"] == "fault"]
     assert [(event["step"], event["error"]) for event in faults] == [(1, lines[0])]

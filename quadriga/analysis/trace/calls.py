@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace import gloo
 from quadriga.analysis.trace.describe import (
     ANNOTATION_PREFIX,
     COLLECTIVE_NAMES,
@@ -23,8 +24,10 @@ from quadriga.analysis.trace.describe import (
     axis_of,
     info_of_annotation,
     info_of_operation,
+    item_bytes,
     kind_of,
 )
+from quadriga.analysis.trace.fields import numel
 from quadriga.analysis.trace.intervals import EMPTY, Spans, union, window_index
 from quadriga.analysis.trace.metadata import ProcessGroup
 from quadriga.analysis.trace.read import KERNEL, RankTrace
@@ -32,6 +35,9 @@ from quadriga.analysis.trace.read import KERNEL, RankTrace
 LINKAGE, ANNOTATION, NAME = "linkage", "annotation", "name"
 # Operations that multiply and communicate in one: only their copies are communication.
 FUSED_OPERATIONS = ("matmul", "_mm")
+GLOO_RANGE = re.compile(r"gloo:")
+GLOO_WAIT = re.compile(r"_?c10d_functional::wait_tensor$")
+IMPLEMENTED_BY = {"reduce_scatter": "all_reduce"}  # gloo implements the first by the second
 CLOCK_TOLERANCE = 50e-6  # seconds by which two clocks of one machine may differ within a trace
 
 
@@ -86,12 +92,12 @@ def find_calls(trace: RankTrace) -> RankCalls:
             if call.found_by == ANNOTATION:  # without a device, the call runs within the annotation
                 call.rows = np.array([[call.launched, call.returned]])
     _assign_groups(trace, calls)
-    gloo.match_ranges(trace, calls)
+    _match_gloo_ranges(trace, calls)
     for call in calls:
         call.info.backend = call.info.backend or trace.backend or UNKNOWN
     _assign_steps(trace, calls)
     calls.sort(key=lambda call: call.launched)
-    return RankCalls(calls, owned, gloo.wait_spans(trace))
+    return RankCalls(calls, owned, _wait_spans(trace))
 
 
 # --- operations of the host ------------------------------------------------------------------------------------------
@@ -242,3 +248,76 @@ def _assign_steps(trace: RankTrace, calls: list[Call]) -> None:
         calls, window_index(np.array([call.launched for call in calls]), windows).tolist(), strict=True
     ):
         call.step = place
+
+
+# --- ranges `gloo:*` on gloo's own threads ---------------------------------------------------------------------------
+
+
+def _match_gloo_ranges(trace: RankTrace, calls: list[Call]) -> None:
+    """Assign to each call over gloo the range in which it ran. The trace does not show which call started a range.
+
+    Each group has its own threads, and starts its calls in order. So the range of a call is the next one of its kind
+    and size on the threads of its group. A first pass over all calls assigns each thread to a group, by majority.
+    """
+    ranges = _GlooRanges(trace)
+    waiting = [call for call in calls if not len(call.rows)]
+    if not len(ranges.at) or not waiting:
+        return
+    owners: dict[int, Counter[str | None]] = defaultdict(Counter)
+    for place, call in ranges.assign(waiting, None):
+        owners[ranges.thread(place)][call.info.group] += 1
+    groups = {thread: votes.most_common(1)[0][0] for thread, votes in owners.items()}
+    for place, call in ranges.assign(waiting, groups):
+        at = ranges.at[place]
+        call.rows = trace.ops.spans(np.array([at]))
+        call.info.item = call.info.item or ranges.item(at)
+        call.info.backend = "gloo"
+
+
+def _wait_spans(trace: RankTrace) -> Spans:
+    """Union of the time in which the host waits in `wait_tensor`. Empty on a GPU, where the device waits."""
+    if trace.on_device:
+        return union()
+    return union(trace.ops.spans(np.isin(trace.ops.name, trace.named(GLOO_WAIT))))
+
+
+class _GlooRanges:
+    """Ranges `gloo:*` in the order of their start."""
+
+    def __init__(self, trace: RankTrace) -> None:
+        self._trace = trace
+        found = np.flatnonzero(np.isin(trace.ops.name, trace.named(GLOO_RANGE)))
+        self.at = found[np.argsort(trace.ops.start[found], kind="stable")]
+        self._keys = [self._key(int(at)) for at in self.at]
+
+    def assign(self, calls: list[Call], groups: dict[int, str | None] | None) -> list[tuple[int, Call]]:
+        """Pairs of (index of a range, its call). Of equal calls, the earliest comes first. `groups`: by thread."""
+        queues: dict[tuple[object, ...], deque[Call]] = defaultdict(deque)
+        for call in sorted(calls, key=lambda call: call.launched):
+            info = call.info
+            key = (info.group if groups is not None else None, info.kind, info.inputs or 0)
+            queues[key].append(call)
+        pairs = []
+        for place, (kind, count) in enumerate(self._keys):
+            group = groups.get(self.thread(place)) if groups is not None else None
+            start = self._trace.ops.start[self.at[place]]
+            names = [kind, *(own for own, other in IMPLEMENTED_BY.items() if other == kind)]
+            heads = [
+                queue for name in names if (queue := queues.get((group, name, count))) and queue[0].launched <= start
+            ]
+            if heads:
+                pairs.append((place, min(heads, key=lambda queue: queue[0].launched).popleft()))
+        return pairs
+
+    def thread(self, place: int) -> int:
+        return int(self._trace.ops.thread[self.at[place]])
+
+    def item(self, at: int) -> int | None:
+        types = self._trace.ops.args[at].get("Input type") or ("",)
+        return item_bytes(str(types[0]))
+
+    def _key(self, at: int) -> tuple[str, int]:
+        name = self._trace.names[self._trace.ops.name[at]]
+        dims = self._trace.ops.args[at].get("Input Dims") or ()
+        kind = kind_of(name.removeprefix("gloo:")) or name
+        return kind, numel(dims[0]) if dims and kind != "barrier" else 0

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace import gloo
-from quadriga.analysis.trace.calls import RankCalls
+from quadriga.analysis.trace.calls import GLOO_RANGE, RankCalls
 from quadriga.analysis.trace.intervals import EMPTY, Spans, subtract, union
 from quadriga.analysis.trace.read import HOST_CATEGORIES, RankTrace
 
@@ -44,7 +43,7 @@ def host_work(trace: RankTrace, found: RankCalls) -> HostWork:
         return HostWork(EMPTY, np.empty(0, dtype=np.int64), np.empty(0))
     ops, names = trace.ops, trace.names
     # Ranges of gloo on these threads (messages) end when the message has arrived, so nothing is nested in them.
-    chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(gloo.RANGE))
+    chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(GLOO_RANGE))
     rows = np.flatnonzero(chosen)
     rows = rows[np.lexsort((-ops.end[rows], ops.start[rows], ops.thread[rows]))]
     is_work = np.array([_is_work(name) for name in names], dtype=bool)

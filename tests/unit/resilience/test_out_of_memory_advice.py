@@ -44,10 +44,11 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
 
 def test_activations_come_first_in_the_forward_pass_and_state_in_the_optimizer() -> None:
     run = run_of()
-    forward = list(memory_saving_changes(run, "forward and backward", on_device=True))
+    forward = memory_saving_changes(run, "forward and backward", on_device=True)
     assert "activation_checkpoint.mode=full" in forward[0]
-    assert "training.local_batch_size=4 --training.global_batch_size=32" in forward[1]
-    in_optimizer = list(memory_saving_changes(run, "optimizer", on_device=True))
+    assert "training.loss_chunks=8" in forward[1]
+    assert "training.local_batch_size=4 --training.global_batch_size=32" in forward[2]
+    in_optimizer = memory_saving_changes(run, "optimizer", on_device=True)
     assert "more ranks" in in_optimizer[0]
     assert "enable_cpu_offload" in in_optimizer[1]
     assert sorted(forward) == sorted(in_optimizer)
@@ -55,7 +56,7 @@ def test_activations_come_first_in_the_forward_pass_and_state_in_the_optimizer()
 
 def test_replicas_are_cut_before_ranks_are_added() -> None:
     run = run_of("--parallelism.data_parallel_replicate_degree=4", "--parallelism.data_parallel_shard_degree=1")
-    first = next(memory_saving_changes(run, "optimizer", on_device=True))
+    first = memory_saving_changes(run, "optimizer", on_device=True)[0]
     assert "data_parallel_replicate_degree=1" in first
     assert "4 times as many ranks" in first
 
@@ -63,7 +64,7 @@ def test_replicas_are_cut_before_ranks_are_added() -> None:
 def test_what_is_done_already_is_not_advised() -> None:
     spent = ("--activation_checkpoint.mode=full", "--training.local_batch_size=1", "--training.enable_cpu_offload")
     run = run_of(*spent, "--parallelism.fsdp_reshard_after_forward=always", "--training.loss_chunks=4", ranks=1)
-    advised = list(memory_saving_changes(run, "forward and backward", on_device=True))
+    advised = memory_saving_changes(run, "forward and backward", on_device=True)
     assert len(advised) == 2
     assert "more ranks" in advised[0]
     assert "a machine with more memory" in advised[1]
