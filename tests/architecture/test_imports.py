@@ -16,7 +16,7 @@ LIGHT = [
     "quadriga.log",
     "quadriga.limits",
     "quadriga.reading",
-    "quadriga.analysis.pages.elements",
+    "quadriga.analysis.pages.markup",
     "quadriga.analysis.pages.plots",
     "quadriga.resilience.processes",
     "quadriga.config",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quadriga.analysis.pages.markup import Markup, tag
+from markupsafe import Markup
+
+from quadriga.analysis.pages.markup import tag
 from quadriga.analysis.pages.numbers import format_duration, trim_zeros
 from quadriga.analysis.pages.scales import Scale, linear
 

@@ -1,19 +1,60 @@
-"""Elements of HTML and SVG. All text except `Markup` is escaped, because names from traces may contain anything."""
+"""Makes pages: templates of Jinja2, and elements of SVG. All text except `Markup` is escaped, because names from traces
+may contain anything."""
 
 from __future__ import annotations
 
 import re
-from html import escape
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from quadriga.analysis.pages.style import DARK, LIGHT, ON_DARK, ON_LIGHT
 
 # Control characters except tab and line feed, lone surrogates, and marks that change the direction of text.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-VOID = {"meta", "br", "hr"}
 
 
-class Markup(str):
-    """Text that is already markup. Only `tag` and `join_markup` create it."""
+def printable(value: object) -> str:
+    """A value as text without characters that HTML or UTF-8 files cannot have. Markup is unchanged, None is empty."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
-    __slots__ = ()
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parents[1]),
+    autoescape=True,
+    finalize=printable,  # of each value, before it is escaped
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of a template, by its path in `analysis`."""
+    themes = {"light": (LIGHT, ON_LIGHT), "dark": (DARK, ON_DARK)}
+    return TEMPLATES.get_template(template).render(themes=themes, **values)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. `key`: of its values in the rows; None is shown as "not measurable".
+
+    `formatter`: makes text of figures, which are aligned to the right; None: the values are text.
+    """
+
+    title: str
+    key: Any
+    formatter: Callable[[Any], str] | None = None
+
+    def cell(self, row: Mapping[Any, Any]) -> Any:
+        value = row.get(self.key)
+        return value if value is None or self.formatter is None else self.formatter(value)
 
 
 def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:
@@ -23,24 +64,11 @@ def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
-    if name in VOID:
-        return Markup(f"<{name}{given}>")
-    return Markup(f"<{name}{given}>{join_markup(*children)}</{name}>")
-
-
-def join_markup(*children: str | None, by: str = "") -> Markup:
-    """Children in order: markup unchanged, other text escaped, None omitted."""
-    shown = [child if isinstance(child, Markup) else _text(child) for child in children if child is not None]
-    return Markup(by.join(shown))
+    return Markup(f"<{name}{given}>{Markup('').join(map(printable, children))}</{name}>")
 
 
 def _attribute(value: object) -> str:
     """Coordinates with two decimals: more are not visible, and pages stay small."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
-    return _text(str(value))
-
-
-def _text(value: str) -> str:
-    """Escaped text without characters that HTML or UTF-8 files cannot have: control characters, lone surrogates."""
-    return escape(UNSAFE.sub("\N{REPLACEMENT CHARACTER}", value))
+    return escape(printable(value))

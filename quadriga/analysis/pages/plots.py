@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from quadriga.analysis.pages.charts import AXIS, RIGHT, WIDTH, horizontal_axis, picture, row_name
-from quadriga.analysis.pages.markup import Markup, tag
+from quadriga.analysis.pages.markup import tag
 from quadriga.analysis.pages.numbers import format_number, trim_zeros
 from quadriga.analysis.pages.scales import Scale, linear, logarithmic
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from page_reading import read_page
 
-from quadriga.analysis.pages.markup import UNSAFE, join_markup, tag
+from quadriga.analysis.pages.markup import TEMPLATES, UNSAFE, Column, tag
 from quadriga.analysis.pages.numbers import (
     format_decimal_bytes,
     format_duration,
@@ -37,9 +37,22 @@ def test_attributes_and_children():
     assert tag("rect", None, x=1.0, stroke_width=0.126, class_="a", dash=None) == (
         '<rect x="1" stroke-width="0.13" class="a"></rect>'
     )
-    assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
-    assert join_markup("a<b", None, tag("i", "&"), by=" ") == "a&lt;b <i>&amp;</i>"
-    assert tag("p", str(tag("i"))[:]) == "<p>&lt;i&gt;&lt;/i&gt;</p>", "a plain copy of markup is text again"
+    assert tag("p", "a<b", None, tag("i", "&")) == "<p>a&lt;b<i>&amp;</i></p>"
+    assert tag("p", "".join([*tag("i")])) == "<p>&lt;i&gt;&lt;/i&gt;</p>", "a plain copy of markup is text again"
+
+
+@given(st.text())
+@example("\x1b[2J\ud800\x00\u202e<script>")
+def test_templates_write_text_as_elements_do(name):
+    rows = [{"name": name, "figure": None}, {"name": "plain", "figure": 0.5}]
+    columns = [Column(name, "name"), Column("figure", "figure", str), Column("none", "missing")]
+    source = '{% from "pages/elements.html" import table, reasons %}{{ table(columns, rows, name) }}{{ reasons(why) }}'
+    text = TEMPLATES.from_string(source).render(columns=columns, rows=rows, name=name, why={name: None})
+    page, shown = read_page(text), UNSAFE.sub("\ufffd", name)
+    assert [each.text for each in page.all("th")] == [shown, "figure", "none", shown, "plain"]
+    assert [each.text for each in page.all("td")] == ["not measurable", "not measurable", "0.5", "not measurable"]
+    assert page.all("li")[0].text == f"{shown}: not measurable: no reason was recorded"
+    assert not page.all("caption") if not name else page.all("caption")[0].text == shown
 
 
 @pytest.mark.parametrize(
