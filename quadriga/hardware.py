@@ -67,73 +67,54 @@ class Device:
         return {"bfloat16": self.bf16, "float8": self.fp8}[dtype]
 
 
+# Units of the figures in the table below and in device files: TFLOP/s, GB, GB/s.
+SCALES = dict.fromkeys(("fp32", "tf32", "bf16", "fp8"), TERA)
+SCALES |= dict.fromkeys(("memory", "memory_bandwidth", "link_bandwidth", "network_bandwidth"), GIGA)
+
+
+def _device(
+    name: str, keywords: str, link: str, source: str, *figures: float | None, capacity_share: float = CAPACITY_SHARE
+) -> Device:
+    """`figures`: in the order of `SCALES`; without the last one, the network has its default bandwidth."""
+    scaled: dict[str, Any] = {key: each and each * SCALES[key] for key, each in zip(SCALES, figures, strict=False)}
+    return Device(name, tuple(keywords.split()), link=link, source=source, capacity_share=capacity_share, **scaled)
+
+
 # `find_device` takes the first match, so devices with more keywords come first.
 DEVICES = (
-    Device(
-        "A100 40GB", ("a100", "40gb"), 19.5 * TERA, 156 * TERA, 312 * TERA, None,
-        40 * GIGA, 1555 * GIGA, "NVLink 3", 300 * GIGA, "NVIDIA A100 Tensor Core GPU data sheet",
-    ),
-    Device(
-        "A100", ("a100",), 19.5 * TERA, 156 * TERA, 312 * TERA, None,
-        80 * GIGA, 2039 * GIGA, "NVLink 3", 300 * GIGA, "NVIDIA A100 80GB Tensor Core GPU data sheet (SXM)",
-    ),
-    Device(
-        "H100 PCIe", ("h100", "pcie"), 51 * TERA, 378 * TERA, 756 * TERA, 1513 * TERA,
-        80 * GIGA, 2000 * GIGA, "PCIe 5", 64 * GIGA, "NVIDIA H100 Tensor Core GPU data sheet (PCIe)",
-    ),
-    Device(
-        "H100 NVL", ("h100", "nvl"), 60 * TERA, 417.5 * TERA, 835.5 * TERA, 1671 * TERA,
-        94 * GIGA, 3900 * GIGA, "NVLink 4 bridge", 300 * GIGA, "NVIDIA H100 Tensor Core GPU data sheet (NVL)",
-    ),
-    Device(
-        "H100 96GB", ("h100", "96gb"), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
-        96 * GIGA, 2400 * GIGA, "NVLink 4", 450 * GIGA, "torchtitan's figures for its H100 with HBM2e",
-    ),
-    Device(
-        "H100", ("h100",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
-        80 * GIGA, 3350 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA H100 Tensor Core GPU data sheet (SXM)",
-    ),
-    Device(
-        "GH200", ("gh200",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
-        96 * GIGA, 4000 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA GH200 Grace Hopper data sheet (96 GB HBM3)",
-    ),
-    Device(
-        "H200", ("h200",), 67 * TERA, 494.7 * TERA, 989.4 * TERA, 1978.9 * TERA,
-        141 * GIGA, 4800 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA H200 Tensor Core GPU data sheet (SXM)",
-    ),
-    Device(
-        "H20", ("h20",), 44 * TERA, 74 * TERA, 148 * TERA, 296 * TERA,
-        96 * GIGA, 4000 * GIGA, "NVLink 4", 450 * GIGA, "NVIDIA H20 data sheet",
-    ),
-    Device(
-        "B200", ("b200",), 75 * TERA, 1125 * TERA, 2250 * TERA, 4500 * TERA,
-        180 * GIGA, 7700 * GIGA, "NVLink 5", 900 * GIGA, "NVIDIA HGX B200 data sheet, per GPU",
-    ),
-    Device(
-        "GB200", ("gb200",), 80 * TERA, 1250 * TERA, 2500 * TERA, 5000 * TERA,
-        186 * GIGA, 8000 * GIGA, "NVLink 5", 900 * GIGA, "NVIDIA GB200 NVL72 data sheet, per GPU",
-    ),
-    Device(
-        "MI300X", ("mi300x",), 163.4 * TERA, 653.7 * TERA, 1307.4 * TERA, 2614.9 * TERA,
-        192 * GIGA, 5300 * GIGA, "Infinity Fabric", 448 * GIGA, "AMD Instinct MI300X data sheet",
-    ),
-    Device(
-        "L40S", ("l40s",), 91.6 * TERA, 183 * TERA, 362.05 * TERA, 733 * TERA,
-        48 * GIGA, 864 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA L40S data sheet", 25 * GIGA, ECC_CAPACITY_SHARE,
-    ),
-    Device(
-        "RTX 4090", ("rtx", "4090"), 82.6 * TERA, 82.6 * TERA, 165.2 * TERA, 330.3 * TERA,
-        24 * GIGA, 1008 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA Ada GPU architecture white paper", 12.5 * GIGA,
-    ),
-    Device(
-        "A10G", ("a10g",), 35 * TERA, 35 * TERA, 70 * TERA, None,
-        24 * GIGA, 600 * GIGA, "PCIe 4", 32 * GIGA, "NVIDIA A10G data sheet",
-    ),
-    Device(
-        "T4", ("t4",), 8.1 * TERA, None, None, None,
-        16 * GIGA, 300 * GIGA, "PCIe 3", 16 * GIGA, "NVIDIA T4 Tensor Core GPU data sheet",
-    ),
-    Device("CPU", ("cpu",), None, None, None, None, None, None, "shared memory", None, "measured, never looked up"),
+    _device("A100 40GB", "a100 40gb", "NVLink 3", "NVIDIA A100 Tensor Core GPU data sheet",
+            19.5, 156, 312, None, 40, 1555, 300),
+    _device("A100", "a100", "NVLink 3", "NVIDIA A100 80GB Tensor Core GPU data sheet (SXM)",
+            19.5, 156, 312, None, 80, 2039, 300),
+    _device("H100 PCIe", "h100 pcie", "PCIe 5", "NVIDIA H100 Tensor Core GPU data sheet (PCIe)",
+            51, 378, 756, 1513, 80, 2000, 64),
+    _device("H100 NVL", "h100 nvl", "NVLink 4 bridge", "NVIDIA H100 Tensor Core GPU data sheet (NVL)",
+            60, 417.5, 835.5, 1671, 94, 3900, 300),
+    _device("H100 96GB", "h100 96gb", "NVLink 4", "torchtitan's figures for its H100 with HBM2e",
+            67, 494.7, 989.4, 1978.9, 96, 2400, 450),
+    _device("H100", "h100", "NVLink 4", "NVIDIA H100 Tensor Core GPU data sheet (SXM)",
+            67, 494.7, 989.4, 1978.9, 80, 3350, 450),
+    _device("GH200", "gh200", "NVLink 4", "NVIDIA GH200 Grace Hopper data sheet (96 GB HBM3)",
+            67, 494.7, 989.4, 1978.9, 96, 4000, 450),
+    _device("H200", "h200", "NVLink 4", "NVIDIA H200 Tensor Core GPU data sheet (SXM)",
+            67, 494.7, 989.4, 1978.9, 141, 4800, 450),
+    _device("H20", "h20", "NVLink 4", "NVIDIA H20 data sheet",
+            44, 74, 148, 296, 96, 4000, 450),
+    _device("B200", "b200", "NVLink 5", "NVIDIA HGX B200 data sheet, per GPU",
+            75, 1125, 2250, 4500, 180, 7700, 900),
+    _device("GB200", "gb200", "NVLink 5", "NVIDIA GB200 NVL72 data sheet, per GPU",
+            80, 1250, 2500, 5000, 186, 8000, 900),
+    _device("MI300X", "mi300x", "Infinity Fabric", "AMD Instinct MI300X data sheet",
+            163.4, 653.7, 1307.4, 2614.9, 192, 5300, 448),
+    _device("L40S", "l40s", "PCIe 4", "NVIDIA L40S data sheet",
+            91.6, 183, 362.05, 733, 48, 864, 32, 25, capacity_share=ECC_CAPACITY_SHARE),
+    _device("RTX 4090", "rtx 4090", "PCIe 4", "NVIDIA Ada GPU architecture white paper",
+            82.6, 82.6, 165.2, 330.3, 24, 1008, 32, 12.5),
+    _device("A10G", "a10g", "PCIe 4", "NVIDIA A10G data sheet",
+            35, 35, 70, None, 24, 600, 32),
+    _device("T4", "t4", "PCIe 3", "NVIDIA T4 Tensor Core GPU data sheet",
+            8.1, None, None, None, 16, 300, 16),
+    _device("CPU", "cpu", "shared memory", "measured, never looked up", None, None, None, None, None, None, None),
 )  # fmt: skip
 
 
@@ -174,10 +155,8 @@ def _device_from_file(path: str, key: str) -> Device:
         raise UserError(*(replace(each, source=key) for each in error.problems)) from None
     where = shortened(path)
     texts = ("name", "link", "source")
-    scales = {"memory": GIGA, "memory_bandwidth": GIGA, "link_bandwidth": GIGA, "network_bandwidth": GIGA}
-    scales |= dict.fromkeys(("fp32", "tf32", "bf16", "fp8"), TERA)
     allowed = f"{DEVICE_FIGURES[0]:g} to {DEVICE_FIGURES[1]:g}"
-    known = [*texts, *scales]
+    known = [*texts, *SCALES]
     problems = [
         Problem(
             f"{where}: {shortened(name)}",
@@ -193,7 +172,7 @@ def _device_from_file(path: str, key: str) -> Device:
     ]
     problems += [
         Problem(f"{where}: {name}", "must be a number within the bounds", shortened(raw[name]), allowed=allowed)
-        for name in scales
+        for name in SCALES
         if name in raw and not _is_figure(raw[name])
     ]
     problems += [
@@ -205,7 +184,7 @@ def _device_from_file(path: str, key: str) -> Device:
         raise UserError(*problems)
     figures: dict[str, Any] = dict.fromkeys((each.name for each in fields(Device)[2:10]), None)
     figures |= {"link": "its link", "source": path, "keywords": ("a device of the user's",)}
-    figures |= {name: value if name in texts else value * scales[name] for name, value in raw.items()}
+    figures |= {name: value if name in texts else value * SCALES[name] for name, value in raw.items()}
     return Device(**figures)
 
 

@@ -22,9 +22,17 @@ from quadriga.analysis.compare.plan import (
     run_order,
     write_bench_record,
 )
-from quadriga.analysis.compare.runs import Flat, config_table, flatten_tables, has_finished, is_run
+from quadriga.analysis.compare.runs import (
+    FEWEST_WINDOWS,
+    Flat,
+    config_table,
+    counted_windows,
+    flatten_tables,
+    has_finished,
+    is_run,
+    predicted_records,
+)
 from quadriga.analysis.compare.statistics import FEWEST_PAIRS
-from quadriga.analysis.compare.windows import FEWEST_WINDOWS, counted_windows, predicted_records
 from quadriga.cli.arguments import Parser, rank_count
 from quadriga.cli.compare import add_compare_arguments, compare_folders, print_comparison
 from quadriga.config import JobConfig, legacy_keys, to_toml

@@ -12,8 +12,7 @@ from typing import Any
 from quadriga.analysis.compare.comparison import compare_settings
 from quadriga.analysis.compare.evidence import Analyse
 from quadriga.analysis.compare.report import format_comparison
-from quadriga.analysis.compare.runs import find_bench, folders_of, names_of, read_setting
-from quadriga.analysis.compare.windows import WARMUP_STEPS
+from quadriga.analysis.compare.runs import WARMUP_STEPS, find_bench, folders_of, names_of, read_setting
 from quadriga.cli.arguments import Parser, write_page
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 

@@ -12,7 +12,7 @@ from quadriga.config.messages import decimal_bytes
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem
 from quadriga.hardware import device_named
 from quadriga.planning.advice import advice_for
-from quadriga.planning.backend_by_axis import format_backend_by_axis
+from quadriga.planning.communication import format_backend_by_axis
 from quadriga.planning.estimate import Estimate, estimate
 from quadriga.planning.report import estimate_rows as estimated_rows
 from quadriga.units import plural

@@ -41,7 +41,7 @@ from quadriga.launch.exit_status import report_exit
 from quadriga.launch.start_check import find_start
 from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
-from quadriga.planning.heap import heap_of
+from quadriga.planning.communication import heap_of
 from quadriga.resilience.processes import RECORDS, SAVE_SIGNAL, STOP_SIGNALS, adopt_orphans, signal_handlers
 
 ORPHAN_SECONDS = 5.0  # for children of the ranks to end after the ranks

@@ -13,8 +13,7 @@ from quadriga.comm.heap import Heap
 from quadriga.config import Run
 from quadriga.hardware import Device
 from quadriga.models.registry import flops_per_token
-from quadriga.planning.communication import CollectiveCalls, collective_calls
-from quadriga.planning.heap import heap_of
+from quadriga.planning.communication import CollectiveCalls, collective_calls, heap_of
 from quadriga.planning.memory import REST_FACTOR, STATE_FACTOR, Memory, memories_of
 from quadriga.planning.rates import Rates
 from quadriga.planning.setup import Setup
@@ -187,12 +186,8 @@ class Estimate:
         """Calls, bytes and bytes sent per step, by (axis, kind); the most bytes sent first."""
         found: dict[tuple[str, str], tuple[float, float, float]] = defaultdict(lambda: (0.0, 0.0, 0.0))
         for call in self.calls:
-            so_far = found[call.axis, call.kind]
-            found[call.axis, call.kind] = (
-                so_far[0] + call.calls,
-                so_far[1] + call.bytes,
-                so_far[2] + call.wire_bytes,
-            )
+            calls, size, wire = found[call.axis, call.kind]
+            found[call.axis, call.kind] = (calls + call.calls, size + call.bytes, wire + call.wire_bytes)
         return dict(sorted(found.items(), key=lambda item: -item[1][2]))
 
 

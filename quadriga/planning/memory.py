@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from quadriga.planning.loads import Load
 from quadriga.planning.passes import PassSnapshot, StagePasses
-from quadriga.planning.schedule import unsharded_stages
+from quadriga.planning.schedule import Load, unsharded_stages
 from quadriga.planning.setup import Setup
 
 # Reserved memory per byte of state, and per other active byte: fitted to published runs, see docs/estimates.md.

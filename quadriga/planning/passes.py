@@ -188,12 +188,9 @@ class StagePasses:
         `has_weight_grads`: gradients of the stage's parameters exist already.
         """
         if (kind, has_weight_grads) not in self._snapshots:
-            found = [
-                (name, {key: size for key, size in by_kind.items() if size})
-                for name, by_kind in self._named_bytes(kind, has_weight_grads)
-            ]
             self._snapshots[kind, has_weight_grads] = tuple(
-                PassSnapshot(name, by_kind, sum(by_kind.values())) for name, by_kind in found
+                PassSnapshot.of(name, {key: size for key, size in by_kind.items() if size})
+                for name, by_kind in self._named_bytes(kind, has_weight_grads)
             )
         return self._snapshots[kind, has_weight_grads]
 
@@ -215,10 +212,9 @@ class StagePasses:
     def _loss(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if self.stage.last:
             forward, _ = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
-            in_compute = self.setup.itemsize + (
-                FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
-            )  # as computed, and cast
-            yield "loss", self._loss_bytes(has_weight_grads, in_compute + FLOAT32_BYTES * (1 + forward))
+            cast = FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
+            computed = self.setup.itemsize + cast
+            yield "loss", self._loss_bytes(has_weight_grads, computed + FLOAT32_BYTES * (1 + forward))
 
     def _loss_bytes(self, has_weight_grads: bool, bytes_per_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
@@ -254,22 +250,12 @@ class StagePasses:
             chunk = (setup.logits / setup.run.config.training.loss_chunks + self._output_matrix) * setup.itemsize
             yield "loss, weights of a chunk", {**loss, "logits_and_loss": chunk}
             kept = self.block_activations + self.head_activations + self._loss_chunk_grads
-            alive = {
-                "gathered_parameters": loss["gathered_parameters"],
-                "gradients": self._existing_grads(has_weight_grads) + made,
-            }
+            alive = {"gathered_parameters": loss["gathered_parameters"], "gradients": loss["gradients"] + made}
             yield "output layer, backward", {**alive, "activations": kept}
             return
         walk = head.backward_peak(head.all_saved, 0.0) - head.sizes[head.trace.output]
-        yield (
-            "output layer, backward",
-            {
-                **loss,
-                "gradients": self._existing_grads(has_weight_grads) + made,
-                "activations": self.block_activations + walk,
-                "logits_and_loss": setup.logits * setup.itemsize + self.output,
-            },
-        )
+        alive = {**loss, "gradients": loss["gradients"] + made, "activations": self.block_activations + walk}
+        yield "output layer, backward", {**alive, "logits_and_loss": setup.logits * setup.itemsize + self.output}
 
     def _blocks(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         setup, block = self.setup, self.setup.block
@@ -286,24 +272,11 @@ class StagePasses:
             kept = self.output + self.block_activations - freed[number]
             alive = {"gathered_parameters": self.gathered(count - number, self._first_units)}
             waiting = sent if number or self._is_tied else sum(map(self._reduction_buffer, self._head_units))
-            yield (
-                f"block {count - 1 - number}, backward",
-                {
-                    **alive,
-                    "gradients": done + number * final,
-                    "reduction": waiting,
-                    "activations": kept + walk,
-                },
-            )
-            yield (
-                f"block {count - 1 - number}, reduction",
-                {
-                    **alive,
-                    "gradients": done + (number + 1) * final + self._unreduced_grads(self.stage.block),
-                    "reduction": sent,
-                    "activations": kept + block.sizes["x"],
-                },
-            )
+            name, grads = f"block {count - 1 - number}", done + number * final
+            yield f"{name}, backward", {**alive, "gradients": grads, "reduction": waiting, "activations": kept + walk}
+            grads = done + (number + 1) * final + self._unreduced_grads(self.stage.block)
+            kept += block.sizes["x"]
+            yield f"{name}, reduction", {**alive, "gradients": grads, "reduction": sent, "activations": kept}
 
     def _embedding(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if not self.stage.others:
@@ -328,11 +301,8 @@ class StagePasses:
         """Gradients of inputs only: nothing is freed, and output gradients of layers with weights stay for part W."""
         block, head = self.setup.block, self.setup.head
         kept = self.block_activations + self.head_activations
-        unsharded_bytes, before = (
-            self.gathered(len(self.modes), self.stage.others),
-            self._existing_grads(has_weight_grads),
-        )
-        alive = {"gathered_parameters": unsharded_bytes, "gradients": before}
+        gathered = self.gathered(len(self.modes), self.stage.others)
+        alive = {"gathered_parameters": gathered, "gradients": self._existing_grads(has_weight_grads)}
         if self.stage.last:
             _, copies = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
             loss = self.setup.logits * FLOAT32_BYTES * (1 + copies) + self.output
@@ -347,17 +317,10 @@ class StagePasses:
         held = self.held_until_wgrad + self.x + (0.0 if self.stage.last else self.output)
         alive = {"gathered_parameters": self.gathered(len(self.modes), self.stage.others)}
         matrix = self.setup.itemsize * self.stage.block.largest(self.tp, 1)
-        yield (
-            "weights, first",
-            {
-                **alive,
-                "gradients": self._existing_grads(has_weight_grads),
-                "reduction": matrix
-                if has_weight_grads or self.setup.uses_fsdp
-                else self._final_grads(self.stage.block),
-                "activations": self.block_activations + self.head_activations + held,
-            },
-        )
+        if not has_weight_grads and not self.setup.uses_fsdp:
+            matrix = self._final_grads(self.stage.block)
+        kept, grads = self.block_activations + self.head_activations + held, self._existing_grads(has_weight_grads)
+        yield "weights, first", {**alive, "gradients": grads, "reduction": matrix, "activations": kept}
         made = sum(count * self._unreduced_grads(unit) for unit, count in self.stage.units())
         alive["gradients"] = self.final_grads
         yield "weights, last", {**alive, "reduction": made}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from quadriga.config import Run
+from quadriga.config.model_spec import ModelSpec
 from quadriga.config.pipeline_order import PipelineOrder
 from quadriga.config.rules_pipeline import SINGLE_STAGE
-from quadriga.config.run_spec import Degrees
-from quadriga.config.schema import UPDATE_BUCKET, ActivationCheckpoint
-from quadriga.models.operations import Cut, Kernels
+from quadriga.config.schema import UPDATE_BUCKET
+from quadriga.models.operations import Cut, Kernels, Trace
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.planning.activations import Activations, LocalSizes, activations_of
-from quadriga.planning.loads import Load, loads_of
 from quadriga.planning.parameters import Stage, Unit, build_stages, even_split
-from quadriga.planning.schedule import gather_counts, order_of
+from quadriga.planning.schedule import Load, gather_counts, loads_of, order_of
 from quadriga.units import DTYPE_BYTES
 
 # Temporary copies of all parameters of a rank during an update.
@@ -37,69 +35,38 @@ def causal_attention_cost(length: int) -> float:
     return each * (1 + rows / length)
 
 
-@dataclass(frozen=True)
 class Setup:
-    """A run on a device type, `cpu` or `cuda`."""
+    """A run on a device type, `cpu` or `cuda`.
 
-    run: Run
-    device_type: str = "cuda"
+    `shards`: ranks over which `fully_shard` shards each parameter. `uses_fsdp`: whether it wraps the model. `itemsize`:
+    bytes per element in the compute dtype. `keeps_unsharded_grads`: unsharded gradients of several micro-batches are
+    accumulated in the reduce dtype before reduction. `micro_batches_per_call`: of one pass of local_batch_size rows
+    through a pipeline. `rows`, `tokens`, `logits` (elements): of a micro-batch on one rank.
+    """
 
-    @cached_property
-    def degrees(self) -> Degrees:
-        return self.run.spec.degrees
-
-    @cached_property
-    def shards(self) -> int:
-        """Ranks over which `fully_shard` shards each parameter."""
-        return self.degrees.dp_shard * self.degrees.cp
-
-    @cached_property
-    def parameter_bytes(self) -> int:
-        return DTYPE_BYTES[self.run.config.training.dtype]
-
-    @cached_property
-    def itemsize(self) -> int:
-        """Bytes per element in the compute dtype."""
-        return DTYPE_BYTES[self.run.config.training.mixed_precision_param] if self.uses_fsdp else self.parameter_bytes
-
-    @cached_property
-    def reduce_bytes(self) -> int:
-        return DTYPE_BYTES[self.run.config.training.mixed_precision_reduce]
-
-    @cached_property
-    def moment_bytes(self) -> int:
-        return DTYPE_BYTES[self.run.config.optimizer.state_dtype or self.run.config.training.dtype]
-
-    @cached_property
-    def offload(self) -> bool:
-        return self.run.config.training.enable_cpu_offload
-
-    @cached_property
-    def uses_fsdp(self) -> bool:
-        """Whether `fully_shard` wraps the model."""
-        return self.run.config.training.uses_fsdp(self.shards * self.degrees.dp_replicate * self.degrees.tp)
-
-    @cached_property
-    def reshards(self) -> bool:
-        return self.run.spec.reshard_after_forward and self.uses_fsdp
-
-    @cached_property
-    def reduces_once(self) -> bool:
-        return self.micro_batches == 1 or self.run.spec.reduce_gradients == "once"
-
-    @cached_property
-    def keeps_unsharded_grads(self) -> bool:
-        """Whether unsharded gradients of several micro-batches are accumulated in the reduce dtype before reduction."""
-        return self.uses_fsdp and self.micro_batches > 1 and self.run.spec.reduce_gradients == "once"
-
-    @cached_property
-    def micro_batches(self) -> int:
-        return self.run.spec.micro_batches
-
-    @cached_property
-    def micro_batches_per_call(self) -> int:
-        """Micro-batches of one pass of local_batch_size rows through a pipeline."""
-        return self.run.spec.micro_batches // self.run.spec.accumulation_steps
+    def __init__(self, run: Run, device_type: str = "cuda") -> None:
+        self.run, self.device_type = run, device_type
+        spec, training, parallelism = run.spec, run.config.training, run.config.parallelism
+        degrees = self.degrees = spec.degrees
+        self.shards = degrees.dp_shard * degrees.cp
+        self.offload = training.enable_cpu_offload
+        self.recompute = run.config.activation_checkpoint
+        self.compiled = run.config.compile.compiles("model")
+        self.uses_fsdp = training.uses_fsdp(self.shards * degrees.dp_replicate * degrees.tp)
+        self.reshards = spec.reshard_after_forward and self.uses_fsdp
+        self.parameter_bytes = DTYPE_BYTES[training.dtype]
+        self.itemsize = DTYPE_BYTES[training.mixed_precision_param] if self.uses_fsdp else self.parameter_bytes
+        self.reduce_bytes = DTYPE_BYTES[training.mixed_precision_reduce]
+        self.moment_bytes = DTYPE_BYTES[run.config.optimizer.state_dtype or training.dtype]
+        self.micro_batches = spec.micro_batches
+        self.micro_batches_per_call = spec.micro_batches // spec.accumulation_steps
+        self.reduces_once = self.micro_batches == 1 or spec.reduce_gradients == "once"
+        self.keeps_unsharded_grads = self.uses_fsdp and self.micro_batches > 1 and spec.reduce_gradients == "once"
+        self.rows = parallelism.pipeline_parallel_microbatch_size if degrees.pp > 1 else spec.local_batch_size
+        self.tokens = self.rows * spec.seq_len // degrees.cp
+        self.sequence_parallel = degrees.tp > 1 and parallelism.enable_sequence_parallel
+        self.parallel_loss = degrees.tp > 1 and not parallelism.disable_loss_parallel
+        self.logits = self.tokens * spec.model.vocab_size / (degrees.tp if self.parallel_loss else 1)
 
     def update_bytes(self, held: int, largest: int) -> float:
         """Temporary bytes of an update of `held` elements, if the largest parameter has `largest`."""
@@ -111,31 +78,6 @@ class Setup:
         return (narrow + copies) * min(max(UPDATE_BUCKET, largest), held) * wide
 
     @cached_property
-    def rows(self) -> int:
-        """Rows of a micro-batch on one rank."""
-        if self.degrees.pp > 1:
-            return self.run.config.parallelism.pipeline_parallel_microbatch_size
-        return self.run.spec.local_batch_size
-
-    @cached_property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch on one rank."""
-        return self.rows * self.run.spec.seq_len // self.degrees.cp
-
-    @cached_property
-    def sequence_parallel(self) -> bool:
-        return self.degrees.tp > 1 and self.run.config.parallelism.enable_sequence_parallel
-
-    @cached_property
-    def parallel_loss(self) -> bool:
-        return self.degrees.tp > 1 and not self.run.config.parallelism.disable_loss_parallel
-
-    @cached_property
-    def logits(self) -> float:
-        """Elements of the logits of a micro-batch on one rank."""
-        return self.tokens * self.run.spec.model.vocab_size / (self.degrees.tp if self.parallel_loss else 1)
-
-    @cached_property
     def table_bytes(self) -> float:
         """Bytes of the rotary tables, tokens and labels."""
         length = self.run.spec.seq_len // self.degrees.cp
@@ -143,35 +85,20 @@ class Setup:
         return 2 * length * self.run.spec.model.head_dim * self.itemsize + 2 * 8 * rows * length
 
     @cached_property
-    def _cut(self) -> Cut:
-        method = self.run.config.parallelism.context_parallel_method
-        return Cut(self.degrees.tp > 1, self.sequence_parallel, method if self.degrees.cp > 1 else None)
-
-    @cached_property
-    def _local_sizes(self) -> LocalSizes:
-        degrees = self.degrees
-        sequence = self.run.config.parallelism.enable_sequence_parallel
-        return LocalSizes(self.tokens, self.itemsize, degrees.tp, degrees.cp, sequence)
-
-    @cached_property
-    def _kernels(self) -> Kernels:
-        return Kernels.of(self.device_type, "float32" if self.itemsize == DTYPE_BYTES["float32"] else "bfloat16")
-
-    @cached_property
     def block(self) -> Activations:
-        return activations_of(block_trace, self.run.spec.model, self._cut, self._kernels, self._local_sizes)
+        return self._activations(block_trace)
 
     @cached_property
     def head(self) -> Activations:
-        return activations_of(head_trace, self.run.spec.model, self._cut, self._kernels, self._local_sizes)
+        return self._activations(head_trace)
 
-    @cached_property
-    def recompute(self) -> ActivationCheckpoint:
-        return self.run.config.activation_checkpoint
-
-    @cached_property
-    def compiled(self) -> bool:
-        return self.run.config.compile.compiles("model")
+    def _activations(self, trace: Callable[[ModelSpec, Cut, Kernels], Trace]) -> Activations:
+        degrees, parallelism = self.degrees, self.run.config.parallelism
+        method = parallelism.context_parallel_method if degrees.cp > 1 else None
+        kernels = Kernels.of(self.device_type, "float32" if self.itemsize == DTYPE_BYTES["float32"] else "bfloat16")
+        sizes = LocalSizes(self.tokens, self.itemsize, degrees.tp, degrees.cp, parallelism.enable_sequence_parallel)
+        cut = Cut(degrees.tp > 1, self.sequence_parallel, method)
+        return activations_of(trace, self.run.spec.model, cut, kernels, sizes)
 
     def modes_of_blocks(self, number: int) -> tuple[str, ...]:
         """Recompute mode of each block of stage `number`: `none`, `op` or `full`."""

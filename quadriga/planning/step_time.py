@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 
 from quadriga.planning.communication import CollectiveCalls, collective_calls
 from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
@@ -43,26 +44,10 @@ class Work:
     python: float = 0.0  # seconds
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.memory + other.memory,
-            self.operations + other.operations,
-            self.forward_products + other.forward_products,
-            self.forward_attention + other.forward_attention,
-            self.python + other.python,
-        )
+        return Work(*map(add, vars(self).values(), vars(other).values()))
 
     def times(self, factor: float) -> Work:
-        return Work(
-            factor * self.products,
-            factor * self.attention,
-            factor * self.memory,
-            factor * self.operations,
-            factor * self.forward_products,
-            factor * self.forward_attention,
-            factor * self.python,
-        )
+        return Work(*[factor * each for each in vars(self).values()])
 
     def seconds(self, rates: Rates) -> tuple[float, float, float]:
         """Seconds of products, attention and memory-bound work, on a device that never waits."""

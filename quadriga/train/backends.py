@@ -18,7 +18,7 @@ from quadriga.config import Run
 from quadriga.log import logger
 from quadriga.metrics.guarded import Guarded, Logger
 from quadriga.metrics.loggers import JSONL_NAME
-from quadriga.planning.heap import heap_of
+from quadriga.planning.communication import heap_of
 
 
 def machine_for(backend: str | None, local_rank: int) -> Machine:

@@ -11,7 +11,7 @@ from quadriga.comm import collectives
 from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
 from quadriga.log import logger
-from quadriga.planning.backend_by_axis import format_backend_by_axis
+from quadriga.planning.communication import format_backend_by_axis
 from quadriga.train.build import Trainer
 from quadriga.units import format_count, format_seconds
 

@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.event_table import EventTable
 from quadriga.analysis.trace.fields import numel
 from quadriga.analysis.trace.find import find_traces, rank_in_name
 from quadriga.analysis.trace.intervals import window_index
-from quadriga.analysis.trace.read import read_trace
-from quadriga.analysis.trace.steps import STEP_MARK
+from quadriga.analysis.trace.read import STEP_MARK, EventTable, read_trace
 from quadriga.errors import Problem, UserError
 
 RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")

@@ -192,14 +192,9 @@ def _verify(requested: str, declared: Mapping[str, str], sent: SentBytes) -> tup
         return False, f"{requested} was asked for, and {backend} carried {_percent(share)} of the bytes ({axis})"
     if sent.by_name > TOLERATED_SHARE * total:
         return False, f"{_percent(sent.by_name / total)} of the bytes are known only by the name of a kernel"
-    others = {
-        f"{axis} is on {name}" for axis, name in declared.items() if name != requested and axis in axes_sent(sent)
-    }
+    used = {axis for axis, _ in sent.amounts}
+    others = {f"{axis} is on {name}" for axis, name in declared.items() if name != requested and axis in used}
     return True, "; ".join([f"{requested} carried {_percent(own / total)} of the bytes", *sorted(others)])
-
-
-def axes_sent(sent: SentBytes) -> set[str]:
-    return {axis for axis, _ in sent.amounts}
 
 
 def _percent(share: float) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from quadriga.analysis.compare.report import format_answers, format_value
 from quadriga.analysis.pages.charts import Bar, BarPart, legend, stacked_bars
-from quadriga.analysis.pages.markup import Column, render
-from quadriga.analysis.pages.numbers import format_duration, format_number, format_share
+from quadriga.analysis.pages.markup import render
+from quadriga.analysis.pages.numbers import Column, format_duration, format_number, format_share
 from quadriga.analysis.pages.plots import Interval, Series, interval_plot, line_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREY, VERMILION
 

@@ -3,6 +3,15 @@
 RUN/config.toml, environment.json, metrics.jsonl, events.jsonl     one run, as quadriga/train writes it
 SETTING/repeat-1/, repeat-2/, ...                                  repeats of one setting, one run folder each
 BENCH/bench.json, setting-1/, setting-2/, ...                      as `quadriga bench` writes it
+
+The windows of steps of a run: a window is the steps between two records of `metrics.jsonl`. It counts if none of its
+steps is excluded. Excluded are
+
+- the first `warmup` steps of each start of the run (compilation, caches, growth of the allocator);
+- steps in which the profiler warms up or records, and the step after them, in which the trace is written. If fewer than
+  FEWEST_WINDOWS windows would remain, these steps count too, with a warning.
+
+Saves and validations are in no window (see quadriga/metrics/meter.py).
 """
 
 from __future__ import annotations
@@ -13,32 +22,96 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from quadriga import limits
-from quadriga.analysis.compare.windows import Record, StepWindow, counted_windows
 from quadriga.errors import Problem, UserError, shortened
+from quadriga.metrics.cycles import Cycle
 from quadriga.metrics.events import read_events
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.reading import read_json_object, read_toml
 
-METRICS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, BENCH_FILE = (
-    "metrics.jsonl",
-    "config.toml",
-    "environment.json",
-    "bench.json",
-)
+# --- windows of steps ------------------------------------------------------------------------------------------------
+
+Record = dict[str, Any]
+
+WARMUP_STEPS = 5
+FEWEST_WINDOWS = 3
+
+
+@dataclass(frozen=True)
+class StepWindow:
+    """The steps `first` to `last`, and the record of them."""
+
+    first: int
+    last: int
+    record: Record
+
+
+def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
+    """The profiler's cycle of a table `[profiling]`, for a start of `steps` steps; None without the profiler."""
+    if profiling.get("enable_profiling") is not True:
+        return None
+    return Cycle.of_run(profiling["profile_freq"], profiling["profiler_warmup"], profiling["profiler_active"], steps)
+
+
+def windows_of(records: Sequence[Record]) -> dict[int, list[StepWindow]]:
+    """By attempt, all windows except the first, whose first step is unknown."""
+    found: dict[int, list[StepWindow]] = {}
+    for attempt, group in groupby(records, key=lambda record: int(record["attempt"])):
+        own = list(group)
+        found[attempt] = [StepWindow(before["step"] + 1, after["step"], after) for before, after in pairwise(own)]
+    return found
+
+
+def counted_windows(
+    records: Sequence[Record], profiling: Mapping[str, Any], steps: int, warmup: int
+) -> tuple[list[StepWindow], str | None]:
+    """The windows that count, and a warning if they include steps with the profiler, else None.
+
+    `records`: of training, by step; `profiling`: the table of the configuration; `steps`: the last step of the run.
+    """
+    undisturbed: list[StepWindow] = []
+    after_warmup: list[StepWindow] = []
+    for windows in windows_of(records).values():
+        if not windows:
+            continue
+        # The first record of the first attempt is of step 1. That of a later attempt may be some steps after its start.
+        first_step = windows[0].first - 1
+        cycle = cycle_of(profiling, max(steps - first_step + 1, 1))
+        for window in windows:
+            if window.first < first_step + warmup:
+                continue
+            after_warmup.append(window)
+            # Cycles repeat, so the first cycle's length of steps of a window is enough to check.
+            most = window.first + (cycle.length if cycle else 0)
+            inside = range(window.first, min(window.last, most) + 1)
+            if cycle is None or not any(cycle.disturbs(step, first_step) for step in inside):
+                undisturbed.append(window)
+    if len(undisturbed) >= FEWEST_WINDOWS or len(undisturbed) == len(after_warmup):
+        return undisturbed, None
+    return after_warmup, "steps that the profiler slowed are counted, because too few others are left"
+
+
+def predicted_records(steps: int, log_freq: int) -> list[Record]:
+    """The records that a future run will write, without figures."""
+    logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0 or step == steps]
+    return [{"step": step, "attempt": 1} for step in logged]
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+
+
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.toml"
+ENVIRONMENT_FILE, BENCH_FILE = "environment.json", "bench.json"
 REPEAT = re.compile(r"repeat-([0-9]{1,9})")
 REQUIRED = ("time", "loss", "step_seconds", "tokens_seen")  # fields of each record that a comparison reads
 MAX_SETTINGS = 1000  # of one bench
 # Keys of `config.toml` that are used in arithmetic, with their least values.
-MINIMUM_VALUES = {
-    "training.steps": 1,
-    "profiling.profile_freq": 1,
-    "profiling.profiler_warmup": 0,
-    "profiling.profiler_active": 1,
-}
+MINIMUM_VALUES = {"training.steps": 1, "profiling.profile_freq": 1}
+MINIMUM_VALUES |= {"profiling.profiler_warmup": 0, "profiling.profiler_active": 1}
 Flat = dict[str, Any]  # `section.key` -> value
 
 

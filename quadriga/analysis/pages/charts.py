@@ -128,7 +128,8 @@ def horizontal_axis(scale: Scale, top: float, foot: float, title: str, formatter
 
 def timeline_chart(title: str, strips: Sequence[Strip], start: float, axis_title: str) -> Markup:
     """The strips of all ranks below each other, on one time axis that begins at `start` seconds."""
-    scale = Scale(0.0, longest_strip(strips, start), LEFT, WIDTH - RIGHT)
+    longest = max((end - start for strip in strips for _, end, _ in strip.spans), default=0.0) or 1.0
+    scale = Scale(0.0, longest, LEFT, WIDTH - RIGHT)
     drawn, top, rank = [], 0.0, None
     for strip in strips:
         if strip.rank != rank:
@@ -138,11 +139,6 @@ def timeline_chart(title: str, strips: Sequence[Strip], start: float, axis_title
         drawn.append(_strip(strip, scale, start, top))
         top += STRIP + STRIP_GAP
     return picture(title, top + AXIS + 4, horizontal_axis(scale, 0.0, top + 4, axis_title, format_duration), *drawn)
-
-
-def longest_strip(strips: Sequence[Strip], start: float) -> float:
-    """Seconds from `start` to the end of the last span; 1 if there are no spans."""
-    return max((end - start for strip in strips for _, end, _ in strip.spans), default=0.0) or 1.0
 
 
 def _strip(strip: Strip, scale: Scale, start: float, top: float) -> Markup:

@@ -4,8 +4,6 @@ may contain anything."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +37,6 @@ def render(template: str, **values: Any) -> str:
     """The page of a template, by its path in `analysis`."""
     themes = {"light": (LIGHT, ON_LIGHT), "dark": (DARK, ON_DARK)}
     return TEMPLATES.get_template(template).render(themes=themes, **values)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table. `key`: of its values in the rows; None is shown as "not measurable".
-
-    `formatter`: makes text of figures, which are aligned to the right; None: the values are text.
-    """
-
-    title: str
-    key: Any
-    formatter: Callable[[Any], str] | None = None
-
-    def cell(self, row: Mapping[Any, Any]) -> Any:
-        value = row.get(self.key)
-        return value if value is None or self.formatter is None else self.formatter(value)
 
 
 def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:

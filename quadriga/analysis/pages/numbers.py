@@ -1,9 +1,12 @@
-"""Formats figures for a page: three significant digits, and a suitable unit."""
+"""Formats figures for a page: three significant digits, and a suitable unit; and the columns of tables."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 MINUS = "−"
 
@@ -52,3 +55,32 @@ def format_decimal_bytes(amount: float) -> str:
 def format_whole(value: float) -> str:
     """A count: `1,234`; with one decimal if it is not whole, such as a mean of counts."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. `key`: of its values in the rows; None is shown as "not measurable".
+
+    `formatter`: makes text of figures, which are aligned to the right; None: the values are text.
+    """
+
+    title: str
+    key: Any
+    formatter: Callable[[Any], str] | None = None
+
+    def cell(self, row: Mapping[Any, Any]) -> Any:
+        value = row.get(self.key)
+        return value if value is None or self.formatter is None else self.formatter(value)
+
+
+def format_table(columns: Sequence[Column], rows: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
+    """A table for a terminal. None is shown as `-`."""
+    cells = [["-" if (cell := column.cell(row)) is None else str(cell) for column in columns] for row in rows]
+    lines = [[column.title for column in columns], *cells]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        aligned = [
+            cell.rjust(width) if column.formatter else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ]
+        yield ("  " + "  ".join(aligned)).rstrip()

@@ -11,9 +11,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from quadriga.analysis.trace import breakdown, collectives, prediction
+from quadriga.analysis.trace import collectives
+from quadriga.analysis.trace.calls import NAME
 from quadriga.analysis.trace.find import TraceSet, find_traces, rank_in_name
-from quadriga.analysis.trace.rank import RankResult, analyse_rank
+from quadriga.analysis.trace.rank import RankResult, analyse_rank, mean_breakdown
 from quadriga.errors import Fault, Problem, UserError
 from quadriga.units import MIB, format_some
 
@@ -98,7 +99,7 @@ def _step_times(ranks: list[RankResult]) -> dict[str, Any]:
     by_rank = [
         {
             "rank": rank.rank,
-            "mean": breakdown.mean_breakdown(rank.step_breakdowns),
+            "mean": mean_breakdown(rank.step_breakdowns),
             "steps": [
                 {"step": step.number, **figures} for step, figures in zip(rank.steps, rank.step_breakdowns, strict=True)
             ],
@@ -134,16 +135,12 @@ def _slowest(by_rank: list[dict[str, Any]], step: float) -> dict[str, Any] | Non
 
 def _kernels(ranks: list[RankResult]) -> dict[str, Any]:
     """Seconds per step, means over ranks. Shares are of the sum of all families."""
-    families: dict[str, float] = defaultdict(float)
-    blocks: dict[str, float] = defaultdict(float)
-    names: dict[str, float] = defaultdict(float)
-    numbers: dict[str, float] = defaultdict(float)
+    families, blocks, names, numbers = (defaultdict[str, float](float) for _ in range(4))
     for rank in ranks:
         scale = 1 / len(rank.steps) / len(ranks)
-        for name, seconds in rank.totals.families.items():
-            families[name] += seconds * scale
-        for name, seconds in (rank.totals.blocks or {}).items():
-            blocks[name] += seconds * scale
+        for found, own in ((families, rank.totals.families), (blocks, rank.totals.blocks or {})):
+            for name, seconds in own.items():
+                found[name] += seconds * scale
         for name, (seconds, number) in rank.totals.names.items():
             names[name] += seconds * scale
             numbers[name] += number * scale
@@ -165,7 +162,7 @@ def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any]
     """Measured and estimated calls and bytes, for the start of the run that made the traces; or None and the reason."""
     if chosen.run is None:
         return None, "the run folder has no estimate.json"
-    predicted, why = prediction.read_prediction(chosen.run, ranks[0].attempt)
+    predicted, why = collectives.read_prediction(chosen.run, ranks[0].attempt)
     return ({"rows": collectives.compare_with_estimate(ranks, predicted)} if predicted is not None else None), why
 
 
@@ -238,12 +235,8 @@ def _warnings(ranks: list[RankResult], chosen: TraceSet, contradictions: int, ma
             f"{contradictions} of {contradictions + matched} calls ended on one rank before another began them, by "
             "these clocks: they are excluded from transfers"
         )
-    if any(has_calls_by_name(rank) for rank in ranks):
+    if any(call.found_by == NAME for rank in ranks for call in rank.calls):
         found.append("some communication was found only by the names of kernels: its bytes and groups are not known")
     if chosen.others:
         found.append(f"of several iterations this is {chosen.iteration}; also here: {list(chosen.others)} (--step N)")
     return found
-
-
-def has_calls_by_name(rank: RankResult) -> bool:
-    return any(call.found_by == "name" for call in rank.calls)

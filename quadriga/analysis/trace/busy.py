@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.event_table import EventTable
-from quadriga.analysis.trace.read import KERNEL, MEMCPY, RankTrace, read_trace
-from quadriga.analysis.trace.steps import STEP_MARK
+from quadriga.analysis.trace.read import KERNEL, MEMCPY, STEP_MARK, EventTable, RankTrace, read_trace
 from quadriga.errors import Problem, UserError, shortened
 
 PATTERNS = {

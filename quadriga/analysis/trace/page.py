@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quadriga.analysis.pages.charts import Bar, BarPart, Strip, legend, stacked_bars, timeline_chart
-from quadriga.analysis.pages.markup import Column, render
+from quadriga.analysis.pages.markup import render
 from quadriga.analysis.pages.numbers import (
+    Column,
     format_decimal_bytes,
     format_duration,
     format_number,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quadriga.analysis.pages.numbers import Column, format_table
 from quadriga.units import format_bytes
 
 Analysis = Mapping[str, Any]
@@ -18,6 +19,51 @@ PARTS = (
 REST = ("rest_s", "in none of these (Python between operations)")
 FOUND_BY_MARKS = {"linkage": "", "annotation": " (annotated)", "name": " (by name)"}
 MAX_ROWS = 12  # rows of one table
+
+
+def format_time(value: float, digits: int = 3) -> str:
+    """`0.0123` -> `12.3 ms`."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(value) >= scale:
+            return f"{value / scale:.{digits}g} {unit}" if abs(value) < 1000 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value * 1e6:.{digits}g} us"
+
+
+def _count(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _speed(value: float) -> str:
+    return f"{value:.3g}"
+
+
+STEP_COLUMNS = (
+    *(Column("rank", "rank"), Column("step", "seconds", format_time), Column("compute", "compute_s", format_time)),
+    Column("communication", "communication_s", format_time),
+    Column("exposed", "exposed_communication_s", format_time),
+    *(Column("copies", "memcpy_s", format_time), Column("data wait", "data_wait_s", format_time)),
+)
+AXIS, COLLECTIVE = Column("axis", "axis"), Column("collective", "collective")
+COLLECTIVE_COLUMNS = (
+    *(AXIS, Column("collective", "name"), Column("over", "backend"), Column("ranks", "ranks", _count)),
+    *(Column("calls", "calls_a_step", _count), Column("bytes", "bytes_a_step", format_bytes)),
+    *(Column("time", "seconds_a_step", format_time), Column("exposed", "exposed_s_a_step", format_time)),
+    Column("overlap", "overlap_share", lambda share: f"{share:.0%}"),
+    *(Column("skew", "start_skew_s", format_time), Column("transfer", "transfer_s", format_time)),
+    *(Column("alg GB/s", "algorithm_gb_s", _speed), Column("bus GB/s", "bus_gb_s", _speed)),
+)
+SIZE_COLUMNS = (
+    *(AXIS, COLLECTIVE, Column("bytes", "bytes", format_bytes), Column("calls", "calls", _count)),
+    *(Column("transfer", "transfer_s", format_time), Column("bus GB/s", "bus_gb_s", _speed)),
+)
+ESTIMATE_COLUMNS = (
+    *(AXIS, COLLECTIVE, Column("calls", "calls", _count), Column("estimated", "predicted_calls", _count)),
+    *(Column("bytes", "bytes", _count), Column("estimated", "predicted_bytes", _count)),
+)
+KERNEL_COLUMNS = (
+    Column("per step", "seconds_a_step", format_time),
+    Column("share", "share", lambda share: f"{share:.1%}"),
+)
 
 
 def format_trace(analysis: Analysis) -> Iterator[str]:
@@ -43,27 +89,6 @@ def format_verdict(analysis: Analysis) -> str:
     return f"a step takes {step} on average: {shares}"
 
 
-def format_time(value: float | None, digits: int = 3) -> str:
-    """`0.0123` -> `12.3 ms`; None -> `-`."""
-    if value is None:
-        return "-"
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-        if abs(value) >= scale:
-            return f"{value / scale:.{digits}g} {unit}" if abs(value) < 1000 * scale else f"{value / scale:,.0f} {unit}"
-    return f"{value * 1e6:.{digits}g} us"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
-    """Aligned columns: the first `left` to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield ("  " + "  ".join(cells)).rstrip()
-
-
 def _shares(analysis: Analysis) -> list[tuple[str, float]]:
     """The parts of the step, means over ranks, which add up to it."""
     means = [entry["mean"] for entry in analysis["by_rank"]]
@@ -77,7 +102,7 @@ def _overview(analysis: Analysis) -> Iterator[str]:
     ranks, steps, times = analysis["ranks"], analysis["steps"], analysis["step_time_s"]
     where = f"iteration {analysis['iteration']}, " if analysis["iteration"] is not None else ""
     yield (
-        f"  {analysis['source']}: {where}{_count(len(ranks), 'rank')} of {analysis['world_size']} on "
+        f"  {analysis['source']}: {where}{len(ranks)} rank{'s' * (len(ranks) != 1)} of {analysis['world_size']} on "
         f"{analysis['device_type']}, steps {steps[0]} to {steps[-1]} ({len(steps)} profiled)"
     )
     low, middle, high = (format_time(times[name]) for name in ("min", "median", "max"))
@@ -91,62 +116,32 @@ def _overview(analysis: Analysis) -> Iterator[str]:
 def _where(analysis: Analysis) -> Iterator[str]:
     """One line per rank: mean seconds per step."""
     rest = "rest" if analysis["device_type"] == "cpu" else "host idle"
-    header = ("rank", "step", "compute", "communication", "exposed", "copies", "data wait", rest)
-    keys = ("seconds", "compute_s", "communication_s", "exposed_communication_s", "memcpy_s", "data_wait_s", "rest_s")
-    rows = [(str(entry["rank"]), *(format_time(entry["mean"][key]) for key in keys)) for entry in analysis["by_rank"]]
+    rows = [{**entry["mean"], "rank": entry["rank"]} for entry in analysis["by_rank"]]
     if len(rows) > MAX_ROWS:
-        order = sorted(range(len(rows)), key=lambda at: -(analysis["by_rank"][at]["mean"]["compute_s"] or 0))
+        order = sorted(range(len(rows)), key=lambda at: -(rows[at]["compute_s"] or 0))
         rows = [rows[at] for at in sorted(order[:MAX_ROWS])]
         yield f"  the {MAX_ROWS} ranks that compute longest:"
-    yield from format_table(header, rows)
+    yield from format_table([*STEP_COLUMNS, Column(rest, "rest_s", format_time)], rows)
 
 
 def _collectives(analysis: Analysis) -> Iterator[str]:
-    rows = analysis["collectives"]
-    if not rows:
-        return
-    header = (
-        *("axis", "collective", "over", "ranks", "calls", "bytes", "time", "exposed", "overlap"),
-        *("skew", "transfer", "alg GB/s", "bus GB/s"),
-    )
-    shown = [
-        (
-            row["axis"],
-            row["collective"] + FOUND_BY_MARKS[row["found_by"]],
-            row["backend"],
-            _number(row["ranks"]),
-            _number(row["calls_a_step"]),
-            "-" if row["bytes_a_step"] is None else format_bytes(row["bytes_a_step"]),
-            format_time(row["seconds_a_step"]),
-            format_time(row["exposed_s_a_step"]),
-            "-" if row["overlap_share"] is None else f"{row['overlap_share']:.0%}",
-            format_time(row["start_skew_s"]),
-            format_time(row["transfer_s"]),
-            _speed(row["algorithm_gb_s"]),
-            _speed(row["bus_gb_s"]),
-        )
-        for row in rows
-    ]
-    yield "  per step and rank; medians: skew, from first to last start; transfer, from last start to first end"
-    yield from format_table(header, shown, left=3)
-    yield ""
+    rows = [{**row, "name": row["collective"] + FOUND_BY_MARKS[row["found_by"]]} for row in analysis["collectives"]]
+    if rows:
+        yield "  per step and rank; medians: skew, from first to last start; transfer, from last start to first end"
+        yield from format_table(COLLECTIVE_COLUMNS, rows)
+        yield ""
 
 
 def _by_size(analysis: Analysis) -> Iterator[str]:
     rows = [
-        (
-            *(row["axis"], row["collective"], format_bytes(size["bytes"]), _number(size["calls"])),
-            *(format_time(size["transfer_s"]), _speed(size["bus_gb_s"])),
-        )
+        {**row, **size}
         for row in analysis["collectives"]
         if len(row["sizes"]) > 1
         for size in sorted(row["sizes"], key=lambda size: -size["bytes"])[:4]
     ]
     if rows:
         yield "  by size of a call"
-        yield from format_table(
-            ("axis", "collective", "bytes", "calls", "transfer", "bus GB/s"), rows[:MAX_ROWS], left=2
-        )
+        yield from format_table(SIZE_COLUMNS, rows[:MAX_ROWS])
         yield ""
 
 
@@ -159,29 +154,21 @@ def _estimate(analysis: Analysis) -> Iterator[str]:
         yield f"  bytes and calls per step equal the estimate in all {len(rows)} rows of axis and collective"
     else:
         yield "  NOT as estimated (per step):"
-        shown = [
-            (
-                *(row["axis"], row["collective"], _number(row["calls"]), _number(row["predicted_calls"])),
-                *(_number(row["bytes"]), _number(row["predicted_bytes"])),
-            )
-            for row in wrong
-        ]
-        header = ("axis", "collective", "calls", "estimated", "bytes", "estimated")
-        yield from format_table(header, shown, left=2)
+        yield from format_table(ESTIMATE_COLUMNS, wrong)
     yield ""
 
 
 def _kernels(analysis: Analysis) -> Iterator[str]:
     kernels = analysis["kernels"]
     top = [{**entry, "name": shorten_name(entry["name"])} for entry in kernels["top"]]
-    for title, entries in (("family", kernels["families"]), ("block", kernels["blocks"]), ("kernel", top)):
-        if entries:
-            rows = [
-                (entry["name"], format_time(entry["seconds_a_step"]), f"{entry['share']:.1%}")
-                + ((f"{entry['calls_a_step']:,.1f}",) if title == "kernel" else ())
-                for entry in entries[:MAX_ROWS]
-            ]
-            yield from format_table((title, "per step", "share", *(("calls",) if title == "kernel" else ())), rows)
+    calls = Column("calls", "calls_a_step", lambda number: f"{number:,.1f}")
+    for title, rows, more in (
+        ("family", kernels["families"], ()),
+        ("block", kernels["blocks"], ()),
+        ("kernel", top, (calls,)),
+    ):
+        if rows:
+            yield from format_table([Column(title, "name"), *KERNEL_COLUMNS, *more], rows[:MAX_ROWS])
             yield ""
 
 
@@ -194,17 +181,3 @@ def _unknown(analysis: Analysis) -> Iterator[str]:
 
 def shorten_name(name: str, width: int = 70) -> str:
     return name if len(name) <= width else name[: width - 3] + "..."
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def _speed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 from quadriga.config.run_spec import Degrees
 
@@ -131,8 +132,7 @@ def _one_axis() -> Iterator[Row]:
 
 
 def _two_axes() -> Iterator[Row]:
-    axes = tuple(DEGREE_KEYS)
-    pairs = [(first, second) for number, first in enumerate(axes) for second in axes[number + 1 :]]
+    pairs = list(combinations(DEGREE_KEYS, 2))
     for first, second in pairs:
         yield Row(Degrees(**{first: 2, second: 2}), slow=(first, second) != ("dp_shard", "tp"))
     for number, (first, second) in enumerate(pairs):
@@ -141,12 +141,8 @@ def _two_axes() -> Iterator[Row]:
 
 
 def _three_axes() -> Iterator[Row]:
-    axes = tuple(DEGREE_KEYS)
-    for a, first in enumerate(axes):
-        for b, second in enumerate(axes[a + 1 :], a + 1):
-            for third in axes[b + 1 :]:
-                chosen = {first: 2, second: 2, third: 2}
-                yield Row(Degrees(**chosen))
+    for axes in combinations(DEGREE_KEYS, 3):
+        yield Row(Degrees(**dict.fromkeys(axes, 2)))
 
 
 def _four_axes() -> Iterator[Row]:

@@ -8,9 +8,8 @@ from estimating import run_of
 from quadriga.comm.heap import RESERVE, Heap
 from quadriga.config import Run
 from quadriga.hardware import device_named
-from quadriga.planning.backend_by_axis import byte_share_by_backend
+from quadriga.planning.communication import byte_share_by_backend, heap_of
 from quadriga.planning.estimate import estimate
-from quadriga.planning.heap import heap_of
 from quadriga.planning.report import estimate_rows
 from quadriga.units import GIB, MIB
 

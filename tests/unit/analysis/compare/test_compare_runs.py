@@ -10,8 +10,7 @@ import pytest
 from run_folders import make_pair, make_run, make_setting, no_traces
 
 from quadriga.analysis.compare.comparison import compare_settings
-from quadriga.analysis.compare.runs import find_bench, folders_of, has_finished, names_of, read_setting
-from quadriga.analysis.compare.windows import cycle_of
+from quadriga.analysis.compare.runs import cycle_of, find_bench, folders_of, has_finished, names_of, read_setting
 from quadriga.errors import UserError
 
 MODE, SEED, STEPS = "activation_checkpoint.mode", "debug.seed", "training.steps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quadriga.analysis.compare.windows import counted_windows, cycle_of, predicted_records
+from quadriga.analysis.compare.runs import counted_windows, cycle_of, predicted_records
 from quadriga.config.schema import Metrics
 from quadriga.metrics.meter import Meter
 from quadriga.metrics.profiler import profiler_schedule

@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from page_reading import read_page
 
-from quadriga.analysis.pages.markup import TEMPLATES, UNSAFE, Column, tag
+from quadriga.analysis.pages.markup import TEMPLATES, UNSAFE, tag
 from quadriga.analysis.pages.numbers import (
+    Column,
     format_decimal_bytes,
     format_duration,
     format_number,
