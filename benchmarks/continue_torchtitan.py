@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -30,10 +29,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, met_or_missed, require_clean_tree, save, text_table
+from common import command_line, met_or_missed, save, text_table
 from made_data import DOCUMENTS, TOKENIZER, split_documents, standard_library, write_documents, write_tokenizer
-from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
-from trainer import environment, output_tail, write_toml
+from torchtitan_oracle import Oracle, read_arguments
+from trainer import run_quadriga, write_toml
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -96,26 +95,17 @@ class ContinuationTrainers:
     def train_quadriga(self, run: str, ranks: int = 1, *arguments: str) -> Records:
         module = "quadriga.train" if ranks == 1 else "quadriga.launch"
         given = ("--job.config_file", "run.toml", "--job.dump_folder", run, *TORCHTITAN_DATA_ORDER, *arguments)
-        self._quadriga(ranks, module, *given)
+        run_quadriga(self.folder, ranks, module, *given)
         return {one["step"]: one for one in read_metrics(self.folder / run / "metrics.jsonl")}
 
     def to_torchtitan(self, run: str, out: str) -> None:
-        self._quadriga(1, "quadriga.cli", "convert", "to-torchtitan", run, f"{out}/checkpoint")
+        run_quadriga(self.folder, 1, "quadriga.cli", "convert", "to-torchtitan", run, f"{out}/checkpoint")
 
     def copy_checkpoint(self, run: str, step: int, to: str) -> None:
         """Create a run folder `to` with the checkpoint of step `step` of `run` only."""
         place = self.folder / to / "checkpoint"
         place.mkdir(parents=True)
         shutil.copytree(self.folder / run / "checkpoint" / f"step-{step}", place / f"step-{step}")
-
-    def _quadriga(self, ranks: int, module: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment(ranks, "cpu"), capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            tail = output_tail(done.stderr, 25)
-            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{tail}")
 
 
 def compare_steps(whole: Records, resumed: Records, first: int, steps: int) -> dict[str, Any]:
@@ -202,25 +192,7 @@ def row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan")
-    where.add_argument("--cache", type=Path, metavar="FOLDER", help="create such an environment in here, or reuse it")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose name begins so, e.g. here")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result")
-    chosen = parser.parse_args()
-    names = [
-        name for name in (*LAYOUTS, ROUND_TRIP, TO_TORCHTITAN) if not chosen.only or name.startswith(tuple(chosen.only))
-    ]
-    if not names:
-        parser.error("--only matches no run")
-    if chosen.out == RESULTS:
-        require_clean_tree()  # before the work, not after it
-    try:
-        oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
-    except OracleMissing as reason:
-        print(reason, file=sys.stderr)
-        return 1
+    chosen, oracle, names = read_arguments(parser, STEPS, [*LAYOUTS, ROUND_TRIP, TO_TORCHTITAN])
     with tempfile.TemporaryDirectory(prefix="quadriga-continue-") as scratch:
         found = measure_all(
             ContinuationTrainers(oracle, Path(scratch), standard_library(CHARACTERS)), names, chosen.steps

@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -35,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, met_or_missed, require_clean_tree, save, text_table
+from common import command_line, met_or_missed, save, text_table
 from made_data import (
     DOCUMENTS,
     TOKENIZER,
@@ -45,8 +44,8 @@ from made_data import (
     write_documents,
     write_tokenizer,
 )
-from torchtitan_oracle import Oracle, OracleMissing, build_oracle, find_oracle
-from trainer import environment, output_tail, write_toml
+from torchtitan_oracle import Oracle, read_arguments
+from trainer import run_quadriga, write_toml
 
 from quadriga.metrics.jsonl import read_metrics
 
@@ -219,7 +218,9 @@ class FidelityTrainers:
 
     def train_quadriga(self, file: str, *arguments: str) -> dict[str, list[dict[str, Any]]]:
         folder = self._new("ours")
-        self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *arguments)
+        run_quadriga(
+            self._folder, 1, "quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *arguments
+        )
         metrics = self._folder / folder / "metrics.jsonl"
         return {"step": read_metrics(metrics), "validation": read_metrics(metrics, "validation")}
 
@@ -236,20 +237,22 @@ class FidelityTrainers:
         """Save Quadriga's initial weights in the run folder `folder`."""
         given = ["--checkpoint.create_seed_checkpoint", "--checkpoint.load_only=false"]
         given += ["--checkpoint.initial_load_in_hf=false", "--checkpoint.initial_load_path=none"]
-        self._quadriga("quadriga.train", "--job.config_file", file, "--job.dump_folder", folder, *given, *arguments)
+        run_quadriga(
+            self._folder,
+            1,
+            "quadriga.train",
+            "--job.config_file",
+            file,
+            "--job.dump_folder",
+            folder,
+            *given,
+            *arguments,
+        )
         return folder
 
     def convert(self, run: str, out: str) -> Path:
-        self._quadriga("quadriga.cli", "convert", "to-hf", run, out)
+        run_quadriga(self._folder, 1, "quadriga.cli", "convert", "to-hf", run, out)
         return self._folder / out
-
-    def _quadriga(self, module: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", module, *arguments]
-        environ = environment(1, "cpu")
-        done = subprocess.run(command, cwd=self._folder, env=environ, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            tail = output_tail(done.stderr, 25)
-            raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{tail}")
 
     def _new(self, side: str) -> str:
         return f"{side}-{next(self._numbers)}"
@@ -392,30 +395,11 @@ def row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=CLAIM)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--oracle", type=Path, metavar="PYTHON", help="the Python of an environment with torchtitan 0.2.2"
-    )
-    where.add_argument("--cache", type=Path, metavar="FOLDER", help="create such an environment in here, or reuse it")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="comparisons whose name begins so, e.g. cosine")
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds of the initial weights")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel comparisons, of two processes each")
     parser.add_argument("--text", type=Path, help="documents from this text instead of the standard library's")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result")
     parser.add_argument("--name", default="fidelity", help="name of the result file, without .json")
-    chosen = parser.parse_args()
-    names = [*(case.name for case in CASES), *DEFAULTS, WEIGHTS]
-    names = [name for name in names if not chosen.only or name.startswith(tuple(chosen.only))]
-    if not names:
-        parser.error("--only matches no comparison")
-    if chosen.out == RESULTS:
-        require_clean_tree()  # before the work, not after it
-    try:
-        oracle = find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache)
-    except OracleMissing as reason:
-        print(reason, file=sys.stderr)
-        return 1
+    chosen, oracle, names = read_arguments(parser, STEPS, [*(case.name for case in CASES), *DEFAULTS, WEIGHTS])
     text = chosen.text.read_text(encoding="utf-8") if chosen.text else standard_library(CHARACTERS)
     with tempfile.TemporaryDirectory(prefix="quadriga-fidelity-") as scratch:
         found = measure_all(FidelityTrainers(oracle, Path(scratch), text), names, chosen)

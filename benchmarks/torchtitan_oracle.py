@@ -1,4 +1,5 @@
-"""torchtitan v0.2.2 as the oracle of `fidelity.py`: runs on one rank of a CPU, in a separate environment.
+"""torchtitan v0.2.2 as the oracle of `fidelity.py` and `continue_torchtitan.py`: runs on one rank of a CPU, in a
+separate environment.
 
 The package cannot be in Quadriga's environment: it needs other versions of datasets and tokenizers, and the repository
 has a folder with its name.
@@ -6,6 +7,7 @@ has a folder with its name.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import BENCHMARKS
+from common import BENCHMARKS, RESULTS, require_clean_tree
 from trainer import environment, output_tail
 
 DRIVER = BENCHMARKS / "torchtitan_on_cpu.py"
@@ -65,6 +67,31 @@ class Oracle:
 def without_python_path(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without Python paths, because the repository has a folder `torchtitan`."""
     return {name: value for name, value in environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def read_arguments(
+    parser: argparse.ArgumentParser, steps: int, names: Sequence[str]
+) -> tuple[argparse.Namespace, Oracle, list[str]]:
+    """The parsed arguments, the oracle, and the chosen ones of `names`. Adds the arguments that all scripts have.
+
+    `steps`: default of --steps. Raises SystemExit before any work if the tree is not clean, or there is no oracle.
+    """
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--oracle", type=Path, metavar="PYTHON", help="Python of an environment with torchtitan 0.2.2")
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="create such an environment in here, or reuse it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"those whose name begins so: {', '.join(names)}")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result")
+    chosen = parser.parse_args()
+    found = [name for name in names if not chosen.only or name.startswith(tuple(chosen.only))]
+    if not found:
+        parser.error("--only matches no name")
+    if chosen.out == RESULTS:
+        require_clean_tree()  # before the work, not after it
+    try:
+        return chosen, find_oracle(chosen.oracle.absolute()) if chosen.oracle else build_oracle(chosen.cache), found
+    except OracleMissing as reason:
+        raise SystemExit(str(reason)) from None
 
 
 def find_oracle(python: Path) -> Oracle:

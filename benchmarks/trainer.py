@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,16 @@ def environment(ranks: int, device: str) -> dict[str, str]:
     if device == "cpu":
         chosen |= {"CUDA_VISIBLE_DEVICES": "", "COMM_BACKEND": "gloo"}
     return child_environment(**chosen)
+
+
+def run_quadriga(folder: Path, ranks: int, module: str, *arguments: str) -> None:
+    """Run a module of Quadriga in a folder, on a CPU. Raises SystemExit with the end of its output if it fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    environ = environment(ranks, "cpu")
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = output_tail(done.stderr, 25)
+        raise SystemExit(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{tail}")
 
 
 def output_tail(output: str, lines: int = 15) -> str:

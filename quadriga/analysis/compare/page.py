@@ -1,6 +1,6 @@
 """The report of a comparison as one HTML page: first the answer, then charts and tables.
 
-`comparison_page` reads the object that `quadriga compare --json` prints (`quadriga-compare-1`), and fills `page.html`.
+`comparison_page` reads the object that `quadriga compare --json` prints (`quadriga-compare-1`), and fills `page.jinja`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def comparison_page(comparison: Comparison) -> str:
     keys = list(dict.fromkeys(key for run in comparison["runs"] for key in run["values"]))
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
     return render(
-        "compare/page.html",
+        "compare/page.jinja",
         title=f"{' and '.join(names)} compared" if len(names) == 2 else f"{len(names)} runs compared",
         source=_varied(comparison["varied"]),
         sentences=comparison_sentences(comparison),

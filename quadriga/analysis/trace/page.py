@@ -1,6 +1,6 @@
 """The report of an analysed trace as one HTML page: first what took the time, then charts and tables.
 
-`trace_page` reads the object that `quadriga trace --json` prints (`quadriga-trace-1`), and fills `page.html`. A figure
+`trace_page` reads the object that `quadriga trace --json` prints (`quadriga-trace-1`), and fills `page.jinja`. A figure
 that is None was not measurable; the page shows the reason that the analysis gives.
 """
 
@@ -109,7 +109,7 @@ def trace_page(analysis: Mapping[str, Any]) -> str:
         for size in row["sizes"]
     ]
     return render(
-        "trace/page.html",
+        "trace/page.jinja",
         title="Where a step's time went",
         source=f"{analysis['source']}: {_ranks(analysis)}, {_steps(analysis['steps'])}, {analysis['device_type']}",
         sentences=trace_sentences(analysis),

@@ -47,7 +47,7 @@ def test_attributes_and_children():
 def test_templates_write_text_as_elements_do(name):
     rows = [{"name": name, "figure": None}, {"name": "plain", "figure": 0.5}]
     columns = [Column(name, "name"), Column("figure", "figure", str), Column("none", "missing")]
-    source = '{% from "pages/elements.html" import table, reasons %}{{ table(columns, rows, name) }}{{ reasons(why) }}'
+    source = '{% from "pages/elements.jinja" import table, reasons %}{{ table(columns, rows, name) }}{{ reasons(why) }}'
     text = TEMPLATES.from_string(source).render(columns=columns, rows=rows, name=name, why={name: None})
     page, shown = read_page(text), UNSAFE.sub("\ufffd", name)
     assert [each.text for each in page.all("th")] == [shown, "figure", "none", shown, "plain"]
