@@ -316,7 +316,7 @@ class StagePasses:
         """Gradients of weights: each frees activations. With `fully_shard`, unreduced gradients stay to the end."""
         held = self.held_until_wgrad + self.x + (0.0 if self.stage.last else self.output)
         alive = {"gathered_parameters": self.gathered(len(self.modes), self.stage.others)}
-        matrix = self.setup.itemsize * self.stage.block.largest(self.tp, 1)
+        matrix: float = self.setup.itemsize * self.stage.block.largest(self.tp, 1)
         if not has_weight_grads and not self.setup.uses_fsdp:
             matrix = self._final_grads(self.stage.block)
         kept, grads = self.block_activations + self.head_activations + held, self._existing_grads(has_weight_grads)

@@ -105,7 +105,8 @@ def _intervals(rated: Rows) -> str | None:
         Interval(
             ratio["figure"] if len(pairs) == 1 else f"{ratio['figure']}: {ratio['run']}",
             ratio["ratio"],
-            *ratio["interval"],
+            ratio["interval"][0],
+            ratio["interval"][1],
             ratio["verdict"],
             VERDICTS.get(ratio["verdict"], GREY),
         )
@@ -136,13 +137,14 @@ def _figure_rows(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _where(parts: Rows) -> dict[str, Any]:
     runs = list(dict.fromkeys(each["run"] for part in parts for each in part["by_run"]))
     shown = [BarPart(run, index % GREY) for index, run in enumerate(runs)]
-    bars, rows = [], []
+    bars: list[Bar] = []
+    rows: list[dict[Any, Any]] = []
     for part in parts:
         seconds = {each["run"]: each["seconds"] for each in part["by_run"]}
         # `exposed communication`, or `exposed on shard` for one axis
         axis = part.get("axis")
         name = f"exposed on {axis}" if axis else part["part"].removesuffix("_s").replace("_", " ")
-        rows.append({"part": name, **{("run", run): value for run, value in seconds.items()}})
+        rows.append(dict[Any, Any](part=name) | {("run", run): value for run, value in seconds.items()})
         for index, run in enumerate(runs):
             values = [seconds.get(run) if i == index else None for i in range(len(runs))]
             bars.append(Bar(name if index == 0 else "", values))
