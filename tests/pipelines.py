@@ -79,7 +79,7 @@ def make_state(run: Run, mesh: Any) -> TrainState:
     parts = build_parts(run, mesh, CPU)
     optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
     schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
-    return TrainState(parts, optimizer, schedule, cast(Loader, FixedBatches(run, mesh.batch_rank)))
+    return TrainState(parts, optimizer, schedule, cast(Loader, FixedBatches(run, mesh.batch_rank)), CPU)
 
 
 def train(arguments: Arguments) -> PipelineTrace:

@@ -195,8 +195,8 @@ def tensor_bytes(entry: TensorInfo) -> int:
 def assign_to_files(tensors: Mapping[str, TensorInfo], most: int) -> list[WeightFile]:
     """The files for these tensors, in their order. A file has at most `most` bytes, or a single larger tensor."""
     groups = [dict(group) for group in grouped(tensors.items(), lambda item: tensor_bytes(item[1]), most)]
-    if len(groups) == 1:
-        return [WeightFile(SINGLE, groups[0])]
+    if len(groups) <= 1:
+        return [WeightFile(SINGLE, groups[0] if groups else {})]
     names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
     return [WeightFile(name, group) for name, group in zip(names, groups, strict=True)]
 

@@ -128,11 +128,15 @@ class HfFolder:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Converts errors of the library to a UserError: a damaged file."""
+    """A safetensors file. Converts errors of the library, and those of opening, to a UserError: a damaged file."""
+    is_open = False
     try:
         with safe_open(str(path), framework="pt") as file:
+            is_open = True
             yield file
     except (SafetensorError, OSError) as error:
+        if is_open and isinstance(error, OSError):  # the disk's, of the caller's work
+            raise
         what = f"damaged or incomplete: {shortened(error, 300)}"
         raise UserError(Problem(str(path), what, fix=DOWNLOAD_AGAIN)) from error
 

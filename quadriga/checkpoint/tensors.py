@@ -266,7 +266,7 @@ class HashingFiles(FileSystemBase):
 
 
 class _HashedStream:
-    """A sequential output stream with a hash."""
+    """A sequential output stream with a hash. Has the methods that DCP and torch.save call."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
@@ -275,8 +275,17 @@ class _HashedStream:
         self.digest.update(data)
         return self._stream.write(data)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class StreamingPlanner(DefaultSavePlanner):

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from quadriga.errors import printable
 from quadriga.units import format_count, plural
 
@@ -60,6 +58,8 @@ FILTERS: Mapping[str, Callable[..., str]] = {
 
 def render(template: Path, **values: Any) -> str:
     """The document of a template. In it, `table` and `FILTERS` can be used besides `values`."""
+    import jinja2
+
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters.update(FILTERS)
     return environment.from_string(template.read_text(encoding="utf-8")).render(values, table=table)

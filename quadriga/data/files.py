@@ -36,8 +36,8 @@ class File:
     path: Path
     name: str  # relative to the folder, so that the fingerprint is the same wherever the folder is
     size: int  # bytes on disk
+    compressed: bool
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
-    compressed: bool = False
 
 
 def find_files(kind: str, pattern: str) -> tuple[File, ...]:
@@ -105,7 +105,7 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
         elif name.lower().endswith(UNREADABLE):
             what = f"{path.suffix} files cannot be read"
             problems.append(Problem(str(path), what, allowed="plain files, and .gz for text and jsonl"))
-        files.append(File(path, name, status.st_size, status.st_mtime_ns, path.suffix == ".gz"))
+        files.append(File(path, name, status.st_size, path.suffix == ".gz", status.st_mtime_ns))
     if not problems and not sum(file.size for file in files):
         problems.append(Problem(str(root if len(files) > 1 else files[0].path), "every file is empty"))
     if problems:

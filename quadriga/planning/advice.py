@@ -158,11 +158,15 @@ def _for_activations(run: Run) -> Iterator[Remedy]:
     if config.training.loss_chunks == 1:
         effect = "holds the logits of an eighth of the tokens at a time, at no extra computation"
         yield remedy("a chunked loss", effect, training__loss_chunks=8)
-    if rows > 1 and spec.degrees.pp == 1:
-        fewer = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
+    pipeline = spec.degrees.pp > 1
+    # A schedule needs as many micro-batches as it has stages, and some need a multiple of the ranks.
+    micro_batch = config.parallelism.pipeline_parallel_microbatch_size if pipeline else 1
+    least, unit = micro_batch * max(len(spec.stage_ranks), 1), micro_batch * spec.degrees.pp
+    fewer = next((n for n in range(rows // 2, least - 1, -1) if rows % n == 0 and n % unit == 0), None)
+    if fewer is not None:
         effect = f"the same batch in {rows // fewer} times as many passes"
         sizes = {"training__local_batch_size": fewer, "training__global_batch_size": batch}
-        yield remedy("half the local batch", effect, **sizes)
+        yield remedy("" if pipeline else "a smaller local batch", effect, **sizes)
     if config.training.mixed_precision_param == "float32":
         yield remedy("", "halves activations", training__mixed_precision_param="bfloat16")
     if spec.degrees.dp_shard % 2 == 0 and batch % max(spec.degrees.batch // 2, 1) == 0:

@@ -148,7 +148,7 @@ def empty_state(run: Run, mesh: Mesh, fake_mode: FakeTensorMode) -> TrainState:
 
     with torch.utils._python_dispatch._disable_current_modes():  # sharding reads meshes, which are real tensors
         parts = build_parts(run, mesh, HOST, fill=fill_nothing)
-    state = build_state(run, parts, empty_loader(run))
+    state = build_state(run, parts, empty_loader(run), HOST)
     state.health = HealthMonitor(HealthSection(non_finite="ignore", spike="ignore"))  # fake losses have no value
     return state
 

@@ -133,7 +133,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
 
     progress.enter_phase("weights")
     parts = build_parts(run, mesh, device, shard_collectives=shard_collectives)
-    state = build_state(run, parts, loader, events.attempt)
+    state = build_state(run, parts, loader, device, events.attempt)
     state.progress = progress
     state.health = HealthMonitor(config.health, device)
     step_config = build_step_config(run, mesh, device, parts)
@@ -265,13 +265,15 @@ def build_part(
     return model
 
 
-def build_state(run: Run, parts: tuple[nn.Module, ...], loader: Loader, attempt: int = 1) -> TrainState:
+def build_state(
+    run: Run, parts: tuple[nn.Module, ...], loader: Loader, device: torch.device, attempt: int = 1
+) -> TrainState:
     """The training state before the first step."""
     named = [pair for part in parts for pair in part.named_parameters()]
     optimizer = build_optimizer(named, run.config.optimizer)
     precompute_scales(optimizer, parts, float8_of(run))
     schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
-    return TrainState(parts, optimizer, schedule, loader, attempt=attempt)
+    return TrainState(parts, optimizer, schedule, loader, device, attempt=attempt)
 
 
 def float8_of(run: Run) -> LinearFloat8 | None:

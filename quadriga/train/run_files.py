@@ -129,7 +129,8 @@ def library_versions() -> dict[str, str]:
     found = {}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            if version := metadata.version(name):  # None where the metadata of a package is damaged
+                found[name] = version
     return found
 
 

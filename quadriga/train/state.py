@@ -14,8 +14,6 @@ from quadriga.resilience.health import HealthMonitor
 from quadriga.resilience.progress import Progress
 from quadriga.train.feed import Feed
 
-CPU = torch.device("cpu")
-
 
 @dataclass
 class TrainState:
@@ -31,13 +29,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     loader: Loader
+    device: torch.device
     step: int = 0
     tokens_seen: int = 0
     attempt: int = 1
     max_positions: int = 0  # longest sequence that the weights were trained for before this run
     progress: Progress = field(default_factory=Progress)
     health: HealthMonitor = field(default_factory=HealthMonitor)
-    device: torch.device = CPU
     feed: Feed = field(default_factory=Feed)
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -50,7 +50,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
         batch = state.feed.next(state.loader)
     progress.enter_phase("forward and backward")
     lr = float(state.schedule.get_last_lr()[0])
-    loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # float64, so that the order does not matter
+    loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # the order of the sum must not show
     for micro_batch, is_last in with_last(batch.micro_batches(step_config.micro_batch_rows)):
         reduce = step_config.reduce_gradients == "every_micro_batch"
         loss += step_config.forward_backward.train(micro_batch, reduce=reduce, last=is_last)

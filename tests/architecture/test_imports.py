@@ -23,6 +23,7 @@ LIGHT = [
     "quadriga.checkpoint.folder",
     "quadriga.checkpoint.titan",
     "quadriga.config.card",
+    "quadriga.config.reference",
     "quadriga.launch.supervisor",
     "quadriga.models.registry",
     "quadriga.models.plan",
@@ -72,6 +73,12 @@ def test_light_packages_load_no_torch():
     code = "import importlib, json, sys\n[importlib.import_module(n) for n in json.loads(sys.argv[1])]\n"
     code += "print([m for m in ('torch', 'numpy', 'datasets', 'tokenizers') if m in sys.modules])"
     assert run_python(code, json.dumps(LIGHT)).strip() == "[]"
+
+
+def test_help_and_launch_load_no_templates():
+    code = "import sys, quadriga.cli.main, quadriga.launch.supervisor, quadriga.config.reference as reference\n"
+    code += "reference.print_keys([]); print('jinja2' in sys.modules)"
+    assert run_python(code).splitlines()[-1] == "False"
 
 
 def test_imports_are_quiet():

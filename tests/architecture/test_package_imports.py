@@ -80,6 +80,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
 LAZY_PACKAGES = {"cli", "launch"}
 LAZY_FILES = {"models/registry.py", "__init__.py", "train/build.py", "train/__main__.py"}
 LAZY_READERS = {"datasets", "pyarrow", "pyarrow.parquet", "tiktoken", "wandb", "tiktoken.load", "huggingface_hub"}
+LAZY_READERS |= {"jinja2"}  # documents alone need it, and `--help` is in the same modules
 LAZY_READERS |= {"torchao.float8", "torchao.float8.float8_linear"}  # optional, and asked for by one converter alone
 LAZY_READERS |= {
     "tensorboard.compat.proto",

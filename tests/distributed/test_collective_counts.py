@@ -119,7 +119,7 @@ def recorded(degrees: Degrees, *more: str) -> tuple[Counter[tuple[str, str]], Co
     run = read_run(degrees, *more)
     mesh, cpu = build_mesh(degrees, "cpu"), torch.device("cpu")
     parts = build_parts(run, mesh, cpu)
-    state = build_state(run, parts, empty_loader(run))
+    state = build_state(run, parts, empty_loader(run), torch.device("cpu"))
     step_config = build_step_config(run, mesh, cpu, parts)
     train_step(state, step_config, mesh)
     with CallRecorder(axis_by_ranks(mesh)) as recorder:

@@ -50,7 +50,7 @@ def load(folder: str, arguments: tuple[str, ...]) -> dict[str, torch.Tensor]:
     run, parts = parts_of(arguments)
     group = dist.new_group(backend="gloo")
     read_hf(folder, ModelState(parts).state_dict(), tensor_names(run.spec.model), group)
-    return whole_weights(build_state(run, parts, None))
+    return whole_weights(build_state(run, parts, None, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

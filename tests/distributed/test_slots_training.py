@@ -168,7 +168,7 @@ def a_step(run: Run) -> tuple[Counter[str], list[tuple[str, int]], tuple[int, in
     sharding = collectives_for_shards(run, "host-slots", mesh, cpu)
     assert sharding is not None
     parts = build_parts(run, mesh, cpu, shard_collectives=sharding)
-    state = build_state(run, parts, empty_loader(run))
+    state = build_state(run, parts, empty_loader(run), torch.device("cpu"))
     step_config = build_step_config(run, mesh, cpu, parts)
     train_step(state, step_config, mesh)
     sharding.bytes_by_collective.clear()

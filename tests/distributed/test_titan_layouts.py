@@ -33,7 +33,7 @@ def load(place: str, arguments: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What this rank's part of the run has after reading, whole."""
     run = read_run((*arguments, *SIZES), dist.get_world_size())
     parts = build_parts(run, build_mesh(run.spec.degrees, "cpu"), torch.device("cpu"))
-    state = build_state(run, parts, None)
+    state = build_state(run, parts, None, torch.device("cpu"))
     states = {"model": ModelState(parts), "optimizer": OptimizerState(parts, [state.optimizer])}
     held = {f"{part}.{name}": value for part, one in states.items() for name, value in one.state_dict().items()}
     read_titan(place, held, tensor_names(run.spec.model), dist.new_group(backend="gloo"))

@@ -4,7 +4,6 @@ timeline of one step as spans for a chart. docs/traces.md defines every figure."
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from quadriga.analysis.trace.read import KERNEL, RankTrace, Step, read_trace
 
 DATA_WAIT = ("quadriga:data_wait", "enumerate(DataLoader)#")
 HOST_AXIS = "host"  # groups that serve the host: saves and stop requests, for which no step waits
-Breakdown = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)

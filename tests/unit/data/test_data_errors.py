@@ -189,4 +189,4 @@ def test_hidden_files_and_other_suffixes_of_a_folder_are_left_out(tmp_path):
         (tmp_path / name).write_text(name)
     source = open_source("text", str(tmp_path))
     assert isinstance(source, TextSource)
-    assert source.files == (File(tmp_path / "sub.txt", "sub.txt", 7),)
+    assert source.files == (File(tmp_path / "sub.txt", "sub.txt", 7, compressed=False),)

@@ -54,6 +54,17 @@ def test_activations_come_first_in_the_forward_pass_and_state_in_the_optimizer()
     assert sorted(forward) == sorted(in_optimizer)
 
 
+@pytest.mark.parametrize(("rows", "micro_batch", "fewer"), [(8, 1, 4), (12, 3, 6), (2, 1, None), (4, 2, None)])
+def test_a_pipeline_gets_a_smaller_batch_of_whole_micro_batches(rows: int, micro_batch: int, fewer: int | None) -> None:
+    sizes = (f"--training.local_batch_size={rows}", f"--parallelism.pipeline_parallel_microbatch_size={micro_batch}")
+    changes = memory_saving_changes(
+        run_of(*sizes, "--parallelism.pipeline_parallel_degree=2"), "forward and backward", on_device=True
+    )
+    proposed = [change for change in changes if "local_batch_size" in change]
+    assert len(proposed) == (fewer is not None)
+    assert all(f"training.local_batch_size={fewer} " in change for change in proposed)
+
+
 def test_replicas_are_cut_before_ranks_are_added() -> None:
     run = run_of("--parallelism.data_parallel_replicate_degree=4", "--parallelism.data_parallel_shard_degree=1")
     first = memory_saving_changes(run, "optimizer", on_device=True)[0]
