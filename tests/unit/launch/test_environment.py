@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from quadriga.comm import network
 from quadriga.comm.network import INTERFACE_VARIABLES
 from quadriga.errors import UserError
-from quadriga.launch import environment
+from quadriga.launch import environment, supervisor
 from quadriga.launch.environment import (
     LaunchRequest,
     TorchBuild,
@@ -24,6 +25,7 @@ from quadriga.launch.environment import (
     visible_gpus,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU_BUILD, CUDA_BUILD = TorchBuild("2.13.0+cpu", None), TorchBuild("2.13.0+cu130", "13.0")
 
 
@@ -193,3 +195,16 @@ def test_the_loopback_interface_is_known_by_its_flags_and_without_them_by_its_na
     monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "none0")])
     assert network.loopback_variables({}) == {}
     assert "no loopback interface was found" in network.format_ports({}, 1)
+
+
+@pytest.mark.parametrize(("machines", "bound"), [(1, True), (2, False)])
+def test_the_launcher_binds_ranks_to_the_loopback_on_one_machine_alone(
+    machines: int, bound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[Mapping[str, str]] = []
+    monkeypatch.setattr(supervisor, "supervise", lambda request, argv, environ, seconds: started.append(environ) or 0)
+    environ = {"NGPU": "1", "COMM_BACKEND": "gloo", "NNODES": str(machines), "NODE_RANK": str(machines - 1)}
+    environ |= {"RDZV_ENDPOINT": "first:29500"} if machines > 1 else {}
+    argv = ["--job.config_file", str(ROOT / "configs/debug/debug.toml"), f"--job.dump_folder={tmp_path}"]
+    assert supervisor.main(argv, environ) == 0
+    assert ({*INTERFACE_VARIABLES} <= started[0].keys()) == bound
