@@ -86,7 +86,7 @@ def test_the_ends_of_the_uniform_range_give_finite_numbers(std: float, stds: flo
     under_test._to_normal(ends, std, stds * std)
     assert ends.isfinite().all()
     assert (ends.abs() <= min(stds, 5.43) * std * (1 + 1e-6)).all()
-    assert torch.equal(ends, ends.sort().values)
+    assert (ends.diff() >= -1e-6 * ends.abs().max()).all(), "in order, except for the last bit"
     assert ends[0].item() == pytest.approx(-ends[-1].item(), rel=1e-3 + 1e-2 * (stds > 5)), "symmetric"
 
 
