@@ -268,6 +268,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "speed small 2": speed_ratio_text("speed", "small", 2),
     "speed debug bfloat16": speed_ratio_text("speed_bfloat16_short", "debug", 1),
     "speed small bfloat16": speed_ratio_text("speed_bfloat16_small_short", "small", 1),
+    "speed debug bfloat16 full": speed_ratio_text("speed_bfloat16", "debug", 1),
+    "speed small bfloat16 full": speed_ratio_text("speed_bfloat16", "small", 1),
     "kill trials": lambda: str(result_figures("kill_matrix")["trials"]),
     "kills": lambda: str(result_figures("kill_matrix")["kills"]),
     "kills that differ": lambda: str(len(result_figures("kill_matrix")["different"])),
