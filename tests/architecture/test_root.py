@@ -28,3 +28,12 @@ def test_every_section_is_frozen():
     config = JobConfig()
     with pytest.raises(ValueError, match="frozen"):
         config.training.steps = 1
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_gives_each_of_its_names_one_value(path):
+    """The second of two definitions would win without a message."""
+    assigned = [node for node in parsed(path).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    targets = [target for node in assigned for target in getattr(node, "targets", None) or [node.target]]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    assert not {name for name in names if names.count(name) > 1}
