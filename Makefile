@@ -45,7 +45,7 @@ lint: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-docs: setup-dev  ## write docs/configuration.md and the cards anew
+docs: setup-dev  ## write docs/configuration.md, docs/cli.md and the cards anew
 	.venv/bin/python -m quadriga.cli docs
 
 setup: .venv/.installed

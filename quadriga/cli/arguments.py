@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from quadriga.errors import Fault, Problem, UserError, shortened
 
@@ -16,11 +16,29 @@ if TYPE_CHECKING:
 ROOT_MARK = "run_train.sh"
 
 
+DESCRIBE: Sequence[str] = ("describe",)
+"""The arguments, by identity, with which a command raises its parser instead of running: for docs/cli.md."""
+
+
+class ParserFound(Exception):
+    """The parser of a command, before it has parsed."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError. Options are not abbreviated: the rest are keys of the configuration."""
 
     def __init__(self, command: str, about: str) -> None:
         super().__init__(prog=f"quadriga {command}", description=about, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, which also calls it for `parse_args`. Raises ParserFound if the arguments are `DESCRIBE`."""
+        if args is DESCRIBE:
+            raise ParserFound(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(Problem(self.prog, message, fix=f"see {self.prog} --help"))

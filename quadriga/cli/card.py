@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, rank_count, repository_of, run_from_file
+from quadriga.cli.reference import cli_page
 from quadriga.config import Run
 from quadriga.config.card import CardFigures, CardTarget, read_target, render_card
 from quadriga.config.reference import reference_page
@@ -43,12 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def docs(argv: Sequence[str]) -> int:
-    """`quadriga docs`: generate docs/configuration.md, tables of docs/from-torchtitan.md and the cards of configs/."""
-    parser = Parser("docs", "Generate docs/configuration.md, tables of docs/from-torchtitan.md and cards of configs/.")
+    """`quadriga docs`: generate configuration.md, cli.md, tables of from-torchtitan.md, and the cards of configs/."""
+    pages = "docs/configuration.md, docs/cli.md, tables of docs/from-torchtitan.md, and the cards of configs/"
+    parser = Parser("docs", f"Generate {pages}.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args(argv).check
     root = repository_of(Path(__file__))
     stale = write_or_check(root / "docs" / "configuration.md", reference_page(), check)
+    stale |= write_or_check(root / "docs" / "cli.md", cli_page(), check)
     page = root / "docs" / "from-torchtitan.md"
     stale |= write_or_check(page, regenerate(page.read_text(encoding="utf-8")), check)
     for file in sorted(root.glob("configs/*/*.toml")):

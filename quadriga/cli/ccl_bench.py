@@ -36,9 +36,9 @@ from quadriga.models.registry import catalogue
 from quadriga.reading import read_json_object
 
 ABOUT = (
-    "write RUN OUT: write the newest traces of a run, unpacked and flat, with a workload card, in the format that "
-    "CCL-Bench's tools read. read FOLDER: print a card and known mistakes in it, compared with the traces next to it. "
-    "docs/ccl-bench.md explains each field."
+    "`write RUN OUT` writes the newest traces of a run, unpacked and flat, with a workload card, in the format that "
+    "CCL-Bench's tools read. `read FOLDER` prints a card and known mistakes in it, compared with the traces next to "
+    "it. docs/ccl-bench.md explains each field."
 )
 SUMMARY_FIELDS = {
     "description": "description",
@@ -54,7 +54,7 @@ SUMMARY_FIELDS = {
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("ccl-bench", ABOUT)
-    parser.add_argument("action", choices=("write", "read"))
+    parser.add_argument("action", choices=("write", "read"), help="the task")
     parser.add_argument("place", metavar="RUN|FOLDER", help="write: a run folder; read: a card, or its folder")
     parser.add_argument("out", metavar="OUT", nargs="?", help="write: a folder that does not exist yet, or is empty")
     parser.add_argument("--json", action="store_true", help="read: print card, step time and mistakes as one object")

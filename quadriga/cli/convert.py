@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from quadriga.checkpoint.folder import CheckpointInfo
 
 ABOUT = (
-    "to-hf: write the weights of a checkpoint (a folder `step-N`, or the newest of a run or checkpoint folder) as "
-    "safetensors with config.json and tokenizer, which transformers loads. from-hf: write such a folder as `step-0` of "
-    "a checkpoint folder, for checkpoint.initial_load_path. Both need memory for one tensor, not for the model. "
-    "to-torchtitan: write a checkpoint as `step-N` of a folder from which torchtitan v0.2.2 resumes: weights, moments, "
-    "step, schedule, and for unshuffled data the position in it, for one data-parallel rank. Run it in the directory "
-    "in which the run was started, so that its data is found. It needs memory for 2 GB of tensors. (Checkpoints of "
-    "torchtitan need no conversion: see checkpoint.initial_load_path.)"
+    "`to-hf` writes the weights of a checkpoint (a folder `step-N`, or the newest of a run or checkpoint folder) as "
+    "safetensors with config.json and tokenizer, which transformers loads. `from-hf` writes such a folder as `step-0` "
+    "of a checkpoint folder, for checkpoint.initial_load_path. Both need memory for one tensor, not for the model. "
+    "`to-torchtitan` writes a checkpoint as `step-N` of a folder from which torchtitan v0.2.2 resumes: weights, "
+    "moments, step, schedule, and for unshuffled data the position in it, for one data-parallel rank. Run it in the "
+    "directory in which the run was started, so that its data is found. It needs memory for 2 GB of tensors. "
+    "(Checkpoints of torchtitan need no conversion: see checkpoint.initial_load_path.)"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTS = "checkpoint"  # the folder within a run folder that is searched first
@@ -44,7 +44,7 @@ class SavedModel:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("convert", ABOUT)
-    parser.add_argument("direction", choices=("to-hf", "from-hf", "to-torchtitan"))
+    parser.add_argument("direction", choices=("to-hf", "from-hf", "to-torchtitan"), help="the conversion")
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint; from-hf: a folder with safetensors")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet; to-torchtitan: gets `step-N`")
     parser.add_argument("--dtype", choices=DTYPES, help="format of the weights (default: unchanged)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quadriga import __version__
 from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable, shortened
@@ -25,7 +25,7 @@ COMMANDS = {
     "ccl-bench": "write a run as a workload of CCL-Bench, or report mistakes in such a workload",
     "keys": "explain the keys of the configuration",
     "card": "generate the README.md of a configuration, or check that it is up to date",
-    "docs": "generate docs/configuration.md, tables of docs/from-torchtitan.md and all cards",
+    "docs": "generate docs/configuration.md, docs/cli.md, tables of docs/from-torchtitan.md and all cards",
     "schema": "print the JSON Schema of the configuration, for editors",
     "version": "print the version",
 }
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 Problem(name, "no such command", allowed=", ".join(COMMANDS), nearest=nearest(name, COMMANDS))
             )
-        module, function = SHARED.get(name, (name.replace("-", "_"), "main"))
-        code: int = getattr(importlib.import_module(f"quadriga.cli.{module}"), function)(rest)
-        return code
+        return function_of(name)(rest)
     except UserError as error:
         print(error.report, file=sys.stderr)
         return EXIT_USAGE
@@ -83,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"cannot be used: {error.strerror}"
         print(UserError(Problem(shortened(str(error.filename), 400), what)).report, file=sys.stderr)
         return EXIT_USAGE if error.errno in OF_THE_PATH else EXIT_FAULT
+
+
+def function_of(name: str) -> Callable[[Sequence[str]], int]:
+    """The function of a command. It takes the arguments after the name, and returns the exit code."""
+    module, function = SHARED.get(name, (name.replace("-", "_"), "main"))
+    found: Callable[[Sequence[str]], int] = getattr(importlib.import_module(f"quadriga.cli.{module}"), function)
+    return found
 
 
 def _usage() -> str:
