@@ -61,8 +61,11 @@ setup-dev: .venv/.installed-dev
 	done; \
 	echo "make: Quadriga needs Python 3.11 or newer and found none; name one with: make PYTHON=/path/to/python3" >&2; exit 1
 
-.venv/.installed: requirements.txt .venv/.created
+# The package is editable: the command `quadriga` runs the code of this checkout. setuptools is there because torch needs
+# it, so nothing else is downloaded to build.
+.venv/.installed: requirements.txt pyproject.toml .venv/.created
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
