@@ -23,6 +23,7 @@ COMMANDS = {
     "trace": "report where the time of a profiled step was spent, and the traffic of each collective",
     "goodput": "report how much of a run's time trained, and what the rest was spent on",
     "ccl-bench": "write a run as a workload of CCL-Bench, or report mistakes in such a workload",
+    "configs": "list the configurations that Quadriga ships, print the path of one, or copy them",
     "keys": "explain the keys of the configuration",
     "card": "generate the README.md of a configuration, or check that it is up to date",
     "docs": "generate docs/configuration.md, docs/cli.md, tables of docs/from-torchtitan.md and all cards",
