@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-more test-all fuzz mutants kill-matrix results-age lint docs setup setup-dev clean
+.PHONY: train test test-more test-all test-torch fuzz mutants kill-matrix results-age lint docs setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -23,6 +23,12 @@ test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/ru
 
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or more or not slow"
+
+# Another release of torch, in an environment of its own. The layouts have at least one row for each axis.
+TORCH ?= 2.14.1
+
+test-torch: .venv-torch-$(TORCH)/.installed  ## unit tests and layouts with another torch; docs/torch-versions.md has the results
+	.venv-torch-$(TORCH)/bin/python -m pytest tests/unit tests/distributed/equivalence -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 CASES ?= 20000
 
@@ -72,5 +78,12 @@ setup-dev: .venv/.installed-dev
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+.venv-torch-%/.installed: requirements.txt requirements-dev.txt pyproject.toml .venv/.created
+	.venv/bin/python -m venv $(@D)
+	grep -hv -e '^torch==' -e '^-r ' requirements.txt requirements-dev.txt > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check torch==$* -r $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
