@@ -24,7 +24,7 @@ test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/ru
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "slow or more or not slow"
 
-# Another release of torch, in an environment of its own. The layouts have at least one row for each axis.
+# Another release of torch, in an environment of its own. The layouts are a sample with at least one row for each axis.
 TORCH ?= 2.14.1
 
 test-torch: .venv-torch-$(TORCH)/.installed  ## unit tests and layouts with another torch; docs/torch-versions.md has the results

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STYLE = ROOT / "docs/style.md"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CODE = sorted((ROOT / "quadriga").rglob("*.py"))
 MEAN_WORDS, MOST_WORDS = 18, 40
 WORD = re.compile(r"[\w'%+./-]*\w[\w'%]*")
