@@ -10,7 +10,7 @@ PLAN_FILE = "plan.json"
 LINK = "is a link, not a file of this folder"
 # The name of every dtype of torch in a plan; a test compares them with torch.
 DTYPE_NAMES = {
-    *("bfloat16", "bits16", "bits1x8", "bits2x4", "bits4x2", "bits8", "bool"),
+    *("bcomplex32", "bfloat16", "bits16", "bits1x8", "bits2x4", "bits4x2", "bits8", "bool"),
     *("complex128", "complex32", "complex64", "float16", "float32", "float4_e2m1fn_x2", "float64"),
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "int1", "int16"),
     *("int2", "int3", "int32", "int4", "int5", "int6", "int64"),

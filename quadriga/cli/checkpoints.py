@@ -9,7 +9,7 @@ from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import files_at, join
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.cli.arguments import Parser
-from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK, Problem, UserError
 from quadriga.units import format_bytes, format_count
 
 ABOUT = (
@@ -24,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
     chosen = parser.parse_args(argv)
     folder = checkpoint_folder_of(chosen.folder)
+    if not files_at(folder).exists(folder):
+        raise UserError(Problem("FOLDER", "there is no such folder", folder))
     whole, damaged = folders.list_checkpoints(folder)
     candidates, damaged = titan.find_candidates(folder, damaged)
     titan_checkpoints, rejected = split_titan(candidates)

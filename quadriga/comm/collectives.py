@@ -1,4 +1,4 @@
-"""The few collectives that Quadriga calls itself, for torch 2.11 to 2.13. On one rank they return their input."""
+"""The few collectives that Quadriga calls itself, for torch 2.11 and newer. On one rank they return their input."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ HOST = "host"  # description of groups whose collectives wait for disks and have
 def set_timeout(timeout: timedelta) -> None:
     """Set the time limit of collectives in all process groups except the HOST ones.
 
-    torch has no public function for this; the private one used here is the same in 2.11 and 2.13.
+    torch has a public function for this from 2.14 on; the private one before is the same in 2.11 to 2.13.
     """
+    set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     if world_size() > 1:
         for group in list(distributed_c10d._world.pg_map):
             if group.group_desc != HOST:
-                distributed_c10d._set_pg_timeout(timeout, group)
+                set_group_timeout(timeout, group)

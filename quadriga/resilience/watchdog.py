@@ -16,9 +16,7 @@ groups, which name no rank, come later.
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
 import socket
 import threading
 import time
@@ -28,22 +26,22 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TextIO
+from typing import NoReturn, Self
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from quadriga import limits
-from quadriga.comm import flight_recorder
 from quadriga.config.schema import Comm
-from quadriga.errors import EXIT_STALLED, Problem, UserError
+from quadriga.errors import EXIT_STALLED, UserError
 from quadriga.log import logger
 from quadriga.metrics.events import EventLog
 from quadriga.resilience import exit_reports, hang_report
 from quadriga.resilience.activity import ActivityMonitor
 from quadriga.resilience.hang_report import HangReport, Heartbeat
-from quadriga.resilience.processes import RESTART_COUNT, parent_of
+from quadriga.resilience.processes import RESTART_COUNT
 from quadriga.resilience.progress import Progress
+from quadriga.resilience.state_dump import StateDump
 from quadriga.resilience.waits import StableTimer, Wait, WaitTracker, worst_wait
 
 TIMEOUT_SHARE = 0.7  # of the time that a collective may take; the rest is for the comparison and the exit
@@ -51,7 +49,8 @@ HEARTBEATS = 60  # in the same time
 RANKS_PER_SECOND = 4000  # heartbeats per second that one store can serve
 READING_GAP = 4  # heartbeats between two readings: a rank that is alive has sent one
 ALIVE_SECONDS = 1.0  # minimum time between two readings
-STACK_HEARTBEATS = 6  # time for a rank to write its stack
+STACK_HEARTBEATS = 8  # time for all ranks to write their stacks
+STACK_SECONDS = 1.0  # after that, time for a silent rank to write its stack
 NONE = "-"  # no alarm, no leader
 
 
@@ -76,7 +75,7 @@ class Watchdog:
         self._start_limit = TIMEOUT_SHARE * comm.init_timeout_seconds
         self._pause = self._pause_within(comm.init_timeout_seconds)
         self._starting, self._activity = True, ActivityMonitor(progress, self._pause)
-        self._traces, self._prefix = Path(traces_folder), comm.save_traces_file_prefix
+        self._dump = StateDump(Path(traces_folder), comm.save_traces_file_prefix, self._rank)
         self._heartbeat = Heartbeat(self._rank, socket.gethostname(), os.getpid())
         self._last_heartbeats: dict[int, Heartbeat] = {}  # the last heartbeat of each rank that was read
         self._warned = False  # about values that no rank wrote
@@ -84,7 +83,6 @@ class Watchdog:
         self._stopped, self._next_round = threading.Event(), threading.Event()
         self._store: PrefixStore | None = None
         self._thread: threading.Thread | None = None
-        self._stack_file: TextIO | None = None
         self._ending = False
 
     def _pause_within(self, seconds: float) -> float:
@@ -112,21 +110,11 @@ class Watchdog:
             self.stop()
         elif not self._ending:
             self._stopped.set()
-            self._stack_path(self._rank).unlink(missing_ok=True)
+            self._dump.remove()
 
     def start(self) -> None:
         """Begin to watch."""
-        try:
-            self._traces.mkdir(parents=True, exist_ok=True)
-            self._stack_file = self._stack_path(self._rank).open("w")
-        except OSError as error:
-            what, fix = (
-                f"cannot be written: {error.strerror}",
-                "remove the file there, free disk space, or set another folder",
-            )
-            raise UserError(Problem("comm.save_traces_folder", what, str(self._traces), fix=fix)) from error
-        if number := stack_signal():
-            faulthandler.register(number, file=self._stack_file, all_threads=True)
+        self._dump.open()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -167,7 +155,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """Stop the thread, because this rank no longer trains."""
-        if self._stopped.is_set() or self._thread is None or self._stack_file is None:
+        if self._stopped.is_set() or self._thread is None:
             return
         self._stopped.set()
         self._next_round.set()
@@ -175,10 +163,7 @@ class Watchdog:
         self._heartbeat = replace(self._heartbeat, finished=True)
         with suppress(RuntimeError):  # the store may be gone with the first rank
             self._send_heartbeat()
-        if number := stack_signal():
-            faulthandler.unregister(number)
-        self._stack_file.close()
-        self._stack_path(self._rank).unlink(missing_ok=True)
+        self._dump.close()
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
@@ -346,53 +331,48 @@ class Watchdog:
         try:
             if report.reporter.rank == self._rank and self.events is not None:
                 # First: when another rank ends the silent one, torchrun ends this one too.
-                headline = str(hang_report.hang_fault(report, "", str(self._traces))).splitlines()[0]
+                headline = str(hang_report.hang_fault(report, "", str(self._dump.folder))).splitlines()[0]
                 self.events.log_event("fault", self._heartbeat.step, error=headline)
-            error = hang_report.hang_fault(report, self._dump_state(report), str(self._traces))
+            error = hang_report.hang_fault(report, self._dump_state(report), str(self._dump.folder))
             exit_reports.end_process(exit_reports.report_failure(self._environ, error, report.began))
         finally:
             os._exit(EXIT_STALLED)
 
     def _dump_state(self, report: HangReport) -> str:
         """Write this rank's stack and last collectives into the traces folder. Returns the stack of the late rank."""
-        assert self._stack_file is not None
-        faulthandler.dump_traceback(self._stack_file, all_threads=True)
-        # Before a silent rank is killed, because torchrun then kills the others.
-        flight_recorder.dump(self._traces / f"{self._prefix}{self._rank}")
-        late, deadline = report.late, time.monotonic() + STACK_HEARTBEATS * self._pause + 1
-        if late is not None and self._rank == late.rank and self._store is None:
-            return self._stack_path(self._rank).read_text()
-        if late is None or self._store is None:
-            return ""
+        own_stack = self._dump.write()
+        late, store = report.late, self._store
+        all_dumped = time.monotonic() + STACK_HEARTBEATS * self._pause
+        deadline = all_dumped + STACK_SECONDS
+        if late is None or store is None:
+            return own_stack if late is not None and self._rank == late.rank else ""
         with suppress(RuntimeError):
             if self._rank == late.rank:
-                self._store.set("stack", self._stack_path(self._rank).read_text()[: limits.STACK_BYTES])
-            elif self._rank == report.same_host_rank and late.rank in report.silent:
-                self._store.set("stack", self._dump_stack_of(late, deadline)[: limits.STACK_BYTES])
+                store.set("stack", own_stack[: limits.STACK_BYTES])
+            self._wait_for_dumps(store, report, all_dumped)
+            if self._rank == report.same_host_rank and late.rank in report.silent:
+                stack = self._dump.kill_for_stack(late.rank, late.pid, deadline, self._pause / 4)
+                store.set("stack", stack[: limits.STACK_BYTES])
             while time.monotonic() < deadline:
-                if self._store.check(["stack"]):
-                    return str(self._store.get("stack")[: limits.STACK_BYTES].decode(errors="replace"))
+                if store.check(["stack"]):
+                    return str(store.get("stack")[: limits.STACK_BYTES].decode(errors="replace"))
                 time.sleep(self._pause / 4)
         return ""
 
-    def _dump_stack_of(self, late: Heartbeat, deadline: float) -> str:
-        """Make a silent rank on this machine write its stack, and kill it, because it may never exit by itself."""
-        number, path, stack = stack_signal(), self._stack_path(late.rank), ""
-        if not number or parent_of(late.pid) != os.getppid():
-            return stack
-        with suppress(ProcessLookupError):
-            os.kill(late.pid, number)
-            os.kill(late.pid, signal.SIGCONT)
-            while not stack.endswith("\n") and time.monotonic() < deadline:
+    def _wait_for_dumps(self, store: PrefixStore, report: HangReport, deadline: float) -> None:
+        """Wait until each rank that is neither silent nor finished has written its stack and its collectives.
+
+        No rank may exit before: the others would lose a peer, and torchrun would kill them while they write. The rank
+        that raised the alarm checks the keys of all ranks; the others check only the key that it sets then.
+        """
+        store.set(f"dumped/{self._rank}", "done")
+        names = []
+        if self._rank == report.reporter.rank:
+            heartbeats = self._read_heartbeats(store, range(self._world_size))
+            names = [f"dumped/{each.rank}" for each in heartbeats.values() if not each.finished]
+            names = [name for name in names if int(name.partition("/")[2]) not in report.silent]
+        while time.monotonic() < deadline and not store.check(["dumped/all"]):
+            if names and store.check(names):
+                store.set("dumped/all", "done")
+            else:
                 time.sleep(self._pause / 4)
-                stack = path.read_text()
-            os.kill(late.pid, signal.SIGKILL)
-        return stack
-
-    def _stack_path(self, rank: int) -> Path:
-        return self._traces / f"stack_{rank}.txt"  # a name that torch's tools do not take for a trace
-
-
-def stack_signal() -> int | None:
-    """The signal on which a rank writes its stack, whatever it does; None if the system has no such signals."""
-    return signal.SIGRTMIN + 5 if hasattr(signal, "SIGRTMIN") else None

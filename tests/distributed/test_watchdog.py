@@ -115,6 +115,33 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_pa
     assert ("a message of the pipeline" if layout == "PP" else "gloo:") in report.partition("1 of 2 ranks; rank 0 ")[2]
 
 
+def reads_alarms_late(folder: str, arguments: tuple[str, ...], seconds: float) -> int:
+    """Rank 1 stays away from step 3, and the watchdog of rank 2 sees the alarm some time after the others."""
+    from quadriga.resilience.watchdog import Watchdog
+
+    read_alarm = Watchdog._read_alarm
+
+    def read_late(self, store, text):
+        report = read_alarm(self, store, text)
+        if report is not None and self._rank == 2:
+            time.sleep(seconds)
+        return report
+
+    Watchdog._read_alarm = read_late
+    return lingers(folder, arguments, 1, 3, 60.0)
+
+
+@pytest.mark.more
+def test_no_rank_exits_before_all_have_written_their_stacks(tmp_path: Path) -> None:
+    """Otherwise the exit of the first would end the others by the loss of a peer, before they see the alarm."""
+    arguments = (*STALLING, "--training.global_batch_size=9", "--training.steps=100")
+    with pytest.raises(RankError, match="died with exit code 4"):
+        run_ranks(*(reads_alarms_late, 3, str(tmp_path), arguments, 1.0), backend=None, timeout=90)
+    for rank in range(3):
+        assert "loop.py" in (tmp_path / f"comm_traces/stack_{rank}.txt").read_text()
+        assert (tmp_path / f"comm_traces/rank_{rank}").stat().st_size > 0
+
+
 @pytest.mark.slow
 def test_slow_steps_that_nobody_waits_for_and_slow_disks_go_on(tmp_path: Path) -> None:
     """All ranks take longer over a batch than a collective may; then rank 0 takes as long to publish a save."""

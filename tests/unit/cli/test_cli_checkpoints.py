@@ -52,3 +52,8 @@ def test_those_of_torchtitan_are_listed_as_such(tmp_path, capsys):
 def test_says_where_there_is_none(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert "no checkpoint" in capsys.readouterr().out
+
+
+def test_a_folder_that_does_not_exist_is_a_mistake(tmp_path, capsys):
+    assert main(["checkpoints", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
