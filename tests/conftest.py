@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# How long an example takes says nothing on a machine that does other things too.
-hypothesis.settings.register_profile("quadriga", deadline=None)
+# How long an example takes, and how long it takes to make one, says nothing on a machine that does other things too.
+hypothesis.settings.register_profile("quadriga", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("quadriga")
 
 LOCAL = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}

@@ -54,7 +54,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     backend: str | None = "gloo",
     environ: Mapping[str, str] | None = None,
 ) -> list[Any]:

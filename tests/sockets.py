@@ -1,4 +1,4 @@
-"""The sockets that processes listen on, as the kernel lists them, and a client that attacks them."""
+"""The sockets that processes listen on, as the kernel lists them, a free one, and a client that attacks them."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ def _address(text: str) -> str:
     """The kernel prints words of 32 bits in the order of the machine, which is little-endian here."""
     words = [bytes.fromhex(text[place : place + 8])[::-1] for place in range(0, len(text), 8)]
     return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
+
+
+def free_port() -> int:
+    """A port of the loopback that no process holds. The system never gives one of these to a socket that asks for any
+    port, so it stays free until the run that is started next takes it."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(10_000, first), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class HostileClient:

@@ -57,6 +57,6 @@ def test_its_error_is_the_last_and_nothing_is_left(layout: str, place: str, tmp_
         assert len(running.seen) > 3, "launcher, agent and ranks were seen alive"
         assert ended.code == 1
         assert ended.err.strip().splitlines()[-1] == f"ValueError: broken on purpose in {place}"
-        assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen), 10)
+        assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen), 30)
     finally:
         running.kill_all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 from launching import LAUNCH, ROOT, RUN_TRAIN, TORCHRUN, TRAIN, LaunchResult, Running, launch, replace_loop, wait_until
+from sockets import free_port
 
 WRONG = ["--training.stepps", "10", "--training.seq_len", "abc"]
 WORDS = "two  words, 'single', \"double\", $HOME, * and a \\ backslash"
@@ -86,7 +86,7 @@ def test_what_ranks_are_given_and_how_a_signal_reaches_them(tmp_path: Path) -> N
     reports = [tmp_path / "rank0", tmp_path / "rank1"]
     running = Running(command, environ, cwd=tmp_path)
     try:
-        assert wait_until(lambda: all(report.exists() for report in reports), 60)
+        assert wait_until(lambda: all(report.exists() for report in reports), 150)
         running.process.send_signal(signal.SIGUSR1)
         ended = running.end()
     finally:
@@ -160,7 +160,7 @@ def test_sigterm_ends_ranks_that_do_not_mind_it(tmp_path: Path) -> None:
     environ = replace_loop(tmp_path / "stand_in", REPORTER) | {"NGPU": "2", "REPORTS": str(tmp_path), "WAIT": "1"}
     running = Running([*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")], environ)
     try:
-        assert wait_until(lambda: (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists(), 60)
+        assert wait_until(lambda: (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists(), 150)
         running.process.send_signal(signal.SIGTERM)
         ended = running.end()
     finally:
@@ -172,15 +172,13 @@ def test_sigterm_ends_ranks_that_do_not_mind_it(tmp_path: Path) -> None:
 @slow
 def test_two_machines(tmp_path: Path) -> None:
     """Two launchers on this machine, each with one rank, meet at RDZV_ENDPOINT."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = replace_loop(tmp_path / "stand_in", REPORTER) | {"REPORTS": str(tmp_path), "WAIT": "0"}
     common |= {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
     command = [*RUN_TRAIN, "--job.dump_folder", str(tmp_path / "run")]
     machines = [Running(command, {**common, "NODE_RANK": node}) for node in ("1", "0")]
     try:
-        ends = [machine.end(60) for machine in machines]
+        ends = [machine.end(150) for machine in machines]
     finally:
         for machine in machines:
             machine.kill_all()

@@ -26,7 +26,7 @@ def start(command: list[str], folder: Path, loop_environ: dict[str, str]) -> tup
     running = Running([*command, "--job.dump_folder", str(folder / "run")], environ)
     reports = [folder / "rank0", folder / "rank1"]
     try:
-        assert wait_until(lambda: all(report.exists() and report.read_text() for report in reports), 60)
+        assert wait_until(lambda: all(report.exists() and report.read_text() for report in reports), 150)
     except BaseException:
         running.kill_all()
         raise
@@ -44,9 +44,9 @@ def test_nothing_outlives_a_kill(victim: str, tmp_path: Path) -> None:
             running.process.kill()
         else:
             os.kill(torchrun, signal.SIGKILL)
-        ended = running.end(10)
+        ended = running.end(40)
         assert ended.code not in (0, 2)
-        assert wait_until(lambda: not any(is_alive(pid) for pid in (*ranks, torchrun)), 5)
+        assert wait_until(lambda: not any(is_alive(pid) for pid in (*ranks, torchrun)), 30)
     finally:
         running.kill_all()
 
@@ -70,7 +70,7 @@ def test_ranks_of_a_bare_torchrun_die_with_it_and_free_their_folder(tmp_path: Pa
         assert f"this run folder is in use by process {ranks[0]} on " in second.err
         assert second.err.count("job.dump_folder") == 2  # the key and the way out, in one report
         running.process.kill()
-        assert wait_until(lambda: not any(is_alive(pid) for pid in ranks), 5)
+        assert wait_until(lambda: not any(is_alive(pid) for pid in ranks), 30)
     finally:
         running.kill_all()
 

@@ -307,10 +307,10 @@ def test_a_stage_that_fails_ends_the_run_with_its_own_error(broken: str, tmp_pat
     command = [*RUN_TRAIN, "--job.config_file", training.DEBUG_FILE, "--job.dump_folder", str(tmp_path / "run")]
     running = Running([*command, *arguments, *pipeline(2), "--training.steps=1000"], environ)
     try:
-        assert wait_until(lambda: running.process.poll() is not None or not running.process_tree(), 90)
+        assert wait_until(lambda: running.process.poll() is not None or not running.process_tree(), 150)
         ended = running.end()
     finally:
         running.kill_all()
     assert ended.code == 1
     assert ended.err.rstrip().splitlines()[-1].endswith("ValueError: this stage broke"), ended.err
-    assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen - {os.getpid()}), 10)
+    assert wait_until(lambda: not any(is_alive(pid) for pid in running.seen - {os.getpid()}), 30)

@@ -91,17 +91,23 @@ def processes(folder: Path) -> list[int]:
 
 
 def assert_all_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if alive(pid)]
 
 
 def test_nothing_survives_a_timeout(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"did not return within 4 s"):
-        run_ranks(hang_with_child, 2, str(tmp_path), timeout=4)
-    pids = processes(tmp_path)
+    for seconds in (4, 40):  # a busy machine may not have started all of them in 4 s
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        with pytest.raises(RankError, match=f"did not return within {seconds} s"):
+            run_ranks(hang_with_child, 2, str(folder), timeout=seconds)
+        pids = processes(folder)
+        if len(pids) == 4 and 0 not in pids:
+            break
     assert len(pids) == 4
+    assert 0 not in pids
     assert_all_end(pids)
 
 

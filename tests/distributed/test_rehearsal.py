@@ -107,6 +107,7 @@ def test_8b_on_eight_ranks_takes_half_a_minute_and_a_gigabyte(layout: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [(), ("--parallelism.tensor_parallel_degree=8",)], ids=["FSDP", "FSDP x TP 8"])
-def test_405b_on_512_ranks_takes_two_minutes(keys: tuple[str, ...]) -> None:
+def test_405b_on_512_ranks_takes_two_minutes_and_a_gigabyte(keys: tuple[str, ...]) -> None:
     ended = rehearse(CONFIGS / "llama3_405b/llama3_405b.toml", 512, *keys, timeout=400)
     assert max(seconds(ended)) < 120
+    assert memory_gib(ended) < 1

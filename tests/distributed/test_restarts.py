@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, launch, replace_loop
 from ranks import run_ranks
+from sockets import free_port
 from training import DEBUG_FILE, TINY, one_rank, train
 
 from quadriga.metrics.jsonl import read_metrics
@@ -47,7 +47,7 @@ def numbers(records: list[dict[str, object]]) -> list[tuple[object, ...]]:
 
 def test_a_killed_rank_is_started_again_and_the_run_is_the_straight_one(tmp_path: Path) -> None:
     environ = {"MAX_RESTARTS": "2", **eventful(tmp_path / "hook", {0: {5: "SIGKILL"}})}
-    ended = launch([*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")], environ, timeout=120)
+    ended = launch([*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")], environ, timeout=240)
     assert ended.code == 0, ended.err
     assert "restart 1 of 2, since " in ended.err
     assert "resumed: step 4 of 7" in ended.err
@@ -83,7 +83,7 @@ def test_what_no_restart_can_mend_is_not_tried_again(tmp_path: Path) -> None:
 def test_restarts_that_are_used_up_end_with_the_last_error(tmp_path: Path) -> None:
     """The second start fails at a later step; what the first one left does not decide."""
     environ = {"MAX_RESTARTS": "1", **eventful(tmp_path / "hook", {0: {3: "SIGKILL"}, 1: {5: "raise"}})}
-    ended = launch([*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")], environ, timeout=120)
+    ended = launch([*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")], environ, timeout=240)
     assert ended.code == 1
     assert ended.err.rstrip().splitlines()[-1] == "ValueError: broken on purpose"
     assert "SIGKILL" not in ended.err
@@ -92,15 +92,13 @@ def test_restarts_that_are_used_up_end_with_the_last_error(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_all_machines_start_again_when_one_loses_a_rank(tmp_path: Path) -> None:
     """Two launchers on this machine, one rank each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = eventful(tmp_path / "hook", {0: {5: "SIGKILL"}}) | {"NGPU": "1", "NNODES": "2", "MAX_RESTARTS": "1"}
     common |= {"RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
     command = [*RUN_TRAIN, *STEPS, "--job.dump_folder", str(tmp_path / "run")]
     machines = [Running(command, {**common, "NODE_RANK": node}) for node in ("0", "1")]
     try:
-        ends = [machine.end(120) for machine in machines]
+        ends = [machine.end(240) for machine in machines]
     finally:
         for machine in machines:
             machine.kill_all()

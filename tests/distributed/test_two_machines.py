@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 from launching import LAUNCH, Running
+from sockets import free_port
 from training import DEBUG_FILE, TINY, largest_difference, train
 
 from quadriga.metrics.jsonl import read_metrics
@@ -17,9 +17,7 @@ KEYS = (*TINY, "--training.steps=4", "--checkpoint.no_enable")
 @pytest.mark.slow
 def test_two_machines_train_as_one(tmp_path: Path) -> None:
     """FSDP across the machines, tensor parallelism within each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shared = {"NGPU": "2", "NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "GLOO_SOCKET_IFNAME": "lo"}
     cut = "--parallelism.tensor_parallel_degree=2"
     command = [*LAUNCH, "--job.config_file", DEBUG_FILE, *KEYS, cut, "--job.dump_folder", str(tmp_path / "two")]

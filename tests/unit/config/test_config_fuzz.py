@@ -16,7 +16,7 @@ from quadriga.config.reference import tables
 from quadriga.errors import MAX_PROBLEMS, UserError, printable
 from quadriga.models.registry import catalogue
 
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 TOML_VALUES = st.recursive(
     SCALARS.filter(lambda value: value is not None)

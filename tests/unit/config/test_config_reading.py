@@ -27,7 +27,7 @@ def test_nothing_at_all_trains_the_debug_model_on_built_in_text(read_config):
 LAYERS = ("default", "base", "file", "environment", "command line")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=32)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=32)
 @given(layers=st.sets(st.sampled_from(LAYERS[1:])))
 def test_the_strongest_source_wins(layers, write, read_config):
     """`comm.backend` is the one key that every kind of source may say."""

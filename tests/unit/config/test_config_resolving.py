@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quadriga.models.registry import hf_config, tensor_names
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(
     replicate=st.integers(1, 4),
     shard=st.integers(1, 4),

@@ -57,7 +57,7 @@ def configurations(draw: st.DrawFn) -> JobConfig:
     return JobConfig.model_validate(_nested({name: draw(values(KEYS[name])) for name in sorted(chosen)}))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(config=configurations())
 def test_reading_back_gives_the_same(config):
     Path("again.toml").write_text(to_toml(config), encoding="utf-8")

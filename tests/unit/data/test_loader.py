@@ -11,11 +11,12 @@ from itertools import islice
 
 import pytest
 import torch
+from launching import wait_until
 
 from quadriga.config.schema import Dataloader
 from quadriga.data.catalogue import open_source
 from quadriga.data.loader import IGNORE, Loader, build_loader
-from quadriga.data.streams import Streams
+from quadriga.data.streams import JOIN_SECONDS, Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -224,7 +225,7 @@ def test_close_ends_the_threads_and_is_quick():
     started = time.perf_counter()
     loader.close()
     loader.close()
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < JOIN_SECONDS  # after which a thread that does not end is left alone
     assert threading.active_count() == before
 
 
@@ -232,9 +233,12 @@ def test_waited_is_the_wait_of_the_last_batch():
     loader = make(prefetch_factor=4)
     loader.next()
     first = loader.waited
-    time.sleep(0.3)  # the threads catch up
-    loader.next()
-    assert 0 <= loader.waited < 0.05
+    waited = []
+    for _ in range(5):  # of which a busy machine may hold up some
+        assert wait_until(lambda: all(feed.ready.qsize() for feed in loader._prefetcher._feeds), 30)
+        loader.next()
+        waited.append(loader.waited)
+    assert 0 <= min(waited) < 0.05
     assert first > 0
     loader.close()
 

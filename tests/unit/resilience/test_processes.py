@@ -95,7 +95,7 @@ def orphan(guard: str) -> int:
 
 def test_an_orphan_is_killed_with_its_parent() -> None:
     child = orphan("die_with_parent()")
-    assert wait_until(lambda: not is_alive(child), 5)
+    assert wait_until(lambda: not is_alive(child), 30)
 
 
 def test_a_run_started_by_hand_outlives_its_shell() -> None:
@@ -193,7 +193,7 @@ def test_only_ranks_of_this_run_with_signal_handlers_get_signals(tmp_path: Path)
         assert ranks_with_handlers(tmp_path, os.getpid()) == [ours.pid]
     finally:
         ours.kill()
-    assert wait_until(lambda: ranks_with_handlers(tmp_path, os.getpid()) == [], 5)  # dead, though not collected
+    assert wait_until(lambda: ranks_with_handlers(tmp_path, os.getpid()) == [], 30)  # dead, though not collected
     ours.wait()
     with handle_signals({RECORDS: str(tmp_path), "RANK": "3"}):
         assert (tmp_path / "0" / "rank3.pid").read_text() == str(os.getpid())

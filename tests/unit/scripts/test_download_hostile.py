@@ -168,7 +168,7 @@ def drip_headers(handler: BaseHTTPRequestHandler) -> None:
 
 
 def silent(handler: BaseHTTPRequestHandler) -> None:
-    Event().wait(5)
+    Event().wait(30)
 
 
 def to(where: str) -> Answer:
@@ -203,8 +203,8 @@ BODIES: dict[str, tuple[bytes | Answer, str]] = {
 @pytest.mark.parametrize("kind", BODIES)
 def test_bodies(run, script, monkeypatch, kind):
     """Whatever is sent, no half file stands under the final name, and it ends soon."""
-    monkeypatch.setattr(script, "WHOLE_SECONDS", 1.0 if "slow" in kind else 60.0)
-    monkeypatch.setattr(script, "SILENT_SECONDS", 0.2 if kind == "silent" else 20.0)
+    monkeypatch.setattr(script, "WHOLE_SECONDS", 3.0 if "slow" in kind else 60.0)
+    monkeypatch.setattr(script, "SILENT_SECONDS", 1.0 if kind == "silent" else 20.0)
     body, says = BODIES[kind]
     with serving(listing(), body) as (endpoint, _):
         code, output, files = run(endpoint)
@@ -289,7 +289,7 @@ def test_listings(run, kind):
 
 
 def test_a_listing_that_drips(run, script, monkeypatch):
-    monkeypatch.setattr(script, "WHOLE_SECONDS", 1.0)
+    monkeypatch.setattr(script, "WHOLE_SECONDS", 3.0)
     with serving(drip) as (endpoint, _):
         code, output, _ = run(endpoint)
     assert code == 1
