@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import ROOT, launch
+from launching import ROOT, launch, wait_until
 
 from quadriga import errors
 from quadriga.cli.main import COMMANDS, main
@@ -148,3 +152,60 @@ def test_the_messages_of_the_page_are_in_the_code() -> None:
             if COMPOSED.get(longest, longest) not in texts and longest not in OF_GLOO:
                 missing.append((message, longest))
     assert not missing
+
+
+SLURM_STUBS = {
+    "run_train.sh": "#!/bin/bash\ntrap 'sleep 0.2; exit 75' USR1 TERM\ntouch started\n"
+    '[ -n "$FINISHED" ] && exit 0\nwhile :; do sleep 0.05; done\n',
+    "scontrol": '#!/bin/bash\necho "$@" > requeued\n',
+}
+
+
+def is_caught(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, as the kernel lists it."""
+    mask = re.search(r"(?m)^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "requeued"),
+    [(signal.SIGUSR1, 75, "requeue 7\n"), (signal.SIGTERM, 75, "requeue 7\n"), (None, 0, None)],
+    ids=["SIGUSR1", "SIGTERM", "finished"],
+)
+def test_the_slurm_script_requeues_a_run_that_was_stopped(
+    number: signal.Signals | None, code: int, requeued: str | None, tmp_path: Path
+) -> None:
+    """The script of the page, with a run and a scheduler of a few lines."""
+    script = OPERATIONS.partition("### Slurm")[2].partition("```bash\n")[2].partition("```")[0]
+    (tmp_path / "job.sh").write_text(script)
+    for name, text in SLURM_STUBS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    environ = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "FINISHED": "" if number else "1"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environ, start_new_session=True)
+    try:
+        assert wait_until((tmp_path / "started").exists, 60)
+        if number:
+            assert wait_until(lambda: is_caught(job.pid, signal.SIGTERM), 60)  # the last trap of the script
+            job.send_signal(number)
+        assert job.wait(60) == code
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    found = tmp_path / "requeued"
+    assert (found.read_text() if found.exists() else None) == requeued
+
+
+def test_the_installed_command_is_that_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, function = project["scripts"]["quadriga"].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+    assert project["requires-python"] == ">=3.11"
+
+
+def test_an_older_python_is_refused_with_the_version_that_is_needed() -> None:
+    code = "import runpy, sys; sys.version_info = (3, 10); runpy.run_module('quadriga.launch', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("quadriga: Python 3.11 or newer is needed; ")

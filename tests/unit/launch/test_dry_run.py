@@ -26,6 +26,7 @@ def test_every_shipped_file(name: str, capsys: pytest.CaptureFixture[str], tmp_p
     assert shown.err == ""
     assert "on 8 ranks" in shown.out
     assert "FSDP over 8" in shown.out
+    assert "ports        the store on 127.0.0.1; " in shown.out
     if name == "debug":
         assert shown.out.endswith("Ready to train.\n")
     else:  # the tokenizer has to be downloaded first, and the dry run says how

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from launching import ROOT
 from run_folders import analysis, collective, make_pair, make_run, make_setting, no_traces
 
 from quadriga.analysis.compare.comparison import compare_settings
@@ -163,6 +164,9 @@ def test_a_comparison_is_json_and_a_report(tmp_path):
     found = compared(pair(tmp_path, 0.9, keys={MODE: "none"}), analyse=traced)
     again = json.loads(json.dumps(found, allow_nan=False))
     assert again == found
+    page = (ROOT / "docs/comparisons.md").read_text(encoding="utf-8")
+    assert f"`{found['format']}`" in page
+    assert not [key for key in found if f"`{key}`" not in page and key != "format"]
     text = "\n".join(format_comparison(again))
     assert text.startswith("b is 11.1 % faster than a")
     for part in ("varied: activation_checkpoint.mode = selective, none", "step_time_s", "memory_peak_gib"):
