@@ -109,7 +109,8 @@ def commands_of(file: str, name: str) -> frozenset[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name and name.startswith("test_"):
-            whole = {COMMANDS[mark] for decorator in node.decorator_list for mark in _marks(decorator, tree)}
+            on_it = [*node.decorator_list, *_assigned("pytestmark", tree)]
+            whole = {COMMANDS[mark] for decorator in on_it for mark in _marks(decorator, tree)}
             some = {
                 COMMANDS[mark]
                 for decorator in node.decorator_list

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -71,13 +69,6 @@ def test_files_and_keys_of_the_readme_exist(page: Path) -> None:
 def test_commands_of_the_pages_exist(page: Path) -> None:
     named = re.findall(r"(?m)(?:^|\$ )(?:\w+=\S+ )*(?:quadriga|python -m quadriga\.cli) ([a-z][\w-]*)", code_of(page))
     assert set(named) <= COMMANDS.keys()
-
-
-def test_make_has_the_targets_of_the_pages() -> None:
-    rules = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
-    named = {target for page in PAGES for target in re.findall(r"\bmake ([a-z-]+)\b", code_of(page))}
-    assert {"train", "test", "kill-matrix"} <= named
-    assert named <= set(rules)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -195,13 +186,6 @@ def test_the_slurm_script_requeues_a_run_that_was_stopped(
             os.killpg(job.pid, signal.SIGKILL)
     found = tmp_path / "requeued"
     assert (found.read_text() if found.exists() else None) == requeued
-
-
-def test_the_installed_command_is_that_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module, _, function = project["scripts"]["quadriga"].partition(":")
-    assert getattr(importlib.import_module(module), function) is main
-    assert project["requires-python"] == ">=3.11"
 
 
 def test_an_older_python_is_refused_with_the_version_that_is_needed() -> None:
