@@ -64,8 +64,8 @@ def avg_step_time(folder: Path) -> float:
 
 
 def test_step_times_by_their_definition_and_by_ours_agree(run_folder, workload, tmp_path):
-    """Profiled are steps 6 to 12; their definition counts 7 to 11. The two read the clock some lines apart, where a busy
-    machine may run something else for milliseconds: one of three runs has to agree."""
+    """Profiled are steps 6 to 12; their definition counts 7 to 11. The two read the clock some lines apart, where a
+    busy machine may run something else for milliseconds: one of three runs has to agree."""
     found = []
     for attempt in range(3):
         if attempt > 0:
