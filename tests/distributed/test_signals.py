@@ -192,6 +192,7 @@ def train_step(state, step_config, mesh):
     if state.step == 1:
         handled = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, lambda *received: (pathlib.Path(os.environ["SEEN"]).touch(), handled(*received)))
+        pathlib.Path(os.environ["SEEN"] + "-there-" + os.environ["RANK"]).touch()
         time.sleep(600)
     return take_step(state, step_config, mesh)
 
@@ -221,7 +222,7 @@ def test_a_second_interrupt_of_the_launcher_ends_all_at_once(tmp_path: Path) -> 
     environ = replace_loop(tmp_path / "hook", SLOW_STEP) | {"SEEN": str(tmp_path / "seen")}
     running = launched(tmp_path / "run", *SAVING, **environ)
     try:
-        assert wait_until(lambda: finished_steps(tmp_path / "run") == 1, 150)
+        assert wait_until((tmp_path / "seen-there-0").exists, 150)
         running.process.send_signal(signal.SIGINT)
         assert wait_until((tmp_path / "seen").exists, 60)  # the launcher has handled it, and a rank has
         running.process.send_signal(signal.SIGINT)
