@@ -10,6 +10,7 @@ from tree import PACKAGE, ROOT, sources
 
 LIGHT = [
     "quadriga",
+    "quadriga.api",
     "quadriga.errors",
     "quadriga.units",
     "quadriga.hardware",
