@@ -24,7 +24,7 @@ def seconds_to(root, *command):
     """Processor seconds, the best of a few: what the machine is busy with otherwise is not meant."""
     environ = {**os.environ, "PYTHONPATH": str(root)}
     times = []
-    for _ in range(3):
+    for _ in range(5):
         before = processor_seconds()
         subprocess.run([sys.executable, *command], cwd=root, env=environ, check=True, stdout=subprocess.DEVNULL)
         times.append(processor_seconds() - before)
@@ -41,4 +41,4 @@ def test_reading_and_checking_takes_less_than_half_a_second(root):
 
 
 def test_help_is_quicker_still(root):
-    assert seconds_to(root, "-m", "quadriga.cli", "--help") < 0.25
+    assert seconds_to(root, "-m", "quadriga.cli", "--help") <= 0.12
