@@ -51,7 +51,7 @@ def test_every_name_is_there_and_no_other():
 
 def test_the_package_says_that_it_is_typed():
     assert (ROOT / "quadriga/py.typed").read_text() == ""
-    assert 'quadriga = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
+    assert '"quadriga" = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.more
