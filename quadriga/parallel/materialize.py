@@ -117,14 +117,16 @@ def _inverse_normal(from_middle: Tensor) -> Tensor:
     """The x at which the normal distribution function is 1/2 + `from_middle`; float32, relative error below 5e-7.
 
     Algorithm AS 241 (PPND7) of Wichura, Applied Statistics 37 (1988). It uses only operations that IEEE 754 defines
-    to the bit, one at a time. The last bit of `torch.erfinv` and `torch.log` depends on the CPU, but a seed must give
-    the same weights on every machine.
+    to the bit, one at a time. The last bit of `torch.erfinv`, `torch.log` and `torch.sqrt` (MKL's) depends on the CPU,
+    but a seed must give the same weights on every machine. NumPy's square root is that of IEEE 754.
     """
     r = (from_middle * from_middle).neg_().add_(0.180625)
     result = _polynomial(r, _CENTRAL).div_(_polynomial(r, _CENTRAL_DIVISOR)).mul_(from_middle)
     tails = (from_middle.abs() > 0.425).nonzero().squeeze(1)
     sides = from_middle[tails]
-    r = _log(0.5 - sides.abs()).neg_().sqrt_().sub_(1.6)
+    r = _log(0.5 - sides.abs()).neg_()
+    np.sqrt(r.numpy(), out=r.numpy())
+    r.sub_(1.6)
     result[tails] = _polynomial(r, _TAIL).div_(_polynomial(r, _TAIL_DIVISOR)).copysign_(sides)
     return result
 
