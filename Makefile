@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-more test-all test-torch fuzz mutants kill-matrix results-age lint docs setup setup-dev clean
+.PHONY: train test test-more test-all test-torch fuzz mutants kill-matrix results-age lint docs site site-links setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -53,6 +53,13 @@ lint: setup-dev
 
 docs: setup-dev  ## write docs/configuration.md, docs/cli.md and the cards anew
 	.venv/bin/python -m quadriga.cli docs
+
+site: setup-dev  ## the documentation as web pages, in docs/_build/html; a warning is an error
+	.venv/bin/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+site-links: setup-dev  ## ask for every address outside of the site; needs a network, so it is no test
+	.venv/bin/python -m sphinx -b linkcheck -q -D module_pages_package= docs docs/_build/linkcheck
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev

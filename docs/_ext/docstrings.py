@@ -21,7 +21,8 @@ CELLS = re.compile(r"(?<!\\)\|")
 
 def to_rst(lines: list[str]) -> list[str]:
     """The lines of a docstring in reStructuredText."""
-    return "\n\n".join(block_to_rst(block) for block in re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines))).split("\n")
+    blocks = re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines).strip("\n"))
+    return [*"\n\n".join(map(block_to_rst, blocks)).split("\n"), ""]
 
 
 def block_to_rst(block: str) -> str:

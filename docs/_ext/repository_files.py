@@ -88,6 +88,8 @@ def relative(page: str, start: str) -> str:
 def resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, contents: nodes.Node) -> nodes.Node | None:
     if node["reftype"] != REFTYPE:
         return None
+    if app.builder.format != "html":
+        return contents
     address = relative(page_of(node["reftarget"]), app.builder.get_target_uri(node["refdoc"]))
     anchor = f"#{node['anchor']}" if node["anchor"] else ""
     return nodes.reference("", "", *node.children, internal=True, refuri=address + anchor)

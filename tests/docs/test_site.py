@@ -1,0 +1,127 @@
+"""The documentation site builds without a warning, has every page, and each of its links leads somewhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from launching import ROOT
+
+pytestmark = pytest.mark.more
+
+OUTSIDE = ("http:", "https:", "mailto:", "data:")
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of docs/ next to links to the rest of the repository, in which a build writes nothing."""
+    for path in ROOT.iterdir():
+        if path.name != "docs" and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("_api", "_build", "__pycache__"))
+    return folder
+
+
+def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", *options, "docs", "site"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=1800)
+
+
+class Page(HTMLParser):
+    """The links of a page, and the names that links can have after `#`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if value and name in ("id", "name"):
+                self.anchors.add(value)
+            if value and name in ("href", "src"):
+                self.links.append(value)
+
+
+def broken_links(site: Path) -> list[str]:
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in site.resolve().rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            target, _, anchor = unquote(link).partition("#")
+            place = (path.parent / target.partition("?")[0]).resolve() if target else path
+            missing = not place.is_file() or (anchor and place in pages and anchor not in pages[place].anchors)
+            if not link.startswith(OUTSIDE) and missing:
+                broken.append(f"{path.relative_to(site.resolve())}: {link}")
+    return broken
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = checkout(tmp_path_factory.mktemp("checkout"))
+    done = build(folder)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder / "site"
+
+
+def test_every_page_and_every_package_is_in_the_site(site: Path) -> None:
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages
+    assert not {name for name in pages if not (site / f"{name}.html").is_file()}
+    modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "quadriga").rglob("*.py")]
+    for module in modules:
+        if not module.name.startswith("__"):
+            package = ".".join(module.parent.parts)
+            text = (site / f"_api/{package}.html").read_text(encoding="utf-8")
+            assert f'id="module-{package}.{module.name}"' in text or f">{package}.{module.name}<" in text
+
+
+def test_docstrings_tables_and_sources_are_shown(site: Path) -> None:
+    text = (site / "_api/quadriga.metrics.html").read_text(encoding="utf-8")
+    assert '<a class="reference internal" href="../_files/quadriga/metrics/events.py.html">' in text
+    assert "<th" in text.partition('id="quadriga-metrics-events"')[2].partition("<section")[0]
+    assert "Appends events" in text
+    assert "class" in (site / "_files/quadriga/metrics/events.py.html").read_text(encoding="utf-8")
+
+
+def test_every_link_leads_somewhere(site: Path) -> None:
+    assert broken_links(site) == []
+    assert "_files/quadriga/train/step.py.html" in Page((site / "architecture.html").read_text(encoding="utf-8")).links
+
+
+def test_a_broken_link_of_the_site_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="x"><a href="b.html#y">1</a><a href="#x">2</a><a href="c.html">3</a></p>')
+    (tmp_path / "b.html").write_text('<a href="a.html#x">1</a><a href="https://example.org/#q">2</a>')
+    assert broken_links(tmp_path) == ["a.html: b.html#y", "a.html: c.html"]
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("[a](index.md#one) [b](../quadriga/train/step.py) [c](../quadriga) [d](../README.md#run-it)", None),
+        ("[a](nothing.md)", "'nothing.md'"),
+        ("[a](index.md#nothing)", "'nothing'"),
+        ("[a](#nothing)", "'nothing'"),
+        ("[a](../quadriga/nothing.py)", "'../quadriga/nothing.py'"),
+        ("```{eval-rst}\n.. automodule:: quadriga.nothing\n```", "quadriga.nothing"),
+        ("```{eval-rst}\n:py:class:`quadriga.errors.Nothing`\n```", "quadriga.errors.Nothing"),
+    ],
+)
+def test_a_warning_is_an_error(text: str, warning: str | None, tmp_path: Path) -> None:
+    docs = checkout(tmp_path) / "docs"
+    for page in docs.glob("*.md"):
+        page.unlink()
+    (docs / "index.md").write_text("# One\n\n```{toctree}\npage\n```\n", encoding="utf-8")
+    (docs / "page.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
+    done = build(tmp_path, "-D", "module_pages_package=")
+    if warning is None:
+        assert done.returncode == 0, done.stderr
+        assert broken_links(tmp_path / "site") == []
+    else:
+        assert done.returncode != 0
+        assert warning in done.stderr
