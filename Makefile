@@ -93,4 +93,4 @@ setup-dev: .venv/.installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf docs/_api docs/_build .venv .venv-torch-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

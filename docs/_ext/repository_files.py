@@ -27,7 +27,7 @@ from sphinx.transforms import SphinxTransform
 
 FOLDER = "_files"
 REFTYPE = "repository-file"
-FORMATTER = HtmlFormatter(lineanchors="L", linespans="L")
+FORMATTER = HtmlFormatter(linespans="L")
 STYLE = """
 body { font-family: sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5 }
 pre, code { font-size: 0.875rem } pre { overflow-x: auto; line-height: 1.35 } img { max-width: 100% }

@@ -18,11 +18,12 @@ OUTSIDE = ("http:", "https:", "mailto:", "data:")
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of docs/ next to links to the rest of the repository, in which a build writes nothing."""
-    for path in ROOT.iterdir():
-        if path.name != "docs" and not path.name.startswith("."):
-            (folder / path.name).symlink_to(path)
-    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("_api", "_build", "__pycache__"))
+    """A copy of the files of the repository, so that a build writes nothing next to them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.check_output(command, cwd=ROOT, text=True).split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
     return folder
 
 
