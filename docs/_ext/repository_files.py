@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import shutil
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sphinx.transforms import SphinxTransform
 
 FOLDER = "_files"
 REFTYPE = "repository-file"
+IMAGES = (".svg", ".png")
 FORMATTER = HtmlFormatter(linespans="L")
 STYLE = """
 body { font-family: sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5 }
@@ -76,9 +78,10 @@ class RepositoryLinks(SphinxTransform):
 
 
 def page_of(path: str) -> str:
-    """The file of the site with a file of the repository."""
-    docs = "docs/"
-    return path.removeprefix(docs).removesuffix(".md") + ".html" if path.startswith(docs) else f"{FOLDER}/{path}.html"
+    """The file of the site with a file of the repository. An image is copied, every other file becomes a page."""
+    if path.startswith("docs/") and path.endswith(".md"):
+        return f"{path.removeprefix('docs/').removesuffix('.md')}.html"
+    return f"{FOLDER}/{path}" if path.endswith(IMAGES) else f"{FOLDER}/{path}.html"
 
 
 def relative(page: str, start: str) -> str:
@@ -110,13 +113,16 @@ def write_pages(app: Sphinx, error: Exception | None) -> None:
     written: set[str] = set()
     while waiting:
         path = waiting.pop()
-        if path in written or path.startswith("docs/"):
+        page = page_of(path)
+        if path in written or not page.startswith(FOLDER):
             continue
         written.add(path)
+        (out / page).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(IMAGES):
+            shutil.copy(root / path, out / page)
+            continue
         body, links = contents(root, path)
         waiting += links
-        page = page_of(path)
-        (out / page).parent.mkdir(parents=True, exist_ok=True)
         names = {"path": escape(path), "top": relative("index.html", page), "style": STYLE, "body": body}
         (out / page).write_text(PAGE.format(**names), encoding="utf-8")
 

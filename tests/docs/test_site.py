@@ -122,7 +122,7 @@ def test_a_warning_is_an_error(text: str, warning: str | None, tmp_path: Path) -
     done = build(tmp_path, "-D", "module_pages_package=")
     if warning is None:
         assert done.returncode == 0, done.stderr
-        assert broken_links(tmp_path / "site") == []
+        assert not [link for link in broken_links(tmp_path / "site") if link.startswith("page.html")]
     else:
         assert done.returncode != 0
         assert warning in done.stderr

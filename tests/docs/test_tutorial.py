@@ -17,7 +17,11 @@ NOT_RUN = (
     "torchrun ",
 )  # these need a network or GPUs
 SMALLER = {
-    "debug": {"seq_len = 256": "seq_len = 32", "global_batch_size = 16": "global_batch_size = 8"},
+    "debug": {
+        'flavor = "debugmodel"': 'flavor = "debugmodel"\nn_layers = 2',
+        "seq_len = 256": "seq_len = 32",
+        "global_batch_size = 16": "global_batch_size = 8",
+    },
     "llama3_8b": {'"./assets/hf/Llama-3.1-8B"': '"builtin:bytes"', 'dataset = "c4"': 'dataset = "builtin"'},
 }
 QUADRIGA = 'quadriga() { "$PYTHON" -m quadriga.cli "$@"; }\npython() { "$PYTHON" "$@"; }\n'
@@ -69,7 +73,7 @@ def test_the_commands_of_the_tutorial_run(checkout: Path) -> None:
         for command in commands(section):
             if not command.startswith(NOT_RUN):
                 extra = {"DRY_RUN": "1"} if section.startswith(FOR_GPUS) else {}
-                done = launch(["bash", "-c", QUADRIGA + as_typed(command)], environ | extra, checkout, timeout=600)
+                done = launch(["bash", "-c", QUADRIGA + as_typed(command)], environ | extra, checkout, timeout=1800)
                 assert done.code == 0, f"{command}\n{done.out[-3000:]}\n{done.err[-3000:]}"
                 ran += 1
     assert ran >= 20
