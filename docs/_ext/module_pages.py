@@ -7,6 +7,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 FOLDER = "_api"
+PUBLIC = ["   :members:", "   :imported-members:", "   :show-inheritance:"]  # of the package itself: what `__all__` has
 OPTIONS = [f"   :{option}:" for option in ("members", "show-inheritance", "ignore-module-all")]
 
 
@@ -29,7 +30,8 @@ def page(folder: Path, package: Path) -> str:
 
 def module(file: Path, name: Path, package: Path) -> list[str]:
     path = file.relative_to(package.parent).as_posix()
-    automodule = ["```{eval-rst}", f".. automodule:: {dotted(name, package)}", *OPTIONS, "```"]
+    options = PUBLIC if name == package else OPTIONS
+    automodule = ["```{eval-rst}", f".. automodule:: {dotted(name, package)}", *options, "```"]
     return [f"Source: [{path}](../../{path})", "", *automodule]
 
 

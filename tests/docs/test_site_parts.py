@@ -1,7 +1,8 @@
-"""Docstrings become reStructuredText that shows what they say."""
+"""Parts of the site that need no build: docstrings become reStructuredText, and every page is in the index."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 from launching import ROOT
@@ -37,3 +38,11 @@ def test_a_table_is_a_table() -> None:
     assert rst("| a | `b` |\n|---|---|\n| 1 | x \\| y |\n| | z |\n") == (
         ".. list-table::\n   :header-rows: 1\n\n   * - a\n     - ``b``\n   * - 1\n     - x \\| y\n   * - \n     - z\n"
     )
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"(?m)^[\w-]+$", "\n".join(re.findall(r"(?ms)^```\{toctree\}\n(.*?)^```", index)))
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert sorted(listed) == sorted(pages), "docs/index.md: list each page once, in the toctree of its kind"
+    assert all(f"]({page}.md)" in index for page in pages), "docs/index.md: link each page in the table, for GitHub"
