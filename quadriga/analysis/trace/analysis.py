@@ -90,44 +90,31 @@ def _refuse_duplicate_ranks(ranks: list[RankResult]) -> None:
 
 
 def _world_size(ranks: list[RankResult]) -> int:
-    return max([rank.world_size or 0 for rank in ranks] + [len(ranks)])
+    return max([rank.metadata.world_size or 0 for rank in ranks] + [len(ranks)])
 
 
 def _step_times(ranks: list[RankResult]) -> dict[str, Any]:
     """Step times, by rank too, and the slowest rank."""
-    taken = [step.seconds for rank in ranks for step in rank.steps]
-    by_rank = [
-        {
-            "rank": rank.rank,
-            "mean": mean_breakdown(rank.step_breakdowns),
-            "steps": [
-                {"step": step.number, **figures} for step, figures in zip(rank.steps, rank.step_breakdowns, strict=True)
-            ],
-        }
-        for rank in ranks
-    ]
+    taken, by_rank = [step.seconds for rank in ranks for step in rank.steps], []
+    for rank in ranks:
+        numbered = zip(rank.steps, rank.step_breakdowns, strict=True)
+        steps = [{"step": step.number, **figures} for step, figures in numbered]
+        by_rank.append({"rank": rank.rank, "mean": mean_breakdown(rank.step_breakdowns), "steps": steps})
+    middle = statistics.median(taken)
     return {
-        "step_time_s": {
-            "mean": statistics.fmean(taken),
-            "median": statistics.median(taken),
-            "min": min(taken),
-            "max": max(taken),
-        },
+        "step_time_s": {"mean": statistics.fmean(taken), "median": middle, "min": min(taken), "max": max(taken)},
         "by_rank": by_rank,
-        "slowest": _slowest(by_rank, statistics.median(taken)),
+        "slowest": _slowest(by_rank, middle),
     }
 
 
 def _slowest(by_rank: list[dict[str, Any]], step: float) -> dict[str, Any] | None:
     """The rank with the longest time outside of exposed communication, and the difference to the median of all ranks.
     None for one rank, or if communication is not known."""
-    own = {
-        entry["rank"]: entry["mean"]["seconds"] - entry["mean"]["exposed_communication_s"]
-        for entry in by_rank
-        if entry["mean"]["exposed_communication_s"] is not None
-    }
-    if len(own) < 2 or len(own) < len(by_rank):
+    means = {entry["rank"]: entry["mean"] for entry in by_rank}
+    if len(means) < 2 or any(mean["exposed_communication_s"] is None for mean in means.values()):
         return None
+    own = {rank: mean["seconds"] - mean["exposed_communication_s"] for rank, mean in means.items()}
     rank = max(own, key=lambda rank: own[rank])
     by = own[rank] - statistics.median(own.values())
     return {"rank": rank, "by_s": by, "by_share": by / step}
@@ -162,8 +149,8 @@ def _estimate(ranks: list[RankResult], chosen: TraceSet) -> tuple[dict[str, Any]
     """Measured and estimated calls and bytes, for the start of the run that made the traces; or None and the reason."""
     if chosen.run is None:
         return None, "the run folder has no estimate.json"
-    predicted, why = collectives.read_prediction(chosen.run, ranks[0].attempt)
-    return ({"rows": collectives.compare_with_estimate(ranks, predicted)} if predicted is not None else None), why
+    predicted, why = collectives.read_prediction(chosen.run, ranks[0].metadata.notes.attempt)
+    return None if predicted is None else {"rows": collectives.compare_with_estimate(ranks, predicted)}, why
 
 
 def _timeline(ranks: list[RankResult], aligned: bool) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.analysis.trace.read import KERNEL, MEMCPY, STEP_MARK, EventTable, RankTrace, read_trace
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.analysis.trace.document import trace_error
+from quadriga.analysis.trace.read import KERNEL, MEMCPY, STEP_MARK, EventTable, read_trace
 
 PATTERNS = {
     "update": re.compile(r"Optimizer\.step#|_fused_adam|_foreach_norm|_foreach_mul_", re.IGNORECASE),
@@ -30,52 +30,38 @@ def busy_seconds(path: Path) -> dict[str, Any]:
     """
     trace = read_trace(path, 0)
     if not any(STEP_MARK.match(name) for name in trace.names):
-        raise UserError(Problem(shortened(path, 400), "the trace has no marks of steps"))
+        raise trace_error(path, "the trace has no marks of steps", None)
     count = len(trace.steps)
     rows = trace.device if trace.on_device else trace.ops
     chosen = np.isin(rows.category, (KERNEL, MEMCPY)) if trace.on_device else np.ones(len(rows), dtype=bool)
     found: dict[str, Any] = {"step": sum(step.seconds for step in trace.steps) / count}
     for kind, pattern in PATTERNS.items():
-        found[kind] = _sum(rows, np.flatnonzero(chosen & _named(trace, rows, pattern))) / count
-    outside = np.empty(0, dtype=np.intp) if trace.on_device else _outside(rows, _named(trace, rows, BACKWARD))
+        found[kind] = _sum(rows, chosen & trace.is_named(rows, pattern)) / count
+    marks = trace.is_named(rows, BACKWARD)
+    outside = np.zeros(len(rows), dtype=bool)
+    if not trace.on_device:
+        outside[_not_within(rows, np.arange(len(rows)), marks)] = True
     for kind in ("products", "attention"):
-        forward = outside[_named(trace, rows, PATTERNS[kind])[outside]]
-        found[f"forward_{kind}"] = _sum(rows, forward) / count if len(forward) else None
+        forward = outside & ~marks & trace.is_named(rows, PATTERNS[kind])
+        found[f"forward_{kind}"] = _sum(rows, forward) / count if forward.any() else None
     return found
 
 
-def _named(trace: RankTrace, rows: EventTable, pattern: re.Pattern[str]) -> NDArray[np.bool_]:
-    names = [number for number, name in enumerate(trace.names) if pattern.search(name)]
-    return np.isin(rows.name, names)
-
-
-def _ordered(rows: EventTable, places: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Rows by thread and start, longer ones first."""
-    return places[np.lexsort((-rows.end[places], rows.start[places], rows.thread[places]))]
-
-
-def _sum(rows: EventTable, places: NDArray[np.intp]) -> float:
-    """Seconds of the rows that are not within another one of their thread."""
-    total, thread, end = 0.0, -1, 0.0
-    for at in _ordered(rows, places).tolist():
-        if rows.thread[at] != thread:
-            thread, end = int(rows.thread[at]), -1.0
-        if rows.start[at] >= end:
-            end = float(rows.end[at])
-            total += end - float(rows.start[at])
+def _sum(rows: EventTable, chosen: NDArray[np.bool_]) -> float:
+    """Seconds of the chosen rows that are not within another one of their thread."""
+    total = 0.0
+    for at in _not_within(rows, np.flatnonzero(chosen), chosen):
+        total += float(rows.end[at]) - float(rows.start[at])
     return total
 
 
-def _outside(rows: EventTable, marks: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Rows that are not marks and are not within a mark on their thread."""
+def _not_within(rows: EventTable, places: NDArray[np.intp], marks: NDArray[np.bool_]) -> list[int]:
+    """The rows that do not begin within an earlier one of `marks` on their thread."""
     found, thread, end = [], -1, -1.0
-    for at in _ordered(rows, np.arange(len(rows))).tolist():
+    for at in rows.nested_order(places).tolist():
         if rows.thread[at] != thread:
             thread, end = int(rows.thread[at]), -1.0
-        if rows.start[at] < end:
-            continue
-        if marks[at]:
-            end = float(rows.end[at])
-        else:
+        if rows.start[at] >= end:
             found.append(at)
-    return np.array(found, dtype=np.intp)
+            end = float(rows.end[at]) if marks[at] else end
+    return found

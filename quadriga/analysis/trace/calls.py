@@ -35,8 +35,9 @@ from quadriga.analysis.trace.read import KERNEL, RankTrace
 LINKAGE, ANNOTATION, NAME = "linkage", "annotation", "name"
 # Operations that multiply and communicate in one: only their copies are communication.
 FUSED_OPERATIONS = ("matmul", "_mm")
-GLOO_RANGE = re.compile(r"gloo:")
-GLOO_WAIT = re.compile(r"_?c10d_functional::wait_tensor$")
+ANNOTATIONS = re.compile(rf"^{ANNOTATION_PREFIX}")
+GLOO_RANGE = re.compile(r"^gloo:")
+GLOO_WAIT = re.compile(r"^_?c10d_functional::wait_tensor$")
 IMPLEMENTED_BY = {"reduce_scatter": "all_reduce"}  # gloo implements the first by the second
 CLOCK_TOLERANCE = 50e-6  # seconds by which two clocks of one machine may differ within a trace
 
@@ -94,10 +95,14 @@ def find_calls(trace: RankTrace) -> RankCalls:
     _assign_groups(trace, calls)
     _match_gloo_ranges(trace, calls)
     for call in calls:
-        call.info.backend = call.info.backend or trace.backend or UNKNOWN
-    _assign_steps(trace, calls)
+        call.info.backend = call.info.backend or trace.metadata.backend or UNKNOWN
+    steps = window_index(np.array([call.launched for call in calls]), trace.step_spans)
+    for call, step in zip(calls, steps.tolist(), strict=True):
+        call.step = step
     calls.sort(key=lambda call: call.launched)
-    return RankCalls(calls, owned, _wait_spans(trace))
+    # On a GPU the device waits, and not the host in `wait_tensor`.
+    waits = EMPTY if trace.on_device else union(trace.ops.spans(trace.is_named(trace.ops, GLOO_WAIT)))
+    return RankCalls(calls, owned, waits)
 
 
 # --- operations of the host ------------------------------------------------------------------------------------------
@@ -108,10 +113,8 @@ def _launched(trace: RankTrace) -> tuple[list[Call], list[list[int]]]:
     ops = trace.ops
     calls: list[Call] = []
     inner: list[list[int]] = []
-    annotations = [number for number, name in enumerate(trace.names) if name.startswith(ANNOTATION_PREFIX)]
-    candidates = np.union1d(np.array(sorted(ops.args), dtype=np.int64), np.flatnonzero(np.isin(ops.name, annotations)))
-    order = candidates[np.lexsort((-ops.end[candidates], ops.start[candidates], ops.thread[candidates]))]
-    for at in order:
+    annotations = np.flatnonzero(trace.is_named(ops, ANNOTATIONS))
+    for at in ops.nested_order(np.union1d(np.array(sorted(ops.args), dtype=np.int64), annotations)):
         name = trace.names[ops.name[at]]
         info = info_of_annotation(name) if name.startswith(ANNOTATION_PREFIX) else info_of_operation(name, ops.args[at])
         if info is None or name.startswith("gloo:"):
@@ -194,9 +197,8 @@ def _by_recorded_args(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Ca
 
 
 def _by_name(trace: RankTrace, owned: NDArray[np.bool_]) -> Iterator[Call]:
-    suspects = [number for number, name in enumerate(trace.names) if COLLECTIVE_NAMES.search(name)]
     device = trace.device
-    for row in np.flatnonzero(np.isin(device.name, suspects) & ~owned & (device.category == KERNEL)):
+    for row in np.flatnonzero(trace.is_named(device, COLLECTIVE_NAMES) & ~owned & (device.category == KERNEL)):
         owned[row] = True
         kind = kind_of(trace.names[device.name[row]]) or UNKNOWN
         yield _of_row(trace, int(row), CallInfo(kind), NAME)
@@ -213,21 +215,21 @@ def _of_row(trace: RankTrace, row: int, info: CallInfo, found_by: str) -> Call:
 def _assign_groups(trace: RankTrace, calls: list[Call]) -> None:
     """Assign group and axis to each call."""
     _apply_notes(trace, calls)
-    axes = trace.notes.axes
+    groups, notes = trace.metadata.groups, trace.metadata.notes
     for call in calls:
         info = call.info
-        group = trace.groups.get(info.group or "") or ProcessGroup(info.group or "", info.purpose or "", info.ranks)
+        group = groups.get(info.group or "") or ProcessGroup(info.purpose or "", info.ranks)
         info.ranks = info.ranks or group.ranks
         info.group_size = info.group_size or len(info.ranks) or None
         if info.axis is None and info.group is not None:
-            info.axis = axes.get(info.group) or axis_of(group.purpose or info.purpose or "")
+            info.axis = notes.axes.get(info.group) or axis_of(group.purpose or info.purpose or "")
         if info.axis is None and info.kind in ("send", "recv"):
-            info.axis = trace.notes.messages
+            info.axis = notes.messages
 
 
 def _apply_notes(trace: RankTrace, calls: list[Call]) -> None:
     """Assign groups from the notes to calls whose group torch did not record, by their start time."""
-    launches = trace.notes.launches
+    launches = trace.metadata.notes.launches
     if not launches or trace.origin_ns is None:
         return
     open_calls = sorted((call for call in calls if call.info.group is None), key=lambda call: call.launched)
@@ -240,14 +242,6 @@ def _apply_notes(trace: RankTrace, calls: list[Call]) -> None:
         call = next((call for call in fitting if call.info.group is None), None)
         if call is not None:
             call.info.group, call.info.sequence = group, sequence
-
-
-def _assign_steps(trace: RankTrace, calls: list[Call]) -> None:
-    windows = np.array([[step.start, step.end] for step in trace.steps])
-    for call, place in zip(
-        calls, window_index(np.array([call.launched for call in calls]), windows).tolist(), strict=True
-    ):
-        call.step = place
 
 
 # --- ranges `gloo:*` on gloo's own threads ---------------------------------------------------------------------------
@@ -274,19 +268,12 @@ def _match_gloo_ranges(trace: RankTrace, calls: list[Call]) -> None:
         call.info.backend = "gloo"
 
 
-def _wait_spans(trace: RankTrace) -> Spans:
-    """Union of the time in which the host waits in `wait_tensor`. Empty on a GPU, where the device waits."""
-    if trace.on_device:
-        return union()
-    return union(trace.ops.spans(np.isin(trace.ops.name, trace.named(GLOO_WAIT))))
-
-
 class _GlooRanges:
     """Ranges `gloo:*` in the order of their start."""
 
     def __init__(self, trace: RankTrace) -> None:
         self._trace = trace
-        found = np.flatnonzero(np.isin(trace.ops.name, trace.named(GLOO_RANGE)))
+        found = np.flatnonzero(trace.is_named(trace.ops, GLOO_RANGE))
         self.at = found[np.argsort(trace.ops.start[found], kind="stable")]
         self._keys = [self._key(int(at)) for at in self.at]
 
@@ -294,18 +281,15 @@ class _GlooRanges:
         """Pairs of (index of a range, its call). Of equal calls, the earliest comes first. `groups`: by thread."""
         queues: dict[tuple[object, ...], deque[Call]] = defaultdict(deque)
         for call in sorted(calls, key=lambda call: call.launched):
-            info = call.info
-            key = (info.group if groups is not None else None, info.kind, info.inputs or 0)
-            queues[key].append(call)
+            group = None if groups is None else call.info.group
+            queues[group, call.info.kind, call.info.inputs or 0].append(call)
         pairs = []
         for place, (kind, count) in enumerate(self._keys):
-            group = groups.get(self.thread(place)) if groups is not None else None
+            group = None if groups is None else groups.get(self.thread(place))
             start = self._trace.ops.start[self.at[place]]
             names = [kind, *(own for own, other in IMPLEMENTED_BY.items() if other == kind)]
-            heads = [
-                queue for name in names if (queue := queues.get((group, name, count))) and queue[0].launched <= start
-            ]
-            if heads:
+            waiting = [queue for name in names if (queue := queues.get((group, name, count)))]
+            if heads := [queue for queue in waiting if queue[0].launched <= start]:
                 pairs.append((place, min(heads, key=lambda queue: queue[0].launched).popleft()))
         return pairs
 

@@ -8,7 +8,7 @@ name the start (`attempt`). A trace without it is compared with the newest estim
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 
 from quadriga.analysis.trace import fields
 from quadriga.analysis.trace.calls import NAME, Call
-from quadriga.analysis.trace.rank import CallKey, RankResult, key_of
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.analysis.trace.document import trace_error
+from quadriga.analysis.trace.rank import CallKey, RankResult, key_of, without_host_calls
+from quadriga.errors import shortened
 from quadriga.reading import read_json_object
 
 # --- predictions -----------------------------------------------------------------------------------------------------
@@ -45,20 +46,13 @@ def read_prediction(run: Path, attempt: int | None) -> tuple[list[PredictedCalls
     """
     own = run / BY_ATTEMPT.format(attempt)
     if attempt is not None and own.exists():
-        return _read(own), ""
-    newest = run / ESTIMATE
-    found = read_json_object(newest, what="run's estimate")
-    estimated_attempt = found.get("attempt")
-    if attempt is not None and estimated_attempt is not None and estimated_attempt != attempt:
-        return (
-            None,
-            f"the traces are of start {attempt} of the run, but its only estimate is that of start {estimated_attempt}",
-        )
-    return _calls(newest, found), ""
-
-
-def _read(path: Path) -> list[PredictedCalls]:
-    return _calls(path, read_json_object(path, what="run's estimate"))
+        return _calls(own, read_json_object(own, what="run's estimate")), ""
+    found = read_json_object(run / ESTIMATE, what="run's estimate")
+    other = found.get("attempt")
+    if attempt is not None and other not in (None, attempt):
+        why = f"the traces are of start {attempt} of the run, but its only estimate is that of start {other}"
+        return None, why
+    return _calls(run / ESTIMATE, found), ""
 
 
 def _calls(path: Path, estimate: Mapping[str, Any]) -> list[PredictedCalls]:
@@ -69,10 +63,8 @@ def _calls(path: Path, estimate: Mapping[str, Any]) -> list[PredictedCalls]:
             raise fields.FieldError("communication is not a list of calls")
         return [_call(call) for call in calls]
     except fields.FieldError as error:
-        where = shortened(path, 400)
-        raise UserError(
-            Problem(where, f"the file is not an estimate of a run: {error}", fix="move it out of the folder")
-        ) from None
+        what = f"the file is not an estimate of a run: {error}"
+        raise trace_error(path, what, "move it out of the folder") from None
 
 
 def _call(call: Any) -> PredictedCalls:
@@ -109,7 +101,7 @@ class Transfer:
 
 def why_not_comparable(ranks: list[RankResult]) -> str | None:
     """The reason why times of different ranks cannot be compared; None if they can."""
-    machines = {rank.machine for rank in ranks}
+    machines = {rank.metadata.machine for rank in ranks}
     if len(ranks) < 2:
         return "there is the trace of one rank only"
     if any(rank.origin_ns is None for rank in ranks):
@@ -146,7 +138,7 @@ def match_transfers(ranks: list[RankResult]) -> tuple[list[Transfer], int]:
 def _identified(rank: RankResult) -> Iterable[tuple[Any, Call]]:
     """Each call with a key that is equal on all ranks of its group: its number if the trace has it, else its position
     among the calls of the step."""
-    counts: dict[Any, int] = defaultdict(int)
+    counts = Counter[Any]()
     for call in rank.calls:
         info = call.info
         if info.kind in POINT_TO_POINT or not len(call.rows) or call.found_by == NAME or call.axis == "?":
@@ -208,8 +200,7 @@ def bandwidths(kind: str, ranks: int | None, size: int, seconds: float) -> dict[
     """
     if not seconds or not size:
         return {"algorithm_gb_s": None, "bus_gb_s": None}
-    speed = size / seconds / GIGA
-    share = BUS_FACTORS.get(kind)
+    speed, share = size / seconds / GIGA, BUS_FACTORS.get(kind)
     if share is None:
         return {"algorithm_gb_s": speed, "bus_gb_s": speed}
     return {"algorithm_gb_s": speed, "bus_gb_s": speed * share * (ranks - 1) / ranks if ranks else None}
@@ -218,19 +209,12 @@ def bandwidths(kind: str, ranks: int | None, size: int, seconds: float) -> dict[
 def _by_size(
     kind: str, ranks: int | None, calls: list[Call], matched: list[Transfer], steps: int
 ) -> list[dict[str, Any]]:
-    counts: dict[int, int] = defaultdict(int)
-    for call in calls:
-        counts[call.info.size or 0] += 1
-    taken: dict[int | None, list[float]] = defaultdict(list)
-    for each in matched:
-        taken[each.size].append(each.seconds)
     found = []
-    for size in sorted(counts):
-        seconds = taken[size]
+    for size, count in sorted(Counter(call.info.size or 0 for call in calls).items()):
+        seconds = [each.seconds for each in matched if each.size == size]
         middle = statistics.median(seconds) if seconds else None
-        speed = bandwidths(kind, ranks, size, middle or 0.0)
-        entry = {"bytes": size, "calls": _whole(counts[size] / steps), "transfer_s": middle}
-        found.append({**entry, "bus_gb_s": speed["bus_gb_s"]})
+        speed = bandwidths(kind, ranks, size, middle or 0.0)["bus_gb_s"]
+        found.append({"bytes": size, "calls": _whole(count / steps), "transfer_s": middle, "bus_gb_s": speed})
     return found
 
 
@@ -238,7 +222,7 @@ def compare_with_estimate(ranks: list[RankResult], estimate: Sequence[PredictedC
     """Measured and predicted calls and bytes per step, by axis and collective, for the rank that sends most, as in the
     estimate. Calls that serve the host are not included. Axes that share a group, such as
     `world` and an axis of all ranks, are one row."""
-    aliases = ranks[0].axis_aliases
+    aliases = ranks[0].metadata.notes.axis_aliases
     predicted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for call in estimate:
         entry = predicted[aliases.get(call.axis, call.axis), call.collective]
@@ -249,26 +233,16 @@ def compare_with_estimate(ranks: list[RankResult], estimate: Sequence[PredictedC
     for axis, kind in sorted({*predicted, *measured}):
         calls, size = measured.get((axis, kind), (0, 0))
         expected = predicted.get((axis, kind), [0, 0])
-        found.append(
-            {
-                "axis": axis,
-                "collective": kind,
-                "calls": _whole(calls),
-                "predicted_calls": _whole(expected[0]),
-                "bytes": None if size is None else _whole(size),
-                "predicted_bytes": _whole(expected[1]),
-                "equal": [calls, size] == expected,
-            }
-        )
+        named = {"axis": axis, "collective": kind, "calls": _whole(calls), "predicted_calls": _whole(expected[0])}
+        sizes = {"bytes": None if size is None else _whole(size), "predicted_bytes": _whole(expected[1])}
+        found.append({**named, **sizes, "equal": [calls, size] == expected})
     return found
 
 
 def _sums(rank: RankResult) -> dict[tuple[str, str], tuple[float, float | None]]:
     """Mean calls and bytes per step by (axis, kind). Bytes are None if those of a call are not known."""
     sums: dict[tuple[str, str], tuple[float, float | None]] = {}
-    for call in rank.calls:
-        if call.axis == "host":
-            continue
+    for call in without_host_calls(rank.calls):
         calls, size = sums.get((call.axis, call.info.kind), (0.0, 0.0))
         own = call.info.size
         sums[call.axis, call.info.kind] = (calls + 1, None if size is None or own is None else size + own)

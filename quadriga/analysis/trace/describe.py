@@ -7,27 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quadriga.analysis.trace.fields import FieldError, numel, whole_number
+from quadriga.analysis.trace.fields import numel
 
 # The kind of an operation is the first one that its name contains.
-KINDS = (
-    ("reduce_scatter", "reduce_scatter"),
-    ("reducescatter", "reduce_scatter"),
-    ("allgather", "all_gather"),
-    ("all_gather", "all_gather"),
-    ("allreduce", "all_reduce"),
-    ("all_reduce", "all_reduce"),
-    ("alltoall", "all_to_all"),
-    ("all_to_all", "all_to_all"),
-    ("broadcast", "broadcast"),
-    ("barrier", "barrier"),
-    ("sendrecv", "send_recv"),
-    ("send", "send"),
-    ("recv", "recv"),
-    ("scatter", "scatter"),
-    ("gather", "gather"),
-    ("reduce", "reduce"),
-)
+KINDS = {
+    **{kind.replace("_", ""): kind for kind in ("reduce_scatter", "all_gather", "all_reduce", "all_to_all")},
+    **{kind: kind for kind in ("reduce_scatter", "all_gather", "all_reduce", "all_to_all", "broadcast", "barrier")},
+    "sendrecv": "send_recv",
+    **{kind: kind for kind in ("send", "recv", "scatter", "gather", "reduce")},
+}
 # Dtypes as RecordFunction spells them for C++ (`c10::BFloat16`, `long int`) and for NCCL (`BFloat16`, `Long`).
 ITEM_BYTES = {
     "double": 8, "long int": 8, "long": 8, "float": 4, "int": 4, "short": 2, "bfloat16": 2, "half": 2, "byte": 1,
@@ -80,7 +68,7 @@ class CallInfo:
 def kind_of(name: str) -> str | None:
     """The kind of collective of an operation or kernel, by its name; None if it is not one."""
     lower = name.lower()
-    return next((kind for word, kind in KINDS if word in lower), None)
+    return next((kind for word, kind in KINDS.items() if word in lower), None)
 
 
 def item_bytes(dtype: str) -> int | None:
@@ -106,15 +94,10 @@ def info_of_operation(name: str, args: Mapping[str, Any]) -> CallInfo | None:
 def info_of_annotation(name: str) -> CallInfo:
     """The call of an annotation: `quadriga:collective axis=shard kind=all_gather bytes=8 dtype=float32 ranks=4 ...`."""
     fields = dict(pair.split("=", 1) for pair in name.split() if "=" in pair)
-    size = fields.get("bytes", "")
-    return CallInfo(
-        fields.get("kind", UNKNOWN),
-        count=_count(size),
-        item=1,
-        axis=fields.get("axis"),
-        group_size=_count(fields.get("ranks", "")),
-        backend=fields.get("backend"),
-    )
+    found = CallInfo(fields.get("kind", UNKNOWN), axis=fields.get("axis"), backend=fields.get("backend"))
+    found.count, found.item = _count(fields.get("bytes", "")), 1
+    found.group_size = _count(fields.get("ranks", ""))
+    return found
 
 
 def _count(text: str) -> int | None:
@@ -131,17 +114,16 @@ def _info_of_record(args: Mapping[str, Any]) -> CallInfo | None:
     kind = kind_of(args["Collective name"])
     if kind is None:
         return None
-    item = item_bytes(args.get("dtype", ""))
     counts = [args[name] for name in ("In msg nelems", "Out msg nelems") if name in args]
     return CallInfo(
         kind,
         count=max(counts, default=None),
-        item=item,
+        item=item_bytes(args.get("dtype", "")),
         group=args.get("Process Group Name") or None,
         purpose=args.get("Process Group Description") or None,
-        ranks=_ranks(args.get("Process Group Ranks")),
+        ranks=args.get("Process Group Ranks", ()),
         group_size=args.get("Group size"),
-        sequence=_sequence(args.get("Seq")),
+        sequence=args.get("Seq"),
     )
 
 
@@ -157,18 +139,3 @@ def _measure(found: CallInfo, namespace: str, args: Mapping[str, Any]) -> None:
     found.inputs = counts[1] if output_first else counts[0]
     found.item = items[0] if items else None
     found.count = max(counts)
-
-
-def _sequence(value: int | str | None) -> int | None:
-    """The number of a call in its group; None if the trace has none."""
-    try:
-        return None if value is None else whole_number("Seq", value)
-    except FieldError:
-        return None
-
-
-def _ranks(value: str | tuple[int, ...] | None) -> tuple[int, ...]:
-    """Ranks from `[0, 1]` or its text; () if Kineto has truncated the list."""
-    if value is None or isinstance(value, tuple):
-        return value or ()
-    return () if "..." in value else tuple(int(number) for number in re.findall(r"\d{1,9}", value))

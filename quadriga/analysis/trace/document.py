@@ -167,7 +167,12 @@ class TraceDocument:
         return bool(more)
 
     def _wrong(self, what: str, fix: str = AGAIN) -> UserError:
-        return UserError(Problem(shortened(self._path, 400), what, fix=fix))
+        return trace_error(self._path, what, fix)
+
+
+def trace_error(path: Path, what: str, fix: str | None) -> UserError:
+    """The error of a file that is not a trace which can be analysed."""
+    return UserError(Problem(shortened(path, 400), what, fix=fix))
 
 
 class LimitExceeded(Exception):

@@ -5,7 +5,9 @@ Invalid values raise `FieldError`. Old versions write numbers as text, and 64-bi
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,14 +31,11 @@ def _field_error(what: str, value: Any, allowed: str) -> FieldError:
 
 def microseconds(what: str, value: Any, most: float = LONGEST_TIME) -> float:
     """A finite number of microseconds, also as text."""
-    if type(value) is float or type(value) is int:
-        found = value
-    elif isinstance(value, str) and len(value) < limits.JSON_DIGITS:
-        try:
+    found = value if type(value) in (float, int) else None
+    if isinstance(value, str) and len(value) < limits.JSON_DIGITS:
+        with contextlib.suppress(ValueError):
             found = float(value)
-        except ValueError:
-            raise _field_error(what, value, "a number of microseconds") from None
-    else:
+    if found is None:
         raise _field_error(what, value, "a number of microseconds")
     if not -most <= found <= most:  # False for NaN too
         raise _field_error(what, value, f"a time within {most:g} us")
@@ -74,9 +73,8 @@ def call_args(args: Args) -> Args:
     found: dict[str, Any] = {name: text(name, args[name]) for name in TEXTS if args.get(name) is not None}
     found |= {name: whole_number(name, args[name]) for name in COUNTS if args.get(name) is not None}
     if (ranks := args.get("Process Group Ranks")) is not None:
-        found["Process Group Ranks"] = text("Process Group Ranks", ranks) if isinstance(ranks, str) else ranks_of(ranks)
-    if "Seq" in args:
-        found["Seq"] = args["Seq"] if type(args["Seq"]) in (int, str) else None
+        found["Process Group Ranks"] = _ranks_in_text(ranks) if isinstance(ranks, str) else ranks_of(ranks)
+    found["Seq"] = _sequence(args.get("Seq"))
     dims, types = args.get("Input Dims", args.get("Input dims")), args.get("Input type")  # lower case before torch 1.9
     if dims is not None:
         found["Input Dims"] = _list("Input Dims", dims)
@@ -85,6 +83,20 @@ def call_args(args: Args) -> Args:
     if types is not None:
         found["Input type"] = [kind if isinstance(kind, str) else "" for kind in _list("Input type", types)]
     return found
+
+
+def _sequence(value: Any) -> int | None:
+    """The number of a call in its group; None if the trace has none."""
+    try:
+        return whole_number("Seq", value) if type(value) in (int, str) else None
+    except FieldError:
+        return None
+
+
+def _ranks_in_text(value: str) -> tuple[int, ...]:
+    """The ranks of `[0, 1]`; () if Kineto has truncated the list."""
+    shown = value[: limits.TRACE_NAME]
+    return () if "..." in shown else tuple(int(number) for number in re.findall(r"\d{1,9}", shown))
 
 
 def ranks_of(value: Any) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
     Raises UserError if there are no traces, or not of that iteration, or if several folders qualify.
     """
     if place.is_file():
-        return TraceSet(place.parent, (place,), _iteration(place), (), None)
+        return TraceSet(place.parent, (place,), _iteration(place.parent), (), None)
     if not place.is_dir():
         raise UserError(Problem("TRACES", "there is no such file or folder", str(place)))
     by_folder: dict[Path, list[Path]] = defaultdict(list)
@@ -51,12 +51,10 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
         fix = "train with --profiling.enable_profiling, or name the folder of the traces"
         allowed = "rankK_trace.json(.gz), kineto_trace_K.json or *.pt.trace.json, in any subfolder"
         raise UserError(Problem("TRACES", what, str(place), allowed=allowed, fix=fix))
-    chosen = _choose(place, by_folder, iteration)
-    others = sorted({found for folder in by_folder if (found := _iteration(folder / "x")) is not None})
-    number = _iteration(chosen / "x")
-    return TraceSet(
-        place, tuple(by_folder[chosen]), number, tuple(each for each in others if each != number), run_folder(chosen)
-    )
+    numbers = {folder: _iteration(folder) for folder in by_folder}
+    chosen = _choose(place, numbers, iteration)
+    others = sorted({each for each in numbers.values() if each not in (None, numbers[chosen])})
+    return TraceSet(place, tuple(by_folder[chosen]), numbers[chosen], tuple(others), run_folder(chosen))
 
 
 def rank_in_name(path: Path) -> int | None:
@@ -73,25 +71,18 @@ def _set_folder(path: Path) -> Path:
     return path.parent.parent if re.match(r"rank[-_]?\d+$", path.parent.name) else path.parent
 
 
-def _iteration(path: Path) -> int | None:
-    for part in reversed(path.parent.parts):
-        match = ITERATION.match(part)
-        if match:
-            return int(match.group(1))
-    return None
+def _iteration(folder: Path) -> int | None:
+    matches = (ITERATION.match(part) for part in reversed(folder.parts))
+    return next((int(match[1]) for match in matches if match), None)
 
 
-def _choose(place: Path, by_folder: dict[Path, list[Path]], iteration: int | None) -> Path:
-    numbered = {folder: _iteration(folder / "x") for folder in by_folder}
-    if iteration is not None:
-        fitting = [folder for folder, number in numbered.items() if number == iteration]
-        there = sorted(number for number in numbered.values() if number is not None)
-        if not fitting:
-            what = "there are no traces of this iteration"
-            raise UserError(Problem("--step", what, str(iteration), allowed=format_some([*map(str, there)]) or "none"))
-    else:
-        newest = max((-1 if number is None else number) for number in numbered.values())
-        fitting = [folder for folder, number in numbered.items() if (-1 if number is None else number) == newest]
+def _choose(place: Path, numbers: dict[Path, int | None], iteration: int | None) -> Path:
+    there = sorted(number for number in numbers.values() if number is not None)
+    wanted = max(there, default=None) if iteration is None else iteration
+    fitting = [folder for folder, number in numbers.items() if number == wanted]
+    if not fitting:
+        what = "there are no traces of this iteration"
+        raise UserError(Problem("--step", what, str(iteration), allowed=format_some([*map(str, there)]) or "none"))
     if len(fitting) > 1:
         what = "several folders hold traces, and their names do not decide"
         names = format_some([str(folder.relative_to(place)) for folder in fitting])

@@ -15,15 +15,18 @@ def make_spans(starts: Iterable[float], ends: Iterable[float]) -> Spans:
     return np.column_stack([np.asarray(starts, dtype=np.float64), np.asarray(ends, dtype=np.float64)])
 
 
-def union(*sets: Spans) -> Spans:
-    """The time in any of the spans, which may be in any order. Touching spans are merged, empty ones dropped."""
+def union(*sets: Spans, gap: float = 0.0) -> Spans:
+    """The time in any of the spans, which may be in any order. Touching spans are merged, empty ones dropped.
+
+    Gaps of at most `gap` are closed.
+    """
     every = np.concatenate([EMPTY, *sets])
     every = every[every[:, 1] > every[:, 0]]
     if not len(every):
         return EMPTY
     every = every[np.argsort(every[:, 0], kind="stable")]
     reach = np.maximum.accumulate(every[:, 1])
-    begins = np.concatenate([[True], every[1:, 0] > reach[:-1]])
+    begins = np.concatenate([[True], every[1:, 0] - reach[:-1] > gap])
     last = np.concatenate([np.flatnonzero(begins)[1:] - 1, [len(every) - 1]])
     return np.column_stack([every[begins, 0], reach[last]])
 

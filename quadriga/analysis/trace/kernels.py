@@ -11,22 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.analysis.trace.calls import GLOO_RANGE, RankCalls
-from quadriga.analysis.trace.intervals import EMPTY, Spans, subtract, union, window_index
+from quadriga.analysis.trace.intervals import EMPTY, Spans, make_spans, subtract, union, window_index
 from quadriga.analysis.trace.read import HOST_CATEGORIES, RankTrace
 
 # Namespaces of operations that move tensors between ranks, or only contain others.
-NO_WORK_NAMESPACES = (
-    "autograd",
-    "c10d",
-    "_c10d_functional",
-    "c10d_functional",
-    "_c10d_functional_autograd",
-    "symm_mem",
-    "profiler",
-)
+C10D = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
+NO_WORK_NAMESPACES = (*C10D, "autograd", "symm_mem", "profiler")
 COMPILED = ("## Call CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction")
 # A tensor subclass (DTensor) handles the operation: the time around it is Python, and the work is within it.
 SUBCLASS = "PythonSubclass"
+BACKWARD = re.compile(r"^autograd::engine::")
 
 
 @dataclass(frozen=True)
@@ -44,29 +38,22 @@ def host_work(trace: RankTrace, found: RankCalls) -> HostWork:
     if trace.on_device:
         return HostWork(EMPTY, np.empty(0, dtype=np.int64), np.empty(0))
     ops, names = trace.ops, trace.names
+    threads = {*(step.thread for step in trace.steps), *ops.thread[trace.is_named(ops, BACKWARD)].tolist()}
     # Ranges of gloo on these threads (messages) end when the message has arrived, so nothing is nested in them.
-    chosen = np.isin(ops.thread, list(_threads(trace))) & ~np.isin(ops.name, trace.named(GLOO_RANGE))
-    rows = np.flatnonzero(chosen)
-    rows = rows[np.lexsort((-ops.end[rows], ops.start[rows], ops.thread[rows]))]
+    chosen = np.isin(ops.thread, list(threads)) & ~trace.is_named(ops, GLOO_RANGE)
+    rows = ops.nested_order(np.flatnonzero(chosen))
     is_work = np.array([_is_work(name) for name in names], dtype=bool)
-    subclass = trace.names.index(SUBCLASS) if SUBCLASS in names else -1
+    subclass = names.index(SUBCLASS) if SUBCLASS in names else -1
     own, outer = _own_seconds(trace, rows, subclass)
     computes = is_work[ops.name[rows]] & ~outer & (ops.category[rows] == HOST_CATEGORIES["cpu_op"])
-    calling = union(np.array([[call.launched, call.returned] for call in found.calls]).reshape(-1, 2))
-    communicating = union(calling, found.waits)
+    calling = make_spans([call.launched for call in found.calls], [call.returned for call in found.calls])
     rows = rows[computes]
-    return HostWork(subtract(union(ops.spans(rows)), communicating), rows, own[computes])
+    return HostWork(subtract(union(ops.spans(rows)), union(calling, found.waits)), rows, own[computes])
 
 
 def _is_work(name: str) -> bool:
     namespace, colons, _ = name.partition("::")
     return (bool(colons) and namespace not in NO_WORK_NAMESPACES) or name.startswith(COMPILED)
-
-
-def _threads(trace: RankTrace) -> set[int]:
-    backward = [number for number, name in enumerate(trace.names) if name.startswith("autograd::engine::")]
-    marked = {step.thread for step in trace.steps}
-    return marked | set(trace.ops.thread[np.isin(trace.ops.name, backward)].tolist())
 
 
 def _own_seconds(
@@ -153,15 +140,12 @@ class _WorkItems:
 
 def kernel_totals(trace: RankTrace, found: RankCalls, work: HostWork, sent_seconds: float) -> KernelTotals:
     """Totals of one rank. `sent_seconds`: of communication, over all steps."""
-    items = _of_device(trace, found) if trace.on_device else _of_host(trace, work)
-    windows = np.array([[step.start, step.end] for step in trace.steps])
-    kept = window_index(items.ran, windows) >= 0
-    by_name: dict[str, tuple[float, int]] = {}
-    count = len(trace.names)
-    seconds = np.bincount(items.name[kept], items.seconds[kept], minlength=count)
-    numbers = np.bincount(items.name[kept], minlength=count)
-    for number in np.flatnonzero(numbers):
-        by_name[trace.names[number]] = (float(seconds[number]), int(numbers[number]))
+    start = trace.ops.start[work.rows]
+    of_host = _WorkItems(trace.ops.name[work.rows], start, start, work.seconds)
+    items = _of_device(trace, found) if trace.on_device else of_host
+    kept = window_index(items.ran, trace.step_spans) >= 0
+    seconds, counts = np.bincount(items.name[kept], items.seconds[kept]), np.bincount(items.name[kept])
+    by_name = {trace.names[at]: (float(seconds[at]), int(counts[at])) for at in np.flatnonzero(counts)}
     families: dict[str, float] = defaultdict(float)
     for name, (taken, _) in by_name.items():
         families[family_of(name)] += taken
@@ -186,11 +170,6 @@ def _of_device(trace: RankTrace, found: RankCalls) -> _WorkItems:
         linked = (known[place] == device.correlation[rows]) & (device.correlation[rows] != 0)
         launched[linked] = launches.start[order[place[linked]]]
     return _WorkItems(device.name[rows], launched, device.start[rows], device.end[rows] - device.start[rows])
-
-
-def _of_host(trace: RankTrace, work: HostWork) -> _WorkItems:
-    start = trace.ops.start[work.rows]
-    return _WorkItems(trace.ops.name[work.rows], start, start, work.seconds)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -223,9 +202,8 @@ def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
     places = places[np.argsort(ops.start[places], kind="stable")]
     windows: list[tuple[float, float, str]] = []
     opened: dict[tuple[str, str], float] = {}
-    for at in places:
+    for at, (start, end) in zip(places, ops.spans(places).tolist(), strict=True):
         what, unit = marks[int(ops.name[at])]
-        start, end = float(ops.start[at]), float(ops.end[at])
         if what == "whole":
             windows.append((start, end, unit))
         elif what in OPENS:
@@ -237,10 +215,10 @@ def _windows(trace: RankTrace) -> list[tuple[float, float, str]]:
 
 def _innermost(windows: list[tuple[float, float, str]]) -> tuple[NDArray[np.float64], list[str]]:
     """The times at which the label changes, and the label after each. In nested windows, the later one counts."""
-    events = sorted([(start, 1, place) for place, (start, _, _) in enumerate(windows)])
-    events = sorted([*events, *((end, 0, place) for place, (_, end, _) in enumerate(windows))])
     open_windows: dict[int, None] = {}
     cuts, labels = [], []
+    ends = ((place, start, end) for place, (start, end, _) in enumerate(windows))
+    events = sorted((at, opens, place) for place, start, end in ends for at, opens in ((start, 1), (end, 0)))
     for moment, opens, place in events:
         if opens:
             open_windows[place] = None

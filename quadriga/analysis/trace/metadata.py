@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from quadriga import limits
@@ -15,7 +16,7 @@ from quadriga.analysis.trace import fields
 from quadriga.reading import json_type
 
 NOTES_KEY = "quadriga"
-MAX_STEPS = 2**53  # of a run
+STEP_NUMBER = partial(fields.whole_number, most=2**53)
 T = TypeVar("T")
 
 
@@ -23,7 +24,6 @@ T = TypeVar("T")
 class ProcessGroup:
     """A process group. `purpose`: torch's description of it; `ranks`: () if unknown."""
 
-    name: str
     purpose: str
     ranks: tuple[int, ...]
 
@@ -83,8 +83,8 @@ def read_metadata(metadata: Mapping[str, Any], file: str) -> Metadata:
     group = _Section(f"{file}: distributedInfo", metadata.get("distributedInfo"), warnings)
     notes = read_notes(_Section(f"{file}: {NOTES_KEY}", metadata.get(NOTES_KEY), warnings))
     return Metadata(
-        rank=group.get("rank", _rank),
-        world_size=group.get("world_size", _world_size),
+        rank=group.get("rank", partial(fields.whole_number, most=limits.RANKS - 1)),
+        world_size=group.get("world_size", partial(fields.whole_number, least=1, most=limits.RANKS)),
         machine=outer.get("host_name", fields.text) or notes.machine,
         backend=group.get("backend", fields.text),
         base_ns=outer.get("baseTimeNanoseconds", fields.whole_number),
@@ -96,26 +96,14 @@ def read_metadata(metadata: Mapping[str, Any], file: str) -> Metadata:
 
 def read_notes(part: _Section) -> Notes:
     return Notes(
-        first_step=part.get("first_step", _step) or 0,
-        attempt=part.get("attempt", _step),
+        first_step=part.get("first_step", STEP_NUMBER) or 0,
+        attempt=part.get("attempt", STEP_NUMBER),
         machine=part.get("machine", fields.text),
         messages=part.get("messages", fields.text),
         axes=part.get("axes", _texts) or {},
         axis_aliases=part.get("same", _texts) or {},
         launches=part.get("launches", _launches) or (),
     )
-
-
-def _rank(what: str, value: Any) -> int:
-    return fields.whole_number(what, value, 0, limits.RANKS - 1)
-
-
-def _world_size(what: str, value: Any) -> int:
-    return fields.whole_number(what, value, 1, limits.RANKS)
-
-
-def _step(what: str, value: Any) -> int:
-    return fields.whole_number(what, value, 0, MAX_STEPS)
 
 
 def _texts(what: str, value: Any) -> dict[str, str]:
@@ -131,21 +119,17 @@ def _launches(what: str, value: Any) -> tuple[tuple[int, str, int], ...]:
     for each in value:
         if not isinstance(each, list) or len(each) != 3:
             raise fields.FieldError(f"an element of {what} is not [time, group, number]")
-        found.append(
-            (fields.whole_number(what, each[0]), fields.text(what, each[1]), fields.whole_number(what, each[2]))
-        )
+        moment, group, number = each
+        found.append((fields.whole_number(what, moment), fields.text(what, group), fields.whole_number(what, number)))
     return tuple(found)
 
 
 def _groups(what: str, value: Any) -> dict[str, ProcessGroup]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise fields.FieldError(f"{what} is not a list of objects")
-    found = [
-        ProcessGroup(
-            fields.text("pg_name", each.get("pg_name", "")),
-            fields.text("pg_desc", each.get("pg_desc") or ""),
-            fields.ranks_of(each.get("ranks") or []),
-        )
-        for each in value
-    ]
-    return {group.name: group for group in found}
+    groups = {}
+    for each in value:
+        name = fields.text("pg_name", each.get("pg_name", ""))
+        purpose = fields.text("pg_desc", each.get("pg_desc") or "")
+        groups[name] = ProcessGroup(purpose, fields.ranks_of(each.get("ranks") or []))
+    return groups

@@ -21,7 +21,7 @@ from quadriga.analysis.pages.numbers import (
 )
 from quadriga.analysis.pages.plots import Series, log_log_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
-from quadriga.analysis.trace.report import format_time
+from quadriga.analysis.trace.report import format_time, mean_shares
 from quadriga.units import format_bytes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -103,15 +103,14 @@ def trace_page(analysis: Mapping[str, Any]) -> str:
     means = [{**rank["mean"], "rank": rank["rank"]} for rank in ranks]
     steps = [{**step, "rank": rank["rank"]} for rank in ranks for step in rank["steps"]]
     known = [column for column in STEP_COLUMNS if any(row.get(column.key) is not None for row in (*means, *steps))]
-    sizes = [
-        {"name": f"{row['axis']}: {row['collective']} ({row['backend'] or UNKNOWN})", **size}
-        for row in rows
-        for size in row["sizes"]
-    ]
+    named = [(f"{row['axis']}: {row['collective']} ({row['backend'] or UNKNOWN})", row["sizes"]) for row in rows]
+    sizes = [{"name": name, **size} for name, sizes in named for size in sizes]
+    verdicts = {True: "equal", False: "different"}
+    shown = f"{len(analysis['ranks'])} of {analysis['world_size']} ranks, {_steps(analysis['steps'])}"
     return render(
         "trace/page.jinja",
         title="Where a step's time went",
-        source=f"{analysis['source']}: {_ranks(analysis)}, {_steps(analysis['steps'])}, {analysis['device_type']}",
+        source=f"{analysis['source']}: {shown}, {analysis['device_type']}",
         sentences=trace_sentences(analysis),
         warnings=analysis["warnings"],
         analysis=analysis,
@@ -133,9 +132,7 @@ def trace_page(analysis: Mapping[str, Any]) -> str:
         size_columns=SIZE_COLUMNS,
         bandwidths=_bandwidths(sizes),
         kernels=_kernels(analysis),
-        estimate=[
-            {**row, "verdict": "equal" if row["equal"] else "different"} for row in (estimate or {}).get("rows", ())
-        ],
+        estimate=[{**row, "verdict": verdicts[row["equal"]]} for row in (estimate or {}).get("rows", ())],
         estimate_columns=ESTIMATE_COLUMNS,
     )
 
@@ -166,54 +163,41 @@ def _what_took_the_time(analysis: Mapping[str, Any]) -> str:
     step = f"A step takes {format_time(timing['mean'], 4)} on average"
     if timing["min"] != timing["max"]:
         step += f" ({format_duration(timing['min'])} to {format_duration(timing['max'])})"
-    shares = _mean_shares(analysis)
+    shares = {PARTS[key][0]: share for key, share in mean_shares(analysis, PARTS).items()}
     if not shares:
         return f"{step}; what took it is not measurable from this trace."
-    largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
+    largest = sorted({**shares, REST: 1 - sum(shares.values())}.items(), key=lambda item: -item[1])[:3]
     return f"{step}: " + ", ".join(f"{format_share(part)} {name}" for name, part in largest if part > 0) + "."
 
 
-def _mean_shares(analysis: Mapping[str, Any]) -> dict[str, float]:
-    """By name: the share of the step of each part that was measured on all ranks, and of the rest. Over all ranks."""
-    means = [rank["mean"] for rank in analysis["by_rank"]]
-    whole_time = sum(mean["seconds"] for mean in means)
-    if not whole_time:
-        return {}
-    known = [key for key in PARTS if all(mean.get(key) is not None for mean in means)]
-    shares = {PARTS[key][0]: sum(mean[key] for mean in means) / whole_time for key in known}
-    return {**shares, REST: 1 - sum(shares.values())} if shares else {}
-
-
 def _bars(ranks: Rows) -> dict[str, Any]:
+    values = [_part_seconds(rank["mean"]) for rank in ranks]
     parts = [BarPart(name, colour) for name, colour in (*PARTS.values(), (REST, GREY))]
-    bars = [_bar_of(rank) for rank in ranks]
-    drawn = [i for i, _ in enumerate(parts) if any(bar.values[i] for bar in bars)]
-    shown = [parts[i] for i in drawn]
-    bars = [Bar(bar.name, [bar.values[i] for i in drawn], bar.whole) for bar in bars]
+    drawn = [place for place, column in enumerate(zip(*values, strict=True)) if any(column)]
+    shown = [parts[place] for place in drawn]
+    bars = [
+        Bar(f"rank {rank['rank']}", [own[place] for place in drawn], rank["mean"]["seconds"])
+        for rank, own in zip(ranks, values, strict=True)
+    ]
     return {
-        "picture": stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step", format_duration),
+        "picture": stacked_bars("Parts of a step by rank", shown, bars, "time in the mean step"),
         "legend": legend(shown),
     }
 
 
-def _bar_of(rank: Mapping[str, Any]) -> Bar:
-    mean = rank["mean"]
+def _part_seconds(mean: Mapping[str, Any]) -> list[float | None]:
+    """Seconds of the parts of a step, and of the rest."""
     values = [mean.get(key) for key in PARTS]
     rest = max(mean["seconds"] - sum(value for value in values if value), 0.0)
-    return Bar(f"rank {rank['rank']}", [*values, rest if rest > 0.001 * mean["seconds"] else None], mean["seconds"])
+    return [*values, rest if rest > 0.001 * mean["seconds"] else None]
 
 
 def _strips(analysis: Mapping[str, Any]) -> dict[str, Any]:
     line = analysis["timeline"]
-    strips = [
-        Strip(
-            f"rank {each['rank']}",
-            each["lane"],
-            STREAMS.get(each["lane"], (SKY,))[0],
-            [tuple(span) for span in each["spans"]],
-        )
-        for each in line["strips"]
-    ]
+    strips = []
+    for each in line["strips"]:
+        colour, _ = STREAMS.get(each["lane"], (SKY, ()))
+        strips.append(Strip(f"rank {each['rank']}", each["lane"], colour, [tuple(span) for span in each["spans"]]))
     what = f"Step {line['step']} of all ranks"
     there = {strip.stream for strip in strips}
     return {
@@ -226,7 +210,7 @@ def _stream_row(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> dict[s
     """How long a stream was busy, by the figures of the step. Spans in strips are merged, so they do not measure it."""
     steps = [step for rank in analysis["by_rank"] if rank["rank"] == strip["rank"] for step in rank["steps"]]
     step: Mapping[str, Any] = next((step for step in steps if step["step"] == analysis["timeline"]["step"]), {})
-    figures = STREAMS[strip["lane"]][1] if strip["lane"] in STREAMS else ()
+    _, figures = STREAMS.get(strip["lane"], (SKY, ()))
     known = [step[key] for key in figures if step.get(key) is not None]
     busy, spans = sum(known) if known else None, len(strip["spans"])
     return {"rank": f"rank {strip['rank']}", "stream": strip["lane"], "busy": busy, "spans": spans}
@@ -234,11 +218,11 @@ def _stream_row(analysis: Mapping[str, Any], strip: Mapping[str, Any]) -> dict[s
 
 def _bandwidths(sizes: Rows) -> dict[str, Any] | None:
     """The plot of the bus bandwidths by size; None if no size has one."""
-    names = list(dict.fromkeys(size["name"] for size in sizes))
-    points = {
-        name: [(s["bytes"], s["bus_gb_s"]) for s in sizes if s["name"] == name and _drawable(s)] for name in names
-    }
-    series = [Series(name, index, points[name]) for index, name in enumerate(names) if points[name]]
+    points: dict[str, list[tuple[float, float]]] = {size["name"]: [] for size in sizes}
+    for size in sizes:
+        if size["bytes"] and size["bus_gb_s"]:
+            points[size["name"]].append((size["bytes"], size["bus_gb_s"]))
+    series = [Series(name, index, own) for index, (name, own) in enumerate(points.items()) if own]
     if not series:
         return None
     axes = ("bytes of a call", "bus bandwidth in GB/s")
@@ -246,10 +230,6 @@ def _bandwidths(sizes: Rows) -> dict[str, Any] | None:
         "picture": log_log_plot("Bus bandwidth by bytes of a call", series, *axes, format_decimal_bytes, format_number),
         "legend": series_legend(series, lines=False),
     }
-
-
-def _drawable(size: Mapping[str, Any]) -> bool:
-    return bool(size["bytes"] and size["bus_gb_s"])
 
 
 def _kernels(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -280,10 +260,6 @@ def _reasons_for(analysis: Mapping[str, Any], rows: Rows) -> dict[str, str | Non
     why = analysis["not_measurable"]
     absent = [column for column in STEP_COLUMNS if any(row.get(column.key) is None for row in rows)]
     return {each.title: why.get(each.key) or why.get(each.key.removeprefix("exposed_")) for each in absent}
-
-
-def _ranks(analysis: Mapping[str, Any]) -> str:
-    return f"{len(analysis['ranks'])} of {analysis['world_size']} ranks"
 
 
 def _steps(steps: Sequence[int]) -> str:

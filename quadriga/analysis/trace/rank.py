@@ -3,6 +3,7 @@ timeline of one step as spans for a chart. docs/traces.md defines every figure."
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 from quadriga.analysis.trace import kernels
 from quadriga.analysis.trace.calls import Call, RankCalls, find_calls
 from quadriga.analysis.trace.intervals import EMPTY, Spans, clip, intersection, subtract, total_length, union
+from quadriga.analysis.trace.metadata import Metadata
 from quadriga.analysis.trace.read import KERNEL, RankTrace, Step, read_trace
 
-DATA_WAIT = ("quadriga:data_wait", "enumerate(DataLoader)#")
+DATA_WAIT = re.compile(r"^(quadriga:data_wait|enumerate\(DataLoader\)#)")
 HOST_AXIS = "host"  # groups that serve the host: saves and stop requests, for which no step waits
 
 
@@ -32,19 +34,16 @@ class DeviceActivity:
 
 def device_activity(trace: RankTrace, found: RankCalls, work: kernels.HostWork, single_rank: bool) -> DeviceActivity:
     """`single_rank`: the run has one rank, so finding no call means that there is no communication."""
-    marks = [number for number, name in enumerate(trace.names) if name.startswith(DATA_WAIT)]
     calls = without_host_calls(found.calls)
     known = bool(calls) or single_rank
-    waited = union(trace.ops.spans(np.isin(trace.ops.name, marks)))
-    computes, copies = (
-        ~found.owned & (trace.device.category == KERNEL),
-        ~found.owned & (trace.device.category != KERNEL),
-    )
+    is_marked = any(map(DATA_WAIT.match, trace.names))
+    is_kernel = trace.device.category == KERNEL
+    computes, copies = ~found.owned & is_kernel, ~found.owned & ~is_kernel
     return DeviceActivity(
         compute=union(trace.device.spans(computes)) if trace.on_device else work.spans,
         communication=union(found.waits, *(call.rows for call in calls)) if known else None,
         memcpy=union(trace.device.spans(copies)) if trace.on_device else None,
-        data_wait=waited if marks else None,
+        data_wait=union(trace.ops.spans(trace.is_named(trace.ops, DATA_WAIT))) if is_marked else None,
         on_device=trace.on_device,
     )
 
@@ -91,11 +90,9 @@ def mean_breakdown(steps: list[dict[str, float | None]]) -> dict[str, float | No
     return result
 
 
-def seconds_of(calls: list[Call], found: DeviceActivity, steps: tuple[Step, ...]) -> tuple[float, float]:
+def seconds_of(calls: list[Call], found: DeviceActivity, steps: Spans) -> tuple[float, float]:
     """Seconds per step in which one of the calls ran, and in which nothing computed during that time."""
-    ran = union(*(call.rows for call in calls))
-    windows = np.array([[step.start, step.end] for step in steps])
-    inside = intersection(ran, union(windows))
+    inside = intersection(union(*(call.rows for call in calls)), union(steps))
     return total_length(inside) / len(steps), total_length(subtract(inside, found.compute)) / len(steps)
 
 
@@ -114,8 +111,7 @@ def timeline_strips(
     sent: dict[str, list[Spans]] = defaultdict(list)
     for call in without_host_calls(found.calls):
         if len(call.rows) and call.end > step.start and call.start < step.end:
-            name = f"{call.axis} {call.info.kind}"
-            sent[name].append(call.rows)
+            sent[f"{call.axis} {call.info.kind}"].append(call.rows)
     communication = [EMPTY] if active.communication is None else [active.communication]
     waited = EMPTY if active.data_wait is None else active.data_wait
     copies = EMPTY if active.memcpy is None else active.memcpy
@@ -133,22 +129,13 @@ def timeline_strips(
 def _coarse(sets: dict[str, Spans], step: Step, budget: int) -> list[Span]:
     """All sets as one list of spans. Narrow gaps are closed until at most `budget` spans are left."""
     gap = step.seconds / 4000
-    named = [(name, _without_gaps(clip(spans, step.start, step.end), gap)) for name, spans in sets.items()]
+    named = [(name, union(clip(spans, step.start, step.end), gap=gap)) for name, spans in sets.items()]
     every = sorted((start, end, name) for name, spans in named for start, end in spans.tolist())
     while True:
         merged = _close(every, gap)
         if len(merged) <= budget:
             return merged
         gap *= 1.5
-
-
-def _without_gaps(spans: Spans, gap: float) -> Spans:
-    """The union with all gaps of at most `gap` seconds closed."""
-    if not len(spans):
-        return spans
-    begins = np.concatenate([[True], spans[1:, 0] - spans[:-1, 1] > gap])
-    ends = np.concatenate([begins[1:], [True]])
-    return np.column_stack([spans[begins, 0], spans[ends, 1]])
 
 
 def _close(spans: list[Span], gap: float) -> list[Span]:
@@ -172,13 +159,11 @@ CallKey = tuple[str, str, str, str, int | None]  # axis, collective, backend, fo
 @dataclass(frozen=True)
 class RankResult:
     """`seconds`: per step, by kind of call: time in which it ran, and the part in which nothing computed. `missing`:
-    calls without a row on the device or a range on gloo's threads. `axis_aliases`: other names of axes that share a
-    group. `attempt`: the start of the run that made the trace, if known. `origin_ns`: time 0 in ns since 1970."""
+    calls without a row on the device or a range on gloo's threads. `origin_ns`: time 0 in ns since 1970."""
 
     rank: int
-    world_size: int | None
-    machine: str | None
     origin_ns: int | None
+    metadata: Metadata
     on_device: bool
     steps: tuple[Step, ...]
     step_breakdowns: list[dict[str, float | None]]
@@ -188,8 +173,6 @@ class RankResult:
     totals: kernels.KernelTotals
     strips: dict[str, list[Span]]
     has_data_marks: bool
-    axis_aliases: dict[str, str]
-    attempt: int | None
     warnings: list[str]
 
 
@@ -202,31 +185,27 @@ def analyse_rank(path: Path, rank: int | None, files: int) -> RankResult:
     trace = read_trace(path, rank)
     found = find_calls(trace)
     done = kernels.host_work(trace, found)
-    single_rank = (trace.world_size or files) == 1 and (trace.world_size is not None)
-    active = device_activity(trace, found, done, single_rank)
+    active = device_activity(trace, found, done, single_rank=trace.metadata.world_size == 1)
     own = [call for call in found.calls if call.step >= 0]
     by_key: dict[CallKey, list[Call]] = defaultdict(list)
     for call in own:
         by_key[key_of(call)].append(call)
-    seconds = {key: seconds_of(calls, active, trace.steps) for key, calls in by_key.items()}
+
     step_breakdowns = [step_breakdown(active, step) for step in trace.steps]
     sent = sum(each["communication_s"] or 0.0 for each in step_breakdowns)
     shown = trace.steps[len(trace.steps) // 2]
     return RankResult(
         rank=trace.rank,
-        world_size=trace.world_size,
-        machine=trace.machine,
         origin_ns=trace.origin_ns,
+        metadata=trace.metadata,
         on_device=trace.on_device,
         steps=trace.steps,
         step_breakdowns=step_breakdowns,
         calls=own,
-        seconds=seconds,
+        seconds={key: seconds_of(calls, active, trace.step_spans) for key, calls in by_key.items()},
         missing=sum(not len(call.rows) for call in own),
         totals=kernels.kernel_totals(trace, found, done, sent),
         strips=timeline_strips(trace, found, active, shown, files),
         has_data_marks=active.data_wait is not None,
-        axis_aliases=dict(trace.notes.axis_aliases),
-        attempt=trace.notes.attempt,
         warnings=trace.warnings,
     )

@@ -12,7 +12,7 @@ import statistics
 from array import array
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 from quadriga import limits
 from quadriga.analysis.trace import fields
-from quadriga.analysis.trace.document import TraceDocument
+from quadriga.analysis.trace.document import TraceDocument, trace_error
 from quadriga.analysis.trace.find import rank_in_name
 from quadriga.analysis.trace.intervals import Spans, make_spans
-from quadriga.analysis.trace.metadata import Notes, ProcessGroup, read_metadata
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.analysis.trace.metadata import Metadata, read_metadata
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,12 @@ class EventTable:
     def __len__(self) -> int:
         return len(self.start)
 
-    def spans(self, chosen: NDArray[Any] | None = None) -> Spans:
-        return make_spans(self.start, self.end) if chosen is None else make_spans(self.start[chosen], self.end[chosen])
+    def spans(self, chosen: NDArray[Any]) -> Spans:
+        return make_spans(self.start[chosen], self.end[chosen])
+
+    def nested_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows by thread and start, longer ones first, so that a row follows those which contain it."""
+        return places[np.lexsort((-self.end[places], self.start[places], self.thread[places]))]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -87,18 +90,16 @@ def steps_of(
     marked = [step for step in _unique_steps(ops, names, first) if step.seconds > 0]
     if len(marked) > limits.TRACE_STEPS:
         what = f"{len(marked):,} profiled steps are in it; at most {limits.TRACE_STEPS:,} are read"
-        raise UserError(Problem(shortened(path, 400), what, fix="profile fewer steps"))
+        raise trace_error(path, what, "profile fewer steps")
     if marked and _is_stub(marked, ops, launches, names):
         stub = marked.pop()
         what = f"the last mark of a step ({_time(stub.seconds)} between the last step and the end of profiling)"
         warnings.append(f"{path.name}: {what} has no work of a step: it is excluded from all figures")
     if marked:
         return tuple(marked), warnings
-    ends = [rows.end.max() for rows in (ops, device) if len(rows)]
-    whole = float(max(ends, default=0.0))
+    whole = float(max((rows.end.max() for rows in (ops, device) if len(rows)), default=0.0))
     if whole <= 0:
-        what = "all its events are at the same time"
-        raise UserError(Problem(shortened(path, 400), what, fix="profile again"))
+        raise trace_error(path, "all its events are at the same time", "profile again")
     warnings.append(f"{path.name} has no marks of steps (profiler.step was not called): the whole counts as one step")
     thread = int(np.bincount(ops.thread).argmax()) if len(ops) else 0
     return (Step(0, 0.0, whole, thread),), warnings
@@ -174,31 +175,29 @@ KEEPS_ARGS = re.compile(
 
 @dataclass(frozen=True)
 class RankTrace:
-    """`origin_ns`: time 0 in ns since 1970; None if unknown. `notes`: of Quadriga."""
+    """`origin_ns`: time 0 in ns since 1970; None if unknown."""
 
-    path: Path
     rank: int
-    world_size: int | None
-    machine: str | None
-    backend: str | None
     origin_ns: int | None
+    metadata: Metadata
     names: list[str]
-    threads: list[str]
     ops: EventTable
     launches: EventTable
     device: EventTable
     steps: tuple[Step, ...]
-    groups: Mapping[str, ProcessGroup]
-    notes: Notes
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def on_device(self) -> bool:
         return len(self.device) > 0
 
-    def named(self, pattern: re.Pattern[str]) -> NDArray[np.int64]:
-        """Indices of the names whose beginning matches."""
-        return np.array([number for number, name in enumerate(self.names) if pattern.match(name)], dtype=np.int64)
+    @property
+    def step_spans(self) -> Spans:
+        return make_spans([step.start for step in self.steps], [step.end for step in self.steps])
+
+    def is_named(self, rows: EventTable, pattern: re.Pattern[str]) -> NDArray[np.bool_]:
+        """Whether the pattern is found in the name of each row."""
+        return np.isin(rows.name, [number for number, name in enumerate(self.names) if pattern.search(name)])
 
 
 class _EventTableBuilder:
@@ -218,14 +217,13 @@ class _EventTableBuilder:
 NOT_KEPT: tuple[_EventTableBuilder | None, int] = (None, 0)
 
 
-class _Reader:
+class _EventReader:
     """Sorts events into tables. Names and threads are numbered in the order of their first event."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
         self.may_be_a_call: list[bool] = []  # by name
         self.threads: dict[tuple[Any, Any], int] = {}
-        self.labels: dict[tuple[Any, Any], str] = {}
         self.ops, self.launches, self.device = _EventTableBuilder(), _EventTableBuilder(), _EventTableBuilder()
         self.negative = 0  # rows that end before they begin
         self.row_count = self.call_count = 0
@@ -237,20 +235,11 @@ class _Reader:
 
     def read(self, document: TraceDocument) -> None:
         for number, event in enumerate(document, start=1):
-            phase = event.get("ph")
             try:
-                if phase == "X":
+                if event.get("ph") == "X":
                     self._row(event)
-                elif phase == "M" and event.get("name") == "thread_name":
-                    self._label(event)
             except fields.FieldError as error:
                 raise fields.FieldError(f"event {number:,}: {error}") from None
-
-    def _label(self, event: dict[str, Any]) -> None:
-        args = event.get("args")
-        name = args.get("name") if isinstance(args, dict) else None
-        if isinstance(name, str) and len(self.labels) < limits.TRACE_NAMES:
-            self.labels[_thread(event)] = name[: limits.TRACE_NAME]
 
     def _row(self, event: dict[str, Any]) -> None:
         cat = event.get("cat")
@@ -305,18 +294,17 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
 
     Raises UserError if it is not a trace of torch.profiler, is truncated, exceeds a limit, or has no known rank.
     """
-    document, reader = TraceDocument(path), _Reader()
+    document, reader = TraceDocument(path), _EventReader()
     try:
         reader.read(document)
     except fields.FieldError as error:
         what = f"not as torch.profiler writes it: {error}"
-        raise UserError(Problem(shortened(path, 400), what, fix="leave the file out, or profile again")) from None
+        raise trace_error(path, what, "leave the file out, or profile again") from None
     tables = (reader.ops, reader.launches, reader.device)
     firsts = [min(table.times[::2]) for table in tables if table.times]
     if not firsts:
-        what = "the trace has no operations, kernels or copies"
         fix = "profile with ProfilerActivity.CPU, and CUDA where there is one"
-        raise UserError(Problem(shortened(path, 400), what, fix=fix))
+        raise trace_error(path, "the trace has no operations, kernels or copies", fix)
     origin, metadata = min(firsts), read_metadata(document.metadata, path.name)
     ops, launches, device = (table.rows(origin) for table in tables)
     names = list(reader.names)
@@ -325,29 +313,10 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
         remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are ignored")
     if document.non_objects:
         remarks.append(f"{document.non_objects:,} of the events of {path.name} are not objects, and are ignored")
-    base = metadata.base_ns
-    return RankTrace(
-        path=path,
-        rank=_rank(path, metadata.rank, rank),
-        world_size=metadata.world_size,
-        machine=metadata.machine,
-        backend=metadata.backend,
-        origin_ns=None if base is None else base + round(origin * 1000),
-        names=names,
-        threads=[reader.labels.get(thread, "") for thread in reader.threads],
-        ops=ops,
-        launches=launches,
-        device=device,
-        steps=steps,
-        groups=metadata.groups,
-        notes=metadata.notes,
-        warnings=[*metadata.warnings, *remarks],
-    )
-
-
-def _rank(path: Path, recorded: int | None, rank: int | None) -> int:
-    found = next((each for each in (recorded, rank_in_name(path), rank) if each is not None), None)
+    base, warnings = metadata.base_ns, [*metadata.warnings, *remarks]
+    origin_ns = None if base is None else base + round(origin * 1000)
+    found = next((each for each in (metadata.rank, rank_in_name(path), rank) if each is not None), None)
     if found is None:
         what = "neither the file (distributedInfo) nor its name has the rank"
-        raise UserError(Problem(shortened(path, 400), what, fix="rename it to rankK_trace.json"))
-    return found
+        raise trace_error(path, what, "rename it to rankK_trace.json")
+    return RankTrace(found, origin_ns, metadata, names, ops, launches, device, steps, warnings)

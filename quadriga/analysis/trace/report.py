@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quadriga.analysis.pages.numbers import Column, format_table
@@ -84,18 +84,20 @@ def format_trace(analysis: Analysis) -> Iterator[str]:
 def format_verdict(analysis: Analysis) -> str:
     """Where the time of a step went, in one line."""
     step = format_time(analysis["step_time_s"]["mean"], 4)
-    parts = sorted(_shares(analysis), key=lambda part: -part[1])
-    shares = ", ".join(f"{share:.1%} {name}" for name, share in parts if share >= 0.005)
-    return f"a step takes {step} on average: {shares}"
+    parts = [*PARTS, *([REST] if analysis["by_rank"][0]["mean"]["host_idle_s"] is None else [])]
+    found = mean_shares(analysis, [key for key, _ in parts])
+    shares = sorted(((name, found[key]) for key, name in parts if key in found), key=lambda part: -part[1])
+    return f"a step takes {step} on average: " + ", ".join(
+        f"{part:.1%} {name}" for name, part in shares if part >= 0.005
+    )
 
 
-def _shares(analysis: Analysis) -> list[tuple[str, float]]:
-    """The parts of the step, means over ranks, which add up to it."""
+def mean_shares(analysis: Analysis, parts: Iterable[str]) -> dict[str, float]:
+    """The share of the step of each part that was measured on all ranks. Over all ranks."""
     means = [entry["mean"] for entry in analysis["by_rank"]]
     whole = sum(mean["seconds"] for mean in means)
-    parts = [*PARTS, *([REST] if means[0]["host_idle_s"] is None else [])]
-    found = [(name, [mean[key] for mean in means]) for key, name in parts]
-    return [(name, sum(values) / whole) for name, values in found if None not in values]
+    known = [key for key in parts if all(mean.get(key) is not None for mean in means)]
+    return {key: sum(mean[key] for mean in means) / whole for key in known if whole}
 
 
 def _overview(analysis: Analysis) -> Iterator[str]:
@@ -106,8 +108,7 @@ def _overview(analysis: Analysis) -> Iterator[str]:
         f"{analysis['device_type']}, steps {steps[0]} to {steps[-1]} ({len(steps)} profiled)"
     )
     low, middle, high = (format_time(times[name]) for name in ("min", "median", "max"))
-    spread = f"from {low} to {high}, median {middle}"
-    yield f"  steps: {spread}; the profiler slows steps down"
+    yield f"  steps: from {low} to {high}, median {middle}; the profiler slows steps down"
     if (slowest := analysis["slowest"]) is not None:
         by = f"{format_time(slowest['by_s'])} per step ({slowest['by_share']:.1%}) above the median rank"
         yield f"  slowest rank: {slowest['rank']}, by {by}, without exposed communication"
@@ -160,15 +161,10 @@ def _estimate(analysis: Analysis) -> Iterator[str]:
 
 def _kernels(analysis: Analysis) -> Iterator[str]:
     kernels = analysis["kernels"]
-    top = [{**entry, "name": shorten_name(entry["name"])} for entry in kernels["top"]]
     calls = Column("calls", "calls_a_step", lambda number: f"{number:,.1f}")
-    for title, rows, more in (
-        ("family", kernels["families"], ()),
-        ("block", kernels["blocks"], ()),
-        ("kernel", top, (calls,)),
-    ):
-        if rows:
-            yield from format_table([Column(title, "name"), *KERNEL_COLUMNS, *more], rows[:MAX_ROWS])
+    for title, key, more in (("family", "families", ()), ("block", "blocks", ()), ("kernel", "top", (calls,))):
+        if rows := [{**entry, "name": shorten_name(entry["name"])} for entry in kernels[key][:MAX_ROWS]]:
+            yield from format_table([Column(title, "name"), *KERNEL_COLUMNS, *more], rows)
             yield ""
 
 
