@@ -71,7 +71,7 @@ def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> l
     for each in found.best[:top]:
         time_of_step = each.estimate.time
         assert time_of_step is not None
-        needed = each.estimate.worst.reserved + each.estimate.outside_allocator
+        needed = each.estimate.needed
         speed = f"{each.tokens_per_second:>18,.0f}  {time_of_step.total:>8.3f}s"
         lines.append(f"  {speed}  {format_bytes(needed):>10}  {each.name}")
     if len(found.best) > 1:
@@ -107,7 +107,7 @@ def candidate_dict(candidate: Candidate) -> dict[str, object]:
         "set": dict(candidate.variant.changes),
         "tokens_per_second_per_device": candidate.tokens_per_second,
         "step_time_s": found.time.total,
-        "needed_gib": (found.worst.reserved + found.outside_allocator) / GIB,
+        "needed_gib": found.needed / GIB,
     }
 
 

@@ -80,23 +80,21 @@ def _to_fit(given: Estimate) -> Iterator[Advice]:
     single = [_evaluated(given, step) for step in steps]
     enough = [each for each in single if each.fits]
     if not enough:
-        pairs = [
-            _evaluated(given, one, other)
-            for one, other in combinations(steps, 2)
-            if not {key for key, _ in one[1].changes} & {key for key, _ in other[1].changes}
-        ]
-        enough = [each for each in pairs if each.fits]
+        pairs = [pair for pair in combinations(steps, 2) if not _keys(pair[0]) & _keys(pair[1])]
+        enough = [each for each in (_evaluated(given, *pair) for pair in pairs) if each.fits]
     yield from sorted(enough, key=lambda each: (each.slower or 0.0, each.needed))
     if not enough:
         yield from sorted(single, key=lambda each: each.needed)
 
 
+def _keys(step: Step) -> set[str]:
+    return {key for key, _ in step[1].changes}
+
+
 def _to_be_faster(given: Estimate) -> Iterator[Advice]:
     tried = [_evaluated(given, step) for step in _faster(given)]
-    yield from sorted(
-        (each for each in tried if each.fits and each.slower is not None and each.slower < -0.01),
-        key=lambda each: each.slower or 0.0,
-    )
+    useful = [each for each in tried if each.fits and each.slower is not None and each.slower < -0.01]
+    yield from sorted(useful, key=lambda each: each.slower or 0.0)
 
 
 def _evaluated(given: Estimate, *steps: Step) -> Advice:
@@ -105,13 +103,12 @@ def _evaluated(given: Estimate, *steps: Step) -> Advice:
     measured = given.rates if given.rates and given.rates.measured else None
     tried = estimate(variant.run, given.device, measured, given.gpus_per_node)
     fit = tried.memory_fit()
-    needed = tried.worst.reserved + tried.outside_allocator
     before, after = given.tokens_per_second_per_device, tried.tokens_per_second_per_device
     return Advice(
         keys=variant.changes,
         summary=" and ".join(name for name, _ in steps),
-        needed=needed,
-        saves=given.worst.reserved + given.outside_allocator - needed,
+        needed=tried.needed,
+        saves=given.needed - tried.needed,
         slower=before / after - 1 if before and after else None,
         fits=fit is not None and fit.fits,
     )

@@ -59,12 +59,17 @@ class _StepCalls:
     def __init__(self, setup: Setup, rank: int) -> None:
         self.setup, self.degrees, self.rank = setup, setup.degrees, rank
         self.stages = setup.stages_of(rank)
-        self.block, self.head = setup.block, setup.head
         self.passes = setup.micro_batches  # of each stage
         self.first = sum(stage.first for stage in self.stages)
         self.last = sum(stage.last for stage in self.stages)
         self.modes = [mode for number in setup.stage_numbers(rank) for mode in setup.modes_of_blocks(number)]
         self.blocks = len(self.modes)
+        axes = ("dp_replicate", "tp", "cp", "pp")
+        self.sizes = {"shard": setup.shards, "world": self.degrees.world_size}  # ranks by axis
+        self.sizes |= {axis: getattr(self.degrees, axis) for axis in axes}
+
+    def of_axis(self, axis: str, kind: str, calls: float, size: float, when: str, what: str) -> CollectiveCalls:
+        return CollectiveCalls(axis, kind, calls, size, self.sizes[axis], when, what)
 
     def calls(self) -> Iterator[CollectiveCalls]:
         yield from self._parameter_calls()
@@ -72,8 +77,7 @@ class _StepCalls:
             yield from self._tensor_parallel_calls()
         if self.degrees.cp > 1:
             yield from self._context_parallel_calls()
-        if self.degrees.pp > 1:
-            yield from self._pipeline_calls()
+        yield from self._pipeline_calls()
         yield from self._norm_calls()
 
     # --- parameters and their gradients ------------------------------------------------------------------------------
@@ -88,31 +92,25 @@ class _StepCalls:
                     yield from self._unit_calls(unit, count, times)
 
     def _unit_calls(self, unit: Unit, count: int, times: int) -> Iterator[CollectiveCalls]:
-        setup, degrees, shards = self.setup, self.degrees, self.setup.shards
-        numbers = unit.gathered(degrees.tp, shards)
-        what = "blocks" if unit.is_block else "ends"
-        gather = CollectiveCalls(
-            "shard", "all_gather", times * count, setup.itemsize * numbers, shards, "forward", what
-        )
+        setup, what = self.setup, "blocks" if unit.is_block else "ends"
+        numbers = unit.gathered(self.degrees.tp, setup.shards)
+        gather = self.of_axis("shard", "all_gather", times * count, setup.itemsize * numbers, "forward", what)
         yield gather
         if setup.reshards and (unit.reshard or setup.run.spec.reshard_ends) and unit.weights_in_backward:
             yield replace(gather, when="backward")
         sent = 1 if setup.reduces_once else self.passes
         size = setup.reduce_bytes * numbers
-        yield CollectiveCalls("shard", "reduce_scatter", sent * count, size, shards, "reduction", what)
-        yield CollectiveCalls(
-            "dp_replicate", "all_reduce", count, size / shards, degrees.dp_replicate, "reduction", what
-        )
+        yield self.of_axis("shard", "reduce_scatter", sent * count, size, "reduction", what)
+        yield self.of_axis("dp_replicate", "all_reduce", count, size / setup.shards, "reduction", what)
 
     # --- tensor parallelism ------------------------------------------------------------------------------------------
 
     def _tensor_parallel_calls(self) -> Iterator[CollectiveCalls]:
-        setup, tp = self.setup, self.degrees.tp
-        hidden = setup.tokens * setup.run.spec.model.dim * setup.itemsize
-        every = self.passes
+        setup, dim = self.setup, self.setup.run.spec.model.dim
+        hidden = setup.tokens * dim * setup.itemsize
 
         def calls(kind: str, number: float, when: str, what: str, size: float = hidden) -> CollectiveCalls:
-            return CollectiveCalls("tp", kind, every * number, size, tp, when, what)
+            return self.of_axis("tp", kind, self.passes * number, size, when, what)
 
         again = {"none": 0, "op": 0, "full": 2}
         if setup.sequence_parallel:
@@ -125,8 +123,8 @@ class _StepCalls:
             yield calls("reduce_scatter", 2 * self.blocks + self.last, "backward", "gradients of activations")
             reductions = 1 if setup.reduces_once else self.passes
             norms = 2 * self.blocks + self.last
-            size = setup.run.spec.model.dim * (setup.reduce_bytes if setup.keeps_unsharded_grads else setup.itemsize)
-            yield CollectiveCalls("tp", "all_reduce", reductions * norms, size, tp, "reduction", "gradients of norms")
+            size = dim * (setup.reduce_bytes if setup.keeps_unsharded_grads else setup.itemsize)
+            yield self.of_axis("tp", "all_reduce", reductions * norms, size, "reduction", "gradients of norms")
         else:
             again["op"] = 2
             yield calls("all_reduce", 2 * self.blocks + self.first, "forward", "activations")
@@ -150,46 +148,41 @@ class _StepCalls:
         again = self.passes * sum(mode != "none" for mode in self.modes) if method == "allgather" else full
         passes = self.passes * self.blocks
 
-        def calls(kind: str, number: float, when: str, what: str, size: float) -> CollectiveCalls:
-            return CollectiveCalls("cp", kind, number, size, cp, when, what)
+        def calls(kind: str, number: float, size: float, when: str, what: str) -> CollectiveCalls:
+            return self.of_axis("cp", kind, number, size, when, what)
 
         if method == "allgather":
-            yield calls("all_gather", passes, "forward", "keys and values", cp * key)
-            yield calls("all_gather", again, "backward", "recomputed keys and values", cp * key)
-            yield calls("reduce_scatter", passes, "backward", "their gradients", cp * key)
+            yield calls("all_gather", passes, cp * key, "forward", "keys and values")
+            yield calls("all_gather", again, cp * key, "backward", "recomputed keys and values")
+            yield calls("reduce_scatter", passes, cp * key, "backward", "their gradients")
         elif method == "ring":
-            yield calls("all_to_all", (cp - 1) * passes, "forward", "keys and values", key)
-            yield calls("all_to_all", (cp - 1) * again, "backward", "recomputed keys and values", key)
-            yield calls("all_to_all", (cp - 1) * passes, "backward", "keys and values", key)
-            yield calls(
-                "all_to_all", (cp - 1) * passes, "backward", "their gradients", key * FLOAT32_BYTES / setup.itemsize
-            )
+            wide = key * FLOAT32_BYTES / setup.itemsize
+            yield calls("all_to_all", (cp - 1) * passes, key, "forward", "keys and values")
+            yield calls("all_to_all", (cp - 1) * again, key, "backward", "recomputed keys and values")
+            yield calls("all_to_all", (cp - 1) * passes, key, "backward", "keys and values")
+            yield calls("all_to_all", (cp - 1) * passes, wide, "backward", "their gradients")
         else:
             for size, what in ((query + key, "queries, keys and values"), (query, "results")):
-                yield calls("all_to_all", passes, "forward", what, size)
-                yield calls("all_to_all", again, "backward", f"recomputed {what}", size)
-                yield calls("all_to_all", passes, "backward", "their gradients", size)
+                yield calls("all_to_all", passes, size, "forward", what)
+                yield calls("all_to_all", again, size, "backward", f"recomputed {what}")
+                yield calls("all_to_all", passes, size, "backward", "their gradients")
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
     def _pipeline_calls(self) -> Iterator[CollectiveCalls]:
-        size, pp = self.block.sizes["x"], self.degrees.pp
+        size = self.setup.block.sizes["x"]
         ahead, behind = self.setup.neighbours(self.rank)
         for kind, first, then in (("send", ahead, behind), ("recv", behind, ahead)):
-            yield CollectiveCalls("pp", kind, self.passes * first, size, pp, "messages", "activations")
-            yield CollectiveCalls("pp", kind, self.passes * then, size, pp, "messages", "gradients of activations")
+            yield self.of_axis("pp", kind, self.passes * first, size, "messages", "activations")
+            yield self.of_axis("pp", kind, self.passes * then, size, "messages", "gradients of activations")
 
     def _norm_calls(self) -> Iterator[CollectiveCalls]:
         """The squared norm. Parameters that tp shards and parameters that it replicates are summed separately."""
-        degrees = self.degrees
-        yield CollectiveCalls(
-            "shard", "all_reduce", 2 if degrees.tp > 1 else 1, FLOAT64_BYTES, self.setup.shards, "norm", "norm"
-        )
-        yield CollectiveCalls("tp", "all_reduce", 1, FLOAT64_BYTES, degrees.tp, "norm", "norm")
-        yield CollectiveCalls("pp", "all_reduce", 1, FLOAT64_BYTES, degrees.pp, "norm", "norm")
+        for axis, calls in (("shard", 2 if self.degrees.tp > 1 else 1), ("tp", 1), ("pp", 1)):
+            yield self.of_axis(axis, "all_reduce", calls, FLOAT64_BYTES, "norm", "norm")
         counts_bad_records = self.setup.run.config.training.dataloader.on_bad_record == "skip"
-        table = (3 if counts_bad_records else 2) * FLOAT64_BYTES * degrees.world_size
-        yield CollectiveCalls("world", "all_reduce", 1, table, degrees.world_size, "norm", "each rank's loss and norm")
+        table = (3 if counts_bad_records else 2) * FLOAT64_BYTES * self.degrees.world_size
+        yield self.of_axis("world", "all_reduce", 1, table, "norm", "each rank's loss and norm")
 
 
 # --- heap and backends -----------------------------------------------------------------------------------------------

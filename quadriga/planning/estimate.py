@@ -24,6 +24,8 @@ FORMAT = "quadriga-estimate-1"
 # Bytes of the CUDA context and of each communicator, outside of torch's allocator. Guesses, not measured.
 CUDA_CONTEXT_BYTES, BYTES_PER_GROUP = 0.6 * GIB, 0.25 * GIB
 COMFORTABLE_SHARE = 0.9  # of the memory of a device; with more, a run fits barely
+TIMES = ("products", "attention", "memory_bound", "optimizer", "communication", "hidden", "bubble", "host")
+JSON_TIMES = {"communication": "exposed_communication", "hidden": "hidden_communication"}
 COMMON_DEVICES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb")  # shown if no device is named
 
 
@@ -83,12 +85,15 @@ class Estimate:
         heap = self.heap.nvshmem_bytes if self.heap else 0
         return 0.0 if self.setup.device_type == "cpu" else CUDA_CONTEXT_BYTES + groups * BYTES_PER_GROUP + heap
 
+    @property
+    def needed(self) -> float:
+        """Bytes of the device that the run takes."""
+        return self.worst.reserved + self.outside_allocator
+
     def memory_fit(self, device: Device | None = None) -> MemoryFit | None:
         """None if no device is named, or its memory is not known."""
         chosen = device or self.device
-        if chosen is None or chosen.capacity is None:
-            return None
-        return MemoryFit(self.worst.reserved + self.outside_allocator, chosen.capacity)
+        return MemoryFit(self.needed, chosen.capacity) if chosen and chosen.capacity is not None else None
 
     @cached_property
     def calls(self) -> tuple[CollectiveCalls, ...]:
@@ -157,7 +162,7 @@ class Estimate:
             "communication": [self._call(call) for call in self.calls],
             "flops_per_step": self.flops_per_step,
             "step_time_s": time.total if time else None,
-            "time": _seconds(time) if time else None,
+            "time": {f"{JSON_TIMES.get(kind, kind)}_s": getattr(time, kind) for kind in TIMES} if time else None,
             "tokens_per_second_per_device": self.tokens_per_second_per_device,
             "mfu": self.mfu,
             "gpu_hours": time.total * spec.steps * spec.world_size / 3600 if time else None,
@@ -204,19 +209,6 @@ def _of_rank(memory: Memory) -> dict[str, Any]:
         "peak_reserved_gib": memory.reserved / GIB,
         "moment": memory.peak.name,
         "timeline": [{"moment": each.name, "active_gib": each.total / GIB} for each in memory.timeline],
-    }
-
-
-def _seconds(time: StepTime) -> dict[str, float]:
-    return {
-        "products_s": time.products,
-        "attention_s": time.attention,
-        "memory_bound_s": time.memory_bound,
-        "optimizer_s": time.optimizer,
-        "exposed_communication_s": time.communication,
-        "hidden_communication_s": time.hidden,
-        "bubble_s": time.bubble,
-        "host_s": time.host,
     }
 
 

@@ -141,9 +141,7 @@ class _Rank:
         self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
         known = {} if known is None else known
         keys = [(setup.stages[number], self._unsharded_bytes, setup.modes_of_blocks(number)) for number in self.place]
-        for key in keys:
-            if key not in known:
-                known[key] = StagePasses(setup, *key)
+        known |= {key: StagePasses(setup, *key) for key in keys if key not in known}
         self.passes = [known[key] for key in keys]
         self.loads = setup.loads(rank)
 
@@ -167,20 +165,16 @@ class _Rank:
         setup = self.setup
         if setup.degrees.pp == 1 or setup.reshards:
             return None
-        sizes = {
-            number: sum(count * setup.gathered(unit) for unit, count in stage.units())
-            for number, stage in zip(self.place, self.stages, strict=True)
-        }
+        sizes = dict[int, float]()
+        for number, stage in zip(self.place, self.stages, strict=True):
+            sizes[number] = sum(count * setup.gathered(unit) for unit, count in stage.units())
         return max(sum(sizes[number] for number in stages) for stages in unsharded_stages(setup.order, self.rank))
 
     @cached_property
     def _static(self) -> PassSnapshot:
         setup = self.setup
-        on_device = 0 if setup.offload else self.held
-        state = {
-            "parameters": setup.parameter_bytes * on_device,
-            "optimizer state": 2 * setup.moment_bytes * on_device,
-        }
+        held = 0 if setup.offload else self.held
+        state = {"parameters": setup.parameter_bytes * held, "optimizer state": 2 * setup.moment_bytes * held}
         return PassSnapshot.of("always", {**state, "tables and messages": setup.table_bytes + self._messages})
 
     @property
@@ -193,11 +187,10 @@ class _Rank:
 
     def held_activations(self, load: Load) -> float:
         """Bytes of the activations of all passes, including the running one."""
+        stages = zip(self.passes, load.passes, load.n_pending_wgrad, load.n_bwd_input, strict=True)
         return sum(
             passes * each.held_until_backward + n_pending_wgrad * each.held_until_wgrad + n_bwd_input * each.x
-            for each, passes, n_pending_wgrad, n_bwd_input in zip(
-                self.passes, load.passes, load.n_pending_wgrad, load.n_bwd_input, strict=True
-            )
+            for each, passes, n_pending_wgrad, n_bwd_input in stages
         )
 
     def _timeline(self) -> Iterator[MemorySnapshot]:
@@ -228,22 +221,14 @@ class _Rank:
 
     def _other_passes(self, load: Load) -> OtherPasses:
         place = self.place[load.stage]
-        others = (
-            each.final_grads
-            for number, each in enumerate(self.passes)
-            if load.has_weight_grads[number] and number != place
-        )
-        return OtherPasses(
-            self.held_activations(load) - self.passes[place].held_until_backward,
-            sum(others),
-            load.has_weight_grads[place],
-        )
+        with_grads = [number for number, exist in enumerate(load.has_weight_grads) if exist and number != place]
+        gradients = sum(self.passes[number].final_grads for number in with_grads)
+        activations = self.held_activations(load) - self.passes[place].held_until_backward
+        return OtherPasses(activations, gradients, load.has_weight_grads[place])
 
     @property
     def _update(self) -> float:
         """Temporary bytes of the update."""
-        setup = self.setup
-        largest = max(
-            unit.largest(setup.degrees.tp, setup.shards) for stage in self.stages for unit, _ in stage.units()
-        )
+        setup, units = self.setup, [unit for stage in self.stages for unit, _ in stage.units()]
+        largest = max(unit.largest(setup.degrees.tp, setup.shards) for unit in units)
         return 0.0 if setup.offload else setup.update_bytes(self.held, largest)

@@ -78,23 +78,12 @@ class Stage:
     block: Unit
     others: tuple[Unit, ...]
 
-    @property
-    def embedding(self) -> Unit | None:
-        """The unit of the embedding, None if the stage has none."""
-        return next((unit for unit in self.others if not unit.is_block and self.first), None)
-
     def units(self) -> tuple[tuple[Unit, int], ...]:
         """Each unit with its count."""
         return ((self.block, self.blocks), *((unit, 1) for unit in self.others))
 
     def held(self, tp: int, shards: int, rank: int = 0) -> int:
         return sum(count * unit.held(tp, shards, rank) for unit, count in self.units())
-
-    def gathered(self, tp: int, shards: int) -> int:
-        return sum(count * unit.gathered(tp, shards) for unit, count in self.units())
-
-    def whole(self, tp: int) -> int:
-        return sum(count * unit.whole(tp) for unit, count in self.units())
 
 
 @lru_cache(maxsize=64)
@@ -122,19 +111,12 @@ def _build_stage(plan: ParallelPlan, modules: tuple[str, ...], whole: bool) -> S
     weights: dict[str, list[Weight]] = {}
     for parameter in own.parameters:
         module = parameter.name.rpartition(".")[0]
-        unit = _unit_of(module, own.shard_units)
-        weights.setdefault(unit, []).append(Weight(parameter.shape, cuts.get(module)))
-    repeated = set(own.recompute_units)
-    units = [
-        Unit(
-            tuple(held),
-            unit.reshard,
-            unit.weights_in_backward,
-            bool(unit.modules) and set(unit.modules) <= repeated,
-        )
-        for unit in own.shard_units
-        if (held := weights.get(_key(unit)))
-    ]
+        weights.setdefault(_unit_of(module, own.shard_units), []).append(Weight(parameter.shape, cuts.get(module)))
+    units = []
+    for unit in own.shard_units:
+        is_block = bool(unit.modules) and set(unit.modules) <= set(own.recompute_units)
+        if held := weights.get(_key(unit)):
+            units.append(Unit(tuple(held), unit.reshard, unit.weights_in_backward, is_block))
     blocks = [unit for unit in units if unit.is_block]
     return Stage(
         first=modules[0] == plan.stage_units[0],

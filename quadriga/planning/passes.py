@@ -43,7 +43,8 @@ class StagePasses:
     def __init__(self, setup: Setup, stage: Stage, unsharded_bytes: float | None, modes: tuple[str, ...]) -> None:
         self.setup, self.stage, self.unsharded_bytes = setup, stage, unsharded_bytes
         self.tp, self.shards = setup.degrees.tp, setup.shards
-        self.modes = modes
+        self.modes, self.loss_chunks = modes, setup.run.config.training.loss_chunks
+        self.loss_copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
         self._snapshots = dict[tuple[str, bool], tuple[PassSnapshot, ...]]()
@@ -53,24 +54,14 @@ class StagePasses:
     @cached_property
     def held_until_backward(self) -> float:
         """Bytes that a forward pass saves, including the log-probabilities of the loss."""
-        whole = self.stage.last and self.setup.run.config.training.loss_chunks == 1
-        return (
-            self.block_activations
-            + self.head_activations
-            + self.output
-            + (self.setup.logits * FLOAT32_BYTES if whole else 0.0)
-        )
+        whole = self.setup.logits * FLOAT32_BYTES if self.stage.last and self.loss_chunks == 1 else 0.0
+        return self.block_activations + self.head_activations + self.output + whole
 
     @cached_property
     def block_activations(self) -> float:
-        return sum(self.kept[mode] for mode in self.modes) - self._received
-
-    @property
-    def _received(self) -> float:
-        """Bytes of the first block's input that are in the receive buffer, and so are not counted twice."""
-        if self.stage.first or not self.modes or "x" not in self.setup.kept(self.modes[0]):
-            return 0.0
-        return self.x
+        """Bytes that the blocks save, without the first block's input if that is in the receive buffer."""
+        is_received = not self.stage.first and self.modes and "x" in self.setup.kept(self.modes[0])
+        return sum(self.kept[mode] for mode in self.modes) - (self.x if is_received else 0.0)
 
     @cached_property
     def output(self) -> float:
@@ -85,7 +76,7 @@ class StagePasses:
         head = self.setup.head
         if not self.stage.last:
             return 0.0
-        if self.setup.run.config.training.loss_chunks == 1:
+        if self.loss_chunks == 1:
             return head.bytes(head.all_saved)
         return head.bytes(head.all_saved - {self._head_input}) + self._loss_chunk_grads
 
@@ -211,22 +202,21 @@ class StagePasses:
 
     def _loss(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         if self.stage.last:
-            forward, _ = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
             cast = FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
-            computed = self.setup.itemsize + cast
-            yield "loss", self._loss_bytes(has_weight_grads, computed + FLOAT32_BYTES * (1 + forward))
+            bytes_per_logit = self.setup.itemsize + cast + FLOAT32_BYTES * (1 + self.loss_copies[0])
+            yield "loss", self._loss_bytes(has_weight_grads, bytes_per_logit)
 
     def _loss_bytes(self, has_weight_grads: bool, bytes_per_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
         kept = self.block_activations + self.head_activations
-        if setup.run.config.training.loss_chunks > 1:
+        if self.loss_chunks > 1:
             # The input of the output layer still exists, and the matrix's gradients are accumulated in float32.
             kept += head.sizes[self._head_input] + self._output_matrix * (FLOAT32_BYTES - setup.itemsize)
         return {
             "gathered_parameters": self.gathered(0 if setup.reshards else len(self.modes), self.stage.others),
             "gradients": self._existing_grads(has_weight_grads),
             "activations": kept,
-            "logits_and_loss": setup.logits / setup.run.config.training.loss_chunks * bytes_per_logit,
+            "logits_and_loss": setup.logits / self.loss_chunks * bytes_per_logit,
         }
 
     def _backward(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
@@ -238,16 +228,14 @@ class StagePasses:
 
     def _output_layer(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
         setup, head = self.setup, self.setup.head
-        _, copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
-        loss = self._loss_bytes(has_weight_grads, FLOAT32_BYTES * (1 + copies))
+        loss = self._loss_bytes(has_weight_grads, FLOAT32_BYTES * (1 + self.loss_copies[1]))
         loss["logits_and_loss"] += self.output
         yield "loss, backward", loss
-        made = sum(
-            self._unreduced_grads(unit) or (0.0 if has_weight_grads else self._final_grads(unit))
-            for unit in self._head_units
-        )
-        if setup.run.config.training.loss_chunks > 1:
-            chunk = (setup.logits / setup.run.config.training.loss_chunks + self._output_matrix) * setup.itemsize
+        made = 0.0
+        for unit in self._head_units:
+            made += self._unreduced_grads(unit) or (0.0 if has_weight_grads else self._final_grads(unit))
+        if self.loss_chunks > 1:
+            chunk = (setup.logits / self.loss_chunks + self._output_matrix) * setup.itemsize
             yield "loss, weights of a chunk", {**loss, "logits_and_loss": chunk}
             kept = self.block_activations + self.head_activations + self._loss_chunk_grads
             alive = {"gathered_parameters": loss["gathered_parameters"], "gradients": loss["gradients"] + made}
@@ -285,15 +273,9 @@ class StagePasses:
         made = self._unreduced_grads(embedding) if not has_weight_grads or self.setup.uses_fsdp else 0.0
         done = self.final_grads if has_weight_grads else self.final_grads - self._final_grads(embedding)
         final = self._final_grads(embedding) if not made or not has_weight_grads else 0.0
-        yield (
-            "embedding, backward",
-            {
-                "gathered_parameters": self.unsharded_bytes or 0.0,
-                "gradients": done + made + final,
-                "reduction": max(self._reduction_buffer(self.stage.block), self._reduction_buffer(embedding)),
-                "activations": self.output + self.x,
-            },
-        )
+        sent = max(self._reduction_buffer(self.stage.block), self._reduction_buffer(embedding))
+        alive = {"gathered_parameters": self.unsharded_bytes or 0.0, "gradients": done + made + final}
+        yield "embedding, backward", {**alive, "reduction": sent, "activations": self.output + self.x}
 
     # --- a split backward pass ---------------------------------------------------------------------------------------
 
@@ -304,8 +286,7 @@ class StagePasses:
         gathered = self.gathered(len(self.modes), self.stage.others)
         alive = {"gathered_parameters": gathered, "gradients": self._existing_grads(has_weight_grads)}
         if self.stage.last:
-            _, copies = LOSS_COPIES["parallel" if self.setup.parallel_loss else "plain"]
-            loss = self.setup.logits * FLOAT32_BYTES * (1 + copies) + self.output
+            loss = self.setup.logits * FLOAT32_BYTES * (1 + self.loss_copies[1]) + self.output
             yield "loss, backward", {**alive, "activations": kept, "logits_and_loss": loss}
         of_head = head.weighted_outputs if self.stage.last else self.output
         for number in sorted({0, len(self.modes) - 1} & set(range(len(self.modes)))):

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from quadriga.hardware import DEVICES, device_named
 from quadriga.planning.advice import Advice
-from quadriga.planning.estimate import COMMON_DEVICES, Estimate, estimate
+from quadriga.planning.estimate import COMMON_DEVICES, TIMES, Estimate, estimate
 from quadriga.units import GIB, format_bytes, format_count, format_seconds
 
 WIDTH = 13  # of the row names
+TIME_NAMES = {"memory_bound": "memory-bound", "bubble": "pipeline idle"}
 
 
 def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[str]:
@@ -25,7 +26,8 @@ def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[
     yield from _communication(given)
     if advice:
         yield ""
-        yield "What would help:" if _too_large(given) else "What would be faster:"
+        fit = given.memory_fit()
+        yield "What would help:" if fit and not fit.fits else "What would be faster:"
         yield from (f"  - {each}" for each in advice)
     yield ""
     yield "Assumed:"
@@ -40,40 +42,23 @@ def estimate_rows(given: Estimate) -> Iterator[tuple[str, str]]:
 
 
 def format_memory_fit(given: Estimate) -> str:
-    needed = given.worst.reserved + given.outside_allocator
-    fit = given.memory_fit()
+    needed, fit = format_bytes(given.needed), given.memory_fit()
     if fit is not None:
-        margin = fit.capacity - needed
-        less = "left" if margin >= 0 else "missing"
-        return (
-            f"{fit.label}: {format_bytes(needed)} of {format_bytes(fit.capacity)} needed per device, "
-            f"{format_bytes(abs(margin))} {less}"
-        )
+        margin = f"{format_bytes(abs(fit.capacity - fit.needed))} {'left' if fit.fits else 'missing'}"
+        return f"{fit.label}: {needed} of {format_bytes(fit.capacity)} needed per device, {margin}"
     if given.setup.device_type == "cpu":
-        return f"{format_bytes(needed)} needed per rank; the capacity of the machine is not known"
-    return f"{format_bytes(needed)} needed per device: {format_common_devices(given)}"
-
-
-def format_common_devices(given: Estimate) -> str:
-    """The verdict on a few common devices."""
-    found = []
-    for slug in COMMON_DEVICES:
-        fit = given.memory_fit(device_named(slug, "device"))
-        assert fit is not None
-        found.append(f"{slug} {fit.label}")
-    return ", ".join(found)
+        return f"{needed} needed per rank; the capacity of the machine is not known"
+    fits = [(slug, given.memory_fit(device_named(slug, "device"))) for slug in COMMON_DEVICES]
+    return f"{needed} needed per device: {', '.join(f'{slug} {fit.label}' for slug, fit in fits if fit)}"
 
 
 def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
     """(device, capacity, needed memory, verdict, step time) for every device of the table with a known capacity."""
     for device in DEVICES:
-        if device.capacity is None:
-            continue
         found = estimate(given.run, device, gpus_per_node=given.gpus_per_node)
-        fit, time = found.memory_fit(), found.time
-        assert fit is not None
-        step = _step(time.total) if time else "no units for this format"
-        yield device.slug, format_bytes(fit.capacity), format_bytes(fit.needed), fit.label, step
+        if fit := found.memory_fit():
+            step = _step(found.time.total) if found.time else "no units for this format"
+            yield device.slug, format_bytes(fit.capacity), format_bytes(fit.needed), fit.label, step
 
 
 def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
@@ -109,17 +94,9 @@ def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     speed = given.tokens_per_second_per_device
     mfu = f", MFU {given.mfu:.0%}" if given.mfu is not None else ""
     yield "time", f"{_step(time.total)} per step{label}: {speed:,.0f} tokens/s per device{mfu}; {work}"
-    parts = {
-        "products": time.products,
-        "attention": time.attention,
-        "memory-bound": time.memory_bound,
-        "optimizer": time.optimizer,
-        "communication": time.communication,
-        "pipeline idle": time.bubble,
-        "host": time.host,
-    }
-    shares = sorted(parts.items(), key=lambda part: -part[1])
-    yield "", ", ".join(f"{name} {share / time.total:.0%}" for name, share in shares if share >= 0.005 * time.total)
+    shares = {TIME_NAMES.get(kind, kind): getattr(time, kind) / time.total for kind in TIMES if kind != "hidden"}
+    largest = sorted(shares.items(), key=lambda part: -part[1])
+    yield "", ", ".join(f"{name} {share:.0%}" for name, share in largest if share >= 0.005)
     whole = time.total * spec.steps
     yield "", f"{spec.steps:,} steps: {format_seconds(whole)}, {whole * spec.world_size / 3600:,.1f} device-hours"
 
@@ -149,11 +126,6 @@ def _communication(given: Estimate) -> Iterator[str]:
     yield f"  {'axis':<14}{'collective':<16}{'calls/step':>12}  {'bytes':>12}  {'sent':>12}"
     for (axis, kind), (calls, size, wire) in sent.items():
         yield f"  {axis:<14}{kind:<16}{calls:>12,.0f}  {format_bytes(size):>12}  {format_bytes(wire):>12}"
-
-
-def _too_large(given: Estimate) -> bool:
-    fit = given.memory_fit()
-    return fit is not None and not fit.fits
 
 
 def _step(seconds: float) -> str:

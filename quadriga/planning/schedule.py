@@ -86,6 +86,12 @@ class _RankActions:
                 self._done[stage, "B"] += 1
                 self.pending_weight_grads.append(Action(stage, "W", each))
 
+    def repeat(self, times: int, *turns: tuple[int, str]) -> None:
+        """Add the kinds of each turn (stage, kinds), `times` times."""
+        for _ in range(times):
+            for stage, kinds in turns:
+                self.add(stage, *kinds)
+
     def add_weight_grads(self, most: int = 1) -> None:
         """Add pending gradients of weights, the oldest first."""
         due, self.pending_weight_grads = self.pending_weight_grads[:most], self.pending_weight_grads[most:]
@@ -98,11 +104,9 @@ def _all_forward_first(row: _RankActions) -> None:
     for stage in stages:
         row.add(stage, *"F" * row.micro_batches)
     for stage in reversed(stages):
-        micro_batches = range(row.micro_batches)
         # torch's breadth-first schedule starts the backward passes at the last micro-batch, its GPipe at the first.
-        row.actions += [
-            Action(stage, "B", each) for each in (reversed(micro_batches) if row.stages > 1 else micro_batches)
-        ]
+        micro_batches = range(row.micro_batches)[:: -1 if row.stages > 1 else 1]
+        row.actions += [Action(stage, "B", each) for each in micro_batches]
 
 
 def _one_forward_one_backward(row: _RankActions) -> None:
@@ -134,45 +138,30 @@ def _interleaved(row: _RankActions) -> None:
 def _v_with_zero_bubble(row: _RankActions) -> None:
     first, second = row.first, row.second
     counted = max(2 * row.ranks - 1, row.micro_batches)  # with fewer micro-batches, `add` ignores some actions
-    row.add(first, *"F" * (2 * row.after + 1))
-    for _ in range(row.rank):
-        row.add(second, "F")
-        row.add(first, "F")
-    for _ in range(row.after + 1):
-        row.add(second, "F", "I", "W")
+    row.repeat(2 * row.after + 1, (first, "F"))
+    row.repeat(row.rank, (second, "F"), (first, "F"))
+    row.repeat(row.after + 1, (second, "FIW"))
     forward = 2 * row.after + 1 + row.rank
     for step in range(counted - row.rank - row.after - 1):
-        if forward + step < counted:
-            row.add(first, "F")
-        row.add(first, "I", "W")
-        row.add(second, "F", "I", "W")
-    for _ in range(row.rank):
-        row.add(first, "I")
-        row.add(second, "I")
-    for _ in range(row.after + 1):
-        row.add(first, "I", "W")
-    row.add(second, *"W" * row.rank)
-    row.add(first, *"W" * row.rank)
+        row.add(first, *("FIW" if forward + step < counted else "IW"))
+        row.add(second, *"FIW")
+    row.repeat(row.rank, (first, "I"), (second, "I"))
+    row.repeat(row.after + 1, (first, "IW"))
+    row.repeat(row.rank, (second, "W"))
+    row.repeat(row.rank, (first, "W"))
 
 
 def _dual_pipe(row: _RankActions) -> None:
     """Each rank has two stages: forward passes of one alternate with backward passes of the other."""
     first, second, odd = row.first, row.second, row.rank % 2
-    row.add(first, *"F" * (2 * row.after))
-    for _ in range(row.rank + 1):
-        row.add(first, "F")
-        row.add(second, "F")
+    row.repeat(2 * row.after, (first, "F"))
+    row.repeat(row.rank + 1, (first, "F"), (second, "F"))
     for _ in range(row.after):
         row.add(second, "I")
         row.add_weight_grads()
         row.add(second, "F")
-    for _ in range(row.micro_batches - 2 * row.ranks + row.rank + 1):
-        row.add(first, "F")
-        row.add(second, "B", "F")
-        row.add(first, "B")
-    for _ in range(row.after):
-        row.add(second, "B", "F")
-        row.add(first, "B")
+    row.repeat(row.micro_batches - 2 * row.ranks + row.rank + 1, (first, "F"), (second, "BF"), (first, "B"))
+    row.repeat(row.after, (second, "BF"), (first, "B"))
     half = (row.rank + 1) // 2  # from here on split: W actions fill the idle time that follows
     for step in range(row.rank + 1):
         row.add(second, "I" if step > half - (odd == 1) else "B")
@@ -205,9 +194,7 @@ class Load:
 
     def dominates(self, other: Load) -> bool:
         """Whether no count is smaller than that of `other`."""
-        own, others = (
-            (*load.passes, *load.n_pending_wgrad, *load.n_bwd_input, *load.has_weight_grads) for load in (self, other)
-        )
+        own, others = ((*x.passes, *x.n_pending_wgrad, *x.n_bwd_input, *x.has_weight_grads) for x in (self, other))
         return all(one >= another for one, another in zip(own, others, strict=True))
 
 

@@ -115,12 +115,8 @@ class Setup:
     @cached_property
     def _forced(self) -> frozenset[tuple[int, int]]:
         patterns = self.recompute.per_op_sac_force_recompute_mm_shapes_by_fqns
-        operations = self.block.trace.operations
-        return frozenset(
-            each.matrix
-            for each in operations
-            if each.matrix is not None and any(pattern in each.module for pattern in patterns)
-        )
+        products = [(each.matrix, each.module) for each in self.block.trace.operations if each.matrix is not None]
+        return frozenset(matrix for matrix, module in products if any(pattern in module for pattern in patterns))
 
     @cached_property
     def state_bytes(self) -> float:
@@ -150,7 +146,7 @@ class Setup:
             parallelism.pipeline_parallel_first_stage_less_layers,
             parallelism.pipeline_parallel_last_stage_less_layers,
         )
-        return build_stages(model, tuple(tuple(part) for part in split))
+        return build_stages(model, tuple(map(tuple, split)))
 
     def neighbours(self, number: int) -> tuple[int, int]:
         """How many stages of pipeline rank `number` have their next, and their previous, stage on another rank."""

@@ -7,7 +7,7 @@ The step of a rank is the sum of the time in which its device computes and the t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import add
@@ -84,16 +84,12 @@ class StepTime:
 
 def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
     """The step time of the slowest pipeline rank. `gpus_per_node`: devices that share the fast link."""
-    works = _WorkOfPasses(setup)
-    idle = _idle_shares(works, rates) if setup.degrees.pp > 1 else (0.0,)
-    times = (_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
-    return max(times, key=lambda time: time.total)
-
-
-def _idle_shares(works: _WorkOfPasses, rates: Rates) -> tuple[float, ...]:
-    order = works.setup.order
+    works, order = _WorkOfPasses(setup), setup.order
     passes = {what for counts in order.counts for what in counts}
-    return order.idle_shares({what: sum(works.of_pass(*what).seconds(rates)) for what in passes})
+    seconds = {what: sum(works.of_pass(*what).seconds(rates)) for what in passes}
+    idle = order.idle_shares(seconds) if setup.degrees.pp > 1 else (0.0,)
+    times = (_time_of_rank(works, rank, rates, gpus_per_node, share) for rank, share in enumerate(idle))
+    return max(times, key=lambda time: time.total)
 
 
 def work_of(setup: Setup, rank: int) -> Work:
@@ -103,9 +99,7 @@ def work_of(setup: Setup, rank: int) -> Work:
 
 def forward_of(setup: Setup, rank: int) -> Work:
     """Work of the forward passes of one step, without recompute."""
-    works, passes = _WorkOfPasses(setup), setup.order.counts[rank]
-    forward = (works.of_pass(*what).times(number) for what, number in passes.items() if what[1] == "F")
-    return sum(forward, Work()).times(setup.run.spec.accumulation_steps)
+    return _WorkOfPasses(setup).of_kinds(rank, "F")
 
 
 def update_of(setup: Setup, rank: int) -> Work:
@@ -122,10 +116,13 @@ class _WorkOfPasses:
 
     def of_rank(self, rank: int) -> Work:
         """Work of all passes of one step, without the update."""
-        work = Work()
-        for (stage, kind), number in self.setup.order.counts[rank].items():
-            work += self.of_pass(stage, kind).times(number)
-        return work.times(self.setup.run.spec.accumulation_steps)
+        return self.of_kinds(rank, "FBIW")
+
+    def of_kinds(self, rank: int, kinds: str) -> Work:
+        """Work of the passes of some kinds of one step."""
+        passes = self.setup.order.counts[rank].items()
+        works = (self.of_pass(stage, kind).times(number) for (stage, kind), number in passes if kind in kinds)
+        return sum(works, Work()).times(self.setup.run.spec.accumulation_steps)
 
     def of_pass(self, number: int, kind: str) -> Work:
         """Work of one pass of a micro-batch through a stage: F forward, B backward, I and W the two parts of B. The
@@ -149,23 +146,19 @@ class _WorkOfPasses:
 
     def _again(self, mode: str) -> Work:
         setup, forward = self.setup, self.forward
-        if mode == "op":
-            kept = setup.kept("op")
-            products = sum(
-                _product_flops(setup, each.matrix)
-                for each in setup.block.trace.operations
-                if each.matrix is not None and each.output not in kept
-            )
-            dispatches = 0.0 if setup.compiled else DISPATCHES * len(setup.block.trace.operations)
-            again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
-            return again + Work(python=dispatches * DISPATCH_SECONDS)
-        return forward if mode == "full" else Work()
+        if mode != "op":
+            return forward if mode == "full" else Work()
+        kept, operations = setup.kept("op"), setup.block.trace.operations
+        products = _product_flops(setup, (each.matrix for each in operations if each.output not in kept))
+        dispatches = 0.0 if setup.compiled else DISPATCHES * len(operations)
+        again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
+        return again + Work(python=dispatches * DISPATCH_SECONDS)
 
     @cached_property
     def forward(self) -> Work:
         """Work of the forward pass of a block."""
         setup, trace, sizes = self.setup, self.setup.block.trace, self.setup.block.sizes
-        products = sum(_product_flops(setup, each.matrix) for each in trace.operations if each.matrix is not None)
+        products = _product_flops(setup, (each.matrix for each in trace.operations))
         model, degrees = setup.run.spec.model, setup.degrees
         # Queries x keys and weights x values, halved because a token attends to half of the sequence on average.
         length = setup.run.spec.seq_len
@@ -184,7 +177,7 @@ class _WorkOfPasses:
         setup, model = self.setup, self.setup.run.spec.model
         compiled = setup.run.config.compile.compiles("loss")
         accesses = LOGIT_ACCESSES["compiled" if compiled else "eager"]
-        products = _product_flops(setup, (model.dim, model.vocab_size))
+        products = _product_flops(setup, [(model.dim, model.vocab_size)])
         forward = Work(products, 0.0, 4.0 * accesses / 3 * setup.logits, 10, forward_products=products)
         return {kind: _work_of_kind(forward, kind, 0.0) for kind in "FBIW"}
 
@@ -200,8 +193,9 @@ def _work_of_kind(forward: Work, kind: str, attention: float) -> Work:
     }[kind]
 
 
-def _product_flops(setup: Setup, matrix: tuple[int, int]) -> float:
-    return 2.0 * setup.tokens * matrix[0] * matrix[1] / setup.degrees.tp
+def _product_flops(setup: Setup, matrices: Iterable[tuple[int, int] | None]) -> float:
+    """FLOP of the products of a micro-batch with these matrices."""
+    return sum(2.0 * setup.tokens * each[0] * each[1] / setup.degrees.tp for each in matrices if each is not None)
 
 
 def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_node: int) -> float:
@@ -216,13 +210,12 @@ def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_nod
 def strides(setup: Setup) -> dict[str, int]:
     """Distance in ranks between neighbours of each axis: tp is innermost, pp outermost."""
     degrees = setup.degrees
-    shard = degrees.cp * degrees.tp
-    replicate = shard * degrees.dp_shard
-    inner = {"tp": 1, "cp": degrees.tp, "shard": degrees.tp, "dp_replicate": replicate}
-    return {**inner, "pp": replicate * degrees.dp_replicate, "world": 1, "loss": degrees.tp}
+    replicate = degrees.tp * degrees.cp * degrees.dp_shard
+    inner = {"world": 1, "tp": 1, **dict.fromkeys(("cp", "shard", "loss"), degrees.tp)}
+    return {**inner, "dp_replicate": replicate, "pp": replicate * degrees.dp_replicate}
 
 
-def _of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
+def _time_of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
     """`idle_share`: time in which the rank waits for other pipeline ranks, as a share of its own work."""
     setup = works.setup
     work, update = works.of_rank(rank), update_of(setup, rank)
@@ -251,7 +244,7 @@ def _of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, 
 
 
 def _exposed_and_hidden(
-    setup: Setup, timed: Iterable[tuple[CollectiveCalls, float]], compute: float
+    setup: Setup, timed: Sequence[tuple[CollectiveCalls, float]], compute: float
 ) -> tuple[float, float]:
     """Seconds of exposed communication, and of communication that overlaps with the work of blocks.
 
@@ -259,16 +252,15 @@ def _exposed_and_hidden(
     at least the first gather and the last reduction. All other calls are exposed. On a CPU all calls are, because gloo
     uses the cores that compute.
     """
-    timed = list(timed)
     if setup.device_type == "cpu":
         return sum(seconds for _, seconds in timed), 0.0
-    overlapped = sum(seconds for call, seconds in timed if call.axis in OVERLAPPED_AXES and call.when != "norm")
-    waited = sum(seconds for call, seconds in timed) - overlapped
-    if setup.degrees.pp > 1:  # messages overlap with the work of other micro-batches
-        messages = sum(seconds for call, seconds in timed if call.axis == "pp" and call.when == "messages")
-        waited -= messages
-        overlapped += messages
-    calls = max(sum(call.calls for call, _ in timed if call.axis in OVERLAPPED_AXES and call.when != "norm"), 1)
+    of_parameters = [(call, seconds) for call, seconds in timed if call.axis in OVERLAPPED_AXES and call.when != "norm"]
+    overlapped = sum(seconds for _, seconds in of_parameters)
+    # Messages of a pipeline overlap with the work of other micro-batches.
+    messages = sum(seconds for call, seconds in timed if call.when == "messages")
+    waited = sum(seconds for _, seconds in timed) - overlapped - messages
+    overlapped += messages
+    calls = max(sum(call.calls for call, _ in of_parameters), 1)
     ends = min(2 * overlapped / calls, overlapped)
     exposed = max(overlapped - compute, ends)
     return waited + exposed, overlapped - exposed
