@@ -7,6 +7,7 @@ step time / (peak x total_count). So a wrong embedding size or a local batch giv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,7 @@ def _plain(value: Any) -> Any:
 
 def write_card(card: Card, path: Path) -> None:
     """Write a card as YAML, with the fields in the order of the template."""
-    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
 
 
 def card_errors(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[int, int]) -> list[str]:
@@ -115,8 +115,7 @@ def card_errors(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[i
     `embeddings`: elements of the embedding table by parameters of the model, for known models.
     """
     found = [*_missing(card), *_embedding(card, traces, embeddings), *_batch(card, traces), *_utilization(card, traces)]
-    found += [*_profiled(traces), *_bandwidth(card), *_backend(card), *_degrees(card)]
-    return found
+    return [*found, *_profiled(traces), *_bandwidth(card), *_backend(card), *_degrees(card)]
 
 
 def layout_errors(folder: Path, card: Card) -> Iterator[str]:
@@ -144,7 +143,8 @@ def model_flops_utilization(card: Card, step_time: float | None) -> float | None
     """CCL-Bench's `mfu`, a share of 1, from a card and a step time in seconds; None if a value for it is missing."""
     arch = [_number(card, f"{ARCH}.{name}") for name in ("num_params", "num_layers", "num_heads", "head_dim")]
     data = [_number(card, f"workload.data.{name}") for name in ("batch_size", "seq_len")]
-    total, peak = _number(card, "workload.hardware.xpu_spec.total_count"), _peak(card)
+    device = find_device(str(field_value(card, "workload.hardware.xpu_spec.model") or ""))
+    total, peak = _number(card, "workload.hardware.xpu_spec.total_count"), device and device.peak_flops("bfloat16")
     if None in (*arch, *data, total, peak, step_time) or not step_time or not total or not peak:
         return None
     parameters, layers, heads, width = (figure or 0.0 for figure in arch)
@@ -154,23 +154,15 @@ def model_flops_utilization(card: Card, step_time: float | None) -> float | None
     return flops_per_token * batch * length / step_time / (peak * total)
 
 
-def _peak(card: Card) -> float | None:
-    device = find_device(str(field_value(card, "workload.hardware.xpu_spec.model") or ""))
-    return device.peak_flops("bfloat16") if device else None
-
-
 def _missing(card: Card) -> Iterator[str]:
     fields = FIELDS + (INFERENCE_FIELDS if _is_inference(card) else ())
-    absent = [field for field in fields if _is_empty(field_value(card, field))]
+    values = {field: field_value(card, field) for field in fields}
+    absent = [field for field, value in values.items() if value is None or (isinstance(value, list) and None in value)]
     if absent:
         yield f"{len(absent)} of {len(fields)} fields are missing or empty: {', '.join(absent)}"
     astray = [name for name in ("num_params", "num_layers", "head_dim") if field_value(card, f"workload.model.{name}")]
     if astray:
         yield f"{', '.join(astray)} are in workload.model, but `mfu` reads them from {ARCH}"
-
-
-def _is_empty(given: Any) -> bool:
-    return given is None or (isinstance(given, list) and None in given)
 
 
 def _embedding(card: Card, traces: Sequence[RankSummary], embeddings: Mapping[int, int]) -> Iterator[str]:
@@ -257,9 +249,7 @@ def _degrees(card: Card) -> Iterator[str]:
     total = field_value(card, "workload.hardware.xpu_spec.total_count")
     names = ("dp_replicate", "dp_shard", "tp", "pp", "cp")
     if isinstance(total, int) and any(field_value(card, f"{PLAN}.{name}") is not None for name in names):
-        product = 1
-        for name in names:
-            product *= _degree(card, name)
+        product = math.prod(_degree(card, name) for name in names)
         if product != total:
             yield f"the product of {', '.join(names)} is {product}, but total_count is {total}"
 

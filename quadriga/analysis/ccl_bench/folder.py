@@ -26,7 +26,7 @@ from quadriga.analysis.trace.read import STEP_MARK, EventTable, read_trace
 from quadriga.errors import Problem, UserError
 
 RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")
-EMBEDDING_LOOKUP = "aten::embedding"
+EMBEDDING_LOOKUP = re.compile(r"^aten::embedding$")
 CHUNK = 1 << 20
 
 
@@ -62,27 +62,22 @@ def unpack_traces(traces: Mapping[int, Path], folder: Path) -> list[Path]:
 
     Raises UserError if a trace cannot be decompressed.
     """
-    return [_unpack(source, folder / f"rank{rank}_trace.json") for rank, source in sorted(traces.items())]
-
-
-def _unpack(source: Path, target: Path) -> Path:
-    opener = gzip.open if source.suffix == ".gz" else open
-    try:
-        with opener(source, "rb") as packed, target.open("wb") as plain:
-            shutil.copyfileobj(packed, plain, CHUNK)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(Problem(str(source), f"the trace cannot be decompressed: {error}")) from None
-    return target
+    targets = []
+    for rank, source in sorted(traces.items()):
+        targets.append(folder / f"rank{rank}_trace.json")
+        opener = gzip.open if source.suffix == ".gz" else open
+        try:
+            with opener(source, "rb") as packed, targets[-1].open("wb") as plain:
+                shutil.copyfileobj(packed, plain, CHUNK)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(Problem(str(source), f"the trace cannot be decompressed: {error}")) from None
+    return targets
 
 
 def rank_files(folder: Path) -> dict[int, Path]:
     """The traces that CCL-Bench finds in a folder, by rank."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        match = RANK_FILE.fullmatch(path.name)
-        if match:
-            found[int(match[1] or match[2])] = path
-    return found
+    paths = sorted(folder.glob("*.json"))
+    return {int(match[1] or match[2]): path for path in paths if (match := RANK_FILE.fullmatch(path.name))}
 
 
 def read_rank_summary(rank: int, path: Path) -> RankSummary:
@@ -90,15 +85,11 @@ def read_rank_summary(rank: int, path: Path) -> RankSummary:
     trace = read_trace(path, rank)
     ops = trace.ops
     numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP_MARK.match(name))}
-    marks: dict[int, tuple[float, float]] = {}
-    for at in np.flatnonzero(np.isin(ops.name, list(numbers))):
-        marks[numbers[int(ops.name[at])]] = (float(ops.start[at]), float(ops.end[at]))
-    marks = dict(sorted(marks.items()))
+    marked = np.flatnonzero(np.isin(ops.name, list(numbers)))
+    spans = {numbers[int(ops.name[at])]: (float(ops.start[at]), float(ops.end[at])) for at in marked}
+    marks = dict(sorted(spans.items()))
     steps = {number: end - start for number, (start, end) in marks.items()}
-    lookups = np.flatnonzero(
-        np.isin(ops.name, [number for number, name in enumerate(trace.names) if name == EMBEDDING_LOOKUP])
-    )
-    tokens, table = _looked_up(ops, lookups, list(marks.values()))
+    tokens, table = _looked_up(ops, np.flatnonzero(trace.is_named(ops, EMBEDDING_LOOKUP)), list(marks.values()))
     return RankSummary(rank, steps, tokens, table)
 
 

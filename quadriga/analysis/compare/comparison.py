@@ -15,8 +15,6 @@ from quadriga.analysis.compare.evidence import (
     SettingTraces,
     analyse_setting,
     exposed_part_name,
-    exposed_seconds,
-    part_seconds,
     time_by_part,
     traced_axes,
     verify_backend,
@@ -89,10 +87,8 @@ def compare_settings(
     rounds = common_rounds(settings)
     traces = {setting.name: analyse_setting(setting, analyse) for setting in settings}
     verifications = [verify_backend(setting, traces[setting.name]) for setting in settings]
-    unverified = (
-        {each["run"] for each in verifications if not each["credited"]} if BACKEND_KEY in unlike.varied else set()
-    )
-    parts = time_by_part(settings, traces)
+    is_varied = BACKEND_KEY in unlike.varied
+    unverified = {each["run"] for each in verifications if is_varied and not each["credited"]}
     reasons = {name: each.why_missing() for name, each in traces.items() if each.missing}
     return {
         "format": FORMAT,
@@ -113,7 +109,7 @@ def compare_settings(
         "comparisons": len(settings) - 1,
         "figures": compare_metrics(settings, rounds, traces, unverified),
         "losses": compare_losses(settings, unlike),
-        "where": parts,
+        "where": time_by_part(settings, traces),
         "backend": verifications,
         "not_measurable": {"where": "; ".join(f"{name}: {why}" for name, why in reasons.items())} if reasons else {},
         "warnings": [*unlike.warnings, *order_warnings(settings, rounds)],
@@ -163,17 +159,10 @@ def compare_metrics(
     for axis in (None, *traced_axes(traces.values())):
         name = EXPOSED if axis is None else exposed_part_name(axis)
         metric = Metric(name, "s", True, lambda _run: [])
-        values = [_exposed(traces[setting.name], axis) for setting in settings]
+        seconds = [traces[setting.name].part_seconds(name, axis) for setting in settings]
+        values = [{number: [value] for number, value in own.items()} for own in seconds]
         found.append(_compared(metric, settings, values, rounds, unverified))
     return [each for each in found if each is not None]
-
-
-def _exposed(traces: SettingTraces, axis: str | None) -> Values:
-    read = {
-        number: part_seconds(EXPOSED, analysis) if axis is None else exposed_seconds(axis, analysis)
-        for number, analysis in traces.analyses.items()
-    }
-    return {number: [value] for number, value in read.items() if value is not None}
 
 
 def _compared(
@@ -189,8 +178,7 @@ def _compared(
     by_run = []
     medians = [[median(own[number]) for number in rounds] for own in values]
     for setting, own, samples in zip(settings, values, medians, strict=True):
-        everything = [value for number in rounds for value in own[number]]
-        spread = list(middle_half(everything))
+        spread = list(middle_half([value for number in rounds for value in own[number]]))
         by_run.append({"run": setting.name, "median": median(samples), "spread": spread, "samples": samples})
     ratios = []
     if all(value > 0 for samples in medians for value in samples):
@@ -199,13 +187,8 @@ def _compared(
             ratio = paired_ratio(samples, medians[0], comparisons=len(settings) - 1)
             is_unverified = bool(unverified & {setting.name, first})
             ratios.append(_ratio(metric, setting.name, first, ratio, is_unverified))
-    return {
-        "name": metric.name,
-        "unit": metric.unit,
-        "lower_is_better": metric.lower_is_better,
-        "by_run": by_run,
-        "ratios": ratios,
-    }
+    about = {"name": metric.name, "unit": metric.unit, "lower_is_better": metric.lower_is_better}
+    return {**about, "by_run": by_run, "ratios": ratios}
 
 
 def _ratio(metric: Metric, run: str, against: str, ratio: Ratio, is_unverified: bool) -> dict[str, Any]:
@@ -216,15 +199,8 @@ def _ratio(metric: Metric, run: str, against: str, ratio: Ratio, is_unverified: 
     else:
         better = (ratio.ratio < 1) == metric.lower_is_better
         verdict = NOT_VERIFIED if is_unverified else metric.verdicts[0 if better else 1]
-    return {
-        "run": run,
-        "against": against,
-        "ratio": ratio.ratio,
-        "interval": None if ratio.interval is None else list(ratio.interval),
-        "confidence": ratio.confidence,
-        "pairs": ratio.pairs,
-        "verdict": verdict,
-    }
+    interval = None if ratio.interval is None else list(ratio.interval)
+    return {"run": run, "against": against, **vars(ratio), "interval": interval, "verdict": verdict}
 
 
 def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> dict[str, Any]:
@@ -232,15 +208,15 @@ def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> d
     `largest_within_a_setting`: the largest difference of two repeats of a setting."""
     logged = [set(run.losses) for setting in settings for run in setting.runs]
     steps = sorted(set.intersection(*logged))
-    curves = {setting.name: [_median_loss(setting, step) for step in steps] for setting in settings}
+    losses = {setting.name: [_finite_losses(setting, step) for step in steps] for setting in settings}
+    curves = {name: [median(values) if values else None for values in own] for name, own in losses.items()}
     differences: list[dict[str, Any]] = [
         {"step": step, "value": abs(one - other), "between": [a, b]}
         for a, b in combinations(curves, 2)
         for step, one, other in zip(steps, curves[a], curves[b], strict=True)
         if one is not None and other is not None
     ]
-    within = [_difference_within(setting, step) for setting in settings for step in steps]
-    known = [value for value in within if value is not None]
+    within = [max(values) - min(values) for own in losses.values() for values in own if len(values) > 1]
     odd = sum(value is None for curve in curves.values() for value in curve)
     notes = []
     if unlike.data_keys:
@@ -251,19 +227,15 @@ def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> d
         "steps": steps,
         "by_run": [{"run": name, "loss": curve} for name, curve in curves.items()],
         "largest_difference": max(differences, key=lambda each: each["value"], default=None),
-        "largest_within_a_setting": max(known, default=None),
+        "largest_within_a_setting": max(within, default=None),
         "note": "; ".join(notes) or None,
     }
 
 
-def _median_loss(setting: Setting, step: int) -> float | None:
+def _finite_losses(setting: Setting, step: int) -> list[float]:
+    """The losses of all repeats; [] if one is NaN or infinite."""
     values = [run.losses[step] for run in setting.runs]
-    return median(values) if all(map(math.isfinite, values)) else None
-
-
-def _difference_within(setting: Setting, step: int) -> float | None:
-    values = [run.losses[step] for run in setting.runs]
-    return max(values) - min(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    return values if all(map(math.isfinite, values)) else []
 
 
 def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[str]:
@@ -280,8 +252,6 @@ def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[s
     if len(rounds) >= FEWEST_PAIRS and len(firsts) == 1:
         warnings.append("the same setting was always first, so the cost of the start of a round counts against it")
     if len(settings) > 2:
-        many = len(settings) - 1
-        warnings.append(
-            f"{many} settings are compared with the first: each interval is widened so that all hold at once"
-        )
+        what = f"{len(settings) - 1} settings are compared with the first"
+        warnings.append(f"{what}: each interval is widened so that all hold at once")
     return warnings

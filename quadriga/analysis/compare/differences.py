@@ -20,20 +20,9 @@ IGNORED_KEYS = frozenset(
     {"job.dump_folder", "job.description", "job.print_config", "job.save_config_file", "checkpoint.folder"}
 )
 DECISIVE_ENVIRONMENT = (
-    "quadriga",
-    "git.commit",
-    "libraries.torch",
-    "cuda",
-    "nccl",
-    "devices",
-    "world_size",
-    "backend",
-    "backends",
-    "cpu.architecture",
-    "cpu.threads_per_rank",
-    "environment.NNODES",
-    "environment.OMP_NUM_THREADS",
-    "environment.PYTORCH_ALLOC_CONF",
+    *("quadriga", "git.commit", "libraries.torch", "cuda", "nccl", "devices", "cpu.architecture"),
+    *("world_size", "backend", "backends", "cpu.threads_per_rank"),
+    *(f"environment.{name}" for name in ("NNODES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF")),
 )
 # Reported elsewhere, or without effect.
 UNREPORTED_ENVIRONMENT = ("command", "environment.COMM_BACKEND", "environment.LOG_RANK")
@@ -41,17 +30,8 @@ BACKEND_KEY = "comm.backend"
 # What follows from a varied key, and so differs too.
 IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
 # Settings that differ in one of these train on other batches.
-DATA_KEYS = frozenset(
-    {
-        "debug.seed",
-        "model.hf_assets_path",
-        "training.dataset",
-        "training.dataset_path",
-        "training.dataset_text_field",
-        "training.global_batch_size",
-        "training.seq_len",
-    }
-)
+DATASET_KEYS = ("training.dataset", "training.dataset_path", "training.dataset_text_field", "model.hf_assets_path")
+DATA_KEYS = frozenset({*DATASET_KEYS, "debug.seed", "training.global_batch_size", "training.seq_len"})
 MISSING_VALUE = "(missing)"
 MAX_REPORTED = 20  # keys or warnings of one report
 
@@ -110,7 +90,7 @@ def refuse_differing_repeats(setting: Setting, accepted: Sequence[str]) -> None:
         for key in decisive_keys(first, other):
             if key in accepted:
                 continue
-            what = ", ".join(f"{_format_value(run, key)} in {run.folder.name}" for run in (first, other))
+            what = ", ".join(f"{shortened(_value(run, key))} in {run.folder.name}" for run in (first, other))
             fix = f"remove the repeats that differ, or, if the difference is intended: --accept-difference {key}"
             raise UserError(Problem(str(setting.folder), f"its repeats differ in {key}: {what}", fix=fix))
 
@@ -123,9 +103,8 @@ def decisive_keys(one: RunFolder, other: RunFolder) -> list[str]:
 
 
 def differing_keys(one: Flat, other: Flat) -> list[str]:
-    return sorted(
-        key for key in one.keys() | other.keys() if one.get(key, MISSING_VALUE) != other.get(key, MISSING_VALUE)
-    )
+    keys = one.keys() | other.keys()
+    return sorted(key for key in keys if one.get(key, MISSING_VALUE) != other.get(key, MISSING_VALUE))
 
 
 def _remarks(settings: Sequence[Setting]) -> list[str]:
@@ -152,12 +131,8 @@ def _value(run: RunFolder, key: str) -> Any:
     return source.get(key.removeprefix("environment."), MISSING_VALUE)
 
 
-def _format_value(run: RunFolder, key: str) -> str:
-    return shortened(_value(run, key))
-
-
 def _problem(key: str, settings: Sequence[Setting]) -> Problem:
-    values = "; ".join(f"{setting.name}: {_format_value(setting.runs[0], key)}" for setting in settings)
+    values = "; ".join(f"{setting.name}: {shortened(_value(setting.runs[0], key))}" for setting in settings)
     what = f"the runs differ in more than was varied ({values})"
     fix = f"compare runs with the same value, or, if the difference is intended: --accept-difference {key}"
     return Problem(shortened(key, 200), shortened(what, 400), fix=shortened(fix, 400))

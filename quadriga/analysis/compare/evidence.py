@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ class SettingTraces:
             reasons.setdefault(why, []).append(str(number))
         return "; ".join(f"repeat {', '.join(numbers)}: {why}" for why, numbers in reasons.items())
 
+    def part_seconds(self, part: str, axis: str | None) -> dict[int, float]:
+        """Seconds of a step by number of the repeat, if they are known: of a part, the mean over ranks; of the exposed
+        communication on an axis, the sum over its collectives."""
+        found = {}
+        for number, analysis in self.analyses.items():
+            values = [rank["mean"].get(part) for rank in analysis["by_rank"]]
+            if axis is not None:
+                values = [row["exposed_s_a_step"] for row in analysis["collectives"] if row["axis"] == axis]
+            if None not in values and (values or axis is not None):
+                found[number] = sum(values) / (len(values) if axis is None else 1)
+        return found
+
 
 def analyse_setting(setting: Setting, analyse: Analyse) -> SettingTraces:
     analyses, missing = {}, {}
@@ -61,40 +73,12 @@ def time_by_part(settings: Sequence[Setting], traces: Mapping[str, SettingTraces
     listed by axis. None if a setting has no trace. A part that no trace shows has None for its seconds."""
     if not all(traces[setting.name].analyses for setting in settings):
         return None
-    parts = [_row(part, None, settings, partial(part_seconds, part), traces) for part in PARTS]
-    axes = traced_axes(traces.values())
-    return [
-        *parts,
-        *(_row(exposed_part_name(axis), axis, settings, partial(exposed_seconds, axis), traces) for axis in axes),
-    ]
-
-
-def _row(
-    part: str,
-    axis: str | None,
-    settings: Sequence[Setting],
-    read: Callable[[Analysis], float | None],
-    traces: Mapping[str, SettingTraces],
-) -> dict[str, Any]:
-    """`axis`: None for a whole part; an axis for its share of the exposed communication."""
-    by_run = []
-    for setting in settings:
-        values = [read(each) for each in traces[setting.name].analyses.values()]
-        known = [value for value in values if value is not None]
-        by_run.append({"run": setting.name, "seconds": median(known) if known else None})
-    return {"part": part, "axis": axis, "by_run": by_run}
-
-
-def part_seconds(part: str, analysis: Analysis) -> float | None:
-    """Seconds of a step, mean over ranks; None if it is not known for a rank."""
-    values = [rank["mean"].get(part) for rank in analysis["by_rank"]]
-    return sum(values) / len(values) if values and None not in values else None
-
-
-def exposed_seconds(axis: str, analysis: Analysis) -> float | None:
-    """Exposed seconds of a step in the collectives of one axis; None if it is not known for one of them."""
-    values = [found["exposed_s_a_step"] for found in analysis["collectives"] if found["axis"] == axis]
-    return sum(values) if None not in values else None
+    rows: list[dict[str, Any]] = [{"part": part, "axis": None, "by_run": []} for part in PARTS]
+    rows += [{"part": exposed_part_name(axis), "axis": axis, "by_run": []} for axis in traced_axes(traces.values())]
+    for row, setting in product(rows, settings):
+        known = traces[setting.name].part_seconds(row["part"], row["axis"]).values()
+        row["by_run"].append({"run": setting.name, "seconds": median([*known]) if known else None})
+    return rows
 
 
 def exposed_part_name(axis: str) -> str:
@@ -114,16 +98,16 @@ def verify_backend(setting: Setting, traces: SettingTraces) -> dict[str, Any]:
     total = sum(sent.amounts.values())
     rows: list[dict[str, Any]] | None = [
         {"axis": axis, "backend": backend, "share_of_bytes": amount / total}
-        for (axis, backend), amount in sorted(sent.amounts.items(), key=lambda item: -item[1])
+        for (axis, backend), amount in sent.amounts.most_common()
         if total
     ]
+    verified = False
     if traces.missing:
-        verified, why = False, f"{NO_TRACE} ({traces.why_missing()})"
-        rows = rows or None
+        why, rows = f"{NO_TRACE} ({traces.why_missing()})", rows or None
     elif sent.unknown_bytes:
-        verified, why = False, f"the traces do not show the bytes of {format_some(sorted(sent.unknown_bytes))}"
+        why = f"the traces do not show the bytes of {format_some(sorted(sent.unknown_bytes))}"
     elif not total:
-        verified, why = False, "the traces show no bytes between ranks"
+        why = "the traces show no bytes between ranks"
     else:
         verified, why = _verify(requested, declared, sent)
     why = why if verified else f"not credited: {why}"
@@ -181,11 +165,7 @@ def _verify(requested: str, declared: Mapping[str, str], sent: SentBytes) -> tup
     total = sum(sent.amounts.values())
     own = sum(amount for (_, backend), amount in sent.amounts.items() if backend == requested)
     elsewhere = declared.get("norms", requested)  # for axes without a declaration, such as reductions over all ranks
-    unexpected = {
-        (axis, backend): amount
-        for (axis, backend), amount in sent.amounts.items()
-        if backend != declared.get(axis, elsewhere)
-    }
+    unexpected = {key: sent.amounts[key] for key in sent.amounts if key[1] != declared.get(key[0], elsewhere)}
     if not own or sum(unexpected.values()) > TOLERATED_SHARE * total:
         (axis, backend), _ = max((unexpected or sent.amounts).items(), key=lambda item: item[1])
         share = sum(amount for (_, name), amount in sent.amounts.items() if name == backend) / total

@@ -85,34 +85,27 @@ def _names(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _backend_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    shares = row["carried"]
-    carried = (
-        None
-        if shares is None
-        else "; ".join(f"{each['axis']}: {each['backend']} ({_share(each['share_of_bytes'])})" for each in shares)
-    )
+    carried = None
+    if row["carried"] is not None:
+        carried = "; ".join(f"{each['axis']}: {each['backend']} ({_share(each)})" for each in row["carried"])
     return {**row, "asked": row["asked"] or "none", "carried": carried, "credited": "yes" if row["credited"] else "no"}
 
 
-def _share(part: float | None) -> str:
+def _share(carried: Mapping[str, Any]) -> str:
+    part = carried["share_of_bytes"]
     return "share not measurable" if part is None else f"{format_share(part)} of bytes"
 
 
 def _intervals(rated: Rows) -> str | None:
     """The plot of the ratios that have an interval; None if none has."""
     pairs = list(dict.fromkeys((ratio["run"], ratio["against"]) for ratio in rated))
-    drawn = [
-        Interval(
-            ratio["figure"] if len(pairs) == 1 else f"{ratio['figure']}: {ratio['run']}",
-            ratio["ratio"],
-            ratio["interval"][0],
-            ratio["interval"][1],
-            ratio["verdict"],
-            VERDICTS.get(ratio["verdict"], GREY),
-        )
-        for ratio in rated
-        if ratio["ratio"] is not None and ratio["interval"]
-    ]
+    drawn = []
+    for ratio in rated:
+        name = ratio["figure"] if len(pairs) == 1 else f"{ratio['figure']}: {ratio['run']}"
+        colour = VERDICTS.get(ratio["verdict"], GREY)
+        if ratio["ratio"] is not None and ratio["interval"]:
+            low, high = ratio["interval"]
+            drawn.append(Interval(name, ratio["ratio"], low, high, ratio["verdict"], colour))
     if not drawn:
         return None
     of = pairs[0][0] if len(pairs) == 1 else "each run"
@@ -158,10 +151,10 @@ def _where(parts: Rows) -> dict[str, Any]:
 
 def _losses(losses: Mapping[str, Any]) -> dict[str, Any]:
     steps = losses["steps"]
-    series = [
-        Series(run["run"], index, [(step, _figure(loss)) for step, loss in zip(steps, run["loss"], strict=True)])
-        for index, run in enumerate(losses["by_run"])
-    ]
+    series = []
+    for index, run in enumerate(losses["by_run"]):
+        values = [math.nan if loss is None else float(loss) for loss in run["loss"]]  # NaN is a gap in the curve
+        series.append(Series(run["run"], index, list(zip(steps, values, strict=True))))
     drawable = any(math.isfinite(loss) for each in series for _, loss in each.points)
     every = max(math.ceil(len(steps) / MAX_LOSS_ROWS), 1)
     chosen = sorted({*range(0, len(steps), every), len(steps) - 1})
@@ -171,7 +164,7 @@ def _losses(losses: Mapping[str, Any]) -> dict[str, Any]:
         "summary": _loss_summary(losses),
         "every": every,
         "rows": [
-            {"step": f"{steps[i]:,}", **{n: _loss(run["loss"][i]) for n, run in enumerate(losses["by_run"])}}
+            {n: _loss(run["loss"][i]) for n, run in enumerate(losses["by_run"])} | {"step": f"{steps[i]:,}"}
             for i in chosen
         ],
         "columns": [Column("step", "step"), *(Column(run["run"], n, str) for n, run in enumerate(losses["by_run"]))],
@@ -184,18 +177,11 @@ def _loss_summary(losses: Mapping[str, Any]) -> str:
     if largest and largest["value"] == 0:
         summary = "All runs have the same losses, to the last digit."
     elif largest:
-        summary = (
-            f"The largest difference is {format_number(largest['value'])}, at step {largest['step']}, "
-            f"between {' and '.join(largest['between'])}."
-        )
+        where = f"at step {largest['step']}, between {' and '.join(largest['between'])}"
+        summary = f"The largest difference is {format_number(largest['value'])}, {where}."
     if within is not None:
         summary += f" Repeats of one setting differ by {format_number(within)} at most."
     return f"{summary} {losses['note']}" if losses.get("note") else summary
-
-
-def _figure(loss: float | None) -> float:
-    """NaN for a loss that was not logged, which is a gap in the curve."""
-    return math.nan if loss is None else float(loss)
 
 
 def _loss(loss: float | None) -> str:

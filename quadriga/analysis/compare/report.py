@@ -7,6 +7,8 @@ from typing import Any
 
 from quadriga.analysis.compare.comparison import NO_DIFFERENCE, NOT_VERIFIED, TOO_FEW
 from quadriga.analysis.compare.statistics import FEWEST_PAIRS
+from quadriga.analysis.pages.numbers import aligned_lines
+from quadriga.units import plural
 
 Comparison = dict[str, Any]
 
@@ -35,7 +37,7 @@ def _answer(ratio: dict[str, Any], figure: dict[str, Any], comparison: Compariso
     run, other = ratio["run"], ratio["against"]
     medians = {each["run"]: format_value(each["median"], figure["unit"]) for each in figure["by_run"]}
     measured = f"{other} {medians[other]}, {run} {medians[run]}"
-    pairs = f"{ratio['pairs']} pair{'s' * (ratio['pairs'] != 1)}"
+    pairs = plural(ratio["pairs"], "pair")
     if ratio["verdict"] == TOO_FEW:
         return f"too few runs: {pairs}, at least {FEWEST_PAIRS} are needed ({measured})"
     low, high = speed_interval(ratio, figure["lower_is_better"])
@@ -88,8 +90,7 @@ def _setup(comparison: Comparison) -> Iterator[str]:
     if not varied:
         yield "nothing was varied: the runs have the same configuration"
     for run in comparison["runs"]:
-        count = run["repeats"]
-        yield f"  {run['name']}: {count} run{'s' * (count != 1)} in {run['folder']}"
+        yield f"  {run['name']}: {plural(run['repeats'], 'run')} in {run['folder']}"
     yield f"the first {comparison['warmup_steps']} steps of each run are excluded"
 
 
@@ -98,35 +99,24 @@ def _table(comparison: Comparison) -> Iterator[str]:
     rows = [("", "", "median", "middle half", "against the first", "interval", "")]
     for figure in comparison["figures"]:
         ratios = {ratio["run"]: ratio for ratio in figure["ratios"]}
-        for number, each in enumerate(figure["by_run"]):
-            low, high = (format_value(end, figure["unit"]) for end in each["spread"])
+        name, unit = figure["name"], figure["unit"]
+        label = f"{name}, {unit}" if unit.startswith("T") else str(name)
+        for each in figure["by_run"]:
+            middle, low, high = (format_value(value, unit) for value in (each["median"], *each["spread"]))
             ratio_cells = _ratio_cells(ratios[each["run"]]) if each["run"] in ratios else ("", "", "")
-            name = _name(figure) if number == 0 else ""
-            rows.append(
-                (name, each["run"], format_value(each["median"], figure["unit"]), f"{low} - {high}", *ratio_cells)
-            )
+            rows.append((label, each["run"], middle, f"{low} - {high}", *ratio_cells))
+            label = ""
     return _aligned(rows)
 
 
-def _name(figure: dict[str, Any]) -> str:
-    return f"{figure['name']}, {figure['unit']}" if figure["unit"].startswith("T") else str(figure["name"])
-
-
 def _ratio_cells(ratio: dict[str, Any]) -> tuple[str, str, str]:
-    change = f"{100 * (ratio['ratio'] - 1):+.1f} %"
-    if ratio["interval"] is None:
-        return change, "", ratio["verdict"]
-    low, high = ratio["interval"]
-    return change, _range(low, high), ratio["verdict"]
+    interval = _range(*ratio["interval"]) if ratio["interval"] else ""
+    return f"{100 * (ratio['ratio'] - 1):+.1f} %", interval, ratio["verdict"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Aligned columns: the first two and the last to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
-        yield "  ".join([*left, *right, row[-1]]).rstrip()
+    return aligned_lines(rows, [False, False, *[True] * (len(rows[0]) - 3), False])
 
 
 def _where(comparison: Comparison) -> Iterator[str]:
@@ -148,16 +138,14 @@ def _where(comparison: Comparison) -> Iterator[str]:
 
 def _losses(losses: dict[str, Any]) -> Iterator[str]:
     largest, within = losses["largest_difference"], losses["largest_within_a_setting"]
+    noise = "" if within is None else f"; repeats of one setting differ by at most {within:.3g}"
     if largest is None:
         yield "losses: no step was logged by all runs"
-    else:
-        steps = f"{len(losses['steps'])} logged steps"
+    elif largest["value"]:
         between = " and ".join(largest["between"])
-        noise = "" if within is None else f"; repeats of one setting differ by at most {within:.3g}"
-        if largest["value"]:
-            yield f"losses: at most {largest['value']:.3g} apart, at step {largest['step']}, between {between}{noise}"
-        else:
-            yield f"losses: equal to the last digit at all {steps}{noise}"
+        yield f"losses: at most {largest['value']:.3g} apart, at step {largest['step']}, between {between}{noise}"
+    else:
+        yield f"losses: equal to the last digit at all {len(losses['steps'])} logged steps{noise}"
     if losses["note"]:
         yield f"losses: {losses['note']}"
 

@@ -59,11 +59,11 @@ def cycle_of(profiling: Mapping[str, Any], steps: int) -> Cycle | None:
 
 def windows_of(records: Sequence[Record]) -> dict[int, list[StepWindow]]:
     """By attempt, all windows except the first, whose first step is unknown."""
-    found: dict[int, list[StepWindow]] = {}
-    for attempt, group in groupby(records, key=lambda record: int(record["attempt"])):
-        own = list(group)
-        found[attempt] = [StepWindow(before["step"] + 1, after["step"], after) for before, after in pairwise(own)]
-    return found
+    groups = groupby(records, key=lambda record: int(record["attempt"]))
+    return {
+        attempt: [StepWindow(before["step"] + 1, after["step"], after) for before, after in pairwise(own)]
+        for attempt, own in groups
+    }
 
 
 def counted_windows(
@@ -241,12 +241,11 @@ def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[
         by_folder = {setting["folder"]: str(setting["name"]) for setting in bench["settings"]}
         return [by_folder[folder.resolve().name] for folder in settings]
     parts = [folder.resolve().parts for folder in settings]
-    longest = max(map(len, parts))
-    lengths = (length for length in range(1, longest + 1) if len({own[-length:] for own in parts}) == len(parts))
-    length = next(lengths, None)
-    if length is None:
-        raise UserError(Problem("RUN", "the same folder is named twice", str(settings[0])))
-    return ["/".join(own[-length:]) for own in parts]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(Problem("RUN", "the same folder is named twice", str(settings[0])))
 
 
 def read_run_folder(folder: Path, number: int, warmup: int) -> RunFolder:
@@ -283,12 +282,10 @@ def check_whole_numbers(path: Path, config: Flat) -> None:
     profiled = config.get("profiling.enable_profiling") is True
     for key, least in MINIMUM_VALUES.items():
         value = config.get(key)
-        if key.startswith("profiling.") and not profiled:
-            continue
-        if type(value) is not int or not least <= value < 2**63:
+        is_used = profiled or not key.startswith("profiling.")
+        if is_used and (type(value) is not int or not least <= value < 2**63):
             fix = "name the folder of a finished run (job.dump_folder)"
-            what = "is missing" if value is None else "is not a valid integer"
-            shown = None if value is None else shortened(repr(value))
+            what, shown = ("is missing", None) if value is None else ("is not a valid integer", shortened(repr(value)))
             raise UserError(Problem(key, what, shown, source=str(path), allowed=f"{least} or more", fix=fix))
 
 
@@ -303,10 +300,8 @@ def flatten_tables(tables: Mapping[str, Any], prefix: str = "") -> Flat:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat: Flat = {}
     for name, value in tables.items():
-        if isinstance(value, dict):
-            flat |= flatten_tables(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        is_table = isinstance(value, dict)
+        flat |= flatten_tables(value, f"{prefix}{name}.") if is_table else {prefix + name: value}
     return flat
 
 

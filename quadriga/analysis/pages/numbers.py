@@ -76,11 +76,13 @@ class Column:
 def format_table(columns: Sequence[Column], rows: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
     """A table for a terminal. None is shown as `-`."""
     cells = [["-" if (cell := column.cell(row)) is None else str(cell) for column in columns] for row in rows]
-    lines = [[column.title for column in columns], *cells]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:
-        aligned = [
-            cell.rjust(width) if column.formatter else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        ]
-        yield ("  " + "  ".join(aligned)).rstrip()
+    titles, are_figures = [column.title for column in columns], [column.formatter is not None for column in columns]
+    return (f"  {line}".rstrip() for line in aligned_lines([titles, *cells], are_figures))
+
+
+def aligned_lines(rows: Sequence[Sequence[str]], to_the_right: Sequence[bool]) -> Iterator[str]:
+    """The rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, to_the_right, strict=True)
+        yield "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()

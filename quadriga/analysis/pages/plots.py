@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from markupsafe import Markup
 
@@ -62,9 +63,8 @@ def series_legend(series: Sequence[Series], *, lines: bool) -> Markup:
     listed = []
     for each in series:
         dash = _line([(0.0, 7.0), (30.0, 7.0)], each.index) if lines else None
-        listed.append(
-            tag("li", tag("svg", dash, marker(each.index, 15, 7), width=30, height=14, aria_hidden="true"), each.name)
-        )
+        swatch = tag("svg", dash, marker(each.index, 15, 7), width=30, height=14, aria_hidden="true")
+        listed.append(tag("li", swatch, each.name))
     return tag("ul", *listed, class_="legend")
 
 
@@ -72,14 +72,11 @@ def log_log_plot(
     title: str, series: Sequence[Series], x_title: str, y_title: str, x_formatter: Formatter, y_formatter: Formatter
 ) -> Markup:
     """Points on two logarithmic axes. Values must be above 0."""
-    points = [point for each in series for point in each.points]
-    x = logarithmic([point[0] for point in points], SIDE, WIDTH - RIGHT)
-    y = logarithmic([point[1] for point in points], TOP + HEIGHT, TOP)
-    marks = [
-        marker(each.index, x(a), y(b), f"{each.name}: {x_formatter(a)}, {y_formatter(b)}")
-        for each in series
-        for a, b in each.points
-    ]
+    points = [(each, *point) for each in series for point in each.points]
+    x = logarithmic([a for _, a, _ in points], SIDE, WIDTH - RIGHT)
+    y = logarithmic([b for _, _, b in points], TOP + HEIGHT, TOP)
+    hints = [f"{each.name}: {x_formatter(a)}, {y_formatter(b)}" for each, a, b in points]
+    marks = [marker(each.index, x(a), y(b), hint) for (each, a, b), hint in zip(points, hints, strict=True)]
     frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, x_formatter), _vertical_axis(y, y_title, y_formatter))
     return picture(title, TOP + HEIGHT + AXIS, *frame, *marks)
 
@@ -91,31 +88,24 @@ def line_plot(title: str, series: Sequence[Series], x_title: str, y_title: str) 
     y = linear([point[1] for point in finite], TOP + HEIGHT, TOP)
     drawn: list[Markup] = []
     for each in series:
-        for run in _unbroken(each.points):
-            drawn.append(_line([(x(a), y(b)) for a, b in run], each.index))
+        drawn += [_line([(x(a), y(b)) for a, b in run], each.index) for run in _unbroken(each.points)]
         every = max(len(each.points) // 12, 1)
-        some = [(a, b) for a, b in each.points[each.index % every :: every] if math.isfinite(b)]
-        drawn += [
-            marker(each.index, x(a), y(b), f"{each.name}, {format_number(a)}: {format_number(b)}") for a, b in some
-        ]
+        for a, b in each.points[each.index % every :: every]:
+            hint = f"{each.name}, {format_number(a)}: {format_number(b)}"
+            drawn += [marker(each.index, x(a), y(b), hint)] if math.isfinite(b) else []
     frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, format_number), _vertical_axis(y, y_title, format_number))
     return picture(title, TOP + HEIGHT + AXIS, *frame, *drawn)
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    runs: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if math.isfinite(point[1]):
-            runs[-1].append(point)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+    """The runs of points whose values are finite."""
+    runs = groupby(points, key=lambda point: math.isfinite(point[1]))
+    return [list(run) for is_finite, run in runs if is_finite]
 
 
 def _line(points: Sequence[tuple[float, float]], index: int) -> Markup:
-    way = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    number_of_line = index % len(DASHES)
-    return tag("path", d=way, class_=f"line{number_of_line}", stroke_dasharray=DASHES[number_of_line])
+    way, style = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points), index % len(DASHES)
+    return tag("path", d=way, class_=f"line{style}", stroke_dasharray=DASHES[style])
 
 
 def _vertical_axis(scale: Scale, title: str, formatter: Formatter) -> Markup:
