@@ -46,13 +46,13 @@ def usage(parser: Parser) -> str:
     """The line of usage. It is not argparse's, which differs between releases of Python."""
     words = [parser.prog]
     for action in arguments(parser):
-        shown = " ".join(filter(None, [*action.option_strings[-1:], value_of(action)]))
+        shown = " ".join(filter(None, [*action.option_strings[-1:], placeholder_of(action)]))
         optional = not action.required or action.nargs in ("?", "*")
         words.append(f"[{shown}]" if optional else shown)
     return " ".join(words)
 
 
-def value_of(action: argparse.Action) -> str:
+def placeholder_of(action: argparse.Action) -> str:
     """The placeholder of an argument's value; empty for a switch."""
     if action.nargs == 0:
         return ""
@@ -64,6 +64,6 @@ def value_of(action: argparse.Action) -> str:
 def rows(parser: Parser) -> list[tuple[str, str]]:
     """(argument, meaning) of a command."""
     return [
-        (f"`{' '.join(filter(None, [', '.join(action.option_strings), value_of(action)]))}`", action.help or "")
+        (f"`{' '.join(filter(None, [', '.join(action.option_strings), placeholder_of(action)]))}`", action.help or "")
         for action in arguments(parser)
     ]

@@ -146,10 +146,10 @@ class _BackwardWalk:
 
     def run(self) -> float:
         for operation in reversed(self._all.trace.operations):
-            self.step_through(operation)
+            self._step_through(operation)
         return self.peak
 
-    def step_through(self, operation: Operation) -> None:
+    def _step_through(self, operation: Operation) -> None:
         sizes, local_sizes = self._all.sizes, self._all.local_sizes
         given = self._gradients.pop(operation.output, 0.0)
         if operation.kind == "add":  # both inputs get the same gradient, in one tensor
@@ -160,7 +160,9 @@ class _BackwardWalk:
             made = [sizes[name] for name in operation.inputs]
             if operation.matrix is not None:
                 self._weights += self._weight * operation.matrix[0] * operation.matrix[1] / local_sizes.tp
-            temporary = self._temporary_bytes(operation)
+            # A norm that is not one kernel works on copies.
+            unscaled = [name for name in operation.extra if "unscaled" in name and operation.kind == "norm"]
+            temporary = 3 * self._all.bytes(unscaled)
             self.peak = max(self.peak, self._alive_bytes() + given + sum(made) + temporary)
             if self._keeps_output_grads and operation.kind in WEIGHTED:
                 self._kept += sizes[operation.output]
@@ -170,9 +172,3 @@ class _BackwardWalk:
                 self._gradients[name] = max(self._gradients.get(name, 0.0), size)
         self._alive -= {name for name in operation.saved if self._first_use[name] is operation}
         self.peak = max(self.peak, self._alive_bytes())
-
-    def _temporary_bytes(self, operation: Operation) -> float:
-        """Temporary bytes of the operation's backward pass: a norm that is not one kernel works on copies."""
-        if operation.kind == "norm" and any("unscaled" in name for name in operation.extra):
-            return 3 * self._all.bytes(name for name in operation.extra if "unscaled" in name)
-        return 0.0

@@ -58,21 +58,15 @@ def calibrate(folder: Path, run: Run, device: Device | None, seconds: ProfiledSt
     sent = sum(call.wire_bytes for call in collective_calls(setup, 0))
     if seconds.collectives > 0 and sent:
         link = sent / (scale * seconds.collectives)
-    products = _by_direction(
-        *(forward.products, work.forward_products - forward.products, work.products - work.forward_products),
-        seconds.forward_products,
-        seconds.products,
-    )
-    attention = _by_direction(
-        *(forward.attention, work.forward_attention - forward.attention, work.attention - work.forward_attention),
-        seconds.forward_attention,
-        seconds.attention,
-    )
+    flops = (forward.products, work.forward_products, work.products)
+    forward_products, products = _by_direction(*flops, seconds.forward_products, seconds.products)
+    flops = (forward.attention, work.forward_attention, work.attention)
+    forward_attention, attention = _by_direction(*flops, seconds.forward_attention, seconds.attention)
     return Rates(
-        products=products[1] / scale,
-        attention=attention[1] / scale,
-        forward_products=products[0] / scale,
-        forward_attention=attention[0] / scale,
+        products=products / scale,
+        attention=attention / scale,
+        forward_products=forward_products / scale,
+        forward_attention=forward_attention / scale,
         memory=work.memory / (scale * rest),
         link=link or float("inf"),
         network=device.network_bandwidth if device else link or float("inf"),
@@ -83,9 +77,11 @@ def calibrate(folder: Path, run: Run, device: Device | None, seconds: ProfiledSt
 
 
 def _by_direction(
-    forward: float, again: float, backward: float, forward_seconds: float | None, seconds: float
+    forward: float, with_recompute: float, whole: float, forward_seconds: float | None, seconds: float
 ) -> tuple[float, float]:
-    """FLOP/s of the forward and of the backward pass. `again`: FLOP that the backward pass recomputes."""
+    """FLOP/s of the forward and of the backward pass. FLOP of the forward pass, with what the backward pass recomputes,
+    and of all passes."""
+    again, backward = with_recompute - forward, whole - with_recompute
     if not forward_seconds:
         return (both := (forward + again + backward) / seconds), both
     rate = forward / forward_seconds
@@ -108,10 +104,8 @@ def seconds_a_step(records: Sequence[Mapping[str, Any]], profiling: Profiling, f
     attempt = [record for record in records if record["attempt"] == newest]  # each attempt warms up again
     first, last = attempt[0]["step"], attempt[-1]["step"]
     cycle = Cycle.of_run(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
-    settled = attempt[2:] or attempt
-    undisturbed = [
-        each for each in settled if not profiling.enable_profiling or not cycle.disturbs(each["step"], first)
-    ]
+    settled, profiled = attempt[2:] or attempt, profiling.enable_profiling
+    undisturbed = [each for each in settled if not (profiled and cycle.disturbs(each["step"], first))]
     return statistics.median(each["step_seconds"] for each in (undisturbed if len(undisturbed) >= 3 else settled))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from quadriga.planning.passes import PassSnapshot, StagePasses
@@ -110,14 +111,9 @@ class Memory:
     @property
     def binding(self) -> tuple[str, ...]:
         """The largest kinds of the peak, the largest first, that make up two thirds of it."""
-        named: list[str] = []
-        so_far = 0.0
-        for kind, size in sorted(self.peak.by_kind.items(), key=lambda part: -part[1]):
-            if so_far >= 2 / 3 * self.peak.total:
-                break
-            named.append(kind)
-            so_far += size
-        return tuple(named)
+        kinds = sorted(self.peak.by_kind.items(), key=lambda part: -part[1])
+        before = accumulate((size for _, size in kinds), initial=0.0)
+        return tuple(kind for (kind, _), size in zip(kinds, before, strict=False) if size < 2 / 3 * self.peak.total)
 
 
 def memory_of(setup: Setup, rank: int) -> Memory:
@@ -175,15 +171,10 @@ class _Rank:
         setup = self.setup
         held = 0 if setup.offload else self.held
         state = {"parameters": setup.parameter_bytes * held, "optimizer state": 2 * setup.moment_bytes * held}
-        return PassSnapshot.of("always", {**state, "tables and messages": setup.table_bytes + self._messages})
-
-    @property
-    def _messages(self) -> float:
-        """Receive buffers of a pipeline: hidden states of the previous stage, gradients of the next."""
-        if self.setup.degrees.pp == 1:
-            return 0.0
+        # Receive buffers of a pipeline: hidden states of the previous stage, gradients of the next.
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
-        return neighbours * self.setup.micro_batches_per_call * self.setup.block.sizes["x"]
+        messages = neighbours * setup.micro_batches_per_call * setup.block.sizes["x"]
+        return PassSnapshot.of("always", {**state, "tables and messages": setup.table_bytes + messages})
 
     def held_activations(self, load: Load) -> float:
         """Bytes of the activations of all passes, including the running one."""
@@ -203,8 +194,11 @@ class _Rank:
             reduced = max(each.reduction_bytes for each in self.passes)
             by_kind = {"gathered_parameters": self._unsharded_bytes or 0.0, "gradients": final, "reduction": reduced}
             yield self._snapshot(PassSnapshot.of("reductions", by_kind), NO_OTHER_PASSES)
-        by_kind = {"gradients": final, "temporaries": self._update}
-        yield self._snapshot(PassSnapshot.of("optimizer", by_kind), NO_OTHER_PASSES)
+        setup, units = self.setup, [unit for stage in self.stages for unit, _ in stage.units()]
+        largest = max(unit.largest(setup.degrees.tp, setup.shards) for unit in units)
+        update = 0.0 if setup.offload else setup.update_bytes(self.held, largest)
+        optimizer = PassSnapshot.of("optimizer", {"gradients": final, "temporaries": update})
+        yield self._snapshot(optimizer, NO_OTHER_PASSES)
 
     def _snapshot(self, in_pass: PassSnapshot, others: OtherPasses) -> MemorySnapshot:
         return MemorySnapshot(in_pass.name, self._static, in_pass, others, self.setup.keeps_unsharded_grads)
@@ -225,10 +219,3 @@ class _Rank:
         gradients = sum(self.passes[number].final_grads for number in with_grads)
         activations = self.held_activations(load) - self.passes[place].held_until_backward
         return OtherPasses(activations, gradients, load.has_weight_grads[place])
-
-    @property
-    def _update(self) -> float:
-        """Temporary bytes of the update."""
-        setup, units = self.setup, [unit for stage in self.stages for unit, _ in stage.units()]
-        largest = max(unit.largest(setup.degrees.tp, setup.shards) for unit in units)
-        return 0.0 if setup.offload else setup.update_bytes(self.held, largest)

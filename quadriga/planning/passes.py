@@ -47,6 +47,14 @@ class StagePasses:
         self.loss_copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
+        output_layer = setup.head.trace.operations[-1]
+        self._head_input, matrix = output_layer.inputs[0], output_layer.matrix
+        assert matrix is not None
+        self._output_matrix = matrix[0] * matrix[1] // self.tp  # elements on this rank
+        # If one unit is at both ends, it stays gathered, with unreduced gradients, during all blocks.
+        self._is_tied = stage.first and stage.last and len(stage.others) == 1
+        self._head_units = stage.others[-1:] if stage.last else ()
+        self._first_units = tuple(unit for unit in stage.others if self._is_tied or unit not in self._head_units)
         self._snapshots = dict[tuple[str, bool], tuple[PassSnapshot, ...]]()
 
     # --- saved until the backward pass -------------------------------------------------------------------------------
@@ -74,22 +82,9 @@ class StagePasses:
     def head_activations(self) -> float:
         """Saved bytes of the last norm and the output layer. A chunked loss saves gradients instead of the input."""
         head = self.setup.head
-        if not self.stage.last:
-            return 0.0
-        if self.loss_chunks == 1:
-            return head.bytes(head.all_saved)
-        return head.bytes(head.all_saved - {self._head_input}) + self._loss_chunk_grads
-
-    @property
-    def _head_input(self) -> str:
-        return self.setup.head.trace.operations[-1].inputs[0]
-
-    @property
-    def _output_matrix(self) -> int:
-        """Elements of the output matrix on this rank."""
-        matrix = self.setup.head.trace.operations[-1].matrix
-        assert matrix is not None
-        return matrix[0] * matrix[1] // self.tp
+        if self.stage.last and self.loss_chunks > 1:
+            return head.bytes(head.all_saved - {self._head_input}) + self._loss_chunk_grads
+        return head.bytes(head.all_saved) if self.stage.last else 0.0
 
     @property
     def _loss_chunk_grads(self) -> float:
@@ -156,21 +151,6 @@ class StagePasses:
 
         return max((of(unit) for unit, _ in self.stage.units()), default=0.0)
 
-    @property
-    def _head_units(self) -> tuple[Unit, ...]:
-        return self.stage.others[-1:] if self.stage.last else ()
-
-    @property
-    def _is_tied(self) -> bool:
-        """Whether one unit is at both ends. It stays gathered, with unreduced gradients, during all blocks."""
-        return self.stage.first and self.stage.last and len(self.stage.others) == 1
-
-    @property
-    def _first_units(self) -> tuple[Unit, ...]:
-        if self._is_tied:
-            return self.stage.others
-        return tuple(unit for unit in self.stage.others if unit not in self._head_units)
-
     # --- moments -----------------------------------------------------------------------------------------------------
 
     def snapshots(self, kind: str, has_weight_grads: bool) -> tuple[PassSnapshot, ...]:
@@ -187,8 +167,10 @@ class StagePasses:
 
     def _named_bytes(self, kind: str, has_weight_grads: bool) -> Iterator[NamedBytes]:
         """The first stage needs no gradients of its input, so its whole backward pass is in the second part (W)."""
-        if kind == "F":
-            yield from self._loss(has_weight_grads)
+        if kind == "F" and self.stage.last:
+            cast = FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
+            bytes_per_logit = self.setup.itemsize + cast + FLOAT32_BYTES * (1 + self.loss_copies[0])
+            yield "loss", self._loss_bytes(has_weight_grads, bytes_per_logit)
         elif kind == "B" or (kind == "W" and self.stage.first):
             yield from self._backward(has_weight_grads)
         elif kind == "I" and not self.stage.first:
@@ -199,12 +181,6 @@ class StagePasses:
     def _existing_grads(self, has_weight_grads: bool) -> float:
         """Bytes of existing gradients of parameters."""
         return self.final_grads if has_weight_grads else 0.0
-
-    def _loss(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
-        if self.stage.last:
-            cast = FLOAT32_BYTES if self.setup.itemsize < FLOAT32_BYTES else 0
-            bytes_per_logit = self.setup.itemsize + cast + FLOAT32_BYTES * (1 + self.loss_copies[0])
-            yield "loss", self._loss_bytes(has_weight_grads, bytes_per_logit)
 
     def _loss_bytes(self, has_weight_grads: bool, bytes_per_logit: float) -> dict[str, float]:
         setup, head = self.setup, self.setup.head
@@ -223,7 +199,7 @@ class StagePasses:
         if self.stage.last:
             yield from self._output_layer(has_weight_grads)
         yield from self._blocks(has_weight_grads)
-        if self.stage.first:
+        if self.stage.first and self.stage.others:
             yield from self._embedding(has_weight_grads)
 
     def _output_layer(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
@@ -267,8 +243,7 @@ class StagePasses:
             yield f"{name}, reduction", {**alive, "gradients": grads, "reduction": sent, "activations": kept}
 
     def _embedding(self, has_weight_grads: bool) -> Iterator[NamedBytes]:
-        if not self.stage.others:
-            return
+
         embedding = self.stage.others[0]
         made = self._unreduced_grads(embedding) if not has_weight_grads or self.setup.uses_fsdp else 0.0
         done = self.final_grads if has_weight_grads else self.final_grads - self._final_grads(embedding)

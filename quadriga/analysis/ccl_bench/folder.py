@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from quadriga.analysis.trace.fields import numel
 from quadriga.analysis.trace.find import find_traces, rank_in_name
-from quadriga.analysis.trace.intervals import window_index
-from quadriga.analysis.trace.read import STEP_MARK, EventTable, read_trace
+from quadriga.analysis.trace.intervals import Spans, make_spans, window_index
+from quadriga.analysis.trace.read import EventTable, read_trace, step_marks
 from quadriga.errors import Problem, UserError
 
 RANK_FILE = re.compile(r"(?:rank([0-9]{1,6})_trace|kineto_trace_([0-9]{1,6}))\.json$")
@@ -84,12 +84,11 @@ def read_rank_summary(rank: int, path: Path) -> RankSummary:
     """Steps and embedding look-ups of one trace. Raises UserError if the file is not a trace."""
     trace = read_trace(path, rank)
     ops = trace.ops
-    numbers = {number: int(match[1]) for number, name in enumerate(trace.names) if (match := STEP_MARK.match(name))}
-    marked = np.flatnonzero(np.isin(ops.name, list(numbers)))
-    spans = {numbers[int(ops.name[at])]: (float(ops.start[at]), float(ops.end[at])) for at in marked}
-    marks = dict(sorted(spans.items()))
-    steps = {number: end - start for number, (start, end) in marks.items()}
-    tokens, table = _looked_up(ops, np.flatnonzero(trace.is_named(ops, EMBEDDING_LOOKUP)), list(marks.values()))
+    marks = {step.number: step for step in step_marks(ops, trace.names)}
+    steps = {number: marks[number].seconds for number in sorted(marks)}
+    in_time = sorted(marks.values(), key=lambda step: (step.start, step.end))
+    windows = make_spans([step.start for step in in_time], [step.end for step in in_time])
+    tokens, table = _looked_up(ops, np.flatnonzero(trace.is_named(ops, EMBEDDING_LOOKUP)), windows)
     return RankSummary(rank, steps, tokens, table)
 
 
@@ -105,12 +104,12 @@ def without_ends(steps: list[Any]) -> list[Any]:
     return steps[1:-1] if len(steps) > 2 else steps
 
 
-def _looked_up(
-    ops: EventTable, lookups: NDArray[np.intp], marks: Sequence[tuple[float, float]]
-) -> tuple[int | None, int | None]:
-    """Tokens looked up in the median step, and elements of the table. Nested look-ups count once."""
-    tokens = [0] * len(marks)
-    windows = np.array(sorted(marks)).reshape(-1, 2)
+def _looked_up(ops: EventTable, lookups: NDArray[np.intp], windows: Spans) -> tuple[int | None, int | None]:
+    """Tokens looked up in the median step, and elements of the table. Nested look-ups count once.
+
+    `windows`: the steps, in the order of time.
+    """
+    tokens = [0] * len(windows)
     order = lookups[np.lexsort((-ops.end[lookups], ops.start[lookups]))]
     table, end = None, -1.0
     for at, place in zip(order.tolist(), window_index(ops.start[order], windows).tolist(), strict=True):

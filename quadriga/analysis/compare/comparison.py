@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
@@ -33,33 +33,26 @@ Values = dict[int, list[float]]  # of one setting, by number of the repeat
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of the comparison. `values`: its values in one run. `verdicts`: for a run with a better and with a worse
-    value than the first setting."""
+    """A figure of the comparison. `verdicts`: for a run with a better and with a worse value than the first setting.
+    `is_peak`: the value of a run is the largest of its windows."""
 
     name: str
     unit: str
     lower_is_better: bool
-    values: Callable[[RunFolder], list[float]]
     verdicts: tuple[str, str] = ("better", "worse")
+    is_peak: bool = False
+
+    def values(self, run: RunFolder) -> list[float]:
+        values = run.window_values(LOGGED_NAMES.get(self.name, self.name))
+        return [max(values)] if self.is_peak and values else values
 
 
-def _peak(name: str) -> Callable[[RunFolder], list[float]]:
-    return lambda run: [max(values)] if (values := run.window_values(name)) else []
-
-
-def _each(name: str) -> Callable[[RunFolder], list[float]]:
-    return lambda run: run.window_values(name)
-
-
+LOGGED_NAMES = {STEP_TIME: "step_seconds"}  # of figures whose name in the records differs
 COMPARED_METRICS = (
-    Metric(STEP_TIME, "s", True, _each("step_seconds"), SPEED),
-    Metric(THROUGHPUT, "tokens/s", False, _each("tokens_per_second"), SPEED),
-    Metric("tflops", "TFLOP/s per device", False, _each("tflops")),
-    Metric("mfu", "share", False, _each("mfu")),
-    Metric("memory_reserved_gib", "GiB", True, _peak("memory_reserved_gib")),
-    Metric("memory_active_gib", "GiB", True, _peak("memory_active_gib")),
-    Metric("memory_peak_gib", "GiB", True, _peak("memory_peak_gib")),
-    Metric("data_wait_share", "share", True, _each("data_wait_share")),
+    *(Metric(STEP_TIME, "s", True, SPEED), Metric(THROUGHPUT, "tokens/s", False, SPEED)),
+    *(Metric("tflops", "TFLOP/s per device", False), Metric("mfu", "share", False)),
+    *(Metric(f"memory_{kind}_gib", "GiB", True, is_peak=True) for kind in ("reserved", "active", "peak")),
+    Metric("data_wait_share", "share", True),
 )
 
 
@@ -158,10 +151,9 @@ def compare_metrics(
         found.append(_compared(metric, settings, values, rounds, unverified))
     for axis in (None, *traced_axes(traces.values())):
         name = EXPOSED if axis is None else exposed_part_name(axis)
-        metric = Metric(name, "s", True, lambda _run: [])
         seconds = [traces[setting.name].part_seconds(name, axis) for setting in settings]
         values = [{number: [value] for number, value in own.items()} for own in seconds]
-        found.append(_compared(metric, settings, values, rounds, unverified))
+        found.append(_compared(Metric(name, "s", True), settings, values, rounds, unverified))
     return [each for each in found if each is not None]
 
 

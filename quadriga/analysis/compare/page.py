@@ -12,7 +12,7 @@ from typing import Any
 
 from quadriga.analysis.compare.report import format_answers, format_value
 from quadriga.analysis.pages.charts import Bar, BarPart, legend, stacked_bars
-from quadriga.analysis.pages.markup import render
+from quadriga.analysis.pages.markup import render_page
 from quadriga.analysis.pages.numbers import Column, format_duration, format_number, format_share
 from quadriga.analysis.pages.plots import Interval, Series, interval_plot, line_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREY, VERMILION
@@ -46,7 +46,7 @@ def comparison_page(comparison: Comparison) -> str:
     rated = [{**ratio, "figure": figure["name"]} for figure in figures for ratio in figure["ratios"]]
     keys = list(dict.fromkeys(key for run in comparison["runs"] for key in run["values"]))
     warned = [f"{run['name']}: {line}" for run in comparison["runs"] for line in run["warnings"]]
-    return render(
+    return render_page(
         "compare/page.jinja",
         title=f"{' and '.join(names)} compared" if len(names) == 2 else f"{len(names)} runs compared",
         source=_varied(comparison["varied"]),

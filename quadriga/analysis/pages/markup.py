@@ -16,7 +16,7 @@ from quadriga.analysis.pages.style import DARK, LIGHT, ON_DARK, ON_LIGHT
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
-def printable(value: object) -> str:
+def html_text(value: object) -> str:
     """A value as text without characters that HTML or UTF-8 files cannot have. Markup is unchanged, None is empty."""
     if isinstance(value, Markup):
         return value
@@ -26,14 +26,14 @@ def printable(value: object) -> str:
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parents[1]),
     autoescape=True,
-    finalize=printable,  # of each value, before it is escaped
+    finalize=html_text,  # of each value, before it is escaped
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
 
 
-def render(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """The page of a template, by its path in `analysis`."""
     themes = {"light": (LIGHT, ON_LIGHT), "dark": (DARK, ON_DARK)}
     return TEMPLATES.get_template(template).render(themes=themes, **values)
@@ -46,11 +46,11 @@ def tag(name: str, /, *children: str | None, **attributes: object) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{given}>{Markup('').join(map(printable, children))}</{name}>")
+    return Markup(f"<{name}{given}>{Markup('').join(map(html_text, children))}</{name}>")
 
 
 def _attribute(value: object) -> str:
     """Coordinates with two decimals: more are not visible, and pages stay small."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
-    return escape(printable(value))
+    return escape(html_text(value))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quadriga.analysis.pages.charts import Bar, BarPart, Strip, legend, stacked_bars, timeline_chart
-from quadriga.analysis.pages.markup import render
+from quadriga.analysis.pages.markup import render_page
 from quadriga.analysis.pages.numbers import (
     Column,
     format_decimal_bytes,
@@ -107,7 +107,7 @@ def trace_page(analysis: Mapping[str, Any]) -> str:
     sizes = [{"name": name, **size} for name, sizes in named for size in sizes]
     verdicts = {True: "equal", False: "different"}
     shown = f"{len(analysis['ranks'])} of {analysis['world_size']} ranks, {_steps(analysis['steps'])}"
-    return render(
+    return render_page(
         "trace/page.jinja",
         title="Where a step's time went",
         source=f"{analysis['source']}: {shown}, {analysis['device_type']}",

@@ -83,11 +83,8 @@ def step_breakdown(found: DeviceActivity, step: Step) -> dict[str, float | None]
 
 def mean_breakdown(steps: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Means over steps. A figure must be None in all steps or in none."""
-    result: dict[str, float | None] = {}
-    for name in steps[0]:
-        values = [value for step in steps if (value := step[name]) is not None]
-        result[name] = sum(values) / len(values) if values else None
-    return result
+    values = {name: [value for step in steps if (value := step[name]) is not None] for name in steps[0]}
+    return {name: sum(own) / len(own) if own else None for name, own in values.items()}
 
 
 def seconds_of(calls: list[Call], found: DeviceActivity, steps: Spans) -> tuple[float, float]:
@@ -112,11 +109,10 @@ def timeline_strips(
     for call in without_host_calls(found.calls):
         if len(call.rows) and call.end > step.start and call.start < step.end:
             sent[f"{call.axis} {call.info.kind}"].append(call.rows)
-    communication = [EMPTY] if active.communication is None else [active.communication]
-    waited = EMPTY if active.data_wait is None else active.data_wait
-    copies = EMPTY if active.memcpy is None else active.memcpy
+    parts = (active.communication, active.data_wait, active.memcpy)
+    communication, waited, copies = (EMPTY if part is None else part for part in parts)
     whole = np.array([[step.start, step.end]])
-    idle = subtract(subtract(whole, union(active.compute, copies, *communication)), waited)
+    idle = subtract(subtract(whole, union(active.compute, copies, communication)), waited)
     streams = {
         "compute": {"compute": active.compute},
         "communication": {name: union(*rows) for name, rows in sent.items()},

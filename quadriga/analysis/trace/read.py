@@ -11,7 +11,7 @@ import re
 import statistics
 from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,20 @@ def steps_of(
     return (Step(0, 0.0, whole, thread),), warnings
 
 
+def step_marks(ops: EventTable, names: list[str], first: int = 0) -> Iterator[Step]:
+    """The marks of steps, in the order of the file."""
+    numbers = {place: int(match[1]) for place, name in enumerate(names) if (match := STEP_MARK.match(name))}
+    for at in np.flatnonzero(np.isin(ops.name, list(numbers))):
+        number = first + numbers[int(ops.name[at])]
+        yield Step(number, float(ops.start[at]), float(ops.end[at]), int(ops.thread[at]))
+
+
 def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
     """Each step once, in the order of starts."""
-    matches = {number: int(match.group(1)) for number, name in enumerate(names) if (match := STEP_MARK.match(name))}
-    places = np.flatnonzero(np.isin(ops.name, list(matches)))
-    work = np.bincount(ops.thread) if len(ops) else np.empty(0, dtype=np.int64)
+    work = np.bincount(ops.thread)
     by_number: dict[int, list[Step]] = defaultdict(list)
-    for at in places:
-        number = first + matches[int(ops.name[at])]
-        by_number[number].append(Step(number, float(ops.start[at]), float(ops.end[at]), int(ops.thread[at])))
+    for step in step_marks(ops, names, first):
+        by_number[step.number].append(step)
     found: list[Step] = []
     for steps in by_number.values():
         thread = max(steps, key=lambda step: (work[step.thread], -step.start)).thread
