@@ -174,7 +174,7 @@ class _Rank:
         # Receive buffers of a pipeline: hidden states of the previous stage, gradients of the next.
         neighbours = sum((not stage.first) + (not stage.last) for stage in self.stages)
         messages = neighbours * setup.micro_batches_per_call * setup.block.sizes["x"]
-        return PassSnapshot.of("always", {**state, "tables and messages": setup.table_bytes + messages})
+        return PassSnapshot("always", {**state, "tables and messages": setup.table_bytes + messages})
 
     def held_activations(self, load: Load) -> float:
         """Bytes of the activations of all passes, including the running one."""
@@ -193,11 +193,11 @@ class _Rank:
         if self.setup.degrees.pp > 1 and self.setup.keeps_unsharded_grads:
             reduced = max(each.reduction_bytes for each in self.passes)
             by_kind = {"gathered_parameters": self._unsharded_bytes or 0.0, "gradients": final, "reduction": reduced}
-            yield self._snapshot(PassSnapshot.of("reductions", by_kind), NO_OTHER_PASSES)
+            yield self._snapshot(PassSnapshot("reductions", by_kind), NO_OTHER_PASSES)
         setup, units = self.setup, [unit for stage in self.stages for unit, _ in stage.units()]
         largest = max(unit.largest(setup.degrees.tp, setup.shards) for unit in units)
         update = 0.0 if setup.offload else setup.update_bytes(self.held, largest)
-        optimizer = PassSnapshot.of("optimizer", {"gradients": final, "temporaries": update})
+        optimizer = PassSnapshot("optimizer", {"gradients": final, "temporaries": update})
         yield self._snapshot(optimizer, NO_OTHER_PASSES)
 
     def _snapshot(self, in_pass: PassSnapshot, others: OtherPasses) -> MemorySnapshot:

@@ -26,11 +26,10 @@ class PassSnapshot:
 
     name: str
     by_kind: Mapping[str, float]
-    total: float
 
-    @classmethod
-    def of(cls, name: str, by_kind: Mapping[str, float]) -> PassSnapshot:
-        return cls(name, by_kind, sum(by_kind.values()))
+    @cached_property
+    def total(self) -> float:
+        return sum(self.by_kind.values())
 
 
 class StagePasses:
@@ -160,7 +159,7 @@ class StagePasses:
         """
         if (kind, has_weight_grads) not in self._snapshots:
             self._snapshots[kind, has_weight_grads] = tuple(
-                PassSnapshot.of(name, {key: size for key, size in by_kind.items() if size})
+                PassSnapshot(name, {key: size for key, size in by_kind.items() if size})
                 for name, by_kind in self._named_bytes(kind, has_weight_grads)
             )
         return self._snapshots[kind, has_weight_grads]

@@ -213,14 +213,10 @@ def loads_of(order: PipelineOrder, rank: int, accumulates: bool = False) -> tupl
             passes[stage] += 1
         elif kind == "W":
             n_pending_wgrad[stage] -= 1
-        load = Load(
-            stage,
-            kind,
-            passes=tuple(passes[each] for each in stages),
-            n_pending_wgrad=tuple(n_pending_wgrad[each] for each in stages),
-            n_bwd_input=tuple(n_bwd_input[each] for each in stages),
-            has_weight_grads=tuple(each in has_weight_grads for each in stages),
+        held, pending, split = (
+            tuple(count[each] for each in stages) for count in (passes, n_pending_wgrad, n_bwd_input)
         )
+        load = Load(stage, kind, held, pending, split, tuple(each in has_weight_grads for each in stages))
         undominated = found.setdefault((stage, kind, stage in has_weight_grads), [])
         if not any(other.dominates(load) for other in undominated):
             undominated[:] = [other for other in undominated if not load.dominates(other)] + [load]

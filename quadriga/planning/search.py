@@ -48,7 +48,7 @@ class Candidate:
         """`dp_shard 4, tp 2, full recompute, 2 rows`."""
         config, degrees = self.variant.run.config, self.variant.run.spec.degrees
         sizes = [f"{axis} {size}" for axis in DEGREES if (size := getattr(degrees, axis)) > 1]
-        parts = [*(sizes or ["one rank"])]
+        parts = sizes or ["one rank"]
         if degrees.pp > 1:
             parallelism = config.parallelism
             parts.append(f"{parallelism.pipeline_parallel_schedule} of {parallelism.pipeline_parallel_microbatch_size}")

@@ -170,8 +170,8 @@ def _row(key: CallKey, ranks: list[RankResult], calls: list[Call], matched: list
     sizes = [call.info.size for call in calls if call.info.size is not None]
     sizes_known = len(sizes) == len(calls)
     has_rows = any(len(call.rows) for call in calls)
-    seconds = _mean(rank.seconds[key][0] for rank in ranks_with_calls) if has_rows else None
-    exposed = _mean(rank.seconds[key][1] for rank in ranks_with_calls) if has_rows else None
+    of_ranks = zip(*(rank.seconds[key] for rank in ranks_with_calls), strict=True)
+    seconds, exposed = (float(np.mean(each)) if has_rows else None for each in of_ranks)
     timed = [transfer for transfer in matched if transfer.size]
     return {
         "axis": axis,
@@ -184,8 +184,8 @@ def _row(key: CallKey, ranks: list[RankResult], calls: list[Call], matched: list
         "bytes_a_call": [min(sizes), _whole(statistics.median(sizes)), max(sizes)] if sizes_known else None,
         "seconds_a_step": seconds,
         "exposed_s_a_step": exposed,
-        "start_skew_s": statistics.median(each.skew for each in matched) if matched else None,
-        "transfer_s": statistics.median(each.seconds for each in matched) if matched else None,
+        "start_skew_s": _median([each.skew for each in matched]),
+        "transfer_s": _median([each.seconds for each in matched]),
         "matched_calls": len(matched),
         **bandwidths(kind, size, sum(each.size or 0 for each in timed), sum(each.seconds for each in timed)),
         "overlap_share": 1 - exposed / seconds if seconds and exposed is not None else None,
@@ -211,8 +211,7 @@ def _by_size(
 ) -> list[dict[str, Any]]:
     found = []
     for size, count in sorted(Counter(call.info.size or 0 for call in calls).items()):
-        seconds = [each.seconds for each in matched if each.size == size]
-        middle = statistics.median(seconds) if seconds else None
+        middle = _median([each.seconds for each in matched if each.size == size])
         speed = bandwidths(kind, ranks, size, middle or 0.0)["bus_gb_s"]
         found.append({"bytes": size, "calls": _whole(count / steps), "transfer_s": middle, "bus_gb_s": speed})
     return found
@@ -250,8 +249,8 @@ def _sums(rank: RankResult) -> dict[tuple[str, str], tuple[float, float | None]]
     return {key: (calls / count, None if size is None else size / count) for key, (calls, size) in sums.items()}
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _whole(value: float) -> int | float:

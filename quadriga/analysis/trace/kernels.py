@@ -89,27 +89,18 @@ def _own_seconds(
 
 
 # The family of a kernel or an operation is the first whose pattern matches its name.
-FAMILIES = tuple(
-    (family, re.compile(pattern, re.IGNORECASE))
-    for family, pattern in (
-        ("attention", r"attention|flash|fmha|sdpa"),
-        (
-            "matrix products",
-            r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm|_scaled_mm|matmul|linear)$|matmul",
-        ),
-        ("optimizer", r"adam|sgd|multi_tensor|_foreach_"),
-        ("loss", r"softmax|nll_loss|cross_entropy|logsumexp"),
-        ("norms", r"rms_?norm|layer_?norm|batch_?norm"),
-        ("embedding and indexing", r"embedding|index|gather|scatter"),
-        ("copies and casts", r"copy|memcpy|memset|cat_?array|::cat$|::stack$|::clone$|fill|zero|cast|chunk_cat|::to$"),
-        ("compiled", r"triton|CompiledFxGraph|CompiledFunction|Torch-Compiled|inductor"),
-        ("reductions", r"reduce|::(sum|mean|max|min|amax|norm|linalg_vector_norm)$"),
-        (
-            "elementwise",
-            r"elementwise|::\w*(add|sub|mul|div|pow|silu|gelu|exp|log|neg|sin|cos|rsqrt|where|addcmul)\w*$",
-        ),
-    )
-)
+FAMILIES = {
+    "attention": r"attention|flash|fmha|sdpa",
+    "matrix products": r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm|_scaled_mm|linear)$|matmul",
+    "optimizer": r"adam|sgd|multi_tensor|_foreach_",
+    "loss": r"softmax|nll_loss|cross_entropy|logsumexp",
+    "norms": r"rms_?norm|layer_?norm|batch_?norm",
+    "embedding and indexing": r"embedding|index|gather|scatter",
+    "copies and casts": r"copy|memcpy|memset|cat_?array|::cat$|::stack$|::clone$|fill|zero|cast|chunk_cat|::to$",
+    "compiled": r"triton|CompiledFxGraph|CompiledFunction|Torch-Compiled|inductor",
+    "reductions": r"reduce|::(sum|mean|max|min|amax|norm|linalg_vector_norm)$",
+    "elementwise": r"elementwise|::\w*(add|sub|mul|div|pow|silu|gelu|exp|log|neg|sin|cos|rsqrt|where)\w*$",
+}
 OTHER = "other"
 COMMUNICATION = "communication"
 OUTSIDE = "outside of blocks"
@@ -156,7 +147,7 @@ def kernel_totals(trace: RankTrace, found: RankCalls, work: HostWork, sent_secon
 
 
 def family_of(name: str) -> str:
-    return next((family for family, pattern in FAMILIES if pattern.search(name)), OTHER)
+    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def _of_device(trace: RankTrace, found: RankCalls) -> _WorkItems:

@@ -21,7 +21,7 @@ from quadriga.analysis.pages.numbers import (
 )
 from quadriga.analysis.pages.plots import Series, log_log_plot, series_legend
 from quadriga.analysis.pages.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
-from quadriga.analysis.trace.report import format_time, mean_shares
+from quadriga.analysis.trace.report import AXIS, COLLECTIVE, format_time, mean_shares
 from quadriga.units import format_bytes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -66,7 +66,7 @@ STREAM_COLUMNS = (
     *(RANK, Column("stream", "stream"), Column("busy", "busy", format_duration)),
     Column("spans drawn", "spans", format_whole),
 )
-AXIS, COLLECTIVE = Column("axis", "axis"), Column("collective", "collective")
+
 WHICH = (AXIS, COLLECTIVE, Column("backend", "backend"), Column("found by", "found_by"))
 SENT = (
     Column("calls per step", "calls_a_step", format_whole),
