@@ -104,7 +104,8 @@ def seconds_a_step(records: Sequence[Mapping[str, Any]], profiling: Profiling, f
     attempt = [record for record in records if record["attempt"] == newest]  # each attempt warms up again
     first, last = attempt[0]["step"], attempt[-1]["step"]
     cycle = Cycle.of_run(profiling.profile_freq, profiling.profiler_warmup, profiling.profiler_active, last - first + 1)
-    settled, profiled = attempt[2:] or attempt, profiling.enable_profiling
+    settled = attempt[2:] or attempt
+    profiled = profiling.enable_profiling
     undisturbed = [each for each in settled if not (profiled and cycle.disturbs(each["step"], first))]
     return statistics.median(each["step_seconds"] for each in (undisturbed if len(undisturbed) >= 3 else settled))
 
