@@ -133,7 +133,7 @@ class _Rank:
     def __init__(self, setup: Setup, rank: int, known: dict[Any, StagePasses] | None = None) -> None:
         self.setup, self.rank = setup, rank
         self.stages = setup.stages_of(rank)
-        self.held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in self.stages)
+        self.held = setup.held(rank)
         self.place = {number: place for place, number in enumerate(setup.stage_numbers(rank))}
         known = {} if known is None else known
         keys = [(setup.stages[number], self._unsharded_bytes, setup.modes_of_blocks(number)) for number in self.place]

@@ -123,9 +123,11 @@ class Setup:
         """Bytes of parameters, gradients and moments on the pipeline rank with most. Recompute does not change them."""
         if self.offload:
             return 0.0
-        ranks = range(self.degrees.pp)
-        held = max(sum(stage.held(self.degrees.tp, self.shards) for stage in self.stages_of(rank)) for rank in ranks)
-        return held * (2 * self.parameter_bytes + 2 * self.moment_bytes)
+        return max(map(self.held, range(self.degrees.pp))) * (2 * self.parameter_bytes + 2 * self.moment_bytes)
+
+    def held(self, rank: int) -> int:
+        """Elements of the parameters on the ranks of pipeline rank `rank`."""
+        return sum(stage.held(self.degrees.tp, self.shards) for stage in self.stages_of(rank))
 
     def stages_of(self, number: int) -> tuple[Stage, ...]:
         """The stages of pipeline rank `number`."""

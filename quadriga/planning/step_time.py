@@ -104,8 +104,7 @@ def forward_of(setup: Setup, rank: int) -> Work:
 
 def update_of(setup: Setup, rank: int) -> Work:
     """Work of clipping and the optimizer update."""
-    held = sum(stage.held(setup.degrees.tp, setup.shards) for stage in setup.stages_of(rank))
-    return Work(memory=held * UPDATE_NUMBERS * setup.parameter_bytes)
+    return Work(memory=setup.held(rank) * UPDATE_NUMBERS * setup.parameter_bytes)
 
 
 class _WorkOfPasses:

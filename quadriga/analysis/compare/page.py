@@ -115,16 +115,13 @@ def _intervals(rated: Rows) -> str | None:
 def _figure_rows(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
     name = figure["name"] if figure["unit"] in UNITS_IN_CELLS else f"{figure['name']}, {figure['unit']}"
     formatter = partial(format_value, unit=figure["unit"])
-    return [
-        {
-            "figure": name,
-            "run": run["run"],
-            "median": None if run["median"] is None else formatter(run["median"]),
-            "spread": _range(run["spread"], formatter),
-            "samples": ", ".join(formatter(value) for value in run["samples"] if value is not None),
-        }
-        for run in figure["by_run"]
-    ]
+    rows = []
+    for run in figure["by_run"]:
+        middle = None if run["median"] is None else formatter(run["median"])
+        samples = ", ".join(formatter(value) for value in run["samples"] if value is not None)
+        spread = _range(run["spread"], formatter)
+        rows.append({"figure": name, "run": run["run"], "median": middle, "spread": spread, "samples": samples})
+    return rows
 
 
 def _where(parts: Rows) -> dict[str, Any]:
@@ -157,16 +154,16 @@ def _losses(losses: Mapping[str, Any]) -> dict[str, Any]:
         series.append(Series(run["run"], index, list(zip(steps, values, strict=True))))
     drawable = any(math.isfinite(loss) for each in series for _, loss in each.points)
     every = max(math.ceil(len(steps) / MAX_LOSS_ROWS), 1)
-    chosen = sorted({*range(0, len(steps), every), len(steps) - 1})
+    rows: list[dict[Any, str]] = []
+    for at in sorted({*range(0, len(steps), every), len(steps) - 1}):
+        shown = {number: _loss(run["loss"][at]) for number, run in enumerate(losses["by_run"])}
+        rows.append({"step": f"{steps[at]:,}", **shown})
     return {
         "picture": line_plot("Loss by step", series, "step", "loss") if drawable else None,
         "legend": series_legend(series, lines=True),
         "summary": _loss_summary(losses),
         "every": every,
-        "rows": [
-            {n: _loss(run["loss"][i]) for n, run in enumerate(losses["by_run"])} | {"step": f"{steps[i]:,}"}
-            for i in chosen
-        ],
+        "rows": rows,
         "columns": [Column("step", "step"), *(Column(run["run"], n, str) for n, run in enumerate(losses["by_run"]))],
     }
 

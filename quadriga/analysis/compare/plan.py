@@ -32,8 +32,7 @@ class SettingChoice:
     def name(self) -> str:
         """`backend=nccl, mode=full`: with the last part of each key, or with whole keys if two last parts are equal."""
         last = [key.rpartition(".")[2] for key in self.values]
-        short = len(set(last)) == len(last)
-        labels = last if short else list(self.values)
+        labels = last if len(set(last)) == len(last) else list(self.values)
         return ", ".join(f"{label}={value}" for label, value in zip(labels, self.values.values(), strict=True))
 
 

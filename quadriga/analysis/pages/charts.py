@@ -63,31 +63,25 @@ def _swatch(colour: int) -> Markup:
     return tag("svg", square, width=16, height=12, aria_hidden="true")
 
 
-def stacked_bars(
-    title: str,
-    parts: Sequence[BarPart],
-    bars: Sequence[Bar],
-    axis_title: str,
-    formatter: Callable[[float], str] = format_duration,
-) -> Markup:
-    """One bar per row, with its parts side by side in order. A tick marks the value of the whole bar, if known."""
+def stacked_bars(title: str, parts: Sequence[BarPart], bars: Sequence[Bar], axis_title: str) -> Markup:
+    """One bar per row, with its parts, in seconds, side by side in order. A tick marks the whole bar, if known."""
     longest = [max(sum(v for v in bar.values if v is not None), bar.whole or 0.0) for bar in bars]
     scale = linear([*longest, 0.0], LEFT, WIDTH - RIGHT, from_zero=True)
     foot = len(bars) * (BAR + GAP)
-    drawn = [_bar(bar, parts, scale, index * (BAR + GAP) + GAP / 2, formatter) for index, bar in enumerate(bars)]
-    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, formatter), *drawn)
+    drawn = [_bar(bar, parts, scale, index * (BAR + GAP) + GAP / 2) for index, bar in enumerate(bars)]
+    return picture(title, foot + AXIS, horizontal_axis(scale, 0.0, foot, axis_title, format_duration), *drawn)
 
 
-def _bar(bar: Bar, parts: Sequence[BarPart], scale: Scale, top: float, formatter: Callable[[float], str]) -> Markup:
+def _bar(bar: Bar, parts: Sequence[BarPart], scale: Scale, top: float) -> Markup:
     marks, reached = [], 0.0
     for part, value in zip(parts, bar.values, strict=True):
         if not value:
             continue
-        start, end = scale(reached), scale(reached + value)
-        hint = tag("title", f"{bar.name}, {part.name}: {formatter(value)}")
+        start, end, shown = scale(reached), scale(reached + value), format_duration(value)
+        hint = tag("title", f"{bar.name}, {part.name}: {shown}")
         marks.append(_box(start, top, max(end - start - 1, THINNEST), BAR, f"fill{part.colour}", hint))
-        if end - start > (len(formatter(value)) + 1.5) * LETTER:
-            marks.append(_inside(formatter(value), (start + end) / 2, top + BAR / 2 + 4.5))
+        if end - start > (len(shown) + 1.5) * LETTER:
+            marks.append(_inside(shown, (start + end) / 2, top + BAR / 2 + 4.5))
         reached += value
     if all(value is None for value in bar.values):
         marks.append(tag("text", "not measurable", x=scale.start + 8, y=top + BAR / 2 + 4.5, class_="small"))

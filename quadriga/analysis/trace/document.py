@@ -171,7 +171,7 @@ class TraceDocument:
 
 
 def trace_error(path: Path, what: str, fix: str | None) -> UserError:
-    """The error of a file that is not a trace which can be analysed."""
+    """The error of a file that cannot be analysed."""
     return UserError(Problem(shortened(path, 400), what, fix=fix))
 
 

@@ -59,11 +59,8 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
 
 def rank_in_name(path: Path) -> int | None:
     """The rank in the name of a file or of its folder; None if there is none."""
-    for text in (path.name, path.parent.name):
-        match = RANK.search(text)
-        if match:
-            return int(match.group(1) or match.group(2))
-    return None
+    matches = map(RANK.search, (path.name, path.parent.name))
+    return next((int(match[1] or match[2]) for match in matches if match), None)
 
 
 def _set_folder(path: Path) -> Path:

@@ -154,8 +154,7 @@ def _work_counts(steps: list[Step], ops: EventTable, launches: EventTable, names
     ]
     moments = np.sort(np.concatenate(start_times))
     starts, ends = (np.searchsorted(moments, [getattr(step, name) for step in steps]) for name in ("start", "end"))
-    counts: list[int] = (ends - starts).tolist()
-    return counts
+    return [int(count) for count in ends - starts]
 
 
 def _time(seconds: float) -> str:
