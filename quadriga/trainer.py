@@ -39,16 +39,14 @@ from quadriga.train.build import Trainer as Parts
 from quadriga.train.build import build as build_parts
 from quadriga.train.feed import DataFault
 from quadriga.train.loop import (
+    after_step,
     bytes_by_collective,
-    collect_garbage,
     export_last_step,
     finish_on_request,
     log_event,
-    lost_folder_fault,
     save,
     save_last_whole_step,
     validate,
-    write_record,
 )
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step
@@ -302,34 +300,6 @@ class Trainer:
             reason = "finished" if self.finished else "closed" if self._exit_code == EXIT_OK else "asked to leave"
             log_event(parts, "end", code=self._exit_code, reason=reason, **bytes_by_collective(parts))
         parts.watchdog.stop()
-
-
-def after_step(trainer: Parts, metrics: StepMetrics, started_at: int) -> int | None:
-    """What follows a step: the body of the loop in `train.loop.train`, word for word, which a test compares. Returns
-    the cause of a stop on request."""
-    state, spec = trainer.state, trainer.run.spec
-    if state.step == started_at + 1:
-        process_group.tighten_timeouts(trainer.run.config.comm)
-        trainer.watchdog.first_step_done()
-    state.progress.enter_phase("record")
-    record = trainer.meter.record(metrics)
-    write_record(trainer, record)
-    trainer.checks.after_step(metrics, record)
-    trainer.profiler.step(state.step)
-    if trainer.failures.reason is not None:
-        trainer.stop_requests.report_write_failure()
-    decision = trainer.stop_requests.sync(trainer.checkpoints.interval_has_passed())
-    last = state.step == spec.steps
-    stop_cause = None if last else decision.stop
-    if decision.stop == stop_requests.BY_LOST_FOLDER:
-        raise lost_folder_fault(trainer)
-    if trainer.checkpoints.should_save(state.step, last, wanted=decision.save or stop_cause is not None):
-        save(trainer, last)
-    if trainer.validator and trainer.validator.is_due(state.step):
-        validate(trainer)  # after the save, so that a failed validation costs no step
-    if state.step % trainer.run.config.training.gc_freq == 0:
-        collect_garbage(trainer)
-    return stop_cause
 
 
 class _LastValidation:

@@ -325,6 +325,8 @@ class CheckpointWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
+        # torch 2.11 fills a copy of `metadata`, and leaves this one without its storage data.
+        metadata.storage_data = {one.index: one.storage_data for part in results for one in part}
         with self.fs.create_stream(join(self.path, PLAN_FILE), "wb") as file:
             file.write(plan_text(metadata))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.sources import TEXT, Document, Field, Record, SourceWithoutFiles, bad_record
+from quadriga.data.sources import TEXT, Document, Field, Record, SourceWithoutFiles, bad_record, require_library
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
 
@@ -70,6 +70,7 @@ class HubSource(SourceWithoutFiles):
 
 
 def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] | None) -> Any:
+    require_library("datasets", f"dataset {path}", "a data set on the Hub")
     import datasets
 
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.data.files import Cuts, File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import TEXT, Anchor, Document, Field, FileSource, Record, bad_record
+from quadriga.data.sources import TEXT, Anchor, Document, Field, FileSource, Record, bad_record, require_library
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
@@ -128,6 +128,7 @@ def _is_text(kind: Any) -> bool:
 
 def _open(file: File) -> Any:
     """The open file. Memory for metadata is bounded, and the checksums of pages are compared if the file has them."""
+    require_library("pyarrow", shortened(file.path, 400), "a Parquet file")
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(

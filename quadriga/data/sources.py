@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -192,6 +193,12 @@ class SourceWithoutFiles:
 
     def load_layout(self, saved: Mapping[str, Any], anchors: Mapping[int, Anchor]) -> None:
         """Does nothing."""
+
+
+def require_library(name: str, where: str, what: str) -> None:
+    """Raises UserError if the library that reads such data (`what`) is not installed."""
+    if find_spec(name) is None:
+        raise UserError(Problem(where, f"{what} needs {name}, which is not installed", fix="pip install datasets"))
 
 
 def bad_record(

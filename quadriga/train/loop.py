@@ -17,6 +17,7 @@ from quadriga.data.tokenizer_export import transformers_files
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
 from quadriga.metrics.jsonl import Record
+from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.models import registry
 from quadriga.resilience import stop_requests
 from quadriga.resilience.bad_steps import CommonFault
@@ -83,27 +84,35 @@ def train(trainer: Trainer) -> int | None:
     with trainer.profiler:
         while state.step < spec.steps and stop_cause is None:
             metrics = train_step(state, trainer.step_config, trainer.mesh)
-            if state.step == started_at + 1:
-                process_group.tighten_timeouts(trainer.run.config.comm)
-                trainer.watchdog.first_step_done()
-            state.progress.enter_phase("record")
-            record = trainer.meter.record(metrics)
-            write_record(trainer, record)
-            trainer.checks.after_step(metrics, record)
-            trainer.profiler.step(state.step)
-            if trainer.failures.reason is not None:
-                trainer.stop_requests.report_write_failure()
-            decision = trainer.stop_requests.sync(trainer.checkpoints.interval_has_passed())
-            last = state.step == spec.steps
-            stop_cause = None if last else decision.stop
-            if decision.stop == stop_requests.BY_LOST_FOLDER:
-                raise lost_folder_fault(trainer)
-            if trainer.checkpoints.should_save(state.step, last, wanted=decision.save or stop_cause is not None):
-                save(trainer, last)
-            if trainer.validator and trainer.validator.is_due(state.step):
-                validate(trainer)  # after the save, so that a failed validation costs no step
-            if state.step % trainer.run.config.training.gc_freq == 0:
-                collect_garbage(trainer)
+            stop_cause = after_step(trainer, metrics, started_at)
+    return stop_cause
+
+
+def after_step(trainer: Trainer, metrics: StepMetrics, started_at: int) -> int | None:
+    """What follows a step: records, checks, and the saves and validations that are due. `started_at`: the step that
+    this start resumed from. Returns the cause of a stop on request."""
+    state, spec = trainer.state, trainer.run.spec
+    if state.step == started_at + 1:
+        process_group.tighten_timeouts(trainer.run.config.comm)
+        trainer.watchdog.first_step_done()
+    state.progress.enter_phase("record")
+    record = trainer.meter.record(metrics)
+    write_record(trainer, record)
+    trainer.checks.after_step(metrics, record)
+    trainer.profiler.step(state.step)
+    if trainer.failures.reason is not None:
+        trainer.stop_requests.report_write_failure()
+    decision = trainer.stop_requests.sync(trainer.checkpoints.interval_has_passed())
+    last = state.step == spec.steps
+    stop_cause = None if last else decision.stop
+    if decision.stop == stop_requests.BY_LOST_FOLDER:
+        raise lost_folder_fault(trainer)
+    if trainer.checkpoints.should_save(state.step, last, wanted=decision.save or stop_cause is not None):
+        save(trainer, last)
+    if trainer.validator and trainer.validator.is_due(state.step):
+        validate(trainer)  # after the save, so that a failed validation costs no step
+    if state.step % trainer.run.config.training.gc_freq == 0:
+        collect_garbage(trainer)
     return stop_cause
 
 
