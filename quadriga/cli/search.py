@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
         raise UserError(Problem("--ngpu and --device", "a search needs both", fix=fix))
     run, device = run_from_file(options.file, options.ngpu, keys), device_named(options.device, "--device")
+    _refuse_offload(run)
     refuse_fixed_stages(run)
     rates = measured_rates(options.calibrate, device)
     start = time.perf_counter()
@@ -51,6 +52,12 @@ def main(argv: Sequence[str]) -> int:
     if options.write:
         _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
     return EXIT_OK
+
+
+def _refuse_offload(run: Run) -> None:
+    if run.config.training.enable_cpu_offload:
+        why = "a search ranks by step time, which is not predicted with state in host memory"
+        raise UserError(Problem("training.enable_cpu_offload", why, fix="--training.enable_cpu_offload=false"))
 
 
 def refuse_fixed_stages(run: Run) -> None:

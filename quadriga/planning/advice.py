@@ -1,6 +1,7 @@
 """Advice: the smallest changes that make a run fit, or changes that make a run that fits faster.
 
-Each change is estimated like the run itself, and listed with its cost in step time."""
+Each change is estimated like the run itself, and listed with its cost in step time. State in host memory comes last in
+every list: it is slower, and its step time is not predicted."""
 
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ from quadriga.units import GIB, format_bytes
 MAX_ADVICE = 4  # pieces of advice
 PER_OPERATION = {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"}
 SHARD_DEGREE = "parallelism__data_parallel_shard_degree"
+OFFLOAD = "training.enable_cpu_offload"
 Step = tuple[str, Variant]  # a change with its name
 
 
 @dataclass(frozen=True)
 class Advice:
     """Changed `keys` with their values. `needed`, `saves`: bytes per device. `slower`: relative change of the step
-    time, None if unknown. `fits`: whether the run then fits."""
+    time, None if not predicted. `fits`: whether the run then fits."""
 
     keys: tuple[tuple[str, Any], ...]
     summary: str
@@ -34,10 +36,15 @@ class Advice:
     fits: bool
 
     def __str__(self) -> str:
-        price = "" if self.slower is None else f", {_format_slowdown(self.slower)}"
         end = " and fits" if self.fits else ", which is not enough alone"
+        price = "" if self.slower is None else f"; {_format_slowdown(self.slower)}"
+        price = "; slower, by an amount that is not predicted" if self.offloads else price
         settings = ", ".join(f"{key} = {format_toml(value)}" for key, value in self.keys)
-        return f"{self.summary} ({settings}): needs {format_bytes(self.needed)}{price}{end}"
+        return f"{self.summary} ({settings}): needs {format_bytes(self.needed)}{end}{price}"
+
+    @property
+    def offloads(self) -> bool:
+        return OFFLOAD in dict(self.keys)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,7 +59,7 @@ class Advice:
 
 def _format_slowdown(slower: float) -> str:
     if abs(slower) < 0.005:
-        return "same step time"
+        return "same predicted step time"
     return f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
 
 
@@ -65,26 +72,30 @@ def advice_for(given: Estimate) -> tuple[Advice, ...]:
 
 
 def format_memory_savings(given: Estimate) -> list[str]:
-    """Arguments that reduce the memory of a run, as text, the largest saving first."""
+    """Arguments that reduce the memory of a run, as text, the largest saving first, and CPU offload last."""
     tried = [_evaluated(given, step) for step in _smaller(given)]
     return [
         f"{' '.join(f'--{key}={format_argument(value)}' for key, value in each.keys)}: saves {format_bytes(each.saves)}"
-        for each in sorted(tried, key=lambda each: -each.saves)
+        for each in sorted(tried, key=lambda each: (each.offloads, -each.saves))
         if each.saves > 0
     ]
 
 
 def _to_fit(given: Estimate) -> Iterator[Advice]:
-    """Single changes that make the run fit, the cheapest first; else pairs; else single changes by memory needed."""
+    """Single changes that make the run fit, the cheapest first; else pairs; else single changes by memory needed.
+
+    CPU offload comes last. If it alone is enough, pairs without it are listed before it."""
     steps = _smaller(given)
     single = [_evaluated(given, step) for step in steps]
     enough = [each for each in single if each.fits]
+    if all(each.offloads for each in enough):
+        usable = [step for step in steps if not enough or OFFLOAD not in _keys(step)]
+        pairs = [pair for pair in combinations(usable, 2) if not _keys(pair[0]) & _keys(pair[1])]
+        enough += [each for each in (_evaluated(given, *pair) for pair in pairs) if each.fits]
+    yield from sorted(enough, key=lambda each: (each.offloads, each.slower or 0.0, each.needed))
     if not enough:
-        pairs = [pair for pair in combinations(steps, 2) if not _keys(pair[0]) & _keys(pair[1])]
-        enough = [each for each in (_evaluated(given, *pair) for pair in pairs) if each.fits]
-    yield from sorted(enough, key=lambda each: (each.slower or 0.0, each.needed))
-    if not enough:
-        yield from sorted(single, key=lambda each: each.needed)
+        most = sorted(single, key=lambda each: each.needed)[:MAX_ADVICE]
+        yield from sorted(most, key=lambda each: each.offloads)
 
 
 def _keys(step: Step) -> set[str]:
@@ -194,12 +205,12 @@ def _for_state(run: Run, gpus_per_node: int) -> Iterator[Remedy]:
     if not run.spec.reshard_after_forward and degrees.dp_shard > 1:
         effect = "holds the gathered parameters of one block at a time"
         yield remedy("", effect, parallelism__fsdp_reshard_after_forward="always")
-    if not config.training.enable_cpu_offload:
-        effect = "keeps parameters and optimizer state in host memory, but is slower"
-        yield remedy("state in host memory", effect, training__enable_cpu_offload=True)
     if config.checkpoint.enable and config.checkpoint.async_mode != "disabled":
         effect = "makes no copy of the state in host memory to save it"
         yield remedy("", effect, checkpoint__async_mode="disabled")
+    if not config.training.enable_cpu_offload:
+        effect = "keeps parameters and optimizer state in host memory, but is slower"
+        yield remedy("state in host memory", effect, training__enable_cpu_offload=True)
 
 
 def _smaller(given: Estimate) -> list[Step]:

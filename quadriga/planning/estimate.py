@@ -103,6 +103,10 @@ class Estimate:
 
     @cached_property
     def time(self) -> StepTime | None:
+        """None without rates, and with CPU offload: copies to the device and the update on the host are not modelled.
+        """
+        if self.setup.offload:
+            return None
         return step_time(self.setup, self.rates, self.gpus_per_node) if self.rates else None
 
     @property
@@ -135,6 +139,8 @@ class Estimate:
         ]
         if self.setup.compiled:
             known.append("what the compiler saves is assumed; compiled blocks are not measured on a GPU yet")
+        if self.run.config.model.converters:
+            known.append("step times of float8 are those of its compute dtype: its own speed is not modelled")
         return (*known, *(self.rates.descriptions if self.rates else ()))
 
     def to_dict(self, advice: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
     for device in DEVICES:
         found = estimate(given.run, device, gpus_per_node=given.gpus_per_node)
         if fit := found.memory_fit():
-            step = _step(found.time.total) if found.time else "no units for this format"
+            missing = "not predicted" if found.setup.offload else "no units for this format"
+            step = _step(found.time.total) if found.time else missing
             yield device.slug, format_bytes(fit.capacity), format_bytes(fit.needed), fit.label, step
 
 
@@ -88,7 +89,8 @@ def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     time, spec = given.time, given.run.spec
     work = f"{format_count(given.flops_per_step)}FLOP of the model"
     if time is None:
-        yield "time", f"not predicted without a device's figures; {work} per step"
+        why = "with state in host memory" if given.setup.offload else "without a device's figures"
+        yield "time", f"not predicted {why}; {work} per step"
         return
     label = "" if given.rates and given.rates.measured else ", uncalibrated"
     speed = given.tokens_per_second_per_device

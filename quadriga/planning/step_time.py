@@ -15,12 +15,13 @@ from operator import add
 from quadriga.planning.communication import CollectiveCalls, collective_calls
 from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
 from quadriga.planning.setup import Setup, causal_attention_cost
+from quadriga.units import DTYPE_BYTES
 
 ATTENTION_BACKWARD = 2.5  # times the forward pass: scores are recomputed (FlashAttention, arXiv:2205.14135)
 LOGIT_ACCESSES = {"eager": 12, "compiled": 5}  # memory accesses per float32 logit
-# Memory accesses per parameter element: Adam reads four and writes three, the norm reads the gradient, clipping reads
-# and writes it.
-UPDATE_NUMBERS = 10
+# Memory accesses per parameter element. The norm reads the gradient, clipping reads and writes it; Adam reads four
+# tensors and writes three.
+CLIP_ACCESSES, ADAM_ACCESSES = 3, 7
 # Recompute per operation calls Python for each of torch's operations, in the forward pass and in the recompute. There
 # are about five per operation that a model declares. Seconds are those of torch's profiler on an AMD EPYC.
 DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
@@ -104,7 +105,17 @@ def forward_of(setup: Setup, rank: int) -> Work:
 
 def update_of(setup: Setup, rank: int) -> Work:
     """Work of clipping and the optimizer update."""
-    return Work(memory=setup.held(rank) * UPDATE_NUMBERS * setup.parameter_bytes)
+    return Work(memory=setup.held(rank) * (CLIP_ACCESSES * setup.parameter_bytes + _adam_bytes(setup)))
+
+
+def _adam_bytes(setup: Setup) -> float:
+    """Bytes that Adam reads and writes per parameter. With `state_dtype` it works on float32 copies: narrower weights,
+    gradients and moments are converted, and all of them except gradients are written back."""
+    own, moments, wide = setup.parameter_bytes, setup.moment_bytes, DTYPE_BYTES["float32"]
+    if setup.run.config.optimizer.state_dtype is None:
+        return ADAM_ACCESSES * own
+    conversions = 4 * (wide + moments) * (moments < wide) + 3 * (wide + own) * (own < wide)
+    return ADAM_ACCESSES * wide + conversions
 
 
 class _WorkOfPasses:

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from estimating import keys, run_of
@@ -17,6 +18,7 @@ from quadriga.hardware import device_named
 from quadriga.planning.advice import advice_for, format_memory_savings
 from quadriga.planning.estimate import estimate
 from quadriga.planning.search import candidates, search
+from quadriga.planning.step_time import update_of
 from quadriga.planning.variants import vary
 
 EIGHT_B_FILE = str(ROOT / "configs/llama3_8b/llama3_8b.toml")
@@ -25,6 +27,7 @@ EIGHT_B = (
     *("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
     *("--training.mixed_precision_param=bfloat16", "--training.mixed_precision_reduce=float32"),
 )
+SMALLER_8B = (*EIGHT_B[:2], "--training.seq_len=1024", "--training.local_batch_size=1", *EIGHT_B[4:])
 
 
 def test_8b_on_8_gpus_needs_what_was_published() -> None:
@@ -51,6 +54,43 @@ def test_advice_is_what_it_says() -> None:
         changed = run_of(*(f"--{key}={str(value).lower()}" for key, value in advice.keys), ranks=8, base=EIGHT_B)
         again = estimate(changed, given.device)
         assert again.worst.reserved + again.outside_allocator == pytest.approx(advice.needed), advice
+
+
+def test_cpu_offload_comes_last_and_its_step_time_is_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    device = device_named("a100-40gb", "")
+    listed = [str(each) for each in advice_for(estimate(run_of(ranks=4, base=SMALLER_8B), device))]
+    assert any("optimizer.state_dtype" in each for each in listed[:-1])
+    assert listed[-1].startswith("state in host memory (training.enable_cpu_offload = true): needs ")
+    assert listed[-1].endswith(" and fits; slower, by an amount that is not predicted")
+    assert "offload" in format_memory_savings(estimate(run_of(ranks=4, base=SMALLER_8B), device))[-1]
+    offloaded = estimate(run_of("--training.enable_cpu_offload", ranks=4, base=SMALLER_8B), device)
+    assert offloaded.time is offloaded.tokens_per_second_per_device is offloaded.mfu is None
+    assert offloaded.to_dict()["step_time_s"] is None
+    searched = ["search", EIGHT_B_FILE, "--ngpu", "4", "--device", "a100-40gb", "--training.enable_cpu_offload"]
+    assert main(searched) == 2
+    assert "is not predicted with state in host memory" in capsys.readouterr().err
+
+
+def test_if_only_offload_is_enough_alone_pairs_without_it_come_first() -> None:
+    run = run_of("--training.local_batch_size=4", "--training.seq_len=4096", ranks=4, base=SMALLER_8B)
+    listed = advice_for(estimate(run, replace(device_named("a100-80gb", ""), memory=64 * 2**30)))
+    assert [(each.offloads, len(each.keys)) for each in listed] == [(False, 2), (True, 1)]
+    assert all(each.fits for each in listed)
+
+
+def test_an_update_with_moments_of_their_own_converts_them() -> None:
+    """Bytes per parameter. Clipping: 3 x 4. Adam: 7 x 4. Two moments of 2 bytes: each is read and written as 2 and as
+    4 bytes, before the update and after it."""
+
+    def of(*more: str) -> float:
+        setup = estimate(run_of(*more, ranks=8, base=EIGHT_B), None).setup
+        return update_of(setup, 0).memory / setup.held(0)
+
+    assert of() == 40
+    assert of("--optimizer.state_dtype=float32") == 40
+    assert of("--optimizer.state_dtype=bfloat16") == 40 + 2 * 2 * (2 + 4)
+    assert of("--training.dtype=bfloat16") == 20
+    assert of("--training.dtype=bfloat16", "--optimizer.state_dtype=float32") == 3 * 2 + 28 + 3 * (2 + 4)
 
 
 def test_what_is_more_needs_more() -> None:
