@@ -103,8 +103,7 @@ class Estimate:
 
     @cached_property
     def time(self) -> StepTime | None:
-        """None without rates, and with CPU offload: copies to the device and the update on the host are not modelled.
-        """
+        """None without rates, and with CPU offload: its copies and the update on the host are not modelled."""
         if self.setup.offload:
             return None
         return step_time(self.setup, self.rates, self.gpus_per_node) if self.rates else None
