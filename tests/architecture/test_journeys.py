@@ -14,7 +14,7 @@ from training import DEBUG_FILE, TINY, one_rank
 from tree import PACKAGE, ROOT
 
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-PAGE = TEXT.partition("\n## Five journeys\n")[2].partition("\n## ")[0]
+PAGE = TEXT.partition("\n## Five paths through the code\n")[2].partition("\n## ")[0]
 ITEM = re.compile(r"(?m)^\d+\. \[`[^`]+`\]\(\.\./([^)]+)\): \S")
 ROW = re.compile(r"(?m)^\| ([^|]+) \| (\d+) \| (\d+) \|$")
 KNOB = re.compile(r"(?<![a-z])loss_chunks\b")  # the key and its one name, also in `training__loss_chunks`
@@ -27,7 +27,7 @@ journeys.Trace(journeys.LAUNCH, pathlib.Path({log!r})).start()
 
 # Files per journey today, which may only fall, and the goal. Keys are the headings of the page.
 LIMITS = {
-    "One knob: `training.loss_chunks`": (6, 7),
+    "One key: `training.loss_chunks`": (6, 7),
     "One document, disk to batch": (7, 7),
     "One weight, initialization to checkpoint to Hugging Face": (11, 11),
     "One loss, logits to log line": (6, 6),
@@ -85,7 +85,7 @@ def listed(heading: str) -> list[str]:
 def test_one_knob():
     files = {path for kind in ("*.py", "*.toml") for path in PACKAGE.rglob(kind)}
     found = [str(path.relative_to(ROOT)) for path in files if KNOB.search(path.read_text(encoding="utf-8"))]
-    assert sorted(listed("One knob: `training.loss_chunks`")) == sorted(found)
+    assert sorted(listed("One key: `training.loss_chunks`")) == sorted(found)
 
 
 def test_one_document(entered):
