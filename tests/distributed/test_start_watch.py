@@ -16,7 +16,7 @@ from training import DEBUG_FILE, TINY, one_rank
 from quadriga.metrics.jsonl import read_metrics
 from quadriga.resilience.processes import RECORDS, ExitRecord, read_records
 
-LIMIT = 6  # comm.init_timeout_seconds; a start stands still after 0.7 of it
+LIMIT = 8  # comm.init_timeout_seconds; a start stands still after 0.7 of it
 SHORT = (*TINY, f"--comm.init_timeout_seconds={LIMIT}", "--training.steps=2", "--comm.trace_buf_size=500")
 
 

@@ -94,7 +94,7 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_is(layout: str, tmp_pa
     """It is alive: it waits for its data, the other one in a collective, or for a message of the pipeline."""
     records = tmp_path / "records"
     records.mkdir()
-    arguments = (*STALLING, "--comm.train_timeout_seconds=8", *LAYOUTS[layout], "--training.steps=100")
+    arguments = (*STALLING, "--comm.train_timeout_seconds=12", *LAYOUTS[layout], "--training.steps=100")
     with pytest.raises(RankError, match="died with exit code 4"):
         run_ranks(
             *(lingers, 2, str(tmp_path / "run"), arguments, 1, 3, 600.0),
