@@ -1,6 +1,9 @@
-"""Shards of tensors. Every package that handles sharded parameters may import this."""
+"""Shards of tensors, and the tensors in nested lists. Every package that handles sharded parameters may import this."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -9,6 +12,15 @@ from torch.distributed.tensor import DTensor
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def tensors_in(item: Any) -> Iterator[Tensor]:
+    """The tensors in `item`, a tensor or nested lists and tuples of them."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for one in item:
+            yield from tensors_in(one)
 
 
 def from_local_like(local: Tensor, whole: Tensor) -> Tensor:

@@ -94,7 +94,3 @@ def function_of(name: str) -> Callable[[Sequence[str]], int]:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     return USAGE.format(commands="\n".join(f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -113,14 +113,9 @@ def backend_by_axis(backend: str, degrees: Degrees) -> dict[str, str]:
     facts = BACKENDS[backend]
     rest = facts.fallback_backend or backend
     axes = {"dp_replicate": degrees.dp_replicate, "cp": degrees.cp, "tp": degrees.tp, "pp": degrees.pp}
-    by_axis = {SHARD: backend} if shard_degree(degrees) > 1 else {}
+    by_axis = {SHARD: backend} if degrees.dp_shard * degrees.cp > 1 else {}
     by_axis |= {axis: rest for axis, size in axes.items() if size > 1}
     return by_axis | ({"norms": rest, "host": facts.on_host} if degrees.world_size > 1 else {})
-
-
-def shard_degree(degrees: Degrees) -> int:
-    """The number of ranks that parameters are sharded over."""
-    return degrees.dp_shard * degrees.cp
 
 
 def format_backends(by_axis: Mapping[str, str], shares: Mapping[str, float] | None = None) -> str:

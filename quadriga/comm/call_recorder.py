@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadriga.comm.collectives import group_named
 from quadriga.comm.mesh import Mesh
+from quadriga.tensors import tensors_in
 
 # Kind by operation name, for torch's two sets of operations: those that write into a given tensor (c10d) and those that
 # return a new one (_c10d_functional).
@@ -80,7 +81,7 @@ class CallRecorder(TorchDispatchMode):
         namespace, _, rest = operation._schema.name.partition("::")
         if namespace in NAMESPACES and rest in KINDS:
             given = (*args, *(kwargs or {}).values())
-            sizes = [tensor.numel() * tensor.itemsize for tensor in _tensors((given, result))]
+            sizes = [tensor.numel() * tensor.itemsize for tensor in tensors_in((given, result))]
             self.calls.append(RecordedCall(KINDS[rest], self._axis(given), max(sizes, default=0)))
         return result
 
@@ -114,11 +115,3 @@ def axis_by_ranks(mesh: Mesh) -> dict[frozenset[int], str]:
     the last name counts.
     """
     return {frozenset(dist.get_process_group_ranks(group)): axis for axis, group in mesh.groups()}
-
-
-def _tensors(item: Any) -> Iterator[torch.Tensor]:
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, list | tuple):
-        for one in item:
-            yield from _tensors(one)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
+from quadriga.config.rules_layout import ASYNC_TP, TP
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
 
-ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 SEQUENCE_PARALLEL = "parallelism.enable_sequence_parallel"
-TP = "parallelism.tensor_parallel_degree"
 FLOAT8 = "quantize.linear.float8"
 GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from quadriga.config.keys import format_toml
 from quadriga.config.rules import Check, Conflict, Findings, RuleContext, config_value, rule
+from quadriga.config.rules_layout import CP, DP_SHARD, TP
+from quadriga.config.rules_pipeline import PP
 from quadriga.config.schema import JobConfig
 
 FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # torchtitan's defaults
@@ -59,14 +61,7 @@ def clipping_has_an_off(ctx: RuleContext) -> Findings:
         yield f"{MAX_NORM} = 0 switches clipping off (torchtitan: it makes every gradient 0)"
 
 
-@rule(
-    COMPUTES_IN,
-    "training.dtype",
-    "parallelism.data_parallel_shard_degree",
-    "parallelism.context_parallel_degree",
-    "parallelism.tensor_parallel_degree",
-    "parallelism.pipeline_parallel_degree",
-)
+@rule(COMPUTES_IN, "training.dtype", DP_SHARD, CP, TP, PP)
 def computing_format_holds_on_every_layout(ctx: RuleContext) -> Findings:
     """In torchtitan, `fully_shard` converts if the shard or the context degree is above 1. Otherwise torch.autocast
     does, by operation, or nothing with tensor or pipeline parallelism."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.parallel.attention_kernels import attend, attend_backward, empty_gradients, empty_result
+from quadriga.parallel.attention_kernels import attend, attend_backward, empty_result, register_gradients
 from quadriga.parallel.sequence_cut import SequenceCut
 
 c10d = torch.ops._c10d_functional
@@ -72,25 +71,4 @@ def chunk_attention_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@chunk_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return empty_result(q)
-
-
-@chunk_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(q, k, v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.starts = inputs
-    ctx.save_for_backward(q, k, v, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *chunk_attention_backward(grad, *ctx.saved_tensors, ctx.starts), None
-
-
-chunk_attention.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(chunk_attention, chunk_attention_backward)

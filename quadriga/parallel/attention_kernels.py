@@ -18,10 +18,12 @@ queries) in float32. Heads that share keys and values (GQA, arXiv 2305.13245) ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from quadriga.models.kv_heads import repeat_kv, sum_kv
 
@@ -69,6 +71,25 @@ def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, head_dim = q.shape
     out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     return out, torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+
+
+def register_gradients(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Make `backward` the backward pass of `forward`, and register the fake kernels of both.
+
+    `forward` takes q, k, v and more arguments, and returns (out, lse). `backward` takes the gradient of out, then q, k,
+    v, out, lse and those arguments, and returns the gradients of q, k and v.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *ctx.rest = inputs
+        ctx.save_for_backward(q, k, v, *output)
+
+    def run_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * len(ctx.rest)
+
+    forward.register_fake(lambda q, *rest: empty_result(q))
+    backward.register_fake(lambda grad, q, k, v, *rest: empty_gradients(q, k, v))
+    forward.register_autograd(run_backward, setup_context=setup_context)
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.comm.call_recorder import SENDS_INSIDE
-from quadriga.parallel.attention_kernels import attend, attend_backward, empty_gradients, empty_result, merge
+from quadriga.parallel.attention_kernels import attend, attend_backward, empty_result, merge, register_gradients
 from quadriga.parallel.sequence_cut import SequenceCut
 
 c10d = torch.ops._c10d_functional
@@ -136,26 +136,7 @@ def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.to(like.dtype).contiguous()  # as the fake kernel declares
 
 
-@ring_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, chunks: int, group_name: str) -> tuple[Tensor, Tensor]:
-    return empty_result(q)
-
-
-@ring_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(q, k, v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.ring = inputs
-    ctx.save_for_backward(q, k, v, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *ring_attention_backward(grad, *ctx.saved_tensors, *ctx.ring), None, None, None, None
-
-
-ring_attention.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(ring_attention, ring_attention_backward)
 
 
 def _sends(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *ring: Any) -> Iterator[tuple[str, int]]:

@@ -9,13 +9,14 @@ with which DTensor computes the shape of a result, and copies that a fake proces
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from quadriga.tensors import tensors_in, to_local
 
 
 class LiveMemory(TorchDispatchMode):
@@ -33,8 +34,8 @@ class LiveMemory(TorchDispatchMode):
 
     def track(self, item: Any) -> None:
         """Count the tensors in `item`, a tensor or nested lists and tuples of them."""
-        for tensor in _plain_tensors(item):
-            self._count(tensor.untyped_storage())
+        for tensor in tensors_in(item):
+            self._count(to_local(tensor).untyped_storage())
 
     def __enter__(self) -> LiveMemory:
         self._resize: Any = torch.UntypedStorage.resize_
@@ -97,13 +98,3 @@ class LiveMemory(TorchDispatchMode):
         if known is not None and known[1] is ref:
             del self._sizes[key]
             self.bytes -= known[0]
-
-
-def _plain_tensors(item: Any) -> Iterator[torch.Tensor]:
-    if isinstance(item, DTensor):
-        yield item.to_local()
-    elif isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, list | tuple):
-        for one in item:
-            yield from _plain_tensors(one)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
+from quadriga.config.resolve import DEGREES
 from quadriga.config.run_spec import Degrees
 
 Keys = tuple[tuple[str, str], ...]
@@ -25,13 +26,7 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "bfloat16": {"loss": 1e-2, "grad_norm": 5e-2, "weights": 5e-2},
 }
 
-DEGREE_KEYS = {
-    "pp": "parallelism.pipeline_parallel_degree",
-    "dp_replicate": "parallelism.data_parallel_replicate_degree",
-    "dp_shard": "parallelism.data_parallel_shard_degree",
-    "cp": "parallelism.context_parallel_degree",
-    "tp": "parallelism.tensor_parallel_degree",
-}
+DEGREE_KEYS = {axis: DEGREES[axis] for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
 SHARED: Keys = (
     ("job.description", "equivalence"),
     ("model.name", "llama3"),
