@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from clipping import clip_gradients
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
+from quadriga.data.loader import Batch, Loader
+from quadriga.data.streams import Cursor
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.parallel.context_parallel import local_positions
-from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.tensor_parallel import loss_context
 from quadriga.train.loss import summed_cross_entropy
+from quadriga.train.state import TrainState
+from quadriga.train.step import LocalShard, StepConfig, WholeForwardBackward, train_step
 
 SPEC = ModelSpec(
     "llama3", "tiny", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=56, vocab_size=99, rope_theta=1e4
@@ -28,6 +32,7 @@ SPEC = ModelSpec(
 GLOBAL_BATCH, SEQ_LEN, ROWS = 8, 16, 1  # rows of a micro-batch: two of them on four ranks
 FLOAT32 = Training(mixed_precision_param="float32")
 ALONE = Degrees()
+CPU = torch.device("cpu")
 DEFAULT_PARALLELISM = Parallelism()
 NOT_COMPILED = Compile()
 NO_RECOMPUTE = ActivationCheckpoint(mode="none")
@@ -83,33 +88,49 @@ def batch(step: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+@dataclass
+class Rows:
+    """A loader of this rank's rows of the batch of each step."""
+
+    mesh: Mesh
+    vocab_size: int
+    step: int = 0
+    waited: float = 0.0
+
+    def snapshot(self) -> dict[int, Cursor]:
+        return {}
+
+    def next(self) -> Batch:
+        self.step += 1
+        whole = batch(self.step - 1, self.vocab_size)
+        return Batch(*(rows.chunk(self.mesh.batch_degree)[self.mesh.batch_rank] for rows in whole))
+
+
 def train(case: Case, steps: int = 3) -> TrainingTrace:
-    """The steps as `quadriga.train` takes them: each rank adds its part of the mean loss over the global batch."""
+    """Steps of `quadriga.train`, with a constant learning rate."""
     mesh = build_mesh(case.degrees, "cpu")
     model = make_model(case, mesh)
     optimizer = build_optimizer(model.named_parameters(), Optimizer(lr=1e-2))
-    mine = slice(mesh.batch_rank * GLOBAL_BATCH // mesh.batch_degree, None)
     balancer = case.parallelism.context_parallel_load_balancer
     positions = local_positions(SEQ_LEN, mesh.cp.get_local_rank(), mesh.cp.size(), balancer)
     trace = TrainingTrace()
-    for step in range(steps):
-        share = GLOBAL_BATCH // mesh.batch_degree
-        tokens, labels = (rows[mine][:share, positions] for rows in batch(step, case.spec.vocab_size))
-        micro_batches = list(zip(tokens.split(case.rows), labels.split(case.rows), strict=True))
-        total = torch.zeros((), dtype=torch.float64)
-        for number, (x, y) in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            set_gradient_sync(model, reduce=case.reduce == "every_micro_batch", last=last)
-            with loss_context(mesh.tp, case.parallelism)():
-                loss = summed_cross_entropy(model(x, positions), y)
-                loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
-                (loss / (GLOBAL_BATCH * SEQ_LEN)).backward()
-            total += loss.detach()
-        trace.losses.append((mesh.reduce_sum(total) / (GLOBAL_BATCH * SEQ_LEN)).item())
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return to_whole(summed_cross_entropy(logits, labels)) / (GLOBAL_BATCH * SEQ_LEN)
+
+    def note_dtypes(*_: object) -> None:
         trace.dtypes |= {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}
-        trace.norms.append(clip_gradients(model.parameters(), 1.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
+
+    optimizer.register_step_pre_hook(note_dtypes)
+    shard = LocalShard(CPU, positions, SEQ_LEN)
+    whole = WholeForwardBackward(model, loss, loss_context(mesh.tp, case.parallelism), shard)
+    step_config = StepConfig(whole, CPU, case.rows, GLOBAL_BATCH * SEQ_LEN, 1.0, case.reduce)
+    loader = cast(Loader, Rows(mesh, case.spec.vocab_size))
+    state = TrainState((model,), optimizer, LambdaLR(optimizer, lambda _: 1.0), loader, CPU)
+    for _ in range(steps):
+        metrics = train_step(state, step_config, mesh)
+        trace.losses.append(metrics.loss.item())
+        trace.norms.append(metrics.grad_norm.item())
     trace.weights = {name: to_full_tensor(parameter) for name, parameter in model.named_parameters()}
     return trace
 
@@ -119,5 +140,9 @@ def train_all(cases: list[Case]) -> list[TrainingTrace]:
     return [train(case) for case in cases]
 
 
+def to_whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return to_whole(tensor).detach().clone()
