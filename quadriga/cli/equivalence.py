@@ -52,15 +52,8 @@ def chosen_rows(layouts: Sequence[str], sections: Sequence[str], max_ranks: int)
     """The requested rows. Layouts of --layout run at any size."""
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
-        raise UserError(
-            Problem(
-                "--section",
-                "no such section",
-                unknown[0],
-                allowed=", ".join(SECTIONS),
-                nearest=nearest(unknown[0], SECTIONS),
-            )
-        )
+        close, allowed = nearest(unknown[0], SECTIONS), ", ".join(SECTIONS)
+        raise UserError(Problem("--section", "no such section", unknown[0], allowed=allowed, nearest=close))
     try:
         named = [Row(parse_layout(text)) for text in layouts]
     except ValueError as error:

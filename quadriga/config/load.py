@@ -192,9 +192,8 @@ def _refuse_unless_off(entry: Entry, reason: str, loaded: LoadedConfig) -> None:
     if not entry.value or (text is not None and text.lower() in ("", "false", "none", "[]")):
         loaded.notices.append(f"{entry.key} [{entry.source}] was removed; it is off, so nothing changes")
         return
-    shown = text if isinstance(entry.value, RawText) else format_toml(entry.value)
     what = "this key of older releases would change the run, and is not supported"
-    loaded.problems.append(Problem(entry.key, what, shown, entry.source, fix=reason))
+    loaded.problems.append(Problem(entry.key, what, _as_written(entry), entry.source, fix=reason))
 
 
 def _unknown(entry: Entry) -> Problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from quadriga.config.schema.checkpoint import Checkpoint
 from quadriga.config.schema.health import Health
 from quadriga.config.schema.job import Experimental, Job
-from quadriga.config.schema.memory import ActivationCheckpoint, Compile, Estimate, MemoryEstimation
+from quadriga.config.schema.memory import ActivationCheckpoint, Compile, EstimateAssumptions, MemoryEstimation
 from quadriga.config.schema.model import GroupedFloat8, GroupedMX, LinearFloat8, LinearMX, Model, Quantize
 from quadriga.config.schema.observe import Debug, Metrics, Profiling
 from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
@@ -24,7 +24,7 @@ __all__ = [
     "Compile",
     "Dataloader",
     "Debug",
-    "Estimate",
+    "EstimateAssumptions",
     "Experimental",
     "FaultTolerance",
     "Fetching",
@@ -68,7 +68,7 @@ class JobConfig(Section):
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
     debug: Debug = Debug()
-    estimate: Estimate = Estimate()
+    estimate: EstimateAssumptions = EstimateAssumptions()
     memory_estimation: MemoryEstimation = MemoryEstimation()
     fault_tolerance: FaultTolerance = FaultTolerance()
     experimental: Experimental = Experimental()

@@ -84,7 +84,7 @@ class MemoryEstimation(Section):
     """Without effect: a rehearsal always uses fake tensors."""
 
 
-class Estimate(Section):
+class EstimateAssumptions(Section):
     """Assumptions of estimates."""
 
     device: Name | None = None
