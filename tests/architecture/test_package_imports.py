@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reading": {"errors", "limits"},
     "file_search": {"errors", "limits"},
     "config": {"errors", "units", "hardware", "limits", "reading", "file_search"},
-    "comm": GROUND | {"config", "json_collectives"},
+    "comm": GROUND | {"config", "json_collectives", "tensors"},
     "data": GROUND | {"config"},
     "optim": GROUND | {"config", "tensors"},
     "metrics": GROUND | {"config"},
