@@ -153,6 +153,7 @@ def requests(folder: Path) -> list[tuple[str, int, int]]:
     """What SIGINT, SIGTERM, and the file STOP do."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     outcomes = []
     with built(folder) as trainer:
         forward = trainer._parts.step_config.forward_backward

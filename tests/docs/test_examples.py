@@ -74,8 +74,9 @@ def test_commands_of_the_pages_exist(page: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_train_starts_the_debug_configuration_on_four_ranks() -> None:
     def line(*given: str) -> str:
-        command = ["make", "--dry-run", "train", *given]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        command = ["make", "--dry-run", "--no-print-directory", "train", *given]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[-1]
 
     assert line().startswith("NGPU=4 ")
