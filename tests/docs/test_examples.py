@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +70,6 @@ def test_commands_of_the_pages_exist(page: Path) -> None:
     assert set(named) <= COMMANDS.keys()
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_train_starts_the_debug_configuration_on_four_ranks() -> None:
     def line(*given: str) -> str:
         command = ["make", "--dry-run", "--no-print-directory", "train", *given]
