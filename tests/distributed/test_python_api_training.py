@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from launching import ROOT, TRAIN, launch, launch_environ
 from ranks import run_ranks
+from sockets import listeners
 from training import DEBUG_FILE, TINY, train
 
 import quadriga
@@ -147,6 +148,24 @@ def test_two_trainers_one_after_the_other(tmp_path):
     assert first[1:4] + second[1:4] == whole
     assert first[-1] == second[0]  # the validation of a resumed run is that of the run before
     assert events(tmp_path / "halves").count(("end", 3)) == 1
+
+
+def opened(folder: Path) -> tuple[list[str | None], list[bool]]:
+    """The interface that gloo is told, before, during and after a trainer, and whether each listening socket is local."""
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    told = [os.environ.get("GLOO_SOCKET_IFNAME")]
+    with built(folder) as trainer:
+        trainer.step()
+        told.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        local = [each.is_loopback for each in listeners([os.getpid()])]
+    return [*told, os.environ.get("GLOO_SOCKET_IFNAME")], local
+
+
+def test_a_trainer_listens_on_the_loopback_alone(tmp_path):
+    told, local = alone(opened, tmp_path)
+    assert told == [None, "lo", None]
+    assert local
+    assert all(local)
 
 
 def requests(folder: Path) -> list[tuple[str, int, int]]:
