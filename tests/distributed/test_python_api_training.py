@@ -151,7 +151,7 @@ def test_two_trainers_one_after_the_other(tmp_path):
 
 
 def opened(folder: Path) -> tuple[list[str | None], list[bool]]:
-    """The interface that gloo is told, before, during and after a trainer, and whether each listening socket is local."""
+    """The interface that gloo is told before, during and after a trainer, and whether each socket is local."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     told = [os.environ.get("GLOO_SOCKET_IFNAME")]
     with built(folder) as trainer:
