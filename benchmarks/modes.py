@@ -65,15 +65,18 @@ def modes(device: str) -> tuple[Mode, ...]:
     )
 
 
-def train(model: str, mode: Mode, steps: int, device: str, further: list[str]) -> list[dict[str, Any]]:
-    """Train, and return the records of all steps."""
+def train(
+    model: str, mode: Mode, steps: int, device: str, further: list[str], dry: bool = False
+) -> list[dict[str, Any]]:
+    """Train, and return the records of all steps. `dry`: only check the command by a dry run, without records."""
     with tempfile.TemporaryDirectory(prefix="quadriga-modes-") as folder:
         command = [sys.executable, "-m", "quadriga.launch", "--model.flavor", MODELS[model], *SHARED, *mode.keys]
         command += ["--training.steps", str(steps), "--job.dump_folder", str(Path(folder, "run")), *further]
-        done = subprocess.run(command, env=environment(1, device), capture_output=True, text=True, check=False)
+        environ = environment(1, device) | ({"DRY_RUN": "1"} if dry else {})
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{model}, {mode.name}: exit code {done.returncode}\n{output_tail(done.stderr)}")
-        return read_metrics(Path(folder, "run", "metrics.jsonl"))
+        return [] if dry else read_metrics(Path(folder, "run", "metrics.jsonl"))
 
 
 def compare_mode(
@@ -113,6 +116,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="modes whose name begins so, and their baselines")
     parser.add_argument("further", nargs="*", metavar="-- KEYS", help="keys for every run")
+    parser.add_argument("--dry", action="store_true", help="only check the command of each mode by a dry run")
     chosen = parser.parse_args()
     results = []
     for model in chosen.models:
@@ -122,9 +126,13 @@ def main() -> int:
             if chosen.only and not needed and not mode.name.startswith(tuple(chosen.only)):
                 continue
             print(f"{model}, {mode.name} ...", file=sys.stderr, flush=True)
-            records = train(model, mode, chosen.steps, chosen.device, chosen.further)
+            records = train(model, mode, chosen.steps, chosen.device, chosen.further, chosen.dry)
+            if chosen.dry:
+                continue
             losses[mode.name] = [record["loss"] for record in records]
             results.append(compare_mode(model, mode, losses[mode.name], losses[mode.baseline], records[-1]))
+    if chosen.dry:
+        return 0
     header = ["model", "mode", "first loss", "last loss", "against", "difference", "claim"]
     print(text_table(header, [row(each) for each in results]))
     name = "modes" if chosen.device == "cpu" else "modes_cuda"
