@@ -105,7 +105,7 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
         elif name.lower().endswith(UNREADABLE):
             what = f"{path.suffix} files cannot be read"
             problems.append(Problem(str(path), what, allowed="plain files, and .gz for text and jsonl"))
-        files.append(File(path, name, status.st_size, path.suffix == ".gz", status.st_mtime_ns))
+        files.append(File(path, name, status.st_size, path.suffix.lower() == ".gz", status.st_mtime_ns))
     if not problems and not sum(file.size for file in files):
         problems.append(Problem(str(root if len(files) > 1 else files[0].path), "every file is empty"))
     if problems:

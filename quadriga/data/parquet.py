@@ -148,10 +148,11 @@ def _row_groups(file: File, field: Field) -> list[int]:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             names = list(schema.names)
             if names.count(field.name) != 1:
-                how = "no column" if field.name not in names else f"{names.count(field.name)} columns"
+                how = f"{names.count(field.name) or 'no'} column{'s' * (field.name in names)}"
                 what = f"the file has {how} `{field.name}`; its columns are {field.format_names(names)}"
                 allowed = f"one row per document, in a string column `{field.name}`"
-                raise UserError(Problem(where, what, allowed=allowed, fix=field.fix(names)))
+                fix = "rename all but one of them" if field.name in names else field.fix(names)
+                raise UserError(Problem(where, what, allowed=allowed, fix=fix))
             kind = schema.field(field.name).type
             if not _is_text(kind):
                 what = f"the column `{field.name}` is of type {shortened(kind, 200)}"

@@ -40,12 +40,13 @@ class TextSource(ByteRangeSource):
         if record.begins and (data.startswith(NO_TEXT) or b"\0" in data[:64]):
             refuse_if_foreign(file, "text")
         try:
-            return Document(data.decode("utf-8"), record.begins, record.ends)
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             refuse_if_foreign(file, "text")
             at = record._replace(number=record.number + error.start)
             fix = "convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
             raise bad_record(self, at, f"byte 0x{data[error.start]:02x} is not UTF-8", fix=fix) from error
+        return Document(text.removeprefix("\ufeff") if record.begins else text, record.begins, record.ends)
 
 
 def _segment(file: File, shard: int, start: int, end: int) -> Iterator[Record]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -17,14 +17,13 @@ from quadriga.config.special_tokens import CONFIG, MAP, token_text
 from quadriga.config.tokenizer_files import is_json
 from quadriga.data.tokenizer import FETCH, LLAMA3_SPLIT, read_ranks, tokenizer_file
 from quadriga.data.tokenizer_json import open_tokenizer
-from quadriga.reading import read_bytes
+from quadriga.reading import read_bytes, read_text
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"  # of Llama 3, and of the built-in tokenizer
 # This class uses tokenizer.json unchanged; the tokenizer classes of models build their own around the vocabulary.
 CLASS = "PreTrainedTokenizerFast"
 COPIED_FILES = ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")  # copied if they exist
 COPIED_KEYS: Mapping[str, type] = {
-    "chat_template": str,
     "clean_up_tokenization_spaces": bool,
     "model_max_length": int,
 }
@@ -52,16 +51,19 @@ def transformers_files(hf_assets_path: str) -> dict[str, bytes]:
     source_config = {**tokens.raw.get(CONFIG, {}), **tokens.raw.get(MAP, {})}
     as_read = read.content.removeprefix(b"\xef\xbb\xbf")
     whole = json.dumps(extended.document, ensure_ascii=False).encode()
-    beside = {name: path.parent / name for name in COPIED_FILES}
+    beside = {name: path.parent / name for name in COPIED_FILES if os.path.lexists(path.parent / name)}
+    more = sorted((path.parent / "additional_chat_templates").glob("*.jinja"))
+    if more:  # as a list in the configuration, because an export is a flat folder; files override the configuration
+        default = beside.pop("chat_template.jinja", None)
+        templates = {"default": default} if default else {}
+        templates |= {file.name.removesuffix(".jinja"): file for file in more}
+        texts = {name: read_text(file, limits.TOKENIZER_BYTES) for name, file in templates.items()}
+        source_config["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
     return {
         "tokenizer.json": whole if extended.added or extended.changed else as_read,
         CONFIG: _config(tokens.bos, tokens.eos, source_config, extended.vocabulary),
-        **{name: _copied(file) for name, file in beside.items() if file.is_file()},
+        **{name: read_bytes(file, limits.TOKENIZER_BYTES, what="file of a tokenizer") for name, file in beside.items()},
     }
-
-
-def _copied(file: Path) -> bytes:
-    return read_bytes(file, limits.TOKENIZER_BYTES, what="file of a tokenizer")
 
 
 def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes:
@@ -70,6 +72,8 @@ def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], 
     config: dict[str, Any] = {
         key: source_config[key] for key, kind in COPIED_KEYS.items() if type(source_config.get(key)) is kind
     }
+    if _is_chat_template(template := source_config.get("chat_template")):
+        config["chat_template"] = template
     config |= {
         key: source_config[key]
         for key in ("padding_side", "truncation_side")
@@ -84,6 +88,16 @@ def _config(bos: str | None, eos: str | None, source_config: Mapping[str, Any], 
             break
     config |= {"tokenizer_class": CLASS, "bos_token": bos, "eos_token": eos}
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _is_chat_template(value: object) -> bool:
+    """Whether it is a text, or a list of texts with names."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in value
+    )
 
 
 def _byte_level(ranks: Mapping[bytes, int], specials: tuple[str, ...], split: str | None) -> tokenizers.Tokenizer:

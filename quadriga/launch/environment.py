@@ -50,8 +50,8 @@ def read_launch_request(environ: Mapping[str, str]) -> tuple[LaunchRequest, list
     restarts = _read_number(environ, "MAX_RESTARTS", 0, (0, COUNT), problems)
     dry_run = _read_switch(environ, "DRY_RUN", problems)
     endpoint = environ.get("RDZV_ENDPOINT") or None
-    if nodes > 1 and not dry_run:
-        problems += _node_problems(environ, nodes, node)
+    if nodes > 1:
+        problems += _node_problems(environ, nodes, node, dry_run)
     if ranks * nodes > DEGREE and not problems:
         what = f"{ranks} ranks on each of {nodes} machines are too many"
         problems.append(Problem("NGPU, NNODES", what, source="environment", allowed=f"at most {DEGREE} in all"))
@@ -85,9 +85,10 @@ def _read_switch(environ: Mapping[str, str], name: str, problems: list[Problem])
     return text in YES
 
 
-def _node_problems(environ: Mapping[str, str], nodes: int, node: int) -> list[Problem]:
+def _node_problems(environ: Mapping[str, str], nodes: int, node: int, dry_run: bool) -> list[Problem]:
+    """A dry run needs neither variable, but refuses the values that a start refuses."""
     problems = []
-    if not environ.get("NODE_RANK", "").strip():
+    if not environ.get("NODE_RANK", "").strip() and not dry_run:
         fix = f"set NODE_RANK=0 on the first machine, up to {nodes - 1} on the last (under Slurm: $SLURM_NODEID)"
         problems.append(Problem("NODE_RANK", f"is not set, but NNODES={nodes}", fix=fix))
     elif node >= nodes:
@@ -95,7 +96,8 @@ def _node_problems(environ: Mapping[str, str], nodes: int, node: int) -> list[Pr
         problems.append(Problem("NODE_RANK", f"there are {nodes} machines", str(node), "environment", allowed))
     endpoint = environ.get("RDZV_ENDPOINT", "")
     host, _, port = endpoint.rpartition(":")
-    if not re.fullmatch(r"[\w.:\[\]%-]+", host, re.ASCII) or not 0 < (parse_whole_number(port) or 0) < 65536:
+    valid = re.fullmatch(r"[\w.-]+|\[[\w.:%-]+\]", host, re.ASCII) and 0 < (parse_whole_number(port) or 0) < 65536
+    if not valid and (endpoint or not dry_run):
         what = "must name the first machine and a free port on it, equal on all machines"
         fix = "for example RDZV_ENDPOINT=node0:29500"
         problems.append(

@@ -65,7 +65,7 @@ def unpack_traces(traces: Mapping[int, Path], folder: Path) -> list[Path]:
     targets = []
     for rank, source in sorted(traces.items()):
         targets.append(folder / f"rank{rank}_trace.json")
-        opener = gzip.open if source.suffix == ".gz" else open
+        opener = gzip.open if source.suffix.lower() == ".gz" else open
         try:
             with opener(source, "rb") as packed, targets[-1].open("wb") as plain:
                 shutil.copyfileobj(packed, plain, CHUNK)

@@ -183,6 +183,25 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert [source.parse(record).text for record in source.read(0)] == ["a good line, long enough for a window"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT.GZ", "a.txt.Gz"])
+def test_a_byte_order_mark_is_no_text_of_a_text_file(tmp_path, name):
+    content = b"\xef\xbb\xbfone\n\xef\xbb\xbftwo"
+    (tmp_path / name).write_bytes(content if name == "a.txt" else gzip.compress(content))
+    source = open_source("text", str(tmp_path))
+    assert [source.parse(record).text for record in source.read(0)] == ["one\n\ufefftwo"]
+
+
+def test_two_columns_of_one_name_are_to_be_renamed(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 columns `text`") as caught:
+        build("parquet", tmp_path)
+    assert caught.value.problems[0].fix == "rename all but one of them"
+
+
 def test_hidden_files_and_other_suffixes_of_a_folder_are_left_out(tmp_path):
     (tmp_path / ".cache").mkdir()
     for name in (".cache/x.txt", ".hidden.txt", "b.csv", "sub.txt"):

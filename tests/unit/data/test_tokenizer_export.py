@@ -112,6 +112,16 @@ def test_a_file_of_another_name_and_what_is_kept(tmp_path):
     assert (tmp_path / "out" / "merges.txt").read_text() == "a b"
 
 
+def test_several_chat_templates_are_kept(tmp_path):
+    both = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    folder = write_folder(tmp_path / "assets", BYTES, tokenizer_config={"eos_token": "</s>", "chat_template": both})
+    assert exported(tmp_path / "list", str(folder)).chat_template == {"default": "a", "tool_use": "b"}
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("c")
+    (folder / "chat_template.jinja").write_text("d")
+    assert exported(tmp_path / "files", str(folder)).chat_template == {"default": "d", "rag": "c"}
+
+
 def test_a_trained_tokenizer(tmp_path):
     """One with merges, which adds BOS by itself."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())

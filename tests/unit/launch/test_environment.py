@@ -73,6 +73,23 @@ def test_a_dry_run_of_many_machines_needs_no_meeting_point() -> None:
     assert request.world_size == 512
 
 
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"NODE_RANK": "5", "RDZV_ENDPOINT": "h:29500"}, ["NODE_RANK"]),
+        ({"NODE_RANK": "0", "RDZV_ENDPOINT": "host:99999"}, ["RDZV_ENDPOINT"]),
+        ({"RDZV_ENDPOINT": "::1"}, ["RDZV_ENDPOINT"]),
+        ({"RDZV_ENDPOINT": "host:٣"}, ["RDZV_ENDPOINT"]),
+        ({"RDZV_ENDPOINT": "[::1]:29500"}, []),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(values: dict[str, str], wrong: list[str]) -> None:
+    environ = {"NNODES": "2", "NGPU": "2", "DRY_RUN": "1"} | values
+    assert [problem.where for problem in read_launch_request(environ)[1]] == wrong
+    start = read_launch_request({"NODE_RANK": "0"} | environ | {"DRY_RUN": "0"})[1]
+    assert [problem.where for problem in start] == wrong
+
+
 def test_torch_build_is_read_without_importing_it() -> None:
     build = torch_build()
     assert build is not None
