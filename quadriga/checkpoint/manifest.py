@@ -22,7 +22,8 @@ FORMAT = "quadriga-2"
 TOKEN = re.compile(r"[0-9a-f]{32}")  # the folder of a save on an object store
 SHA256 = re.compile(r"[0-9a-f]{64}")
 LOADED_FILES = re.compile(r"\.metadata|plan\.json|.*\.distcp", re.DOTALL)  # such a file must be listed
-RESERVED_NAMES = {"", ".", "..", STATE_FILE}
+# Of one file in a folder. JSON can contain lone surrogates, which no file system call takes.
+FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,255}")
 
 
 class InvalidCheckpoint(Exception):
@@ -100,8 +101,12 @@ def _find_error(state: Mapping[str, Any]) -> str | None:
     )
 
 
+def is_file_name(name: str) -> bool:
+    return name not in (".", "..") and FILE_NAME.fullmatch(name) is not None
+
+
 def _is_valid_entry(name: str, entry: Any) -> bool:
-    if name in RESERVED_NAMES or "/" in name or "\0" in name or not isinstance(entry, dict):
+    if name == STATE_FILE or not is_file_name(name) or not isinstance(entry, dict):
         return False
     size, digest = entry.get("size"), entry.get("sha256")
     good = type(size) is int and size >= 0 and isinstance(digest, str) and SHA256.fullmatch(digest) is not None

@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -34,14 +33,13 @@ import torch
 from quadriga import limits
 from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.folder import CheckpointError, FileFacts
-from quadriga.checkpoint.manifest import METADATA
+from quadriga.checkpoint.manifest import METADATA, is_file_name
 from quadriga.checkpoint.metadata_entries import read_entries
 from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, LINK, PLAN_FILE, PlanError, format_raw
 
 __all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # reexported
 
 DTYPES: dict[str, torch.dtype] = {word: getattr(torch, word) for word in DTYPE_NAMES if hasattr(torch, word)}
-FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 Chunk = list[Any]  # in the format of JSON, see above
 
 
@@ -103,7 +101,7 @@ def validate_plan(raw: Any) -> Plan:
     if type(files) is not list or type(tensors) is not dict:
         raise PlanError('"files" must be an array and "tensors" an object')
     for name in files:
-        if type(name) is not str or name in (".", "..") or not FILE_NAME.fullmatch(name):
+        if type(name) is not str or not is_file_name(name):
             raise PlanError(f"{format_raw(name)} is not a name of a file in the folder")
     chunks_left = limits.PLAN_CHUNKS
     planned = {}

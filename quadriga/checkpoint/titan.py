@@ -24,7 +24,7 @@ from quadriga.checkpoint import foreign
 from quadriga.checkpoint.files import Files, Location, files_at, is_url, join
 from quadriga.checkpoint.folder import CheckpointInfo, InvalidCheckpoint
 from quadriga.checkpoint.foreign import TensorNames
-from quadriga.checkpoint.manifest import METADATA, STATE_FILE
+from quadriga.checkpoint.manifest import METADATA, STATE_FILE, is_file_name
 from quadriga.checkpoint.messages import compare_shapes, no_manifest, no_state, not_a_checkpoint, not_a_folder
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
@@ -44,7 +44,6 @@ EMBEDDING = "tok_embeddings.weight"
 IN_LAYER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 LAYER = re.compile(r"layers\.(\d+)\.")
 MOST_TOKENS = 1 << 53
-FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of Quadriga's names
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 FIX = "set model.flavor and its sizes to those of the run that saved it, or use another checkpoint"
@@ -283,7 +282,7 @@ def _check_files(entries: Entries, files: Files, path: Location) -> None:
     for name, start, length in entries.objects.values():
         ends[name] = max(ends.get(name, 0), start + length)
     for name, end in ends.items():
-        if not FILE_NAME.fullmatch(name) or name in (".", ".."):
+        if not is_file_name(name):
             raise PlanError(f"{format_raw(name)} is not a name of a file in the folder")
         try:
             size = files.size(join(path, name))

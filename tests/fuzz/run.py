@@ -1,6 +1,6 @@
 """Fuzz readers from the command line, and record how many cases passed.
 
-A record keeps the rows of readers that were not fuzzed this time; each row names its commit.
+Each reader that passes is recorded at once, and the rows of the others stay. Each row names its commit.
 
 python tests/fuzz/run.py --cases 20000 [--only NAME ...] [--start N] [--record benchmarks/results/fuzz.json]
 """
@@ -19,6 +19,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), str(Pa
 from fuzzing import fuzz, readers  # noqa: E402 (found by the line above)
 
 
+def record(file: Path, reader: str, row: dict[str, float | str], names: list[str]) -> None:
+    """Put the row of a reader, none of whose cases failed, into a result file. `names`: the readers that there are."""
+    from common import git, save
+
+    before = json.loads(file.read_text())["figures"] if file.exists() else {}
+    rows = before | {reader: {**row, "commit": git("rev-parse", "--short=7", "HEAD")}}
+    save(
+        file.stem,
+        {name: row for name, row in rows.items() if name in names},
+        command=[f"python tests/fuzz/run.py --cases {row['cases']} --record {file.name}"],
+        claim="whatever the bytes, a reader answers or refuses with one message",
+        folder=file.resolve().parent,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000, help="cases of each reader")
@@ -29,7 +44,6 @@ def main() -> int:
     names = [reader.name for reader in readers()]
     if unknown := set(given.only) - set(names):
         parser.error(f"no such reader: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    figures: dict[str, dict[str, float | str]] = {}
     failed = 0
     for reader in readers():
         if given.only and reader.name not in given.only:
@@ -39,22 +53,10 @@ def main() -> int:
         for failure in failures:
             print(failure, file=sys.stderr)
         failed += len(failures)
-        figures[reader.name] = {
-            "cases": given.cases,
-            "failed": len(failures),
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        print(reader.name, json.dumps(figures[reader.name]), flush=True)
-    if given.record and not failed:
-        from common import git, save
-
-        commit = git("rev-parse", "--short=7", "HEAD")
-        before = json.loads(given.record.read_text())["figures"] if given.record.exists() else {}
-        fuzzed = {name: {**row, "commit": commit} for name, row in figures.items()}
-        figures = {name: row for name, row in (before | fuzzed).items() if name in names}
-        claim = "whatever the bytes, a reader answers or refuses with one message"
-        command = f"python tests/fuzz/run.py --cases {given.cases} --record {given.record.name}"
-        save(given.record.stem, figures, command=[command], claim=claim, folder=given.record.resolve().parent)
+        row = {"cases": given.cases, "failed": len(failures), "seconds": round(time.monotonic() - start, 1)}
+        print(reader.name, json.dumps(row), flush=True)
+        if given.record and not failures:
+            record(given.record, reader.name, row, names)
     return 1 if failed else 0
 
 

@@ -23,6 +23,7 @@ from quadriga.checkpoint import plan as plans
 from quadriga.checkpoint import stored
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
+from quadriga.checkpoint.manifest import is_file_name
 from quadriga.checkpoint.plan import PlanError
 from quadriga.checkpoint.stored import open_stored
 from quadriga.checkpoint.tensors import RandomState
@@ -322,3 +323,11 @@ def test_a_state_that_no_generator_has_is_refused_with_a_remedy(tmp_path, name):
     without = manager(tmp_path, exclude_from_loading=("random",))
     without.load(without.find(), states(RandomState(0)))
     assert (torch.rand(2).numel(), 0 <= random.random() < 1, np.random.rand(2).size) == (2, True, 2)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "\ud800", "a" * 256])
+def test_a_plan_lists_names_of_files_only(name):
+    """Found by the fuzzer: JSON can contain a lone surrogate, which `os.stat` does not take."""
+    assert not is_file_name(name)
+    with pytest.raises(PlanError, match="is not a name of a file"):
+        plans.validate_plan({"format": plans.FORMAT, "files": [name], "tensors": {}})
