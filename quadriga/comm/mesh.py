@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -34,16 +35,17 @@ class Mesh:
     batch_degree: int
     loss_group: dist.ProcessGroup
 
-    @property
+    # torch builds a mesh anew each time that one of its axes is named, and every step names some.
+    @cached_property
     def cp(self) -> DeviceMesh:
         return self.device_mesh["cp"]
 
-    @property
+    @cached_property
     def reads_rows(self) -> bool:
         """Whether this rank is the first of the ranks that read the same rows."""
         return all(self.device_mesh.get_local_rank(axis) == 0 for axis in ("pp", "cp", "tp"))
 
-    @property
+    @cached_property
     def pp(self) -> DeviceMesh:
         return self.device_mesh["pp"]
 

@@ -60,7 +60,7 @@ def apply_data_parallel(
             fsdp.set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            _sum_gradients(module)
+            _sum_gradients(module, mesh.fsdp.size())
             if collectives is not None:  # after `_sum_gradients`, because symmetric memory depends on it
                 collectives.install(module)
 
@@ -105,6 +105,7 @@ def _offload_policy(training: Training, mesh: Mesh) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type != "cpu")
 
 
-def _sum_gradients(module: FSDPModule) -> None:
+def _sum_gradients(module: FSDPModule, ranks: int) -> None:
     module.set_force_sum_reduction_for_comms(True)  # no PREMUL_SUM, which gloo does not have
-    module.set_gradient_divide_factor(1.0)
+    if ranks > 1:  # one rank divides by 1 anyway, and a factor makes torch copy all its gradients once more
+        module.set_gradient_divide_factor(1.0)

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import FLOAT32, SPEC, Case, TrainingTrace, train_all
+from tiny import FLOAT32, SPEC, Case, TrainingTrace, batch, make_model, to_whole, train_all
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from quadriga.comm.mesh import build_mesh
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import Parallelism, Training
+from quadriga.train.loss import summed_cross_entropy
 
 BF16 = Training(mixed_precision_param="bfloat16")
 OFFLOAD = Training(mixed_precision_param="float32", enable_cpu_offload=True)
@@ -81,3 +84,34 @@ def test_weights_agree_after_training(alone: list[TrainingTrace]) -> None:
     for trace in run_ranks(train_all, 2, [Case(Degrees(dp_shard=2), FLOAT32)])[0]:
         for name, weight in alone[0].weights.items():
             torch.testing.assert_close(trace.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+class Divisions(TorchDispatchMode):
+    """The sizes of the tensors that are divided by 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and args[1] == 1.0:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_and_divisions(degrees: Degrees) -> tuple[list[int], float]:
+    """What one backward pass divides by 1, and the largest gradient, if every rank has the same batch."""
+    mesh = build_mesh(degrees, "cpu")
+    model = make_model(Case(degrees, training=BF16), mesh)
+    tokens, labels = batch(0, SPEC.vocab_size)
+    with Divisions() as divisions:
+        summed_cross_entropy(model(tokens, torch.arange(tokens.shape[1])), labels).backward()
+    return divisions.sizes, max(to_whole(each.grad).abs().max().item() for each in model.parameters())
+
+
+def test_gradients_of_one_device_are_not_copied_once_more() -> None:
+    """Unset, torch's factor would be the number of ranks: right for one, and an average for the (2, 1) mesh of DDP."""
+    sizes, alone = run_ranks(gradients_and_divisions, 1, Degrees())[0]
+    assert sizes == []
+    for _, largest in run_ranks(gradients_and_divisions, 2, Degrees(dp_replicate=2)):
+        assert largest == pytest.approx(2 * alone, rel=1e-6)

@@ -7,15 +7,19 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
+from torch.distributed.device_mesh import DeviceMesh
 
 from quadriga.comm import collectives, process_group
 from quadriga.comm.mesh import build_mesh
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import Comm
 from quadriga.json_collectives import all_gather_json, broadcast_json
+from quadriga.metrics.step_metrics import StepMetrics
+from quadriga.train.step import train_step
 
 
 def positions(all_degrees: list[Degrees]) -> list[dict[str, Any]]:
@@ -36,6 +40,30 @@ def positions(all_degrees: list[Degrees]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def meshes_per_step() -> int:
+    """How many meshes torch builds during the last step of a run with context parallelism."""
+    made: list[object] = []
+    cut = DeviceMesh._create_sub_mesh
+
+    def train_counting(*args: Any) -> StepMetrics:
+        made.clear()
+        return train_step(*args)
+
+    def count(*args: Any) -> DeviceMesh:
+        made.append(args[1:])
+        return cut(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "_create_sub_mesh", count)
+        patch.setattr(tiny, "train_step", train_counting)
+        tiny.train(tiny.Case(Degrees(cp=2)))
+    return len(made)
+
+
+def test_a_step_builds_no_mesh() -> None:
+    assert run_ranks(meshes_per_step, 2) == [0, 0]
 
 
 def test_layouts_of_four_ranks() -> None:
