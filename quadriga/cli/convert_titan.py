@@ -70,7 +70,7 @@ def config_of(found: CheckpointInfo) -> JobConfig:
         raise UserError(Problem(found.path, "the checkpoint has no configuration"))
     tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in saved.items()}
     for key, value in started_with(found.extra).items():
-        section, name = key.split(".")
+        section, _, name = key.rpartition(".")
         tables.setdefault(section, {}).setdefault(name, value)
     try:
         wanted = {name: tables[name] for name in ("model", "optimizer", "lr_scheduler", "training") if name in tables}

@@ -27,6 +27,7 @@ SCHEDULE = "parallelism.pipeline_parallel_schedule"
 OLD_DEFAULTS: Mapping[str, Any] = {
     "lr_scheduler.variant": "early_decay",
     "optimizer.decay_norms_and_biases": False,
+    "quantize.linear.float8.filter_fqns": (),
 }
 
 
@@ -52,12 +53,18 @@ def started_with(saved: Mapping[str, Any]) -> dict[str, Any]:
             are not checked: a damaged or foreign checkpoint may contain anything.
 
     Returns:
-        Values by key; empty if the checkpoint has no configuration.
+        Values by key; empty if the checkpoint has no configuration. Keys of a converter only if the run had it.
     """
     config = saved.get("config")
     if not isinstance(config, Mapping):
         return {}
-    return {key: value_in(config, key, default) for key, default in OLD_DEFAULTS.items()}
+    values = {key: value_in(config, key, default) for key, default in OLD_DEFAULTS.items()}
+    converters = value_in(config, "model.converters", ())
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+        if not key.startswith("quantize.") or (isinstance(converters, list) and key.rpartition(".")[0] in converters)
+    }
 
 
 def value_in(config: Any, key: str, default: Any) -> Any:

@@ -49,9 +49,14 @@ class LoadedConfig:
         self.bad.add(key)
 
     def update(self, table: str, **values: Any) -> None:
-        """Set keys of a table."""
-        section = getattr(self.config, table).model_copy(update=values)
-        self.config = self.config.model_copy(update={table: section})
+        """Set keys of a table, which may lie in another one."""
+        self.config = _updated(self.config, table.split("."), values)
+
+
+def _updated(section: Any, tables: list[str], values: dict[str, Any]) -> Any:
+    if tables:
+        values = {tables[0]: _updated(getattr(section, tables[0]), tables[1:], values)}
+    return section.model_copy(update=values)
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:

@@ -121,7 +121,7 @@ def _checkpoint_of(config: JobConfig, saved: Saved | None) -> tuple[str, Mapping
 
 def _set_from_checkpoint(loaded: LoadedConfig, key: str, value: Any, place: str) -> None:
     """Set a key to the value of the checkpoints in `place`."""
-    table, name = key.split(".")
+    table, _, name = key.rpartition(".")
     loaded.update(table, **{name: value})
     loaded.origin[key] = f"{FROM_CHECKPOINT}{place}"
 

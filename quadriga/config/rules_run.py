@@ -14,6 +14,7 @@ SEQUENCE_PARALLEL = "parallelism.enable_sequence_parallel"
 FLOAT8 = "quantize.linear.float8"
 GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
+FILTER = f"{FLOAT8}.filter_fqns"
 STATE_DTYPE = "optimizer.state_dtype"
 LEAST_FALL = 2**-8  # half the relative spacing of bfloat16 numbers just above a power of two
 SCHEDULE = ("lr_scheduler.warmup_steps", "training.steps")
@@ -84,7 +85,13 @@ def float8_scales_are_of_gathered_weights(ctx: RuleContext) -> Findings:
         yield Conflict("scales of weights on the CPU cannot be reduced over GPUs", f"set {PRECOMPUTE} = false")
 
 
-@rule("quantize.linear.float8.filter_fqns", "quantize.linear.float8.recipe_name", "model.converters")
+@rule(FILTER, "model.converters")
+def float8_excludes_the_output_layer(ctx: RuleContext) -> Findings:
+    if FLOAT8 in ctx.config.model.converters and FILTER not in ctx.origin:
+        yield f'{FILTER} = ["output"] by default: the output layer is not converted (torchtitan: [], which converts it)'
+
+
+@rule(FILTER, "quantize.linear.float8.recipe_name", "model.converters")
 def float8_thresholds_are_known(ctx: RuleContext) -> Findings:
     float8 = ctx.config.quantize.linear.float8
     wanted = "auto_filter_small_kn" in float8.filter_fqns and FLOAT8 in ctx.config.model.converters

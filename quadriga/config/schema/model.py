@@ -72,7 +72,7 @@ class LinearFloat8(Section):
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Scaling recipe; none is tensorwise with the two switches above."""
 
-    filter_fqns: Names = ()
+    filter_fqns: Names = ("output",)
     """Layers to exclude, by parts of their names; `auto_filter_small_kn` excludes layers too small to gain speed."""
 
     emulate: bool = False

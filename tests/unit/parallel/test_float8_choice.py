@@ -31,7 +31,8 @@ def left(tp: int = 1, spec: Any = WIDE, **keys: Any) -> dict[str, str]:
 
 
 def test_layers_are_left_by_width_by_name_and_by_size() -> None:
-    assert left() == {"output": "not a multiple of 16 wide"}
+    assert left() == {"output": "named by filter_fqns"}
+    assert left(filter_fqns=()) == {"output": "not a multiple of 16 wide"}
     named = left(filter_fqns=("attention.w", "output"))
     assert set(named) == {"layers.0.attention.wq", "layers.0.attention.wk", "layers.0.attention.wv", "output"} | {
         "layers.0.attention.wo"
@@ -57,7 +58,7 @@ def test_what_is_converted_and_left_is_reported(caplog: pytest.LogCaptureFixture
         model = build_model(WIDE)
     names = list(model.state_dict())
     with caplog.at_level(logging.INFO, "quadriga"):
-        float8.apply_float8(model, (), mesh(), LinearFloat8(emulate=True, recipe_name="rowwise"))
+        float8.apply_float8(model, (), mesh(), LinearFloat8(emulate=True, recipe_name="rowwise", filter_fqns=()))
     assert "float8: 7 linear layers (emulated" in caplog.text
     assert "1 not converted, not a multiple of 16 wide: output" in caplog.text
     assert isinstance(model.layers["0"].attention.wq, linear.Float8Linear)
