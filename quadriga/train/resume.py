@@ -14,7 +14,7 @@ from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.messages import convert_extra_errors, position_lost, unknown_position
 from quadriga.comm import collectives, process_group
 from quadriga.config import Run
-from quadriga.config.continuity import resume_problems, run_facts
+from quadriga.config.continuity import check_extra, resume_problems, run_facts, shape_problems
 from quadriga.config.legacy_keys import started_with
 from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
@@ -44,6 +44,7 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     elif found.resume:
         with convert_extra_errors(found):
             check_continuity(found.extra, run, state.loader)
+            check_extra(found.extra, found.step)
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
@@ -54,8 +55,6 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
     elif found.resume:
         with convert_extra_errors(found):
             restore_extra(state, found.extra)
-            if "train_state" in found.extra and state.step != found.step:
-                raise ValueError(f"its train_state is of step {state.step}, the checkpoint of step {found.step}")
 
 
 def saved_tensors(state: TrainState) -> dict[str, Stateful]:
@@ -186,8 +185,8 @@ def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None
             for problem in loader.differences(saved["dataloader"])
             if not problem.where.endswith(("seed", "global_batch_size"))  # reported above
         ]
-    if wrong and not run.config.checkpoint.allow_change:
-        raise UserError(*wrong)
+    if refused := shape_problems(saved, run) if run.config.checkpoint.allow_change else wrong:
+        raise UserError(*refused)
     for problem in wrong:
         logger.warning("%s is %s; it %s (checkpoint.allow_change)", problem.where, problem.value, problem.what)
 
