@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 
@@ -18,7 +19,9 @@ logger = logging.getLogger("quadriga")
 def logging_ranks(environ: Mapping[str, str] = os.environ) -> frozenset[int]:
     """The global ranks that print progress: LOG_RANK, a comma-separated list (`0,1`). Raises ValueError for others."""
     text = environ.get("LOG_RANK", "").strip() or "0"
-    return frozenset(int(part) for part in text.split(",") if part.strip())
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", text):
+        raise ValueError(f"not a list of ranks: {text}")
+    return frozenset(map(int, text.split(",")))
 
 
 def is_logging_rank(environ: Mapping[str, str] = os.environ) -> bool:

@@ -20,6 +20,7 @@ from quadriga import limits
 from quadriga.errors import Problem, UserError, shortened
 
 MAX_NAME_CHARS = 400  # characters of a file's name in a message
+FROM_UTF_16 = "convert it, because it looks like UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW"
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 _DIGITS = re.compile(r"[0-9][0-9_]{399,}")
@@ -42,6 +43,8 @@ def opened(path: str | os.PathLike[str], *, what: str = "file") -> Iterator[Bina
             yield file
     except OSError as error:
         reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            reason = f"it is {file_kind(stat.S_IFLNK)}"
         raise UserError(Problem(shortened(path, MAX_NAME_CHARS), f"the {what} cannot be read: {reason}")) from error
 
 
@@ -83,7 +86,7 @@ def decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        hint = "it looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "convert it to UTF-8"
+        hint = FROM_UTF_16 if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "convert it to UTF-8"
         what = f"is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
         raise UserError(Problem(where, what, fix=hint)) from error
 

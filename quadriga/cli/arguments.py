@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def rank_count(text: str) -> int:
 
 def repository_of(path: Path) -> Path:
     """The folder above `path` that contains the launch script, else the current directory."""
-    above = (folder for folder in path.resolve().parents if (folder / ROOT_MARK).is_file())
+    above = (folder for folder in Path(os.path.realpath(path)).parents if (folder / ROOT_MARK).is_file())
     return next(above, Path.cwd())
 
 

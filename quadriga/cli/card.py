@@ -89,7 +89,7 @@ def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
         raise UserError(
             Problem("--ngpu", "is needed, because there is no card yet that has the number of GPUs", fix=fix)
         )
-    name = os.path.relpath(file.resolve(), repository_of(file))
+    name = os.path.relpath(os.path.realpath(file), repository_of(file))
     if not name.isprintable() or "-->" in name or "--!>" in name:
         what = "a card contains the name of its file, which must not have control characters or the end of a comment"
         raise UserError(Problem("the file of a card", what, name, fix="rename the file"))

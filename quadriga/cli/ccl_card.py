@@ -7,6 +7,7 @@ reason. `batch_size` is the global one, because the schema's `mfu` needs it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,4 +132,4 @@ def _device_name(device: Device | None, environment: Mapping[str, Any]) -> str:
 def _nodes(environment: Mapping[str, Any]) -> int:
     """The number of machines of the run, from its NNODES; else 1."""
     text = str((environment.get("environment") or {}).get("NNODES", "1"))
-    return int(text) if text.isdecimal() and int(text) > 0 else 1
+    return int(text) if re.fullmatch(r"0*[1-9][0-9]{0,8}", text) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from quadriga.checkpoint import folder as folders
@@ -24,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
     chosen = parser.parse_args(argv)
     folder = checkpoint_folder_of(chosen.folder)
-    if not files_at(folder).exists(folder):
+    nowhere = any(os.path.islink(one) and not os.path.isdir(one) for one in (chosen.folder, folder))
+    if nowhere or not files_at(folder).exists(folder):
         raise UserError(Problem("FOLDER", "there is no such folder", folder))
     whole, damaged = folders.list_checkpoints(folder)
     candidates, damaged = titan.find_candidates(folder, damaged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from quadriga.analysis.compare.evidence import Analyse
 from quadriga.analysis.compare.report import format_comparison
 from quadriga.analysis.compare.runs import WARMUP_STEPS, find_bench, folders_of, names_of, read_setting
 from quadriga.cli.arguments import Parser, write_page
-from quadriga.errors import EXIT_OK, Problem, UserError, printable
+from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 
 ABOUT = (
     "Compare runs that differ in one thing: speed, memory, exposed communication, losses, and whether the requested "
@@ -50,8 +51,8 @@ def add_compare_arguments(parser: Parser) -> None:
 
 
 def step_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of steps (1 or more)")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,14}", text):
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a number of steps (1 or more)")
     return int(text)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, write_page
-from quadriga.errors import EXIT_OK, printable
+from quadriga.errors import EXIT_OK, printable, shortened
 
 ABOUT = (
     "Read the profiler's traces of all ranks and report where a step's time was spent: compute, communication (and its "
@@ -22,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="a run folder, a folder of traces, or one trace")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as one HTML page")
-    parser.add_argument("--step", metavar="N", type=int, help="the traces of iteration_N; without it, the newest")
+    parser.add_argument("--step", metavar="N", type=iteration, help="the traces of iteration_N; without it, the newest")
     options = parser.parse_args(argv)
     from quadriga.analysis.trace.analysis import analyse
     from quadriga.analysis.trace.report import format_trace
@@ -34,3 +36,9 @@ def main(argv: Sequence[str]) -> int:
         write_page(options.html, trace_page(found))
     print(json.dumps(found, indent=1) if options.json else "\n".join(map(printable, format_trace(found))))
     return EXIT_OK
+
+
+def iteration(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not the number of an iteration (0 or more)")
+    return int(text)

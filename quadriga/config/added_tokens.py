@@ -48,7 +48,7 @@ class ExtendedTokenizer:
     - `document`: the `tokenizer.json` with the added tokens.
     - `vocabulary`: ids by token.
     - `added`: the tokens that it lacked, with their ids.
-    - `changed`: tokens that texts are now searched for, so a text has other ids than with the `tokenizer.json` alone.
+    - `changed`: tokens that are searched for in texts in another way than by the `tokenizer.json` alone, so ids differ.
     - `notices`: messages for the user.
     """
 
@@ -92,6 +92,10 @@ def extend_tokenizer(folder: Path, document: Mapping[str, Any], tokens: SpecialT
     raw = {one.text: one.flags for one in decoder}
     old = document.get("added_tokens")
     entries = {entry["content"]: entry for entry in old if _is_entry(entry)} if isinstance(old, list) else {}
+    for text in filter(
+        None, (tokens.bos, tokens.eos)
+    ):  # always special: a text cannot contain the limits of a document
+        raw[text] = flags[text] = {**flags[text], "special": True}
     changed = tuple(sorted(text for text in raw if _matches(raw[text]) != _matches(entries.get(text))))
     for text in flags:
         if text in added or text in changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from pydantic.fields import FieldInfo
 from quadriga.config.schema import JobConfig, Section
 from quadriga.errors import UserError
 from quadriga.reading import parse_json, parse_toml
+
+NUMBER = re.compile(r"-?[0-9._]+([eE][-+]?[0-9]+)?|-?(inf|nan)")  # of ASCII, and with _ between digits as in TOML
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def parse_value(key: Key, text: str) -> Any:
     for number in (int, float):
         if number in kinds:
             try:
-                return number(text)
+                return number(text) if NUMBER.fullmatch(text) else text
             except ValueError:
                 return text
     return text
@@ -98,7 +101,8 @@ def parse_value(key: Key, text: str) -> Any:
 def _parse_list(text: str) -> Any:
     if text.lstrip().startswith("["):
         try:
-            return parse_toml(f"it = {text}", "command line")["it"]
+            found = parse_toml(f"it = {text}", "command line")
+            return found["it"] if len(found) == 1 else text
         except UserError:
             pass
         try:

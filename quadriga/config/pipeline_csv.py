@@ -8,6 +8,7 @@ stage's input and of its weights. An empty cell waits. `(0F1;0B0)OVERLAP_F_B` ru
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,14 @@ class ScheduleProblem:
 
 def parse(text: str, ranks: int, micro_batches: int) -> PipelineOrder | list[ScheduleProblem]:
     """The schedule, or all problems that it has for this number of ranks and micro-batches."""
+    rows, reader = list[list[str]](), csv.reader(io.StringIO(text, newline=None))
     try:
-        rows = list(csv.reader(text.splitlines()))
+        for row in reader:
+            rows.append(row)
+            if reader.line_num > len(rows):
+                return [ScheduleProblem("a quoted cell contains the end of a line", len(rows))]
     except csv.Error as error:  # a cell of more than 131,072 characters
-        return [ScheduleProblem(f"not a CSV file: {error}")]
+        return [ScheduleProblem(f"not a CSV file: {error}", reader.line_num)]
     unreadable = (
         ScheduleProblem(f"`{shortened(cell.strip())}` is not an action", line)
         for line, row in enumerate(rows, 1)

@@ -11,6 +11,7 @@ If no source has either, transformers knows neither. Quadriga then searches the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_special_tokens(folder: Path, vocabulary: Mapping[str, int], byte_level:
     Raises:
         UserError: a file cannot be read, or a token is not text.
     """
-    raw = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if (folder / name).is_file()}
+    raw = {name: read_json_object(folder / name) for name in (CONFIG, MAP) if os.path.lexists(folder / name)}
     config = raw.get(CONFIG, {})
     if "added_tokens_decoder" in config:
         raw.pop(MAP, None)

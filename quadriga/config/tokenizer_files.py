@@ -43,7 +43,7 @@ def find_tokenizer(path: str) -> Path | None:
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):
         return place
-    return next((place / name for name in CANDIDATES if os.path.isfile(place / name)), None)
+    return next((place / name for name in CANDIDATES if os.path.lexists(place / name)), None)
 
 
 def is_json(file: Path) -> bool:
@@ -54,7 +54,10 @@ def is_json(file: Path) -> bool:
 def read_tokenizer_files(file: Path) -> TokenizerFiles:
     """The tokenizer of a file and of those next to it. Raises UserError if one cannot be read, or they conflict."""
     document, content, notices = _vocabulary(file) if file.name in VOCABULARIES else _tokenizer_json(file)
-    tokens = read_special_tokens(file.parent, vocabulary_of(document), is_byte_level(document))
+    vocabulary = vocabulary_of(document)
+    if (largest := max(vocabulary.values(), default=0)) >= limits.VOCABULARY:
+        raise UserError(Problem(str(file), f"its largest id is {largest}", allowed=f"ids below {limits.VOCABULARY:,}"))
+    tokens = read_special_tokens(file.parent, vocabulary, is_byte_level(document))
     extended = extend_tokenizer(file.parent, document, tokens)
     return TokenizerFiles(
         file, content, extended, tokens, (*notices, *extended.notices, *_special_token_notices(file, tokens))
@@ -97,7 +100,7 @@ def _tokenizer_json(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]
 def _vocabulary(file: Path) -> tuple[dict[str, Any], bytes, tuple[str, ...]]:
     """A `tokenizer.json` made from a vocabulary and merges."""
     merges = file.parent / MERGES
-    if not os.path.isfile(merges):
+    if not os.path.lexists(merges):
         what = f"a vocabulary without {MERGES}: each document would be one unknown token"
         fix = (
             f"add {MERGES} to the folder, or the tokenizer.json of the model (AutoTokenizer.save_pretrained writes it)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quadriga.log import logger, start_logging
+from quadriga.log import logger, logging_ranks, start_logging
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,9 @@ def test_log_rank_chooses_who_prints_progress(chosen: str | None, rank: str, exp
     logger.info("progress")
     logger.warning("a warning")
     assert capsys.readouterr().err.splitlines() == expected
+
+
+@pytest.mark.parametrize("text", ["\u0663", "0,,1", "1_0", "+1"])
+def test_log_rank_is_a_list_of_plain_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match="not a list of ranks"):
+        logging_ranks({"LOG_RANK": text})

@@ -60,12 +60,12 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for path, expected in [
         (tmp_path / "missing", "No such file"),
-        (tmp_path / "dangling", "No such file"),
+        (tmp_path / "dangling", "it is a link that leads nowhere"),
         (tmp_path, "Is a directory"),
         (tmp_path / "fifo", "a FIFO"),
         ("/dev/zero", "a device"),
         (tmp_path / "latin", "byte 0xe9 at offset 3"),
-        (tmp_path / "utf16", "it looks like UTF-16"),
+        (tmp_path / "utf16", "it looks like UTF-16: iconv"),
         (tmp_path / "list", "a JSON array where a JSON object is expected"),
         ("a\0b", "null"),
     ]:

@@ -193,10 +193,14 @@ def _settings_of_bench(folder: Path) -> list[Path]:
 
 def find_bench(settings: Sequence[Path]) -> dict[str, Any] | None:
     """The record (`bench.json`) of the bench to which all these folders belong; None if there is none."""
-    parents = {folder.resolve().parent for folder in settings}
+    parents = {_real(folder).parent for folder in settings}
     found = read_bench(parents.pop() / BENCH_FILE) if len(parents) == 1 else None
     known = {setting["folder"] for setting in found["settings"]} if found else set()
-    return found if {folder.resolve().name for folder in settings} <= known else None
+    return found if {_real(folder).name for folder in settings} <= known else None
+
+
+def _real(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))  # unlike Path.resolve, it does not raise for a loop of links
 
 
 def read_bench(path: Path) -> dict[str, Any] | None:
@@ -239,8 +243,8 @@ def names_of(settings: Sequence[Path], bench: Mapping[str, Any] | None) -> list[
     """A name for each folder: that of the bench, else the last parts of its path that make the names different."""
     if bench is not None:
         by_folder = {setting["folder"]: str(setting["name"]) for setting in bench["settings"]}
-        return [by_folder[folder.resolve().name] for folder in settings]
-    parts = [folder.resolve().parts for folder in settings]
+        return [by_folder[_real(folder).name] for folder in settings]
+    parts = [_real(folder).parts for folder in settings]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-length:]) for own in parts]
         if len(set(names)) == len(names):

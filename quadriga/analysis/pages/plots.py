@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +11,7 @@ from markupsafe import Markup
 from quadriga.analysis.pages.charts import AXIS, RIGHT, WIDTH, horizontal_axis, picture, row_name
 from quadriga.analysis.pages.markup import tag
 from quadriga.analysis.pages.numbers import format_number, trim_zeros
-from quadriga.analysis.pages.scales import Scale, linear, logarithmic
+from quadriga.analysis.pages.scales import LARGEST, Scale, linear, logarithmic
 
 HEIGHT = 380.0  # of the space between the axes
 TOP = 14.0
@@ -82,8 +81,8 @@ def log_log_plot(
 
 
 def line_plot(title: str, series: Sequence[Series], x_title: str, y_title: str) -> Markup:
-    """One line per series, through its points in order. A NaN or infinite value is a gap in the line."""
-    finite = [point for each in series for point in each.points if math.isfinite(point[1])]
+    """One line per series, through its points in order. A NaN, infinite or huge value is a gap."""
+    finite = [point for each in series for point in each.points if _is_drawn(point[1])]
     x = linear([point[0] for point in finite], SIDE, WIDTH - RIGHT)
     y = linear([point[1] for point in finite], TOP + HEIGHT, TOP)
     drawn: list[Markup] = []
@@ -92,15 +91,19 @@ def line_plot(title: str, series: Sequence[Series], x_title: str, y_title: str) 
         every = max(len(each.points) // 12, 1)
         for a, b in each.points[each.index % every :: every]:
             hint = f"{each.name}, {format_number(a)}: {format_number(b)}"
-            drawn += [marker(each.index, x(a), y(b), hint)] if math.isfinite(b) else []
+            drawn += [marker(each.index, x(a), y(b), hint)] if _is_drawn(b) else []
     frame = (horizontal_axis(x, TOP, TOP + HEIGHT, x_title, format_number), _vertical_axis(y, y_title, format_number))
     return picture(title, TOP + HEIGHT + AXIS, *frame, *drawn)
 
 
+def _is_drawn(value: float) -> bool:
+    return abs(value) <= LARGEST  # False for NaN
+
+
 def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The runs of points whose values are finite."""
-    runs = groupby(points, key=lambda point: math.isfinite(point[1]))
-    return [list(run) for is_finite, run in runs if is_finite]
+    """The runs of points whose values are drawn."""
+    runs = groupby(points, key=lambda point: _is_drawn(point[1]))
+    return [list(run) for is_drawn, run in runs if is_drawn]
 
 
 def _line(points: Sequence[tuple[float, float]], index: int) -> Markup:

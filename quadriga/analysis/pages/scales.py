@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 ROUND = (1.0, 2.0, 5.0, 10.0)
 TOO_CLOSE, TINY = 1e-9, 1e-100
+LARGEST = 1e300  # above it, the length of a scale would not be finite
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Scale:
 
 def linear(values: Sequence[float], start: float, end: float, *, from_zero: bool = False) -> Scale:
     """A scale that includes all values, with round ends."""
+    values = [min(max(value, -LARGEST), LARGEST) for value in values]
     low, high = (0.0, max(values)) if from_zero else (min(values), max(values))
     size = max(abs(low), abs(high))
     if high - low < max(TOO_CLOSE * size, TINY):  # nearly equal values: a scale around them
@@ -41,6 +43,7 @@ def linear(values: Sequence[float], start: float, end: float, *, from_zero: bool
 
 def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
     """A scale between powers of ten that includes all values, which must be above 0."""
+    values = [min(max(value, 1 / LARGEST), LARGEST) for value in values]
     low = 10.0 ** math.floor(math.log10(min(values)) + 1e-9)
     high = 10.0 ** math.ceil(math.log10(max(values)) - 1e-9)
     return Scale(low, high if high > low else 10 * low, start, end, log=True)

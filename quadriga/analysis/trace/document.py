@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from quadriga import limits
 from quadriga.errors import Problem, UserError, shortened
-from quadriga.reading import opened
+from quadriga.reading import FROM_UTF_16, opened
 
 CHUNK = 1 << 22  # characters read at once
 GZIP = b"\x1f\x8b"
@@ -60,6 +60,8 @@ class TraceDocument:
         if self._peek() == "[":
             yield from self._array()
             return
+        if self._text.startswith("\ufffd\ufffd"):  # the mark of UTF-16, which is not UTF-8
+            raise self._wrong("the file is not UTF-8", FROM_UTF_16)
         if self._peek() != "{":
             raise self._wrong("the file is not a JSON object or array")
         self._at += 1
@@ -149,8 +151,8 @@ class TraceDocument:
                 raise self._wrong(CUT_OFF if unfinished else what) from None
             except RecursionError:
                 raise self._wrong("a value is nested too deeply for a trace of torch.profiler") from None
-            except ValueError as error:  # a number with more digits than Python converts
-                raise self._wrong(f"a value cannot be read: {shortened(error, 200)}") from None
+            except ValueError:  # a number with more digits than Python converts
+                raise self._wrong(f"a number of too many digits is in `{self._near(self._at)}`") from None
             if end == len(self._text) and self._fill():  # a number may continue
                 continue
             self._length, self._at = end - self._at, end
@@ -188,7 +190,7 @@ class _Text:
         self._size = os.fstat(file.fileno()).st_size
         self._most = min(limits.TRACE_BYTES, max(limits.TRACE_RATIO * self._size, limits.TRACE_SMALL))
         self._source = gzip.GzipFile(fileobj=file) if packed else file
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
         self._done = 0
 
     def read(self, size: int) -> str:

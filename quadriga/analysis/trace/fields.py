@@ -32,7 +32,7 @@ def _field_error(what: str, value: Any, allowed: str) -> FieldError:
 def microseconds(what: str, value: Any, most: float = LONGEST_TIME) -> float:
     """A finite number of microseconds, also as text."""
     found = value if type(value) in (float, int) else None
-    if isinstance(value, str) and len(value) < limits.JSON_DIGITS:
+    if isinstance(value, str) and len(value) < limits.JSON_DIGITS and value.isascii() and "_" not in value:
         with contextlib.suppress(ValueError):
             found = float(value)
     if found is None:

@@ -7,12 +7,14 @@ kineto_trace_K.json, *.pt.trace.json                  others, also flat
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.errors import Problem, UserError
+from quadriga.reading import file_kind
 from quadriga.units import format_some
 
 NAME = re.compile(r"trace.*\.json(\.gz)?$|\.trace\.json(\.gz)?$|^rank[-_]?\d+.*\.json(\.gz)?$", re.IGNORECASE)
@@ -41,10 +43,12 @@ def find_traces(place: Path, iteration: int | None = None) -> TraceSet:
     if place.is_file():
         return TraceSet(place.parent, (place,), _iteration(place.parent), (), None)
     if not place.is_dir():
-        raise UserError(Problem("TRACES", "there is no such file or folder", str(place)))
+        there = os.stat(place, follow_symlinks=place.exists()).st_mode if os.path.lexists(place) else 0
+        what = f"this is {file_kind(there)}, not a file or folder" if there else "there is no such file or folder"
+        raise UserError(Problem("TRACES", what, str(place)))
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(place.rglob("*.json*")):
-        if NAME.search(path.name) and not path.name.startswith(".") and path.is_file():
+        if NAME.search(path.name) and not path.name.startswith(".") and not path.is_dir():
             by_folder[_set_folder(path)].append(path)
     if not by_folder:
         what = "there is no trace of torch.profiler"

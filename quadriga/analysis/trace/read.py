@@ -251,11 +251,11 @@ class _EventReader:
         if table is None:
             return
         start = fields.microseconds("ts", event.get("ts"))
-        length = fields.microseconds("dur", event.get("dur") or 0.0, fields.LONGEST_DURATION)
+        length = fields.microseconds("dur", 0.0 if (dur := event.get("dur")) is None else dur, fields.LONGEST_DURATION)
         if length < 0:
             self.negative += 1
             return
-        args = event.get("args") or {}
+        args = {} if (args := event.get("args")) is None else args
         if not isinstance(args, dict):
             raise fields.FieldError("args is not an object")
         number = self._name(event.get("name"))

@@ -27,7 +27,8 @@ _OTHERS = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
 _MOST = {"num_hidden_layers": limits.MODEL_LAYERS}
 _LIMITS = f"up to {limits.MODEL_LAYERS:,} layers, and {limits.MODEL_WIDTH:,} of everything else"
 # Values that this model always has: (this value, the default of transformers for an absent field).
@@ -184,6 +185,8 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         yield Problem(
             f"{where}, high_freq_factor", "must be above low_freq_factor", shortened(rope["high_freq_factor"])
         )
+    elif kind == "llama3" and rope[_ORIGINAL] % 1:
+        yield Problem(f"{where}, {_ORIGINAL}", "must be a whole number", shortened(rope[_ORIGINAL]))
     if not _is_positive(_value_or(rope, "rope_theta", 10_000.0)):
         yield Problem(f"{where}, rope_theta", "must be a number above 0", shortened(rope["rope_theta"]))
     if _value_or(rope, "partial_rotary_factor", 1.0) != 1.0:
@@ -191,11 +194,10 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values of the rotary frequencies, from both formats."""
+    """The values of the rotary frequencies, from both formats. As in transformers 5.24, `rope_scaling` replaces
+    `rope_parameters`, and `original_max_position_embeddings` outside them is not used."""
     said = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
-    for spelling in ("rope_scaling", "rope_parameters"):
-        said |= config.get(spelling) or {}
-    return said
+    return said | (config.get("rope_scaling") or config.get("rope_parameters") or {})
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
@@ -209,7 +211,7 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
+        original_max_position=int(rope[_ORIGINAL]),
     )
 
 

@@ -158,3 +158,19 @@ def test_output_to_a_reader_that_has_gone_is_no_fault(root):
     done = subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["compare", "x", "y"], "there is no such folder"),
+        (["card", "x", "--ngpu", "2"], "cannot be read"),
+        (["compare", "x", "y", "--warmup", "\u0663"], "is not a number of steps"),
+        (["trace", "x", "--step", "\u0663"], "is not the number of an iteration"),
+        (["trace", "x", "--step=-5"], "is not the number of an iteration"),
+    ],
+)
+def test_loops_of_links_and_odd_digits_are_mistakes(folder, argv, says, capsys):
+    (folder / "x").symlink_to("x")
+    assert main(argv) == 2
+    assert says in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from torchtitan_checkpoints import run_folder
 
 from quadriga.checkpoint import folder as folders
@@ -56,4 +57,11 @@ def test_says_where_there_is_none(tmp_path, capsys):
 
 def test_a_folder_that_does_not_exist_is_a_mistake(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, capsys, target):
+    (tmp_path / "link").symlink_to(target)
+    assert main(["checkpoints", str(tmp_path / "link")]) == 2
     assert "there is no such folder" in capsys.readouterr().err

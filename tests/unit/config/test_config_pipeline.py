@@ -175,3 +175,16 @@ def torch_can(schedule: str, ranks: int, count: int) -> bool:
     except (ValueError, AssertionError):
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ('0F0,"0B0\n"\n1F0,x', 1, "the end of a line"),
+        ("0F0,0B0\n1F0,x\u2028y", 2, "is not an action"),
+        ("0F0,0B0\n" + "1" * 200_000, 2, "field larger"),
+    ],
+)
+def test_a_problem_of_a_schedule_has_its_line(text, line, what):
+    found = pipeline_csv.parse(text, 2, 1)
+    assert [(problem.line, what in problem.what) for problem in found] == [(line, True)]

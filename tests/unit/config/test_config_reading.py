@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quadriga.config import JobConfig
+from quadriga.config.keys import KEYS, parse_value
 from quadriga.config.load import load
 
 
@@ -326,3 +327,20 @@ def test_lines_are_found_behind_long_texts_and_arrays(write, refusal):
     text += ["[compile]", "components = [", '  "model",', "]", "[training]", "steps = 0"]
     (problem,) = refusal(write("\n".join(text)))
     assert problem.source == "run.toml, line 11"
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("training.steps", text) for text in ("\u0663", "+5", "5\n")),
+        *(("optimizer.lr", text) for text in ("1__0.5", "\u0663.\u0665")),
+        ("model.converters", '["a"]\nfoo=2'),
+    ],
+)
+def test_a_text_that_is_not_exactly_a_value_stays_a_text(key, text):
+    assert parse_value(KEYS[key], text) == text
+
+
+@pytest.mark.parametrize("text", ["7", "-1", "1e-3", ".5", "2.", "inf", "-1.5E+3"])
+def test_numbers_of_the_command_line_are_read(text):
+    assert parse_value(KEYS["optimizer.lr"], text) == float(text)

@@ -253,3 +253,30 @@ def test_a_vocabulary_that_is_none(tmp_path, content):
     for read in (tokenizer_facts, build_tokenizer):
         with pytest.raises(UserError):
             read(str(folder))
+
+
+def test_bos_in_a_text_is_text_also_if_a_file_calls_it_not_special(tmp_path):
+    plain = byte_level()
+    plain["added_tokens"] = [one | {"special": False} for one in plain["added_tokens"]]
+    folder = write_folder(tmp_path, plain, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = build_tokenizer(str(folder))
+    (ids,) = tokenizer.encode_batch(["a<s>b</s>"])
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+def test_a_file_whose_target_is_gone_is_named(tmp_path, name):
+    folder = write_folder(tmp_path, byte_level())
+    (folder / "vocab.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name}(?s:.*)leads nowhere"):
+        build_tokenizer(str(folder))
+
+
+def test_an_id_beyond_the_limit_is_that_of_its_file(tmp_path):
+    huge = byte_level()
+    huge["added_tokens"][0]["id"] = 2**31
+    folder = write_folder(tmp_path, huge, tokenizer_config={"bos_token": "<new>", "eos_token": "</s>"})
+    with pytest.raises(UserError, match=r"tokenizer\.json(?s:.*)its largest id is 2147483648"):
+        build_tokenizer(str(folder))

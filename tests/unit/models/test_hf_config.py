@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 
 from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.errors import UserError
 from quadriga.models.registry import catalogue, hf_config, positions_from_hf, spec_from_hf, tensor_names
 
 SIZES = list(catalogue()["llama3"].values())
@@ -93,3 +95,30 @@ def test_how_weights_are_drawn_is_not_exported() -> None:
     exported = hf_config(drawn_otherwise, bos_id=1, eos_id=2)
     assert exported == hf_config(ODD, bos_id=1, eos_id=2)
     assert spec_from_hf(exported, "config.json") == spec_from_hf(hf_config(ODD, bos_id=1, eos_id=2), "config.json")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {**LLAMA3, ORIGINAL: 512}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {**LLAMA3, ORIGINAL: 512}, ORIGINAL: 1024},
+    ],
+)
+def test_rotary_values_that_are_named_twice_are_those_of_transformers(rope):
+    from transformers import LlamaConfig
+
+    config = hf_config(ODD, bos_id=None, eos_id=None)
+    del config["rope_theta"], config["rope_scaling"]
+    theirs = LlamaConfig(**config, **copy.deepcopy(rope)).rope_parameters
+    ours = spec_from_hf(config | rope, "config.json")
+    assert (ours.rope_theta, ours.rope_scaling.original_max_position) == (theirs["rope_theta"], theirs[ORIGINAL])
+
+
+def test_a_fraction_of_a_position_is_refused():
+    config = hf_config(ODD, bos_id=None, eos_id=None)
+    with pytest.raises(UserError, match="whole number"):
+        spec_from_hf(config | {"rope_scaling": {**LLAMA3, ORIGINAL: 8192.5}}, "config.json")

@@ -19,6 +19,7 @@ from quadriga.analysis.pages.plots import (
     log_log_plot,
     series_legend,
 )
+from quadriga.analysis.pages.scales import linear, logarithmic
 from quadriga.analysis.pages.style import DARK, LIGHT, ON_DARK, ON_LIGHT
 
 ROOM = WIDTH - LEFT - RIGHT
@@ -118,3 +119,14 @@ def test_text_can_be_read_and_marks_be_seen(words, data):
     assert contrast(words["warn"], words["warn-ground"]) >= 4.5
     assert contrast(words["muted"], words["raised"]) >= 4.5
     assert all(contrast(colour, words["ground"]) >= 1.8 for colour in data)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.7e308], [1.7e308] * 2, [1e308, 1.7e308], [-1e308, 1e308], [5e-324, 1.0]])
+def test_a_scale_of_huge_or_tiny_numbers_has_ticks(values):
+    scales = [linear(values, 0.0, 100.0)] + ([logarithmic(values, 0.0, 100.0)] if min(values) > 0 else [])
+    assert all(math.isfinite(scale(tick)) for scale in scales for tick in scale.ticks())
+
+
+def test_a_huge_loss_is_a_gap():
+    drawn = read_page(line_plot("t", [Series("a", 0, [(1, 2.0), (2, 1e308), (3, 3.0), (4, 3.5)])], "step", "loss"))
+    assert len(drawn.all("circle", "fill0")) == 3

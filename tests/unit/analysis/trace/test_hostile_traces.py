@@ -13,6 +13,7 @@ from made_traces import two_steps
 from quadriga import limits
 from quadriga.analysis.trace.analysis import analyse
 from quadriga.cli.main import main
+from quadriga.errors import UserError
 
 NAMES = {"all_gather": "ncclDevKernel_AllGather", "reduce_scatter": "ncclDevKernel_ReduceScatter"}
 ROW = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": 5.0, "dur": 1.0, "args": {}}
@@ -40,6 +41,12 @@ HOSTILE = {
     "no name": text(name=None),
     "args that are text": text(args="none"),
     "args that are a list": text(args=[1]),
+    "a duration that is a list": text(dur=[]),
+    "a duration that is empty": text(dur=""),
+    "a duration that is false": text(dur=False),
+    "args that are an empty list": text(args=[]),
+    "a time with an underscore": text(ts="1_0"),
+    "a time of other digits": text(ts="\u0661\u0662"),
     "a list as thread": text(tid=[1]),
     "an object as process": text(pid={}),
     "an id beyond 64 bits": text(args={"External id": 2**64}),
@@ -153,3 +160,30 @@ def test_names_cannot_move_the_cursor(tmp_path, capsys):
     assert "\x1b" not in out
     out.encode()
     (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path):
+    file = tmp_path / "rank0_trace.json"
+    file.write_text("\ufeff" + text())
+    assert analyse(file)
+    file.write_text(text(), encoding="utf-16")
+    with pytest.raises(UserError, match="iconv -f UTF-16"):
+        analyse(file)
+    file.write_text(raw("ts", "9" * 5000))
+    with pytest.raises(UserError, match="a number of too many digits is in"):
+        analyse(file)
+
+
+@pytest.mark.parametrize(("name", "says"), [("fifo", "is a FIFO"), ("null", "is a device"), ("x", "is a link that")])
+def test_what_is_no_file_is_named(tmp_path, name, says):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "x").symlink_to("x")
+    with pytest.raises(UserError, match=says):
+        analyse(tmp_path / name)
+
+
+def test_a_trace_whose_target_is_gone_is_named(tmp_path):
+    (tmp_path / "rank0_trace.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"rank0_trace\.json(?s:.*)a link that leads nowhere"):
+        analyse(tmp_path)
