@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import FLOAT32, SPEC, Case, TrainingTrace, batch, make_model, to_whole, train_all
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadriga.comm.mesh import build_mesh
@@ -115,3 +118,34 @@ def test_gradients_of_one_device_are_not_copied_once_more() -> None:
     assert sizes == []
     for _, largest in run_ranks(gradients_and_divisions, 2, Degrees(dp_replicate=2)):
         assert largest == pytest.approx(2 * alone, rel=1e-6)
+
+
+def buffers_held() -> list[bool]:
+    """Of each buffer that was all-reduced in a dtype of its own, whether torch holds it until the last unit reduces."""
+    training = Training(mixed_precision_param="bfloat16", mixed_precision_reduce="bfloat16")
+    model = make_model(Case(training=training), build_mesh(Degrees(dp_replicate=2), "cpu"))
+    reduced: list[weakref.ref[torch.Tensor]] = []
+    held: list[bool] = []
+    reduce = _fsdp_param_group.foreach_reduce
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        held[:] = [buffer() is not None for buffer in reduced]
+        result = reduce(*arguments, **options)
+        all_reduced = result[-3]
+        assert all_reduced.dtype == torch.bfloat16
+        reduced.append(weakref.ref(all_reduced))
+        return result
+
+    tokens, labels = batch(0, SPEC.vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fsdp_param_group, "foreach_reduce", noted)
+        summed_cross_entropy(model(tokens, torch.arange(tokens.shape[1])), labels).backward()
+    return held
+
+
+def test_torch_holds_what_copies_reduce_until_the_backward_pass_ends() -> None:
+    """If it did not, a later unit would get the memory while the all-reduce of an earlier one still uses it, and their
+    gradients would alias (pytorch/pytorch#180889). Quadriga relies on this for every reduce dtype."""
+    for held in run_ranks(buffers_held, 2):
+        assert len(held) >= SPEC.n_layers
+        assert all(held)
