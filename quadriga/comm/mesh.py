@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,9 +101,9 @@ def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
     if dist.get_world_size() != degrees.world_size:
         raise RuntimeError(f"the degrees need {degrees.world_size} ranks, but {dist.get_world_size()} were started")
     shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
-    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    device_mesh = init_mesh(device_type, shape, AXES)
     ranks_of_loss = (degrees.pp * degrees.batch * degrees.cp, degrees.tp)
-    loss = init_device_mesh(device_type, ranks_of_loss, mesh_dim_names=("loss", "tp"))
+    loss = init_mesh(device_type, ranks_of_loss, ("loss", "tp"))
     parameters = _parameter_mesh(degrees, device_mesh)
     replica, shard = device_mesh.get_local_rank("dp_replicate"), device_mesh.get_local_rank("dp_shard")
     return Mesh(
@@ -122,4 +123,23 @@ def _parameter_mesh(degrees: Degrees, device_mesh: DeviceMesh) -> DeviceMesh:
     # cp is the axis after dp_shard, so a second mesh with the two as one axis has the ranks in the same order
     # (flattening a mesh is private in torch).
     shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
-    return init_device_mesh(device_mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+    return init_mesh(device_mesh.device_type, shape, ("pp", "dp_replicate", "dp_shard", "tp"))
+
+
+def init_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """torch's `init_device_mesh`, without a warning of gloo for each axis.
+
+    On CUDA it splits the default group, with NCCL's options for all backends. gloo ignores them, as it should, and
+    warns on each rank (`ProcessGroupGloo::split`). The warning is one of C++ and goes to the standard error directly,
+    except inside of a call such as `Tensor.apply_`, which hands it to Python's filters.
+    """
+    made: list[DeviceMesh] = []
+
+    def make(unused: float) -> float:
+        made.append(init_device_mesh(device_type, shape, mesh_dim_names=names))
+        return unused
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Tried to pass options to ProcessGroupGloo::split")
+        torch.zeros(1).apply_(make)
+    return made[0]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
+from torch._C._distributed_c10d import Backend
 from torch.distributed.device_mesh import DeviceMesh
 
 from quadriga.comm import collectives, process_group
-from quadriga.comm.mesh import build_mesh
+from quadriga.comm import mesh as mesh_module
+from quadriga.comm.mesh import build_mesh, init_mesh
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import Comm
 from quadriga.json_collectives import all_gather_json, broadcast_json
@@ -64,6 +68,37 @@ def meshes_per_step() -> int:
 
 def test_a_step_builds_no_mesh() -> None:
     assert run_ranks(meshes_per_step, 2) == [0, 0]
+
+
+def split_warnings() -> tuple[str, str]:
+    """What reaches the standard error from gloo's split with options of NCCL: as such, and in `init_mesh`."""
+
+    def split(*_: Any, **__: Any) -> DeviceMesh:
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.split_group([0], timedelta(seconds=5), Backend.Options("nccl"), "part", "a part")
+        return cast(DeviceMesh, "made")
+
+    def written(call: Callable[[], Any]) -> str:
+        with tempfile.TemporaryFile("w+") as file:
+            before = os.dup(2)
+            os.dup2(file.fileno(), 2)
+            try:
+                call()
+            finally:
+                os.dup2(before, 2)
+            file.seek(0)
+            return file.read()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_module, "init_device_mesh", split)
+        return written(split), written(lambda: init_mesh("cpu", (1,), ("a",)))
+
+
+def test_gloo_does_not_warn_of_nccls_options() -> None:
+    """Torch splits the default group like this on CUDA."""
+    plain, in_init = run_ranks(split_warnings, 1)[0]
+    assert "Tried to pass options to ProcessGroupGloo::split" in plain
+    assert in_init == ""
 
 
 def test_layouts_of_four_ranks() -> None:
