@@ -43,7 +43,13 @@ def find_tokenizer(path: str) -> Path | None:
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):
         return place
-    return next((place / name for name in CANDIDATES if os.path.lexists(place / name)), None)
+    files = (place / name for name in CANDIDATES)
+    return next((file for file in files if os.path.isfile(file) or _leads_nowhere(file)), None)
+
+
+def _leads_nowhere(file: Path) -> bool:
+    """Whether it is a link without a target. Such a file counts, so that the error of reading it names it."""
+    return os.path.islink(file) and not os.path.exists(file)
 
 
 def is_json(file: Path) -> bool:
