@@ -45,7 +45,8 @@ def files_at(location: Location, retries: int = 5) -> Files:
         protocol = str(location).partition("://")[0]
         driver = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
         fix = f"pip install {driver or 'fsspec'}" if driver or isinstance(error, ImportError) else "see fsspec's list"
-        raise UserError(Problem("checkpoint", f"cannot be reached: {error}", str(location), fix=fix)) from None
+        key = "checkpoint.folder or checkpoint.initial_load_path"
+        raise UserError(Problem(key, f"cannot be reached: {error}", str(location), fix=fix)) from None
 
 
 def local(location: Location) -> Path:

@@ -31,6 +31,7 @@ from quadriga.checkpoint import foreign
 from quadriga.checkpoint import manifest as manifests
 from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.manifest import FORMAT, STATE_FILE, FileFacts, InvalidCheckpoint, format_manifest
+from quadriga.checkpoint.plan_format import LINK
 from quadriga.errors import Fault, Problem, UserError
 
 __all__ = ["FORMAT", "STATE_FILE", "FileFacts", "InvalidCheckpoint", "format_manifest"]  # reexported
@@ -163,6 +164,8 @@ def read_checkpoint(path: Location) -> CheckpointInfo:
         file = join(location, name)
         if name not in there:
             raise InvalidCheckpoint(f"{file} is missing")
+        if files.is_link(file):
+            raise InvalidCheckpoint(f"{file} {LINK}")
         try:
             size = files.size(file)
         except OSError as error:  # a link without target, a disk or a server that does not answer
@@ -258,9 +261,11 @@ def newest_extra(folder: Location, step: int = -1) -> dict[str, Any] | None:
 
 def _manifest(path: Location) -> manifests.Manifest:
     """The manifest in a folder. Raises InvalidCheckpoint if it cannot be read."""
-    manifest = join(path, STATE_FILE)
+    files, manifest = files_at(path), join(path, STATE_FILE)
+    if files.is_link(manifest):
+        raise InvalidCheckpoint(f"{manifest} {LINK}")
     try:
-        return manifests.parse_manifest(files_at(path).read(manifest), manifest)
+        return manifests.parse_manifest(files.read(manifest), manifest)
     except OSError as error:
         raise InvalidCheckpoint(f"{manifest} cannot be read ({error.strerror or error})") from error
 

@@ -64,11 +64,11 @@ def load_tensors(
 
     Args:
         facts: the files in the manifest; None or empty without a manifest.
-        prefix: of all names in `tensors`; the names in the checkpoint may lack it.
+        prefix: of all names in `tensors`. If no name in the checkpoint has it, it is removed.
     """
     stored = open_stored(location, group, facts, retries)
     there = stored.plan.tensors
-    if prefix and not all(name.startswith(prefix) for name in there):
+    if prefix and not any(name.startswith(prefix) for name in there):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     may_lack = {name for name in tensors.keys() | there.keys() if optional and name.startswith(optional)}
     unfilled = sorted(name for name in may_lack & tensors.keys() if not _fits(there.get(name), tensors[name]))

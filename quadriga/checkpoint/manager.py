@@ -115,6 +115,9 @@ class CheckpointManager:
             for part, state in tensors.items()
             if part not in self._section.exclude_from_loading and (found.resume or part == "model")
         }
+        if RANDOM in wanted and RANDOM not in found.contents:
+            logger.info("random generators that are not in the checkpoint start anew")
+            del wanted[RANDOM]
         absent = sorted(wanted.keys() - set(found.contents))
         if absent:
             raise UserError(messages.missing_contents(found, absent))

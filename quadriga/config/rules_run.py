@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
@@ -19,6 +20,16 @@ STATE_DTYPE = "optimizer.state_dtype"
 LEAST_FALL = 2**-8  # half the relative spacing of bfloat16 numbers just above a power of two
 SCHEDULE = ("lr_scheduler.warmup_steps", "training.steps")
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
+# What a run writes to its folder under names of its own.
+RUN_FILES = {".lock", "config.toml", "environment.json", "estimate.json", "estimates", "documents"}
+RUN_FILES |= {"metrics.jsonl", "events.jsonl", "bad_batches.jsonl"}
+OUTPUT_FOLDERS = (
+    "profiling.save_traces_folder",
+    "metrics.save_tb_folder",
+    "checkpoint.folder",
+    "comm.save_traces_folder",
+    "profiling.save_memory_snapshot_folder",
+)
 USER_CODE = ("job.custom_config_module", "experimental.custom_import", "experimental.custom_args_module")
 
 
@@ -266,14 +277,30 @@ def workers_persist_anyway(ctx: RuleContext) -> Findings:
         yield "training.dataloader.persistent_workers has no effect: workers always run until the run ends"
 
 
-@rule("profiling.save_traces_folder", "metrics.save_tb_folder", "checkpoint.folder", "comm.save_traces_folder")
+@rule(*OUTPUT_FOLDERS)
 def folders_are_apart(ctx: RuleContext) -> Findings:
-    config = ctx.config
-    names = [config.profiling.save_traces_folder, config.metrics.save_tb_folder, config.checkpoint.folder]
-    names += [config.comm.save_traces_folder, config.profiling.save_memory_snapshot_folder]
-    plain = [name.strip("./") for name in names]
+    plain = [config_value(ctx.config, key).strip("./") for key in OUTPUT_FOLDERS]
     if len(set(plain)) < len(plain):
         yield Conflict("two kinds of output would share one folder", "give each its own folder")
+
+
+@rule("job.save_config_file", *OUTPUT_FOLDERS)
+def configuration_replaces_nothing(ctx: RuleContext) -> Findings:
+    if (name := ctx.config.job.save_config_file) is None:
+        return
+    path, folders = PurePath(name), [PurePath(config_value(ctx.config, key)) for key in OUTPUT_FOLDERS]
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        yield Conflict("the configuration is written into the run folder", allowed="a name like all.json")
+    elif path.parts[0] in RUN_FILES or any(path in (one, *one.parents) or one in path.parents for one in folders):
+        yield Conflict("the run itself writes there, and would lose its files", "choose another name, like all.json")
+
+
+@rule(*OUTPUT_FOLDERS)
+def folders_replace_no_file(ctx: RuleContext) -> Findings:
+    for key in OUTPUT_FOLDERS:
+        name = str(config_value(ctx.config, key))
+        if PurePath(name).parts[:1] and PurePath(name).parts[0] in RUN_FILES:
+            yield Conflict(f"{key} = {name}: the run itself writes a file of this name", "choose another folder")
 
 
 def _refuse_user_code(key: str) -> Callable[[RuleContext], Findings]:

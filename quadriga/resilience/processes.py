@@ -12,12 +12,14 @@ The launcher reads them to forward signals and to find the first error.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +44,7 @@ from quadriga.log import logger
 RECORDS = "QUADRIGA_EXIT_RECORDS"  # the folder of the exit records of this machine's ranks
 AGENT_PID = "QUADRIGA_AGENT_PID"  # the agent that started the ranks
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has restarted the ranks
-LOCK_NAME = ".lock"
+LOCK_NAME, LOCK_FLAGS = ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
 LOCK_TIMEOUT_SECONDS = 3.0  # the last rank of a killed run needs some time to exit
 INTERRUPTED = 130  # 128 + SIGINT
 STOP_REQUESTED_KEY = "quadriga/stop_requested"  # store key: the ranks of a bare torchrun were asked to stop
@@ -197,15 +199,19 @@ def lock_run_folder(folder: str) -> Iterator[None]:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(os.path.join(folder, LOCK_NAME), LOCK_FLAGS | os.O_CREAT, 0o644)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):  # a FIFO, for example, has no text
+            os.close(handle)
+            raise OSError(errno.EINVAL, f"{LOCK_NAME} is not a regular file")
     except OSError as error:
         fix = "choose a folder that you may write with --job.dump_folder"
         raise UserError(Problem("job.dump_folder", f"cannot be written: {error.strerror}", folder, fix=fix)) from None
     try:
         if _acquire_lock(handle, folder):
             since = datetime.now().astimezone().isoformat(timespec="seconds")
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            with suppress(OSError):  # a full disk: the text is only a note for others
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
@@ -231,7 +237,7 @@ def _acquire_lock(handle: int, folder: str) -> bool:
 
 def in_use(handle: int, folder: str) -> Problem:
     """The problem that another run holds the lock of the folder. `handle`: the lock file, with a line on its holder."""
-    holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+    holder = " ".join(os.pread(handle, 1000, 0).decode(errors="replace").split()) or "another process"
     fix = "wait for that run to end, stop it, or choose another folder with --job.dump_folder"
     return Problem("job.dump_folder", f"this run folder is in use by {holder}", folder, fix=fix)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from torch import nn
 
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.manager import CheckpointManager
-from quadriga.checkpoint.tensors import ModelState, OptimizerState
+from quadriga.checkpoint.manifest import STATE_FILE, format_manifest
+from quadriga.checkpoint.tensors import ModelState, OptimizerState, RandomState
 from quadriga.config.schema import Checkpoint
-from quadriga.errors import UserError
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, UserError
 
 
 class Run:
@@ -121,6 +125,75 @@ def test_a_damaged_newest_is_passed_over(tmp_path):
     found = one.find()
     assert found.step == 2
     one.load(found, run.states)
+
+
+def reseal(step: Path, **changes) -> None:
+    """Write a manifest with valid hashes of the files as they are: it has no secret."""
+    state = json.loads((step / STATE_FILE).read_text())
+    for name in state["files"]:
+        content = (step / name).read_bytes()
+        state["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (step / STATE_FILE).write_text(format_manifest({**state, **changes}))
+
+
+def other_plan(step: Path, old: bytes, new: bytes) -> None:
+    plan = step / "plan.json"
+    assert old in plan.read_bytes()
+    plan.write_bytes(plan.read_bytes().replace(old, new))
+    reseal(step)
+
+
+def linked(name: str) -> Callable[[Path], object]:
+    return lambda step: (step / name).symlink_to((step / name).rename(step.parent.parent / "moved"))
+
+
+SWAPPED = {
+    "a link to its tensors": linked("__0_0.distcp"),
+    "a link to its plan": linked("plan.json"),
+    "a link to its manifest": linked(STATE_FILE),
+    "a plan of another file": lambda step: other_plan(step, b"__0_0.distcp", b".metadata"),
+    "a plan of no format": lambda step: other_plan(step, b"quadriga-plan-1", b"quadriga-plan-0"),
+}
+
+
+@pytest.mark.parametrize("change", SWAPPED.values(), ids=SWAPPED.keys())
+def test_what_no_load_would_accept_is_passed_over(tmp_path, change):
+    saved(tmp_path / "run", steps=(2, 4))
+    change(tmp_path / "run" / "step-4")
+    one, run = manager(tmp_path / "run"), Run()
+    found = one.find()
+    assert found.step == 2
+    one.load(found, run.states)
+    with pytest.raises((CheckpointError, UserError)) as refused:
+        manager(tmp_path / "new", initial_load_path=str(tmp_path / "run" / "step-4")).find()
+    assert "step-4" in str(refused.value)
+    with pytest.raises(CheckpointError) as refused:
+        manager(tmp_path / "run", load_step=4).find()
+    assert refused.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
+
+
+def test_generators_that_were_not_saved_start_anew(tmp_path, caplog):
+    old, run, one = saved(tmp_path), Run(), manager(tmp_path)
+    with caplog.at_level(logging.INFO, "quadriga"):
+        one.load(one.find(), {**run.states, "random": RandomState(0, torch.device("cpu"))})
+    assert "random generators that are not in the checkpoint start anew" in caplog.text
+    assert same(run.values(), old.values())
+
+
+def test_a_folder_that_lost_its_manifest_gives_its_weights(tmp_path):
+    """As `torch.distributed.checkpoint` alone would leave it: the names of the weights begin with `model.`."""
+    old, run = saved(tmp_path / "run"), Run()
+    for name in (STATE_FILE, "plan.json"):
+        (tmp_path / "run" / "step-3" / name).unlink()
+    one = manager(tmp_path / "new", initial_load_path=str(tmp_path / "run" / "step-3"))
+    run.train(1, 1)
+    one.load(one.find(), run.states)
+    assert same(run.model.state_dict(), old.model.state_dict())
+
+
+def test_a_store_without_a_driver_names_the_keys(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\.folder or checkpoint\.initial_load_path"):
+        manager("nosuch://x/y")
 
 
 def test_what_a_killed_save_left_is_cleaned_up_but_not_by_a_reader(tmp_path):

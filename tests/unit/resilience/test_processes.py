@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +49,28 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path: Path, monkeyp
         with pytest.raises(UserError) as refusal, lock_run_folder(str(tmp_path / "run")):
             pass
         assert f"in use by process {holder.pid} on " in refusal.value.report
+
+
+def test_a_holder_is_named_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 7\non here\n")
+    with (tmp_path / ".lock").open() as file:
+        assert "in use by process 7 on here" in processes.in_use(file.fileno(), str(tmp_path)).what
+
+
+def test_a_full_disk_does_not_prevent_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with lock_run_folder(str(tmp_path)):
+        assert (tmp_path / ".lock").read_text() == ""
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda lock: os.symlink("/dev/full", lock), os.mkdir])
+def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"job\.dump_folder"), lock_run_folder(str(tmp_path)):
+        pass
 
 
 def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
