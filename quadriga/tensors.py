@@ -7,11 +7,27 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """The index in the whole tensor of the first element of this rank's shard, which is a box of it."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def plain_data(tensor: Tensor) -> Tensor:
+    """The plain tensor inside of a tensor subclass of torchao, which shares its memory; any other tensor as it is."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    inner: Tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+    return inner
 
 
 def tensors_in(item: Any) -> Iterator[Tensor]:

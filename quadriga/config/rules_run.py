@@ -17,6 +17,7 @@ GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
 PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
 FILTER = f"{FLOAT8}.filter_fqns"
 STATE_DTYPE = "optimizer.state_dtype"
+STOCHASTIC = "optimizer.stochastic_rounding"
 LEAST_FALL = 2**-8  # half the relative spacing of bfloat16 numbers just above a power of two
 SCHEDULE = ("lr_scheduler.warmup_steps", "training.steps")
 CYCLE = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
@@ -240,21 +241,29 @@ def warn_only_needs_deterministic(ctx: RuleContext) -> Findings:
 
 @rule("training.dtype")
 def narrow_parameters_lose_small_updates(ctx: RuleContext) -> Findings:
-    if ctx.config.training.dtype == "bfloat16":
-        yield "training.dtype = bfloat16 holds the parameters themselves in bfloat16: small updates are rounded away"
+    if ctx.config.training.dtype == "bfloat16" and not ctx.config.optimizer.stochastic_rounding:
+        held = "training.dtype = bfloat16 holds the parameters themselves in bfloat16"
+        yield f"{held}: small updates are rounded away without {STOCHASTIC} = true"
 
 
-@rule(STATE_DTYPE, "optimizer.beta1", "optimizer.beta2", "training.dtype")
+@rule(STOCHASTIC, STATE_DTYPE, "training.dtype")
+def something_is_rounded(ctx: RuleContext) -> Findings:
+    optimizer, dtype = ctx.config.optimizer, ctx.config.training.dtype
+    if optimizer.stochastic_rounding and "bfloat16" not in (optimizer.state_dtype, dtype):
+        yield f"{STOCHASTIC} has no effect: neither weights nor moments are in bfloat16"
+
+
+@rule(STATE_DTYPE, "optimizer.beta1", "optimizer.beta2", "training.dtype", STOCHASTIC)
 def moments_can_fall(ctx: RuleContext) -> Findings:
     """With small gradients, a moment decreases by the fraction 1 - beta per step.
 
     bfloat16 has 8 significant bits: the spacing of numbers is at most 2^-7 of their value, and a change by less than
     half of that is rounded away. If 1 - beta < 2^-8, some numbers in each octave do not decrease, and smaller ones are
     never reached. If 1 - beta < 2^-9, none decreases. A second moment that stays too large makes all later updates too
-    small.
+    small. Stochastic rounding decreases them on average.
     """
     optimizer = ctx.config.optimizer
-    if (optimizer.state_dtype or ctx.config.training.dtype) != "bfloat16":
+    if (optimizer.state_dtype or ctx.config.training.dtype) != "bfloat16" or optimizer.stochastic_rounding:
         return
     for name in ("beta1", "beta2"):
         beta = getattr(optimizer, name)
@@ -264,10 +273,11 @@ def moments_can_fall(ctx: RuleContext) -> Findings:
             f"optimizer.{name} = {beta:g} decreases a moment by {1 - beta:.2g} of its value per step, and bfloat16 "
             "rounds away less than 2^-8 (0.0039) of it: the moment would not decrease"
         )
-        if optimizer.state_dtype is None:
-            yield f'{what}; use {STATE_DTYPE} = "float32"'
+        never = name == "beta2" and 1 - beta < LEAST_FALL / 2
+        if optimizer.state_dtype is None and not never:
+            yield f'{what}; use {STATE_DTYPE} = "float32", or {STOCHASTIC} = true'
         else:
-            fix = f'set {STATE_DTYPE} = "float32", or optimizer.{name} to 0.996 or less'
+            fix = f'set {STATE_DTYPE} = "float32", or {STOCHASTIC} = true, or optimizer.{name} to 0.996 or less'
             yield Conflict(what, fix)
 
 

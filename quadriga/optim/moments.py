@@ -10,13 +10,16 @@ Adam, and rounds them to nearest. So only the copies of one bucket exist, never 
 | bfloat16   | bfloat16 | 2 + 4                                  | weights, gradients, both moments |
 | bfloat16   | float32  | 2 + 8, instead of 2 + 4                | weights, gradients               |
 
+On CUDA with `fused`, `adam_kernel` does all of this in one pass without copies, with the division by `grad_scale`.
+
 A bucket has `UPDATE_BUCKET` elements of this rank's shards (64 MiB per copy), or one parameter's shard if that is
 larger. In addition, `foreach` and `for-loop` make temporary tensors of the same size, as in torch; `fused` makes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -24,7 +27,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from quadriga.config.schema import UPDATE_BUCKET
-from quadriga.tensors import to_local
+from quadriga.optim.adam_kernel import adam_update
+from quadriga.optim.rounding import place_of, round_stochastically
+from quadriga.tensors import plain_data, to_local
 from quadriga.units import grouped
 
 
@@ -36,13 +41,23 @@ class AdamWithMomentsIn(torch.optim.Adam):
     leaves the state bit for bit unchanged, because a conversion to float32 and back is exact.
 
     Args:
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; None: that of each parameter.
+        names: by parameter, for stochastic rounding of bfloat16 weights and moments (`rounding`); None: to nearest.
+        seed: of stochastic rounding.
         options: those of `torch.optim.Adam`, except `amsgrad`, `maximize`, `capturable` and `differentiable`.
     """
 
-    def __init__(self, params: Iterable[Any], *, dtype: torch.dtype, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        dtype: torch.dtype | None,
+        names: Mapping[Any, str] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         super().__init__(params, **options)
-        self.moments_dtype = dtype
+        self.moments_dtype, self.names, self.seed = dtype, names, seed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,6 +67,9 @@ class AdamWithMomentsIn(torch.optim.Adam):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["fused"] and parameters and to_local(parameters[0]).is_cuda:
+                self._update_in_one_kernel(group, parameters)
+                continue
             for bucket in grouped(parameters, lambda parameter: to_local(parameter).numel(), UPDATE_BUCKET):
                 self._update(group, bucket)
         return loss
@@ -59,7 +77,7 @@ class AdamWithMomentsIn(torch.optim.Adam):
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self._state_of(parameter, group) for parameter in parameters]
         held = (
-            [to_local(parameter) for parameter in parameters],
+            [plain_data(to_local(parameter)) for parameter in parameters],
             [to_local(state["exp_avg"]) for state in states],
             [to_local(state["exp_avg_sq"]) for state in states],
         )
@@ -83,10 +101,39 @@ class AdamWithMomentsIn(torch.optim.Adam):
             eps=group["eps"],
             maximize=False,
         )
+        if self.names is not None:
+            for parameter, state, *pairs in zip(parameters, states, *map(zip, wide, held), strict=True):
+                place = place_of(self.seed, self.names[parameter], parameter)
+                round_stochastically(pairs, place, int(state["step"]))
+            return
         for column, computed in zip(held, wide, strict=True):
             for narrow, result in zip(column, computed, strict=True):
                 if result is not narrow:
                     narrow.copy_(result)
+
+    def _update_in_one_kernel(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self._state_of(parameter, group) for parameter in parameters]
+        found_inf, (beta1, beta2) = getattr(self, "found_inf", None), group["betas"]
+        steps = torch.stack([state["step"] for state in states]) + 1
+        exact = steps.double()
+        places = []
+        if self.names is not None:
+            places = [place_of(self.seed, self.names[parameter], parameter) for parameter in parameters]
+        adam_update(
+            [plain_data(to_local(parameter)) for parameter in parameters],
+            [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
+            steps,
+            torch.stack((1 - beta1**exact, (1 - beta2**exact).sqrt()), dim=1).float(),
+            found_inf,
+            getattr(self, "grad_scale", None),
+            [group["lr"], beta1, beta2, group["eps"], group["weight_decay"]],
+            group["decoupled_weight_decay"],
+            [number for place in places for number in astuple(place)],
+        )
+        done = torch.ones_like(steps[0]) if found_inf is None else 1 - found_inf
+        torch._foreach_add_([state["step"] for state in states], [done] * len(states))
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]

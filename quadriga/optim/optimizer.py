@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.config.schema import Optimizer as OptimizerSection
+from quadriga.optim.clip import EPSILON, scale_gradients
 from quadriga.optim.moments import AdamWithMomentsIn
+from quadriga.tensors import to_local
 
 KERNELS: dict[str, dict[str, bool]] = {
     "for-loop": {"foreach": False, "fused": False},
@@ -19,20 +21,22 @@ KERNELS: dict[str, dict[str, bool]] = {
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection
+    named_parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, seed: int = 0
 ) -> torch.optim.Optimizer:
     """Adam (arXiv 1412.6980; decay added to the gradient) or AdamW (arXiv 1711.05101; decay applied to the weight).
 
     Two parameter groups, always in this order: matrices, and vectors (norms, biases). Vectors have no weight decay
     without `optimizer.decay_norms_and_biases`; with it, the update is bit for bit that of a single group.
 
-    This is torch's optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype` it is
-    `moments.AdamWithMomentsIn`.
+    This is torch's optimizer, whose moments have the dtype of the parameters; with `optimizer.state_dtype` or
+    `optimizer.stochastic_rounding` it is `moments.AdamWithMomentsIn`.
 
     Args:
         named_parameters: plain or DTensor parameters; the number of dimensions is that of the whole tensor.
+        seed: of stochastic rounding.
     """
-    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    names = {parameter: name for name, parameter in named_parameters if parameter.requires_grad}
+    trained = list(names)
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained if parameter.dim() < 2]
     vector_decay = section.weight_decay if section.decay_norms_and_biases else 0.0
@@ -47,11 +51,37 @@ def build_optimizer(
         "eps": section.eps,
         **KERNELS[section.implementation],
     }
-    if section.state_dtype is not None:
-        dtype, decoupled = getattr(torch, section.state_dtype), section.name == "AdamW"
-        return AdamWithMomentsIn(dtype=dtype, decoupled_weight_decay=decoupled, **options)
+    if section.state_dtype is not None or section.stochastic_rounding:
+        return AdamWithMomentsIn(
+            dtype=getattr(torch, section.state_dtype) if section.state_dtype else None,
+            names=names if section.stochastic_rounding else None,
+            seed=seed,
+            decoupled_weight_decay=section.name == "AdamW",
+            **options,
+        )
     algorithm = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
     return algorithm(**options)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Clip gradients of this global norm to `max_norm`, now or in the next `optimizer.step()`; 0: do not clip.
+
+    A fused update on CUDA divides by a factor while it reads the gradients, so that no pass is added: torch's Adam
+    writes the quotients back, also of 1, and `moments.AdamWithMomentsIn` does not. Others scale here.
+
+    Args:
+        gradients: all that `optimizer` updates.
+        norm: float32, shape (), the same on all ranks.
+    """
+    if not gradients or not optimizer.defaults.get("fused") or not on_cuda(gradients[0]):
+        scale_gradients(gradients, norm, max_norm)
+        return
+    divisor = ((norm + EPSILON) / max_norm).clamp(min=1.0).to(gradients[0].device) if max_norm > 0 else None
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+
+
+def on_cuda(gradient: Tensor) -> bool:
+    return to_local(gradient).is_cuda
 
 
 def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer, *, on_device: bool) -> None:

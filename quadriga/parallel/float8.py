@@ -21,7 +21,7 @@ from quadriga.errors import Problem, UserError
 from quadriga.log import logger
 from quadriga.models.plan import TensorCut
 from quadriga.parallel.tensor_parallel import plain_output
-from quadriga.tensors import from_local_like, to_local
+from quadriga.tensors import from_local_like, plain_data, to_local
 
 TABLE = "quantize.linear.float8"
 TORCHAO = "0.18.0"
@@ -80,10 +80,8 @@ def _save_plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, me
     name = f"{prefix}weight"
     weight = state[name]
     local = to_local(weight)
-    if not hasattr(local, "__tensor_flatten__"):
-        return
-    plain = getattr(local, local.__tensor_flatten__()[0][0])  # shares memory, so a load changes the weight
-    state[name] = from_local_like(plain, weight)
+    if (plain := plain_data(local)) is not local:  # shares memory, so a load changes the weight
+        state[name] = from_local_like(plain, weight)
 
 
 def _unconverted_layers(

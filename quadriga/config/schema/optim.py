@@ -41,6 +41,9 @@ class Optimizer(Section):
     state_dtype: Literal["bfloat16", "float32"] | None = None
     """Format of Adam's two moments, which are then updated in float32; none: that of the parameters."""
 
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights and moments up or down at random, so that small updates count on average."""
+
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is computed."""
 

@@ -207,7 +207,7 @@ WRONG = [
             'optimizer.state_dtype = "bfloat16" and optimizer.beta1 = 0.9 and optimizer.beta2 = 0.999',
             "[run.toml, lines 3, 2; default]",
             "by 0.001 of its value per step",
-            'set optimizer.state_dtype = "float32", or optimizer.beta2 to 0.996 or less',
+            'set optimizer.state_dtype = "float32", or optimizer.stochastic_rounding = true, or optimizer.beta2 to',
         ),
     ),
     Wrong(

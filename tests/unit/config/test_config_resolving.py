@@ -122,7 +122,7 @@ def test_folders_lie_in_the_run_folder(read_config):
         (["--profiling.enable_profiling", "--profiling.profile_freq", "20000"], "the last steps are traced"),
         (["--checkpoint.enable"], "checkpoint.last_save_model_only is false by default"),
         (["--training.dtype", "bfloat16"], "small updates are rounded away"),
-        (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.999"], 'use optimizer.state_dtype = "float32"'),
+        (["--training.dtype", "bfloat16", "--optimizer.beta2", "0.997"], 'use optimizer.state_dtype = "float32"'),
         (["--activation_checkpoint.selective_ac_option", "7"], "exceeds the 6 blocks"),
         (["--debug.moe_force_load_balance"], "has no experts"),
         (

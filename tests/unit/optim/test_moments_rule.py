@@ -54,3 +54,32 @@ def test_what_the_check_accepts_falls_from_everywhere(beta: float) -> None:
 @pytest.mark.parametrize(("beta", "refused"), [(0.9, False), (0.996, False), (0.997, True)])
 def test_the_first_moment_is_held_to_the_same(beta: float, refused: bool) -> None:
     assert is_refused("beta1", beta) == refused
+
+
+def findings(*arguments: str) -> tuple[list[str], list[str]]:
+    """The refusals and the notices of a start."""
+    argv = ["--model.hf_assets_path=builtin:bytes", *arguments]
+    try:
+        run = read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=True)
+    except UserError as error:
+        return [str(problem) for problem in error.problems], []
+    return [], list(run.spec.notices)
+
+
+@pytest.mark.parametrize(("beta2", "refused"), [("0.997", False), ("0.9985", True)])
+def test_moments_of_bfloat16_parameters_are_refused_where_none_falls(beta2: str, refused: bool) -> None:
+    argv = ("--training.dtype=bfloat16", f"--optimizer.beta2={beta2}")
+    problems, notices = findings(*argv)
+    said = problems if refused else [notice for notice in notices if "beta2" in notice]
+    assert len(said) == 1
+    assert "optimizer.stochastic_rounding = true" in said[0]
+    problems, notices = findings(*argv, "--optimizer.stochastic_rounding")
+    assert problems == []
+    assert not [notice for notice in notices if "beta2" in notice or "rounded away" in notice]
+
+
+def test_stochastic_rounding_of_float32_has_no_effect_and_a_notice_says_so() -> None:
+    noticed = [notice for notice in findings("--optimizer.stochastic_rounding")[1] if "has no effect" in notice]
+    assert noticed == [
+        "optimizer.stochastic_rounding has no effect: neither weights nor moments are in bfloat16",
+    ]

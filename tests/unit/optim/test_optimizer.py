@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from quadriga.config.schema import Optimizer
-from quadriga.optim.optimizer import build_optimizer
+from quadriga.optim import optimizer as made
+from quadriga.optim.optimizer import build_optimizer, clip_gradients
 
 
 def small_model() -> nn.Module:
@@ -92,3 +93,39 @@ def test_adamw_takes_the_decay_from_the_weight_and_adam_from_the_gradient() -> N
         optimizer.step()
     assert weight["AdamW"].item() == pytest.approx(0.95)
     assert weight["Adam"].item() == pytest.approx(0.9)
+
+
+def clipped_step(implementation: str, max_norm: float, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient before the step, and the weight after it."""
+    parameter = nn.Parameter(torch.ones(3))
+    built = build_optimizer([("weight", parameter)], Optimizer(lr=0.1, eps=0.1, implementation=implementation))
+    parameter.grad = torch.tensor([3.0, 0.0, 4.0])
+    clip_gradients(built, [parameter.grad], torch.tensor(norm), max_norm)
+    before = parameter.grad.clone()
+    built.step()
+    return before, parameter.detach()
+
+
+@pytest.mark.parametrize(("max_norm", "norm"), [(1.0, 5.0), (10.0, 5.0), (0.0, 5.0)])
+def test_a_fused_step_on_cuda_clips_while_it_reads(
+    max_norm: float, norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's fused kernel takes the same argument; only its choice is made as on CUDA."""
+    scaled, expected = clipped_step("fused", max_norm, norm)
+    assert torch.equal(scaled, torch.tensor([3.0, 0.0, 4.0])) == (max_norm != 1.0)
+    monkeypatch.setattr(made, "on_cuda", lambda gradient: True)
+    unscaled, weight = clipped_step("fused", max_norm, norm)
+    assert torch.equal(unscaled, torch.tensor([3.0, 0.0, 4.0]))
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
+    for implementation in ("foreach", "for-loop"):
+        assert torch.equal(clipped_step(implementation, max_norm, norm)[0], scaled)
+
+
+def test_a_step_without_a_limit_forgets_the_factor_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made, "on_cuda", lambda gradient: True)
+    parameter = nn.Parameter(torch.ones(3))
+    built = build_optimizer([("weight", parameter)], Optimizer())
+    clip_gradients(built, [torch.ones(3)], torch.tensor(5.0), 1.0)
+    assert built.grad_scale.item() == pytest.approx(5.0, rel=1e-5)
+    clip_gradients(built, [torch.ones(3)], torch.tensor(5.0), 0.0)
+    assert built.grad_scale is None
