@@ -10,7 +10,7 @@ queries) in float32. Heads that share keys and values (GQA, arXiv 2305.13245) ar
 
 | where | dtype   | kernel                                                                                    |
 |-------|---------|-------------------------------------------------------------------------------------------|
-| CUDA  | halves  | flash attention                                                                           |
+| CUDA  | halves  | flash attention 2, or that of cuDNN where torch prefers it (`chosen_kernel`)              |
 | CUDA  | float32 | memory-efficient attention, with repeated heads: flash has no float32, and it has no GQA  |
 | CPU   | all     | flash attention for CPU, in float32: its half-precision kernel is slower and less exact   |
 """
@@ -24,20 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.nn.attention import SDPBackend
 
 from quadriga.models.kv_heads import repeat_kv, sum_kv
 
 aten = torch.ops.aten
+FLASH, CUDNN, EFFICIENT, CPU = "flash", "cudnn", "efficient", "cpu"
 LSE_ALIGNMENT = 32  # the memory-efficient kernel pads the lse to a multiple of it, with infinity
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse); out is in float32, except for flash on CUDA, which returns the dtype of q.
+    """(out, lse); out is in float32, except for flash and cuDNN on CUDA, which return the dtype of q.
 
     With `causal` the queries have the last positions of the keys, and each sees the keys up to its own position.
     """
     past = k.shape[2] - q.shape[2]
-    if not causal or past == 0 or _is_flash(q):  # flash on CUDA aligns the causal mask at the last position, too
+    if not causal or past == 0 or chosen_kernel(q, k, v, causal) == FLASH:  # which aligns the last positions
         return _forward(q, k, v, causal)
     before = _forward(q, k[:, :, :past], v[:, :, :past], False)
     return merge(before, _forward(q, k[:, :, past:], v[:, :, past:], True))
@@ -52,7 +54,7 @@ def attend_backward(
     """
     past = k.shape[2] - q.shape[2]
     lse = lse.contiguous()  # the kernels ignore its strides
-    if not causal or past == 0 or _is_flash(q):
+    if not causal or past == 0 or chosen_kernel(q, k, v, causal) == FLASH:  # which aligns the last positions
         return _backward(grad, q, k, v, out, lse, causal)
     dq, dk, dv = _backward(grad, q, k[:, :, :past], v[:, :, :past], out, lse, False)
     own_dq, own_dk, own_dv = _backward(grad, q, k[:, :, past:], v[:, :, past:], out, lse, True)
@@ -97,15 +99,34 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return dq, dk, dv
 
 
-def _is_flash(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype.itemsize < 4
+def chosen_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+    """FLASH, CUDNN, EFFICIENT or CPU.
+
+    In half precision on CUDA it is cuDNN's where torch's own attention would take that one (`torch._fused_sdp_choice`,
+    which knows device, version and shapes), else flash. With deterministic algorithms it is flash, because the backward
+    pass of cuDNN is not deterministic. With `causal` the queries' own keys decide, because only FLASH accepts more.
+    """
+    if q.device.type != "cuda":
+        return CPU
+    if q.dtype.itemsize >= 4:
+        return EFFICIENT
+    if torch.are_deterministic_algorithms_enabled():
+        return FLASH
+    if causal:
+        k, v = (x[:, :, x.shape[2] - q.shape[2] :] for x in (k, v))
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return CUDNN if choice == SDPBackend.CUDNN_ATTENTION.value else FLASH
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    if _is_flash(q):
+    kernel = chosen_kernel(q, k, v, causal)
+    if kernel == FLASH:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return out, lse
-    if q.device.type == "cuda":
+    if kernel == CUDNN:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
+        return out, lse.squeeze(-1)
+    if kernel == EFFICIENT:
         return efficient_forward(_efficient, q, k, v, causal)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float(), 0.0, causal)
     return out, lse
@@ -114,14 +135,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Ten
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_flash(q):
+    kernel = chosen_kernel(q, k, v, causal)
+    if kernel == FLASH:
         # The kernel takes the state of the random generator, but does not read it without dropout.
         state, unused = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
         lengths = (None, None, q.shape[2], k.shape[2])
         given = (grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(*given)
         return dq, dk, dv
-    if q.device.type == "cuda":
+    if kernel == CUDNN:
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        without_bias = (seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal)
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            grad.contiguous(), q, k, v, out, lse.unsqueeze(-1), *without_bias
+        )
+        return dq, dk, dv
+    if kernel == EFFICIENT:
         return efficient_backward(_efficient_backward, grad, q, k, v, out, lse, causal)
     grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)

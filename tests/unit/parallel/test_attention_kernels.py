@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from quadriga.models.llama.model import causal_attention
+from quadriga.parallel import attention_kernels
 from quadriga.parallel.attention_allgather import chunk_attention
 from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.sequence_cut import SequenceCut
@@ -76,6 +83,88 @@ def test_attention_of_parts_is_attention(device: str, dtype: torch.dtype, tolera
         assert error(out, expected[:, :, here]) <= tolerance
     for ours, theirs in zip(mine, whole, strict=True):
         assert error(ours.grad, theirs.grad) <= tolerance
+
+
+@dataclass(frozen=True)
+class OnCuda:
+    """What the choice reads of a tensor. A build of torch for CPUs cannot slice a fake tensor of CUDA."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: ClassVar = torch.device("cuda")
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> OnCuda:
+        length = len(range(*index[2].indices(self.shape[2])))
+        return replace(self, shape=(*self.shape[:2], length, self.shape[3]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "deterministic", "kernel"),
+    [
+        (SDPBackend.CUDNN_ATTENTION, torch.bfloat16, False, "cudnn"),
+        (SDPBackend.CUDNN_ATTENTION, torch.bfloat16, True, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, torch.float32, False, "efficient"),
+        (SDPBackend.FLASH_ATTENTION, torch.bfloat16, False, "flash"),
+        (SDPBackend.MATH, torch.float16, False, "flash"),
+    ],
+)
+def test_the_kernel_is_torchs_choice(
+    backend: SDPBackend, dtype: torch.dtype, deterministic: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch is asked about as many keys as queries where the mask is causal, because it refuses others."""
+    asked: list[tuple[int, bool, bool]] = []
+
+    def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, enable_gqa: bool) -> int:
+        asked.append((k.shape[2], is_causal, enable_gqa))
+        return backend.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    q, k = (OnCuda((1, heads, length, 64), dtype) for heads, length in ((4, 32), (2, 96)))
+    found = {attention_kernels.chosen_kernel(q, k, k, causal) for causal in (True, False)}
+    assert found == {kernel}
+    assert asked in ([], [(32, True, True), (96, False, True)])
+    assert bool(asked) == (dtype.itemsize < 4 and not deterministic)
+    assert attention_kernels.chosen_kernel(*(torch.empty(1, 2, 4, 8) for _ in "qkv"), True) == "cpu"
+
+
+def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU's kernel stand in for cuDNN's: its layout of the statistics, its causal corner at the top left."""
+    cpu, operations = torch.ops.aten, SimpleNamespace()
+
+    def forward(q: Any, k: Any, v: Any, bias: None, with_lse: bool, dropout: float, causal: bool) -> tuple[Any, ...]:
+        assert with_lse
+        assert not causal or q.shape[2] == k.shape[2]
+        out, lse = cpu._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
+        return out, lse.unsqueeze(-1), None, None
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any) -> tuple[Any, ...]:
+        lengths, dropout, causal = rest[5:7], *rest[7:]
+        assert lse.shape == (*q.shape[:3], 1)
+        assert lengths == (q.shape[2], k.shape[2])
+        given = (grad, q, k, v, out, lse.squeeze(-1), dropout, causal)
+        return cpu._scaled_dot_product_flash_attention_for_cpu_backward(*given)
+
+    operations._scaled_dot_product_cudnn_attention = forward
+    operations._scaled_dot_product_cudnn_attention_backward = backward
+    monkeypatch.setattr(attention_kernels, "aten", operations)
+    monkeypatch.setattr(attention_kernels, "chosen_kernel", lambda *_: "cudnn")
+
+
+def test_cudnns_statistics_and_corner_are_those_of_whole_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn_on_cpu(monkeypatch)
+    test_attention_of_parts_is_attention("cpu", torch.float32, 1e-6, 2)
+
+
+def test_cudnns_operations_take_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "chosen_kernel", lambda *_: "cudnn")
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, 32, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        for causal in (True, False):
+            out, lse = attention_kernels.attend(q, k, v, causal)
+            assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+            found = attention_kernels.attend_backward(out, q, k, v, out, lse, causal)
+            assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
