@@ -4,12 +4,14 @@ A parameter is drawn in blocks of whole rows, at most 2**18 elements each. Each 
 seeded with a 128-bit hash of these three values. (`torch.Generator` on CPU uses only 32 bits of a seed, too few for the
 1.6 million blocks of 405B.) A rank draws the blocks that overlap its shard and keeps its part. This needs memory for
 one block per thread. All draws are on the CPU, also for a GPU, so a rehearsal has the initial weights of the real run.
+For a GPU they fill one of two page-locked buffers while the other one is copied. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from quadriga.models.plan import ParameterPlan
+from quadriga.units import MIB
 
 BLOCK_ELEMENTS = 2**18
+BUFFER_BYTES = 64 * MIB
 _MIDDLE = 0.5 - 2**-25  # see `_to_normal`
 _CHUNK = 2**15  # small enough for the L1 or L2 cache, and so that PyTorch does not split it over its own threads
 
@@ -46,13 +50,17 @@ def materialize(model: nn.Module, parameters: tuple[ParameterPlan, ...], seed: i
     _check(named, parameters)
     model.to_empty(device=device)
     named = dict(model.named_parameters())  # to_empty may have replaced them
-    with ThreadPoolExecutor(torch.get_num_threads(), "initial-weights") as pool:
+    host = _Host(device)
+    with ThreadPoolExecutor(_threads(), "initial-weights") as pool:
         for plan in parameters:
             held = _held(named[plan.name])
             if plan.init == "ones":
                 held.tensor.fill_(1.0)
-            else:
-                list(pool.map(partial(_fill, held, plan, seed), _blocks(plan.shape, held)))
+                continue
+            for part, blocks in _parts(plan.shape, held):
+                on_host = host.next(part.tensor)
+                list(pool.map(partial(_fill, _Held(on_host, part.offset), plan, seed), blocks))
+                host.send(on_host, part.tensor)
     reset_buffers = model.reset_buffers
     assert callable(reset_buffers)
     reset_buffers()
@@ -73,6 +81,53 @@ class _Block:
     index: int
     start: int
     stop: int
+
+
+class _Host:
+    """Where values are drawn: for a GPU in two buffers in turn, else where the parameter is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+
+    def next(self, target: Tensor) -> Tensor:
+        """A tensor like `target`. Waits until what it held before is copied."""
+        if not self.on_gpu:
+            return target
+        self.buffers.reverse()
+        self.copied.reverse()
+        if (copied := self.copied[0]) is not None:
+            copied.synchronize()
+        if target.nbytes > self.buffers[0].nbytes:
+            self.buffers[0] = self.allocated(max(target.nbytes, BUFFER_BYTES))
+        return self.buffers[0][: target.nbytes].view(target.dtype).view(target.shape)
+
+    def allocated(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, drawn: Tensor, target: Tensor) -> None:
+        """Start the copy of the tensor that `next` returned last."""
+        if self.on_gpu:
+            target.copy_(drawn, non_blocking=True)
+            self.copied[0] = torch.cuda.current_stream().record_event()
+
+
+def _threads() -> int:
+    """The threads of PyTorch, or this rank's share of the cores if that is more: torchrun leaves each rank one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _parts(shape: tuple[int, ...], held: _Held) -> Iterator[tuple[_Held, list[_Block]]]:
+    """The rows of this rank's part in pieces of whole blocks, of about BUFFER_BYTES each, with these blocks."""
+    blocks, first = list(_blocks(shape, held)), held.offset[0]
+    while blocks:
+        row_bytes = held.tensor[0].nbytes
+        count = max(1, BUFFER_BYTES // (row_bytes * (blocks[0].stop - blocks[0].start)))
+        piece, blocks = blocks[:count], blocks[count:]
+        start, stop = max(piece[0].start, first), min(piece[-1].stop, first + len(held.tensor))
+        yield _Held(held.tensor[start - first : stop - first], (start, *held.offset[1:])), piece
 
 
 def _fill(held: _Held, plan: ParameterPlan, seed: int, block: _Block) -> None:

@@ -10,8 +10,8 @@ from quadriga.config.variables import LAUNCH_VARIABLES, VARIABLES, variables_hel
 
 READ = re.compile(r"""environ(?:\.get\(|\.pop\(|\[|, )"([A-Z_]+)\"""")
 # Set by torchrun, by a shell, or by Quadriga for other programs.
-NOT_OF_THE_USER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HOME", "PYTHONPATH"}
-NOT_OF_THE_USER |= {"NO_COLOR", "KINETO_LOG_LEVEL", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"}
+NOT_OF_THE_USER = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HOME"}
+NOT_OF_THE_USER |= {"NO_COLOR", "PYTHONPATH", "KINETO_LOG_LEVEL", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"}
 
 
 def test_every_variable_that_the_code_reads_is_listed():

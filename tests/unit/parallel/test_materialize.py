@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +187,41 @@ def test_values_do_not_depend_on_threads(threads: int) -> None:
     rows = BLOCK_ELEMENTS // 1024
     blocks = [draw(7, "weight", index, (min(rows, 700 - index * rows), 1024), 0.02) for index in range(3)]
     assert torch.equal(weight, torch.cat(blocks))
+
+
+hosts: list[LateCopies] = []
+
+
+class LateCopies(under_test._Host):
+    """A GPU that copies as late as it may: when the host waits for the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.on_gpu = True
+        self.sizes: list[int] = []
+        hosts.append(self)
+
+    def allocated(self, size: int) -> torch.Tensor:
+        self.sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, drawn: torch.Tensor, target: torch.Tensor) -> None:
+        assert drawn.data_ptr() in [buffer.data_ptr() for buffer in self.buffers]
+        self.copied[0] = SimpleNamespace(synchronize=lambda: target.copy_(drawn))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_are_filled_while_others_are_copied(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (700, 64), "b": (3,), "c": (50, 64)}
+    monkeypatch.setattr(under_test, "BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr(under_test, "BUFFER_BYTES", 10_000)
+    expected = _filled(dtype=dtype, **shapes)
+    monkeypatch.setattr(under_test, "_Host", LateCopies)
+    found = _filled(dtype=dtype, **shapes)
+    for copied in hosts[-1].copied:
+        copied.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), expected.parameters(), strict=True))
+    assert hosts[-1].sizes == [10_000] * 2
 
 
 def test_other_dtypes_get_the_float32_draw_rounded() -> None:
