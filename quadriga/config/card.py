@@ -132,6 +132,8 @@ def _hardware(run: Run, figures: CardFigures, device: Device | None) -> Iterator
                 f"{format_seconds(least) if least >= 1 else f'{1000 * least:.0f} ms'}. This is a bound from "
                 "arithmetic, not a measurement."
             )
+        if cost := messages.float32_cost(training, device):
+            yield f"{cost[0].upper()}{cost[1:]}."
     if run.spec.degrees.dp_shard > 1:
         yield "The GPUs of a machine should share a fast link such as NVLink: parameters are gathered over it."
     elif run.spec.world_size > 1:

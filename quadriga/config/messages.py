@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import ActivationCheckpoint, Checkpoint
+from quadriga.config.schema import ActivationCheckpoint, Checkpoint, Training
+from quadriga.hardware import TERA, Device
 from quadriga.units import DTYPE_BYTES, format_bytes, format_count, plural
 
 MOMENTS = 2  # per parameter, kept by Adam
@@ -120,6 +121,25 @@ def formats(run: Run) -> str:
     if training.mixed_precision_param == "float32":
         text += f"; float32 matrix products at precision `{training.float32_matmul_precision}`"
     return text
+
+
+def float32_cost(training: Training, device: Device | None) -> str:
+    """What float32 at `highest` costs on a GPU, and the key to change; empty if the run computes otherwise, or if the
+    device has no faster units. `device`: None if it is not in the table."""
+    if not training.computes_in_full_float32:
+        return ""
+    what = "GPUs multiply matrices several times faster in bfloat16"
+    if device is not None:
+        if not (device.fp32 and device.bf16 and device.bf16 > device.fp32):
+            return ""
+        what = (
+            f"{device.name} multiplies matrices at {device.fp32 / TERA:.4g} TFLOP/s, and in bfloat16 at "
+            f"{device.bf16 / TERA:.4g} ({device.bf16 / device.fp32:.2g} times)"
+        )
+    return (
+        f"the run computes in float32 at precision `highest`: {what}; "
+        "`--training.mixed_precision_param bfloat16` uses this, and changes the numbers"
+    )
 
 
 def recompute(section: ActivationCheckpoint) -> str:

@@ -50,7 +50,9 @@ def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
         helps = "would be faster" if fits_in_memory(predicted) else "would help"
         lines += ["", f"What {helps}:", *(f"  - {each}" for each in advice)]
     reported = tuple(f"{problem.where} = " for problem in missing)
-    notices = [notice for notice in run.spec.notices if not (reported and notice.startswith(reported))]
+    cost = messages.float32_cost(run.config.training, predicted.device) if predicted.device else ""
+    every = (*run.spec.notices, *filter(None, [cost]))
+    notices = [notice for notice in every if not (reported and notice.startswith(reported))]
     if notices:
         lines += ["", "Notices:", *(f"  - {notice}" for notice in notices)]
     if missing or start_check.fault:

@@ -29,7 +29,7 @@ AMOUNTS = {"seconds", "blocked_seconds", "step_seconds", "elapsed_seconds", "dat
 MAX_AMOUNT = 1e12
 # Figures: any number, including NaN and infinities, or null.
 FIGURES = {"loss", "max_loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_device", "tflops", "mfu"}
-FIGURES |= {"memory_reserved_gib", "memory_active_gib", "memory_peak_gib", "eta_seconds"}
+FIGURES |= {"mfu_bfloat16", "memory_reserved_gib", "memory_active_gib", "memory_peak_gib", "eta_seconds"}
 TEXTS = {"kind", "event", "error", "reason", "name", "path"}
 LARGEST = 2**63  # limit of integers: other programs can hold them, and float64 arithmetic does not overflow
 MAX_PARTS = 1000  # of an object or a list within a line

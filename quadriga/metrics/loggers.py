@@ -91,7 +91,9 @@ class Console:
             (f"{record['tflops']:7.2f} TFLOP/s", self.PLAIN),
         ]
         if record["mfu"] is not None:
-            columns.append((f"MFU {100 * record['mfu']:5.1f}%", self.BOLD))
+            narrow = record["mfu_bfloat16"]
+            of_bfloat16 = f" ({100 * narrow:4.1f}% of bfloat16)" if narrow is not None else ""
+            columns.append((f"MFU {100 * record['mfu']:5.1f}%{of_bfloat16}", self.BOLD))
         waits = self.RED if record["data_wait_share"] > 0.05 else self.DIM
         columns.append((f"data wait {100 * record['data_wait_share']:4.1f}%", waits))
         columns.append((f"left {format_seconds(record['eta_seconds'])}", self.DIM))
@@ -127,6 +129,7 @@ CURVES: Sequence[tuple[str, str, float]] = (
     ("throughput(tps)", "tokens_per_second_per_device", 1),
     ("tflops", "tflops", 1),
     ("mfu(%)", "mfu", 100),
+    ("mfu_bfloat16(%)", "mfu_bfloat16", 100),
     ("time_metrics/end_to_end(s)", "step_seconds", 1),
     ("time_metrics/data_loading(s)", "data_wait", 1),
     ("time_metrics/data_loading(%)", "data_wait_share", 100),

@@ -11,6 +11,7 @@ The fields of a record:
 - `tflops` = flops_per_token x tokens_per_second_per_device / 1e12. Only the model's own operations count:
   recomputation and the input embedding do not count, and attention counts with its causal half.
 - `mfu` = flops_per_token x tokens_per_second_per_device / peak, a share of 1; None if the peak is unknown.
+- `mfu_bfloat16`: the same with the peak in bfloat16, in a run that computes in float32 at `highest`; None in others.
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
@@ -48,15 +49,16 @@ class Meter:
         devices: int,
         flops_per_token: float,
         peak_flops: float | None,
+        bfloat16_peak: float | None = None,
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`steps`: the last step of the run; `first_step`: the first one of this attempt (1, or the one after the
         checkpoint); `tokens_seen`: of the whole run before that step; `devices`: ranks of the run; `peak_flops`: of
-        one device in FLOP/s for the compute dtype, None if unknown."""
+        one device in FLOP/s for the compute dtype, None if unknown; `bfloat16_peak`: that for `mfu_bfloat16`."""
         self._log_freq, self._steps = section.log_freq, steps
         self._attempt, self._devices = attempt, devices
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._flops_per_token, self._peak_flops, self._bfloat16_peak = flops_per_token, peak_flops, bfloat16_peak
         self._memory = memory_reader(device)
         self._clock = clock
         self._start = self._window_start = clock()
@@ -100,6 +102,7 @@ class Meter:
             "step_seconds": working / count,
             "tflops": flops / 1e12,
             "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "mfu_bfloat16": flops / self._bfloat16_peak if self._bfloat16_peak else None,
             "data_wait": self._window_wait,
             "data_wait_share": self._window_wait / working,
             **self._memory(),

@@ -49,7 +49,7 @@ from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.checks import BadRecords, Checks
 from quadriga.train.feed import Feed
 from quadriga.train.loss import build_loss, chunked_output
-from quadriga.train.numerics import peak_flops, set_numerics
+from quadriga.train.numerics import bfloat16_peak, peak_flops, set_numerics
 from quadriga.train.resume import resume
 from quadriga.train.run_files import open_event_log, write_config_and_environment, write_estimate
 from quadriga.train.state import TrainState
@@ -163,6 +163,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
             devices=spec.world_size,
             flops_per_token=registry.flops_per_token(spec.model, spec.seq_len),
             peak_flops=peak_flops(device, config.training),
+            bfloat16_peak=bfloat16_peak(device, config.training),
             device=device,
         ),
         loggers=build_loggers(

@@ -13,13 +13,17 @@ from quadriga.errors import printable
 from quadriga.log import logger
 from quadriga.planning.communication import format_backend_by_axis
 from quadriga.train.build import Trainer
+from quadriga.train.numerics import known_gpu
 from quadriga.units import format_count, format_seconds
 
 
 def log_header(trainer: Trainer) -> None:
     """Log the header: model, data, ranks, backends, layout, batch, length, formats and run folder."""
     run, spec, state = trainer.run, trainer.run.spec, trainer.state
-    for notice in spec.notices:
+    cost = (
+        messages.float32_cost(run.config.training, known_gpu(trainer.device)) if trainer.device.type == "cuda" else ""
+    )
+    for notice in (*spec.notices, *filter(None, [cost])):
         logger.info("notice: %s", notice)
     logger.info("quadriga %s: %s", quadriga.__version__, run.config.job.description)
     for name, text in header_rows(trainer):

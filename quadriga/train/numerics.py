@@ -9,7 +9,7 @@ import torch._inductor.config
 
 from quadriga.config import Run
 from quadriga.config.schema import Training
-from quadriga.hardware import find_device
+from quadriga.hardware import Device, find_device
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 ROWWISE = ("rowwise",)  # recipes whose scales must come from numbers rounded as in eager kernels
@@ -35,9 +35,18 @@ def set_numerics(run: Run) -> None:
         torch._inductor.config.emulate_precision_casts = True
 
 
+def known_gpu(device: torch.device) -> Device | None:
+    """This GPU in the table of devices; None for a CPU, and for a GPU that is not in the table."""
+    return find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def peak_flops(device: torch.device, training: Training) -> float | None:
     """The dense peak of this device in FLOP/s for the compute dtype; None if the device is not in the table."""
-    if device.type != "cuda":
-        return None
-    known = find_device(torch.cuda.get_device_name(device))
+    known = known_gpu(device)
     return known.peak_flops(training.mixed_precision_param, training.float32_matmul_precision) if known else None
+
+
+def bfloat16_peak(device: torch.device, training: Training) -> float | None:
+    """The dense peak of this device in bfloat16, in FLOP/s, if the run computes in float32 at `highest`; else None."""
+    known = known_gpu(device)
+    return known.bf16 if known and training.computes_in_full_float32 else None

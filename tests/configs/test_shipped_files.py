@@ -14,11 +14,13 @@ from quadriga.config import read
 from quadriga.config.card import read_target
 from quadriga.config.load import load
 from quadriga.config.torchtitan import titan_keys
+from quadriga.hardware import device_named
 from quadriga.models.registry import catalogue
+from quadriga.planning.estimate import estimate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.toml"))
-NAMES = {"debug", "llama3_1b", "llama3_3b", "llama3_8b", "llama3_70b", "llama3_405b"}
+NAMES = {"debug", "llama3_1b", "llama3_3b", "llama3_8b", "llama3_8b_bf16", "llama3_70b", "llama3_405b"}
 
 
 def resolved(file, ranks, *arguments):
@@ -139,6 +141,40 @@ def test_the_reference_has_the_values_that_are_written_down():
     degrees = written["parallelism"]
     assert [degrees[f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context")] == [1, 1, 1]
     assert stated_gpus(file) == 4
+
+
+def test_the_card_of_the_reference_says_what_float32_costs():
+    text = card_path(CONFIGS / "llama3_8b/llama3_8b.toml").read_text(encoding="utf-8")
+    assert "H100 multiplies matrices at 67 TFLOP/s, and in bfloat16 at 989.4 (15 times)" in text
+    assert "`--training.mixed_precision_param bfloat16`" in text
+
+
+def test_8b_in_bfloat16_trains_the_model_of_the_reference_and_fits_where_its_file_says():
+    file, reference = (CONFIGS / f"{name}/{name}.toml" for name in ("llama3_8b_bf16", "llama3_8b"))
+    run, before = resolved(file, 1), resolved(reference, 1)
+    training, config = run.config.training, run.config
+    assert run.spec.model == before.spec.model
+    assert (training.dtype, training.mixed_precision_param, training.mixed_precision_reduce) == (
+        "float32",
+        "bfloat16",
+        "float32",
+    )
+    assert config.optimizer == before.config.optimizer.model_copy(update={"state_dtype": "bfloat16"})
+    assert config.compile.enable is True
+    assert config.lr_scheduler == before.config.lr_scheduler
+    assert training.dataloader == before.config.training.dataloader
+    fits = {
+        (ranks, device, moments): estimate(
+            resolved(file, ranks, f"--optimizer.state_dtype={moments}"), device_named(device, "")
+        ).memory_fit()
+        for ranks, device, moments in (
+            (1, "h200-141gb", "bfloat16"),
+            (1, "h200-141gb", "float32"),
+            (1, "h100-80gb", "bfloat16"),
+            (2, "h100-80gb", "bfloat16"),
+        )
+    }
+    assert [fit.fits for fit in fits.values()] == [True, False, False, True]
 
 
 def test_the_reference_means_what_it_means_in_torchtitan():

@@ -89,6 +89,11 @@ class Training(Section):
 
     dataloader: Dataloader = Dataloader()
 
+    @property
+    def computes_in_full_float32(self) -> bool:
+        """Whether matrix products are in float32 at `highest`, so that they use none of a GPU's faster units."""
+        return self.mixed_precision_param == "float32" and self.float32_matmul_precision == "highest"
+
     def uses_fsdp(self, ranks: int) -> bool:
         """Whether `fully_shard` wraps the model: if anything is sharded over the `ranks`, converted or offloaded.
 

@@ -45,6 +45,16 @@ def test_the_reference_in_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "96.4 GB" in shown
 
 
+def test_a_device_that_is_faster_in_bfloat16_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, device, said in (
+        ("llama3_8b", "h100-80gb", 1),
+        ("llama3_8b", "t4-16gb", 0),
+        ("llama3_8b_bf16", "h100-80gb", 0),
+    ):
+        main(["--estimate.device", device], {"CONFIG_FILE": shipped(name), "DRY_RUN": "1"})
+        assert capsys.readouterr().out.count("and in bfloat16 at 989.4 (15 times)") == said
+
+
 def test_it_is_quick_and_needs_no_device() -> None:
     """The processor time of the whole command stays under a second; so does the wall clock where nothing else runs."""
     environ = {"CONFIG_FILE": shipped("llama3_8b"), "DRY_RUN": "1", "COMM_BACKEND": "nccl"}

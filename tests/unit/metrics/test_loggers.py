@@ -17,7 +17,7 @@ from quadriga.config.run_spec import Folders
 from quadriga.config.schema import Metrics
 from quadriga.errors import UserError
 from quadriga.metrics.jsonl import read_metrics
-from quadriga.metrics.loggers import Console, build_loggers
+from quadriga.metrics.loggers import Console, build_loggers, curves_of_record
 from quadriga.metrics.meter import Meter
 from quadriga.metrics.step_metrics import StepMetrics
 
@@ -80,6 +80,15 @@ def test_an_unknown_peak_shows_no_mfu_and_colour_is_for_terminals(lines):
     assert "MFU" not in coloured
     assert "\x1b[" in coloured
     assert "\x1b[" not in plain
+
+
+def test_a_run_in_float32_shows_its_share_of_the_peak_in_bfloat16(lines):
+    (record,) = records(range(1, 2))
+    for share in (0.0373, None):
+        Console(200, colour=False).write({**record, "mfu": 0.551, "mfu_bfloat16": share})
+    assert "MFU  55.1% ( 3.7% of bfloat16)" in lines[0]
+    assert "MFU  55.1%  data wait" in lines[1]
+    assert curves_of_record({**record, "mfu_bfloat16": 0.0373})["mfu_bfloat16(%)"] == pytest.approx(3.73)
 
 
 def test_other_ranks_write_nothing_unless_asked(tmp_path):

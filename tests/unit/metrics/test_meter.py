@@ -98,6 +98,15 @@ def test_an_unknown_device_shows_no_mfu():
     assert meter(Clock(), peak_flops=None).record(metrics(1))["mfu"] is None
 
 
+def test_a_run_in_float32_is_also_measured_by_the_peak_in_bfloat16():
+    clock = Clock()
+    one = meter(clock, bfloat16_peak=1.5e14)
+    clock.now += 2
+    record = one.record(metrics(1))
+    assert record["mfu_bfloat16"] == pytest.approx(record["mfu"] / 15)
+    assert meter(Clock()).record(metrics(1))["mfu_bfloat16"] is None
+
+
 def test_memory_is_that_of_the_process():
     block = torch.ones(64 << 20, dtype=torch.uint8)
     record = meter(Clock()).record(metrics(1))
