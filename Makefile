@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-more test-all test-torch fuzz mutants kill-matrix results-age lint docs site site-links setup setup-dev clean
+.PHONY: train test test-more test-all test-torch test-cuda-dispatch fuzz mutants kill-matrix results-age lint docs site site-links setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -22,13 +22,16 @@ test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/ru
 	.venv/bin/python -m pytest -m more -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-all: setup-dev  ## the long tests too
-	.venv/bin/python -m pytest -m "slow or more or not slow"
+	.venv/bin/python -m pytest -m "not cuda_dispatch"
 
 # Another release of torch, in an environment of its own. The layouts are a sample with at least one row for each axis.
 TORCH ?= 2.14.1
 
 test-torch: .venv-torch-$(TORCH)/.installed  ## unit tests and layouts with another torch; docs/torch-versions.md has the results
 	.venv-torch-$(TORCH)/bin/python -m pytest tests/unit tests/distributed/equivalence -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-cuda-dispatch: .venv-torch-$(TORCH)/.installed  ## the dispatch on CUDA without a GPU; RECORD=1 keeps the figures
+	tests/cuda_dispatch/with_driver.sh .venv-torch-$(TORCH)/bin/python $(if $(RECORD),benchmarks/cuda_dispatch.py,-m pytest tests/cuda_dispatch -m cuda_dispatch)
 
 CASES ?= 20000
 

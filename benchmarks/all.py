@@ -38,6 +38,7 @@ RUNS: dict[str, list[list[str]]] = {
 }
 NOT_RUN_HERE = {
     "continue_torchtitan": "needs torchtitan 0.2.2: python benchmarks/continue_torchtitan.py --cache FOLDER",
+    "cuda_dispatch": "needs a CUDA build of torch: make test-cuda-dispatch RECORD=1",
     "fidelity": "needs an environment with torchtitan 0.2.2: python benchmarks/fidelity.py --cache FOLDER",
     "hta": "needs an environment with HolisticTraceAnalysis: python benchmarks/hta.py --hta-python PYTHON",
     "modes": "needs a GPU: python benchmarks/modes.py --models debug 1B",

@@ -165,6 +165,44 @@ def search_table() -> Iterator[str]:
         yield f"| {model} | {found['devices']} | {first} | {second} | {found['why']} |"
 
 
+def dispatch_releases() -> dict[str, dict[str, dict[str, Any]]]:
+    """By release of torch, the rows."""
+    return result_figures("cuda_dispatch")
+
+
+def dispatch_table() -> Iterator[str]:
+    """Per row the kernels of all releases, and the errors of the newest one; what another release has is added."""
+    releases = dispatch_releases()
+    newest = list(releases)[-1]
+    yield "| row | ranks | attention | waits | calls per step | calls | bytes | memory, GiB | memory |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, row in releases[newest].items():
+        others = {release: rows[name] for release, rows in releases.items() if name in rows}
+        kernels = sorted({kernel for one in others.values() for kernel in one["kernels"]})
+        waits = sum(sum(one["host_reads"].values()) for one in others.values())
+        errors = [
+            f"{max((one[f'{key}_error'] for one in others.values()), key=abs):+.1%}"
+            for key in ("calls", "bytes", "memory")
+        ]
+        calls = sum(count for count, _ in row["calls"].values())
+        cells = [
+            name,
+            row["ranks"],
+            ", ".join(kernels),
+            waits,
+            calls,
+            *errors[:2],
+            f"{row['memory'] / 2**30:.2f}",
+            errors[2],
+        ]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def dispatch_known() -> str:
+    rows = list(dispatch_releases().values())[-1]
+    return str(sum(bool(row["known"]) for row in rows.values()))
+
+
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +244,9 @@ def worst_continuation(key: str) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "dispatch rows": lambda: str(len(list(dispatch_releases().values())[-1])),
+    "dispatch known": dispatch_known,
+    "dispatch releases": lambda: ", ".join(dispatch_releases()),
     "continued loss": lambda: worst_continuation("loss"),
     "continued norm": lambda: worst_continuation("grad_norm"),
     "continued runs": lambda: str(len(result_figures("continue_torchtitan")["runs"])),
@@ -312,6 +353,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "alike interval": lambda: slower_interval(bench_figures("alike")["ratio_of_step_times"]["interval"], of_speed=True),
 }
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "cuda dispatch": dispatch_table,
     "search": search_table,
     "equivalence": equivalence_table,
     "fidelity": fidelity_table,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/promises.md"
-COMMANDS = {"slow": "make test-all", "more": "make test-more"}  # of a marker; tests without one are run by `make test`
+# The command of a marker; tests without one are run by `make test`.
+COMMANDS = {"slow": "make test-all", "more": "make test-more", "cuda_dispatch": "make test-cuda-dispatch"}
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 CODE = re.compile(r"`([^`]+)`")
