@@ -36,6 +36,7 @@ from quadriga.checkpoint.folder import CheckpointError, FileFacts
 from quadriga.checkpoint.manifest import METADATA, is_file_name
 from quadriga.checkpoint.metadata_entries import read_entries
 from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, LINK, PLAN_FILE, PlanError, format_raw
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT
 
 __all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # reexported
 
@@ -149,7 +150,8 @@ def refusal_error(path: str, error: PlanError) -> CheckpointError:
     return CheckpointError(
         f"{path} is refused: {error}\n"
         "no code in this checkpoint was executed, and no tensor was loaded from it\n"
-        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust"
+        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust",
+        EXIT_NO_GOOD_CHECKPOINT,
     )
 
 

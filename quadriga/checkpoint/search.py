@@ -11,8 +11,7 @@ import torch.distributed as dist
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import Location
-from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo
-from quadriga.checkpoint.plan import read_plan
+from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.ranks import info_from_json, info_to_json
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import UserError
@@ -109,25 +108,14 @@ class CheckpointSearch:
         return CheckpointInfo(0, path, ("model",), resume=False, location=path)
 
     def _is_intact(self, found: CheckpointInfo) -> bool:
-        """Whether every file has the hash of the manifest, and the plan is valid. Each rank reads its share of the
-        files."""
+        """Whether every file has the hash of the manifest. Each rank reads its share of the files."""
         ranks, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
         wrong = folders.find_damage(found, sorted(found.files)[rank::ranks])
         if self._group is not None:
             wrong = [reason for one in all_gather_json(wrong, self._group) for reason in one]
-        if found.files and not wrong:
-            wrong = self._on_first_rank(lambda: self._plan_damage(found))
         if wrong:
             self.refused[found.step] = "; ".join(wrong)
         return not wrong
-
-    def _plan_damage(self, found: CheckpointInfo) -> list[str]:
-        """Why the plan of the tensors is refused although its hash is right; [] if it is not."""
-        try:
-            read_plan(found.location, found.files, self._section.storage_retries)
-        except CheckpointError as error:
-            return [str(error).partition("\n")[0]]
-        return []
 
     def _log_lost_steps(self, found: CheckpointInfo, whole: list[CheckpointInfo]) -> None:
         for _, reason in sorted(self.refused.items()):

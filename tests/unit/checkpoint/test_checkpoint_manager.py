@@ -151,8 +151,6 @@ SWAPPED = {
     "a link to its tensors": linked("__0_0.distcp"),
     "a link to its plan": linked("plan.json"),
     "a link to its manifest": linked(STATE_FILE),
-    "a plan of another file": lambda step: other_plan(step, b"__0_0.distcp", b".metadata"),
-    "a plan of no format": lambda step: other_plan(step, b"quadriga-plan-1", b"quadriga-plan-0"),
 }
 
 
@@ -169,6 +167,16 @@ def test_what_no_load_would_accept_is_passed_over(tmp_path, change):
     assert "step-4" in str(refused.value)
     with pytest.raises(CheckpointError) as refused:
         manager(tmp_path / "run", load_step=4).find()
+    assert refused.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
+
+
+def test_a_plan_that_is_refused_ends_the_run_for_good(tmp_path):
+    """Its hash is right, so the file is not damaged: no other step is taken in silence, and no restart would help."""
+    saved(tmp_path)
+    other_plan(tmp_path / "step-3", b"__0_0.distcp", b".metadata")
+    one, run = manager(tmp_path), Run()
+    with pytest.raises(CheckpointError, match=r"plan\.json is refused") as refused:
+        one.load(one.find(), run.states)
     assert refused.value.exit_code == EXIT_NO_GOOD_CHECKPOINT
 
 
