@@ -25,9 +25,10 @@ from quadriga.config.schema import Optimizer
 from quadriga.optim import adam_kernel, moments
 from quadriga.optim.optimizer import build_optimizer, clip_gradients, skip_update_if
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (make test-cuda-dispatch installs it)"
-)
+pytestmark = [
+    pytest.mark.cuda_dispatch,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 
 DTYPES = ("float32", "bfloat16")
 
