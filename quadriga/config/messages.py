@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quadriga.config.read import Run
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import ActivationCheckpoint, Checkpoint, Training
+from quadriga.config.schema import ActivationCheckpoint, Checkpoint, Compile, Training
 from quadriga.hardware import TERA, Device
 from quadriga.units import DTYPE_BYTES, format_bytes, format_count, plural
 
@@ -140,6 +140,14 @@ def float32_cost(training: Training, device: Device | None) -> str:
         f"the run computes in float32 at precision `highest`: {what}; "
         "`--training.mixed_precision_param bfloat16` uses this, and changes the numbers"
     )
+
+
+def compilation(section: Compile) -> str:
+    """What is compiled, and by what."""
+    what = f"{', '.join(section.components)}; {section.backend}"
+    if section.enable == "auto":
+        return f"auto: on GPUs ({what}), off on a CPU"
+    return f"on ({what})" if section.enable else "off"
 
 
 def recompute(section: ActivationCheckpoint) -> str:

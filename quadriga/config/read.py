@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
 from quadriga.config.keys import KEYS, format_toml
-from quadriga.config.legacy_keys import started_with
+from quadriga.config.legacy_keys import started_with, value_in
 from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules_layout import FROM_CHECKPOINT
@@ -21,7 +21,7 @@ from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text
 
-BATCH, SEED = "training.global_batch_size", "debug.seed"
+BATCH, SEED, COMPILE = "training.global_batch_size", "debug.seed", "compile.enable"
 Saved = Callable[[str, int], Mapping[str, Any] | None]  # takes a folder and a step; -1 is the newest
 
 
@@ -32,6 +32,14 @@ class Run:
     config: JobConfig
     spec: RunSpec
     origin: Mapping[str, str]
+
+    def on_device(self, device_type: str) -> Run:
+        """The run with `compile.enable = "auto"` decided for `cuda` or `cpu`. Where the configuration decides it,
+        `resolve` has done so."""
+        if self.config.compile.enable != "auto":
+            return self
+        compile = self.config.compile.model_copy(update={"enable": device_type == "cuda"})
+        return replace(self, config=self.config.model_copy(update={"compile": compile}))
 
 
 def read(
@@ -55,7 +63,8 @@ def read(
         training: False for a dry run, in which missing files and unsupported features are notices. A configuration
             that only rehearses is read in the same way.
         saved: returns the metadata of the checkpoint of a step (-1: the newest) in a folder, or None. A resumed run
-            keeps what it was started with: a global batch of -1, and each key whose default has changed since.
+            keeps what it was started with: a global batch of -1, the choice of `compile.enable = "auto"`, and each key
+            whose default has changed since.
 
     Raises:
         UserError: with all problems that were found.
@@ -97,6 +106,10 @@ def _inherit_from_checkpoint(loaded: LoadedConfig, saved: Saved | None) -> None:
         loaded.notices.append(f"{BATCH} = -1 is {rows}, the value of the checkpoints in {place}")
     if SEED not in loaded.origin and checkpoint.get("seed") == loaded.config.debug.seed:
         _set_from_checkpoint(loaded, SEED, loaded.config.debug.seed, place)
+    compiled = value_in(checkpoint.get("config"), COMPILE, None)
+    if loaded.config.compile.enable == "auto" and type(compiled) is bool:
+        _set_from_checkpoint(loaded, COMPILE, compiled, place)
+        loaded.notices.append(f'{COMPILE} = "auto" is {format_toml(compiled)}, the value of the checkpoints in {place}')
     for key, value in started_with(checkpoint).items():
         # An invalid value is reported when the checkpoint is compared with the run.
         if key in loaded.origin or value == KEYS[key].default or not _is_valid(key, value):

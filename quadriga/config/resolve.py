@@ -73,12 +73,34 @@ def resolve(
         bad.add(DEGREES["dp_shard"])
 
     ctx = RuleContext(config, loaded.origin, model, degrees, tokenizer, backends, training, schedule_csv)
+    if config.compile.enable == "auto" and (choice := _compile_choice(ctx)) is not None:
+        enable, why = choice
+        loaded.update("compile", enable=enable)
+        ctx = replace(ctx, config=loaded.config)
+        result.notices.append(f'compile.enable = "auto" is {format_toml(enable)}: {why}')
     findings = [finding for rule in RULES if not bad.intersection(rule.keys) for finding in rule.apply(ctx)]
     result.problems += [finding for finding in findings if isinstance(finding, Problem)]
     result.notices += [finding for finding in findings if isinstance(finding, str)]
     if not result.problems and not loaded.problems:
         result.spec = build_spec(ctx)
     return result
+
+
+def _compile_choice(ctx: RuleContext) -> tuple[bool, str] | None:
+    """What `compile.enable = "auto"` is, and why; None if only the device decides, and the backend does not name it."""
+    config, backend = ctx.config, ctx.backends.get(ctx.config.comm.backend or "")
+    if config.activation_checkpoint.mode == "memory_budget":
+        return True, 'activation_checkpoint.mode = "memory_budget" needs the compiler'
+    if config.parallelism.enable_async_tensor_parallel and ctx.degrees.tp > 1:
+        return True, f"{rules_layout.ASYNC_TP} needs the compiler"
+    if "model" in config.compile.components:
+        if schedule := rules_pipeline.splits_backward(ctx):
+            return False, f"{schedule} splits the backward pass, which compiled blocks do not support"
+        if rules_run.emulates_float8(config):
+            return False, "emulated float8 runs in eager mode only"
+    if backend is None:
+        return None
+    return backend.device_type == "cuda", f"the run computes on {'GPUs' if backend.device_type == 'cuda' else 'a CPU'}"
 
 
 def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, str]) -> tuple[ModelSpec, Problem | None]:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
 from quadriga.config.rules_layout import ASYNC_TP, TP
+from quadriga.config.schema import JobConfig
 from quadriga.errors import UserError
 from quadriga.hardware import device_named
 
@@ -68,11 +69,13 @@ def recompute_records_need_whole_blocks(ctx: RuleContext) -> Findings:
         yield Conflict(what, 'set selective_ac_option = "1" to debug it, or debug = false')
 
 
+def emulates_float8(config: JobConfig) -> bool:
+    return config.quantize.linear.float8.emulate and FLOAT8 in config.model.converters
+
+
 @rule("compile.enable", "compile.components", "quantize.linear.float8.emulate", "model.converters")
 def emulation_is_eager(ctx: RuleContext) -> Findings:
-    compile = ctx.config.compile
-    emulates = ctx.config.quantize.linear.float8.emulate and FLOAT8 in ctx.config.model.converters
-    if emulates and compile.compiles("model"):
+    if emulates_float8(ctx.config) and ctx.config.compile.compiles("model"):
         fix = 'set compile.enable = false, or compile.components = ["loss"], or emulate = false'
         yield Conflict("emulated float8 runs in eager mode only", fix)
 

@@ -41,6 +41,8 @@ class StartCheck:
 def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
     """The summary of a run, and whether it would start now. `ports`: where its ranks listen."""
     missing = start_check.problems
+    if name := run.config.estimate.device:
+        run = run.on_device("cpu" if device_named(name, "estimate.device").name == "CPU" else "cuda")
     model, source = run.spec.model, run.config.job.config_file or "the defaults"
     predicted = predict(run)
     lines = [f"Dry run of {source}: {model.name} {model.flavor} on {plural(run.spec.world_size, 'rank')}", ""]
@@ -92,6 +94,7 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{facts.path} ({known})"
     yield "data", training.dataset + (f" from {training.dataset_path}" if training.dataset_path else "")
     yield from messages.describe(run).items()
+    yield "compile", messages.compilation(config.compile)
     yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"
     size = decimal_bytes(messages.save_bytes(run, model.n_parameters))
     yield "checkpoints", f"{messages.checkpoints(config.checkpoint)}; one full save takes about {size}"

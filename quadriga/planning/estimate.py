@@ -60,7 +60,8 @@ class Estimate:
     def setup(self) -> Setup:
         backend = BACKENDS.get(self.run.spec.backend or "")
         on_cpu = self.device.name == "CPU" if self.device else backend is not None and backend.device_type == "cpu"
-        return Setup(self.run, "cpu" if on_cpu else "cuda")
+        device_type = "cpu" if on_cpu else "cuda"
+        return Setup(self.run.on_device(device_type), device_type)
 
     @cached_property
     def memories(self) -> tuple[Memory, ...]:

@@ -149,7 +149,7 @@ def _pipelines(run: Run, pp: int, rows: int) -> Iterator[dict[str, Any]]:
     if pp == 1:
         yield {}
         return
-    compiled = run.config.compile.compiles("model")
+    compiled = run.on_device("cuda").config.compile.compiles("model")
     for schedule in SCHEDULES:
         stages = pp * stages_a_rank(schedule)
         if stages > run.spec.model.n_layers or (compiled and schedule in SPLIT_BACKWARD):

@@ -107,6 +107,8 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
     set_numerics(run)
     progress.enter_phase("rendezvous")
     backend = choose_backend(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
+    run = run.on_device(BACKENDS[backend].device_type)
+    config = run.config
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
     shard_collectives = collectives_for_shards(run, backend, mesh, device)

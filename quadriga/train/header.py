@@ -47,7 +47,7 @@ def header_rows(trainer: Trainer) -> list[tuple[str, str]]:
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
         ("backends", format_backend_by_axis(trainer.run, trainer.backend)),
         *messages.describe(trainer.run, "GPU" if trainer.device.type == "cuda" else "rank").items(),
-        ("compile", ", ".join(config.compile.components) if config.compile.enable else "off"),
+        ("compile", messages.compilation(config.compile)),
         ("run folder", spec.folders.dump),
     ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tomllib
 
 import pytest
 from launching import ROOT
 from training import TINY, largest_difference, one_rank, train
 
+from quadriga.checkpoint.folder import newest_extra
 from quadriga.metrics.jsonl import read_metrics
 
 SAVING = ("--checkpoint.enable", "--lr_scheduler.total_steps=6")
@@ -112,3 +114,19 @@ def test_a_run_leaves_what_it_should(tmp_path):
     named = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert len(named) == 8
     assert not [name for name in named if not (tmp_path / name.replace("step-50", "step-4")).exists()]
+
+
+def test_a_choice_of_the_compiler_is_saved_and_kept(tmp_path):
+    """A CPU chooses eager blocks; a run that was started compiled stays so, also on a CPU."""
+
+    def choices(folder, step):
+        saved = newest_extra(str(folder / "checkpoint"), step)["config"]["compile"]
+        written = tomllib.loads((folder / "config.toml").read_text())["compile"]
+        return saved["enable"], written["enable"]
+
+    auto, compiled = "--compile.enable=auto", ("--compile.enable", "--compile.backend=eager")
+    train(tmp_path / "auto", 1, *TINY, *SAVING, auto, "--training.steps=1")
+    assert choices(tmp_path / "auto", 1) == (False, False)
+    train(tmp_path / "compiled", 1, *TINY, *SAVING, *compiled, "--training.steps=1")
+    train(tmp_path / "compiled", 1, *TINY, *SAVING, auto, "--compile.backend=eager", "--training.steps=2")
+    assert choices(tmp_path / "compiled", 2) == (True, True)

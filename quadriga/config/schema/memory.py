@@ -61,8 +61,8 @@ class ActivationCheckpoint(Section):
 class Compile(Section):
     """torch.compile."""
 
-    enable: bool = False
-    """Compile the `components`."""
+    enable: bool | Literal["auto"] = False
+    """Compile the `components`. With "auto": on GPUs, if no key refuses it; a resumed run keeps what was chosen."""
 
     components: tuple[Literal["model", "loss"], ...] = ("model", "loss")
     """The parts to compile: the blocks of the model, the loss."""
@@ -71,7 +71,8 @@ class Compile(Section):
     """Backend of torch.compile."""
 
     def compiles(self, component: Literal["model", "loss"]) -> bool:
-        return self.enable and component in self.components
+        """Whether `component` is compiled. Until "auto" is decided (`Run.on_device`), nothing is."""
+        return self.enable is True and component in self.components
 
 
 class MemoryEstimation(Section):
