@@ -125,25 +125,50 @@ def active_table() -> Iterator[str]:
         yield f"| {name} | {one['measured'] / 2**20:.2f} | {one['predicted'] / 2**20:.2f} | {error:+.2%} |"
 
 
-def reserved_errors(speed: bool = False, names: str = "") -> list[float]:
-    own, published = ("tokens_per_second", "published_tokens_per_second") if speed else ("reserved", "published")
-    found = {name: one[own] / one[published] - 1 for name, one in result_figures("estimates")["reserved"].items()}
-    return [error for name, error in found.items() if name.startswith(names)]
+def reserved_errors() -> list[float]:
+    return [one["reserved"] / one["published"] - 1 for one in result_figures("estimates")["reserved"].values()]
 
 
 def reserved_table() -> Iterator[str]:
-    yield (
-        "| published run | not modelled | active, GiB | reserved, GiB | published, GiB | error "
-        "| tokens/s per GPU | published | error |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| published run | active, GiB | reserved, GiB | published, GiB | error |"
+    yield "|---|---|---|---|---|"
     for name, one in result_figures("estimates")["reserved"].items():
-        memory = one["reserved"] / one["published"] - 1
-        speed = one["tokens_per_second"] / one["published_tokens_per_second"] - 1
-        note = one["not_modelled"] or ("(the factors are fitted to it)" if one["fitted"] else "")
-        cells = [name, note, *(f"{one[key]:.1f}" for key in ("active", "reserved", "published")), f"{memory:+.1%}"]
-        cells += [f"{one['tokens_per_second']:,.0f}", f"{one['published_tokens_per_second']:,.0f}", f"{speed:+.0%}"]
-        yield f"| {' | '.join(cells)} |"
+        note = " (the factors are fitted to it)" if one["fitted"] else ""
+        cells = [name + note, *(f"{one[key]:.1f}" for key in ("active", "reserved", "published"))]
+        yield f"| {' | '.join(cells)} | {one['reserved'] / one['published'] - 1:+.1%} |"
+
+
+def speed_table() -> Iterator[str]:
+    yield "| published run | GPU, power limit | side | predicted | published | error | fitted without its page |"
+    yield "|---|---|---|---|---|---|---|"
+    page = None
+    for name, one in result_figures("estimates")["speed"].items():
+        if one["page"] != page:
+            page = one["page"]
+            yield f"| **{page}** | | | | | | |"
+        cells = [name, f"{one['device']}, {one['limit']}", one["side"]]
+        cells += [f"{one['predicted']:,.0f}", f"{one['published']:,.0f}"]
+        yield f"| {' | '.join(cells)} | {one['error']:+.1%} | {one['error_without_its_page']:+.1%} |"
+
+
+def other_systems_table() -> Iterator[str]:
+    yield "| system | published, tokens/s per GPU | published / predicted for Quadriga |"
+    yield "|---|---|---|"
+    for name, one in result_figures("estimates")["others"].items():
+        yield f"| {name} | {one['speed']:,.0f} | {one['ratio']:.2f} |"
+
+
+def constants_table() -> Iterator[str]:
+    yield "| constant | fitted | used |"
+    yield "|---|---|---|"
+    fitted = result_figures("estimates")["fitted"]
+    for name, value in fitted.items():
+        if name != "rounded":
+            yield f"| `{name}` | {value:.3f} | {fitted['rounded'].get(name, 'not used')} |"
+
+
+def speed_error(side: str, key: str) -> Callable[[], str]:
+    return lambda: f"{result_figures('estimates')['speed_errors'][side][key]:.1%}"
 
 
 def step_time_table() -> Iterator[str]:
@@ -293,13 +318,13 @@ FIGURES: dict[str, Callable[[], str]] = {
     "reserved least": lambda: f"{min(reserved_errors()):+.1%}",
     "reserved most": lambda: f"{max(reserved_errors()):+.1%}",
     "reserved below": lambda: str(sum(error < 0 for error in reserved_errors())),
-    "speed 8B least": lambda: f"{min(reserved_errors(True, '8B')):.0%}",
-    "speed 8B most": lambda: f"{max(reserved_errors(True, '8B')):.0%}",
-    "speed 8B bfloat16 least": lambda: f"{min(errors_without_unmodelled('8B')):.0%}",
-    "speed 8B bfloat16 most": lambda: f"{max(errors_without_unmodelled('8B')):.0%}",
-    "speed 70B": lambda: " and ".join(f"{-error:.0%}" for error in reserved_errors(True, "70B")),
-    "speed 405B slowest": lambda: f"{-min(reserved_errors(True, '405B')):.0%}",
-    "speed 405B fastest": lambda: f"{max(reserved_errors(True, '405B')):.0%}",
+    "published speeds": lambda: str(len(result_figures("estimates")["speed"])),
+    "speed rows held out": lambda: str(result_figures("estimates")["speed_errors"]["held out"]["rows"]),
+    **{
+        f"speed {side} {key}": speed_error(side, key)
+        for side in ("fit", "held out", "without its page")
+        for key in ("median", "worst")
+    },
     "step time worst": lambda: (
         f"{100 * max(abs(one['error']) for one in result_figures('step_time')['cases'].values()):.1f} %"
     ),
@@ -359,18 +384,11 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "fidelity": fidelity_table,
     "active": active_table,
     "reserved": reserved_table,
+    "speed": speed_table,
+    "other systems": other_systems_table,
+    "constants": constants_table,
     "step time": step_time_table,
 }
-
-
-def errors_without_unmodelled(names: str) -> list[float]:
-    """Errors of the throughput of the published runs without features that the estimate does not model."""
-    runs = result_figures("estimates")["reserved"]
-    return [
-        one["tokens_per_second"] / one["published_tokens_per_second"] - 1
-        for name, one in runs.items()
-        if name.startswith(names) and not one["not_modelled"]
-    ]
 
 
 def inflation_quartiles(name: str) -> str:

@@ -13,7 +13,7 @@ from quadriga.cli.estimate import add_estimate_arguments, measured_rates
 from quadriga.config import Run, to_toml
 from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
 from quadriga.hardware import device_named
-from quadriga.planning.search import Candidate, SearchResult, search
+from quadriga.planning.search import ERROR, Candidate, SearchResult, search
 from quadriga.units import GIB, format_bytes
 
 
@@ -30,7 +30,6 @@ def main(argv: Sequence[str]) -> int:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
         raise UserError(Problem("--ngpu and --device", "a search needs both", fix=fix))
     run, device = run_from_file(options.file, options.ngpu, keys), device_named(options.device, "--device")
-    _refuse_offload(run)
     refuse_fixed_stages(run)
     rates = measured_rates(options.calibrate, device)
     start = time.perf_counter()
@@ -52,12 +51,6 @@ def main(argv: Sequence[str]) -> int:
     if options.write:
         _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
     return EXIT_OK
-
-
-def _refuse_offload(run: Run) -> None:
-    if run.config.training.enable_cpu_offload:
-        why = "a search ranks by step time, which is not predicted with state in host memory"
-        raise UserError(Problem("training.enable_cpu_offload", why, fix="--training.enable_cpu_offload=false"))
 
 
 def refuse_fixed_stages(run: Run) -> None:
@@ -82,15 +75,20 @@ def _table(found: SearchResult, top: int, seconds: float, calibrated: bool) -> l
         speed = f"{each.tokens_per_second:>18,.0f}  {time_of_step.total:>8.3f}s"
         lines.append(f"  {speed}  {format_bytes(needed):>10}  {each.name}")
     if len(found.best) > 1:
-        lines += ["", explain_winner(found.best[0], found.best[1])]
+        lines += ["", explain_winner(found.best)]
     return lines
 
 
-def explain_winner(first: Candidate, second: Candidate) -> str:
-    """One sentence that says why the first layout is faster than the second."""
+def explain_winner(best: Sequence[Candidate]) -> str:
+    """One sentence that says why the first layout is faster than the second, or is preferred to it."""
+    first, second = best[:2]
     one, other = first.estimate.time, second.estimate.time
     assert one is not None
     assert other is not None
+    if (gain := second.tokens_per_second / first.tokens_per_second - 1) > 0:
+        less = f"less than the error of an estimate ({ERROR:.0%})"
+        kinds = f"{first.kinds} instead of {second.kinds} kinds of parallelism"
+        return f"The second is {gain:.1%} faster, {less}; the first is simpler ({kinds})."
     names = {
         "compute": "computes less",
         "optimizer": "updates fewer parameters per rank",

@@ -1,7 +1,7 @@
 """Advice: the smallest changes that make a run fit, or changes that make a run that fits faster.
 
 Each change is estimated like the run itself, and listed with its cost in step time. State in host memory comes last in
-every list: it is slower, and its step time is not predicted."""
+every list: it costs most, and the rates of hosts vary most."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class Advice:
     def __str__(self) -> str:
         end = " and fits" if self.fits else ", which is not enough alone"
         price = "" if self.slower is None else f"; {_format_slowdown(self.slower)}"
-        price = "; slower, by an amount that is not predicted" if self.offloads else price
         settings = ", ".join(f"{key} = {format_toml(value)}" for key, value in self.keys)
         return f"{self.summary} ({settings}): needs {format_bytes(self.needed)}{end}{price}"
 
@@ -58,6 +57,8 @@ class Advice:
 
 
 def _format_slowdown(slower: float) -> str:
+    if slower >= 1:
+        return f"about {1 + slower:.0f} times slower"
     if abs(slower) < 0.005:
         return "same predicted step time"
     return f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
@@ -233,5 +234,6 @@ def _faster(given: Estimate) -> Iterator[Step]:
         yield "compiled blocks", vary(run, compile__enable=True)
     if spec.reshard_after_forward and spec.degrees.dp_shard * spec.degrees.cp > 1:
         yield "parameters kept gathered", vary(run, parallelism__fsdp_reshard_after_forward="never")
-    if spec.degrees.tp > 1:
+    rows = spec.local_batch_size * spec.degrees.batch * spec.degrees.tp
+    if spec.degrees.tp > 1 and spec.global_batch_size % rows == 0:
         yield "no tensor parallelism", vary(run, parallelism__tensor_parallel_degree=1)

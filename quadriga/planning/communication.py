@@ -94,10 +94,14 @@ class _StepCalls:
     def _unit_calls(self, unit: Unit, count: int, times: int) -> Iterator[CollectiveCalls]:
         setup, what = self.setup, "blocks" if unit.is_block else "ends"
         numbers = unit.gathered(self.degrees.tp, setup.shards)
-        gather = self.of_axis("shard", "all_gather", times * count, setup.itemsize * numbers, "forward", what)
+        gather = self.of_axis("shard", "all_gather", times * count, setup.gather_bytes(unit), "forward", what)
+        again = setup.reshards and (unit.reshard or setup.run.spec.reshard_ends) and unit.weights_in_backward
         yield gather
-        if setup.reshards and (unit.reshard or setup.run.spec.reshard_ends) and unit.weights_in_backward:
+        if again:
             yield replace(gather, when="backward")
+        if not setup.float8_scales_once:
+            scales = gather.calls * len(setup.float8_weights(unit)) * (2 if again else 1)
+            yield replace(gather, kind="all_reduce", calls=scales, size=FLOAT32_BYTES, what="scales of weights")
         sent = 1 if setup.reduces_once else self.passes
         size = setup.reduce_bytes * numbers
         yield self.of_axis("shard", "reduce_scatter", sent * count, size, "reduction", what)
@@ -180,6 +184,10 @@ class _StepCalls:
         """The squared norm. Parameters that tp shards and parameters that it replicates are summed separately."""
         for axis, calls in (("shard", 2 if self.degrees.tp > 1 else 1), ("tp", 1), ("pp", 1)):
             yield self.of_axis(axis, "all_reduce", calls, FLOAT64_BYTES, "norm", "norm")
+        if self.setup.float8_scales_once:
+            units = [unit for stage in self.stages for unit, count in stage.units() for _ in range(count)]
+            size = FLOAT32_BYTES * sum(len(self.setup.float8_weights(unit)) for unit in units)
+            yield self.of_axis("shard", "all_reduce", 1, size, "norm", "scales of weights")
         counts_bad_records = self.setup.run.config.training.dataloader.on_bad_record == "skip"
         table = (3 if counts_bad_records else 2) * FLOAT64_BYTES * self.degrees.world_size
         yield self.of_axis("world", "all_reduce", 1, table, "norm", "each rank's loss and norm")

@@ -15,7 +15,7 @@ from quadriga.hardware import Device
 from quadriga.models.registry import flops_per_token
 from quadriga.planning.communication import CollectiveCalls, collective_calls, heap_of
 from quadriga.planning.memory import REST_FACTOR, STATE_FACTOR, Memory, memories_of
-from quadriga.planning.rates import Rates
+from quadriga.planning.rates import HOST_MEMORY, Rates
 from quadriga.planning.setup import Setup
 from quadriga.planning.step_time import StepTime, step_time, strides
 from quadriga.units import GIB
@@ -23,6 +23,7 @@ from quadriga.units import GIB
 FORMAT = "quadriga-estimate-1"
 # Bytes of the CUDA context and of each communicator, outside of torch's allocator. Guesses, not measured.
 CUDA_CONTEXT_BYTES, BYTES_PER_GROUP = 0.6 * GIB, 0.25 * GIB
+OFFLOAD_RATES = f"CPU offload: the memory of a machine moves {HOST_MEMORY / 1e9:.0f} GB/s"
 COMFORTABLE_SHARE = 0.9  # of the memory of a device; with more, a run fits barely
 TIMES = ("products", "attention", "memory_bound", "optimizer", "communication", "hidden", "bubble", "host")
 JSON_TIMES = {"communication": "exposed_communication", "hidden": "hidden_communication"}
@@ -87,6 +88,11 @@ class Estimate:
         return 0.0 if self.setup.device_type == "cpu" else CUDA_CONTEXT_BYTES + groups * BYTES_PER_GROUP + heap
 
     @property
+    def host_per_machine(self) -> float:
+        """Bytes of host memory that the state of all ranks of a machine takes."""
+        return self.worst.host * min(self.gpus_per_node, self.setup.degrees.world_size)
+
+    @property
     def needed(self) -> float:
         """Bytes of the device that the run takes."""
         return self.worst.reserved + self.outside_allocator
@@ -104,9 +110,7 @@ class Estimate:
 
     @cached_property
     def time(self) -> StepTime | None:
-        """None without rates, and with CPU offload: its copies and the update on the host are not modelled."""
-        if self.setup.offload:
-            return None
+        """None without rates."""
         return step_time(self.setup, self.rates, self.gpus_per_node) if self.rates else None
 
     @property
@@ -139,8 +143,8 @@ class Estimate:
         ]
         if self.setup.compiled:
             known.append("what the compiler saves is assumed; compiled blocks are not measured on a GPU yet")
-        if self.run.config.model.converters:
-            known.append("step times of float8 are those of its compute dtype: its own speed is not modelled")
+        if self.setup.offload:
+            known.append(f"{OFFLOAD_RATES}; its copies and the update on the host overlap with nothing")
         return (*known, *(self.rates.descriptions if self.rates else ()))
 
     def to_dict(self, advice: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -160,6 +164,7 @@ class Estimate:
                 "symmetric_heap_gib": self.heap.nvshmem_bytes / GIB if self.heap else None,
                 "capacity_gib": fit.capacity / GIB if fit else None,
                 "host_gib": worst.host / GIB,
+                "host_per_machine_gib": self.host_per_machine / GIB,
                 "moment": worst.peak.name,
                 "by_kind": {kind: size / GIB for kind, size in worst.peak.by_kind.items()},
                 "binding": list(worst.binding),

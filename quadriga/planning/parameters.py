@@ -21,10 +21,12 @@ SHARD_DIMENSION = {"embedding": 0, "columns": 0, "logits": 0, "rows": 1}
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its full shape, and the dimension that tensor parallelism shards; None if it is replicated."""
+    """One parameter: its full shape, the dimension that tensor parallelism shards (None if it is replicated), and the
+    name of its module."""
 
     shape: tuple[int, ...]
     shard_dim: int | None
+    module: str
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         return tuple(size // tp if axis == self.shard_dim else size for axis, size in enumerate(self.shape))
@@ -111,7 +113,9 @@ def _build_stage(plan: ParallelPlan, modules: tuple[str, ...], whole: bool) -> S
     weights: dict[str, list[Weight]] = {}
     for parameter in own.parameters:
         module = parameter.name.rpartition(".")[0]
-        weights.setdefault(_unit_of(module, own.shard_units), []).append(Weight(parameter.shape, cuts.get(module)))
+        weights.setdefault(_unit_of(module, own.shard_units), []).append(
+            Weight(parameter.shape, cuts.get(module), module)
+        )
     units = []
     for unit in own.shard_units:
         is_block = bool(unit.modules) and set(unit.modules) <= set(own.recompute_units)

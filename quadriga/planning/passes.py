@@ -141,12 +141,13 @@ class StagePasses:
     @property
     def reduction_bytes(self) -> float:
         """Peak bytes of reducing unsharded gradients: send buffer and result of the largest unit. Without tensor
-        parallelism, the gradients are freed as soon as they are copied."""
+        parallelism, the gradients are freed as soon as they are copied. One rank copies them once."""
+        several = self.shards * self.setup.degrees.dp_replicate > 1
 
         def of(unit: Unit) -> float:
             sent = self.setup.reduce_bytes * unit.gathered(self.tp, self.shards)
             back = self.setup.parameter_bytes * unit.held(self.tp, self.shards)
-            return sent + back if self.tp > 1 else max(sent, back)
+            return sent + back if self.tp > 1 and several else max(sent, back)
 
         return max((of(unit) for unit, _ in self.stage.units()), default=0.0)
 

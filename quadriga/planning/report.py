@@ -57,8 +57,7 @@ def device_rows(given: Estimate) -> Iterator[tuple[str, str, str, str, str]]:
     for device in DEVICES:
         found = estimate(given.run, device, gpus_per_node=given.gpus_per_node)
         if fit := found.memory_fit():
-            missing = "not predicted" if found.setup.offload else "no units for this format"
-            step = _step(found.time.total) if found.time else missing
+            step = _step(found.time.total) if found.time else "no units for this format"
             yield device.slug, format_bytes(fit.capacity), format_bytes(fit.needed), fit.label, step
 
 
@@ -76,7 +75,7 @@ def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     yield "", f"largest parts: {' and '.join(worst.binding)}"
     if given.heap:
         yield "heap needed", str(given.heap)
-    host = " of host memory" if worst.host else ""
+    host = f" of host memory ({format_bytes(given.host_per_machine)} per machine)" if worst.host else ""
     state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
     parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in state.items())
     yield "state", f"{parts} = {format_bytes(sum(state.values()))}{host} per rank"
@@ -89,8 +88,7 @@ def time_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     time, spec = given.time, given.run.spec
     work = f"{format_count(given.flops_per_step)}FLOP of the model"
     if time is None:
-        why = "with state in host memory" if given.setup.offload else "without a device's figures"
-        yield "time", f"not predicted {why}; {work} per step"
+        yield "time", f"not predicted without a device's figures; {work} per step"
         return
     label = "" if given.rates and given.rates.measured else ", uncalibrated"
     speed = given.tokens_per_second_per_device

@@ -25,6 +25,7 @@ from quadriga.planning.variants import Variant, stages_a_rank, vary
 SCHEDULES = ("1F1B", "Interleaved1F1B", *SPLIT_BACKWARD)
 RECOMPUTE = ({"mode": "none"}, {"mode": "selective", "selective_ac_option": "op"}, {"mode": "full"})
 RESHARD = ("default", "never")
+ERROR = 0.10  # of a predicted speed: more than the median of published runs, see docs/estimates.md
 LARGEST_ROWS = 16  # largest local batch that is tried
 # The varied keys that determine the bytes of parameters, gradients and moments on a rank.
 STATE_KEYS = (*(key.replace(".", "__") for key in DEGREES.values()), "parallelism__pipeline_parallel_schedule")
@@ -42,6 +43,11 @@ class Candidate:
         speed = self.estimate.tokens_per_second_per_device
         assert speed is not None
         return speed
+
+    @property
+    def kinds(self) -> int:
+        """The number of kinds of parallelism."""
+        return sum(getattr(self.variant.run.spec.degrees, axis) > 1 for axis in DEGREES)
 
     @property
     def name(self) -> str:
@@ -63,8 +69,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`best`: the fastest candidate of each layout that fits, the fastest first. `tried`, `fitting`: numbers of
-    candidates."""
+    """`best`: the fastest candidate of each layout that fits: first the preferred one, then the others, the fastest
+    first. Preferred is, of those that are within `ERROR` of the fastest, the fastest with the fewest kinds of
+    parallelism. `tried`, `fitting`: numbers of candidates."""
 
     best: tuple[Candidate, ...]
     tried: int
@@ -104,7 +111,9 @@ def search(
         if layout not in by_layout or candidate.tokens_per_second > by_layout[layout].tokens_per_second:
             by_layout[layout] = candidate
     best = sorted(by_layout.values(), key=lambda each: -each.tokens_per_second)
-    return SearchResult(tuple(best), tried, fitting)
+    near = [each for each in best if each.tokens_per_second >= (1 - ERROR) * best[0].tokens_per_second]
+    preferred = sorted(near, key=lambda each: each.kinds)[:1]  # stable: of equally simple ones the fastest
+    return SearchResult((*preferred, *(each for each in best if each not in preferred)), tried, fitting)
 
 
 def candidates(run: Run, global_batch: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:

@@ -13,10 +13,11 @@ from quadriga.config.schema import UPDATE_BUCKET
 from quadriga.models.operations import Cut, Kernels, Trace
 from quadriga.models.registry import block_trace, head_trace
 from quadriga.planning.activations import Activations, LocalSizes, activations_of
-from quadriga.planning.parameters import Stage, Unit, build_stages, even_split
+from quadriga.planning.parameters import Stage, Unit, Weight, build_stages, even_split
 from quadriga.planning.schedule import Load, gather_counts, loads_of, order_of
 from quadriga.units import DTYPE_BYTES
 
+FLOAT8_CONVERTER = "quantize.linear.float8"
 # Temporary copies of all parameters of a rank during an update.
 OPTIMIZER_COPIES = {"fused": 0.0, "for-loop": 0.0, "foreach": 1.0}
 
@@ -38,10 +39,12 @@ def causal_attention_cost(length: int) -> float:
 class Setup:
     """A run on a device type, `cpu` or `cuda`.
 
-    `shards`: ranks over which `fully_shard` shards each parameter. `uses_fsdp`: whether it wraps the model. `itemsize`:
-    bytes per element in the compute dtype. `keeps_unsharded_grads`: unsharded gradients of several micro-batches are
-    accumulated in the reduce dtype before reduction. `micro_batches_per_call`: of one pass of local_batch_size rows
-    through a pipeline. `rows`, `tokens`, `logits` (elements): of a micro-batch on one rank.
+    `float8`: recipe of products in float8, a key of `rates.FITTED`; None without them. `float8_scales_once`: the scales
+    of gathered weights are reduced once per step. `shards`: ranks over which `fully_shard` shards each parameter.
+    `uses_fsdp`: whether it wraps the model. `itemsize`: bytes per element in the compute dtype.
+    `keeps_unsharded_grads`: unsharded gradients of several micro-batches are accumulated in the reduce dtype before
+    reduction. `micro_batches_per_call`: of one pass of local_batch_size rows through a pipeline. `rows`, `tokens`,
+    `logits` (elements): of a micro-batch on one rank.
     """
 
     def __init__(self, run: Run, device_type: str = "cuda") -> None:
@@ -66,6 +69,12 @@ class Setup:
         self.tokens = self.rows * spec.seq_len // degrees.cp
         self.sequence_parallel = degrees.tp > 1 and parallelism.enable_sequence_parallel
         self.parallel_loss = degrees.tp > 1 and not parallelism.disable_loss_parallel
+        self.async_tp = parallelism.enable_async_tensor_parallel and self.compiled
+        float8, converts = run.config.quantize.linear.float8, FLOAT8_CONVERTER in run.config.model.converters
+        by_rows = (float8.recipe_name or "tensorwise") != "tensorwise"
+        self.float8 = ("float8_rowwise" if by_rows else "float8") if converts else None
+        self.gathers_float8 = converts and float8.enable_fsdp_float8_all_gather
+        self.float8_scales_once = self.gathers_float8 and float8.precompute_float8_dynamic_scale_for_fsdp
         self.logits = self.tokens * spec.model.vocab_size / (degrees.tp if self.parallel_loss else 1)
 
     def update_bytes(self, held: int, largest: int) -> float:
@@ -182,5 +191,29 @@ class Setup:
         return {stage: times * spec.accumulation_steps for stage, times in once.items()}
 
     def gathered(self, unit: Unit) -> float:
-        """Bytes of a unit's gathered parameters in the compute dtype; 0 without `fully_shard`."""
-        return self.itemsize * unit.gathered(self.degrees.tp, self.shards) if self.uses_fsdp else 0.0
+        """Bytes of a unit's gathered parameters; 0 without `fully_shard`."""
+        return self.gather_bytes(unit) if self.uses_fsdp else 0.0
+
+    def gather_bytes(self, unit: Unit) -> int:
+        """Bytes of the all-gather of a unit's parameters: in the compute dtype, and converted layers in float8."""
+        tp, shards = self.degrees.tp, self.shards
+        whole = self.itemsize * unit.gathered(tp, shards)
+        if not self.gathers_float8:
+            return whole
+        return whole - (self.itemsize - 1) * sum(each.gathered(tp, shards) for each in self.float8_weights(unit))
+
+    def float8_weights(self, unit: Unit) -> list[Weight]:
+        """The parameters of a unit that are gathered in float8."""
+        if not self.gathers_float8:
+            return []
+        return [each for each in unit.weights if each.module.endswith(self.float8_modules)]
+
+    @cached_property
+    def float8_modules(self) -> tuple[str, ...]:
+        """The linear layers that compute in float8, by the ends of their names. Filters by size are not modelled."""
+        if not self.float8:
+            return ()
+        named = self.run.config.quantize.linear.float8.filter_fqns
+        operations = (*self.block.trace.operations, *self.head.trace.operations)
+        linear = [each.module for each in operations if each.matrix is not None]
+        return tuple(module for module in linear if not any(part in module for part in named))

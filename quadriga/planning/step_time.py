@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import add
 
+from quadriga.models.operations import Operation, Value
 from quadriga.planning.communication import CollectiveCalls, collective_calls
-from quadriga.planning.rates import CALL_SECONDS, NETWORK_CALL_SECONDS, Rates
+from quadriga.planning.rates import CALL_SECONDS, FITTED, NETWORK_CALL_SECONDS, Rates
 from quadriga.planning.setup import Setup, causal_attention_cost
 from quadriga.units import DTYPE_BYTES
 
@@ -25,6 +26,14 @@ CLIP_ACCESSES, ADAM_ACCESSES = 3, 7
 # Recompute per operation calls Python for each of torch's operations, in the forward pass and in the recompute. There
 # are about five per operation that a model declares. Seconds are those of torch's profiler on an AMD EPYC.
 DISPATCHES, DISPATCH_SECONDS = 9.5, 40e-6
+# On a GPU. A product also reads and writes its matrices: FLOP that the device does meanwhile, per element.
+RIDGE = 256.0
+SHORT = 512  # tokens: attention over so long a sequence has half the rate of a long one (arXiv:2307.08691, figure 4)
+# Bytes per element of an operand of a float8 product: read for its scale, read again, and written in 8 bits. Scales by
+# rows need this twice, since the backward pass multiplies the other way.
+CAST_BYTES = {"float8": 5, "float8_rowwise": 10}
+COPIED, COPIES = ("all_gather", "reduce_scatter"), 2  # collectives with a flat buffer; memory accesses per byte of it
+NOT_WHOLE = Value(0)
 OVERLAPPED_AXES = {"shard", "dp_replicate"}  # axes whose calls overlap with the work of blocks
 
 
@@ -94,8 +103,8 @@ def step_time(setup: Setup, rates: Rates, gpus_per_node: int = 8) -> StepTime:
 
 
 def work_of(setup: Setup, rank: int) -> Work:
-    """Work of all passes of one step, without the update."""
-    return _WorkOfPasses(setup).of_rank(rank)
+    """Work of all passes of one step, and of the copies of its collectives, without the update."""
+    return _WorkOfPasses(setup).of_rank(rank) + _copies(setup, collective_calls(setup, rank))
 
 
 def forward_of(setup: Setup, rank: int) -> Work:
@@ -159,7 +168,7 @@ class _WorkOfPasses:
         if mode != "op":
             return forward if mode == "full" else Work()
         kept, operations = setup.kept("op"), setup.block.trace.operations
-        products = _product_flops(setup, (each.matrix for each in operations if each.output not in kept))
+        products = _product_flops(setup, (each for each in operations if each.output not in kept))
         dispatches = 0.0 if setup.compiled else DISPATCHES * len(operations)
         again = Work(products, 0.0, forward.memory, forward.operations, forward_products=products)
         return again + Work(python=dispatches * DISPATCH_SECONDS)
@@ -168,27 +177,31 @@ class _WorkOfPasses:
     def forward(self) -> Work:
         """Work of the forward pass of a block."""
         setup, trace, sizes = self.setup, self.setup.block.trace, self.setup.block.sizes
-        products = _product_flops(setup, (each.matrix for each in trace.operations))
+        products = _product_flops(setup, trace.operations)
         model, degrees = setup.run.spec.model, setup.degrees
         # Queries x keys and weights x values, halved because a token attends to half of the sequence on average.
         length = setup.run.spec.seq_len
         attention = 2.0 * setup.tokens * length * model.n_heads * model.head_dim / degrees.tp
-        attention *= causal_attention_cost(length) if setup.device_type == "cpu" else 1.0
+        attention *= causal_attention_cost(length) if setup.device_type == "cpu" else _attention_cost(setup)
         light = [each for each in trace.operations if each.kind in ("cheap", "add", "norm")]
         touched = sum(sizes[each.output] + sum(sizes[name] for name in each.inputs) for each in light)
         unfused = [each for each in light if each.extra and len(each.extra) > 1]  # norms in several steps
         touched += sum(4 * sizes[name] for each in unfused for name in each.extra)
-        memory, operations = touched * (0.5 if setup.compiled else 1.0), len(trace.operations) * 1.5
+        eager = 1.0 if setup.device_type == "cpu" else FITTED["eager"]
+        memory, operations = touched * (0.5 if setup.compiled else eager), len(trace.operations) * 1.5
+        memory += _cast_bytes(setup, trace.operations)
         return Work(products, attention, memory, operations, products, attention)
 
     @cached_property
     def head(self) -> dict[str, Work]:
         """Work of the output layer and the loss, by kind of pass."""
-        setup, model = self.setup, self.setup.run.spec.model
+        setup = self.setup
         compiled = setup.run.config.compile.compiles("loss")
         accesses = LOGIT_ACCESSES["compiled" if compiled else "eager"]
-        products = _product_flops(setup, [(model.dim, model.vocab_size)])
-        forward = Work(products, 0.0, 4.0 * accesses / 3 * setup.logits, 10, forward_products=products)
+        output = setup.head.trace.operations[-1:]
+        products, memory = _product_flops(setup, output), 4.0 * accesses / 3 * setup.logits
+        memory += _cast_bytes(setup, output)
+        forward = Work(products, 0.0, memory, 10, forward_products=products)
         return {kind: _work_of_kind(forward, kind, 0.0) for kind in "FBIW"}
 
 
@@ -203,16 +216,62 @@ def _work_of_kind(forward: Work, kind: str, attention: float) -> Work:
     }[kind]
 
 
-def _product_flops(setup: Setup, matrices: Iterable[tuple[int, int] | None]) -> float:
-    """FLOP of the products of a micro-batch with these matrices."""
-    return sum(2.0 * setup.tokens * each[0] * each[1] / setup.degrees.tp for each in matrices if each is not None)
+def _product_flops(setup: Setup, operations: Iterable[Operation]) -> float:
+    """FLOP of the products of a micro-batch. On a GPU, multiplied by their cost relative to a large product in the
+    compute dtype: a product also moves its matrices, and float8 is faster."""
+    return sum(
+        2.0 * setup.tokens * each.matrix[0] * each.matrix[1] / setup.degrees.tp * _product_cost(setup, each)
+        for each in operations
+        if each.matrix is not None
+    )
+
+
+def _product_cost(setup: Setup, operation: Operation) -> float:
+    if setup.device_type == "cpu" or operation.matrix is None:
+        return 1.0
+    widths = [float(width) for width in operation.matrix]
+    is_cut_by_rows = setup.block.trace.values.get(operation.output, NOT_WHOLE).spread == "whole"
+    widths[0 if is_cut_by_rows else 1] /= setup.degrees.tp
+    ridge = RIDGE if setup.itemsize < DTYPE_BYTES["float32"] else 0.0
+    faster = FITTED[setup.float8] if setup.float8 and operation.module in setup.float8_modules else 1.0
+    return (1 + ridge * sum(1 / size for size in (setup.tokens, *widths))) / faster
+
+
+def _cast_bytes(setup: Setup, operations: Sequence[Operation]) -> float:
+    """Bytes of casts to float8 in a forward pass: of each distinct input, and of each weight."""
+    converted = [each for each in operations if each.module in setup.float8_modules]
+    if not setup.float8 or setup.device_type == "cpu":
+        return 0.0
+    sizes = {**setup.block.sizes, **setup.head.sizes}
+    inputs = sum(sizes[name] for name in {each.inputs[0] for each in converted}) / setup.itemsize
+    weights = sum(each.matrix[0] * each.matrix[1] for each in converted if each.matrix) / setup.degrees.tp
+    return CAST_BYTES[setup.float8] * (inputs + weights)
+
+
+def _copies(setup: Setup, calls: Iterable[CollectiveCalls]) -> Work:
+    """Memory accesses of collectives on a GPU that delay its own work: copies into or out of their flat buffers, and,
+    if they overlap with that work, their own accesses."""
+    if setup.device_type == "cpu":
+        return Work()
+    copied = [call for call in calls if call.kind in COPIED]
+    return Work(
+        memory=sum((FITTED["overlap"] if call.axis in OVERLAPPED_AXES else COPIES) * call.bytes for call in copied)
+    )
+
+
+def _attention_cost(setup: Setup) -> float:
+    """Cost on a GPU of an attention operation, relative to one over a long sequence on one rank."""
+    cp, exchanges_heads = setup.degrees.cp, setup.run.config.parallelism.context_parallel_method == "ulysses"
+    unbalanced = 0.0 if exchanges_heads else FITTED["imbalance"] * (1 - 1 / cp)
+    return (1 + SHORT / setup.run.spec.seq_len) * (1 + unbalanced)
 
 
 def call_seconds(calls: CollectiveCalls, stride: int, rates: Rates, gpus_per_node: int) -> float:
     """Seconds of one call of a ring over `calls.ranks` ranks, `stride` apart (alpha-beta model: Hockney, 1994)."""
     inside = calls.ranks * stride <= gpus_per_node
     start = CALL_SECONDS if inside else NETWORK_CALL_SECONDS
-    rate = rates.link if inside else rates.network
+    # A ring that has several ranks in each machine uses the network links of all of them.
+    rate = rates.link if inside else min(rates.network * max(gpus_per_node // stride, 1), rates.link)
     wire = calls.wire_bytes / calls.calls if calls.calls else 0.0
     return start * (1 + (calls.ranks - 1) / 10) + wire / rate
 
@@ -228,12 +287,12 @@ def strides(setup: Setup) -> dict[str, int]:
 def _time_of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: int, idle_share: float) -> StepTime:
     """`idle_share`: time in which the rank waits for other pipeline ranks, as a share of its own work."""
     setup = works.setup
-    work, update = works.of_rank(rank), update_of(setup, rank)
     stride_by_axis = strides(setup)
     timed = [
         (call, call.calls * call_seconds(call, stride_by_axis[call.axis], rates, gpus_per_node))
         for call in collective_calls(setup, rank)
     ]
+    work = works.of_rank(rank) + _copies(setup, (call for call, _ in timed))
     products, attention, memory = work.seconds(rates)
     compute = products + attention + memory
     exposed, hidden = _exposed_and_hidden(setup, timed, compute)
@@ -244,13 +303,24 @@ def _time_of_rank(works: _WorkOfPasses, rank: int, rates: Rates, gpus_per_node: 
         products=products,
         attention=attention,
         memory_bound=memory,
-        optimizer=update.memory / (rates.update or rates.memory),
+        optimizer=_update_seconds(setup, rank, rates, gpus_per_node),
         communication=exposed,
         bubble=idle,
         host=host,
         hidden=hidden,
         by_call=tuple(timed),
     )
+
+
+def _update_seconds(setup: Setup, rank: int, rates: Rates, gpus_per_node: int) -> float:
+    """Seconds of clipping and the update. With CPU offload the host does both, and `fully_shard` copies each shard to
+    the device before a gather, and its gradient back after a reduction; neither is assumed to overlap."""
+    update, passes = update_of(setup, rank).memory, setup.micro_batches
+    if not setup.offload or setup.device_type == "cpu":
+        return update / (rates.update or rates.memory)
+    copies = passes * (2 if setup.reshards else 1) + (1 if setup.reduces_once else passes)
+    copied = copies * setup.parameter_bytes * setup.held(rank)
+    return copied / rates.pcie + update * min(gpus_per_node, setup.degrees.world_size) / rates.host_memory
 
 
 def _exposed_and_hidden(
@@ -269,6 +339,9 @@ def _exposed_and_hidden(
     # Messages of a pipeline overlap with the work of other micro-batches.
     messages = sum(seconds for call, seconds in timed if call.when == "messages")
     waited = sum(seconds for _, seconds in timed) - overlapped - messages
+    if setup.async_tp:
+        within_products = sum(seconds for call, seconds in timed if call.axis == "tp" and call.kind in COPIED)
+        waited -= (1 - FITTED["async_tp"]) * within_products
     overlapped += messages
     calls = max(sum(call.calls for call, _ in of_parameters), 1)
     ends = min(2 * overlapped / calls, overlapped)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from quadriga.tensors import tensors_in, to_local
 
@@ -34,8 +34,11 @@ class LiveMemory(TorchDispatchMode):
 
     def track(self, item: Any) -> None:
         """Count the tensors in `item`, a tensor or nested lists and tuples of them."""
-        for tensor in tensors_in(item):
-            self._count(to_local(tensor).untyped_storage())
+        for tensor in map(to_local, tensors_in(item)):
+            if is_traceable_wrapper_subclass(tensor):  # such as float8: it holds tensors, and no storage of its own
+                self.track([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+            else:
+                self._count(tensor.untyped_storage())
 
     def __enter__(self) -> LiveMemory:
         self._resize: Any = torch.UntypedStorage.resize_

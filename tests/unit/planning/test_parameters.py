@@ -105,4 +105,4 @@ def test_tensor_parallelism_cuts_rows_and_columns_where_the_model_says() -> None
     assert cuts[96, 32] == 0, "w1 and w3 are cut along what they make"
     assert cuts[32, 96] == 1, "w2 is cut along what it takes"
     assert cuts[(32,)] is None, "norms are whole"
-    assert Weight((32, 96), 1).local_shape(3) == (32, 32)
+    assert Weight((32, 96), 1, "w1").local_shape(3) == (32, 32)
