@@ -97,11 +97,11 @@ def explain_winner(best: Sequence[Candidate]) -> str:
         "host": "waits less for the host",
     }
     gains = {words: getattr(other, name) - getattr(one, name) for name, words in names.items()}
-    best = max(gains, key=lambda words: gains[words])
+    reason = max(gains, key=lambda words: gains[words])
     share = 1 - one.total / other.total
     if share < 0.002:
-        return f"The first two are equally fast ({share:.1%} apart); the first {best}."
-    return f"The first is {share:.1%} faster than the next: it {best} ({1000 * gains[best]:.0f} ms per step)."
+        return f"The first two are equally fast ({share:.1%} apart); the first {reason}."
+    return f"The first is {share:.1%} faster than the next: it {reason} ({1000 * gains[reason]:.0f} ms per step)."
 
 
 def candidate_dict(candidate: Candidate) -> dict[str, object]:
