@@ -83,3 +83,11 @@ def test_weights_that_are_gathered_in_float8(tmp_path: Path) -> None:
     narrow = training.train(tmp_path / "narrow", 2, *NARROW, *float8)
     assert training.largest_difference(narrow, wide, "loss") <= 1e-3
     assert figures(narrow) != figures(wide)
+
+
+def test_stochastic_rounding_is_the_same_on_shards_and_after_a_stop(tmp_path: Path) -> None:
+    """Of weights and of moments, to the bit."""
+    rounded = (*EXACT, *SAVED, "--training.dtype=bfloat16", "--optimizer.stochastic_rounding")
+    alone = figures(training.train(tmp_path / "alone", 1, *rounded, "--training.steps=4"))
+    training.train(tmp_path / "shards", 2, *rounded, "--training.steps=2")
+    assert figures(training.train(tmp_path / "shards", 2, *rounded, "--training.steps=4")) == alone
