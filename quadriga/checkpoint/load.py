@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.folder import FileFacts
 from quadriga.checkpoint.foreign import TensorNames
-from quadriga.checkpoint.messages import compare_shapes, mismatches
-from quadriga.checkpoint.plan import Chunk, Plan, PlanError, PlannedTensor, refusal_error
+from quadriga.checkpoint.messages import compare_shapes, other_tensors, refusal_error
+from quadriga.checkpoint.plan import Chunk, Plan, PlanError, PlannedTensor
 from quadriga.checkpoint.stored import (
     Slice,
     TensorPlanner,
@@ -117,14 +117,7 @@ def _refuse_other_tensors(
     surplus = (
         [] if may_hold_more else [name for name, is_wanted in zip(known, wanted.tolist(), strict=True) if not is_wanted]
     )
-    kinds = (
-        ("the checkpoint lacks", missing),
-        ("only the checkpoint has", surplus),
-        ("shapes differ:", reshaped),
-    )
-    problems = mismatches(
-        location, kinds, "start with the configuration that saved it, or with another job.dump_folder"
-    )
+    problems = other_tensors(location, missing, surplus, reshaped)
     if problems:
         raise UserError(*problems)
 

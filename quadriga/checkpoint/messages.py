@@ -56,6 +56,15 @@ def no_valid_checkpoint(folder: str, asked: int, refused: Mapping[int, str]) -> 
     return CheckpointError("\n".join(lines), EXIT_NO_GOOD_CHECKPOINT)
 
 
+def refusal_error(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is refused: {error}\n"
+        "no code in this checkpoint was executed, and no tensor was loaded from it\n"
+        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust",
+        EXIT_NO_GOOD_CHECKPOINT,
+    )
+
+
 def log_generator_changes(unfilled: Sequence[str], unused: Sequence[str]) -> None:
     """Logs random generators that only the checkpoint or only the run has, after a move to or from CUDA."""
     for what, names in (
@@ -171,6 +180,15 @@ def _describe_contents(path: str, damage: str) -> tuple[str, str | None]:
 def mismatches(where: str, kinds: Iterable[tuple[str, Sequence[str]]], fix: str) -> list[Problem]:
     """One problem per kind of mismatch that exists. `kinds`: (description, names)."""
     return [Problem(where, f"{kind} {format_some(names)}", fix=fix) for kind, names in kinds if names]
+
+
+def other_tensors(where: str, missing: list[str], surplus: list[str], reshaped: list[str]) -> list[Problem]:
+    kinds = (
+        ("the checkpoint lacks", missing),
+        ("only the checkpoint has", surplus),
+        ("shapes differ:", reshaped),
+    )
+    return mismatches(where, kinds, "start with the configuration that saved it, or with another job.dump_folder")
 
 
 def compare_shapes(

@@ -34,9 +34,9 @@ from quadriga import limits
 from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.folder import CheckpointError, FileFacts
 from quadriga.checkpoint.manifest import METADATA, is_file_name
+from quadriga.checkpoint.messages import refusal_error
 from quadriga.checkpoint.metadata_entries import read_entries
 from quadriga.checkpoint.plan_format import DTYPE_NAMES, FORMAT, LINK, PLAN_FILE, PlanError, format_raw
-from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT
 
 __all__ = ["PLAN_FILE", "PlanError", "format_raw"]  # reexported
 
@@ -144,15 +144,6 @@ def read_plan(location: Location, facts: Mapping[str, FileFacts], retries: int) 
         raise refusal_error(join(location, name), error) from error
     except OSError as error:
         raise CheckpointError(f"{join(location, name)} cannot be read: {error.strerror or error}") from error
-
-
-def refusal_error(path: str, error: PlanError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is refused: {error}\n"
-        "no code in this checkpoint was executed, and no tensor was loaded from it\n"
-        "use another checkpoint of the run (checkpoint.load_step), or a copy from a source that you trust",
-        EXIT_NO_GOOD_CHECKPOINT,
-    )
 
 
 def _content(files: Files, location: Location, name: str, most: int, fact: FileFacts | None) -> bytes:

@@ -47,7 +47,8 @@ from quadriga.checkpoint import plan as plans
 from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.folder import FileFacts
 from quadriga.checkpoint.manifest import METADATA
-from quadriga.checkpoint.plan import DTYPES, Plan, PlanError, refusal_error
+from quadriga.checkpoint.messages import refusal_error
+from quadriga.checkpoint.plan import DTYPES, Plan, PlanError
 from quadriga.checkpoint.plan_format import LINK
 from quadriga.checkpoint.ranks import on_first_rank
 from quadriga.checkpoint.tensors import convert_dcp_errors

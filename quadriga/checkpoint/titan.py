@@ -16,16 +16,24 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from quadriga import limits
 from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint import foreign
 from quadriga.checkpoint.files import Files, Location, files_at, is_url, join
-from quadriga.checkpoint.folder import CheckpointInfo, InvalidCheckpoint
+from quadriga.checkpoint.folder import CheckpointError, CheckpointInfo, InvalidCheckpoint
 from quadriga.checkpoint.foreign import TensorNames
 from quadriga.checkpoint.manifest import METADATA, STATE_FILE, is_file_name
-from quadriga.checkpoint.messages import compare_shapes, no_manifest, no_state, not_a_checkpoint, not_a_folder
+from quadriga.checkpoint.messages import (
+    compare_shapes,
+    no_manifest,
+    no_state,
+    not_a_checkpoint,
+    not_a_folder,
+    refusal_error,
+)
 from quadriga.checkpoint.metadata_entries import Entries, read_entries
 from quadriga.checkpoint.plain_values import value_in_archive, value_of
 from quadriga.checkpoint.plan_format import LINK, PlanError, format_raw
@@ -164,9 +172,18 @@ def find_initial(path: str) -> CheckpointInfo | None:
         raise UserError(not_a_checkpoint(path, reason)) from reason
 
 
-def shapes_in(path: Location) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors, by torchtitan's names, of a folder that `inspect` accepted."""
-    entries = read_entries(_bytes(files_at(path), path, METADATA, 0, None, limits.METADATA_BYTES))
+def shapes_in(path: Location, *, checked: bool = True) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors by their names in `.metadata`. Raises CheckpointError if it cannot be used; not
+    `checked`: also if a file of tensors is missing or too short."""
+    files, metadata = files_at(path), join(path, METADATA)
+    try:
+        entries = read_entries(_bytes(files, path, METADATA, 0, None, limits.METADATA_BYTES))
+        if not checked:
+            _check_files(replace(entries, objects={}), files, path)
+    except PlanError as error:
+        raise refusal_error(metadata, error) from error
+    except OSError as error:
+        raise CheckpointError(f"{metadata} cannot be read: {error.strerror or error}") from error
     return {name: tuple(entry["shape"]) for name, entry in entries.plan["tensors"].items()}
 
 

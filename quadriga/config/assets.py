@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from quadriga.config import tokenizer_files
 from quadriga.config.run_spec import TokenizerFacts
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.file_search import files_below, files_matching
-from quadriga.reading import read_bytes
+from quadriga.reading import file_kind, read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
 TEST_SET = "c4_test"  # of torchtitan; it is read as another data set (`titan_datasets`)
@@ -164,7 +166,11 @@ def missing_files(key: str, dataset: str, path: str, source: str | None) -> Prob
         what, fix = f"the folder holds no file that {dataset} reads", "name another folder or another data set"
         patterns = ", ".join(f"*{suffix}" for suffix in DATASETS[dataset].suffixes)
         return Problem(f"{key}_path", what, path, source, patterns, fix=fix)
-    parent = Path(path).expanduser().parent
-    close = nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else None
+    place = Path(path).expanduser()
+    if os.path.lexists(place):
+        mode = place.stat().st_mode if place.exists() else stat.S_IFLNK
+        return Problem(f"{key}_path", f"is {file_kind(mode)}, not a file or a folder", path, source)
+    parent = place.parent
+    close = nearest(place.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else None
     fix = f"paths are relative to the directory that the run is started from, {Path.cwd()}"
     return Problem(f"{key}_path", "nothing is there", path, source, nearest=close and str(parent / close), fix=fix)

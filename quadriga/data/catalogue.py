@@ -22,15 +22,15 @@ def open_source(dataset: str, dataset_path: str | None = None, *, streams: int =
     `field`: the field of a record that is the document, in JSON lines, Parquet and data of the Hub.
     Raises UserError: an unknown name, no file at the path, a format that cannot be read.
     """
-    if (problem := dataset_problem("dataset", dataset, dataset_path, None)) is not None:
+    if (problem := dataset_problem(field.path_key.removesuffix("_path"), dataset, dataset_path, None)) is not None:
         raise UserError(problem)
     if dataset_path is None:
         if dataset in C4_SPLITS:
             return HubSource("allenai/c4", "en", C4_SPLITS[dataset], field=field)
         return BuiltinSource(held_out=dataset == "builtin_validation")
     if dataset in C4_SPLITS:
-        return JsonlSource(c4_files(dataset_path, C4_SPLITS[dataset]), field=field)
-    files = find_files(dataset, dataset_path)
+        return JsonlSource(c4_files(dataset_path, C4_SPLITS[dataset], field.path_key), field=field)
+    files = find_files(dataset, dataset_path, field.path_key)
     if dataset == "text":
         return TextSource(files, streams=streams)
     if dataset == "jsonl":

@@ -27,6 +27,7 @@ UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MOST_PROBLEMS = 10  # reported for one path
 MOST_NAMES = 5  # listed in a message
+PATH_KEY = "training.dataset_path"
 
 Cuts = list[list[int]]  # by file: the first byte (or row) of each shard
 
@@ -40,8 +41,8 @@ class File:
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
 
 
-def find_files(kind: str, pattern: str) -> tuple[File, ...]:
-    """The files of a path, a folder (searched recursively, by suffix) or a glob, sorted by name.
+def find_files(kind: str, pattern: str, key: str = PATH_KEY) -> tuple[File, ...]:
+    """The files of a path, a folder (searched recursively, by suffix) or a glob, sorted by name. `key` named it.
 
     Raises UserError if nothing is found, a file cannot be read, or its format is not supported.
     """
@@ -54,7 +55,7 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
         if not found:
             there = ", ".join(_format_names(inside.files)) or "nothing"
             what = f"the folder has no {kind} file; it contains {there}"
-            raise UserError(Problem("dataset_path", what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
+            raise UserError(Problem(key, what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
         files = _describe([(path / name, name) for name in found], path)
         _warn_unexpected(kind, pattern, inside, found)
         return files
@@ -64,27 +65,27 @@ def find_files(kind: str, pattern: str) -> tuple[File, ...]:
     if not matching:
         what = "no file matches" if any(sign in pattern for sign in "*?[") else "there is no such file or folder"
         fix = f"relative paths start at the current directory, {Path.cwd()}"
-        raise UserError(Problem("dataset_path", what, value=pattern, fix=fix))
+        raise UserError(Problem(key, what, value=pattern, fix=fix))
     root = Path(os.path.commonpath([file.parent for file in matching]))
     files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
     _warn_unexpected(kind, pattern, FolderListing([], []), [file.name for file in files])
     return files
 
 
-def c4_files(folder: str, split: str) -> tuple[File, ...]:
+def c4_files(folder: str, split: str, key: str = PATH_KEY) -> tuple[File, ...]:
     """The shards of `split` of C4 in a folder or its subfolder `en`; otherwise every .json.gz without a known split."""
     path = Path(folder).expanduser()
     if path.is_dir() and not list(path.glob("*.json.gz")) and (path / "en").is_dir():
         path = path / "en"
     if not path.is_dir():
-        return find_files("jsonl", folder)
+        return find_files("jsonl", folder, key)
     here = sorted(file.name for file in path.glob("*.json.gz"))
     found = [name for name in here if name.startswith(f"c4-{split}.")]
     found = found or [name for name in here if not name.startswith("c4-")]
     if not found:
         what = f"the folder has no C4 shard of the {split} split"
-        fix = f"put c4-{split}.*.json.gz there, or remove dataset_path to stream C4 from the Hub"
-        raise UserError(Problem("dataset_path", what, value=folder, allowed=f"c4-{split}.*.json.gz", fix=fix))
+        fix = f"put c4-{split}.*.json.gz there, or remove {key} to stream C4 from the Hub"
+        raise UserError(Problem(key, what, value=folder, allowed=f"c4-{split}.*.json.gz", fix=fix))
     return _describe([(path / name, name) for name in found], path)
 
 

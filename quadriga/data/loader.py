@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from quadriga.config.schema import Dataloader, Fetching
-from quadriga.data.catalogue import open_source
-from quadriga.data.files import changed_files, format_files, names_digest
+from quadriga.data.changes import data_changes, earlier_tokenizer
+from quadriga.data.files import changed_files, format_files
 from quadriga.data.position import cursor_before, read_so_far
 from quadriga.data.sources import TEXT, Anchor, DocumentId, Field
 from quadriga.data.streams import START, Cursor, Prefetcher, SkippedRecord, Streams, Window
-from quadriga.data.survey import survey
+from quadriga.data.survey import open_surveyed
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
@@ -25,8 +25,6 @@ IGNORE = -100  # a label that the loss ignores
 PREFETCH = 2  # batches ahead, if the configuration gives no number
 
 SINGLE_STREAM = 0  # the one stream of data that are not shuffled
-# Of checkpoints that were saved before these keys existed.
-OLDER_DEFAULTS = {"shuffle": "true", "window_overlap": "1"}
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,10 @@ def build_loader(
         raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
     shuffled = infinite and isinstance(dataloader, Dataloader) and dataloader.shuffle
     count = global_batch_size if shuffled else 1
-    source = open_source(dataset, dataset_path, streams=count, field=field)
+    source = open_surveyed(
+        dataset, dataset_path, tokenizer, seq_len, dataloader, endless=infinite, streams=count, field=field
+    )
     skip_bad = dataloader.on_bad_record == "skip"
-    # A pass with overlap can end with a partial window; without overlap it gives only full windows.
-    least = seq_len + 1 if infinite or dataloader.window_overlap == 0 else 2
-    survey(source, tokenizer, least, skip_bad=skip_bad)
     order = seed if shuffled else None
     streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
     return Loader(streams, global_batch_size, rows, dataloader)
@@ -194,23 +191,7 @@ class Loader:
 
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
         """Why the data differ from those that `state` was saved with. Files that were repaired since are allowed."""
-        found = differences(state["fingerprint"], self.fingerprint)
-        still = {"dataset": self._same_files(state), "tokenizer": self._earlier(state) is not None}
-        return [problem for problem in found if not still.get(problem.where.rpartition(" ")[2])]
-
-    def _earlier(self, state: Mapping[str, Any]) -> Tokenizer | None:
-        """The tokenizer as an older version of Quadriga used it, if `state` was saved with that; else None."""
-        earlier = self.tokenizer.earlier
-        return earlier if earlier and f"; tokenizer={earlier.fingerprint};" in state["fingerprint"] else None
-
-    def _same_files(self, state: Mapping[str, Any]) -> bool:
-        """Whether the files have the same names as in `state`, and are read in the same way."""
-        layout, here = state.get("layout"), self._streams.source.fingerprint
-        saved = state["fingerprint"].partition(";")[0].removeprefix("dataset=")
-        same_kind = [part for at, part in enumerate(saved.split(":")) if at != 2] == [
-            part for at, part in enumerate(here.split(":")) if at != 2
-        ]
-        return same_kind and layout is not None and layout["names"] == names_digest(self._streams.source.files)
+        return data_changes(state, self.fingerprint, self._streams.source.files, self.tokenizer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, which has the streams of all ranks; this rank takes its own.
@@ -224,7 +205,7 @@ class Loader:
         if missing:
             raise ValueError(f"the saved data state lacks streams {missing}; it has {sorted(map(int, state['lanes']))}")
         self.close()
-        if (earlier := self._earlier(state)) is not None:
+        if (earlier := earlier_tokenizer(state, self.tokenizer)) is not None:
             then, now = (f"BOS {one.bos_id}, EOS {one.eos_id}" for one in (earlier, self.tokenizer))
             logger.info("data: documents get the ids %s, as at the start of this run; a new run uses %s", then, now)
             self._streams = replace(self._streams, tokenizer=earlier)
@@ -345,18 +326,3 @@ def _assign_rows(
             kept, row = {}, 0
     if row:
         yield BatchPart(kept, {})
-
-
-def differences(saved: str, here: str) -> list[Problem]:
-    """One problem per difference between two fingerprints of data; [] if they are equal."""
-    then, now = (OLDER_DEFAULTS | dict(part.split("=", 1) for part in text.split("; ")) for text in (saved, here))
-    if then["shuffle"] == now["shuffle"] == "false":  # then neither key changes the order of documents
-        then, now = (
-            {key: parts[key] for key in parts if key not in ("seed", "global_batch_size")} for parts in (then, now)
-        )
-    fix = "restore the saved value, or read the current data from their start: --checkpoint.allow_change"
-    return [
-        Problem(f"data of the checkpoint: {key}", f"was {then.get(key)} when it was saved", value=now.get(key), fix=fix)
-        for key in {**then, **now}
-        if then.get(key) != now.get(key)
-    ]

@@ -31,6 +31,11 @@ class Field:
     key: str = "training.dataset_text_field"
 
     @property
+    def path_key(self) -> str:
+        """The key of the path of the data."""
+        return self.key.replace("dataset_text_field", "dataset_path")
+
+    @property
     def fingerprint_suffix(self) -> str:
         """Appended to the fingerprint of the data; empty for the default field."""
         return "" if self.name == DEFAULT_FIELD else f":{self.name.replace(';', '_')}"

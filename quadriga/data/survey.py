@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from quadriga import limits
-from quadriga.data.sources import BadRecord, Document, Source
+from quadriga.config.schema import Fetching
+from quadriga.data.catalogue import open_source
+from quadriga.data.files import PATH_KEY
+from quadriga.data.sources import TEXT, BadRecord, Document, Field, Source
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
+from quadriga.units import plural
 
 WHOLE_BYTES = 1 << 26  # up to this size on disk, every document is checked
 MOST_BYTES = 1 << 28  # of text that is checked, because a compressed file can expand to any size
@@ -29,10 +33,41 @@ class _Findings:
     first_bad: BadRecord | None = None  # its line number is computed only if it is shown
 
 
-def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad: bool = False) -> None:
+def open_surveyed(
+    dataset: str,
+    path: str | None,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    dataloader: Fetching,
+    *,
+    endless: bool,
+    streams: int = 1,
+    field: Field = TEXT,
+    sample: bool = True,
+) -> Source:
+    """`open_source` after a survey, with the tokens of one window as the least. `endless`: for training. `sample`: also
+    survey data of more than WHOLE_BYTES."""
+    source = open_source(dataset, path, streams=streams, field=field)
+    # A pass with overlap can end with a partial window; without overlap it gives only full windows.
+    least = seq_len + 1 if endless or dataloader.window_overlap == 0 else 2
+    if sample or source.disk_bytes <= WHOLE_BYTES:
+        skip_bad = dataloader.on_bad_record == "skip"
+        survey(source, tokenizer, least, skip_bad=skip_bad, key=field.path_key, path=path)
+    return source
+
+
+def survey(
+    source: Source,
+    tokenizer: Tokenizer,
+    least_tokens: int,
+    *,
+    skip_bad: bool = False,
+    key: str = PATH_KEY,
+    path: str | None = None,
+) -> None:
     """Raises UserError with up to MOST_PROBLEMS problems, or if there are fewer than `least_tokens` tokens.
 
-    With `skip_bad`, unreadable records are allowed if some records can be read.
+    With `skip_bad`, unreadable records are allowed if some records can be read. `key` and `path` are for messages.
     """
     if source.trusted:
         return
@@ -42,12 +77,13 @@ def survey(source: Source, tokenizer: Tokenizer, least_tokens: int, *, skip_bad:
         raise UserError(*found.problems)
     if found.first_bad and not found.documents:
         what = f"none of the {found.bad:,} records that were checked can be read"
-        raise UserError(Problem("dataset_path", what, fix="repair the data"), *found.first_bad.problems)
+        raise UserError(Problem(key, what, path, fix="repair the data"), *found.first_bad.problems)
     if whole and found.text_bytes < least_tokens * BYTES_PER_TOKEN:
         tokens = _count_tokens(found, tokenizer)
         if tokens < least_tokens:
-            what = f"{found.documents} documents have {tokens} tokens, fewer than the {least_tokens} of one window"
-            raise UserError(Problem("dataset_path", what, fix="add data, or lower seq_len"))
+            there = f"{plural(found.documents, 'document')} with {plural(tokens, 'token')}"
+            fix = f"add data, or lower {key.replace('dataset_path', 'seq_len')}"
+            raise UserError(Problem(key, f"{there}, fewer than the {least_tokens} of one window", path, fix=fix))
 
 
 def _scan(source: Source, least_tokens: int, records: int | None, skip_bad: bool) -> _Findings:

@@ -6,12 +6,14 @@ import ctypes
 import importlib.util
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quadriga.comm.backend import BACKENDS, NCCL_SYMMETRIC, NVSHMEM, Machine, choose_backend
-from quadriga.errors import Problem, UserError
+from quadriga.comm.network import INTERFACE_VARIABLES
+from quadriga.errors import Problem, UserError, nearest
 from quadriga.limits import COUNT, DEGREE
 from quadriga.log import logging_ranks
 
@@ -56,7 +58,7 @@ def read_launch_request(environ: Mapping[str, str]) -> tuple[LaunchRequest, list
         what = f"{ranks} ranks on each of {nodes} machines are too many"
         problems.append(Problem("NGPU, NNODES", what, source="environment", allowed=f"at most {DEGREE} in all"))
         ranks = nodes = 1
-    problems += _log_rank_problems(environ, ranks * nodes)
+    problems += [*_log_rank_problems(environ, ranks * nodes), *_interface_problems(environ)]
     return LaunchRequest(ranks, nodes, node, endpoint, dry_run, restarts), problems
 
 
@@ -118,6 +120,22 @@ def _log_rank_problems(environ: Mapping[str, str], world_size: int) -> list[Prob
     if unknown:
         return [Problem("LOG_RANK", f"this run has {world_size} ranks", text, "environment", allowed)]
     return []
+
+
+def _interface_problems(environ: Mapping[str, str]) -> list[Problem]:
+    """Gloo takes names; NCCL and NVSHMEM take beginnings of names, `=` before exact ones and `^` before excluded ones.
+    Only GPUs use the last two."""
+    here = [name for _, name in socket.if_nameindex()]
+    problems = []
+    for variable in INTERFACE_VARIABLES:
+        text, gloo = environ.get(variable, ""), variable.startswith("GLOO")
+        exact, asked = gloo or text.startswith("="), text.removeprefix("" if gloo else "=").split(",")
+        fit = [name in here if exact else any(one.startswith(name) for one in here) for name in asked]
+        if not text or (all(fit) if gloo else any(fit) or text.startswith("^") or not visible_gpus(environ)):
+            continue
+        what = "this machine has no such network interface"
+        problems.append(Problem(variable, what, text, "environment", ", ".join(here), nearest(text, here)))
+    return problems
 
 
 @dataclass(frozen=True)

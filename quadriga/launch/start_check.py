@@ -17,7 +17,7 @@ from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.config import Run
-from quadriga.config.continuity import data_order_problems, resume_problems
+from quadriga.config.continuity import check_extra, data_order_problems, resume_problems, shape_problems
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
@@ -26,6 +26,7 @@ from quadriga.reading import read_json_object
 from quadriga.resilience.processes import LOCK_NAME, in_use
 from quadriga.units import format_bytes
 
+FINISHED = "nowhere: this run is finished"
 FROM_SCRATCH = "step 0, from initial weights"
 
 
@@ -55,6 +56,10 @@ def find_start(run: Run, *, deep: bool) -> str:
                 problems += _not_writable("checkpoint.folder", spec.folders.checkpoint)
     except UserError as error:
         raise UserError(*problems, *error.problems) from None
+    if deep and not problems and not start.startswith(FINISHED):  # a finished run ends before it opens its data
+        from quadriga.data.data_check import data_problems
+
+        problems = data_problems(run.config.training, run.config.validation, spec)
     if problems:
         raise UserError(*problems)
     return start
@@ -77,16 +82,17 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
     section, folder = run.config.checkpoint, run.spec.folders.checkpoint
     seed = section.create_seed_checkpoint  # such a run loads nothing, so damaged checkpoints do not matter
     found = checkpoints.find_complete(folder, section.load_step) if seed else _newest_checkpoint(section, folder, deep)
-    if found is not None and found.step >= run.spec.steps:
-        return f"nowhere: this run is finished ({found.path} is step {found.step} of {run.spec.steps})"
+    counts = "train_state" not in section.exclude_from_loading
+    if found is not None and counts and found.step >= run.spec.steps:
+        return f"{FINISHED} ({found.path} is step {found.step} of {run.spec.steps})"
     if seed:
         return FROM_SCRATCH
     if found is not None and not found.resume:  # a seed checkpoint of torchtitan
-        _check_resumable(found, section, run)
+        _check_resumable(found, run, deep)
         return f"step 0, from the weights of {found.path}, which torchtitan saved"
     if found is not None:
-        _check_resumable(found, section, run)
-        return f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
+        _check_resumable(found, run, deep)
+        return _resumes(found, run, deep)
     if section.initial_load_in_hf:
         place = section.initial_load_path or run.config.model.hf_assets_path
         _hf_weights(place, run)
@@ -94,6 +100,8 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
     if section.initial_load_path is None:
         return FROM_SCRATCH
     found = _initial_checkpoint(section.initial_load_path, deep)
+    if deep and (found is None or (section.initial_load_model_only and not found.trainer)):
+        _refuse_other_weights(found.location if found else section.initial_load_path, run, foreign=found is None)
     if found is None:
         return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
     if section.initial_load_model_only:
@@ -101,8 +109,16 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
         return f"step 0, from the weights of {found.path}{_unverified(found, deep)}"
     if (found.resume or found.trainer) and found.contents == ("model",):  # also with `exclude_from_loading`
         raise UserError(messages.missing_contents(found, ["optimizer"]))
-    _check_resumable(found, section, run)
-    return f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
+    _check_resumable(found, run, deep)
+    return _resumes(found, run, deep)
+
+
+def _resumes(found: CheckpointInfo, run: Run, deep: bool) -> str:
+    start = f"step {found.step}, from {found.path}{_unverified(found, deep)}{_lost_data_position(found, run)}"
+    if "train_state" not in run.config.checkpoint.exclude_from_loading:
+        return start
+    why = f"checkpoint.exclude_from_loading has train_state; saves replace equal steps in {run.spec.folders.checkpoint}"
+    return f"step 0, with the rest of {start}. {why}"
 
 
 def _newest_checkpoint(section: Checkpoint, folder: str, deep: bool) -> CheckpointInfo | None:
@@ -158,21 +174,38 @@ def _lost_data_position(found: CheckpointInfo, run: Run) -> str:
     return f"; {messages.position_lost(why)}" if why else ""
 
 
-def _check_resumable(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
-    """Refuse a checkpoint from which this run cannot resume."""
+def _check_resumable(found: CheckpointInfo, run: Run, deep: bool) -> None:
+    """Refuse a checkpoint from which this run cannot resume. `deep`: also compare the data with the checkpoint's."""
+    section = run.config.checkpoint
     if found.trainer:
         _check_titan_checkpoint(found, section, run)
         return
     required = {"model", "optimizer"} - set(section.exclude_from_loading)
     if absent := sorted(required - set(found.contents)):
         raise UserError(messages.missing_contents(found, absent))
-    if section.allow_change:
-        return
-    changed = resume_problems(found.extra, run)
-    if "dataloader" not in section.exclude_from_loading:
-        changed += data_order_problems(found.extra, run)
+    kept = {part: value for part, value in found.extra.items() if part not in section.exclude_from_loading}
+    with messages.convert_extra_errors(found):
+        check_extra(kept, found.step)
+        changed = shape_problems(kept, run) if section.allow_change else resume_problems(kept, run)
+        if "dataloader" in kept and not section.allow_change:
+            changed += data_order_problems(kept, run)
+            if deep:
+                from quadriga.data.data_check import changed_data
+
+                changed += changed_data(kept["dataloader"], run.config.training, run.spec)
     if changed:
         raise UserError(*changed)
+
+
+def _refuse_other_weights(path: str, run: Run, foreign: bool) -> None:
+    """Refuse weights of another model, as `load_tensors` does. `foreign`: there may be more than the weights."""
+    there, wanted = titan.shapes_in(path, checked=not foreign), registry.tensor_names(run.spec.model).shapes
+    if not foreign or any(name.startswith(titan.MODEL) for name in there):
+        wanted = {titan.MODEL + name: shape for name, shape in wanted.items()}
+    missing, surplus, reshaped = messages.compare_shapes(wanted, there, "checkpoint", "run")
+    surplus = [] if foreign else [name for name in surplus if name.startswith(titan.MODEL)]
+    if problems := messages.other_tensors(path, missing, surplus, reshaped):
+        raise UserError(*problems)
 
 
 def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run) -> None:
@@ -224,11 +257,16 @@ def _not_writable(key: str, folder: str) -> list[Problem]:
 
 
 def _locked_by_another_run(folder: str) -> list[Problem]:
-    """A problem if another run holds the lock of the folder now."""
-    try:
-        handle = os.open(os.path.join(folder, LOCK_NAME), os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
+    """A problem if another run holds the lock of the folder now, or if a start could not open it."""
+    path, fix = os.path.join(folder, LOCK_NAME), "choose a folder that you may write with --job.dump_folder"
+    if not os.path.lexists(path):
         return []
+    if os.path.islink(path) or not os.path.isfile(path):
+        return [Problem("job.dump_folder", f"its {LOCK_NAME} is not a regular file", folder, fix=fix)]
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError as error:
+        return [Problem("job.dump_folder", f"cannot be written: {error.strerror}", folder, fix=fix)]
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

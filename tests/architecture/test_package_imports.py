@@ -71,7 +71,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
         "quadriga.config.special_tokens",
         "quadriga.config.tokenizer_files",
     ),
-    ("launch", "data"): ("quadriga.data.tokenizer",),
+    ("launch", "data"): ("quadriga.data.tokenizer", "quadriga.data.data_check"),
     ("optim", "config"): ("quadriga.config.schema",),
     ("metrics", "config"): ("quadriga.config.schema", "quadriga.config.run_spec"),
     ("parallel", "config"): ("quadriga.config.schema",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,26 @@ def test_files_and_keys_of_the_readme_exist(page: Path) -> None:
 def test_commands_of_the_pages_exist(page: Path) -> None:
     named = re.findall(r"(?m)(?:^|\$ )(?:\w+=\S+ )*(?:quadriga|python -m quadriga\.cli) ([a-z][\w-]*)", code_of(page))
     assert set(named) <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_launch_of_the_pages_names_one_file_and_keys(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("quadriga.launch.supervisor.main", lambda argv, environ: started.append(argv) or 0)
+    code = code_of(page).replace("\\\n", " ")
+    for line in re.findall(r"(?m)^quadriga ((?:train|dry-run) .*)", code):
+        words = shlex.split(line, comments=True)
+        if words[1:] and not set("[<&|>") & set("".join(words)):
+            assert main(words) == 0, line
+            assert started.pop().count("--job.config_file") == 1, line
+
+
+def test_a_file_can_be_named_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torchtitan."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("quadriga.launch.supervisor.main", lambda argv, environ: started.append(argv) or 0)
+    assert main(["train", "--job.config_file", "run.toml", "--checkpoint.enable"]) == 0
+    assert started == [["--job.config_file", "run.toml", "--checkpoint.enable"]]
 
 
 def test_make_train_starts_the_debug_configuration_on_four_ranks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,14 @@ def test_a_folder_without_such_files_is_distinguished_from_none(write):
     nowhere = missing_files("training.dataset", "text", "dat", None)
     assert nowhere.what == "nothing is there"
     assert nowhere.nearest == "data"
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("gone")
+    for name, kind in (("pipe", "a FIFO"), ("link", "a link that leads nowhere")):
+        problem = missing_files("training.dataset", "text", str(tmp_path / name), None)
+        assert (problem.what, problem.nearest) == (f"is {kind}, not a file or a folder", None)
 
 
 def test_validation_data_is_looked_for_too(write, refusal):

@@ -225,3 +225,27 @@ def test_the_launcher_binds_ranks_to_the_loopback_on_one_machine_alone(
     argv = ["--job.config_file", str(ROOT / "configs/debug/debug.toml"), f"--job.dump_folder={tmp_path}"]
     assert supervisor.main(argv, environ) == 0
     assert ({*INTERFACE_VARIABLES} <= started[0].keys()) == bound
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "gpus", "refused"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth9", 0, True),
+        ("GLOO_SOCKET_IFNAME", "wire", 0, True),  # gloo takes whole names
+        ("GLOO_SOCKET_IFNAME", "wire0,lo", 0, False),
+        ("GLOO_SOCKET_IFNAME", "wire0,eth9", 0, True),
+        ("NCCL_SOCKET_IFNAME", "eth9", 8, True),
+        ("NCCL_SOCKET_IFNAME", "eth9", 0, False),  # no GPU, no NCCL
+        ("NCCL_SOCKET_IFNAME", "eth,wire", 8, False),
+        ("NCCL_SOCKET_IFNAME", "^docker", 8, False),
+        ("NCCL_SOCKET_IFNAME", "=wire", 8, True),
+        ("NCCL_SOCKET_IFNAME", "=wire0", 8, False),
+    ],
+)
+def test_a_network_interface_exists(
+    variable: str, value: str, gpus: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "wire0")])
+    monkeypatch.setattr(environment, "visible_gpus", lambda environ: gpus)
+    _, problems = read_launch_request({variable: value})
+    assert [(one.where, one.value, one.allowed) for one in problems] == [(variable, value, "lo, wire0")] * refused

@@ -86,7 +86,52 @@ def file_for_traces(folder: Path) -> None:
     (folder / "comm_traces").write_text("a file")
 
 
+def moved(*more: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The checkpoints in `old`, then the other changes."""
+    return lambda folder: [(folder / "checkpoint").rename(folder / "old"), *(change(folder) for change in more)]
+
+
+def without(*files: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def sealed(**values: object) -> Callable[[Path], object]:
+    """A manifest of step 4 with other values of `extra`, and its own hash."""
+    from quadriga.checkpoint.manifest import format_manifest
+
+    def change(folder: Path) -> None:
+        path = folder / "checkpoint/step-4/train_state.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(format_manifest({**manifest, "extra": {**manifest["extra"], **values}}))
+
+    return change
+
+
+def data(*lines: str, link: str = "") -> Callable[[Path], object]:
+    """A folder of data with one file, and perhaps a link to nothing."""
+
+    def write(folder: Path) -> None:
+        (folder / "data").mkdir()
+        (folder / "data/a.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        if link:
+            (folder / "data" / link).symlink_to(folder / "gone")
+
+    return write
+
+
+LONG = '{"text": "' + 60 * "words " + '"}'
 MORE = ("--training.steps=6",)
+JSONL = ("--training.dataset=jsonl", "--training.dataset_path=RUN/data")
+NEW = (*JSONL, "--checkpoint.folder=new")
+VALIDATES = (
+    *("--validation.enable", "--validation.dataset=jsonl", "--validation.dataset_path=RUN/data"),
+    "--validation.dataloader.window_overlap=0",
+)
+
+WEIGHTS = "--checkpoint.initial_load_path=RUN/old/step-4"
+STEPLESS = '--checkpoint.exclude_from_loading=["train_state"]'
+ALLOWED = "--checkpoint.allow_change"
+FOREIGN = moved(without("old/step-4/train_state.json", "old/step-4/plan.json"))
 SEED = (*MORE, "--checkpoint.create_seed_checkpoint", "--debug.seed=7")
 CASES = [
     Case("goes on", 0, "step 4, from", MORE),
@@ -170,6 +215,33 @@ CASES = [
         "training.dataset_path",
         ("--training.dataset=text", "--training.dataset_path=nowhere"),
     ),
+    Case("weights of another model", 2, "shapes differ", (WEIGHTS, "--model.dim=64"), moved()),
+    Case("weights of more layers", 2, "the checkpoint lacks", (WEIGHTS, "--model.n_layers=3"), moved()),
+    Case("weights of fewer layers", 2, "only the checkpoint has", (WEIGHTS, "--model.n_layers=1"), moved()),
+    Case("other shapes, allowed", 2, "model.ffn_dim", (*MORE, "--model.ffn_dim=56", ALLOWED)),
+    Case("foreign weights", 0, "which were not saved by Quadriga", (WEIGHTS,), FOREIGN),
+    Case("foreign weights of another model", 2, "shapes differ", (WEIGHTS, "--model.dim=64"), FOREIGN),
+    Case(
+        "foreign weights without a file",
+        3,
+        "is refused",
+        (WEIGHTS,),
+        lambda folder: [FOREIGN(folder), without("old/step-4/__0_0.distcp")(folder)],
+    ),
+    Case("good data", 0, "step 0", NEW, data(LONG)),
+    Case("a link to no data", 2, "is a link that leads nowhere", NEW, data(LONG, link="b.jsonl")),
+    Case("too few tokens", 2, "1 document with 4 tokens, fewer than the 33", NEW, data('{"text": "hi"}')),
+    Case("a number for a text", 2, "a.jsonl", NEW, data('{"text": 3}', LONG)),
+    Case("no text", 2, "training.dataset_text_field", NEW, data('{"body": "hi"}', LONG)),
+    Case("too few tokens to validate on", 2, "lower validation.seq_len", (*MORE, *VALIDATES), data('{"text": "hi"}')),
+    Case("other data", 2, "data of the checkpoint: dataset", (*MORE, *JSONL), data(LONG)),
+    Case("other data, allowed", 0, "step 4", (*MORE, *JSONL, ALLOWED), data(LONG)),
+    Case("a folder for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").mkdir()),
+    Case("a link for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").symlink_to("no/where")),
+    Case("a state that is no state", 2, "world_size", MORE, sealed(world_size="x")),
+    Case("data in no state", 2, "cannot be used", MORE, sealed(dataloader={"fingerprint": 7, "lanes": {}})),
+    Case("without the step", 0, "step 0, with the rest of step 4, from", (*MORE, STEPLESS)),
+    Case("a finished run without its step", 0, "step 0, with the rest of step 4, from", (STEPLESS,)),
     Case("a tokenizer that is not there", 2, "no tokenizer is there", ("--model.hf_assets_path=nowhere",)),
 ]
 
@@ -240,7 +312,7 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(folder: Path, caps
         path.write_text(format_manifest({**json.loads(path.read_text()), "extra": {"model": 7}}))
     code, shown = dry_run(arguments(folder, CASES[0]), capsys)
     assert code == 2
-    assert "was None when the checkpoint was saved" in shown
+    assert "the state of the run in it cannot be used" in shown
 
 
 def unusable(folder: Path, name: str) -> str:
