@@ -35,8 +35,7 @@ from quadriga.resilience.progress import Progress
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train import header
 from quadriga.train.backends import write_backends_record
-from quadriga.train.build import Trainer as Parts
-from quadriga.train.build import build as build_parts
+from quadriga.train.build import TrainerParts, build_trainer
 from quadriga.train.feed import DataFault
 from quadriga.train.loop import (
     after_step,
@@ -90,7 +89,7 @@ def build(run: Run, *, log: bool = True) -> Trainer:
             processes.die_with_torchrun(environ)
             stack.enter_context(watchdog)
         with record_failure(run, watchdog.progress) as context:
-            parts = build_parts(run, environ, watchdog)
+            parts = build_trainer(run, environ, watchdog)
             context.events, context.last_step = parts.events, lambda: parts.state.step
             header.log_header(parts)
             first_step = parts.state.step + 1
@@ -114,7 +113,7 @@ class Trainer:
         run: the run as it was resolved.
     """
 
-    def __init__(self, run: Run, parts: Parts, stack: ExitStack) -> None:
+    def __init__(self, run: Run, parts: TrainerParts, stack: ExitStack) -> None:
         """`stack`: undoes what `build` did to the process."""
         self.run, self._parts, self._stack = run, parts, stack
         self._started_at = parts.state.step

@@ -38,7 +38,7 @@ class StartCheck:
         return EXIT_USAGE if self.problems else self.fault.exit_code if self.fault else EXIT_OK
 
 
-def describe(run: Run, start_check: StartCheck, ports: str = "") -> str:
+def format_dry_run(run: Run, start_check: StartCheck, ports: str = "") -> str:
     """The summary of a run, and whether it would start now. `ports`: where its ranks listen."""
     missing = start_check.problems
     if name := run.config.estimate.device:

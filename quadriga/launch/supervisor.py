@@ -27,7 +27,7 @@ from quadriga.config import Run, read
 from quadriga.config.variables import variables_help
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.launch.agent import LAUNCHER_PID, TORCHRUN_SIGNAL
-from quadriga.launch.dry_run import StartCheck, describe
+from quadriga.launch.dry_run import StartCheck, format_dry_run
 from quadriga.launch.environment import (
     LOOPBACK_RENDEZVOUS,
     LaunchRequest,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         request, run = check_before_launch(argv, environ)
         if request.dry_run or run.config.only_rehearses:
             ready, ports = check_start(request, run, argv, environ), format_ports(environ, request.nodes)
-            print(printable(describe(run, ready, ports), keep="\n"), flush=True)
+            print(printable(format_dry_run(run, ready, ports), keep="\n"), flush=True)
             wanted = rehearsal or run.config.only_rehearses
             return run_rehearsal(run, launch_arguments(argv, environ), environ) if wanted else ready.code
         if rehearsal:

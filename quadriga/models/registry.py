@@ -57,10 +57,10 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     return llama_spec.flops_per_token(spec, seq_len)
 
 
-def tensor_names(spec: ModelSpec) -> llama_names.TensorNames:
+def tensor_names(spec: ModelSpec) -> llama_names.LlamaTensorNames:
     """The names and shapes of the model's tensors in checkpoints of Hugging Face and torchtitan."""
     _known(spec)
-    return llama_names.TensorNames(spec)
+    return llama_names.LlamaTensorNames(spec)
 
 
 def hf_config(spec: ModelSpec, *, bos_id: int | None, eos_id: int | None, positions: int = 0) -> dict[str, Any]:

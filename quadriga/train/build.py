@@ -66,7 +66,7 @@ Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 
 
 @dataclass
-class Trainer:
+class TrainerParts:
     """The parts that the loop uses. Everything that changes from step to step is in `state`, except `last_record`."""
 
     run: Run
@@ -101,7 +101,7 @@ class Trainer:
             self.shard_collectives.close()
 
 
-def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
+def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> TrainerParts:
     """Build all parts in the order of their dependencies, and resume from the newest checkpoint, if there is one."""
     config, spec, progress = run.config, run.spec, watchdog.progress
     set_numerics(run)
@@ -148,7 +148,7 @@ def build(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> Trainer:
         resume(run, state, checkpoints)
     between_steps = process_group.host_group(patience)
     state.feed = Feed(between_steps)
-    return Trainer(
+    return TrainerParts(
         run=run,
         backend=backend,
         shard_collectives=shard_collectives,

@@ -12,12 +12,12 @@ from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
 from quadriga.log import logger
 from quadriga.planning.communication import format_backend_by_axis
-from quadriga.train.build import Trainer
+from quadriga.train.build import TrainerParts
 from quadriga.train.numerics import known_gpu
 from quadriga.units import format_count, format_seconds
 
 
-def log_header(trainer: Trainer) -> None:
+def log_header(trainer: TrainerParts) -> None:
     """Log the header: model, data, ranks, backends, layout, batch, length, formats and run folder."""
     run, spec, state = trainer.run, trainer.run.spec, trainer.state
     cost = (
@@ -34,7 +34,7 @@ def log_header(trainer: Trainer) -> None:
         logger.info("\n%s", to_toml(run.config))
 
 
-def header_rows(trainer: Trainer) -> list[tuple[str, str]]:
+def header_rows(trainer: TrainerParts) -> list[tuple[str, str]]:
     config, spec, model = trainer.run.config, trainer.run.spec, trainer.run.spec.model
     parameters = format_count(model.n_parameters)
     shape = (
@@ -64,7 +64,7 @@ def log_if_finished(run: Run) -> bool:
     return True
 
 
-def print_summary(trainer: Trainer, seconds: float) -> None:
+def print_summary(trainer: TrainerParts, seconds: float) -> None:
     """Print the result of a run and the paths of its files to standard output, on rank 0."""
     if collectives.rank() != 0:
         return

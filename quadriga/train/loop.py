@@ -26,7 +26,7 @@ from quadriga.resilience.progress import Progress
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train import header
 from quadriga.train.backends import write_backends_record
-from quadriga.train.build import Trainer, build
+from quadriga.train.build import TrainerParts, build_trainer
 from quadriga.train.feed import DataFault
 from quadriga.train.resume import saved_extra, saved_tensors
 from quadriga.train.step import train_step
@@ -40,7 +40,7 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
     with watchdog, record_failure(run, watchdog.progress) as context:
         if run.config.checkpoint.enable and header.log_if_finished(run):
             return EXIT_OK
-        trainer = build(run, environ, watchdog)
+        trainer = build_trainer(run, environ, watchdog)
         context.events, context.last_step = trainer.events, lambda: trainer.state.step
         if run.config.checkpoint.create_seed_checkpoint:
             save(trainer, last=False)
@@ -75,7 +75,7 @@ def run(run: Run, environ: Mapping[str, str]) -> int:
         return code
 
 
-def train(trainer: Trainer) -> int | None:
+def train(trainer: TrainerParts) -> int | None:
     """Train from the current step to the last one, or until all ranks agree on a stop request. Returns the cause of
     the stop, None after the last step."""
     state, spec, stop_cause = trainer.state, trainer.run.spec, None
@@ -88,7 +88,7 @@ def train(trainer: Trainer) -> int | None:
     return stop_cause
 
 
-def after_step(trainer: Trainer, metrics: StepMetrics, started_at: int) -> int | None:
+def after_step(trainer: TrainerParts, metrics: StepMetrics, started_at: int) -> int | None:
     """What follows a step: records, checks, and the saves and validations that are due. `started_at`: the step that
     this start resumed from. Returns the cause of a stop on request."""
     state, spec = trainer.state, trainer.run.spec
@@ -116,7 +116,7 @@ def after_step(trainer: Trainer, metrics: StepMetrics, started_at: int) -> int |
     return stop_cause
 
 
-def write_record(trainer: Trainer, record: Record | None) -> None:
+def write_record(trainer: TrainerParts, record: Record | None) -> None:
     """Give a record to every logger; None, between logging steps, to none."""
     if record is not None:
         trainer.last_record = record if record["kind"] == "train" else trainer.last_record
@@ -124,7 +124,7 @@ def write_record(trainer: Trainer, record: Record | None) -> None:
             writer.write(record)
 
 
-def save_last_whole_step(trainer: Trainer) -> None:
+def save_last_whole_step(trainer: TrainerParts) -> None:
     """Save the last complete step before a run with unreadable data ends. Call on all ranks. Logs faults of the save
     instead of raising them, because they would hide the data error."""
     state, section = trainer.state, trainer.run.config.checkpoint
@@ -143,7 +143,7 @@ def save_last_whole_step(trainer: Trainer) -> None:
         logger.info("the data cannot be read; step %d is saved in %s: a start resumes from there", state.step, path)
 
 
-def lost_folder_fault(trainer: Trainer) -> CommonFault:
+def lost_folder_fault(trainer: TrainerParts) -> CommonFault:
     """The fault that all ranks raise if the run folder is gone, or another one has its name."""
     folder, state = trainer.run.spec.folders.dump, trainer.state
     return CommonFault(
@@ -153,7 +153,7 @@ def lost_folder_fault(trainer: Trainer) -> CommonFault:
     )
 
 
-def finish_on_request(trainer: Trainer, stop_cause: int) -> int:
+def finish_on_request(trainer: TrainerParts, stop_cause: int) -> int:
     """End a run that was asked to stop. Returns the exit code; faults are raised."""
     state, spec, section = trainer.state, trainer.run.spec, trainer.run.config.checkpoint
     log_event(trainer, "signal", name=stop_requests.stop_cause_name(stop_cause))
@@ -171,7 +171,7 @@ def finish_on_request(trainer: Trainer, stop_cause: int) -> int:
     return stop_requests.log_exit(stop_cause, state.step, spec.steps, path)
 
 
-def write_failure_fault(trainer: Trainer, path: str | None) -> CommonFault:
+def write_failure_fault(trainer: TrainerParts, path: str | None) -> CommonFault:
     """The fault that all ranks raise if `metrics.on_write_failure` is "stop". `path`: checkpoint of the last step."""
     reason = trainer.failures.reason or "another rank could not write its files"
     saved = f"saved in {path}" if path else "not saved"
@@ -187,13 +187,13 @@ def _saved_at(folder: str, step: int) -> str | None:
     return None if found is None else found.path
 
 
-def log_event(trainer: Trainer, event: str, **facts: Any) -> None:
+def log_event(trainer: TrainerParts, event: str, **facts: Any) -> None:
     """Add an event to the log on the first rank, once for all ranks."""
     if trainer.events.rank == 0:
         trainer.events.log_event(event, trainer.state.step, **facts)
 
 
-def bytes_by_collective(trainer: Trainer) -> dict[str, Any]:
+def bytes_by_collective(trainer: TrainerParts) -> dict[str, Any]:
     """Bytes by kind of call that Quadriga's own collectives carried on this rank; empty if it uses none."""
     return (
         {"carried": dict(trainer.shard_collectives.bytes_by_collective)}
@@ -202,7 +202,7 @@ def bytes_by_collective(trainer: Trainer) -> dict[str, Any]:
     )
 
 
-def validate(trainer: Trainer) -> None:
+def validate(trainer: TrainerParts) -> None:
     assert trainer.validator is not None
     with trainer.meter.paused(), trainer.state.progress.within("validate"):
         start = time.perf_counter()
@@ -211,7 +211,7 @@ def validate(trainer: Trainer) -> None:
     write_record(trainer, trainer.meter.validation(trainer.state.step, loss, tokens, seconds))
 
 
-def save(trainer: Trainer, last: bool) -> None:
+def save(trainer: TrainerParts, last: bool) -> None:
     trainer.checks.before_save()
     with trainer.meter.paused(), trainer.state.progress.within("save"):
         state = trainer.state
@@ -241,7 +241,7 @@ def export_last_step(run: Run, step: int) -> None:
     logger.info("saved %s in %s", out, format_seconds(time.monotonic() - start))
 
 
-def collect_garbage(trainer: Trainer) -> None:
+def collect_garbage(trainer: TrainerParts) -> None:
     """Collect the young generations; with `training.gc_debug` all of them, and log the counts."""
     if trainer.run.config.training.gc_debug:
         logger.info("garbage: %d objects collected, %d tracked", gc.collect(), len(gc.get_objects()))

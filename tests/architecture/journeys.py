@@ -26,7 +26,7 @@ TRAINING: Mapping[str, Sequence[tuple[str, str]]] = {
         ("parallel/materialize.py:materialize", "parallel/materialize.py:materialize"),
         ("checkpoint/tensors.py:ModelState.state_dict", "checkpoint/tensors.py:ModelState.state_dict"),
         ("checkpoint/tensors.py:save_tensors", "checkpoint/tensors.py:save_tensors"),
-        ("models/llama/names.py:TensorNames.hf_name", "models/llama/names.py:TensorNames.hf_name"),
+        ("models/llama/names.py:LlamaTensorNames.hf_name", "models/llama/names.py:LlamaTensorNames.hf_name"),
         ("checkpoint/hf_export.py:write_weights", "checkpoint/hf_export.py:write_weights"),
     ],
     "loss": [

@@ -19,7 +19,6 @@ SHARED = {
     "hf_config": "the registry calls that of the model's family",
     "spec_from_hf": "the registry calls that of the model's family",
 }
-TO_RENAME = {"TensorNames", "Trainer", "build", "describe"}  # of checkpoint, train and launch
 
 
 def public_names() -> dict[str, list[str]]:
@@ -34,9 +33,9 @@ def public_names() -> dict[str, list[str]]:
 
 def test_a_public_name_has_one_meaning():
     unlike = {name: modules for name, modules in public_names().items() if len(modules) > 1}
-    assert unlike.keys() <= SHARED.keys() | TO_RENAME, unlike
+    assert unlike.keys() <= SHARED.keys(), unlike
 
 
 def test_the_exceptions_are_needed():
     counts = {name: len(modules) for name, modules in public_names().items()}
-    assert all(counts.get(name, 0) > 1 for name in (*SHARED, *TO_RENAME))
+    assert all(counts.get(name, 0) > 1 for name in SHARED)

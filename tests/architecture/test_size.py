@@ -10,7 +10,7 @@ import pytest
 from tree import PACKAGE, functions, length, sources
 
 FILE_LIMIT, FUNCTION_LIMIT = 400, 60
-FUNCTION_LIMITS = {"train_step": 50, "build": 110}
+FUNCTION_LIMITS = {"train_step": 50, "build_trainer": 110}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -24,7 +24,7 @@ def test_files_and_functions_stay_short(path):
 
 # Lines of code of the whole package, without blank lines, comments and docstrings: what it has today. It had 26,700
 # before things that were there twice became one; the goal is 23,500. A change may lower the number.
-CODE_LINES = 26_271
+CODE_LINES = 26_270
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

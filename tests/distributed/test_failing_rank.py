@@ -16,7 +16,7 @@ import importlib.util, os
 specification = importlib.util.spec_from_file_location("quadriga.train.real_loop", {LOOP!r})
 loop = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(loop)
-run, real_build = loop.run, loop.build
+run, real_build = loop.run, loop.build_trainer
 
 def fail(*_):
     raise ValueError("broken on purpose in " + os.environ["FAILS_IN"])
@@ -32,7 +32,7 @@ def build(*given):
         trainer.state.parts[0].register_forward_pre_hook(hook)
     return trainer
 
-loop.build = build
+loop.build_trainer = build
 """
 LAYOUTS = {
     "FSDP": ("--parallelism.data_parallel_shard_degree=2",),

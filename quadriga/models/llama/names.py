@@ -38,7 +38,7 @@ _PAIRED = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 
 
 @dataclass(frozen=True)
-class TensorNames:
+class LlamaTensorNames:
     """The tensors of one model, and what other programs call them."""
 
     spec: ModelSpec

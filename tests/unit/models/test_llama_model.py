@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from quadriga.config.model_spec import ModelSpec, RopeScaling
 from quadriga.models.llama.hf_config import hf_config
 from quadriga.models.llama.model import Llama, rope_frequencies
-from quadriga.models.llama.names import TensorNames
+from quadriga.models.llama.names import LlamaTensorNames
 from quadriga.models.registry import parallel_plan
 from quadriga.parallel.materialize import materialize
 
 TINY = ModelSpec(name="llama3", flavor="tiny", dim=64, n_layers=3, n_heads=8, n_kv_heads=2, ffn_dim=96, vocab_size=131)
-to_hf = TensorNames(TINY).hf_name  # the same for all sizes
+to_hf = LlamaTensorNames(TINY).hf_name  # the same for all sizes
 CPU = torch.device("cpu")
 
 
