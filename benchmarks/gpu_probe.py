@@ -67,14 +67,15 @@ def attention_time(device: torch.device) -> dict[str, Any]:
     grad = torch.randn(1, 32, 8192, 128, device=device, dtype=HALF)
     flop = 14 * 32 * 8192**2 * 128 / 2
 
-    def forward_and_backward() -> None:
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(grad)
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=True)
-    found: dict[str, Any] = {"default": SDPBackend(choice).name}
+    node = forward().grad_fn  # ScaledDotProductCudnnAttentionBackward0
+    name = node.name().removeprefix("ScaledDotProduct").partition("Attention")[0] if node is not None else "no"
+    found: dict[str, Any] = {"default": f"{name.upper()}_ATTENTION"}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
-            taken = milliseconds(forward_and_backward)
+            taken = milliseconds(lambda: forward().backward(grad))
         found[backend.name] = {"ms": taken, "tflops": flop / taken / 1e9}
     return found
 

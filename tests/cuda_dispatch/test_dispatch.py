@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +16,9 @@ from dispatch_rows import ROWS, Row
 from dispatch_run import DEVICE, Dispatched, DispatchRecorder, dispatched, faults, in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_probe  # found by the line above
 
 pytestmark = pytest.mark.cuda_dispatch
 
@@ -92,6 +100,35 @@ def reads_of(what: str) -> dict[str, int]:
         except (torch._subclasses.fake_tensor.DataDependentOutputException, RuntimeError):
             pass  # fake tensors have no value to read
     return dict(recorder.host_reads)
+
+
+def test_questions_to_a_gpu_dispatch() -> None:
+    """Those of benchmarks/gpu_probe.py that read no value: their calls are ones that this release of torch has."""
+    found = in_a_process(probed)
+    assert found["attention_time"]["default"] == "CUDNN_ATTENTION"
+    assert found["versions"]["device"] == "NVIDIA H200"
+    assert found.keys() == {question.__name__ for question in gpu_probe.QUESTIONS} - READING
+    assert [answer for answer in found.values() if "failed" in answer] == []
+
+
+READING = {"attention_of_parts", "race_of_found_inf"}  # these run on a CPU too, in tests/project/test_gpu_check.py
+
+
+def once(run: Callable[[], object], times: int = 1) -> float:
+    """Takes the place of the clock: there are no times here."""
+    run()
+    return 1.0
+
+
+def probed() -> dict[str, Any]:
+    with (
+        FakeTensorMode(),
+        mock.patch.object(gpu_probe, "milliseconds", once),
+        mock.patch.object(torch.cuda, "synchronize"),
+        mock.patch.object(torch.cuda, "_sleep"),
+    ):
+        asked = [question for question in gpu_probe.QUESTIONS if question.__name__ not in READING]
+        return {question.__name__: gpu_probe.ask(question, DEVICE) for question in asked}
 
 
 def test_work_that_reaches_the_device_is_an_error() -> None:
