@@ -15,16 +15,16 @@ BASE = (
 BF16 = ("--training.mixed_precision_param=bfloat16", "--training.mixed_precision_reduce=float32")
 F32 = ("--training.mixed_precision_param=float32", "--training.mixed_precision_reduce=float32")
 HALF = ("--training.dtype=bfloat16", "--training.mixed_precision_reduce=bfloat16")
+MOMENTS = ("--optimizer.state_dtype=bfloat16",)
 FLOAT8 = ("--model.converters=quantize.linear.float8", "--quantize.linear.float8.filter_fqns=output")
 TENSORWISE = (*FLOAT8, "--quantize.linear.float8.recipe_name=tensorwise")
 ROWWISE = (*FLOAT8, "--quantize.linear.float8.recipe_name=rowwise")
 GATHERED = ("--quantize.linear.float8.enable_fsdp_float8_all_gather",)
-TWO_ROWS = ("--training.local_batch_size=2",)
 FOUR_LAYERS = ("--model.n_layers=4", "--training.local_batch_size=4")
 
 # The attention kernels of torch, by the names of their operations; those that a row may take.
 CUDNN, FLASH, EFFICIENT = "cudnn", "flash", "efficient"
-HALVES = (CUDNN, FLASH)  # torch's own choice in bfloat16
+HALVES = (CUDNN,)  # torch's own choice in bfloat16 on this device
 TOLERANCE = 0.01  # relative, of the estimate
 
 
@@ -44,10 +44,10 @@ class Row:
     known: Mapping[str, float] = field(default_factory=dict)
 
 
-def cp(method: str, dtype: tuple[str, ...]) -> Row:
-    """`ulysses` takes torch's choice. The others call kernels that return the log-sum-exp: flash for bfloat16."""
-    halves = HALVES if method == "ulysses" else (FLASH,)
-    return Row(4, (*dtype, *keys(cp=2, method=method)), halves if dtype == BF16 else (EFFICIENT,))
+def cp(method: str, dtype: tuple[str, ...], *more: str) -> Row:
+    """Context parallelism takes torch's choice in bfloat16, and never cuDNN's with deterministic algorithms."""
+    halves = (FLASH,) if "--debug.deterministic" in more else HALVES
+    return Row(4, (*dtype, *keys(cp=2, method=method), *more), halves if dtype == BF16 else (EFFICIENT,))
 
 
 def pp(schedule: str, rank: int = 0, *more: str) -> Row:
@@ -66,15 +66,16 @@ ROWS = {
         (*BF16, "--training.loss_chunks=8"),
         known={"memory": 0.0433},  # the estimate counts a copy of the embedding's gradient, which one GPU does not make
     ),
-    "1 GPU, bfloat16 moments": Row(1, (*BF16, "--optimizer.state_dtype=bfloat16")),
+    "1 GPU, bfloat16 moments": Row(1, (*BF16, *MOMENTS)),
     "1 GPU, all in bfloat16, float32 moments": Row(1, (*BF16, *HALF, "--optimizer.state_dtype=float32")),
+    "1 GPU, all in bfloat16, rounded stochastically": Row(
+        1, (*BF16, *HALF, *MOMENTS, "--optimizer.stochastic_rounding")
+    ),
     "1 GPU, debug.deterministic": Row(1, (*BF16, "--debug.deterministic"), (FLASH,)),
     "FSDP 4": Row(4, BF16),
     "FSDP 4, float32": Row(4, F32, (EFFICIENT,)),
     "FSDP 4, never resharded": Row(4, (*BF16, *keys(reshard="never"))),
-    "FSDP 4, loss in 8 chunks, bfloat16 moments": Row(
-        4, (*BF16, "--training.loss_chunks=8", "--optimizer.state_dtype=bfloat16")
-    ),
+    "FSDP 4, loss in 8 chunks, bfloat16 moments": Row(4, (*BF16, "--training.loss_chunks=8", *MOMENTS)),
     "HSDP 2 x 2": Row(4, (*BF16, *keys(rep=2))),
     "DDP 4": Row(4, (*BF16, *keys(rep=4, shard=1))),
     "TP 2": Row(2, (*BF16, *keys(tp=2))),
@@ -83,6 +84,8 @@ ROWS = {
     "FSDP 2, TP 2, whole logits": Row(4, (*BF16, *keys(tp=2, whole_logits=True))),
     "FSDP 2, CP 2, all-gather": cp("allgather", BF16),
     "FSDP 2, CP 2, all-gather, float32": cp("allgather", F32),
+    "FSDP 2, CP 2, all-gather, debug.deterministic": cp("allgather", BF16, "--debug.deterministic"),
+    "FSDP 2, CP 2, ring, debug.deterministic": cp("ring", BF16, "--debug.deterministic"),
     "FSDP 2, CP 2, ring": cp("ring", BF16),
     "FSDP 2, CP 2, ring, float32": cp("ring", F32),
     "FSDP 2, CP 2, ulysses": cp("ulysses", BF16),

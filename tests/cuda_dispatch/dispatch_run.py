@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from dispatch_rows import BASE, TOLERANCE, Row
 from estimating import run_of
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +48,12 @@ from quadriga.train.step import StepConfig, train_step
 
 DEVICE = torch.device("cuda", 0)
 ATTENTION = re.compile(r"aten::_scaled_dot_product_(?:fused_)?(\w+?)_attention(?:_backward)?$")
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 # Operations that wait for a value of the device: it decides a number or a shape on the host.
 READS = re.compile(r"aten::(?:_local_scalar_dense|item|is_nonzero|equal|nonzero|masked_select|unique\w*|bincount)$")
 # Operations of context parallelism. Autograd and fake tensors see none of the kernels within them.
@@ -190,6 +198,15 @@ def peak_of_step(state: TrainState, step_config: StepConfig, mesh: Mesh, live: L
     return peaks[0] + sum(moment.numel() * moment.itemsize for moment in moments)
 
 
+def choice_of_torch(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> int:
+    """The number of the kernel that torch's attention takes. It has `torch._fused_sdp_choice` for fake tensors too, but
+    that one answers for their storage, which is on no device."""
+    with DispatchRecorder() as asked:
+        torch.ops.aten.scaled_dot_product_attention.default.decompose(q, k, v, *more, **options)
+    (kernel,) = asked.kernels
+    return int(BACKENDS[kernel].value)
+
+
 @contextmanager
 def seen_within(recorder: DispatchRecorder) -> Iterator[None]:
     """Within operations of `WHOLE`, what they do is recorded too. Their results are those of their fake kernels."""
@@ -206,6 +223,7 @@ def seen_within(recorder: DispatchRecorder) -> Iterator[None]:
         return run
 
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch, "_fused_sdp_choice", choice_of_torch))
         for operation in WHOLE:
             fake = with_inside(operation, operation._abstract_fn)
             patches.enter_context(mock.patch.object(operation, "_abstract_fn", fake))
