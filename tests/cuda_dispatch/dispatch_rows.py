@@ -104,11 +104,7 @@ ROWS = {
     "1 GPU, float8 rowwise": Row(1, (*BF16, *ROWWISE)),
     "FSDP 4, float8 tensorwise": Row(4, (*BF16, *TENSORWISE)),
     "FSDP 4, float8 rowwise": Row(4, (*BF16, *ROWWISE)),
-    "FSDP 4, float8 tensorwise, gathered in float8": Row(
-        4,
-        (*BF16, *TENSORWISE, *GATHERED),
-        known={"memory": -0.0433, "bytes": -0.6087, "calls": -0.9333},  # the estimate does not know float8 gathering
-    ),
+    "FSDP 4, float8 tensorwise, gathered in float8": Row(4, (*BF16, *TENSORWISE, *GATHERED)),
     "FSDP 2, TP 2, float8 tensorwise": Row(
         4,
         (*BF16, *TENSORWISE, *keys(tp=2)),
