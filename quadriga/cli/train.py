@@ -24,7 +24,9 @@ def launch(command: str, about: str, argv: Sequence[str], environ: dict[str, str
     parser = Parser(command, about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
     parser.add_argument("file", help="the TOML file")
     parser.add_argument("--ngpu", type=rank_count, help="ranks on this machine (default: NGPU, else 4)")
-    known, keys = parser.parse_known_args([word for word in argv if word != "--job.config_file"])  # torchtitan has it
+    if "--job.config_file" in argv:  # the file by its key, as torchtitan's trainer takes it
+        argv = [word for word in argv if word != "--job.config_file"]
+    known, keys = parser.parse_known_args(argv)
     ranks = {} if known.ngpu is None else {"NGPU": str(known.ngpu)}
     allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     return start(["--job.config_file", known.file, *keys], {**allocator, **os.environ, **ranks, **environ})

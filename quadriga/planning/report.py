@@ -75,10 +75,12 @@ def memory_rows(given: Estimate) -> Iterator[tuple[str, str]]:
     yield "", f"largest parts: {' and '.join(worst.binding)}"
     if given.heap:
         yield "heap needed", str(given.heap)
-    host = f" of host memory ({format_bytes(given.host_per_machine)} per machine)" if worst.host else ""
+    unit = "per rank"
+    if worst.host:
+        unit = f"of host memory per rank ({format_bytes(given.host_per_machine)} per machine)"
     state = {"parameters": worst.parameters, "gradients": worst.gradients, "Adam's moments": worst.moments}
     parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in state.items())
-    yield "state", f"{parts} = {format_bytes(sum(state.values()))}{host} per rank"
+    yield "state", f"{parts} = {format_bytes(sum(state.values()))} {unit}"
     batches = f", {worst.in_flight} passes at once" if worst.in_flight > 1 else ""
     each = format_bytes(worst.activations_per_block)
     yield "activations", f"{format_bytes(worst.activations)}, {each} per block and micro-batch{batches}"

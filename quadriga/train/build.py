@@ -273,7 +273,7 @@ def build_state(
 ) -> TrainState:
     """The training state before the first step."""
     named = [pair for part in parts for pair in part.named_parameters()]
-    optimizer = build_optimizer(named, run.config.optimizer)
+    optimizer = build_optimizer(named, run.config.optimizer, run.spec.seed)
     precompute_scales(optimizer, parts, float8_of(run))
     schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
     return TrainState(parts, optimizer, schedule, loader, device, attempt=attempt)
@@ -363,6 +363,8 @@ def build_validator(
 
 def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
     """The section, with `pin_memory` off if the run computes on a CPU, because pinning memory would initialize CUDA."""
+    if section.pin_memory is None:
+        return section.model_copy(update={"pin_memory": device.type == "cuda"})
     if not section.pin_memory or device.type == "cuda":
         return section
     logger.info("data: dataloader.pin_memory has no effect, because this run does not compute on CUDA")

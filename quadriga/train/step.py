@@ -14,7 +14,8 @@ from torch.profiler import record_function
 from quadriga.comm.mesh import Mesh
 from quadriga.data.loader import Batch
 from quadriga.metrics.step_metrics import StepMetrics
-from quadriga.optim.clip import gradient_norms, gradients_of, scale_gradients
+from quadriga.optim.clip import gradient_norms, gradients_of
+from quadriga.optim.optimizer import clip_gradients
 from quadriga.parallel.data_parallel import set_gradient_sync
 from quadriga.parallel.pipeline_parallel import Pipeline
 from quadriga.train.loss import Loss, all_reduce_loss
@@ -61,7 +62,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     norms = gradient_norms(gradients, mesh.sum_over_stages)
     local_bad_records = 0 if batch.bad_records is not None and not mesh.reads_rows else batch.bad_records
     totals = all_reduce_loss(loss, norms.total, mesh, local_bad_records)
-    scale_gradients(gradients, totals.grad_norm, step_config.max_norm)
+    clip_gradients(state.optimizer, gradients, totals.grad_norm, step_config.max_norm)
     progress.enter_phase("optimizer")
     state.health.skip_if_bad(state.optimizer, loss, norms, totals.loss, totals.finite)
     state.optimizer.step()

@@ -16,8 +16,8 @@ class Fetching(Section):
     persistent_workers: bool = False
     """Without effect: the threads always run until the run ends."""
 
-    pin_memory: bool = False
-    """Place batches in page-locked memory, which makes copies to a GPU faster."""
+    pin_memory: bool | None = None
+    """Place batches in page-locked memory, which makes copies to a GPU faster; none: on if the run computes on CUDA."""
 
     prefetch_factor: Count | None = None
     """Batches that are prefetched; none is 2."""
