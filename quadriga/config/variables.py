@@ -28,6 +28,8 @@ VARIABLES = (
     ("PYTORCH_ALLOC_CONF", "`expandable_segments:True`", "options of PyTorch's CUDA allocator"),
     ("CUDA_VISIBLE_DEVICES", "all", "GPUs that the run may use"),
     ("OMP_NUM_THREADS", "cores / ranks", "threads of each rank on the CPU"),
+    ("TORCHINDUCTOR_CACHE_DIR", "`quadriga-compile` in the user's cache folder", "cache of compiled code"),
+    ("XDG_CACHE_HOME", "`~/.cache`", "the user's cache folder"),
     ("HF_TOKEN", "none", "access token of the Hugging Face Hub, for gated repositories"),
     ("HF_ENDPOINT", "`https://huggingface.co`", "address of the Hub or of a mirror"),
     ("WANDB_PROJECT", "Weights & Biases' own", "the project, with `metrics.enable_wandb`"),

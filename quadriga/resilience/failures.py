@@ -13,6 +13,7 @@ from quadriga.errors import Fault, UserError
 from quadriga.metrics.events import EventLog
 from quadriga.resilience import exit_reports
 from quadriga.resilience.bad_steps import CommonFault
+from quadriga.resilience.compiler import compile_error, failed_compilation
 from quadriga.resilience.out_of_memory import is_out_of_memory, out_of_memory_fault
 from quadriga.resilience.progress import Progress
 
@@ -42,17 +43,23 @@ class FailureContext:
 
 @contextmanager
 def record_failure(run: Run, progress: Progress) -> Iterator[FailureContext]:
-    """Write the error that ends the body into the event log; turn an out-of-memory error into a report with advice."""
+    """Write the error that ends the body into the event log.
+
+    An out-of-memory error becomes a report with advice, and one of the compiler a report that names its key."""
     context = FailureContext(progress)
     try:
         yield context
     except Exception as error:
-        if not is_out_of_memory(error):
-            context.log_failure(error)
-            raise
-        report = out_of_memory_fault(error, run, context.progress, collectives.rank())
-        context.log_failure(report)
-        raise report from error
+        if is_out_of_memory(error):
+            report = out_of_memory_fault(error, run, context.progress, collectives.rank())
+            context.log_failure(report)
+            raise report from error
+        if (failure := failed_compilation(error)) is not None:
+            refusal = compile_error(failure, run)
+            context.log_failure(refusal)
+            raise refusal from error
+        context.log_failure(error)
+        raise
 
 
 def _one_line(error: BaseException) -> str:

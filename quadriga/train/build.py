@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.pipeline_parallel import Pipeline, StageShapes, remove_modules, stages_of_rank
 from quadriga.parallel.tensor_parallel import loss_context
 from quadriga.resilience.bad_steps import BadSteps
+from quadriga.resilience.compiler import set_compile_cache
 from quadriga.resilience.health import HealthMonitor
 from quadriga.resilience.replica_checks import ReplicaCheck
 from quadriga.resilience.stop_requests import StopRequests
@@ -109,6 +111,8 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
     backend = choose_backend(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     run = run.on_device(BACKENDS[backend].device_type)
     config = run.config
+    if config.compile.enable:
+        set_compile_cache(os.environ)
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
     shard_collectives = collectives_for_shards(run, backend, mesh, device)
