@@ -42,7 +42,7 @@ from quadriga.log import logger
 from quadriga.units import format_seconds
 
 if TYPE_CHECKING:
-    from quadriga.checkpoint.tensors import Staging
+    from quadriga.checkpoint.staging import Staging
 
 T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
@@ -215,7 +215,7 @@ class CheckpointManager:
         return on_first_rank(self._group, work)
 
     def _staged(self, held: Tensors) -> Tensors:
-        from quadriga.checkpoint.tensors import Staging
+        from quadriga.checkpoint.staging import Staging
 
         if self._staging is None:
             wanted = self._section.async_mode == "async_with_pinned_mem"

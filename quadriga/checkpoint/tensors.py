@@ -42,7 +42,6 @@ from quadriga.checkpoint.files import Files, Location, files_at, join
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.plan_format import FORMAT, PLAN_FILE
 from quadriga.errors import Problem, UserError, causes, shortened
-from quadriga.tensors import from_local_like, to_local
 from quadriga.units import strip_wrappers
 
 Tensors = Mapping[str, torch.Tensor]
@@ -194,34 +193,6 @@ def save_tensors(
     with convert_dcp_errors(f"{location} could not be written"), _without_crc32():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return {os.path.basename(path): digest for path, digest in files.hashes.items()}
-
-
-class Staging:
-    """Copies tensors to host memory, so that training cannot change them during a save. The memory is reused.
-
-    With `pinned` memory (on CUDA), the device copies directly, without the buffers of the driver.
-    """
-
-    def __init__(self, pinned: bool) -> None:
-        self._pinned, self._copies = pinned, dict[str, torch.Tensor]()
-
-    @torch.no_grad()
-    def copy(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The copies, with the same dtypes and placements. They are valid until the next call."""
-        for gone in self._copies.keys() - tensors.keys():
-            del self._copies[gone]
-        copies = {name: self._into_host(name, value.detach()) for name, value in tensors.items()}
-        if self._pinned:
-            torch.cuda.synchronize()
-        return copies
-
-    def _into_host(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        held = to_local(value)
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != held.shape or copy.dtype != held.dtype:
-            copy = self._copies[name] = torch.empty_like(held, device="cpu", pin_memory=self._pinned)
-        copy.copy_(held, non_blocking=self._pinned)
-        return from_local_like(copy, value)
 
 
 class HashingFiles(FileSystemBase):

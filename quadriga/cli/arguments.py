@@ -52,6 +52,17 @@ def rank_count(text: str) -> int:
     return int(text)
 
 
+def bandwidth(text: str) -> float:
+    """The argparse type of a bandwidth: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a bandwidth (a finite number above 0)")
+    return value
+
+
 def repository_of(path: Path) -> Path:
     """The folder above `path` that contains the launch script, else the current directory."""
     above = (folder for folder in Path(os.path.realpath(path)).parents if (folder / ROOT_MARK).is_file())

@@ -27,7 +27,7 @@ from quadriga.analysis.ccl_bench.folder import (
     unpack_traces,
     without_ends,
 )
-from quadriga.cli.arguments import Parser, rank_count, run_from_file
+from quadriga.cli.arguments import Parser, bandwidth, rank_count, run_from_file
 from quadriga.cli.ccl_card import CARD_NAME, CardOptions, build_card
 from quadriga.cli.estimate import world_size_of
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
@@ -60,8 +60,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="read: print card, step time and mistakes as one object")
     for name, about in CardOptions.ABOUT.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"write: {about}")
-    parser.add_argument("--scale-out-gbps", type=float, metavar="N", help="write: network bandwidth, Gbit/s per device")
-    parser.add_argument("--scale-up-gbps", type=float, metavar="N", help="write: bandwidth in a machine, the same unit")
+    parser.add_argument(
+        "--scale-out-gbps", type=bandwidth, metavar="N", help="write: network bandwidth, Gbit/s per device"
+    )
+    parser.add_argument(
+        "--scale-up-gbps", type=bandwidth, metavar="N", help="write: bandwidth in a machine, the same unit"
+    )
     parser.add_argument("--gpus-per-node", type=rank_count, help="write: devices of one machine (default: all)")
     options = parser.parse_args(argv)
     if options.action == "read":

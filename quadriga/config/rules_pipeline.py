@@ -242,6 +242,13 @@ def schedule_allows_compiling(ctx: RuleContext) -> Findings:
         yield Conflict(what, "choose 1F1B or Interleaved1F1B, or compile only the loss")
 
 
+@rule(PP, "parallelism.fsdp_prefetch")
+def a_pipeline_gathers_by_its_schedule(ctx: RuleContext) -> Findings:
+    """The schedule gathers whole stages ahead of time."""
+    if ctx.degrees.pp > 1 and ctx.config.parallelism.fsdp_prefetch is not None:
+        yield Conflict("a pipeline gathers whole stages ahead, not single blocks", "leave fsdp_prefetch out")
+
+
 @rule(SCHEDULE, PP, CSV, "parallelism.fsdp_reshard_after_forward")
 def split_backward_finds_the_weights(ctx: RuleContext) -> Findings:
     """torch needs the gathered weights at a time when only their shards are left."""

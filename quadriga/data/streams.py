@@ -103,10 +103,13 @@ class Streams:
         """Yields the documents of a stream from the one at `cursor` on, each with its own cursor.
 
         With `skip_bad`, unreadable records are added to `skipped`; otherwise BadRecord is raised. Raises UserError if
-        the data have no document, or after `limits.BAD_RECORDS_IN_A_ROW` unreadable records in a row.
+        the data have no document, if `cursor` is beyond them, or after `limits.BAD_RECORDS_IN_A_ROW` unreadable records
+        in a row.
         """
         epoch, unit, skip, start = cursor.epoch, cursor.unit, cursor.document, cursor
         count, in_a_row = cursor.skipped, 0
+        reached = skip == 0
+        self.shard(stream, cursor)  # refuses a unit that does not exist
         empty = 0
         while empty <= EMPTY_EPOCHS + self.count:
             empty += 1
@@ -115,6 +118,7 @@ class Streams:
                 for number, record, block in self._records(units[unit], epoch, start):
                     if number < skip:
                         continue
+                    reached = True
                     try:
                         document = self.source.parse(record)
                     except BadRecord as error:
@@ -131,6 +135,8 @@ class Streams:
                         document._replace(id=(epoch, record.shard, record.number)),
                         Cursor(epoch, unit, number, 0, count, *block),
                     )
+                if not reached:
+                    raise _beyond(stream, cursor)
                 unit, skip, start = unit + 1, 0, START
             if not self.endless:
                 return
@@ -171,13 +177,24 @@ class Streams:
                     yield position // parts, records[index], block
 
     def shard(self, stream: int, cursor: Cursor) -> tuple[int, int]:
-        """The shard at the cursor of a stream, and the number of its documents up to the cursor, including that one."""
+        """The shard at the cursor of a stream, and the number of its documents up to the cursor, including that one.
+
+        Raises UserError if the stream has no such unit."""
         units = self._units(stream, cursor.epoch)
+        if cursor.unit >= len(units):
+            raise _beyond(stream, cursor)
         shard, part = divmod(int(units[cursor.unit]), self._parts)
         return shard, cursor.document * self._parts + part + 1
 
     def _order(self, count: int, what: str, epoch: int) -> npt.NDArray[np.int64]:
         return shuffled(count, f"{self.seed} {epoch} {what}") if self.seed is not None else np.arange(count)
+
+
+def _beyond(stream: int, cursor: Cursor) -> UserError:
+    what = f"its position in the data is beyond their end: stream {stream}, {cursor}"
+    return UserError(
+        Problem("the checkpoint", what, fix="restore the checkpoint, or remove it to start from the one before")
+    )
 
 
 def _blocks(

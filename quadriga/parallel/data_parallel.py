@@ -33,11 +33,13 @@ def apply_data_parallel(
     training: Training,
     reshard_after_forward: bool,
     reshard_ends: bool = False,
+    prefetch: int | None = None,
     collectives: ShardCollectives | None = None,
 ) -> None:
     """Shard the parameters of `model` over `mesh.fsdp`, in place. `collectives` replace torch's own.
 
-    `reshard_ends`: free also the units that the plan keeps because the backward pass needs them first.
+    `reshard_ends`: free also the units that the plan keeps because the backward pass needs them first. `prefetch`: the
+    number of units that are gathered ahead; None leaves it to torch.
 
     A single rank is unchanged if parameters, compute and gradients have one dtype and stay on the device. Otherwise it
     uses `fully_shard` over a mesh of one rank, so that dtypes are the same as on many ranks. The same holds for ranks
@@ -45,6 +47,7 @@ def apply_data_parallel(
     """
     if not training.uses_fsdp(mesh.fsdp.size() * mesh.tp.size()):
         return
+    in_order = list[tuple[ShardUnit, FSDPModule]]()
     for unit in units:
         modules = [model.get_submodule(name) for name in unit.modules] or [model]
         fully_shard(
@@ -54,10 +57,14 @@ def apply_data_parallel(
             mp_policy=_dtype_policy(training),
             offload_policy=_offload_policy(training, mesh),
         )
+        fsdp = modules[0]
+        assert isinstance(fsdp, FSDPModule)
         if not unit.weights_in_backward:
-            fsdp = modules[0]
-            assert isinstance(fsdp, FSDPModule)
             fsdp.set_unshard_in_backward(False)
+        if unit.modules:  # the root is gathered from the start
+            in_order.append((unit, fsdp))
+    if prefetch is not None:
+        _prefetch(in_order, prefetch)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module, mesh.fsdp.size())
@@ -89,6 +96,20 @@ def free_gathered_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _prefetch(units: list[tuple[ShardUnit, FSDPModule]], ahead: int) -> None:
+    """Gather the parameters of the next `ahead` of the units, which are in the order of the forward pass.
+
+    torch's own choice gathers the next unit of the backward pass. In the forward pass it starts a gather when the unit
+    itself starts, which overlaps with the kernels of the unit before it.
+    """
+    modules = [module for _, module in units]
+    gathered_again = [module if unit.weights_in_backward else None for unit, module in units]
+    for index, module in enumerate(modules):
+        before = reversed(gathered_again[max(0, index - ahead) : index])
+        module.set_modules_to_forward_prefetch(modules[index + 1 : index + 1 + ahead])
+        module.set_modules_to_backward_prefetch([each for each in before if each is not None])
 
 
 def _dtype_policy(training: Training) -> MixedPrecisionPolicy:

@@ -82,6 +82,7 @@ def parallelize(
         training=training,
         reshard_after_forward=reshard_after_forward,
         reshard_ends=reshard_ends,
+        prefetch=parallelism.fsdp_prefetch,
         collectives=collectives,
     )
 

@@ -106,14 +106,14 @@ class StagePasses:
     def gathered(self, blocks: int, ends: tuple[Unit, ...]) -> float:
         """Bytes of gathered parameters while `blocks` blocks and the units `ends` still need their backward pass.
 
-        With resharding: the parameters of the running block, and of the block before it, which is prefetched if there
-        are other ranks. A pipeline keeps all parameters gathered until its last micro-batch.
+        With resharding: the parameters of the running block, and of those before it that are prefetched if there are
+        other ranks. A pipeline keeps all parameters gathered until its last micro-batch.
         """
         if self.unsharded_bytes is not None:
             return self.unsharded_bytes
         setup, one = self.setup, self.setup.gathered(self.stage.block)
         if setup.reshards:
-            ahead = 1 if setup.shards > 1 and blocks > 1 else 0
+            ahead = min(setup.prefetch, max(blocks - 1, 0)) if setup.shards > 1 else 0
             kept = sum(setup.gathered(unit) for unit in ends if not unit.reshard)
             return kept + one * (min(blocks, 1) + ahead)
         return blocks * one + sum(map(setup.gathered, ends))

@@ -57,6 +57,7 @@ class Setup:
         self.compiled = run.config.compile.compiles("model")
         self.uses_fsdp = training.uses_fsdp(self.shards * degrees.dp_replicate * degrees.tp)
         self.reshards = spec.reshard_after_forward and self.uses_fsdp
+        self.prefetch = parallelism.fsdp_prefetch or 1
         self.parameter_bytes = DTYPE_BYTES[training.dtype]
         self.itemsize = DTYPE_BYTES[training.mixed_precision_param] if self.uses_fsdp else self.parameter_bytes
         self.reduce_bytes = DTYPE_BYTES[training.mixed_precision_reduce]

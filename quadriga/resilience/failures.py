@@ -50,16 +50,18 @@ def record_failure(run: Run, progress: Progress) -> Iterator[FailureContext]:
     try:
         yield context
     except Exception as error:
-        if is_out_of_memory(error):
-            report = out_of_memory_fault(error, run, context.progress, collectives.rank())
-            context.log_failure(report)
-            raise report from error
-        if (failure := failed_compilation(error)) is not None:
-            refusal = compile_error(failure, run)
-            context.log_failure(refusal)
-            raise refusal from error
-        context.log_failure(error)
-        raise
+        report = _report_with_remedy(error, run, progress)
+        context.log_failure(report or error)
+        if report is None:
+            raise
+        raise report from error
+
+
+def _report_with_remedy(error: BaseException, run: Run, progress: Progress) -> Fault | UserError | None:
+    if is_out_of_memory(error):
+        return out_of_memory_fault(error, run, progress, collectives.rank())
+    failure = failed_compilation(error)
+    return compile_error(failure, run) if failure is not None else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -92,6 +92,7 @@ LAZY_READERS |= {"triton", "triton.language"}  # which only builds of torch for 
 LAZY_READERS |= {
     "tensorboard.compat.proto",
     "tensorboard.summary.writer.record_writer",
+    "quadriga.checkpoint.staging",
     "quadriga.checkpoint.tensors",
     "quadriga.checkpoint.hf",
     "quadriga.checkpoint.load",

@@ -23,6 +23,9 @@ class Parallelism(Section):
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free gathered parameters after the forward pass; `default` does so without a pipeline."""
 
+    fsdp_prefetch: Count | None = None
+    """Blocks whose parameters FSDP gathers ahead, in both passes; more of them use more memory; none: one."""
+
     reduce_gradients: Literal["auto", "once", "every_micro_batch"] = "auto"
     """With gradient accumulation: reduce gradients once per step (faster, more memory) or after each micro-batch."""
 

@@ -105,7 +105,7 @@ def parse_layout(text: str) -> Degrees:
         axis, _, size = part.partition("=")
         if axis not in DEGREE_KEYS:
             raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(DEGREE_KEYS)}")
-        if not size.isdigit() or int(size) < 1:
+        if not (size.isascii() and size.isdigit()) or int(size) < 1:
             raise ValueError(f"{part!r} is not a degree; write {axis}=2")
         found[axis] = int(size)
     return Degrees(**found)
@@ -205,6 +205,7 @@ def _switches() -> Iterator[Row]:
     for policy in ("always", "never"):
         yield Row(Degrees(dp_shard=2, tp=2), _keys(fsdp_reshard_after_forward=policy))
         yield Row(Degrees(pp=2, dp_shard=2), _keys(fsdp_reshard_after_forward=policy))
+    yield Row(Degrees(dp_shard=2), _keys(fsdp_prefetch=2))
 
 
 def _loss_chunks() -> Iterator[Row]:

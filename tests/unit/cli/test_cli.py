@@ -168,6 +168,7 @@ def test_output_to_a_reader_that_has_gone_is_no_fault(root):
         (["compare", "x", "y", "--warmup", "\u0663"], "is not a number of steps"),
         (["trace", "x", "--step", "\u0663"], "is not the number of an iteration"),
         (["trace", "x", "--step=-5"], "is not the number of an iteration"),
+        (["ccl-bench", "write", "x", "y", "--scale-out-gbps", "nan"], "is not a bandwidth"),
     ],
 )
 def test_loops_of_links_and_odd_digits_are_mistakes(folder, argv, says, capsys):

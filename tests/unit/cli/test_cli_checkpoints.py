@@ -60,6 +60,12 @@ def test_a_folder_that_does_not_exist_is_a_mistake(tmp_path, capsys):
     assert "there is no such folder" in capsys.readouterr().err
 
 
+def test_a_file_is_no_folder(tmp_path, capsys):
+    (tmp_path / "step-1").write_text("")
+    assert main(["checkpoints", str(tmp_path / "step-1")]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["nowhere", "link"])
 def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, capsys, target):
     (tmp_path / "link").symlink_to(target)

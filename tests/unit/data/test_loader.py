@@ -185,6 +185,26 @@ def test_missing_streams_are_named():
         make(range(4, 6)).load_state_dict(state)
 
 
+def first_batch(loader, state):
+    loader.load_state_dict(state)
+    try:
+        return next(loader)
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["unit", "document"])
+def test_a_position_beyond_the_data_is_refused(lines, place):
+    """Not: read from the next unit on, as if nothing were wrong."""
+    loader = make(dataset="jsonl", path=str(lines))
+    steps(loader, 2)
+    state = loader.state_dict()
+    for cursor in state["lanes"].values():
+        cursor[place] = 10**6
+    with pytest.raises(UserError, match="beyond their end"):
+        first_batch(make(dataset="jsonl", path=str(lines)), state)
+
+
 def test_rows_outside_the_global_batch_are_refused():
     for rows in (range(4, 9), range(3, 3), range(0, 8, 2)):
         with pytest.raises(ValueError, match="are not rows"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,16 +59,30 @@ def test_a_device_that_is_faster_in_bfloat16_is_named(capsys: pytest.CaptureFixt
 
 
 def test_it_is_quick_and_needs_no_device() -> None:
-    """The processor time of the whole command stays under a second; so does the wall clock where nothing else runs."""
+    """The processor time of the whole command stays under a second; so does the wall clock where nothing else runs.
+
+    On a slow or a loaded machine it stays under six times what an import of pydantic takes, which is a part of it."""
     environ = {"CONFIG_FILE": shipped("llama3_8b"), "DRY_RUN": "1", "COMM_BACKEND": "nccl"}
-    times = []
-    for _ in range(3):  # the best of them: cores that are shared are slower
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    def dry_run() -> None:
         ended = launch(RUN_TRAIN, environ)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert ended.code == 2, ended.err  # the tokenizer is to be downloaded
+
+    def load_pydantic() -> None:
+        subprocess.run([sys.executable, "-c", "from pydantic import BaseModel"], check=True)
+
+    assert processor_seconds(dry_run) < max(1.0, 6 * processor_seconds(load_pydantic))
+
+
+def processor_seconds(command: Callable[[], None]) -> float:
+    """Of the processes that `command` starts; the best of three, because cores that are shared are slower."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append((after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime))
-    assert min(times) < 1.0
+    return min(times)
 
 
 def test_help_lists_variables_keys_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ CASES = {
     "FSDP 4, op, bf16": (4, 0, (), "op", "bf16"),
     "FSDP 4, full": (4, 0, SMALL, "full", "bf16"),
     "FSDP 4, tied": (4, 0, (*SMALL, "--model.tie_embeddings"), "full", "f32"),
+    "FSDP 4, prefetch 3": (4, 0, (*SMALL, "--parallelism.fsdp_prefetch=3"), "full", "bf16"),
     "FSDP 4, never": (4, 0, (*SMALL, *keys(reshard="never")), "full", "f32"),
     "FSDP 4, accumulated": (4, 0, ("--training.global_batch_size=32", *keys(reduce="once")), "full", "f32"),
     "FSDP 4, loss in pieces": (4, 0, ("--training.loss_chunks=4",), "op", "bf16"),
@@ -62,7 +63,7 @@ CASES = {
 }
 
 
-QUICK = ("1, op, bf16", "FSDP 4, full", "TP 2, op, bf16", "PP 2, last", "PP 2, ZBV, FSDP 2")
+QUICK = ("1, op, bf16", "FSDP 4, full", "FSDP 4, prefetch 3", "TP 2, op, bf16", "PP 2, last", "PP 2, ZBV, FSDP 2")
 
 
 def both(name: str) -> tuple[float, float]:
