@@ -16,7 +16,7 @@ from quadriga.comm.backend import BACKENDS
 from quadriga.config import Run, read
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError
 from quadriga.limits import RANKS
-from quadriga.log import start_logging
+from quadriga.log import logger, start_logging
 from quadriga.models.registry import catalogue
 from quadriga.resilience import exit_reports, processes
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         first = environ.get("RANK", "0") == "0"
         with processes.lock_run_folder(run.spec.folders.dump) if first else nullcontext():
+            logger.info("loading PyTorch")
             from quadriga.train.loop import run as train  # imports torch, slowly: errors above come without that delay
 
             ended = processes.exit_code_after_restart(environ)

@@ -108,6 +108,8 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
     config, spec, progress = run.config, run.spec, watchdog.progress
     set_numerics(run)
     progress.enter_phase("rendezvous")
+    if spec.world_size > 1:
+        logger.info("connecting %d ranks", spec.world_size)
     backend = choose_backend(config.comm.backend, machine_for(config.comm.backend, int(environ.get("LOCAL_RANK", "0"))))
     run = run.on_device(BACKENDS[backend].device_type)
     config = run.config
@@ -138,6 +140,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
     )
 
     progress.enter_phase("weights")
+    logger.info("building the model")
     parts = build_parts(run, mesh, device, shard_collectives=shard_collectives)
     state = build_state(run, parts, loader, device, events.attempt)
     state.progress = progress

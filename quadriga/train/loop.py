@@ -80,6 +80,8 @@ def train(trainer: TrainerParts) -> int | None:
     the stop, None after the last step."""
     state, spec, stop_cause = trainer.state, trainer.run.spec, None
     started_at = state.step
+    if trainer.run.config.compile.enable:
+        logger.info("compiling in step %d, which takes longer", started_at + 1)
     gc.disable()  # collected explicitly, on all ranks at the same step, because one slow rank delays all
     with trainer.profiler:
         while state.step < spec.steps and stop_cause is None:
