@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: train test test-more test-all test-torch test-cuda-dispatch fuzz mutants kill-matrix results-age lint docs site site-links setup setup-dev clean
+.PHONY: train test test-more test-all test-torch test-cuda-dispatch fuzz mutants kill-matrix bench results-age lint docs site site-links setup setup-dev clean
 
 # As many steps of the debug configuration as two slow cores finish in under three minutes. STEPS=200 trains all of it,
 # also afterwards: the run goes on from its checkpoint.
@@ -40,6 +40,9 @@ fuzz: setup-dev  ## damaged bytes for every reader; RECORD=FILE keeps the counts
 
 mutants: setup-dev  ## break the code in many small ways, one at a time, and see that a test fails
 	.venv/bin/python tests/mutants/run.py
+
+bench: setup-dev  ## speed on this CPU: ours and the bare loop, eager and compiled; at most 25 minutes
+	.venv/bin/python benchmarks/cpu_table.py
 
 results-age: setup-dev  ## the results that are older than the code they measure
 	.venv/bin/python benchmarks/results_age.py

@@ -30,6 +30,7 @@ RUNS: dict[str, list[list[str]]] = {
     "step_time": [[]],
     "bench_debug": [["unlike"], ["alike"]],
     "speed": [[]],
+    "cpu_table": [[]],
     "save_cost": [["--pairs", "5"], ["--pairs", "2", "--tokens", "1024"]],
     "equality": [["--steps", "200"]],
     "equivalence": [[]],

@@ -7,7 +7,8 @@ It does only what training needs: random tokens from a pool in memory, forward p
 fused AdamW. It reads no files and has no metrics, checkpoints or configuration. It trains the model of Quadriga (GQA,
 SwiGLU, RMSNorm, RoPE, SDPA, float32 loss), and is the 1.00 with which `speed.py` and `startup.py` compare. Attention is
 computed in the dtype of the model, and RoPE with negated and concatenated halves, as in a typical script. `--attention
-float32` computes attention in float32, as Quadriga does for bfloat16 on a CPU.
+float32` computes attention in float32, as Quadriga does for bfloat16 on a CPU. `--compile` compiles the whole model as
+one graph, and the loss.
 """
 
 from __future__ import annotations
@@ -127,17 +128,23 @@ def random_batches(shape: Shape, rows: int, device: torch.device, rank: int) -> 
 
 
 def train(
-    model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], micro_batch: int, steps: int, prints_loss: bool
+    model: nn.Module,
+    data: Iterator[tuple[Tensor, Tensor]],
+    micro_batch: int,
+    steps: int,
+    prints_loss: bool,
+    compiled: bool = False,
 ) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )
+    mean_loss = torch.compile(next_token_loss) if compiled else next_token_loss
     for step in range(1, steps + 1):
         tokens, labels = next(data)
         mean = torch.zeros((), device=tokens.device)
         parts = max(len(tokens) // micro_batch, 1)
         for x, y in zip(tokens.split(micro_batch), labels.split(micro_batch), strict=True):
-            loss = F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()) / parts
+            loss = mean_loss(model(x), y) / parts
             loss.backward()
             mean += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -148,12 +155,17 @@ def train(
             print(f"step {step} loss {value:.4f}", flush=True)
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The reference loop: a Llama in plain PyTorch.")
     parser.add_argument("--shape", default="debug", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of parameters, compute and gradients")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--attention", default="plain", choices=("plain", "float32"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the whole model, and of the loss")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seq_len", type=int, help="sequence length (default: the shape's)")
     parser.add_argument("--batch", type=int, help="global batch, in rows (default: the shape's)")
@@ -170,6 +182,8 @@ def main() -> None:
     model = build(shape, getattr(torch, chosen.dtype), device, chosen.attention == "float32")
     if ranks > 1:
         shard(model, device)
+    if chosen.compile:
+        model.compile()
     rows = shape.batch // ranks
     train(
         model,
@@ -177,6 +191,7 @@ def main() -> None:
         chosen.micro_batch or rows,
         chosen.steps,
         prints_loss=rank == 0,
+        compiled=chosen.compile,
     )
 
 

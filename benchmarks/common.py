@@ -84,6 +84,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "attention": ("planning",),
     "bench_debug": (*_TRAINING, "analysis/compare"),
     "continue_torchtitan": (*_TRAINING, "config", "cli"),
+    "cpu_table": _TRAINING,
     "cuda_dispatch": (*_TRAINING, "planning", "config", "rehearsal/live_memory.py"),
     "data_speed": ("data",),
     "equality": _TRAINING,

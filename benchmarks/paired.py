@@ -80,12 +80,19 @@ def exit_on_sigterm() -> None:
 
 
 def time_interleaved(
-    ours: TimedCommand, reference: TimedCommand, *, pairs: int, seconds: float, warmup: int = 2
+    ours: TimedCommand,
+    reference: TimedCommand,
+    *,
+    pairs: int,
+    seconds: float,
+    warmup: int = 2,
+    half_width: float = 0.0,
 ) -> Timings:
     """Start both commands and time pairs of turns after `warmup` untimed steps of each. Both are killed at the end.
 
-    There are `pairs` pairs, or as many as fit into `seconds` if these are fewer, but at least FEWEST_PAIRS. Raises
-    CommandFailed if a command ends or hangs.
+    There are `pairs` pairs, or as many as fit into `seconds` if these are fewer, but at least FEWEST_PAIRS. After these
+    it ends as soon as half the interval of the median ratio is at most `half_width`. Raises CommandFailed if a command
+    ends or hangs.
     """
     timings = Timings()
     with running_command(reference) as theirs, running_command(ours) as mine:
@@ -97,12 +104,20 @@ def time_interleaved(
         steps = max(1, math.ceil(MIN_INTERVAL / slowest))
         deadline = time.perf_counter() + seconds
         for pair in range(pairs):
-            if pair >= FEWEST_PAIRS and time.perf_counter() > deadline:
+            if pair >= FEWEST_PAIRS and (time.perf_counter() > deadline or is_precise(timings.ratios, half_width)):
                 break
             order: list[tuple[list[float], RunningCommand]] = [(timings.ours, mine), (timings.reference, theirs)]
             for taken, process in order if pair % 2 else reversed(order):
                 taken.append(process.run_steps(steps) / steps)
     return timings
+
+
+def is_precise(ratios: Sequence[float], half_width: float) -> bool:
+    """Whether half the 95 % interval of the median is at most `half_width`; never for 0."""
+    if half_width <= 0:
+        return False
+    estimate = estimate_median(ratios)
+    return (estimate.high - estimate.low) / 2 <= half_width
 
 
 def seconds_to_first_step(command: TimedCommand) -> float:
