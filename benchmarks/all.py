@@ -31,6 +31,7 @@ RUNS: dict[str, list[list[str]]] = {
     "bench_debug": [["unlike"], ["alike"]],
     "speed": [[]],
     "cpu_table": [[]],
+    "scaling": [[]],
     "save_cost": [["--pairs", "5"], ["--pairs", "2", "--tokens", "1024"]],
     "equality": [["--steps", "200"]],
     "equivalence": [[]],

@@ -1,0 +1,76 @@
+"""Parts of the benchmark scripts that decide what they report."""
+
+from __future__ import annotations
+
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cpu_table  # noqa: E402 (found by the line above)
+import scaling  # noqa: E402
+from paired import estimate_median, is_precise  # noqa: E402
+
+from quadriga import limits  # noqa: E402
+from quadriga.cli.arguments import run_from_file  # noqa: E402
+
+
+def test_a_cell_ends_when_its_interval_is_narrow() -> None:
+    assert is_precise([1.0] * 6, 0.02)
+    assert not is_precise([0.5, 1.5] * 3, 0.02)
+    assert not is_precise([1.0] * 6, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("cell", "ratios", "met"),
+    [
+        (cpu_table.Cell("debug", "float32", False, False), [1.0] * 6, True),
+        (cpu_table.Cell("debug", "float32", False, False), [0.99] * 6, False),
+        (cpu_table.Cell("debug", "float32", True, True), [0.9, 0.9, 1.1, 1.1, 1.1, 1.1], False),  # the lower end
+        (cpu_table.Cell("debug", "bfloat16", True, True), [1.09] * 6, False),
+        (cpu_table.Cell("debug", "bfloat16", False, False), [1.02] * 6, True),
+        (cpu_table.Cell("debug", "bfloat16", True, False), [0.5] * 6, None),  # shown, without a target
+    ],
+)
+def test_when_a_cell_is_met(cell: cpu_table.Cell, ratios: list[float], met: bool | None) -> None:
+    assert cell.is_met(estimate_median(ratios)) is met
+
+
+def test_the_table_has_a_row_for_each_cell() -> None:
+    cells = list(cpu_table.all_cells(["debug-float32", "small-bfloat16"]))
+    assert len(cells) == 6
+    assert len(set(cells)) == 6
+
+
+def made_runs() -> list[dict[str, object]]:
+    keys = ("step_seconds", "tokens_per_second", "flops_per_second", "resident_bytes", "estimated_bytes")
+    return [
+        {"what": what, "value": value, **{key: float(value * number) for number, key in enumerate(keys, 1)}}
+        for what in ("rows", "layers")
+        for value in (2, 4)
+    ]
+
+
+def test_rates_are_multiples_of_the_first_row_of_a_sweep() -> None:
+    rows = list(scaling.rows_of_runs(made_runs()))
+    assert [row[0] for row in rows] == ["rows = 2", "rows = 4", "layers = 2", "layers = 4"]
+    assert [row[2] for row in rows] == ["1.00", "2.00", "1.00", "2.00"]
+
+
+def test_the_plot_is_an_svg_with_a_bar_for_each_figure() -> None:
+    picture = ElementTree.fromstring(scaling.plot(made_runs()))
+    assert len(picture.findall("{http://www.w3.org/2000/svg}rect")) == 4 + 2 * 4
+
+
+def test_chunks_of_a_plan() -> None:
+    """A matrix of 4,096 rows over 16,384 ranks has 4,096 shards with elements."""
+    shards, keys = scaling.layout_of("HSDP", 16384)
+    run = run_from_file(str(scaling.REFERENCE), 16384, ["--model.hf_assets_path=builtin:bytes", *keys])
+    assert shards == 64
+    assert scaling.chunks_of_plan(run, 64) == 3 * 64 * 291
+    assert limits.PLAN_CHUNKS > 3 * 64 * 291
+    assert scaling.chunks_of_plan(run, 16384) < 3 * 16384 * 291
