@@ -26,18 +26,20 @@ def test_a_cell_ends_when_its_interval_is_narrow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "ratios", "met"),
+    ("cell", "ratios", "missed_by"),
     [
-        (cpu_table.Cell("debug", "float32", False, False), [1.0] * 6, True),
-        (cpu_table.Cell("debug", "float32", False, False), [0.99] * 6, False),
-        (cpu_table.Cell("debug", "float32", True, True), [0.9, 0.9, 1.1, 1.1, 1.1, 1.1], False),  # the lower end
-        (cpu_table.Cell("debug", "bfloat16", True, True), [1.09] * 6, False),
-        (cpu_table.Cell("debug", "bfloat16", False, False), [1.02] * 6, True),
+        (cpu_table.Cell("debug", "float32", False, False), [1.0] * 6, 0),
+        (cpu_table.Cell("debug", "float32", False, False), [0.99] * 6, 0.01),
+        (cpu_table.Cell("debug", "float32", True, True), [0.9, 0.9, 1.1, 1.1, 1.1, 1.1], 0.07),  # the lower end
+        (cpu_table.Cell("debug", "bfloat16", True, True), [1.09] * 6, 0.01),
+        (cpu_table.Cell("debug", "bfloat16", False, False), [1.02] * 6, 0),
         (cpu_table.Cell("debug", "bfloat16", True, False), [0.5] * 6, None),  # shown, without a target
     ],
 )
-def test_when_a_cell_is_met(cell: cpu_table.Cell, ratios: list[float], met: bool | None) -> None:
-    assert cell.is_met(estimate_median(ratios)) is met
+def test_the_distance_of_a_cell_to_its_target(
+    cell: cpu_table.Cell, ratios: list[float], missed_by: float | None
+) -> None:
+    assert cell.missed_by(estimate_median(ratios)) == (None if missed_by is None else pytest.approx(missed_by))
 
 
 def test_the_table_has_a_row_for_each_cell() -> None:
