@@ -23,6 +23,7 @@ RUNS: dict[str, list[list[str]]] = {
     "estimates": [[]],
     "search": [[]],
     "attention": [[]],
+    "loss_speed": [[]],
     "plan_speed": [[]],
     "data_speed": [[]],
     "startup": [[]],

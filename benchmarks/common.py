@@ -95,6 +95,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "kill_matrix": ("train", "resilience", "checkpoint", "data", "launch"),
     "plan_speed": ("checkpoint",),
     "save_cost": ("checkpoint", "train", "resilience"),
+    "loss_speed": ("train",),
     "scaling": (*_TRAINING, "planning", "rehearsal"),
     "search": _PLANNING,
     "shakespeare": _TRAINING,

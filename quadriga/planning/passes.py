@@ -16,7 +16,7 @@ from quadriga.planning.parameters import Stage, Unit
 from quadriga.planning.setup import Setup
 
 # Temporary float32 elements of the loss per logit, besides those that it saves: forward pass, backward pass.
-LOSS_COPIES = {"plain": (0, 2), "parallel": (1, 3)}
+LOSS_COPIES = {"plain": (0, 2), "eager on CPU": (0, 1), "parallel": (1, 3)}
 NamedBytes = tuple[str, dict[str, float]]  # name of a moment, and bytes alive by kind
 
 
@@ -43,7 +43,9 @@ class StagePasses:
         self.setup, self.stage, self.unsharded_bytes = setup, stage, unsharded_bytes
         self.tp, self.shards = setup.degrees.tp, setup.shards
         self.modes, self.loss_chunks = modes, setup.run.config.training.loss_chunks
-        self.loss_copies = LOSS_COPIES["parallel" if setup.parallel_loss else "plain"]
+        on_cpu = setup.device_type == "cpu" and not setup.run.config.compile.compiles("loss")
+        kind = "parallel" if setup.parallel_loss else "eager on CPU" if on_cpu else "plain"
+        self.loss_copies = LOSS_COPIES[kind]
         self.kept = {mode: setup.block.bytes(setup.kept(mode)) for mode in set(self.modes)}
         self.x = setup.block.sizes["x"]
         output_layer = setup.head.trace.operations[-1]

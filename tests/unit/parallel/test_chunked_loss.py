@@ -145,7 +145,7 @@ def test_logits_exist_for_one_loss_chunk_at_a_time() -> None:
     logits, matrix = 4 * TOKENS * SPEC.vocab_size, 4 * SPEC.dim * SPEC.vocab_size
     whole, chunked = memory(1), memory(8)
     assert whole.largest == logits
-    assert whole.peak >= 3 * logits
+    assert whole.peak >= 2 * logits
     assert chunked.largest == matrix
     # Logits, logarithms and their gradients of one chunk; the sum of the matrix's gradients and one of them.
     assert chunked.peak <= 5 * logits / 8 + 2 * matrix + whole.peak / 20
