@@ -16,6 +16,7 @@ FROM_CHECKPOINT = "the checkpoints in "  # prefix of the `origin` of values from
 LOCAL, GLOBAL, SEQ_LEN = "training.local_batch_size", "training.global_batch_size", "training.seq_len"
 BACKEND = "comm.backend"
 ASYNC_TP = "parallelism.enable_async_tensor_parallel"
+PREFETCH = "parallelism.fsdp_prefetch"
 
 
 @rule(BACKEND)
@@ -44,6 +45,14 @@ def backend_overlaps_tensor_parallelism(ctx: RuleContext) -> Findings:
             "this backend cannot overlap communication with matrix products",
             _backends_that_carry(ctx, "async_tensor_parallel"),
         )
+
+
+@rule(BACKEND, PREFETCH)
+def backend_has_a_buffer_for_each_gather(ctx: RuleContext) -> Findings:
+    """`comm.heap.GATHER_BUFFERS` are as many as gathering one block ahead uses at a time."""
+    facts, ahead = _backend_facts(ctx), ctx.config.parallelism.fsdp_prefetch
+    if facts is not None and facts.transport is not None and (ahead or 1) > 1:
+        yield Conflict("the symmetric memory of this backend has buffers for one block ahead", f"leave {PREFETCH} out")
 
 
 def _backend_facts(ctx: RuleContext) -> BackendFacts | None:

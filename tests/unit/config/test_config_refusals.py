@@ -255,6 +255,12 @@ WRONG = [
         ("metrics.save_tb_folder", "checkpoint.folder", "share one folder"),
     ),
     Wrong("backend", '[comm]\nbackend = "ncl"', ('comm.backend = "ncl"', "allowed: gloo, nccl", "did you mean: nccl")),
+    Wrong(
+        "more gathers than buffers",
+        '[comm]\nbackend = "nvshmem"\n[parallelism]\nfsdp_prefetch = 2',
+        ("parallelism.fsdp_prefetch = 2", "buffers for one block ahead", "leave parallelism.fsdp_prefetch out"),
+        ranks=2,
+    ),
     Wrong("nothing to carry", '[comm]\nbackend = "nvshmem"', ("comm.backend", "shards none", "choose nccl")),
     Wrong(
         "device to plan for",
