@@ -54,6 +54,7 @@ def test_which_rank_holds_which_stage(arguments, ranks, read_config):
         ((f"{PP}first_stage_less_layers=9",), ("the first stage has 7 layers", "weighs 9")),
         ((f"{PP}last_stage_less_layers=9",), ("the last stage has 7 layers", "weighs 9")),
         (("--model.tie_embeddings",), ("they would be on different ranks of the pipeline",)),
+        ((f"{KEY}fsdp_prefetch=2",), ("a pipeline gathers whole stages ahead, not single blocks",)),
         (
             (f"{PP}schedule=ZBVZeroBubble", f"{KEY}fsdp_reshard_after_forward=always"),
             ("needs gathered parameters in the backward pass",),
