@@ -110,7 +110,12 @@ def commands_of(file: str, name: str) -> frozenset[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name and name.startswith("test_"):
-            on_it = [*node.decorator_list, *_assigned("pytestmark", tree)]
+            of_module = [
+                part
+                for value in _assigned("pytestmark", tree)
+                for part in (value.elts if isinstance(value, ast.List) else [value])
+            ]
+            on_it = [*node.decorator_list, *of_module]
             whole = {COMMANDS[mark] for decorator in on_it for mark in _marks(decorator, tree)}
             some = {
                 COMMANDS[mark]

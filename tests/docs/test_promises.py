@@ -73,6 +73,9 @@ def test_a_wrong_row_is_found(wrong: Promise, says: str) -> None:
 def test_markers_are_read_on_the_test_and_among_its_cases() -> None:
     assert commands_of("tests/fuzz/test_fuzz.py", "test_3000_cases") == {"make test-all"}
     assert commands_of("tests/fuzz/test_fuzz.py", "test_300_cases") == {"make test-more"}
+    dispatch, adam = (f"tests/cuda_dispatch/{name}.py" for name in ("test_dispatch", "test_fused_adam"))
+    for file, name in ((dispatch, "test_a_row"), (adam, "test_a_step_on_cuda_reads_nothing_on_the_host")):
+        assert commands_of(file, name) == {"make test-cuda-dispatch"}, "a marker of the module, alone and in a list"
     both = {"make test", "make test-all"}
     assert commands_of("tests/distributed/test_launch.py", "test_the_first_error_of_a_failed_rank_comes_last") == both
     assert (
