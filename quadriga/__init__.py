@@ -1,4 +1,4 @@
-"""Quadriga: PyTorch-native pre-training of Llama 3.1 models, from a laptop CPU to a GPU cluster.
+"""Quadriga: PyTorch-native pre-training of Llama 3, 3.1 and 3.2 models, from a laptop CPU to a GPU cluster.
 
 The names below are the Python API, which docs/python-api.md explains. They are imported when they are first used, so
 `import quadriga` loads neither torch nor pydantic.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_FAULT = 1  # the machine or the code failed
 EXIT_USAGE = 2  # an error that the user can correct
-EXIT_NO_GOOD_CHECKPOINT = 3  # checkpoints exist, and every one is damaged
+EXIT_NO_GOOD_CHECKPOINT = 3  # every checkpoint is damaged, or one is invalid although its hashes are right
 EXIT_STALLED = 4  # a rank stopped, or a collective timed out
 EXIT_NOT_FINITE = 5  # the loss or the gradients are NaN or infinite, or the loss jumped, and `[health]` says to stop
 EXIT_OUT_OF_MEMORY = 6

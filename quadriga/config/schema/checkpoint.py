@@ -67,7 +67,7 @@ class Checkpoint(Section):
     """How often a failed request to an object store is retried, with increasing pauses."""
 
     allow_change: bool = False
-    """Resume although model, data, seed or batch differ from those of the checkpoint."""
+    """Resume although model, data, seed or batch differ from the checkpoint's. Tensors must keep their shapes."""
 
     load_step: NewestOrStep = -1
     """The step to resume from; -1 is the newest good checkpoint."""
