@@ -22,7 +22,7 @@ def launch(command: str, about: str, argv: Sequence[str], environ: dict[str, str
     from quadriga.launch.supervisor import main as start
 
     parser = Parser(command, about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
-    parser.add_argument("file", help="the TOML file")
+    parser.add_argument("file", help="the TOML file, also after --job.config_file")
     parser.add_argument("--ngpu", type=rank_count, help="ranks on this machine (default: NGPU, else 4)")
     if "--job.config_file" in argv:  # the file by its key, as torchtitan's trainer takes it
         argv = [word for word in argv if word != "--job.config_file"]
