@@ -39,7 +39,8 @@ def find_start(run: Run, *, deep: bool) -> str:
 
     Raises:
         UserError: the run would not start, with the reasons.
-        CheckpointError: checkpoints exist and none is good; with exit code 3.
+        CheckpointError: checkpoints exist and none is good, or one is invalid although its hashes are right; with exit
+            code 3.
     """
     section, spec = run.config.checkpoint, run.spec
     problems = _no_tokenizer(run) + _not_writable("job.dump_folder", spec.folders.dump)

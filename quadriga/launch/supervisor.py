@@ -70,7 +70,7 @@ Exit codes:
   0    done
   1    a fault of the machine or the code
   2    an error that you can correct; one report lists all of them
-  3    checkpoints exist, and every one is damaged
+  3    every checkpoint is damaged, or one is invalid although its hashes are right
   4    a rank stopped, or a collective timed out
   5    the loss or the gradients are NaN or infinite, or the loss jumped, and [health] says to stop
   6    out of memory
