@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -40,8 +41,13 @@ def tensors_in(item: Any) -> Iterator[Tensor]:
 
 
 def from_local_like(local: Tensor, whole: Tensor) -> Tensor:
-    """A DTensor with this local shard, and otherwise as `whole`; if that is no DTensor, `local` as it is."""
+    """A DTensor with this local shard, and otherwise as `whole`; if that is no DTensor, `local` as it is.
+
+    `local` stays where it is, as host memory that holds the shard of a GPU; `DTensor.from_local` would copy it to the
+    devices of the mesh.
+    """
     if not isinstance(whole, DTensor):
         return local
-    mesh, placements = whole.device_mesh, whole.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    meta = TensorMeta(whole.shape, whole.stride(), local.dtype)
+    spec = DTensorSpec(whole.device_mesh, whole.placements, tensor_meta=meta)
+    return DTensor(local, spec, requires_grad=local.requires_grad)

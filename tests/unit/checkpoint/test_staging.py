@@ -7,6 +7,9 @@ import io
 import pytest
 import torch
 from hypothesis import given, strategies
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from quadriga.checkpoint.staging import ALIGNMENT, BLOCK_BYTES, Staging, pack
 
@@ -79,3 +82,17 @@ def test_a_copy_is_written_without_its_neighbours() -> None:
     file = io.BytesIO()
     torch.save(copies["small"], file)
     assert len(file.getvalue()) < 4096
+
+
+def test_the_copy_of_a_shard_on_gpus_stays_in_host_memory() -> None:
+    """A DTensor of a mesh of GPUs; `DTensor.from_local` would copy the staged shard back to the GPU."""
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False, _rank=1)
+    shard = torch.arange(12.0).view(3, 4)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(torch.Size((6, 4)), (4, 1), shard.dtype))
+    copies = Staging(pinned=False).copy({"weight": DTensor(shard, spec, requires_grad=False)})
+    copy = copies["weight"]
+    assert isinstance(copy, DTensor)
+    assert (copy.device_mesh, copy.placements, copy.shape, copy.stride()) == (mesh, (Shard(0),), (6, 4), (4, 1))
+    local = copy.to_local()
+    assert (local.device.type, local.data_ptr() == shard.data_ptr()) == ("cpu", False)
+    assert torch.equal(local, shard)
