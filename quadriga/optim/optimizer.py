@@ -90,8 +90,11 @@ def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer, *, on_device: 
     Args:
         bad: bool, shape (), the same on all ranks.
         on_device: decide on the device, without synchronization. Only for fused Adam and AdamW; others wait for `bad`.
+            With CPU offload, fused Adam runs on the host and waits too.
     """
     if on_device and optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        # Copied to the parameters here, which waits; torch would not wait for its copy to the host.
+        found_inf = bad.float().to(optimizer.param_groups[0]["params"][0].device)
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
     elif bad:
         optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadriga.config.schema import Optimizer
 from quadriga.optim import optimizer as made
-from quadriga.optim.optimizer import build_optimizer, clip_gradients
+from quadriga.optim.optimizer import build_optimizer, clip_gradients, skip_update_if
 
 
 def small_model() -> nn.Module:
@@ -129,3 +131,31 @@ def test_a_step_without_a_limit_forgets_the_factor_of_the_one_before(monkeypatch
     assert built.grad_scale.item() == pytest.approx(5.0, rel=1e-5)
     clip_gradients(built, [torch.ones(3)], torch.tensor(5.0), 0.0)
     assert built.grad_scale is None
+
+
+class CopiesToTheHost(TorchDispatchMode):
+    """Whether each copy of a tensor of a GPU to the host lets the host go on (`non_blocking`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and args[0].is_cuda and result.device.type == "cpu":
+            self.found.append(bool((kwargs or {}).get("non_blocking")))
+        return result
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_an_update_on_the_host_waits_for_the_verdict_of_the_device(state_dtype: str | None) -> None:
+    """CPU offload: Adam reads the verdict at once, and a copy that has not arrived would drop good updates."""
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(4, 4))
+        weight.grad = torch.empty(4, 4)
+        optimizer = build_optimizer([("weight", weight)], Optimizer(state_dtype=state_dtype))  # type: ignore[arg-type]
+        bad = torch.empty((), dtype=torch.bool, device="cuda")
+        with CopiesToTheHost() as copies:
+            skip_update_if(bad, optimizer, on_device=True)
+            optimizer.step()
+    assert copies.found == [False]
