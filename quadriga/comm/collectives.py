@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 
@@ -47,6 +49,19 @@ def gather_in_symmetric_memory(module: FSDPModule) -> None:
 def has_symmetric_memory() -> bool:
     """Whether this torch has the call of `gather_in_symmetric_memory`."""
     return hasattr(FSDPModule, "set_symm_mem_for_comm")
+
+
+def split_collectives_of(group: dist.ProcessGroup) -> None:
+    """Let the compiler split the collectives of `group`, which asynchronous tensor parallelism overlaps with products.
+
+    torch deprecates the call that it makes here, but up to 2.13 its compiler passes over a group without it, in silence
+    (https://github.com/pytorch/pytorch/issues/193027).
+    """
+    enable = getattr(symmetric_memory, "enable_symm_mem_for_group", None)
+    if enable is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            enable(group.group_name)
 
 
 HOST = "host"  # description of groups whose collectives wait for disks and have their own time limit

@@ -41,6 +41,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
+from quadriga.comm.collectives import split_collectives_of
 from quadriga.config.schema import Parallelism
 from quadriga.errors import Problem, UserError
 from quadriga.models.plan import TensorCut
@@ -183,3 +184,4 @@ def _overlap_communication(mesh: DeviceMesh) -> None:
             )
         )
     torch._inductor.config._micro_pipeline_tp = True
+    split_collectives_of(mesh.get_group())

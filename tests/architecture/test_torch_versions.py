@@ -20,6 +20,7 @@ NOT_EVERYWHERE = [
     "dist.reduce_scatter_tensor",
     "reduce_scatter_offset",
     "_warmup_p2p",
+    "enable_symm_mem_for_group",
 ]
 
 
