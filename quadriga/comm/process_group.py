@@ -72,6 +72,13 @@ def _rendezvous(environ: Mapping[str, str], timeout: timedelta) -> dict[str, Any
     return {"store": PrefixStore(f"quadriga/start/{start}", store), **place}
 
 
+def set_start_timeouts(comm: Comm) -> None:
+    """Set the time limit of collectives to `comm.init_timeout_seconds` in the groups of a mesh too.
+
+    They get torch's default of 10 or 30 minutes, not the limit of the default group."""
+    collectives.set_timeout(timedelta(seconds=comm.init_timeout_seconds))
+
+
 def tighten_timeouts(comm: Comm) -> None:
     """After the first step, set the time limit of collectives to `comm.train_timeout_seconds`. Call on all ranks."""
     collectives.barrier()  # all ranks have ended the first step, which the short timeout could cut off

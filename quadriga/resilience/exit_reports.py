@@ -53,6 +53,7 @@ def report_config_error(environ: Mapping[str, str], error: UserError) -> int:
 
 
 _exit_lock = threading.RLock()
+_without_finalizers = threading.Event()  # set: a successful exit does not run the interpreter's finalizers
 
 
 def acquire_exit_lock() -> None:
@@ -121,9 +122,14 @@ def _write_exit_record(
     return record
 
 
+def skip_finalizers() -> None:
+    """Let `end_process` exit without the interpreter's finalizers, also after success."""
+    _without_finalizers.set()
+
+
 def end_process(code: int) -> NoReturn:
     """Exit with `code`. A failed rank skips cleanup, because a communicator that waits for others would block it."""
-    if code == EXIT_OK:
+    if code == EXIT_OK and not _without_finalizers.is_set():
         sys.exit(code)
     logging.shutdown()
     sys.stdout.flush()

@@ -17,6 +17,8 @@ from quadriga.units import format_bytes
 
 ESTIMATE_NAME = "estimate.json"  # in the run folder, written by this launch
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+SIGNS += ("cuda_error_out_of_memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+DEVICE_SIGNS = ("cuda", "cublas", "cudnn")
 STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 OFFLOAD = "training__enable_cpu_offload"  # no help if the memory of the host has run out
 
@@ -34,7 +36,7 @@ def _is_memory_error(error: BaseException) -> bool:
 
 def out_of_memory_fault(error: BaseException, run: Run, progress: Progress, rank: int) -> Fault:
     """The report on an error for which `is_out_of_memory` holds."""
-    on_device = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
+    on_device = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in DEVICE_SIGNS)
     where = f"step {progress.step}, phase {progress.phase!r}" if progress.step else f"phase {progress.phase!r}"
     advice = _advice_of_estimate(Path(run.spec.folders.dump, ESTIMATE_NAME))
     advice = advice or memory_saving_changes(run, progress.phase, on_device)

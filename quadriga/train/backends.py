@@ -19,6 +19,7 @@ from quadriga.log import logger
 from quadriga.metrics.guarded import Guarded, Logger
 from quadriga.metrics.loggers import JSONL_NAME
 from quadriga.planning.communication import heap_of
+from quadriga.resilience import exit_reports
 
 
 def machine_for(backend: str | None, local_rank: int) -> Machine:
@@ -47,6 +48,8 @@ def collectives_for_shards(
         environ[VARIABLE] = symmetric_size(heap, environ)
     if heap is not None:
         logger.debug("symmetric memory: %s", heap)
+        if backend == "nvshmem":
+            exit_reports.skip_finalizers()  # they can wait for the library, which has closed
     group = mesh.fsdp.get_group("dp_shard")
     return open_shard_collectives(backend, group, heap, device, run.config.comm.init_timeout_seconds)
 

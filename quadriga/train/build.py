@@ -117,6 +117,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
         set_compile_cache(os.environ)
     device = process_group.start(config.comm, backend, spec.folders.comm_traces, environ)
     mesh = build_mesh(spec.degrees, BACKENDS[backend].device_type)
+    process_group.set_start_timeouts(config.comm)
     shard_collectives = collectives_for_shards(run, backend, mesh, device)
     events = watchdog.events = open_event_log(spec, backend)
     failures = WriteFailures(config.metrics.on_write_failure == "stop")

@@ -190,6 +190,24 @@ def test_one_rank_needs_no_rendezvous() -> None:
     assert (result["gathered"], result["received"], result["host"]) == ([{"rank": 0}], "from 0", True)
 
 
+def timeouts_of_a_start() -> list[timedelta]:
+    """Of the groups of all axes, before the first step."""
+    comm = Comm(init_timeout_seconds=50)
+    process_group.start(comm, "gloo")
+    mesh = build_mesh(Degrees(dp_shard=2, tp=2), "cpu")
+    process_group.set_start_timeouts(comm)
+    process_group.set_start_timeouts(comm)
+    groups = [mesh.loss_group, mesh.tp.get_group(), mesh.fsdp.get_group("dp_shard")]
+    found = [cast(Any, group)._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    process_group.stop()
+    return found
+
+
+def test_a_start_limits_the_groups_of_all_axes() -> None:
+    for found in run_ranks(timeouts_of_a_start, 4, backend=None):
+        assert found == [timedelta(seconds=50)] * 3
+
+
 def wait_for_nobody() -> None:
     comm = Comm(train_timeout_seconds=1)
     process_group.start(comm, "gloo")

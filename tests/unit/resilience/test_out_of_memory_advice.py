@@ -30,8 +30,11 @@ def wrapped(error: Exception) -> Exception:
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         OSError(12, "Cannot allocate memory"),
         wrapped(MemoryError()),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: CUDA_ERROR_OUT_OF_MEMORY"),
     ],
-    ids=["python", "device", "host", "system", "wrapped"],
+    ids=["python", "device", "host", "system", "wrapped", "cuBLAS", "cuDNN", "attention of cuDNN"],
 )
 def test_a_lack_of_memory_is_known_in_all_its_forms(error: Exception) -> None:
     assert is_out_of_memory(error)

@@ -247,6 +247,14 @@ def test_a_failed_rank_is_not_held_by_what_waits_at_the_exit(code: int) -> None:
     assert ended.stdout == ("last word\n" if code else "last word\nwaited\n")
 
 
+def test_a_run_over_nvshmem_ends_without_finalizers() -> None:
+    source = "import atexit; from quadriga.resilience.exit_reports import end_process, skip_finalizers\n"
+    source += "atexit.register(lambda: print('waited'))\nprint('last word'); skip_finalizers(); end_process(0)"
+    ended = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout == "last word\n"
+
+
 def test_an_error_of_the_network_is_not_taken_for_a_lost_rank(tmp_path: Path) -> None:
     exit_reports.report_failure({RECORDS: str(tmp_path)}, ConnectionRefusedError(111, "Connection refused"))
     assert not read_records(tmp_path / "0")[0].lost_peer
