@@ -16,8 +16,8 @@ from quadriga.resilience.progress import Progress
 from quadriga.units import format_bytes
 
 ESTIMATE_NAME = "estimate.json"  # in the run folder, written by this launch
-SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
-SIGNS += ("cuda_error_out_of_memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+HOST_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+SIGNS = (*HOST_SIGNS, "cuda_error_out_of_memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 DEVICE_SIGNS = ("cuda", "cublas", "cudnn")
 STATE_PHASES = {"weights", "optimizer", "save"}  # in which the weights and the optimizer's state weigh most
 OFFLOAD = "training__enable_cpu_offload"  # no help if the memory of the host has run out
