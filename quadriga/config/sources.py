@@ -198,6 +198,8 @@ def command_line_layer(argv: Sequence[str]) -> tuple[list[Entry], list[Problem]]
 
 def expand(where: str, text: str, source: str | None, environ: Mapping[str, str]) -> str | Problem:
     """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a problem if one of them is not defined."""
+    if "${" in _VARIABLE.sub("", text):
+        return Problem(where, "a `${` has no `}`", text, source, "$NAME or ${NAME}")
     for match in _VARIABLE.finditer(text):
         name = match.group(1) if match.group(1) is not None else match.group(2)
         if not _NAME.fullmatch(name):

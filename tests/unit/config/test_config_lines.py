@@ -67,3 +67,10 @@ def test_an_estimate_expands_variables_as_a_dry_run_does(tmp_path, monkeypatch, 
     assert "Estimate of llama3 debugmodel, 1 rank\n" in capsys.readouterr().out
     assert main(["search", str(file), "--ngpu", "1", "--device", "h100-80gb"]) == 0
     assert main(["card", str(file), "--ngpu", "1", "--print"]) == 0
+
+
+def test_a_variable_that_is_not_closed_is_no_name_of_a_folder(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('[job]\ndump_folder = "${HOME/a"\n')
+    assert main(["estimate", str(file)]) == 2
+    assert "a `${` has no `}`" in capsys.readouterr().err
