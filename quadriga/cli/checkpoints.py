@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     nowhere = any(os.path.islink(one) and not os.path.isdir(one) for one in (chosen.folder, folder))
     if nowhere or not files_at(folder).exists(folder):
         raise UserError(Problem("FOLDER", "there is no such folder", folder))
-    if os.path.isfile(folder):
-        raise UserError(Problem("FOLDER", "is a file, not a folder", folder))
+    if "://" not in folder and not os.path.isdir(folder):
+        raise UserError(Problem("FOLDER", "is not a folder", folder))
     whole, damaged = folders.list_checkpoints(folder)
     candidates, damaged = titan.find_candidates(folder, damaged)
     titan_checkpoints, rejected = split_titan(candidates)
