@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         rates=rates,
         gpus_per_node=options.gpus_per_node,
         global_batch=options.target_global_batch,
+        progress=SearchProgress(),
     )
     seconds = time.perf_counter() - start
     if options.json:
@@ -52,6 +53,19 @@ def main(argv: Sequence[str]) -> int:
     if options.write:
         _write(options.write, options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
     return EXIT_OK
+
+
+class SearchProgress:
+    """Prints now and then how far a search is: thousands of devices have 100,000 candidates, for many minutes."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds = seconds
+        self._due = time.monotonic() + seconds
+
+    def __call__(self, tried: int, fitting: int) -> None:
+        if time.monotonic() >= self._due:
+            print(f"{tried:,} candidates so far, {fitting:,} of them fit", file=sys.stderr, flush=True)
+            self._due += self._seconds
 
 
 def refuse_fixed_stages(run: Run) -> None:

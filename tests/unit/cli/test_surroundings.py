@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from quadriga.cli.main import main
+from quadriga.cli.search import SearchProgress
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
@@ -108,3 +111,19 @@ def test_names_of_checkpoints_are_printed_escaped(tmp_path, capsys):
     (folder / "checkpoint" / "step-3").mkdir(parents=True)
     main(["checkpoints", str(folder)])
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_long_search_says_how_far_it_is(capsys):
+    progress = SearchProgress(seconds=0.0)
+    progress(1234, 5)
+    assert capsys.readouterr().err == "1,234 candidates so far, 5 of them fit\n"
+    SearchProgress()(1, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_numbers_of_a_card_that_json_lacks_are_text(tmp_path, capsys):
+    (tmp_path / "card.yaml").write_text("version: .inf\nworkload: {data: {seq_len: .nan, batch_size: [-.inf]}}\n")
+    assert main(["ccl-bench", "read", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert not re.search(r"(?<!\")(NaN|Infinity)", printed)
+    assert json.loads(printed)["card"]["version"] == "inf"
