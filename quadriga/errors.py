@@ -42,9 +42,12 @@ def shortened(value: object, most: int = 80) -> str:
 
 
 def _text(value: str) -> str:
-    """Text of Quadriga, which may have several lines, with the values in it."""
+    """Text of Quadriga, which may have several lines, with the values in it.
+
+    Further lines are indented, so that a value with line breaks looks like a part of its problem, not like another one.
+    """
     kept = value if len(value) <= 4 * MAX_PART_CHARS else value[: 4 * MAX_PART_CHARS - 3] + "..."
-    return printable(kept, keep=NEWLINE)
+    return printable(kept, keep=NEWLINE).replace(NEWLINE, NEWLINE + " " * 8)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from quadriga.errors import Fault, Problem, UserError, shortened
+from quadriga.errors import Fault, Problem, UserError, printable, shortened
 
 if TYPE_CHECKING:
     from quadriga.config import Run
@@ -47,9 +47,26 @@ class Parser(argparse.ArgumentParser):
 
 def rank_count(text: str) -> int:
     """The argparse type of `--ngpu`: a whole number from 1 to 999,999,999."""
+    return _count(text, "a number of ranks (1 or more)")
+
+
+def count(text: str) -> int:
+    """The argparse type of another number of things: as `rank_count`."""
+    return _count(text, "a whole number from 1 to 999,999,999")
+
+
+def _count(text: str, what: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a number of ranks (1 or more)")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not {what}")
     return int(text)
+
+
+def page_file(text: str) -> Path:
+    """The argparse type of a file to write. It is checked before the work, because that may take hours."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a file in an existing folder")
+    return path
 
 
 def bandwidth(text: str) -> float:
@@ -69,20 +86,20 @@ def repository_of(path: Path) -> Path:
     return next(above, Path.cwd())
 
 
-def run_from_file(
-    file: str, ranks: int | None, keys: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> Run:
-    """The run of a file, as a dry run reads it. `ranks`: None for the product of the degrees."""
+def run_from_file(file: str, ranks: int | None, keys: Sequence[str] = ()) -> Run:
+    """The run of a file, as a dry run reads it. `ranks`: None for the product of the degrees. COMM_BACKEND is
+    ignored: what is printed depends on the file and the arguments only."""
     from quadriga.comm.backend import BACKENDS
     from quadriga.config import read
     from quadriga.models.registry import catalogue
 
     arguments = ["--job.config_file", file, *keys]
-    return read(arguments, environ or {}, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)
+    environ = {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"}
+    return read(arguments, environ, catalogue=catalogue(), backends=BACKENDS, world_size=ranks, training=False)
 
 
 def write_page(target: Path, page: str) -> None:
     try:
         target.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise Fault(f"{target} cannot be written: {error}") from None
+        raise Fault(f"{printable(target)} cannot be written: {error.strerror}") from None

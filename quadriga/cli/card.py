@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from quadriga.config import Run
 from quadriga.config.card import CardFigures, CardTarget, read_target, render_card
 from quadriga.config.reference import reference_page
 from quadriga.config.torchtitan import regenerate
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, printable
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.limits import README_BYTES
 from quadriga.models.registry import flops_per_token
@@ -39,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
         if options.print:
             print(card, end="")
         else:
-            stale += write_or_check(card_path(file), card, options.check)
+            refuse_other_readme(file)
+            again = ["quadriga", "card", name, *(["--ngpu", str(options.ngpu)] if options.ngpu else [])]
+            stale += write_or_check(card_path(file), card, options.check, shlex.join(again))
     return EXIT_FAULT if stale else EXIT_OK
 
 
@@ -63,29 +66,46 @@ def card_path(file: Path) -> Path:
     return file.parent / "README.md"
 
 
-def write_or_check(place: Path, text: str, check: bool) -> bool:
-    """Write a generated file, or only compare it (`check`). Returns whether it is out of date and was not written."""
+def write_or_check(place: Path, text: str, check: bool, command: str = "quadriga docs") -> bool:
+    """Write a generated file, or only compare it (`check`). Returns whether it is out of date and was not written.
+
+    `command`: what writes it, for the message.
+    """
     if place.is_file() and place.read_bytes() == text.encode():
-        print(f"{place}: up to date", file=sys.stderr)
+        print(printable(f"{place}: up to date"), file=sys.stderr)
         return False
     if check:
         print(
-            f"{place}: {'out of date' if place.is_file() else 'missing'}; write it with `quadriga docs`",
+            printable(f"{place}: {'out of date' if place.is_file() else 'missing'}; write it with `{command}`"),
             file=sys.stderr,
         )
         return True
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
-    print(f"{place}: written", file=sys.stderr)
+    print(printable(f"{place}: written"), file=sys.stderr)
     return False
+
+
+def refuse_other_readme(file: Path) -> None:
+    """Raise UserError if another text than the card of `file` would be overwritten."""
+    place = card_path(file)
+    if not os.path.lexists(place):
+        return
+    there = read_target(read_text(place, README_BYTES, what="card"))
+    if there is None or Path(there.file).name != file.name:
+        what = "exists, and is not a card" if there is None else f"is the card of {there.file}"
+        fix = "move it away, or print the card instead: --print"
+        raise UserError(Problem(str(place), what, fix=fix))
 
 
 def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
     """The target of a card: the options, else the target of the existing card. Raises UserError without both."""
     place = card_path(file)
     there = read_target(read_text(place, README_BYTES, what="card")) if place.is_file() else None
+    if there is not None and Path(there.file).name != file.name:
+        there = None
     if gpus is None and there is None:
-        fix = f"quadriga card {file} --ngpu N"
+        fix = f"quadriga card {shlex.quote(str(file))} --ngpu N"
         raise UserError(
             Problem("--ngpu", "is needed, because there is no card yet that has the number of GPUs", fix=fix)
         )
@@ -102,8 +122,7 @@ def target_for(file: Path, gpus: int | None, device: str | None) -> CardTarget:
 
 def make_card(target: CardTarget, file: Path) -> str:
     """The text of the card of `file`."""
-    environ = {name: value for name, value in os.environ.items() if name != "COMM_BACKEND"}
-    run = run_from_file(str(file), target.gpus, environ=environ)
+    run = run_from_file(str(file), target.gpus)
     name = target.device or run.config.estimate.device
     device = None if name is None else device_named(name, "--device")
     return render_card(run, target, figures_of(run, device), device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def inspect_card(place: Path, as_json: bool) -> int:
             "mfu": model_flops_utilization(card, seconds),
             "mistakes": found,
         }
-        print(json.dumps(summary, indent=2, default=str))
+        print(json.dumps(_as_json(summary), indent=2, default=str, allow_nan=False))
         return EXIT_OK
     print(printable(file))
     for name, path in SUMMARY_FIELDS.items():
@@ -148,6 +149,15 @@ def inspect_card(place: Path, as_json: bool) -> int:
     print(f"  {'mfu':<12} " + (f"{reached:.2%} from this card" if reached is not None else _why_no_mfu(seconds)))
     print("\n".join(_warnings(found)))
     return EXIT_OK
+
+
+def _as_json(value: Any) -> Any:
+    """The value with infinities and NaN, which YAML has and JSON has not, as text."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _why_no_mfu(seconds: float | None) -> str:

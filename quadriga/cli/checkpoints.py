@@ -10,7 +10,7 @@ from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import files_at, join
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.cli.arguments import Parser
-from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_NO_GOOD_CHECKPOINT, EXIT_OK, Problem, UserError, printable
 from quadriga.units import format_bytes, format_count
 
 ABOUT = (
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     nowhere = any(os.path.islink(one) and not os.path.isdir(one) for one in (chosen.folder, folder))
     if nowhere or not files_at(folder).exists(folder):
         raise UserError(Problem("FOLDER", "there is no such folder", folder))
-    if os.path.isfile(folder):
-        raise UserError(Problem("FOLDER", "is a file, not a folder", folder))
+    if "://" not in folder and not os.path.isdir(folder):
+        raise UserError(Problem("FOLDER", "is not a folder", folder))
     whole, damaged = folders.list_checkpoints(folder)
     candidates, damaged = titan.find_candidates(folder, damaged)
     titan_checkpoints, rejected = split_titan(candidates)
@@ -38,21 +38,23 @@ def main(argv: Sequence[str]) -> int:
     for found in whole:
         wrong = folders.find_damage(found) if chosen.verify else []
         good += not wrong
-        print(format_checkpoint(found, "verified" if chosen.verify else "sizes are correct"))
+        print(printable(format_checkpoint(found, "verified" if chosen.verify else "sizes are correct")))
         for reason in wrong:
-            print(f"  DAMAGED: {reason}")
+            print(printable(f"  DAMAGED: {reason}"))
     for found in titan_checkpoints:
-        print(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}, without hashes to verify")
+        print(
+            printable(f"{found.path}: {', '.join(found.contents)}; saved by {found.trainer}, without hashes to verify")
+        )
     for _, reason in damaged:
-        print(f"DAMAGED: {reason}")
+        print(printable(f"DAMAGED: {reason}"))
     for reason in folders.non_folders_in(folder):
-        print(reason)
+        print(printable(reason))
     for name in folders.foreign_steps_in(folder):
-        print(f"{name}: saved by another trainer; only readable from a disk, not from an object store")
+        print(printable(f"{name}: saved by another trainer; only readable from a disk, not from an object store"))
     for name in folders.unpublished_in(folder):
-        print(f"{name}: not completed; the next start removes it")
+        print(printable(f"{name}: not completed; the next start removes it"))
     if not whole and not damaged and not titan_checkpoints:
-        print(f"{folder}: no checkpoint")
+        print(printable(f"{folder}: no checkpoint"))
         return EXIT_OK
     return EXIT_OK if good else EXIT_NO_GOOD_CHECKPOINT
 

@@ -14,7 +14,7 @@ from quadriga.analysis.compare.comparison import compare_settings
 from quadriga.analysis.compare.evidence import Analyse
 from quadriga.analysis.compare.report import format_comparison
 from quadriga.analysis.compare.runs import WARMUP_STEPS, find_bench, folders_of, names_of, read_setting
-from quadriga.cli.arguments import Parser, write_page
+from quadriga.cli.arguments import Parser, page_file, write_page
 from quadriga.errors import EXIT_OK, Problem, UserError, printable, shortened
 
 ABOUT = (
@@ -56,14 +56,6 @@ def step_count(text: str) -> int:
     return int(text)
 
 
-def page_file(text: str) -> Path:
-    """The argparse type of `--html`. It is checked before the runs, because they may take hours."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a file in an existing folder")
-    return path
-
-
 def compare_folders(paths: Sequence[Path], accepted: Sequence[str], warmup: int) -> dict[str, Any]:
     """The comparison of run folders, as one dict. Raises UserError if they cannot be compared."""
     folders = folders_of(paths)
@@ -94,4 +86,4 @@ def print_comparison(found: dict[str, Any], options: argparse.Namespace) -> None
         from quadriga.analysis.compare.page import comparison_page
 
         write_page(options.html, comparison_page(found))
-        print(f"the page is {options.html}", file=sys.stderr)
+        print(f"the page is {printable(options.html)}", file=sys.stderr)

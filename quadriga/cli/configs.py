@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser, repository_of
-from quadriga.errors import EXIT_OK, Problem, UserError, nearest
+from quadriga.errors import EXIT_OK, Problem, UserError, nearest, printable
 from quadriga.reading import read_toml
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = files if options.name is None else {options.name: files[options.name]}
     if options.copy is not None:
         copied = [copy_new(file.parent, options.copy / file.parent.name) for file in chosen.values()]
-        print("\n".join(str(folder / f"{folder.name}.toml") for folder in copied))
+        print("\n".join(printable(folder / f"{folder.name}.toml") for folder in copied))
     elif options.name is not None:
         print(chosen[options.name])
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
@@ -13,6 +14,7 @@ from quadriga.config.model_spec import ModelSpec, RopeScaling
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.log import logger, start_logging
 from quadriga.models import registry
+from quadriga.units import format_some
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="to-hf: the TOML file, for a checkpoint without configuration")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to-hf: its tokenizer (default: that of the run)")
     options = parser.parse_args(argv)
+    if not options.source or not options.out:
+        raise UserError(Problem("SOURCE, OUT", "is empty", fix="name two folders"))
     start_logging()
     if options.direction == "to-hf":
         convert_to_hf(options.source, options.out, options.dtype, options.config, options.tokenizer)
@@ -101,8 +105,8 @@ def convert_from_hf(source: str, out: str, dtype: str | None) -> None:
     spec = registry.spec_from_hf(config, folder.config_file)
     extra = {"model": asdict(spec), "max_positions": registry.positions_from_hf(config)}
     name = import_hf(folder, out, registry.tensor_names(spec), extra, torch_dtype(dtype))
-    where = printable(out)
-    logger.info(f"{printable(source)} was converted; to start from it: --checkpoint.initial_load_path {where}")
+    start = shlex.join(["--checkpoint.enable", "--checkpoint.initial_load_path", out])
+    logger.info(printable(f"{source} was converted; to start from it: {start}"))
     print(printable(name))
 
 
@@ -124,11 +128,18 @@ def find_checkpoint(source: str) -> CheckpointInfo:
     except InvalidCheckpoint as reason:
         raise UserError(Problem(source, f"not a complete checkpoint: {reason}")) from reason
     inside = [join(source, name) for name in sorted(files.names(source), key=lambda name: name != CHECKPOINTS)]
-    damaged = []
+    damaged, several = [], []
     for folder in (source, *inside):
         if found := find_complete(folder):
-            return found
+            if folder in (source, join(source, CHECKPOINTS)):
+                return found
+            several.append(found)
         damaged += damaged_in(folder)
+    if len(several) > 1:
+        names = format_some([found.path for found in several])
+        raise UserError(Problem(source, "several of its folders have checkpoints", allowed=names, fix="name one"))
+    if several:
+        return several[0]
     what = f"no complete checkpoint: {'; '.join(damaged)}" if damaged else "there is no checkpoint of Quadriga"
     if files.exists(join(source, ".metadata")):
         what += "; another trainer may order the rows of heads differently, so use its own tools to convert"
@@ -179,11 +190,17 @@ def tokenizer_of(requested: str | None, known: str) -> tuple[tuple[int | None, i
         return (None, None), {}
     try:
         return build_tokenizer(place).special_ids, transformers_files(place)
-    except UserError:
-        if requested or os.path.exists(place):
+    except UserError as error:
+        if requested:
+            raise UserError(*(replace(each, where=_of_option(each.where)) for each in error.problems)) from None
+        if os.path.exists(place):
             raise
         logger.warning(f"no tokenizer is at {printable(place)}: token ids are not set; --tokenizer FOLDER names one")
         return (None, None), {}
+
+
+def _of_option(where: str) -> str:
+    return where.replace("model.hf_assets_path", "--tokenizer")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

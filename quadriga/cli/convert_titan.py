@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def write_torchtitan(found: CheckpointInfo, spec: ModelSpec, out: str) -> None:
             states["dataloader"] = position
     name = export_titan(found, out, registry.tensor_names(spec), states, group)
     logger.info(f"{printable(found.path)} was converted to a checkpoint of torchtitan: {printable(name)}")
-    start = f"--checkpoint.enable --checkpoint.initial_load_path {printable(name)}"
+    start = f"--checkpoint.enable --checkpoint.initial_load_path {shlex.quote(printable(name))}"
     if not states:
         logger.warning("it contains only the weights, like the source")
     else:

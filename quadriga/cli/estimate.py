@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga import limits
-from quadriga.cli.arguments import Parser, rank_count, run_from_file
+from quadriga.cli.arguments import Parser, count, rank_count, run_from_file
 from quadriga.errors import EXIT_OK, Problem, UserError, shortened
 from quadriga.hardware import DEVICES, Device, device_named
 from quadriga.metrics.jsonl import read_metrics
@@ -43,7 +43,7 @@ def add_estimate_arguments(parser: Parser) -> None:
     known = ", ".join(device.slug for device in DEVICES)
     parser.add_argument("--device", help=f"{known}, or a TOML file with the figures of a device")
     parser.add_argument("--calibrate", metavar="RUN_FOLDER", help="use the rates of a finished run with a trace")
-    parser.add_argument("--gpus-per-node", type=rank_count, default=8, help="GPUs that share a fast link (default 8)")
+    parser.add_argument("--gpus-per-node", type=count, default=8, help="GPUs that share a fast link (default 8)")
 
 
 def measured_rates(folder: str | None, device: Device | None) -> Rates | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from quadriga.cli.arguments import Parser, rank_count, run_from_file
+from quadriga.cli.arguments import Parser, count, page_file, run_from_file, write_page
 from quadriga.cli.estimate import add_estimate_arguments, measured_rates
 from quadriga.config import Run, to_toml
-from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError
+from quadriga.errors import EXIT_FAULT, EXIT_OK, Problem, UserError, printable
 from quadriga.hardware import device_named
 from quadriga.planning.search import ERROR, Candidate, SearchResult, search
 from quadriga.units import GIB, format_bytes
@@ -21,10 +22,10 @@ def main(argv: Sequence[str]) -> int:
     about = "Estimate every valid layout for a number of devices, and rank those that fit by predicted speed."
     parser = Parser("search", about + " Other arguments are keys: --section.key value (see `quadriga keys`).")
     add_estimate_arguments(parser)
-    parser.add_argument("--target-global-batch", type=rank_count, help="rows per step (default: those of the file)")
-    parser.add_argument("--top", type=rank_count, default=10, help="number of layouts to print (default 10)")
+    parser.add_argument("--target-global-batch", type=count, help="rows per step (default: those of the file)")
+    parser.add_argument("--top", type=count, default=10, help="number of layouts to print (default 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--write", help="write the first layout as a TOML file for `quadriga train`")
+    parser.add_argument("--write", type=page_file, help="write the first layout as a TOML file for `quadriga train`")
     options, keys = parser.parse_known_args(argv)
     if options.ngpu is None or options.device is None:
         fix = "quadriga search FILE --ngpu 8 --device h100-80gb"
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         rates=rates,
         gpus_per_node=options.gpus_per_node,
         global_batch=options.target_global_batch,
+        progress=SearchProgress(),
     )
     seconds = time.perf_counter() - start
     if options.json:
@@ -49,8 +51,21 @@ def main(argv: Sequence[str]) -> int:
         print("Nothing fits. Use more or larger devices, or a smaller --target-global-batch.", file=sys.stderr)
         return EXIT_FAULT
     if options.write:
-        _write(Path(options.write), options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
+        _write(options.write, options.file, options.ngpu, [*keys, *found.best[0].variant.as_arguments()])
     return EXIT_OK
+
+
+class SearchProgress:
+    """Prints now and then how far a search is: thousands of devices have 100,000 candidates, for many minutes."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds = seconds
+        self._due = time.monotonic() + seconds
+
+    def __call__(self, tried: int, fitting: int) -> None:
+        if time.monotonic() >= self._due:
+            print(f"{tried:,} candidates so far, {fitting:,} of them fit", file=sys.stderr, flush=True)
+            self._due += self._seconds
 
 
 def refuse_fixed_stages(run: Run) -> None:
@@ -119,5 +134,6 @@ def candidate_dict(candidate: Candidate) -> dict[str, object]:
 def _write(path: Path, file: str, ranks: int, keys: Sequence[str]) -> None:
     """Write the first layout. It is read and checked again, so the file is what will be trained."""
     run = run_from_file(file, ranks, keys)
-    path.write_text(to_toml(run.config), encoding="utf-8")
-    print(f"the first layout is in {path}: quadriga train {path} --ngpu {ranks}", file=sys.stderr)
+    write_page(path, to_toml(run.config))
+    train = shlex.join(["quadriga", "train", str(path), "--ngpu", str(ranks)])
+    print(printable(f"the first layout is in {path}: {train}"), file=sys.stderr)

@@ -122,6 +122,8 @@ def format_toml(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(format_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {format_toml(item)}" for name, item in value.items()) + "}"
     return str(value)
 
 

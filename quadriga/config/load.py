@@ -27,7 +27,7 @@ from quadriga.config.sources import (
     expand,
     file_layers,
 )
-from quadriga.errors import Problem, nearest
+from quadriga.errors import Problem, nearest, shortened
 from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
 
 
@@ -65,7 +65,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     arguments, problems = command_line_layer(argv)
     loaded.problems += problems
     file = next((entry.value.text for entry in reversed(arguments) if entry.key == CONFIG_FILE), None)
-    place = expand(CONFIG_FILE, file, COMMAND_LINE, environ) if file else None
+    place = expand(CONFIG_FILE, file, COMMAND_LINE, environ) if file is not None else None
+    if place == "":
+        place = Problem(CONFIG_FILE, "is empty", "", COMMAND_LINE, "a TOML file", fix="name a TOML file")
     files, problems = (
         ([], [place]) if isinstance(place, Problem) else file_layers(place, environ) if place else ([], [])
     )
@@ -213,18 +215,19 @@ def _unknown(entry: Entry) -> Problem:
     if not table:
         what, fix = "this key is outside every table", "put it into the table that it belongs to"
         return Problem(name, what, shown, entry.source, f"tables: {', '.join(_roots())}; `extends`", guess, fix)
-    what = f"[{table}] has no such key"
+    what = f"[{shortened(table)}] has no such key"
     return Problem(name, what, shown, entry.source, _short_list(table, inside), guess, "correct or remove it")
 
 
 def _wrong_table(entry: Entry, shown: str | None) -> Problem:
     """A value in place of a table, or an unknown table."""
     if entry.key in _tables():
-        what = "this is a table, not a key"
+        several = isinstance(entry.value, list) and all(isinstance(item, dict) for item in entry.value)
+        what = f"this is one table: [{entry.key}], not [[{entry.key}]]" if several else "this is a table, not a key"
         return Problem(entry.key, what, shown, entry.source, _short_list(entry.key, list(KEYS)))
     table = entry.key if entry.value == {} else entry.key.rpartition(".")[0]
     guess = nearest(table, _tables()) or nearest(table.partition(".")[0], _roots())
-    what = f"there is no table [{table}]"
+    what = f"there is no table [{shortened(table)}]"
     return Problem(entry.key, what, shown, entry.source, f"tables: {', '.join(_roots())}", guess and f"[{guess}]")
 
 
@@ -322,7 +325,7 @@ def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Prob
     """A schema error as a `Problem`. `culprit` is the wrong value: the whole one, or an item of a list."""
     guess = nearest(culprit, key.choices) if isinstance(culprit, str) and key.choices else None
     if kind == "literal_error":
-        what = f"unknown value {format_toml(culprit)}" if culprit != value else "unknown value"
+        what = f"unknown value {shortened(format_toml(culprit))}" if culprit != value else "unknown value"
     elif kind.endswith(("_type", "_parsing")):
         what = f"wrong type: {_type_name(culprit)}"
     elif kind == "finite_number":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.padding import Padding
@@ -61,7 +61,7 @@ def print_keys(words: Sequence[str] = ()) -> None:
 
     A word matches a key if it is the name of its table, or a part of its name or its meaning.
     """
-    console, documented, found = Console(highlight=False), documentation(), False
+    console, documented, found = _Console(highlight=False), documentation(), False
     for name, about, keys in tables():
         matching = [
             key for key in keys if all(_matches(word.lower(), name, key, documented[key.name]) for word in words)
@@ -78,6 +78,13 @@ def print_keys(words: Sequence[str] = ()) -> None:
     if not found:
         text = " ".join(words)
         raise UserError(Problem(text, "no key has this in its name or meaning", nearest=nearest(text, KEYS)))
+
+
+class _Console(Console):
+    """Leaves a closed pipe to the command, as `print` does."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
 
 
 def _indented(text: Text, columns: int) -> Padding:

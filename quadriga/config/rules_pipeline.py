@@ -10,7 +10,7 @@ from quadriga.config import pipeline_csv
 from quadriga.config.pipeline_csv import ScheduleProblem
 from quadriga.config.pipeline_order import PipelineOrder
 from quadriga.config.rules import Conflict, Findings, RuleContext, rule
-from quadriga.config.rules_layout import LOCAL, divisor_hint
+from quadriga.config.rules_layout import LOCAL, divisor_hint, divisors
 from quadriga.errors import Problem, nearest
 from quadriga.limits import STAGE_PASSES
 
@@ -225,11 +225,23 @@ def micro_batches_fill_the_schedule(ctx: RuleContext) -> Findings:
         return
     least = {"1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
     if count < least:
-        fix = f"raise training.local_batch_size to {least * parallelism.pipeline_parallel_microbatch_size} or more"
+        fix = _more_micro_batches(ctx, least)
         yield Conflict(f"{schedule} over {pp} ranks needs at least {least} micro-batches, and there are {count}", fix)
     rounds = max(1, count // pp)
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
         yield Conflict(f"{schedule} works in {rounds} equal rounds, and {count} micro-batches do not divide into them")
+
+
+def _more_micro_batches(ctx: RuleContext, least: int) -> str:
+    """How a pass gets at least `least` micro-batches: with the global batch of the file, if that is possible."""
+    size, rows = ctx.config.parallelism.pipeline_parallel_microbatch_size, ctx.config.training.global_batch_size
+    local, ranks = least * size, ctx.degrees.batch
+    if rows == -1:
+        return f"raise {LOCAL} to {local} or more"
+    own = [part for part in divisors(rows // ranks) if part >= local and part % size == 0] if rows % ranks == 0 else []
+    if own:
+        return f"set {LOCAL} to {min(own)}"
+    return f"set {LOCAL} to {local} and training.global_batch_size to {max(rows // (local * ranks), 1) * local * ranks}"
 
 
 @rule(SCHEDULE, PP, CSV, "compile.enable")

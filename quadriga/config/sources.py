@@ -24,6 +24,13 @@ ENVIRONMENT = {"COMM_BACKEND": "comm.backend"}
 PATHS = {key for key in KEYS if key.endswith(("folder", "path", "file", "csv"))} | {"estimate.device"}
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+# Parts of a TOML text: a key in one of its three forms, a dotted key, what is between two of them, parts of a value.
+_PART_OF_A_KEY = re.compile(r"""[\w-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*'""")
+_NAME_OF_A_KEY = re.compile(rf"[ \t]*(?:{_PART_OF_A_KEY.pattern})(?:[ \t]*\.[ \t]*(?:{_PART_OF_A_KEY.pattern}))*")
+_TO_THE_NEXT = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_TOKEN = re.compile(
+    r""""{3}(?:\\.|[^\\])*?"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[\[\]{}\n]""", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -120,23 +127,42 @@ def _names(folder: str) -> list[str]:
 
 
 class _Lines(dict[str, int]):
-    """The line of each key of a TOML text. For a key that is not found, the line of its table, else 1."""
+    """The line of each table and key of a valid TOML text. For a key within an inline table, that of the table."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        table, fenced = "", False
-        for number, line in enumerate(text.split("\n"), start=1):
-            fences = line.count('"""') + line.count("'''")
-            if not fenced and (header := re.match(r"\s*\[([\w.\- ]+)\]", line)):
-                table = header.group(1).replace(" ", "") + "."
-                self.setdefault(table.rstrip("."), number)
-            elif not fenced and (key := re.match(r"\s*([\w.\-]+)\s*=", line)):
-                self.setdefault(table + key.group(1), number)
-            fenced ^= fences % 2 == 1
+        table, at, line = "", 0, 1
+        while (begins := _TO_THE_NEXT.match(text, at)) is not None and begins.end() < len(text):
+            line += text.count("\n", at, begins.end())
+            at = begins.end()
+            brackets = len(text[at : at + 2]) - len(text[at : at + 2].lstrip("["))
+            name = _NAME_OF_A_KEY.match(text, at + brackets)
+            if name is None:  # not TOML as the parser reads it
+                break
+            path = ".".join(_unquoted(part) for part in _PART_OF_A_KEY.findall(name.group()))
+            self.setdefault(path if brackets else table + path, line)
+            table = f"{path}." if brackets else table
+            ends = _end_of_value(text, name.end())
+            line, at = line + text.count("\n", at, ends), ends
 
     def __missing__(self, key: str) -> int:
         table, _, _ = key.rpartition(".")
         return self[table] if table else 1
+
+
+def _unquoted(part: str) -> str:
+    return str(parse_toml(f"key = {part}", "a key")["key"]) if part[0] in "\"'" else part
+
+
+def _end_of_value(text: str, at: int) -> int:
+    """The end of the line on which a value ends that begins after `at`. Strings and brackets may span lines."""
+    depth = 0
+    for token in _TOKEN.finditer(text, at):
+        found = token.group()
+        if found == "\n" and depth <= 0:
+            return token.start()
+        depth += (found in "[{") - (found in "]}")
+    return len(text)
 
 
 def _leaves(table: Mapping[str, Any], lines: Mapping[str, int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -172,6 +198,8 @@ def command_line_layer(argv: Sequence[str]) -> tuple[list[Entry], list[Problem]]
 
 def expand(where: str, text: str, source: str | None, environ: Mapping[str, str]) -> str | Problem:
     """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a problem if one of them is not defined."""
+    if "${" in _VARIABLE.sub("", text):
+        return Problem(where, "a `${` has no `}`", text, source, "$NAME or ${NAME}")
     for match in _VARIABLE.finditer(text):
         name = match.group(1) if match.group(1) is not None else match.group(2)
         if not _NAME.fullmatch(name):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -37,6 +37,7 @@ from quadriga.metrics.events import Event, read_events
 from quadriga.metrics.jsonl import Record, emit_notices, iter_records
 from quadriga.metrics.lines import BadLines
 from quadriga.metrics.loggers import JSONL_NAME
+from quadriga.units import format_some
 
 # The fields that a record of each kind must have besides attempt and step.
 REQUIRED = {
@@ -44,6 +45,9 @@ REQUIRED = {
     "validation": ("time", "seconds"),
     "backends": ("time",),
 }
+CLOCK = "lines of another run, or a clock that was set; its times are not reliable"
+SAME_TIME = 60.0  # seconds by which the clocks of ranks may differ
+AFTER_THE_END = 3600.0  # seconds that the last save of a rank and its records may take after the event `end`
 KINDS = ("trained", "data_wait", "validated", "saved", "started", "lost", "down")
 
 Mark = tuple[float, int]  # a time, and the number of steps finished by then
@@ -124,21 +128,24 @@ def read_goodput(folder: str | os.PathLike[str]) -> Goodput | None:
     found = compute_goodput(read_events(folder, notices), records)
     if found is None and notices:
         raise UserError(Problem("RUN", "\n".join(["its logs have no valid line:", *notices]), str(folder)))
-    return None if found is None else replace(found, notices=tuple(notices))
+    return None if found is None else replace(found, notices=(*notices, *found.notices))
 
 
 def compute_goodput(events: Sequence[Event], records: Sequence[Record]) -> Goodput | None:
     """The goodput of a run from the events and records of all attempts; None if there are none."""
-    by_attempt: dict[int, tuple[list[Event], list[Record]]] = defaultdict(lambda: ([], []))
-    for event in events:
-        by_attempt[event["attempt"]][0].append(event)
-    for record in records:
-        by_attempt[record["attempt"]][1].append(record)
-    starts = [_Start(number, *by_attempt[number]) for number in sorted(by_attempt)]
+    starts = [start for number, lines in _by_attempt(events, records) for start in _starts_of(number, *lines)]
     if not starts:
         return None
+    notices = [notice for start in starts for notice in start.notices]
+    numbers = Counter(start.number for start in starts)
+    several = [str(number) for number, count in numbers.items() if count > 1]
+    if several:
+        notices.append(f"several starts have the number {format_some(several)}: these are files of several runs")
+        starts.sort(key=lambda start: start.began)
     for before, start in pairwise(starts):
-        start.began = max(start.began, before.began)
+        if start.began < before.began:
+            notices.append(f"start {start.number} began before start {before.number}: {CLOCK}")
+            start.began = before.began
     seconds = dict.fromkeys(KINDS, 0.0)
     attempts: list[Attempt] = []
     skipped = saves = 0
@@ -158,7 +165,29 @@ def compute_goodput(events: Sequence[Event], records: Sequence[Record]) -> Goodp
         saves += start.count("save_end", limit)
         limit = min(limit, start.first_step if start.ready is not None else math.inf)
         next_began = start.began
-    return Goodput(tuple(reversed(attempts)), seconds, skipped, saves, idle)
+    return Goodput(tuple(reversed(attempts)), seconds, skipped, saves, idle, tuple(notices))
+
+
+def _by_attempt(
+    events: Sequence[Event], records: Sequence[Record]
+) -> list[tuple[int, tuple[list[Event], list[Record]]]]:
+    """Events and records by the number of their start, in its order."""
+    found: dict[int, tuple[list[Event], list[Record]]] = defaultdict(lambda: ([], []))
+    for event in events:
+        found[event["attempt"]][0].append(event)
+    for record in records:
+        found[record["attempt"]][1].append(record)
+    return sorted(found.items())
+
+
+def _starts_of(number: int, events: list[Event], records: list[Record]) -> Iterator[_Start]:
+    """The starts with this number: one, or one for each event `start` of the first rank if files were joined."""
+    times = [float(event["time"]) for event in events if event["event"] == "start" and event["rank"] == 0]
+    for first, following in zip([-math.inf, *times[1:]], [*times[1:], math.inf], strict=True):
+        own = [line for line in events if first <= line["time"] < following]
+        logged = [line for line in records if first <= line["time"] < following]
+        if own or logged:
+            yield _Start(number, own, logged)
 
 
 class _Start:
@@ -166,7 +195,8 @@ class _Start:
 
     def __init__(self, number: int, events: list[Event], records: list[Record]) -> None:
         self.number, self.events = number, events
-        self.training = [record for record in records if record["kind"] == "train"]
+        self.notices: list[str] = []
+        self.training = _ascending([record for record in records if record["kind"] == "train"])
         self.validations = [record for record in records if record["kind"] == "validation"]
         start, ready = self._first("start"), self._first("ready")
         self.ready: float | None = None
@@ -181,7 +211,12 @@ class _Start:
         self.last = max(times)
         self.began = min([*times, math.inf if self.ready is None else self.ready])
         if start is not None:
-            self.began = float(start["process_start"] if "process_start" in start else start["time"])
+            self.began = float(min(start.get("process_start", start["time"]), start["time"]))
+            end = self._first("end")
+            late = end is not None and self.last > end["time"] + AFTER_THE_END
+            if late or min(times) < self.began - SAME_TIME:
+                where = "after its end" if late else "before its beginning"
+                self.notices.append(f"start {number} has lines from {where}: {CLOCK}")
         timed = (*events, *self.training, *self.validations)
         marks = [(float(line["time"]), int(line["step"])) for line in timed if line.get("rank", 0) == 0]
         self.marks = list(_rising(marks, self.ready, self.first_step))
@@ -292,6 +327,15 @@ class _Start:
             # Training continued during the save, so it was asynchronous.
             return float(end.get("blocked_seconds", 0.0)) if end is not None else 0.0
         return max(until - float(begin["time"]), 0.0)
+
+
+def _ascending(records: list[Record]) -> list[Record]:
+    """The records without those that repeat or go back to a step, in which other lines are of another run."""
+    kept: list[Record] = []
+    for record in records:
+        if not kept or record["step"] > kept[-1]["step"]:
+            kept.append(record)
+    return kept
 
 
 def _rising(marks: list[Mark], ready: float | None, first_step: int) -> Iterator[Mark]:

@@ -18,6 +18,7 @@ from quadriga.log import logger
 from quadriga.metrics.append import Appender, ensure_appendable
 from quadriga.metrics.lines import BadLines, checked_lines
 from quadriga.reading import parse_json, read_tail
+from quadriga.units import plural
 
 Record = dict[str, Any]  # JSON values
 TAIL = 1 << 16  # more than the longest line
@@ -74,19 +75,32 @@ def read_metrics(
     """The records of a run, one per step, by step. If an attempt repeated steps, its records replace the older ones.
 
     `kind` is "train" or "validation". Records of an earlier attempt after the first step of a later one are left out,
-    because that branch of the run was discarded. Lines that are no records, or lack one of the `required` fields, are
-    left out and reported: in `notices`, or as a warning in the log.
+    because that branch of the run was discarded. If steps or attempts go back within an attempt, as where the files of
+    two runs were joined, the later lines count, with a notice. Lines that are no records, or lack one of the `required`
+    fields, are left out and reported: in `notices`, or as a warning in the log.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
     """
     bad = BadLines(Path(path))
     every: list[tuple[bool, Record]] = []  # whether the record begins an attempt, and the record
-    newest = 0
+    attempt = backwards = 0
+    step = -1
     for record in iter_records(Path(path), {kind: required}, bad):
-        every.append((record["attempt"] > newest, record))
-        newest = max(newest, record["attempt"])
+        goes_back = record["attempt"] < attempt
+        if record["attempt"] != attempt:
+            step = -1
+        if record["kind"] == kind:
+            goes_back |= record["step"] <= step
+            step = record["step"]
+        every.append((goes_back or record["attempt"] > attempt, record))
+        attempt, backwards = record["attempt"], backwards + goes_back
     emit_notices(bad, notices)
+    if backwards:
+        what = (
+            "the steps or the starts go back within a start: these may be lines of two runs, and the later ones count"
+        )
+        _emit(f"{path}: {what} ({plural(backwards, 'place')})", notices)
     kept: dict[int, Record] = {}
     limit: float = math.inf  # from this step on a later attempt trained again
     for begins, record in reversed(every):
@@ -99,11 +113,15 @@ def read_metrics(
 
 def emit_notices(bad: BadLines, notices: list[str] | None) -> None:
     """Report which lines of a file are left out: in `notices`, or in the log."""
+    for notice in bad.notices:
+        _emit(notice, notices)
+
+
+def _emit(notice: str, notices: list[str] | None) -> None:
     if notices is not None:
-        notices += bad.notices
+        notices.append(notice)
     else:
-        for notice in bad.notices:
-            logger.warning("%s", notice)
+        logger.warning("%s", notice)
 
 
 def next_attempt(path: str | os.PathLike[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from quadriga.hardware import DEVICES, device_named
 from quadriga.planning.advice import Advice
 from quadriga.planning.estimate import COMMON_DEVICES, TIMES, Estimate, estimate
-from quadriga.units import GIB, format_bytes, format_count, format_seconds
+from quadriga.units import GIB, format_bytes, format_count, format_seconds, plural
 
 WIDTH = 13  # of the row names
 TIME_NAMES = {"memory_bound": "memory-bound", "bubble": "pipeline idle"}
@@ -17,7 +17,7 @@ def format_estimate(given: Estimate, advice: Sequence[Advice] = ()) -> Iterator[
     """The lines that `quadriga estimate` prints."""
     spec = given.run.spec
     device = f" on {given.device.slug}" if given.device else ""
-    yield f"Estimate of {spec.model.name} {spec.model.flavor}, {spec.world_size} ranks{device}"
+    yield f"Estimate of {spec.model.name} {spec.model.flavor}, {plural(spec.world_size, 'rank')}{device}"
     yield ""
     yield from (f"  {name:<{WIDTH}}{text}" for name, text in estimate_rows(given))
     yield ""

@@ -7,7 +7,7 @@ like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -79,17 +79,25 @@ class SearchResult:
 
 
 def search(
-    run: Run, device: Device, *, rates: Rates | None = None, gpus_per_node: int = 8, global_batch: int | None = None
+    run: Run,
+    device: Device,
+    *,
+    rates: Rates | None = None,
+    gpus_per_node: int = 8,
+    global_batch: int | None = None,
+    progress: Callable[[int, int], None] = lambda tried, fitting: None,
 ) -> SearchResult:
     """Search the layouts of `run` on its number of devices.
 
-    `rates`: measured ones; None: assumed. `global_batch`: rows per step; None: those of `run`.
+    `rates`: measured ones; None: assumed. `global_batch`: rows per step; None: those of `run`. `progress` is called
+    before each candidate, with the numbers of those before.
     """
     rows = global_batch or run.spec.global_batch_size
     tried = fitting = 0
     by_layout: dict[Any, Candidate] = {}
     too_large: set[Any] = set()  # layouts and schedules whose state does not fit
     for choices in candidates(run, rows, gpus_per_node):
+        progress(tried, fitting)
         tried += 1
         state = tuple(choices.get(key) for key in STATE_KEYS)
         if device.capacity is None or state in too_large:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -19,7 +18,7 @@ from quadriga.analysis.compare.evidence import (
     traced_axes,
     verify_backend,
 )
-from quadriga.analysis.compare.runs import RunFolder, Setting
+from quadriga.analysis.compare.runs import RunFolder, Setting, is_comparable
 from quadriga.analysis.compare.statistics import FEWEST_PAIRS, Ratio, median, middle_half, paired_ratio
 from quadriga.errors import Problem, UserError
 
@@ -225,9 +224,9 @@ def compare_losses(settings: Sequence[Setting], unlike: SettingDifferences) -> d
 
 
 def _finite_losses(setting: Setting, step: int) -> list[float]:
-    """The losses of all repeats; [] if one is NaN or infinite."""
+    """The losses of all repeats; [] if one is not comparable."""
     values = [run.losses[step] for run in setting.runs]
-    return values if all(map(math.isfinite, values)) else []
+    return values if all(map(is_comparable, values)) else []
 
 
 def order_warnings(settings: Sequence[Setting], rounds: Sequence[int]) -> list[str]:

@@ -28,7 +28,12 @@ def format_comparison(comparison: Comparison) -> Iterator[str]:
 
 def format_answers(comparison: Comparison) -> Iterator[str]:
     """One sentence for each setting except the first. Percentages are of speed: steps or tokens per second."""
-    figure = next(each for each in comparison["figures"] if each["name"] == comparison["headline"])
+    name = comparison["headline"]
+    figure = next((each for each in comparison["figures"] if each["name"] == name), None)
+    if figure is None or not figure["ratios"]:
+        why = "a run has no finite value of it" if figure is None else "its median is not above 0 in every run"
+        yield f"no answer: {name} cannot be compared: {why}"
+        return
     for ratio in figure["ratios"]:
         yield _answer(ratio, figure, comparison)
 
@@ -80,7 +85,7 @@ def format_value(value: float | None, unit: str) -> str:
     if value is None:
         return "not measurable"
     shown = {"s": f"{value:.4g} s", "GiB": f"{value:.2f} GiB", "share": f"{100 * value:.2f} %"}
-    return shown.get(unit, f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
+    return shown.get(unit, f"{value:,.0f}" if 1000 <= value < 1e15 else f"{value:,.4g}")
 
 
 def _setup(comparison: Comparison) -> Iterator[str]:
@@ -140,7 +145,8 @@ def _losses(losses: dict[str, Any]) -> Iterator[str]:
     largest, within = losses["largest_difference"], losses["largest_within_a_setting"]
     noise = "" if within is None else f"; repeats of one setting differ by at most {within:.3g}"
     if largest is None:
-        yield "losses: no step was logged by all runs"
+        what = "has a finite loss in all runs" if losses["steps"] else "was logged by all runs"
+        yield f"losses: no step {what}"
     elif largest["value"]:
         between = " and ".join(largest["between"])
         yield f"losses: at most {largest['value']:.3g} apart, at step {largest['step']}, between {between}{noise}"

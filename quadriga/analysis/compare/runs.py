@@ -16,7 +16,6 @@ Saves and validations are in no window (see quadriga/metrics/meter.py).
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -112,7 +111,13 @@ MAX_SETTINGS = 1000  # of one bench
 # Keys of `config.toml` that are used in arithmetic, with their least values.
 MINIMUM_VALUES = {"training.steps": 1, "profiling.profile_freq": 1}
 MINIMUM_VALUES |= {"profiling.profiler_warmup": 0, "profiling.profiler_active": 1}
+LARGEST_FIGURE = 1e150  # larger ones count as infinite
 Flat = dict[str, Any]  # `section.key` -> value
+
+
+def is_comparable(value: float) -> bool:
+    """Whether sums and squares of such values are in float64 too."""
+    return abs(value) <= LARGEST_FIGURE  # False for NaN
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class RunFolder:
     def window_values(self, name: str) -> list[float]:
         """The finite values of a figure in all windows."""
         values = (window.record.get(name) for window in self.windows)
-        return [float(value) for value in values if value is not None and math.isfinite(value)]
+        return [float(value) for value in values if value is not None and is_comparable(value)]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ def analyse(place: Path, iteration: int | None = None, processes: int | None = N
         Fault: a process that reads traces was killed.
     """
     chosen = find_traces(place, iteration)
-    ranks = sorted(_read_all(chosen.files, processes), key=lambda rank: rank.rank)
-    _refuse_duplicate_ranks(ranks)
+    found = _read_all(chosen.files, processes)
+    _refuse_duplicate_ranks([rank.rank for rank in found], chosen)
+    ranks = sorted(found, key=lambda rank: rank.rank)
     why_not_comparable = collectives.why_not_comparable(ranks)
     matched, contradictions = collectives.match_transfers(ranks) if why_not_comparable is None else (None, 0)
     measured = _step_times(ranks)
@@ -81,12 +82,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_duplicate_ranks(ranks: list[RankResult]) -> None:
-    numbers = [rank.rank for rank in ranks]
-    duplicates = sorted({str(number) for number in numbers if numbers.count(number) > 1})
+def _refuse_duplicate_ranks(numbers: list[int], chosen: TraceSet) -> None:
+    """`numbers`: the ranks of the files, in their order."""
+    duplicates = {number for number in numbers if numbers.count(number) > 1}
     if duplicates:
-        what = f"several files are of rank {format_some(duplicates)}"
-        raise UserError(Problem("TRACES", what, fix="keep one file per rank in the folder"))
+        files = [str(path) for number, path in zip(numbers, chosen.files, strict=True) if number in duplicates]
+        what = f"several files are of rank {format_some([*map(str, sorted(duplicates))])}: {format_some(files)}"
+        raise UserError(Problem("TRACES", what, str(chosen.folder), fix="keep one file per rank in the folder"))
 
 
 def _world_size(ranks: list[RankResult]) -> int:

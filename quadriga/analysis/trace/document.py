@@ -32,7 +32,7 @@ AGAIN = "copy the file again, or profile again; a run writes complete traces onl
 
 class TraceDocument:
     """An iterable of the events. After the iteration, `metadata` has the other keys of the file, and `non_objects` the
-    number of events that are not JSON objects.
+    number of events that are not JSON objects. `has_more`: text follows the end.
 
     Raises UserError if the file cannot be read, is not JSON, is truncated, exceeds a limit, or has no events.
     """
@@ -40,6 +40,7 @@ class TraceDocument:
     def __init__(self, path: Path, chunk: int = CHUNK) -> None:
         self.metadata: dict[str, Any] = {}
         self.non_objects = 0
+        self.has_more = False
         self._path, self._chunk = path, chunk
         self._text, self._at, self._ended = "", 0, False
         self._one_by_one = False  # the text that was read cannot be decoded at once
@@ -51,6 +52,7 @@ class TraceDocument:
             self._file = _Text(file)
             try:
                 yield from self._document()
+                self.has_more = self._follows()
             except (OSError, EOFError, zlib.error) as error:
                 raise self._wrong(f"the file cannot be read to its end: {error}") from None
             except LimitExceeded as error:
@@ -59,6 +61,7 @@ class TraceDocument:
     def _document(self) -> Iterator[dict[str, Any]]:
         if self._peek() == "[":
             yield from self._array()
+            self._at -= 1
             return
         if self._text.startswith("\ufffd\ufffd"):  # the mark of UTF-16, which is not UTF-8
             raise self._wrong("the file is not UTF-8", FROM_UTF_16)
@@ -130,6 +133,15 @@ class TraceDocument:
                 return self._text[self._at]
             if not self._fill():
                 raise self._wrong(CUT_OFF)
+
+    def _follows(self) -> bool:
+        """Whether anything except whitespace and zeros follows the last bracket, which is the next character."""
+        self._at += 1
+        while not self._text[self._at :].strip(" \t\r\n\0"):
+            self._at = len(self._text)
+            if not self._fill():
+                return False
+        return True
 
     def _expect(self, character: str) -> None:
         if self._peek() != character:

@@ -25,6 +25,7 @@ from quadriga.analysis.trace.document import TraceDocument, trace_error
 from quadriga.analysis.trace.find import rank_in_name
 from quadriga.analysis.trace.intervals import Spans, make_spans
 from quadriga.analysis.trace.metadata import Metadata, read_metadata
+from quadriga.units import plural
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class EventTable:
 STEP_MARK = re.compile(r"ProfilerStep#([0-9]{1,15})$")
 # The last step is a stub if its work and its time are below these shares of the medians of the other steps.
 STUB_WORK, STUB_TIME = 0.1, 0.5
+STEP_OVERLAP = 0.1  # share of the shorter of two steps by which they may overlap
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def steps_of(
 
     Raises UserError if there are too many steps, or the trace has no duration.
     """
-    warnings: list[str] = []
-    marked = [step for step in _unique_steps(ops, names, first) if step.seconds > 0]
+    marked, inside = _without_overlaps([step for step in _unique_steps(ops, names, first) if step.seconds > 0])
+    what = f"{plural(inside, 'mark')} of steps in {path.name} within other steps: ignored"
+    warnings = [what] if inside else []
     if len(marked) > limits.TRACE_STEPS:
         what = f"{len(marked):,} profiled steps are in it; at most {limits.TRACE_STEPS:,} are read"
         raise trace_error(path, what, "profile fewer steps")
@@ -129,6 +132,16 @@ def _unique_steps(ops: EventTable, names: list[str], first: int) -> list[Step]:
                 found.append(step)
                 end = step.end
     return sorted(found, key=lambda step: step.start)
+
+
+def _without_overlaps(steps: list[Step]) -> tuple[list[Step], int]:
+    """The steps that begin after the end of the step before, and the number of the others. Of steps that begin at the
+    same time, the longest one counts. Steps may overlap by a share of their length, since times are rounded."""
+    kept: list[Step] = []
+    for step in sorted(steps, key=lambda step: (step.start, -step.end)):
+        if not kept or step.start >= kept[-1].end - STEP_OVERLAP * min(step.seconds, kept[-1].seconds):
+            kept.append(step)
+    return kept, len(steps) - len(kept)
 
 
 def _is_stub(steps: list[Step], ops: EventTable, launches: EventTable, names: list[str]) -> bool:
@@ -317,6 +330,8 @@ def read_trace(path: Path, rank: int | None = None) -> RankTrace:
         remarks.append(f"{reader.negative:,} rows of {path.name} end before they begin, and are ignored")
     if document.non_objects:
         remarks.append(f"{document.non_objects:,} of the events of {path.name} are not objects, and are ignored")
+    if document.has_more:
+        remarks.append(f"text after the end of the trace in {path.name} is ignored: is the file a copy of two?")
     base, warnings = metadata.base_ns, [*metadata.warnings, *remarks]
     origin_ns = None if base is None else base + round(origin * 1000)
     found = next((each for each in (metadata.rank, rank_in_name(path), rank) if each is not None), None)

@@ -176,11 +176,15 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
             return
     rope = _rope(config)
     kind = _rope_type(rope)
-    if kind not in ("default", "llama3"):
+    if kinds := [name for name, value in rope.items() if isinstance(value, dict)]:
+        what = "several kinds of rotary frequencies in one model are not supported"
+        yield Problem(f"{where}, rope_parameters", what, shortened(", ".join(kinds)))
+    elif kind not in ("default", "llama3"):
         what = "this scaling of rotary frequencies is not supported"
         yield Problem(f"{where}, rope_type", what, shortened(kind), allowed="llama3, default")
     elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_positive(rope.get(name))]):
-        yield Problem(where, f"the scaling of the rotary frequencies lacks {', '.join(absent)}")
+        what = "the scaling of the rotary frequencies needs numbers above 0"
+        yield Problem(f"{where}, {', '.join(absent)}", what, shortened([rope.get(name) for name in absent]))
     elif kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         yield Problem(
             f"{where}, high_freq_factor", "must be above low_freq_factor", shortened(rope["high_freq_factor"])

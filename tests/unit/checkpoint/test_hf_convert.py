@@ -298,3 +298,12 @@ def test_checkpoints_and_exports_may_lie_in_an_object_store(tmp_path):
     held = load(files.read(f"{store}/out/model.safetensors"))
     assert all(torch.equal(held[tensor_names(SPEC).hf_name(n)], v.bfloat16()) for n, v in model.state_dict().items())
     assert main(["convert", "to-hf", f"{store}/run", f"{store}/out"]) == 2, "what is there is not overwritten"
+
+
+def test_messages_of_a_conversion_can_be_followed(tmp_path, capsys):
+    source, out = tmp_path / "hf", tmp_path / "a b"
+    write_hf(random_model(SPEC), source)
+    convert("from-hf", source, out)
+    assert f"to start from it: --checkpoint.enable --checkpoint.initial_load_path '{out}'" in capsys.readouterr().err
+    assert main(["convert", "to-hf", str(out), str(tmp_path / "c"), "--tokenizer", "none"]) == 2
+    assert "--tokenizer = none" in capsys.readouterr().err

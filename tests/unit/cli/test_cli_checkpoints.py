@@ -63,7 +63,7 @@ def test_a_folder_that_does_not_exist_is_a_mistake(tmp_path, capsys):
 def test_a_file_is_no_folder(tmp_path, capsys):
     (tmp_path / "step-1").write_text("")
     assert main(["checkpoints", str(tmp_path / "step-1")]) == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"])
@@ -71,3 +71,26 @@ def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, capsys, target):
     (tmp_path / "link").symlink_to(target)
     assert main(["checkpoints", str(tmp_path / "link")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "/dev/zero", "a\0b"])
+def test_what_is_no_folder_has_no_list(place, capsys):
+    assert main(["checkpoints", place]) == 2
+    assert "folder" in capsys.readouterr().err
+
+
+def test_a_conversion_takes_no_run_at_random(tmp_path, capsys):
+    save(tmp_path / "a" / "x", 3)
+    save(tmp_path / "b", 7)
+    save(tmp_path / "c", 9)
+    assert main(["convert", "to-hf", str(tmp_path), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "several of its folders have checkpoints" in said
+    assert f"{tmp_path}/b/step-7, {tmp_path}/c/step-9" in said
+
+
+def test_a_conversion_needs_two_names(capsys):
+    """An empty one is the current directory, which nobody should be told to remove."""
+    for argv in (["from-hf", "x", ""], ["to-hf", "", "x"]):
+        assert main(["convert", *argv]) == 2
+        assert "SOURCE, OUT\n    is empty" in capsys.readouterr().err

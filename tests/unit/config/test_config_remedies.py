@@ -101,6 +101,20 @@ def test_every_way_out_of_a_batch_that_does_not_divide(local: int, rows: int, ra
             assert problems_of([*argv, *way], ranks) == (), (way, problem)
 
 
+@pytest.mark.parametrize("rows", [-1, 8, 12, 14, 15, 16, 64, 1_000_000_000])
+@pytest.mark.parametrize(
+    ("schedule", "pp", "size"), [("1F1B", 4, 1), ("1F1B", 3, 1), ("1F1B", 2, 3), ("DualPipeV", 2, 2)]
+)
+def test_every_way_out_of_too_few_micro_batches(schedule: str, pp: int, size: int, rows: int) -> None:
+    given = {"degree": pp, "microbatch_size": size, "schedule": schedule}
+    argv = [f"--parallelism.pipeline_parallel_{name}={value}" for name, value in given.items()]
+    argv += [f"--training.local_batch_size={size}", f"--training.global_batch_size={rows}", "--model.n_layers=12"]
+    few = [problem for problem in problems_of(argv, 2 * pp) if "micro-batches, and there are" in problem.what]
+    assert few
+    (way,) = suggested_changes(few[0].fix or "")
+    assert problems_of([*argv, *way], 2 * pp) == (), way
+
+
 LAYOUTS = [
     ("8B", 8, ()),
     ("8B", 8, ("--training.local_batch_size=16", "--training.seq_len=8192")),

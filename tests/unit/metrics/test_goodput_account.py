@@ -327,3 +327,46 @@ def test_a_folder_without_a_run_is_reported(tmp_path, capsys):
     assert "the folder has no records of a run" in capsys.readouterr().err
     assert main(["goodput", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def shares_of(events, records=()):
+    found = compute_goodput(sorted(events, key=lambda each: each["time"]), list(records))
+    return found, " ".join(found.notices)
+
+
+def a_run(begins: float, steps: int = 100) -> tuple[list[dict], list[dict]]:
+    """A finished run of 1,000 s, as the only start of its folder."""
+    events = [
+        event("start", begins + 8, 1, 0, process_start=begins),
+        event("ready", begins + 20, 1, 0),
+        event("end", begins + 1000, 1, steps, code=0),
+    ]
+    return events, [record(begins + 500, 1, steps // 2, 4), record(begins + 1000, 1, steps, 6)]
+
+
+def test_two_runs_in_one_folder_are_two_starts_and_told():
+    (first, its_records), (second, other_records) = a_run(1000), a_run(9000)
+    found, told = shares_of(first + second, its_records + other_records)
+    assert told == "several starts have the number 1: these are files of several runs"
+    assert [attempt.began for attempt in found.attempts] == [1000, 9000]
+    assert found.idle_seconds == 7000  # and not trained
+    assert found.seconds["trained"] == 970
+    assert found.seconds["lost"] == 980
+
+
+def test_records_of_another_run_than_the_events_are_told():
+    events, _ = a_run(1000)
+    assert "start 1 has lines from after its end" in shares_of(events, a_run(900_000)[1])[1]
+    assert "start 1 has lines from before its beginning" in shares_of(events, a_run(100)[1][:1])[1]
+    assert shares_of(*a_run(1000))[1] == ""
+
+
+def test_records_that_repeat_or_go_back_count_once():
+    events, records = a_run(1000)
+    doubled = [records[0], records[0], record(1600, 1, 20, 300), *records[1:]]
+    assert shares_of(events, doubled)[0].seconds["data_wait"] == 10
+
+
+def test_starts_in_the_wrong_order_are_told():
+    later = [event("start", 500, 2, 0, process_start=490), event("ready", 510, 2, 100), event("end", 520, 2, 101)]
+    assert "start 2 began before start 1" in shares_of(a_run(1000)[0] + later)[1]

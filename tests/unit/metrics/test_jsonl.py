@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
@@ -163,3 +164,29 @@ def test_attempts_are_distinguished_even_after_a_torn_line(tmp_path):
     with path.open("a") as file:
         file.write('{"kind": "train", "att')
     assert next_attempt(path) == 5
+
+
+def _written(path, *steps):
+    lines = [{"kind": kind, "attempt": attempt, "step": step, "loss": loss} for kind, attempt, step, loss in steps]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notices: list[str] = []
+    return [(each["step"], each["loss"]) for each in read_metrics(path, notices=notices)], notices
+
+
+def test_of_two_runs_in_one_file_the_later_counts_with_a_notice(tmp_path):
+    first = [("train", 1, step, 1.0) for step in (1, 10, 20, 30)]
+    second = [("train", 1, step, 2.0) for step in (1, 10)]
+    found, notices = _written(tmp_path / "metrics.jsonl", *first, *second)
+    assert found == [(1, 2.0), (10, 2.0)]
+    assert len(notices) == 1
+    assert "these may be lines of two runs, and the later ones count (1 place)" in notices[0]
+    # a start with a lower number than the one before is of another run too
+    found, notices = _written(tmp_path / "metrics.jsonl", ("train", 3, 5, 1.0), ("train", 1, 1, 2.0))
+    assert (found, len(notices)) == ([(1, 2.0)], 1)
+
+
+def test_a_resumed_run_is_no_two_runs(tmp_path):
+    first = [("backends", 1, 1, 0), ("train", 1, 1, 1.0), ("train", 1, 10, 1.0), ("validation", 1, 10, 1.0)]
+    second = [("backends", 2, 6, 0), ("train", 2, 6, 2.0), ("validation", 2, 10, 2.0), ("train", 2, 10, 2.0)]
+    found, notices = _written(tmp_path / "metrics.jsonl", *first, *second)
+    assert (found, notices) == ([(1, 1.0), (6, 2.0), (10, 2.0)], [])

@@ -122,3 +122,22 @@ def test_a_fraction_of_a_position_is_refused():
     config = hf_config(ODD, bos_id=None, eos_id=None)
     with pytest.raises(UserError, match="whole number"):
         spec_from_hf(config | {"rope_scaling": {**LLAMA3, ORIGINAL: 8192.5}}, "config.json")
+
+
+def test_rotary_frequencies_by_kind_of_layer_are_refused():
+    """transformers 5 nests them for models with several kinds of layers; ignored, the base would be the default."""
+    nested = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}
+    with pytest.raises(UserError, match="several kinds of rotary frequencies") as refused:
+        spec_from_hf(
+            {**hf_config(ODD, bos_id=None, eos_id=None), "rope_scaling": None, "rope_parameters": nested}, "config.json"
+        )
+    assert refused.value.problems[0].value == "full_attention"
+
+
+def test_a_number_that_is_0_is_not_said_to_be_missing():
+    scaling = {**hf_config(ODD, bos_id=None, eos_id=None)["rope_scaling"], "factor": 0}
+    with pytest.raises(UserError) as refused:
+        spec_from_hf({**hf_config(ODD, bos_id=None, eos_id=None), "rope_scaling": scaling}, "config.json")
+    assert str(refused.value).endswith(
+        "config.json, factor = [0]\n    the scaling of the rotary frequencies needs numbers above 0"
+    )

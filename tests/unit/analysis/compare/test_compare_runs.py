@@ -11,6 +11,7 @@ from run_folders import make_pair, make_run, make_setting, no_traces
 
 from quadriga.analysis.compare.comparison import compare_settings
 from quadriga.analysis.compare.runs import cycle_of, find_bench, folders_of, has_finished, names_of, read_setting
+from quadriga.cli.main import main
 from quadriga.errors import UserError
 
 MODE, SEED, STEPS = "activation_checkpoint.mode", "debug.seed", "training.steps"
@@ -226,3 +227,50 @@ def test_what_has_finished(tmp_path):
         file.write(json.dumps(again) + "\n")
     assert not has_finished(folder)
     assert not has_finished(tmp_path)
+
+
+def changed(folder, change):
+    lines = [change(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def printed(tmp_path, capsys, *options):
+    page = tmp_path / "page.html"
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page), *options]) == 0
+    assert page.stat().st_size > 0
+    return capsys.readouterr().out
+
+
+def test_a_headline_that_no_run_has_is_no_answer(tmp_path, capsys):
+    for folder in two_runs(tmp_path, tokens=300):
+        changed(folder, lambda line: {name: value for name, value in line.items() if name != "tokens_per_second"})
+    answer = "no answer: tokens_per_second cannot be compared: a run has no finite value of it"
+    assert printed(tmp_path, capsys).startswith(answer)
+
+
+def test_steps_without_a_duration_are_no_answer(tmp_path, capsys):
+    two_runs(tmp_path)
+    changed(tmp_path / "a", lambda line: {**line, "step_seconds": 0.0})
+    answer = "no answer: step_time_s cannot be compared: its median is not above 0 in every run"
+    assert printed(tmp_path, capsys).startswith(answer)
+
+
+def test_losses_that_are_not_finite_were_logged(tmp_path, capsys):
+    two_runs(tmp_path)
+    changed(tmp_path / "a", lambda line: {**line, "loss": float("nan")})
+    assert "losses: no step has a finite loss in all runs" in printed(tmp_path, capsys)
+
+
+def test_figures_at_the_end_of_float64_are_printed_and_are_json(tmp_path, capsys):
+    two_runs(tmp_path)
+    changed(tmp_path / "a", lambda line: {**line, "loss": 1.7e308, "tflops": 1.7e308})
+    changed(tmp_path / "b", lambda line: {**line, "loss": -1.7e308, "tflops": 1e-308})
+    assert max(map(len, printed(tmp_path, capsys).splitlines())) < 300
+    json.loads(printed(tmp_path, capsys, "--json"))
+
+
+def test_lines_of_two_runs_are_told(tmp_path, capsys):
+    two_runs(tmp_path)
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_text(file.read_text() * 2)
+    assert "these may be lines of two runs" in printed(tmp_path, capsys)

@@ -207,3 +207,44 @@ def test_an_estimate_that_is_none_is_named(tmp_path, capsys, content):
     (tmp_path / "estimate.json").write_text(content)
     assert main(["trace", str(tmp_path)]) == 2
     assert str(tmp_path / "estimate.json") in capsys.readouterr().err
+
+
+def test_a_step_within_a_step_does_not_count(tmp_path):
+    """Other trainers nest annotations of the same form, with numbers of their own."""
+    plain = analysed(of_a_host(), tmp_path)
+    trace = of_a_host()
+    trace.mark("ProfilerStep#77", 100, 900)
+    trace.mark("ProfilerStep#78", 500, 1500)
+    found = analysed(trace, tmp_path)
+    assert found["steps"] == plain["steps"]
+    assert found["step_time_s"] == plain["step_time_s"]
+    assert any("2 marks of steps in rank0_trace.json within other steps: ignored" in line for line in found["warnings"])
+
+
+def test_steps_that_overlap_by_rounding_all_count(tmp_path):
+    trace = of_a_host()
+    for each in trace.events:
+        if each["name"].startswith("ProfilerStep"):
+            each["dur"] += 1
+    assert analysed(trace, tmp_path)["steps"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [("", False), (" \n\0\0", False), ("}}", True), ('{"traceEvents": []}', True)]
+)
+@pytest.mark.parametrize("bare", [False, True])
+def test_text_after_the_end_is_told(more, told, bare, tmp_path):
+    of_a_host().write(tmp_path / "rank0_trace.json")
+    file = tmp_path / "rank0_trace.json"
+    text = json.dumps(json.loads(file.read_text())["traceEvents"]) if bare else file.read_text()
+    file.write_text(text + more)
+    warnings = analyse(tmp_path)["warnings"]
+    assert any("text after the end of the trace" in line for line in warnings) == told
+
+
+def test_two_files_of_a_rank_are_named(tmp_path, capsys):
+    of_a_host().write(tmp_path / "rank0_trace.json")
+    of_a_host().write(tmp_path / "a" / "x.json")
+    (tmp_path / "a" / "x.json").rename(tmp_path / "rank0_trace.copy.json")
+    assert main(["trace", str(tmp_path)]) == 2
+    assert f"{tmp_path}/rank0_trace.copy.json, {tmp_path}/rank0_trace.json" in capsys.readouterr().err
