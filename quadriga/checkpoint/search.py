@@ -95,7 +95,8 @@ class CheckpointSearch:
         if found.files and not self._is_intact(found):
             raise messages.no_valid_checkpoint(path, found.step, self.refused)
         if self._section.initial_load_model_only:
-            return replace(found, resume=False, extra={})
+            model = {"model": found.extra["model"]} if "model" in found.extra and not found.trainer else {}
+            return replace(found, resume=False, extra=model)
         alone = found.contents == ("model",)  # of a last save without optimizer, or converted
         if alone and (found.resume or found.trainer):
             raise UserError(messages.missing_contents(found, ["optimizer"]))

@@ -77,6 +77,14 @@ def resume_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     ]
 
 
+def model_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
+    """The part of `resume_problems` about the model, for a start from weights alone: heads, rotary frequencies and the
+    epsilon of the norms change what the weights compute, and no shape shows them."""
+    if not isinstance(saved.get("model"), Mapping):
+        return []
+    return [problem for problem in resume_problems(saved, run) if problem.where.startswith("model.")]
+
+
 def shape_problems(saved: Mapping[str, Any], run: Run) -> list[Problem]:
     """The part of `resume_problems` that `checkpoint.allow_change` cannot allow: the tensors would not fit."""
     others = _shape_keys(saved, run)

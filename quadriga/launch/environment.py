@@ -54,6 +54,10 @@ def read_launch_request(environ: Mapping[str, str]) -> tuple[LaunchRequest, list
     endpoint = environ.get("RDZV_ENDPOINT") or None
     if nodes > 1:
         problems += _node_problems(environ, nodes, node, dry_run)
+    elif node > 0:
+        fix = "set NNODES to the number of machines, or unset NODE_RANK"
+        what = "NNODES is not set, so this machine would train alone"
+        problems.append(Problem("NODE_RANK", what, str(node), "environment", fix=fix))
     if ranks * nodes > DEGREE and not problems:
         what = f"{ranks} ranks on each of {nodes} machines are too many"
         problems.append(Problem("NGPU, NNODES", what, source="environment", allowed=f"at most {DEGREE} in all"))

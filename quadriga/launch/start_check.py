@@ -17,16 +17,17 @@ from quadriga.checkpoint import messages, titan
 from quadriga.checkpoint.files import is_url, local
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.config import Run
-from quadriga.config.continuity import check_extra, data_order_problems, resume_problems, shape_problems
+from quadriga.config.continuity import check_extra, data_order_problems, model_problems, resume_problems, shape_problems
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import Problem, UserError
-from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH_PART
+from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH, PATH_PART
 from quadriga.models import registry
 from quadriga.reading import read_json_object
 from quadriga.resilience.processes import LOCK_NAME, in_use
 from quadriga.units import format_bytes
 
 FINISHED = "nowhere: this run is finished"
+FILES_BELOW = 512  # bytes of the paths that a run makes within a folder
 FROM_SCRATCH = "step 0, from initial weights"
 
 
@@ -106,6 +107,8 @@ def _from_checkpoints(run: Run, deep: bool) -> str:
     if found is None:
         return f"step 0, from the weights of {section.initial_load_path}, which were not saved by Quadriga"
     if section.initial_load_model_only:
+        if not section.allow_change and (unlike := model_problems(found.extra, run)):
+            raise UserError(*unlike)
         _check_titan_checkpoint(replace(found, resume=False), section, run)
         return f"step 0, from the weights of {found.path}{_unverified(found, deep)}"
     if (found.resume or found.trainer) and found.contents == ("model",):  # also with `exclude_from_loading`
@@ -248,6 +251,8 @@ def _not_writable(key: str, folder: str) -> list[Problem]:
     if max(map(len, map(os.fsencode, folder.split("/")))) > PATH_PART:
         return [Problem(key, f"cannot be written: a name of more than {PATH_PART} bytes", folder, fix=fix)]
     there = Path(folder).absolute()
+    if len(os.fsencode(there)) > PATH - FILES_BELOW:
+        return [Problem(key, f"cannot be written: its path has more than {PATH - FILES_BELOW} bytes", folder, fix=fix)]
     while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():

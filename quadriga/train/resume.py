@@ -14,7 +14,7 @@ from quadriga.checkpoint.manager import CheckpointManager, Stateful
 from quadriga.checkpoint.messages import convert_extra_errors, position_lost, unknown_position
 from quadriga.comm import collectives, process_group
 from quadriga.config import Run
-from quadriga.config.continuity import check_extra, resume_problems, run_facts, shape_problems
+from quadriga.config.continuity import check_extra, model_problems, resume_problems, run_facts, shape_problems
 from quadriga.config.legacy_keys import started_with
 from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
@@ -48,6 +48,8 @@ def resume(run: Run, state: TrainState, checkpoints: CheckpointManager) -> None:
             if found.extra["world_size"] != run.spec.world_size:
                 logger.info("saved on %s: random generators begin anew", plural(found.extra["world_size"], "rank"))
                 del tensors["random"]
+    elif not run.config.checkpoint.allow_change and (unlike := model_problems(found.extra, run)):
+        raise UserError(*unlike)
     checkpoints.load(found, tensors, registry.tensor_names(run.spec.model))
     state.max_positions = found.extra.get("max_positions", found.extra.get("seq_len", 0))
     if found.trainer and found.resume:

@@ -58,6 +58,7 @@ def test_several_machines() -> None:
         ({"LOG_RANK": "0,x"}, ["LOG_RANK"]),
         ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS"]),
         ({"LOG_RANK": "4", "NGPU": "4"}, ["LOG_RANK"]),
+        ({"NODE_RANK": "1"}, ["NODE_RANK"]),
         ({"NNODES": "2"}, ["NODE_RANK", "RDZV_ENDPOINT"]),
         ({"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "node0"}, ["NODE_RANK", "RDZV_ENDPOINT"]),
     ],

@@ -219,6 +219,8 @@ CASES = [
     Case("weights of more layers", 2, "the checkpoint lacks", (WEIGHTS, "--model.n_layers=3"), moved()),
     Case("weights of fewer layers", 2, "only the checkpoint has", (WEIGHTS, "--model.n_layers=1"), moved()),
     Case("other shapes, allowed", 2, "model.ffn_dim", (*MORE, "--model.ffn_dim=56", ALLOWED)),
+    Case("weights of other frequencies", 2, "model.rope_theta", (WEIGHTS, "--model.rope_theta=123.0"), moved()),
+    Case("other frequencies, allowed", 0, "step 0", (WEIGHTS, "--model.rope_theta=123.0", ALLOWED), moved()),
     Case("foreign weights", 0, "which were not saved by Quadriga", (WEIGHTS,), FOREIGN),
     Case("foreign weights of another model", 2, "shapes differ", (WEIGHTS, "--model.dim=64"), FOREIGN),
     Case(
@@ -280,6 +282,13 @@ def test_the_dry_run_says_what_a_start_says(case: Case, folder: Path, capsys) ->
     assert ("Ready to train." in shown) == (code == 0)
     (start,) = run_ranks(started, 1, ["--job.config_file", DEBUG_FILE, *arguments(folder, case)], backend=None)
     assert start[0] == code, start
+
+
+def test_a_path_without_space_for_files_below_it_is_refused(tmp_path: Path, capsys) -> None:
+    deep = "/".join([str(tmp_path), *["d" * 200] * 18])
+    code, shown = dry_run([f"--job.dump_folder={deep}", *TINY, *SAVING], capsys)
+    assert code == 2
+    assert "its path has more than 3584 bytes" in " ".join(shown.split())
 
 
 def test_a_run_that_is_under_way_is_seen(folder: Path, capsys) -> None:
