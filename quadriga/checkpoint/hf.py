@@ -21,19 +21,12 @@ from quadriga.checkpoint import folder as folders
 from quadriga.checkpoint.files import Location, files_at
 from quadriga.checkpoint.folder import CheckpointError
 from quadriga.checkpoint.foreign import TensorNames
-from quadriga.checkpoint.hf_export import (
-    MODEL,
-    NAME_SHOWN,
-    check_float16_range,
-    refuse_existing,
-    refuse_lack_of_space,
-    refuse_mismatch,
-)
+from quadriga.checkpoint.hf_export import MODEL, check_float16_range, refuse_existing, refuse_lack_of_space
 from quadriga.checkpoint.hf_folder import HfFolder, TensorInfo
-from quadriga.checkpoint.messages import compare_shapes
+from quadriga.checkpoint.hf_headers import refuse_other_names
 from quadriga.checkpoint.ranks import on_all_ranks
 from quadriga.checkpoint.tensors import CheckpointWriter, HashingFiles, StreamingPlanner, convert_dcp_errors
-from quadriga.errors import UserError, nearest
+from quadriga.errors import UserError
 from quadriga.log import logger
 
 
@@ -132,16 +125,3 @@ def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     if tuple(held.shape) != tuple(shape):
         raise RuntimeError(f"a shard of shape {tuple(held.shape)} where {tuple(shape)} was expected")
     return held, tuple(offset)
-
-
-def refuse_other_names(source: HfFolder, names: TensorNames, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError if a folder does not have exactly the model's tensors, or if a shape in `wanted` differs."""
-    theirs = {names.hf_name(name) for name in names.shapes}
-    missing = sorted(theirs - source.names)
-    surplus = sorted(name for name in source.names - theirs if not names.is_optional(name))
-    shapes = {names.hf_name(name): shape for name, shape in wanted.items()}
-    there = source.entries(sorted(shapes.keys() & source.names))
-    reshaped = compare_shapes(shapes, {name: entry.shape for name, entry in there.items()}, "folder")[2]
-    fix = "use the folder of the configured model, or set model.flavor and its sizes to those of the folder"
-    guess = nearest(missing[0], [name for name in surplus if len(name) < NAME_SHOWN]) if missing else None
-    refuse_mismatch(str(source.path), missing, surplus, reshaped, fix, guess)

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from dataclasses import replace as replaced
 from functools import partial
 from typing import IO, Any
 
@@ -26,17 +25,15 @@ import torch.distributed as dist
 from quadriga.checkpoint.files import Files, Location, files_at, join, local
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.foreign import TensorNames
-from quadriga.checkpoint.hf_folder import CONFIG, FORMATS, INDEX, SINGLE, TensorInfo
-from quadriga.checkpoint.messages import compare_shapes, mismatches
+from quadriga.checkpoint.hf_folder import FORMATS, TensorInfo
+from quadriga.checkpoint.hf_headers import CONFIG, INDEX, SINGLE, refuse_mismatch
+from quadriga.checkpoint.messages import compare_shapes
 from quadriga.checkpoint.ranks import on_all_ranks
 from quadriga.checkpoint.stored import StoredTensors, load_tensor, open_stored
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.errors import Problem, UserError
 from quadriga.log import logger
 from quadriga.units import format_bytes, grouped
 
-MISSING, SURPLUS = "tensors of the model are missing:", "tensors that the model does not have:"
-RESHAPED = "shapes differ:"
-NAME_SHOWN = 200  # characters of a tensor's name, which can have any length in a file
 MODEL = "model."  # prefix of DCP's names of weights
 MOST_IN_A_FILE = 2 * 10**9  # bytes
 HEADER_STEP = 8  # bytes; the length of the header is a multiple, so that the tensors are aligned
@@ -239,26 +236,6 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
 def _bytes_of(value: torch.Tensor) -> Iterator[memoryview]:
     for piece in value.detach().contiguous().view(-1).view(torch.uint8).split(CHUNK_BYTES):
         yield memoryview(piece.numpy())
-
-
-def refuse_mismatch(
-    where: str,
-    missing: Sequence[str],
-    surplus: Sequence[str],
-    reshaped: Sequence[str],
-    fix: str,
-    guess: str | None = None,
-) -> None:
-    """Raises one UserError with all mismatches, if there are any."""
-    missing, surplus, reshaped = (
-        [shortened(one, NAME_SHOWN) for one in names] for names in (missing, surplus, reshaped)
-    )
-    problems = [
-        *(replaced(problem, nearest=guess) for problem in mismatches(where, [(MISSING, missing)], fix)),
-        *mismatches(where, [(SURPLUS, surplus), (RESHAPED, reshaped)], fix),
-    ]
-    if problems:
-        raise UserError(*problems)
 
 
 def refuse_existing(out: Location, but: str = "") -> None:

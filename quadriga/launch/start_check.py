@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from quadriga.checkpoint import folder as checkpoints
 from quadriga.checkpoint import messages, titan
-from quadriga.checkpoint.files import is_url, local
+from quadriga.checkpoint.files import is_url
 from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.checkpoint.hf_headers import HEAD, HfHeaders, refuse_other_names
 from quadriga.config import Run
 from quadriga.config.continuity import check_extra, data_order_problems, model_problems, resume_problems, shape_problems
 from quadriga.config.schema import Checkpoint
 from quadriga.errors import Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH, PATH_PART
 from quadriga.models import registry
-from quadriga.reading import read_json_object
 from quadriga.resilience.processes import LOCK_NAME, in_use
 from quadriga.units import format_bytes
 
@@ -229,20 +227,15 @@ def _check_titan_checkpoint(found: CheckpointInfo, section: Checkpoint, run: Run
 
 
 def _hf_weights(place: str, run: Run) -> None:
-    """Refuse a folder without weights, or with weights of another model."""
-    if is_url(place):
-        what = "Hugging Face weights are read from files, not from a URL"
-        raise UserError(Problem("checkpoint.initial_load_path", what, place, fix="name a folder of this machine"))
-    folder = local(place)
-    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
-        what = "holds no file *.safetensors" if folder.is_dir() else "no such folder"
-        fix = "python scripts/download_hf_assets.py --assets safetensors index config, or name another folder"
-        raise UserError(Problem("checkpoint.initial_load_path", what, place, fix=fix))
-    config = folder / "config.json"
-    if config.is_file() and not run.config.checkpoint.allow_change:
-        hf_config: Mapping[str, Any] = read_json_object(config)
-        if unlike := registry.tensor_names(run.spec.model).config_differences(hf_config, str(config)):
-            raise UserError(*unlike)
+    """Refuse a folder without weights, or with weights of another model, as a start does. Only headers are read."""
+    names, source = registry.tensor_names(run.spec.model), HfHeaders(place)
+    hf_config = source.raw_config()
+    unlike = names.config_differences(hf_config, source.config_file)
+    if unlike and not run.config.checkpoint.allow_change:
+        raise UserError(*unlike)
+    if hf_config.get("tie_word_embeddings") is True and run.spec.model.tie_embeddings:
+        source.files.pop(HEAD, None)  # a start compares it with the embedding
+    refuse_other_names(source, names, names.shapes)
 
 
 def _not_writable(key: str, folder: str) -> list[Problem]:

@@ -52,7 +52,9 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
     ("parallel", "models"): ("quadriga.models.plan", "quadriga.models.kv_heads"),
     ("launch", "models"): ("quadriga.models.registry", "quadriga.models.plan", "quadriga.models.llama.spec"),
     ("launch", "comm"): ("quadriga.comm.backend", "quadriga.comm.heap", "quadriga.comm.network"),
-    ("launch", "checkpoint"): tuple(f"quadriga.checkpoint.{part}" for part in ("folder", "files", "messages", "titan")),
+    ("launch", "checkpoint"): tuple(
+        f"quadriga.checkpoint.{part}" for part in ("folder", "files", "hf_headers", "messages", "titan")
+    ),
     ("launch", "resilience"): ("quadriga.resilience.processes",),
     ("cli", "comm"): ("quadriga.comm.backend",),
     ("cli", "optim"): ("quadriga.optim.schedule",),

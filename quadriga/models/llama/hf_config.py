@@ -182,9 +182,11 @@ def _rope_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     elif kind not in ("default", "llama3"):
         what = "this scaling of rotary frequencies is not supported"
         yield Problem(f"{where}, rope_type", what, shortened(kind), allowed="llama3, default")
-    elif kind == "llama3" and (absent := [name for name in _ROPE if not _is_positive(rope.get(name))]):
+    elif kind == "llama3" and (absent := [name for name in _ROPE if rope.get(name) is None]):
+        yield Problem(where, f"the scaling of the rotary frequencies lacks {', '.join(absent)}")
+    elif kind == "llama3" and (wrong := [name for name in _ROPE if not _is_positive(rope[name])]):
         what = "the scaling of the rotary frequencies needs numbers above 0"
-        yield Problem(f"{where}, {', '.join(absent)}", what, shortened([rope.get(name) for name in absent]))
+        yield Problem(f"{where}, {', '.join(wrong)}", what, shortened([rope[name] for name in wrong]))
     elif kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         yield Problem(
             f"{where}, high_freq_factor", "must be above low_freq_factor", shortened(rope["high_freq_factor"])

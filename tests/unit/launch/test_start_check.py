@@ -14,7 +14,10 @@ import pytest
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank
 
+from quadriga.comm.backend import BACKENDS
+from quadriga.config import read
 from quadriga.launch.supervisor import main
+from quadriga.models.registry import catalogue
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=4")
 
@@ -119,6 +122,27 @@ def data(*lines: str, link: str = "") -> Callable[[Path], object]:
     return write
 
 
+def hugging_face(*more: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Weights of the run's model in the form of Hugging Face, then the other changes."""
+
+    def write(folder: Path) -> None:
+        from hf_models import random_model, write_hf
+
+        known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": 1, "training": False}
+        run = read(["--job.config_file", DEBUG_FILE, *TINY], {}, **known)  # type: ignore[arg-type]
+        write_hf(random_model(run.spec.model), folder / "hf")
+        for change in more:
+            change(folder)
+
+    return write
+
+
+def index_that_leaves(folder: Path) -> None:
+    (folder / "hf/model.safetensors").rename(folder / "hf.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../hf.safetensors"}}
+    (folder / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+
+
 LONG = '{"text": "' + 60 * "words " + '"}'
 MORE = ("--training.steps=6",)
 JSONL = ("--training.dataset=jsonl", "--training.dataset_path=RUN/data")
@@ -128,6 +152,7 @@ VALIDATES = (
     "--validation.dataloader.window_overlap=0",
 )
 
+HF = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path=RUN/hf", "--checkpoint.folder=new")
 WEIGHTS = "--checkpoint.initial_load_path=RUN/old/step-4"
 STEPLESS = '--checkpoint.exclude_from_loading=["train_state"]'
 ALLOWED = "--checkpoint.allow_change"
@@ -221,6 +246,13 @@ CASES = [
     Case("other shapes, allowed", 2, "model.ffn_dim", (*MORE, "--model.ffn_dim=56", ALLOWED)),
     Case("weights of other frequencies", 2, "model.rope_theta", (WEIGHTS, "--model.rope_theta=123.0"), moved()),
     Case("other frequencies, allowed", 0, "step 0", (WEIGHTS, "--model.rope_theta=123.0", ALLOWED), moved()),
+    Case("Hugging Face weights", 0, "step 0, from the Hugging Face weights in", HF, hugging_face()),
+    Case("those of another width", 2, "intermediate_size", (*HF, "--model.ffn_dim=56"), hugging_face()),
+    Case("those of fewer layers", 2, "num_hidden_layers", (*HF, "--model.n_layers=3"), hugging_face()),
+    Case("the same, allowed", 2, "are missing", (*HF, "--model.n_layers=3", ALLOWED), hugging_face()),
+    Case("those without a configuration", 2, "config.json", HF, hugging_face(without("hf/config.json"))),
+    Case("those that are cut", 2, "damaged or incomplete", HF, hugging_face(cut("hf/model.safetensors"))),
+    Case("an index that leaves", 2, "entries other than safetensors", HF, hugging_face(index_that_leaves)),
     Case("foreign weights", 0, "which were not saved by Quadriga", (WEIGHTS,), FOREIGN),
     Case("foreign weights of another model", 2, "shapes differ", (WEIGHTS, "--model.dim=64"), FOREIGN),
     Case(
