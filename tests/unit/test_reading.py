@@ -102,7 +102,7 @@ def test_a_report_holds_no_control_characters():
     report = UserError(problem).report
     assert not {c for c in report if not c.isprintable()} - {"\n"}
     assert "a\\x1b[2Jb\\nc" in report
-    assert "f\nx" in report
+    assert "f\n        x" in report, "further lines are indented"
 
 
 HOSTILE_TOML = {
