@@ -128,8 +128,8 @@ def hugging_face(*more: Callable[[Path], object]) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
         from hf_models import random_model, write_hf
 
-        known = {"catalogue": catalogue(), "backends": BACKENDS, "world_size": 1, "training": False}
-        run = read(["--job.config_file", DEBUG_FILE, *TINY], {}, **known)  # type: ignore[arg-type]
+        argv = ["--job.config_file", DEBUG_FILE, *TINY]
+        run = read(argv, {}, catalogue=catalogue(), backends=BACKENDS, world_size=1, training=False)
         write_hf(random_model(run.spec.model), folder / "hf")
         for change in more:
             change(folder)
