@@ -5,6 +5,7 @@ Ranks that are not in LOG_RANK (default: 0) still print warnings and errors, so 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -37,8 +38,16 @@ class PrintableFormatter(logging.Formatter):
         return text if getattr(record, "as_it_is", False) else printable(text, keep="\n\t")
 
 
+def escape_unknown_characters() -> None:
+    """Let both streams of this process escape the characters that the locale does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def start_logging(environ: Mapping[str, str] = os.environ) -> None:
     """Attach one handler to the `quadriga` logger. Called by entry points only, never by an import."""
+    escape_unknown_characters()
     rank, several = environ.get("RANK", "0"), len(logging_ranks(environ)) > 1
     prefix = f"[rank {rank}] " if several and int(environ.get("WORLD_SIZE", "1")) > 1 else ""
     handler = logging.StreamHandler(sys.stderr)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib
-import io
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO
 
 from quadriga import __version__
-from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable, shortened
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, Problem, UserError, nearest, printable
+from quadriga.log import escape_unknown_characters
+from quadriga.terminal import report_system_error
 
 COMMANDS = {
     "train": "train from a TOML file on the ranks of this machine",
@@ -39,10 +36,6 @@ COMMANDS = {
 # Commands that share a module: the module and its function. The others are `main` of a module of their name.
 SHARED = {"dry-run": ("train", "dry_run"), "docs": ("card", "docs"), "schema": ("keys", "schema")}
 
-# Errors of system calls that are about the given path, not about the machine.
-OF_THE_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-OF_THE_OUTPUT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
-
 USAGE = f"""usage: quadriga COMMAND [arguments]
 
 Pre-training of Llama models from one TOML file.
@@ -61,9 +54,7 @@ Version {__version__}. The reference of all keys is docs/configuration.md."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 (an error of the user), or that of the fault (1 if out of date)."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not every locale has every character
-            stream.reconfigure(errors="backslashreplace")
+    escape_unknown_characters()
     try:
         code = _run(name, rest)
         if sys.stdout is not None:  # None: it was closed before the start
@@ -78,13 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("quadriga: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of the output has exited: `quadriga keys | head`
-        _discard_output(sys.stdout, sys.stderr)
-        return EXIT_OK
     except (OSError, UnicodeEncodeError) as error:
-        problem, code = _of_the_system(error)
-        print(UserError(problem).report, file=sys.stderr)
-        return code
+        return report_system_error(error)
 
 
 def _run(name: str, rest: Sequence[str]) -> int:
@@ -97,37 +83,6 @@ def _run(name: str, rest: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(Problem(name, "no such command", allowed=", ".join(COMMANDS), nearest=nearest(name, COMMANDS)))
     return function_of(name)(rest)
-
-
-def _of_the_system(error: OSError | UnicodeEncodeError) -> tuple[Problem, int]:
-    """The problem and the exit code of an error of a system call. Raises it if it is an error of the code."""
-    if isinstance(error, UnicodeEncodeError):
-        if error.encoding == "utf-8":
-            raise error
-        fix = "set LC_ALL=C.UTF-8, or another locale with UTF-8"
-        return Problem(
-            "LC_ALL", f"names of files cannot be written in this locale ({error.encoding})", fix=fix
-        ), EXIT_USAGE
-    if error.filename is not None:
-        what = f"cannot be used: {error.strerror}"
-        code = EXIT_USAGE if error.errno in OF_THE_PATH else EXIT_FAULT
-        return Problem(shortened(str(error.filename), 400), what), code
-    if error.errno in OF_THE_OUTPUT:
-        _discard_output(sys.stdout)
-        return Problem("the output", f"cannot be written: {error.strerror}"), EXIT_FAULT
-    try:
-        os.getcwd()
-    except OSError:
-        what = "was removed, or cannot be read"
-        return Problem("the current directory", what, fix="change to another directory"), EXIT_USAGE
-    raise error
-
-
-def _discard_output(*streams: TextIO) -> None:
-    """Let Python's exit find nothing to write: it would report the same error again."""
-    for stream in streams:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def function_of(name: str) -> Callable[[Sequence[str]], int]:

@@ -39,10 +39,11 @@ from quadriga.launch.environment import (
 )
 from quadriga.launch.exit_status import report_exit
 from quadriga.launch.start_check import find_start
-from quadriga.log import logger, start_logging
+from quadriga.log import escape_unknown_characters, logger, start_logging
 from quadriga.models.registry import catalogue
 from quadriga.planning.communication import heap_of
 from quadriga.resilience.processes import RECORDS, SAVE_SIGNAL, STOP_SIGNALS, adopt_orphans, signal_handlers
+from quadriga.terminal import report_system_error
 
 ORPHAN_SECONDS = 5.0  # for children of the ranks to end after the ranks
 
@@ -88,6 +89,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         print(USAGE)
         print_keys()
         return EXIT_OK
+    escape_unknown_characters()
     try:
         argv, rehearsal = split_rehearse_flag(argv)
         request, run = check_before_launch(argv, environ)
@@ -110,6 +112,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except CheckpointError as error:
         print(printable(error, keep="\n"), file=sys.stderr)
         return error.exit_code
+    except (OSError, UnicodeEncodeError) as error:
+        return report_system_error(error)
     loopback = loopback_variables(environ, request.nodes)
     rank_variables = rank_environment(environ, request) | loopback | heap
     logger.info("%s over %s (%s)", _format_ranks(request), backend, reason)

@@ -12,6 +12,7 @@ from quadriga.config import Run, messages, to_toml
 from quadriga.errors import printable
 from quadriga.log import logger
 from quadriga.planning.communication import format_backend_by_axis
+from quadriga.terminal import discard_output
 from quadriga.train.build import TrainerParts
 from quadriga.train.numerics import known_gpu
 from quadriga.units import format_count, format_seconds
@@ -70,11 +71,9 @@ def print_summary(trainer: TrainerParts, seconds: float) -> None:
         return
     spec, config, state = trainer.run.spec, trainer.run.config, trainer.state
     last = trainer.last_record
-    print(
-        f"\nfinished: {state.step:,} steps, {format_count(state.tokens_seen)} tokens in {format_seconds(seconds)}",
-        end="",
-    )
-    print(f", loss {last['loss']:.4f}" if last else "")
+    took, tokens = format_seconds(seconds), format_count(state.tokens_seen)
+    loss = f", loss {last['loss']:.4f}" if last else ""
+    result = f"\nfinished: {state.step:,} steps, {tokens} tokens in {took}{loss}"
     places = [("metrics", str(Path(spec.folders.dump, "metrics.jsonl")))]
     if config.metrics.enable_tensorboard:
         places.append(("curves", f"tensorboard --logdir {spec.folders.tensorboard}"))
@@ -82,6 +81,9 @@ def print_summary(trainer: TrainerParts, seconds: float) -> None:
         places.append(("traces", f"{spec.folders.traces}/iteration_N/rankK_trace.json.gz"))
     if config.checkpoint.enable and not config.checkpoint.load_only:
         places.append(("checkpoint", f"{spec.folders.checkpoint}/step-{state.step}"))
-    for name, place in places:
-        print(f"  {name:<10} {printable(place)}")
-    sys.stdout.flush()
+    lines = [result, *(f"  {name:<10} {printable(place)}" for name, place in places)]
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:  # the run itself is done
+        logger.warning("the summary cannot be written to the standard output: %s", error.strerror)
+        discard_output(sys.stdout)

@@ -14,6 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log": {"errors"},
     "limits": set(),
     "json_collectives": {"errors", "limits"},
+    "terminal": {"errors"},
     "tensors": set(),
     "reading": {"errors", "limits"},
     "file_search": {"errors", "limits"},
@@ -30,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resilience": GROUND | {"config", "comm", "optim", "metrics", "json_collectives", "planning", "tensors"},
     "train": GROUND
     | {"config", "comm", "data", "models", "optim", "metrics", "parallel", "checkpoint"}
-    | {"planning", "resilience", "json_collectives", "tensors"},
+    | {"planning", "resilience", "json_collectives", "tensors", "terminal"},
     "rehearsal": GROUND | {"config", "comm", "data", "models", "planning", "resilience", "train", "tensors"},
     "rehearsal.equivalence": {"errors", "limits", "reading", "config", "comm", "models", "checkpoint", "metrics"},
     "analysis": set(),
@@ -38,9 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis.trace": {"errors", "units", "hardware", "limits", "reading", "analysis.pages"},
     "analysis.ccl_bench": {"errors", "units", "hardware", "limits", "reading", "analysis.trace"},
     "analysis.compare": {"errors", "units", "metrics", "limits", "reading", "analysis.pages"},
-    "launch": GROUND | {"config", "models", "comm", "data", "checkpoint", "planning", "resilience"},
+    "launch": GROUND | {"config", "models", "comm", "data", "checkpoint", "planning", "resilience", "terminal"},
     "cli": GROUND
-    | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "planning", "optim"}
+    | {"config", "comm", "models", "launch", "checkpoint", "data", "metrics", "planning", "optim", "terminal"}
     | {"rehearsal.equivalence", "analysis.compare", "analysis.trace", "analysis.ccl_bench"},
     "api": {"errors", "hardware", "log", "config", "comm", "models", "planning", "train"},
     "trainer": {"errors", "log", "api", "config", "comm", "checkpoint", "metrics", "resilience", "train"},

@@ -127,3 +127,29 @@ def test_numbers_of_a_card_that_json_lacks_are_text(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert not re.search(r"(?<!\")(NaN|Infinity)", printed)
     assert json.loads(printed)["card"]["version"] == "inf"
+
+
+def test_the_launcher_reports_a_full_disk_of_the_output(root, tmp_path):
+    dry_run = f"{root}/run_train.sh --job.dump_folder {tmp_path}"
+    done = shell(f"{dry_run} > /dev/full", root, tmp_path, DRY_RUN="1", PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert done.stderr == "quadriga: 1 problem\n\nthe output\n    cannot be written: No space left on device\n"
+
+
+def test_the_launcher_escapes_or_names_what_the_locale_does_not_have(root, tmp_path):
+    (tmp_path / "small.toml").write_text('[job]\ndescription = "caf\u00e9"\n', encoding="utf-8")
+    ascii_run = {**ASCII, "DRY_RUN": "1", "PYTHON": sys.executable, "CONFIG_FILE": "small.toml"}
+    done = shell(f"{root}/run_train.sh", root, tmp_path, **ascii_run)
+    assert done.returncode == 0
+    assert "caf\\xe9" in done.stdout
+    (tmp_path / "small.toml").write_text('[job]\ndump_folder = "\u00e9"\n', encoding="utf-8")
+    done = shell(f"{root}/run_train.sh", root, tmp_path, **ascii_run)
+    assert done.returncode == 2
+    assert "names of files cannot be written in this locale (ascii)" in done.stderr
+
+
+def test_a_run_whose_output_is_full_ends_well(root, tmp_path):
+    run = f"{root}/run_train.sh --job.dump_folder {tmp_path}/run --training.steps 1 --model.n_layers 1"
+    done = shell(f"{run} > /dev/full", root, tmp_path, NGPU="1", COMM_BACKEND="gloo", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "the summary cannot be written to the standard output: No space left on device" in done.stderr
