@@ -19,6 +19,14 @@ import torch.distributed.tensor.parallel
 import torch.testing._internal.distributed.fake_pg  # tests/fake_ranks.py
 import torch.utils.serialization  # by the first checkpoint  # noqa: F401
 
+import quadriga.checkpoint.tensors
+import quadriga.config
+import quadriga.log
+import quadriga.models.llama.model
+import quadriga.planning
+import quadriga.rehearsal.rehearse
+import quadriga.train.loop  # noqa: F401
+
 # The collector leaves these objects alone from now on, so that a rank does not copy the pages they lie in.
 gc.collect()
 gc.freeze()
