@@ -15,11 +15,15 @@ train: setup  ## the debug configuration on 4 local ranks
 # More workers than cores: a test that starts a run waits as often as it computes.
 WORKERS ?= 3
 
+# Tests start many processes; each would compile the package anew where the environment forbids to keep bytecode.
+test test-more test-all: export PYTHONDONTWRITEBYTECODE :=
+
 test: setup-dev  ## what must pass before every commit; by files
 	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-more: setup-dev  ## what is slower and still wanted on every commit: .ci/run runs it after `make test`
-	.venv/bin/python -m pytest -m more -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
+	.venv/bin/python -m pytest -m more -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 \
+	    $$(grep -rlw --include='test_*.py' 'mark.more' tests)
 
 test-all: setup-dev  ## the long tests too
 	.venv/bin/python -m pytest -m "not cuda_dispatch"
