@@ -10,6 +10,7 @@ fails there. To add one, add an entry. "survives" instead of "tests" explains a 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def copy_tree(folder: Path) -> None:
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """pytest's exit code, None after `LONGEST` seconds; and the end of what it printed."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a changed file of the same size and second must not be taken for the old
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each process of a test compiles all of the copy anew
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
@@ -77,6 +78,12 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     return done.returncode, (done.stdout + done.stderr)[-3000:]
 
 
+def write_module(path: Path, text: str) -> None:
+    """Without its bytecode, which Python would use for a changed file of the same size and second."""
+    path.write_text(text, encoding="utf-8")
+    Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
+
+
 def try_mutant(folder: Path, mutant: Mutant) -> Outcome:
     """Whether the tests of the mutant fail in `folder`, a copy of the tree, which is left as it was."""
     start = time.monotonic()
@@ -84,14 +91,14 @@ def try_mutant(folder: Path, mutant: Mutant) -> Outcome:
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
         return Outcome(mutant, False, f"`old` stands {text.count(mutant.old)} times in {mutant.file}", 0.0)
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    write_module(path, text.replace(mutant.old, mutant.new))
     try:
         compile(path.read_text(encoding="utf-8"), mutant.file, "exec")
         code, output = run_tests(folder, mutant.tests)
     except SyntaxError as error:
         return Outcome(mutant, False, f"not Python: {error}", 0.0)
     finally:
-        path.write_text(text, encoding="utf-8")
+        write_module(path, text)
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     how = (
         "no end" if code is None else failed[0] if failed else output.strip().splitlines()[-1] if output.strip() else ""
