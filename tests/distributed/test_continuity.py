@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import oracle
 import pytest
@@ -31,6 +32,19 @@ def alone(folder, monkeypatch, *arguments):
     return one_rank(["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(folder), *arguments], log=False)
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of one rank that was saved after two steps. Tests go on in a copy of it."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    train(folder, 1, *TINY, *SAVING, "--training.steps=2")
+    return folder
+
+
+@pytest.fixture
+def saved(two_steps, tmp_path):
+    return shutil.copytree(two_steps, tmp_path / "saved")
+
+
 def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
     train(tmp_path, 2, *TINY, *SAVING, "--training.steps=2")
     found = folders.find_complete(tmp_path / "checkpoint")
@@ -45,17 +59,15 @@ def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
     assert len(found.extra["dataloader"]["lanes"]) == 8
 
 
-def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(tmp_path, monkeypatch, logged):
-    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
-    assert alone(tmp_path, monkeypatch, *TINY, *SAVING, "--training.steps=3", "--optimizer.lr=1e-4") == 0
+def test_what_differs_is_shown_and_a_new_rate_is_no_other_training(saved, monkeypatch, logged):
+    assert alone(saved, monkeypatch, *TINY, *SAVING, "--training.steps=3", "--optimizer.lr=1e-4") == 0
     assert "changed since this checkpoint was saved: optimizer.lr: 0.0008 -> 0.0001" in logged.text
     assert "changed since this checkpoint was saved: training.steps: 2 -> 3" in logged.text
 
 
-def test_a_key_of_the_initial_weights_alone_is_no_other_training(tmp_path):
+def test_a_key_of_the_initial_weights_alone_is_no_other_training(saved):
     """They are in the checkpoint; so an older one, which does not say how they were drawn, resumes too."""
-    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
-    records = train(tmp_path, 1, *TINY, *SAVING, "--training.steps=3", "--model.no_depth_init")
+    records = train(saved, 1, *TINY, *SAVING, "--training.steps=3", "--model.no_depth_init")
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
@@ -84,14 +96,13 @@ def test_depth_init_reaches_the_initial_weights(tmp_path):
         ("--training.dataset=builtin_validation", "data of the checkpoint: dataset"),
     ],
 )
-def test_another_training_is_refused_unless_allowed(tmp_path, argument, named):
+def test_another_training_is_refused_unless_allowed(saved, argument, named):
     arguments = [one for one in TINY if not one.startswith(argument.partition("=")[0] + "=")]
-    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
     with pytest.raises(RankError) as refused:
-        train(tmp_path, 1, *arguments, *SAVING, "--training.steps=3", argument)
+        train(saved, 1, *arguments, *SAVING, "--training.steps=3", argument)
     assert named in str(refused.value)
     assert "--checkpoint.allow_change" in str(refused.value)
-    records = train(tmp_path, 1, *arguments, *SAVING, "--training.steps=3", argument, "--checkpoint.allow_change")
+    records = train(saved, 1, *arguments, *SAVING, "--training.steps=3", argument, "--checkpoint.allow_change")
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
@@ -172,10 +183,9 @@ def refusals(argv: list[str], folder: str) -> list[str]:
     return reports
 
 
-def test_a_manifest_whose_run_cannot_be_is_reported_in_one_message(tmp_path):
-    train(tmp_path, 1, *TINY, *SAVING, "--training.steps=2")
-    argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(tmp_path), *TINY, *SAVING, "--training.steps=3"]
-    reports = run_ranks(refusals, 1, argv, str(tmp_path), backend=None)[0]
+def test_a_manifest_whose_run_cannot_be_is_reported_in_one_message(saved):
+    argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(saved), *TINY, *SAVING, "--training.steps=3"]
+    reports = run_ranks(refusals, 1, argv, str(saved), backend=None)[0]
     assert len(reports) == sum(map(len, CANNOT_BE.values()))
     for report in reports:
         assert report.startswith("quadriga: "), report
