@@ -101,28 +101,45 @@ def test_a_broken_link_of_the_site_is_found(tmp_path: Path) -> None:
     assert broken_links(tmp_path) == ["a.html: b.html#y", "a.html: c.html"]
 
 
-@pytest.mark.parametrize(
-    ("text", "warning"),
-    [
-        ("[a](index.md#one) [b](../quadriga/train/step.py) [c](../quadriga) [d](../README.md#run-it)", None),
-        ("[a](nothing.md)", "'nothing.md'"),
-        ("[a](index.md#nothing)", "'nothing'"),
-        ("[a](#nothing)", "'nothing'"),
-        ("[a](../quadriga/nothing.py)", "'../quadriga/nothing.py'"),
-        ("```{eval-rst}\n.. automodule:: quadriga.nothing\n```", "quadriga.nothing"),
-        ("```{eval-rst}\n:py:class:`quadriga.errors.Nothing`\n```", "quadriga.errors.Nothing"),
-    ],
-)
-def test_a_warning_is_an_error(text: str, warning: str | None, tmp_path: Path) -> None:
-    docs = checkout(tmp_path) / "docs"
+SOUND = "[a](index.md#one) [b](../quadriga/train/step.py) [c](../quadriga) [d](../README.md#run-it)"
+BROKEN = {
+    "[a](nothing.md)": "'nothing.md'",
+    "[a](index.md#nothing)": "local id not found in doc 'index': 'nothing'",
+    "[a](#nothing)": "cross-reference target not found: 'nothing'",
+    "[a](../quadriga/nothing.py)": "'../quadriga/nothing.py'",
+    "```{eval-rst}\n.. automodule:: quadriga.nothing\n```": "No module named 'quadriga.nothing'",
+    "```{eval-rst}\n:py:class:`quadriga.errors.Nothing`\n```": "quadriga.errors.Nothing",
+}
+
+
+def build_pages(folder: Path, texts: list[str]) -> subprocess.CompletedProcess[str]:
+    """A site of an index and one page for each text, `page0` and so on."""
+    docs = checkout(folder) / "docs"
     for page in docs.glob("*.md"):
         page.unlink()
-    (docs / "index.md").write_text("# One\n\n```{toctree}\npage\n```\n", encoding="utf-8")
-    (docs / "page.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
-    done = build(tmp_path, "-D", "module_pages_package=")
-    if warning is None:
-        assert done.returncode == 0, done.stderr
-        assert not [link for link in broken_links(tmp_path / "site") if link.startswith("page.html")]
-    else:
-        assert done.returncode != 0
-        assert warning in done.stderr
+    names = [f"page{number}" for number in range(len(texts))]
+    (docs / "index.md").write_text("# One\n\n```{toctree}\n" + "\n".join(names) + "\n```\n", encoding="utf-8")
+    for name, text in zip(names, texts, strict=True):
+        (docs / f"{name}.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
+    return build(folder, "-D", "module_pages_package=")
+
+
+@pytest.fixture(scope="module")
+def warnings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Those of a site with all broken pages, each from the word WARNING on."""
+    done = build_pages(tmp_path_factory.mktemp("broken"), list(BROKEN))
+    assert done.returncode != 0
+    return done.stderr.split("WARNING: ")[1:]
+
+
+def test_what_is_sound_gives_no_warning(tmp_path: Path) -> None:
+    done = build_pages(tmp_path, [SOUND])
+    assert done.returncode == 0, done.stderr
+    assert not [link for link in broken_links(tmp_path / "site") if link.startswith("page0.html")]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_warning_is_an_error(text: str, warnings: list[str]) -> None:
+    """Each text gives one, and the build fails."""
+    assert len([warning for warning in warnings if BROKEN[text] in warning]) == 1, warnings
+    assert len(warnings) == len(BROKEN)
