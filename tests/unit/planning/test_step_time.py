@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 import pytest
 from estimating import COMPUTE, RECOMPUTE, by_group, keys, run_of
@@ -10,6 +11,7 @@ from fake_ranks import on_fake_ranks, peak_of_passes, recorded_step
 from launching import ROOT
 
 from quadriga.cli.search import explain_winner
+from quadriga.config import Run
 from quadriga.hardware import device_named
 from quadriga.planning import rates
 from quadriga.planning.communication import CollectiveCalls
@@ -104,16 +106,22 @@ def test_a_ring_over_machines_uses_all_their_network_links() -> None:
 SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--quantize.linear.float8.emulate")
 
 
+def step_and_peak(run: Run, rank: int) -> tuple[tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]], int]:
+    """What one step sends, and the most bytes that are alive in its passes."""
+    return recorded_step(run, rank), peak_of_passes(run, rank)
+
+
 def test_gathering_in_float8_sends_and_holds_what_is_predicted() -> None:
     """Bytes and calls are exact, with those of the scales. The emulation of products takes memory of its own in both
     runs, so the difference of the peaks is compared."""
     peaks = {}
     for name, more in (("bfloat16", ()), ("float8", GATHERED)):
         run = run_of(*SMALL, *FLOAT8, *more, *RECOMPUTE["full"], *COMPUTE["bf16"], ranks=4)
-        assert on_fake_ranks(recorded_step, run, 0) == [by_group(run, 0)], name
+        ((sent, peak),) = on_fake_ranks(step_and_peak, run, 0)
+        assert sent == by_group(run, 0), name
         memory = memory_of(Setup(run, "cpu"), 0)
         passes = max(each.total for each in memory.timeline if each.name != "optimizer")
-        peaks[name] = on_fake_ranks(peak_of_passes, run, 0)[0], passes - memory.parameters - memory.moments
+        peaks[name] = peak, passes - memory.parameters - memory.moments
     measured, predicted = (one - other for one, other in zip(*peaks.values(), strict=True))
     assert predicted == pytest.approx(measured, rel=0.15)
 
