@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 from launching import ROOT, launch_environ
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from training import DEBUG_FILE, one_rank
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -33,19 +35,35 @@ def test_the_kill_matrix_finds_a_resume_that_forgets(defect, differs, tmp_path):
     assert differs <= set(trial["differs"])
 
 
-def fork_unless_killed(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
-    """A start in which something is killed is a real launch, and so is all of the first trial; the undisturbed run and
-    the starts after a kill are forked ranks, which do the same without importing torch anew."""
-    if strike is not None or folder.name == "trial-0":
+def rank_with_strike(argv: list[str], strike: dict[str, Any] | None) -> int:
+    """A rank that kills as `benchmarks/faults` says of launched ones."""
+    if strike is not None and int(os.environ["RANK"]) == strike["rank"]:
+        os.environ["QUADRIGA_FAULT"] = json.dumps(strike)
+        faults = runpy.run_path(str(ROOT / "benchmarks/faults/sitecustomize.py"))
+        name, patch = faults["PATCHES"][strike["moment"]]
+        if name in sys.modules:  # otherwise it is patched when it is imported
+            patch(sys.modules[name])
+    return one_rank(argv)
+
+
+def fork_unless_launched(folder: Path, layout: str, mode: str, strike: dict[str, Any] | None = None) -> int:
+    """A start in which the launcher or torchrun is killed is a real launch, and so is all of the first trial; the
+    others are forked ranks, which do the same without importing torch anew."""
+    if folder.name == "trial-0" or (strike is not None and strike["victim"] in ("launcher", "torchrun")):
         return real_start(folder, layout, mode, strike)
     ranks, keys = kill_matrix.LAYOUTS[layout]
     argv = ["--job.config_file", DEBUG_FILE, "--job.dump_folder", str(folder), *kill_matrix.MODEL, *keys]
-    codes = run_ranks(one_rank, ranks, [*argv, f"--checkpoint.async_mode={mode}"], timeout=300, backend=None)
-    return max(codes)
+    argv += [f"--checkpoint.async_mode={mode}"]
+    try:
+        return max(run_ranks(rank_with_strike, ranks, argv, strike, timeout=300, backend=None))
+    except RankError as error:
+        if strike is None or "died with exit code -9" not in str(error):
+            raise
+        return 1
 
 
 def test_runs_killed_anywhere_end_as_the_undisturbed_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kill_matrix, "start_run", fork_unless_killed)
+    monkeypatch.setattr(kill_matrix, "start_run", fork_unless_launched)
     options = ["--trials", "6", "--layouts", "FSDP 2", "--modes", "async", "--single", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmarks/kill_matrix.py", *options])
     for name, value in launch_environ().items():
