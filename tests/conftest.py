@@ -24,6 +24,14 @@ hypothesis.settings.load_profile("quadriga")
 LOCAL = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
 
+# The files that take longest begin first: no worker is left alone with one when the others have nothing left to do.
+LONGEST = ("test_mutants.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
