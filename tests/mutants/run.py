@@ -64,17 +64,18 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(source, target, follow_symlinks=False)
 
 
-def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
-    """pytest's exit code, None after `LONGEST` seconds; and the end of what it printed."""
+def run_tests(folder: Path, tests: Sequence[str], jobs: int = 1, seconds: int = LONGEST) -> tuple[int | None, str]:
+    """pytest's exit code, None after so many seconds; and the end of what it printed."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each process of a test compiles all of the copy anew
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
     try:
         done = subprocess.run(
-            [*command, *tests], cwd=folder, env=environ, capture_output=True, text=True, timeout=LONGEST, check=False
+            [*command, *tests], cwd=folder, env=environ, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return None, f"no end within {LONGEST} s"
+        return None, f"no end within {seconds} s"
     return done.returncode, (done.stdout + done.stderr)[-3000:]
 
 
@@ -126,7 +127,7 @@ def try_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
 
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         folder = copies.get()
-        code, output = run_tests(folder, tests)
+        code, output = run_tests(folder, tests, jobs, 6 * LONGEST)
         copies.put(folder)
         if code != 0:
             raise SystemExit(f"the tests fail without a mutant:\n{output}")
