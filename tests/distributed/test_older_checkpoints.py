@@ -39,14 +39,26 @@ THEN = [
     (6.278217077255249, 8.94572925567627, 0.00026666666666666673, 160),
 ]
 NORM_THEN = 0.9974249079823494
+Logged = list[tuple[float, ...]]  # NUMBERS of each step
+
+
+def unpacked(folder: Path) -> Path:
+    place = folder / "older/checkpoint"
+    with tarfile.open(OLDER / "step-2.tar.gz") as archive:
+        archive.extractall(place, filter="data")
+    return place / "step-2"
 
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    place = tmp_path / "older/checkpoint"
-    with tarfile.open(OLDER / "step-2.tar.gz") as archive:
-        archive.extractall(place, filter="data")
-    return place / "step-2"
+    return unpacked(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def gone_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Logged]:
+    """An older checkpoint beside the one of step 5, after two ranks went on from it, and what they logged."""
+    step = unpacked(tmp_path_factory.mktemp("gone_on"))
+    return step, resumed(step, 2)
 
 
 def empty(step: Path) -> dict[str, torch.Tensor]:
@@ -75,11 +87,11 @@ def test_an_older_checkpoint_is_read_as_dcp_reads_it(older: Path) -> None:
     assert same(ours, by_dcp(older))
 
 
-def resumed(step: Path, ranks: int, *more: str) -> list[tuple[float, ...]]:
+def resumed(step: Path, ranks: int, *more: str) -> Logged:
     return trained(step.parents[1], ranks, *more)
 
 
-def trained(folder: Path, ranks: int, *more: str) -> list[tuple[float, ...]]:
+def trained(folder: Path, ranks: int, *more: str) -> Logged:
     records = train(folder, ranks, *GIVEN, *more, file=str(OLDER / "tiny.toml"))
     assert [record["step"] for record in records] == [3, 4, 5]
     return [tuple(record[name] for name in NUMBERS) for record in records]
@@ -90,23 +102,27 @@ def norm_of(step: Path) -> float:
     return by_dcp(step)["model.norm.weight"].mean().item()
 
 
-def test_an_older_checkpoint_resumes_to_the_bit(older: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_resumes_to_the_bit(gone_on: tuple[Path, Logged], tmp_path: Path) -> None:
     """The run that goes on from it is the run that goes on from the same state with a plan, bit for bit."""
+    older, records = gone_on
     newer = tmp_path / "newer/checkpoint/step-2"
     shutil.copytree(older, newer)
     (newer / "plan.json").write_bytes(plan.parse_metadata((older / ".metadata").read_bytes()).as_json())
     (newer / ".metadata").write_bytes(b"not opened")
     reseal_manifest(newer)
-    assert resumed(older, 2) == resumed(newer, 2)
+    assert records == resumed(newer, 2)
     last = older.with_name("step-5")
     assert (last / "plan.json").is_file(), "what is saved now has a plan"
     assert not same(by_dcp(last), by_dcp(older)), "it did train"
     assert same(by_dcp(last), by_dcp(newer.with_name("step-5")))
 
 
-def test_a_run_that_goes_on_keeps_the_schedule_and_the_decay_that_it_was_started_with(older: Path) -> None:
+def test_a_run_that_goes_on_keeps_the_schedule_and_the_decay_that_it_was_started_with(
+    gone_on: tuple[Path, Logged], tmp_path: Path
+) -> None:
     """Their defaults have changed since; the next start, from a checkpoint of today, keeps them too."""
-    for found, then in zip(resumed(older, 2), THEN, strict=True):
+    older = shutil.copytree(gone_on[0].parents[1], tmp_path / "older") / "checkpoint/step-2"
+    for found, then in zip(gone_on[1], THEN, strict=True):
         assert found == pytest.approx(then, rel=1e-5)
         assert found[2] == then[2]
     assert norm_of(older.with_name("step-5")) == pytest.approx(NORM_THEN, abs=1e-5)
@@ -145,9 +161,8 @@ def test_the_dry_run_says_what_a_run_that_goes_on_keeps(older: Path, capfd: pyte
     assert "decay_norms_and_biases stays" not in output
 
 
-def test_stock_dcp_reads_what_is_saved_on_two_ranks(older: Path) -> None:
-    resumed(older, 2)
-    last = older.with_name("step-5")
+def test_stock_dcp_reads_what_is_saved_on_two_ranks(gone_on: tuple[Path, Logged]) -> None:
+    last = gone_on[0].with_name("step-5")
     ours = empty(last)
     load_tensors(last, ours, None, facts=folders.read_checkpoint(last).files)
     assert same(ours, by_dcp(last))
