@@ -151,13 +151,14 @@ class Loader(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The consumed position, as JSON values: `fingerprint`, and `lanes`, by stream a list of counts. The lanes of
-        all ranks together are the state of the run."""
+        """The consumed position, as JSON values: `fingerprint`, and `lanes`, by stream a list of counts. The state of
+        the run has the `lanes` of all ranks."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`, which has the lanes of all ranks. Raises UserError if the data differ from those that
-        the state was saved with."""
+        """Continues from `state`, which has the streams of all ranks.
+
+        Raises UserError if the data differ from those that the state was saved with."""
 
     @abstractmethod
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from quadriga.data.streams import mix_bits
 
-ROUNDS = 8  # of the Feistel network; the hash that gives their keys has room for 8
+ROUNDS = 8  # of the Feistel network; the hash that gives their keys gives at most 8
 
 
 @dataclass(frozen=True)
