@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -248,12 +249,14 @@ def _index_of(file: File) -> File | None:
     """The `.idx` beside a `.bin`."""
     if not file.name.endswith(".bin"):
         return None
-    path = Path(f"{str(file.path)[:-4]}.idx")
+    path = f"{str(file.path)[:-4]}.idx"
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
-    return File(path, path.name, status.st_size, compressed=False) if stat.S_ISREG(status.st_mode) else None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return File(Path(path), os.path.basename(path), status.st_size, compressed=False)
 
 
 def _other_format(file: File, form: str, options: TokenOptions) -> Problem:
