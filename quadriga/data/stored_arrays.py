@@ -12,7 +12,6 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from quadriga.data.files import File
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
-BLOCK = 512  # numbers that the last step of a search reads at once
+BLOCK = 4096  # numbers that the last step of a search reads at once
 PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -43,7 +42,7 @@ class OpenFiles:
 
     def __init__(self, most: int = limits.TOKEN_FILES_OPEN) -> None:
         self._most = most
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -93,17 +92,18 @@ class OpenFiles:
                     self._evict(0)
 
     def _acquire(self, file: File) -> _Descriptor:
+        path = os.fspath(file.path)
         with self._lock:
             if self._closed:
                 raise ValueError("the token files are closed")
-            if (known := self._open.get(file.path)) is not None:
-                self._open.move_to_end(file.path)
+            if (known := self._open.get(path)) is not None:
+                self._open.move_to_end(path)
                 known.users += 1
                 return known
             self._evict(self._most - 1)
         number = _open_unchanged(file)
         with self._lock:
-            known = self._open.setdefault(file.path, _Descriptor(number))
+            known = self._open.setdefault(path, _Descriptor(number))
             known.users += 1
         if known.number != number:
             os.close(number)  # another thread opened the file meanwhile
@@ -111,9 +111,9 @@ class OpenFiles:
 
     def _forget(self, file: File) -> None:
         with self._lock:
-            known = self._open.get(file.path)
+            known = self._open.get(os.fspath(file.path))
             if known is not None and not known.users:
-                os.close(self._open.pop(file.path).number)
+                os.close(self._open.pop(os.fspath(file.path)).number)
 
     def _evict(self, most: int) -> None:
         """Closes unused files, the least recently used first, until at most `most` are open. Called with the lock."""

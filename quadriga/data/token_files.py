@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -206,7 +207,7 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
     found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
     names = {file.name for file in found}
     if caches := [f for f in found if f.name.endswith(".arrow") and f.path.name.startswith("cache-")]:
-        what = f"is a cache of the library `datasets`, one of {len(caches):,}, beside its data"
+        what = f"is a cache of the library `datasets`, one of {len(caches):,}, next to its data"
         fix = "remove it, or name the data files by a glob (data-*.arrow)"
         raise UserError(Problem(path_of(caches[0]), what, fix=fix))
     lone = [f for f in found if f.path.suffix == ".idx" and str(Path(f.name).with_suffix(".bin")) not in names]
@@ -217,7 +218,7 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
 
 def _without_data(index: str, data: Path) -> Problem:
     fix = "copy the file to there, or name the data files by a glob (*.bin)"
-    return Problem(index, f"the index has no data file {shortened(data.name)} beside it", fix=fix)
+    return Problem(index, f"the index has no data file {shortened(data.name)} next to it", fix=fix)
 
 
 def _opened(
@@ -245,21 +246,23 @@ def _opened(
 
 
 def _index_of(file: File) -> File | None:
-    """The `.idx` beside a `.bin`."""
+    """The `.idx` next to a `.bin`."""
     if not file.name.endswith(".bin"):
         return None
-    path = Path(f"{str(file.path)[:-4]}.idx")
+    path = f"{str(file.path)[:-4]}.idx"
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
-    return File(path, path.name, status.st_size, compressed=False) if stat.S_ISREG(status.st_mode) else None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return File(Path(path), os.path.basename(path), status.st_size, compressed=False)
 
 
 def _other_format(file: File, form: str, options: TokenOptions) -> Problem:
     wanted = options.token_format
     if wanted == "megatron" and form == "raw" and file.path.suffix == ".bin":
-        what, fix = f"there is no index of Megatron beside it ({file.path.stem}.idx)", "copy the index there"
+        what, fix = f"there is no index of Megatron next to it ({file.path.stem}.idx)", "copy the index there"
         return Problem(path_of(file), what, fix=f"{fix}, or set {options.key}.token_format to raw, without documents")
     also = f", and {options.key}.token_dtype to the type of its ids" if form == "raw" else ""
     what = f"is {FORMAT_NAMES[form]}, not {FORMAT_NAMES[wanted]}"

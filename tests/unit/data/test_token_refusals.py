@@ -284,7 +284,7 @@ def test_half_a_pair_is_refused(tmp_path):
     write_megatron(tmp_path / "b", [[[1, 2]]])
     (tmp_path / "a.bin").unlink()
     for path in (tmp_path, tmp_path / "a", tmp_path / "a.idx", tmp_path / "a.bin", tmp_path / "*"):
-        assert "the index has no data file a.bin beside it" in refused(path).what
+        assert "the index has no data file a.bin next to it" in refused(path).what
     (tmp_path / "b.idx").write_bytes(b"MMI")
     assert "no header" in refused(tmp_path / "b").what
     (tmp_path / "b.idx").write_bytes(b"MMIDIDX\x00\x00")

@@ -15,7 +15,7 @@ from token_writers import llmc_header
 
 SHARDS, IDS = 10_000, 10**8
 CODE = """
-import json, os, random, resource, sys, time
+import json, os, random, sys, time
 from quadriga.data.token_files import open_token_files
 
 before = time.process_time()
@@ -32,13 +32,14 @@ print(json.dumps({
     "length": tokens.length,
     "opened": opened,
     "read": read,
-    "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "memory": int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024,
     "files": len([one for one in os.listdir("/proc/self/fd") if int(one) > 2]),
 }))
 """
 
 
 def measured(folder: Path, eos: int = 0) -> dict[str, float]:
+    """The largest memory is that of the kernel's status, because `ru_maxrss` of a child includes that of its parent."""
     command = [sys.executable, "-c", CODE, str(folder), str(eos)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -69,7 +70,7 @@ def test_ten_thousand_shards_of_10_12_ids_are_opened_at_once(tmp_path, form):
             os.link(index, tmp_path / f"{number:05d}.idx")
     found = measured(tmp_path, eos=0 if form == "megatron" else 1)
     assert found["length"] == SHARDS * IDS
-    assert found["opened"] < 6  # seconds of the processor; about 1 without other load
+    assert found["opened"] < 6  # seconds of the processor, with slack for a machine under load; the goal is 2
     assert found["read"] < 3
     assert found["memory"] < 300 << 20  # with 60 MB of Python and NumPy
     assert found["files"] <= 256 + 4
