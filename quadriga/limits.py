@@ -72,6 +72,14 @@ BAD_RECORDS_IN_A_ROW = 100_000  # skipped by one row of the batch (`on_bad_recor
 PARQUET_FOOTER_BYTES = 256 * MIB  # the metadata of one Parquet file: some 100,000 row groups of 10 columns
 PARQUET_ROWS = 1 << 40  # in one Parquet file
 
+# Files of token ids.
+TOKEN_FILES_OPEN = 256  # at a time; there can be any number of files
+TOKEN_ROW_GROUP = 1 << 26  # ids of one row group of Parquet, which is decoded whole: 512 MiB of int64
+TOKEN_CACHE_BYTES = 256 * MIB  # decoded row groups that are kept, besides the newest one
+ARROW_METADATA_BYTES = 16 * MIB  # of one message or footer of an Arrow file; a batch of 10 columns has 1 KiB
+ARROW_BATCHES = 1 << 20  # record batches of one Arrow file; the library `datasets` writes 1,000 rows in each
+NPY_HEADER_BYTES = 10_000  # of a NumPy file; real ones have 128
+
 # The plan of a checkpoint's tensors (`checkpoint.plan`). 1 M chunks are 50 MB of JSON, or a `.metadata` of 150 MB. The
 # largest published model (405 B parameters on 1,024 ranks) has 3.5 M.
 PLAN_BYTES = GIB  # of plan.json

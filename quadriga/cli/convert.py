@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from quadriga import limits
 from quadriga.cli.arguments import Parser, run_from_file
+from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.model_spec import ModelSpec, RopeScaling
+from quadriga.config.schema import TOKENS
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.log import logger, start_logging
 from quadriga.models import registry
@@ -170,12 +172,18 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
         return SavedModel(spec, positions=positions)
     config = extra["config"]
     positions = max(positions, config["training"]["seq_len"])
-    return SavedModel(spec, config["model"]["hf_assets_path"], positions)
+    return SavedModel(spec, _tokenizer_in(config["model"]["hf_assets_path"], config["training"]["dataset"]), positions)
 
 
 def model_from_config(file: str) -> SavedModel:
     run = run_from_file(file, None)
-    return SavedModel(run.spec.model, run.config.model.hf_assets_path, run.spec.seq_len)
+    tokenizer = _tokenizer_in(run.config.model.hf_assets_path, run.config.training.dataset)
+    return SavedModel(run.spec.model, tokenizer, run.spec.seq_len)
+
+
+def _tokenizer_in(path: str, dataset: str) -> str:
+    """The tokenizer of a configuration. The built-in one, which is the default, does not belong to token files."""
+    return "" if dataset == TOKENS and path == BUILTIN_TOKENIZER else path
 
 
 def tokenizer_of(requested: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:

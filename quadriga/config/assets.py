@@ -18,6 +18,7 @@ from typing import Any
 from quadriga import limits
 from quadriga.config import tokenizer_files
 from quadriga.config.run_spec import TokenizerFacts
+from quadriga.config.schema import TOKENS
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.file_search import files_below, files_matching
 from quadriga.reading import file_kind, read_bytes
@@ -48,6 +49,7 @@ DATASETS: Mapping[str, DatasetKind] = {
     "text": DatasetKind(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
     "jsonl": DatasetKind(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed"),
     "parquet": DatasetKind((".parquet",), "needed"),
+    TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed"),
 }
 
 
@@ -121,7 +123,8 @@ def _rank_count(content: bytes) -> int:
 
 
 def data_files(dataset: str, path: str) -> list[Path]:
-    """The files of `path`, sorted: the file itself, those of a folder and its sub-folders, or those of a glob."""
+    """The files of `path`, sorted: the file itself, those of a folder and its sub-folders, or those of a glob. The
+    name of a Megatron data set without suffix stands for its two files."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         found = [folder / name for name in files_below(folder).files]
@@ -130,6 +133,8 @@ def data_files(dataset: str, path: str) -> list[Path]:
         found = [folder]
     else:
         found = [Path(name) for name in files_matching(str(folder))]
+    if dataset == TOKENS and not found:
+        found = [Path(f"{folder}{suffix}") for suffix in (".bin", ".idx")]
     return sorted(file for file in found if file.is_file())
 
 
@@ -146,7 +151,7 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
             f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
         )
     if needs == "none" and path is not None:
-        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl or parquet"
+        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet or tokens"
         return Problem(f"{key}, {key}_path", "this data set has no path", f"{dataset}, {path}", source, fix=fix)
     return None
 

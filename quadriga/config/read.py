@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quadriga.config.assets import dataset_problem, missing_files, tokenizer_facts
+from quadriga.config.assets import BUILTIN_TOKENIZER, dataset_problem, missing_files, tokenizer_facts
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.legacy_keys import started_with, value_in
 from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import BackendFacts, RunSpec, TokenizerFacts
-from quadriga.config.schema import JobConfig
+from quadriga.config.schema import TOKENS, JobConfig
 from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text
@@ -168,7 +168,9 @@ def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts,
     missing: list[Problem] = []
     path = config.model.hf_assets_path
     tokenizer = TokenizerFacts("missing", path, None)
-    if "model.hf_assets_path" not in loaded.bad:
+    if path == BUILTIN_TOKENIZER and config.training.dataset == TOKENS:
+        tokenizer = TokenizerFacts("none", path, None)  # the default, which does not belong to the ids
+    elif "model.hf_assets_path" not in loaded.bad:
         try:
             tokenizer = tokenizer_facts(path)
         except UserError as error:

@@ -14,7 +14,7 @@ from quadriga.config.keys import format_toml
 from quadriga.config.rules import Check, Conflict, Findings, RuleContext, config_value, rule
 from quadriga.config.rules_layout import CP, DP_SHARD, TP
 from quadriga.config.rules_pipeline import PP
-from quadriga.config.schema import JobConfig
+from quadriga.config.schema import TOKENS, JobConfig
 
 FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # torchtitan's defaults
 SEED = "debug.seed"
@@ -24,10 +24,11 @@ MAX_NORM = "training.max_norm"
 
 @rule(*FILES)
 def defaults_need_no_files(ctx: RuleContext) -> Findings:
-    defaulted = [f"{key} = {format_toml(config_value(ctx.config, key))}" for key in FILES if key not in ctx.origin]
-    if defaulted:
-        there = " and ".join(format_toml(FILES[key]) for key in FILES if key not in ctx.origin)
-        yield f"{' and '.join(defaulted)} by default, so that no file is needed (torchtitan: {there})"
+    keys = [key for key in FILES if key not in ctx.origin and ctx.config.training.dataset != TOKENS]
+    if keys:
+        defaulted = " and ".join(f"{key} = {format_toml(config_value(ctx.config, key))}" for key in keys)
+        there = " and ".join(format_toml(FILES[key]) for key in keys)
+        yield f"{defaulted} by default, so that no file is needed (torchtitan: {there})"
 
 
 @rule(SEED)

@@ -42,7 +42,8 @@ class Folders:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What is known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing.
+    """What is known of a tokenizer without loading it. `kind`: bytes, huggingface, tiktoken, missing; none for
+    token files whose tokenizer is not configured.
 
     `used_vocab_size`: one more than the largest id that a document can have. It is less than `vocab_size` if special
     tokens were added that no document has. `notices`: messages about its files.

@@ -41,13 +41,16 @@ class File:
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
 
 
-def find_files(kind: str, pattern: str, key: str = PATH_KEY) -> tuple[File, ...]:
+def find_files(
+    kind: str, pattern: str, key: str = PATH_KEY, *, suffixes: tuple[str, ...] | None = None
+) -> tuple[File, ...]:
     """The files of a path, a folder (searched recursively, by suffix) or a glob, sorted by name. `key` named it.
+    `suffixes`: of the files in a folder; by default those of the data set `kind`.
 
     Raises UserError if nothing is found, a file cannot be read, or its format is not supported.
     """
     path = Path(pattern).expanduser()
-    suffixes = DATASETS[kind].suffixes
+    suffixes = DATASETS[kind].suffixes if suffixes is None else suffixes
     if path.is_dir():
         inside = files_below(path)
         found = [name for name in inside.files if name.lower().endswith(suffixes)]
@@ -57,7 +60,7 @@ def find_files(kind: str, pattern: str, key: str = PATH_KEY) -> tuple[File, ...]
             what = f"the folder has no {kind} file; it contains {there}"
             raise UserError(Problem(key, what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
         files = _describe([(path / name, name) for name in found], path)
-        _warn_unexpected(kind, pattern, inside, found)
+        _warn_unexpected(suffixes, pattern, inside, found)
         return files
     if path.exists():
         return _describe([(path, path.name)], path.parent)
@@ -68,7 +71,7 @@ def find_files(kind: str, pattern: str, key: str = PATH_KEY) -> tuple[File, ...]
         raise UserError(Problem(key, what, value=pattern, fix=fix))
     root = Path(os.path.commonpath([file.parent for file in matching]))
     files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
-    _warn_unexpected(kind, pattern, FolderListing([], []), [file.name for file in files])
+    _warn_unexpected(suffixes, pattern, FolderListing([], []), [file.name for file in files])
     return files
 
 
@@ -137,7 +140,7 @@ def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], fo
         raise UserError(*(Problem(shortened(folder / name, 400), what, fix=fix) for name in taken[:MOST_PROBLEMS]))
 
 
-def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequence[str]) -> None:
+def _warn_unexpected(suffixes: tuple[str, ...], pattern: str, inside: FolderListing, found: Sequence[str]) -> None:
     """Warns about files that are read twice or skipped."""
     there = set(found)
     if twice := [name for name in found if name + ".gz" in there]:
@@ -147,8 +150,8 @@ def _warn_unexpected(kind: str, pattern: str, inside: FolderListing, found: Sequ
     if inside.repeated:
         names = ", ".join(_format_names(inside.repeated))
         logger.warning("data: links in %s to folders that are already read are skipped: %s", shortened(pattern), names)
-    packed = tuple(suffix + end for suffix in DATASETS[kind].suffixes for end in UNREADABLE)
-    packed += (".parquet.gz",) if kind == "parquet" else ()
+    packed = tuple(suffix + end for suffix in suffixes for end in UNREADABLE)
+    packed += (".parquet.gz",) if ".parquet" in suffixes else ()
     if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
         names = ", ".join(_format_names(left_out))
         logger.warning("data: %d files with a compression that is not supported are skipped: %s", len(left_out), names)

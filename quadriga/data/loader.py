@@ -1,8 +1,12 @@
-"""Batches for one rank: threads prefetch the streams of its rows; the state is that of consumed batches."""
+"""Batches for one rank: threads read its rows ahead; the state is that of consumed batches.
+
+`Loader` is what the trainer uses. `StreamLoader` reads documents in streams; `token_loader` reads windows of token ids.
+"""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -68,8 +72,8 @@ def build_loader(
     dataloader: Fetching,
     infinite: bool = True,
     field: Field = TEXT,
-) -> Loader:
-    """The loader of `rows` of the global batch.
+) -> StreamLoader:
+    """The loader of `rows` of the global batch, of documents.
 
     infinite (training): endless epochs; a batch is a whole optimizer step. Shuffled by `seed`, row i is stream i. With
     `dataloader.shuffle` false there is one stream of documents in the source's order. Its windows fill the rows of one
@@ -80,8 +84,6 @@ def build_loader(
     Raises UserError: data that do not exist or cannot be read (small data are checked completely before the first
     step), or fewer tokens than one window.
     """
-    if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
-        raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
     shuffled = infinite and isinstance(dataloader, Dataloader) and dataloader.shuffle
     count = global_batch_size if shuffled else 1
     source = open_surveyed(
@@ -90,29 +92,141 @@ def build_loader(
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
     streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
-    return Loader(streams, global_batch_size, rows, dataloader)
+    return StreamLoader(streams, global_batch_size, rows, dataloader)
 
 
-class Loader:
-    """`next()` returns a Batch of len(rows) rows. `waited`: seconds that the last call waited for its batch."""
+class Loader(ABC):
+    """`next()` returns a Batch of len(rows) rows. `waited`: seconds that the last call waited for its batch.
 
-    def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
+    endless: training, without end. Otherwise each iteration is one pass, and all ranks get equally many batches.
+    """
+
+    def __init__(
+        self, seq_len: int, global_batch_size: int, rows: range, dataloader: Fetching, *, endless: bool
+    ) -> None:
+        if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
+            raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
         self.waited = 0.0
-        self._streams = streams
-        self._global_batch_size = global_batch_size
-        self._rows = rows
+        self._seq_len, self._endless = seq_len, endless
+        self._global_batch_size, self._rows = global_batch_size, rows
         self._dataloader = dataloader
         self._pin = dataloader.pin_memory and torch.cuda.is_available()
         if dataloader.pin_memory and not self._pin:
             logger.info("data: dataloader.pin_memory has no effect without CUDA")
+        self._prefetcher: Prefetcher | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Returns itself; a finite loader begins its pass again."""
+        if not self._endless:
+            self.close()
+        return self
+
+    def __next__(self) -> Batch:
+        return self.next()
+
+    def next(self) -> Batch:
+        """The next batch of this rank. Raises StopIteration at the end of a pass, and errors of its threads."""
+        started = time.perf_counter()
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
+        parts: list[BatchPart] = self._prefetcher.next()
+        self.waited = time.perf_counter() - started
+        self._advance(parts)
+        return self._assemble({row: window for part in parts for row, window in part.windows.items()})
+
+    def empty(self) -> Batch:
+        """A batch of the same shape whose labels are all IGNORE."""
+        return self._assemble({})
+
+    def close(self) -> None:
+        """Ends the threads. The next `next()` reads again what they had prefetched."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Everything that determines the order of ids, as text; a resume compares it."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The consumed position, as JSON values: `fingerprint`, and `lanes`, by stream a list of counts. The state of
+        the run has the `lanes` of all ranks."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`, which has the streams of all ranks.
+
+        Raises UserError if the data differ from those that the state was saved with."""
+
+    @abstractmethod
+    def differences(self, state: Mapping[str, Any]) -> list[Problem]:
+        """Why the data differ from those that `state` was saved with."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """The consumed position, for `restore` of this loader. Unlike `state_dict`, it reads no file."""
+
+    @abstractmethod
+    def restore(self, snapshot: Any) -> None:
+        """Continues at the position of `snapshot`."""
+
+    @abstractmethod
+    def start_at(self, documents: int, tokens_left: int) -> None:
+        """Continues `tokens_left` ids before the end of the `documents`-th document of an epoch. This is the position
+        of torchtitan's loader, which counts documents read and keeps the ids not used yet.
+
+        Raises UserError if the data have no such position."""
+
+    @abstractmethod
+    def _feeds(self) -> list[Generator[BatchPart, None, None]]:
+        """One generator per thread. Together they yield the rows of one batch after another."""
+
+    @abstractmethod
+    def _advance(self, parts: Sequence[BatchPart]) -> None:
+        """Moves the position behind a batch."""
+
+    def _bad_records(self) -> int | None:
+        """The number of records skipped so far in the rows of this rank; None if none is ever skipped."""
+        return None
+
+    def format_location(self, record: SkippedRecord) -> str:
+        """The location of a skipped record: file and line. May read the file up to there."""
+        raise LookupError("these data have no records that are skipped")
+
+    def _assemble(self, windows: Mapping[int, Window]) -> Batch:
+        """The batch of these windows, by row. Rows without a window, and the rest of a short one, have the label
+        IGNORE."""
+        shape = (len(self._rows), self._seq_len)
+        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
+        for index, row in enumerate(self._rows):
+            if (window := windows.get(row)) is not None:
+                ids = torch.from_numpy(window.ids)
+                tokens[index, : len(ids) - 1] = ids[:-1]
+                labels[index, : len(ids) - 1] = ids[1:]
+        return Batch(
+            tokens,
+            labels,
+            documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
+            skipped=tuple(record for row in sorted(windows) for record in windows[row].skipped),
+            bad_records=self._bad_records(),
+        )
+
+
+class StreamLoader(Loader):
+    """Batches of the windows of streams of documents."""
+
+    def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
+        super().__init__(streams.seq_len, global_batch_size, rows, dataloader, endless=streams.endless)
+        self._streams = streams
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
         self._cursors = dict.fromkeys(self._streams_read, START)
-        self._prefetcher: Prefetcher | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Everything that determines the order of ids, as text; a resume compares it."""
         streams = self._streams
         parts = {
             "dataset": streams.source.fingerprint,
@@ -129,30 +243,6 @@ class Loader:
         """The tokenizer in use. After the state of an older run was loaded, this can be its `earlier`."""
         return self._streams.tokenizer
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Returns itself; a finite loader begins its pass again."""
-        if not self._streams.endless:
-            self.close()
-        return self
-
-    def __next__(self) -> Batch:
-        return self.next()
-
-    def next(self) -> Batch:
-        """The next batch of this rank. Raises StopIteration at the end of a pass, and errors of its threads."""
-        started = time.perf_counter()
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._feeds(), self._dataloader.prefetch_factor or PREFETCH)
-        parts: list[BatchPart] = self._prefetcher.next()
-        self.waited = time.perf_counter() - started
-        for part in parts:
-            self._advance(part.cursors)
-        return self._assemble({row: window for part in parts for row, window in part.windows.items()})
-
-    def empty(self) -> Batch:
-        """A batch of the same shape whose labels are all IGNORE."""
-        return self._assemble({})
-
     def state_dict(self) -> dict[str, Any]:
         """The consumed position, as JSON values: the fingerprint, the cursor and anchor of each stream, and how the
         files are cut into shards."""
@@ -160,20 +250,14 @@ class Loader:
         return {"fingerprint": self.fingerprint, "lanes": streams, "layout": self._streams.source.layout()}
 
     def snapshot(self) -> dict[int, Cursor]:
-        """The consumed position, for `restore` of this loader. Unlike `state_dict`, it reads no file."""
         return dict(self._cursors)
 
     def restore(self, snapshot: Mapping[int, Cursor]) -> None:
-        """Continues at the position of `snapshot`."""
         self.close()
         self._cursors = dict(snapshot)
 
     def start_at(self, documents: int, tokens_left: int) -> None:
-        """Continues `tokens_left` ids before the end of the `documents`-th document of an epoch. This is the position
-        of torchtitan's loader, which counts documents read and keeps the ids not used yet. Only for unshuffled data.
-
-        Raises UserError if the data have fewer documents or ids.
-        """
+        """See `Loader`. Only for unshuffled data. Raises UserError if the data have fewer documents or ids."""
         if not self._in_order:
             raise ValueError("shuffled data have no position by the number of documents read")
         self.restore({SINGLE_STREAM: cursor_before(self._streams, documents, tokens_left)})
@@ -248,12 +332,6 @@ class Loader:
                 fix = "restore the documents before it, or start another run (--job.dump_folder)"
                 raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
 
-    def close(self) -> None:
-        """Ends the threads. The next `next()` reads again what they had prefetched."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
         if self._in_order or not self._streams.endless:
             cursor = self._cursors[SINGLE_STREAM] if self._in_order else START
@@ -263,38 +341,20 @@ class Loader:
             _feed(self._streams, {row: self._cursors[row] for row in self._rows[i::threads]}) for i in range(threads)
         ]
 
-    def _assemble(self, windows: Mapping[int, Window]) -> Batch:
-        """The batch of these windows, by row. Rows without a window, and the rest of a short one, have the label
-        IGNORE."""
-        shape = (len(self._rows), self._streams.seq_len)
-        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
-        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
-        for index, row in enumerate(self._rows):
-            if (window := windows.get(row)) is not None:
-                ids = torch.from_numpy(window.ids)
-                tokens[index, : len(ids) - 1] = ids[:-1]
-                labels[index, : len(ids) - 1] = ids[1:]
-        return Batch(
-            tokens,
-            labels,
-            documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
-            skipped=tuple(record for row in sorted(windows) for record in windows[row].skipped),
-            bad_records=self._bad_records() if self._streams.skip_bad else None,
-        )
-
-    def _bad_records(self) -> int:
-        """The number of records skipped so far in the streams of this rank. The single stream of unshuffled data is
-        counted by the rank of row 0."""
+    def _bad_records(self) -> int | None:
+        """The single stream of unshuffled data is counted by the rank of row 0."""
+        if not self._streams.skip_bad:
+            return None
         counts = not self._in_order or 0 in self._rows
         return sum(cursor.skipped for cursor in self._cursors.values()) if counts else 0
 
     def format_location(self, record: SkippedRecord) -> str:
-        """The location of a record: file and line. May read the file up to there."""
         return self._streams.source.format_location(record.shard, record.number)
 
-    def _advance(self, cursors: Mapping[int, Cursor]) -> None:
+    def _advance(self, parts: Sequence[BatchPart]) -> None:
         before = self._cursors.get(0, START).epoch
-        self._cursors.update(cursors)
+        for part in parts:
+            self._cursors.update(part.cursors)
         if 0 in self._rows and self._streams.endless and self._cursors[0].epoch > before:
             stream = "" if self._in_order else " (stream 0)"
             logger.info("data: epoch %d begins%s", self._cursors[0].epoch + 1, stream)

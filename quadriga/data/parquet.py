@@ -53,7 +53,7 @@ class ParquetSource(FileSource):
         groups = range(groups.start, next((group for group in groups if starts[group] >= end), groups.stop))
         row = starts[groups.start] if groups else first
         try:
-            with _open(file) as parquet:
+            with open_parquet(file) as parquet:
                 batches = parquet.iter_batches(
                     ROWS_AT_ONCE, row_groups=list(groups), columns=[self.field.name], use_threads=False
                 )
@@ -63,9 +63,9 @@ class ParquetSource(FileSource):
                             yield Record(shard, row, text)
                         row += 1
         except Exception as error:
-            raise UserError(_damaged(file, error, f", after row {row}")) from error
+            raise UserError(damaged_parquet(file, error, f", after row {row}")) from error
         if row < end:
-            raise UserError(_damaged(file, ValueError(f"it ends before row {end}"), f", after row {row}"))
+            raise UserError(damaged_parquet(file, ValueError(f"it ends before row {end}"), f", after row {row}"))
 
     def parse(self, record: Record) -> Document:
         text = record.data
@@ -126,7 +126,7 @@ def _is_text(kind: Any) -> bool:
     return bool(string or types.is_binary(kind) or types.is_large_binary(kind) or _is_view(kind))
 
 
-def _open(file: File) -> Any:
+def open_parquet(file: File) -> Any:
     """The open file. Memory for metadata is bounded, and the checksums of pages are compared if the file has them."""
     require_library("pyarrow", shortened(file.path, 400), "a Parquet file")
     import pyarrow.parquet
@@ -144,7 +144,7 @@ def _row_groups(file: File, field: Field) -> list[int]:
     where = shortened(file.path, 400)
     try:
         refuse_if_foreign(file, "parquet")
-        with _open(file) as parquet:
+        with open_parquet(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             names = list(schema.names)
             if names.count(field.name) != 1:
@@ -163,13 +163,13 @@ def _row_groups(file: File, field: Field) -> list[int]:
     except UserError:
         raise
     except Exception as error:  # pyarrow raises many kinds of errors for damaged files
-        raise UserError(_damaged(file, error)) from error
+        raise UserError(damaged_parquet(file, error)) from error
     if min(rows, default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
-        raise UserError(_damaged(file, ValueError("its number of rows is impossible")))
+        raise UserError(damaged_parquet(file, ValueError("its number of rows is impossible")))
     return list(accumulate(rows, initial=0))
 
 
-def _damaged(file: File, error: Exception, where: str = "") -> Problem:
+def damaged_parquet(file: File, error: Exception, where: str = "") -> Problem:
     reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
     fix = "decrypt it first" if "encrypted" in reason.lower() else "download or write the file again"
     return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {reason}", fix=fix)

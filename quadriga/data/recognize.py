@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 
 from quadriga.data.files import File
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import opened
 
-HEAD = 512  # bytes that are examined
+HEAD = 4096  # bytes that are examined
+WIDE_IDS = 32  # ids that show how wide ids are
+CONTROL = frozenset(range(32)) - frozenset(b"\b\t\n\f\r\x1b")  # bytes that text does not have
+MEGATRON_MAGIC, OLD_MEGATRON_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"  # of index files
+LLMC_HEADERS = {  # by magic and version, the dtype of the ids
+    struct.pack("<ii", 20240520, 1): "uint16",
+    struct.pack("<ii", 20240801, 1): "uint32",
+    struct.pack("<ii", 20240801, 7): "uint32",
+}
+FOR_IDS = "for token ids, set the dataset to tokens"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAGIC = (
     (b"\x1f\x8b", "compressed by gzip, and its name does not end in .gz", "rename it to {name}.gz"),
@@ -20,11 +30,14 @@ MAGIC = (
     (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
     (b"PAR1", "a Parquet file", "name it *.parquet and set the dataset to parquet"),
     (b"PARE", "an encrypted Parquet file", "decrypt it first"),
-    (b"ARROW1", "an Arrow file", "write it as Parquet and set the dataset to parquet"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as Parquet and set the dataset to parquet"),
+    (b"ARROW1", "an Arrow file", f"write its texts as Parquet and set the dataset to parquet; {FOR_IDS}"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", f"write its texts as Parquet and set the dataset to parquet; {FOR_IDS}"),
     (b"%PDF-", "a PDF document", "extract its text first"),
     (b"\x89HDF", "an HDF5 file", "write its texts as JSON lines or Parquet"),
-    (b"\x93NUMPY", "a NumPy file", "write its texts as JSON lines or Parquet"),
+    (b"\x93NUMPY", "a NumPy file", f"{FOR_IDS}; write texts as JSON lines or Parquet"),
+    (MEGATRON_MAGIC, "an index of Megatron's token files", FOR_IDS),
+    (OLD_MEGATRON_MAGIC, "an index of Megatron's older format (TNTIDX)", "write it again in the newer one (mmap)"),
+    *((magic, f"a file of {dtype} token ids of llm.c", FOR_IDS) for magic, dtype in LLMC_HEADERS.items()),
     (b"SQLite format 3\x00", "an SQLite database", "write its texts as JSON lines or Parquet"),
 )
 
@@ -50,9 +63,53 @@ def _foreign(file: File, kind: str) -> tuple[str, str] | None:
             if kind == "parquet" and magic == b"PAR1":
                 return None
             return f"the file is {what}", fix.format(name=shortened(os.path.basename(file.name)))
-    if not file.compressed and (encoding := _wide_encoding(head)):
+    if file.compressed:
+        return None
+    if encoding := _wide_encoding(head):
         return f"the file is {encoding}, not UTF-8", f"convert it: iconv -f {encoding} -t UTF-8 IN > OUT"
+    if (binary := _binary(head)) is not None:
+        return binary, f"{FOR_IDS}; otherwise write texts as UTF-8"
     return None
+
+
+def foreign_to_ids(head: bytes) -> tuple[str, str] | None:
+    """What a headerless file of token ids is instead, by its first bytes, and a remedy; None if it can be one."""
+    if head.startswith(LFS_POINTER):
+        return "the file is a pointer of Git LFS, not the data that it points to", "download the data: git lfs pull"
+    for magic, what, _ in MAGIC:
+        # Two ids can begin like gzip by chance, so its method is compared too.
+        if head.startswith(magic + b"\x08" if magic == b"\x1f\x8b" else magic):
+            return f"the file is {what}", "unpack or convert it, or name other files"
+    if len(head) >= 2 * WIDE_IDS and _is_text(head):
+        return "the file is text, not token ids", "set the dataset to text, jsonl or parquet, or name other files"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the bytes, the last of which can be a part of a character, are UTF-8 without control characters."""
+    try:
+        head[: max(len(head) - 3, 0)].decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return False
+    return CONTROL.isdisjoint(head)
+
+
+def _binary(head: bytes) -> str | None:
+    """What the file is if it is no text: by the places of its NUL bytes, how wide token ids it may have."""
+    if len(head) < WIDE_IDS or sum(byte in CONTROL for byte in head) * 50 < len(head):
+        return None
+    if not any(head):
+        return "the file begins with NUL bytes alone: token ids, or a damaged copy"
+    for width, names in ((8, "int64"), (4, "uint32 or int32")):
+        # Real vocabularies have less than 2^20 ids. Narrower ids, read as wide ones, have a second id above that.
+        ids = (int.from_bytes(head[at : at + width], "little") for at in range(0, len(head) - width + 1, width))
+        if all(number < 1 << 20 for number in ids):
+            return f"the file looks like {names} token ids, not text"
+    odd, even = (head[start::2].count(0) for start in (1, 0))
+    if odd >= 3 and odd > 3 * even:
+        return "the file looks like uint16 token ids, not text"
+    return "the file is binary, not text"
 
 
 def _wide_encoding(head: bytes) -> str | None:
@@ -65,8 +122,8 @@ def _wide_encoding(head: bytes) -> str | None:
     pairs = len(head) // 2
     if pairs >= 2:
         even, odd = (sum(byte == 0 for byte in head[start : 2 * pairs : 2]) for start in (0, 1))
-        if odd > 0.6 * pairs and even < 0.1 * pairs:
-            return "UTF-16LE"
-        if even > 0.6 * pairs and odd < 0.1 * pairs:
-            return "UTF-16BE"
+        little, big = odd > 0.6 * pairs and even < 0.1 * pairs, even > 0.6 * pairs and odd < 0.1 * pairs
+        # The characters themselves have no zero; small token ids have the same zeros, and control characters.
+        if (little or big) and CONTROL.isdisjoint(head[: 2 * pairs][int(big) :: 2]):
+            return "UTF-16LE" if little else "UTF-16BE"
     return None

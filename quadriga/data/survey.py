@@ -118,8 +118,8 @@ def _readable(source: Source, shard: int, records: int | None, found: _Findings,
                     return
             if found.text_bytes > MOST_BYTES:
                 return
-    except UserError as error:
-        found.problems += error.problems
+    except UserError as error:  # of a whole file, which can have several shards
+        found.problems += [problem for problem in error.problems if problem not in found.problems]
 
 
 def _count_tokens(found: _Findings, tokenizer: Tokenizer) -> int:

@@ -37,7 +37,7 @@ class TextSource(ByteRangeSource):
         file = self.file_of(record.shard)
         data = record.data
         assert isinstance(data, bytes)
-        if record.begins and (data.startswith(NO_TEXT) or b"\0" in data[:64]):
+        if b"\0" in data or (record.begins and data.startswith(NO_TEXT)):
             refuse_if_foreign(file, "text")
         try:
             text = data.decode("utf-8")

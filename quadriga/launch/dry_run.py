@@ -82,6 +82,8 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
+    from quadriga.data.data_check import describe_data
+
     config, spec, model = run.config, run.spec, run.spec.model
     heads = f"{model.n_heads} heads" + f" ({model.n_kv_heads} for keys and values)" * (
         model.n_kv_heads != model.n_heads
@@ -91,8 +93,8 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     known = facts.kind if facts.vocab_size is None else f"{facts.kind}, {facts.vocab_size:,} ids"
     yield "description", config.job.description
     yield "model", f"{model.n_parameters:,} parameters: {shape}"
-    yield "tokenizer", f"{facts.path} ({known})"
-    yield "data", training.dataset + (f" from {training.dataset_path}" if training.dataset_path else "")
+    yield "tokenizer", "none: the data are token ids" if facts.kind == "none" else f"{facts.path} ({known})"
+    yield "data", describe_data(training, spec)
     yield from messages.describe(run).items()
     yield "compile", messages.compilation(config.compile)
     yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +17,8 @@ from quadriga.comm.backend import BACKENDS, choose_backend
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.comm.sharding import ShardCollectives
 from quadriga.config import Run
-from quadriga.config.schema import Fetching, LinearFloat8
-from quadriga.data.loader import Loader, build_loader
-from quadriga.data.sources import Field
-from quadriga.data.tokenizer import build_tokenizer
+from quadriga.config.schema import LinearFloat8
+from quadriga.data.loader import Loader
 from quadriga.log import logger
 from quadriga.metrics.documents import DocumentLog
 from quadriga.metrics.events import EventLog
@@ -49,6 +46,7 @@ from quadriga.resilience.stop_requests import StopRequests
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.checks import BadRecords, Checks
+from quadriga.train.data import training_loader, validation_loader
 from quadriga.train.feed import Feed
 from quadriga.train.loss import build_loss, chunked_output
 from quadriga.train.numerics import bfloat16_peak, peak_flops, set_numerics
@@ -126,19 +124,8 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
         write_estimate(Path(spec.folders.dump), run, device, events.attempt, failures)
 
     progress.enter_phase("data")
-    tokenizer = build_tokenizer(config.model.hf_assets_path)
     rows = range(mesh.batch_rank * spec.rows_per_rank, (mesh.batch_rank + 1) * spec.rows_per_rank)
-    loader = build_loader(
-        config.training.dataset,
-        config.training.dataset_path,
-        tokenizer,
-        seed=spec.seed,
-        seq_len=spec.seq_len,
-        global_batch_size=spec.global_batch_size,
-        rows=rows,
-        dataloader=dataloader_on(device, config.training.dataloader),
-        field=Field(config.training.dataset_text_field),
-    )
+    loader = training_loader(run, rows, device)
 
     progress.enter_phase("weights")
     logger.info("building the model")
@@ -207,7 +194,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
             saves=config.checkpoint.enable and not config.checkpoint.load_only,
         ),
         watchdog=watchdog,
-        validator=build_validator(run, mesh, device, parts, loader.tokenizer, state.feed),
+        validator=build_validator(run, mesh, device, parts, loader, state.feed),
     )
 
 
@@ -346,37 +333,14 @@ def build_forward_backward(
 
 
 def build_validator(
-    run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], tokenizer: Any, feed: Feed
+    run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], training: Loader, feed: Feed
 ) -> Validator | None:
     section = run.config.validation
     if not section.enable:
         return None
-    share = section.local_batch_size
-    field = section.dataset_text_field or run.config.training.dataset_text_field
-    loader = build_loader(
-        section.dataset,
-        section.dataset_path,
-        tokenizer,
-        seed=run.spec.seed,
-        seq_len=section.seq_len,
-        global_batch_size=share * mesh.batch_degree,
-        rows=range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
-        dataloader=dataloader_on(device, section.dataloader),
-        infinite=False,
-        field=Field(field, "validation.dataset_text_field"),
-    )
-    forward = build_forward_backward(run, mesh, device, parts, share, section.seq_len)
+    loader = validation_loader(run, mesh, device, training)
+    forward = build_forward_backward(run, mesh, device, parts, section.local_batch_size, section.seq_len)
     return Validator(loader, feed, forward, device, section.freq, section.steps)
-
-
-def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
-    """The section, with `pin_memory` off if the run computes on a CPU, because pinning memory would initialize CUDA."""
-    if section.pin_memory is None:
-        return section.model_copy(update={"pin_memory": device.type == "cuda"})
-    if not section.pin_memory or device.type == "cuda":
-        return section
-    logger.info("data: dataloader.pin_memory has no effect, because this run does not compute on CUDA")
-    return section.model_copy(update={"pin_memory": False})
 
 
 def build_checks(

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from quadriga.data.loader import Batch, Loader
-from quadriga.data.streams import Cursor
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json, error_from_json, error_to_json
 
@@ -39,7 +38,7 @@ class Feed:
         self._group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._error: Exception | None = None
-        self._before: dict[int, Cursor] = {}
+        self._before: Any = None
 
     def next(self, loader: Loader) -> Batch:
         """The next batch; an empty one if it cannot be read, which `check` then reports. Without a group, raises

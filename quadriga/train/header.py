@@ -9,6 +9,7 @@ import quadriga
 from quadriga.checkpoint import titan
 from quadriga.comm import collectives
 from quadriga.config import Run, messages, to_toml
+from quadriga.data.token_loader import TokenLoader
 from quadriga.errors import printable
 from quadriga.log import logger
 from quadriga.planning.communication import format_backend_by_axis
@@ -41,10 +42,13 @@ def header_rows(trainer: TrainerParts) -> list[tuple[str, str]]:
     shape = (
         f"{model.n_layers} layers, {model.dim:,} wide, {model.n_heads} heads ({model.n_kv_heads} for keys and values)"
     )
-    place = f" at {config.training.dataset_path}" if config.training.dataset_path else ""
+    data = config.training.dataset + (f" at {config.training.dataset_path}" if config.training.dataset_path else "")
+    if isinstance(loader := trainer.state.loader, TokenLoader):
+        data += f": {loader.describe(spec.steps * spec.global_batch_size)}"
+    tokenizer = "" if spec.tokenizer.kind == "none" else f", tokenizer {config.model.hf_assets_path}"
     return [
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
-        ("data", f"{config.training.dataset}{place}, tokenizer {config.model.hf_assets_path}"),
+        ("data", f"{data}{tokenizer}"),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
         ("backends", format_backend_by_axis(trainer.run, trainer.backend)),
         *messages.describe(trainer.run, "GPU" if trainer.device.type == "cuda" else "rank").items(),

@@ -12,7 +12,7 @@ import torch
 from quadriga.checkpoint import folder as checkpoint_folder
 from quadriga.comm import process_group
 from quadriga.config import Run
-from quadriga.data.tokenizer import build_tokenizer
+from quadriga.data.tokenizer import SpecialIds, build_tokenizer
 from quadriga.data.tokenizer_export import transformers_files
 from quadriga.errors import EXIT_OK, Fault
 from quadriga.log import logger
@@ -231,16 +231,21 @@ def export_last_step(run: Run, step: int) -> None:
 
     start, path = time.monotonic(), checkpoint_folder.published_path(run.spec.folders.checkpoint, step)
     found = checkpoint_folder.read_checkpoint(path)
-    assets = run.config.model.hf_assets_path
-    tokenizer = build_tokenizer(assets)
-    model, (bos_id, eos_id) = run.spec.model, tokenizer.special_ids
+    model, (bos_id, eos_id), files = run.spec.model, *exported_tokenizer(run)
     positions = max(found.extra.get("max_positions", 0), run.spec.seq_len)
     config = registry.hf_config(model, bos_id=bos_id, eos_id=eos_id, positions=positions)
     dtype = getattr(torch, section.export_dtype)
     out, group = f"{found.path}-hf", process_group.host_group(section.timeout_seconds)
-    names, files = registry.tensor_names(model), transformers_files(assets)
-    export_hf(found, out, names, config, group, dtype=dtype, tokenizer=files, replace=True)
+    export_hf(found, out, registry.tensor_names(model), config, group, dtype=dtype, tokenizer=files, replace=True)
     logger.info("saved %s in %s", out, format_seconds(time.monotonic() - start))
+
+
+def exported_tokenizer(run: Run) -> tuple[SpecialIds, dict[str, bytes]]:
+    """BOS and EOS, and the files of the tokenizer. Without one, EOS is what ends a document of the token files."""
+    if run.spec.tokenizer.kind == "none":
+        return SpecialIds(None, run.config.training.token_eos_id), {}
+    assets = run.config.model.hf_assets_path
+    return build_tokenizer(assets).special_ids, transformers_files(assets)
 
 
 def collect_garbage(trainer: TrainerParts) -> None:

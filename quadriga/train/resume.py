@@ -185,7 +185,7 @@ def check_continuity(saved: Mapping[str, Any], run: Run, loader: Loader) -> None
         wrong += [
             problem
             for problem in loader.differences(saved["dataloader"])
-            if not problem.where.endswith(("seed", "global_batch_size"))  # reported above
+            if not problem.where.endswith(("seed", "global_batch_size", "seq_len"))  # reported above
         ]
     if refused := shape_problems(saved, run) if run.config.checkpoint.allow_change else wrong:
         raise UserError(*refused)

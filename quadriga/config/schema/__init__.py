@@ -14,9 +14,10 @@ from quadriga.config.schema.observe import Debug, Metrics, Profiling
 from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
-from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
+from quadriga.config.schema.training import TOKENS, Dataloader, Fetching, TokenKeys, Training, Validation
 
 __all__ = [
+    "TOKENS",
     "UPDATE_BUCKET",
     "ActivationCheckpoint",
     "Checkpoint",
@@ -44,6 +45,7 @@ __all__ = [
     "Profiling",
     "Quantize",
     "Section",
+    "TokenKeys",
     "Training",
     "Validation",
 ]

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
+
+TokenFormat = Literal["auto", "megatron", "llmc", "raw", "npy", "parquet", "arrow"]
+TokenType = Literal["uint16", "uint32", "int32", "int64", "uint8", "int8", "int16", "uint64"]
+TOKENS = "tokens"  # the data set that is read from token files
+TEXT_FIELD = "text"
+
+
+class TokenKeys(NamedTuple):
+    """How the token files at `path` are read: `format`, `dtype` and `eos_id` are `token_format`, `token_dtype` and
+    `token_eos_id`; `field` is the column of Parquet and Arrow files, None if none is named. `table`: `training` or
+    `validation`, for messages."""
+
+    table: str
+    path: str
+    format: TokenFormat
+    dtype: TokenType | None
+    eos_id: int | None
+    field: str | None
 
 
 class Fetching(Section):
@@ -40,13 +58,22 @@ class Training(Section):
     """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
-    """The data: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet` (with `dataset_path`)."""
+    """The data: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet`, `tokens` (with `dataset_path`)."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
 
-    dataset_text_field: Name = "text"
-    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents."""
+    dataset_text_field: Name = TEXT_FIELD
+    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
+
+    token_format: TokenFormat = "auto"
+    """The format of `tokens`; `auto` recognizes it by the content. `raw` are ids without a header."""
+
+    token_dtype: TokenType | None = None
+    """The integer type of `tokens` files without a header, which is never guessed. Other files state theirs."""
+
+    token_eos_id: Amount | None = None
+    """The id that ends a document in `tokens` files that have no index of documents."""
 
     local_batch_size: Count = 8
     """Sequences in one micro-batch of one data-parallel rank."""
@@ -90,6 +117,14 @@ class Training(Section):
     dataloader: Dataloader = Dataloader()
 
     @property
+    def token_keys(self) -> TokenKeys:
+        """How `tokens` are read."""
+        path = self.dataset_path or ""  # which `assets.dataset_problem` refuses
+        return TokenKeys(
+            "training", path, self.token_format, self.token_dtype, self.token_eos_id, _named(self.dataset_text_field)
+        )
+
+    @property
     def computes_in_full_float32(self) -> bool:
         """Whether matrix products are in float32 at `highest`, so that they use none of a GPU's faster units."""
         return self.mixed_precision_param == "float32" and self.float32_matmul_precision == "highest"
@@ -112,13 +147,22 @@ class Validation(Section):
     """Validate at step 1 and then every `freq` steps."""
 
     dataset: Name = "c4_validation"
-    """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`."""
+    """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`, `tokens`."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files."""
 
     dataset_text_field: Name | None = None
-    """The field or column that contains the documents; none is that of `training`."""
+    """The field or column that contains the documents or ids; none is that of `training`."""
+
+    token_format: TokenFormat | None = None
+    """The format of `tokens`; none is that of `training`, with `token_dtype` if that is not set here."""
+
+    token_dtype: TokenType | None = None
+    """The integer type of `tokens` files without a header."""
+
+    token_eos_id: Amount | None = None
+    """The id that ends a document in `tokens`; none is that of `training`."""
 
     local_batch_size: Count = 8
     """Sequences in one validation batch of one data-parallel rank."""
@@ -133,3 +177,23 @@ class Validation(Section):
     """Batches per validation; -1 is the whole data set."""
 
     dataloader: Fetching = Fetching()
+
+    def token_keys(self, training: Training) -> TokenKeys:
+        """How `tokens` are read. What is not set is that of `training`, if that reads `tokens` too."""
+        inherited = (training if training.dataset == TOKENS else Training()).token_keys
+        dtype, eos_id, field = self.token_dtype, self.token_eos_id, self.dataset_text_field
+        if dtype is None and self.token_format is None:
+            dtype = inherited.dtype
+        return TokenKeys(
+            "validation",
+            self.dataset_path or "",
+            self.token_format or inherited.format,
+            dtype,
+            inherited.eos_id if eos_id is None else eos_id,
+            inherited.field if field is None else _named(field),
+        )
+
+
+def _named(column: str) -> str | None:
+    """The column of token ids; None for the default of texts."""
+    return None if column == TEXT_FIELD else column

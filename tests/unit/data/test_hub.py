@@ -26,12 +26,12 @@ from quadriga.config.schema import Dataloader
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
 from quadriga.data.streams import Streams
-from quadriga.data.loader import Loader
+from quadriga.data.loader import StreamLoader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
 def loader():
-    return Loader(Streams(source, ByteTokenizer(), 32, 4, seed=3), 4, range(4), Dataloader(num_workers=2))
+    return StreamLoader(Streams(source, ByteTokenizer(), 32, 4, seed=3), 4, range(4), Dataloader(num_workers=2))
 
 def take(loader, steps):
     got = [loader.next().tokens.tolist() for _ in range(steps)]
@@ -45,7 +45,8 @@ held_out = open_source("c4_validation")
 in_order = [document.text for document, _ in Streams(source, ByteTokenizer(), 32, 1, None, endless=False).documents(0)]
 
 def unshuffled(state=None):
-    made = Loader(Streams(source, ByteTokenizer(), 32, 1, None, overlap=0), 4, range(4), Dataloader(shuffle=False))
+    streams = Streams(source, ByteTokenizer(), 32, 1, None, overlap=0)
+    made = StreamLoader(streams, 4, range(4), Dataloader(shuffle=False))
     if state is not None:
         made.load_state_dict(state)
     return made

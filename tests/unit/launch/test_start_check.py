@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ranks import run_ranks
 from training import DEBUG_FILE, TINY, one_rank
@@ -122,6 +123,11 @@ def data(*lines: str, link: str = "") -> Callable[[Path], object]:
     return write
 
 
+def token_ids(*ids: int, dtype: str = "<u2", name: str = "ids.bin") -> Callable[[Path], object]:
+    """A headerless file of these ids, 30 times."""
+    return lambda folder: np.tile(np.array(ids, dtype), 30).tofile(folder / name)
+
+
 def hugging_face(*more: Callable[[Path], object]) -> Callable[[Path], object]:
     """Weights of the run's model in the form of Hugging Face, then the other changes."""
 
@@ -147,6 +153,8 @@ LONG = '{"text": "' + 60 * "words " + '"}'
 MORE = ("--training.steps=6",)
 JSONL = ("--training.dataset=jsonl", "--training.dataset_path=RUN/data")
 NEW = (*JSONL, "--checkpoint.folder=new")
+TOKENS = ("--training.dataset=tokens", "--training.dataset_path=RUN/ids.bin", "--checkpoint.folder=new")
+IDS = (*TOKENS, "--training.token_dtype=uint16")
 VALIDATES = (
     *("--validation.enable", "--validation.dataset=jsonl", "--validation.dataset_path=RUN/data"),
     "--validation.dataloader.window_overlap=0",
@@ -156,6 +164,11 @@ HF = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path=RUN/hf"
 WEIGHTS = "--checkpoint.initial_load_path=RUN/old/step-4"
 STEPLESS = '--checkpoint.exclude_from_loading=["train_state"]'
 ALLOWED = "--checkpoint.allow_change"
+SAVED = "--checkpoint.folder=checkpoint"
+VALIDATES_TOKENS = (
+    *("--validation.enable", "--validation.dataset=tokens", "--validation.dataset_path=RUN/ids.bin"),
+    *("--validation.token_dtype=uint16", "--validation.dataloader.window_overlap=0"),
+)
 FOREIGN = moved(without("old/step-4/train_state.json", "old/step-4/plan.json"))
 SEED = (*MORE, "--checkpoint.create_seed_checkpoint", "--debug.seed=7")
 CASES = [
@@ -270,6 +283,16 @@ CASES = [
     Case("too few tokens to validate on", 2, "lower validation.seq_len", (*MORE, *VALIDATES), data('{"text": "hi"}')),
     Case("other data", 2, "data of the checkpoint: dataset", (*MORE, *JSONL), data(LONG)),
     Case("other data, allowed", 0, "step 4", (*MORE, *JSONL, ALLOWED), data(LONG)),
+    Case(
+        "token files", 0, "1 file, 120 ids, 3 windows in an epoch, 10.7 epochs in this run", IDS, token_ids(1, 2, 3, 4)
+    ),
+    Case("token files without a type", 2, "training.token_dtype", TOKENS, token_ids(1, 2)),
+    Case("too few ids", 2, "30 ids, fewer than the 33 of one window", IDS, token_ids(1)),
+    Case("ids that the model lacks", 2, "token 2", IDS, token_ids(1, 2, 320)),
+    Case("no token files", 2, "nothing is there", IDS),
+    Case("token files for text", 2, "data of the checkpoint: dataset", (*MORE, *IDS, SAVED), token_ids(1, 2, 3)),
+    Case("token files for text, allowed", 0, "step 4", (*MORE, *IDS, SAVED, ALLOWED), token_ids(1, 2, 3)),
+    Case("tokens to validate on", 2, "validation.seq_len", (*MORE, *VALIDATES_TOKENS), token_ids(1)),
     Case("a folder for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").mkdir()),
     Case("a link for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").symlink_to("no/where")),
     Case("a state that is no state", 2, "world_size", MORE, sealed(world_size="x")),

@@ -37,7 +37,7 @@ def costs(caplog: pytest.LogCaptureFixture, device: str, *arguments: str) -> lis
     logger.setLevel(logging.INFO)
     caplog.clear()
     where = {"device": torch.device(device), "backend": "nccl" if device == "cuda" else "gloo"}
-    log_header(SimpleNamespace(run=run, state=SimpleNamespace(step=0, attempt=1), **where))
+    log_header(SimpleNamespace(run=run, state=SimpleNamespace(step=0, attempt=1, loader=None), **where))
     return [line for line in caplog.messages if "precision `highest`:" in line]
 
 

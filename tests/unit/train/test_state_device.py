@@ -10,7 +10,8 @@ from estimating import run_of
 
 from quadriga.config.schema import Fetching
 from quadriga.data.loader import Loader
-from quadriga.train.build import build_state, dataloader_on
+from quadriga.train.build import build_state
+from quadriga.train.data import dataloader_on
 from quadriga.train.resume import saved_tensors
 
 

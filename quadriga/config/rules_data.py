@@ -1,0 +1,81 @@
+"""Rules about token files (`training.dataset = "tokens"`, and the same in `[validation]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quadriga.config.assets import BUILTIN_TOKENIZER, DATASETS
+from quadriga.config.keys import KEYS
+from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
+from quadriga.config.schema import TOKENS, TokenKeys
+
+TOKENIZER = "model.hf_assets_path"
+
+
+def token_keys_of(ctx: RuleContext, table: str) -> TokenKeys | None:
+    """How the token files of a table are read; None if it reads none."""
+    training, validation = ctx.config.training, ctx.config.validation
+    if table == "training":
+        return training.token_keys if training.dataset == TOKENS else None
+    return validation.token_keys(training) if validation.enable and validation.dataset == TOKENS else None
+
+
+def _belongs_to_tokens(table: str, name: str) -> Callable[[RuleContext], Findings]:
+    key, dataset = f"{table}.{name}", f"{table}.dataset"
+
+    def key_belongs_to_token_files(ctx: RuleContext) -> Findings:
+        used = table == "training" or ctx.config.validation.enable
+        if used and config_value(ctx.config, key) != KEYS[key].default and config_value(ctx.config, dataset) != TOKENS:
+            yield Conflict("only token files have it", f'set {dataset} = "{TOKENS}", or remove {key}')
+
+    return key_belongs_to_token_files
+
+
+def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:
+    def raw_ids_have_a_type(ctx: RuleContext) -> Findings:
+        keys = token_keys_of(ctx, table)
+        if keys is not None and keys.format == "raw" and keys.dtype is None:
+            fix = f'set {table}.token_dtype, for files of nanoGPT to "uint16"'
+            yield Conflict("files without a header do not say which integers their ids are", fix)
+
+    return raw_ids_have_a_type
+
+
+def _eos_in_vocabulary(table: str) -> Callable[[RuleContext], Findings]:
+    def eos_is_an_id_of_the_model(ctx: RuleContext) -> Findings:
+        keys, rows = token_keys_of(ctx, table), ctx.model.vocab_size
+        if keys is not None and keys.eos_id is not None and keys.eos_id >= rows:
+            fix = "set the id that ends a document in the files, or the model of their tokenizer"
+            yield Conflict(f"the model has no such id, its vocabulary has {rows:,}", fix)
+
+    return eos_is_an_id_of_the_model
+
+
+def _no_bad_records(table: str) -> Callable[[RuleContext], Findings]:
+    key = f"{table}.dataloader.on_bad_record"
+
+    def token_files_have_no_bad_records(ctx: RuleContext) -> Findings:
+        if token_keys_of(ctx, table) is not None and config_value(ctx.config, key) == "skip":
+            what = "token files have no records that could be skipped; what cannot be read stops the run"
+            yield Conflict(what, f'set {key} = "stop"')
+
+    return token_files_have_no_bad_records
+
+
+for _table in ("training", "validation"):
+    _dataset, _format = f"{_table}.dataset", f"{_table}.token_format"
+    for _name in ("token_format", "token_dtype", "token_eos_id"):
+        rule(f"{_table}.{_name}", _dataset)(_belongs_to_tokens(_table, _name))
+    rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
+    rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
+    rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))
+
+
+@rule(TOKENIZER, "training.dataset", "validation.dataset")
+def validation_text_has_the_tokenizer_of_the_tokens(ctx: RuleContext) -> Findings:
+    config = ctx.config
+    if config.training.dataset != TOKENS or not config.validation.enable or config.validation.dataset == TOKENS:
+        return
+    if config.model.hf_assets_path == BUILTIN_TOKENIZER and config.validation.dataset in DATASETS:
+        fix = f"set {TOKENIZER} to the tokenizer of the token files, or validate on token files"
+        yield Conflict("the text of the validation needs the tokenizer that made the token files", fix)

@@ -1,0 +1,52 @@
+"""Token files as a run reads them: opened and checked before the first step, by the dry run and by every rank."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from quadriga.config.schema import Dataloader, Fetching, TokenKeys
+from quadriga.data.token_files import TokenFiles, open_token_files
+from quadriga.data.windows import Windows
+from quadriga.errors import Problem, UserError
+from quadriga.units import plural
+
+WHOLE_IDS = 1 << 24  # up to this number of ids, all are checked before the first step
+MOST_PROBLEMS = 10
+
+
+def open_tokens(
+    keys: TokenKeys, dataloader: Fetching, seq_len: int, vocab_size: int | None, *, endless: bool = False, seed: int = 0
+) -> tuple[TokenFiles, Windows]:
+    """The token files of a data set, and their windows in the order in which they are read.
+
+    vocab_size: of the model; None: the ids are not checked. endless: for training, shuffled by `seed` unless
+    `dataloader.shuffle` is false. Otherwise for a pass in order.
+
+    Raises UserError: no files, files that cannot be read, fewer ids than one window, or, in data of at most WHOLE_IDS,
+    an id that the model does not have.
+    """
+    files = open_token_files(
+        keys.path,
+        token_format=keys.format,
+        token_dtype=keys.dtype,
+        eos_id=keys.eos_id,
+        field=keys.field,
+        key=keys.table,
+    )
+    shuffled = endless and isinstance(dataloader, Dataloader) and dataloader.shuffle
+    order = seed if shuffled else None
+    windows = Windows(files.length, seq_len, dataloader.window_overlap, order, short_last=not endless)
+    if not windows.count:
+        there = f"{plural(files.length, 'id')}, fewer than the {windows.least_ids:,} of one window"
+        fix = f"add data, or lower {keys.table}.seq_len"
+        raise UserError(Problem(f"{keys.table}.dataset_path", there, keys.path, fix=fix))
+    checked = vocab_size is not None and files.length <= WHOLE_IDS
+    if checked and (problems := list(islice(files.verify(vocab_size), MOST_PROBLEMS))):
+        raise UserError(*problems)
+    return files, windows
+
+
+def format_tokens(files: TokenFiles, windows: Windows, slots: int) -> str:
+    """What a run of `slots` rows reads: files, ids, windows of an epoch, and epochs."""
+    there = f"{plural(len(files.files), 'file')}, {plural(files.length, 'id')}"
+    return f"{there}, {plural(windows.count, 'window')} in an epoch, {slots / windows.count:.3g} epochs in this run"

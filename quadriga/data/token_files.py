@@ -1,0 +1,328 @@
+"""Files of token ids: found, opened, and read as one sequence of ids. No tokenizer is needed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quadriga.data.files import MOST_PROBLEMS, File, find_files, fingerprint
+from quadriga.data.recognize import MEGATRON_MAGIC, OLD_MEGATRON_MAGIC
+from quadriga.data.stored_arrays import OpenFiles, path_of
+from quadriga.data.token_arrow import open_arrow
+from quadriga.data.token_formats import (
+    FORMAT_NAMES,
+    HEAD_BYTES,
+    TOKEN_DTYPES,
+    Documents,
+    TokenFile,
+    TokenOptions,
+    open_llmc,
+    open_megatron,
+    open_npy,
+    open_raw,
+    recognized_format,
+)
+from quadriga.data.token_parquet import DecodedGroups, open_parquet_tokens
+from quadriga.errors import Problem, UserError, nearest, shortened
+
+TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
+SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
+OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
+VERIFIED_AT_ONCE = 1 << 20  # ids
+
+
+class TokenFiles:
+    """Files of token ids as one sequence of ids, file after file. Any thread can read any part.
+
+    files: the data files, without the indexes of Megatron.
+    length: ids of all files.
+    fingerprint: identifies the data, one word without `;`, equal for equal data in any place. It is made of the names
+        and sizes of the files, their format and dtypes, the column, and what separates documents.
+    """
+
+    def __init__(self, parts: Sequence[TokenFile], files: OpenFiles, fingerprint: str, eos_id: int | None) -> None:
+        self.files: tuple[File, ...] = tuple(part.file for part in parts)
+        self.fingerprint = fingerprint
+        self._parts, self._open, self._eos = parts, files, eos_id
+        self._starts = list(accumulate((part.length for part in parts), initial=0))
+        self.length = self._starts[-1]
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Ids [start, stop), in a new array.
+
+        Raises:
+            ValueError: not 0 <= start <= stop <= length.
+            UserError: a file cannot be read or was changed, or an id is negative or above int64.
+        """
+        pieces = [_checked(self._parts[index], first, last) for index, first, last in self._split(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.int64)])
+
+    def documents(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """The documents that ids [start, stop) are from, in order, as (index of the file, number in the file).
+
+        The number is that of the index: of the document for Megatron, and of the row for lists of ids. Where `eos_id`
+        separates documents, none has a number without reading the file from its start. The number is then the position
+        in the file of the document's first id within [start, stop). Empty if nothing separates documents.
+
+        Raises:
+            ValueError, UserError: as `read`, or an index is damaged.
+        """
+        return tuple(
+            (index, number)
+            for index, first, last in self._split(start, stop)
+            for number in self._documents(index, first, last).numbers.tolist()
+        )
+
+    def borders(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """The positions in (start, stop] at which a document ends, relative to `start`; each is the number of ids
+        before the end. Empty if nothing separates documents.
+
+        With an index, the end of a file ends a document. With `eos_id` only, documents can go on in the next file.
+
+        Raises:
+            ValueError, UserError: as `documents`.
+        """
+        found = []
+        for index, first, last in self._split(start, stop):
+            ends = self._documents(index, first, last).ends
+            found.append(ends[ends <= last] + (self._starts[index] - start))
+        return np.concatenate([*found, np.empty(0, np.int64)])
+
+    def format_location(self, position: int) -> str:
+        """The location of an id for a message: the file, and the position of the id in it, counted from 0."""
+        index, first, _ = self._split(position, position + 1)[0]
+        return _location(self._parts[index], first)
+
+    def verify(self, vocab_size: int | None) -> Iterator[Problem]:
+        """Reads everything, and yields what is wrong: ids outside of [0, vocab_size), entries of indexes, unreadable
+        files. At most some problems for each file. Memory does not grow with the data."""
+        for part in self._parts:
+            try:
+                yield from _wrong_ids(part, vocab_size)
+                yield from part.index_problems()
+            except UserError as error:
+                yield from error.problems
+
+    def close(self) -> None:
+        """Closes the files. Reading afterwards raises ValueError."""
+        self._open.close()
+
+    def _split(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Index of the file, first id and id after the last one within it, of each file that has ids of the range."""
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"ids [{start}, {stop}) are not within [0, {self.length})")
+        index = bisect_right(self._starts, start) - 1
+        found = []
+        while start < stop:
+            begin, end = self._starts[index], min(stop, self._starts[index + 1])
+            if start < end:
+                found.append((index, start - begin, end - begin))
+            start, index = end, index + 1
+        return found
+
+    def _documents(self, index: int, start: int, stop: int) -> Documents:
+        """As `TokenFile.documents`; with `eos_id`, the last document has an end only if it is within the range."""
+        part = self._parts[index]
+        if part.indexed:
+            return part.documents(start, stop)
+        if self._eos is None:
+            return Documents(np.empty(0, np.int64), np.empty(0, np.int64))
+        ends = start + 1 + np.flatnonzero(part.read(start, stop) == self._eos)
+        begins = np.concatenate([[start], ends])
+        return Documents(begins[begins < stop], ends)
+
+
+def open_token_files(
+    path: str,
+    *,
+    token_format: str = "auto",
+    token_dtype: str | None = None,
+    eos_id: int | None = None,
+    field: str | None = None,
+    key: str = "training",
+) -> TokenFiles:
+    """Opens the token files of a file, a folder (with its sub-folders) or a glob, in the order of their names.
+
+    A pair of Megatron can also be named by its `.idx`, or by its path without a suffix.
+
+    Args:
+        token_format: one of `TOKEN_FORMATS`; `auto` finds out by the content. All files have the same.
+        token_dtype: the type of the ids of headerless files; for others it must be the one that the file names.
+        eos_id: the id that ends a document. It counts for files without an index of documents.
+        field: the column of Parquet and Arrow files; None is `input_ids`, or the only one with integers.
+        key: the section of the configuration that names the files, for messages.
+
+    Raises:
+        UserError: nothing is found, or files cannot be read, with one problem for each.
+    """
+    if problems := list(_wrong_options(token_format, token_dtype, key)):
+        raise UserError(*problems)
+    options = TokenOptions(token_format, token_dtype, field, key)
+    data = _data_files(path, key)
+    files, decoded = OpenFiles(), DecodedGroups()
+    try:
+        with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
+            opened = list(pool.map(partial(_opened, files, decoded, options), data))
+        if problems := [problem for each in opened if isinstance(each, UserError) for problem in each.problems]:
+            raise UserError(*problems[:MOST_PROBLEMS])
+        found = [each for each in opened if not isinstance(each, UserError)]
+        _require_one_format(found, path, key)
+        parts = [part for _, part in found]
+        if not any(part.length for part in parts):
+            raise UserError(Problem(f"{key}.dataset_path", "the files have no token id", path))
+        return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id, field), eos_id)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _wrong_options(token_format: str, token_dtype: str | None, key: str) -> Iterator[Problem]:
+    chosen = {"token_format": (token_format, TOKEN_FORMATS), "token_dtype": (token_dtype, TOKEN_DTYPES)}
+    for name, (value, allowed) in chosen.items():
+        if value is not None and value not in allowed:
+            close = nearest(value, allowed)
+            yield Problem(f"{key}.{name}", "there is no such value", value, allowed=", ".join(allowed), nearest=close)
+
+
+def _data_files(path: str, key: str) -> tuple[File, ...]:
+    """The data files of a path, without the indexes of Megatron. Raises UserError."""
+    named = Path(path).expanduser()
+    if named.suffix == ".idx" and named.is_file():
+        named = named.with_suffix(".bin")
+    elif not named.exists():
+        pair = [Path(f"{named}{suffix}") for suffix in (".bin", ".idx")]
+        named = pair[0] if any(file.is_file() for file in pair) else named
+    if named.suffix == ".bin" and not named.exists() and named.with_suffix(".idx").is_file():
+        raise UserError(_without_data(str(named.with_suffix(".idx")), named))
+    found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
+    names = {file.name for file in found}
+    if caches := [f for f in found if f.name.endswith(".arrow") and f.path.name.startswith("cache-")]:
+        what = f"is a cache of the library `datasets`, one of {len(caches):,}, next to its data"
+        fix = "remove it, or name the data files by a glob (data-*.arrow)"
+        raise UserError(Problem(path_of(caches[0]), what, fix=fix))
+    lone = [f for f in found if f.path.suffix == ".idx" and str(Path(f.name).with_suffix(".bin")) not in names]
+    if lone:
+        raise UserError(*(_without_data(path_of(f), f.path.with_suffix(".bin")) for f in lone[:MOST_PROBLEMS]))
+    return tuple(file for file in found if not file.name.endswith(".idx"))
+
+
+def _without_data(index: str, data: Path) -> Problem:
+    fix = "copy the file to there, or name the data files by a glob (*.bin)"
+    return Problem(index, f"the index has no data file {shortened(data.name)} next to it", fix=fix)
+
+
+def _opened(
+    files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, file: File
+) -> tuple[str, TokenFile] | UserError:
+    """The format of a file, and the file."""
+    try:
+        index = _index_of(file)
+        magic = files.read(index, 0, min(len(MEGATRON_MAGIC), index.size)) if index else b""
+        if not file.size and index is None:
+            raise UserError(Problem(path_of(file), "the file is empty", fix="copy it again, or remove it"))
+        pair = magic.startswith((MEGATRON_MAGIC, OLD_MEGATRON_MAGIC))
+        form = "megatron" if pair else recognized_format(files.read(file, 0, min(HEAD_BYTES, file.size)))
+        if options.token_format not in ("auto", form):
+            raise UserError(_other_format(file, form, options))
+        if index is not None and pair:
+            return form, open_megatron(files, file, index, options)
+        if form == "parquet":
+            return form, open_parquet_tokens(decoded, file, options)
+        return form, {"llmc": open_llmc, "npy": open_npy, "arrow": open_arrow, "raw": open_raw}[form](
+            files, file, options
+        )
+    except UserError as error:
+        return error
+
+
+def _index_of(file: File) -> File | None:
+    """The `.idx` next to a `.bin`."""
+    if not file.name.endswith(".bin"):
+        return None
+    path = f"{str(file.path)[:-4]}.idx"
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return File(Path(path), os.path.basename(path), status.st_size, compressed=False)
+
+
+def _other_format(file: File, form: str, options: TokenOptions) -> Problem:
+    wanted = options.token_format
+    if wanted == "megatron" and form == "raw" and file.path.suffix == ".bin":
+        what, fix = f"there is no index of Megatron next to it ({file.path.stem}.idx)", "copy the index there"
+        return Problem(path_of(file), what, fix=f"{fix}, or set {options.key}.token_format to raw, without documents")
+    also = f", and {options.key}.token_dtype to the type of its ids" if form == "raw" else ""
+    what = f"is {FORMAT_NAMES[form]}, not {FORMAT_NAMES[wanted]}"
+    return Problem(path_of(file), what, fix=f"set {options.key}.token_format to {form}{also}")
+
+
+def _require_one_format(found: Sequence[tuple[str, TokenFile]], path: str, key: str) -> None:
+    examples: dict[str, str] = {}
+    for form, part in found:
+        examples.setdefault(form, part.file.name)
+    if len(examples) > 1:
+        what = "; ".join(f"{shortened(name)} is {FORMAT_NAMES[form]}" for form, name in examples.items())
+        fix = "name the files of one format by a glob"
+        raise UserError(Problem(f"{key}.dataset_path", f"the files have several formats: {what}", path, fix=fix))
+
+
+def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None, field: str | None) -> str:
+    dtypes = "+".join(sorted({part.dtype.str.lstrip("<|") for part in parts}))
+    column = "" if field is None or form not in ("parquet", "arrow") else f":{field.replace(';', '_')}"
+    eos = "" if eos_id is None or all(part.indexed for part in parts) else f":eos{eos_id}"
+    return fingerprint(f"tokens:{form}:{dtypes}", [part.file for part in parts]) + column + eos
+
+
+def _location(part: TokenFile, position: int) -> str:
+    return f"{path_of(part.file)}, token {position:,}"
+
+
+def _checked(part: TokenFile, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """Ids [start, stop) of a file as int64. Raises UserError for negative ids, and for those above int64."""
+    stored = part.read(start, stop)
+    ids = stored.astype(np.int64)
+    if (part.dtype.kind == "i" or part.dtype.itemsize == 8) and ids.min() < 0:
+        wrong = int(np.flatnonzero(ids < 0)[0])
+        raise UserError(_wrong_id(part, start + wrong, stored[wrong], 1, None))
+    return ids
+
+
+def _wrong_ids(part: TokenFile, vocab_size: int | None) -> Iterator[Problem]:
+    """One problem with the first of the negative ids, and one with the first of those that are too large."""
+    most = np.iinfo(np.int64).max if vocab_size is None else vocab_size - 1
+    first: dict[bool, tuple[int, Any]] = {}  # by whether it is negative, the first wrong id
+    count = {True: 0, False: 0}
+    for start in range(0, part.length, VERIFIED_AT_ONCE):
+        ids = part.read(start, min(start + VERIFIED_AT_ONCE, part.length))
+        for negative, wrong in ((True, ids < 0), (False, ids > most)):
+            if found := int(np.count_nonzero(wrong)):
+                at = int(np.argmax(wrong))
+                first.setdefault(negative, (start + at, ids[at]))
+                count[negative] += found
+    for negative, (position, value) in first.items():
+        yield _wrong_id(part, position, value, count[negative], vocab_size)
+
+
+def _wrong_id(part: TokenFile, position: int, value: Any, count: int, vocab_size: int | None) -> Problem:
+    where, more = _location(part, position), f", the first of {count:,} such ids" if count > 1 else ""
+    if value < 0:
+        what, allowed = f"the id {value} is negative{more}", "ids from 0 on"
+    elif vocab_size is None:
+        what, allowed = f"the id {value} is above the largest int64{more}", "ids below 2^63"
+    else:
+        what, allowed = f"the id {value} is not in the vocabulary{more}", f"ids below {vocab_size:,}"
+    fix = "check that the files were written with this tokenizer, and their type of ids"
+    return Problem(where, what, allowed=allowed, fix=fix)

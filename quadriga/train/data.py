@@ -1,0 +1,63 @@
+"""The loaders of a run, for training and validation: of texts, or of token files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quadriga.comm.mesh import Mesh
+from quadriga.config import Run
+from quadriga.config.schema import TOKENS, Fetching
+from quadriga.data.loader import Loader, StreamLoader, build_loader
+from quadriga.data.sources import Field
+from quadriga.data.token_loader import build_token_loader
+from quadriga.data.tokenizer import build_tokenizer
+from quadriga.log import logger
+
+
+def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
+    """The endless loader of `rows` of the global batch. Raises UserError if the data cannot be used."""
+    section, spec = run.config.training, run.spec
+    order: dict[str, Any] = {
+        "seed": spec.seed,
+        "seq_len": spec.seq_len,
+        "global_batch_size": spec.global_batch_size,
+        "rows": rows,
+        "dataloader": dataloader_on(device, section.dataloader),
+    }
+    if section.dataset == TOKENS:
+        return build_token_loader(section.token_keys, spec.model.vocab_size, **order)
+    tokenizer, field = build_tokenizer(run.config.model.hf_assets_path), Field(section.dataset_text_field)
+    return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
+
+
+def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> Loader:
+    """The loader of this rank's rows of the validation, one pass per iteration. Its texts are tokenized as those of
+    the loader `training`."""
+    section, share = run.config.validation, run.config.validation.local_batch_size
+    order: dict[str, Any] = {
+        "seed": run.spec.seed,
+        "seq_len": section.seq_len,
+        "global_batch_size": share * mesh.batch_degree,
+        "rows": range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
+        "dataloader": dataloader_on(device, section.dataloader),
+        "infinite": False,
+    }
+    if section.dataset == TOKENS:
+        keys = section.token_keys(run.config.training)
+        return build_token_loader(keys, run.spec.model.vocab_size, **order)
+    field = Field(section.dataset_text_field or run.config.training.dataset_text_field, "validation.dataset_text_field")
+    assets = run.config.model.hf_assets_path
+    tokenizer = training.tokenizer if isinstance(training, StreamLoader) else build_tokenizer(assets)
+    return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
+
+
+def dataloader_on(device: torch.device, section: Fetching) -> Fetching:
+    """The section, with `pin_memory` off if the run computes on a CPU, because pinning memory would initialize CUDA."""
+    if section.pin_memory is None:
+        return section.model_copy(update={"pin_memory": device.type == "cuda"})
+    if not section.pin_memory or device.type == "cuda":
+        return section
+    logger.info("data: dataloader.pin_memory has no effect, because this run does not compute on CUDA")
+    return section.model_copy(update={"pin_memory": False})
