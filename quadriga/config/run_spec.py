@@ -55,6 +55,11 @@ class TokenizerFacts:
     used_vocab_size: int | None = None
     notices: tuple[str, ...] = ()
 
+    @property
+    def assets(self) -> str | None:
+        """The path to build the tokenizer from; None if there is none."""
+        return self.path if self.kind not in ("none", "missing") else None
+
 
 @dataclass(frozen=True)
 class BackendFacts:

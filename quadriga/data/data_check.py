@@ -32,7 +32,8 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
         problems = _survey(spec, training, spec.seq_len, Field(training.dataset_text_field))
     if validation.enable and validation.dataset == TOKENS:
         keys, sizes = validation.token_keys(training), (validation.seq_len, spec.model.vocab_size)
-        problems += _problems_of(validation, lambda: open_tokens(keys, validation.dataloader, *sizes))
+        assets = spec.tokenizer.assets
+        problems += _problems_of(validation, lambda: open_tokens(keys, validation.dataloader, *sizes, assets=assets))
     elif validation.enable:
         name = validation.dataset_text_field or training.dataset_text_field
         problems += _survey(spec, validation, validation.seq_len, Field(name, "validation.dataset_text_field"))
@@ -63,8 +64,8 @@ def _problems_of(section: Training | Validation, open_data: Callable[[], object]
 
 def training_tokens(training: Training, spec: RunSpec, vocab_size: int | None = None) -> tuple[TokenFiles, Windows]:
     """The token files of the training, and the windows of its epochs. Raises UserError as `open_tokens`."""
-    sizes = spec.seq_len, vocab_size
-    return open_tokens(training.token_keys, training.dataloader, *sizes, endless=True, seed=spec.seed)
+    keys, sizes, assets = training.token_keys, (spec.seq_len, vocab_size), spec.tokenizer.assets
+    return open_tokens(keys, training.dataloader, *sizes, endless=True, seed=spec.seed, assets=assets)
 
 
 def describe_data(training: Training, spec: RunSpec) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import islice
 
 from quadriga.config.schema import Dataloader, Fetching, TokenKeys
+from quadriga.data.shards import MadeBy
 from quadriga.data.token_files import TokenFiles, open_token_files
+from quadriga.data.tokenizer import build_tokenizer
 from quadriga.data.windows import Windows
 from quadriga.errors import Problem, UserError
 from quadriga.units import plural
@@ -15,15 +17,22 @@ MOST_PROBLEMS = 10
 
 
 def open_tokens(
-    keys: TokenKeys, dataloader: Fetching, seq_len: int, vocab_size: int | None, *, endless: bool = False, seed: int = 0
+    keys: TokenKeys,
+    dataloader: Fetching,
+    seq_len: int,
+    vocab_size: int | None,
+    *,
+    endless: bool = False,
+    seed: int = 0,
+    assets: str | None = None,
 ) -> tuple[TokenFiles, Windows]:
     """The token files of a data set, and their windows in the order in which they are read.
 
     vocab_size: of the model; None: the ids are not checked. endless: for training, shuffled by `seed` unless
-    `dataloader.shuffle` is false. Otherwise for a pass in order.
+    `dataloader.shuffle` is false. Otherwise for a pass in order. assets: the path of the run's tokenizer.
 
-    Raises UserError: no files, files that cannot be read, fewer ids than one window, or, in data of at most WHOLE_IDS,
-    an id that the model does not have.
+    Raises UserError: no files, files that cannot be read, or that another tokenizer made, fewer ids than one window,
+    or, in data of at most WHOLE_IDS, an id that the model does not have.
     """
     files = open_token_files(
         keys.path,
@@ -33,6 +42,8 @@ def open_tokens(
         field=keys.field,
         key=keys.table,
     )
+    if files.made_by is not None and assets is not None:
+        _require_same_tokenizer(files.made_by, assets, keys)
     shuffled = endless and isinstance(dataloader, Dataloader) and dataloader.shuffle
     order = seed if shuffled else None
     windows = Windows(files.length, seq_len, dataloader.window_overlap, order, short_last=not endless)
@@ -44,6 +55,13 @@ def open_tokens(
     if checked and (problems := list(islice(files.verify(vocab_size), MOST_PROBLEMS))):
         raise UserError(*problems)
     return files, windows
+
+
+def _require_same_tokenizer(made_by: MadeBy, assets: str, keys: TokenKeys) -> None:
+    if (fingerprint := build_tokenizer(assets).fingerprint) != made_by.fingerprint:
+        what = f"is not the tokenizer of the shards in {keys.path}: {fingerprint} here, {made_by.fingerprint} there"
+        fix = "set the tokenizer of the shards; or remove the key, and the run has no tokenizer"
+        raise UserError(Problem("model.hf_assets_path", what, assets, fix=fix))
 
 
 def format_tokens(files: TokenFiles, windows: Windows, slots: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from quadriga.data.files import MOST_PROBLEMS, File, find_files, fingerprint
 from quadriga.data.recognize import MEGATRON_MAGIC, OLD_MEGATRON_MAGIC
+from quadriga.data.shards import MadeBy, ShardFile, ShardManifest, manifests_of, open_shard
 from quadriga.data.stored_arrays import OpenFiles, path_of
 from quadriga.data.token_arrow import open_arrow
 from quadriga.data.token_formats import (
@@ -47,12 +49,14 @@ class TokenFiles:
     files: the data files, without the indexes of Megatron.
     length: ids of all files.
     fingerprint: identifies the data, one word without `;`, equal for equal data in any place. It is made of the names
-        and sizes of the files, their format and dtypes, the column, and what separates documents.
+        and sizes of the files, their format and dtypes, the column, what separates documents, and the hashes of shards.
+    made_by: the tokenizer of the ids, if the files state it.
     """
 
     def __init__(self, parts: Sequence[TokenFile], files: OpenFiles, fingerprint: str, eos_id: int | None) -> None:
         self.files: tuple[File, ...] = tuple(part.file for part in parts)
         self.fingerprint = fingerprint
+        self.made_by: MadeBy | None = next((part.made_by for part in parts if isinstance(part, ShardFile)), None)
         self._parts, self._open, self._eos = parts, files, eos_id
         self._starts = list(accumulate((part.length for part in parts), initial=0))
         self.length = self._starts[-1]
@@ -169,15 +173,17 @@ def open_token_files(
         raise UserError(*problems)
     options = TokenOptions(token_format, token_dtype, field, key)
     data = _data_files(path, key)
+    manifests = manifests_of(data, whole=Path(path).expanduser().is_dir())
     files, decoded = OpenFiles(), DecodedGroups()
     try:
         with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
-            opened = list(pool.map(partial(_opened, files, decoded, options), data))
+            opened = list(pool.map(partial(_opened, files, decoded, options, manifests), data))
         if problems := [problem for each in opened if isinstance(each, UserError) for problem in each.problems]:
             raise UserError(*problems[:MOST_PROBLEMS])
         found = [each for each in opened if not isinstance(each, UserError)]
         _require_one_format(found, path, key)
         parts = [part for _, part in found]
+        _require_one_tokenizer(parts, path, key)
         if not any(part.length for part in parts):
             raise UserError(Problem(f"{key}.dataset_path", "the files have no token id", path))
         return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id, field), eos_id)
@@ -222,11 +228,15 @@ def _without_data(index: str, data: Path) -> Problem:
 
 
 def _opened(
-    files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, file: File
+    files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, manifests: Mapping[Path, ShardManifest], file: File
 ) -> tuple[str, TokenFile] | UserError:
-    """The format of a file, and the file."""
+    """The format of a file, and the file. `manifests`: of the folders of shards."""
     try:
         index = _index_of(file)
+        if (manifest := manifests.get(file.path.parent)) is not None:
+            if options.token_format not in ("auto", "quadriga"):
+                raise UserError(_other_format(file, "quadriga", options))
+            return "quadriga", open_shard(files, file, index, manifest, options)
         magic = files.read(index, 0, min(len(MEGATRON_MAGIC), index.size)) if index else b""
         if not file.size and index is None:
             raise UserError(Problem(path_of(file), "the file is empty", fix="copy it again, or remove it"))
@@ -279,11 +289,20 @@ def _require_one_format(found: Sequence[tuple[str, TokenFile]], path: str, key: 
         raise UserError(Problem(f"{key}.dataset_path", f"the files have several formats: {what}", path, fix=fix))
 
 
+def _require_one_tokenizer(parts: Sequence[TokenFile], path: str, key: str) -> None:
+    if len(made_by := {part.made_by.fingerprint for part in parts if isinstance(part, ShardFile)}) > 1:
+        what = f"the shards were made by several tokenizers: {', '.join(sorted(made_by))}"
+        fix = "name the folder of one tokenizer"
+        raise UserError(Problem(f"{key}.dataset_path", what, path, fix=fix))
+
+
 def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None, field: str | None) -> str:
     dtypes = "+".join(sorted({part.dtype.str.lstrip("<|") for part in parts}))
     column = "" if field is None or form not in ("parquet", "arrow") else f":{field.replace(';', '_')}"
     eos = "" if eos_id is None or all(part.indexed for part in parts) else f":eos{eos_id}"
-    return fingerprint(f"tokens:{form}:{dtypes}", [part.file for part in parts]) + column + eos
+    hashes = "".join(part.digest for part in parts)
+    digest = f":{hashlib.blake2b(hashes.encode(), digest_size=8).hexdigest()}" if hashes else ""
+    return fingerprint(f"tokens:{form}:{dtypes}", [part.file for part in parts]) + column + eos + digest
 
 
 def _location(part: TokenFile, position: int) -> str:

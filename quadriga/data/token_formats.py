@@ -38,6 +38,7 @@ INT32, INT64 = np.dtype("<i4"), np.dtype("<i8")
 BLOCK = 1 << 16  # entries of an index that are read at once
 Ends = Callable[[int, int], npt.NDArray[np.int64]]  # of a range of documents, the position after each
 FORMAT_NAMES = {
+    "quadriga": "a shard of `quadriga tokenize`",
     "megatron": "a file of Megatron with an index",
     "llmc": "a file with the header of llm.c",
     "npy": "a NumPy file with its header",
@@ -68,10 +69,12 @@ class Documents(NamedTuple):
 class TokenFile:
     """One file of ids. Positions count the ids of the file from 0.
 
-    length: the number of ids. dtype: that of `read`. indexed: an index separates documents.
+    length: the number of ids. dtype: that of `read`. indexed: an index separates documents. digest: hashes of the
+    content, if they are known without reading it.
     """
 
     indexed = False
+    digest = ""
 
     def __init__(self, file: File, length: int, dtype: np.dtype[Any]) -> None:
         self.file, self.length, self.dtype = file, length, dtype
@@ -178,7 +181,7 @@ class MegatronFile(PlainFile):
         if not within or not 0 <= self._documents.at(begin) <= first:
             raise UserError(self._damaged(f"it has no document for id {start:,}"))
         try:
-            return _join(begin, end, start, stop, self._ends)
+            return join_documents(begin, end, start, stop, self._ends)
         except ValueError as error:
             raise UserError(self._damaged(str(error))) from error
 
@@ -289,10 +292,12 @@ def documents_between(bounds: StoredArray | LoadedArray, start: int, stop: int) 
     end = bounds.search(stop - 1, near=max(begin, 0))
     if not 0 <= begin < end < bounds.count:
         raise ValueError(f"no document has id {start:,}")
-    return _join(begin, end, start, stop, lambda first, after: bounds.read(first + 1, after + 1).astype(np.int64))
+    return join_documents(
+        begin, end, start, stop, lambda first, after: bounds.read(first + 1, after + 1).astype(np.int64)
+    )
 
 
-def _join(begin: int, end: int, start: int, stop: int, ends_of: Ends) -> Documents:
+def join_documents(begin: int, end: int, start: int, stop: int, ends_of: Ends) -> Documents:
     """Of documents [begin, end), those that have ids of [start, stop). Raises ValueError if they are not in order."""
     numbers, ends, before = [], [], start
     for block in range(begin, end, BLOCK):

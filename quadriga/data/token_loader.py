@@ -35,13 +35,15 @@ def build_token_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
+    assets: str | None = None,
 ) -> TokenLoader:
-    """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments.
+    """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments, and
+    `open_tokens` `assets`.
 
     Not infinite (validation): with an overlap, the last row of a pass can be short.
     Raises UserError as `open_tokens`.
     """
-    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed)
+    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed, assets=assets)
     return TokenLoader(files, windows, vocab_size, global_batch_size, rows, dataloader, endless=infinite)
 
 

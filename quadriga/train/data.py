@@ -27,7 +27,7 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         "dataloader": dataloader_on(device, section.dataloader),
     }
     if section.dataset == TOKENS:
-        return build_token_loader(section.token_keys, spec.model.vocab_size, **order)
+        return build_token_loader(section.token_keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     tokenizer, field = build_tokenizer(run.config.model.hf_assets_path), Field(section.dataset_text_field)
     return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
 
@@ -46,7 +46,7 @@ def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Load
     }
     if section.dataset == TOKENS:
         keys = section.token_keys(run.config.training)
-        return build_token_loader(keys, run.spec.model.vocab_size, **order)
+        return build_token_loader(keys, run.spec.model.vocab_size, **order, assets=run.spec.tokenizer.assets)
     field = Field(section.dataset_text_field or run.config.training.dataset_text_field, "validation.dataset_text_field")
     assets = run.config.model.hf_assets_path
     tokenizer = training.tokenizer if isinstance(training, StreamLoader) else build_tokenizer(assets)

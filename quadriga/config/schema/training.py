@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
 
-TokenFormat = Literal["auto", "megatron", "llmc", "raw", "npy", "parquet", "arrow"]
+TokenFormat = Literal["auto", "quadriga", "megatron", "llmc", "raw", "npy", "parquet", "arrow"]
 TokenType = Literal["uint16", "uint32", "int32", "int64", "uint8", "int8", "int16", "uint64"]
 TOKENS = "tokens"  # the data set that is read from token files
 TEXT_FIELD = "text"

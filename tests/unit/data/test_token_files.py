@@ -22,6 +22,7 @@ from token_writers import (
     write_megatron,
     write_parquet,
     write_raw,
+    write_shards,
 )
 
 from quadriga.data import stored_arrays, token_files
@@ -33,12 +34,15 @@ EOS = 7
 IDS = st.integers(0, 120)  # fit in every dtype, and EOS is among them
 DOCUMENTS = st.lists(st.lists(IDS, max_size=9), min_size=1, max_size=7)
 FILES = st.lists(DOCUMENTS, min_size=1, max_size=4).filter(lambda files: any(any(one) for one in files))
-INDEXED = ("megatron", "parquet", "parquet large", "arrow", "arrow stream", "arrow large")
+INDEXED = ("quadriga", "megatron", "parquet", "parquet large", "arrow", "arrow stream", "arrow large")
 NOT_INDEXED = ("raw", "raw npy", "llmc", "npy", "npy big-endian", "parquet ids", "arrow ids")
 
 
 def write(folder: Path, form: str, files: list[list[list[int]]]) -> dict[str, str]:
     """Writes the documents of each file, and returns the options that they are opened with."""
+    if form == "quadriga":
+        write_shards(folder, files)
+        return {}
     for number, documents in enumerate(files):
         ids = [one for document in documents for one in document]
         path = folder / f"{number:05d}"
@@ -154,7 +158,7 @@ def test_ranges_outside_are_refused(tmp_path):
 
 
 def test_the_formats_are_named():
-    assert TOKEN_FORMATS == ("auto", "megatron", "llmc", "npy", "parquet", "arrow", "raw")
+    assert TOKEN_FORMATS == ("auto", "quadriga", "megatron", "llmc", "npy", "parquet", "arrow", "raw")
 
 
 def test_the_fingerprint_is_of_the_data_and_not_of_the_place(tmp_path):

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from token_writers import lists, llmc_header, write_arrow, write_llmc, write_megatron, write_parquet, write_raw
+from token_writers import (
+    lists,
+    llmc_header,
+    write_arrow,
+    write_llmc,
+    write_megatron,
+    write_parquet,
+    write_raw,
+    write_shards,
+)
 
 from quadriga import limits
 from quadriga.data import sources
@@ -66,6 +75,9 @@ def test_a_wrong_format_is_refused_by_what_the_file_is(tmp_path, form, wanted):
     ids = list(range(1, 90))
     path = tmp_path / f"a.{form if form in ('npy', 'parquet', 'arrow') else 'bin'}"
     match form:
+        case "quadriga":
+            write_shards(tmp_path, [[ids]])
+            path = tmp_path / "00000.bin"
         case "megatron":
             write_megatron(tmp_path / "a", [[ids]])
         case "llmc":
@@ -84,7 +96,8 @@ def test_a_wrong_format_is_refused_by_what_the_file_is(tmp_path, form, wanted):
         return
     problem = refused(path, token_format=wanted, **options)
     assert problem.where == str(path)
-    names = {"megatron": "Megatron", "llmc": "llm.c", "npy": "NumPy", "parquet": "Parquet", "arrow": "Arrow"}
+    names = {"quadriga": "quadriga tokenize"}
+    names |= {"megatron": "Megatron", "llmc": "llm.c", "npy": "NumPy", "parquet": "Parquet", "arrow": "Arrow"}
     assert names.get(form, "without a header") in problem.what or "no index of Megatron" in problem.what
     assert f"training.token_format to {form}" in str(problem.fix)
 

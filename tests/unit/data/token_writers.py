@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +39,40 @@ def write_megatron(
         bytes(len(sequences)) if modes else b"",
     ]
     Path(f"{prefix}.idx").write_bytes(b"".join(parts))
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Sequence[Sequence[int]]], dtype: str = "uint16", tokenizer: str = "bytes"
+) -> dict[str, Any]:
+    """Shards of documents, and their manifest, which is returned."""
+    lengths: dict[str, int] = {}
+    entries = []
+    for number, documents in enumerate(shards):
+        ids = np.array([one for document in documents for one in document], np.dtype(dtype).newbyteorder("<"))
+        ends = np.cumsum([len(document) for document in documents], dtype="<i8")
+        files = {"bin": ids.tobytes(), "idx": ends.tobytes()}
+        entry: dict[str, Any] = {"name": f"{number:05d}", "ids": len(ids), "documents": len(documents)}
+        for suffix, content in files.items():
+            (folder / f"{number:05d}.{suffix}").write_bytes(content)
+            entry |= {f"{suffix}_sha256": hashlib.sha256(content).hexdigest(), f"{suffix}_bytes": len(content)}
+        entries.append(entry)
+        for document in documents:
+            least = str(2 ** (len(document).bit_length() - 1) if document else 0)
+            lengths[least] = lengths.get(least, 0) + 1
+    manifest: dict[str, Any] = {
+        "format": "quadriga-tokens",
+        "version": 1,
+        "dtype": dtype,
+        "ids": sum(entry["ids"] for entry in entries),
+        "documents": sum(entry["documents"] for entry in entries),
+        "bad_records": 0,
+        "tokenizer": {"fingerprint": tokenizer, "vocab_size": 258, "bos_id": 256, "eos_id": 257},
+        "source": {"fingerprint": "jsonl:1:00", "dataset": "jsonl", "field": "text"},
+        "document_lengths": lengths,
+        "shards": entries,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
 
 
 def llmc_header(count: int, dtype: str = "uint16") -> bytes:
