@@ -33,7 +33,7 @@ class BuiltinSource(SourceWithoutFiles):
         if not any(name.startswith("file:") for name in sizes):
             what = f"this Python came without the source of its standard library ({self._root})"
             raise UserError(Problem("dataset builtin", what, fix="use another Python, or name another dataset"))
-        self.names = sorted(sizes)
+        self.names, self._sizes = sorted(sizes), sizes
         self.shards = len(self.names)
         digest = hashlib.blake2b(digest_size=8)
         for name in self.names:
@@ -54,6 +54,9 @@ class BuiltinSource(SourceWithoutFiles):
     def parse(self, record: Record) -> Document:
         assert isinstance(record.data, str)
         return Document(record.data)
+
+    def bytes_of(self, shard: int) -> int:
+        return self._sizes[self.names[shard]]
 
     def format_location(self, shard: int, number: int) -> str:
         return self.names[shard]

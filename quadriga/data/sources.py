@@ -20,6 +20,7 @@ from quadriga.units import format_some
 
 DEFAULT_FIELD = "text"
 MOST_NAMES = 8  # listed in a message
+UNKNOWN_BYTES = 1 << 24  # counted for a shard whose size is not known
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
 
 
@@ -142,6 +143,9 @@ class Source(Protocol):
     def file_of(self, shard: int) -> File:
         """The file of a shard, one of `files`. Raises LookupError if `files` is empty."""
 
+    def bytes_of(self, shard: int) -> int:
+        """About how many bytes on disk a shard has. Equal for equal data."""
+
     def layout(self) -> dict[str, Any] | None:
         """How the files are cut into shards (`files.layout_state`); None if `files` is empty."""
 
@@ -156,7 +160,7 @@ class Source(Protocol):
 
 class FileSource:
     """The part of `Source` that sources of the user's files share. `_spans`: by shard, its file, and where it begins
-    and ends there, in bytes or rows."""
+    and ends there, in bytes or rows. `_ends`: by file, the end of its last shard."""
 
     trusted = False
 
@@ -166,15 +170,21 @@ class FileSource:
         self.fingerprint = fingerprint(kind, files) + field.fingerprint_suffix
 
     def _cut(self, cuts: Cuts, ends: Iterable[int]) -> None:
+        self._ends = list(ends)
         self._spans = [
             (index, start, end)
-            for index, (starts, last) in enumerate(zip(cuts, ends, strict=True))
+            for index, (starts, last) in enumerate(zip(cuts, self._ends, strict=True))
             for start, end in pairwise([*starts, last])
         ]
         self.shards = len(self._spans)
 
     def file_of(self, shard: int) -> File:
         return self.files[self._spans[shard][0]]
+
+    def bytes_of(self, shard: int) -> int:
+        index, start, end = self._spans[shard]
+        last = self._ends[index]
+        return self.files[index].size * (end - start) // last if last else 0
 
     def anchor(self, shard: int) -> Anchor | None:
         return None
@@ -189,6 +199,9 @@ class SourceWithoutFiles:
 
     def file_of(self, shard: int) -> File:
         raise LookupError("no file of the user")
+
+    def bytes_of(self, shard: int) -> int:
+        return UNKNOWN_BYTES
 
     def layout(self) -> None:
         return None

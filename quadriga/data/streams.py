@@ -264,14 +264,21 @@ def tokenized(
 
 
 def _encode(group: list[tuple[Document, Cursor]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Cursor, DocumentId]]:
+    encoded = encode_documents([document for document, _ in group], tokenizer)
+    for (document, cursor), ids in zip(group, encoded, strict=True):
+        yield ids, cursor, document.id
+
+
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Ids]:
+    """Yields the ids (int32) of each document, with BOS and EOS at the ends of whole documents."""
     # If one token is both BOS and EOS, only the one at the end separates two documents.
     bos = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    encoded = tokenizer.encode_batch([document.text for document, _ in group]) if group else []
-    for (document, cursor), ids in zip(group, encoded, strict=True):
+    encoded = tokenizer.encode_batch([document.text for document in documents]) if documents else []
+    for document, ids in zip(documents, encoded, strict=True):
         before = np.array(bos if document.begins else [], np.int32)
         after = np.array(eos if document.ends else [], np.int32)
-        yield np.concatenate((before, ids, after)), cursor, document.id
+        yield np.concatenate((before, ids, after))
 
 
 def windows(

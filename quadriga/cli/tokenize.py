@@ -1,0 +1,118 @@
+"""`quadriga tokenize SOURCE OUT`: tokenize data of any format into shards of token ids."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quadriga.cli.arguments import Parser, count
+from quadriga.cli.sources import arguments_in_messages, data_named
+from quadriga.config.schema import TOKENS
+from quadriga.errors import EXIT_OK, Problem, UserError, printable
+from quadriga.units import format_count, format_seconds, plural
+
+if TYPE_CHECKING:
+    from quadriga.data.shards import ShardManifest
+    from quadriga.data.tokenize_run import TokenizeProgress
+
+ABOUT = (
+    "Tokenize data into shards, which train as `training.dataset = tokens` without a tokenizer. SOURCE is a file, a "
+    "folder or a glob, or a data set without a path (builtin, c4). OUT is a new folder. The shards are the same for "
+    "any number of workers. After a kill or Ctrl-C, the same command continues."
+)
+LINE_SECONDS = 10.0  # between two lines of progress, if standard error is not a terminal
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("tokenize", ABOUT)
+    parser.add_argument("source", metavar="SOURCE", help="a file, a folder, a glob, or the name of a data set")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the shards, or of a job to continue")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="FOLDER", help="as model.hf_assets_path: a folder or file"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="text, jsonl, parquet, ...; by default by the names of files")
+    parser.add_argument("--field", default="text", help="the field or column of the documents (default: text)")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--shard-tokens", type=count, default=100_000_000, metavar="N", help="least ids of a shard (default: 100000000)"
+    )
+    parser.add_argument(
+        "--on-bad-record", choices=("stop", "skip"), default="stop", help="what a record that cannot be read does"
+    )
+    chosen = parser.parse_args(argv)
+    from quadriga.data.tokenize_job import CONTINUE, TokenizeJob
+    from quadriga.data.tokenize_run import tokenize_into
+    from quadriga.launch.environment import usable_cores
+    from quadriga.launch.supervisor import python_path
+
+    if chosen.dataset == TOKENS:
+        raise UserError(Problem("--dataset", "these are token ids already", TOKENS, fix="train on them as they are"))
+    environ = {**os.environ, "PYTHONPATH": python_path(os.environ), "PYTHONSAFEPATH": "1"}
+    started = time.monotonic()
+    with arguments_in_messages():
+        dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
+        skip = chosen.on_bad_record == "skip"
+        job = TokenizeJob(dataset, path, chosen.tokenizer, chosen.field, skip, chosen.shard_tokens)
+        try:
+            with _shown(started) as show:
+                manifest = tokenize_into(chosen.out, job, chosen.workers or usable_cores(), environ, show)
+        except KeyboardInterrupt:
+            print(f"quadriga: what is finished is kept in {printable(chosen.out)}; {CONTINUE}", file=sys.stderr)
+            raise
+    print(f"{printable(chosen.out)}: {_summary(manifest)}, in {format_seconds(time.monotonic() - started)}")
+    return EXIT_OK
+
+
+def _summary(manifest: ShardManifest) -> str:
+    bad = f", {plural(manifest.bad_records, 'bad record')} skipped" if manifest.bad_records else ""
+    parts = plural(manifest.ids, "id"), plural(manifest.documents, "document"), plural(len(manifest.shards), "shard")
+    return f"{', '.join(parts)} of {manifest.dtype}{bad}"
+
+
+@contextmanager
+def _shown(started: float) -> Iterator[Callable[[TokenizeProgress], None]]:
+    """A function that shows the progress: as a bar on a terminal, else as lines."""
+    if not sys.stderr.isatty():
+        yield _Lines(started)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = TextColumn("tokenize"), BarColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def show(progress: TokenizeProgress) -> None:
+            for bad in progress.bad:
+                bar.console.print(f"skipped: {printable(bad)}", markup=False, highlight=False)
+            share = progress.source_bytes / max(progress.total_bytes, 1)
+            bar.update(task, completed=share, description=format_progress(progress, time.monotonic() - started))
+
+        yield show
+
+
+class _Lines:
+    def __init__(self, started: float) -> None:
+        self._started = self._printed = started
+
+    def __call__(self, progress: TokenizeProgress) -> None:
+        for bad in progress.bad:
+            print(f"skipped: {printable(bad)}", file=sys.stderr)
+        now = time.monotonic()
+        if now - self._printed >= LINE_SECONDS:
+            self._printed = now
+            print(f"tokenize: {format_progress(progress, now - self._started)}", file=sys.stderr, flush=True)
+
+
+def format_progress(progress: TokenizeProgress, seconds: float) -> str:
+    """The share of the source that is done, tokens, tokens per second, and the time left."""
+    share = progress.source_bytes / max(progress.total_bytes, 1)
+    here = (progress.source_bytes - progress.kept_bytes) / max(progress.total_bytes - progress.kept_bytes, 1)
+    left = f", {format_seconds(seconds * (1 - here) / here)} left" if here > 0 else ""
+    speed = progress.ids / max(seconds, 1e-9)
+    return f"{100 * share:.0f}%, {format_count(progress.ids)} tokens, {format_count(speed)} tokens/s{left}"
