@@ -19,6 +19,7 @@ COMMANDS = {
     "search": "rank the layouts that fit on a number of devices by predicted speed",
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "tokenize": "tokenize data of any format into shards that train without a tokenizer",
+    "data": "report what is in data, and the documents and rows of any step of a run",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "convert a checkpoint to Hugging Face or torchtitan, or from Hugging Face",
     "bench": "run several settings several times each, and compare them",

@@ -239,6 +239,11 @@ class StreamLoader(Loader):
         return "; ".join(f"{key}={value}" for key, value in parts.items())
 
     @property
+    def streams(self) -> Streams:
+        """The streams that the rows are from: row i is stream i, or all are from SINGLE_STREAM."""
+        return self._streams
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in use. After the state of an older run was loaded, this can be its `earlier`."""
         return self._streams.tokenizer

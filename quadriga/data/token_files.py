@@ -102,6 +102,22 @@ class TokenFiles:
             found.append(ends[ends <= last] + (self._starts[index] - start))
         return np.concatenate([*found, np.empty(0, np.int64)])
 
+    def parts(self, start: int, stop: int) -> list[tuple[tuple[int, int] | None, int, int]]:
+        """Ids [start, stop) by document: the document as `documents` names it, its first id of the range, and the one
+        after its last. A part of a file in which nothing separates documents has the document None.
+
+        Raises:
+            ValueError, UserError: as `documents`.
+        """
+        found: list[tuple[tuple[int, int] | None, int, int]] = []
+        for index, first, last in self._split(start, stop):
+            numbers, ends = self._documents(index, first, last)
+            base = self._starts[index]
+            edges = [first, *ends[ends < last].tolist(), last]
+            names: Sequence[tuple[int, int] | None] = [(index, number) for number in numbers.tolist()] or [None]
+            found += [(name, base + edges[i], base + edges[i + 1]) for i, name in enumerate(names)]
+        return found
+
     def format_location(self, position: int) -> str:
         """The location of an id for a message: the file, and the position of the id in it, counted from 0."""
         index, first, _ = self._split(position, position + 1)[0]

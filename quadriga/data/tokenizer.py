@@ -75,6 +75,10 @@ class Tokenizer(Protocol):
 
         Raises UserError if a text cannot be encoded."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids below `vocab_size`, with the spelling of special tokens. Bytes that are not UTF-8 become
+        U+FFFD."""
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8; 256 is BOS and 257 is EOS."""
@@ -88,6 +92,10 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        spelled = {self.bos_id: b"<bos>", self.eos_id: b"<eos>"}
+        return b"".join(spelled.get(each) or bytes([each]) for each in ids).decode("utf-8", "replace")
 
 
 class JsonTokenizer:
@@ -137,6 +145,9 @@ class JsonTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(ids, np.int32) for ids in encode(self._tokenizer, texts, self._path)]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
 
 class RanksTokenizer:
     """The original `tokenizer.model` of Llama 3: byte-pair ranks in the format of tiktoken, and 256 special tokens."""
@@ -159,6 +170,9 @@ class RanksTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         return [self._encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids))
 
     def _encode(self, text: str) -> Ids:
         pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _cut_endless(text)]

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md about token files: the files are written, and the runs are dry runs."""
+"""The examples of docs/data.md: the files are written, runs are dry runs, and other commands are run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training import DEBUG_FILE, ROOT
+from training import DEBUG_FILE, ROOT, TINY, train
 
+from quadriga.cli.main import main as quadriga
 from quadriga.launch.supervisor import main
 
-SECTION = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("\n## Token files\n")[2].partition("\n## ")[0]
+PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+
+
+def section(name: str) -> str:
+    return PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+SECTION = section("Token files")
+
+
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", text)
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"(?ms)^```{language}\n(.*?)^```", SECTION)
+    (found,) = blocks(language, SECTION)
     return found
+
+
+def commands(name: str) -> list[list[str]]:
+    """The commands of a section."""
+    lines = "".join(blocks("bash", section(name))).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
 
 
 def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], file: str = DEBUG_FILE) -> str:
@@ -37,6 +55,24 @@ def test_the_file_is_written_and_trained_on(tmp_path: Path, monkeypatch, capsys)
     shown = dry_run(command[1:], capsys)
     (printed,) = re.findall(r"(?m)^    (data  .*)", SECTION)
     assert " ".join(printed.split()) in " ".join(shown.split())
+
+
+def test_texts_are_tokenized_trained_on_and_reported(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for number in range(9):
+        Path(f"texts/{number}.txt").write_text(f"line {number}\n" * 5000)
+    (program, *tokenize), (launcher, *keys) = commands("Tokenize")
+    assert (program, launcher) == ("quadriga", "./run_train.sh")
+    assert quadriga(tokenize) == 0
+    assert "tokens from shards: 1 file, " in " ".join(dry_run(keys, capsys).split())
+    Path("configs").symlink_to(ROOT / "configs")
+    for name, *arguments in commands("See what a model sees"):
+        assert name == "quadriga"
+        if "--step" in arguments:
+            train(Path(arguments[1]), 1, *TINY, "--training.steps=1", "--metrics.log_documents")
+        assert quadriga(arguments) == 0, arguments
+        assert "row 0" in capsys.readouterr().out
 
 
 def test_the_configuration_of_two_formats_is_valid(tmp_path: Path, monkeypatch, capsys) -> None:
