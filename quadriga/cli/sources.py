@@ -15,6 +15,7 @@ ARGUMENTS = {
     "training.dataset_text_field": "--field",
     "training.dataset_path": "SOURCE",
     "training.dataset": "--dataset",
+    "training.seq_len": "--seq-len",
     "model.hf_assets_path": "--tokenizer",
     "training.token_format": "--token-format",
     "training.token_dtype": "--token-dtype",
@@ -48,7 +49,8 @@ def data_named(source: str, dataset: str | None, kinds: Callable[[str], bool]) -
         if source in DATASETS and DATASETS[source].path != "needed":
             return source, None
         dataset = _recognized(source, kinds)
-    path = None if source == dataset else source
+    has_path = dataset not in DATASETS or DATASETS[dataset].path == "needed" or source != dataset
+    path = source if has_path else None
     if (problem := dataset_problem("training.dataset", dataset, path, None)) is not None:
         raise UserError(problem)
     return dataset, path

@@ -236,6 +236,9 @@ class ShardFile(PlainFile):
                 yield self._damaged(f"document {start + int(wrong[0]):,} ends before the one before it")
                 break
             before = int(ends[-1])
+        else:
+            if before != self.length:
+                yield self._damaged(f"its last document ends at {before:,} of {self.length:,} ids")
         for array, expected in ((self._ids, self._shard.bin_sha256), (self._ends, self._shard.idx_sha256)):
             if _sha256(array) != expected:
                 yield Problem(path_of(array.file), f"its bytes are not those that {MANIFEST} states", fix=AGAIN)
@@ -257,9 +260,6 @@ def open_shard(
             raise UserError(Problem(path_of(there), what, fix=AGAIN))
     dtype = require_dtype(file, np.dtype(manifest.dtype).newbyteorder("<"), options)
     ends = StoredArray(files, index, INT64, 0, shard.documents)
-    if (last := ends.at(shard.documents - 1) if shard.documents else 0) != shard.ids:
-        what = f"the index is damaged: its last document ends at {last:,} of {shard.ids:,} ids"
-        raise UserError(Problem(path_of(index), what, fix=AGAIN))
     return ShardFile(StoredArray(files, file, dtype, 0, shard.ids), ends, shard, manifest.tokenizer)
 
 

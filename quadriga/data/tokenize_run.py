@@ -65,7 +65,7 @@ def tokenize_into(
     Raises:
         UserError: the source or the tokenizer cannot be used, a record is bad, or the folder cannot be written or holds
             something else. What is complete is kept.
-        Fault: a process was killed.
+        Fault: a process was killed, or the network failed.
     """
     source, tokenizer = job.open()
     try:
@@ -144,6 +144,8 @@ def _finished_pieces(
     done, problems = 0, dict[int, tuple[Problem, ...]]()
     for answer in answers:
         content = answer.content or {}
+        if "fault" in content:
+            raise Fault(f"{content['fault']}. Finished pieces are kept: {CONTINUE}")
         if "problems" in content:
             problems[answer.piece] = tuple(Problem(**problem) for problem in content["problems"])
         elif answer.content is not None:

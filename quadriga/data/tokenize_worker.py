@@ -1,8 +1,9 @@
 """A process that tokenizes pieces: `python -m quadriga.data.tokenize_worker`, started by `tokenize_run`.
 
 It reads JSON lines on standard input: the job, then pieces. It answers on standard output, one JSON object per line:
-`{"ids": N}` while it works on a piece, and `{"done": ...}` or `{"problems": ...}` at its end. It exits when standard
-input is closed, also in the middle of a piece, so it does not outlive the process that started it.
+`{"ids": N}` while it works on a piece, and `{"done": ...}` at its end, or `{"problems": ...}` of the user, or
+`{"fault": ...}` of something else, such as the network. It exits when standard input is closed, also in the middle of a
+piece, so it does not outlive the process that started it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from quadriga.data.pieces import write_piece
 from quadriga.data.sources import Source
 from quadriga.data.tokenize_job import TokenizeJob, piece_path, unwritable
 from quadriga.data.tokenizer import Tokenizer
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Fault, Problem, UserError
 from quadriga.log import logger
 
 REPORT_SECONDS = 0.5
@@ -48,6 +49,9 @@ def main() -> int:
     except UserError as error:
         answer(problems=[asdict(problem) for problem in error.problems])
         return error.exit_code
+    except Fault as fault:
+        answer(fault=str(fault))
+        return fault.exit_code
     while True:
         piece = json.loads(lines.get())
         answer(**_tokenize(job, source, tokenizer, piece, work, dtype, answer))
@@ -84,6 +88,8 @@ def _tokenize(
         return {"problems": [asdict(problem) for problem in error.problems]}
     except OSError as error:
         return {"problems": [asdict(unwritable(work.parent, error))]}
+    except Fault as fault:
+        return {"fault": str(fault)}
     return {"done": header.ids, "bad": listed}
 
 

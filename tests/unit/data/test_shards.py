@@ -108,7 +108,10 @@ def test_files_that_do_not_fit_the_manifest_are_refused(folder):
     assert "the shard is missing" in refused(folder).what
     assert open_token_files(str(folder / "*.bin")).length == 6  # a glob names a part of the data
     (folder / "00000.idx").write_bytes(bytes(24))
-    assert "its last document ends at 0 of 6 ids" in refused(folder / "00000.bin").what
+    tokens = open_token_files(str(folder / "00000.bin"))
+    assert "its last document ends at 0 of 6 ids" in next(tokens.verify(258)).what
+    with pytest.raises(UserError, match="the index is damaged: no document has id 5"):
+        tokens.documents(0, 6)
     (folder / "00000.idx").unlink()
     assert "its index 00000.idx is missing" in refused(folder / "00000.bin").what
 

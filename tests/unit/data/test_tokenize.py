@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,14 +24,17 @@ import tokenizers
 from tokenizer_folders import byte_level, write_folder
 
 from quadriga.cli.main import main
+from quadriga.cli.tokenize import format_progress
 from quadriga.config.schema import Dataloader, TokenKeys
 from quadriga.data import pieces, streams
 from quadriga.data.loader import build_loader
 from quadriga.data.shards import WORK, dtype_for, read_manifest
 from quadriga.data.token_files import open_token_files
 from quadriga.data.token_loader import build_token_loader
+from quadriga.data.tokenize_job import TokenizeJob
+from quadriga.data.tokenize_run import TokenizeProgress, tokenize_into
 from quadriga.data.tokenizer import build_tokenizer
-from quadriga.errors import EXIT_OK, EXIT_USAGE
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault
 
 SHARD_TOKENS = 12_000
 DRIVER = """
@@ -214,6 +220,43 @@ def test_another_field_is_read(tmp_path):
     assert open_token_files(str(tmp_path / "out")).read(0, 7).tolist() == [256, 97, 257, 256, 98, 99, 257]
 
 
+def test_torch_is_not_loaded(source, tmp_path):
+    code = f"{DRIVER.replace('sys.exit(main(sys.argv[1:]))', '')}\nmain(sys.argv[1:])\nprint('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *arguments(source / "00.jsonl", tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_the_sizes_of_shards_are_those_of_the_files(tmp_path, kind):
+    source = corpora.KINDS[kind](tmp_path, DOCUMENTS, 1)
+    total = sum(map(source.bytes_of, range(source.shards)))
+    assert source.disk_bytes - source.shards <= total <= source.disk_bytes
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def test_progress_has_share_speed_and_time_left():
+    progress = TokenizeProgress(total_bytes=1000, kept_bytes=200, source_bytes=400, ids=50_000)
+    assert format_progress(progress, 10.0) == "40%, 50.0 k tokens, 5,000 tokens/s, 30.0s left"
+    assert format_progress(TokenizeProgress(1000, 0, 0), 1.0) == "0%, 0 tokens, 0 tokens/s"
+
+
+def test_a_terminal_shows_a_bar(source, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", DRIVER, *arguments(source, tmp_path / "out", "--workers", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(ours, 1 << 16):
+            shown += data
+    os.close(ours)
+    assert process.wait() == EXIT_OK
+    assert b"tokens/s" in shown
+
+
 # --- bad records ----------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +368,23 @@ def test_a_full_disk_is_one_message_and_the_job_continues(tmp_path):
     assert "Traceback" not in errors
     assert finish(start(source, out)) == (EXIT_OK, "")
     assert open_token_files(str(out)).length == 300 * 1002
+
+
+def test_a_process_that_is_killed_is_a_fault_and_the_job_continues(source, expected, tmp_path, capfd, monkeypatch):
+    out, killed = tmp_path / "out", []
+
+    def kill_worker(progress: TokenizeProgress) -> None:
+        if progress.source_bytes and not killed:
+            children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+            killed.append(int(children[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    job = TokenizeJob("jsonl", str(source), "builtin:bytes", shard_tokens=SHARD_TOKENS)
+    with pytest.raises(Fault, match="a process was ended by signal 9; finished pieces are kept: run the same command"):
+        tokenize_into(out, job, 1, os.environ, kill_worker)
+    assert main(arguments(source, out, "--workers", "1")) == EXIT_OK
+    assert content(out) == expected
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
