@@ -109,7 +109,9 @@ def test_another_type_than_that_of_the_file_is_refused(tmp_path, form):
     problem = refused(tmp_path, token_dtype="uint16")
     assert "the file says that its ids are " in problem.what
     assert problem.value == "uint16"
-    assert problem.fix == "remove training.token_dtype"
+    there = open_token_files(str(tmp_path))._parts[0].dtype.name
+    assert problem.fix == f"set training.token_dtype to {there}"
+    assert open_token_files(str(tmp_path), token_dtype=there).length == 1
 
 
 def test_all_files_are_reported_together(tmp_path):
@@ -157,6 +159,19 @@ def test_ids_that_are_wider_than_their_named_type_are_noticed(tmp_path, real, na
     assert open_token_files(str(tmp_path), token_dtype=real).read(0, 2).tolist() == [1, 2]
 
 
+def test_ids_of_one_byte_can_look_like_text(tmp_path):
+    content = b"plain text in English, and then some more of it, long enough.\n" * 3
+    (tmp_path / "a.bin").write_bytes(content)
+    assert bytes(open_token_files(str(tmp_path), token_dtype="uint8").read(0, len(content)).tolist()) == content
+    assert "is text, not token ids" in refused(tmp_path, token_dtype="int16").what
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_zeros_in_ids_of_the_widest_type_are_ids(tmp_path, dtype):
+    write_raw(tmp_path / "a.bin", [5, 0] * 100, dtype)
+    assert open_token_files(str(tmp_path), token_dtype=dtype).read(0, 3).tolist() == [5, 0, 5]
+
+
 # --- llm.c and NumPy ------------------------------------------------------------------------------------------------
 
 
@@ -188,9 +203,11 @@ def test_only_rows_of_integers_are_read_from_numpy(tmp_path):
         np.save(path, array, allow_pickle=True)
         assert what in refused(path).what
     whole = np.lib.format.magic(1, 0)
-    for header in (b"{" * 200, b"{'descr': '<u2', 'fortran_order': False, 'shape': (-3,), }\n", b"x" * 30, b""):
+    shape = b"{'descr': '<u8', 'fortran_order': False, 'shape': (%s,), }\n"
+    for header in (b"{" * 200, shape % b"-3", shape % (b"9" * 4300), shape % (b"9" * 9000), b"x" * 30, b""):
         path.write_bytes(whole + struct.pack("<H", len(header)) + header)
-        assert "header" in refused(path).what
+        assert "header" in (what := refused(path).what)
+        assert len(what) < 300
     np.save(path, np.arange(5, dtype="u2"))
     path.write_bytes(path.read_bytes()[:-1])
     assert "its header counts 5 ids" in refused(path).what
