@@ -102,7 +102,7 @@ def open_parquet_tokens(decoded: DecodedGroups, file: File, options: TokenOption
             column = find_id_column(file, parquet.schema_arrow, options)
             metadata = parquet.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-            chunk = _leaf(groups[0], column.name) if groups else 0
+            chunk = sum(_leaves(parquet.schema_arrow.field(index).type) for index in range(column.position))
             rows = [group.num_rows for group in groups]
             ids = [_count(file, group, chunk, column) for group in groups]
     except UserError:
@@ -111,21 +111,22 @@ def open_parquet_tokens(decoded: DecodedGroups, file: File, options: TokenOption
         raise UserError(damaged_parquet(file, error)) from error
     if min([*rows, *ids], default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
         raise UserError(damaged_parquet(file, ValueError("its number of rows is impossible")))
-    if max(ids, default=0) > limits.TOKEN_ROW_GROUP:
-        what = f"a row group has {max(ids):,} ids; row groups are decoded whole"
+    if (most := max([*rows, *ids], default=0)) > limits.TOKEN_ROW_GROUP:  # rows without ids take memory too
+        what = f"a row group has {most:,} {'ids' if most in ids else 'rows'}; row groups are decoded whole"
         fix = "write it with smaller row groups (row_group_size=1000)"
-        allowed = f"at most {limits.TOKEN_ROW_GROUP:,} ids"
+        allowed = f"at most {limits.TOKEN_ROW_GROUP:,} ids, and as many rows"
         raise UserError(Problem(path_of(file), what, allowed=allowed, fix=fix))
     return ParquetColumn(decoded, file, column, ids, rows)
 
 
-def _leaf(group: Any, name: str) -> int:
-    """The index of the column among the leaves of all columns. A name can contain points, as paths do."""
-    for leaf in range(group.num_columns):
-        path = group.column(leaf).path_in_schema
-        if path == name or path.startswith(f"{name}."):
-            return leaf
-    raise ValueError(f"its metadata have no column {shortened(name)}")
+def _leaves(kind: Any) -> int:
+    """The columns of the file that a column of this type is stored in. They are counted, because their paths are
+    ambiguous: a name can contain points, as paths do."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _leaves(kind.storage_type)
+    return sum(_leaves(kind.field(index).type) for index in range(kind.num_fields)) or 1
 
 
 def _count(file: File, group: Any, leaf: int, column: IdColumn) -> int:

@@ -346,6 +346,8 @@ def test_parquet_that_cannot_be_counted_is_refused(tmp_path, monkeypatch):
     problem = refused(tmp_path)
     assert "a row group has 6 ids" in problem.what
     assert "row_group_size" in str(problem.fix)
+    write_parquet(tmp_path / "a.parquet", lists([[1], *[[]] * 5]), rows=6)
+    assert "a row group has 6 rows" in refused(tmp_path).what
 
 
 def test_compressed_arrow_is_refused_with_the_way_out(tmp_path):
