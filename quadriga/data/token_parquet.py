@@ -13,7 +13,7 @@ import numpy.typing as npt
 from quadriga import limits
 from quadriga.data.files import File
 from quadriga.data.parquet import damaged_parquet, open_parquet
-from quadriga.data.stored_arrays import LoadedArray, path_of
+from quadriga.data.stored_arrays import LoadedArray, path_of, read_repeatedly
 from quadriga.data.token_columns import WITHOUT_NULLS, ColumnFile, IdColumn, find_id_column
 from quadriga.data.token_formats import Documents, TokenFile, TokenOptions, documents_between
 from quadriga.errors import Problem, UserError, shortened
@@ -67,13 +67,13 @@ class ParquetColumn(ColumnFile):
             return known
         where = f", row group {part}"
         try:
-            with open_parquet(self.file) as parquet:
-                table = parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
-            column = table.column(0).combine_chunks()
+            column = read_repeatedly(self.file, lambda: self._read_group(part)).column(0).combine_chunks()
             values = column.flatten() if self.indexed else column
             nulls = column.null_count + (values.null_count if self.indexed else 0)
             bounds = self._bounds(column) if self.indexed else np.empty(0, np.int64)
             ids = values.to_numpy(zero_copy_only=False)
+        except UserError:
+            raise
         except Exception as error:  # pyarrow raises many kinds of errors for damaged files
             raise UserError(damaged_parquet(self.file, error, where)) from error
         expected = int(self.parts.ids[part + 1] - self.parts.ids[part])
@@ -87,6 +87,10 @@ class ParquetColumn(ColumnFile):
         self._decoded.put(self.file, part, decoded)
         return decoded
 
+    def _read_group(self, part: int) -> Any:
+        with open_parquet(self.file) as parquet:
+            return parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
+
     def _bounds(self, column: Any) -> npt.NDArray[np.int64]:
         """The first value of each list, followed by the number of values."""
         if self.column.width:
@@ -98,7 +102,7 @@ class ParquetColumn(ColumnFile):
 def open_parquet_tokens(decoded: DecodedGroups, file: File, options: TokenOptions) -> TokenFile:
     """Reads the metadata of the file. The number of ids of a row group follows from its statistics."""
     try:
-        with open_parquet(file) as parquet:
+        with read_repeatedly(file, lambda: open_parquet(file)) as parquet:
             column = find_id_column(file, parquet.schema_arrow, options)
             metadata = parquet.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
