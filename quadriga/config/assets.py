@@ -135,7 +135,7 @@ def data_files(dataset: str, path: str) -> list[Path]:
         found = [Path(name) for name in files_matching(str(folder))]
     if dataset == TOKENS and not found:
         found = [Path(f"{folder}{suffix}") for suffix in (".bin", ".idx")]
-    return sorted(file for file in found if file.is_file())
+    return sorted(file for file in found if os.path.isfile(file))  # False for a name that is too long
 
 
 def dataset_problem(key: str, dataset: str, path: str | None, source: str | None) -> Problem | None:

@@ -34,6 +34,7 @@ from quadriga.data.token_formats import (
 )
 from quadriga.data.token_parquet import DecodedGroups, open_parquet_tokens
 from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.reading import file_kind
 
 TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
@@ -200,8 +201,8 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
     if named.suffix == ".idx" and named.is_file():
         named = named.with_suffix(".bin")
     elif not named.exists():
-        pair = [Path(f"{named}{suffix}") for suffix in (".bin", ".idx")]
-        named = pair[0] if any(file.is_file() for file in pair) else named
+        pair = [f"{named}{suffix}" for suffix in (".bin", ".idx")]
+        named = Path(pair[0]) if any(map(os.path.isfile, pair)) else named
     if named.suffix == ".bin" and not named.exists() and named.with_suffix(".idx").is_file():
         raise UserError(_without_data(str(named.with_suffix(".idx")), named))
     found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
@@ -217,8 +218,11 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
 
 
 def _without_data(index: str, data: Path) -> Problem:
+    name = shortened(data.name)
+    if data.is_file():
+        return Problem(index, f"the index is named without its data file {name}", fix="name data files (*.bin)")
     fix = "copy the file to there, or name the data files by a glob (*.bin)"
-    return Problem(index, f"the index has no data file {shortened(data.name)} next to it", fix=fix)
+    return Problem(index, f"the index has no data file {name} next to it", fix=fix)
 
 
 def _opened(
@@ -236,6 +240,10 @@ def _opened(
             raise UserError(_other_format(file, form, options))
         if index is not None and pair:
             return form, open_megatron(files, file, index, options)
+        if index is not None and form == "raw" and options.token_format == "auto":
+            what = f"the file is not an index of Megatron, and is next to {shortened(file.path.name)}"
+            fix = f"copy the index again, or set {options.key}.token_format to raw, without documents"
+            raise UserError(Problem(path_of(index), what, fix=fix))
         if form == "parquet":
             return form, open_parquet_tokens(decoded, file, options)
         return form, {"llmc": open_llmc, "npy": open_npy, "arrow": open_arrow, "raw": open_raw}[form](
@@ -246,16 +254,22 @@ def _opened(
 
 
 def _index_of(file: File) -> File | None:
-    """The `.idx` next to a `.bin`."""
+    """The `.idx` next to a `.bin`. Raises UserError if it is no file that can be read."""
     if not file.name.endswith(".bin"):
         return None
     path = f"{str(file.path)[:-4]}.idx"
     try:
         status = os.stat(path)
-    except OSError:
+    except OSError as error:
+        if not os.path.islink(path):
+            return None
+        what = f"is {file_kind(stat.S_IFLNK)}"
+        raise UserError(Problem(shortened(path, 400), what, fix="restore its target, or remove it")) from error
+    if stat.S_ISDIR(status.st_mode):
         return None
     if not stat.S_ISREG(status.st_mode):
-        return None
+        what = f"is {file_kind(status.st_mode)}, not a regular file"
+        raise UserError(Problem(shortened(path, 400), what, fix="move it away"))
     return File(Path(path), os.path.basename(path), status.st_size, compressed=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from token_writers import lists, llmc_header, write_arrow, write_llmc, write_megatron, write_parquet, write_raw
 
 from quadriga import limits
+from quadriga.config import assets
 from quadriga.data import sources
 from quadriga.data.token_files import TOKEN_FORMATS, open_token_files
 from quadriga.errors import Problem, UserError
@@ -303,9 +305,43 @@ def test_half_a_pair_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "a", tmp_path / "a.idx", tmp_path / "a.bin", tmp_path / "*"):
         assert "the index has no data file a.bin next to it" in refused(path).what
     (tmp_path / "b.idx").write_bytes(b"MMI")
-    assert "no header" in refused(tmp_path / "b").what
+    assert "is not an index of Megatron" in refused(tmp_path / "b").what
     (tmp_path / "b.idx").write_bytes(b"MMIDIDX\x00\x00")
     assert "fewer than its header" in refused(tmp_path / "b").what
+
+
+def test_what_is_next_to_a_data_file_and_is_no_index_is_not_passed_over(tmp_path):
+    index, options = tmp_path / "a.idx", {"token_dtype": "uint16"}
+    write_raw(tmp_path / "a.bin", range(1, 90))
+    for content in (b"", b"MMI", bytes(100)):
+        index.write_bytes(content)
+        problem = refused(tmp_path / "a.bin", **options)
+        assert problem.where == str(index)
+        assert "is not an index of Megatron" in problem.what
+        assert open_token_files(str(tmp_path / "a.bin"), token_format="raw", **options).length == 89
+    index.unlink()
+    os.mkfifo(index)
+    for path in (tmp_path, tmp_path / "a.bin", tmp_path / "a"):
+        assert "is a FIFO, not a regular file" in refused(path, **options).what
+    index.unlink()
+    index.symlink_to(tmp_path / "gone")
+    for path in (tmp_path, tmp_path / "a.bin", tmp_path / "a"):
+        assert "is a link that leads nowhere" in refused(path, **options).what
+    index.unlink()
+    index.mkdir()
+    assert open_token_files(str(tmp_path / "a.bin"), **options).length == 89
+
+
+def test_indexes_that_are_named_without_their_data_are_refused(tmp_path):
+    write_megatron(tmp_path / "a", [[[1, 2]]])
+    assert "the index is named without its data file a.bin" in refused(tmp_path / "*.idx").what
+    assert open_token_files(str(tmp_path / "*.bin")).length == 2
+
+
+@pytest.mark.parametrize("length", [251, 252, 255])
+def test_long_names_without_a_pair_are_refused(tmp_path, length):
+    assert "there is no such file" in refused(tmp_path / ("a" * length)).what
+    assert assets.data_files("tokens", str(tmp_path / ("a" * length))) == []
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
