@@ -19,6 +19,7 @@ from quadriga.data.files import MOST_PROBLEMS, File, find_files, fingerprint
 from quadriga.data.recognize import MEGATRON_MAGIC, OLD_MEGATRON_MAGIC
 from quadriga.data.stored_arrays import OpenFiles, path_of
 from quadriga.data.token_arrow import open_arrow
+from quadriga.data.token_columns import ColumnFile
 from quadriga.data.token_formats import (
     FORMAT_NAMES,
     HEAD_BYTES,
@@ -48,7 +49,7 @@ class TokenFiles:
     files: the data files, without the indexes of Megatron.
     length: ids of all files.
     fingerprint: identifies the data, one word without `;`, equal for equal data in any place. It is made of the names
-        and sizes of the files, their format and dtypes, the column, and what separates documents.
+        and sizes of the files and their indexes, their format and dtypes, the column, and what separates documents.
     """
 
     def __init__(self, parts: Sequence[TokenFile], files: OpenFiles, fingerprint: str, eos_id: int | None) -> None:
@@ -181,7 +182,7 @@ def open_token_files(
         parts = [part for _, part in found]
         if not any(part.length for part in parts):
             raise UserError(Problem(f"{key}.dataset_path", "the files have no token id", path))
-        return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id, field), eos_id)
+        return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id), eos_id)
     except BaseException:
         files.close()
         raise
@@ -293,11 +294,13 @@ def _require_one_format(found: Sequence[tuple[str, TokenFile]], path: str, key: 
         raise UserError(Problem(f"{key}.dataset_path", f"the files have several formats: {what}", path, fix=fix))
 
 
-def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None, field: str | None) -> str:
+def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None) -> str:
     dtypes = "+".join(sorted({part.dtype.str.lstrip("<|") for part in parts}))
-    column = "" if field is None or form not in ("parquet", "arrow") else f":{field.replace(';', '_')}"
+    columns = "+".join(sorted({part.column.name for part in parts if isinstance(part, ColumnFile)}))
+    column = f":{columns.replace(';', '_')}" if columns else ""
     eos = "" if eos_id is None or all(part.indexed for part in parts) else f":eos{eos_id}"
-    return fingerprint(f"tokens:{form}:{dtypes}", [part.file for part in parts]) + column + eos
+    files = [file for part in parts for file in (part.file, part.index) if file is not None]
+    return fingerprint(f"tokens:{form}:{dtypes}", files) + column + eos
 
 
 def _location(part: TokenFile, position: int) -> str:

@@ -68,10 +68,12 @@ class Documents(NamedTuple):
 class TokenFile:
     """One file of ids. Positions count the ids of the file from 0.
 
-    length: the number of ids. dtype: that of `read`. indexed: an index separates documents.
+    length: the number of ids. dtype: that of `read`. indexed: an index separates documents. index: the file of it, if
+    that is another one.
     """
 
     indexed = False
+    index: File | None = None
 
     def __init__(self, file: File, length: int, dtype: np.dtype[Any]) -> None:
         self.file, self.length, self.dtype = file, length, dtype
@@ -165,10 +167,11 @@ class MegatronFile(PlainFile):
     byte of each sequence, and by document its first sequence, followed by the number of sequences."""
 
     indexed = True
+    index: File
 
     def __init__(self, ids: StoredArray, index: File, lengths: StoredArray, pointers: StoredArray, of: StoredArray):
         super().__init__(ids)
-        self._index, self._lengths, self._pointers, self._documents = index, lengths, pointers, of
+        self.index, self._lengths, self._pointers, self._documents = index, lengths, pointers, of
 
     def documents(self, start: int, stop: int) -> Documents:
         size = self.dtype.itemsize
@@ -227,7 +230,7 @@ class MegatronFile(PlainFile):
             before = int(entries[-1])
 
     def _damaged(self, what: str) -> Problem:
-        return Problem(path_of(self._index), f"the index is damaged: {what}", fix="copy or write both files again")
+        return Problem(path_of(self.index), f"the index is damaged: {what}", fix="copy or write both files again")
 
 
 def open_megatron(files: OpenFiles, file: File, index: File, options: TokenOptions) -> TokenFile:
@@ -259,6 +262,9 @@ def open_megatron(files: OpenFiles, file: File, index: File, options: TokenOptio
     end = pointers.at(sequences - 1) + lengths.at(sequences - 1) * dtype.itemsize if sequences else 0
     if end != file.size or file.size % dtype.itemsize:
         raise refuse(f"its last sequence ends at byte {end:,} of {file.name}, which has {file.size:,} bytes")
+    most = file.size // dtype.itemsize + limits.TOKEN_EMPTY_DOCUMENTS
+    if sequences > most or documents - 1 > most:
+        raise refuse(f"it counts {max(sequences, documents - 1):,} sequences or documents, of which most have no ids")
     if documents < 1 or of_documents.at(0) != 0 or of_documents.at(documents - 1) != sequences:
         raise refuse("its document indices do not begin with 0 and end with the number of sequences")
     ids = StoredArray(files, file, require_dtype(file, dtype, options), 0, file.size // dtype.itemsize)
@@ -297,6 +303,8 @@ def documents_between(bounds: StoredArray | LoadedArray, start: int, stop: int) 
 def _join(begin: int, end: int, start: int, stop: int, ends_of: Ends) -> Documents:
     """Of documents [begin, end), those that have ids of [start, stop). Raises ValueError if they are not in order."""
     numbers, ends, before = [], [], start
+    if end - begin > stop - start + limits.TOKEN_EMPTY_DOCUMENTS:
+        raise ValueError(f"more than {limits.TOKEN_EMPTY_DOCUMENTS:,} documents from number {begin:,} on have no ids")
     for block in range(begin, end, BLOCK):
         found = ends_of(block, min(block + BLOCK, end))
         begins = np.concatenate([[before], found[:-1]])

@@ -183,6 +183,15 @@ def test_columns_have_their_own_fingerprint(tmp_path):
     assert other.read(0, 2).tolist() == [3, 4]
     assert plain.fingerprint != other.fingerprint
     assert ";" not in other.fingerprint
+    assert plain.fingerprint == open_token_files(str(tmp_path), field="input_ids").fingerprint
+
+
+def test_the_index_is_a_part_of_the_data(tmp_path):
+    found = set()
+    for documents in ([[[1, 2, 3]]], [[[1], [2, 3]]], [[[1]], [[2, 3]]]):
+        write_megatron(tmp_path / "a", documents)
+        found.add(open_token_files(str(tmp_path / "a")).fingerprint)
+    assert len(found) == 3
 
 
 # --- files that change or fail --------------------------------------------------------------------------------------

@@ -344,6 +344,20 @@ def test_long_names_without_a_pair_are_refused(tmp_path, length):
     assert assets.data_files("tokens", str(tmp_path / ("a" * length))) == []
 
 
+def test_indexes_of_documents_without_ids_take_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "TOKEN_EMPTY_DOCUMENTS", 10)
+    write_megatron(tmp_path / "a", [[[1, 2]], *[[[]]] * 9, [[3]]])
+    assert open_token_files(str(tmp_path / "a")).documents(0, 3) == ((0, 0), (0, 10))
+    for documents in ([[[1, 2]], *[[[]]] * 20, [[3]]], [[[1, 2]], *[[]] * 20, [[3]]]):
+        write_megatron(tmp_path / "a", documents)
+        assert "of which most have no ids" in refused(tmp_path / "a").what
+    write_megatron(tmp_path / "a", [[[1] * 20], *[[[]]] * 12, [[2] * 20]])
+    tokens = open_token_files(str(tmp_path / "a"))
+    assert tokens.documents(0, 40) == ((0, 0), (0, 13))
+    with pytest.raises(UserError, match="more than 10 documents from number 0 on have no ids"):
+        tokens.documents(19, 21)
+
+
 # --- columns --------------------------------------------------------------------------------------------------------
 
 COLUMN_WRITERS = {"parquet": write_parquet, "arrow": write_arrow}
@@ -396,6 +410,21 @@ def test_compressed_arrow_is_refused_with_the_way_out(tmp_path):
     assert "write_feather" in str(problem.fix)
     pyarrow.feather.write_feather(table, str(tmp_path / "a.arrow"), compression="uncompressed")
     assert open_token_files(str(tmp_path)).documents(0, 3) == ((0, 0), (0, 1))
+
+
+def test_record_batches_that_are_the_same_are_refused(tmp_path):
+    """The footer of an Arrow file could list one batch a million times."""
+    path = tmp_path / "a.arrow"
+    write_arrow(path, lists([[1] * 9000, [2], [3]]), rows=1)
+    content = path.read_bytes()
+    footer = len(content) - 10 - int.from_bytes(content[-10:-6], "little")
+    first = content.find(b"\xff" * 4, 16)
+    at = content.find(struct.pack("<q", first), footer)  # the first of three blocks
+    assert footer < at
+    path.write_bytes(content[:at] + 3 * content[at : at + 24] + content[at + 72 :])
+    assert "several of its record batches have the same ids" in refused(path).what
+    path.write_bytes(content)
+    assert open_token_files(str(path)).length == 9002
 
 
 @pytest.mark.parametrize("stream", [False, True])
