@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from quadriga.config.assets import DATASETS, data_files, missing_files, tokenizer_facts
 from quadriga.errors import UserError
+from quadriga.file_search import _matches
 
 VOCAB = {"a": 0, "b": 1, "c": 2}
 
@@ -82,6 +85,31 @@ def test_files_are_found_by_path_folder_and_glob(write):
     assert data_files("text", "data/*.txt") == [Path("data/c.txt")]
     assert data_files("jsonl", "data/**/*.gz") == [Path("data/sub/b.jsonl.gz")]
     assert data_files("parquet", "data/sub") == []
+
+
+PARTS = [["**"], ["**", "x"], ["**", "a", "**"], ["**", "**", "?"], ["**", "[ab]", "**", "x"], ["**", "*", "*"]]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="/".join)
+def test_a_glob_with_folders_of_any_depth_matches_as_its_definition(parts):
+    def matches(names: list[str], parts: list[str]) -> bool:
+        if not parts:
+            return not names
+        if parts[0] == "**":
+            return any(matches(names[start:], parts[1:]) for start in range(len(names) + 1))
+        return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and matches(names[1:], parts[1:])
+
+    for depth in range(5):
+        for names in itertools.product("abx", repeat=depth):
+            assert _matches(list(names), parts) == matches(list(names), parts)
+
+
+def test_a_deep_glob_takes_little_time(write):
+    path = "/".join(["a"] * 40)
+    write("x", f"data/{path}/b.jsonl")
+    assert data_files("jsonl", "data/" + "**/" * 40 + "*.jsonl") == [Path(f"data/{path}/b.jsonl")]
+    assert data_files("jsonl", "data/" + "**/a/" * 20 + "*.jsonl") == [Path(f"data/{path}/b.jsonl")]
+    assert data_files("jsonl", "data/" + "**/" * 40 + "*.json") == []
 
 
 def test_a_folder_without_such_files_is_distinguished_from_none(write):
