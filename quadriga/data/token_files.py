@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -41,6 +41,7 @@ TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
 OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
 VERIFIED_AT_ONCE = 1 << 20  # ids
+Opened = tuple[str, TokenFile]  # the format of a file, and the file
 
 
 class TokenFiles:
@@ -173,11 +174,7 @@ def open_token_files(
     data = _data_files(path, key)
     files, decoded = OpenFiles(), DecodedGroups()
     try:
-        with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
-            opened = list(pool.map(partial(_opened, files, decoded, options), data))
-        if problems := [problem for each in opened if isinstance(each, UserError) for problem in each.problems]:
-            raise UserError(*problems[:MOST_PROBLEMS])
-        found = [each for each in opened if not isinstance(each, UserError)]
+        found = _open_all(partial(_opened, files, decoded, options), data)
         _require_one_format(found, path, key)
         parts = [part for _, part in found]
         if not any(part.length for part in parts):
@@ -226,9 +223,25 @@ def _without_data(index: str, data: Path) -> Problem:
     return Problem(index, f"the index has no data file {name} next to it", fix=fix)
 
 
-def _opened(
-    files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, file: File
-) -> tuple[str, TokenFile] | UserError:
+def _open_all(open_one: Callable[[File], Opened | UserError], data: Sequence[File]) -> list[Opened]:
+    """Raises UserError with the problems of all files, up to MOST_PROBLEMS. Then no other file is opened, because each
+    that cannot be read takes some seconds."""
+    found, problems = [], []
+    with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
+        for future in [pool.submit(open_one, file) for file in data]:
+            if isinstance(each := future.result(), UserError):
+                problems += each.problems
+            else:
+                found.append(each)
+            if len(problems) >= MOST_PROBLEMS:
+                pool.shutdown(cancel_futures=True)
+                break
+    if problems:
+        raise UserError(*problems[:MOST_PROBLEMS])
+    return found
+
+
+def _opened(files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, file: File) -> Opened | UserError:
     """The format of a file, and the file."""
     try:
         index = _index_of(file)
@@ -284,7 +297,7 @@ def _other_format(file: File, form: str, options: TokenOptions) -> Problem:
     return Problem(path_of(file), what, fix=f"set {options.key}.token_format to {form}{also}")
 
 
-def _require_one_format(found: Sequence[tuple[str, TokenFile]], path: str, key: str) -> None:
+def _require_one_format(found: Sequence[Opened], path: str, key: str) -> None:
     examples: dict[str, str] = {}
     for form, part in found:
         examples.setdefault(form, part.file.name)

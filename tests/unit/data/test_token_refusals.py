@@ -6,6 +6,7 @@ import gzip
 import os
 import pickle
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from token_writers import lists, llmc_header, write_arrow, write_llmc, write_meg
 
 from quadriga import limits
 from quadriga.config import assets
-from quadriga.data import sources
+from quadriga.data import sources, token_files
 from quadriga.data.token_files import TOKEN_FORMATS, open_token_files
 from quadriga.errors import Problem, UserError
 
@@ -122,6 +123,24 @@ def test_all_files_are_reported_together(tmp_path):
     with pytest.raises(UserError) as caught:
         open_token_files(str(tmp_path), token_dtype="uint16")
     assert len(caught.value.problems) == 2
+
+
+def test_after_some_files_that_cannot_be_read_no_other_is_opened(tmp_path, monkeypatch):
+    """Each takes some seconds, so that of ten thousand the run would hear after hours."""
+    for number in range(60):
+        write_raw(tmp_path / f"{number}.bin", range(9))
+    opened: list[str] = []
+
+    def unreadable(files, decoded, options, file):
+        opened.append(file.name)
+        time.sleep(0.01)
+        return UserError(Problem(file.name, "cannot be read"))
+
+    monkeypatch.setattr(token_files, "_opened", unreadable)
+    with pytest.raises(UserError) as caught:
+        open_token_files(str(tmp_path), token_dtype="uint16")
+    assert len(caught.value.problems) == 10
+    assert len(opened) < 40
 
 
 # --- headerless files -----------------------------------------------------------------------------------------------
