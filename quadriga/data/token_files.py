@@ -226,7 +226,8 @@ def _without_data(index: str, data: Path) -> Problem:
 def _open_all(open_one: Callable[[File], Opened | UserError], data: Sequence[File]) -> list[Opened]:
     """Raises UserError with the problems of all files, up to MOST_PROBLEMS. Then no other file is opened, because each
     that cannot be read takes some seconds."""
-    found, problems = [], []
+    found: list[Opened] = []
+    problems: list[Problem] = []
     with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
         for future in [pool.submit(open_one, file) for file in data]:
             if isinstance(each := future.result(), UserError):
