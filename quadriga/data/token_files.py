@@ -196,12 +196,12 @@ def _wrong_options(token_format: str, token_dtype: str | None, key: str) -> Iter
 def _data_files(path: str, key: str) -> tuple[File, ...]:
     """The data files of a path, without the indexes of Megatron. Raises UserError."""
     named = Path(path).expanduser()
-    if named.suffix == ".idx" and named.is_file():
+    if named.suffix == ".idx" and os.path.isfile(named):
         named = named.with_suffix(".bin")
-    elif not named.exists():
+    elif not os.path.exists(named):
         pair = [f"{named}{suffix}" for suffix in (".bin", ".idx")]
         named = Path(pair[0]) if any(map(os.path.isfile, pair)) else named
-    if named.suffix == ".bin" and not named.exists() and named.with_suffix(".idx").is_file():
+    if named.suffix == ".bin" and not os.path.exists(named) and os.path.isfile(named.with_suffix(".idx")):
         raise UserError(_without_data(str(named.with_suffix(".idx")), named))
     found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
     names = {file.name for file in found}
