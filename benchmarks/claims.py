@@ -346,6 +346,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kill trials": lambda: str(result_figures("kill_matrix")["trials"]),
     "kills": lambda: str(result_figures("kill_matrix")["kills"]),
     "kills that differ": lambda: str(len(result_figures("kill_matrix")["different"])),
+    "mutants": lambda: str(result_figures("mutants")["mutants"]),
+    "mutants dead": lambda: str(result_figures("mutants")["dead"]),
     "save cost": lambda: f"{100 * result_figures('save_cost')['inflation']['median']:.1f} %",
     "save cost quartiles": lambda: inflation_quartiles("save_cost"),
     "save size": lambda: f"{result_figures('save_cost')['bytes_a_save'] / 2**30:.2f} GiB",

@@ -26,9 +26,13 @@ import quadriga  # noqa: E402 (the import is fast; it does not load torch)
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """Environment of a child process: it finds the package from any folder, and does not buffer its output."""
+    """Environment of a child process: it finds the package from any folder, and does not buffer its output.
+
+    Bytecode is kept, as Python does by default. Without it, each start would compile the package anew.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **extra}
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **extra}
 
 
 def usable_cores() -> int:

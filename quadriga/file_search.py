@@ -98,8 +98,14 @@ def files_matching(pattern: str) -> list[str]:
 
 
 def _matches(names: list[str], parts: list[str]) -> bool:
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return any(_matches(names[start:], parts[1:]) for start in range(len(names) + 1))
-    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+    """Whether the names of a path match the parts of a pattern. `ends`: the numbers of names that the parts so far can
+    match, so that the time does not grow exponentially with several `**`."""
+    ends = {0}
+    for part in parts:
+        if part == "**":
+            ends = set(range(min(ends), len(names) + 1))
+        else:
+            ends = {end + 1 for end in ends if end < len(names) and fnmatch.fnmatchcase(names[end], part)}
+        if not ends:
+            return False
+    return len(names) in ends

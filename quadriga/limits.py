@@ -74,7 +74,8 @@ PARQUET_ROWS = 1 << 40  # in one Parquet file
 
 # Files of token ids.
 TOKEN_FILES_OPEN = 256  # at a time; there can be any number of files
-TOKEN_ROW_GROUP = 1 << 26  # ids of one row group of Parquet, which is decoded whole: 512 MiB of int64
+TOKEN_ROW_GROUP = 1 << 26  # ids, or rows, of one row group of Parquet, which is decoded whole: 512 MiB of int64
+TOKEN_EMPTY_DOCUMENTS = 1 << 20  # documents without ids within one range of ids, each of which is read
 TOKEN_CACHE_BYTES = 256 * MIB  # decoded row groups that are kept, besides the newest one
 ARROW_METADATA_BYTES = 16 * MIB  # of one message or footer of an Arrow file; a batch of 10 columns has 1 KiB
 ARROW_BATCHES = 1 << 20  # record batches of one Arrow file; the library `datasets` writes 1,000 rows in each

@@ -39,11 +39,13 @@ CHECKPOINTS = "checkpoint"  # the folder within a run folder that is searched fi
 @dataclass(frozen=True)
 class SavedModel:
     """A saved model. `tokenizer`: the value of `model.hf_assets_path`, "" if it is not known. `positions`: the length
-    of the longest sequences that it was trained on, 0 if it is not known."""
+    of the longest sequences that it was trained on, 0 if it is not known. `eos_id`: what ends a document of token files
+    that it was trained on without a tokenizer."""
 
     spec: ModelSpec
     tokenizer: str = ""
     positions: int = 0
+    eos_id: int | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +83,7 @@ def convert_to_hf(source: str, out: str, dtype: str | None, file: str | None, to
         model = saved_model(found.extra, file, found.path)
     if wrong := find_damage(found):
         raise CheckpointError("\n".join([*wrong, f"{out} was not written; name another checkpoint of the run"]))
-    (bos_id, eos_id), files = tokenizer_of(tokenizer, model.tokenizer)
+    (bos_id, eos_id), files = tokenizer_of(tokenizer, model)
     config = registry.hf_config(model.spec, bos_id=bos_id, eos_id=eos_id, positions=model.positions)
     export_hf(found, out, registry.tensor_names(model.spec), config, None, dtype=torch_dtype(dtype), tokenizer=files)
     logger.info(f"{printable(found.path)} was written in Hugging Face's format to {printable(out)}")
@@ -172,30 +174,37 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
         return SavedModel(spec, positions=positions)
     config = extra["config"]
     positions = max(positions, config["training"]["seq_len"])
-    return SavedModel(spec, _tokenizer_in(config["model"]["hf_assets_path"], config["training"]["dataset"]), positions)
+    training = config["training"]
+    tokenizer, eos_id = _of_data(config["model"]["hf_assets_path"], training["dataset"], training.get("token_eos_id"))
+    if eos_id is not None and not (type(eos_id) is int and 0 <= eos_id < spec.vocab_size):
+        raise ValueError(f"token_eos_id {eos_id} is out of range")
+    return SavedModel(spec, tokenizer, positions, eos_id)
 
 
 def model_from_config(file: str) -> SavedModel:
     run = run_from_file(file, None)
-    tokenizer = _tokenizer_in(run.config.model.hf_assets_path, run.config.training.dataset)
-    return SavedModel(run.spec.model, tokenizer, run.spec.seq_len)
+    training = run.config.training
+    tokenizer, eos_id = _of_data(run.config.model.hf_assets_path, training.dataset, training.token_eos_id)
+    return SavedModel(run.spec.model, tokenizer, run.spec.seq_len, eos_id)
 
 
-def _tokenizer_in(path: str, dataset: str) -> str:
-    """The tokenizer of a configuration. The built-in one, which is the default, does not belong to token files."""
-    return "" if dataset == TOKENS and path == BUILTIN_TOKENIZER else path
+def _of_data(path: str, dataset: str, eos_id: int | None) -> tuple[str, int | None]:
+    """The tokenizer of a configuration. The built-in one, which is the default, does not belong to token files; then
+    the second is EOS."""
+    return ("", eos_id) if dataset == TOKENS and path == BUILTIN_TOKENIZER else (path, None)
 
 
-def tokenizer_of(requested: str | None, known: str) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
+def tokenizer_of(requested: str | None, model: SavedModel) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:
     """(BOS id, EOS id), and the tokenizer's files. If the run's tokenizer no longer exists: None, no files, and a
     warning."""
     from quadriga.data.tokenizer import build_tokenizer
     from quadriga.data.tokenizer_export import transformers_files
 
-    place = requested or known
+    place = requested or model.tokenizer
     if not place:
-        logger.warning("no tokenizer is known: token ids are not set; --tokenizer FOLDER names one")
-        return (None, None), {}
+        known = "token ids are not set" if model.eos_id is None else "of its token ids only EOS is set"
+        logger.warning(f"no tokenizer is known: {known}; --tokenizer FOLDER names one")
+        return (None, model.eos_id), {}
     try:
         return build_tokenizer(place).special_ids, transformers_files(place)
     except UserError as error:

@@ -126,16 +126,16 @@ def data_files(dataset: str, path: str) -> list[Path]:
     """The files of `path`, sorted: the file itself, those of a folder and its sub-folders, or those of a glob. The
     name of a Megatron data set without suffix stands for its two files."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # like `isfile`, False for a name that is too long or below a folder without access
         found = [folder / name for name in files_below(folder).files]
         found = [file for file in found if file.name.lower().endswith(DATASETS[dataset].suffixes)]
-    elif folder.is_file():
+    elif os.path.isfile(folder):
         found = [folder]
     else:
         found = [Path(name) for name in files_matching(str(folder))]
     if dataset == TOKENS and not found:
         found = [Path(f"{folder}{suffix}") for suffix in (".bin", ".idx")]
-    return sorted(file for file in found if file.is_file())
+    return sorted(file for file in found if os.path.isfile(file))
 
 
 def dataset_problem(key: str, dataset: str, path: str | None, source: str | None) -> Problem | None:
@@ -167,15 +167,20 @@ def missing_files(key: str, dataset: str, path: str, source: str | None) -> Prob
     """A problem if there is nothing to read at `path`, else None."""
     if data_files(dataset, path):
         return None
-    if Path(path).expanduser().is_dir():
+    place = Path(path).expanduser()
+    if os.path.isdir(place):
         what, fix = f"the folder holds no file that {dataset} reads", "name another folder or another data set"
         patterns = ", ".join(f"*{suffix}" for suffix in DATASETS[dataset].suffixes)
         return Problem(f"{key}_path", what, path, source, patterns, fix=fix)
-    place = Path(path).expanduser()
     if os.path.lexists(place):
-        mode = place.stat().st_mode if place.exists() else stat.S_IFLNK
+        mode = place.stat().st_mode if os.path.exists(place) else stat.S_IFLNK
         return Problem(f"{key}_path", f"is {file_kind(mode)}, not a file or a folder", path, source)
     parent = place.parent
-    close = nearest(place.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else None
+    folders = (above for above in reversed(place.parents) if os.path.isdir(above))
+    if (closed := next((above for above in folders if not os.access(above, os.X_OK)), None)) is not None:
+        what = f"there is no access to the folder {shortened(closed, 400)}"
+        return Problem(f"{key}_path", what, path, source, fix="give this user access (chmod), or name another path")
+    listed = os.listdir(parent) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
+    close = nearest(place.name, listed)
     fix = f"paths are relative to the directory that the run is started from, {Path.cwd()}"
     return Problem(f"{key}_path", "nothing is there", path, source, nearest=close and str(parent / close), fix=fix)

@@ -51,7 +51,7 @@ def find_files(
     """
     path = Path(pattern).expanduser()
     suffixes = DATASETS[kind].suffixes if suffixes is None else suffixes
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = files_below(path)
         found = [name for name in inside.files if name.lower().endswith(suffixes)]
         _refuse_saved_by_datasets(kind, path, inside.files, found)
@@ -62,7 +62,7 @@ def find_files(
         files = _describe([(path / name, name) for name in found], path)
         _warn_unexpected(suffixes, pattern, inside, found)
         return files
-    if path.exists():
+    if os.path.exists(path):
         return _describe([(path, path.name)], path.parent)
     matching = [Path(name) for name in files_matching(str(path)) if not os.path.isdir(name)]
     if not matching:

@@ -72,15 +72,16 @@ def _foreign(file: File, kind: str) -> tuple[str, str] | None:
     return None
 
 
-def foreign_to_ids(head: bytes) -> tuple[str, str] | None:
-    """What a headerless file of token ids is instead, by its first bytes, and a remedy; None if it can be one."""
+def foreign_to_ids(head: bytes, *, or_text: bool = True) -> tuple[str, str] | None:
+    """What a headerless file of token ids is instead, by its first bytes, and a remedy; None if it can be one.
+    `or_text`: whether it can be text instead."""
     if head.startswith(LFS_POINTER):
         return "the file is a pointer of Git LFS, not the data that it points to", "download the data: git lfs pull"
     for magic, what, _ in MAGIC:
         # Two ids can begin like gzip by chance, so its method is compared too.
         if head.startswith(magic + b"\x08" if magic == b"\x1f\x8b" else magic):
             return f"the file is {what}", "unpack or convert it, or name other files"
-    if len(head) >= 2 * WIDE_IDS and _is_text(head):
+    if or_text and len(head) >= 2 * WIDE_IDS and _is_text(head):
         return "the file is text, not token ids", "set the dataset to text, jsonl or parquet, or name other files"
     return None
 

@@ -214,7 +214,7 @@ class ShardFile(PlainFile):
     def __init__(self, ids: StoredArray, ends: StoredArray, shard: Shard, made_by: MadeBy) -> None:
         super().__init__(ids)
         self._ends, self._shard, self.made_by = ends, shard, made_by
-        self.digest = f"{shard.bin_sha256} {shard.idx_sha256}"
+        self.index, self.digest = ends.file, f"{shard.bin_sha256} {shard.idx_sha256}"
 
     def documents(self, start: int, stop: int) -> Documents:
         begin = self._ends.search(start)

@@ -11,8 +11,9 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from quadriga.data.files import File
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
+T = TypeVar("T")
 BLOCK = 4096  # numbers that the last step of a search reads at once
 PAUSES = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -52,17 +54,15 @@ class OpenFiles:
         Raises:
             UserError: the file cannot be read, ends before the range does, or has another size than `file.size`.
         """
-        for pause in (*PAUSES, None):
+
+        def read() -> bytes:
             try:
                 return self._read(file, offset, size)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                if pause is None or isinstance(error, PERMANENT):
-                    raise UserError(Problem(path_of(file), f"the file cannot be read: {reason}")) from error
-                logger.warning("data: %s cannot be read (%s); trying again in %g s", path_of(file), reason, pause)
+            except OSError:
                 self._forget(file)  # a new descriptor, because one of a network file system can become invalid
-                time.sleep(pause)
-        raise AssertionError
+                raise
+
+        return read_repeatedly(file, read)
 
     def close(self) -> None:
         """Closes all files. Files that are being read are closed after the read."""
@@ -122,6 +122,27 @@ class OpenFiles:
             if unused is None:
                 return
             os.close(self._open.pop(unused).number)
+
+
+def read_repeatedly(file: File, read: Callable[[], T]) -> T:
+    """What `read` returns. A read that fails is repeated for some seconds.
+
+    Raises:
+        UserError: the file cannot be read.
+        OSError: one without `errno`, as pyarrow raises for damaged files.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno is None:
+                raise
+            reason = error.strerror or str(error)
+            if pause is None or isinstance(error, PERMANENT):
+                raise UserError(Problem(path_of(file), f"the file cannot be read: {reason}")) from error
+            logger.warning("data: %s cannot be read (%s); trying again in %g s", path_of(file), reason, pause)
+            time.sleep(pause)
+    raise AssertionError
 
 
 def path_of(file: File) -> str:

@@ -89,6 +89,8 @@ def open_arrow(files: OpenFiles, file: File, options: TokenOptions) -> TokenFile
         layout = _Layout(schema, column)
         messages = _stream(files, file, first.end) if in_stream else _batches_of_footer(files, file)
         batches = [_batch(files, file, message, number, column, layout) for number, message in enumerate(messages)]
+        if sum(batch.ids for batch in batches) * column.dtype.itemsize > file.size:
+            raise ValueError("several of its record batches have the same ids")
     except UserError:
         raise
     except Exception as error:  # pyarrow and struct raise many kinds of errors for damaged files

@@ -17,6 +17,7 @@ from quadriga.errors import Problem, UserError, shortened
 from quadriga.units import format_some
 
 USUAL_NAME = "input_ids"  # of the column, if the user names none
+DEFAULT_NAME = "text"  # of `dataset_text_field`, so it is not known whether the user names it
 WITHOUT_NULLS = "write the column again without nulls"
 
 
@@ -31,11 +32,15 @@ class IdColumn(NamedTuple):
 
 
 def find_id_column(file: File, schema: Any, options: TokenOptions) -> IdColumn:
-    """The column that the user names, else `input_ids`, else the only one that can have ids. Raises UserError."""
+    """The column that the user names, else `input_ids`, else the only one that can have ids, else `text`.
+
+    Raises UserError.
+    """
     key = f"{options.key}.dataset_text_field"
     columns = {name: _as_column(index, schema.field(index)) for index, name in enumerate(schema.names)}
     fit = [name for name, column in columns.items() if column is not None]
-    name = options.field or (USUAL_NAME if USUAL_NAME in fit or len(fit) != 1 else fit[0])
+    unnamed = (USUAL_NAME, fit[0] if len(fit) == 1 else DEFAULT_NAME)
+    name = options.field or next((each for each in unnamed if each in fit), USUAL_NAME)
     there = format_some([shortened(each, 40) for each in schema.names], MOST_NAMES) or "none"
     fix = f"set {key} to the column of ids" + (f", here perhaps {shortened(fit[0], 40)}" if fit else "")
     if schema.names.count(name) != 1:

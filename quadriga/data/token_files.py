@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -21,6 +21,7 @@ from quadriga.data.recognize import MEGATRON_MAGIC, OLD_MEGATRON_MAGIC
 from quadriga.data.shards import MadeBy, ShardFile, ShardManifest, manifests_of, open_shard
 from quadriga.data.stored_arrays import OpenFiles, path_of
 from quadriga.data.token_arrow import open_arrow
+from quadriga.data.token_columns import ColumnFile
 from quadriga.data.token_formats import (
     FORMAT_NAMES,
     HEAD_BYTES,
@@ -36,11 +37,13 @@ from quadriga.data.token_formats import (
 )
 from quadriga.data.token_parquet import DecodedGroups, open_parquet_tokens
 from quadriga.errors import Problem, UserError, nearest, shortened
+from quadriga.reading import file_kind
 
 TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
 OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
 VERIFIED_AT_ONCE = 1 << 20  # ids
+Opened = tuple[str, TokenFile]  # the format of a file, and the file
 
 
 class TokenFiles:
@@ -49,7 +52,8 @@ class TokenFiles:
     files: the data files, without the indexes of Megatron.
     length: ids of all files.
     fingerprint: identifies the data, one word without `;`, equal for equal data in any place. It is made of the names
-        and sizes of the files, their format and dtypes, the column, what separates documents, and the hashes of shards.
+        and sizes of the files and their indexes, their format and dtypes, the column, what separates documents, and the
+        hashes of shards.
     made_by: the tokenizer of the ids, if the files state it.
     """
 
@@ -192,17 +196,13 @@ def open_token_files(
     manifests = manifests_of(data, whole=Path(path).expanduser().is_dir())
     files, decoded = OpenFiles(), DecodedGroups()
     try:
-        with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
-            opened = list(pool.map(partial(_opened, files, decoded, options, manifests), data))
-        if problems := [problem for each in opened if isinstance(each, UserError) for problem in each.problems]:
-            raise UserError(*problems[:MOST_PROBLEMS])
-        found = [each for each in opened if not isinstance(each, UserError)]
+        found = _open_all(partial(_opened, files, decoded, options, manifests), data)
         _require_one_format(found, path, key)
         parts = [part for _, part in found]
         _require_one_tokenizer(parts, path, key)
         if not any(part.length for part in parts):
             raise UserError(Problem(f"{key}.dataset_path", "the files have no token id", path))
-        return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id, field), eos_id)
+        return TokenFiles(parts, files, _fingerprint(found[0][0], parts, eos_id), eos_id)
     except BaseException:
         files.close()
         raise
@@ -219,12 +219,12 @@ def _wrong_options(token_format: str, token_dtype: str | None, key: str) -> Iter
 def _data_files(path: str, key: str) -> tuple[File, ...]:
     """The data files of a path, without the indexes of Megatron. Raises UserError."""
     named = Path(path).expanduser()
-    if named.suffix == ".idx" and named.is_file():
+    if named.suffix == ".idx" and os.path.isfile(named):
         named = named.with_suffix(".bin")
-    elif not named.exists():
-        pair = [Path(f"{named}{suffix}") for suffix in (".bin", ".idx")]
-        named = pair[0] if any(file.is_file() for file in pair) else named
-    if named.suffix == ".bin" and not named.exists() and named.with_suffix(".idx").is_file():
+    elif not os.path.exists(named):
+        pair = [f"{named}{suffix}" for suffix in (".bin", ".idx")]
+        named = Path(pair[0]) if any(map(os.path.isfile, pair)) else named
+    if named.suffix == ".bin" and not os.path.exists(named) and os.path.isfile(named.with_suffix(".idx")):
         raise UserError(_without_data(str(named.with_suffix(".idx")), named))
     found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
     names = {file.name for file in found}
@@ -239,13 +239,35 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
 
 
 def _without_data(index: str, data: Path) -> Problem:
+    name = shortened(data.name)
+    if data.is_file():
+        return Problem(index, f"the index is named without its data file {name}", fix="name data files (*.bin)")
     fix = "copy the file to there, or name the data files by a glob (*.bin)"
-    return Problem(index, f"the index has no data file {shortened(data.name)} next to it", fix=fix)
+    return Problem(index, f"the index has no data file {name} next to it", fix=fix)
+
+
+def _open_all(open_one: Callable[[File], Opened | UserError], data: Sequence[File]) -> list[Opened]:
+    """Raises UserError with the problems of all files, up to MOST_PROBLEMS. Then no other file is opened, because each
+    that cannot be read takes some seconds."""
+    found: list[Opened] = []
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
+        for future in [pool.submit(open_one, file) for file in data]:
+            if isinstance(each := future.result(), UserError):
+                problems += each.problems
+            else:
+                found.append(each)
+            if len(problems) >= MOST_PROBLEMS:
+                pool.shutdown(cancel_futures=True)
+                break
+    if problems:
+        raise UserError(*problems[:MOST_PROBLEMS])
+    return found
 
 
 def _opened(
     files: OpenFiles, decoded: DecodedGroups, options: TokenOptions, manifests: Mapping[Path, ShardManifest], file: File
-) -> tuple[str, TokenFile] | UserError:
+) -> Opened | UserError:
     """The format of a file, and the file. `manifests`: of the folders of shards."""
     try:
         index = _index_of(file)
@@ -262,6 +284,10 @@ def _opened(
             raise UserError(_other_format(file, form, options))
         if index is not None and pair:
             return form, open_megatron(files, file, index, options)
+        if index is not None and form == "raw" and options.token_format == "auto":
+            what = f"the file is not an index of Megatron, and is next to {shortened(file.path.name)}"
+            fix = f"copy the index again, or set {options.key}.token_format to raw, without documents"
+            raise UserError(Problem(path_of(index), what, fix=fix))
         if form == "parquet":
             return form, open_parquet_tokens(decoded, file, options)
         return form, {"llmc": open_llmc, "npy": open_npy, "arrow": open_arrow, "raw": open_raw}[form](
@@ -272,16 +298,22 @@ def _opened(
 
 
 def _index_of(file: File) -> File | None:
-    """The `.idx` next to a `.bin`."""
+    """The `.idx` next to a `.bin`. Raises UserError if it is no file that can be read."""
     if not file.name.endswith(".bin"):
         return None
     path = f"{str(file.path)[:-4]}.idx"
     try:
         status = os.stat(path)
-    except OSError:
+    except OSError as error:
+        if not os.path.islink(path):
+            return None
+        what = f"is {file_kind(stat.S_IFLNK)}"
+        raise UserError(Problem(shortened(path, 400), what, fix="restore its target, or remove it")) from error
+    if stat.S_ISDIR(status.st_mode):
         return None
     if not stat.S_ISREG(status.st_mode):
-        return None
+        what = f"is {file_kind(status.st_mode)}, not a regular file"
+        raise UserError(Problem(shortened(path, 400), what, fix="move it away"))
     return File(Path(path), os.path.basename(path), status.st_size, compressed=False)
 
 
@@ -295,7 +327,7 @@ def _other_format(file: File, form: str, options: TokenOptions) -> Problem:
     return Problem(path_of(file), what, fix=f"set {options.key}.token_format to {form}{also}")
 
 
-def _require_one_format(found: Sequence[tuple[str, TokenFile]], path: str, key: str) -> None:
+def _require_one_format(found: Sequence[Opened], path: str, key: str) -> None:
     examples: dict[str, str] = {}
     for form, part in found:
         examples.setdefault(form, part.file.name)
@@ -312,13 +344,15 @@ def _require_one_tokenizer(parts: Sequence[TokenFile], path: str, key: str) -> N
         raise UserError(Problem(f"{key}.dataset_path", what, path, fix=fix))
 
 
-def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None, field: str | None) -> str:
+def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None) -> str:
     dtypes = "+".join(sorted({part.dtype.str.lstrip("<|") for part in parts}))
-    column = "" if field is None or form not in ("parquet", "arrow") else f":{field.replace(';', '_')}"
+    columns = "+".join(sorted({part.column.name for part in parts if isinstance(part, ColumnFile)}))
+    column = f":{columns.replace(';', '_')}" if columns else ""
     eos = "" if eos_id is None or all(part.indexed for part in parts) else f":eos{eos_id}"
     hashes = "".join(part.digest for part in parts)
     digest = f":{hashlib.blake2b(hashes.encode(), digest_size=8).hexdigest()}" if hashes else ""
-    return fingerprint(f"tokens:{form}:{dtypes}", [part.file for part in parts]) + column + eos + digest
+    files = [file for part in parts for file in (part.file, part.index) if file is not None]
+    return fingerprint(f"tokens:{form}:{dtypes}", files) + column + eos + digest
 
 
 def _location(part: TokenFile, position: int) -> str:

@@ -26,7 +26,7 @@ from quadriga.data.recognize import (
     foreign_to_ids,
 )
 from quadriga.data.stored_arrays import LoadedArray, OpenFiles, StoredArray, path_of
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64", "uint8", "int8", "int16", "uint64")
 LLMC_BYTES = 1024  # 256 int32: magic, version, number of ids, zeros
@@ -69,11 +69,12 @@ class Documents(NamedTuple):
 class TokenFile:
     """One file of ids. Positions count the ids of the file from 0.
 
-    length: the number of ids. dtype: that of `read`. indexed: an index separates documents. digest: hashes of the
-    content, if they are known without reading it.
+    length: the number of ids. dtype: that of `read`. indexed: an index separates documents. index: the file of it, if
+    that is another one. digest: hashes of the content, if they are known without reading it.
     """
 
     indexed = False
+    index: File | None = None
     digest = ""
 
     def __init__(self, file: File, length: int, dtype: np.dtype[Any]) -> None:
@@ -106,7 +107,8 @@ class PlainFile(TokenFile):
 def open_raw(files: OpenFiles, file: File, options: TokenOptions) -> TokenFile:
     """A headerless file, as nanoGPT (`.bin`) and OLMo-core (`.npy`) write it."""
     head = files.read(file, 0, min(HEAD_BYTES, file.size))
-    if (foreign := foreign_to_ids(head)) is not None:
+    bytes_are_ids = options.token_dtype in ("uint8", "int8")  # ids of one byte can look like text
+    if (foreign := foreign_to_ids(head, or_text=not bytes_are_ids)) is not None:
         what, fix = foreign
         raise UserError(Problem(path_of(file), what, fix=fix))
     if options.token_dtype is None:
@@ -119,10 +121,11 @@ def open_raw(files: OpenFiles, file: File, options: TokenOptions) -> TokenFile:
         fix = f"set {options.key}.token_dtype to the type that it was written with, or copy the file again"
         raise UserError(Problem(path_of(file), what, fix=fix))
     ids = np.frombuffer(head[: len(head) // (2 * dtype.itemsize) * 2 * dtype.itemsize], dtype)
-    if len(ids) >= WIDE_IDS and not ids[1::2].any() and np.count_nonzero(ids[::2]) >= WIDE_IDS // 4:
+    wider = [name for name in TOKEN_DTYPES if np.dtype(name).itemsize > dtype.itemsize]
+    every_second_is_0 = len(ids) >= WIDE_IDS and not ids[1::2].any() and np.count_nonzero(ids[::2]) >= WIDE_IDS // 4
+    if wider and every_second_is_0:
         what = f"read as {options.token_dtype}, every second id is 0: its ids are wider"
-        wider = ", ".join(name for name in TOKEN_DTYPES if np.dtype(name).itemsize > dtype.itemsize)
-        raise UserError(Problem(path_of(file), what, fix=f"set {options.key}.token_dtype to one of {wider}"))
+        raise UserError(Problem(path_of(file), what, fix=f"set {options.key}.token_dtype to one of {', '.join(wider)}"))
     return PlainFile(StoredArray(files, file, dtype, 0, file.size // dtype.itemsize))
 
 
@@ -154,9 +157,9 @@ def open_npy(files: OpenFiles, file: File, options: TokenOptions) -> TokenFile:
         raise UserError(Problem(path_of(file), f"its values are of type {dtype}", allowed="integers", fix=fix))
     if len(shape) != 1:
         raise UserError(Problem(path_of(file), f"the array has {len(shape)} dimensions", allowed="one", fix=fix))
-    size = stream.tell() + shape[0] * dtype.itemsize
-    if shape[0] < 0 or size != file.size:
-        what = f"its header counts {shape[0]:,} ids, which makes {max(size, 0):,} bytes; it has {file.size:,} bytes"
+    if shape[0] < 0 or stream.tell() + shape[0] * dtype.itemsize != file.size:
+        count = shortened(f"{shape[0]:,}")  # which can have thousands of digits
+        what = f"its header counts {count} ids of {dtype.itemsize} bytes; the file has {file.size:,} bytes"
         raise UserError(Problem(path_of(file), what, fix="copy or write the file again"))
     return PlainFile(StoredArray(files, file, require_dtype(file, dtype, options), stream.tell(), shape[0]))
 
@@ -166,10 +169,11 @@ class MegatronFile(PlainFile):
     byte of each sequence, and by document its first sequence, followed by the number of sequences."""
 
     indexed = True
+    index: File
 
     def __init__(self, ids: StoredArray, index: File, lengths: StoredArray, pointers: StoredArray, of: StoredArray):
         super().__init__(ids)
-        self._index, self._lengths, self._pointers, self._documents = index, lengths, pointers, of
+        self.index, self._lengths, self._pointers, self._documents = index, lengths, pointers, of
 
     def documents(self, start: int, stop: int) -> Documents:
         size = self.dtype.itemsize
@@ -228,7 +232,7 @@ class MegatronFile(PlainFile):
             before = int(entries[-1])
 
     def _damaged(self, what: str) -> Problem:
-        return Problem(path_of(self._index), f"the index is damaged: {what}", fix="copy or write both files again")
+        return Problem(path_of(self.index), f"the index is damaged: {what}", fix="copy or write both files again")
 
 
 def open_megatron(files: OpenFiles, file: File, index: File, options: TokenOptions) -> TokenFile:
@@ -260,6 +264,9 @@ def open_megatron(files: OpenFiles, file: File, index: File, options: TokenOptio
     end = pointers.at(sequences - 1) + lengths.at(sequences - 1) * dtype.itemsize if sequences else 0
     if end != file.size or file.size % dtype.itemsize:
         raise refuse(f"its last sequence ends at byte {end:,} of {file.name}, which has {file.size:,} bytes")
+    most = file.size // dtype.itemsize + limits.TOKEN_EMPTY_DOCUMENTS
+    if sequences > most or documents - 1 > most:
+        raise refuse(f"it counts {max(sequences, documents - 1):,} sequences or documents, of which most have no ids")
     if documents < 1 or of_documents.at(0) != 0 or of_documents.at(documents - 1) != sequences:
         raise refuse("its document indices do not begin with 0 and end with the number of sequences")
     ids = StoredArray(files, file, require_dtype(file, dtype, options), 0, file.size // dtype.itemsize)
@@ -300,6 +307,8 @@ def documents_between(bounds: StoredArray | LoadedArray, start: int, stop: int) 
 def join_documents(begin: int, end: int, start: int, stop: int, ends_of: Ends) -> Documents:
     """Of documents [begin, end), those that have ids of [start, stop). Raises ValueError if they are not in order."""
     numbers, ends, before = [], [], start
+    if end - begin > stop - start + limits.TOKEN_EMPTY_DOCUMENTS:
+        raise ValueError(f"more than {limits.TOKEN_EMPTY_DOCUMENTS:,} documents from number {begin:,} on have no ids")
     for block in range(begin, end, BLOCK):
         found = ends_of(block, min(block + BLOCK, end))
         begins = np.concatenate([[before], found[:-1]])
@@ -323,5 +332,6 @@ def require_dtype(file: File, dtype: np.dtype[Any], options: TokenOptions) -> np
     if options.token_dtype not in (None, dtype.name):
         what = f"the file says that its ids are {dtype.name}"
         where = f"{options.key}.token_dtype, {path_of(file)}"
-        raise UserError(Problem(where, what, options.token_dtype, fix=f"remove {options.key}.token_dtype"))
+        fix = f"set {options.key}.token_dtype to {dtype.name}"  # the key can be inherited, so it cannot be removed
+        raise UserError(Problem(where, what, options.token_dtype, fix=fix))
     return dtype

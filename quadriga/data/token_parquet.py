@@ -13,7 +13,7 @@ import numpy.typing as npt
 from quadriga import limits
 from quadriga.data.files import File
 from quadriga.data.parquet import damaged_parquet, open_parquet
-from quadriga.data.stored_arrays import LoadedArray, path_of
+from quadriga.data.stored_arrays import LoadedArray, path_of, read_repeatedly
 from quadriga.data.token_columns import WITHOUT_NULLS, ColumnFile, IdColumn, find_id_column
 from quadriga.data.token_formats import Documents, TokenFile, TokenOptions, documents_between
 from quadriga.errors import Problem, UserError, shortened
@@ -67,13 +67,13 @@ class ParquetColumn(ColumnFile):
             return known
         where = f", row group {part}"
         try:
-            with open_parquet(self.file) as parquet:
-                table = parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
-            column = table.column(0).combine_chunks()
+            column = read_repeatedly(self.file, lambda: self._read_group(part)).column(0).combine_chunks()
             values = column.flatten() if self.indexed else column
             nulls = column.null_count + (values.null_count if self.indexed else 0)
             bounds = self._bounds(column) if self.indexed else np.empty(0, np.int64)
             ids = values.to_numpy(zero_copy_only=False)
+        except UserError:
+            raise
         except Exception as error:  # pyarrow raises many kinds of errors for damaged files
             raise UserError(damaged_parquet(self.file, error, where)) from error
         expected = int(self.parts.ids[part + 1] - self.parts.ids[part])
@@ -87,6 +87,10 @@ class ParquetColumn(ColumnFile):
         self._decoded.put(self.file, part, decoded)
         return decoded
 
+    def _read_group(self, part: int) -> Any:
+        with open_parquet(self.file) as parquet:
+            return parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
+
     def _bounds(self, column: Any) -> npt.NDArray[np.int64]:
         """The first value of each list, followed by the number of values."""
         if self.column.width:
@@ -98,11 +102,11 @@ class ParquetColumn(ColumnFile):
 def open_parquet_tokens(decoded: DecodedGroups, file: File, options: TokenOptions) -> TokenFile:
     """Reads the metadata of the file. The number of ids of a row group follows from its statistics."""
     try:
-        with open_parquet(file) as parquet:
+        with read_repeatedly(file, lambda: open_parquet(file)) as parquet:
             column = find_id_column(file, parquet.schema_arrow, options)
             metadata = parquet.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-            chunk = _leaf(groups[0], column.name) if groups else 0
+            chunk = sum(_leaves(parquet.schema_arrow.field(index).type) for index in range(column.position))
             rows = [group.num_rows for group in groups]
             ids = [_count(file, group, chunk, column) for group in groups]
     except UserError:
@@ -111,21 +115,22 @@ def open_parquet_tokens(decoded: DecodedGroups, file: File, options: TokenOption
         raise UserError(damaged_parquet(file, error)) from error
     if min([*rows, *ids], default=0) < 0 or sum(rows) > limits.PARQUET_ROWS:
         raise UserError(damaged_parquet(file, ValueError("its number of rows is impossible")))
-    if max(ids, default=0) > limits.TOKEN_ROW_GROUP:
-        what = f"a row group has {max(ids):,} ids; row groups are decoded whole"
+    if (most := max([*rows, *ids], default=0)) > limits.TOKEN_ROW_GROUP:  # rows without ids take memory too
+        what = f"a row group has {most:,} {'ids' if most in ids else 'rows'}; row groups are decoded whole"
         fix = "write it with smaller row groups (row_group_size=1000)"
-        allowed = f"at most {limits.TOKEN_ROW_GROUP:,} ids"
+        allowed = f"at most {limits.TOKEN_ROW_GROUP:,} ids, and as many rows"
         raise UserError(Problem(path_of(file), what, allowed=allowed, fix=fix))
     return ParquetColumn(decoded, file, column, ids, rows)
 
 
-def _leaf(group: Any, name: str) -> int:
-    """The index of the column among the leaves of all columns. A name can contain points, as paths do."""
-    for leaf in range(group.num_columns):
-        path = group.column(leaf).path_in_schema
-        if path == name or path.startswith(f"{name}."):
-            return leaf
-    raise ValueError(f"its metadata have no column {shortened(name)}")
+def _leaves(kind: Any) -> int:
+    """The columns of the file that a column of this type is stored in. They are counted, because their paths are
+    ambiguous: a name can contain points, as paths do."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _leaves(kind.storage_type)
+    return sum(_leaves(kind.field(index).type) for index in range(kind.num_fields)) or 1
 
 
 def _count(file: File, group: Any, leaf: int, column: IdColumn) -> int:

@@ -16,7 +16,7 @@ from quadriga.comm import collectives, process_group
 from quadriga.config import Run
 from quadriga.config.continuity import check_extra, model_problems, resume_problems, run_facts, shape_problems
 from quadriga.config.legacy_keys import started_with
-from quadriga.config.schema import JobConfig
+from quadriga.config.schema import TOKENS, JobConfig
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json
@@ -143,8 +143,8 @@ def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> Non
 
 def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
     """Continue reading where torchtitan's loader stopped, if the data are read in the same order."""
-    dataloader = run.config.training.dataloader
-    why = unknown_position(saved, dataloader.shuffle)
+    dataloader, tokens = run.config.training.dataloader, run.config.training.dataset == TOKENS
+    why = unknown_position(saved, shuffle=dataloader.shuffle, tokens=tokens)
     if why is None:
         try:
             state.loader.start_at(saved["documents"], saved["tokens_left"])

@@ -47,7 +47,8 @@ def train_on(options: str, folder, *arguments: str, mounted: str = "checkpoint")
         *arguments,
     ]
     script = f'mount -t tmpfs -o {options} tmpfs "$0" && {{ "$@"; code=$?; ls -A "$0"; exit $code; }}'
-    return launch(["unshare", "-rm", "sh", "-c", script, str(checkpoint), *command], launch_environ(), ROOT)
+    environ = launch_environ({"OMP_NUM_THREADS": "1"})
+    return launch(["unshare", "-rm", "sh", "-c", script, str(checkpoint), *command], environ, ROOT)
 
 
 def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_is_whole(tmp_path):

@@ -170,7 +170,7 @@ def test_so_are_those_of_two_runs_at_once_and_of_ranks_that_start_again(tmp_path
 
 @pytest.mark.more
 def test_so_is_that_of_one_process_without_torchrun(tmp_path: Path) -> None:
-    run = RunUnderAttack(tmp_path / "run", [*TRAIN, "--job.config_file", DEBUG_FILE, *STEPS], {})
+    run = RunUnderAttack(tmp_path / "run", [*TRAIN, "--job.config_file", DEBUG_FILE, *STEPS], {"OMP_NUM_THREADS": "1"})
     run.end()
     assert run.starts == {"0"}
     assert run.numbers == numbers(train(tmp_path / "straight", 1, *STEPS))

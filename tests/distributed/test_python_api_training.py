@@ -304,14 +304,15 @@ def test_the_example_runs(tmp_path):
     source = example.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 40
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environ = launch_environ({"OMP_NUM_THREADS": "1"})
     command = [sys.executable, "-W", "error", str(example)]
-    done = subprocess.run(command, cwd=tmp_path, env=launch_environ(), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
     losses = [float(line.split()[3].rstrip(",")) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 2
     assert (tmp_path / "outputs/notebook/checkpoint/step-20").is_dir()
     again = "for cell in open(sys.argv[1]).read().split('# %%'): exec(cell.partition('\\n')[2], globals())"
     command = [sys.executable, "-c", f"import sys\n{again}", str(example)]
-    done = subprocess.run(command, cwd=tmp_path, env=launch_environ(), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
     assert "step 20: " not in done.stdout  # the run was finished
     assert "validation loss" in done.stdout

@@ -20,7 +20,7 @@ CPU_LOSSES = json.loads(gpu_table.LOSSES.read_text(encoding="utf-8"))
 
 def gpu_check(*arguments: str, out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "benchmarks/gpu_check.sh"), *arguments]
-    given = launch_environ({"OUT": str(out), "LIMIT_FACTOR": "8", **environ})
+    given = launch_environ({"OUT": str(out), "LIMIT_FACTOR": "8", "OMP_NUM_THREADS": "1", **environ})
     return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
 
 

@@ -90,7 +90,7 @@ def trained(installed: Installed) -> Path:
     """The run folder of two steps, the second of which is profiled."""
     installed.quadriga("configs", "--copy", "configs", "debug")
     keys = (*PROFILED, "--job.dump_folder=out", "--checkpoint.no_enable")
-    environ = {"CONFIG_FILE": "./configs/debug/debug.toml", "NGPU": "1"}
+    environ = {"CONFIG_FILE": "./configs/debug/debug.toml", "NGPU": "1", "OMP_NUM_THREADS": "1"}
     run(installed.bin / "python", "-m", "quadriga.launch", *keys, cwd=installed.folder, environ=environ)
     return installed.folder / "out"
 

@@ -187,6 +187,18 @@ def test_a_tokenizer_that_has_gone_leaves_the_ids_open(tmp_path, capsys):
     assert (written["bos_token_id"], written["eos_token_id"]) == (None, None)
 
 
+@pytest.mark.parametrize("assets", [None, "tokenizer_folder"])
+def test_token_files_without_a_tokenizer_have_their_eos(tmp_path, request, capsys, assets):
+    training = {"dataset": "tokens", "dataset_path": "ids.bin", "token_eos_id": 3}
+    model = {"hf_assets_path": str(request.getfixturevalue(assets))} if assets else {}
+    config = JobConfig.model_validate({"model": model, "training": training}).model_dump(mode="json")
+    save(random_model(SPEC), tmp_path / "checkpoint", config=config)
+    convert("to-hf", tmp_path / "checkpoint", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == ((5, 6) if assets else (None, 3))
+    assert ("of its token ids only EOS is set" in capsys.readouterr().err) == (not assets)
+
+
 def test_the_newest_checkpoint_of_a_run_folder_is_taken(tmp_path, capsys):
     for step in (3, 12):
         save(random_model(SPEC, seed=step), tmp_path / "run" / "saves", step)

@@ -150,6 +150,8 @@ def test_the_launcher_escapes_or_names_what_the_locale_does_not_have(root, tmp_p
 
 def test_a_run_whose_output_is_full_ends_well(root, tmp_path):
     run = f"{root}/run_train.sh --job.dump_folder {tmp_path}/run --training.steps 1 --model.n_layers 1"
-    done = shell(f"{run} > /dev/full", root, tmp_path, NGPU="1", COMM_BACKEND="gloo", PYTHON=sys.executable)
+    done = shell(
+        f"{run} > /dev/full", root, tmp_path, NGPU="1", OMP_NUM_THREADS="1", COMM_BACKEND="gloo", PYTHON=sys.executable
+    )
     assert done.returncode == 0, done.stderr
     assert "the summary cannot be written to the standard output: No space left on device" in done.stderr

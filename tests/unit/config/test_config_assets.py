@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
+import fnmatch
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from quadriga.config.assets import DATASETS, data_files, missing_files, tokenizer_facts
+from quadriga.data.files import find_files
+from quadriga.data.token_files import open_token_files
 from quadriga.errors import UserError
+from quadriga.file_search import _matches
 
 VOCAB = {"a": 0, "b": 1, "c": 2}
 
@@ -82,6 +88,56 @@ def test_files_are_found_by_path_folder_and_glob(write):
     assert data_files("text", "data/*.txt") == [Path("data/c.txt")]
     assert data_files("jsonl", "data/**/*.gz") == [Path("data/sub/b.jsonl.gz")]
     assert data_files("parquet", "data/sub") == []
+
+
+PARTS = [["**"], ["**", "x"], ["**", "a", "**"], ["**", "**", "?"], ["**", "[ab]", "**", "x"], ["**", "*", "*"]]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="/".join)
+def test_a_glob_with_folders_of_any_depth_matches_as_its_definition(parts):
+    def matches(names: list[str], parts: list[str]) -> bool:
+        if not parts:
+            return not names
+        if parts[0] == "**":
+            return any(matches(names[start:], parts[1:]) for start in range(len(names) + 1))
+        return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and matches(names[1:], parts[1:])
+
+    for depth in range(5):
+        for names in itertools.product("abx", repeat=depth):
+            assert _matches(list(names), parts) == matches(list(names), parts)
+
+
+def test_a_deep_glob_takes_little_time(write):
+    path = "/".join(["a"] * 40)
+    write("x", f"data/{path}/b.jsonl")
+    assert data_files("jsonl", "data/" + "**/" * 40 + "*.jsonl") == [Path(f"data/{path}/b.jsonl")]
+    assert data_files("jsonl", "data/" + "**/a/" * 20 + "*.jsonl") == [Path(f"data/{path}/b.jsonl")]
+    assert data_files("jsonl", "data/" + "**/" * 40 + "*.json") == []
+
+
+def test_a_path_below_a_folder_without_access_is_refused(tmp_path, monkeypatch):
+    """The system's answers to a user who is not root."""
+    access, closed = os.access, tmp_path / "closed"
+    (closed / "inner").mkdir(parents=True)
+
+    def refusing(stat):
+        def refuse(path, *arguments, **options):
+            if isinstance(path, str | Path) and str(path).startswith(f"{closed}/"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return stat(path, *arguments, **options)
+
+        return refuse
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat))
+    monkeypatch.setattr(os, "lstat", refusing(os.lstat))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    for dataset in ("text", "tokens"):
+        for name in ("inner", "inner/a.bin", "a.idx", "a"):
+            problem = missing_files("training.dataset", dataset, f"{closed}/{name}", None)
+            assert problem.what == f"there is no access to the folder {closed}"
+    for read in (open_token_files, lambda path: find_files("text", path)):
+        with pytest.raises(UserError, match="there is no such file or folder"):
+            read(f"{closed}/inner/a")
 
 
 def test_a_folder_without_such_files_is_distinguished_from_none(write):

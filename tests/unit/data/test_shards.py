@@ -88,13 +88,10 @@ def test_another_version_is_refused(folder):
 def test_a_manifest_of_another_program_is_none(folder):
     change(folder, format="webdataset")
     assert read_manifest(folder) is None
-    assert "the file has no header" in refused_all(folder)
-
-
-def refused_all(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
+    for index in folder.glob("*.idx"):
+        index.unlink()
+    with pytest.raises(UserError, match="the file has no header"):
         open_token_files(str(folder))
-    return str(caught.value)
 
 
 def test_files_that_do_not_fit_the_manifest_are_refused(folder):

@@ -79,6 +79,29 @@ def test_every_type_of_integers_is_read(tmp_path, form, kind):
         assert not list(tokens.verify(11))
 
 
+@pytest.mark.parametrize("before", BEFORE)
+def test_ids_of_parquet_are_counted_after_columns_of_every_type(tmp_path, before):
+    table = pa.table({"ids.of": BEFORE[before], "ids": pa.array(DOCUMENTS, pa.list_(pa.uint16()))})
+    write_parquet(tmp_path / "a.parquet", table, rows=4)
+    tokens = open_token_files(str(tmp_path), field="ids")
+    assert tokens.read(0, 10).tolist() == IDS
+    assert tokens.documents(0, 10) == ((0, 0), (0, 2), (0, 3), (0, 5))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_without_a_name_the_column_is_one_of_ids(tmp_path, form):
+    def read(*names: str) -> list[int]:
+        table = pa.table({name: pa.array([number, number]) for number, name in enumerate(names)})
+        {"parquet": write_parquet, "arrow": write_arrow}[form](tmp_path / f"a.{form}", table)
+        return open_token_files(str(tmp_path)).read(0, 2).tolist()
+
+    assert read("length", "input_ids", "text") == [1, 1]
+    assert read("length", "text") == [1, 1]
+    assert read("ids") == [0, 0]
+    with pytest.raises(UserError, match="no column `input_ids`"):
+        read("length", "ids")
+
+
 def test_bounds_that_do_not_begin_with_zero_are_followed(tmp_path):
     """A sliced list array, as an IPC writer may leave it."""
     array = pa.ListArray.from_arrays(pa.array([2, 3, 3, 6], pa.int32()), pa.array(range(9), pa.int32()))

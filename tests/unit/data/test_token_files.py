@@ -25,7 +25,8 @@ from token_writers import (
     write_shards,
 )
 
-from quadriga.data import stored_arrays, token_files
+from quadriga.data import stored_arrays, token_files, token_parquet
+from quadriga.data.parquet import open_parquet
 from quadriga.data.stored_arrays import OpenFiles
 from quadriga.data.token_files import TOKEN_FORMATS, TokenFiles, open_token_files
 from quadriga.errors import UserError
@@ -186,6 +187,15 @@ def test_columns_have_their_own_fingerprint(tmp_path):
     assert other.read(0, 2).tolist() == [3, 4]
     assert plain.fingerprint != other.fingerprint
     assert ";" not in other.fingerprint
+    assert plain.fingerprint == open_token_files(str(tmp_path), field="input_ids").fingerprint
+
+
+def test_the_index_is_a_part_of_the_data(tmp_path):
+    found = set()
+    for documents in ([[[1, 2, 3]]], [[[1], [2, 3]]], [[[1]], [[2, 3]]]):
+        write_megatron(tmp_path / "a", documents)
+        found.add(open_token_files(str(tmp_path / "a")).fingerprint)
+    assert len(found) == 3
 
 
 # --- files that change or fail --------------------------------------------------------------------------------------
@@ -231,6 +241,45 @@ def test_a_read_that_fails_is_repeated_and_then_reported(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=r"a\.bin(.|\n)*cannot be read: Input/output error"):
             tokens.read(0, 3)
     assert "trying again" in caplog.text
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_read_of_parquet_that_fails_is_repeated_and_then_reported(tmp_path, monkeypatch, caplog, times):
+    write_parquet(tmp_path / "a.parquet", lists([[1, 2, 3]]))
+    failed: list[int] = []
+
+    def fail(file):
+        if len(failed) < times:
+            failed.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+        return open_parquet(file)
+
+    monkeypatch.setattr(token_parquet, "open_parquet", fail)
+    monkeypatch.setattr(stored_arrays, "PAUSES", (0, 0, 0))
+    if times == 2:
+        tokens = open_token_files(str(tmp_path))
+        assert len(failed) == 2
+        failed.clear()
+        assert tokens.read(0, 3).tolist() == [1, 2, 3]
+        assert len(failed) == 2
+    else:
+        with pytest.raises(UserError, match=r"a\.parquet(.|\n)*cannot be read: Input/output error"):
+            open_token_files(str(tmp_path))
+        assert len(failed) == 4
+    assert "trying again" in caplog.text
+
+
+def test_parquet_that_is_damaged_or_gone_is_not_read_again(tmp_path, caplog):
+    write_parquet(tmp_path / "a.parquet", lists([list(range(500))]), compression="none")
+    tokens = open_token_files(str(tmp_path))
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:4] + bytes(200) + content[204:])
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        tokens.read(0, 3)
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(UserError, match="the file cannot be read"):
+        tokens.read(0, 3)
+    assert "trying again" not in caplog.text
 
 
 def test_many_files_are_read_by_threads_with_few_of_them_open(tmp_path, monkeypatch):

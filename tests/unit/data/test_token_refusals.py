@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from token_writers import (
 )
 
 from quadriga import limits
-from quadriga.data import sources
+from quadriga.config import assets
+from quadriga.data import sources, token_files
 from quadriga.data.token_files import TOKEN_FORMATS, open_token_files
 from quadriga.errors import Problem, UserError
 
@@ -122,7 +125,9 @@ def test_another_type_than_that_of_the_file_is_refused(tmp_path, form):
     problem = refused(tmp_path, token_dtype="uint16")
     assert "the file says that its ids are " in problem.what
     assert problem.value == "uint16"
-    assert problem.fix == "remove training.token_dtype"
+    there = open_token_files(str(tmp_path))._parts[0].dtype.name
+    assert problem.fix == f"set training.token_dtype to {there}"
+    assert open_token_files(str(tmp_path), token_dtype=there).length == 1
 
 
 def test_all_files_are_reported_together(tmp_path):
@@ -131,6 +136,24 @@ def test_all_files_are_reported_together(tmp_path):
     with pytest.raises(UserError) as caught:
         open_token_files(str(tmp_path), token_dtype="uint16")
     assert len(caught.value.problems) == 2
+
+
+def test_after_some_files_that_cannot_be_read_no_other_is_opened(tmp_path, monkeypatch):
+    """Each takes some seconds, so that of ten thousand the run would hear after hours."""
+    for number in range(60):
+        write_raw(tmp_path / f"{number}.bin", range(9))
+    opened: list[str] = []
+
+    def unreadable(files, decoded, options, manifests, file):
+        opened.append(file.name)
+        time.sleep(0.01)
+        return UserError(Problem(file.name, "cannot be read"))
+
+    monkeypatch.setattr(token_files, "_opened", unreadable)
+    with pytest.raises(UserError) as caught:
+        open_token_files(str(tmp_path), token_dtype="uint16")
+    assert len(caught.value.problems) == 10
+    assert len(opened) < 40
 
 
 # --- headerless files -----------------------------------------------------------------------------------------------
@@ -170,6 +193,19 @@ def test_ids_that_are_wider_than_their_named_type_are_noticed(tmp_path, real, na
     assert open_token_files(str(tmp_path), token_dtype=real).read(0, 2).tolist() == [1, 2]
 
 
+def test_ids_of_one_byte_can_look_like_text(tmp_path):
+    content = b"plain text in English, and then some more of it, long enough.\n" * 3
+    (tmp_path / "a.bin").write_bytes(content)
+    assert bytes(open_token_files(str(tmp_path), token_dtype="uint8").read(0, len(content)).tolist()) == content
+    assert "is text, not token ids" in refused(tmp_path, token_dtype="int16").what
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_zeros_in_ids_of_the_widest_type_are_ids(tmp_path, dtype):
+    write_raw(tmp_path / "a.bin", [5, 0] * 100, dtype)
+    assert open_token_files(str(tmp_path), token_dtype=dtype).read(0, 3).tolist() == [5, 0, 5]
+
+
 # --- llm.c and NumPy ------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +237,11 @@ def test_only_rows_of_integers_are_read_from_numpy(tmp_path):
         np.save(path, array, allow_pickle=True)
         assert what in refused(path).what
     whole = np.lib.format.magic(1, 0)
-    for header in (b"{" * 200, b"{'descr': '<u2', 'fortran_order': False, 'shape': (-3,), }\n", b"x" * 30, b""):
+    shape = b"{'descr': '<u8', 'fortran_order': False, 'shape': (%s,), }\n"
+    for header in (b"{" * 200, shape % b"-3", shape % (b"9" * 4300), shape % (b"9" * 9000), b"x" * 30, b""):
         path.write_bytes(whole + struct.pack("<H", len(header)) + header)
-        assert "header" in refused(path).what
+        assert "header" in (what := refused(path).what)
+        assert len(what) < 300
     np.save(path, np.arange(5, dtype="u2"))
     path.write_bytes(path.read_bytes()[:-1])
     assert "its header counts 5 ids" in refused(path).what
@@ -299,9 +337,57 @@ def test_half_a_pair_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "a", tmp_path / "a.idx", tmp_path / "a.bin", tmp_path / "*"):
         assert "the index has no data file a.bin next to it" in refused(path).what
     (tmp_path / "b.idx").write_bytes(b"MMI")
-    assert "no header" in refused(tmp_path / "b").what
+    assert "is not an index of Megatron" in refused(tmp_path / "b").what
     (tmp_path / "b.idx").write_bytes(b"MMIDIDX\x00\x00")
     assert "fewer than its header" in refused(tmp_path / "b").what
+
+
+def test_what_is_next_to_a_data_file_and_is_no_index_is_not_passed_over(tmp_path):
+    index, options = tmp_path / "a.idx", {"token_dtype": "uint16"}
+    write_raw(tmp_path / "a.bin", range(1, 90))
+    for content in (b"", b"MMI", bytes(100)):
+        index.write_bytes(content)
+        problem = refused(tmp_path / "a.bin", **options)
+        assert problem.where == str(index)
+        assert "is not an index of Megatron" in problem.what
+        assert open_token_files(str(tmp_path / "a.bin"), token_format="raw", **options).length == 89
+    index.unlink()
+    os.mkfifo(index)
+    for path in (tmp_path, tmp_path / "a.bin", tmp_path / "a"):
+        assert "is a FIFO, not a regular file" in refused(path, **options).what
+    index.unlink()
+    index.symlink_to(tmp_path / "gone")
+    for path in (tmp_path, tmp_path / "a.bin", tmp_path / "a"):
+        assert "is a link that leads nowhere" in refused(path, **options).what
+    index.unlink()
+    index.mkdir()
+    assert open_token_files(str(tmp_path / "a.bin"), **options).length == 89
+
+
+def test_indexes_that_are_named_without_their_data_are_refused(tmp_path):
+    write_megatron(tmp_path / "a", [[[1, 2]]])
+    assert "the index is named without its data file a.bin" in refused(tmp_path / "*.idx").what
+    assert open_token_files(str(tmp_path / "*.bin")).length == 2
+
+
+@pytest.mark.parametrize("length", [251, 252, 255])
+def test_long_names_without_a_pair_are_refused(tmp_path, length):
+    assert "there is no such file" in refused(tmp_path / ("a" * length)).what
+    assert assets.data_files("tokens", str(tmp_path / ("a" * length))) == []
+
+
+def test_indexes_of_documents_without_ids_take_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "TOKEN_EMPTY_DOCUMENTS", 10)
+    write_megatron(tmp_path / "a", [[[1, 2]], *[[[]]] * 9, [[3]]])
+    assert open_token_files(str(tmp_path / "a")).documents(0, 3) == ((0, 0), (0, 10))
+    for documents in ([[[1, 2]], *[[[]]] * 20, [[3]]], [[[1, 2]], *[[]] * 20, [[3]]]):
+        write_megatron(tmp_path / "a", documents)
+        assert "of which most have no ids" in refused(tmp_path / "a").what
+    write_megatron(tmp_path / "a", [[[1] * 20], *[[[]]] * 12, [[2] * 20]])
+    tokens = open_token_files(str(tmp_path / "a"))
+    assert tokens.documents(0, 40) == ((0, 0), (0, 13))
+    with pytest.raises(UserError, match="more than 10 documents from number 0 on have no ids"):
+        tokens.documents(19, 21)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
@@ -342,6 +428,8 @@ def test_parquet_that_cannot_be_counted_is_refused(tmp_path, monkeypatch):
     problem = refused(tmp_path)
     assert "a row group has 6 ids" in problem.what
     assert "row_group_size" in str(problem.fix)
+    write_parquet(tmp_path / "a.parquet", lists([[1], *[[]] * 5]), rows=6)
+    assert "a row group has 6 rows" in refused(tmp_path).what
 
 
 def test_compressed_arrow_is_refused_with_the_way_out(tmp_path):
@@ -354,6 +442,21 @@ def test_compressed_arrow_is_refused_with_the_way_out(tmp_path):
     assert "write_feather" in str(problem.fix)
     pyarrow.feather.write_feather(table, str(tmp_path / "a.arrow"), compression="uncompressed")
     assert open_token_files(str(tmp_path)).documents(0, 3) == ((0, 0), (0, 1))
+
+
+def test_record_batches_that_are_the_same_are_refused(tmp_path):
+    """The footer of an Arrow file could list one batch a million times."""
+    path = tmp_path / "a.arrow"
+    write_arrow(path, lists([[1] * 9000, [2], [3]]), rows=1)
+    content = path.read_bytes()
+    footer = len(content) - 10 - int.from_bytes(content[-10:-6], "little")
+    first = content.find(b"\xff" * 4, 16)
+    at = content.find(struct.pack("<q", first), footer)  # the first of three blocks
+    assert footer < at
+    path.write_bytes(content[:at] + 3 * content[at : at + 24] + content[at + 72 :])
+    assert "several of its record batches have the same ids" in refused(path).what
+    path.write_bytes(content)
+    assert open_token_files(str(path)).length == 9002
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from test_start_check import Case, dry_run, started, state
+from test_start_check import IDS, Case, dry_run, started, state, token_ids
 from torchtitan_checkpoints import SIZES, run_folder
 from training import DEBUG_FILE, TINY, one_rank
 
@@ -45,6 +45,13 @@ CASES = [
     Case("goes on", 0, "step 3, from RUN/checkpoint/step-3, which torchtitan saved"),
     Case("goes on, with shuffled data", 0, "the position in the data is not restored: it is a position in unshuffled"),
     Case("goes on in its data", 0, "which torchtitan saved run folder", IN_ORDER),
+    Case(
+        "goes on, with token files",
+        0,
+        "not restored: the training data are token files, in which torchtitan has no position",
+        (*IDS, "--checkpoint.folder=checkpoint", *IN_ORDER),
+        token_ids(1, 2, 3, 4),
+    ),
     Case(
         "goes on without its place",
         0,

@@ -13,8 +13,8 @@ from quadriga.planning.communication import CollectiveCalls
 
 SMALL = ("--model.vocab_size=512", "--model.n_layers=4", "--model.n_heads=8", "--model.n_kv_heads=4")
 TWICE = ("--training.global_batch_size=16",)  # two passes of a pipeline over two batch ranks
-FOUR_STAGES = ("--model.n_layers=8", "--parallelism.pipeline_parallel_layers_per_stage=1")
-FOUR_STAGES += tuple(f"--parallelism.pipeline_parallel_{end}_stage_less_layers=0" for end in ("first", "last"))
+EVEN = tuple(f"--parallelism.pipeline_parallel_{end}_stage_less_layers=0" for end in ("first", "last"))
+FOUR_STAGES = ("--model.n_layers=8", "--parallelism.pipeline_parallel_layers_per_stage=1", *EVEN)
 LAYOUTS = {
     "FSDP 4": (4, keys(), "none", "f32"),
     "FSDP 3, uneven": (3, (), "none", "f32"),
@@ -48,7 +48,8 @@ LAYOUTS = {
     "PP 2, FSDP 2, interleaved, accumulated": (4, (*TWICE, *keys(pp=2, schedule="Interleaved1F1B")), "op", "f32"),
     "PP 2, FSDP 2, four stages a rank": (4, (*FOUR_STAGES, *keys(pp=2, schedule="Interleaved1F1B")), "none", "bf16"),
     "PP 2, TP 2, ZBV, full": (4, keys(pp=2, tp=2, schedule="ZBVZeroBubble"), "full", "bf16"),
-    "PP 2, TP 2, ZBV, every 2nd": (4, keys(pp=2, tp=2, schedule="ZBVZeroBubble"), "2", "f32"),
+    # one block in each of the two stages of a rank: the second one is recomputed
+    "PP 2, TP 2, ZBV, every 2nd": (4, (*EVEN, *keys(pp=2, tp=2, schedule="ZBVZeroBubble")), "2", "f32"),
     "PP 2, HSDP 2x2, DualPipeV": (8, keys(pp=2, rep=2, schedule="DualPipeV", reduce="every_micro_batch"), "op", "bf16"),
     "PP 2, TP 2": (4, keys(pp=2, tp=2), "op", "f32"),
     "all axes": (16, keys(pp=2, rep=2, cp=2, tp=2), "op", "bf16"),

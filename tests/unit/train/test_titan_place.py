@@ -22,9 +22,9 @@ class Loader:
         self.at = documents, tokens_left
 
 
-def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0) -> SimpleNamespace:
+def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0, dataset: str = "builtin") -> SimpleNamespace:
     dataloader = SimpleNamespace(shuffle=shuffle, window_overlap=overlap)
-    config = SimpleNamespace(training=SimpleNamespace(dataloader=dataloader))
+    config = SimpleNamespace(training=SimpleNamespace(dataloader=dataloader, dataset=dataset))
     run: Any = SimpleNamespace(config=config, spec=SimpleNamespace(tokens_per_step=100))
     state: Any = SimpleNamespace(step=0, tokens_seen=0, loader=Loader())
     resume_from_titan(run, state, CheckpointInfo(7, "step-7", ("model", "optimizer"), extra, trainer="torchtitan"))
@@ -54,6 +54,15 @@ def test_the_place_in_the_data(name, caplog):
         state = go_on({"dataloader": saved}, shuffle, overlap)
     assert state.loader.at == at
     assert [expected in record.getMessage() for record in caplog.records] == ([True] if expected else [])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_token_files_have_no_such_place(caplog, shuffle):
+    with caplog.at_level(logging.WARNING):
+        state = go_on({"dataloader": PLACE}, shuffle, dataset="tokens")
+    assert state.loader.at is None
+    assert "token files, in which torchtitan has no position. Reading begins" in caplog.text
+    assert "training.dataloader.shuffle" not in caplog.text
 
 
 def test_the_first_rank_alone_logs_it(monkeypatch, caplog):
