@@ -33,6 +33,8 @@ CSV_PROBLEMS = 20  # printed problems of one schedule
 
 # Values of a configuration. A dry run works through layers, stages and micro-batches one by one, and its figures are
 # products of many keys. These limits keep it within seconds, and the figures within float64.
+MIXTURE_SOURCES = 1000  # of one run: a record of metrics.jsonl has their counts
+TRAINING_TOKENS = 1 << 53  # that a table of the configuration names
 COUNT = 10**9  # steps, rows, tokens, and every number that is not named below
 SECONDS = 10**8  # three years: the range of timers and timeouts
 LAYERS = 1024  # of a model; the largest published ones have less than 130

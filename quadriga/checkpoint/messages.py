@@ -132,14 +132,14 @@ def titan_not_verified(found: CheckpointInfo) -> str:
     )
 
 
-def unknown_position(loader: Mapping[str, Any], *, shuffle: bool, tokens: bool) -> str | None:
+def unknown_position(loader: Mapping[str, Any], *, shuffle: bool, foreign: str | None) -> str | None:
     """Why this run cannot continue at the position of torchtitan's data loader; None if it can, as far as its
-    checkpoint shows (`loader`: from `titan.inspect`). `tokens`: the run reads token files. Other data are detected when
-    they are opened."""
+    checkpoint shows (`loader`: from `titan.inspect`). `foreign`: what this run reads, if torchtitan does not read that.
+    Other data are detected when they are opened."""
     if (unknown := loader.get("unknown")) is not None:
         return str(unknown)
-    if tokens:
-        return "the training data are token files, in which torchtitan has no position"
+    if foreign is not None:
+        return f"the training data are {foreign}, in which torchtitan has no position"
     if not shuffle:
         return None
     return (

@@ -175,7 +175,8 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
     config = extra["config"]
     positions = max(positions, config["training"]["seq_len"])
     training = config["training"]
-    tokenizer, eos_id = _of_data(config["model"]["hf_assets_path"], training["dataset"], training.get("token_eos_id"))
+    sources = [(source["dataset"], source.get("token_eos_id")) for source in training.get("sources") or [training]]
+    tokenizer, eos_id = _of_data(config["model"]["hf_assets_path"], sources)
     if eos_id is not None and not (type(eos_id) is int and 0 <= eos_id < spec.vocab_size):
         raise ValueError(f"token_eos_id {eos_id} is out of range")
     return SavedModel(spec, tokenizer, positions, eos_id)
@@ -184,14 +185,18 @@ def saved_model(extra: Mapping[str, Any], file: str | None, where: str) -> Saved
 def model_from_config(file: str) -> SavedModel:
     run = run_from_file(file, None)
     training = run.config.training
-    tokenizer, eos_id = _of_data(run.config.model.hf_assets_path, training.dataset, training.token_eos_id)
+    sources = [(source.dataset, source.token_eos_id) for source in training.sources or [training]]
+    tokenizer, eos_id = _of_data(run.config.model.hf_assets_path, sources)
     return SavedModel(run.spec.model, tokenizer, run.spec.seq_len, eos_id)
 
 
-def _of_data(path: str, dataset: str, eos_id: int | None) -> tuple[str, int | None]:
+def _of_data(path: str, sources: list[tuple[str, int | None]]) -> tuple[str, int | None]:
     """The tokenizer of a configuration. The built-in one, which is the default, does not belong to token files; then
-    the second is EOS."""
-    return ("", eos_id) if dataset == TOKENS and path == BUILTIN_TOKENIZER else (path, None)
+    the second is EOS, if all files have the same. `sources`: the data set of each, and its `token_eos_id`."""
+    if path != BUILTIN_TOKENIZER or any(dataset != TOKENS for dataset, _ in sources):
+        return path, None
+    eos_ids = {eos_id for _, eos_id in sources}
+    return "", eos_ids.pop() if len(eos_ids) == 1 else None
 
 
 def tokenizer_of(requested: str | None, model: SavedModel) -> tuple[tuple[int | None, int | None], dict[str, bytes]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quadriga import limits
 from quadriga.config.legacy_keys import started_with
 from quadriga.config.model_spec import ModelSpec
-from quadriga.config.schema import TOKENS, JobConfig
+from quadriga.config.schema import JobConfig
 from quadriga.errors import Problem, UserError, printable
 from quadriga.log import logger
 from quadriga.models import registry
@@ -123,8 +123,8 @@ def states_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any],
 def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str, Any] | None, str | None]:
     """The state of torchtitan's data loader for one data-parallel rank; or None, and the reason."""
     training, saved = config.training, found.extra.get("dataloader")
-    if training.dataset == TOKENS:
-        return None, "the run read token files, which torchtitan does not"
+    if training.foreign_to_torchtitan:
+        return None, f"the run read {training.foreign_to_torchtitan}, which torchtitan does not"
     if training.dataloader.shuffle:
         return None, "the run shuffled its data, and torchtitan reads it in order"
     if not isinstance(saved, Mapping):

@@ -12,7 +12,7 @@ from quadriga.cli.arguments import Parser, count, run_from_file
 from quadriga.cli.sources import ARGUMENTS, arguments_in_messages, data_named
 from quadriga.config.assets import BUILTIN_TOKENIZER
 from quadriga.config.schema import TOKENS, Dataloader, TokenKeys
-from quadriga.config.schema.training import TokenFormat, TokenType
+from quadriga.config.schema.sources import TokenFormat, TokenType
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, printable
 from quadriga.units import format_count, plural
 
@@ -69,17 +69,26 @@ def main(argv: Sequence[str]) -> int:
         return report_step(folder, chosen.step, chosen.rows, chosen.full)
     of_run = is_run or chosen.what.endswith(".toml")
     with arguments_in_messages({} if of_run else ARGUMENTS):
-        choice = _of_configuration(folder / "config.toml" if is_run else folder) if of_run else _of_arguments(chosen)
-        return report_data(choice, whole=chosen.verify, rows=chosen.rows, full=chosen.full)
+        choices = _of_configuration(folder / "config.toml" if is_run else folder) if of_run else [_of_arguments(chosen)]
+        codes = [report_data(choice, whole=chosen.verify, rows=chosen.rows, full=chosen.full) for choice in choices]
+        return max(codes)
 
 
-def _of_configuration(file: Path) -> DataChoice:
+def _of_configuration(file: Path) -> list[DataChoice]:
+    """The data of a run. Of a mixture: each source, after the mixture was printed."""
+    from quadriga.data.data_check import describe_data
+
     run = run_from_file(str(file), None)
     training, spec = run.config.training, run.spec
-    tokens = training.token_keys if training.dataset == TOKENS else None
     overlap, size = training.dataloader.window_overlap, spec.model.vocab_size
-    where = training.dataset, training.dataset_path, training.dataset_text_field
-    return DataChoice(*where, tokens, spec.tokenizer.assets, spec.seq_len, overlap, size)
+    choices = []
+    for section in training.sources or (training,):
+        tokens = section.token_keys if section.dataset == TOKENS else None
+        where = section.dataset, section.dataset_path, section.dataset_text_field
+        choices.append(DataChoice(*where, tokens, spec.tokenizer.assets, spec.seq_len, overlap, size))
+    if training.sources:
+        print("\n".join(map(printable, ["mixture", *describe_data(training, spec), ""])))
+    return choices
 
 
 def _of_arguments(chosen: object) -> DataChoice:

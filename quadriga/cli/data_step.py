@@ -14,12 +14,12 @@ from quadriga.cli.data_rows import format_row
 from quadriga.cli.estimate import world_size_of
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS
-from quadriga.data.data_check import training_tokens
+from quadriga.data.data_check import training_mixture, training_tokens
 from quadriga.data.loader import SINGLE_STREAM, StreamLoader, build_loader
 from quadriga.data.rows import RowPart, text_row, text_rows, token_row
 from quadriga.data.sources import Field
 from quadriga.data.tokenizer import build_tokenizer
-from quadriga.errors import EXIT_OK, Fault, printable
+from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
 from quadriga.metrics.documents import format_documents, read_documents
 from quadriga.units import format_count, plural
 
@@ -44,6 +44,8 @@ def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowP
     """The first `rows` rows of the global batch of a step. Token files are read at once. Of texts, all rows from the
     nearest checkpoint before the step are read."""
     training, spec = run.config.training, run.spec
+    if training.sources:
+        return _mixture_rows_of_step(run, step, rows)
     if training.dataset == TOKENS:
         files, windows = training_tokens(training, spec)
         first = (step - 1) * spec.global_batch_size
@@ -63,6 +65,22 @@ def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowP
         return _text_rows_of_step(loader, _nearest_checkpoint(run, folder, step), step, rows, spec.seq_len)
     finally:
         loader.close()
+
+
+def _mixture_rows_of_step(run: Run, step: int, rows: int) -> list[list[RowPart]]:
+    """The rows of a mixture of token files. Raises UserError if it has texts."""
+    if run.config.training.reads_text:
+        what = "the mixture has sources of text, whose rows depend on all steps before"
+        fix = "name a run on token files, or train with metrics.log_documents, which lists the documents of each step"
+        raise UserError(Problem("--step", what, str(step), fix=fix))
+    data = training_mixture(run.config.training, run.spec)
+    sources, numbers = data.mixture.rows(step - 1)
+    found = []
+    for source, number in zip(sources[:rows].tolist(), numbers[:rows].tolist(), strict=True):
+        name = data.names[source]
+        parts = token_row(*data.tokens[name], number)
+        found.append([part._replace(document=(name, *(part.document or ()))) for part in parts])
+    return found
 
 
 def _text_rows_of_step(

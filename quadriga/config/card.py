@@ -15,6 +15,7 @@ from pathlib import Path
 from quadriga.config import messages
 from quadriga.config.keys import format_toml
 from quadriga.config.markdown import code, render
+from quadriga.config.mixing import format_mixture
 from quadriga.config.read import Run
 from quadriga.config.rules import config_value
 from quadriga.config.sources import CONFIG_FILE
@@ -87,7 +88,7 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
         described=messages.describe(run, target.unit),
         log=math.log,
         variables=[(code(name), *texts) for name, *texts in VARIABLES],
-        data=f"{code(training.dataset)}{where}",
+        data=format_mixture(training) if training.sources else f"{code(training.dataset)}{where}",
         file=f"./{target.file}",
         machines=-(-spec.world_size // GPUS_PER_MACHINE),
         other_numbers=_other_numbers(run),

@@ -53,6 +53,12 @@ class Key:
         return bool in self.kinds
 
     @property
+    def item(self) -> type[Section] | None:
+        """The section of each table, if the value is a list of tables."""
+        inside = [argument for kind in self.kinds for argument in typing.get_args(kind)[:1]]
+        return next((kind for kind in inside if is_section(kind)), None)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The allowed words, if only some are allowed (also as items of a list)."""
         return tuple(choice for kind in self.kinds for choice in _choices(kind))
@@ -113,9 +119,11 @@ def _parse_list(text: str) -> Any:
 
 
 def format_toml(value: Any) -> str:
-    """A value in TOML's syntax; `none` for an optional key that is off."""
+    """A value in TOML's syntax; `none` for an optional key that is off. Of a table of a list, the keys that are set."""
     if value is None:
         return "none"
+    if isinstance(value, Section):
+        return format_toml(value.model_dump(exclude_defaults=True))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -139,7 +147,13 @@ def to_toml(config: JobConfig) -> str:
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_none(item) for name, item in value.items()}
+    if isinstance(value, list):  # of tables, in which a key that is off is left out
+        return [_set_keys(item) for item in value]
     return "none" if value is None else value
+
+
+def _set_keys(item: Any) -> Any:
+    return {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else item
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
@@ -172,6 +186,8 @@ def _describe(kind: Any, metadata: list[Any]) -> str:
         return " | ".join(format_toml(choice) for choice in choices)
     if typing.get_origin(kind) is tuple:
         return f"a list of {_plural(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "a table of names and numbers"
     if kind is bool:
         return "true or false"
     if kind is str:
@@ -203,3 +219,7 @@ def _describe_bound(limit: Ge | Gt | Le | Lt) -> str:
 
 
 KEYS: Mapping[str, Key] = {key.name: key for key in _flatten(JobConfig, "")}
+# The keys of the tables of a list, as `training.sources[].weight`. Only whole lists have a source and a command line.
+ITEM_KEYS: Mapping[str, Key] = {
+    inner.name: inner for key in KEYS.values() if key.item for inner in _flatten(key.item, f"{key.name}[].")
+}

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from quadriga.config import legacy_keys, titan_datasets
 from quadriga.config.keys import KEYS, Key, format_toml, is_section, parse_value
+from quadriga.config.refused_values import expanded_items, not_text, refused_item, refused_value
 from quadriga.config.schema import JobConfig
 from quadriga.config.sources import (
     COMMAND_LINE,
@@ -114,7 +115,12 @@ def _merge(layer: Iterable[Entry], raw: dict[str, Any], loaded: LoadedConfig) ->
 def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: Mapping[str, str]) -> None:
     """Refuse text that is too long or not UTF-8, and expand `~` and `$NAME` in paths."""
     value, source = raw[key], loaded.origin[key]
-    if (wrong := _not_text(value, PATH if key in PATHS else TEXT)) is not None:
+    if KEYS[key].item is not None:
+        tables, problems = expanded_items(KEYS[key], value, source, environ)
+        raw[key] = KEYS[key].default if problems else tables
+        for problem in problems:
+            loaded.refuse(key, problem)
+    elif (wrong := not_text(value, PATH if key in PATHS else TEXT)) is not None:
         loaded.refuse(key, Problem(key, wrong, format_toml(value), source))
         raw[key] = KEYS[key].default
     elif (
@@ -127,22 +133,6 @@ def _expand_path(key: str, raw: dict[str, Any], loaded: LoadedConfig, environ: M
             loaded.refuse(key, expanded)
         else:
             raw[key] = expanded
-
-
-def _not_text(value: Any, longest: int) -> str | None:
-    if isinstance(value, tuple):
-        return next((wrong for item in value if (wrong := _not_text(item, longest))), None)
-    if not isinstance(value, str):
-        return None
-    if len(value) > longest:
-        return f"is longer than {longest} characters"
-    if "\0" in value:
-        return "contains a null character"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "is not UTF-8 text"
-    return None
 
 
 def _old_name(*names: str) -> str:
@@ -221,6 +211,10 @@ def _unknown(entry: Entry) -> Problem:
 
 def _wrong_table(entry: Entry, shown: str | None) -> Problem:
     """A value in place of a table, or an unknown table."""
+    inside = next((key for key in KEYS if KEYS[key].item and f"{entry.key}.".startswith(f"{key}.")), None)
+    if inside is not None:
+        fix = f"write [[{inside}]] in the file, or all of them as --{inside}='[{{...}}, {{...}}]'"
+        return Problem(entry.key, f"this is a list of tables: [[{inside}]]", shown, entry.source, fix=fix)
     if entry.key in _tables():
         several = isinstance(entry.value, list) and all(isinstance(item, dict) for item in entry.value)
         what = f"this is one table: [{entry.key}], not [[{entry.key}]]" if several else "this is a table, not a key"
@@ -301,13 +295,14 @@ def _validate(raw: Mapping[str, Any], loaded: LoadedConfig) -> None:
         for pydantic_error in error.errors(include_url=False):
             path = ".".join(str(part) for part in pydantic_error["loc"])
             name = next(key for key in raw if path == key or path.startswith(key + "."))
-            refused.setdefault(
-                name,
-                _refused(KEYS[name], raw[name], pydantic_error["input"], pydantic_error["type"], loaded.origin[name]),
-            )
+            loaded.bad.add(name)
+            culprit, kind, source = pydantic_error["input"], pydantic_error["type"], loaded.origin[name]
+            if KEYS[name].item is not None:
+                refused.setdefault(path, refused_item(KEYS[name], pydantic_error["loc"], culprit, kind, source))
+            else:
+                refused.setdefault(name, refused_value(KEYS[name], raw[name], culprit, kind, source))
         loaded.problems += refused.values()
-        loaded.bad |= refused.keys()
-        loaded.config = JobConfig.model_validate(_nested({key: raw[key] for key in raw if key not in refused}))
+        loaded.config = JobConfig.model_validate(_nested({key: raw[key] for key in raw if key not in loaded.bad}))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,37 +314,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             table = table.setdefault(name, {})
         table[leaf] = value
     return root
-
-
-def _refused(key: Key, value: Any, culprit: Any, kind: str, source: str) -> Problem:
-    """A schema error as a `Problem`. `culprit` is the wrong value: the whole one, or an item of a list."""
-    guess = nearest(culprit, key.choices) if isinstance(culprit, str) and key.choices else None
-    if kind == "literal_error":
-        what = f"unknown value {shortened(format_toml(culprit))}" if culprit != value else "unknown value"
-    elif kind.endswith(("_type", "_parsing")):
-        what = f"wrong type: {_type_name(culprit)}"
-    elif kind == "finite_number":
-        what = "not a finite number"
-    elif kind == "string_pattern_mismatch":
-        what = "does not have the required form"
-    elif kind == "string_too_short":
-        what = "must not be empty"
-    else:
-        what = "out of range"
-    written = isinstance(value, str) and source == COMMAND_LINE
-    return Problem(key.name, what, value if written else format_toml(value), source, key.allowed, guess)
-
-
-def _type_name(value: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "a list",
-        dict: "a table",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 def _note_defaults(loaded: LoadedConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import BackendFacts, RunSpec, TokenizerFacts
-from quadriga.config.schema import TOKENS, JobConfig
+from quadriga.config.schema import JobConfig, Training, Validation
 from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text
@@ -168,7 +168,7 @@ def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts,
     missing: list[Problem] = []
     path = config.model.hf_assets_path
     tokenizer = TokenizerFacts("missing", path, None)
-    if path == BUILTIN_TOKENIZER and config.training.dataset == TOKENS:
+    if path == BUILTIN_TOKENIZER and not config.training.reads_text:
         tokenizer = TokenizerFacts("none", path, None)  # the default, which does not belong to the ids
     elif "model.hf_assets_path" not in loaded.bad:
         try:
@@ -178,17 +178,10 @@ def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts,
         else:
             if tokenizer.kind == "missing":
                 missing.append(_no_tokenizer(path, origin.get("model.hf_assets_path", "default")))
-    sets = [("training.dataset", config.training.dataset, config.training.dataset_path)]
-    if config.validation.enable:
-        sets.append(("validation.dataset", config.validation.dataset, config.validation.dataset_path))
-    for key, dataset, files in sets:
-        if {key, f"{key}_path"} & loaded.bad:
-            continue
-        if (problem := dataset_problem(key, dataset, files, origin.get(key, "default"))) is not None:
+    for key, dataset, files, sources in _data_sets(loaded):
+        if (problem := dataset_problem(key, dataset, files, sources[0])) is not None:
             wrong.append(problem)
-        elif (
-            files is not None and (problem := missing_files(key, dataset, files, origin.get(f"{key}_path"))) is not None
-        ):
+        elif files is not None and (problem := missing_files(key, dataset, files, sources[1])) is not None:
             missing.append(problem)
     tokenizer_notices = list(tokenizer.notices)
     if training:
@@ -198,6 +191,20 @@ def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts,
         wrong,
         tokenizer_notices + [f"{problem.where} = {problem.value}: {problem.what}" for problem in missing],
     )
+
+
+def _data_sets(loaded: LoadedConfig) -> Iterator[tuple[str, str, str | None, tuple[str, str | None]]]:
+    """Key, name and path of each data set whose keys are valid, and where name and path were set."""
+    training, validation, origin = loaded.config.training, loaded.config.validation, loaded.origin
+    given = origin.get("training.sources", "default")
+    for source in training.sources:
+        yield f"{source.table}.dataset", source.dataset, source.dataset_path, (given, given)
+    single: list[tuple[str, Training | Validation]] = []
+    single += [("training.dataset", training)] if not training.sources else []
+    single += [("validation.dataset", validation)] if validation.enable else []
+    for key, section in single:
+        if not {key, f"{key}_path"} & loaded.bad:
+            yield key, section.dataset, section.dataset_path, (origin.get(key, "default"), origin.get(f"{key}_path"))
 
 
 def _no_tokenizer(path: str, source: str) -> Problem:

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from quadriga.config import legacy_keys
-from quadriga.config.keys import KEYS, Key, format_toml
+from quadriga.config.keys import ITEM_KEYS, KEYS, Key, format_toml
 from quadriga.config.markdown import render
 from quadriga.config.rules_torchtitan import UNSUPPORTED
 from quadriga.config.schema import JobConfig, Section
@@ -23,12 +23,14 @@ from quadriga.errors import Problem, UserError, nearest
 
 
 def documentation() -> Mapping[str, str]:
-    """The documentation of each key, by `section.key`, read from the source of the schema."""
+    """The documentation of each key, by `section.key`, read from the source of the schema. Keys of the tables of a list
+    are `training.sources[].weight`."""
+    keys = {**KEYS, **ITEM_KEYS}
     docs: dict[type[Section], Mapping[str, str]] = {}
-    for section in {key.section for key in KEYS.values()}:
+    for section in {key.section for key in keys.values()}:
         own = [_field_docs(base) for base in reversed(section.__mro__) if issubclass(base, Section)]
         docs[section] = {field: text for fields in own for field, text in fields.items()}
-    return {name: docs[key.section][name.rpartition(".")[2]] for name, key in KEYS.items()}
+    return {name: docs[key.section][name.rpartition(".")[2]] for name, key in keys.items()}
 
 
 def _field_docs(section: type[Section]) -> Mapping[str, str]:
@@ -48,9 +50,9 @@ def _field_docs(section: type[Section]) -> Mapping[str, str]:
 
 
 def tables() -> Iterator[tuple[str, str, list[Key]]]:
-    """(name, description, keys) of every table, in the order of the schema."""
+    """(name, description, keys) of every table, in the order of the schema; then of the tables of lists."""
     grouped: dict[str, list[Key]] = {}
-    for name, key in KEYS.items():
+    for name, key in {**KEYS, **ITEM_KEYS}.items():
         grouped.setdefault(name.rpartition(".")[0], []).append(key)
     for name, keys in grouped.items():
         yield name, (keys[0].section.__doc__ or "").strip(), keys
@@ -68,16 +70,23 @@ def print_keys(words: Sequence[str] = ()) -> None:
         ]
         if matching:
             found = True
-            console.print(Text.assemble((f"[{name}]", "bold cyan"), f"  {about}\n"))
+            console.print(Text.assemble((heading(name), "bold cyan"), f"  {about}\n"))
         for key in matching:
-            values = f"  {key.allowed}; default {format_toml(key.default)}"
-            console.print(_indented(Text.assemble((f"--{key.name}", "green"), (values, "dim")), 2))
+            default = "required" if key.field.is_required() else f"default {format_toml(key.default)}"
+            values = f"  {key.allowed}; {default}"
+            option = key.name.rpartition(".")[2] if key.name in ITEM_KEYS else f"--{key.name}"
+            console.print(_indented(Text.assemble((option, "green"), (values, "dim")), 2))
             console.print(_indented(Text(documented[key.name]), 6))
         if matching:
             console.print()
     if not found:
         text = " ".join(words)
         raise UserError(Problem(text, "no key has this in its name or meaning", nearest=nearest(text, KEYS)))
+
+
+def heading(table: str) -> str:
+    """The name of a table as TOML writes it: `[training]`, or `[[training.sources]]` for one of a list."""
+    return f"[[{table.removesuffix('[]')}]]" if table.endswith("[]") else f"[{table}]"
 
 
 class _Console(Console):
@@ -91,6 +100,10 @@ def _indented(text: Text, columns: int) -> Padding:
     return Padding(text, (0, 0, 0, columns), expand=False)
 
 
+def _default(key: Key) -> str:
+    return "" if key.field.is_required() else f"`{format_toml(key.default)}`"
+
+
 def _matches(word: str, table: str, key: Key, meaning: str) -> bool:
     return word.strip("[]") == table or word in key.name or word in meaning.lower()
 
@@ -100,7 +113,7 @@ def json_schema() -> dict[str, Any]:
     schema = JobConfig.model_json_schema(mode="validation")
     docs = documentation()
     by_section: dict[str, dict[str, str]] = {}
-    for name, key in KEYS.items():
+    for name, key in {**KEYS, **ITEM_KEYS}.items():
         by_section.setdefault(key.section.__name__, {})[name.rpartition(".")[2]] = docs[name]
     for section, definition in schema["$defs"].items():
         for name, field in definition["properties"].items():
@@ -139,12 +152,9 @@ def reference_page() -> str:
         environment=", ".join(f"`{name}` for `{key}`" for name, key in ENVIRONMENT.items()),
         tables=(
             (
-                name,
+                heading(name),
                 about,
-                [
-                    (f"`{key.name.rpartition('.')[2]}`", key.allowed, f"`{format_toml(key.default)}`", docs[key.name])
-                    for key in keys
-                ],
+                [(f"`{key.name.rpartition('.')[2]}`", key.allowed, _default(key), docs[key.name]) for key in keys],
             )
             for name, about, keys in tables()
         ),

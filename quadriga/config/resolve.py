@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
-from quadriga.config import rules_data, rules_layout, rules_pipeline, rules_run, rules_torchtitan
+from quadriga.config import rules_data, rules_layout, rules_mixture, rules_pipeline, rules_run, rules_torchtitan
 from quadriga.config.keys import format_toml
 from quadriga.config.load import LoadedConfig
 from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
@@ -23,6 +23,7 @@ Catalogue = Mapping[str, Mapping[str, ModelSpec]]
 RULE_MODULES = (
     rules_data,
     rules_layout,
+    rules_mixture,
     rules_pipeline,
     rules_run,
     rules_torchtitan,

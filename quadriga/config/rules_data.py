@@ -1,4 +1,4 @@
-"""Rules about token files (`training.dataset = "tokens"`, and the same in `[validation]`)."""
+"""Rules about token files (`training.dataset = "tokens"`, and the same in `[validation]` and in sources)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def token_keys_of(ctx: RuleContext, table: str) -> TokenKeys | None:
     """How the token files of a table are read; None if it reads none."""
     training, validation = ctx.config.training, ctx.config.validation
     if table == "training":
-        return training.token_keys if training.dataset == TOKENS else None
+        return training.token_keys if training.dataset == TOKENS and not training.sources else None
     return validation.token_keys(training) if validation.enable and validation.dataset == TOKENS else None
 
 
@@ -24,7 +24,7 @@ def _belongs_to_tokens(table: str, name: str) -> Callable[[RuleContext], Finding
     key, dataset = f"{table}.{name}", f"{table}.dataset"
 
     def key_belongs_to_token_files(ctx: RuleContext) -> Findings:
-        used = table == "training" or ctx.config.validation.enable
+        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
         if used and config_value(ctx.config, key) != KEYS[key].default and config_value(ctx.config, dataset) != TOKENS:
             yield Conflict("only token files have it", f'set {dataset} = "{TOKENS}", or remove {key}')
 
@@ -71,10 +71,10 @@ for _table in ("training", "validation"):
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))
 
 
-@rule(TOKENIZER, "training.dataset", "validation.dataset")
+@rule(TOKENIZER, "training.dataset", "training.sources", "validation.dataset")
 def validation_text_has_the_tokenizer_of_the_tokens(ctx: RuleContext) -> Findings:
     config = ctx.config
-    if config.training.dataset != TOKENS or not config.validation.enable or config.validation.dataset == TOKENS:
+    if config.training.reads_text or not config.validation.enable or config.validation.dataset == TOKENS:
         return
     if config.model.hf_assets_path == BUILTIN_TOKENIZER and config.validation.dataset in DATASETS:
         fix = f"set {TOKENIZER} to the tokenizer of the token files, or validate on token files"

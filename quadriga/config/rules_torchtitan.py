@@ -14,7 +14,7 @@ from quadriga.config.keys import format_toml
 from quadriga.config.rules import Check, Conflict, Findings, RuleContext, config_value, rule
 from quadriga.config.rules_layout import CP, DP_SHARD, TP
 from quadriga.config.rules_pipeline import PP
-from quadriga.config.schema import TOKENS, JobConfig
+from quadriga.config.schema import JobConfig
 
 FILES = {"model.hf_assets_path": "./tests/assets/tokenizer", "training.dataset": "c4_test"}  # torchtitan's defaults
 SEED = "debug.seed"
@@ -24,7 +24,9 @@ MAX_NORM = "training.max_norm"
 
 @rule(*FILES)
 def defaults_need_no_files(ctx: RuleContext) -> Findings:
-    keys = [key for key in FILES if key not in ctx.origin and ctx.config.training.dataset != TOKENS]
+    mixed, tokens = bool(ctx.config.training.sources), not ctx.config.training.reads_text
+    named = {"training.dataset": mixed or tokens, "model.hf_assets_path": tokens}
+    keys = [key for key in FILES if key not in ctx.origin and not named[key]]
     if keys:
         defaulted = " and ".join(f"{key} = {format_toml(config_value(ctx.config, key))}" for key in keys)
         there = " and ".join(format_toml(FILES[key]) for key in keys)

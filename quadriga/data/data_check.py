@@ -4,14 +4,17 @@ dry run. No network is used: data of the Hub are not opened."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from quadriga.config.assets import missing_files
+from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import TOKENS, Training, Validation
+from quadriga.config.schema import TOKENS, Fetching, Training, TrainingSource, Validation
 from quadriga.data.catalogue import C4_SPLITS, open_source
-from quadriga.data.changes import data_changes, differences
+from quadriga.data.changes import SOURCES, data_changes, differences, fingerprint_parts, other_kind
 from quadriga.data.files import File
+from quadriga.data.mixture_data import MixtureData, open_mixture, text_field
 from quadriga.data.sources import Field
 from quadriga.data.survey import open_surveyed
 from quadriga.data.token_data import format_tokens, open_tokens
@@ -26,32 +29,45 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
     if spec.tokenizer.kind == "missing":
         return []
 
-    if training.dataset == TOKENS:
+    if training.sources:
+        problems = _mixture_problems(training, spec)
+    elif training.dataset == TOKENS:
         problems = _problems_of(training, lambda: training_tokens(training, spec, spec.model.vocab_size))
     else:
-        problems = _survey(spec, training, spec.seq_len, Field(training.dataset_text_field))
+        problems = _survey(spec, training, spec.seq_len, Field(training.dataset_text_field), training.dataloader)
     if validation.enable and validation.dataset == TOKENS:
         keys, sizes = validation.token_keys(training), (validation.seq_len, spec.model.vocab_size)
         assets = spec.tokenizer.assets
         problems += _problems_of(validation, lambda: open_tokens(keys, validation.dataloader, *sizes, assets=assets))
     elif validation.enable:
         name = validation.dataset_text_field or training.dataset_text_field
-        problems += _survey(spec, validation, validation.seq_len, Field(name, "validation.dataset_text_field"))
+        field = Field(name, "validation.dataset_text_field")
+        problems += _survey(spec, validation, validation.seq_len, field, validation.dataloader)
     return problems
 
 
-def _survey(spec: RunSpec, section: Training | Validation, seq_len: int, field: Field) -> list[Problem]:
-    tokenizer, endless = build_tokenizer(spec.tokenizer.path), isinstance(section, Training)
+def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
+    problems, sizes = [], (spec.seq_len, spec.model.vocab_size)
+    for source in training.sources:
+        if source.dataset == TOKENS:
+            keys, assets = source.token_keys, spec.tokenizer.assets
+            opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, assets=assets)
+            problems += _problems_of(source, opened)
+        else:
+            problems += _survey(spec, source, spec.seq_len, text_field(source), training.dataloader)
+    return problems
+
+
+def _survey(
+    spec: RunSpec, section: Training | Validation | TrainingSource, seq_len: int, field: Field, dataloader: Fetching
+) -> list[Problem]:
+    tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, Validation)
     dataset, path = section.dataset, section.dataset_path
-    return _problems_of(
-        section,
-        lambda: open_surveyed(
-            dataset, path, tokenizer, seq_len, section.dataloader, endless=endless, field=field, sample=False
-        ),
-    )
+    opened = partial(open_surveyed, dataset, path, tokenizer, seq_len, dataloader, endless=endless, field=field)
+    return _problems_of(section, lambda: opened(sample=False))
 
 
-def _problems_of(section: Training | Validation, open_data: Callable[[], object]) -> list[Problem]:
+def _problems_of(section: Training | Validation | TrainingSource, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
     if section.dataset_path is None or missing_files("", section.dataset, section.dataset_path, None):
         return []
@@ -68,15 +84,24 @@ def training_tokens(training: Training, spec: RunSpec, vocab_size: int | None = 
     return open_tokens(keys, training.dataloader, *sizes, endless=True, seed=spec.seed, assets=assets)
 
 
-def describe_data(training: Training, spec: RunSpec) -> str:
-    """The data, and for token files how much the run reads of them."""
+def training_mixture(training: Training, spec: RunSpec) -> MixtureData:
+    """The token files and shares of a mixture. Raises UserError as `open_mixture`."""
+    sizes = {"seq_len": spec.seq_len, "global_batch_size": spec.global_batch_size}
+    return open_mixture(training, seed=spec.seed, vocab_size=None, assets=spec.tokenizer.assets, **sizes)
+
+
+def describe_data(training: Training, spec: RunSpec) -> list[str]:
+    """The data, and for token files how much the run reads of them: one line, and for a mixture one for each source."""
     place = f"{training.dataset} from {training.dataset_path}" if training.dataset_path else training.dataset
-    if training.dataset != TOKENS:
-        return place
     try:
-        return f"{place}: {format_tokens(*training_tokens(training, spec), spec.steps * spec.global_batch_size)}"
+        if training.sources:
+            return training_mixture(training, spec).describe(spec.steps)
+        if training.dataset == TOKENS:
+            rows = spec.steps * spec.global_batch_size
+            return [f"{place}: {format_tokens(*training_tokens(training, spec), rows)}"]
     except UserError:  # reported as a problem
-        return place
+        pass
+    return [format_mixture(training) if training.sources else place]
 
 
 def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
@@ -88,18 +113,40 @@ def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) ->
         LookupError, TypeError, ValueError, AttributeError: `state` is not such a state.
     """
 
-    parts = dict(part.split("=", 1) for part in state["fingerprint"].split("; "))
+    parts = fingerprint_parts(state["fingerprint"])
+    if (SOURCES in parts) != bool(training.sources):
+        return other_kind(state["fingerprint"], f"{SOURCES if training.sources else 'dataset'}=")
+    if training.sources:
+        return _changed_mixture(state, training, spec)
     if training.dataset == TOKENS:
         fingerprint = training_tokens(training, spec)[0].fingerprint
         here = {key: text for key, text in parts.items() if key != "tokenizer"} | {"dataset": fingerprint}
         return differences(state["fingerprint"], _joined(here))
-    tokenizer, path = build_tokenizer(spec.tokenizer.path), training.dataset_path
+    return _changed_text(state, training, Field(training.dataset_text_field), spec)
+
+
+def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
+    data = training_mixture(training, spec)
+    parts = fingerprint_parts(state["fingerprint"])
+    texts = {source.title: parts.get(f"{source.title}: source", "") for source in data.texts}
+    return data.differences(
+        state,
+        data.fingerprint(texts),
+        lambda source, saved: _changed_text(saved, source, text_field(source), spec),
+    )
+
+
+def _changed_text(
+    state: Mapping[str, Any], section: Training | TrainingSource, field: Field, spec: RunSpec
+) -> list[Problem]:
+    parts = fingerprint_parts(state["fingerprint"])
+    tokenizer, path = build_tokenizer(spec.tokenizer.path), section.dataset_path
     files: Sequence[File] = ()
     if path is None:
-        kind = "hub" if training.dataset in C4_SPLITS else "builtin"
-        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else training.dataset
+        kind = "hub" if section.dataset in C4_SPLITS else "builtin"
+        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else section.dataset
     else:
-        source = open_source(training.dataset, path, field=Field(training.dataset_text_field))
+        source = open_source(section.dataset, path, field=field)
         dataset, files = source.fingerprint, source.files
     here = {**parts, "dataset": dataset, "tokenizer": tokenizer.fingerprint}
     return data_changes(state, _joined(here), files, tokenizer)

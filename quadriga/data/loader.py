@@ -18,7 +18,7 @@ from quadriga.config.schema import Dataloader, Fetching
 from quadriga.data.changes import data_changes, earlier_tokenizer
 from quadriga.data.files import changed_files, format_files
 from quadriga.data.position import cursor_before, read_so_far
-from quadriga.data.sources import TEXT, Anchor, DocumentId, Field
+from quadriga.data.sources import TEXT, Anchor, DocumentName, Field
 from quadriga.data.streams import START, Cursor, Prefetcher, SkippedRecord, Streams, Window
 from quadriga.data.survey import open_surveyed
 from quadriga.data.tokenizer import Tokenizer
@@ -37,14 +37,16 @@ class Batch:
 
     `documents`: for each row, the documents that its ids are from. `skipped`: the unreadable records that were passed
     while these rows were read. `bad_records`: the number of unreadable records of these rows since the first epoch;
-    None if such a record ends the run. Micro-batches have none of the three.
+    None if such a record ends the run. `sources`: of a mixture, tokens and epochs of each source up to this batch.
+    Micro-batches have none of the four.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    documents: tuple[tuple[DocumentId, ...], ...] = ()
+    documents: tuple[tuple[DocumentName, ...], ...] = ()
     skipped: tuple[SkippedRecord, ...] = ()
     bad_records: int | None = None
+    sources: Mapping[str, Mapping[str, float]] | None = None
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         """Splits the batch into micro-batches of `rows` rows, in order."""
@@ -53,11 +55,11 @@ class Batch:
 
 
 class BatchPart(NamedTuple):
-    """One thread's part of a batch. `windows`: by row, of the rows that the thread reads. `cursors`: by stream, the
-    beginning of the next batch."""
+    """One thread's part of a batch. `windows`: by row, of the rows that the thread reads. `cursors`: by stream, in a
+    mixture by source and stream, the beginning of the next batch."""
 
     windows: dict[int, Window]
-    cursors: dict[int, Cursor]
+    cursors: dict[Any, Cursor]
 
 
 def build_loader(
@@ -65,7 +67,7 @@ def build_loader(
     dataset_path: str | None,
     tokenizer: Tokenizer,
     *,
-    seed: int,
+    seed: int | str,
     seq_len: int,
     global_batch_size: int,
     rows: range,
@@ -187,7 +189,7 @@ class Loader(ABC):
     def _advance(self, parts: Sequence[BatchPart]) -> None:
         """Moves the position behind a batch."""
 
-    def _bad_records(self) -> int | None:
+    def bad_records(self) -> int | None:
         """The number of records skipped so far in the rows of this rank; None if none is ever skipped."""
         return None
 
@@ -211,7 +213,7 @@ class Loader(ABC):
             labels,
             documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
             skipped=tuple(record for row in sorted(windows) for record in windows[row].skipped),
-            bad_records=self._bad_records(),
+            bad_records=self.bad_records(),
         )
 
 
@@ -220,14 +222,14 @@ class StreamLoader(Loader):
 
     def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
         super().__init__(streams.seq_len, global_batch_size, rows, dataloader, endless=streams.endless)
-        self._streams = streams
+        self.streams = streams  # loading a state can replace them
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
         self._cursors = dict.fromkeys(self._streams_read, START)
 
     @property
     def fingerprint(self) -> str:
-        streams = self._streams
+        streams = self.streams
         parts = {
             "dataset": streams.source.fingerprint,
             "tokenizer": streams.tokenizer.fingerprint,
@@ -239,23 +241,27 @@ class StreamLoader(Loader):
         return "; ".join(f"{key}={value}" for key, value in parts.items())
 
     @property
-    def streams(self) -> Streams:
-        """The streams that the rows are from: row i is stream i, or all are from SINGLE_STREAM."""
-        return self._streams
+    def epoch(self) -> int:
+        """The number of complete epochs of the first stream of this rank."""
+        return self._cursors[self._streams_read[0]].epoch
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in use. After the state of an older run was loaded, this can be its `earlier`."""
-        return self._streams.tokenizer
+        return self.streams.tokenizer
 
     def state_dict(self) -> dict[str, Any]:
         """The consumed position, as JSON values: the fingerprint, the cursor and anchor of each stream, and how the
         files are cut into shards."""
         streams = {str(stream): [*self._cursors[stream], *self._anchor(stream)] for stream in self._streams_read}
-        return {"fingerprint": self.fingerprint, "lanes": streams, "layout": self._streams.source.layout()}
+        return {"fingerprint": self.fingerprint, "lanes": streams, "layout": self.streams.source.layout()}
 
     def snapshot(self) -> dict[int, Cursor]:
         return dict(self._cursors)
+
+    def advance(self, cursors: Mapping[int, Cursor]) -> None:
+        """Moves some streams to these cursors."""
+        self._cursors.update(cursors)
 
     def restore(self, snapshot: Mapping[int, Cursor]) -> None:
         self.close()
@@ -265,22 +271,22 @@ class StreamLoader(Loader):
         """See `Loader`. Only for unshuffled data. Raises UserError if the data have fewer documents or ids."""
         if not self._in_order:
             raise ValueError("shuffled data have no position by the number of documents read")
-        self.restore({SINGLE_STREAM: cursor_before(self._streams, documents, tokens_left)})
+        self.restore({SINGLE_STREAM: cursor_before(self.streams, documents, tokens_left)})
 
     def read_so_far(self) -> tuple[int, list[int]]:
         """The reverse of `start_at`: the number of documents of the epoch read, and their ids not used yet."""
         if not self._in_order:
             raise ValueError("shuffled data have no position by the number of documents read")
-        return read_so_far(self._streams, self._cursors[SINGLE_STREAM])
+        return read_so_far(self.streams, self._cursors[SINGLE_STREAM])
 
     def _anchor(self, stream: int) -> tuple[int, ...]:
-        if not self._streams.endless or self._cursors[stream] == START:
+        if not self.streams.endless or self._cursors[stream] == START:
             return ()
-        return self._streams.source.anchor(self._streams.shard(stream, self._cursors[stream])[0]) or ()
+        return self.streams.source.anchor(self.streams.shard(stream, self._cursors[stream])[0]) or ()
 
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
         """Why the data differ from those that `state` was saved with. Files that were repaired since are allowed."""
-        return data_changes(state, self.fingerprint, self._streams.source.files, self.tokenizer)
+        return data_changes(state, self.fingerprint, self.streams.source.files, self.tokenizer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, which has the streams of all ranks; this rank takes its own.
@@ -297,7 +303,7 @@ class StreamLoader(Loader):
         if (earlier := earlier_tokenizer(state, self.tokenizer)) is not None:
             then, now = (f"BOS {one.bos_id}, EOS {one.eos_id}" for one in (earlier, self.tokenizer))
             logger.info("data: documents get the ids %s, as at the start of this run; a new run uses %s", then, now)
-            self._streams = replace(self._streams, tokenizer=earlier)
+            self.streams = replace(self.streams, tokenizer=earlier)
         fields = len(Cursor._fields)
         saved = {int(stream): cursor for stream, cursor in state["lanes"].items()}
         cursors = {stream: Cursor(*cursor[:fields]) for stream, cursor in saved.items()}
@@ -313,10 +319,10 @@ class StreamLoader(Loader):
 
         `cursors` and `anchors`: of the streams of all ranks, so that all ranks make the same cuts.
         """
-        source = self._streams.source
+        source = self.streams.source
         source.load_layout(layout, {})  # for the numbers of the shards
         source.load_layout(
-            layout, {self._streams.shard(stream, cursors[stream])[0]: known for stream, known in anchors.items()}
+            layout, {self.streams.shard(stream, cursors[stream])[0]: known for stream, known in anchors.items()}
         )
         changed = changed_files(source.files, layout)
         if not changed:
@@ -328,7 +334,7 @@ class StreamLoader(Loader):
         needed: dict[int, int] = {}
         for stream in self._streams_read:
             if cursors[stream] != START:
-                shard, count = self._streams.shard(stream, cursors[stream])
+                shard, count = self.streams.shard(stream, cursors[stream])
                 needed[shard] = max(needed.get(shard, 0), count)
         for shard, count in needed.items():
             file = source.file_of(shard)
@@ -338,29 +344,29 @@ class StreamLoader(Loader):
                 raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
 
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
-        if self._in_order or not self._streams.endless:
+        if self._in_order or not self.streams.endless:
             cursor = self._cursors[SINGLE_STREAM] if self._in_order else START
-            return [_assign_rows(self._streams, cursor, self._rows, self._global_batch_size)]
+            return [_assign_rows(self.streams, cursor, self._rows, self._global_batch_size)]
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
         return [
-            _feed(self._streams, {row: self._cursors[row] for row in self._rows[i::threads]}) for i in range(threads)
+            _feed(self.streams, {row: self._cursors[row] for row in self._rows[i::threads]}) for i in range(threads)
         ]
 
-    def _bad_records(self) -> int | None:
+    def bad_records(self) -> int | None:
         """The single stream of unshuffled data is counted by the rank of row 0."""
-        if not self._streams.skip_bad:
+        if not self.streams.skip_bad:
             return None
         counts = not self._in_order or 0 in self._rows
         return sum(cursor.skipped for cursor in self._cursors.values()) if counts else 0
 
     def format_location(self, record: SkippedRecord) -> str:
-        return self._streams.source.format_location(record.shard, record.number)
+        return self.streams.source.format_location(record.shard, record.number)
 
     def _advance(self, parts: Sequence[BatchPart]) -> None:
         before = self._cursors.get(0, START).epoch
         for part in parts:
-            self._cursors.update(part.cursors)
-        if 0 in self._rows and self._streams.endless and self._cursors[0].epoch > before:
+            self.advance(part.cursors)
+        if 0 in self._rows and self.streams.endless and self._cursors[0].epoch > before:
             stream = "" if self._in_order else " (stream 0)"
             logger.info("data: epoch %d begins%s", self._cursors[0].epoch + 1, stream)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from quadriga.data.sources import DocumentId
 from quadriga.data.streams import START, Cursor, Streams, tokenized
 from quadriga.data.token_files import TokenFiles
 from quadriga.data.windows import Windows
@@ -19,7 +18,7 @@ class RowPart(NamedTuple):
     """The ids of one document in a row, int64. `document`: as in `Batch.documents`; None if nothing separates
     documents. `location`: file, and line, row or position. `continued`, `continues`: it has ids before and after."""
 
-    document: DocumentId | None
+    document: tuple[int | str, ...] | None
     location: str
     ids: npt.NDArray[np.int64]
     continued: bool

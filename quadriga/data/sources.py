@@ -22,6 +22,7 @@ DEFAULT_FIELD = "text"
 MOST_NAMES = 8  # listed in a message
 UNKNOWN_BYTES = 1 << 24  # counted for a shard whose size is not known
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
+DocumentName = tuple[str | int, ...]  # a DocumentId; in a mixture, the name of the source before it
 
 
 @dataclass(frozen=True)

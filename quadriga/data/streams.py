@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga import limits
-from quadriga.data.sources import BadRecord, Document, DocumentId, Record, Source
+from quadriga.data.sources import BadRecord, Document, DocumentId, DocumentName, Record, Source
 from quadriga.data.tokenizer import Ids, Tokenizer
 from quadriga.errors import Problem, UserError
 
@@ -53,12 +53,14 @@ START = Cursor()
 
 
 class SkippedRecord(NamedTuple):
-    """An unreadable record: the `nth` unreadable one of its stream, its place in the source, and the reason."""
+    """An unreadable record: the `nth` unreadable one of its stream, its place in the source, and the reason. `source`:
+    its name, in a mixture."""
 
     nth: int
     shard: int
     number: int
     what: str
+    source: str = ""
 
 
 class Window(NamedTuple):
@@ -68,7 +70,7 @@ class Window(NamedTuple):
 
     ids: npt.NDArray[np.int64]
     cursor: Cursor
-    documents: tuple[DocumentId, ...]
+    documents: tuple[DocumentName, ...]
     skipped: tuple[SkippedRecord, ...] = ()
 
 
@@ -82,7 +84,7 @@ class Streams:
     tokenizer: Tokenizer
     seq_len: int
     count: int
-    seed: int | None
+    seed: int | str | None
     endless: bool = True
     skip_bad: bool = False
     overlap: int = 1

@@ -82,7 +82,7 @@ def survey(
         tokens = _count_tokens(found, tokenizer)
         if tokens < least_tokens:
             there = f"{plural(found.documents, 'document')} with {plural(tokens, 'token')}"
-            fix = f"add data, or lower {key.replace('dataset_path', 'seq_len')}"
+            fix = f"add data, or lower {key.partition('.')[0]}.seq_len"
             raise UserError(Problem(key, f"{there}, fewer than the {least_tokens} of one window", path, fix=fix))
 
 

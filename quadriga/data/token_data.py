@@ -23,7 +23,7 @@ def open_tokens(
     vocab_size: int | None,
     *,
     endless: bool = False,
-    seed: int = 0,
+    seed: int | str = 0,
     assets: str | None = None,
 ) -> tuple[TokenFiles, Windows]:
     """The token files of a data set, and their windows in the order in which they are read.
@@ -49,7 +49,7 @@ def open_tokens(
     windows = Windows(files.length, seq_len, dataloader.window_overlap, order, short_last=not endless)
     if not windows.count:
         there = f"{plural(files.length, 'id')}, fewer than the {windows.least_ids:,} of one window"
-        fix = f"add data, or lower {keys.table}.seq_len"
+        fix = f"add data, or lower {keys.table.partition('.')[0]}.seq_len"
         raise UserError(Problem(f"{keys.table}.dataset_path", there, keys.path, fix=fix))
     checked = vocab_size is not None and files.length <= WHOLE_IDS
     if checked and (problems := list(islice(files.verify(vocab_size), MOST_PROBLEMS))):

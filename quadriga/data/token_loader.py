@@ -63,7 +63,7 @@ class TokenLoader(Loader):
     ) -> None:
         """`vocab_size`: of the model; larger ids and negative ones end the run."""
         super().__init__(windows.seq_len, global_batch_size, rows, dataloader, endless=endless)
-        self._reader = _Reader(files, windows, vocab_size)
+        self._reader = TokenReader(files, windows, vocab_size)
         self._slots = 0  # rows of the global batch that were consumed since the start of the run
 
     @property
@@ -121,7 +121,7 @@ class TokenLoader(Loader):
 
 
 def _feed(
-    reader: _Reader, rows: range, first: int, global_batch_size: int, end: int | None
+    reader: TokenReader, rows: range, first: int, global_batch_size: int, end: int | None
 ) -> Generator[BatchPart, None, None]:
     """Yields the windows of `rows` of one batch after another, from slot `first` to slot `end`; None: endlessly.
 
@@ -139,7 +139,9 @@ def _feed(
 
 
 @dataclass(frozen=True)
-class _Reader:
+class TokenReader:
+    """Reads windows, and checks their ids. `vocab_size`: of the model."""
+
     files: TokenFiles
     windows: Windows
     vocab_size: int

@@ -31,7 +31,7 @@ class Windows:
     ids: int
     seq_len: int
     overlap: int = 1
-    seed: int | None = None
+    seed: int | str | None = None
     short_last: bool = False
 
     @property

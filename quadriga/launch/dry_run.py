@@ -94,7 +94,10 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     yield "description", config.job.description
     yield "model", f"{model.n_parameters:,} parameters: {shape}"
     yield "tokenizer", "none: the data are token ids" if facts.kind == "none" else f"{facts.path} ({known})"
-    yield "data", describe_data(training, spec)
+    data, *sources = describe_data(training, spec)
+    yield "data", data
+    for source in sources:
+        yield "", source
     yield from messages.describe(run).items()
     yield "compile", messages.compilation(config.compile)
     yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"

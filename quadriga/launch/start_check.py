@@ -17,7 +17,7 @@ from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.checkpoint.hf_headers import HEAD, HfHeaders, refuse_other_names
 from quadriga.config import Run
 from quadriga.config.continuity import check_extra, data_order_problems, model_problems, resume_problems, shape_problems
-from quadriga.config.schema import TOKENS, Checkpoint
+from quadriga.config.schema import Checkpoint
 from quadriga.errors import Problem, UserError
 from quadriga.limits import DRY_RUN_HASHED_BYTES, PATH, PATH_PART
 from quadriga.models import registry
@@ -174,7 +174,7 @@ def _lost_data_position(found: CheckpointInfo, run: Run) -> str:
         return ""
     training = run.config.training
     why = messages.unknown_position(
-        found.extra["dataloader"], shuffle=training.dataloader.shuffle, tokens=training.dataset == TOKENS
+        found.extra["dataloader"], shuffle=training.dataloader.shuffle, foreign=training.foreign_to_torchtitan
     )
     return f"; {messages.position_lost(why)}" if why else ""
 

@@ -2,9 +2,10 @@
 
 Each line is a JSON object for one step: {"step": 7, "attempt": 1, "rows": {"0": ["0:12:3", "0:12:9"], "1": [...]}}.
 Rows are rows of the global batch. The name of a document is `epoch:shard:number`: the pass over the data, the shard of
-the source, and the record in it (a byte offset in text and JSON lines, a row in Parquet and on the Hub). Names are the
-same on every layout, number of ranks and attempt. Two runs can be compared if their data, seed and global batch are the
-same. A document that continues in the next window is listed in both.
+the source, and the record in it (a byte offset in text and JSON lines, a row in Parquet and on the Hub). In a mixture,
+it is `source:epoch:shard:number`. Names are the same on every layout, number of ranks and attempt. Two runs can be
+compared if their data, seed and global batch are the same. A document that continues in the next window is listed in
+both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from quadriga.reading import parse_json, read_lines
 
 DOCUMENTS_FOLDER = "documents"
 
-Ids = Sequence[tuple[int, int, int]]  # (epoch, shard, number) of each document of a row
+Ids = Sequence[tuple[str | int, ...]]  # of each document of a row the parts of its name
 
 
 class DocumentLog:
@@ -52,10 +53,7 @@ class DocumentLog:
 
 def format_documents(rows: Sequence[Ids], first_row: int) -> dict[str, list[str]]:
     """The names of the documents, by row of the global batch."""
-    return {
-        str(row): [f"{epoch}:{shard}:{number}" for epoch, shard, number in ids]
-        for row, ids in enumerate(rows, start=first_row)
-    }
+    return {str(row): [":".join(map(str, parts)) for parts in ids] for row, ids in enumerate(rows, start=first_row)}
 
 
 def read_documents(folder: str | os.PathLike[str]) -> dict[int, dict[int, list[str]]]:

@@ -151,7 +151,11 @@ VALIDATION_CURVES: Sequence[tuple[str, str, float]] = (
 def curves_of_record(record: Record) -> dict[str, float]:
     """The values of a record under these metric names; None and missing values are left out."""
     names = VALIDATION_CURVES if record["kind"] == "validation" else CURVES
-    return {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
+    curves = {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
+    for count in ("tokens", "epochs"):
+        counts = record.get(f"source_{count}", {})
+        curves |= {f"sources/{source}/{count}": value for source, value in counts.items()}
+    return curves
 
 
 class TensorBoard:

@@ -14,6 +14,7 @@ The fields of a record:
 - `mfu_bfloat16`: the same with the peak in bfloat16, in a run that computes in float32 at `highest`; None in others.
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
+- `source_tokens`, `source_epochs`: of a mixture, by the name of each source, since the run began.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,6 +108,7 @@ class Meter:
             "data_wait_share": self._window_wait / working,
             **self._memory(),
             "eta_seconds": self._remaining(metrics.step, now, wall / count),
+            **_of_sources(metrics.sources or {}),
         }
         self._window_start, self._window_step, self._window_tokens = now, metrics.step, metrics.tokens_seen
         self._window_wait = self._window_pause = 0.0
@@ -145,6 +147,12 @@ class Meter:
             first_step, first_time = self._first_record
             per_step = (now - first_time) / max(step - first_step, 1)
         return per_step * max(self._steps - step, 0)
+
+
+def _of_sources(sources: Mapping[str, Mapping[str, float]]) -> Record:
+    """The counts of each source by its name. Readers of records refuse deeper values."""
+    counts = ("tokens", "epochs") if sources else ()
+    return {f"source_{count}": {name: own[count] for name, own in sources.items()} for count in counts}
 
 
 def memory_reader(device: torch.device) -> Callable[[], dict[str, float]]:

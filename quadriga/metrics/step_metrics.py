@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ class StepMetrics:
     own means; `grad_norm` is the global L2 norm before clipping. `skipped`: number of bad steps of the run so far,
     which did not change the weights; `verdict`: of this step (see `resilience.health`). `data_wait` is in seconds.
     `documents`: by row of this rank, the ids of its documents. `skipped_records`: unreadable records of this rank's
-    rows, with location and reason; `bad_records`: their number on all ranks so far.
+    rows, with location and reason; `bad_records`: their number on all ranks so far. `sources`: of a mixture, by name
+    the `tokens` and `epochs` of each source so far; None in other runs.
     """
 
     step: int
@@ -29,6 +30,7 @@ class StepMetrics:
     max_loss: torch.Tensor
     skipped: torch.Tensor
     verdict: torch.Tensor
-    documents: Sequence[Sequence[tuple[int, int, int]]] = ()
+    documents: Sequence[Sequence[tuple[str | int, ...]]] = ()
     skipped_records: Sequence[Any] = ()
     bad_records: torch.Tensor | None = None
+    sources: Mapping[str, Mapping[str, float]] | None = None

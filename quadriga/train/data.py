@@ -1,4 +1,4 @@
-"""The loaders of a run, for training and validation: of texts, or of token files."""
+"""The loaders of a run, for training and validation: of texts, of token files, or of a mixture of both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS, Fetching
 from quadriga.data.loader import Loader, StreamLoader, build_loader
+from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
 from quadriga.data.sources import Field
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
@@ -26,6 +27,10 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         "rows": rows,
         "dataloader": dataloader_on(device, section.dataloader),
     }
+    if section.sources:
+        section = section.model_copy(update={"dataloader": order.pop("dataloader")})
+        tokenizer = build_tokenizer(run.config.model.hf_assets_path) if section.reads_text else None
+        return build_mixture_loader(section, tokenizer, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     if section.dataset == TOKENS:
         return build_token_loader(section.token_keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     tokenizer, field = build_tokenizer(run.config.model.hf_assets_path), Field(section.dataset_text_field)
@@ -49,7 +54,8 @@ def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Load
         return build_token_loader(keys, run.spec.model.vocab_size, **order, assets=run.spec.tokenizer.assets)
     field = Field(section.dataset_text_field or run.config.training.dataset_text_field, "validation.dataset_text_field")
     assets = run.config.model.hf_assets_path
-    tokenizer = training.tokenizer if isinstance(training, StreamLoader) else build_tokenizer(assets)
+    known = training.tokenizer if isinstance(training, StreamLoader | MixtureLoader) else None
+    tokenizer = build_tokenizer(assets) if known is None else known
     return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
 
 

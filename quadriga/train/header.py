@@ -9,6 +9,7 @@ import quadriga
 from quadriga.checkpoint import titan
 from quadriga.comm import collectives
 from quadriga.config import Run, messages, to_toml
+from quadriga.data.mixture_loader import MixtureLoader
 from quadriga.data.token_loader import TokenLoader
 from quadriga.errors import printable
 from quadriga.log import logger
@@ -43,12 +44,16 @@ def header_rows(trainer: TrainerParts) -> list[tuple[str, str]]:
         f"{model.n_layers} layers, {model.dim:,} wide, {model.n_heads} heads ({model.n_kv_heads} for keys and values)"
     )
     data = config.training.dataset + (f" at {config.training.dataset_path}" if config.training.dataset_path else "")
+    sources: list[str] = []
     if isinstance(loader := trainer.state.loader, TokenLoader):
         data += f": {loader.describe(spec.steps * spec.global_batch_size)}"
+    elif isinstance(loader, MixtureLoader):
+        data, *sources = loader.describe(spec.steps)
     tokenizer = "" if spec.tokenizer.kind == "none" else f", tokenizer {config.model.hf_assets_path}"
     return [
         ("model", f"{model.name} {model.flavor}: {parameters} parameters, {shape}, vocabulary {model.vocab_size:,}"),
         ("data", f"{data}{tokenizer}"),
+        *(("", source) for source in sources),
         ("ranks", f"{spec.world_size} on {trainer.device.type}, communication over {trainer.backend}"),
         ("backends", format_backend_by_axis(trainer.run, trainer.backend)),
         *messages.describe(trainer.run, "GPU" if trainer.device.type == "cuda" else "rank").items(),

@@ -243,7 +243,7 @@ def export_last_step(run: Run, step: int) -> None:
 def exported_tokenizer(run: Run) -> tuple[SpecialIds, dict[str, bytes]]:
     """BOS and EOS, and the files of the tokenizer. Without one, EOS is what ends a document of the token files."""
     if run.spec.tokenizer.kind == "none":
-        return SpecialIds(None, run.config.training.token_eos_id), {}
+        return SpecialIds(None, run.config.training.end_of_document), {}
     assets = run.config.model.hf_assets_path
     return build_tokenizer(assets).special_ids, transformers_files(assets)
 

@@ -16,7 +16,7 @@ from quadriga.comm import collectives, process_group
 from quadriga.config import Run
 from quadriga.config.continuity import check_extra, model_problems, resume_problems, run_facts, shape_problems
 from quadriga.config.legacy_keys import started_with
-from quadriga.config.schema import TOKENS, JobConfig
+from quadriga.config.schema import JobConfig
 from quadriga.data.loader import Loader
 from quadriga.errors import UserError
 from quadriga.json_collectives import all_gather_json
@@ -143,8 +143,8 @@ def resume_from_titan(run: Run, state: TrainState, found: CheckpointInfo) -> Non
 
 def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
     """Continue reading where torchtitan's loader stopped, if the data are read in the same order."""
-    dataloader, tokens = run.config.training.dataloader, run.config.training.dataset == TOKENS
-    why = unknown_position(saved, shuffle=dataloader.shuffle, tokens=tokens)
+    training = run.config.training
+    why = unknown_position(saved, shuffle=training.dataloader.shuffle, foreign=training.foreign_to_torchtitan)
     if why is None:
         try:
             state.loader.start_at(saved["documents"], saved["tokens_left"])
@@ -158,7 +158,7 @@ def _resume_data(run: Run, state: TrainState, saved: Mapping[str, Any]) -> None:
         plural(saved["documents"], "document"),
         plural(saved["tokens_left"], "id"),
     )
-    if dataloader.window_overlap:
+    if training.dataloader.window_overlap:
         _warn(
             "torchtitan's windows do not overlap, but those of this run do: set training.dataloader.window_overlap = 0 "
             "to read as torchtitan does"

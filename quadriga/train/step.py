@@ -83,6 +83,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
         documents=batch.documents,
         skipped_records=batch.skipped,
         bad_records=totals.bad_records,
+        sources=batch.sources,
     )
 
 

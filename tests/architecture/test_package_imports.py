@@ -71,6 +71,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
         "quadriga.config.run_spec",
         "quadriga.config.added_tokens",
         "quadriga.config.assets",
+        "quadriga.config.mixing",
         "quadriga.config.special_tokens",
         "quadriga.config.tokenizer_files",
     ),

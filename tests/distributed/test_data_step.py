@@ -14,6 +14,7 @@ from quadriga.cli.arguments import run_from_file
 from quadriga.cli.estimate import world_size_of
 from quadriga.cli.main import main
 from quadriga.data.loader import build_loader
+from quadriga.data.mixture_loader import build_mixture_loader
 from quadriga.data.rows import row_ids
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
@@ -32,7 +33,7 @@ def write_lines(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["shuffled", "in order", "tokens"])
+@pytest.fixture(scope="module", params=["shuffled", "in order", "tokens", "mixture"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     data = write_lines(place / "data")
@@ -42,6 +43,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "tokens":
         assert main(["tokenize", str(data), str(place / "ids"), "--tokenizer", "builtin:bytes"]) == EXIT_OK
         keys = ["--training.dataset=tokens", f"--training.dataset_path={place}/ids"]
+    if request.param == "mixture":
+        assert main(["tokenize", str(data), str(place / "ids"), "--tokenizer", "builtin:bytes"]) == EXIT_OK
+        (np.arange(5000) % 250).astype("<u2").tofile(place / "plain.bin")
+        of_ids = f'{{dataset = "tokens", dataset_path = "{place}/ids", weight = 3}}'
+        plain = f'{{dataset = "tokens", dataset_path = "{place}/plain.bin", token_dtype = "uint16", weight = 1}}'
+        keys = [f"--training.sources=[{of_ids}, {plain}]"]
     train(place / "run", 1, *RUN, *keys)
     return place / "run"
 
@@ -52,7 +59,10 @@ def batches(folder: Path, steps: int) -> list[tuple[np.ndarray, dict[str, list[s
     training, spec = run.config.training, run.spec
     order = {"seed": spec.seed, "seq_len": spec.seq_len, "global_batch_size": BATCH, "rows": range(BATCH)}
     order["dataloader"] = training.dataloader
-    if training.dataset == "tokens":
+    if training.sources:
+        sources = training.model_copy(update={"dataloader": order.pop("dataloader")})
+        loader = build_mixture_loader(sources, None, spec.model.vocab_size, **order, assets=None)
+    elif training.dataset == "tokens":
         loader = build_token_loader(training.token_keys, spec.model.vocab_size, **order)
     else:
         loader = build_loader(training.dataset, training.dataset_path, build_tokenizer("builtin:bytes"), **order)

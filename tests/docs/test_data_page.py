@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import struct
@@ -21,7 +22,7 @@ def section(name: str) -> str:
     return PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
 
 
-SECTION = section("Token files")
+SECTION, MIXTURES = section("Token files"), section("Mix sources")
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -37,6 +38,15 @@ def commands(name: str) -> list[list[str]]:
     """The commands of a section."""
     lines = "".join(blocks("bash", section(name))).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines]
+
+
+def write_megatron(prefix: str, ids: np.ndarray, borders: list[int]) -> None:
+    """A pair of Megatron with ids of uint16 in sequences of these lengths."""
+    ids.astype("<u2").tofile(f"{prefix}.bin")
+    starts = 2 * np.cumsum([0, *borders])[:-1]
+    sequences = [np.array(borders, "<i4"), starts.astype("<i8"), np.arange(len(borders) + 1, dtype="<i8")]
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(borders), len(borders) + 1)
+    Path(f"{prefix}.idx").write_bytes(header + b"".join(array.tobytes() for array in sequences))
 
 
 def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], file: str = DEBUG_FILE) -> str:
@@ -78,12 +88,42 @@ def test_texts_are_tokenized_trained_on_and_reported(tmp_path: Path, monkeypatch
 def test_the_configuration_of_two_formats_is_valid(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     ids = np.arange(100_000) % 2000
-    ids.astype("<u2").tofile("pile_text_document.bin")
-    sequences = [np.array([60_000, 40_000], "<i4"), np.array([0, 120_000], "<i8"), np.arange(3, dtype="<i8")]
-    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3)  # version, uint16, two sequences, their borders
-    Path("pile_text_document.idx").write_bytes(header + b"".join(array.tobytes() for array in sequences))
+    write_megatron("pile_text_document", ids, [60_000, 40_000])
     magic = np.zeros(256, "<i4")
     magic[:3] = 20240520, 1, len(ids)
     Path("fineweb_val_000000.bin").write_bytes(magic.tobytes() + ids.astype("<u2").tobytes())
     Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{block("toml")}')
     assert "tokens from pile_text_document: 1 file, 100,000 ids" in " ".join(dry_run([], capsys, "run.toml").split())
+
+
+@pytest.fixture
+def _sources(tmp_path: Path, monkeypatch) -> None:
+    """The sources of the mixtures."""
+    monkeypatch.chdir(tmp_path)
+    write_megatron("web_text_document", np.arange(1_000_000) % 250, [500_000, 500_000])
+    (np.arange(500_000) % 250).astype("<u2").tofile("code.bin")
+    Path("books").mkdir()
+    Path("books/1.jsonl").write_text(json.dumps({"text": "It is a truth universally acknowledged. " * 20}) + "\n")
+
+
+@pytest.mark.usefixtures("_sources")
+def test_the_mixture_is_printed_as_on_the_page(capsys) -> None:
+    mixture, _ = blocks("toml", MIXTURES)
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{mixture}')
+    shown = " ".join(dry_run([], capsys, "run.toml").split())
+    printed = re.findall(r"(?m)^    ((?:web|books|code): .*)", MIXTURES)
+    assert len(printed) == 3
+    for line in printed:
+        assert line in shown
+    (stages,) = re.findall(r"`(--training.stages=.*?)`", MIXTURES)
+    assert "books: 20 % of steps 1 to 900" in " ".join(dry_run(shlex.split(stages), capsys, "run.toml").split())
+
+
+@pytest.mark.usefixtures("_sources")
+def test_tokens_and_epochs_are_printed_with_what_was_asked_for(capsys) -> None:
+    _, amounts = blocks("toml", MIXTURES)
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{amounts}')
+    steps = f"--training.steps={-(-(3_000_000 + 2 * 1953 * 256) // 4096)}"
+    shown = " ".join(dry_run([steps], capsys, "run.toml").split())
+    assert "3,000,000 tokens asked for; tokens from web_text_document" in shown
+    assert "2 epochs, 2.0 epochs asked for; tokens from code.bin" in shown

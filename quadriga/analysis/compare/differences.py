@@ -31,7 +31,8 @@ BACKEND_KEY = "comm.backend"
 IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
 # Settings that differ in one of these train on other batches.
 DATASET_KEYS = ("training.dataset", "training.dataset_path", "training.dataset_text_field", "model.hf_assets_path")
-DATA_KEYS = frozenset({*DATASET_KEYS, "debug.seed", "training.global_batch_size", "training.seq_len"})
+MIXTURE_KEYS = ("training.sources", "training.stages")
+DATA_KEYS = frozenset({*DATASET_KEYS, *MIXTURE_KEYS, "debug.seed", "training.global_batch_size", "training.seq_len"})
 MISSING_VALUE = "(missing)"
 MAX_REPORTED = 20  # keys or warnings of one report
 

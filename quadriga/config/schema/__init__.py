@@ -14,7 +14,8 @@ from quadriga.config.schema.observe import Debug, Metrics, Profiling
 from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
-from quadriga.config.schema.training import TOKENS, Dataloader, Fetching, TokenKeys, Training, Validation
+from quadriga.config.schema.sources import TOKENS, MixtureStage, TokenKeys, TrainingSource
+from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
 
 __all__ = [
     "TOKENS",
@@ -39,6 +40,7 @@ __all__ = [
     "LrScheduler",
     "MemoryEstimation",
     "Metrics",
+    "MixtureStage",
     "Model",
     "Optimizer",
     "Parallelism",
@@ -47,6 +49,7 @@ __all__ = [
     "Section",
     "TokenKeys",
     "Training",
+    "TrainingSource",
     "Validation",
 ]
 

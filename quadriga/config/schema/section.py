@@ -26,6 +26,7 @@ def _not_zero(amount: int) -> int:
 
 
 Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
+TokenCount = Annotated[int, Field(ge=1, le=limits.TRAINING_TOKENS)]
 Amount = Annotated[int, Field(ge=0, le=limits.COUNT)]
 # The title replaces the generated text of allowed values.
 Overlap = Annotated[int, Field(ge=0, le=1, title="0 (torchtitan's windows) or 1 (each token is a label once)")]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from pydantic import Field
 
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
-
-TokenFormat = Literal["auto", "quadriga", "megatron", "llmc", "raw", "npy", "parquet", "arrow"]
-TokenType = Literal["uint16", "uint32", "int32", "int64", "uint8", "int8", "int16", "uint64"]
-TOKENS = "tokens"  # the data set that is read from token files
-TEXT_FIELD = "text"
-
-
-class TokenKeys(NamedTuple):
-    """How the token files at `path` are read: `format`, `dtype` and `eos_id` are `token_format`, `token_dtype` and
-    `token_eos_id`; `field` is the column of Parquet and Arrow files, None if none is named. `table`: `training` or
-    `validation`, for messages."""
-
-    table: str
-    path: str
-    format: TokenFormat
-    dtype: TokenType | None
-    eos_id: int | None
-    field: str | None
+from quadriga.config.schema.sources import (
+    TEXT_FIELD,
+    TOKENS,
+    MixtureStage,
+    TokenFormat,
+    TokenKeys,
+    TokenType,
+    TrainingSource,
+    token_column,
+)
 
 
 class Fetching(Section):
@@ -75,6 +69,12 @@ class Training(Section):
     token_eos_id: Amount | None = None
     """The id that ends a document in `tokens` files that have no index of documents."""
 
+    sources: tuple[TrainingSource, ...] = Field((), title="tables [[training.sources]]")
+    """A mixture of data sets, instead of `dataset`: one table for each source, with its share."""
+
+    stages: tuple[MixtureStage, ...] = Field((), title="tables [[training.stages]]")
+    """Other weights of the sources from a later step on: one table for each stage."""
+
     local_batch_size: Count = 8
     """Sequences in one micro-batch of one data-parallel rank."""
 
@@ -121,8 +121,30 @@ class Training(Section):
         """How `tokens` are read."""
         path = self.dataset_path or ""  # which `assets.dataset_problem` refuses
         return TokenKeys(
-            "training", path, self.token_format, self.token_dtype, self.token_eos_id, _named(self.dataset_text_field)
+            "training",
+            path,
+            self.token_format,
+            self.token_dtype,
+            self.token_eos_id,
+            token_column(self.dataset_text_field),
         )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any data must be tokenized."""
+        datasets = [source.dataset for source in self.sources] or [self.dataset]
+        return any(dataset != TOKENS for dataset in datasets)
+
+    @property
+    def foreign_to_torchtitan(self) -> str | None:
+        """What the data are, if torchtitan reads nothing like them."""
+        return "a mixture" if self.sources else "token files" if self.dataset == TOKENS else None
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The id that ends a document in all token files; None if there is no such id, or several."""
+        ids = {source.token_eos_id for source in self.sources if source.dataset == TOKENS} or {self.token_eos_id}
+        return ids.pop() if len(ids) == 1 else None
 
     @property
     def computes_in_full_float32(self) -> bool:
@@ -190,10 +212,5 @@ class Validation(Section):
             self.token_format or inherited.format,
             dtype,
             inherited.eos_id if eos_id is None else eos_id,
-            inherited.field if field is None else _named(field),
+            inherited.field if field is None else token_column(field),
         )
-
-
-def _named(column: str) -> str | None:
-    """The column of token ids; None for the default of texts."""
-    return None if column == TEXT_FIELD else column

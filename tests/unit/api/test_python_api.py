@@ -15,6 +15,7 @@ import quadriga
 
 LIGHT = "import sys, json, quadriga; print(json.dumps(sorted(sys.modules)))"
 HELP = "import sys, json; from quadriga.cli.main import main; main(['--help']); print(json.dumps(sorted(sys.modules)))"
+HELP_MODULES = {f"quadriga.{name}" for name in ("cli", "cli.main", "errors", "log", "terminal")}
 PLANNING = """
 import sys, quadriga
 config = quadriga.load_config(sys.argv[1], {"training.steps": 7})
@@ -34,7 +35,7 @@ def test_what_an_import_loads(code):
     modules = json.loads(run_python(code).splitlines()[-1])
     assert not {name.split(".")[0] for name in modules} & {"torch", "numpy", "pydantic", "typing_extensions"}
     own = {name for name in modules if name.startswith("quadriga.")}
-    assert own == (set() if code is LIGHT else {"quadriga.cli", "quadriga.cli.main", "quadriga.errors"})
+    assert own == (set() if code is LIGHT else HELP_MODULES)
 
 
 def test_planning_needs_no_torch():

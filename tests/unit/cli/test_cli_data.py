@@ -161,3 +161,27 @@ def test_pieces_of_a_document_are_counted_once(tmp_path):
     assert source.shards > 1
     found = contents.contents_of_text(source, ByteTokenizer(), whole=True)
     assert (found.documents, found.tokens, dict(found.lengths)) == (1, 15_002, {8192: 1})
+
+
+def test_the_sources_of_a_mixture_are_shown_one_by_one(tmp_path, capsys):
+    texts = write_texts(tmp_path / "books")
+    np.arange(600).astype("<u2").tofile(tmp_path / "code.bin")
+    sources = [f'dataset = "jsonl"\ndataset_path = "{texts}"\nweight = 3']
+    sources.append(f'dataset = "tokens"\ndataset_path = "{tmp_path}/code.bin"\ntoken_dtype = "uint16"\nweight = 1')
+    tables = "".join(f"[[training.sources]]\n{source}\n" for source in sources)
+    (tmp_path / "mixed.toml").write_text("[training]\nseq_len = 16\n" + tables)
+    report = shown(capsys, tmp_path / "mixed.toml")
+    assert report.startswith("mixture\n2 sources in windows of one source each\nbooks: 75 %, ")
+    assert f"data         jsonl from {texts}\n" in report
+    assert f"documents    {len(LENGTHS)}\n" in report
+    assert f"data         tokens from {tmp_path}/code.bin\n" in report
+    assert "with 600 ids\n" in report
+
+
+def test_rows_of_a_mixture_with_texts_are_refused_by_name(tmp_path, capsys):
+    texts = write_texts(tmp_path / "books")
+    source = f'[[training.sources]]\ndataset = "jsonl"\ndataset_path = "{texts}"\nweight = 1\n'
+    (tmp_path / "config.toml").write_text("[training]\nseq_len = 16\n" + source)
+    (tmp_path / "environment.json").write_text('{"world_size": 1}')
+    assert main(["data", str(tmp_path), "--step", "3"]) == EXIT_USAGE
+    assert "the mixture has sources of text" in capsys.readouterr().err

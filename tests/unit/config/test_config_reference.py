@@ -8,14 +8,14 @@ import jsonschema
 import pytest
 
 from quadriga.config import JobConfig, legacy_keys, rules_torchtitan, to_toml
-from quadriga.config.keys import KEYS, format_toml
+from quadriga.config.keys import ITEM_KEYS, KEYS, format_toml
 from quadriga.config.reference import documentation, json_schema, print_keys, reference_page
 from quadriga.config.schema import Section
 
 
 def test_every_key_has_a_sentence_of_its_own():
     documented = documentation()
-    assert documented.keys() == KEYS.keys()
+    assert documented.keys() == KEYS.keys() | ITEM_KEYS.keys()
     for name, text in documented.items():
         assert text[0].isupper() or text[0] in "`[", name
         assert text.endswith("."), name
@@ -23,7 +23,7 @@ def test_every_key_has_a_sentence_of_its_own():
 
 
 def test_every_section_is_frozen_and_closed():
-    for key in KEYS.values():
+    for key in (*KEYS.values(), *ITEM_KEYS.values()):
         assert issubclass(key.section, Section)
         assert key.section.model_config["frozen"]
         assert key.section.model_config["extra"] == "forbid"
@@ -102,3 +102,7 @@ def test_help_prints_all_keys_or_those_that_are_asked_for(capsys):
     some = capsys.readouterr().out
     assert "--activation_checkpoint.memory_budget" in some
     assert "--training.steps" not in some
+    print_keys(["training.sources"])
+    some = capsys.readouterr().out
+    assert "[[training.sources]]" in some
+    assert "weight" in some

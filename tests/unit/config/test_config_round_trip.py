@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quadriga.config import JobConfig, to_toml
-from quadriga.config.keys import KEYS, Key, _unwrap_annotated
+from quadriga.config.keys import ITEM_KEYS, KEYS, Key, _unwrap_annotated, is_section
 from quadriga.config.load import _nested, load
+from quadriga.config.schema import Section
 
 # Of a path, `~` and `$` stand for folders and variables, which this machine may not have.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00~$"), max_size=12)
@@ -34,6 +35,10 @@ def of_kind(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     kind, metadata = _unwrap_annotated(kind, metadata)
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
+    if is_section(kind):
+        return tables(kind)
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(TEXT, st.floats(0, allow_infinity=False), max_size=3)
     if typing.get_origin(kind) is tuple:
         return st.lists(of_kind(typing.get_args(kind)[0], []), max_size=3).map(tuple)
     if kind is bool:
@@ -49,6 +54,14 @@ def of_kind(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     return st.floats(
         least, most, exclude_min=isinstance(low, Gt), exclude_max=isinstance(high, Lt), allow_infinity=False
     )
+
+
+@st.composite
+def tables(draw: st.DrawFn, section: type[Section]) -> Section:
+    """Any table of a list. A name has a form of its own."""
+    keys = [key for key in ITEM_KEYS.values() if key.section is section]
+    made = {key.name.rpartition(".")[2]: draw(values(key)) for key in keys if not key.name.endswith(".name")}
+    return section.model_validate(made)
 
 
 @st.composite

@@ -160,7 +160,7 @@ def test_back_to_a_mark_reads_on_there_and_neither_looks_at_files(lines, monkeyp
     following = [loader.next().tokens for _ in range(2)]
     with monkeypatch.context() as patch:
         for name in ("layout", "anchor", "load_layout"):
-            patch.setattr(type(loader._streams.source), name, lambda *given: pytest.fail("a file was read"))
+            patch.setattr(type(loader.streams.source), name, lambda *given: pytest.fail("a file was read"))
         assert loader.snapshot() != mark
         loader.restore(mark)
     assert loader.state_dict() == state

@@ -101,8 +101,8 @@ def reads_now(path: Path, state: dict, line: int) -> bool:
     """Whether a stream stands in the shard of this line."""
     loader = make("jsonl", path)
     loader.load_state_dict(state)
-    shards = {loader._streams.shard(row, loader._cursors[row])[0] for row in range(ROWS)}
-    return any(b"<%d>" % line in record.data for shard in shards for record in loader._streams.source.read(shard))
+    shards = {loader.streams.shard(row, loader._cursors[row])[0] for row in range(ROWS)}
+    return any(b"<%d>" % line in record.data for shard in shards for record in loader.streams.source.read(shard))
 
 
 def test_lines_that_are_shorter_or_as_long_change_no_batch_either(tmp_path):

@@ -118,7 +118,7 @@ def test_a_resume_goes_on_where_lines_went_far_behind(path, monkeypatch):
     for steps in count(1):  # until both rows are at the end of a shard, with two shards free behind it
         loader.next()
         state = loader.state_dict()
-        shards = [loader._streams.shard(row, loader._cursors[row]) for row in range(2)]
+        shards = [loader.streams.shard(row, loader._cursors[row]) for row in range(2)]
         last = max(shard for shard, _ in shards)
         if last < 14 and min(documents for _, documents in shards) > 5:
             break
@@ -134,7 +134,7 @@ def test_a_resume_goes_on_where_lines_went_far_behind(path, monkeypatch):
 
 
 def records(loader: Loader) -> list[Record]:
-    source = loader._streams.source
+    source = loader.streams.source
     return [record for shard in range(source.shards) for record in source.read(shard)]
 
 
@@ -157,7 +157,7 @@ def test_a_text_that_grew_is_cut_as_before_and_its_new_part_by_the_same_step(tmp
     assert max(len(record.data) for record in now) <= state["layout"]["step"] + text.LOOK_AHEAD
     assert [record.begins for record in now] == [True] + [False] * (len(now) - 1)
     assert [record.ends for record in now] == [False] * (len(now) - 1) + [True]
-    assert again._streams.source.shards == loader._streams.source.shards
+    assert again.streams.source.shards == loader.streams.source.shards
 
 
 # --- the place of a record in a message -------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def folders(dump: Path) -> Folders:
     return Folders(str(dump), *(str(dump / name) for name in names))
 
 
-def records(steps: range, attempt: int = 1, loss: float = 2.0) -> list[dict]:
+def records(steps: range, attempt: int = 1, loss: float = 2.0, sources: dict | None = None) -> list[dict]:
     meter = Meter(
         Metrics(log_freq=1),
         steps=200,
@@ -40,7 +40,7 @@ def records(steps: range, attempt: int = 1, loss: float = 2.0) -> list[dict]:
         device=torch.device("cpu"),
         clock=itertools.count(start=0.0, step=0.25).__next__,
     )
-    more = {"max_loss": torch.tensor(9.0), "skipped": torch.tensor(0), "verdict": torch.zeros(5)}
+    more = {"max_loss": torch.tensor(9.0), "skipped": torch.tensor(0), "verdict": torch.zeros(5), "sources": sources}
     metrics = (
         StepMetrics(step, torch.tensor(loss + step / 100), torch.tensor(0.5), 1e-3, 64 * step, 0.01, **more)
         for step in steps
@@ -159,3 +159,17 @@ def test_wandb_that_is_not_installed_is_reported(tmp_path, monkeypatch):
 def test_records_are_json():
     (record,) = records(range(1, 2))
     assert json.loads(json.dumps(record)) == record
+
+
+def test_sources_of_a_mixture_are_in_the_record_and_in_the_curves(tmp_path):
+    counts = {"web": {"tokens": 640, "epochs": 0.5}, "books": {"tokens": 64, "epochs": 2}}
+    (record,) = records(range(1, 2), sources=counts)
+    (plain,) = records(range(1, 2))
+    assert record["source_tokens"] == {"web": 640, "books": 64}
+    assert record["source_epochs"] == {"web": 0.5, "books": 2}
+    assert record.keys() - plain.keys() == {"source_tokens", "source_epochs"}
+    write(build(Metrics(enable_tensorboard=True), tmp_path), [record])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [record]
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.value for event in events.Scalars("sources/web/epochs")] == [0.5]
+    assert [event.value for event in events.Scalars("sources/books/tokens")] == [64]

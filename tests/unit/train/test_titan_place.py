@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quadriga.checkpoint.folder import CheckpointInfo
+from quadriga.config.schema import Dataloader, Training, TrainingSource
 from quadriga.errors import Problem, UserError
 from quadriga.train.resume import resume_from_titan
 
@@ -22,9 +23,9 @@ class Loader:
         self.at = documents, tokens_left
 
 
-def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0, dataset: str = "builtin") -> SimpleNamespace:
-    dataloader = SimpleNamespace(shuffle=shuffle, window_overlap=overlap)
-    config = SimpleNamespace(training=SimpleNamespace(dataloader=dataloader, dataset=dataset))
+def go_on(extra: dict[str, Any], shuffle: bool = False, overlap: int = 0, **data: Any) -> SimpleNamespace:
+    training = Training(dataloader=Dataloader(shuffle=shuffle, window_overlap=overlap), **data)
+    config = SimpleNamespace(training=training)
     run: Any = SimpleNamespace(config=config, spec=SimpleNamespace(tokens_per_step=100))
     state: Any = SimpleNamespace(step=0, tokens_seen=0, loader=Loader())
     resume_from_titan(run, state, CheckpointInfo(7, "step-7", ("model", "optimizer"), extra, trainer="torchtitan"))
@@ -57,11 +58,13 @@ def test_the_place_in_the_data(name, caplog):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_token_files_have_no_such_place(caplog, shuffle):
+@pytest.mark.parametrize("what", ["token files", "a mixture"])
+def test_other_data_have_no_such_place(caplog, shuffle, what):
+    mixture = {"sources": (TrainingSource(dataset="builtin", weight=1.0),)}
     with caplog.at_level(logging.WARNING):
-        state = go_on({"dataloader": PLACE}, shuffle, dataset="tokens")
+        state = go_on({"dataloader": PLACE}, shuffle, **({"dataset": "tokens"} if what == "token files" else mixture))
     assert state.loader.at is None
-    assert "token files, in which torchtitan has no position. Reading begins" in caplog.text
+    assert f"{what}, in which torchtitan has no position. Reading begins" in caplog.text
     assert "training.dataloader.shuffle" not in caplog.text
 
 

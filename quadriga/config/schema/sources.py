@@ -1,0 +1,123 @@
+"""What names data to read: token files, and the tables [[training.sources]] and [[training.stages]] of a mixture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from quadriga.config.schema.section import Amount, Count, Name, NonNegative, Positive, Section, TokenCount
+
+TokenFormat = Literal["auto", "quadriga", "megatron", "llmc", "raw", "npy", "parquet", "arrow"]
+TokenType = Literal["uint16", "uint32", "int32", "int64", "uint8", "int8", "int16", "uint64"]
+TOKENS = "tokens"  # the data set that is read from token files
+TEXT_FIELD = "text"
+NAME_CHARACTERS = 64  # of a source
+NAME_FORM = f"letters of ASCII, digits, `_`, `.` and `-`, at most {NAME_CHARACTERS}"
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=NAME_CHARACTERS)]
+
+
+class TokenKeys(NamedTuple):
+    """How the token files at `path` are read: `format`, `dtype` and `eos_id` are `token_format`, `token_dtype` and
+    `token_eos_id`; `field` is the column of Parquet and Arrow files, None if none is named. `table`: `training`,
+    `validation` or a source, as `training.sources[NAME]`, for messages."""
+
+    table: str
+    path: str
+    format: TokenFormat
+    dtype: TokenType | None
+    eos_id: int | None
+    field: str | None
+
+
+def token_column(field: str) -> str | None:
+    """The column of token ids; None for the default of texts."""
+    return None if field == TEXT_FIELD else field
+
+
+class TrainingSource(Section):
+    """One source of a mixture. Exactly one of `weight`, `tokens` and `epochs` says how much of it is read."""
+
+    name: SourceName | None = Field(None, title=NAME_FORM)
+    """The name in messages and metrics; none is the last part of the path without its suffix, or the data set."""
+
+    dataset: Name
+    """The data, as `training.dataset`."""
+
+    dataset_path: str | None = None
+    """A file, a folder or a glob of local files."""
+
+    dataset_text_field: Name = TEXT_FIELD
+    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
+
+    token_format: TokenFormat = "auto"
+    """The format of `tokens`; `auto` recognizes it by the content. `raw` are ids without a header."""
+
+    token_dtype: TokenType | None = None
+    """The integer type of `tokens` files without a header, which is never guessed. Other files state theirs."""
+
+    token_eos_id: Amount | None = None
+    """The id that ends a document in `tokens` files that have no index of documents."""
+
+    weight: NonNegative | None = None
+    """The share of the windows, relative to the other weights. 0: only a later stage reads the source."""
+
+    tokens: TokenCount | None = None
+    """The tokens to read, relative to those of the other sources."""
+
+    epochs: Positive | None = None
+    """How often the source is read, relative to the other sources. Only token files have a known size."""
+
+    @property
+    def title(self) -> str:
+        """`name`, or what stands for it by default."""
+        if self.name is not None:
+            return self.name
+        for part in reversed(PurePath(self.dataset_path or "").parts):
+            stem = PurePath(part.removesuffix(".gz")).stem
+            if text := re.sub(r"[^A-Za-z0-9_.\-]+", "_", stem).strip("_.-"):  # a glob as *.jsonl has none
+                return text[:NAME_CHARACTERS]
+        return self.dataset
+
+    @property
+    def table(self) -> str:
+        """The table of this source in messages."""
+        return f"training.sources[{self.title}]"
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Which of `weight`, `tokens` and `epochs` are set, with their values."""
+        given = {"weight": self.weight, "tokens": self.tokens, "epochs": self.epochs}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def token_keys(self) -> TokenKeys:
+        """How `tokens` are read."""
+        return TokenKeys(
+            self.table,
+            self.dataset_path or "",
+            self.token_format,
+            self.token_dtype,
+            self.token_eos_id,
+            token_column(self.dataset_text_field),
+        )
+
+
+class MixtureStage(Section):
+    """Other weights from `from_step` or `from_tokens` on, until the next stage. The weights of the sources themselves
+    count before the first stage."""
+
+    from_step: Count | None = None
+    """The number of steps before the stage."""
+
+    from_tokens: TokenCount | None = None
+    """The tokens before the stage, rounded up to whole steps of `global_batch_size` x `seq_len` tokens."""
+
+    weights: dict[str, NonNegative]
+    """The weight of each source by its name; a source that is not named is not read."""
+
+    def first_step(self, tokens_per_step: int) -> int:
+        """The number of steps before the stage."""
+        return self.from_step or -(-(self.from_tokens or 0) // tokens_per_step)
