@@ -49,12 +49,12 @@ Opened = tuple[str, TokenFile]  # the format of a file, and the file
 class TokenFiles:
     """Files of token ids as one sequence of ids, file after file. Any thread can read any part.
 
-    files: the data files, without the indexes of Megatron.
-    length: ids of all files.
-    fingerprint: identifies the data, one word without `;`, equal for equal data in any place. It is made of the names
-        and sizes of the files and their indexes, their format and dtypes, the column, what separates documents, and the
-        hashes of shards.
-    made_by: the tokenizer of the ids, if the files state it.
+    `files` are the data files, without the indexes of Megatron, and `length` is the number of ids in all of them.
+    `made_by` is the tokenizer of the ids, if the files state it.
+
+    `fingerprint` identifies the data: one word without `;`, equal for equal data in any place. It is made of the names
+    and sizes of the files and their indexes, their format and dtypes, the column, what separates documents, and the
+    hashes of shards.
     """
 
     def __init__(self, parts: Sequence[TokenFile], files: OpenFiles, fingerprint: str, eos_id: int | None) -> None:

@@ -316,8 +316,9 @@ def test_a_folder_of_another_job_is_refused(source, expected, tmp_path, capsys, 
 def test_an_unfinished_job_is_continued_only_as_it_was(source, tmp_path, capsys):
     out = tmp_path / "out"
     process = start(source, out, "--workers", "1")
-    while not list((out / WORK).glob("*.piece")) and process.poll() is None:
+    while not list(out.glob("*.bin")) and process.poll() is None:
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)  # it cannot finish before it is killed
     assert "another process is writing this folder" in refusal(capsys, *arguments(source, out))
     process.kill()
     process.communicate()
@@ -376,7 +377,8 @@ def test_a_process_that_is_killed_is_a_fault_and_the_job_continues(source, expec
     def kill_worker(progress: TokenizeProgress) -> None:
         if progress.source_bytes and not killed:
             children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
-            killed.append(int(children[0]))
+            workers = [pid for pid in children if b"tokenize_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            killed.append(int(workers[0]))
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
