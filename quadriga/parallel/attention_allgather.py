@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from quadriga.parallel.attention_documents import attend_documents, attend_documents_backward
 from quadriga.parallel.attention_kernels import attend, attend_backward, empty_result, register_gradients
 from quadriga.parallel.sequence_cut import SequenceCut
 
@@ -20,17 +21,19 @@ class AllGatherAttention(nn.Module):
         super().__init__()
         self.cut, self.group_name = cut, group_name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
         # The sequence comes first, because an all-gather concatenates the ranks' parts along dimension 0.
         local = torch.stack((k, v)).movedim(3, 0).contiguous()
         gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(local, self.cut.size, self.group_name))
         whole_k, whole_v = self.cut.to_sequence_order(gathered).movedim(0, 3).unbind()
-        out, _ = chunk_attention(q, whole_k, whole_v, self.cut.starts(q.shape[2]))
+        out, _ = chunk_attention(q, whole_k, whole_v, borders, self.cut.starts(q.shape[2]))
         return out
 
 
 @torch.library.custom_op("quadriga::chunk_attention", mutates_args=())
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None, starts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Causal attention of a part of a sequence to the whole sequence: (out, lse).
 
     It is a custom operation so that no mask of queries x keys is built and only `out` and `lse` are saved.
@@ -38,6 +41,7 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> t
     Args:
         q: (batch, heads, part, head_dim): `len(starts)` chunks of equal length, concatenated.
         k, v: (batch, kv_heads, seq, head_dim), in natural order.
+        borders: of documents (`attention_documents`), which do not see each other; None: one document per row.
         starts: the chunks' first positions.
 
     Returns:
@@ -47,15 +51,24 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> t
     out, lse = empty_result(q)
     for number, start in enumerate(starts):
         own = slice(number * length, (number + 1) * length)
-        out[:, :, own], lse[:, :, own] = attend(
-            q[:, :, own], k[:, :, : start + length], v[:, :, : start + length], causal=True
-        )
+        given = (q[:, :, own], k[:, :, : start + length], v[:, :, : start + length])
+        if borders is None:
+            out[:, :, own], lse[:, :, own] = attend(*given, causal=True)
+        else:
+            out[:, :, own], lse[:, :, own] = attend_documents(*given, borders, start, 0)
     return out, lse
 
 
 @torch.library.custom_op("quadriga::chunk_attention_backward", mutates_args=())
 def chunk_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Sequence[int]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    borders: Tensor | None,
+    starts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes and dtypes. Those of k and v are summed in float32, then rounded."""
     length = q.shape[2] // len(starts)
@@ -63,9 +76,11 @@ def chunk_attention_backward(
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for number, start in enumerate(starts):
         own, seen = slice(number * length, (number + 1) * length), slice(0, start + length)
-        dq[:, :, own], chunk_dk, chunk_dv = attend_backward(
-            *(grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own], lse[:, :, own]), causal=True
-        )
+        given = (grad[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own], lse[:, :, own])
+        if borders is None:
+            dq[:, :, own], chunk_dk, chunk_dv = attend_backward(*given, causal=True)
+        else:
+            dq[:, :, own], chunk_dk, chunk_dv = attend_documents_backward(*given, borders, start, 0)
         dk[:, :, seen] += chunk_dk
         dv[:, :, seen] += chunk_dv
     return dq, dk.to(k.dtype), dv.to(v.dtype)

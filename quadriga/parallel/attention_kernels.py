@@ -68,10 +68,11 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
     return out * (lse - both).exp().unsqueeze(-1) + other_out * (other_lse - both).exp().unsqueeze(-1), both
 
 
-def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialized (out, lse). The heads of a position are adjacent in memory, as the output projection needs them."""
+def empty_result(q: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Uninitialized (out, lse); out has the dtype of q unless `dtype` is given. The heads of a position are adjacent in
+    memory, as the output projection needs them."""
     batch, heads, length, head_dim = q.shape
-    out = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = torch.empty((batch, length, heads, head_dim), dtype=dtype or q.dtype, device=q.device).transpose(1, 2)
     return out, torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
 
 
@@ -79,15 +80,19 @@ def register_gradients(forward: CustomOpDef, backward: CustomOpDef) -> None:
     """Make `backward` the backward pass of `forward`, and register the fake kernels of both.
 
     `forward` takes q, k, v and more arguments, and returns (out, lse). `backward` takes the gradient of out, then q, k,
-    v, out, lse and those arguments, and returns the gradients of q, k and v.
+    v, out, lse and those arguments, and returns the gradients of q, k and v. The first of those arguments may be a
+    tensor, which has no gradient.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *ctx.rest = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        q, k, v, *rest = inputs
+        tensors = rest[:1] if isinstance(rest[0], Tensor) else []
+        ctx.rest = rest[len(tensors) :]
+        ctx.save_for_backward(q, k, v, *output, *tensors)
 
     def run_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * len(ctx.rest)
+        given = (*ctx.saved_tensors, *ctx.rest)
+        return *backward(grad, *given), *[None] * (len(given) - 5)
 
     forward.register_fake(lambda q, *rest: empty_result(q))
     backward.register_fake(lambda grad, q, k, v, *rest: empty_gradients(q, k, v))
@@ -137,8 +142,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = chosen_kernel(q, k, v, causal)
     if kernel == FLASH:
-        # The kernel takes the state of the random generator, but does not read it without dropout.
-        state, unused = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
+        state, unused = _unused_random_state(q)
         lengths = (None, None, q.shape[2], k.shape[2])
         given = (grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(*given)
@@ -155,6 +159,43 @@ def _backward(
     grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     return dq, dk, dv
+
+
+def flash_forward_of_lengths(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Any, q_length: int, k_length: int
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of flash attention 2 on CUDA to rows that lie end to end, (tokens, heads, head_dim); lse is (heads,
+    tokens). `lengths`: `attention_documents.Lengths`. `q_length`, `k_length`: of the longest piece."""
+    causal = lengths.causal  # aligned at the last positions of each piece
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, lengths.queries, lengths.keys, q_length, k_length, 0.0, causal, False
+    )
+    return out, lse
+
+
+def flash_backward_of_lengths(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Any,
+    q_length: int,
+    k_length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `flash_forward_of_lengths`."""
+    state, unused = _unused_random_state(q)
+    pieces = (lengths.queries, lengths.keys, q_length, k_length)
+    given = (grad.contiguous(), q, k, v, out, lse, *pieces, 0.0, lengths.causal, state, unused)
+    dq, dk, dv = aten._flash_attention_backward(*given)
+    return dq, dk, dv
+
+
+def _unused_random_state(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Flash attention takes the state of the random generator, but does not read it without dropout."""
+    state, unused = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
+    return state, unused
 
 
 def efficient_forward(

@@ -20,13 +20,13 @@ class UlyssesAttention(nn.Module):
         super().__init__()
         self.core, self.cut, self.group_name = core, cut, group_name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
         size = self.cut.size
         heads = [x.shape[1] // size for x in (q, k, v)]
         # (batch, ranks, heads, part, head_dim), so that one exchange carries all three; then ranks and part go first.
         by_rank = torch.cat([x.unflatten(1, (size, -1)) for x in (q, k, v)], dim=2)
         whole = self.cut.to_sequence_order(self._exchanged(by_rank.permute(1, 3, 0, 2, 4)))
-        attended = self.core(*whole.permute(1, 2, 0, 3).split(heads, dim=1))
+        attended = self.core(*whole.permute(1, 2, 0, 3).split(heads, dim=1), borders)
         by_rank = self.cut.to_rank_order(attended.permute(2, 0, 1, 3)).unflatten(0, (size, -1))
         return self._exchanged(by_rank).unflatten(0, (size, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 

@@ -39,16 +39,17 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
 
 
 def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, each (seq, 1, head_dim) in `dtype`; the 1 broadcasts over the heads.
+    """Cosines and signed sines, each (seq, 1, head_dim) in `dtype`, or (batch, seq, 1, head_dim) if rows have their own
+    positions; the 1 broadcasts over the heads.
 
-    `frequencies`: float32, (head_dim / 2,); `positions`: (seq,). The sines of the first half are negated, so that
-    `rotate` needs no negation.
+    `frequencies`: float32, (head_dim / 2,); `positions`: (seq,) or (batch, seq). The sines of the first half are
+    negated, so that `rotate` needs no negation.
     """
-    angles = torch.outer(positions.to(torch.float32), frequencies)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     cos, sin = angles.cos(), angles.sin()
     return (
-        torch.cat((cos, cos), dim=-1).to(dtype).unsqueeze(1),
-        torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(1),
+        torch.cat((cos, cos), dim=-1).to(dtype).unsqueeze(-2),
+        torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(-2),
     )
 
 
@@ -60,10 +61,12 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
     """Attention of each position to itself and earlier ones: (batch, heads, seq, head_dim) -> the same shape and dtype.
 
-    k and v can have fewer heads, each shared by the same number of query heads (GQA, arXiv 2305.13245).
+    k and v can have fewer heads, each shared by the same number of query heads (GQA, arXiv 2305.13245). With `borders`
+    (`Llama.forward`), no document sees another one, by a mask of seq x seq; `parallel.attention_documents` computes the
+    same without that mask.
     """
     dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and dtype.itemsize < 4:
@@ -72,14 +75,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if repeats_kv(q.device.type, dtype.itemsize, q.shape[1], k.shape[1]):
         k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
         grouped = False
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).to(dtype)
+    mask = None if borders is None else document_mask(borders, q.shape[2]).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped).to(dtype)
+
+
+def document_mask(borders: Tensor, seq_len: int) -> Tensor:
+    """Which key a query sees: bool, (batch, seq, seq). `borders`: see `Llama.forward`."""
+    places = torch.arange(seq_len, device=borders.device)
+    document = (borders.unsqueeze(1) <= places.unsqueeze(1)).sum(-1)  # (batch, seq)
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return same & (places.unsqueeze(1) >= places)
 
 
 class CausalAttention(nn.Module):
     """`causal_attention` as a module without parameters, so that context parallelism can replace it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> Tensor:
+        return causal_attention(q, k, v, borders)
 
 
 class Attention(nn.Module):
@@ -92,12 +104,12 @@ class Attention(nn.Module):
         self.wo = nn.Linear(spec.n_heads * spec.head_dim, spec.dim, bias=False)
         self.core = CausalAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor, borders: Tensor | None = None) -> Tensor:
         heads = (-1, self.head_dim)  # as many heads as this rank's projections return
         q = rotate(self.wq(x).unflatten(-1, heads), cos, signed_sin)
         k = rotate(self.wk(x).unflatten(-1, heads), cos, signed_sin)
         v = self.wv(x).unflatten(-1, heads)
-        attended = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        attended = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), borders)
         return self.wo(attended.transpose(1, 2).flatten(2))
 
 
@@ -122,8 +134,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(spec.dim, eps=spec.norm_eps)
         self.ffn_norm = nn.RMSNorm(spec.dim, eps=spec.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, signed_sin)
+    def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor, borders: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, signed_sin, borders)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -171,10 +183,15 @@ class Llama(nn.Module):
         spec, device = self.spec, self.rope_frequencies.device
         self.rope_frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling, device)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, borders: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab) in the dtype of the parameters, of int64 `tokens` (batch, seq).
 
-        `positions`, int64 (seq,): the positions of the tokens in the whole sequence; None: 0, 1, 2 ...
+        Args:
+            positions: int64, (seq,), the positions of the tokens in the whole sequence; (batch, seq) if rows differ, as
+                positions in documents do; None: 0, 1, 2 ...
+            borders: int32, (batch, n), the documents of each row, which do not see each other: the first position of
+                each in the whole sequence, beginning with 0, then the length of the sequence, repeated. None: a row is
+                one document.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         if positions is None:
@@ -183,6 +200,6 @@ class Llama(nn.Module):
         # would save microseconds.
         cos, signed_sin = rope_tables(self.rope_frequencies.to(tokens.device), positions, x.dtype)
         for layer in self.layers.values():
-            x = layer(x, cos, signed_sin)
+            x = layer(x, cos, signed_sin, borders)
         x = x if self.norm is None else self.norm(x)
         return x if self.output is None else self.output(x)

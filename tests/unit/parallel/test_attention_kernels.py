@@ -77,7 +77,7 @@ def test_attention_of_parts_is_attention(device: str, dtype: torch.dtype, tolera
     for rank in range(4):
         cut = SequenceCut(rank, 4, 2)
         here = cut.positions(seq // 4).to(device)
-        out, _ = chunk_attention(mine[0][:, :, here], mine[1], mine[2], cut.starts(seq // 4))
+        out, _ = chunk_attention(mine[0][:, :, here], mine[1], mine[2], None, cut.starts(seq // 4))
         out.backward(grad[:, :, here])
         assert out.dtype == dtype
         assert error(out, expected[:, :, here]) <= tolerance
@@ -183,4 +183,4 @@ def test_the_operations_keep_torchs_rules(dynamic: bool) -> None:
     arguments = tuple(x.requires_grad_() for x in (q, k, v))
     check = "test_aot_dispatch_dynamic" if dynamic else "test_aot_dispatch_static"
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", check)
-    torch.library.opcheck(chunk_attention, (*arguments, [0, 12]), test_utils=checks)
+    torch.library.opcheck(chunk_attention, (*arguments, None, [0, 12]), test_utils=checks)
