@@ -7,18 +7,21 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from tiny import to_full_tensor
+from tiny import to_full_tensor, without_next_document
 from torch.distributed.fsdp import FSDPModule
 from training import DEBUG_FILE, TINY
 
 from quadriga.comm.backend import BACKENDS
 from quadriga.comm.mesh import build_mesh
 from quadriga.config import Run, read
+from quadriga.data.document_borders import document_tensors
 from quadriga.data.loader import Batch, Loader
 from quadriga.models.registry import catalogue
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
+from quadriga.train.feed import Feed
 from quadriga.train.build import build_forward_backward, build_parts, build_step_config
+from quadriga.train.loss import Divisor
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step
 
@@ -66,8 +69,28 @@ class FixedBatches:
         generator = torch.Generator().manual_seed(self.step)
         shape = (spec.global_batch_size, spec.seq_len + 1)
         rows = torch.randint(0, spec.model.vocab_size, shape, generator=generator)
-        mine = rows[self.rank * spec.rows_per_rank : (self.rank + 1) * spec.rows_per_rank]
-        return Batch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous())
+        own = slice(self.rank * spec.rows_per_rank, (self.rank + 1) * spec.rows_per_rank)
+        tokens, labels = rows[own, :-1].contiguous(), rows[own, 1:].contiguous()
+        if not self.run.config.training.document_mask:
+            return Batch(tokens, labels)
+        starts = document_starts(self.step, spec.global_batch_size, spec.seq_len)[own]
+        positions, borders = document_tensors(starts, spec.seq_len)
+        return Batch(tokens, without_next_document(labels, starts), positions=positions, borders=borders)
+
+
+def document_starts(step: int, rows: int, seq_len: int) -> tuple[tuple[int, ...], ...]:
+    """Where documents begin in the rows of a step, after 0. The rows take turns in these kinds, other ones each step:
+    one document; a border on each eighth, so on each cut; documents of one token at both ends of a row; a document over
+    almost all of the row; documents of one token only."""
+    eighth = seq_len // 8
+    kinds = [
+        (),
+        tuple(range(eighth, seq_len, eighth)),
+        (1, 2, 3, seq_len - 1),
+        (1, seq_len - 2),
+        tuple(range(1, seq_len)),
+    ]
+    return tuple(kinds[(row + step) % len(kinds)] for row in range(rows))
 
 
 def read_run(arguments: Arguments, world_size: int, base: Arguments = SMALL) -> Run:
@@ -79,7 +102,10 @@ def make_state(run: Run, mesh: Any) -> TrainState:
     parts = build_parts(run, mesh, CPU)
     optimizer = build_optimizer([pair for part in parts for pair in part.named_parameters()], run.config.optimizer)
     schedule = build_schedule(optimizer, run.config.lr_scheduler, run.spec.steps)
-    return TrainState(parts, optimizer, schedule, cast(Loader, FixedBatches(run, mesh.batch_rank)), CPU)
+    state = TrainState(parts, optimizer, schedule, cast(Loader, FixedBatches(run, mesh.batch_rank)), CPU)
+    if run.config.training.document_mask and dist.get_world_size() > 1:
+        state.feed = Feed(dist.group.WORLD, run.spec.world_size // mesh.batch_degree)
+    return state
 
 
 def train(arguments: Arguments) -> PipelineTrace:
@@ -100,9 +126,8 @@ def train(arguments: Arguments) -> PipelineTrace:
 
 def validate(run: Run, mesh: Any, state: TrainState, rows: int = 2) -> float:
     """The mean loss of the same rows on all ranks: fewer than some schedules could train on."""
-    forward = build_forward_backward(
-        run, mesh, CPU, state.parts, rows, run.spec.seq_len, divisor=rows * run.spec.seq_len
-    )
+    divisor = Divisor(rows * run.spec.seq_len)
+    forward = build_forward_backward(run, mesh, CPU, state.parts, rows, run.spec.seq_len, divisor=divisor)
     batch = FixedBatches(run, 0, step=1000).next()
     with torch.no_grad():
         loss = forward.evaluate(Batch(batch.tokens[:rows], batch.labels[:rows]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,7 +15,8 @@ from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config.model_spec import ModelSpec
 from quadriga.config.run_spec import Degrees
 from quadriga.config.schema import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
-from quadriga.data.loader import Batch, Loader
+from quadriga.data.document_borders import document_tensors
+from quadriga.data.loader import IGNORE, Batch, Loader
 from quadriga.data.streams import Cursor
 from quadriga.models.registry import build_model, parallel_plan
 from quadriga.optim.optimizer import build_optimizer
@@ -22,7 +24,8 @@ from quadriga.parallel.context_parallel import local_positions
 from quadriga.parallel.materialize import materialize
 from quadriga.parallel.parallelize import parallelize
 from quadriga.parallel.tensor_parallel import loss_context
-from quadriga.train.loss import summed_cross_entropy
+from quadriga.train.feed import Feed
+from quadriga.train.loss import Divisor, summed_cross_entropy
 from quadriga.train.state import TrainState
 from quadriga.train.step import LocalShard, StepConfig, WholeForwardBackward, train_step
 
@@ -51,6 +54,7 @@ class Case:
     spec: ModelSpec = SPEC
     reshard: bool = True
     rows: int = ROWS  # of a micro-batch
+    documents: tuple[tuple[int, ...], ...] | None = None  # for each row of the batch, where documents begin after 0
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Rows:
 
     mesh: Mesh
     vocab_size: int
+    documents: tuple[tuple[int, ...], ...] | None = None
     step: int = 0
     waited: float = 0.0
 
@@ -102,8 +107,25 @@ class Rows:
 
     def next(self) -> Batch:
         self.step += 1
-        whole = batch(self.step - 1, self.vocab_size)
-        return Batch(*(rows.chunk(self.mesh.batch_degree)[self.mesh.batch_rank] for rows in whole))
+        tokens, labels = batch(self.step - 1, self.vocab_size)
+        if self.documents is None:
+            return Batch(self._own(tokens), self._own(labels))
+        starts = self.documents[-self.step :] + self.documents[: -self.step]  # others in each step
+        positions, borders = document_tensors(starts, SEQ_LEN)
+        labels = without_next_document(labels, starts)
+        own = [self._own(x) for x in (tokens, labels, positions, borders)]
+        return Batch(*own[:2], positions=own[2], borders=own[3])
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(self.mesh.batch_degree)[self.mesh.batch_rank]
+
+
+def without_next_document(labels: torch.Tensor, starts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The labels without the first token of each document, which the last one before does not predict."""
+    labels = labels.clone()
+    for row, places in enumerate(starts):
+        labels[row, [place - 1 for place in places]] = IGNORE
+    return labels
 
 
 def train(case: Case, steps: int = 3) -> TrainingTrace:
@@ -113,10 +135,10 @@ def train(case: Case, steps: int = 3) -> TrainingTrace:
     optimizer = build_optimizer(model.named_parameters(), Optimizer(lr=1e-2))
     balancer = case.parallelism.context_parallel_load_balancer
     positions = local_positions(SEQ_LEN, mesh.cp.get_local_rank(), mesh.cp.size(), balancer)
-    trace = TrainingTrace()
+    trace, divisor = TrainingTrace(), Divisor(GLOBAL_BATCH * SEQ_LEN)
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return to_whole(summed_cross_entropy(logits, labels)) / (GLOBAL_BATCH * SEQ_LEN)
+        return to_whole(summed_cross_entropy(logits, labels)) / divisor.value
 
     def note_dtypes(*_: object) -> None:
         trace.dtypes |= {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}
@@ -124,9 +146,11 @@ def train(case: Case, steps: int = 3) -> TrainingTrace:
     optimizer.register_step_pre_hook(note_dtypes)
     shard = LocalShard(CPU, positions, SEQ_LEN)
     whole = WholeForwardBackward(model, loss, loss_context(mesh.tp, case.parallelism), shard)
-    step_config = StepConfig(whole, CPU, case.rows, GLOBAL_BATCH * SEQ_LEN, 1.0, case.reduce)
-    loader = cast(Loader, Rows(mesh, case.spec.vocab_size))
+    step_config = StepConfig(whole, CPU, case.rows, GLOBAL_BATCH * SEQ_LEN, 1.0, case.reduce, divisor)
+    loader = cast(Loader, Rows(mesh, case.spec.vocab_size, case.documents))
     state = TrainState((model,), optimizer, LambdaLR(optimizer, lambda _: 1.0), loader, CPU)
+    if dist.is_initialized():
+        state.feed = Feed(dist.group.WORLD, dist.get_world_size() // mesh.batch_degree)
     for _ in range(steps):
         metrics = train_step(state, step_config, mesh)
         trace.losses.append(metrics.loss.item())

@@ -39,6 +39,10 @@ class Batch:
     while these rows were read. `bad_records`: the number of unreadable records of these rows since the first epoch;
     None if such a record ends the run. `sources`: of a mixture, tokens and epochs of each source up to this batch.
     Micro-batches have none of the four.
+
+    `positions`: int64, shape (rows, seq_len), of each token in its document, or in the piece of it that is in the row.
+    `borders`: int32, shape (rows, n), the first position in the row of each document or piece, then seq_len, repeated.
+    Both are None if a row is one document for the model.
     """
 
     tokens: torch.Tensor
@@ -47,11 +51,23 @@ class Batch:
     skipped: tuple[SkippedRecord, ...] = ()
     bad_records: int | None = None
     sources: Mapping[str, Mapping[str, float]] | None = None
+    positions: torch.Tensor | None = None
+    borders: torch.Tensor | None = None
+
+    @property
+    def counted_labels(self) -> int:
+        """The number of labels that the loss counts."""
+        return int((self.labels != IGNORE).sum())
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         """Splits the batch into micro-batches of `rows` rows, in order."""
-        for tokens, labels in zip(self.tokens.split(rows), self.labels.split(rows), strict=True):
-            yield Batch(tokens, labels)
+        if self.positions is None or self.borders is None:
+            for tokens, labels in zip(self.tokens.split(rows), self.labels.split(rows), strict=True):
+                yield Batch(tokens, labels)
+            return
+        split = [tensor.split(rows) for tensor in (self.tokens, self.labels, self.positions, self.borders)]
+        for tokens, labels, positions, borders in zip(*split, strict=True):
+            yield Batch(tokens, labels, positions=positions, borders=borders)
 
 
 class BatchPart(NamedTuple):

@@ -18,7 +18,8 @@ class StepMetrics:
     which did not change the weights; `verdict`: of this step (see `resilience.health`). `data_wait` is in seconds.
     `documents`: by row of this rank, the ids of its documents. `skipped_records`: unreadable records of this rank's
     rows, with location and reason; `bad_records`: their number on all ranks so far. `sources`: of a mixture, by name
-    the `tokens` and `epochs` of each source so far; None in other runs.
+    the `tokens` and `epochs` of each source so far; None in other runs. `attention`: with documents, the pairs of a
+    query and a key that are seen in each layer, over all ranks, and the largest share of a rank over the mean.
     """
 
     step: int
@@ -34,3 +35,4 @@ class StepMetrics:
     skipped_records: Sequence[Any] = ()
     bad_records: torch.Tensor | None = None
     sources: Mapping[str, Mapping[str, float]] | None = None
+    attention: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -25,12 +25,12 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from quadriga.config.schema import ActivationCheckpoint
-from quadriga.parallel import attention_allgather, attention_ring  # noqa: F401 - they define the operations named below
+from quadriga.parallel import attention_allgather, attention_documents, attention_ring  # noqa: F401 - see below
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
-# Expensive to recompute: attention in each of its kernels (the CPU's has its own name) and under context parallelism,
+# The imported modules define operations. Expensive to recompute: attention in each of its kernels (the CPU's has its own name) and under context parallelism,
 # and communication. All-gathered tensors are not saved: they are as many times larger than the local shard as the group
 # has ranks. `max` is for float8: the maximum is one number, and recomputing it is a pass over a whole matrix.
 SAVED_OPERATIONS = frozenset(
@@ -40,6 +40,7 @@ SAVED_OPERATIONS = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_attention_math.default,
+        torch.ops.quadriga.document_attention.default,
         torch.ops.quadriga.chunk_attention.default,
         torch.ops.quadriga.ring_attention.default,
         c10d.reduce_scatter_tensor.default,

@@ -10,7 +10,7 @@ variables, repeats no heads for float32 on CUDA, and sends the gradients once mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -86,16 +86,15 @@ def ring_attention_backward(
     kv = torch.stack((k, v))
     coming = _send_to_next(kv, rank, size, group_name)
     cut, by_chunk = SequenceCut(rank, size, chunks), borders is not None
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
 
-    def add_gradients(kv: Tensor, dkv: Tensor, step: int) -> None:
+    def add_gradients(kv: Tensor, dkv: Iterable[Tensor], step: int) -> None:
         for meeting in _meetings(step, cut, q.shape[2], by_chunk=by_chunk):
             part = _attend_backward(grad, q, *kv, out, lse, borders, meeting)
             for total, x, place in zip((dq, *dkv), part, (meeting.queries, meeting.keys, meeting.keys), strict=True):
                 total[:, :, place] += x
 
-    own = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-    add_gradients(kv, own, 0)
+    add_gradients(kv, (dk, dv), 0)
     kv_grads_in_flight: Tensor | None = None
     for step in range(1, size):
         kv = c10d.wait_tensor(coming)
@@ -107,8 +106,8 @@ def ring_attention_backward(
             passing += c10d.wait_tensor(kv_grads_in_flight)
         # The last rank to receive keys and values is the one before their own rank, so this send returns the gradients.
         kv_grads_in_flight = _send_to_next(passing, rank, size, group_name)
-    own += c10d.wait_tensor(kv_grads_in_flight)
-    return _rounded(dq, q), _rounded(own[0], k), _rounded(own[1], v)
+    kv_grads = c10d.wait_tensor(kv_grads_in_flight)
+    return _rounded(dq, q), _rounded(dk + kv_grads[0], k), _rounded(dv + kv_grads[1], v)
 
 
 class _Meeting(NamedTuple):

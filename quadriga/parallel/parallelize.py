@@ -14,6 +14,7 @@ from quadriga.comm.sharding import ShardCollectives
 from quadriga.config.schema import ActivationCheckpoint, Compile, LinearFloat8, Parallelism, Training
 from quadriga.models.plan import ParallelPlan
 from quadriga.parallel.activation_checkpoint import apply_activation_checkpoint
+from quadriga.parallel.attention_documents import apply_document_mask
 from quadriga.parallel.context_parallel import apply_context_parallel
 from quadriga.parallel.data_parallel import apply_data_parallel
 from quadriga.parallel.float8 import apply_float8
@@ -59,6 +60,10 @@ def parallelize(
         apply_tensor_parallel(
             model, plan.tensor_cuts, mesh.tp, parallelism, returns_hidden_states=chunked_output is not None
         )
+
+    # Before context parallelism, of which one method calls the attention module.
+    if training.document_mask:
+        apply_document_mask(model, plan.attention_units)
 
     # Before recompute and compile, which capture the attention module of the block.
     if mesh.cp.size() > 1:

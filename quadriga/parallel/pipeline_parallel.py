@@ -14,7 +14,7 @@
 | a CSV file              | from the file   | from the file          | from the file |                                |
 
 This module adds to torch: shapes are known in advance, so that ranks send only activations and their gradients; every
-stage gets all positions; and the trainer controls when gradients are reduced (see `_Stage`).
+stage gets the positions; and the trainer controls when gradients are reduced (see `_Stage`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ from quadriga.config.schema import Parallelism
 from quadriga.parallel.data_parallel import set_gradient_sync
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class LocalBatch(NamedTuple):
+    """A rank's part of every sequence, on its device. `tokens` and `labels`: int64, (rows, local tokens). `positions`:
+    int64, (local tokens,); with `borders` (rows, local tokens). `borders`: int32, (rows, n), of the whole sequences, as
+    `attention_documents` has them; None: a row is one document."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    borders: Tensor | None = None
 
 
 def remove_modules(model: nn.Module, modules: Sequence[str]) -> None:
@@ -108,13 +119,11 @@ class Pipeline:
     loss: Loss
     recomputes: bool
 
-    def train(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, reduce: bool, last: bool) -> Tensor:
+    def train(self, inputs: LocalBatch, *, reduce: bool, last: bool) -> Tensor:
         """Forward and backward through all stages; gradients are accumulated.
 
         Args:
-            tokens: int64 (rows, tokens); used on the rank of the first stage.
-            labels: int64 (rows, tokens); used on the rank of the last stage.
-            positions: int64 (tokens,).
+            inputs: tokens are used on the rank of the first stage, and labels on that of the last one.
             reduce: reduce gradients over the shard ranks after each micro-batch of the pipeline; otherwise once, in
                 the call with `last`.
             last: this is the step's last call. Only then are replicas (HSDP, DDP) all-reduced.
@@ -122,22 +131,23 @@ class Pipeline:
         Returns:
             The sum of the losses of the micro-batches on the rank of the last stage, 0 elsewhere; detached, shape ().
         """
-        return self._run(tokens, labels, positions, reduce, last, backward=True)
+        return self._run(inputs, reduce, last, backward=True)
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Forward only. Arguments and result are those of `train`."""
-        return self._run(tokens, labels, positions, reduce=False, last=False, backward=False)
+    def evaluate(self, inputs: LocalBatch) -> Tensor:
+        """Forward only. Argument and result are those of `train`."""
+        return self._run(inputs, reduce=False, last=False, backward=False)
 
-    def _run(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, reduce: bool, last: bool, backward: bool
-    ) -> Tensor:
-        self.positions, self.reduce, self.last = positions, reduce, last  # the stages read them during the call
-        inputs = (tokens,) if 0 in self.parts else ()
-        target: dict[str, Any] = {"target": labels} if len(self.stage_ranks) - 1 in self.parts else {}
+    def _run(self, inputs: LocalBatch, reduce: bool, last: bool, backward: bool) -> Tensor:
+        self.reduce, self.last = reduce, last  # the stages read them during the call
+        tokens = (inputs.tokens,) if 0 in self.parts else ()
+        given: dict[str, Any] = {"target": inputs.labels} if len(self.stage_ranks) - 1 in self.parts else {}
+        self.positions = inputs.positions
+        if inputs.borders is not None:  # each row has its own, so the schedule splits them into micro-batches
+            given |= {"positions": inputs.positions, "borders": inputs.borders}
         losses: list[Tensor] = []
         with _stage_error():
             call = self._training.step if backward else self._forward_only.eval
-            call(*inputs, **target, losses=losses, return_outputs=False)
+            call(*tokens, **given, losses=losses, return_outputs=False)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.device)
 
     @cached_property
@@ -185,7 +195,7 @@ class Pipeline:
 class _Stage(PipelineStage):
     """A stage with known message shapes and all positions, in which the caller controls the reduction of gradients.
 
-    Positions do not go through the schedule, because it splits every tensor into micro-batches.
+    Positions that all rows share do not go through the schedule, because it splits every tensor into micro-batches.
 
     Torch's stage never lets `fully_shard` reduce by its hooks, because autograd does not call them if the backward pass
     is split; it reduces at the end of every call. Here the hooks of `fully_shard` reduce if the backward pass is whole,
@@ -204,7 +214,7 @@ class _Stage(PipelineStage):
         self.pipeline, self._backward_count = pipeline, 0
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.submod(*args, positions=self.pipeline.positions, **kwargs)
+        output: Tensor = self.submod(*args, **{"positions": self.pipeline.positions, **kwargs})
         return output if self.is_last else output.contiguous()
 
     def backward_maybe_with_nosync(

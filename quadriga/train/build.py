@@ -48,7 +48,7 @@ from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.checks import BadRecords, Checks
 from quadriga.train.data import training_loader, validation_loader
 from quadriga.train.feed import Feed
-from quadriga.train.loss import build_loss, chunked_output
+from quadriga.train.loss import Divisor, build_loss, chunked_output
 from quadriga.train.numerics import bfloat16_peak, peak_flops, set_numerics
 from quadriga.train.resume import resume
 from quadriga.train.run_files import open_event_log, write_config_and_environment, write_estimate
@@ -142,7 +142,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
     if not config.checkpoint.create_seed_checkpoint:
         resume(run, state, checkpoints)
     between_steps = process_group.host_group(patience)
-    state.feed = Feed(between_steps)
+    state.feed = Feed(between_steps, copies=spec.world_size // mesh.batch_degree)
     return TrainerParts(
         run=run,
         backend=backend,
@@ -280,16 +280,17 @@ def float8_of(run: Run) -> LinearFloat8 | None:
 
 
 def build_step_config(run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...]) -> StepConfig:
-    spec = run.spec
+    spec, divisor = run.spec, Divisor(run.spec.tokens_per_step)
     return StepConfig(
         forward_backward=build_forward_backward(
-            run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=spec.tokens_per_step
+            run, mesh, device, parts, spec.local_batch_size, spec.seq_len, divisor=divisor
         ),
         device=device,
         micro_batch_rows=spec.local_batch_size,
         tokens_per_step=spec.tokens_per_step,
         max_norm=run.config.training.max_norm,
         reduce_gradients=spec.reduce_gradients,
+        divisor=divisor,
     )
 
 
@@ -300,11 +301,11 @@ def build_forward_backward(
     parts: tuple[nn.Module, ...],
     rows: int,
     seq_len: int,
-    divisor: int = 1,
+    divisor: Divisor | None = None,
 ) -> ForwardBackward:
-    """Forward and backward for `rows` sequences of `seq_len` tokens; losses are divided by `divisor`."""
+    """Forward and backward for `rows` sequences of `seq_len` tokens; losses are divided by `divisor` (1)."""
     parallelism = run.config.parallelism
-    loss = build_loss(run, device, parts, divisor)
+    loss = build_loss(run, device, parts, divisor or Divisor(1))
     positions = local_positions(
         seq_len, mesh.cp.get_local_rank(), mesh.cp.size(), parallelism.context_parallel_load_balancer
     )

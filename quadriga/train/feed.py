@@ -1,7 +1,8 @@
 """The next batch of every rank; if one rank cannot read its data, all ranks stop after the last complete step.
 
 1. A rank whose data cannot be read takes an empty batch, so that it still joins the collectives of the step.
-2. After they have their batch, the ranks start an asynchronous MAX all-reduce of a failure flag on a gloo group.
+2. After they have their batch, the ranks start an asynchronous SUM all-reduce of a failure flag on a gloo group, and of
+   the number of their labels that the loss counts, by which it is divided.
 3. Before the optimizer step they read the result. If a rank failed, no rank takes the step: weights and optimizer are
    those of the step before, the cursors in the data are restored, and every rank raises the same `DataFault`.
 
@@ -33,10 +34,12 @@ class DataFault(Exception):
 class Feed:
     """Takes batches from a loader, and checks that all ranks have one."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """`group`: a gloo group of all ranks that only this thread uses; None: no other rank is checked."""
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, copies: int = 1) -> None:
+        """`group`: a gloo group of all ranks that only this thread uses; None: no other rank is checked. `copies`: how
+        many ranks read the same rows."""
+        self._group, self._copies = group, copies
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._counted = 0
         self._error: Exception | None = None
         self._before: Any = None
 
@@ -45,8 +48,18 @@ class Feed:
         DataFault at once."""
         self._before = loader.snapshot()
         batch = self._read(loader)
+        batch = loader.empty() if batch is None else batch
+        self._counted = 0 if batch.positions is None else batch.counted_labels
         self._start_agreement()
-        return loader.empty() if batch is None else batch
+        return batch
+
+    def counted_labels(self) -> int:
+        """The labels of the last batch that count, over all ranks. Only of batches with documents."""
+        if self._pending is None:
+            return self._counted
+        work, numbers = self._pending
+        work.wait()
+        return int(numbers[1].item()) // self._copies
 
     def check(self, loader: Loader) -> None:
         """Call on all ranks before the step changes anything. Raises DataFault on all ranks if one had no batch; the
@@ -82,21 +95,21 @@ class Feed:
             return None
 
     def _start_agreement(self) -> None:
-        """Start the all-reduce of the failure flag."""
+        """Start the all-reduce of the failure flag and of the number of labels that count."""
         if self._group is None:
             return
-        failed = torch.tensor([self._error is not None], dtype=torch.int64)
-        work = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        numbers = torch.tensor([self._error is not None, self._counted], dtype=torch.int64)
+        work = dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
         assert work is not None
-        self._pending = work, failed
+        self._pending = work, numbers
 
     def _failed_somewhere(self) -> bool:
         """Whether any rank failed; False without a group."""
         if self._pending is None:
             return False
-        (work, failed), self._pending = self._pending, None
+        (work, numbers), self._pending = self._pending, None
         work.wait()
-        return bool(failed.item())
+        return bool(numbers[0].item())
 
     def _raise_common(self) -> NoReturn:
         records = all_gather_json(None if self._error is None else error_to_json(self._error), self._group)

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,14 @@ from quadriga.tensors import to_local
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def build_loss(run: Run, device: torch.device, parts: Sequence[nn.Module], divisor: int) -> Loss:
+@dataclass
+class Divisor:
+    """The number by which the loss divides. With documents, each step sets it to the number of labels that count."""
+
+    value: int
+
+
+def build_loss(run: Run, device: torch.device, parts: Sequence[nn.Module], divisor: Divisor) -> Loss:
     """The loss as a function of the model's output and the labels: the summed cross-entropy divided by `divisor`."""
     gathered = run.config.parallelism.disable_loss_parallel
     sliced = run.spec.degrees.tp > 1 and not gathered
@@ -60,7 +67,7 @@ def build_loss(run: Run, device: torch.device, parts: Sequence[nn.Module], divis
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         total = cross_entropy(logits, labels)  # a DTensor if the logits are sharded; all tp ranks have the same loss
-        return (total.full_tensor() if isinstance(total, DTensor) else total) / divisor
+        return (total.full_tensor() if isinstance(total, DTensor) else total) / divisor.value
 
     output = chunked_output(run)
     if output is None:
@@ -136,10 +143,31 @@ class StepTotals:
     grad_norm: Tensor  # float32: L2 norm of all gradients, before clipping
     finite: Tensor  # bool: whether the loss and the norm of every rank are finite
     bad_records: Tensor | None  # float64: records skipped so far; None if skipping is off
+    attention: AttentionWork | None = None  # with documents
+
+
+class LocalWork(NamedTuple):
+    """This rank's part of a step with documents: its share of the labels that count, and how many pairs of a query and
+    a key its tokens see in each layer."""
+
+    share: float
+    seen: int
+
+
+class AttentionWork(NamedTuple):
+    """Over all ranks, float64: the pairs of a query and a key that are seen in each layer of a step, and how many times
+    the mean of the ranks the largest one has."""
+
+    seen: Tensor
+    imbalance: Tensor
 
 
 def all_reduce_loss(
-    local_loss: Tensor, local_norm: Tensor, mesh: Mesh, local_bad_records: int | None = None
+    local_loss: Tensor,
+    local_norm: Tensor,
+    mesh: Mesh,
+    local_bad_records: int | None = None,
+    work: LocalWork | None = None,
 ) -> StepTotals:
     """Reduce all numbers in one collective.
 
@@ -150,17 +178,27 @@ def all_reduce_loss(
         local_loss: this rank's part of the loss, float64, shape ().
         local_norm: the gradient norm as this rank computed it, shape ().
         local_bad_records: records skipped in rows that no other rank counts; None on all ranks if skipping is off.
+        work: with documents; None on all ranks without.
     """
-    counted = [] if local_bad_records is None else [torch.full_like(local_loss, local_bad_records)]
-    by_rank = mesh.all_gather_numbers(torch.stack((local_loss, local_norm.to(local_loss), *counted)))
-    losses = mesh.loss_rows(by_rank)[:, 0]
+    extra = [*(work or ()), *([] if local_bad_records is None else [local_bad_records])]
+    numbers = [torch.full_like(local_loss, number) for number in extra]
+    by_rank = mesh.all_gather_numbers(torch.stack((local_loss, local_norm.to(local_loss), *numbers)))
+    rows = mesh.loss_rows(by_rank)
+    losses = rows[:, 0]
     parts = mesh.batch_degree * mesh.cp.size()  # of the batch; ranks without a loss have 0
+    means, attention = losses * parts, None
+    if work is not None:
+        share, seen = rows[:, 2], rows[:, 3]
+        means = torch.where(share > 0, losses / share.clamp(min=1e-300), 0)
+        # The ranks of a pipeline have the same rows.
+        attention = AttentionWork(seen.sum() / mesh.pp.size(), seen.max() / seen.mean().clamp(min=1))
     return StepTotals(
         loss=losses.sum(),
-        max_loss=losses.max() * parts,
+        max_loss=means.max(),
         grad_norm=by_rank[0, 1].float(),
         finite=by_rank.isfinite().all(),
-        bad_records=by_rank[:, 2].sum() if counted else None,
+        bad_records=None if local_bad_records is None else by_rank[:, -1].sum(),
+        attention=attention,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from quadriga.comm.mesh import Mesh
-from quadriga.data.loader import Batch
+from quadriga.data.loader import IGNORE, Batch
 from quadriga.metrics.step_metrics import StepMetrics
 from quadriga.optim.clip import gradient_norms, gradients_of
 from quadriga.optim.optimizer import clip_gradients
 from quadriga.parallel.data_parallel import set_gradient_sync
-from quadriga.parallel.pipeline_parallel import Pipeline
-from quadriga.train.loss import Loss, all_reduce_loss
+from quadriga.parallel.pipeline_parallel import LocalBatch, Pipeline
+from quadriga.train.loss import Divisor, LocalWork, Loss, all_reduce_loss
 from quadriga.train.state import TrainState
 
 T = TypeVar("T")
@@ -30,7 +31,8 @@ class StepConfig:
     """The settings that all steps of a run share.
 
     Losses and gradients are sums: each micro-batch of each rank contributes the sum over its tokens divided by
-    `tokens_per_step`, the number of tokens of a step over all ranks.
+    `divisor`, the number of labels of a step over all ranks that count: `tokens_per_step`, or with documents what the
+    ranks count in each step.
     """
 
     forward_backward: ForwardBackward
@@ -39,6 +41,7 @@ class StepConfig:
     tokens_per_step: int
     max_norm: float
     reduce_gradients: str  # once | every_micro_batch
+    divisor: Divisor
 
 
 def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMetrics:
@@ -50,6 +53,10 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     with record_function("quadriga:data_wait"):
         batch = state.feed.next(state.loader)
     progress.enter_phase("forward and backward")
+    work = None
+    if batch.positions is not None:
+        step_config.divisor.value = max(state.feed.counted_labels(), 1)
+        work = step_config.forward_backward.shard.work_of(batch, step_config.divisor.value)
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # the order of the sum must not show
     for micro_batch, is_last in with_last(batch.micro_batches(step_config.micro_batch_rows)):
@@ -61,7 +68,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     gradients = gradients_of(state.parameters())
     norms = gradient_norms(gradients, mesh.sum_over_stages)
     local_bad_records = 0 if batch.bad_records is not None and not mesh.reads_rows else batch.bad_records
-    totals = all_reduce_loss(loss, norms.total, mesh, local_bad_records)
+    totals = all_reduce_loss(loss, norms.total, mesh, local_bad_records, work)
     clip_gradients(state.optimizer, gradients, totals.grad_norm, step_config.max_norm)
     progress.enter_phase("optimizer")
     state.health.skip_if_bad(state.optimizer, loss, norms, totals.loss, totals.finite)
@@ -84,6 +91,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
         skipped_records=batch.skipped,
         bad_records=totals.bad_records,
         sources=batch.sources,
+        attention=totals.attention,
     )
 
 
@@ -99,6 +107,9 @@ def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 class ForwardBackward(Protocol):
     """Both methods return this rank's part of the loss, detached, shape (). The parts add up over `Mesh.loss_group`."""
+
+    @property
+    def shard(self) -> LocalShard: ...
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
         """Forward and backward; gradients are accumulated.
@@ -118,13 +129,29 @@ class LocalShard:
     positions: Tensor
     seq_len: int
 
-    def select(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens and labels on the device, each of shape (rows, local tokens)."""
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        if len(self.positions) == self.seq_len:
-            return tokens, labels
-        return tokens[:, self.positions], labels[:, self.positions]
+    def select(self, batch: Batch) -> LocalBatch:
+        """The rank's part of these rows, on the device."""
+        tokens, labels = self._local(batch.tokens), self._local(batch.labels)
+        if batch.positions is None or batch.borders is None:
+            return LocalBatch(tokens, labels, self.positions)
+        borders = batch.borders.to(self.device, non_blocking=True)
+        return LocalBatch(tokens, labels, self._local(batch.positions), borders)
+
+    def work_of(self, batch: Batch, counted: int) -> LocalWork:
+        """The rank's part of the work of a step, of which `counted` labels count over all ranks."""
+        assert batch.positions is not None
+        here = self._on_host
+        labels, positions = batch.labels[:, here], batch.positions[:, here]
+        share = int((labels != IGNORE).sum()) / counted
+        return LocalWork(share, int((positions + 1).sum()))  # a token sees its document up to itself
+
+    def _local(self, of_rows: Tensor) -> Tensor:
+        on_device = of_rows.to(self.device, non_blocking=True)
+        return on_device if len(self.positions) == self.seq_len else on_device[:, self.positions]
+
+    @cached_property
+    def _on_host(self) -> Tensor:
+        return self.positions.cpu()
 
 
 @dataclass(frozen=True)
@@ -137,17 +164,20 @@ class WholeForwardBackward:
     shard: LocalShard
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
-        tokens, labels = self.shard.select(batch)
+        inputs = self.shard.select(batch)
         set_gradient_sync(self.model, reduce, last)
         with self.loss_context():
-            loss = self.loss(self.model(tokens, self.shard.positions), labels)
+            loss = self._loss_of(inputs)
             loss.backward()
         return loss.detach()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        tokens, labels = self.shard.select(batch)
+        inputs = self.shard.select(batch)
         with self.loss_context():
-            return self.loss(self.model(tokens, self.shard.positions), labels).detach()
+            return self._loss_of(inputs).detach()
+
+    def _loss_of(self, inputs: LocalBatch) -> Tensor:
+        return self.loss(self.model(inputs.tokens, inputs.positions, inputs.borders), inputs.labels)
 
 
 @dataclass(frozen=True)
@@ -159,11 +189,11 @@ class PipelineForwardBackward:
     shard: LocalShard
 
     def train(self, batch: Batch, *, reduce: bool, last: bool) -> Tensor:
-        tokens, labels = self.shard.select(batch)
+        inputs = self.shard.select(batch)
         with self.loss_context():
-            return self.pipeline.train(tokens, labels, self.shard.positions, reduce=reduce, last=last)
+            return self.pipeline.train(inputs, reduce=reduce, last=last)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        tokens, labels = self.shard.select(batch)
+        inputs = self.shard.select(batch)
         with self.loss_context():
-            return self.pipeline.evaluate(tokens, labels, self.shard.positions)
+            return self.pipeline.evaluate(inputs)

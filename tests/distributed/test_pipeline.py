@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import _check_torch_compile_compatib
 from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import build_mesh
 from quadriga.train.build import build_forward_backward, build_step_config
+from quadriga.train.loss import Divisor
 from quadriga.train.step import PipelineForwardBackward, train_step
 
 SINGLE, LOOP = ("GPipe", "1F1B"), ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
@@ -169,7 +170,7 @@ def step_at(arguments: Arguments, positions: torch.Tensor) -> float:
         for part in state.parts:
             for name, parameter in part.named_parameters():
                 parameter.mul_(10 if ".attention." in name else 1)
-    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=4 * run.spec.seq_len)
+    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=Divisor(4 * run.spec.seq_len))
     object.__setattr__(forward.shard, "positions", positions)
     batch = FixedBatches(run, 0).next()
     four = type(batch)(batch.tokens[:4], batch.labels[:4])

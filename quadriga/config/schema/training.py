@@ -84,6 +84,9 @@ class Training(Section):
     seq_len: Count = 2048
     """Tokens in one sequence."""
 
+    document_mask: bool = False
+    """No token attends to another document of its row, and positions begin at 0 in each document."""
+
     loss_chunks: Count = 1
     """Number of chunks of a micro-batch's tokens at the loss. Logits exist for one chunk at a time."""
 
