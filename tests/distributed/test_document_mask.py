@@ -148,7 +148,7 @@ OP = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selecti
 CHUNKS = ("--training.loss_chunks=3",)
 AOT = ("--compile.enable=true", "--compile.backend=aot_eager")
 SMALL_BATCH = ("--training.local_batch_size=2",)
-NONE = '""'
+NONE = "none"
 
 
 def test_one_and_two_ranks_train_documents_as_alone(oracle: Trace) -> None:
@@ -183,7 +183,8 @@ def test_four_ranks_train_documents_as_alone(oracle: Trace) -> None:
         by(cp=4, method="ring"),
         (*by(cp=4, balancer=NONE), *FULL),
         by(fsdp=2, cp=2, method="ring"),
-        by(tp=2, cp=2, method="ulysses"),
+        by(tp=2, cp=2),
+        by(fsdp=2, cp=2, method="ulysses"),
         (*pipeline(2), *by(cp=2, method="ring")),
         (*pipeline(2, "ZBVZeroBubble"), *by(tp=2)),
         (*pipeline(2), *by(fsdp=2), *AOT),
