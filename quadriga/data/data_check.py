@@ -10,12 +10,11 @@ from typing import Any
 from quadriga.config.assets import missing_files
 from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import TOKENS, Fetching, Training, TrainingSource, Validation
+from quadriga.config.schema import TOKENS, DataSource, Fetching, TextKeys, Training, Validation
 from quadriga.data.catalogue import C4_SPLITS, open_source
 from quadriga.data.changes import SOURCES, data_changes, differences, fingerprint_parts, other_kind
 from quadriga.data.files import File
-from quadriga.data.mixture_data import MixtureData, open_mixture, text_field
-from quadriga.data.sources import Field
+from quadriga.data.mixture_data import MixtureData, open_mixture
 from quadriga.data.survey import open_surveyed
 from quadriga.data.token_data import format_tokens, open_tokens
 from quadriga.data.token_files import TokenFiles
@@ -34,15 +33,14 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
     elif training.dataset == TOKENS:
         problems = _problems_of(training, lambda: training_tokens(training, spec, spec.model.vocab_size))
     else:
-        problems = _survey(spec, training, spec.seq_len, Field(training.dataset_text_field), training.dataloader)
+        problems = _survey(spec, training, training.text_keys, spec.seq_len, training.dataloader)
     if validation.enable and validation.dataset == TOKENS:
         keys, sizes = validation.token_keys(training), (validation.seq_len, spec.model.vocab_size)
         assets = spec.tokenizer.assets
         problems += _problems_of(validation, lambda: open_tokens(keys, validation.dataloader, *sizes, assets=assets))
     elif validation.enable:
-        name = validation.dataset_text_field or training.dataset_text_field
-        field = Field(name, "validation.dataset_text_field")
-        problems += _survey(spec, validation, validation.seq_len, field, validation.dataloader)
+        keys_of_text = validation.text_keys(training)
+        problems += _survey(spec, validation, keys_of_text, validation.seq_len, validation.dataloader)
     return problems
 
 
@@ -54,20 +52,19 @@ def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
             opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, assets=assets)
             problems += _problems_of(source, opened)
         else:
-            problems += _survey(spec, source, spec.seq_len, text_field(source), training.dataloader)
+            problems += _survey(spec, source, source.text_keys, spec.seq_len, training.dataloader)
     return problems
 
 
 def _survey(
-    spec: RunSpec, section: Training | Validation | TrainingSource, seq_len: int, field: Field, dataloader: Fetching
+    spec: RunSpec, section: DataSource | Validation, keys: TextKeys, seq_len: int, dataloader: Fetching
 ) -> list[Problem]:
     tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, Validation)
-    dataset, path = section.dataset, section.dataset_path
-    opened = partial(open_surveyed, dataset, path, tokenizer, seq_len, dataloader, endless=endless, field=field)
+    opened = partial(open_surveyed, keys, tokenizer, seq_len, dataloader, endless=endless)
     return _problems_of(section, lambda: opened(sample=False))
 
 
-def _problems_of(section: Training | Validation | TrainingSource, open_data: Callable[[], object]) -> list[Problem]:
+def _problems_of(section: DataSource | Validation, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
     if section.dataset_path is None or missing_files("", section.dataset, section.dataset_path, None):
         return []
@@ -122,7 +119,7 @@ def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) ->
         fingerprint = training_tokens(training, spec)[0].fingerprint
         here = {key: text for key, text in parts.items() if key != "tokenizer"} | {"dataset": fingerprint}
         return differences(state["fingerprint"], _joined(here))
-    return _changed_text(state, training, Field(training.dataset_text_field), spec)
+    return _changed_text(state, training.text_keys, spec)
 
 
 def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
@@ -132,21 +129,19 @@ def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec
     return data.differences(
         state,
         data.fingerprint(texts),
-        lambda source, saved: _changed_text(saved, source, text_field(source), spec),
+        lambda source, saved: _changed_text(saved, source.text_keys, spec),
     )
 
 
-def _changed_text(
-    state: Mapping[str, Any], section: Training | TrainingSource, field: Field, spec: RunSpec
-) -> list[Problem]:
+def _changed_text(state: Mapping[str, Any], keys: TextKeys, spec: RunSpec) -> list[Problem]:
     parts = fingerprint_parts(state["fingerprint"])
-    tokenizer, path = build_tokenizer(spec.tokenizer.path), section.dataset_path
+    tokenizer = build_tokenizer(spec.tokenizer.path)
     files: Sequence[File] = ()
-    if path is None:
-        kind = "hub" if section.dataset in C4_SPLITS else "builtin"
-        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else section.dataset
+    if keys.path is None:
+        kind = "hub" if keys.dataset in C4_SPLITS else "builtin"
+        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else keys.dataset
     else:
-        source = open_source(section.dataset, path, field=field)
+        source = open_source(keys)
         dataset, files = source.fingerprint, source.files
     here = {**parts, "dataset": dataset, "tokenizer": tokenizer.fingerprint}
     return data_changes(state, _joined(here), files, tokenizer)

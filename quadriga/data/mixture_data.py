@@ -13,7 +13,6 @@ from quadriga.config.mixing import StageShares, format_percent, mixture_stages
 from quadriga.config.schema import TOKENS, Training, TrainingSource
 from quadriga.data.changes import SOURCES, STAGE, mixture_differences, other_kind
 from quadriga.data.mixture import Mixture
-from quadriga.data.sources import Field
 from quadriga.data.token_data import open_tokens
 from quadriga.data.token_files import TokenFiles
 from quadriga.data.windows import Windows
@@ -156,8 +155,3 @@ def collected(call: Callable[[TrainingSource], T], sources: Iterable[TrainingSou
     if problems:
         raise UserError(*problems)
     return results
-
-
-def text_field(source: TrainingSource) -> Field:
-    """The field of the texts of a source."""
-    return Field(source.dataset_text_field, f"{source.table}.dataset_text_field")

@@ -11,7 +11,6 @@ from quadriga.config import Run
 from quadriga.config.schema import TOKENS, Fetching
 from quadriga.data.loader import Loader, StreamLoader, build_loader
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
-from quadriga.data.sources import Field
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger
@@ -33,8 +32,7 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         return build_mixture_loader(section, tokenizer, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     if section.dataset == TOKENS:
         return build_token_loader(section.token_keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
-    tokenizer, field = build_tokenizer(run.config.model.hf_assets_path), Field(section.dataset_text_field)
-    return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
+    return build_loader(section.text_keys, build_tokenizer(run.config.model.hf_assets_path), **order)
 
 
 def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> Loader:
@@ -52,11 +50,10 @@ def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Load
     if section.dataset == TOKENS:
         keys = section.token_keys(run.config.training)
         return build_token_loader(keys, run.spec.model.vocab_size, **order, assets=run.spec.tokenizer.assets)
-    field = Field(section.dataset_text_field or run.config.training.dataset_text_field, "validation.dataset_text_field")
     assets = run.config.model.hf_assets_path
     known = training.tokenizer if isinstance(training, StreamLoader | MixtureLoader) else None
     tokenizer = build_tokenizer(assets) if known is None else known
-    return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
+    return build_loader(section.text_keys(run.config.training), tokenizer, **order)
 
 
 def dataloader_on(device: torch.device, section: Fetching) -> Fetching:

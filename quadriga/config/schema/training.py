@@ -8,9 +8,10 @@ from pydantic import Field
 
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
 from quadriga.config.schema.sources import (
-    TEXT_FIELD,
     TOKENS,
+    DataSource,
     MixtureStage,
+    TextKeys,
     TokenFormat,
     TokenKeys,
     TokenType,
@@ -48,7 +49,7 @@ class Dataloader(Fetching):
     """Shuffle the documents by seed and epoch; false reads them in the order of the data, as torchtitan does."""
 
 
-class Training(Section):
+class Training(DataSource):
     """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
@@ -56,18 +57,6 @@ class Training(Section):
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
-
-    dataset_text_field: Name = TEXT_FIELD
-    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
-
-    token_format: TokenFormat = "auto"
-    """The format of `tokens`; `auto` recognizes it by the content. `raw` are ids without a header."""
-
-    token_dtype: TokenType | None = None
-    """The integer type of `tokens` files without a header, which is never guessed. Other files state theirs."""
-
-    token_eos_id: Amount | None = None
-    """The id that ends a document in `tokens` files that have no index of documents."""
 
     sources: tuple[TrainingSource, ...] = Field((), title="tables [[training.sources]]")
     """A mixture of data sets, instead of `dataset`: one table for each source, with its share."""
@@ -118,19 +107,6 @@ class Training(Section):
     """Collect garbage with additional diagnostics."""
 
     dataloader: Dataloader = Dataloader()
-
-    @property
-    def token_keys(self) -> TokenKeys:
-        """How `tokens` are read."""
-        path = self.dataset_path or ""  # which `assets.dataset_problem` refuses
-        return TokenKeys(
-            "training",
-            path,
-            self.token_format,
-            self.token_dtype,
-            self.token_eos_id,
-            token_column(self.dataset_text_field),
-        )
 
     @property
     def reads_text(self) -> bool:
@@ -202,6 +178,13 @@ class Validation(Section):
     """Batches per validation; -1 is the whole data set."""
 
     dataloader: Fetching = Fetching()
+
+    def text_keys(self, training: Training) -> TextKeys:
+        """How texts are read. Without a field, it is that of `training`, or its template."""
+        field, template = self.dataset_text_field, None
+        if field is None:
+            field, template = training.dataset_text_field, training.dataset_template
+        return TextKeys(self.dataset, self.dataset_path, "validation", field, template)
 
     def token_keys(self, training: Training) -> TokenKeys:
         """How `tokens` are read. What is not set is that of `training`, if that reads `tokens` too."""
