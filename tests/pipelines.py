@@ -19,8 +19,8 @@ from quadriga.data.loader import Batch, Loader
 from quadriga.models.registry import catalogue
 from quadriga.optim.optimizer import build_optimizer
 from quadriga.optim.schedule import build_schedule
-from quadriga.train.feed import Feed
 from quadriga.train.build import build_forward_backward, build_parts, build_step_config
+from quadriga.train.feed import Feed
 from quadriga.train.loss import Divisor
 from quadriga.train.state import TrainState
 from quadriga.train.step import train_step

@@ -16,6 +16,7 @@ import torch
 
 from quadriga.config.schema import Dataloader, Fetching, TextKeys
 from quadriga.data.changes import data_changes, earlier_tokenizer
+from quadriga.data.document_borders import document_tensors
 from quadriga.data.files import changed_files, format_files
 from quadriga.data.position import cursor_before, read_so_far
 from quadriga.data.sources import Anchor, DocumentName
@@ -88,6 +89,7 @@ def build_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
+    document_mask: bool = False,
 ) -> StreamLoader:
     """The loader of `rows` of the global batch, of documents.
 
@@ -106,7 +108,7 @@ def build_loader(
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
     streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
-    return StreamLoader(streams, global_batch_size, rows, dataloader)
+    return StreamLoader(streams, global_batch_size, rows, dataloader, document_mask=document_mask)
 
 
 class Loader(ABC):
@@ -116,14 +118,21 @@ class Loader(ABC):
     """
 
     def __init__(
-        self, seq_len: int, global_batch_size: int, rows: range, dataloader: Fetching, *, endless: bool
+        self,
+        seq_len: int,
+        global_batch_size: int,
+        rows: range,
+        dataloader: Fetching,
+        *,
+        endless: bool,
+        document_mask: bool = False,
     ) -> None:
         if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
             raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
         self.waited = 0.0
         self._seq_len, self._endless = seq_len, endless
         self._global_batch_size, self._rows = global_batch_size, rows
-        self._dataloader = dataloader
+        self._dataloader, self._document_mask = dataloader, document_mask
         self._pin = dataloader.pin_memory and torch.cuda.is_available()
         if dataloader.pin_memory and not self._pin:
             logger.info("data: dataloader.pin_memory has no effect without CUDA")
@@ -211,7 +220,8 @@ class Loader(ABC):
 
     def _assemble(self, windows: Mapping[int, Window]) -> Batch:
         """The batch of these windows, by row. Rows without a window, and the rest of a short one, have the label
-        IGNORE."""
+        IGNORE. With `document_mask` the first token of a document has no label: the one before it does not predict
+        it."""
         shape = (len(self._rows), self._seq_len)
         tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
         labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
@@ -220,20 +230,48 @@ class Loader(ABC):
                 ids = torch.from_numpy(window.ids)
                 tokens[index, : len(ids) - 1] = ids[:-1]
                 labels[index, : len(ids) - 1] = ids[1:]
+                if self._document_mask and len(window.starts):
+                    labels[index, torch.as_tensor(window.starts) - 1] = IGNORE
+        positions, borders = self._documents_of(windows) if self._document_mask else (None, None)
         return Batch(
             tokens,
             labels,
             documents=tuple(windows[row].documents if row in windows else () for row in self._rows),
             skipped=tuple(record for row in sorted(windows) for record in windows[row].skipped),
             bad_records=self.bad_records(),
+            positions=positions,
+            borders=borders,
         )
+
+    def _documents_of(self, windows: Mapping[int, Window]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The positions and borders of a batch. What fills up a short window is a document of its own."""
+        starts = []
+        for row in self._rows:
+            window = windows.get(row)
+            length = self._seq_len if window is None else len(window.ids) - 1
+            rest = [] if length == self._seq_len else [length]
+            starts.append([*(at for at in (window.starts if window else ()) if at < length), *rest])
+        positions, borders = document_tensors(starts, self._seq_len)
+        return (positions.pin_memory(), borders.pin_memory()) if self._pin else (positions, borders)
 
 
 class StreamLoader(Loader):
     """Batches of the windows of streams of documents."""
 
-    def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
-        super().__init__(streams.seq_len, global_batch_size, rows, dataloader, endless=streams.endless)
+    def __init__(
+        self,
+        streams: Streams,
+        global_batch_size: int,
+        rows: range,
+        dataloader: Fetching,
+        *,
+        document_mask: bool = False,
+    ) -> None:
+        super().__init__(
+            *(streams.seq_len, global_batch_size, rows, dataloader),
+            endless=streams.endless,
+            document_mask=document_mask,
+        )
         self.streams = streams  # loading a state can replace them
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows

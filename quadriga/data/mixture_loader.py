@@ -72,7 +72,8 @@ class MixtureLoader(Loader):
     def __init__(self, data: MixtureData, texts: Mapping[str, StreamLoader], vocab_size: int, rows: range) -> None:
         """texts: by name, the streams and cursors of the sources of text, whose own batches are not used.
         vocab_size: of the model."""
-        super().__init__(data.seq_len, data.global_batch_size, rows, data.training.dataloader, endless=True)
+        order = (data.seq_len, data.global_batch_size, rows, data.training.dataloader)
+        super().__init__(*order, endless=True, document_mask=data.training.document_mask)
         self._data = data
         self._texts = {data.names.index(name): loader for name, loader in texts.items()}
         self._readers = {

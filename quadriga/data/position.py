@@ -54,7 +54,7 @@ def read_so_far(streams: Streams, cursor: Cursor) -> tuple[int, list[int]]:
             rest.append((document, at))
         read += document.ends
         if inside and document.ends:
-            ids = [int(one) for part, _, _ in tokenized(rest, streams.tokenizer, streams.seq_len) for one in part]
+            ids = [int(one) for part in tokenized(rest, streams.tokenizer, streams.seq_len) for one in part.ids]
             return read, ids[cursor.token :]
     what = "end before the position at which the checkpoint was saved"
     raise UserError(Problem("the training data", what, fix="use the data that the run was started with"))
@@ -80,8 +80,8 @@ def _within(streams: Streams, tail: deque[DocumentCursor], tokens_left: int) -> 
     if not tail:
         return START if tokens_left == 0 else None
     encoded = list(tokenized(tail, streams.tokenizer, streams.seq_len))
-    for ids, cursor, _ in reversed(encoded):
-        if len(ids) >= tokens_left:
-            return cursor._replace(token=len(ids) - tokens_left)
-        tokens_left -= len(ids)
+    for piece in reversed(encoded):
+        if len(piece.ids) >= tokens_left:
+            return piece.cursor._replace(token=len(piece.ids) - tokens_left)
+        tokens_left -= len(piece.ids)
     return None

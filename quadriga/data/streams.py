@@ -30,6 +30,7 @@ from quadriga.errors import Problem, UserError
 BLOCK_RECORDS = 1024  # records of a shard that are shuffled together
 BLOCK_CHARACTERS = 1 << 21  # a block ends earlier at so many characters
 EMPTY_EPOCHS = 1000
+BYTE_ORDER_MARK_BYTES = len("\ufeff".encode())  # at the beginning of a file; no part of its text
 LEAST_GROUP = 1 << 12  # characters encoded per call, so that the overhead of the call is negligible
 GROUP_PER_TOKEN = 8  # characters per id of a window: a group is about two windows, so that other streams wait briefly
 DOCUMENT_OVERHEAD = 64  # characters counted per document in addition, so that empty documents fill a group too
@@ -66,12 +67,23 @@ class SkippedRecord(NamedTuple):
 class Window(NamedTuple):
     """The content of a row of a batch. `ids`: int64, shape (seq_len + 1,). `cursor`: the beginning of the next window.
     `documents`: the documents that the ids are from, in order, including the one in which the previous window ended.
-    `skipped`: the unreadable records passed while this window was read."""
+    `skipped`: the unreadable records passed while this window was read. `starts`: the places in `ids` after 0 at which
+    a document begins, or a piece that does not continue the ids before it."""
 
     ids: npt.NDArray[np.int64]
     cursor: Cursor
     documents: tuple[DocumentName, ...]
     skipped: tuple[SkippedRecord, ...] = ()
+    starts: Sequence[int] = ()
+
+
+class Piece(NamedTuple):
+    """The ids (int32) of a document, or of a piece of one. `continues`: it goes on where the piece before it ended."""
+
+    ids: Ids
+    cursor: Cursor
+    document: DocumentId
+    continues: bool
 
 
 @dataclass(frozen=True)
@@ -247,17 +259,16 @@ def mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def tokenized(
-    documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer, seq_len: int
-) -> Iterator[tuple[Ids, Cursor, DocumentId]]:
-    """Yields the ids (int32) of each document, with BOS and EOS at the ends of whole documents.
+def tokenized(documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer, seq_len: int) -> Iterator[Piece]:
+    """Yields the ids of each document, with BOS and EOS at the ends of whole documents.
 
     Texts are encoded in groups, because each call of the tokenizer has an overhead."""
     enough = max(LEAST_GROUP, GROUP_PER_TOKEN * seq_len)
-    group: list[tuple[Document, Cursor]] = []
-    waiting = 0
+    group: list[tuple[Document, Cursor, bool]] = []
+    waiting, before = 0, None
     for document, cursor in documents:
-        group.append((document, cursor))
+        group.append((document, cursor, before is not None and _continues(before, document)))
+        before = document
         waiting += len(document.text) + DOCUMENT_OVERHEAD
         if waiting >= enough:
             yield from _encode(group, tokenizer)
@@ -265,10 +276,20 @@ def tokenized(
     yield from _encode(group, tokenizer)
 
 
-def _encode(group: list[tuple[Document, Cursor]], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Cursor, DocumentId]]:
-    encoded = encode_documents([document for document, _ in group], tokenizer)
-    for (document, cursor), ids in zip(group, encoded, strict=True):
-        yield ids, cursor, document.id
+def _continues(before: Document, document: Document) -> bool:
+    """Whether a piece of a text goes on where the one before it ended: in the same shard or the next one, at its byte.
+    Shuffled pieces rarely do."""
+    if before.ends or document.begins or before.id[0] != document.id[0]:
+        return False
+    (_, shard, number), (_, next_shard, next_number) = before.id, document.id
+    gap = next_number - number - len(before.text.encode())
+    return next_shard - shard in (0, 1) and gap in ((0, BYTE_ORDER_MARK_BYTES) if before.begins else (0,))
+
+
+def _encode(group: list[tuple[Document, Cursor, bool]], tokenizer: Tokenizer) -> Iterator[Piece]:
+    encoded = encode_documents([document for document, _, _ in group], tokenizer)
+    for (document, cursor, continues), ids in zip(group, encoded, strict=True):
+        yield Piece(ids, cursor, document.id, continues)
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Ids]:
@@ -283,9 +304,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Ite
         yield np.concatenate((before, ids, after))
 
 
-def windows(
-    documents: Iterable[tuple[Ids, Cursor, DocumentId]], seq_len: int, start: Cursor = START, overlap: int = 1
-) -> Iterator[Window]:
+def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, overlap: int = 1) -> Iterator[Window]:
     """Yields windows of seq_len + 1 ids. Each begins with the last `overlap` ids (0 or 1) of the window before.
 
     With overlap 1, every token is a label exactly once, and a last partial window is short, if it has at least one
@@ -299,22 +318,25 @@ def windows(
     filled = 0
     cursor = START
     inside: list[DocumentId] = []
-    for ids, cursor, document in documents:
+    starts: list[int] = []
+    for ids, cursor, document, continues in documents:
         at = start.token if cursor[:3] == start[:3] else 0
         if at < len(ids):
             inside.append(document)
+            if filled and not continues:
+                starts.append(filled)
         while at < len(ids):
             taken = min(len(ids) - at, seq_len + 1 - filled)
             window[filled : filled + taken] = ids[at : at + taken]
             filled, at = filled + taken, at + taken
             if filled == seq_len + 1:
-                yield Window(window, cursor._replace(token=at - overlap), tuple(inside))
+                yield Window(window, cursor._replace(token=at - overlap), tuple(inside), starts=starts)
                 last = window[-1]
                 window = np.empty(seq_len + 1, np.int64)
                 window[0], filled = last, overlap
-                inside = [document] if at - overlap < len(ids) else []
+                inside, starts = [document] if at - overlap < len(ids) else [], []
     if overlap and filled > 1:
-        yield Window(window[:filled], cursor, tuple(inside))
+        yield Window(window[:filled], cursor, tuple(inside), starts=starts)
 
 
 class _Feed:

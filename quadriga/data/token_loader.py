@@ -35,6 +35,7 @@ def build_token_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
+    document_mask: bool = False,
     assets: str | None = None,
 ) -> TokenLoader:
     """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments, and
@@ -44,7 +45,8 @@ def build_token_loader(
     Raises UserError as `open_tokens`.
     """
     files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed, assets=assets)
-    return TokenLoader(files, windows, vocab_size, global_batch_size, rows, dataloader, endless=infinite)
+    order = (global_batch_size, rows, dataloader)
+    return TokenLoader(files, windows, vocab_size, *order, endless=infinite, document_mask=document_mask)
 
 
 class TokenLoader(Loader):
@@ -60,9 +62,11 @@ class TokenLoader(Loader):
         dataloader: Fetching,
         *,
         endless: bool,
+        document_mask: bool = False,
     ) -> None:
         """`vocab_size`: of the model; larger ids and negative ones end the run."""
-        super().__init__(windows.seq_len, global_batch_size, rows, dataloader, endless=endless)
+        order = (windows.seq_len, global_batch_size, rows, dataloader)
+        super().__init__(*order, endless=endless, document_mask=document_mask)
         self._reader = TokenReader(files, windows, vocab_size)
         self._slots = 0  # rows of the global batch that were consumed since the start of the run
 

@@ -28,6 +28,7 @@ from quadriga.comm.call_recorder import CallRecorder, axis_by_ranks
 from quadriga.comm.mesh import Mesh, build_mesh
 from quadriga.config import JobConfig, Run, read
 from quadriga.config.schema import Health as HealthSection
+from quadriga.data.document_borders import document_tensors
 from quadriga.data.loader import Batch, Loader
 from quadriga.data.streams import Cursor
 from quadriga.errors import EXIT_FAULT, EXIT_OK, UserError
@@ -66,10 +67,11 @@ class Rehearsal:
 
 @dataclass
 class EmptyLoader:
-    """A loader whose batches consist of token 0."""
+    """A loader whose batches consist of token 0, each row one document."""
 
     rows: int
     seq_len: int
+    document_mask: bool = False
     waited: float = 0.0
 
     def snapshot(self) -> dict[int, Cursor]:
@@ -78,12 +80,15 @@ class EmptyLoader:
 
     def next(self) -> Batch:
         tokens = torch.zeros(self.rows, self.seq_len, dtype=torch.int64)
-        return Batch(tokens, tokens)
+        if not self.document_mask:
+            return Batch(tokens, tokens)
+        positions, borders = document_tensors([()] * self.rows, self.seq_len)
+        return Batch(tokens, tokens, positions=positions, borders=borders)
 
 
 def empty_loader(run: Run) -> Loader:
     """A replacement for a loader if only `next` is called."""
-    return cast(Loader, EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len))
+    return cast(Loader, EmptyLoader(run.spec.rows_per_rank, run.spec.seq_len, run.config.training.document_mask))
 
 
 def rehearse(run: Run, rank: int) -> Rehearsal:

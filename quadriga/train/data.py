@@ -31,8 +31,10 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         tokenizer = build_tokenizer(run.config.model.hf_assets_path) if section.reads_text else None
         return build_mixture_loader(section, tokenizer, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     if section.dataset == TOKENS:
-        return build_token_loader(section.token_keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
-    return build_loader(section.text_keys, build_tokenizer(run.config.model.hf_assets_path), **order)
+        order |= {"document_mask": section.document_mask, "assets": spec.tokenizer.assets}
+        return build_token_loader(section.token_keys, spec.model.vocab_size, **order)
+    tokenizer = build_tokenizer(run.config.model.hf_assets_path)
+    return build_loader(section.text_keys, tokenizer, **order, document_mask=section.document_mask)
 
 
 def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> Loader:
@@ -46,6 +48,7 @@ def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Load
         "rows": range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
         "dataloader": dataloader_on(device, section.dataloader),
         "infinite": False,
+        "document_mask": run.config.training.document_mask,
     }
     if section.dataset == TOKENS:
         keys = section.token_keys(run.config.training)

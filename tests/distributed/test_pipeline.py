@@ -170,7 +170,8 @@ def step_at(arguments: Arguments, positions: torch.Tensor) -> float:
         for part in state.parts:
             for name, parameter in part.named_parameters():
                 parameter.mul_(10 if ".attention." in name else 1)
-    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=Divisor(4 * run.spec.seq_len))
+    divisor = Divisor(4 * run.spec.seq_len)
+    forward = build_forward_backward(run, mesh, CPU, state.parts, 4, run.spec.seq_len, divisor=divisor)
     object.__setattr__(forward.shard, "positions", positions)
     batch = FixedBatches(run, 0).next()
     four = type(batch)(batch.tokens[:4], batch.labels[:4])

@@ -94,7 +94,7 @@ def test_a_window_knows_which_documents_its_tokens_are_from(documents, seq_len, 
 def test_segments_of_one_document_get_one_bos_and_one_eos():
     segments = [Document("ab", True, False), Document("cd", False, False), Document("ef", False, True)]
     stream = tokenized(((segment, Cursor(document=i)) for i, segment in enumerate(segments)), ByteTokenizer(), 8)
-    assert [ids.tolist() for ids, _, _ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
+    assert [ids.tolist() for ids, *_ in stream] == [[256, 97, 98], [99, 100], [101, 102, 257]]
 
 
 def test_tokenizing_in_groups_changes_nothing():

@@ -91,7 +91,7 @@ def stream(tokenizer: Tokenizer) -> list[int]:
     """Two documents, "a" and "b", as training reads them: `a` and `b` for theirs, the ids of special tokens."""
     a, b = (ids.tolist() for ids in tokenizer.encode_batch(["a", "b"]))
     documents = [(Document(text), START) for text in ("a", "b")]
-    ids = [int(one) for part, _, _ in tokenized(documents, tokenizer, 4) for one in part]
+    ids = [int(one) for part in tokenized(documents, tokenizer, 4) for one in part.ids]
     return [{a[0]: "a", b[0]: "b"}.get(one, one) for one in ids]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,7 +76,7 @@ def test_attention_by_document_is_attention_to_each_document_alone() -> None:
     *qkv, grad = tensors(2)
     ours = with_gradients(document_attention, BORDERS, [*qkv, grad])
     for row, marks in enumerate(ROWS):
-        for first, after in zip(marks, marks[1:], strict=False):
+        for first, after in pairwise(marks):
             alone = [x[row : row + 1, :, first:after] for x in (*qkv, grad)]
             for mine, theirs in zip(ours, with_gradients(causal_attention, None, alone), strict=True):
                 assert torch.equal(mine[row : row + 1, :, first:after], theirs)
@@ -102,15 +104,14 @@ def test_a_part_of_a_sequence_sees_its_documents(chunks: int) -> None:
         ours = with_gradients(lambda *qkvb, at=starts: chunk_attention(*qkvb, at), BORDERS, given)
         assert error(ours[0], whole[0][:, :, here]) <= 2e-6
         assert error(ours[1], whole[1][:, :, here]) <= 2e-6
-        for total, part in zip(sums, ours[2:], strict=True):
-            total += part
+        sums = [total + part for total, part in zip(sums, ours[2:], strict=True)]
     for total, expected in zip(sums, whole[2:], strict=True):
         assert error(total, expected) <= 2e-6
 
 
 @given(st.sets(st.integers(1, SEQ - 1)), st.sampled_from([1, 2, 4]), st.booleans())
 def test_pieces_are_what_the_mask_shows(marks: set[int], degree: int, whole_keys: bool) -> None:
-    """Every pair of a query and a key that the mask shows is in exactly one piece, for all chunks of queries and keys."""
+    """Every pair of a query and a key that the mask shows is in exactly one piece, for all chunks of both."""
     rows = [[0, *sorted(marks), SEQ, SEQ]]
     seen = torch.zeros(SEQ, SEQ, dtype=torch.int64)
     length = SEQ // degree
@@ -142,8 +143,7 @@ def lengths_kernel(
 def each_piece(q, k, v, lengths, q_length, k_length):
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    ends = zip(lengths.queries.tolist(), lengths.queries.tolist()[1:], strict=False)
-    for (a, b), (c, d) in zip(ends, zip(lengths.keys.tolist(), lengths.keys.tolist()[1:], strict=False), strict=True):
+    for (a, b), (c, d) in zip(pairwise(lengths.queries.tolist()), pairwise(lengths.keys.tolist()), strict=True):
         assert 0 <= b - a <= q_length
         assert 0 <= d - c <= k_length
         if a == b or c == d:
@@ -161,9 +161,7 @@ def lengths_backward(grad, q, k, v, out, lse, lengths, q_length, k_length):
     """Gradients of the pieces alone, from the lse that is given, with garbage where nothing meets."""
     total = [torch.full_like(x, 7.0) for x in (q, k, v)]
     groups = q.shape[1] // k.shape[1]
-    starts = zip(lengths.queries.tolist(), lengths.keys.tolist(), strict=True)
-    ends = zip(lengths.queries.tolist()[1:], lengths.keys.tolist()[1:], strict=True)
-    for (a, c), (b, d) in zip(starts, ends, strict=False):
+    for (a, b), (c, d) in zip(pairwise(lengths.queries.tolist()), pairwise(lengths.keys.tolist()), strict=True):
         if a == b or c == d:
             continue
         mine, theirs = q[a:b].transpose(0, 1), k[c:d].repeat_interleave(groups, 1).transpose(0, 1)
