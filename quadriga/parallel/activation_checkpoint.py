@@ -31,9 +31,9 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 # Expensive to recompute: attention in each of its kernels (the CPU's has its own name), under context parallelism and
-# by document (the imported modules define these operations), and communication. All-gathered tensors are not saved: they
-# are as many times larger than the local shard as the group has ranks. `max` is for float8: the maximum is one number,
-# and recomputing it is a pass over a whole matrix.
+# by document (the imported modules define these operations), and communication. All-gathered tensors are not saved:
+# they are as many times larger than the local shard as the group has ranks. `max` is for float8: the maximum is one
+# number, and recomputing it is a pass over a whole matrix.
 SAVED_OPERATIONS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
