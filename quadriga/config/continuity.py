@@ -34,13 +34,14 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seq_len": run.spec.seq_len,
         "seed": run.spec.seed,
         "global_batch_size": run.spec.global_batch_size,
+        "document_mask": run.config.training.document_mask,
         "world_size": run.spec.world_size,
         "layout": asdict(run.spec.degrees),
     }
 
 
 def training_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Change]:
-    """The differences that make it another training: of model, sequence length, seed and global batch."""
+    """The differences that make it another training: of model, sequence length, seed, global batch and mask."""
     model = saved.get("model")
     for name in sorted(here["model"].keys() - NOT_COMPARED):
         was, now = model.get(name) if isinstance(model, Mapping) else None, here["model"][name]
@@ -49,6 +50,8 @@ def training_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Itera
     for name, key in (("seq_len", "training.seq_len"), ("seed", "debug.seed"), ("global_batch_size", BATCH)):
         if saved.get(name) != here[name]:
             yield key, saved.get(name), here[name]
+    if (was := saved.get("document_mask", False)) != here["document_mask"]:  # older checkpoints have no masks
+        yield "training.document_mask", was, here["document_mask"]
 
 
 def default_changes(saved: Mapping[str, Any], run: Run) -> Iterator[Change]:

@@ -6,7 +6,7 @@ problem. All problems are found, not only the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from quadriga.config.sources import (
 )
 from quadriga.errors import Problem, nearest, shortened
 from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
+
+
+# Of torchtitan: they separate documents by block-causal masks.
+MASKED_FLAVORS = ("_flex_attn", "_varlen_attn", "_flex", "_varlen")
 
 
 @dataclass
@@ -85,6 +89,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
         _expand_path(key, raw, loaded, environ)
         raw[key] = _resolve_alias(key, raw, loaded)
     loaded.notices += titan_datasets.resolve_datasets(raw, loaded.origin)
+    loaded.notices += _resolve_masked_flavor(raw, loaded.origin)
     _validate(raw, loaded)
     _note_defaults(loaded)
     return loaded
@@ -280,6 +285,22 @@ def _resolve_alias(key: str, raw: Mapping[str, Any], loaded: LoadedConfig) -> An
             f"{key} = {format_toml(value)} [{loaded.origin[key]}] is read as {format_toml(alias)}{why}"
         )
     return alias
+
+
+def _resolve_masked_flavor(raw: dict[str, Any], origin: dict[str, str]) -> Iterator[str]:
+    """Read torchtitan's flavors that mask documents as the flavor and the key. Yields the notice."""
+    key, mask, flavor = "model.flavor", "training.document_mask", raw.get("model.flavor")
+    suffix = next((each for each in MASKED_FLAVORS if isinstance(flavor, str) and flavor.endswith(each)), None)
+    if suffix is None:
+        return
+    raw[key] = str(flavor).removesuffix(suffix)
+    if mask not in raw:
+        raw[mask], origin[mask] = True, origin[key]
+    yield (
+        f"{key} = {format_toml(flavor)} [{origin[key]}] is read as {format_toml(raw[key])} with {mask} = "
+        f"{format_toml(raw[mask])}: no token sees another document, and the first token of a document is no label "
+        "(torchtitan counts it)"
+    )
 
 
 def _is_test_tokenizer(value: Any) -> bool:

@@ -36,7 +36,6 @@ DEGREES = {
     "pp": "parallelism.pipeline_parallel_degree",
     "cp": "parallelism.context_parallel_degree",
 }
-MASKED_FLAVORS = ("_flex", "_varlen")  # of torchtitan: they separate documents by block-causal masks
 GRADIENTS_KEPT_WHOLE = 8 * GIB  # per rank, the limit of unsharded gradients that are reduced once per step
 
 
@@ -120,9 +119,6 @@ def _pick_model(config: JobConfig, catalogue: Catalogue, origin: Mapping[str, st
     elif section.flavor not in family:
         key, known, value = "model.flavor", list(family), section.flavor
         what = f"{section.name} has no such size"
-        if value.endswith(MASKED_FLAVORS):
-            value = value.rpartition("_")[0]
-            what += "; masks that separate the documents of a sequence are not supported"
     else:
         names = {spec_field.name for spec_field in fields(ModelSpec)} - {"name", "flavor"}
         asked = {name: getattr(section, name, None) for name in names - {"rope_scaling"}}

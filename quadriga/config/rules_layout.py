@@ -55,6 +55,16 @@ def backend_has_a_buffer_for_each_gather(ctx: RuleContext) -> Findings:
         yield Conflict("the symmetric memory of this backend has buffers for one block ahead", f"leave {PREFETCH} out")
 
 
+@rule("training.document_mask", CP, BACKEND, "training.mixed_precision_param", "model.dim", "model.n_heads")
+def heads_fit_the_kernels_of_gpus(ctx: RuleContext) -> Findings:
+    facts, width, training = _backend_facts(ctx), ctx.model.head_dim, ctx.config.training
+    calls_kernels = training.document_mask or ctx.degrees.cp > 1
+    on_gpus = facts is not None and facts.device_type == "cuda"
+    if calls_kernels and on_gpus and training.mixed_precision_param == "bfloat16" and width % 8:
+        what = f"flash attention needs heads whose width is a multiple of 8; it is {width}"
+        yield Conflict(what, 'compute in float32 (training.mixed_precision_param = "float32"), or change the model')
+
+
 def _backend_facts(ctx: RuleContext) -> BackendFacts | None:
     return ctx.backends.get(ctx.config.comm.backend or "")
 

@@ -15,6 +15,9 @@ The fields of a record:
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `source_tokens`, `source_epochs`: of a mixture, by the name of each source, since the run began.
+- `keys_per_token`: with `training.document_mask`, the mean number of keys that a token sees. `tflops` and `mfu` count
+  this attention. `attention_imbalance`: the pairs of a query and a key that the rank with the most of them sees in the
+  logged step, divided by the mean of the ranks.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
@@ -51,15 +54,20 @@ class Meter:
         flops_per_token: float,
         peak_flops: float | None,
         bfloat16_peak: float | None = None,
+        flops_of_documents: tuple[float, float] | None = None,
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`steps`: the last step of the run; `first_step`: the first one of this attempt (1, or the one after the
         checkpoint); `tokens_seen`: of the whole run before that step; `devices`: ranks of the run; `peak_flops`: of
-        one device in FLOP/s for the compute dtype, None if unknown; `bfloat16_peak`: that for `mfu_bfloat16`."""
+        one device in FLOP/s for the compute dtype, None if unknown; `bfloat16_peak`: that for `mfu_bfloat16`;
+        `flops_of_documents`: for steps with documents, per token without attention, and per pair of a query and a key
+        that attention sees."""
         self._log_freq, self._steps = section.log_freq, steps
         self._attempt, self._devices = attempt, devices
         self._flops_per_token, self._peak_flops, self._bfloat16_peak = flops_per_token, peak_flops, bfloat16_peak
+        self._flops_of_documents = flops_of_documents
+        self._window_pairs: torch.Tensor | None = None  # that attention saw in these steps, with documents
         self._memory = memory_reader(device)
         self._clock = clock
         self._start = self._window_start = clock()
@@ -74,6 +82,9 @@ class Meter:
     def record(self, metrics: StepMetrics) -> Record | None:
         """Call after every step. Returns the record at a logging step (this waits for the device), else None."""
         self._window_wait += metrics.data_wait
+        if metrics.attention is not None:
+            before, (pairs, _) = self._window_pairs, metrics.attention
+            self._window_pairs = pairs if before is None else before + pairs
         if not self.is_logging_step(metrics.step):
             return None
         bad_records = torch.zeros_like(metrics.loss) if metrics.bad_records is None else metrics.bad_records
@@ -83,8 +94,10 @@ class Meter:
         wall = now - self._window_start
         working = max(wall - self._window_pause, 1e-9)
         count = max(metrics.step - self._window_step, 1)
-        rate = (metrics.tokens_seen - self._window_tokens) / working
-        flops = self._flops_per_token * rate / self._devices
+        tokens = metrics.tokens_seen - self._window_tokens
+        rate = tokens / working
+        documents = self._of_documents(metrics, tokens)
+        flops = self._flops_of(documents) * rate / self._devices
         record: Record = {
             "kind": "train",
             "step": metrics.step,
@@ -109,10 +122,26 @@ class Meter:
             **self._memory(),
             "eta_seconds": self._remaining(metrics.step, now, wall / count),
             **_of_sources(metrics.sources or {}),
+            **documents,
         }
         self._window_start, self._window_step, self._window_tokens = now, metrics.step, metrics.tokens_seen
         self._window_wait = self._window_pause = 0.0
+        self._window_pairs = None
         return record
+
+    def _of_documents(self, metrics: StepMetrics, tokens: int) -> Record:
+        """The attention of these steps, with documents."""
+        if metrics.attention is None or self._window_pairs is None:
+            return {}
+        pairs, imbalance = torch.stack((self._window_pairs, metrics.attention[1])).tolist()
+        return {"keys_per_token": pairs / max(tokens, 1), "attention_imbalance": imbalance}
+
+    def _flops_of(self, documents: Record) -> float:
+        """FLOPs per token."""
+        if not documents or self._flops_of_documents is None:
+            return self._flops_per_token
+        plain, per_pair = self._flops_of_documents
+        return plain + per_pair * float(documents["keys_per_token"])
 
     def validation(self, step: int, loss: float, tokens: int, seconds: float) -> Record:
         """The record of one validation: `loss` in nats per token over `tokens` tokens of the whole run."""

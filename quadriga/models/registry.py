@@ -57,6 +57,12 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     return llama_spec.flops_per_token(spec, seq_len)
 
 
+def flops_per_pair(spec: ModelSpec) -> float:
+    """FLOPs of attention, forward and backward, for one query and one key that it sees."""
+    _known(spec)
+    return llama_spec.flops_per_pair(spec)
+
+
 def tensor_names(spec: ModelSpec) -> llama_names.LlamaTensorNames:
     """The names and shapes of the model's tensors in checkpoints of Hugging Face and torchtitan."""
     _known(spec)

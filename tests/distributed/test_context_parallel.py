@@ -151,9 +151,10 @@ def test_four_ranks_that_share_sequences_train_as_one(alone: list[TrainingTrace]
 
 
 def opcheck_ring() -> None:
-    for dtype, pieces in product((torch.float32, torch.bfloat16), (1, 2)):
+    documents = torch.tensor([[0, 3, SEQ], [0, SEQ, SEQ]], dtype=torch.int32)
+    for dtype, pieces, borders in product((torch.float32, torch.bfloat16), (1, 2), (None, documents)):
         q, k, v, grad = (x[:, :, : SEQ // 2] for x in inputs(Attention("ring", kv_heads=4, dtype=dtype)))
-        ring = (dist.get_rank(), dist.get_world_size(), pieces, dist.group.WORLD.group_name)
+        ring = (borders, dist.get_rank(), dist.get_world_size(), pieces, dist.group.WORLD.group_name)
         out, lse = ring_attention(q, k, v, *ring)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(ring_attention, (q, k, v, *ring), test_utils=checks)

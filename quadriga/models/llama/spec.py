@@ -66,15 +66,19 @@ SIZES: MappingProxyType[str, ModelSpec] = MappingProxyType(
 )
 
 
+def flops_per_pair(spec: ModelSpec) -> float:
+    """Floating-point operations of attention, forward and backward, for one query and one key that it sees, over all
+    layers."""
+    return float(12 * spec.n_layers * spec.n_heads * spec.head_dim)
+
+
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """Floating-point operations of forward and backward for one token of a sequence of `seq_len` tokens.
 
     6 per weight of a matrix product (2 forward, 4 backward). The input embedding is a lookup and does not count, unless
-    it is tied and is also the output matrix. Attention adds 12 * layers * heads * head_dim * seq_len (queries by keys,
-    and attention weights by values), halved because a token attends to half of the sequence on average. Recompute does
-    not count.
+    it is tied and is also the output matrix. Attention adds 12 * layers * heads * head_dim (queries by keys, and
+    attention weights by values) for each of seq_len / 2 keys, that a token sees on average. Recompute does not count.
     """
     looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.dim
     weights = 6 * (spec.n_parameters - looked_up)
-    attention = 6 * spec.n_layers * spec.n_heads * spec.head_dim * seq_len
-    return float(weights + attention)
+    return float(weights + flops_per_pair(spec) * seq_len / 2)

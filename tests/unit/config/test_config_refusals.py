@@ -128,11 +128,6 @@ WRONG = [
         ('model.flavor = "8b"', "debugmodel, 1B, 3B, 8B, 70B, 405B"),
     ),
     Wrong(
-        "model size with block-causal masks",
-        '[model]\nflavor = "8B_flex"',
-        ("8B_flex", "masks that separate the documents", "did you mean: 8B"),
-    ),
-    Wrong(
         "degrees against ranks",
         "[parallelism]\ndata_parallel_replicate_degree = 2\ndata_parallel_shard_degree = 3",
         (

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quadriga.errors import UserError
 from quadriga.models.registry import hf_config, tensor_names
 
 
@@ -140,6 +141,17 @@ def test_folders_lie_in_the_run_folder(read_config):
 )
 def test_what_is_worth_a_notice_gets_one(arguments, says, read_config):
     assert says in "\n".join(read_config(*arguments).spec.notices)
+
+
+@pytest.mark.parametrize("suffix", ["_flex", "_varlen", "_flex_attn", "_varlen_attn"])
+def test_flavors_of_torchtitan_that_mask_documents(suffix, read_config):
+    run = read_config("--model.flavor", f"debugmodel{suffix}")
+    assert (run.spec.model.flavor, run.config.training.document_mask) == ("debugmodel", True)
+    assert any(f'"debugmodel{suffix}"' in notice and "is no label" in notice for notice in run.spec.notices)
+    run = read_config("--model.flavor", f"debugmodel{suffix}", "--training.document_mask", "false")
+    assert not run.config.training.document_mask
+    with pytest.raises(UserError, match="nosuch"):
+        read_config("--model.flavor", f"nosuch{suffix}")
 
 
 PP = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "4"]

@@ -104,7 +104,7 @@ def test_tokenizing_in_groups_changes_nothing():
     stream = list(tokenized(placed, ByteTokenizer(), 512))
     assert np.array_equal(stream[7][0], next(tokenized(placed[7:8], ByteTokenizer(), 1))[0])
     assert [place.document for _, place, *_ in stream] == list(range(300))
-    for document, (ids, _, _) in zip(documents, stream, strict=True):
+    for document, (ids, *_) in zip(documents, stream, strict=True):
         assert ids.tolist() == [256, *document.text.encode(), 257]
 
 
