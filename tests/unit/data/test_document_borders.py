@@ -131,7 +131,7 @@ def test_pieces_of_a_long_text_are_one_document_where_they_follow_each_other(tmp
             for start, end in pairwise(places):
                 piece = bytes(each for each in row[start:end] if each < BOS).decode()
                 assert piece in text
-                if start >= 9 and max(row[start - 9 : start + 1]) < BOS:
+                if len(piece) >= 9 and start >= 9 and max(row[start - 9 : start + 1]) < BOS:
                     before = bytes(row[start - 9 : start]).decode()
                     assert before + piece not in text
                     cuts += 1
