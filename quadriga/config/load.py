@@ -31,7 +31,6 @@ from quadriga.config.sources import (
 from quadriga.errors import Problem, nearest, shortened
 from quadriga.limits import PATH, TEXT, TOML_PROBLEMS
 
-
 # Of torchtitan: they separate documents by block-causal masks.
 MASKED_FLAVORS = ("_flex_attn", "_varlen_attn", "_flex", "_varlen")
 

@@ -279,7 +279,7 @@ def tokenized(documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer
 def _continues(before: Document, document: Document) -> bool:
     """Whether a piece of a text goes on where the one before it ended: in the same shard or the next one, at its byte.
     Shuffled pieces rarely do."""
-    if before.ends or document.begins or before.id[0] != document.id[0]:
+    if before.ends or document.begins:
         return False
     (_, shard, number), (_, next_shard, next_number) = before.id, document.id
     gap = next_number - number - len(before.text.encode())

@@ -118,9 +118,9 @@ def attend_documents_backward(
         return packed_backward(flash_backward_of_lengths, grad, q, k, v, out, lse, lengths)
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     for piece in visible_pieces(borders.tolist(), q_start, q.shape[2], k_start, k.shape[2]):
-        of_queries = [piece.of_queries(x) for x in (out, lse)]
-        given = piece.of_queries(grad), piece.of_queries(q), piece.of_keys(k), piece.of_keys(v)
-        new_dq, new_dk, new_dv = attend_backward(*given, *of_queries, causal=piece.causal)
+        above, queries, known_out, known_lse = (piece.of_queries(x) for x in (grad, q, out, lse))
+        given = above, queries, piece.of_keys(k), piece.of_keys(v), known_out, known_lse
+        new_dq, new_dk, new_dv = attend_backward(*given, causal=piece.causal)
         piece.of_queries(dq).copy_(new_dq)
         piece.of_keys(dk).copy_(new_dk)
         piece.of_keys(dv).copy_(new_dv)

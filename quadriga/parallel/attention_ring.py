@@ -63,7 +63,7 @@ def ring_attention(
         if step < size - 1:
             coming = _send_to_next(kv, rank, size, group_name)
         for meeting in _meetings(step, cut, q.shape[2], by_chunk=borders is not None):
-            _merge_into(out, lse, meeting, _attend(q, *kv, borders, meeting))
+            _merge_into(out, lse, meeting, _attend(q, kv[0], kv[1], borders, meeting))
     result, result_lse = empty_result(q)
     return result.copy_(out), result_lse.copy_(lse)
 
@@ -90,7 +90,7 @@ def ring_attention_backward(
 
     def add_gradients(kv: Tensor, dkv: Iterable[Tensor], step: int) -> None:
         for meeting in _meetings(step, cut, q.shape[2], by_chunk=by_chunk):
-            part = _attend_backward(grad, q, *kv, out, lse, borders, meeting)
+            part = _attend_backward(grad, q, kv[0], kv[1], out, lse, borders, meeting)
             for total, x, place in zip((dq, *dkv), part, (meeting.queries, meeting.keys, meeting.keys), strict=True):
                 total[:, :, place] += x
 
