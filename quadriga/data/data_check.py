@@ -49,7 +49,8 @@ def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
     for source in training.sources:
         if source.dataset == TOKENS:
             keys, assets = source.token_keys, spec.tokenizer.assets
-            opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, assets=assets)
+            how: dict[str, Any] = {"assets": assets, "document_mask": training.document_mask}
+            opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, **how)
             problems += _problems_of(source, opened)
         else:
             problems += _survey(spec, source, source.text_keys, spec.seq_len, training.dataloader)
@@ -78,7 +79,8 @@ def _problems_of(section: DataSource | Validation, open_data: Callable[[], objec
 def training_tokens(training: Training, spec: RunSpec, vocab_size: int | None = None) -> tuple[TokenFiles, Windows]:
     """The token files of the training, and the windows of its epochs. Raises UserError as `open_tokens`."""
     keys, sizes, assets = training.token_keys, (spec.seq_len, vocab_size), spec.tokenizer.assets
-    return open_tokens(keys, training.dataloader, *sizes, endless=True, seed=spec.seed, assets=assets)
+    how: dict[str, Any] = {"seed": spec.seed, "assets": assets, "document_mask": training.document_mask}
+    return open_tokens(keys, training.dataloader, *sizes, endless=True, **how)
 
 
 def training_mixture(training: Training, spec: RunSpec) -> MixtureData:

@@ -135,7 +135,8 @@ def open_mixture(
     def open_source_of(source: TrainingSource) -> tuple[TokenFiles, Windows]:
         own = f"{seed} {source.title}"  # so that two sources of one length have different orders
         order = source.token_keys, training.dataloader, seq_len, vocab_size
-        return open_tokens(*order, endless=True, seed=own, assets=assets)
+        how: dict[str, Any] = {"seed": own, "assets": assets, "document_mask": training.document_mask}
+        return open_tokens(*order, endless=True, **how)
 
     tokens = dict(zip([source.title for source in read], collected(open_source_of, read), strict=True))
     sizes = {name: windows.count * seq_len for name, (_, windows) in tokens.items()}

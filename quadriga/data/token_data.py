@@ -25,14 +25,16 @@ def open_tokens(
     endless: bool = False,
     seed: int | str = 0,
     assets: str | None = None,
+    document_mask: bool = False,
 ) -> tuple[TokenFiles, Windows]:
     """The token files of a data set, and their windows in the order in which they are read.
 
     vocab_size: of the model; None: the ids are not checked. endless: for training, shuffled by `seed` unless
     `dataloader.shuffle` is false. Otherwise for a pass in order. assets: the path of the run's tokenizer.
+    document_mask: `training.document_mask`, which needs documents.
 
     Raises UserError: no files, files that cannot be read, or that another tokenizer made, fewer ids than one window,
-    or, in data of at most WHOLE_IDS, an id that the model does not have.
+    no documents although they are needed, or, in data of at most WHOLE_IDS, an id that the model does not have.
     """
     files = open_token_files(
         keys.path,
@@ -44,6 +46,10 @@ def open_tokens(
     )
     if files.made_by is not None and assets is not None:
         _require_same_tokenizer(files.made_by, assets, keys)
+    if document_mask and not files.separates_documents:
+        what = "the files do not say where documents end, which training.document_mask needs"
+        fix = f"set {keys.table}.token_eos_id to the id that ends a document, or training.document_mask = false"
+        raise UserError(Problem(f"{keys.table}.dataset_path", what, keys.path, fix=fix))
     shuffled = endless and isinstance(dataloader, Dataloader) and dataloader.shuffle
     order = seed if shuffled else None
     windows = Windows(files.length, seq_len, dataloader.window_overlap, order, short_last=not endless)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,7 @@ from quadriga.data.token_formats import (
     open_raw,
     recognized_format,
 )
+from quadriga.data.token_ids import checked_ids, location_of, wrong_ids
 from quadriga.data.token_parquet import DecodedGroups, open_parquet_tokens
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.reading import file_kind
@@ -42,7 +42,6 @@ from quadriga.reading import file_kind
 TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
 OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
-VERIFIED_AT_ONCE = 1 << 20  # ids
 Opened = tuple[str, TokenFile]  # the format of a file, and the file
 
 
@@ -72,7 +71,7 @@ class TokenFiles:
             ValueError: not 0 <= start <= stop <= length.
             UserError: a file cannot be read or was changed, or an id is negative or above int64.
         """
-        pieces = [_checked(self._parts[index], first, last) for index, first, last in self._split(start, stop)]
+        pieces = [checked_ids(self._parts[index], first, last) for index, first, last in self._split(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.int64)])
 
     def documents(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
@@ -106,6 +105,26 @@ class TokenFiles:
             found.append(ends[ends <= last] + (self._starts[index] - start))
         return np.concatenate([*found, np.empty(0, np.int64)])
 
+    def read_documents(
+        self, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.int64], tuple[tuple[int, int], ...], npt.NDArray[np.int64]]:
+        """`read`, `documents` and `borders` of the same ids, which are read once."""
+        ids, names, ends = [], list[tuple[int, int]](), []
+        for index, first, last in self._split(start, stop):
+            ids.append(checked_ids(self._parts[index], first, last))
+            found = self._documents(index, first, last, ids[-1])
+            names += [(index, number) for number in found.numbers.tolist()]
+            ends.append(found.ends[found.ends <= last] + (self._starts[index] - start))
+        if len(ids) == 1:
+            return ids[0], tuple(names), ends[0]
+        none = np.empty(0, np.int64)
+        return np.concatenate([*ids, none]), tuple(names), np.concatenate([*ends, none])
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether an index or `eos_id` separates documents in every file."""
+        return self._eos is not None or all(part.indexed for part in self._parts)
+
     def parts(self, start: int, stop: int) -> list[tuple[tuple[int, int] | None, int, int]]:
         """Ids [start, stop) by document: the document as `documents` names it, its first id of the range, and the one
         after its last. A part of a file in which nothing separates documents has the document None.
@@ -125,14 +144,14 @@ class TokenFiles:
     def format_location(self, position: int) -> str:
         """The location of an id for a message: the file, and the position of the id in it, counted from 0."""
         index, first, _ = self._split(position, position + 1)[0]
-        return _location(self._parts[index], first)
+        return location_of(self._parts[index], first)
 
     def verify(self, vocab_size: int | None) -> Iterator[Problem]:
         """Reads everything, and yields what is wrong: ids outside of [0, vocab_size), entries of indexes, unreadable
         files. At most some problems for each file. Memory does not grow with the data."""
         for part in self._parts:
             try:
-                yield from _wrong_ids(part, vocab_size)
+                yield from wrong_ids(part, vocab_size)
                 yield from part.index_problems()
             except UserError as error:
                 yield from error.problems
@@ -154,14 +173,15 @@ class TokenFiles:
             start, index = end, index + 1
         return found
 
-    def _documents(self, index: int, start: int, stop: int) -> Documents:
-        """As `TokenFile.documents`; with `eos_id`, the last document has an end only if it is within the range."""
+    def _documents(self, index: int, start: int, stop: int, ids: npt.NDArray[np.int64] | None = None) -> Documents:
+        """As `TokenFile.documents`; with `eos_id`, the last document has an end only if it is within the range. `ids`:
+        those of the range, if they were read."""
         part = self._parts[index]
         if part.indexed:
             return part.documents(start, stop)
         if self._eos is None:
             return Documents(np.empty(0, np.int64), np.empty(0, np.int64))
-        ends = start + 1 + np.flatnonzero(part.read(start, stop) == self._eos)
+        ends = start + 1 + np.flatnonzero((part.read(start, stop) if ids is None else ids) == self._eos)
         begins = np.concatenate([[start], ends])
         return Documents(begins[begins < stop], ends)
 
@@ -353,45 +373,3 @@ def _fingerprint(form: str, parts: Sequence[TokenFile], eos_id: int | None) -> s
     digest = f":{hashlib.blake2b(hashes.encode(), digest_size=8).hexdigest()}" if hashes else ""
     files = [file for part in parts for file in (part.file, part.index) if file is not None]
     return fingerprint(f"tokens:{form}:{dtypes}", files) + column + eos + digest
-
-
-def _location(part: TokenFile, position: int) -> str:
-    return f"{path_of(part.file)}, token {position:,}"
-
-
-def _checked(part: TokenFile, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """Ids [start, stop) of a file as int64. Raises UserError for negative ids, and for those above int64."""
-    stored = part.read(start, stop)
-    ids = stored.astype(np.int64)
-    if (part.dtype.kind == "i" or part.dtype.itemsize == 8) and ids.min() < 0:
-        wrong = int(np.flatnonzero(ids < 0)[0])
-        raise UserError(_wrong_id(part, start + wrong, stored[wrong], 1, None))
-    return ids
-
-
-def _wrong_ids(part: TokenFile, vocab_size: int | None) -> Iterator[Problem]:
-    """One problem with the first of the negative ids, and one with the first of those that are too large."""
-    most = np.iinfo(np.int64).max if vocab_size is None else vocab_size - 1
-    first: dict[bool, tuple[int, Any]] = {}  # by whether it is negative, the first wrong id
-    count = {True: 0, False: 0}
-    for start in range(0, part.length, VERIFIED_AT_ONCE):
-        ids = part.read(start, min(start + VERIFIED_AT_ONCE, part.length))
-        for negative, wrong in ((True, ids < 0), (False, ids > most)):
-            if found := int(np.count_nonzero(wrong)):
-                at = int(np.argmax(wrong))
-                first.setdefault(negative, (start + at, ids[at]))
-                count[negative] += found
-    for negative, (position, value) in first.items():
-        yield _wrong_id(part, position, value, count[negative], vocab_size)
-
-
-def _wrong_id(part: TokenFile, position: int, value: Any, count: int, vocab_size: int | None) -> Problem:
-    where, more = _location(part, position), f", the first of {count:,} such ids" if count > 1 else ""
-    if value < 0:
-        what, allowed = f"the id {value} is negative{more}", "ids from 0 on"
-    elif vocab_size is None:
-        what, allowed = f"the id {value} is above the largest int64{more}", "ids below 2^63"
-    else:
-        what, allowed = f"the id {value} is not in the vocabulary{more}", f"ids below {vocab_size:,}"
-    fix = "check that the files were written with this tokenizer, and their type of ids"
-    return Problem(where, what, allowed=allowed, fix=fix)

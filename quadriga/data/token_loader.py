@@ -44,7 +44,8 @@ def build_token_loader(
     Not infinite (validation): with an overlap, the last row of a pass can be short.
     Raises UserError as `open_tokens`.
     """
-    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed, assets=assets)
+    how: dict[str, Any] = {"seed": seed, "assets": assets, "document_mask": document_mask}
+    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, **how)
     order = (global_batch_size, rows, dataloader)
     return TokenLoader(files, windows, vocab_size, *order, endless=infinite, document_mask=document_mask)
 
@@ -156,11 +157,12 @@ class TokenReader:
         Raises UserError: the ids cannot be read, or one is not in the vocabulary.
         """
         start, stop = self.windows.bounds(window)
-        ids = self.files.read(start, stop)
+        ids, documents, ends = self.files.read_documents(start, stop)
         if ids.view(np.uint64).max() >= self.vocab_size:  # as unsigned numbers, negative ones are large
             self._refuse(start, ids.view(np.uint64))
         epoch = slot // self.windows.count
-        return Window(ids, START, tuple((epoch, *document) for document in self.files.documents(start, stop)))
+        names = tuple((epoch, *document) for document in documents)
+        return Window(ids, START, names, starts=ends[ends < len(ids)].tolist())
 
     def _refuse(self, start: int, ids: Any) -> NoReturn:
         first = int(np.argmax(ids >= self.vocab_size))

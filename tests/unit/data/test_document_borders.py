@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from token_writers import write_megatron
 
-from quadriga.config.schema import Dataloader, TextKeys
+from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.document_borders import document_tensors
 from quadriga.data.loader import IGNORE, Batch, StreamLoader, build_loader
+from quadriga.data.token_data import open_tokens
+from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
+from quadriga.errors import UserError
 
 BOS = ByteTokenizer.bos_id
 SEQ, BATCH = 64, 6
@@ -147,3 +153,38 @@ def test_what_fills_up_a_short_row_is_a_document_of_its_own(tmp_path: Path) -> N
     assert batch.borders[2].unique().tolist() == [0, SEQ]
     assert batch.counted_labels == 72 - 1
     assert int((batch.labels[2:] != IGNORE).sum()) == 0
+
+
+@pytest.mark.parametrize("kind", ["megatron", "raw"])
+def test_documents_of_token_files(tmp_path: Path, kind: str) -> None:
+    """By the index of Megatron, whose documents have no id that ends them, and by an id of headerless files."""
+    lengths, eos = [5, 1, 1, 40, 64, 128, 3] * 20, 9
+    documents = [[*((7 * nth + place) % 9 for place in range(length - 1)), eos] for nth, length in enumerate(lengths)]
+    ends = set(itertools.accumulate(lengths))
+    ids = np.array([each for document in documents for each in document], np.uint16)
+    if kind == "megatron":
+        write_megatron(tmp_path / "a", [[document] for document in documents])
+        keys = TokenKeys("training", str(tmp_path / "a"), "auto", None, None, None)
+    else:
+        ids.tofile(tmp_path / "a.bin")
+        keys = TokenKeys("training", str(tmp_path / "a.bin"), "raw", "uint16", eos, None)
+    order = {"seed": 3, "seq_len": SEQ, "global_batch_size": 2, "rows": range(2)}
+    loader = build_token_loader(keys, 10, **order, dataloader=Dataloader(shuffle=False), document_mask=True)
+    for number, batch in enumerate(islice(loader, len(ids) // SEQ // 2)):
+        for row in range(2):
+            start = (2 * number + row) * SEQ
+            marks = [at - start for at in range(start + 1, start + SEQ) if at in ends]
+            assert batch.borders[row, : len(marks) + 2].tolist() == [0, *marks, SEQ]
+            labels = [IGNORE if start + at + 1 in ends else int(ids[start + at + 1]) for at in range(SEQ)]
+            assert batch.labels[row].tolist() == labels
+            assert batch.tokens[row].tolist() == ids[start : start + SEQ].tolist()
+    loader.close()
+
+
+def test_token_files_without_documents_are_refused_with_a_mask(tmp_path: Path) -> None:
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    keys = TokenKeys("training", str(tmp_path / "a.bin"), "raw", "uint16", None, None)
+    with pytest.raises(UserError, match="do not say where documents end") as refused:
+        open_tokens(keys, Dataloader(), SEQ, None, document_mask=True)
+    assert "set training.token_eos_id" in str(refused.value)
+    open_tokens(keys._replace(eos_id=9), Dataloader(), SEQ, None, document_mask=True)

@@ -44,8 +44,9 @@ class InMemory:
             ids[self.bad - start] = self.value
         return ids
 
-    def documents(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-        return tuple((number // 100, number % 100) for number in range(start // 10, (stop - 1) // 10 + 1))
+    def read_documents(self, start: int, stop: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...], np.ndarray]:
+        names = tuple((number // 100, number % 100) for number in range(start // 10, (stop - 1) // 10 + 1))
+        return self.read(start, stop), names, np.arange(start // 10 + 1, stop // 10 + 1) * 10 - start
 
     def format_location(self, position: int) -> str:
         return f"{self.files[position // 1000]}, id {position % 1000}"

@@ -503,7 +503,7 @@ def test_negative_ids_and_ids_above_int64_stop_the_reading(tmp_path):
 
 
 def test_a_verification_names_the_first_wrong_id_of_each_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("quadriga.data.token_files.VERIFIED_AT_ONCE", 3)
+    monkeypatch.setattr("quadriga.data.token_ids.VERIFIED_AT_ONCE", 3)
     write_raw(tmp_path / "a.bin", [1, 99, 3, 100, 5, 200, 300])
     write_raw(tmp_path / "b.bin", [1, 2])
     problems = wrong(tmp_path, token_dtype="uint16")
