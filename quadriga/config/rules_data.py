@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quadriga.config.assets import BUILTIN_TOKENIZER, DATASETS
 from quadriga.config.keys import KEYS
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
 from quadriga.config.schema import TOKENS, TokenKeys
@@ -17,14 +16,16 @@ def token_keys_of(ctx: RuleContext, table: str) -> TokenKeys | None:
     training, validation = ctx.config.training, ctx.config.validation
     if table == "training":
         return training.token_keys if training.dataset == TOKENS and not training.sources else None
-    return validation.token_keys(training) if validation.enable and validation.dataset == TOKENS else None
+    used = validation.enable and not validation.sets and validation.dataset == TOKENS
+    return validation.token_keys(training) if used else None
 
 
 def _belongs_to_tokens(table: str, name: str) -> Callable[[RuleContext], Findings]:
     key, dataset = f"{table}.{name}", f"{table}.dataset"
 
     def key_belongs_to_token_files(ctx: RuleContext) -> Findings:
-        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
+        training, validation = ctx.config.training, ctx.config.validation
+        used = not training.sources if table == "training" else validation.enable and not validation.sets
         if used and config_value(ctx.config, key) != KEYS[key].default and config_value(ctx.config, dataset) != TOKENS:
             yield Conflict("only token files have it", f'set {dataset} = "{TOKENS}", or remove {key}')
 
@@ -69,13 +70,3 @@ for _table in ("training", "validation"):
     rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
     rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))
-
-
-@rule(TOKENIZER, "training.dataset", "training.sources", "validation.dataset")
-def validation_text_has_the_tokenizer_of_the_tokens(ctx: RuleContext) -> Findings:
-    config = ctx.config
-    if config.training.reads_text or not config.validation.enable or config.validation.dataset == TOKENS:
-        return
-    if config.model.hf_assets_path == BUILTIN_TOKENIZER and config.validation.dataset in DATASETS:
-        fix = f"set {TOKENIZER} to the tokenizer of the token files, or validate on token files"
-        yield Conflict("the text of the validation needs the tokenizer that made the token files", fix)

@@ -73,6 +73,7 @@ def build_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
+    windows: int | None = None,
     field: Field = TEXT,
 ) -> StreamLoader:
     """The loader of `rows` of the global batch, of documents.
@@ -80,8 +81,8 @@ def build_loader(
     infinite (training): endless epochs; a batch is a whole optimizer step. Shuffled by `seed`, row i is stream i. With
     `dataloader.shuffle` false there is one stream of documents in the source's order. Its windows fill the rows of one
     batch after another; every rank reads all of it and keeps its rows.
-    Not infinite (validation): one pass in the data's order per iteration. Every rank gets the same number of batches;
-    the last one is filled up with rows whose labels are all IGNORE.
+    Not infinite (validation): one pass in the data's order per iteration, of the first `windows` windows; None: of all.
+    Every rank gets the same number of batches; the last one is filled up with rows whose labels are all IGNORE.
 
     Raises UserError: data that do not exist or cannot be read (small data are checked completely before the first
     step), or fewer tokens than one window.
@@ -94,7 +95,7 @@ def build_loader(
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
     streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
-    return StreamLoader(streams, global_batch_size, rows, dataloader)
+    return StreamLoader(streams, global_batch_size, rows, dataloader, windows)
 
 
 class Loader(ABC):
@@ -220,9 +221,18 @@ class Loader(ABC):
 class StreamLoader(Loader):
     """Batches of the windows of streams of documents."""
 
-    def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        global_batch_size: int,
+        rows: range,
+        dataloader: Fetching,
+        windows: int | None = None,
+    ) -> None:
+        """`windows`: of one pass, if the streams are not endless; None: all."""
         super().__init__(streams.seq_len, global_batch_size, rows, dataloader, endless=streams.endless)
         self.streams = streams  # loading a state can replace them
+        self._windows = windows
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
         self._cursors = dict.fromkeys(self._streams_read, START)
@@ -346,7 +356,7 @@ class StreamLoader(Loader):
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
         if self._in_order or not self.streams.endless:
             cursor = self._cursors[SINGLE_STREAM] if self._in_order else START
-            return [_assign_rows(self.streams, cursor, self._rows, self._global_batch_size)]
+            return [_assign_rows(self.streams, cursor, self._rows, self._global_batch_size, self._windows)]
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
         return [
             _feed(self.streams, {row: self._cursors[row] for row in self._rows[i::threads]}) for i in range(threads)
@@ -380,15 +390,16 @@ def _feed(streams: Streams, cursors: Mapping[int, Cursor]) -> Generator[BatchPar
 
 
 def _assign_rows(
-    streams: Streams, cursor: Cursor, rows: range, global_batch_size: int
+    streams: Streams, cursor: Cursor, rows: range, global_batch_size: int, most: int | None = None
 ) -> Generator[BatchPart, None, None]:
-    """Assigns the windows of one stream to the rows of one batch after another, and keeps those of `rows`.
+    """Assigns the windows of one stream to the rows of one batch after another, and keeps those of `rows`. `most`: the
+    number of windows at which it ends; None: the end of the stream.
 
     Every rank reads the whole stream, so that all ranks have the same cursors and the same number of batches.
     """
     kept: dict[int, Window] = {}
     row = 0  # of the current global batch
-    for window in streams.windows(SINGLE_STREAM, cursor):
+    for window in islice(streams.windows(SINGLE_STREAM, cursor), most):
         if row in rows:
             kept[row] = window
         row += 1

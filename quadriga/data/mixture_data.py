@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from quadriga.config.mixing import StageShares, format_percent, mixture_stages
-from quadriga.config.schema import TOKENS, Training, TrainingSource
+from quadriga.config.schema import TOKENS, HeldOut, Training, TrainingSource
 from quadriga.data.changes import SOURCES, STAGE, mixture_differences, other_kind
 from quadriga.data.mixture import Mixture
 from quadriga.data.sources import Field
@@ -20,6 +20,7 @@ from quadriga.data.windows import Windows
 from quadriga.errors import Problem, UserError
 from quadriga.units import plural
 
+S = TypeVar("S")
 T = TypeVar("T")
 TEXT_KEYS = ("dataset", "tokenizer")  # which a source of text compares itself; the table has the others
 STEP = "step"  # the key of the number of finished steps among the positions of a checkpoint
@@ -144,7 +145,7 @@ def open_mixture(
     return MixtureData(training, tokens, Mixture(stages, global_batch_size, seed), seed, global_batch_size, seq_len)
 
 
-def collected(call: Callable[[TrainingSource], T], sources: Iterable[TrainingSource]) -> Sequence[T]:
+def collected(call: Callable[[S], T], sources: Iterable[S]) -> Sequence[T]:
     """`call` of each source. Raises one UserError with the problems of all of them."""
     results: list[T] = []
     problems: list[Problem] = []
@@ -161,3 +162,8 @@ def collected(call: Callable[[TrainingSource], T], sources: Iterable[TrainingSou
 def text_field(source: TrainingSource) -> Field:
     """The field of the texts of a source."""
     return Field(source.dataset_text_field, f"{source.table}.dataset_text_field")
+
+
+def held_out_field(each: HeldOut, training: Training) -> Field:
+    """The field of the texts of a held-out set."""
+    return Field(each.dataset_text_field or training.dataset_text_field, f"{each.table}.dataset_text_field")

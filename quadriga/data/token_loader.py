@@ -35,6 +35,7 @@ def build_token_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
+    windows: int | None = None,
     assets: str | None = None,
 ) -> TokenLoader:
     """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments, and
@@ -43,8 +44,8 @@ def build_token_loader(
     Not infinite (validation): with an overlap, the last row of a pass can be short.
     Raises UserError as `open_tokens`.
     """
-    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed, assets=assets)
-    return TokenLoader(files, windows, vocab_size, global_batch_size, rows, dataloader, endless=infinite)
+    files, order = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, seed=seed, assets=assets)
+    return TokenLoader(files, order, vocab_size, global_batch_size, rows, dataloader, endless=infinite, most=windows)
 
 
 class TokenLoader(Loader):
@@ -60,9 +61,12 @@ class TokenLoader(Loader):
         dataloader: Fetching,
         *,
         endless: bool,
+        most: int | None = None,
     ) -> None:
-        """`vocab_size`: of the model; larger ids and negative ones end the run."""
+        """`vocab_size`: of the model; larger ids and negative ones end the run. `most`: the windows of one pass, if it
+        is not endless; None: all."""
         super().__init__(windows.seq_len, global_batch_size, rows, dataloader, endless=endless)
+        self._end = None if endless else windows.count if most is None else min(most, windows.count)
         self._reader = TokenReader(files, windows, vocab_size)
         self._slots = 0  # rows of the global batch that were consumed since the start of the run
 
@@ -108,9 +112,10 @@ class TokenLoader(Loader):
 
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
-        first, end = (self._slots, None) if self._endless else (0, self._reader.windows.count)
+        first = self._slots if self._endless else 0
         return [
-            _feed(self._reader, self._rows[i::threads], first, self._global_batch_size, end) for i in range(threads)
+            _feed(self._reader, self._rows[i::threads], first, self._global_batch_size, self._end)
+            for i in range(threads)
         ]
 
     def _advance(self, parts: Sequence[BatchPart]) -> None:

@@ -15,6 +15,7 @@ The fields of a record:
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `source_tokens`, `source_epochs`: of a mixture, by the name of each source, since the run began.
+- `set`: of a validation, the name of the held-out set; absent if the run has one without a name.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
@@ -114,10 +115,12 @@ class Meter:
         self._window_wait = self._window_pause = 0.0
         return record
 
-    def validation(self, step: int, loss: float, tokens: int, seconds: float) -> Record:
-        """The record of one validation: `loss` in nats per token over `tokens` tokens of the whole run."""
+    def validation(self, step: int, loss: float, tokens: int, seconds: float, label: str | None = None) -> Record:
+        """The record of one validation: `loss` in nats per token over `tokens` tokens of the whole run. `label`: the
+        name of the set, if it has one."""
         return {
             "kind": "validation",
+            **({} if label is None else {"set": label}),
             "step": step,
             "attempt": self._attempt,
             "time": time.time(),

@@ -15,7 +15,7 @@ from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
 from quadriga.config.schema.sources import TOKENS, MixtureStage, TokenKeys, TrainingSource
-from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
+from quadriga.config.schema.training import Dataloader, Fetching, HeldOut, Training, Validation, ValidationSet
 
 __all__ = [
     "TOKENS",
@@ -33,6 +33,7 @@ __all__ = [
     "GroupedFloat8",
     "GroupedMX",
     "Health",
+    "HeldOut",
     "Job",
     "JobConfig",
     "LinearFloat8",
@@ -51,6 +52,7 @@ __all__ = [
     "Training",
     "TrainingSource",
     "Validation",
+    "ValidationSet",
 ]
 
 
