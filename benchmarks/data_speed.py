@@ -33,7 +33,7 @@ import tokenizers
 from common import command_line, met_or_missed, save, text_table, usable_cores
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from quadriga.config.schema import Dataloader, TokenKeys
+from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.loader import build_loader
 from quadriga.data.token_loader import build_token_loader
@@ -51,7 +51,7 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 def texts(most_characters: int) -> list[str]:
     """Documents of every fifth shard of the built-in corpus, in order: the same mixture as the whole."""
-    source = open_source("builtin")
+    source = open_source(TextKeys("builtin"))
     found: list[str] = []
     for shard in range(0, source.shards, 5):
         found += [source.parse(record).text for record in source.read(shard)]
@@ -90,8 +90,7 @@ def loader_speed(assets: str, workers: int, tokens: int) -> float:
     """Tokens per second of a new loader, without its first two batches, which wait for the first documents."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     loader = build_loader(
-        "builtin",
-        None,
+        TextKeys("builtin"),
         build_tokenizer(assets),
         seed=42,
         seq_len=SEQ_LEN,
@@ -121,7 +120,7 @@ def write_lines(file: Path, documents: list[str]) -> Path:
 
 def tokenize_speed(assets: str, lines: Path, workers: int) -> float:
     """Tokens per second of a whole tokenization."""
-    job = TokenizeJob("jsonl", str(lines), assets)
+    job = TokenizeJob(TextKeys("jsonl", str(lines)), assets)
     environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(dir=lines.parent) as out:
         start = time.perf_counter()

@@ -130,7 +130,6 @@ def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str,
     if not isinstance(saved, Mapping):
         return None, "the checkpoint does not contain it"
     from quadriga.data.loader import build_loader
-    from quadriga.data.sources import Field
     from quadriga.data.tokenizer import build_tokenizer
 
     batch, seed = found.extra["global_batch_size"], found.extra["seed"]
@@ -138,15 +137,13 @@ def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str,
         raise ValueError(f"its batch has {batch} rows, its seed is {seed}")
     try:
         loader = build_loader(
-            training.dataset,
-            training.dataset_path,
+            training.text_keys,
             build_tokenizer(config.model.hf_assets_path),
             seed=seed,
             seq_len=training.seq_len,
             global_batch_size=batch,
             rows=range(batch),
             dataloader=training.dataloader,
-            field=Field(training.dataset_text_field),
         )
         loader.load_state_dict(saved)
         documents, ids = loader.read_so_far()

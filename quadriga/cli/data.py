@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from quadriga.cli.arguments import Parser, count, run_from_file
 from quadriga.cli.sources import ARGUMENTS, arguments_in_messages, data_named
 from quadriga.config.assets import BUILTIN_TOKENIZER
-from quadriga.config.schema import TOKENS, Dataloader, TokenKeys
+from quadriga.config.schema import TEXT_FIELD, TOKENS, Dataloader, TextKeys, TokenKeys
 from quadriga.config.schema.sources import TokenFormat, TokenType
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, printable
 from quadriga.units import format_count, plural
@@ -31,12 +31,9 @@ BAR = 40  # characters of the longest bar of the histogram
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Which data are read, and how. `tokens`: of token files; None for texts. `assets`: None without a tokenizer."""
+    """Which data are read, and how. `assets`: None without a tokenizer."""
 
-    dataset: str
-    path: str | None
-    field: str
-    tokens: TokenKeys | None
+    keys: TextKeys | TokenKeys
     assets: str | None
     seq_len: int
     overlap: int = 1
@@ -83,9 +80,8 @@ def _of_configuration(file: Path) -> list[DataChoice]:
     overlap, size = training.dataloader.window_overlap, spec.model.vocab_size
     choices = []
     for section in training.sources or (training,):
-        tokens = section.token_keys if section.dataset == TOKENS else None
-        where = section.dataset, section.dataset_path, section.dataset_text_field
-        choices.append(DataChoice(*where, tokens, spec.tokenizer.assets, spec.seq_len, overlap, size))
+        keys = section.token_keys if section.dataset == TOKENS else section.text_keys
+        choices.append(DataChoice(keys, spec.tokenizer.assets, spec.seq_len, overlap, size))
     if training.sources:
         print("\n".join(map(printable, ["mixture", *describe_data(training, spec), ""])))
     return choices
@@ -96,10 +92,11 @@ def _of_arguments(chosen: object) -> DataChoice:
     dataset, path = data_named(options["what"], options["dataset"], lambda name: True)
     if dataset != TOKENS:
         assets = options["tokenizer"] or BUILTIN_TOKENIZER
-        return DataChoice(dataset, path, options["field"] or "text", None, assets, options["seq_len"])
+        texts = TextKeys(dataset, path, field=options["field"] or TEXT_FIELD)
+        return DataChoice(texts, assets, options["seq_len"])
     how = options["token_format"], options["token_dtype"], options["token_eos_id"], options["field"]
     keys = TokenKeys("training", path or "", *how)
-    return DataChoice(dataset, path, "", keys, options["tokenizer"], options["seq_len"])
+    return DataChoice(keys, options["tokenizer"], options["seq_len"])
 
 
 def report_data(choice: DataChoice, *, whole: bool, rows: int, full: bool) -> int:
@@ -108,12 +105,13 @@ def report_data(choice: DataChoice, *, whole: bool, rows: int, full: bool) -> in
     from quadriga.data.tokenizer import build_tokenizer
 
     tokenizer = None if choice.assets is None else build_tokenizer(choice.assets)
-    if choice.tokens is not None:
-        names, found, shown = _read_tokens(choice, tokenizer, whole, rows)
+    if isinstance(choice.keys, TokenKeys):
+        place = f"{TOKENS} from {choice.keys.path}"
+        names, found, shown = _read_tokens(choice.keys, choice, tokenizer, whole, rows)
     else:
         assert tokenizer is not None
-        names, found, shown = _read_text(choice, tokenizer, whole, rows)
-    place = choice.dataset if choice.path is None else f"{choice.dataset} from {choice.path}"
+        place = choice.keys.dataset if choice.keys.path is None else f"{choice.keys.dataset} from {choice.keys.path}"
+        names, found, shown = _read_text(choice.keys, choice, tokenizer, whole, rows)
     lines = [f"data         {place}", f"files        {names}", *format_contents(found)]
     for number, row in enumerate(shown):
         lines += ["", f"row {number} in the order of the data", *format_row(row, tokenizer, full)]
@@ -126,15 +124,14 @@ def report_data(choice: DataChoice, *, whole: bool, rows: int, full: bool) -> in
 
 
 def _read_tokens(
-    choice: DataChoice, tokenizer: Tokenizer | None, whole: bool, rows: int
+    keys: TokenKeys, choice: DataChoice, tokenizer: Tokenizer | None, whole: bool, rows: int
 ) -> tuple[str, Contents, list[list[RowPart]]]:
     from quadriga.data.contents import contents_of_tokens
     from quadriga.data.rows import token_row
     from quadriga.data.token_data import open_tokens
 
-    assert choice.tokens is not None
     order = Dataloader(shuffle=False, window_overlap=choice.overlap)
-    files, windows = open_tokens(choice.tokens, order, choice.seq_len, None, assets=choice.assets)
+    files, windows = open_tokens(keys, order, choice.seq_len, None, assets=choice.assets)
     size = choice.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     if size is None and files.made_by is not None:
         size = files.made_by.vocab_size
@@ -144,15 +141,14 @@ def _read_tokens(
 
 
 def _read_text(
-    choice: DataChoice, tokenizer: Tokenizer, whole: bool, rows: int
+    keys: TextKeys, choice: DataChoice, tokenizer: Tokenizer, whole: bool, rows: int
 ) -> tuple[str, Contents, list[list[RowPart]]]:
     from quadriga.data.catalogue import open_source
     from quadriga.data.contents import contents_of_text
     from quadriga.data.rows import text_rows
-    from quadriga.data.sources import Field
     from quadriga.data.streams import Streams
 
-    source = open_source(choice.dataset, choice.path, field=Field(choice.field))
+    source = open_source(keys)
     found = contents_of_text(source, tokenizer, whole=whole)
     streams = Streams(source, tokenizer, choice.seq_len, 1, None, endless=False, skip_bad=True, overlap=choice.overlap)
     try:

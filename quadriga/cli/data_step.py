@@ -17,7 +17,6 @@ from quadriga.config.schema import TOKENS
 from quadriga.data.data_check import training_mixture, training_tokens
 from quadriga.data.loader import SINGLE_STREAM, StreamLoader, build_loader
 from quadriga.data.rows import RowPart, text_row, text_rows, token_row
-from quadriga.data.sources import Field
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
 from quadriga.metrics.documents import format_documents, read_documents
@@ -51,15 +50,13 @@ def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowP
         first = (step - 1) * spec.global_batch_size
         return [token_row(files, windows, slot) for slot in range(first, first + rows)]
     loader = build_loader(
-        training.dataset,
-        training.dataset_path,
+        training.text_keys,
         build_tokenizer(run.config.model.hf_assets_path),
         seed=spec.seed,
         seq_len=spec.seq_len,
         global_batch_size=spec.global_batch_size,
         rows=range(rows),
         dataloader=training.dataloader,
-        field=Field(training.dataset_text_field),
     )
     try:
         return _text_rows_of_step(loader, _nearest_checkpoint(run, folder, step), step, rows, spec.seq_len)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from quadriga.cli.arguments import Parser, count
 from quadriga.cli.sources import arguments_in_messages, data_named
-from quadriga.config.schema import TOKENS
+from quadriga.config.schema import TOKENS, TextKeys
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.units import format_count, format_seconds, plural
 
@@ -56,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with arguments_in_messages():
         dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
+        keys = TextKeys(dataset, path, field=chosen.field)
         skip = chosen.on_bad_record == "skip"
-        job = TokenizeJob(dataset, path, chosen.tokenizer, chosen.field, skip, chosen.shard_tokens)
+        job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens)
         try:
             with _shown(started) as show:
                 manifest = tokenize_into(chosen.out, job, chosen.workers or usable_cores(), environ, show)

@@ -31,10 +31,17 @@ TIKTOKEN_SPECIALS = 256  # special tokens of Llama 3, in addition to the ranks o
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """One kind of data set. `suffixes`: of the files that are read from a folder; `path`: none, optional or needed."""
+    """One kind of data set. `suffixes`: of the files that are read from a folder; `path`: none, optional or needed.
+    `keys`: those of `OPTIONAL_KEYS` that it has."""
 
     suffixes: tuple[str, ...]
     path: str
+    keys: tuple[str, ...] = ()
+
+
+TOKEN_KEYS = ("token_format", "token_dtype", "token_eos_id")
+OPTIONAL_KEYS = ("dataset_template", "dataset_config", "dataset_split", "dataset_streaming", *TOKEN_KEYS)
+TEMPLATE = ("dataset_template",)
 
 
 def _plain_or_gz(*suffixes: str) -> tuple[str, ...]:
@@ -44,12 +51,12 @@ def _plain_or_gz(*suffixes: str) -> tuple[str, ...]:
 DATASETS: Mapping[str, DatasetKind] = {
     "builtin": DatasetKind((), "none"),
     "builtin_validation": DatasetKind((), "none"),
-    "c4": DatasetKind((".json.gz",), "optional"),
-    "c4_validation": DatasetKind((".json.gz",), "optional"),
+    "c4": DatasetKind((".json.gz",), "optional", TEMPLATE),
+    "c4_validation": DatasetKind((".json.gz",), "optional", TEMPLATE),
     "text": DatasetKind(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
-    "jsonl": DatasetKind(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed"),
-    "parquet": DatasetKind((".parquet",), "needed"),
-    TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed"),
+    "jsonl": DatasetKind(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed", TEMPLATE),
+    "parquet": DatasetKind((".parquet",), "needed", TEMPLATE),
+    TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed", TOKEN_KEYS),
 }
 
 
@@ -154,6 +161,16 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
         fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet or tokens"
         return Problem(f"{key}, {key}_path", "this data set has no path", f"{dataset}, {path}", source, fix=fix)
     return None
+
+
+def foreign_key(dataset: str, name: str) -> tuple[str, list[str]] | None:
+    """What is wrong with a key of `OPTIONAL_KEYS` for a data set, and the data sets that have it; None if it has it, or
+    is not known."""
+    if dataset not in DATASETS or name in DATASETS[dataset].keys:
+        return None
+    fit = [each for each, kind in DATASETS.items() if name in kind.keys]
+    who = "token files have" if fit == [TOKENS] else f"{', '.join(fit)} {'have' if len(fit) > 1 else 'has'}"
+    return f"only {who} it", fit
 
 
 def _by_suffix(path: str | None) -> str | None:

@@ -1,9 +1,10 @@
-"""Rules about token files (`training.dataset = "tokens"`, and the same in `[validation]` and in sources)."""
+"""Rules about the keys of data sets, as `training.token_format`, and the same in `[validation]`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
 from quadriga.config.schema import TOKENS, TokenKeys
@@ -20,16 +21,22 @@ def token_keys_of(ctx: RuleContext, table: str) -> TokenKeys | None:
     return validation.token_keys(training) if used else None
 
 
-def _belongs_to_tokens(table: str, name: str) -> Callable[[RuleContext], Findings]:
+def _belongs_to_data(table: str, name: str) -> Callable[[RuleContext], Findings]:
     key, dataset = f"{table}.{name}", f"{table}.dataset"
 
-    def key_belongs_to_token_files(ctx: RuleContext) -> Findings:
+    def key_belongs_to_the_data(ctx: RuleContext) -> Findings:
         training, validation = ctx.config.training, ctx.config.validation
         used = not training.sources if table == "training" else validation.enable and not validation.sets
-        if used and config_value(ctx.config, key) != KEYS[key].default and config_value(ctx.config, dataset) != TOKENS:
-            yield Conflict("only token files have it", f'set {dataset} = "{TOKENS}", or remove {key}')
+        found = foreign_key(config_value(ctx.config, dataset), name) if used else None
+        if found and config_value(ctx.config, key) != KEYS[key].default:
+            yield Conflict(found[0], foreign_key_fix(dataset, found[1], key))
 
-    return key_belongs_to_token_files
+    return key_belongs_to_the_data
+
+
+def foreign_key_fix(dataset: str, fit: Sequence[str], key: str) -> str:
+    """The remedy for a key that only the data sets `fit` have."""
+    return f'set {dataset} = "{fit[0]}", or remove {key}' if len(fit) == 1 else f"remove {key}"
 
 
 def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:
@@ -65,8 +72,9 @@ def _no_bad_records(table: str) -> Callable[[RuleContext], Findings]:
 
 for _table in ("training", "validation"):
     _dataset, _format = f"{_table}.dataset", f"{_table}.token_format"
-    for _name in ("token_format", "token_dtype", "token_eos_id"):
-        rule(f"{_table}.{_name}", _dataset)(_belongs_to_tokens(_table, _name))
+    for _name in OPTIONAL_KEYS:
+        if f"{_table}.{_name}" in KEYS:
+            rule(f"{_table}.{_name}", _dataset)(_belongs_to_data(_table, _name))
     rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
     rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, join_sources, rule
-from quadriga.config.schema import TOKENS, TrainingSource
+from quadriga.config.rules_data import foreign_key_fix
+from quadriga.config.schema import TOKENS, DataSource, TrainingSource
 from quadriga.errors import Problem, nearest
 from quadriga.limits import MIXTURE_SOURCES
 
 SOURCES, STAGES = "training.sources", "training.stages"
-SINGLE = ("dataset", "dataset_path", "dataset_text_field", "token_format", "token_dtype", "token_eos_id")
+SINGLE = tuple(DataSource.model_fields)
 AMOUNTS = "weight, tokens or epochs"
 
 
@@ -68,17 +70,18 @@ def epochs_need_a_known_size(ctx: RuleContext) -> Findings:
 @rule(SOURCES, "model.flavor", "model.vocab_size")
 def sources_have_keys_of_their_kind(ctx: RuleContext) -> Findings:
     for source in ctx.config.training.sources:
-        for name, what, fix in _wrong_token_keys(source, ctx.model.vocab_size):
+        for name, what, fix in _wrong_keys(source, ctx.model.vocab_size):
             value = format_toml(getattr(source, name))
             yield Problem(f"{source.table}.{name}", what, value, ctx.origin.get(SOURCES), fix=fix)
 
 
-def _wrong_token_keys(source: TrainingSource, rows: int) -> Iterator[tuple[str, str, str]]:
+def _wrong_keys(source: TrainingSource, rows: int) -> Iterator[tuple[str, str, str]]:
     """Key, problem and remedy of what the single data set of `[training]` would be refused for too."""
+    for name in OPTIONAL_KEYS:
+        found = foreign_key(source.dataset, name)
+        if found and getattr(source, name) != TrainingSource.model_fields[name].default:
+            yield name, found[0], foreign_key_fix("dataset", found[1], name)
     if source.dataset != TOKENS:
-        for name in ("token_format", "token_dtype", "token_eos_id"):
-            if getattr(source, name) != TrainingSource.model_fields[name].default:
-                yield name, "only token files have it", f'set dataset = "{TOKENS}", or remove {name}'
         return
     if source.token_format == "raw" and source.token_dtype is None:
         fix = 'set token_dtype, for files of nanoGPT to "uint16"'

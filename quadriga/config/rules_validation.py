@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from quadriga.config.assets import BUILTIN_TOKENIZER, DATASETS
+from quadriga.config.assets import BUILTIN_TOKENIZER, DATASETS, OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, join_sources, rule
-from quadriga.config.rules_data import TOKENIZER
+from quadriga.config.rules_data import TOKENIZER, foreign_key_fix
 from quadriga.config.rules_layout import CP, SEQ_LEN, TP, sequence_divides
-from quadriga.config.rules_mixture import SINGLE
+from quadriga.config.rules_mixture import SINGLE, SOURCES
 from quadriga.config.rules_pipeline import MICROBATCH, PP
-from quadriga.config.schema import TOKENS, Training, ValidationSet
+from quadriga.config.schema import TOKENS, TextKeys, Training, ValidationSet
 from quadriga.errors import Problem
 from quadriga.limits import MIXTURE_SOURCES
 
@@ -47,16 +47,17 @@ def sets_have_different_names(ctx: RuleContext) -> Findings:
 def sets_have_keys_of_their_kind(ctx: RuleContext) -> Findings:
     config, origin = ctx.config, ctx.origin.get(SETS)
     for each in config.validation.sets:
-        for name, what, fix in _wrong_token_keys(each, config.training, ctx.model.vocab_size):
+        for name, what, fix in _wrong_keys(each, config.training, ctx.model.vocab_size):
             yield Problem(f"{each.table}.{name}", what, format_toml(getattr(each, name)), origin, fix=fix)
 
 
-def _wrong_token_keys(each: ValidationSet, training: Training, rows: int) -> Iterator[tuple[str, str, str]]:
+def _wrong_keys(each: ValidationSet, training: Training, rows: int) -> Iterator[tuple[str, str, str]]:
     """Key, problem and remedy of what the single set would be refused for too."""
+    for name in OPTIONAL_KEYS:
+        found = foreign_key(each.dataset, name)
+        if found and getattr(each, name) is not None:
+            yield name, found[0], foreign_key_fix("dataset", found[1], name)
     if each.dataset != TOKENS:
-        for name in ("token_format", "token_dtype", "token_eos_id"):
-            if getattr(each, name) is not None:
-                yield name, "only token files have it", f'set dataset = "{TOKENS}", or remove {name}'
         return
     keys = each.token_keys(training)
     if keys.format == "raw" and keys.dtype is None:
@@ -122,3 +123,17 @@ def validation_batch_divides_into_micro_batches(ctx: RuleContext) -> Findings:
     if ctx.degrees.pp > 1 and section.enable and rows is not None and rows % size:
         fix = f"set {ROWS} to a multiple of {size}"
         yield Conflict("the pipeline's micro-batches must also divide the validation batch", fix)
+
+
+@rule(SETS, "validation.dataset", "validation.dataset_path", "training.dataset", "training.dataset_path", SOURCES)
+def held_out_sets_are_not_trained_on(ctx: RuleContext) -> Findings:
+    """For example a data set of the Hub without a split."""
+    training, section = ctx.config.training, ctx.config.validation
+    trained = {_data_of(each.text_keys): each.table for each in training.sources or (training,)}
+    for each in section.read_sets if section.enable else ():
+        if (table := trained.get(_data_of(each.text_keys(training)))) is not None:
+            yield f"{each.table} reads the same data as {table}, so its loss is not that of held-out text"
+
+
+def _data_of(keys: TextKeys) -> tuple[str, ...]:
+    return keys.dataset, keys.path or "", keys.config or "", keys.split or "train"

@@ -10,12 +10,11 @@ from typing import Any
 from quadriga.config.assets import missing_files
 from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import TOKENS, Fetching, HeldOut, Training, TrainingSource, Validation
+from quadriga.config.schema import TOKENS, DataSource, Fetching, HeldOut, TextKeys, Training, Validation
 from quadriga.data.catalogue import C4_SPLITS, open_source
 from quadriga.data.changes import SOURCES, data_changes, differences, fingerprint_parts, other_kind
 from quadriga.data.files import File
-from quadriga.data.mixture_data import MixtureData, held_out_field, open_mixture, text_field
-from quadriga.data.sources import Field
+from quadriga.data.mixture_data import MixtureData, open_mixture
 from quadriga.data.survey import open_surveyed
 from quadriga.data.token_data import format_tokens, open_tokens
 from quadriga.data.token_files import TokenFiles
@@ -37,7 +36,7 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
     elif training.dataset == TOKENS:
         problems = _problems_of(training, lambda: training_tokens(training, spec, spec.model.vocab_size))
     else:
-        problems = _survey(spec, training, spec.seq_len, Field(training.dataset_text_field), training.dataloader)
+        problems = _survey(spec, training, training.text_keys, spec.seq_len, training.dataloader)
     if spec.validation is not None:
         dataloader, seq_len = validation.dataloader, spec.validation.seq_len
         for each in validation.read_sets:
@@ -45,7 +44,7 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
                 opened = partial(held_out_tokens, each, training, dataloader, spec, spec.model.vocab_size)
                 problems += _problems_of(each, opened)
             else:
-                problems += _survey(spec, each, seq_len, held_out_field(each, training), dataloader)
+                problems += _survey(spec, each, each.text_keys(training), seq_len, dataloader)
     return problems
 
 
@@ -66,20 +65,19 @@ def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
             opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, assets=assets)
             problems += _problems_of(source, opened)
         else:
-            problems += _survey(spec, source, spec.seq_len, text_field(source), training.dataloader)
+            problems += _survey(spec, source, source.text_keys, spec.seq_len, training.dataloader)
     return problems
 
 
 def _survey(
-    spec: RunSpec, section: Training | HeldOut | TrainingSource, seq_len: int, field: Field, dataloader: Fetching
+    spec: RunSpec, section: DataSource | HeldOut, keys: TextKeys, seq_len: int, dataloader: Fetching
 ) -> list[Problem]:
     tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, HeldOut)
-    dataset, path = section.dataset, section.dataset_path
-    opened = partial(open_surveyed, dataset, path, tokenizer, seq_len, dataloader, endless=endless, field=field)
+    opened = partial(open_surveyed, keys, tokenizer, seq_len, dataloader, endless=endless)
     return _problems_of(section, lambda: opened(sample=False))
 
 
-def _problems_of(section: Training | HeldOut | TrainingSource, open_data: Callable[[], object]) -> list[Problem]:
+def _problems_of(section: DataSource | HeldOut, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
     if section.dataset_path is None or missing_files("", section.dataset, section.dataset_path, None):
         return []
@@ -171,7 +169,7 @@ def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) ->
         fingerprint = training_tokens(training, spec)[0].fingerprint
         here = {key: text for key, text in parts.items() if key != "tokenizer"} | {"dataset": fingerprint}
         return differences(state["fingerprint"], _joined(here))
-    return _changed_text(state, training, Field(training.dataset_text_field), spec)
+    return _changed_text(state, training.text_keys, spec)
 
 
 def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
@@ -181,21 +179,19 @@ def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec
     return data.differences(
         state,
         data.fingerprint(texts),
-        lambda source, saved: _changed_text(saved, source, text_field(source), spec),
+        lambda source, saved: _changed_text(saved, source.text_keys, spec),
     )
 
 
-def _changed_text(
-    state: Mapping[str, Any], section: Training | TrainingSource, field: Field, spec: RunSpec
-) -> list[Problem]:
+def _changed_text(state: Mapping[str, Any], keys: TextKeys, spec: RunSpec) -> list[Problem]:
     parts = fingerprint_parts(state["fingerprint"])
-    tokenizer, path = build_tokenizer(spec.tokenizer.path), section.dataset_path
+    tokenizer = build_tokenizer(spec.tokenizer.path)
     files: Sequence[File] = ()
-    if path is None:
-        kind = "hub" if section.dataset in C4_SPLITS else "builtin"
-        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else section.dataset
+    if keys.path is None:
+        kind = "hub" if keys.dataset in C4_SPLITS else "builtin"
+        dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else keys.dataset
     else:
-        source = open_source(section.dataset, path, field=field)
+        source = open_source(keys)
         dataset, files = source.fingerprint, source.files
     here = {**parts, "dataset": dataset, "tokenizer": tokenizer.fingerprint}
     return data_changes(state, _joined(here), files, tokenizer)

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quadriga import limits
-from quadriga.data.sources import TEXT, Document, Field, Record, SourceWithoutFiles, bad_record, require_library
+from quadriga.config.schema import TextKeys
+from quadriga.data.sources import (
+    Document,
+    Record,
+    SourceWithoutFiles,
+    bad_record,
+    field_fix,
+    fingerprint_suffix,
+    format_names,
+    require_library,
+)
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
 
@@ -23,26 +33,26 @@ class HubSource(SourceWithoutFiles):
         split: str,
         data_files: Sequence[str] | None = None,
         *,
-        field: Field = TEXT,
+        keys: TextKeys,
     ) -> None:
         self._name = "/".join(part for part in (path, name, split) if part)
-        self.field = field
+        self.keys = keys
         logger.info("data: opening %s on the Hub", self._name)  # without a network, this takes half a minute
         rows = _stream(path, name, split, data_files)
         names = rows.column_names  # None if only the files contain them
         if names is not None:
             self._refuse_if_missing(list(names))
-            rows = rows.select_columns([field.name])
+            rows = rows.select_columns([keys.field])
         self._rows = rows.with_format("arrow")
         self.shards = int(self._rows.num_shards)
-        self.fingerprint = f"hub:{self._name}:{self.shards}{field.fingerprint_suffix}"
+        self.fingerprint = f"hub:{self._name}:{self.shards}{fingerprint_suffix(keys)}"
 
     def read(self, shard: int) -> Iterator[Record]:
         row = 0
         try:
             for table in self._rows.shard(self.shards, shard).iter(ROWS_AT_ONCE):
                 self._refuse_if_missing(table.column_names)
-                for text in table.column(self.field.name).to_pylist():
+                for text in table.column(self.keys.field).to_pylist():
                     yield Record(shard, row, text)
                     row += 1
         except UserError:
@@ -58,15 +68,15 @@ class HubSource(SourceWithoutFiles):
                 return Document(record.data)
             what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
             raise bad_record(self, record, what)
-        raise bad_record(self, record, f"`{self.field.name}` is not a string", "a string in every row")
+        raise bad_record(self, record, f"`{self.keys.field}` is not a string", "a string in every row")
 
     def format_location(self, shard: int, number: int) -> str:
         return f"{self._name}, shard {shard}, row {number + 1}"
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
-        if self.field.name not in names:
-            what = f"the data set has no column `{self.field.name}`; its columns are {self.field.format_names(names)}"
-            raise UserError(Problem(f"dataset {self._name}", what, fix=self.field.fix(names)))
+        if self.keys.field not in names:
+            what = f"the data set has no column `{self.keys.field}`; its columns are {format_names(names)}"
+            raise UserError(Problem(f"dataset {self._name}", what, fix=field_fix(self.keys, names)))
 
 
 def _stream(path: str, name: str | None, split: str, data_files: Sequence[str] | None) -> Any:

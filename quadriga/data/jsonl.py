@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
 from quadriga import limits
+from quadriga.config.schema import TextKeys
 from quadriga.data.files import File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import TEXT, Anchor, BadRecord, Document, Field, FileSource, Record, bad_record
+from quadriga.data.sources import Anchor, BadRecord, Document, FileSource, Record, bad_record, field_fix, format_names
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 from quadriga.reading import json_type, opened
@@ -33,8 +34,10 @@ WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, 
 class ByteRangeSource(FileSource):
     """A shard is a byte range of a plain file, or a whole compressed file, which has no random access: (0, size)."""
 
-    def __init__(self, kind: str, files: Sequence[File], field: Field, streams: int, least: int, most: int) -> None:
-        super().__init__(kind, files, field)
+    def __init__(
+        self, kind: str, files: Sequence[File], keys: TextKeys | None, streams: int, least: int, most: int
+    ) -> None:
+        super().__init__(kind, files, keys)
         # At least four shards per stream, if they are above `least` bytes; at most about 2^17 shards, because each
         # epoch sorts them.
         self._step = min(max(self.disk_bytes // (4 * streams), least), max(most, self.disk_bytes >> 17))
@@ -68,8 +71,9 @@ class ByteRangeSource(FileSource):
 class JsonlSource(ByteRangeSource):
     """A shard has the lines that begin in its byte range."""
 
-    def __init__(self, files: Sequence[File], *, streams: int = 1, field: Field = TEXT) -> None:
-        super().__init__("jsonl", files, field, streams, LEAST_RANGE, MOST_RANGE)
+    def __init__(self, files: Sequence[File], keys: TextKeys, *, streams: int = 1) -> None:
+        self.keys = keys
+        super().__init__("jsonl", files, keys, streams, LEAST_RANGE, MOST_RANGE)
 
     def anchor(self, shard: int) -> Anchor | None:
         index, start, end = self._spans[shard]
@@ -102,7 +106,7 @@ class JsonlSource(ByteRangeSource):
         if record.number == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            text = json.loads(line.decode("utf-8"))[self.field.name]
+            text = json.loads(line.decode("utf-8"))[self.keys.field]
             if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
                 return Document(text)
         except (ValueError, RecursionError, LookupError, TypeError):
@@ -129,24 +133,24 @@ class JsonlSource(ByteRangeSource):
             raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
         except RecursionError:
             raise self._refused(record, "the JSON of this line is nested too deeply to be read") from None
-        text = value.get(self.field.name) if isinstance(value, dict) else None
+        text = value.get(self.keys.field) if isinstance(value, dict) else None
         if isinstance(text, str) and _has_no_surrogate(text):
             return Document(text)
-        hint = self.field.fix(value) if isinstance(value, dict) and self.field.name not in value else None
+        hint = field_fix(self.keys, value) if isinstance(value, dict) and self.keys.field not in value else None
         raise self._refused(record, self._what_is_wrong(value), fix=hint)
 
     def _what_is_wrong(self, value: object) -> str:
-        name = self.field.name
+        name = self.keys.field
         if not isinstance(value, dict):
             return f"the line is a JSON {json_type(value)}, not an object with a `{name}`"
         if name not in value:
-            return f"the object has no `{name}`; its keys are {self.field.format_names(map(repr, value))}"
+            return f"the object has no `{name}`; its keys are {format_names(map(repr, value))}"
         if isinstance(value[name], str):
             return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
         return f"`{name}` is a JSON {json_type(value[name])}, not a string"
 
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
-        return bad_record(self, record, what, f'one object per line: {{"{self.field.name}": "..."}}', fix)
+        return bad_record(self, record, what, f'one object per line: {{"{self.keys.field}": "..."}}', fix)
 
 
 def _ignore_number(digits: str) -> int:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quadriga.config.schema import Dataloader, Fetching
+from quadriga.config.schema import Dataloader, Fetching, TextKeys
 from quadriga.data.changes import data_changes, earlier_tokenizer
 from quadriga.data.files import changed_files, format_files
 from quadriga.data.position import cursor_before, read_so_far
-from quadriga.data.sources import TEXT, Anchor, DocumentName, Field
+from quadriga.data.sources import Anchor, DocumentName
 from quadriga.data.streams import START, Cursor, Prefetcher, SkippedRecord, Streams, Window
 from quadriga.data.survey import open_surveyed
 from quadriga.data.tokenizer import Tokenizer
@@ -63,8 +63,7 @@ class BatchPart(NamedTuple):
 
 
 def build_loader(
-    dataset: str,
-    dataset_path: str | None,
+    keys: TextKeys,
     tokenizer: Tokenizer,
     *,
     seed: int | str,
@@ -74,7 +73,6 @@ def build_loader(
     dataloader: Fetching,
     infinite: bool = True,
     windows: int | None = None,
-    field: Field = TEXT,
 ) -> StreamLoader:
     """The loader of `rows` of the global batch, of documents.
 
@@ -89,9 +87,7 @@ def build_loader(
     """
     shuffled = infinite and isinstance(dataloader, Dataloader) and dataloader.shuffle
     count = global_batch_size if shuffled else 1
-    source = open_surveyed(
-        dataset, dataset_path, tokenizer, seq_len, dataloader, endless=infinite, streams=count, field=field
-    )
+    source = open_surveyed(keys, tokenizer, seq_len, dataloader, endless=infinite, streams=count)
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
     streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)

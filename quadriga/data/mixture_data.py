@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from quadriga.config.mixing import StageShares, format_percent, mixture_stages
-from quadriga.config.schema import TOKENS, HeldOut, Training, TrainingSource
+from quadriga.config.schema import TOKENS, Training, TrainingSource
 from quadriga.data.changes import SOURCES, STAGE, mixture_differences, other_kind
 from quadriga.data.mixture import Mixture
-from quadriga.data.sources import Field
 from quadriga.data.token_data import open_tokens
 from quadriga.data.token_files import TokenFiles
 from quadriga.data.windows import Windows
@@ -157,13 +156,3 @@ def collected(call: Callable[[S], T], sources: Iterable[S]) -> Sequence[T]:
     if problems:
         raise UserError(*problems)
     return results
-
-
-def text_field(source: TrainingSource) -> Field:
-    """The field of the texts of a source."""
-    return Field(source.dataset_text_field, f"{source.table}.dataset_text_field")
-
-
-def held_out_field(each: HeldOut, training: Training) -> Field:
-    """The field of the texts of a held-out set."""
-    return Field(each.dataset_text_field or training.dataset_text_field, f"{each.table}.dataset_text_field")

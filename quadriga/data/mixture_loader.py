@@ -17,7 +17,7 @@ import numpy as np
 from quadriga import limits
 from quadriga.config.schema import TOKENS, Training, TrainingSource
 from quadriga.data.loader import SINGLE_STREAM, Batch, BatchPart, Loader, StreamLoader, build_loader
-from quadriga.data.mixture_data import STEP, MixtureData, collected, open_mixture, text_field
+from quadriga.data.mixture_data import STEP, MixtureData, collected, open_mixture
 from quadriga.data.streams import Cursor, SkippedRecord, Streams, Window
 from quadriga.data.token_loader import TokenReader
 from quadriga.data.tokenizer import Tokenizer
@@ -48,8 +48,8 @@ def build_mixture_loader(
 
     def open_text(source: TrainingSource) -> StreamLoader:
         assert tokenizer is not None
-        own: dict[str, Any] = {"seed": f"{seed} {source.title}", "rows": rows, "field": text_field(source)}
-        return build_loader(source.dataset, source.dataset_path, tokenizer, dataloader=quiet, **order, **own)
+        own: dict[str, Any] = {"seed": f"{seed} {source.title}", "rows": rows}
+        return build_loader(source.text_keys, tokenizer, dataloader=quiet, **order, **own)
 
     problems: list[Problem] = []
     try:

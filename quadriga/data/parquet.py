@@ -9,9 +9,19 @@ from itertools import accumulate
 from typing import Any
 
 from quadriga import limits
+from quadriga.config.schema import TextKeys
 from quadriga.data.files import Cuts, File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import TEXT, Anchor, Document, Field, FileSource, Record, bad_record, require_library
+from quadriga.data.sources import (
+    Anchor,
+    Document,
+    FileSource,
+    Record,
+    bad_record,
+    field_fix,
+    format_names,
+    require_library,
+)
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
@@ -22,10 +32,11 @@ MOST_PROBLEMS = 10
 class ParquetSource(FileSource):
     """A shard is a row group, because a row group can be read without the rest of its file."""
 
-    def __init__(self, files: Sequence[File], *, field: Field = TEXT) -> None:
-        super().__init__("parquet", files, field)
+    def __init__(self, files: Sequence[File], keys: TextKeys) -> None:
+        super().__init__("parquet", files, keys)
+        self.keys = keys
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            footers = [pool.submit(_row_groups, file, field) for file in files]
+            footers = [pool.submit(_row_groups, file, keys) for file in files]
         errors = [error for each in footers if isinstance(error := each.exception(), UserError)]
         if problems := [problem for error in errors for problem in error.problems]:
             raise UserError(*problems[:MOST_PROBLEMS])
@@ -55,7 +66,7 @@ class ParquetSource(FileSource):
         try:
             with open_parquet(file) as parquet:
                 batches = parquet.iter_batches(
-                    ROWS_AT_ONCE, row_groups=list(groups), columns=[self.field.name], use_threads=False
+                    ROWS_AT_ONCE, row_groups=list(groups), columns=[self.keys.field], use_threads=False
                 )
                 for batch in batches:
                     for text in _texts(batch.column(0)):
@@ -74,10 +85,10 @@ class ParquetSource(FileSource):
                 text = text.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
-                what = f"`{self.field.name}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+                what = f"`{self.keys.field}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
                 raise bad_record(self, record, what, fix="rewrite the column as UTF-8 text") from error
         if text is None:
-            raise bad_record(self, record, f"`{self.field.name}` is null", allowed="a string in every row")
+            raise bad_record(self, record, f"`{self.keys.field}` is null", allowed="a string in every row")
         if len(text) > limits.DOCUMENT_BYTES:
             what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
             raise bad_record(self, record, what, fix="split the document")
@@ -139,7 +150,7 @@ def open_parquet(file: File) -> Any:
     )
 
 
-def _row_groups(file: File, field: Field) -> list[int]:
+def _row_groups(file: File, keys: TextKeys) -> list[int]:
     """The first row of every row group, followed by the number of all rows. Raises UserError."""
     where = shortened(file.path, 400)
     try:
@@ -147,18 +158,18 @@ def _row_groups(file: File, field: Field) -> list[int]:
         with open_parquet(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             names = list(schema.names)
-            if names.count(field.name) != 1:
-                how = f"{names.count(field.name) or 'no'} column{'s' * (field.name in names)}"
-                what = f"the file has {how} `{field.name}`; its columns are {field.format_names(names)}"
-                allowed = f"one row per document, in a string column `{field.name}`"
-                fix = "rename all but one of them" if field.name in names else field.fix(names)
+            if names.count(keys.field) != 1:
+                how = f"{names.count(keys.field) or 'no'} column{'s' * (keys.field in names)}"
+                what = f"the file has {how} `{keys.field}`; its columns are {format_names(names)}"
+                allowed = f"one row per document, in a string column `{keys.field}`"
+                fix = "rename all but one of them" if keys.field in names else field_fix(keys, names)
                 raise UserError(Problem(where, what, allowed=allowed, fix=fix))
-            kind = schema.field(field.name).type
+            kind = schema.field(keys.field).type
             if not _is_text(kind):
-                what = f"the column `{field.name}` is of type {shortened(kind, 200)}"
+                what = f"the column `{keys.field}` is of type {shortened(kind, 200)}"
                 others = [name for name in names if _is_text(schema.field(name).type)] if names else []
                 allowed = "a column of strings, or of bytes that are UTF-8"
-                raise UserError(Problem(where, what, allowed=allowed, fix=field.fix(others)))
+                raise UserError(Problem(where, what, allowed=allowed, fix=field_fix(keys, others)))
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except UserError:
         raise

@@ -9,55 +9,40 @@ of `Source`, add it to `catalogue.open_source`, and to the conformance test
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+from quadriga.config.schema import TEXT_FIELD, TextKeys
 from quadriga.data.files import Cuts, File, fingerprint
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.units import format_some
 
-DEFAULT_FIELD = "text"
 MOST_NAMES = 8  # listed in a message
 UNKNOWN_BYTES = 1 << 24  # counted for a shard whose size is not known
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
 DocumentName = tuple[str | int, ...]  # a DocumentId; in a mixture, the name of the source before it
 
 
-@dataclass(frozen=True)
-class Field:
-    """`name`: the field. `key`: the configuration key that selects it, for messages."""
-
-    name: str = DEFAULT_FIELD
-    key: str = "training.dataset_text_field"
-
-    @property
-    def path_key(self) -> str:
-        """The key of the path of the data."""
-        return self.key.replace("dataset_text_field", "dataset_path")
-
-    @property
-    def fingerprint_suffix(self) -> str:
-        """Appended to the fingerprint of the data; empty for the default field."""
-        return "" if self.name == DEFAULT_FIELD else f":{self.name.replace(';', '_')}"
-
-    def format_names(self, names: Iterable[str]) -> str:
-        """The existing fields, for a message."""
-        return format_some([shortened(name, 40) for name in names], MOST_NAMES) or "none"
-
-    def fix(self, names: Iterable[str]) -> str | None:
-        """The remedy if this field is missing and others exist; None if there are no fields."""
-        names = list(names)
-        if not names:
-            return None
-        likely = [name for name in ("text", "content", "document", "body", "raw_content", "code") if name in names]
-        guess = likely[0] if likely else nearest(self.name, names)
-        named = f", here perhaps {shortened(guess, 40)}" if guess else ""
-        return f"set {self.key} to the field that holds the documents{named}"
+def fingerprint_suffix(keys: TextKeys) -> str:
+    """How documents are made of records, as a part of the fingerprint of the data; empty for the default field."""
+    return "" if keys.field == TEXT_FIELD else f":{keys.field.replace(';', '_')}"
 
 
-TEXT = Field()
+def format_names(names: Iterable[str]) -> str:
+    """The existing fields, for a message."""
+    return format_some([shortened(name, 40) for name in names], MOST_NAMES) or "none"
+
+
+def field_fix(keys: TextKeys, names: Iterable[str]) -> str | None:
+    """The remedy if the field is missing and others exist; None if there are no fields."""
+    names = list(names)
+    if not names:
+        return None
+    likely = [name for name in ("text", "content", "document", "body", "raw_content", "code") if name in names]
+    guess = likely[0] if likely else nearest(keys.field, names)
+    named = f", here perhaps {shortened(guess, 40)}" if guess else ""
+    return f"set {keys.table}.dataset_text_field to the field that holds the documents{named}"
 
 
 class Document(NamedTuple):
@@ -165,10 +150,11 @@ class FileSource:
 
     trusted = False
 
-    def __init__(self, kind: str, files: Sequence[File], field: Field = TEXT) -> None:
-        self.files, self.field = files, field
+    def __init__(self, kind: str, files: Sequence[File], keys: TextKeys | None = None) -> None:
+        """`keys`: None if a document is a whole file."""
+        self.files = files
         self.disk_bytes = sum(file.size for file in files)
-        self.fingerprint = fingerprint(kind, files) + field.fingerprint_suffix
+        self.fingerprint = fingerprint(kind, files) + (fingerprint_suffix(keys) if keys else "")
 
     def _cut(self, cuts: Cuts, ends: Iterable[int]) -> None:
         self._ends = list(ends)

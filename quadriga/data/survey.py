@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from quadriga import limits
-from quadriga.config.schema import Fetching
+from quadriga.config.schema import Fetching, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.files import PATH_KEY
-from quadriga.data.sources import TEXT, BadRecord, Document, Field, Source
+from quadriga.data.sources import BadRecord, Document, Source
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
 from quadriga.units import plural
@@ -34,25 +34,23 @@ class _Findings:
 
 
 def open_surveyed(
-    dataset: str,
-    path: str | None,
+    keys: TextKeys,
     tokenizer: Tokenizer,
     seq_len: int,
     dataloader: Fetching,
     *,
     endless: bool,
     streams: int = 1,
-    field: Field = TEXT,
     sample: bool = True,
 ) -> Source:
     """`open_source` after a survey, with the tokens of one window as the least. `endless`: for training. `sample`: also
     survey data of more than WHOLE_BYTES."""
-    source = open_source(dataset, path, streams=streams, field=field)
+    source = open_source(keys, streams=streams)
     # A pass with overlap can end with a partial window; without overlap it gives only full windows.
     least = seq_len + 1 if endless or dataloader.window_overlap == 0 else 2
     if sample or source.disk_bytes <= WHOLE_BYTES:
         skip_bad = dataloader.on_bad_record == "skip"
-        survey(source, tokenizer, least, skip_bad=skip_bad, key=field.path_key, path=path)
+        survey(source, tokenizer, least, skip_bad=skip_bad, key=f"{keys.table}.dataset_path", path=keys.path)
     return source
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from quadriga.data.files import File
 from quadriga.data.jsonl import BROKEN_GZIP, ByteRangeSource, broken_gzip, line_at, open_bytes
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
-from quadriga.data.sources import TEXT, Document, Record, bad_record
+from quadriga.data.sources import Document, Record, bad_record
 from quadriga.errors import UserError
 
 LEAST_SEGMENT = 1 << 10
@@ -21,7 +21,7 @@ class TextSource(ByteRangeSource):
     """A shard is a segment of a plain file, which begins at the first line end after its cut."""
 
     def __init__(self, files: Sequence[File], *, streams: int = 1) -> None:
-        super().__init__("text", files, TEXT, streams, LEAST_SEGMENT, MOST_SEGMENT)
+        super().__init__("text", files, None, streams, LEAST_SEGMENT, MOST_SEGMENT)
 
     def read(self, shard: int) -> Iterator[Record]:
         index, start, end = self._spans[shard]

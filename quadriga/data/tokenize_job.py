@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.pieces import sync
 from quadriga.data.shards import MANIFEST, WORK, MadeBy, ShardManifest, read_manifest
-from quadriga.data.sources import DEFAULT_FIELD, Field, Source
+from quadriga.data.sources import Source
 from quadriga.data.tokenizer import Tokenizer, build_tokenizer
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import read_json_object
@@ -29,26 +30,24 @@ CONTINUE = "run the same command again to continue"
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What is tokenized, and how. `path`: None for data that have none. `tokenizer`: as `model.hf_assets_path`."""
+    """What is tokenized, and how. `tokenizer`: as `model.hf_assets_path`."""
 
-    dataset: str
-    path: str | None
+    keys: TextKeys
     tokenizer: str
-    field: str = DEFAULT_FIELD
     skip_bad: bool = False
     shard_tokens: int = 100_000_000
 
     def open(self) -> tuple[Source, Tokenizer]:
         """Raises UserError."""
         tokenizer = build_tokenizer(self.tokenizer)
-        return open_source(self.dataset, self.path, field=Field(self.field)), tokenizer
+        return open_source(self.keys), tokenizer
 
     def identity(self, source: Source) -> dict[str, str]:
         """All that decides the bytes of the shards, except the tokenizer. It is `source` in the manifest."""
         return {
             "fingerprint": source.fingerprint,
-            "dataset": self.dataset,
-            "field": self.field,
+            "dataset": self.keys.dataset,
+            "field": self.keys.field,
             "on_bad_record": "skip" if self.skip_bad else "stop",
             "shard_tokens": str(self.shard_tokens),
         }

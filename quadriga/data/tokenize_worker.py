@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.pieces import write_piece
 from quadriga.data.sources import Source
 from quadriga.data.tokenize_job import TokenizeJob, piece_path, unwritable
@@ -41,11 +42,12 @@ def main() -> int:
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     order = json.loads(lines.get())
-    job, work, dtype = TokenizeJob(**order["job"]), Path(order["work"]), order["dtype"]
+    given = order["job"] | {"keys": TextKeys(*order["job"]["keys"])}
+    job, work, dtype = TokenizeJob(**given), Path(order["work"]), order["dtype"]
     try:
         source, tokenizer = job.open()
         if (source.fingerprint, tokenizer.fingerprint) != (order["source"], order["tokenizer"]):
-            raise UserError(Problem("SOURCE", "was changed while it was read", job.path, fix="start again"))
+            raise UserError(Problem("SOURCE", "was changed while it was read", job.keys.path, fix="start again"))
     except UserError as error:
         answer(problems=[asdict(problem) for problem in error.problems])
         return error.exit_code

@@ -10,9 +10,8 @@ from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS, Fetching, HeldOut
 from quadriga.data.loader import Loader, StreamLoader, build_loader
-from quadriga.data.mixture_data import collected, held_out_field
+from quadriga.data.mixture_data import collected
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
-from quadriga.data.sources import Field
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger
@@ -34,8 +33,7 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         return build_mixture_loader(section, tokenizer, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     if section.dataset == TOKENS:
         return build_token_loader(section.token_keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
-    tokenizer, field = build_tokenizer(run.config.model.hf_assets_path), Field(section.dataset_text_field)
-    return build_loader(section.dataset, section.dataset_path, tokenizer, **order, field=field)
+    return build_loader(section.text_keys, build_tokenizer(run.config.model.hf_assets_path), **order)
 
 
 def validation_loaders(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> list[Loader]:
@@ -64,9 +62,7 @@ def validation_loaders(run: Run, mesh: Mesh, device: torch.device, training: Loa
             keys = each.token_keys(run.config.training)
             return build_token_loader(keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
         assert known is not None
-        return build_loader(
-            each.dataset, each.dataset_path, known, **order, field=held_out_field(each, run.config.training)
-        )
+        return build_loader(each.text_keys(run.config.training), known, **order)
 
     return list(collected(open_set, section.read_sets))
 

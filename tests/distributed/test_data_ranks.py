@@ -8,7 +8,7 @@ import json
 import torch.distributed as dist
 from ranks import run_ranks
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.loader import Batch, Loader, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 
@@ -18,8 +18,7 @@ ROWS, SEQ_LEN, FIRST, SECOND = 8, 128, 5, 4
 def make(rank: int, ranks: int) -> Loader:
     share = ROWS // ranks
     return build_loader(
-        "builtin",
-        None,
+        TextKeys("builtin"),
         ByteTokenizer(),
         seed=11,
         seq_len=SEQ_LEN,

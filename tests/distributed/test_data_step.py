@@ -65,7 +65,7 @@ def batches(folder: Path, steps: int) -> list[tuple[np.ndarray, dict[str, list[s
     elif training.dataset == "tokens":
         loader = build_token_loader(training.token_keys, spec.model.vocab_size, **order)
     else:
-        loader = build_loader(training.dataset, training.dataset_path, build_tokenizer("builtin:bytes"), **order)
+        loader = build_loader(training.text_keys, build_tokenizer("builtin:bytes"), **order)
     read = [loader.next() for _ in range(steps)]
     loader.close()
     ids = [np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1) for batch in read]

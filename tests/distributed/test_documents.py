@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from training import TINY, train
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
@@ -50,8 +50,7 @@ def test_without_the_key_nothing_is_written(tmp_path):
 
 def rows_of(rows: range, steps: int, state=None, **options):
     loader = build_loader(
-        "builtin",
-        None,
+        TextKeys("builtin"),
         ByteTokenizer(),
         seed=3,
         seq_len=2000,
@@ -68,7 +67,7 @@ def rows_of(rows: range, steps: int, state=None, **options):
 
 
 def test_the_tokens_of_a_row_are_those_of_its_documents():
-    source = open_source("builtin")
+    source = open_source(TextKeys("builtin"))
     batches, _ = rows_of(range(ROWS), 6)
     several = 0
     for batch in batches:

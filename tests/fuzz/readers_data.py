@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 from fuzzing import Reader
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.sources import BadRecord
 from quadriga.data.survey import survey
@@ -46,7 +47,7 @@ def parquet(folder: Path) -> None:
 
 def reader(kind: str):  # the dataset's name
     def read(folder: Path) -> None:
-        source = open_source(kind, str(folder), streams=2)
+        source = open_source(TextKeys(kind, str(folder)), streams=2)
         survey(source, ByteTokenizer(), 2, skip_bad=True)
         for shard in range(source.shards):
             for record in source.read(shard):

@@ -30,7 +30,11 @@ BACKEND_KEY = "comm.backend"
 # What follows from a varied key, and so differs too.
 IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
 # Settings that differ in one of these train on other batches.
-DATASET_KEYS = ("training.dataset", "training.dataset_path", "training.dataset_text_field", "model.hf_assets_path")
+DATASET_KEYS = (
+    *("training.dataset", "training.dataset_path", "training.dataset_text_field", "training.dataset_template"),
+    *("training.dataset_config", "training.dataset_split", "training.dataset_streaming", "training.token_format"),
+    *("training.token_dtype", "training.token_eos_id", "model.hf_assets_path"),
+)
 MIXTURE_KEYS = ("training.sources", "training.stages")
 DATA_KEYS = frozenset({*DATASET_KEYS, *MIXTURE_KEYS, "debug.seed", "training.global_batch_size", "training.seq_len"})
 MISSING_VALUE = "(missing)"

@@ -14,16 +14,26 @@ from quadriga.config.schema.observe import Debug, Metrics, Profiling
 from quadriga.config.schema.optim import UPDATE_BUCKET, LrScheduler, Optimizer
 from quadriga.config.schema.parallelism import Comm, FaultTolerance, Parallelism
 from quadriga.config.schema.section import Section
-from quadriga.config.schema.sources import TOKENS, MixtureStage, TokenKeys, TrainingSource
+from quadriga.config.schema.sources import (
+    TEXT_FIELD,
+    TOKENS,
+    DataSource,
+    MixtureStage,
+    TextKeys,
+    TokenKeys,
+    TrainingSource,
+)
 from quadriga.config.schema.training import Dataloader, Fetching, HeldOut, Training, Validation, ValidationSet
 
 __all__ = [
+    "TEXT_FIELD",
     "TOKENS",
     "UPDATE_BUCKET",
     "ActivationCheckpoint",
     "Checkpoint",
     "Comm",
     "Compile",
+    "DataSource",
     "Dataloader",
     "Debug",
     "EstimateAssumptions",
@@ -48,6 +58,7 @@ __all__ = [
     "Profiling",
     "Quantize",
     "Section",
+    "TextKeys",
     "TokenKeys",
     "Training",
     "TrainingSource",

@@ -32,6 +32,20 @@ class TokenKeys(NamedTuple):
     field: str | None
 
 
+class TextKeys(NamedTuple):
+    """Which texts are read, and how. `path` to `streaming` are `dataset_path`, `dataset_text_field` and so on. `table`:
+    `training`, `validation` or a source, as `training.sources[NAME]`, for messages."""
+
+    dataset: str
+    path: str | None = None
+    table: str = "training"
+    field: str = TEXT_FIELD
+    template: str | None = None
+    config: str | None = None
+    split: str | None = None
+    streaming: bool = True
+
+
 def token_column(field: str) -> str | None:
     """The column of token ids; None for the default of texts."""
     return None if field == TEXT_FIELD else field
@@ -46,11 +60,8 @@ def title_of(dataset: str, path: str | None) -> str:
     return dataset
 
 
-class TrainingSource(Section):
-    """One source of a mixture. Exactly one of `weight`, `tokens` and `epochs` says how much of it is read."""
-
-    name: SourceName | None = Field(None, title=NAME_FORM)
-    """The name in messages and metrics; none is the last part of the path without its suffix, or the data set."""
+class DataSource(Section):
+    """The keys of one data set, which `[training]` and its sources share."""
 
     dataset: Name
     """The data, as `training.dataset`."""
@@ -61,6 +72,18 @@ class TrainingSource(Section):
     dataset_text_field: Name = TEXT_FIELD
     """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
 
+    dataset_template: Name | None = None
+    """Makes a document of several fields, as `"{title}\\n{text}"`; `{{` and `}}` are braces. It replaces the field."""
+
+    dataset_config: Name | None = None
+    """The configuration of a data set of the Hub; none is its only one."""
+
+    dataset_split: Name | None = None
+    """The split of a data set; none is `train`."""
+
+    dataset_streaming: bool = True
+    """Stream a data set of the Hub; false downloads it once, and reads it from the disk."""
+
     token_format: TokenFormat = "auto"
     """The format of `tokens`; `auto` recognizes it by the content. `raw` are ids without a header."""
 
@@ -69,6 +92,44 @@ class TrainingSource(Section):
 
     token_eos_id: Amount | None = None
     """The id that ends a document in `tokens` files that have no index of documents."""
+
+    @property
+    def table(self) -> str:
+        """The table of these keys in messages."""
+        return "training"
+
+    @property
+    def text_keys(self) -> TextKeys:
+        """How texts are read."""
+        return TextKeys(
+            self.dataset,
+            self.dataset_path,
+            self.table,
+            self.dataset_text_field,
+            self.dataset_template,
+            self.dataset_config,
+            self.dataset_split,
+            self.dataset_streaming,
+        )
+
+    @property
+    def token_keys(self) -> TokenKeys:
+        """How `tokens` are read."""
+        return TokenKeys(
+            self.table,
+            self.dataset_path or "",  # which `assets.dataset_problem` refuses
+            self.token_format,
+            self.token_dtype,
+            self.token_eos_id,
+            token_column(self.dataset_text_field),
+        )
+
+
+class TrainingSource(DataSource):
+    """One source of a mixture. Exactly one of `weight`, `tokens` and `epochs` says how much of it is read."""
+
+    name: SourceName | None = Field(None, title=NAME_FORM)
+    """The name in messages and metrics; none is the last part of the path without its suffix, or the data set."""
 
     weight: NonNegative | None = None
     """The share of the windows, relative to the other weights. 0: only a later stage reads the source."""
@@ -86,7 +147,6 @@ class TrainingSource(Section):
 
     @property
     def table(self) -> str:
-        """The table of this source in messages."""
         return f"training.sources[{self.title}]"
 
     @property
@@ -94,18 +154,6 @@ class TrainingSource(Section):
         """Which of `weight`, `tokens` and `epochs` are set, with their values."""
         given = {"weight": self.weight, "tokens": self.tokens, "epochs": self.epochs}
         return {name: value for name, value in given.items() if value is not None}
-
-    @property
-    def token_keys(self) -> TokenKeys:
-        """How `tokens` are read."""
-        return TokenKeys(
-            self.table,
-            self.dataset_path or "",
-            self.token_format,
-            self.token_dtype,
-            self.token_eos_id,
-            token_column(self.dataset_text_field),
-        )
 
 
 class MixtureStage(Section):

@@ -9,10 +9,11 @@ from pydantic import Field
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
 from quadriga.config.schema.sources import (
     NAME_FORM,
-    TEXT_FIELD,
     TOKENS,
+    DataSource,
     MixtureStage,
     SourceName,
+    TextKeys,
     TokenFormat,
     TokenKeys,
     TokenType,
@@ -51,7 +52,7 @@ class Dataloader(Fetching):
     """Shuffle the documents by seed and epoch; false reads them in the order of the data, as torchtitan does."""
 
 
-class Training(Section):
+class Training(DataSource):
     """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
@@ -59,18 +60,6 @@ class Training(Section):
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
-
-    dataset_text_field: Name = TEXT_FIELD
-    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
-
-    token_format: TokenFormat = "auto"
-    """The format of `tokens`; `auto` recognizes it by the content. `raw` are ids without a header."""
-
-    token_dtype: TokenType | None = None
-    """The integer type of `tokens` files without a header, which is never guessed. Other files state theirs."""
-
-    token_eos_id: Amount | None = None
-    """The id that ends a document in `tokens` files that have no index of documents."""
 
     sources: tuple[TrainingSource, ...] = Field((), title="tables [[training.sources]]")
     """A mixture of data sets, instead of `dataset`: one table for each source, with its share."""
@@ -120,19 +109,6 @@ class Training(Section):
     dataloader: Dataloader = Dataloader()
 
     @property
-    def token_keys(self) -> TokenKeys:
-        """How `tokens` are read."""
-        path = self.dataset_path or ""  # which `assets.dataset_problem` refuses
-        return TokenKeys(
-            "training",
-            path,
-            self.token_format,
-            self.token_dtype,
-            self.token_eos_id,
-            token_column(self.dataset_text_field),
-        )
-
-    @property
     def reads_text(self) -> bool:
         """Whether any data must be tokenized."""
         datasets = [source.dataset for source in self.sources] or [self.dataset]
@@ -177,6 +153,18 @@ class HeldOut(Section):
     dataset_text_field: Name | None = None
     """The field or column that contains the documents or ids; none is that of `training`."""
 
+    dataset_template: Name | None = None
+    """As `training.dataset_template`; none is that of `training`, if `dataset_text_field` is not set here either."""
+
+    dataset_config: Name | None = None
+    """The configuration of a data set of the Hub; none is that of `training`, if both have the same path."""
+
+    dataset_split: Name | None = None
+    """The split of a data set; none is `train`."""
+
+    dataset_streaming: bool | None = None
+    """Stream a data set of the Hub, or download it once; none is as in `training`."""
+
     token_format: TokenFormat | None = None
     """The format of `tokens`; none is that of `training`, with `token_dtype` if that is not set here."""
 
@@ -200,6 +188,25 @@ class HeldOut(Section):
     def label(self) -> str | None:
         """The name of the set in metrics; None for the one set of `validation.dataset`."""
         return None
+
+    def text_keys(self, training: Training) -> TextKeys:
+        """How texts are read. Without a field and a template, they are those of `training`."""
+        field, template, config = self.dataset_text_field, self.dataset_template, self.dataset_config
+        if field is None and template is None:
+            template = training.dataset_template
+        if config is None and self.dataset_path == training.dataset_path:
+            config = training.dataset_config
+        streaming = training.dataset_streaming if self.dataset_streaming is None else self.dataset_streaming
+        return TextKeys(
+            self.dataset,
+            self.dataset_path,
+            self.table,
+            training.dataset_text_field if field is None else field,
+            template,
+            config,
+            self.dataset_split,
+            streaming,
+        )
 
     def token_keys(self, training: Training) -> TokenKeys:
         """How `tokens` are read. What is not set is that of `training`, if that reads `tokens` too."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from quadriga.cli.main import main
+from quadriga.config.schema import TextKeys
 from quadriga.data import contents
 from quadriga.data.catalogue import open_source
 from quadriga.data.rows import row_ids, text_rows, token_row
@@ -126,7 +127,7 @@ def test_a_configuration_names_the_data(tmp_path, capsys):
 
 
 def test_rows_of_texts_are_the_windows_of_their_stream(tmp_path):
-    source = open_source("jsonl", str(write_texts(tmp_path / "a")), streams=3)
+    source = open_source(TextKeys("jsonl", str(write_texts(tmp_path / "a"))), streams=3)
     for count, seed, overlap in ((1, None, 1), (1, None, 0), (3, 5, 1)):
         streams = Streams(source, ByteTokenizer(), 16, count, seed, endless=False, overlap=overlap)
         for stream in range(count):
@@ -157,7 +158,7 @@ def test_rows_of_token_files_are_their_documents(tmp_path):
 
 def test_pieces_of_a_document_are_counted_once(tmp_path):
     (tmp_path / "a.txt").write_text("line of a text\n" * 1000)
-    source = open_source("text", str(tmp_path / "a.txt"))
+    source = open_source(TextKeys("text", str(tmp_path / "a.txt")))
     assert source.shards > 1
     found = contents.contents_of_text(source, ByteTokenizer(), whole=True)
     assert (found.documents, found.tokens, dict(found.lengths)) == (1, 15_002, {8192: 1})

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
 from quadriga.data.sources import Source
@@ -28,38 +29,38 @@ def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
 def jsonl(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(3):
         write_jsonl(folder / f"part{part}.jsonl", documents[part::3])
-    return open_source("jsonl", str(folder), streams=streams)
+    return open_source(TextKeys("jsonl", str(folder)), streams=streams)
 
 
 def jsonl_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(3):
         write_jsonl(folder / f"part{part}.jsonl.gz", documents[part::3])
-    return open_source("jsonl", str(folder / "part*.gz"), streams=streams)
+    return open_source(TextKeys("jsonl", str(folder / "part*.gz")), streams=streams)
 
 
 def c4(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(5):
         write_jsonl(folder / f"c4-train.{part:05d}-of-00005.json.gz", documents[part::5])
     write_jsonl(folder / "c4-validation.00000-of-00001.json.gz", ["held out\n"])
-    return open_source("c4", str(folder), streams=streams)
+    return open_source(TextKeys("c4", str(folder)), streams=streams)
 
 
 def hub(folder: Path, documents: Sequence[str], streams: int) -> Source:
     files = [write_jsonl(folder / f"c4-train.{part:05d}.json.gz", documents[part::5]) for part in range(5)]
-    return HubSource("json", None, "train", data_files=[str(file) for file in files])
+    return HubSource("json", None, "train", data_files=[str(file) for file in files], keys=TextKeys("hub"))
 
 
 def text(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(4):
         (folder / f"part{part}.txt").write_text("".join(documents[part::4]), encoding="utf-8")
-    return open_source("text", str(folder), streams=streams)
+    return open_source(TextKeys("text", str(folder)), streams=streams)
 
 
 def text_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(2):
         data = "".join(documents[part::2]).encode()
         (folder / f"part{part}.txt.gz").write_bytes(gzip.compress(data))
-    return open_source("text", str(folder), streams=streams)
+    return open_source(TextKeys("text", str(folder)), streams=streams)
 
 
 def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -69,7 +70,7 @@ def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(2):
         table = pyarrow.table({"url": ["http://x"] * len(documents[part::2]), "text": documents[part::2]})
         pyarrow.parquet.write_table(table, folder / f"part{part}.parquet", row_group_size=9)
-    return open_source("parquet", str(folder), streams=streams)
+    return open_source(TextKeys("parquet", str(folder)), streams=streams)
 
 
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {

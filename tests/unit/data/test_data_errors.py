@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from corpora import write_jsonl
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.files import File
 from quadriga.data.loader import build_loader
@@ -23,8 +23,7 @@ GOOD = b'{"text": "a good line, long enough for a window"}\n'
 
 def build(dataset: str, path: Path | str | None, *, seq_len: int = 16, infinite: bool = True):
     return build_loader(
-        dataset,
-        None if path is None else str(path),
+        TextKeys(dataset, None if path is None else str(path)),
         ByteTokenizer(),
         seed=1,
         seq_len=seq_len,
@@ -131,10 +130,10 @@ def test_c4_folders_are_distinguished_by_split(tmp_path):
     english.mkdir()
     write_jsonl(english / "c4-train.00000-of-01024.json.gz", ["train " * 40])
     with pytest.raises(UserError, match="validation split"):
-        open_source("c4_validation", str(tmp_path))
+        open_source(TextKeys("c4_validation", str(tmp_path)))
     write_jsonl(english / "c4-validation.00000-of-00008.json.gz", ["held out " * 40])
     for dataset, name in (("c4", "train "), ("c4_validation", "held out ")):
-        source = open_source(dataset, str(tmp_path))
+        source = open_source(TextKeys(dataset, str(tmp_path)))
         assert [source.parse(record).text for record in source.read(0)] == [name * 40]
         assert source.shards == 1
 
@@ -179,7 +178,7 @@ def test_large_data_are_sampled_first_and_read_when_they_are_reached(tmp_path, m
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
-    source = open_source("jsonl", str(tmp_path))
+    source = open_source(TextKeys("jsonl", str(tmp_path)))
     assert [source.parse(record).text for record in source.read(0)] == ["a good line, long enough for a window"]
 
 
@@ -187,7 +186,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_a_byte_order_mark_is_no_text_of_a_text_file(tmp_path, name):
     content = b"\xef\xbb\xbfone\n\xef\xbb\xbftwo"
     (tmp_path / name).write_bytes(content if name == "a.txt" else gzip.compress(content))
-    source = open_source("text", str(tmp_path))
+    source = open_source(TextKeys("text", str(tmp_path)))
     assert [source.parse(record).text for record in source.read(0)] == ["one\n\ufefftwo"]
 
 
@@ -206,6 +205,6 @@ def test_hidden_files_and_other_suffixes_of_a_folder_are_left_out(tmp_path):
     (tmp_path / ".cache").mkdir()
     for name in (".cache/x.txt", ".hidden.txt", "b.csv", "sub.txt"):
         (tmp_path / name).write_text(name)
-    source = open_source("text", str(tmp_path))
+    source = open_source(TextKeys("text", str(tmp_path)))
     assert isinstance(source, TextSource)
     assert source.files == (File(tmp_path / "sub.txt", "sub.txt", 7, compressed=False),)

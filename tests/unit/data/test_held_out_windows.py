@@ -1,4 +1,4 @@
-"""The windows of a validation: the first ones of the data, whole batches, and the same on every data-parallel degree."""
+"""The windows of a validation: the first ones of the data, in full batches, the same on every data-parallel degree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpora import write_jsonl
 
-from quadriga.config.schema import Fetching, TokenKeys
+from quadriga.config.schema import Fetching, TextKeys, TokenKeys
 from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
@@ -36,7 +36,7 @@ def make(request, tmp_path: Path) -> tuple[Make, list[int]]:
         order = {"seed": 0, "seq_len": SEQ_LEN, "global_batch_size": share * degree, "infinite": False}
         order |= {"rows": range(rank * share, (rank + 1) * share), "dataloader": Fetching(), "windows": windows}
         if request.param == "jsonl":
-            return build_loader("jsonl", str(tmp_path / "held.jsonl"), ByteTokenizer(), **order)
+            return build_loader(TextKeys("jsonl", str(tmp_path / "held.jsonl")), ByteTokenizer(), **order)
         keys = TokenKeys("validation", str(tmp_path / "held.bin"), "raw", "uint16", None, None)
         return build_token_loader(keys, 300, **order)
 

@@ -15,6 +15,7 @@ import pytest
 from corpora import write_jsonl
 from dataset_server import c4_repository, hub_server
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.hub import HubSource
 from quadriga.errors import Fault, UserError
 
@@ -22,7 +23,7 @@ SHARDS, ROWS = 3, 40
 
 CLIENT = """
 import json
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
 from quadriga.data.streams import Streams
@@ -38,10 +39,10 @@ def take(loader, steps):
     loader.close()
     return got
 
-source = open_source("c4")
+source = open_source(TextKeys("c4"))
 streams = Streams(source, ByteTokenizer(), 32, 4, 3, endless=False)
 documents = [document.text for stream in range(4) for document, _ in streams.documents(stream)]
-held_out = open_source("c4_validation")
+held_out = open_source(TextKeys("c4_validation"))
 in_order = [document.text for document, _ in Streams(source, ByteTokenizer(), 32, 1, None, endless=False).documents(0)]
 
 def unshuffled(state=None):
@@ -63,7 +64,7 @@ resumed = head + take(second, 7) == whole
 
 def refused(*named):
     try:
-        HubSource(*named)
+        HubSource(*named, keys=TextKeys("hub"))
     except UserError as error:
         return error.report
 
@@ -76,10 +77,11 @@ print(json.dumps({
 """
 
 OFFLINE = """
+from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.errors import UserError
 try:
-    open_source("c4")
+    open_source(TextKeys("c4"))
 except UserError as error:
     print(error.report)
 """
@@ -133,7 +135,7 @@ def test_without_a_network_the_way_out_is_shown(tmp_path, root, environ):
 
 def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path):
     path = write_jsonl(tmp_path / "c4-train.00000.json.gz", [f"{i} " + "word " * (i % 90) for i in range(30_000)])
-    source = HubSource("json", None, "train", data_files=[str(path)])
+    source = HubSource("json", None, "train", data_files=[str(path)], keys=TextKeys("hub"))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(Fault, match=r"streaming json/train stopped in shard 0 after row \d+.*start again"):
         list(source.read(0))
@@ -142,7 +144,7 @@ def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path):
 def test_a_row_without_text_is_named(tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b'{"text": "good"}\n{"text": null}\n'))
-    source = HubSource("json", None, "train", data_files=[str(path)])
+    source = HubSource("json", None, "train", data_files=[str(path)], keys=TextKeys("hub"))
     good, bad = source.read(0)
     assert source.parse(good).text == "good"
     with pytest.raises(UserError, match="json/train, shard 0, row 2"):

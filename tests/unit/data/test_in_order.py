@@ -10,7 +10,7 @@ import pytest
 import torch
 from corpora import KINDS, texts, write_jsonl
 
-from quadriga.config.schema import Dataloader, Fetching
+from quadriga.config.schema import Dataloader, Fetching, TextKeys
 from quadriga.data.hub import HubSource
 from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
 from quadriga.data.streams import Streams
@@ -46,8 +46,7 @@ def data(tmp_path):
 
 def make(path, rows=range(ROWS), *, total=ROWS, kind="jsonl", tokenizer=None, seq_len=SEQ_LEN, **options) -> Loader:
     return build_loader(
-        kind,
-        str(path),
+        TextKeys(kind, str(path)),
         tokenizer or ByteTokenizer(),
         seed=7,
         seq_len=seq_len,
@@ -131,7 +130,7 @@ def test_every_source_is_read_in_the_order_of_its_files(tmp_path, kind):
 def test_the_hub_is_read_in_the_order_of_its_files(tmp_path):
     """Ten shards, so that the order by name is not that by number of a stream."""
     files = [write_jsonl(tmp_path / f"part-{n:02d}.jsonl", DOCUMENTS[2 * n : 2 * n + 2]) for n in range(10)]
-    source = HubSource("json", None, "train", data_files=[str(file) for file in files])
+    source = HubSource("json", None, "train", data_files=[str(file) for file in files], keys=TextKeys("hub"))
     read_texts = [document.text for document, _ in Streams(source, ByteTokenizer(), 8, 1, None, False).documents(0)]
     assert read_texts == DOCUMENTS[:20]
 
@@ -285,8 +284,7 @@ def test_what_is_read_so_far_is_where_start_at_goes_on(data, overlap):
 def test_validation_without_overlap_leaves_a_remainder_out(data, total):
     """As torchtitan does: whole windows alone, in order, the last batch filled up with rows that do not count."""
     loader = build_loader(
-        "jsonl",
-        str(data),
+        TextKeys("jsonl", str(data)),
         ByteTokenizer(),
         seed=0,
         seq_len=SEQ_LEN,
@@ -312,7 +310,7 @@ def test_validation_text_without_a_whole_window_is_refused_where_only_whole_ones
 
     def batches():
         given = {"seq_len": SEQ_LEN + 40, "global_batch_size": 1, "rows": range(1), "dataloader": fetching}
-        return len(list(build_loader("jsonl", str(file), ByteTokenizer(), seed=0, infinite=False, **given)))
+        return len(list(build_loader(TextKeys("jsonl", str(file)), ByteTokenizer(), seed=0, infinite=False, **given)))
 
     if overlap:
         assert batches() == 1

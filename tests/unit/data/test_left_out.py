@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quadriga import limits
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
@@ -31,8 +31,7 @@ def path(tmp_path):
 
 def make(path, rows=range(ROWS), mode="skip", infinite=True, **options):
     return build_loader(
-        "jsonl",
-        str(path),
+        TextKeys("jsonl", str(path)),
         ByteTokenizer(),
         seed=3,
         seq_len=64,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from launching import wait_until
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.loader import IGNORE, Loader, build_loader
 from quadriga.data.streams import JOIN_SECONDS, Streams
@@ -25,8 +25,7 @@ ROWS = 8
 
 def make(rows=range(ROWS), *, seed=7, seq_len=64, dataset="builtin", path=None, infinite=True, total=ROWS, **options):
     return build_loader(
-        dataset,
-        path,
+        TextKeys(dataset, path),
         ByteTokenizer(),
         seed=seed,
         seq_len=seq_len,
@@ -326,8 +325,7 @@ def test_other_data_or_another_tokenizer_are_refused(changed, named):
     state = loader.state_dict()
     given = {"dataset": "builtin", "tokenizer": ByteTokenizer(), **changed}
     other = build_loader(
-        given["dataset"],
-        None,
+        TextKeys(given["dataset"]),
         given["tokenizer"],
         seed=7,
         seq_len=64,
@@ -356,8 +354,7 @@ def test_a_run_that_began_with_an_earlier_meaning_of_the_tokenizer_keeps_it(line
 
     def loader(tokenizer):
         return build_loader(
-            "jsonl",
-            str(lines),
+            TextKeys("jsonl", str(lines)),
             tokenizer,
             seed=7,
             seq_len=64,
@@ -382,7 +379,7 @@ def test_a_run_that_began_with_an_earlier_meaning_of_the_tokenizer_keeps_it(line
 
 
 def test_each_epoch_has_an_order_of_its_own(lines):
-    streams = Streams(open_source("jsonl", str(lines), streams=1), ByteTokenizer(), 64, 1, seed=7)
+    streams = Streams(open_source(TextKeys("jsonl", str(lines)), streams=1), ByteTokenizer(), 64, 1, seed=7)
     read = [document.id for document, _ in islice(streams.documents(0), 60)]
     first, second = ([number for epoch, _, number in read if epoch == which] for which in (0, 1))
     assert sorted(first) == sorted(second) == sorted(set(first)), "each document once an epoch"

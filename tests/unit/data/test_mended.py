@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import jsonl, streams, text
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
@@ -44,8 +44,7 @@ def write_jsonl(folder: Path, edit: Callable[[int, dict], dict | None] = lambda 
 
 def make(kind: str, path: Path, **options) -> Loader:
     return build_loader(
-        kind,
-        str(path),
+        TextKeys(kind, str(path)),
         ByteTokenizer(),
         seed=5,
         seq_len=48,

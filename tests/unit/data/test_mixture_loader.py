@@ -14,7 +14,7 @@ import torch
 from token_writers import write_megatron, write_raw
 
 from quadriga.config.mixing import StageShares
-from quadriga.config.schema import Dataloader, MixtureStage, Training, TrainingSource
+from quadriga.config.schema import Dataloader, MixtureStage, TextKeys, Training, TrainingSource
 from quadriga.data import token_files
 from quadriga.data.data_check import changed_data
 from quadriga.data.loader import Batch, build_loader
@@ -160,8 +160,7 @@ def test_a_row_reads_the_windows_of_its_stream_in_their_order(training):
                 mixed[row].append(ids)
     tokenizer, options = build_tokenizer("builtin:bytes"), {"seq_len": SEQ_LEN, "global_batch_size": BATCH}
     alone = build_loader(
-        "jsonl",
-        books.dataset_path,
+        TextKeys("jsonl", books.dataset_path),
         tokenizer,
         seed=f"{SEED} books",
         rows=range(BATCH),
@@ -264,9 +263,7 @@ def test_one_data_set_and_a_mixture_are_not_taken_for_each_other(training):
     state = json.loads(saved([loader]))
     books = training.sources[1]
     sizes = {"seq_len": SEQ_LEN, "global_batch_size": BATCH, "rows": range(BATCH)}
-    alone = build_loader(
-        "jsonl", books.dataset_path, build_tokenizer("builtin:bytes"), seed=SEED, dataloader=Dataloader(), **sizes
-    )
+    alone = build_loader(books.text_keys, build_tokenizer("builtin:bytes"), seed=SEED, dataloader=Dataloader(), **sizes)
     for here, other in ((alone, state), (loader, alone.state_dict())):
         (problem,) = here.differences(json.loads(json.dumps(other)))
         assert problem.where == "data of the checkpoint"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quadriga import limits
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import jsonl, text
 from quadriga.data.files import File
 from quadriga.data.jsonl import find_anchor, move_cuts
@@ -108,7 +108,7 @@ def test_how_far_a_line_is_looked_for_is_bounded(path, monkeypatch):
 
 def make(kind: str, path: Path) -> Loader:
     options = {"seed": 5, "seq_len": 48, "global_batch_size": 2, "rows": range(2), "dataloader": Dataloader()}
-    return build_loader(kind, str(path), ByteTokenizer(), **options)
+    return build_loader(TextKeys(kind, str(path)), ByteTokenizer(), **options)
 
 
 def test_a_resume_goes_on_where_lines_went_far_behind(path, monkeypatch):
@@ -189,9 +189,9 @@ def test_a_survey_counts_no_line_of_a_record_that_it_does_not_show(path, monkeyp
     monkeypatch.setattr(jsonl, "format_location", lambda *given: asked.append(given) or "somewhere")
     options = {"seed": 5, "seq_len": 48, "global_batch_size": 2, "rows": range(2)}
     dataloader = Dataloader(on_bad_record="skip")
-    build_loader("jsonl", str(path), ByteTokenizer(), dataloader=dataloader, **options).close()
+    build_loader(TextKeys("jsonl", str(path)), ByteTokenizer(), dataloader=dataloader, **options).close()
     assert not asked
     path.write_bytes(b"{}\n" * 3)
     with pytest.raises(UserError, match="somewhere"):
-        build_loader("jsonl", str(path), ByteTokenizer(), dataloader=dataloader, **options)
+        build_loader(TextKeys("jsonl", str(path)), ByteTokenizer(), dataloader=dataloader, **options)
     assert len(asked) == 1

@@ -15,11 +15,10 @@ import pyarrow.parquet
 import pytest
 
 from quadriga import limits
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import parquet
 from quadriga.data.catalogue import open_source
 from quadriga.data.loader import build_loader
-from quadriga.data.sources import Field
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -38,7 +37,7 @@ COLUMNS = {
 
 
 def texts(kind: str, path: Path, field: str = "text") -> list[str]:
-    source = open_source(kind, str(path), field=Field(field))
+    source = open_source(TextKeys(kind, str(path), field=field))
     return [source.parse(record).text for shard in range(source.shards) for record in source.read(shard)]
 
 
@@ -52,15 +51,13 @@ def refused(kind: str, path: Path | str, field: str = "text", **options):
 
 def build(kind: str, path: Path | str, field: str = "text", **options):
     return build_loader(
-        kind,
-        str(path),
+        TextKeys(kind, str(path), field=field),
         ByteTokenizer(),
         seed=1,
         seq_len=16,
         global_batch_size=4,
         rows=range(4),
         dataloader=Dataloader(**options),
-        field=Field(field),
     )
 
 
@@ -137,7 +134,7 @@ def test_a_field_that_is_not_there_comes_with_those_that_are_and_the_key(tmp_pat
         assert "perhaps content" in str(problem.fix)
         assert texts(kind, tmp_path, "content")
     assert texts("jsonl", tmp_path, "content") == ["good words"]
-    default, other = (open_source("jsonl", str(tmp_path), field=Field(name)) for name in ("text", "content"))
+    default, other = (open_source(TextKeys("jsonl", str(tmp_path), field=name)) for name in ("text", "content"))
     assert default.fingerprint != other.fingerprint
 
 
@@ -175,7 +172,7 @@ def test_a_long_line_is_reported_with_the_limit_at_a_bounded_cost(tmp_path, name
     assert problem.where.endswith(f"{name}, line 2")
     assert f"{1 << 22:,} bytes" in problem.what
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
-    source = open_source("jsonl", str(tmp_path))
+    source = open_source(TextKeys("jsonl", str(tmp_path)))
     lines = [record.data for shard in range(source.shards) for record in source.read(shard)]
     assert lines == [GOOD, None, GOOD]
 
@@ -250,7 +247,7 @@ def test_a_json_document_of_several_lines_comes_with_the_way_to_json_lines(tmp_p
 
 
 def names(kind: str, path: Path | str) -> list[str]:
-    return [file.name for file in open_source(kind, str(path)).files]
+    return [file.name for file in open_source(TextKeys(kind, str(path))).files]
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jsonl"])
@@ -318,7 +315,7 @@ def test_a_file_that_goes_away_is_reported(tmp_path, kind):
         pyarrow.parquet.write_table(pa.table({"text": SENTENCES}), path)
     else:
         path.write_bytes(GOOD * 10)
-    source = open_source(kind, str(path))
+    source = open_source(TextKeys(kind, str(path)))
     path.unlink()
     with pytest.raises(UserError, match="No such file"):
         list(source.read(0))

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.recognize import foreign_to_ids
 from quadriga.data.sources import BadRecord
@@ -34,7 +35,7 @@ FILES = {
 
 def problem_of(kind: str, path) -> str:
     with pytest.raises(UserError) as caught:  # noqa: PT012 (a file is refused when it is opened, or when it is read)
-        source = open_source(kind, str(path))
+        source = open_source(TextKeys(kind, str(path)))
         for shard in range(source.shards):
             for record in source.read(shard):
                 source.parse(record)
@@ -65,7 +66,7 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_still_text(tmp_path, name):
     (tmp_path / "a.txt").write_text(TEXTS[name], newline="")
-    source = open_source("text", str(tmp_path))
+    source = open_source(TextKeys("text", str(tmp_path)))
     read = [source.parse(record).text for shard in range(source.shards) for record in source.read(shard)]
     assert "".join(read) == TEXTS[name]
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from quadriga.config.schema import TextKeys
 from quadriga.data import jsonl, text
 from quadriga.data.catalogue import open_source
 
@@ -31,7 +32,7 @@ def test_segments_of_a_text_are_the_text(folder, name, content, segment, look_ah
     (folder / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     sizes = {"LEAST_SEGMENT": segment, "MOST_SEGMENT": segment, "LOOK_AHEAD": look_ahead}
     with patch.multiple(text, **sizes):
-        source = open_source("text", str(folder / name))
+        source = open_source(TextKeys("text", str(folder / name)))
         segments = [source.parse(record) for shard in range(source.shards) for record in source.read(shard)]
     assert "".join(each.text for each in segments) == content
     assert [each.begins for each in segments] == [True] + [False] * (len(segments) - 1)
@@ -41,7 +42,7 @@ def test_segments_of_a_text_are_the_text(folder, name, content, segment, look_ah
 
 def test_segments_end_at_line_ends_where_lines_are_short(folder):
     (folder / "b.txt").write_text("a line of text\n" * 20_000)
-    source = open_source("text", str(folder / "b.txt"), streams=8)
+    source = open_source(TextKeys("text", str(folder / "b.txt")), streams=8)
     assert source.shards >= 32
     assert all(str(record.data, "utf-8").endswith("\n") for i in range(source.shards) for record in source.read(i))
 
@@ -53,6 +54,6 @@ def test_ranges_of_json_lines_own_every_line_once(folder, documents, size, blank
     lines = end.join(json.dumps({"text": document}) for document in documents)
     (folder / "a.jsonl").write_text(lines, encoding="utf-8")
     with patch.multiple(jsonl, LEAST_RANGE=size, MOST_RANGE=size):
-        source = open_source("jsonl", str(folder / "a.jsonl"))
+        source = open_source(TextKeys("jsonl", str(folder / "a.jsonl")))
         seen = [source.parse(record).text for shard in range(source.shards) for record in source.read(shard)]
     assert seen == documents

@@ -25,7 +25,7 @@ from tokenizer_folders import byte_level, write_folder
 
 from quadriga.cli.main import main
 from quadriga.cli.tokenize import format_progress
-from quadriga.config.schema import Dataloader, TokenKeys
+from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data import pieces, streams
 from quadriga.data.loader import build_loader
 from quadriga.data.shards import WORK, dtype_for, read_manifest
@@ -201,7 +201,7 @@ def test_training_on_shards_is_training_on_the_text(source, expected, tmp_path, 
     assert main(arguments(source, tmp_path / "out")) == EXIT_OK
     section = Dataloader(shuffle=False)
     order = {"seed": 1, "seq_len": 32, "global_batch_size": 4, "rows": range(4), "dataloader": section}
-    text = build_loader("jsonl", str(source), build_tokenizer("builtin:bytes"), **order)
+    text = build_loader(TextKeys("jsonl", str(source)), build_tokenizer("builtin:bytes"), **order)
     tokens = build_token_loader(TokenKeys("training", str(tmp_path / "out"), "auto", None, None, None), 258, **order)
     for _ in range(200):
         ours, theirs = tokens.next(), text.next()
@@ -382,7 +382,7 @@ def test_a_process_that_is_killed_is_a_fault_and_the_job_continues(source, expec
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
-    job = TokenizeJob("jsonl", str(source), "builtin:bytes", shard_tokens=SHARD_TOKENS)
+    job = TokenizeJob(TextKeys("jsonl", str(source)), "builtin:bytes", shard_tokens=SHARD_TOKENS)
     with pytest.raises(Fault, match="a process was ended by signal 9; finished pieces are kept: run the same command"):
         tokenize_into(out, job, 1, os.environ, kill_worker)
     assert main(arguments(source, out, "--workers", "1")) == EXIT_OK
@@ -403,7 +403,7 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError, match="gives the id 11, which is not in its vocabulary of 10"):
         pieces.write_piece(
             tmp_path / "a.piece",
-            open_source("text", str(tmp_path / "a.txt")),
+            open_source(TextKeys("text", str(tmp_path / "a.txt"))),
             [0],
             Wrong(),
             "uint16",
