@@ -137,10 +137,8 @@ def describe_validation(training: Training, validation: Validation, spec: RunSpe
 def _describe_set(each: HeldOut, training: Training, dataloader: Fetching, spec: RunSpec) -> tuple[str, int | None]:
     """The data of a held-out set, and the most windows that a validation reads of it; None if that is not known."""
     assert spec.validation is not None
-    place, most = (
-        f"{each.dataset} from {each.dataset_path}" if each.dataset_path else each.dataset,
-        spec.validation.windows,
-    )
+    most = spec.validation.windows
+    place = f"{each.dataset} from {each.dataset_path}" if each.dataset_path else each.dataset
     if each.dataset != TOKENS:
         return place, most
     try:
