@@ -128,7 +128,9 @@ def describe_validation(training: Training, validation: Validation, spec: RunSpe
         computed = sum(-(-count // batch) * batch for count in counts)  # a last batch is filled up
         share = computed * what.seq_len / (FORWARD_PARTS * freq * spec.tokens_per_step)
         several = " of each set" if validation.sets else ""
-        reads += f"{several}, at most {rows * what.seq_len:,} tokens: {100 * share:.2g} % of the training's computation"
+        reads += (
+            f"{several}: at most {rows * what.seq_len:,} tokens, {100 * share:.2g} % of the computation between two"
+        )
     if not validation.sets:
         return [f"{described[0][0]}: {reads}"]
     return [reads, *(f"{each.title}: {text}" for each, (text, _) in zip(validation.sets, described, strict=True))]

@@ -48,7 +48,7 @@ LAYOUTS = {
     "FSDP 2": (2, ()),
     "TP 2": (2, (TP,)),
     "CP 2": (2, ("--parallelism.context_parallel_degree=2",)),
-    "PP 2": (2, (PP, MICROBATCH, "--validation.local_batch_size=2")),
+    "PP 2": (2, (PP, MICROBATCH, "--training.local_batch_size=2")),
     "FSDP 2 x TP 2": (4, (TP,)),
 }
 
@@ -109,7 +109,7 @@ def test_the_api_returns_each_loss(folder: Path, alone: list[dict[str, Any]], tm
 
     overrides = [*TINY, "--training.steps=2", "--checkpoint.no_enable", f"--job.dump_folder={tmp_path}"]
     overrides += ["--validation.freq=1000"]
-    run = quadriga.resolve(str(folder / "run.toml"), overrides=overrides)
+    run = quadriga.resolve(quadriga.load_config(str(folder / "run.toml"), overrides))
     with quadriga.build(run, log=False) as trainer:
         trainer.step()
         losses = trainer.evaluate_sets()
