@@ -17,7 +17,18 @@ from quadriga import limits
 from quadriga.config.schema import TextKeys
 from quadriga.data.files import File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import Anchor, BadRecord, Document, FileSource, Record, bad_record, field_fix, format_names
+from quadriga.data.sources import (
+    Anchor,
+    BadRecord,
+    Document,
+    FileSource,
+    Record,
+    bad_record,
+    field_fix,
+    format_names,
+    template_of,
+    too_long,
+)
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 from quadriga.reading import json_type, opened
@@ -72,7 +83,7 @@ class JsonlSource(ByteRangeSource):
     """A shard has the lines that begin in its byte range."""
 
     def __init__(self, files: Sequence[File], keys: TextKeys, *, streams: int = 1) -> None:
-        self.keys = keys
+        self.keys, self.template = keys, template_of(keys)
         super().__init__("jsonl", files, keys, streams, LEAST_RANGE, MOST_RANGE)
 
     def anchor(self, shard: int) -> Anchor | None:
@@ -106,9 +117,12 @@ class JsonlSource(ByteRangeSource):
         if record.number == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            text = json.loads(line.decode("utf-8"))[self.keys.field]
-            if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
-                return Document(text)
+            value = json.loads(line.decode("utf-8"))
+            texts = [value[name] for name in self.template.names]
+            if len(texts) == 1 or sum(map(len, texts)) <= limits.DOCUMENT_BYTES:
+                text = self.template.join(texts)
+                if text.isascii() or _has_no_surrogate(text):
+                    return Document(text)
         except (ValueError, RecursionError, LookupError, TypeError):
             pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
@@ -133,24 +147,31 @@ class JsonlSource(ByteRangeSource):
             raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
         except RecursionError:
             raise self._refused(record, "the JSON of this line is nested too deeply to be read") from None
-        text = value.get(self.keys.field) if isinstance(value, dict) else None
-        if isinstance(text, str) and _has_no_surrogate(text):
-            return Document(text)
-        hint = field_fix(self.keys, value) if isinstance(value, dict) and self.keys.field not in value else None
-        raise self._refused(record, self._what_is_wrong(value), fix=hint)
-
-    def _what_is_wrong(self, value: object) -> str:
-        name = self.keys.field
+        names = self.template.names
         if not isinstance(value, dict):
-            return f"the line is a JSON {json_type(value)}, not an object with a `{name}`"
+            what = f"the line is a JSON {json_type(value)}, not an object with a `{names[0]}`"
+            raise self._refused(record, what)
+        for name in names:
+            if (wrong := self._what_is_wrong(value, name)) is not None:
+                raise self._refused(record, wrong, fix=None if name in value else field_fix(self.keys, value))
+        texts = [value[name] for name in names]
+        if sum(map(len, texts)) > limits.DOCUMENT_BYTES:
+            raise too_long(self, record)
+        return Document(self.template.join(texts))
+
+    def _what_is_wrong(self, value: dict[str, object], name: str) -> str | None:
         if name not in value:
             return f"the object has no `{name}`; its keys are {format_names(map(repr, value))}"
-        if isinstance(value[name], str):
+        text = value[name]
+        if not isinstance(text, str):
+            return f"`{name}` is a JSON {json_type(text)}, not a string"
+        if not _has_no_surrogate(text):
             return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
-        return f"`{name}` is a JSON {json_type(value[name])}, not a string"
+        return None
 
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
-        return bad_record(self, record, what, f'one object per line: {{"{self.keys.field}": "..."}}', fix)
+        fields = ", ".join(f'"{name}": "..."' for name in dict.fromkeys(self.template.names))
+        return bad_record(self, record, what, f"one object per line: {{{fields}}}", fix)
 
 
 def _ignore_number(digits: str) -> int:

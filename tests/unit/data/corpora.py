@@ -73,6 +73,30 @@ def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return open_source(TextKeys("parquet", str(folder)), streams=streams)
 
 
+TEMPLATE = "{title}\n{text}"
+
+
+def parts_of(documents: Sequence[str]) -> list[dict[str, str]]:
+    """The documents as records of which `TEMPLATE` makes them."""
+    pairs = [text.split("\n", 1) for text in documents]
+    return [{"text": text, "url": "http://x", "title": title} for title, text in pairs]
+
+
+def jsonl_template(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    lines = [json.dumps(record) + "\n" for record in parts_of(documents)]
+    (folder / "all.jsonl").write_text("".join(lines), encoding="utf-8")
+    return open_source(TextKeys("jsonl", str(folder), template=TEMPLATE), streams=streams)
+
+
+def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(parts_of(documents))
+    pyarrow.parquet.write_table(table, folder / "all.parquet", row_group_size=9)
+    return open_source(TextKeys("parquet", str(folder), template=TEMPLATE), streams=streams)
+
+
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
-    made.__name__: made for made in (jsonl, jsonl_gz, c4, hub, text, text_gz, parquet)
+    made.__name__: made for made in (jsonl, jsonl_gz, jsonl_template, c4, hub, text, text_gz, parquet, parquet_template)
 }
