@@ -1,20 +1,19 @@
 """JSON lines: one object per line; one field of the object is the document. Reads the lines of text files too.
 
-A line is found by its byte in the file, decompressed if it ends in .gz; its length is bounded.
+A line is found by its byte in the file, decompressed if it ends in .gz or .zst; its length is bounded.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, cast
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 from quadriga import limits
 from quadriga.config.schema import TextKeys
+from quadriga.data.byte_files import DAMAGED, damaged_file, open_bytes
 from quadriga.data.files import File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import (
@@ -31,13 +30,12 @@ from quadriga.data.sources import (
 )
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
-from quadriga.reading import json_type, opened
+from quadriga.reading import json_type
 
 LEAST_RANGE = 1 << 16
 MOST_RANGE = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NAME_SHOWN = 400  # characters of a path in a message
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is searched
 WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 
@@ -186,18 +184,6 @@ def _has_no_surrogate(text: str) -> bool:
     return True
 
 
-@contextmanager
-def open_bytes(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Raises UserError if the file cannot be opened or read."""
-    with opened(file.path, what="data file") as plain:
-        if file.compressed:
-            with gzip.GzipFile(fileobj=plain, mode="rb") as stream:
-                # `readline` of GzipFile itself is one Python call per line.
-                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 17))
-        else:
-            yield plain
-
-
 def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
     """Yields (offset, line) of the lines whose first byte is in [start, end); of all lines of a compressed file.
 
@@ -220,8 +206,8 @@ def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tup
                     begins = offset
                     offset += len(line) + _to_line_end(stream, file, begins)
                     yield begins, None
-        except BROKEN_GZIP as error:
-            raise UserError(broken_gzip(file, number, error)) from error
+        except DAMAGED as error:
+            raise UserError(damaged_file(file, number, error)) from error
 
 
 def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
@@ -236,16 +222,6 @@ def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
             fix = "write one JSON object per line; or check whether this is a data file"
             raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
     return passed
-
-
-def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
-    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
-    another format."""
-    refuse_if_foreign(file, "text")
-    truncated = isinstance(error, EOFError)
-    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({error})"
-    where = f"{shortened(file.path, NAME_SHOWN)}, after line {lines}"
-    return Problem(where, what, fix="download or write the file again")
 
 
 def line_at(file: File, offset: int) -> int:
@@ -263,7 +239,7 @@ def format_location(file: File, offset: int) -> str:
     before it would take long or is not possible. Raises UserError if the file cannot be read."""
     name = shortened(file.path, NAME_SHOWN)
     if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
-        with suppress(*BROKEN_GZIP):
+        with suppress(*DAMAGED):
             return f"{name}, line {line_at(file, offset)}"
     return f"{name}, byte {offset:,}"
 

@@ -137,7 +137,7 @@ class TrainingSource(DataSource):
         if self.name is not None:
             return self.name
         for part in reversed(PurePath(self.dataset_path or "").parts):
-            stem = PurePath(part.removesuffix(".gz")).stem
+            stem = PurePath(part.removesuffix(".gz").removesuffix(".zst")).stem
             if text := re.sub(r"[^A-Za-z0-9_.\-]+", "_", stem).strip("_.-"):  # a glob as *.jsonl has none
                 return text[:NAME_CHARACTERS]
         return self.dataset

@@ -22,8 +22,17 @@ def texts(count: int) -> list[str]:
 
 def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     lines = "".join(json.dumps({"text": text, "url": "http://x"}) + "\n" for text in documents).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    packed = {".gz": gzip.compress, ".zst": zstd_frames}
+    path.write_bytes(packed[path.suffix](lines) if path.suffix in packed else lines)
     return path
+
+
+def zstd_frames(data: bytes, size: int = 1000) -> bytes:
+    """Several frames of zstd."""
+    import pyarrow
+
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in parts)
 
 
 def jsonl(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -36,6 +45,12 @@ def jsonl_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(3):
         write_jsonl(folder / f"part{part}.jsonl.gz", documents[part::3])
     return open_source(TextKeys("jsonl", str(folder / "part*.gz")), streams=streams)
+
+
+def jsonl_zst(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    for part in range(3):
+        write_jsonl(folder / f"part{part}.jsonl.zst", documents[part::3])
+    return open_source(TextKeys("jsonl", str(folder)), streams=streams)
 
 
 def c4(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -60,6 +75,12 @@ def text_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(2):
         data = "".join(documents[part::2]).encode()
         (folder / f"part{part}.txt.gz").write_bytes(gzip.compress(data))
+    return open_source(TextKeys("text", str(folder)), streams=streams)
+
+
+def text_zst(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    for part in range(2):
+        (folder / f"part{part}.txt.zst").write_bytes(zstd_frames("".join(documents[part::2]).encode()))
     return open_source(TextKeys("text", str(folder)), streams=streams)
 
 
@@ -98,5 +119,9 @@ def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> So
 
 
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
-    made.__name__: made for made in (jsonl, jsonl_gz, jsonl_template, c4, hub, text, text_gz, parquet, parquet_template)
+    made.__name__: made
+    for made in (
+        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub),
+        *(text, text_gz, text_zst, parquet, parquet_template),
+    )
 }
