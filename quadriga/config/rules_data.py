@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
-from quadriga.config.schema import TOKENS, TokenKeys
+from quadriga.config.schema import TEXT_FIELD, TOKENS, TokenKeys
+from quadriga.config.templates import TEMPLATES, parse_template
 
 TOKENIZER = "model.hf_assets_path"
 
@@ -37,6 +38,31 @@ def _belongs_to_data(table: str, name: str) -> Callable[[RuleContext], Findings]
 def foreign_key_fix(dataset: str, fit: Sequence[str], key: str) -> str:
     """The remedy for a key that only the data sets `fit` have."""
     return f'set {dataset} = "{fit[0]}", or remove {key}' if len(fit) == 1 else f"remove {key}"
+
+
+def template_conflict(template: str | None, field: str | None, key: str) -> Conflict | None:
+    """Why a template is not possible. `key`: of the field, for the message."""
+    if template is None:
+        return None
+    if field not in (None, TEXT_FIELD):
+        return Conflict(f"a template replaces {key}, and both are set", "remove one of them")
+    try:
+        parse_template(template)
+    except ValueError as error:
+        return Conflict(str(error), allowed=TEMPLATES)
+    return None
+
+
+def _names_fields(table: str) -> Callable[[RuleContext], Findings]:
+    template, field = f"{table}.dataset_template", f"{table}.dataset_text_field"
+
+    def template_names_fields(ctx: RuleContext) -> Findings:
+        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
+        values = config_value(ctx.config, template), config_value(ctx.config, field)
+        if used and (found := template_conflict(*values, "the field")) is not None:
+            yield found
+
+    return template_names_fields
 
 
 def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:
@@ -75,6 +101,8 @@ for _table in ("training", "validation"):
     for _name in OPTIONAL_KEYS:
         if f"{_table}.{_name}" in KEYS:
             rule(f"{_table}.{_name}", _dataset)(_belongs_to_data(_table, _name))
+    if f"{_table}.dataset_template" in KEYS:
+        rule(f"{_table}.dataset_template", f"{_table}.dataset_text_field")(_names_fields(_table))
     rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
     rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))

@@ -213,7 +213,7 @@ def _blocks(
     characters = 0
     for record in records:
         block.append(record)
-        characters += len(record.data or "")
+        characters += record.size
         if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
             yield block, (number, first, len(block))
             number, first, block, characters = number + 1, first + len(block), [], 0

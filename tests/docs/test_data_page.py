@@ -98,6 +98,17 @@ def test_the_configuration_of_two_formats_is_valid(tmp_path: Path, monkeypatch, 
     assert "tokens from pile_text_document: 1 file, 100,000 ids" in " ".join(dry_run([], capsys, "run.toml").split())
 
 
+def test_documents_are_made_of_fields_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("toml", section("Documents of several fields"))
+    record = {"title": "Emma", "text": "It is a truth universally acknowledged. " * 20}
+    Path("articles.jsonl").write_text(json.dumps(record) + "\n")
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{example}')
+    assert "jsonl from articles.jsonl" in " ".join(dry_run([], capsys, "run.toml").split())
+    assert quadriga(["data", "run.toml"]) == 0
+    assert "# Emma" in capsys.readouterr().out
+
+
 @pytest.fixture
 def _sources(tmp_path: Path, monkeypatch) -> None:
     """The sources of the mixtures."""

@@ -54,7 +54,7 @@ def token_column(field: str) -> str | None:
 def title_of(dataset: str, path: str | None) -> str:
     """The name of a source that has none: the last part of its path without its suffix, else the data set."""
     for part in reversed(PurePath(path or "").parts):
-        stem = PurePath(part.removesuffix(".gz")).stem
+        stem = PurePath(part.removesuffix(".gz").removesuffix(".zst")).stem
         if text := re.sub(r"[^A-Za-z0-9_.\-]+", "_", stem).strip("_.-"):  # a glob as *.jsonl has none
             return text[:NAME_CHARACTERS]
     return dataset
