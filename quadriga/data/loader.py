@@ -90,8 +90,9 @@ def build_loader(
     source = open_surveyed(keys, tokenizer, seq_len, dataloader, endless=infinite, streams=count)
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
-    streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
-    return StreamLoader(streams, global_batch_size, rows, dataloader, windows)
+    overlap = dataloader.window_overlap
+    streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, overlap, windows)
+    return StreamLoader(streams, global_batch_size, rows, dataloader)
 
 
 class Loader(ABC):
@@ -217,18 +218,9 @@ class Loader(ABC):
 class StreamLoader(Loader):
     """Batches of the windows of streams of documents."""
 
-    def __init__(
-        self,
-        streams: Streams,
-        global_batch_size: int,
-        rows: range,
-        dataloader: Fetching,
-        windows: int | None = None,
-    ) -> None:
-        """`windows`: of one pass, if the streams are not endless; None: all."""
+    def __init__(self, streams: Streams, global_batch_size: int, rows: range, dataloader: Fetching) -> None:
         super().__init__(streams.seq_len, global_batch_size, rows, dataloader, endless=streams.endless)
         self.streams = streams  # loading a state can replace them
-        self._windows = windows
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
         self._cursors = dict.fromkeys(self._streams_read, START)
@@ -352,7 +344,7 @@ class StreamLoader(Loader):
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
         if self._in_order or not self.streams.endless:
             cursor = self._cursors[SINGLE_STREAM] if self._in_order else START
-            return [_assign_rows(self.streams, cursor, self._rows, self._global_batch_size, self._windows)]
+            return [_assign_rows(self.streams, cursor, self._rows, self._global_batch_size)]
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
         return [
             _feed(self.streams, {row: self._cursors[row] for row in self._rows[i::threads]}) for i in range(threads)
@@ -386,16 +378,15 @@ def _feed(streams: Streams, cursors: Mapping[int, Cursor]) -> Generator[BatchPar
 
 
 def _assign_rows(
-    streams: Streams, cursor: Cursor, rows: range, global_batch_size: int, most: int | None = None
+    streams: Streams, cursor: Cursor, rows: range, global_batch_size: int
 ) -> Generator[BatchPart, None, None]:
-    """Assigns the windows of one stream to the rows of one batch after another, and keeps those of `rows`. `most`: the
-    number of windows at which it ends; None: the end of the stream.
+    """Assigns the windows of one stream to the rows of one batch after another, and keeps those of `rows`.
 
     Every rank reads the whole stream, so that all ranks have the same cursors and the same number of batches.
     """
     kept: dict[int, Window] = {}
     row = 0  # of the current global batch
-    for window in islice(streams.windows(SINGLE_STREAM, cursor), most):
+    for window in streams.windows(SINGLE_STREAM, cursor):
         if row in rows:
             kept[row] = window
         row += 1
