@@ -69,6 +69,7 @@ def configuration(chosen: argparse.Namespace, folder: Path, training: Path, vali
             "dataset_path": str(validation),
             "local_batch_size": 64,
             "seq_len": WINDOW,
+            "windows": -1,
             "freq": STEPS,
         },
         "optimizer": {"lr": chosen.lr, "beta2": chosen.beta2, "weight_decay": chosen.weight_decay},

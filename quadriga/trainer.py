@@ -173,10 +173,25 @@ class Trainer:
         return metrics
 
     def evaluate(self) -> float:
-        """The mean cross-entropy in nats per token on the validation text of `[validation]`. Training is not affected.
+        """The mean cross-entropy in nats per token on the held-out set of `[validation]`. Training is not affected.
 
         Raises:
-            UserError: `validation.enable` is false, or the text cannot be read.
+            UserError: `validation.enable` is false, there are several sets, or the data cannot be read.
+        """
+        self._check_usable()
+        if len(self.run.config.validation.sets) > 1:
+            names = ", ".join(each.title for each in self.run.config.validation.sets)
+            what, fix = "each set has a loss of its own", "call evaluate_sets, which returns all of them"
+            raise UserError(Problem("validation.sets", what, names, fix=fix))
+        (loss,) = self.evaluate_sets().values()
+        return loss
+
+    def evaluate_sets(self) -> dict[str, float]:
+        """The mean cross-entropy in nats per token on each held-out set of `[[validation.sets]]`, by its name. A set
+        without a name has that of its file or data set. Training is not affected.
+
+        Raises:
+            UserError: `validation.enable` is false, or the data cannot be read.
         """
         self._check_usable()
         if self._parts.validator is None:
@@ -184,7 +199,7 @@ class Trainer:
             raise UserError(Problem("validation.enable", "there is no validation text", "false", fix=fix))
         with self._operation():
             validate(self._parts)
-        return self._validation.loss
+        return {each.title: self._validation.losses[each.label] for each in self.run.config.validation.read_sets}
 
     def save(self) -> str:
         """Save a checkpoint of the current step, unless there is one, and wait until it is complete.
@@ -302,13 +317,14 @@ class Trainer:
 
 
 class _LastValidation:
-    """A logger that keeps the loss of the newest validation."""
+    """A logger that keeps the losses of the newest validation, by the names of its sets."""
 
-    loss = float("nan")
+    def __init__(self) -> None:
+        self.losses: dict[str | None, float] = {}
 
     def write(self, record: Record) -> None:
         if record["kind"] == "validation":
-            self.loss = float(record["loss"])
+            self.losses[record.get("set")] = float(record["loss"])
 
     def close(self) -> None:
         pass

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--full", action="store_true", help="show the whole text of rows")
     parser.add_argument("--dataset", metavar="NAME", help="text, jsonl, tokens, ...; by default by the names of files")
     parser.add_argument("--field", metavar="NAME", help="the field or column of the documents or ids")
+    parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="as model.hf_assets_path (default: bytes; ids of tokens)")
     parser.add_argument("--seq-len", type=count, default=256, metavar="N", help="ids of a row (default: 256)")
     parser.add_argument("--token-format", choices=get_args(TokenFormat), default="auto", help="as in the configuration")
@@ -92,7 +93,7 @@ def _of_arguments(chosen: object) -> DataChoice:
     dataset, path = data_named(options["what"], options["dataset"], lambda name: True)
     if dataset != TOKENS:
         assets = options["tokenizer"] or BUILTIN_TOKENIZER
-        texts = TextKeys(dataset, path, field=options["field"] or TEXT_FIELD)
+        texts = TextKeys(dataset, path, field=options["field"] or TEXT_FIELD, template=options["template"])
         return DataChoice(texts, assets, options["seq_len"])
     how = options["token_format"], options["token_dtype"], options["token_eos_id"], options["field"]
     keys = TokenKeys("training", path or "", *how)

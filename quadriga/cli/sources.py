@@ -13,6 +13,7 @@ from quadriga.errors import Problem, UserError, shortened
 
 ARGUMENTS = {
     "training.dataset_text_field": "--field",
+    "training.dataset_template": "--template",
     "training.dataset_path": "SOURCE",
     "training.dataset": "--dataset",
     "training.seq_len": "--seq-len",

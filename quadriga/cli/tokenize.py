@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dataset", metavar="NAME", help="text, jsonl, parquet, ...; by default by the names of files")
     parser.add_argument("--field", default="text", help="the field or column of the documents (default: text)")
+    parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--shard-tokens", type=count, default=100_000_000, metavar="N", help="least ids of a shard (default: 100000000)"
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with arguments_in_messages():
         dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
-        keys = TextKeys(dataset, path, field=chosen.field)
+        keys = TextKeys(dataset, path, field=chosen.field, template=chosen.template)
         skip = chosen.on_bad_record == "skip"
         job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens)
         try:

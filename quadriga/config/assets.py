@@ -39,22 +39,23 @@ class DatasetKind:
     keys: tuple[str, ...] = ()
 
 
+PACKED = (".gz", ".zst")  # of texts and JSON lines that are compressed
 TOKEN_KEYS = ("token_format", "token_dtype", "token_eos_id")
 OPTIONAL_KEYS = ("dataset_template", "dataset_config", "dataset_split", "dataset_streaming", *TOKEN_KEYS)
 TEMPLATE = ("dataset_template",)
 
 
-def _plain_or_gz(*suffixes: str) -> tuple[str, ...]:
-    return (*suffixes, *(suffix + ".gz" for suffix in suffixes))
+def _plain_or_packed(*suffixes: str) -> tuple[str, ...]:
+    return (*suffixes, *(suffix + packed for suffix in suffixes for packed in PACKED))
 
 
 DATASETS: Mapping[str, DatasetKind] = {
     "builtin": DatasetKind((), "none"),
     "builtin_validation": DatasetKind((), "none"),
-    "c4": DatasetKind((".json.gz",), "optional", TEMPLATE),
-    "c4_validation": DatasetKind((".json.gz",), "optional", TEMPLATE),
-    "text": DatasetKind(_plain_or_gz(".txt", ".text", ".md", ".rst"), "needed"),
-    "jsonl": DatasetKind(_plain_or_gz(".jsonl", ".json", ".ndjson"), "needed", TEMPLATE),
+    "c4": DatasetKind((".json.gz", ".json.zst"), "optional", TEMPLATE),
+    "c4_validation": DatasetKind((".json.gz", ".json.zst"), "optional", TEMPLATE),
+    "text": DatasetKind(_plain_or_packed(".txt", ".text", ".md", ".rst"), "needed"),
+    "jsonl": DatasetKind(_plain_or_packed(".jsonl", ".json", ".ndjson"), "needed", TEMPLATE),
     "parquet": DatasetKind((".parquet",), "needed", TEMPLATE),
     TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed", TOKEN_KEYS),
 }

@@ -18,6 +18,7 @@ from quadriga.config.markdown import code, render
 from quadriga.config.mixing import format_mixture
 from quadriga.config.read import Run
 from quadriga.config.rules import config_value
+from quadriga.config.schema import Validation
 from quadriga.config.sources import CONFIG_FILE
 from quadriga.config.variables import VARIABLES
 from quadriga.hardware import Device
@@ -89,6 +90,7 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
         log=math.log,
         variables=[(code(name), *texts) for name, *texts in VARIABLES],
         data=format_mixture(training) if training.sources else f"{code(training.dataset)}{where}",
+        validation_data=_validation_data(config.validation),
         file=f"./{target.file}",
         machines=-(-spec.world_size // GPUS_PER_MACHINE),
         other_numbers=_other_numbers(run),
@@ -99,6 +101,10 @@ def render_card(run: Run, target: CardTarget, figures: CardFigures, device: Devi
             if key != CONFIG_FILE
         ],
     )
+
+
+def _validation_data(section: Validation) -> str:
+    return ", ".join(code(each.label or each.dataset) for each in section.read_sets)
 
 
 def _other_numbers(run: Run) -> str:

@@ -16,7 +16,7 @@ from quadriga.config.load import LoadedConfig, load
 from quadriga.config.resolve import Catalogue, checkpoint_folder, resolve
 from quadriga.config.rules_layout import FROM_CHECKPOINT
 from quadriga.config.run_spec import BackendFacts, RunSpec, TokenizerFacts
-from quadriga.config.schema import JobConfig, Training, Validation
+from quadriga.config.schema import JobConfig, Training, TrainingSource, Validation, ValidationSet
 from quadriga.errors import Problem, UserError
 from quadriga.limits import CSV_BYTES
 from quadriga.reading import read_text
@@ -196,14 +196,15 @@ def _check_assets(loaded: LoadedConfig, training: bool) -> tuple[TokenizerFacts,
 def _data_sets(loaded: LoadedConfig) -> Iterator[tuple[str, str, str | None, tuple[str, str | None]]]:
     """Key, name and path of each data set whose keys are valid, and where name and path were set."""
     training, validation, origin = loaded.config.training, loaded.config.validation, loaded.origin
-    given = origin.get("training.sources", "default")
-    for source in training.sources:
-        yield f"{source.table}.dataset", source.dataset, source.dataset_path, (given, given)
-    single: list[tuple[str, Training | Validation]] = []
-    single += [("training.dataset", training)] if not training.sources else []
-    single += [("validation.dataset", validation)] if validation.enable else []
-    for key, section in single:
-        if not {key, f"{key}_path"} & loaded.bad:
+    read: list[tuple[str, Training | Validation, tuple[TrainingSource | ValidationSet, ...]]]
+    read = [("training.sources", training, training.sources)]
+    read += [("validation.sets", validation, validation.sets)] if validation.enable else []
+    for table, section, tables in read:
+        given = origin.get(table, "default")
+        for each in tables:
+            yield f"{each.table}.dataset", each.dataset, each.dataset_path, (given, given)
+        key = f"{table.partition('.')[0]}.dataset"
+        if not tables and not {table, key, f"{key}_path"} & loaded.bad:
             yield key, section.dataset, section.dataset_path, (origin.get(key, "default"), origin.get(f"{key}_path"))
 
 

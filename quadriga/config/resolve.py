@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 
-from quadriga.config import rules_data, rules_layout, rules_mixture, rules_pipeline, rules_run, rules_torchtitan
+from quadriga.config import (
+    rules_data,
+    rules_layout,
+    rules_mixture,
+    rules_pipeline,
+    rules_run,
+    rules_torchtitan,
+    rules_validation,
+)
 from quadriga.config.keys import format_toml
 from quadriga.config.load import LoadedConfig
 from quadriga.config.model_spec import ROPE_SCALINGS, ModelSpec
 from quadriga.config.rules import RULES, RuleContext, join_sources
-from quadriga.config.run_spec import BackendFacts, Degrees, Folders, RunSpec, TokenizerFacts
+from quadriga.config.run_spec import BackendFacts, Degrees, Folders, RunSpec, TokenizerFacts, ValidationSpec
 from quadriga.config.schema import JobConfig, Parallelism
 from quadriga.errors import Problem, nearest
 from quadriga.units import DTYPE_BYTES, GIB, format_bytes
@@ -27,6 +35,7 @@ RULE_MODULES = (
     rules_pipeline,
     rules_run,
     rules_torchtitan,
+    rules_validation,
 )  # their import registers the rules
 
 DEGREES = {
@@ -203,7 +212,18 @@ def build_spec(ctx: RuleContext) -> RunSpec:
         folders=_folders(config),
         stage_ranks=rules_pipeline.stage_ranks(ctx),
         custom_schedule=rules_pipeline.custom_schedule(ctx),
+        validation=_validation_spec(config, degrees),
     )
+
+
+def _validation_spec(config: JobConfig, degrees: Degrees) -> ValidationSpec | None:
+    section, training = config.validation, config.training
+    if not section.enable:
+        return None
+    rows, windows = section.local_batch_size or training.local_batch_size, section.windows
+    if section.steps is not None:
+        windows = section.steps if section.steps == -1 else section.steps * rows * degrees.batch
+    return ValidationSpec(section.seq_len or training.seq_len, rows, None if windows == -1 else windows)
 
 
 def _when_to_reduce(ctx: RuleContext, micro_batches: int) -> tuple[str, str]:

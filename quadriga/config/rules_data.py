@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from quadriga.config.assets import BUILTIN_TOKENIZER, DATASETS, OPTIONAL_KEYS, foreign_key
+from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, rule
-from quadriga.config.schema import TOKENS, TokenKeys
+from quadriga.config.schema import TEXT_FIELD, TOKENS, TokenKeys
+from quadriga.config.templates import TEMPLATES, parse_template
 
 TOKENIZER = "model.hf_assets_path"
 
@@ -17,14 +18,16 @@ def token_keys_of(ctx: RuleContext, table: str) -> TokenKeys | None:
     training, validation = ctx.config.training, ctx.config.validation
     if table == "training":
         return training.token_keys if training.dataset == TOKENS and not training.sources else None
-    return validation.token_keys(training) if validation.enable and validation.dataset == TOKENS else None
+    used = validation.enable and not validation.sets and validation.dataset == TOKENS
+    return validation.token_keys(training) if used else None
 
 
 def _belongs_to_data(table: str, name: str) -> Callable[[RuleContext], Findings]:
     key, dataset = f"{table}.{name}", f"{table}.dataset"
 
     def key_belongs_to_the_data(ctx: RuleContext) -> Findings:
-        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
+        training, validation = ctx.config.training, ctx.config.validation
+        used = not training.sources if table == "training" else validation.enable and not validation.sets
         found = foreign_key(config_value(ctx.config, dataset), name) if used else None
         if found and config_value(ctx.config, key) != KEYS[key].default:
             yield Conflict(found[0], foreign_key_fix(dataset, found[1], key))
@@ -35,6 +38,31 @@ def _belongs_to_data(table: str, name: str) -> Callable[[RuleContext], Findings]
 def foreign_key_fix(dataset: str, fit: Sequence[str], key: str) -> str:
     """The remedy for a key that only the data sets `fit` have."""
     return f'set {dataset} = "{fit[0]}", or remove {key}' if len(fit) == 1 else f"remove {key}"
+
+
+def template_conflict(template: str | None, field: str | None, key: str) -> Conflict | None:
+    """Why a template is not possible. `key`: of the field, for the message."""
+    if template is None:
+        return None
+    if field not in (None, TEXT_FIELD):
+        return Conflict(f"a template replaces {key}, and both are set", "remove one of them")
+    try:
+        parse_template(template)
+    except ValueError as error:
+        return Conflict(str(error), allowed=TEMPLATES)
+    return None
+
+
+def _names_fields(table: str) -> Callable[[RuleContext], Findings]:
+    template, field = f"{table}.dataset_template", f"{table}.dataset_text_field"
+
+    def template_names_fields(ctx: RuleContext) -> Findings:
+        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
+        values = config_value(ctx.config, template), config_value(ctx.config, field)
+        if used and (found := template_conflict(*values, "the field")) is not None:
+            yield found
+
+    return template_names_fields
 
 
 def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:
@@ -73,16 +101,8 @@ for _table in ("training", "validation"):
     for _name in OPTIONAL_KEYS:
         if f"{_table}.{_name}" in KEYS:
             rule(f"{_table}.{_name}", _dataset)(_belongs_to_data(_table, _name))
+    if f"{_table}.dataset_template" in KEYS:
+        rule(f"{_table}.dataset_template", f"{_table}.dataset_text_field")(_names_fields(_table))
     rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
     rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))
-
-
-@rule(TOKENIZER, "training.dataset", "training.sources", "validation.dataset")
-def validation_text_has_the_tokenizer_of_the_tokens(ctx: RuleContext) -> Findings:
-    config = ctx.config
-    if config.training.reads_text or not config.validation.enable or config.validation.dataset == TOKENS:
-        return
-    if config.model.hf_assets_path == BUILTIN_TOKENIZER and config.validation.dataset in DATASETS:
-        fix = f"set {TOKENIZER} to the tokenizer of the token files, or validate on token files"
-        yield Conflict("the text of the validation needs the tokenizer that made the token files", fix)

@@ -126,16 +126,11 @@ def widths_divide_over_tensor_ranks(ctx: RuleContext) -> Findings:
 
 @rule(SEQ_LEN, TP, CP, "parallelism.context_parallel_load_balancer")
 def sequence_divides_over_ranks(ctx: RuleContext) -> Findings:
-    yield from _sequence_divides(ctx, SEQ_LEN, ctx.config.training.seq_len)
+    yield from sequence_divides(ctx, SEQ_LEN, ctx.config.training.seq_len)
 
 
-@rule("validation.seq_len", TP, CP, "parallelism.context_parallel_load_balancer")
-def validation_sequence_divides_over_ranks(ctx: RuleContext) -> Findings:
-    if ctx.config.validation.enable:
-        yield from _sequence_divides(ctx, "validation.seq_len", ctx.config.validation.seq_len)
-
-
-def _sequence_divides(ctx: RuleContext, key: str, seq_len: int) -> Findings:
+def sequence_divides(ctx: RuleContext, key: str, seq_len: int) -> Findings:
+    """A conflict if sequences of the key do not divide over the context and tensor ranks."""
     tp, cp = ctx.degrees.tp, ctx.degrees.cp
     chunks = 2 if cp > 1 and ctx.config.parallelism.context_parallel_load_balancer == "headtail" else 1
     divisor = tp * cp * chunks

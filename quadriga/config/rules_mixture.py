@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, join_sources, rule
-from quadriga.config.rules_data import foreign_key_fix
+from quadriga.config.rules_data import foreign_key_fix, template_conflict
 from quadriga.config.schema import TOKENS, DataSource, TrainingSource
 from quadriga.errors import Problem, nearest
 from quadriga.limits import MIXTURE_SOURCES
@@ -81,6 +81,9 @@ def _wrong_keys(source: TrainingSource, rows: int) -> Iterator[tuple[str, str, s
         found = foreign_key(source.dataset, name)
         if found and getattr(source, name) != TrainingSource.model_fields[name].default:
             yield name, found[0], foreign_key_fix("dataset", found[1], name)
+    conflict = template_conflict(source.dataset_template, source.dataset_text_field, "dataset_text_field")
+    if conflict is not None:
+        yield "dataset_template", conflict.what, conflict.fix or f"write {conflict.allowed}"
     if source.dataset != TOKENS:
         return
     if source.token_format == "raw" and source.token_dtype is None:

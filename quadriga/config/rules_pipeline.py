@@ -199,14 +199,6 @@ def local_batch_divides_into_micro_batches(ctx: RuleContext) -> Findings:
         yield Conflict("the pipeline's micro-batches must divide the local batch", divisor_hint(MICROBATCH, rows, size))
 
 
-@rule("validation.local_batch_size", MICROBATCH, PP)
-def validation_batch_divides_into_micro_batches(ctx: RuleContext) -> Findings:
-    rows, size = ctx.config.validation.local_batch_size, ctx.config.parallelism.pipeline_parallel_microbatch_size
-    if ctx.degrees.pp > 1 and ctx.config.validation.enable and rows % size:
-        fix = f"set validation.local_batch_size to a multiple of {size}"
-        yield Conflict("the pipeline's micro-batches must also divide the validation batch", fix)
-
-
 @rule(PP, PER_STAGE, SCHEDULE, LOCAL, MICROBATCH)
 def pipeline_is_of_a_size_that_can_be_planned(ctx: RuleContext) -> Findings:
     stages, count = stage_count(ctx), micro_batches(ctx)

@@ -229,13 +229,6 @@ def export_needs_a_save_of_weights(ctx: RuleContext) -> Findings:
         )
 
 
-@rule("training.seq_len", "validation.seq_len")
-def validation_sees_the_same_lengths(ctx: RuleContext) -> Findings:
-    validation, seq_len = ctx.config.validation, ctx.config.training.seq_len
-    if validation.enable and validation.seq_len > seq_len:
-        yield f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = {seq_len}"
-
-
 @rule("debug.deterministic", "debug.deterministic_warn_only")
 def warn_only_needs_deterministic(ctx: RuleContext) -> Findings:
     if ctx.config.debug.deterministic_warn_only and not ctx.config.debug.deterministic:

@@ -85,6 +85,16 @@ class BackendFacts:
 
 
 @dataclass(frozen=True)
+class ValidationSpec:
+    """What a validation reads of each held-out set: its first `windows` windows, or all if None. They do not depend on
+    the layout. `local_batch_size`: rows of a batch of one data-parallel rank."""
+
+    seq_len: int
+    local_batch_size: int
+    windows: int | None
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """A run with every automatic choice made and every `-1` filled in."""
 
@@ -107,6 +117,7 @@ class RunSpec:
     folders: Folders
     stage_ranks: tuple[int, ...] = (0,)  # the pipeline rank of each stage
     custom_schedule: PipelineOrder | None = None  # that of the CSV file, if any
+    validation: ValidationSpec | None = None  # None: off
     notices: tuple[str, ...] = ()
 
     @property

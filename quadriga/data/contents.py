@@ -79,7 +79,7 @@ def _documents(source: Source, shard: int, characters: int | None, found: Conten
                 found.bad += 1
                 if len(found.problems) < MOST_PROBLEMS:
                     found.add_problems(error.problems)
-                read += len(record.data or "")
+                read += record.size
             else:
                 yield document
                 read += len(document.text)

@@ -10,7 +10,7 @@ from typing import Any
 from quadriga.config.assets import missing_files
 from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
-from quadriga.config.schema import TOKENS, DataSource, Fetching, TextKeys, Training, Validation
+from quadriga.config.schema import TOKENS, DataSource, Fetching, HeldOut, TextKeys, Training, Validation
 from quadriga.data.catalogue import C4_SPLITS, open_source
 from quadriga.data.changes import SOURCES, data_changes, differences, fingerprint_parts, other_kind
 from quadriga.data.files import File
@@ -21,6 +21,9 @@ from quadriga.data.token_files import TokenFiles
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.data.windows import Windows
 from quadriga.errors import Problem, UserError
+from quadriga.units import plural
+
+FORWARD_PARTS = 3  # a backward pass computes twice what a forward pass does
 
 
 def data_problems(training: Training, validation: Validation, spec: RunSpec) -> list[Problem]:
@@ -34,14 +37,24 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
         problems = _problems_of(training, lambda: training_tokens(training, spec, spec.model.vocab_size))
     else:
         problems = _survey(spec, training, training.text_keys, spec.seq_len, training.dataloader)
-    if validation.enable and validation.dataset == TOKENS:
-        keys, sizes = validation.token_keys(training), (validation.seq_len, spec.model.vocab_size)
-        assets = spec.tokenizer.assets
-        problems += _problems_of(validation, lambda: open_tokens(keys, validation.dataloader, *sizes, assets=assets))
-    elif validation.enable:
-        keys_of_text = validation.text_keys(training)
-        problems += _survey(spec, validation, keys_of_text, validation.seq_len, validation.dataloader)
+    if spec.validation is not None:
+        dataloader, seq_len = validation.dataloader, spec.validation.seq_len
+        for each in validation.read_sets:
+            if each.dataset == TOKENS:
+                opened = partial(held_out_tokens, each, training, dataloader, spec, spec.model.vocab_size)
+                problems += _problems_of(each, opened)
+            else:
+                problems += _survey(spec, each, each.text_keys(training), seq_len, dataloader)
     return problems
+
+
+def held_out_tokens(
+    each: HeldOut, training: Training, dataloader: Fetching, spec: RunSpec, vocab_size: int | None = None
+) -> tuple[TokenFiles, Windows]:
+    """The token files of a held-out set, and the windows of a pass. Raises UserError as `open_tokens`."""
+    assert spec.validation is not None
+    keys, assets = each.token_keys(training), spec.tokenizer.assets
+    return open_tokens(keys, dataloader, spec.validation.seq_len, vocab_size, assets=assets)
 
 
 def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
@@ -58,14 +71,14 @@ def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
 
 
 def _survey(
-    spec: RunSpec, section: DataSource | Validation, keys: TextKeys, seq_len: int, dataloader: Fetching
+    spec: RunSpec, section: DataSource | HeldOut, keys: TextKeys, seq_len: int, dataloader: Fetching
 ) -> list[Problem]:
-    tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, Validation)
+    tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, HeldOut)
     opened = partial(open_surveyed, keys, tokenizer, seq_len, dataloader, endless=endless)
     return _problems_of(section, lambda: opened(sample=False))
 
 
-def _problems_of(section: DataSource | Validation, open_data: Callable[[], object]) -> list[Problem]:
+def _problems_of(section: DataSource | HeldOut, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
     if section.dataset_path is None or missing_files("", section.dataset, section.dataset_path, None):
         return []
@@ -101,6 +114,43 @@ def describe_data(training: Training, spec: RunSpec) -> list[str]:
     except UserError:  # reported as a problem
         pass
     return [format_mixture(training) if training.sources else place]
+
+
+def describe_validation(training: Training, validation: Validation, spec: RunSpec) -> list[str]:
+    """What a validation reads, and what it costs: one line, and one for each of several sets. Nothing if it is off."""
+    what, freq = spec.validation, validation.freq
+    if what is None:
+        return []
+    described = [_describe_set(each, training, validation.dataloader, spec) for each in validation.read_sets]
+    windows = "all windows" if what.windows is None else f"the first {plural(what.windows, 'window')}"
+    reads = f"every {plural(freq, 'step')} {windows} of {what.seq_len:,} tokens"
+    counts = [count for _, count in described if count is not None]
+    if len(counts) == len(described):
+        rows, batch = sum(counts), what.local_batch_size * spec.degrees.batch
+        computed = sum(-(-count // batch) * batch for count in counts)  # a last batch is filled up
+        share = computed * what.seq_len / (FORWARD_PARTS * freq * spec.tokens_per_step)
+        several = " of each set" if validation.sets else ""
+        reads += (
+            f"{several}: at most {rows * what.seq_len:,} tokens, {100 * share:.2g} % of the computation between two"
+        )
+    if not validation.sets:
+        return [f"{described[0][0]}: {reads}"]
+    return [reads, *(f"{each.title}: {text}" for each, (text, _) in zip(validation.sets, described, strict=True))]
+
+
+def _describe_set(each: HeldOut, training: Training, dataloader: Fetching, spec: RunSpec) -> tuple[str, int | None]:
+    """The data of a held-out set, and the most windows that a validation reads of it; None if that is not known."""
+    assert spec.validation is not None
+    most = spec.validation.windows
+    place = f"{each.dataset} from {each.dataset_path}" if each.dataset_path else each.dataset
+    if each.dataset != TOKENS:
+        return place, most
+    try:
+        files, windows = held_out_tokens(each, training, dataloader, spec)
+    except UserError:  # reported as a problem
+        return place, most
+    there = f"{plural(len(files.files), 'file')}, {plural(files.length, 'id')}, {plural(windows.count, 'window')}"
+    return f"{place}, {there}", windows.count if most is None else min(most, windows.count)
 
 
 def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:

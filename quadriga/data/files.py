@@ -11,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quadriga.config.assets import DATASETS
+from quadriga.config.assets import DATASETS, PACKED
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
 from quadriga.reading import file_kind
 from quadriga.units import format_some
 
-UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".lz4", ".tar")
+UNREADABLE = (".bz2", ".xz", ".zip", ".lz4", ".tar")
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MOST_PROBLEMS = 10  # reported for one path
 MOST_NAMES = 5  # listed in a message
@@ -76,13 +77,17 @@ def find_files(
 
 
 def c4_files(folder: str, split: str, key: str = PATH_KEY) -> tuple[File, ...]:
-    """The shards of `split` of C4 in a folder or its subfolder `en`; otherwise every .json.gz without a known split."""
+    """The shards of `split` of C4 in a folder or its subfolder `en`; otherwise every such file of no known split."""
     path = Path(folder).expanduser()
-    if path.is_dir() and not list(path.glob("*.json.gz")) and (path / "en").is_dir():
+
+    def shards() -> list[str]:
+        return sorted(file.name for file in path.iterdir() if file.name.endswith(DATASETS["c4"].suffixes))
+
+    if path.is_dir() and not shards() and (path / "en").is_dir():
         path = path / "en"
     if not path.is_dir():
         return find_files("jsonl", folder, key)
-    here = sorted(file.name for file in path.glob("*.json.gz"))
+    here = shards()
     found = [name for name in here if name.startswith(f"c4-{split}.")]
     found = found or [name for name in here if not name.startswith("c4-")]
     if not found:
@@ -108,8 +113,8 @@ def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]
             problems.append(Problem(str(path), f"is {file_kind(status.st_mode)}, not a regular file", fix=fix))
         elif name.lower().endswith(UNREADABLE):
             what = f"{path.suffix} files cannot be read"
-            problems.append(Problem(str(path), what, allowed="plain files, and .gz for text and jsonl"))
-        files.append(File(path, name, status.st_size, path.suffix.lower() == ".gz", status.st_mtime_ns))
+            problems.append(Problem(str(path), what, allowed="plain files, and .gz and .zst for text and jsonl"))
+        files.append(File(path, name, status.st_size, path.suffix.lower() in PACKED, status.st_mtime_ns))
     if not problems and not sum(file.size for file in files):
         problems.append(Problem(str(root if len(files) > 1 else files[0].path), "every file is empty"))
     if problems:
@@ -143,18 +148,22 @@ def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], fo
 def _warn_unexpected(suffixes: tuple[str, ...], pattern: str, inside: FolderListing, found: Sequence[str]) -> None:
     """Warns about files that are read twice or skipped."""
     there = set(found)
-    if twice := [name for name in found if name + ".gz" in there]:
-        both = f"{shortened(twice[0])} and {shortened(twice[0])}.gz"
+    unpacked = Counter(_unpacked(name) for name in found)
+    if twice := [name for name, count in unpacked.items() if count > 1]:
+        both = " and ".join(shortened(name) for name in found if _unpacked(name) == twice[0])
         more = f", and {len(twice) - 1} more such pairs" if len(twice) > 1 else ""
         logger.warning("data: %s are both read%s; if one is a copy of the other, remove it", both, more)
     if inside.repeated:
         names = ", ".join(_format_names(inside.repeated))
         logger.warning("data: links in %s to folders that are already read are skipped: %s", shortened(pattern), names)
-    packed = tuple(suffix + end for suffix in suffixes for end in UNREADABLE)
-    packed += (".parquet.gz",) if ".parquet" in suffixes else ()
-    if left_out := [name for name in inside.files if name.lower().endswith(packed)]:
+    packed = tuple(suffix + end for suffix in suffixes for end in (*UNREADABLE, *PACKED))
+    if left_out := [name for name in inside.files if name.lower().endswith(packed) and name not in there]:
         names = ", ".join(_format_names(left_out))
         logger.warning("data: %d files with a compression that is not supported are skipped: %s", len(left_out), names)
+
+
+def _unpacked(name: str) -> str:
+    return name[: -len(end)] if (end := os.path.splitext(name)[1]).lower() in PACKED else name
 
 
 def _format_names(names: Iterable[str]) -> list[str]:

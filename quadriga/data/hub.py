@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quadriga import limits
 from quadriga.config.schema import TextKeys
+from quadriga.data.columns import ROWS_AT_ONCE, cells_of, document_of_cells
 from quadriga.data.sources import (
     Document,
     Record,
     SourceWithoutFiles,
-    bad_record,
     field_fix,
     fingerprint_suffix,
     format_names,
     require_library,
+    template_of,
 )
 from quadriga.errors import Fault, Problem, UserError, shortened
 from quadriga.log import logger
-
-ROWS_AT_ONCE = 256
 
 
 class HubSource(SourceWithoutFiles):
@@ -36,13 +34,13 @@ class HubSource(SourceWithoutFiles):
         keys: TextKeys,
     ) -> None:
         self._name = "/".join(part for part in (path, name, split) if part)
-        self.keys = keys
+        self.keys, self.template = keys, template_of(keys)
         logger.info("data: opening %s on the Hub", self._name)  # without a network, this takes half a minute
         rows = _stream(path, name, split, data_files)
         names = rows.column_names  # None if only the files contain them
         if names is not None:
             self._refuse_if_missing(list(names))
-            rows = rows.select_columns([keys.field])
+            rows = rows.select_columns(list(dict.fromkeys(self.template.names)))
         self._rows = rows.with_format("arrow")
         self.shards = int(self._rows.num_shards)
         self.fingerprint = f"hub:{self._name}:{self.shards}{fingerprint_suffix(keys)}"
@@ -52,8 +50,8 @@ class HubSource(SourceWithoutFiles):
         try:
             for table in self._rows.shard(self.shards, shard).iter(ROWS_AT_ONCE):
                 self._refuse_if_missing(table.column_names)
-                for text in table.column(self.keys.field).to_pylist():
-                    yield Record(shard, row, text)
+                for cells in cells_of(table, self.template):
+                    yield Record(shard, row, cells)
                     row += 1
         except UserError:
             raise
@@ -63,19 +61,14 @@ class HubSource(SourceWithoutFiles):
             raise Fault(f"{what}. Checkpoints are unchanged; start again to resume from the last one") from error
 
     def parse(self, record: Record) -> Document:
-        if isinstance(record.data, str):
-            if len(record.data) <= limits.DOCUMENT_BYTES:
-                return Document(record.data)
-            what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
-            raise bad_record(self, record, what)
-        raise bad_record(self, record, f"`{self.keys.field}` is not a string", "a string in every row")
+        return document_of_cells(self, record, self.template)
 
     def format_location(self, shard: int, number: int) -> str:
         return f"{self._name}, shard {shard}, row {number + 1}"
 
     def _refuse_if_missing(self, names: Sequence[str]) -> None:
-        if self.keys.field not in names:
-            what = f"the data set has no column `{self.keys.field}`; its columns are {format_names(names)}"
+        if missing := [name for name in self.template.names if name not in names]:
+            what = f"the data set has no column `{missing[0]}`; its columns are {format_names(names)}"
             raise UserError(Problem(f"dataset {self._name}", what, fix=field_fix(self.keys, names)))
 
 

@@ -1,32 +1,41 @@
 """JSON lines: one object per line; one field of the object is the document. Reads the lines of text files too.
 
-A line is found by its byte in the file, decompressed if it ends in .gz; its length is bounded.
+A line is found by its byte in the file, decompressed if it ends in .gz or .zst; its length is bounded.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, cast
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 from quadriga import limits
 from quadriga.config.schema import TextKeys
+from quadriga.data.byte_files import DAMAGED, damaged_file, open_bytes
 from quadriga.data.files import File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
-from quadriga.data.sources import Anchor, BadRecord, Document, FileSource, Record, bad_record, field_fix, format_names
+from quadriga.data.sources import (
+    Anchor,
+    BadRecord,
+    Document,
+    FileSource,
+    Record,
+    bad_record,
+    field_fix,
+    format_names,
+    template_of,
+    too_long,
+)
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
-from quadriga.reading import json_type, opened
+from quadriga.reading import json_type
 
 LEAST_RANGE = 1 << 16
 MOST_RANGE = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NAME_SHOWN = 400  # characters of a path in a message
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is searched
 WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 
@@ -72,7 +81,7 @@ class JsonlSource(ByteRangeSource):
     """A shard has the lines that begin in its byte range."""
 
     def __init__(self, files: Sequence[File], keys: TextKeys, *, streams: int = 1) -> None:
-        self.keys = keys
+        self.keys, self.template = keys, template_of(keys)
         super().__init__("jsonl", files, keys, streams, LEAST_RANGE, MOST_RANGE)
 
     def anchor(self, shard: int) -> Anchor | None:
@@ -106,9 +115,12 @@ class JsonlSource(ByteRangeSource):
         if record.number == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            text = json.loads(line.decode("utf-8"))[self.keys.field]
-            if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
-                return Document(text)
+            value = json.loads(line.decode("utf-8"))
+            texts = [value[name] for name in self.template.names]
+            if len(texts) == 1 or sum(map(len, texts)) <= limits.DOCUMENT_BYTES:
+                text = self.template.join(texts)
+                if text.isascii() or _has_no_surrogate(text):
+                    return Document(text)
         except (ValueError, RecursionError, LookupError, TypeError):
             pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
@@ -133,24 +145,31 @@ class JsonlSource(ByteRangeSource):
             raise self._refused(record, f"not JSON: {error.msg} (column {error.colno})", fix=hint) from error
         except RecursionError:
             raise self._refused(record, "the JSON of this line is nested too deeply to be read") from None
-        text = value.get(self.keys.field) if isinstance(value, dict) else None
-        if isinstance(text, str) and _has_no_surrogate(text):
-            return Document(text)
-        hint = field_fix(self.keys, value) if isinstance(value, dict) and self.keys.field not in value else None
-        raise self._refused(record, self._what_is_wrong(value), fix=hint)
-
-    def _what_is_wrong(self, value: object) -> str:
-        name = self.keys.field
+        names = self.template.names
         if not isinstance(value, dict):
-            return f"the line is a JSON {json_type(value)}, not an object with a `{name}`"
+            what = f"the line is a JSON {json_type(value)}, not an object with a `{names[0]}`"
+            raise self._refused(record, what)
+        for name in names:
+            if (wrong := self._what_is_wrong(value, name)) is not None:
+                raise self._refused(record, wrong, fix=None if name in value else field_fix(self.keys, value))
+        texts = [value[name] for name in names]
+        if sum(map(len, texts)) > limits.DOCUMENT_BYTES:
+            raise too_long(self, record)
+        return Document(self.template.join(texts))
+
+    def _what_is_wrong(self, value: dict[str, object], name: str) -> str | None:
         if name not in value:
             return f"the object has no `{name}`; its keys are {format_names(map(repr, value))}"
-        if isinstance(value[name], str):
+        text = value[name]
+        if not isinstance(text, str):
+            return f"`{name}` is a JSON {json_type(text)}, not a string"
+        if not _has_no_surrogate(text):
             return f"`{name}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
-        return f"`{name}` is a JSON {json_type(value[name])}, not a string"
+        return None
 
     def _refused(self, record: Record, what: str, *, fix: str | None = None) -> BadRecord:
-        return bad_record(self, record, what, f'one object per line: {{"{self.keys.field}": "..."}}', fix)
+        fields = ", ".join(f'"{name}": "..."' for name in dict.fromkeys(self.template.names))
+        return bad_record(self, record, what, f"one object per line: {{{fields}}}", fix)
 
 
 def _ignore_number(digits: str) -> int:
@@ -163,18 +182,6 @@ def _has_no_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-@contextmanager
-def open_bytes(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Raises UserError if the file cannot be opened or read."""
-    with opened(file.path, what="data file") as plain:
-        if file.compressed:
-            with gzip.GzipFile(fileobj=plain, mode="rb") as stream:
-                # `readline` of GzipFile itself is one Python call per line.
-                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 17))
-        else:
-            yield plain
 
 
 def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
@@ -199,8 +206,8 @@ def lines_of(file: File, start: int = 0, end: int | None = None) -> Iterator[tup
                     begins = offset
                     offset += len(line) + _to_line_end(stream, file, begins)
                     yield begins, None
-        except BROKEN_GZIP as error:
-            raise UserError(broken_gzip(file, number, error)) from error
+        except DAMAGED as error:
+            raise UserError(damaged_file(file, number, error)) from error
 
 
 def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
@@ -215,16 +222,6 @@ def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
             fix = "write one JSON object per line; or check whether this is a data file"
             raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
     return passed
-
-
-def broken_gzip(file: File, lines: int, error: Exception) -> Problem:
-    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
-    another format."""
-    refuse_if_foreign(file, "text")
-    truncated = isinstance(error, EOFError)
-    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({error})"
-    where = f"{shortened(file.path, NAME_SHOWN)}, after line {lines}"
-    return Problem(where, what, fix="download or write the file again")
 
 
 def line_at(file: File, offset: int) -> int:
@@ -242,7 +239,7 @@ def format_location(file: File, offset: int) -> str:
     before it would take long or is not possible. Raises UserError if the file cannot be read."""
     name = shortened(file.path, NAME_SHOWN)
     if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
-        with suppress(*BROKEN_GZIP):
+        with suppress(*DAMAGED):
             return f"{name}, line {line_at(file, offset)}"
     return f"{name}, byte {offset:,}"
 

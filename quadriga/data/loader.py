@@ -90,14 +90,15 @@ def build_loader(
     dataloader: Fetching,
     infinite: bool = True,
     document_mask: bool = False,
+    windows: int | None = None,
 ) -> StreamLoader:
     """The loader of `rows` of the global batch, of documents.
 
     infinite (training): endless epochs; a batch is a whole optimizer step. Shuffled by `seed`, row i is stream i. With
     `dataloader.shuffle` false there is one stream of documents in the source's order. Its windows fill the rows of one
     batch after another; every rank reads all of it and keeps its rows.
-    Not infinite (validation): one pass in the data's order per iteration. Every rank gets the same number of batches;
-    the last one is filled up with rows whose labels are all IGNORE.
+    Not infinite (validation): one pass in the data's order per iteration, of the first `windows` windows; None: of all.
+    Every rank gets the same number of batches; the last one is filled up with rows whose labels are all IGNORE.
 
     Raises UserError: data that do not exist or cannot be read (small data are checked completely before the first
     step), or fewer tokens than one window.
@@ -107,7 +108,8 @@ def build_loader(
     source = open_surveyed(keys, tokenizer, seq_len, dataloader, endless=infinite, streams=count)
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
-    streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, dataloader.window_overlap)
+    overlap = dataloader.window_overlap
+    streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, overlap, windows)
     return StreamLoader(streams, global_batch_size, rows, dataloader, document_mask=document_mask)
 
 

@@ -19,6 +19,7 @@ from quadriga.data.windows import Windows
 from quadriga.errors import Problem, UserError
 from quadriga.units import plural
 
+S = TypeVar("S")
 T = TypeVar("T")
 TEXT_KEYS = ("dataset", "tokenizer")  # which a source of text compares itself; the table has the others
 STEP = "step"  # the key of the number of finished steps among the positions of a checkpoint
@@ -144,7 +145,7 @@ def open_mixture(
     return MixtureData(training, tokens, Mixture(stages, global_batch_size, seed), seed, global_batch_size, seq_len)
 
 
-def collected(call: Callable[[TrainingSource], T], sources: Iterable[TrainingSource]) -> Sequence[T]:
+def collected(call: Callable[[S], T], sources: Iterable[S]) -> Sequence[T]:
     """`call` of each source. Raises one UserError with the problems of all of them."""
     results: list[T] = []
     problems: list[Problem] = []

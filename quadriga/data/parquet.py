@@ -1,4 +1,4 @@
-"""Parquet files: one row per document, in a column of strings or of UTF-8 bytes."""
+"""Parquet files: one row per document, in columns of strings or of UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from quadriga import limits
 from quadriga.config.schema import TextKeys
+from quadriga.config.templates import Template
+from quadriga.data.columns import ROWS_AT_ONCE, cells_of, document_of_cells, require_text_columns
 from quadriga.data.files import Cuts, File, layout_state, saved_cuts
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.sources import (
@@ -17,14 +19,11 @@ from quadriga.data.sources import (
     Document,
     FileSource,
     Record,
-    bad_record,
-    field_fix,
-    format_names,
     require_library,
+    template_of,
 )
 from quadriga.errors import Problem, UserError, shortened
 
-ROWS_AT_ONCE = 256
 FOOTERS_AT_ONCE = 16  # files whose metadata is read concurrently
 MOST_PROBLEMS = 10
 
@@ -34,9 +33,9 @@ class ParquetSource(FileSource):
 
     def __init__(self, files: Sequence[File], keys: TextKeys) -> None:
         super().__init__("parquet", files, keys)
-        self.keys = keys
+        self.template = template = template_of(keys)
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            footers = [pool.submit(_row_groups, file, keys) for file in files]
+            footers = [pool.submit(_row_groups, file, keys, template) for file in files]
         errors = [error for each in footers if isinstance(error := each.exception(), UserError)]
         if problems := [problem for error in errors for problem in error.problems]:
             raise UserError(*problems[:MOST_PROBLEMS])
@@ -66,12 +65,15 @@ class ParquetSource(FileSource):
         try:
             with open_parquet(file) as parquet:
                 batches = parquet.iter_batches(
-                    ROWS_AT_ONCE, row_groups=list(groups), columns=[self.keys.field], use_threads=False
+                    ROWS_AT_ONCE,
+                    row_groups=list(groups),
+                    columns=list(dict.fromkeys(self.template.names)),
+                    use_threads=False,
                 )
                 for batch in batches:
-                    for text in _texts(batch.column(0)):
+                    for cells in cells_of(batch, self.template):
                         if first <= row < end:
-                            yield Record(shard, row, text)
+                            yield Record(shard, row, cells)
                         row += 1
         except Exception as error:
             raise UserError(damaged_parquet(file, error, f", after row {row}")) from error
@@ -79,62 +81,10 @@ class ParquetSource(FileSource):
             raise UserError(damaged_parquet(file, ValueError(f"it ends before row {end}"), f", after row {row}"))
 
     def parse(self, record: Record) -> Document:
-        text = record.data
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                what = f"`{self.keys.field}` is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
-                raise bad_record(self, record, what, fix="rewrite the column as UTF-8 text") from error
-        if text is None:
-            raise bad_record(self, record, f"`{self.keys.field}` is null", allowed="a string in every row")
-        if len(text) > limits.DOCUMENT_BYTES:
-            what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
-            raise bad_record(self, record, what, fix="split the document")
-        return Document(text)
+        return document_of_cells(self, record, self.template)
 
     def format_location(self, shard: int, number: int) -> str:
         return f"{shortened(self.file_of(shard).path, 400)}, row {number + 1}"
-
-
-def _texts(column: Any) -> Iterator[str | bytes | None]:
-    """The cells of a column of strings or bytes; bytes if they are not UTF-8."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        # Only the values that these rows use are decoded. `take` raises IndexError for an index outside the dictionary.
-        used = column.indices.unique().drop_null()
-        values = dict(zip(used.to_pylist(), _texts(column.dictionary.take(used)), strict=True))
-        for index in column.indices.to_pylist():
-            yield None if index is None else values[index]
-        return
-    try:
-        yield from column.to_pylist()
-    except UnicodeDecodeError:
-        yield from column.view(pyarrow.binary_view() if _is_view(column.type) else _raw(column.type)).to_pylist()
-
-
-def _is_view(kind: Any) -> bool:
-    import pyarrow
-
-    return bool(pyarrow.types.is_string_view(kind) or pyarrow.types.is_binary_view(kind))
-
-
-def _raw(kind: Any) -> Any:
-    """The type of the same cells as bytes."""
-    import pyarrow
-
-    return pyarrow.large_binary() if pyarrow.types.is_large_string(kind) else pyarrow.binary()
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow
-
-    types = pyarrow.types
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    string = types.is_string(kind) or types.is_large_string(kind)
-    return bool(string or types.is_binary(kind) or types.is_large_binary(kind) or _is_view(kind))
 
 
 def open_parquet(file: File) -> Any:
@@ -150,26 +100,14 @@ def open_parquet(file: File) -> Any:
     )
 
 
-def _row_groups(file: File, keys: TextKeys) -> list[int]:
+def _row_groups(file: File, keys: TextKeys, template: Template) -> list[int]:
     """The first row of every row group, followed by the number of all rows. Raises UserError."""
     where = shortened(file.path, 400)
     try:
         refuse_if_foreign(file, "parquet")
         with open_parquet(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
-            names = list(schema.names)
-            if names.count(keys.field) != 1:
-                how = f"{names.count(keys.field) or 'no'} column{'s' * (keys.field in names)}"
-                what = f"the file has {how} `{keys.field}`; its columns are {format_names(names)}"
-                allowed = f"one row per document, in a string column `{keys.field}`"
-                fix = "rename all but one of them" if keys.field in names else field_fix(keys, names)
-                raise UserError(Problem(where, what, allowed=allowed, fix=fix))
-            kind = schema.field(keys.field).type
-            if not _is_text(kind):
-                what = f"the column `{keys.field}` is of type {shortened(kind, 200)}"
-                others = [name for name in names if _is_text(schema.field(name).type)] if names else []
-                allowed = "a column of strings, or of bytes that are UTF-8"
-                raise UserError(Problem(where, what, allowed=allowed, fix=field_fix(keys, others)))
+            require_text_columns(where, schema, keys, template)
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except UserError:
         raise

@@ -21,9 +21,11 @@ LLMC_HEADERS = {  # by magic and version, the dtype of the ids
 }
 FOR_IDS = "for token ids, set the dataset to tokens"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+UNPACKED = {GZIP: "decompress it (gunzip)", ZSTD: "decompress it (zstd -d)"}  # for files that are not read compressed
 MAGIC = (
-    (b"\x1f\x8b", "compressed by gzip, and its name does not end in .gz", "rename it to {name}.gz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd (not supported)", "decompress it (zstd -d), or compress it by gzip"),
+    (GZIP, "compressed by gzip, and its name does not end in .gz", "rename it to {name}.gz"),
+    (ZSTD, "compressed by zstd, and its name does not end in .zst", "rename it to {name}.zst"),
     (b"BZh", "compressed by bzip2 (not supported)", "decompress it (bunzip2), or compress it by gzip"),
     (b"\xfd7zXZ\x00", "compressed by xz (not supported)", "decompress it (unxz), or compress it by gzip"),
     (b"\x04\x22\x4d\x18", "compressed by lz4 (not supported)", "decompress it (unlz4), or compress it by gzip"),
@@ -59,10 +61,12 @@ def _foreign(file: File, kind: str) -> tuple[str, str] | None:
         fix = "set dataset_path to the data files of the data set"
         return "the file describes a data set of the library `datasets`; it has no documents", fix
     for magic, what, fix in MAGIC:
-        if head.startswith(magic) and not (file.compressed and magic == b"\x1f\x8b"):
+        own = file.compressed and magic == (ZSTD if file.name.lower().endswith(".zst") else GZIP)
+        if head.startswith(magic) and not own:
             if kind == "parquet" and magic == b"PAR1":
                 return None
-            return f"the file is {what}", fix.format(name=shortened(os.path.basename(file.name)))
+            remedy = fix if kind in ("text", "jsonl") else UNPACKED.get(magic, fix)
+            return f"the file is {what}", remedy.format(name=shortened(os.path.basename(file.name)))
     if file.compressed:
         return None
     if encoding := _wide_encoding(head):
@@ -79,7 +83,7 @@ def foreign_to_ids(head: bytes, *, or_text: bool = True) -> tuple[str, str] | No
         return "the file is a pointer of Git LFS, not the data that it points to", "download the data: git lfs pull"
     for magic, what, _ in MAGIC:
         # Two ids can begin like gzip by chance, so its method is compared too.
-        if head.startswith(magic + b"\x08" if magic == b"\x1f\x8b" else magic):
+        if head.startswith(magic + b"\x08" if magic == GZIP else magic):
             return f"the file is {what}", "unpack or convert it, or name other files"
     if or_text and len(head) >= 2 * WIDE_IDS and _is_text(head):
         return "the file is text, not token ids", "set the dataset to text, jsonl or parquet, or name other files"

@@ -8,24 +8,44 @@ of `Source`, add it to `catalogue.open_source`, and to the conformance test
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+from quadriga import limits
 from quadriga.config.schema import TEXT_FIELD, TextKeys
+from quadriga.config.templates import TEMPLATES, Template, parse_template
 from quadriga.data.files import Cuts, File, fingerprint
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.units import format_some
 
 MOST_NAMES = 8  # listed in a message
 UNKNOWN_BYTES = 1 << 24  # counted for a shard whose size is not known
+Cell = str | bytes | None  # what a field holds, if it can be a text
 DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique in a run, the same on every layout
 DocumentName = tuple[str | int, ...]  # a DocumentId; in a mixture, the name of the source before it
 
 
+def template_of(keys: TextKeys) -> Template:
+    """How a document is made of the fields of a record. Raises UserError if the template is not one."""
+    where = f"{keys.table}.dataset_template"
+    if keys.template is None:
+        return Template(("", ""), (keys.field,))
+    if keys.field != TEXT_FIELD:
+        what = f"{keys.table}.dataset_text_field is set too, which it replaces"
+        raise UserError(Problem(where, what, keys.template, fix="remove one of them"))
+    try:
+        return parse_template(keys.template)
+    except ValueError as error:
+        raise UserError(Problem(where, str(error), keys.template, allowed=TEMPLATES)) from error
+
+
 def fingerprint_suffix(keys: TextKeys) -> str:
     """How documents are made of records, as a part of the fingerprint of the data; empty for the default field."""
+    if keys.template is not None:
+        return f":template-{hashlib.blake2b(keys.template.encode(), digest_size=8).hexdigest()}"
     return "" if keys.field == TEXT_FIELD else f":{keys.field.replace(';', '_')}"
 
 
@@ -39,6 +59,8 @@ def field_fix(keys: TextKeys, names: Iterable[str]) -> str | None:
     names = list(names)
     if not names:
         return None
+    if keys.template is not None:
+        return f"name existing fields in {keys.table}.dataset_template"
     likely = [name for name in ("text", "content", "document", "body", "raw_content", "code") if name in names]
     guess = likely[0] if likely else nearest(keys.field, names)
     named = f", here perhaps {shortened(guess, 40)}" if guess else ""
@@ -59,9 +81,15 @@ class Record(NamedTuple):
 
     shard: int
     number: int
-    data: str | bytes | None  # None: a null, or more bytes than the limit for a document
+    data: Cell | tuple[Cell, ...]  # None: a null, or more bytes than the limit for a document
     begins: bool = True
     ends: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes or characters."""
+        cells = self.data if isinstance(self.data, tuple) else (self.data,)
+        return sum(len(cell) for cell in cells if isinstance(cell, str | bytes))
 
 
 class BadRecord(UserError):
@@ -204,6 +232,11 @@ def require_library(name: str, where: str, what: str) -> None:
     """Raises UserError if the library that reads such data (`what`) is not installed."""
     if find_spec(name) is None:
         raise UserError(Problem(where, f"{what} needs {name}, which is not installed", fix="pip install datasets"))
+
+
+def too_long(source: Source, record: Record) -> BadRecord:
+    what = f"the document is longer than the limit of {limits.DOCUMENT_BYTES:,} characters"
+    return bad_record(source, record, what, fix="split the document")
 
 
 def bad_record(

@@ -90,7 +90,8 @@ class Piece(NamedTuple):
 class Streams:
     """All streams of a source. `seed`: of the shuffling; None keeps the source's order. `endless`: continues with the
     next epoch. `skip_bad`: skips unreadable records; they keep their numbers, so that cursors do not depend on it.
-    `overlap` (0 or 1): the number of ids that a window shares with the next one."""
+    `overlap` (0 or 1): the number of ids that a window shares with the next one. `most`: the number of windows after
+    which a pass ends; None: at the end of the data."""
 
     source: Source
     tokenizer: Tokenizer
@@ -100,12 +101,13 @@ class Streams:
     endless: bool = True
     skip_bad: bool = False
     overlap: int = 1
+    most: int | None = None
 
     def windows(self, stream: int, cursor: Cursor = START) -> Iterator[Window]:
         """Yields the windows of a stream from `cursor` on."""
         skipped: deque[SkippedRecord] = deque()  # read ahead of the windows
         documents = tokenized(self.documents(stream, cursor, skipped), self.tokenizer, self.seq_len)
-        for window in windows(documents, self.seq_len, cursor, self.overlap):
+        for window in islice(windows(documents, self.seq_len, cursor, self.overlap), self.most):
             passed = []
             while skipped and skipped[0].nth <= window.cursor.skipped:
                 passed.append(skipped.popleft())
@@ -225,7 +227,7 @@ def _blocks(
     characters = 0
     for record in records:
         block.append(record)
-        characters += len(record.data or "")
+        characters += record.size
         if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
             yield block, (number, first, len(block))
             number, first, block, characters = number + 1, first + len(block), [], 0

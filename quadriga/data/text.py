@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from quadriga.data.byte_files import DAMAGED, damaged_file, open_bytes
 from quadriga.data.files import File
-from quadriga.data.jsonl import BROKEN_GZIP, ByteRangeSource, broken_gzip, line_at, open_bytes
+from quadriga.data.jsonl import ByteRangeSource, line_at
 from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
 from quadriga.data.sources import Document, Record, bad_record
 from quadriga.errors import UserError
@@ -77,9 +78,9 @@ def _stream(file: File, shard: int) -> Iterator[Record]:
         while True:
             try:
                 chunk = stream.read(MOST_SEGMENT)
-            except BROKEN_GZIP as error:
+            except DAMAGED as error:
                 lines = line_at(file, offset + len(rest)) - 1
-                raise UserError(broken_gzip(file, lines, error)) from error
+                raise UserError(damaged_file(file, lines, error)) from error
             if not chunk:
                 break
             # A segment is yielded only if more text follows, so that the last one can be marked as the last.

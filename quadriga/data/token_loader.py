@@ -36,6 +36,7 @@ def build_token_loader(
     dataloader: Fetching,
     infinite: bool = True,
     document_mask: bool = False,
+    windows: int | None = None,
     assets: str | None = None,
 ) -> TokenLoader:
     """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments, and
@@ -45,9 +46,9 @@ def build_token_loader(
     Raises UserError as `open_tokens`.
     """
     how: dict[str, Any] = {"seed": seed, "assets": assets, "document_mask": document_mask}
-    files, windows = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, **how)
-    order = (global_batch_size, rows, dataloader)
-    return TokenLoader(files, windows, vocab_size, *order, endless=infinite, document_mask=document_mask)
+    files, order = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, **how)
+    own: dict[str, Any] = {"endless": infinite, "most": windows, "document_mask": document_mask}
+    return TokenLoader(files, order, vocab_size, global_batch_size, rows, dataloader, **own)
 
 
 class TokenLoader(Loader):
@@ -63,11 +64,14 @@ class TokenLoader(Loader):
         dataloader: Fetching,
         *,
         endless: bool,
+        most: int | None = None,
         document_mask: bool = False,
     ) -> None:
-        """`vocab_size`: of the model; larger ids and negative ones end the run."""
+        """`vocab_size`: of the model; larger ids and negative ones end the run. `most`: the windows of one pass, if it
+        is not endless; None: all."""
         order = (windows.seq_len, global_batch_size, rows, dataloader)
         super().__init__(*order, endless=endless, document_mask=document_mask)
+        self._end = None if endless else windows.count if most is None else min(most, windows.count)
         self._reader = TokenReader(files, windows, vocab_size)
         self._slots = 0  # rows of the global batch that were consumed since the start of the run
 
@@ -113,9 +117,10 @@ class TokenLoader(Loader):
 
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
         threads = min(max(self._dataloader.num_workers, 1), len(self._rows))
-        first, end = (self._slots, None) if self._endless else (0, self._reader.windows.count)
+        first = self._slots if self._endless else 0
         return [
-            _feed(self._reader, self._rows[i::threads], first, self._global_batch_size, end) for i in range(threads)
+            _feed(self._reader, self._rows[i::threads], first, self._global_batch_size, self._end)
+            for i in range(threads)
         ]
 
     def _advance(self, parts: Sequence[BatchPart]) -> None:

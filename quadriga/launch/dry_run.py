@@ -82,7 +82,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
-    from quadriga.data.data_check import describe_data
+    from quadriga.data.data_check import describe_data, describe_validation
 
     config, spec, model = run.config, run.spec, run.spec.model
     heads = f"{model.n_heads} heads" + f" ({model.n_kv_heads} for keys and values)" * (
@@ -99,6 +99,8 @@ def _rows(run: Run, start_check: StartCheck) -> Iterator[tuple[str, str]]:
     for source in sources:
         yield "", source
     yield from messages.describe(run).items()
+    for number, line in enumerate(describe_validation(training, config.validation, spec)):
+        yield "" if number else "validation", line
     yield "compile", messages.compilation(config.compile)
     yield "backends", format_backend_by_axis(run, spec.backend) if spec.backend else "nccl with CUDA, else gloo"
     size = decimal_bytes(messages.save_bytes(run, model.n_parameters))

@@ -13,6 +13,7 @@ and `step` (finished steps). The events and their further fields:
 | `save_failed` | rank 0 | `reason`, `blocked_seconds` |
 | `skip` | rank 0, when it reads the verdict | `reason` (`non_finite` or `spike`), `loss`, `grad_norm` |
 | `bad_record` | the rank that read it, at most ten per rank | `place` (file and line), `reason` |
+| `slow_validation` | rank 0, once per attempt | `seconds`, `between`: those since the validation before |
 | `signal` | rank 0 | `name` |
 | `fault` | the rank that failed; rank 0 if all failed | `error`, `lost_peer` (the cause is the loss of another rank) |
 | `end` | rank 0 | `code`, `reason`; `carried`: this rank's bytes by kind of call, of Quadriga's own collectives |

@@ -74,10 +74,11 @@ def read_metrics(
 ) -> list[Record]:
     """The records of a run, one per step, by step. If an attempt repeated steps, its records replace the older ones.
 
-    `kind` is "train" or "validation". Records of an earlier attempt after the first step of a later one are left out,
-    because that branch of the run was discarded. If steps or attempts go back within an attempt, as where the files of
-    two runs were joined, the later lines count, with a notice. Lines that are no records, or lack one of the `required`
-    fields, are left out and reported: in `notices`, or as a warning in the log.
+    `kind` is "train" or "validation". Validations have one record per step and `set`, in the order of the file. Records
+    of an earlier attempt after the first step of a later one are left out, because that branch of the run was
+    discarded. If steps or attempts go back within an attempt, as where the files of two runs were joined, the later
+    lines count, with a notice. Lines that are no records, or lack one of the `required` fields, are left out and
+    reported: in `notices`, or as a warning in the log.
 
     Raises:
         UserError: the file cannot be read, is no regular file, or is beyond a limit (`quadriga.limits`).
@@ -86,12 +87,15 @@ def read_metrics(
     every: list[tuple[bool, Record]] = []  # whether the record begins an attempt, and the record
     attempt = backwards = 0
     step = -1
+    seen: set[str | None] = set()  # the held-out sets with a record of this step
     for record in iter_records(Path(path), {kind: required}, bad):
         goes_back = record["attempt"] < attempt
         if record["attempt"] != attempt:
             step = -1
         if record["kind"] == kind:
-            goes_back |= record["step"] <= step
+            seen = seen if record["step"] == step else set()
+            goes_back |= record["step"] < step or _set_of(record) in seen
+            seen.add(_set_of(record))
             step = record["step"]
         every.append((goes_back or record["attempt"] > attempt, record))
         attempt, backwards = record["attempt"], backwards + goes_back
@@ -101,14 +105,22 @@ def read_metrics(
             "the steps or the starts go back within a start: these may be lines of two runs, and the later ones count"
         )
         _emit(f"{path}: {what} ({plural(backwards, 'place')})", notices)
-    kept: dict[int, Record] = {}
+    kept: dict[tuple[int, str | None], Record] = {}
     limit: float = math.inf  # from this step on a later attempt trained again
     for begins, record in reversed(every):
         if record["kind"] == kind and record["step"] < limit:
-            kept.setdefault(record["step"], record)
+            kept.setdefault((record["step"], _set_of(record)), record)
         if begins:
             limit = min(limit, record["step"])
-    return [kept[step] for step in sorted(kept)]
+    in_file_order = list(kept.values())
+    in_file_order.reverse()
+    return sorted(in_file_order, key=lambda record: int(record["step"]))
+
+
+def _set_of(record: Record) -> str | None:
+    """The name of the held-out set; None in other records."""
+    name = record.get("set")
+    return name if isinstance(name, str) else None
 
 
 def emit_notices(bad: BadLines, notices: list[str] | None) -> None:

@@ -102,7 +102,7 @@ class Console:
     def _validation(self, record: Record) -> list[tuple[str, str]]:
         return [
             (f"step {record['step']:>{self._width}}/{self._steps}", self.BOLD),
-            (f"validation loss {record['loss']:.5f}", self.GREEN),
+            (" ".join(filter(None, ("validation loss", record.get("set"), f"{record['loss']:.5f}"))), self.GREEN),
             (f"over {format_count(record['tokens'])} tokens in {format_seconds(record['seconds'])}", self.DIM),
         ]
 
@@ -152,6 +152,8 @@ def curves_of_record(record: Record) -> dict[str, float]:
     """The values of a record under these metric names; None and missing values are left out."""
     names = VALIDATION_CURVES if record["kind"] == "validation" else CURVES
     curves = {name: record[key] * factor for name, key, factor in names if record.get(key) is not None}
+    if label := record.get("set"):
+        curves = {name.replace("/", f"/{label}/", 1): value for name, value in curves.items()}
     for count in ("tokens", "epochs"):
         counts = record.get(f"source_{count}", {})
         curves |= {f"sources/{source}/{count}": value for source, value in counts.items()}

@@ -18,6 +18,7 @@ The fields of a record:
 - `keys_per_token`: with `training.document_mask`, the mean number of keys that a token sees. `tflops` and `mfu` count
   this attention. `attention_imbalance`: the pairs of a query and a key that the rank with the most of them sees in the
   logged step, divided by the mean of the ranks.
+- `set`: of a validation, the name of the held-out set; absent if the run has one without a name.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
 
@@ -143,10 +144,12 @@ class Meter:
         plain, per_pair = self._flops_of_documents
         return plain + per_pair * float(documents["keys_per_token"])
 
-    def validation(self, step: int, loss: float, tokens: int, seconds: float) -> Record:
-        """The record of one validation: `loss` in nats per token over `tokens` tokens of the whole run."""
+    def validation(self, step: int, loss: float, tokens: int, seconds: float, label: str | None = None) -> Record:
+        """The record of one validation: `loss` in nats per token over `tokens` tokens of the whole run. `label`: the
+        name of the set, if it has one."""
         return {
             "kind": "validation",
+            **({} if label is None else {"set": label}),
             "step": step,
             "attempt": self._attempt,
             "time": time.time(),

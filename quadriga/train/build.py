@@ -46,7 +46,7 @@ from quadriga.resilience.stop_requests import StopRequests
 from quadriga.resilience.watchdog import Watchdog
 from quadriga.train.backends import collectives_for_shards, machine_for
 from quadriga.train.checks import BadRecords, Checks
-from quadriga.train.data import training_loader, validation_loader
+from quadriga.train.data import training_loader, validation_loaders
 from quadriga.train.feed import Feed
 from quadriga.train.loss import Divisor, build_loss, chunked_output
 from quadriga.train.numerics import bfloat16_peak, peak_flops, set_numerics
@@ -60,7 +60,7 @@ from quadriga.train.step import (
     StepConfig,
     WholeForwardBackward,
 )
-from quadriga.train.validate import Validator
+from quadriga.train.validate import ValidationCost, Validator, held_out_sets
 
 Fill = Callable[[nn.Module, tuple[ParameterPlan, ...], int, torch.device], None]
 
@@ -86,13 +86,14 @@ class TrainerParts:
     stop_requests: StopRequests
     watchdog: Watchdog
     validator: Validator | None
+    validation_cost: ValidationCost
     last_record: Record | None = None  # of a training step
 
     def close(self) -> None:
         """Wait for pending writes, and end the threads."""
         self.state.loader.close()
         if self.validator is not None:
-            self.validator.loader.close()
+            self.validator.close()
         self.checkpoints.close()
         self.checks.close()
         for writer in self.loggers:
@@ -196,6 +197,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
         ),
         watchdog=watchdog,
         validator=build_validator(run, mesh, device, parts, loader, state.feed),
+        validation_cost=ValidationCost(),
     )
 
 
@@ -337,12 +339,14 @@ def build_forward_backward(
 def build_validator(
     run: Run, mesh: Mesh, device: torch.device, parts: tuple[nn.Module, ...], training: Loader, feed: Feed
 ) -> Validator | None:
-    section = run.config.validation
-    if not section.enable:
+    section, what = run.config.validation, run.spec.validation
+    if what is None:
         return None
-    loader = validation_loader(run, mesh, device, training)
-    forward = build_forward_backward(run, mesh, device, parts, section.local_batch_size, section.seq_len)
-    return Validator(loader, feed, forward, device, section.freq, section.steps)
+    loaders = validation_loaders(run, mesh, device, training)
+    sets = held_out_sets([(each.label, each.table) for each in section.read_sets], loaders)
+    forward = build_forward_backward(run, mesh, device, parts, what.local_batch_size, what.seq_len)
+    asked = section.steps is not None or "validation.windows" in run.origin
+    return Validator(sets, feed, forward, device, section.freq, what.windows, asked)
 
 
 def build_checks(

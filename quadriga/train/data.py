@@ -8,8 +8,9 @@ import torch
 
 from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
-from quadriga.config.schema import TOKENS, Fetching
+from quadriga.config.schema import TOKENS, Fetching, HeldOut
 from quadriga.data.loader import Loader, StreamLoader, build_loader
+from quadriga.data.mixture_data import collected
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
@@ -37,26 +38,36 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
     return build_loader(section.text_keys, tokenizer, **order, document_mask=section.document_mask)
 
 
-def validation_loader(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> Loader:
-    """The loader of this rank's rows of the validation, one pass per iteration. Its texts are tokenized as those of
-    the loader `training`."""
-    section, share = run.config.validation, run.config.validation.local_batch_size
+def validation_loaders(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> list[Loader]:
+    """For each held-out set the loader of this rank's rows, one pass per iteration. Texts are tokenized as those of the
+    loader `training`.
+
+    Raises UserError with the problems of all sets."""
+    section, spec, what = run.config.validation, run.spec, run.spec.validation
+    assert what is not None
+    share = what.local_batch_size
     order: dict[str, Any] = {
-        "seed": run.spec.seed,
-        "seq_len": section.seq_len,
+        "seed": spec.seed,
+        "seq_len": what.seq_len,
         "global_batch_size": share * mesh.batch_degree,
         "rows": range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
         "dataloader": dataloader_on(device, section.dataloader),
         "infinite": False,
         "document_mask": run.config.training.document_mask,
+        "windows": what.windows,
     }
-    if section.dataset == TOKENS:
-        keys = section.token_keys(run.config.training)
-        return build_token_loader(keys, run.spec.model.vocab_size, **order, assets=run.spec.tokenizer.assets)
-    assets = run.config.model.hf_assets_path
     known = training.tokenizer if isinstance(training, StreamLoader | MixtureLoader) else None
-    tokenizer = build_tokenizer(assets) if known is None else known
-    return build_loader(section.text_keys(run.config.training), tokenizer, **order)
+    if known is None and any(each.dataset != TOKENS for each in section.read_sets):
+        known = build_tokenizer(run.config.model.hf_assets_path)
+
+    def open_set(each: HeldOut) -> Loader:
+        if each.dataset == TOKENS:
+            keys = each.token_keys(run.config.training)
+            return build_token_loader(keys, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
+        assert known is not None
+        return build_loader(each.text_keys(run.config.training), known, **order)
+
+    return list(collected(open_set, section.read_sets))
 
 
 def dataloader_on(device: torch.device, section: Fetching) -> Fetching:

@@ -112,7 +112,7 @@ def after_step(trainer: TrainerParts, metrics: StepMetrics, started_at: int) -> 
     if trainer.checkpoints.should_save(state.step, last, wanted=decision.save or stop_cause is not None):
         save(trainer, last)
     if trainer.validator and trainer.validator.is_due(state.step):
-        validate(trainer)  # after the save, so that a failed validation costs no step
+        validate_on_schedule(trainer)  # after the save, so that a failed validation costs no step
     if state.step % trainer.run.config.training.gc_freq == 0:
         collect_garbage(trainer)
     return stop_cause
@@ -204,13 +204,35 @@ def bytes_by_collective(trainer: TrainerParts) -> dict[str, Any]:
     )
 
 
+def validate_on_schedule(trainer: TrainerParts) -> None:
+    """Validate. Warn once if this takes much of the time between two validations."""
+    start = time.perf_counter()
+    validate(trainer)
+    costly = trainer.validation_cost.check(start, time.perf_counter())
+    if costly is not None and trainer.events.rank == 0:
+        seconds, between = costly
+        logger.warning(
+            "a validation takes %.3g s, %.0f %% of the %.3g s since the one before: raise validation.freq, or lower "
+            "validation.windows",
+            seconds,
+            100 * seconds / between,
+            between,
+        )
+        log_event(trainer, "slow_validation", seconds=seconds, between=between)
+
+
 def validate(trainer: TrainerParts) -> None:
-    assert trainer.validator is not None
-    with trainer.meter.paused(), trainer.state.progress.within("validate"):
-        start = time.perf_counter()
-        loss, tokens = trainer.validator.mean_loss(trainer.state.parts, trainer.mesh)
-        seconds = time.perf_counter() - start
-    write_record(trainer, trainer.meter.validation(trainer.state.step, loss, tokens, seconds))
+    """Compute and record the loss of each held-out set."""
+    validator, state = trainer.validator, trainer.state
+    assert validator is not None
+    for held_out in validator.sets:
+        with trainer.meter.paused(), state.progress.within("validate"):
+            start = time.perf_counter()
+            found = validator.mean_loss(held_out, state.parts, trainer.mesh)
+            seconds = time.perf_counter() - start
+        write_record(trainer, trainer.meter.validation(state.step, found.loss, found.tokens, seconds, held_out.label))
+        if notice := validator.rest_notice(held_out, found):
+            logger.info("notice: %s", notice)
 
 
 def save(trainer: TrainerParts, last: bool) -> None:

@@ -269,7 +269,9 @@ RECOMPUTED = {  # of the blocks of one rank
         for name, blocks in (("llama3_8b", 32), ("llama3_70b", 80), ("llama3_405b", 126))
     },
 }
-ALIKE_IN_ALL = {"debug.seed": 42, "profiling.profiler_active": 5}  # defaults of ours that no file says otherwise
+# Defaults of ours that no file says otherwise. A validation's length and batch follow the training.
+ALIKE_IN_ALL = {"debug.seed": 42, "profiling.profiler_active": 5}
+ALIKE_IN_ALL |= {"validation.seq_len": None, "validation.local_batch_size": None}
 READ_AS = {
     "debug_model": {"training.dataset": "builtin", "model.hf_assets_path": "builtin:bytes"},
     "llama3_405b": {"model.converters": ["quantize.linear.float8"]},

@@ -122,7 +122,7 @@ def test_validation_text_that_one_rank_cannot_read_ends_the_run_at_its_step(tmp_
 
 
 def failing_validation(argv: list[str]) -> int:
-    from quadriga.train.validate import Validator
+    from quadriga.train.validate import SetLoss, Validator
 
     real = Validator.mean_loss
 
@@ -132,7 +132,7 @@ def failing_validation(argv: list[str]) -> int:
             mean_loss.calls += 1
             if mean_loss.calls == 2:  # at step 2; the first was at step 1
                 raise RuntimeError("the validation ended the run")
-        return 1.0, 1
+        return SetLoss(1.0, 1, 1)
 
     mean_loss.calls = 0
     Validator.mean_loss = mean_loss

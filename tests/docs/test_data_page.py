@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import struct
@@ -14,6 +15,7 @@ from training import DEBUG_FILE, ROOT, TINY, train
 
 from quadriga.cli.main import main as quadriga
 from quadriga.launch.supervisor import main
+from quadriga.metrics.loggers import Console
 
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 
@@ -96,6 +98,17 @@ def test_the_configuration_of_two_formats_is_valid(tmp_path: Path, monkeypatch, 
     assert "tokens from pile_text_document: 1 file, 100,000 ids" in " ".join(dry_run([], capsys, "run.toml").split())
 
 
+def test_documents_are_made_of_fields_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("toml", section("Documents of several fields"))
+    record = {"title": "Emma", "text": "It is a truth universally acknowledged. " * 20}
+    Path("articles.jsonl").write_text(json.dumps(record) + "\n")
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{example}')
+    assert "jsonl from articles.jsonl" in " ".join(dry_run([], capsys, "run.toml").split())
+    assert quadriga(["data", "run.toml"]) == 0
+    assert "# Emma" in capsys.readouterr().out
+
+
 @pytest.fixture
 def _sources(tmp_path: Path, monkeypatch) -> None:
     """The sources of the mixtures."""
@@ -127,3 +140,20 @@ def test_tokens_and_epochs_are_printed_with_what_was_asked_for(capsys) -> None:
     shown = " ".join(dry_run([steps], capsys, "run.toml").split())
     assert "3,000,000 tokens asked for; tokens from web_text_document" in shown
     assert "2 epochs, 2.0 epochs asked for; tokens from code.bin" in shown
+
+
+def test_validation_sets_are_printed_as_on_the_page(tmp_path: Path, monkeypatch, capsys, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("held_out").mkdir()
+    Path("held_out/1.jsonl").write_text(json.dumps({"text": "It is a truth universally acknowledged. " * 900}) + "\n")
+    (np.arange(5_000) % 250).astype("<u2").tofile("code.bin")
+    text = section("Validate on several sets")
+    (sets,) = blocks("toml", text)
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{sets}')
+    shown = " ".join(dry_run([], capsys, "run.toml").split())
+    (printed,) = re.findall(r"(?ms)^    (validation  .*?windows)\n\n", text)
+    assert " ".join(printed.split()) in shown
+    record = {"kind": "validation", "set": "web", "step": 100, "loss": 2.31234, "tokens": 8192, "seconds": 0.4}
+    with caplog.at_level(logging.INFO, "quadriga"):
+        Console(200, colour=False).write(record)
+    assert f"\n    {caplog.messages[-1]}\n" in text

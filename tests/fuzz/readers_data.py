@@ -34,6 +34,18 @@ def text(folder: Path) -> None:
     (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode(), mtime=0))
 
 
+def zstd(folder: Path) -> None:
+    half = len(LINES) // 2
+    frames = [pyarrow.compress(part.encode(), codec="zstd", asbytes=True) for part in (LINES[:half], LINES[half:])]
+    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
+    (folder / "b.txt.zst").write_bytes(b"".join(reversed(frames)))
+
+
+def template(folder: Path) -> None:
+    jsonl(folder)
+    parquet(folder)
+
+
 def parquet(folder: Path) -> None:
     columns = {
         "a": pyarrow.array(TEXTS),
@@ -45,9 +57,9 @@ def parquet(folder: Path) -> None:
         pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=17, compression=compression)
 
 
-def reader(kind: str):  # the dataset's name
+def reader(kind: str, **keys: str):  # the dataset's name, and other keys
     def read(folder: Path) -> None:
-        source = open_source(TextKeys(kind, str(folder)), streams=2)
+        source = open_source(TextKeys(kind, str(folder), **keys), streams=2)
         survey(source, ByteTokenizer(), 2, skip_bad=True)
         for shard in range(source.shards):
             for record in source.read(shard):
@@ -63,6 +75,10 @@ def reader(kind: str):  # the dataset's name
 READERS = [
     Reader("data, jsonl", jsonl, reader("jsonl"), MARKS),
     Reader("data, jsonl.gz", jsonl_gz, reader("jsonl"), MARKS),
+    Reader("data, jsonl.zst", zstd, reader("jsonl"), MARKS),
+    Reader("data, txt.zst", zstd, reader("text"), MARKS),
+    Reader("data, jsonl by a template", template, reader("jsonl", template="{text}{text}"), MARKS),
+    Reader("data, parquet by a template", template, reader("parquet", template="{text}\n{text}"), MARKS),
     Reader("data, text", text, reader("text"), MARKS),
     Reader("data, parquet", parquet, reader("parquet"), MARKS),
 ]

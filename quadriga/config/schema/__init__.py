@@ -23,7 +23,7 @@ from quadriga.config.schema.sources import (
     TokenKeys,
     TrainingSource,
 )
-from quadriga.config.schema.training import Dataloader, Fetching, Training, Validation
+from quadriga.config.schema.training import Dataloader, Fetching, HeldOut, Training, Validation, ValidationSet
 
 __all__ = [
     "TEXT_FIELD",
@@ -43,6 +43,7 @@ __all__ = [
     "GroupedFloat8",
     "GroupedMX",
     "Health",
+    "HeldOut",
     "Job",
     "JobConfig",
     "LinearFloat8",
@@ -62,6 +63,7 @@ __all__ = [
     "Training",
     "TrainingSource",
     "Validation",
+    "ValidationSet",
 ]
 
 

@@ -51,6 +51,15 @@ def token_column(field: str) -> str | None:
     return None if field == TEXT_FIELD else field
 
 
+def title_of(dataset: str, path: str | None) -> str:
+    """The name of a source that has none: the last part of its path without its suffix, else the data set."""
+    for part in reversed(PurePath(path or "").parts):
+        stem = PurePath(part.removesuffix(".gz").removesuffix(".zst")).stem
+        if text := re.sub(r"[^A-Za-z0-9_.\-]+", "_", stem).strip("_.-"):  # a glob as *.jsonl has none
+            return text[:NAME_CHARACTERS]
+    return dataset
+
+
 class DataSource(Section):
     """The keys of one data set, which `[training]` and its sources share."""
 
@@ -134,13 +143,7 @@ class TrainingSource(DataSource):
     @property
     def title(self) -> str:
         """`name`, or what stands for it by default."""
-        if self.name is not None:
-            return self.name
-        for part in reversed(PurePath(self.dataset_path or "").parts):
-            stem = PurePath(part.removesuffix(".gz")).stem
-            if text := re.sub(r"[^A-Za-z0-9_.\-]+", "_", stem).strip("_.-"):  # a glob as *.jsonl has none
-                return text[:NAME_CHARACTERS]
-        return self.dataset
+        return title_of(self.dataset, self.dataset_path) if self.name is None else self.name
 
     @property
     def table(self) -> str:

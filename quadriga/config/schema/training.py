@@ -8,14 +8,17 @@ from pydantic import Field
 
 from quadriga.config.schema.section import AllOrCount, Amount, Count, Name, NonNegative, Overlap, Section
 from quadriga.config.schema.sources import (
+    NAME_FORM,
     TOKENS,
     DataSource,
     MixtureStage,
+    SourceName,
     TextKeys,
     TokenFormat,
     TokenKeys,
     TokenType,
     TrainingSource,
+    title_of,
     token_column,
 )
 
@@ -141,11 +144,8 @@ class Training(DataSource):
         return ranks > 1 or len(dtypes) > 1 or self.enable_cpu_offload
 
 
-class Validation(Section):
-    """Loss on held-out data, weighted by tokens."""
-
-    enable: bool = False
-    """Validate at step 1 and then every `freq` steps."""
+class HeldOut(Section):
+    """What names one held-out set. What is not set is that of `training`."""
 
     dataset: Name = "c4_validation"
     """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`, `tokens`."""
@@ -156,6 +156,18 @@ class Validation(Section):
     dataset_text_field: Name | None = None
     """The field or column that contains the documents or ids; none is that of `training`."""
 
+    dataset_template: Name | None = None
+    """As `training.dataset_template`; none is that of `training`, if `dataset_text_field` is not set here either."""
+
+    dataset_config: Name | None = None
+    """The configuration of a data set of the Hub; none is that of `training`, if both have the same path."""
+
+    dataset_split: Name | None = None
+    """The split of a data set; none is `train`."""
+
+    dataset_streaming: bool | None = None
+    """Stream a data set of the Hub, or download it once; none is as in `training`."""
+
     token_format: TokenFormat | None = None
     """The format of `tokens`; none is that of `training`, with `token_dtype` if that is not set here."""
 
@@ -165,26 +177,39 @@ class Validation(Section):
     token_eos_id: Amount | None = None
     """The id that ends a document in `tokens`; none is that of `training`."""
 
-    local_batch_size: Count = 8
-    """Sequences in one validation batch of one data-parallel rank."""
+    @property
+    def title(self) -> str:
+        """The name of the set in a report of several."""
+        return title_of(self.dataset, self.dataset_path)
 
-    seq_len: Count = 2048
-    """Tokens in one validation sequence."""
+    @property
+    def table(self) -> str:
+        """The table of this set in messages."""
+        return "validation"
 
-    freq: Count = 10
-    """Steps between two validations."""
-
-    steps: AllOrCount = -1
-    """Batches per validation; -1 is the whole data set."""
-
-    dataloader: Fetching = Fetching()
+    @property
+    def label(self) -> str | None:
+        """The name of the set in metrics; None for the one set of `validation.dataset`."""
+        return None
 
     def text_keys(self, training: Training) -> TextKeys:
-        """How texts are read. Without a field, it is that of `training`, or its template."""
-        field, template = self.dataset_text_field, None
-        if field is None:
-            field, template = training.dataset_text_field, training.dataset_template
-        return TextKeys(self.dataset, self.dataset_path, "validation", field, template)
+        """How texts are read. Without a field and a template, they are those of `training`."""
+        field, template, config = self.dataset_text_field, self.dataset_template, self.dataset_config
+        if field is None and template is None:
+            template = training.dataset_template
+        if config is None and self.dataset_path == training.dataset_path:
+            config = training.dataset_config
+        streaming = training.dataset_streaming if self.dataset_streaming is None else self.dataset_streaming
+        return TextKeys(
+            self.dataset,
+            self.dataset_path,
+            self.table,
+            training.dataset_text_field if field is None else field,
+            template,
+            config,
+            self.dataset_split,
+            streaming,
+        )
 
     def token_keys(self, training: Training) -> TokenKeys:
         """How `tokens` are read. What is not set is that of `training`, if that reads `tokens` too."""
@@ -193,10 +218,64 @@ class Validation(Section):
         if dtype is None and self.token_format is None:
             dtype = inherited.dtype
         return TokenKeys(
-            "validation",
+            self.table,
             self.dataset_path or "",
             self.token_format or inherited.format,
             dtype,
             inherited.eos_id if eos_id is None else eos_id,
             inherited.field if field is None else token_column(field),
         )
+
+
+class ValidationSet(HeldOut):
+    """One of several held-out sets, each with a loss of its own."""
+
+    name: SourceName | None = Field(None, title=NAME_FORM)
+    """The name in messages and metrics; none is the last part of the path without its suffix, or the data set."""
+
+    dataset: Name
+    """The data, as `validation.dataset`."""
+
+    @property
+    def title(self) -> str:
+        return title_of(self.dataset, self.dataset_path) if self.name is None else self.name
+
+    @property
+    def table(self) -> str:
+        return f"validation.sets[{self.title}]"
+
+    @property
+    def label(self) -> str | None:
+        return self.title
+
+
+class Validation(HeldOut):
+    """Loss on held-out data, weighted by tokens."""
+
+    enable: bool = False
+    """Validate at step 1 and then every `freq` steps."""
+
+    sets: tuple[ValidationSet, ...] = Field((), title="tables [[validation.sets]]")
+    """Several held-out sets, instead of `dataset`: one table for each, with a loss of its own."""
+
+    windows: AllOrCount = 64
+    """Windows (sequences) of each set that a validation reads, from the beginning, on every layout; -1 is all."""
+
+    steps: AllOrCount | None = None
+    """As in torchtitan, instead of `windows`: batches of `local_batch_size` of each data-parallel rank; -1 is all."""
+
+    freq: Count = 10
+    """Steps between two validations."""
+
+    seq_len: Count | None = None
+    """Tokens in one validation sequence; none is `training.seq_len`."""
+
+    local_batch_size: Count | None = None
+    """Sequences in one validation batch of one data-parallel rank; none is `training.local_batch_size`."""
+
+    dataloader: Fetching = Fetching()
+
+    @property
+    def read_sets(self) -> tuple[HeldOut, ...]:
+        """The sets that are read: those of the tables, or the one of `dataset`."""
+        return self.sets or (self,)

@@ -23,7 +23,9 @@ from quadriga.train.resume import config_changes, flatten
 
 FILTER = "quantize.linear.float8.filter_fqns"
 VARIANT, DECAY = "lr_scheduler.variant", "optimizer.decay_norms_and_biases"
-WITHOUT_NUMBERS = {f"{table}.dataloader.pin_memory" for table in ("training", "validation")}  # no number depends on it
+# No number of the training depends on these.
+WITHOUT_NUMBERS = {f"{table}.dataloader.pin_memory" for table in ("training", "validation")}
+WITHOUT_NUMBERS |= {f"validation.{name}" for name in ("local_batch_size", "seq_len", "steps")}
 PLACES = {"job.config_file", "job.dump_folder", "training.dataset_path"}  # of that run
 OLD: dict[str, Any] = {"config": {"lr_scheduler": {"warmup_steps": 1}, "optimizer": {"decay_norms_and_biases": False}}}
 NEW: dict[str, Any] = {

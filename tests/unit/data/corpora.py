@@ -22,8 +22,17 @@ def texts(count: int) -> list[str]:
 
 def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     lines = "".join(json.dumps({"text": text, "url": "http://x"}) + "\n" for text in documents).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    packed = {".gz": gzip.compress, ".zst": zstd_frames}
+    path.write_bytes(packed[path.suffix](lines) if path.suffix in packed else lines)
     return path
+
+
+def zstd_frames(data: bytes, size: int = 1000) -> bytes:
+    """Several frames of zstd."""
+    import pyarrow
+
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in parts)
 
 
 def jsonl(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -36,6 +45,12 @@ def jsonl_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(3):
         write_jsonl(folder / f"part{part}.jsonl.gz", documents[part::3])
     return open_source(TextKeys("jsonl", str(folder / "part*.gz")), streams=streams)
+
+
+def jsonl_zst(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    for part in range(3):
+        write_jsonl(folder / f"part{part}.jsonl.zst", documents[part::3])
+    return open_source(TextKeys("jsonl", str(folder)), streams=streams)
 
 
 def c4(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -63,6 +78,12 @@ def text_gz(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return open_source(TextKeys("text", str(folder)), streams=streams)
 
 
+def text_zst(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    for part in range(2):
+        (folder / f"part{part}.txt.zst").write_bytes(zstd_frames("".join(documents[part::2]).encode()))
+    return open_source(TextKeys("text", str(folder)), streams=streams)
+
+
 def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     import pyarrow
     import pyarrow.parquet
@@ -73,6 +94,34 @@ def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return open_source(TextKeys("parquet", str(folder)), streams=streams)
 
 
+TEMPLATE = "{title}\n{text}"
+
+
+def parts_of(documents: Sequence[str]) -> list[dict[str, str]]:
+    """The documents as records of which `TEMPLATE` makes them."""
+    pairs = [text.split("\n", 1) for text in documents]
+    return [{"text": text, "url": "http://x", "title": title} for title, text in pairs]
+
+
+def jsonl_template(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    lines = [json.dumps(record) + "\n" for record in parts_of(documents)]
+    (folder / "all.jsonl").write_text("".join(lines), encoding="utf-8")
+    return open_source(TextKeys("jsonl", str(folder), template=TEMPLATE), streams=streams)
+
+
+def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(parts_of(documents))
+    pyarrow.parquet.write_table(table, folder / "all.parquet", row_group_size=9)
+    return open_source(TextKeys("parquet", str(folder), template=TEMPLATE), streams=streams)
+
+
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
-    made.__name__: made for made in (jsonl, jsonl_gz, c4, hub, text, text_gz, parquet)
+    made.__name__: made
+    for made in (
+        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub),
+        *(text, text_gz, text_zst, parquet, parquet_template),
+    )
 }

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from corpora import write_jsonl
+from corpora import write_jsonl, zstd_frames
 
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
@@ -74,17 +74,19 @@ def test_all_bad_lines_are_named_at_once_up_to_a_limit(tmp_path):
     assert len(caught.value.problems) == MOST_PROBLEMS
 
 
+@pytest.mark.parametrize("packed", ["gz", "zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
-def test_a_truncated_gz_names_the_last_whole_line(tmp_path, kind):
+def test_a_truncated_file_names_the_last_whole_line(tmp_path, kind, packed):
     lines = [json.dumps({"text": f"line {i} " + "word " * (i % 50)}) for i in range(4000)]
-    whole = gzip.compress("".join(line + "\n" for line in lines).encode())
-    path = tmp_path / {"jsonl": "cut.jsonl.gz", "text": "cut.txt.gz"}[kind]
+    content = "".join(line + "\n" for line in lines).encode()
+    whole = gzip.compress(content) if packed == "gz" else zstd_frames(content, 1 << 12)
+    path = tmp_path / f"cut.{'txt' if kind == 'text' else kind}.{packed}"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="truncated") as caught:
         build(kind, path)
     named = int(caught.value.problems[0].where.rpartition("line ")[2])
     assert 500 < named < 4000
-    path.write_bytes(b"no gzip at all" * 10)
+    path.write_bytes(b"not compressed at all" * 10)
     with pytest.raises(UserError, match="damaged"):
         build(kind, path)
     damaged = bytearray(whole)
@@ -107,14 +109,14 @@ def test_missing_empty_and_unreadable_paths(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "nothing.txt").touch()
-    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "a.jsonl.xz").write_bytes(b"x")
     for dataset, path, message in [
         ("text", tmp_path / "gone", "no such file or folder"),
         ("text", tmp_path / "*.csv", "no file matches"),
         ("jsonl", empty, "has no jsonl file; it contains nothing"),
         ("parquet", tmp_path, "has no parquet file; it contains"),
         ("text", tmp_path / "nothing.txt", "every file is empty"),
-        ("jsonl", tmp_path / "a.jsonl.zst", r"\.zst files cannot be read"),
+        ("jsonl", tmp_path / "a.jsonl.xz", r"\.xz files cannot be read"),
         ("jsonl", None, "no path is given"),
         ("builtin", tmp_path, "has no path"),
         ("jsnl", tmp_path, "did you mean: jsonl"),

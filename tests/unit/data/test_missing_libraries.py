@@ -24,5 +24,6 @@ def test_the_hub_needs_datasets() -> None:
 def test_parquet_needs_pyarrow(tmp_path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 and so on PAR1")
+    file = File(path, path.name, path.stat().st_size, compressed=False)
     with pytest.raises(UserError, match="a Parquet file needs pyarrow, which is not installed"):
-        parquet._row_groups(File(path, path.name, path.stat().st_size, compressed=False), TextKeys("parquet"))
+        parquet.ParquetSource([file], TextKeys("parquet"))

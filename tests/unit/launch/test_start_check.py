@@ -169,6 +169,11 @@ VALIDATES_TOKENS = (
     *("--validation.enable", "--validation.dataset=tokens", "--validation.dataset_path=RUN/ids.bin"),
     *("--validation.token_dtype=uint16", "--validation.dataloader.window_overlap=0"),
 )
+TWO_SETS = (
+    "--validation.enable",
+    '--validation.sets=[{name="a", dataset="jsonl", dataset_path="RUN/data"}, '
+    '{name="b", dataset="tokens", dataset_path="RUN/ids.bin", token_dtype="uint16"}]',
+)
 FOREIGN = moved(without("old/step-4/train_state.json", "old/step-4/plan.json"))
 SEED = (*MORE, "--checkpoint.create_seed_checkpoint", "--debug.seed=7")
 CASES = [
@@ -293,6 +298,13 @@ CASES = [
     Case("token files for text", 2, "data of the checkpoint: dataset", (*MORE, *IDS, SAVED), token_ids(1, 2, 3)),
     Case("token files for text, allowed", 0, "step 4", (*MORE, *IDS, SAVED, ALLOWED), token_ids(1, 2, 3)),
     Case("tokens to validate on", 2, "validation.seq_len", (*MORE, *VALIDATES_TOKENS), token_ids(1)),
+    Case(
+        "sets to validate on",
+        0,
+        "every 10 steps the first 64 windows of 32 tokens of each set: at most 2,144 tokens,",
+        (*MORE, *TWO_SETS),
+        lambda folder: [data(LONG)(folder), token_ids(1, 2, 3)(folder)],
+    ),
     Case("a folder for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").mkdir()),
     Case("a link for the lock", 2, "job.dump_folder", MORE, lambda folder: (folder / ".lock").symlink_to("no/where")),
     Case("a state that is no state", 2, "world_size", MORE, sealed(world_size="x")),
@@ -337,6 +349,18 @@ def test_the_dry_run_says_what_a_start_says(case: Case, folder: Path, capsys) ->
     assert ("Ready to train." in shown) == (code == 0)
     (start,) = run_ranks(started, 1, ["--job.config_file", DEBUG_FILE, *arguments(folder, case)], backend=None)
     assert start[0] == code, start
+
+
+def test_problems_of_all_sets_are_reported_together(folder: Path, capsys) -> None:
+    data('{"text": 3}')(folder)
+    token_ids(1, 320)(folder)
+    argv = arguments(folder, Case("", 2, "", (*MORE, *TWO_SETS)))
+    code, shown = dry_run(argv, capsys)
+    (start,) = run_ranks(started, 1, ["--job.config_file", DEBUG_FILE, *argv], backend=None)
+    assert (code, start[0]) == (2, 2)
+    for report in (shown, start[1]):
+        assert "data/a.jsonl" in report
+        assert "ids.bin" in report
 
 
 def test_a_path_without_space_for_files_below_it_is_refused(tmp_path: Path, capsys) -> None:
