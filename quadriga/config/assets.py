@@ -57,6 +57,7 @@ DATASETS: Mapping[str, DatasetKind] = {
     "text": DatasetKind(_plain_or_packed(".txt", ".text", ".md", ".rst"), "needed"),
     "jsonl": DatasetKind(_plain_or_packed(".jsonl", ".json", ".ndjson"), "needed", TEMPLATE),
     "parquet": DatasetKind((".parquet",), "needed", TEMPLATE),
+    "arrow": DatasetKind((".arrow",), "needed", (*TEMPLATE, "dataset_split")),
     TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed", TOKEN_KEYS),
 }
 
@@ -159,7 +160,7 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
             f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
         )
     if needs == "none" and path is not None:
-        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet or tokens"
+        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet, arrow or tokens"
         return Problem(f"{key}, {key}_path", "this data set has no path", f"{dataset}, {path}", source, fix=fix)
     return None
 

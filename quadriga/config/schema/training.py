@@ -53,7 +53,7 @@ class Training(DataSource):
     """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
-    """The data: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet`, `tokens` (with `dataset_path`)."""
+    """The data: `builtin`, `c4`, or by `dataset_path` `text`, `jsonl`, `parquet`, `arrow`, `tokens`."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
@@ -145,7 +145,7 @@ class Validation(Section):
     """Validate at step 1 and then every `freq` steps."""
 
     dataset: Name = "c4_validation"
-    """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`, `tokens`."""
+    """The data: `c4_validation`, `builtin_validation`, or local `text`, `jsonl`, `parquet`, `arrow`, `tokens`."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files."""

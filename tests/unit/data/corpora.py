@@ -94,6 +94,31 @@ def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return open_source(TextKeys("parquet", str(folder)), streams=streams)
 
 
+def arrow(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    """A stream, an IPC file, a compressed one, and one of dictionaries."""
+    import pyarrow
+
+    for part in range(4):
+        texts = documents[part::4]
+        column = pyarrow.array(texts, pyarrow.large_string() if part == 1 else pyarrow.string())
+        columns = {"id": list(range(len(texts))), "text": column.dictionary_encode() if part == 3 else column}
+        table = pyarrow.table(columns)
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd" if part == 2 else None)
+        make = pyarrow.ipc.new_stream if part == 0 else pyarrow.ipc.new_file
+        with make(str(folder / f"part{part}.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=6)
+    return open_source(TextKeys("arrow", str(folder)), streams=streams)
+
+
+def saved(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    """A folder of `save_to_disk`, with a template."""
+    import datasets
+
+    if not (folder / "saved").exists():
+        datasets.Dataset.from_list(parts_of(documents)).save_to_disk(str(folder / "saved"), num_shards=3)
+    return open_source(TextKeys("arrow", str(folder / "saved"), template=TEMPLATE), streams=streams)
+
+
 TEMPLATE = "{title}\n{text}"
 
 
@@ -122,6 +147,6 @@ KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
     made.__name__: made
     for made in (
         *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub),
-        *(text, text_gz, text_zst, parquet, parquet_template),
+        *(text, text_gz, text_zst, parquet, parquet_template, arrow, saved),
     )
 }
