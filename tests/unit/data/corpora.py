@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
@@ -63,6 +65,29 @@ def c4(folder: Path, documents: Sequence[str], streams: int) -> Source:
 def hub(folder: Path, documents: Sequence[str], streams: int) -> Source:
     files = [write_jsonl(folder / f"c4-train.{part:05d}.json.gz", documents[part::5]) for part in range(5)]
     return HubSource("json", None, "train", data_files=[str(file) for file in files], keys=TextKeys("hub"))
+
+
+def write_repository(folder: Path, documents: Sequence[str]) -> Path:
+    """A folder that `datasets` reads as a repository of the Hub, of 5 files."""
+    repository = folder / "repository"
+    repository.mkdir(exist_ok=True)
+    for part in range(5):
+        if not (repository / f"train-{part}.jsonl").exists():
+            write_jsonl(repository / f"train-{part}.jsonl", documents[part::5])
+    return repository
+
+
+def hub_folder(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    return open_source(TextKeys("hub", str(write_repository(folder, documents))), streams=streams)
+
+
+def hub_local(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        keys = TextKeys("hub", str(write_repository(folder, documents)), streaming=False)
+        return open_source(keys, streams=streams)
 
 
 def text(folder: Path, documents: Sequence[str], streams: int) -> Source:
@@ -146,7 +171,7 @@ def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> So
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
     made.__name__: made
     for made in (
-        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub),
+        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub, hub_folder, hub_local),
         *(text, text_gz, text_zst, parquet, parquet_template, arrow, saved),
     )
 }
