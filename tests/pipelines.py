@@ -75,7 +75,8 @@ class FixedBatches:
             return Batch(tokens, labels)
         starts = document_starts(self.step, spec.global_batch_size, spec.seq_len)[own]
         positions, borders = document_tensors(starts, spec.seq_len)
-        return Batch(tokens, without_next_document(labels, starts), positions=positions, borders=borders)
+        masked = without_next_document(labels, starts)
+        return Batch(tokens, masked, positions=positions, borders=borders, tokens_read=tokens.numel())
 
 
 def document_starts(step: int, rows: int, seq_len: int) -> tuple[tuple[int, ...], ...]:

@@ -114,7 +114,7 @@ class Rows:
         positions, borders = document_tensors(starts, SEQ_LEN)
         labels = without_next_document(labels, starts)
         own = [self._own(x) for x in (tokens, labels, positions, borders)]
-        return Batch(*own[:2], positions=own[2], borders=own[3])
+        return Batch(*own[:2], positions=own[2], borders=own[3], tokens_read=own[0].numel())
 
     def _own(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.mesh.batch_degree)[self.mesh.batch_rank]

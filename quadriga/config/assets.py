@@ -42,8 +42,15 @@ class DatasetKind:
 HUB = "hub"  # any data set of the Hugging Face Hub
 PACKED = (".gz", ".zst")  # of texts and JSON lines that are compressed
 TOKEN_KEYS = ("token_format", "token_dtype", "token_eos_id")
-OPTIONAL_KEYS = ("dataset_template", "dataset_config", "dataset_split", "dataset_streaming", *TOKEN_KEYS)
-TEMPLATE = ("dataset_template",)
+OPTIONAL_KEYS = (
+    "dataset_template",
+    "dataset_prompt",
+    "dataset_config",
+    "dataset_split",
+    "dataset_streaming",
+    *TOKEN_KEYS,
+)
+TEMPLATE = ("dataset_template", "dataset_prompt")
 
 
 def _plain_or_packed(*suffixes: str) -> tuple[str, ...]:

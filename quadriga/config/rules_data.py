@@ -41,11 +41,18 @@ def foreign_key_fix(dataset: str, fit: Sequence[str], key: str) -> str:
 
 
 def template_conflict(template: str | None, field: str | None, key: str) -> Conflict | None:
-    """Why a template is not possible. `key`: of the field, for the message."""
+    """Why a template is not possible. `key`: of the field that it replaces, for the message."""
     if template is None:
         return None
     if field not in (None, TEXT_FIELD):
         return Conflict(f"a template replaces {key}, and both are set", "remove one of them")
+    return not_a_template(template)
+
+
+def not_a_template(template: str | None) -> Conflict | None:
+    """Why a text is no template."""
+    if template is None:
+        return None
     try:
         parse_template(template)
     except ValueError as error:
@@ -63,6 +70,25 @@ def _names_fields(table: str) -> Callable[[RuleContext], Findings]:
             yield found
 
     return template_names_fields
+
+
+def _prompt_names_fields(table: str) -> Callable[[RuleContext], Findings]:
+    def prompt_names_fields(ctx: RuleContext) -> Findings:
+        used = not ctx.config.training.sources if table == "training" else ctx.config.validation.enable
+        if used and (found := not_a_template(config_value(ctx.config, f"{table}.dataset_prompt"))) is not None:
+            yield found
+
+    return prompt_names_fields
+
+
+@rule("training.packing", "training.dataset", "training.sources")
+def rows_of_one_record_are_text(ctx: RuleContext) -> Findings:
+    training = ctx.config.training
+    if training.packing == "pad" and any(each.dataset == TOKENS for each in training.sources or (training,)):
+        what = "the windows of token files are cut without regard to documents, so a row is not one record"
+        yield Conflict(
+            what, 'set training.packing = "concat", with training.document_mask = true to separate documents'
+        )
 
 
 def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:
@@ -103,6 +129,7 @@ for _table in ("training", "validation"):
             rule(f"{_table}.{_name}", _dataset)(_belongs_to_data(_table, _name))
     if f"{_table}.dataset_template" in KEYS:
         rule(f"{_table}.dataset_template", f"{_table}.dataset_text_field")(_names_fields(_table))
+        rule(f"{_table}.dataset_prompt")(_prompt_names_fields(_table))
     rule(_format, f"{_table}.token_dtype", _dataset)(_needs_dtype(_table))
     rule(f"{_table}.token_eos_id", "model.flavor", "model.vocab_size")(_eos_in_vocabulary(_table))
     rule(f"{_table}.dataloader.on_bad_record", _dataset)(_no_bad_records(_table))

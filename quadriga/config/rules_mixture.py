@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from quadriga.config.assets import OPTIONAL_KEYS, foreign_key
 from quadriga.config.keys import KEYS, format_toml
 from quadriga.config.rules import Conflict, Findings, RuleContext, config_value, join_sources, rule
-from quadriga.config.rules_data import foreign_key_fix, template_conflict
+from quadriga.config.rules_data import foreign_key_fix, not_a_template, template_conflict
 from quadriga.config.schema import TOKENS, DataSource, TrainingSource
 from quadriga.errors import Problem, nearest
 from quadriga.limits import MIXTURE_SOURCES
@@ -84,6 +84,8 @@ def _wrong_keys(source: TrainingSource, rows: int) -> Iterator[tuple[str, str, s
     conflict = template_conflict(source.dataset_template, source.dataset_text_field, "dataset_text_field")
     if conflict is not None:
         yield "dataset_template", conflict.what, conflict.fix or f"write {conflict.allowed}"
+    if (conflict := not_a_template(source.dataset_prompt)) is not None:
+        yield "dataset_prompt", conflict.what, f"write {conflict.allowed}"
     if source.dataset != TOKENS:
         return
     if source.token_format == "raw" and source.token_dtype is None:

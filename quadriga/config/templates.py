@@ -21,15 +21,40 @@ class Template(NamedTuple):
 
     @property
     def is_one_field(self) -> bool:
-        """Whether a document is a field as it is."""
+        """Whether a text is a field as it is."""
         return self.literals == ("", "")
 
     def join(self, texts: Sequence[str]) -> str:
-        """The document. `texts`: of each name. Raises TypeError if one of them is not a string."""
+        """The text. `texts`: of each name. Raises TypeError if one of them is not a string."""
         if self.is_one_field and isinstance(texts[0], str):
             return texts[0]
         pairs = zip(texts, self.literals[1:], strict=True)
         return self.literals[0] + "".join(chain.from_iterable(pairs))
+
+
+class DocumentTemplate(NamedTuple):
+    """How a document is made of the fields of a record. `prompt`: of the text before it, which the loss does not count."""
+
+    text: Template
+    prompt: Template | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are read."""
+        return self.text.names if self.prompt is None else (*self.prompt.names, *self.text.names)
+
+    @property
+    def is_one_field(self) -> bool:
+        """Whether a document is a field as it is."""
+        return self.prompt is None and self.text.is_one_field
+
+    def join(self, texts: Sequence[str]) -> tuple[str, int]:
+        """The document, and how many characters of it are the prompt. `texts`: of each name. Raises TypeError if one of
+        them is not a string."""
+        if self.prompt is None:
+            return self.text.join(texts), 0
+        prompt = self.prompt.join(texts[: len(self.prompt.names)])
+        return prompt + self.text.join(texts[len(self.prompt.names) :]), len(prompt)
 
 
 def parse_template(text: str) -> Template:

@@ -7,14 +7,14 @@ from typing import Any
 
 from quadriga import limits
 from quadriga.config.schema import TextKeys
-from quadriga.config.templates import Template
+from quadriga.config.templates import DocumentTemplate
 from quadriga.data.sources import Cell, Document, Record, Source, bad_record, field_fix, format_names, too_long
 from quadriga.errors import Problem, UserError, shortened
 
 ROWS_AT_ONCE = 256
 
 
-def require_text_columns(where: str, schema: Any, keys: TextKeys, template: Template) -> None:
+def require_text_columns(where: str, schema: Any, keys: TextKeys, template: DocumentTemplate) -> None:
     """Raises UserError unless the schema has one column of text for each name. `where`: the file or the data set."""
     names = list(schema.names)
     for name in template.names:
@@ -50,19 +50,20 @@ def has_integers(kind: Any) -> bool:
     return bool(types.is_integer(kind.value_type if is_list else kind))
 
 
-def cells_of(table: Any, template: Template) -> Iterator[Cell | tuple[Cell, ...]]:
+def cells_of(table: Any, template: DocumentTemplate) -> Iterator[Cell | tuple[Cell, ...]]:
     """The cells of each row of a table or record batch: one of them, or with a template a tuple."""
     columns = [_texts(table.column(table.schema.get_field_index(name))) for name in template.names]
     return columns[0] if template.is_one_field else zip(*columns, strict=True)
 
 
-def document_of_cells(source: Source, record: Record, template: Template) -> Document:
+def document_of_cells(source: Source, record: Record, template: DocumentTemplate) -> Document:
     """The document of a row. Raises BadRecord if a cell is no text, or if they are too long together."""
     cells = record.data if isinstance(record.data, tuple) else (record.data,)
     texts = [_text_of_cell(source, record, name, cell) for name, cell in zip(template.names, cells, strict=True)]
     if sum(map(len, texts)) > limits.DOCUMENT_BYTES:
         raise too_long(source, record)
-    return Document(template.join(texts))
+    text, prompt = template.join(texts)
+    return Document(text, prompt=prompt)
 
 
 def _text_of_cell(source: Source, record: Record, name: str, cell: Cell) -> str:

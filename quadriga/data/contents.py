@@ -58,7 +58,7 @@ def contents_of_text(source: Source, tokenizer: Tokenizer, *, whole: bool) -> Co
         documents = _documents(source, shard, characters, found)
         length = length if whole else None
         for group in grouped(documents, lambda each: len(each.text) + 1, GROUP_CHARACTERS):
-            for document, ids in zip(group, encode_documents(group, tokenizer), strict=True):
+            for document, (ids, _) in zip(group, encode_documents(group, tokenizer), strict=True):
                 length = 0 if document.begins else length
                 length = None if length is None else length + len(ids)
                 found.tokens += len(ids)

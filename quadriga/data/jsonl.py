@@ -118,9 +118,9 @@ class JsonlSource(ByteRangeSource):
             value = json.loads(line.decode("utf-8"))
             texts = [value[name] for name in self.template.names]
             if len(texts) == 1 or sum(map(len, texts)) <= limits.DOCUMENT_BYTES:
-                text = self.template.join(texts)
+                text, prompt = self.template.join(texts)
                 if text.isascii() or _has_no_surrogate(text):
-                    return Document(text)
+                    return Document(text, prompt=prompt)
         except (ValueError, RecursionError, LookupError, TypeError):
             pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
@@ -155,7 +155,8 @@ class JsonlSource(ByteRangeSource):
         texts = [value[name] for name in names]
         if sum(map(len, texts)) > limits.DOCUMENT_BYTES:
             raise too_long(self, record)
-        return Document(self.template.join(texts))
+        text, prompt = self.template.join(texts)
+        return Document(text, prompt=prompt)
 
     def _what_is_wrong(self, value: dict[str, object], name: str) -> str | None:
         if name not in value:

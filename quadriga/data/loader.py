@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quadriga.config.schema import Dataloader, Fetching, TextKeys
+from quadriga.config.schema import Dataloader, Fetching, TextKeys, Training
 from quadriga.data.changes import data_changes, earlier_tokenizer
 from quadriga.data.document_borders import document_tensors
 from quadriga.data.files import changed_files, format_files
@@ -39,7 +39,8 @@ class Batch:
     `documents`: for each row, the documents that its ids are from. `skipped`: the unreadable records that were passed
     while these rows were read. `bad_records`: the number of unreadable records of these rows since the first epoch;
     None if such a record ends the run. `sources`: of a mixture, tokens and epochs of each source up to this batch.
-    Micro-batches have none of the four.
+    Micro-batches have none of the four. `tokens_read`: the number of tokens that do not fill up rows; None if all rows
+    are full and all labels count.
 
     `positions`: int64, shape (rows, seq_len), of each token in its document, or in the piece of it that is in the row.
     `borders`: int32, shape (rows, n), the first position in the row of each document or piece, then seq_len, repeated.
@@ -54,6 +55,7 @@ class Batch:
     sources: Mapping[str, Mapping[str, float]] | None = None
     positions: torch.Tensor | None = None
     borders: torch.Tensor | None = None
+    tokens_read: int | None = None
 
     @property
     def counted_labels(self) -> int:
@@ -69,6 +71,28 @@ class Batch:
         split = [tensor.split(rows) for tensor in (self.tokens, self.labels, self.positions, self.borders)]
         for tokens, labels, positions, borders in zip(*split, strict=True):
             yield Batch(tokens, labels, positions=positions, borders=borders)
+
+
+class RowFormat(NamedTuple):
+    """How documents become rows: `training.document_mask`, `training.packing`, and whether documents have prompts."""
+
+    document_mask: bool = False
+    packing: str = "concat"
+    prompts: bool = False
+
+    @property
+    def counts_labels(self) -> bool:
+        """Whether the number of labels that the loss counts differs from step to step."""
+        return self.document_mask or self.packing == "pad" or self.prompts
+
+
+CONCATENATED = RowFormat()
+
+
+def row_format(training: Training) -> RowFormat:
+    """The rows of a run."""
+    prompts = any(source.dataset_prompt is not None for source in training.sources or (training,))
+    return RowFormat(training.document_mask, training.packing, prompts)
 
 
 class BatchPart(NamedTuple):
@@ -89,8 +113,8 @@ def build_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
-    document_mask: bool = False,
     windows: int | None = None,
+    rows_have: RowFormat = CONCATENATED,
 ) -> StreamLoader:
     """The loader of `rows` of the global batch, of documents.
 
@@ -105,12 +129,15 @@ def build_loader(
     """
     shuffled = infinite and isinstance(dataloader, Dataloader) and dataloader.shuffle
     count = global_batch_size if shuffled else 1
-    source = open_surveyed(keys, tokenizer, seq_len, dataloader, endless=infinite, streams=count)
+    fills_rows = rows_have.packing == "concat"
+    rows_have = rows_have._replace(prompts=rows_have.prompts or keys.prompt is not None)
+    source = open_surveyed(keys, tokenizer, seq_len, dataloader, endless=infinite, streams=count, fills_rows=fills_rows)
     skip_bad = dataloader.on_bad_record == "skip"
     order = seed if shuffled else None
     overlap = dataloader.window_overlap
-    streams = Streams(source, tokenizer, seq_len, count, order, infinite, skip_bad, overlap, windows)
-    return StreamLoader(streams, global_batch_size, rows, dataloader, document_mask=document_mask)
+    how = (infinite, skip_bad, overlap, windows, rows_have.packing)
+    streams = Streams(source, tokenizer, seq_len, count, order, *how)
+    return StreamLoader(streams, global_batch_size, rows, dataloader, rows_have=rows_have)
 
 
 class Loader(ABC):
@@ -127,14 +154,14 @@ class Loader(ABC):
         dataloader: Fetching,
         *,
         endless: bool,
-        document_mask: bool = False,
+        rows_have: RowFormat = CONCATENATED,
     ) -> None:
         if not 0 <= rows.start < rows.stop <= global_batch_size or rows.step != 1:
             raise ValueError(f"rows {rows} are not rows of a global batch of {global_batch_size}")
         self.waited = 0.0
         self._seq_len, self._endless = seq_len, endless
         self._global_batch_size, self._rows = global_batch_size, rows
-        self._dataloader, self._document_mask = dataloader, document_mask
+        self._dataloader, self._format = dataloader, rows_have
         self._pin = dataloader.pin_memory and torch.cuda.is_available()
         if dataloader.pin_memory and not self._pin:
             logger.info("data: dataloader.pin_memory has no effect without CUDA")
@@ -222,8 +249,8 @@ class Loader(ABC):
 
     def _assemble(self, windows: Mapping[int, Window]) -> Batch:
         """The batch of these windows, by row. Rows without a window, and the rest of a short one, have the label
-        IGNORE. With `document_mask` the first token of a document has no label: the one before it does not predict
-        it."""
+        IGNORE, and so have prompts. With `document_mask` the first token of a document is no label: the one before it
+        does not predict it."""
         shape = (len(self._rows), self._seq_len)
         tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
         labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
@@ -232,9 +259,12 @@ class Loader(ABC):
                 ids = torch.from_numpy(window.ids)
                 tokens[index, : len(ids) - 1] = ids[:-1]
                 labels[index, : len(ids) - 1] = ids[1:]
-                if self._document_mask and len(window.starts):
+                if self._format.document_mask and len(window.starts):
                     labels[index, torch.as_tensor(window.starts) - 1] = IGNORE
-        positions, borders = self._documents_of(windows) if self._document_mask else (None, None)
+                for first, after in window.uncounted:
+                    labels[index, max(first - 1, 0) : after - 1] = IGNORE
+        positions, borders = self._documents_of(windows) if self._format.document_mask else (None, None)
+        read = sum(len(window.ids) - 1 for window in windows.values()) if self._format.counts_labels else None
         return Batch(
             tokens,
             labels,
@@ -243,6 +273,7 @@ class Loader(ABC):
             bad_records=self.bad_records(),
             positions=positions,
             borders=borders,
+            tokens_read=read,
         )
 
     def _documents_of(self, windows: Mapping[int, Window]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,13 +298,10 @@ class StreamLoader(Loader):
         rows: range,
         dataloader: Fetching,
         *,
-        document_mask: bool = False,
+        rows_have: RowFormat = CONCATENATED,
     ) -> None:
-        super().__init__(
-            *(streams.seq_len, global_batch_size, rows, dataloader),
-            endless=streams.endless,
-            document_mask=document_mask,
-        )
+        order = (streams.seq_len, global_batch_size, rows, dataloader)
+        super().__init__(*order, endless=streams.endless, rows_have=rows_have)
         self.streams = streams  # loading a state can replace them
         self._in_order = streams.endless and streams.seed is None
         self._streams_read: Sequence[int] = (SINGLE_STREAM,) if self._in_order else rows
@@ -290,6 +318,8 @@ class StreamLoader(Loader):
             "shuffle": "false" if self._in_order else "true",
             "window_overlap": streams.overlap,
         }
+        if streams.packing != "concat":
+            parts |= {"packing": streams.packing, "seq_len": streams.seq_len}
         return "; ".join(f"{key}={value}" for key, value in parts.items())
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from quadriga import limits
 from quadriga.config.schema import TOKENS, Training, TrainingSource
-from quadriga.data.loader import SINGLE_STREAM, Batch, BatchPart, Loader, StreamLoader, build_loader
+from quadriga.data.loader import SINGLE_STREAM, Batch, BatchPart, Loader, StreamLoader, build_loader, row_format
 from quadriga.data.mixture_data import STEP, MixtureData, collected, open_mixture
 from quadriga.data.streams import Cursor, SkippedRecord, Streams, Window
 from quadriga.data.token_loader import TokenReader
@@ -48,7 +48,7 @@ def build_mixture_loader(
 
     def open_text(source: TrainingSource) -> StreamLoader:
         assert tokenizer is not None
-        own: dict[str, Any] = {"seed": f"{seed} {source.title}", "rows": rows}
+        own: dict[str, Any] = {"seed": f"{seed} {source.title}", "rows": rows, "rows_have": row_format(training)}
         return build_loader(source.text_keys, tokenizer, dataloader=quiet, **order, **own)
 
     problems: list[Problem] = []
@@ -73,7 +73,7 @@ class MixtureLoader(Loader):
         """texts: by name, the streams and cursors of the sources of text, whose own batches are not used.
         vocab_size: of the model."""
         order = (data.seq_len, data.global_batch_size, rows, data.training.dataloader)
-        super().__init__(*order, endless=True, document_mask=data.training.document_mask)
+        super().__init__(*order, endless=True, rows_have=row_format(data.training))
         self._data = data
         self._texts = {data.names.index(name): loader for name, loader in texts.items()}
         self._readers = {

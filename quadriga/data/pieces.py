@@ -96,7 +96,7 @@ def write_piece(
     with temporary.open("wb") as file:
         file.write(bytes(HEADER.size))
         for group in grouped(documents, lambda each: len(each.text) + DOCUMENT_OVERHEAD, GROUP_CHARACTERS):
-            for document, ids in zip(group, encode_documents(group, tokenizer), strict=True):
+            for document, (ids, _) in zip(group, encode_documents(group, tokenizer), strict=True):
                 _require_in_vocabulary(ids, tokenizer)
                 file.write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
                 found.add(document, len(ids))

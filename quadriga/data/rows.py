@@ -29,7 +29,7 @@ def text_row(streams: Streams, stream: int, cursor: Cursor) -> list[RowPart]:
     """The row of a stream that begins at a cursor. The last row of a pass can be short."""
     parts: list[RowPart] = []
     left = streams.seq_len + 1
-    for ids, at, document, _ in tokenized(streams.documents(stream, cursor), streams.tokenizer, streams.seq_len):
+    for ids, at, document, *_ in tokenized(streams.documents(stream, cursor), streams.tokenizer, streams.seq_len):
         start = cursor.token if at[:3] == cursor[:3] else 0
         taken = ids[start : start + left].astype(np.int64)
         if len(taken):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from quadriga import limits
 from quadriga.config.schema import TEXT_FIELD, TextKeys
-from quadriga.config.templates import TEMPLATES, Template, parse_template
+from quadriga.config.templates import TEMPLATES, DocumentTemplate, Template, parse_template
 from quadriga.data.files import Cuts, File, fingerprint
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.units import format_some
@@ -28,25 +28,35 @@ DocumentId = tuple[int, int, int]  # epoch, shard, number of the record: unique 
 DocumentName = tuple[str | int, ...]  # a DocumentId; in a mixture, the name of the source before it
 
 
-def template_of(keys: TextKeys) -> Template:
-    """How a document is made of the fields of a record. Raises UserError if the template is not one."""
-    where = f"{keys.table}.dataset_template"
-    if keys.template is None:
-        return Template(("", ""), (keys.field,))
-    if keys.field != TEXT_FIELD:
+def template_of(keys: TextKeys) -> DocumentTemplate:
+    """How a document is made of the fields of a record. Raises UserError if a template is not one."""
+    if keys.template is not None and keys.field != TEXT_FIELD:
         what = f"{keys.table}.dataset_text_field is set too, which it replaces"
-        raise UserError(Problem(where, what, keys.template, fix="remove one of them"))
+        fix = "remove one of them"
+        raise UserError(Problem(f"{keys.table}.dataset_template", what, keys.template, fix=fix))
+    prompt = None if keys.prompt is None else _parsed(keys.prompt, f"{keys.table}.dataset_prompt")
+    if keys.template is None:
+        return DocumentTemplate(Template(("", ""), (keys.field,)), prompt)
+    return DocumentTemplate(_parsed(keys.template, f"{keys.table}.dataset_template"), prompt)
+
+
+def _parsed(template: str, where: str) -> Template:
     try:
-        return parse_template(keys.template)
+        return parse_template(template)
     except ValueError as error:
-        raise UserError(Problem(where, str(error), keys.template, allowed=TEMPLATES)) from error
+        raise UserError(Problem(where, str(error), template, allowed=TEMPLATES)) from error
 
 
 def fingerprint_suffix(keys: TextKeys) -> str:
     """How documents are made of records, as a part of the fingerprint of the data; empty for the default field."""
+    prompt = "" if keys.prompt is None else f":prompt-{_digest(keys.prompt)}"
     if keys.template is not None:
-        return f":template-{hashlib.blake2b(keys.template.encode(), digest_size=8).hexdigest()}"
-    return "" if keys.field == TEXT_FIELD else f":{keys.field.replace(';', '_')}"
+        return f":template-{_digest(keys.template)}{prompt}"
+    return prompt if keys.field == TEXT_FIELD else f":{keys.field.replace(';', '_')}{prompt}"
+
+
+def _digest(template: str) -> str:
+    return hashlib.blake2b(template.encode(), digest_size=8).hexdigest()
 
 
 def format_names(names: Iterable[str]) -> str:
@@ -68,12 +78,14 @@ def field_fix(keys: TextKeys, names: Iterable[str]) -> str | None:
 
 
 class Document(NamedTuple):
-    """A text, or one piece of a long text: the first piece gets the BOS token, the last one EOS."""
+    """A text, or one piece of a long text: the first piece gets the BOS token, the last one EOS. `prompt`: characters
+    at its beginning whose tokens the loss does not count."""
 
     text: str
     begins: bool = True
     ends: bool = True
     id: DocumentId = (0, 0, 0)  # streams give it
+    prompt: int = 0
 
 
 class Record(NamedTuple):

@@ -68,22 +68,26 @@ class Window(NamedTuple):
     """The content of a row of a batch. `ids`: int64, shape (seq_len + 1,). `cursor`: the beginning of the next window.
     `documents`: the documents that the ids are from, in order, including the one in which the previous window ended.
     `skipped`: the unreadable records passed while this window was read. `starts`: the places in `ids` after 0 at which
-    a document begins, or a piece that does not continue the ids before it."""
+    a document begins, or a piece that does not continue the ids before it. `uncounted`: the ranges of places whose ids
+    are of prompts, which the loss does not count as labels."""
 
     ids: npt.NDArray[np.int64]
     cursor: Cursor
     documents: tuple[DocumentName, ...]
     skipped: tuple[SkippedRecord, ...] = ()
     starts: Sequence[int] = ()
+    uncounted: Sequence[tuple[int, int]] = ()
 
 
 class Piece(NamedTuple):
-    """The ids (int32) of a document, or of a piece of one. `continues`: it goes on where the piece before it ended."""
+    """The ids (int32) of a document, or of a piece of one. `continues`: it goes on where the piece before it ended.
+    `prompt`: the number of ids at its beginning that the loss does not count as labels."""
 
     ids: Ids
     cursor: Cursor
     document: DocumentId
     continues: bool
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,17 @@ class Streams:
     skip_bad: bool = False
     overlap: int = 1
     most: int | None = None
+    packing: str = "concat"
 
     def windows(self, stream: int, cursor: Cursor = START) -> Iterator[Window]:
         """Yields the windows of a stream from `cursor` on."""
         skipped: deque[SkippedRecord] = deque()  # read ahead of the windows
         documents = tokenized(self.documents(stream, cursor, skipped), self.tokenizer, self.seq_len)
-        for window in islice(windows(documents, self.seq_len, cursor, self.overlap), self.most):
+        if self.packing == "pad":
+            made = rows_of_records(documents, self.seq_len, cursor)
+        else:
+            made = windows(documents, self.seq_len, cursor, self.overlap)
+        for window in islice(made, self.most):
             passed = []
             while skipped and skipped[0].nth <= window.cursor.skipped:
                 passed.append(skipped.popleft())
@@ -290,20 +299,26 @@ def _continues(before: Document, document: Document) -> bool:
 
 def _encode(group: list[tuple[Document, Cursor, bool]], tokenizer: Tokenizer) -> Iterator[Piece]:
     encoded = encode_documents([document for document, _, _ in group], tokenizer)
-    for (document, cursor, continues), ids in zip(group, encoded, strict=True):
-        yield Piece(ids, cursor, document.id, continues)
+    for (document, cursor, continues), (ids, prompt) in zip(group, encoded, strict=True):
+        yield Piece(ids, cursor, document.id, continues, prompt)
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Ids]:
-    """Yields the ids (int32) of each document, with BOS and EOS at the ends of whole documents."""
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Ids, int]]:
+    """Yields the ids (int32) of each document, with BOS and EOS at the ends of whole documents, and how many of them
+    are those of BOS and a prompt; 0 without a prompt. Prompt and text are encoded apart."""
     # If one token is both BOS and EOS, only the one at the end separates two documents.
     bos = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    encoded = tokenizer.encode_batch([document.text for document in documents]) if documents else []
-    for document, ids in zip(documents, encoded, strict=True):
+    prompts = [document.text[: document.prompt] for document in documents if document.prompt]
+    texts = [document.text[document.prompt :] if document.prompt else document.text for document in documents]
+    encoded = iter(tokenizer.encode_batch([*texts, *prompts]) if documents else [])
+    of_texts = list(islice(encoded, len(texts)))
+    for document, ids in zip(documents, of_texts, strict=True):
         before = np.array(bos if document.begins else [], np.int32)
         after = np.array(eos if document.ends else [], np.int32)
-        yield np.concatenate((before, ids, after))
+        if document.prompt:
+            before = np.concatenate((before, next(encoded)))
+        yield np.concatenate((before, ids, after)), len(before) if document.prompt else 0
 
 
 def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, overlap: int = 1) -> Iterator[Window]:
@@ -321,7 +336,8 @@ def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, ove
     cursor = START
     inside: list[DocumentId] = []
     starts: list[int] = []
-    for ids, cursor, document, continues in documents:
+    uncounted: list[tuple[int, int]] = []
+    for ids, cursor, document, continues, prompt in documents:
         at = start.token if cursor[:3] == start[:3] else 0
         if at < len(ids):
             inside.append(document)
@@ -330,15 +346,27 @@ def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, ove
         while at < len(ids):
             taken = min(len(ids) - at, seq_len + 1 - filled)
             window[filled : filled + taken] = ids[at : at + taken]
+            if at < prompt:
+                uncounted.append((filled, filled + min(prompt - at, taken)))
             filled, at = filled + taken, at + taken
             if filled == seq_len + 1:
-                yield Window(window, cursor._replace(token=at - overlap), tuple(inside), starts=starts)
+                yield Window(window, cursor._replace(token=at - overlap), tuple(inside), (), starts, uncounted)
                 last = window[-1]
                 window = np.empty(seq_len + 1, np.int64)
                 window[0], filled = last, overlap
-                inside, starts = [document] if at - overlap < len(ids) else [], []
+                inside, starts, uncounted = [document] if at - overlap < len(ids) else [], [], []
     if overlap and filled > 1:
-        yield Window(window[:filled], cursor, tuple(inside), starts=starts)
+        yield Window(window[:filled], cursor, tuple(inside), (), starts, uncounted)
+
+
+def rows_of_records(documents: Iterable[Piece], seq_len: int, start: Cursor = START) -> Iterator[Window]:
+    """Yields one window for each document, or piece of a long text, with its first seq_len + 1 ids at most. A document
+    of one id has no label, and gives no window."""
+    for ids, cursor, document, _, prompt in documents:
+        if len(ids) > 1 and not (cursor[:3] == start[:3] and start.token):
+            uncounted = [(0, min(prompt, seq_len + 1))] if prompt else []
+            row = ids[: seq_len + 1].astype(np.int64)
+            yield Window(row, cursor._replace(token=len(ids)), (document,), (), (), uncounted)
 
 
 class _Feed:

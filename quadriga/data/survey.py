@@ -42,12 +42,14 @@ def open_surveyed(
     endless: bool,
     streams: int = 1,
     sample: bool = True,
+    fills_rows: bool = True,
 ) -> Source:
     """`open_source` after a survey, with the tokens of one window as the least. `endless`: for training. `sample`: also
-    survey data of more than WHOLE_BYTES."""
+    survey data of more than WHOLE_BYTES. `fills_rows`: False if a row has one record, which may be shorter."""
     source = open_source(keys, streams=streams)
     # A pass with overlap can end with a partial window; without overlap it gives only full windows.
-    least = seq_len + 1 if endless or dataloader.window_overlap == 0 else 2
+    full = fills_rows and (endless or dataloader.window_overlap == 0)
+    least = seq_len + 1 if full else 2
     if sample or source.disk_bytes <= WHOLE_BYTES:
         skip_bad = dataloader.on_bad_record == "skip"
         survey(source, tokenizer, least, skip_bad=skip_bad, key=f"{keys.table}.dataset_path", path=keys.path)

@@ -13,7 +13,7 @@ import numpy as np
 
 from quadriga.config.schema import Fetching, TokenKeys
 from quadriga.data.changes import differences
-from quadriga.data.loader import BatchPart, Loader
+from quadriga.data.loader import CONCATENATED, BatchPart, Loader, RowFormat
 from quadriga.data.streams import START, Window
 from quadriga.data.token_data import format_tokens, open_tokens
 from quadriga.data.token_files import TokenFiles
@@ -35,8 +35,8 @@ def build_token_loader(
     rows: range,
     dataloader: Fetching,
     infinite: bool = True,
-    document_mask: bool = False,
     windows: int | None = None,
+    rows_have: RowFormat = CONCATENATED,
     assets: str | None = None,
 ) -> TokenLoader:
     """The loader of `rows` of the global batch, of token files; `loader.build_loader` describes the arguments, and
@@ -45,9 +45,9 @@ def build_token_loader(
     Not infinite (validation): with an overlap, the last row of a pass can be short.
     Raises UserError as `open_tokens`.
     """
-    how: dict[str, Any] = {"seed": seed, "assets": assets, "document_mask": document_mask}
+    how: dict[str, Any] = {"seed": seed, "assets": assets, "document_mask": rows_have.document_mask}
     files, order = open_tokens(keys, dataloader, seq_len, vocab_size, endless=infinite, **how)
-    own: dict[str, Any] = {"endless": infinite, "most": windows, "document_mask": document_mask}
+    own: dict[str, Any] = {"endless": infinite, "most": windows, "rows_have": rows_have._replace(packing="concat")}
     return TokenLoader(files, order, vocab_size, global_batch_size, rows, dataloader, **own)
 
 
@@ -65,12 +65,12 @@ class TokenLoader(Loader):
         *,
         endless: bool,
         most: int | None = None,
-        document_mask: bool = False,
+        rows_have: RowFormat = CONCATENATED,
     ) -> None:
         """`vocab_size`: of the model; larger ids and negative ones end the run. `most`: the windows of one pass, if it
         is not endless; None: all."""
         order = (windows.seq_len, global_batch_size, rows, dataloader)
-        super().__init__(*order, endless=endless, document_mask=document_mask)
+        super().__init__(*order, endless=endless, rows_have=rows_have)
         self._end = None if endless else windows.count if most is None else min(most, windows.count)
         self._reader = TokenReader(files, windows, vocab_size)
         self._slots = 0  # rows of the global batch that were consumed since the start of the run

@@ -15,9 +15,10 @@ The fields of a record:
 - `data_wait`: seconds that this rank waited for data in these steps; `data_wait_share`: divided by their elapsed time.
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `source_tokens`, `source_epochs`: of a mixture, by the name of each source, since the run began.
-- `keys_per_token`: with `training.document_mask`, the mean number of keys that a token sees. `tflops` and `mfu` count
-  this attention. `attention_imbalance`: the pairs of a query and a key that the rank with the most of them sees in the
-  logged step, divided by the mean of the ranks.
+- `keys_per_token`: with `training.document_mask`, `packing = "pad"` or prompts, the pairs of a query and a key that
+  attention sees, divided by the tokens. `tflops` and `mfu` count this attention. `attention_imbalance`: the pairs of the
+  rank with the most of them in the logged step, divided by the mean of the ranks.
+- `row_fill`: with `training.packing = "pad"`, the share of the rows that is not filled up.
 - `set`: of a validation, the name of the held-out set; absent if the run has one without a name.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.
 """
@@ -56,6 +57,7 @@ class Meter:
         peak_flops: float | None,
         bfloat16_peak: float | None = None,
         flops_of_documents: tuple[float, float] | None = None,
+        row_tokens: int | None = None,
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -63,11 +65,11 @@ class Meter:
         checkpoint); `tokens_seen`: of the whole run before that step; `devices`: ranks of the run; `peak_flops`: of
         one device in FLOP/s for the compute dtype, None if unknown; `bfloat16_peak`: that for `mfu_bfloat16`;
         `flops_of_documents`: for steps with documents, per token without attention, and per pair of a query and a key
-        that attention sees."""
+        that attention sees; `row_tokens`: of the full rows of a step, if rows are filled up."""
         self._log_freq, self._steps = section.log_freq, steps
         self._attempt, self._devices = attempt, devices
         self._flops_per_token, self._peak_flops, self._bfloat16_peak = flops_per_token, peak_flops, bfloat16_peak
-        self._flops_of_documents = flops_of_documents
+        self._flops_of_documents, self._row_tokens = flops_of_documents, row_tokens
         self._window_pairs: torch.Tensor | None = None  # that attention saw in these steps, with documents
         self._memory = memory_reader(device)
         self._clock = clock
@@ -124,6 +126,7 @@ class Meter:
             "eta_seconds": self._remaining(metrics.step, now, wall / count),
             **_of_sources(metrics.sources or {}),
             **documents,
+            **({} if self._row_tokens is None else {"row_fill": tokens / (count * self._row_tokens)}),
         }
         self._window_start, self._window_step, self._window_tokens = now, metrics.step, metrics.tokens_seen
         self._window_wait = self._window_pause = 0.0

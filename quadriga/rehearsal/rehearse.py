@@ -83,7 +83,7 @@ class EmptyLoader:
         if not self.document_mask:
             return Batch(tokens, tokens)
         positions, borders = document_tensors([()] * self.rows, self.seq_len)
-        return Batch(tokens, tokens, positions=positions, borders=borders)
+        return Batch(tokens, tokens, positions=positions, borders=borders, tokens_read=tokens.numel())
 
 
 def empty_loader(run: Run) -> Loader:

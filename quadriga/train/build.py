@@ -162,6 +162,7 @@ def build_trainer(run: Run, environ: Mapping[str, str], watchdog: Watchdog) -> T
             flops_per_token=registry.flops_per_token(spec.model, spec.seq_len),
             peak_flops=peak_flops(device, config.training),
             bfloat16_peak=bfloat16_peak(device, config.training),
+            row_tokens=spec.tokens_per_step if config.training.packing == "pad" else None,
             flops_of_documents=(registry.flops_per_token(spec.model, 0), registry.flops_per_pair(spec.model)),
             device=device,
         ),

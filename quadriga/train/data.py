@@ -9,7 +9,7 @@ import torch
 from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS, Fetching, HeldOut
-from quadriga.data.loader import Loader, StreamLoader, build_loader
+from quadriga.data.loader import Loader, StreamLoader, build_loader, row_format
 from quadriga.data.mixture_data import collected
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
 from quadriga.data.token_loader import build_token_loader
@@ -32,10 +32,10 @@ def training_loader(run: Run, rows: range, device: torch.device) -> Loader:
         tokenizer = build_tokenizer(run.config.model.hf_assets_path) if section.reads_text else None
         return build_mixture_loader(section, tokenizer, spec.model.vocab_size, **order, assets=spec.tokenizer.assets)
     if section.dataset == TOKENS:
-        order |= {"document_mask": section.document_mask, "assets": spec.tokenizer.assets}
+        order |= {"rows_have": row_format(section), "assets": spec.tokenizer.assets}
         return build_token_loader(section.token_keys, spec.model.vocab_size, **order)
     tokenizer = build_tokenizer(run.config.model.hf_assets_path)
-    return build_loader(section.text_keys, tokenizer, **order, document_mask=section.document_mask)
+    return build_loader(section.text_keys, tokenizer, **order, rows_have=row_format(section))
 
 
 def validation_loaders(run: Run, mesh: Mesh, device: torch.device, training: Loader) -> list[Loader]:
@@ -53,7 +53,7 @@ def validation_loaders(run: Run, mesh: Mesh, device: torch.device, training: Loa
         "rows": range(mesh.batch_rank * share, (mesh.batch_rank + 1) * share),
         "dataloader": dataloader_on(device, section.dataloader),
         "infinite": False,
-        "document_mask": run.config.training.document_mask,
+        "rows_have": row_format(run.config.training),
         "windows": what.windows,
     }
     known = training.tokenizer if isinstance(training, StreamLoader | MixtureLoader) else None

@@ -39,7 +39,7 @@ class Feed:
         many ranks read the same rows."""
         self._group, self._copies = group, copies
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._counted = 0
+        self._own = (0, 0)  # of the last batch
         self._error: Exception | None = None
         self._before: Any = None
 
@@ -49,17 +49,19 @@ class Feed:
         self._before = loader.snapshot()
         batch = self._read(loader)
         batch = loader.empty() if batch is None else batch
-        self._counted = 0 if batch.positions is None else batch.counted_labels
+        self._own = (0, 0) if batch.tokens_read is None else (batch.counted_labels, batch.tokens_read)
         self._start_agreement()
         return batch
 
-    def counted_labels(self) -> int:
-        """The labels of the last batch that count, over all ranks. Only of batches with documents."""
+    def labels_and_tokens(self) -> tuple[int, int]:
+        """The labels of the last batch that the loss counts, and its `tokens_read`, over all ranks. Only of batches that
+        have `tokens_read`."""
         if self._pending is None:
-            return self._counted
+            return self._own
         work, numbers = self._pending
         work.wait()
-        return int(numbers[1].item()) // self._copies
+        labels, tokens = numbers[1:].tolist()
+        return labels // self._copies, tokens // self._copies
 
     def check(self, loader: Loader) -> None:
         """Call on all ranks before the step changes anything. Raises DataFault on all ranks if one had no batch; the
@@ -95,10 +97,10 @@ class Feed:
             return None
 
     def _start_agreement(self) -> None:
-        """Start the all-reduce of the failure flag and of the number of labels that count."""
+        """Start the all-reduce of the failure flag and of the numbers of the batch."""
         if self._group is None:
             return
-        numbers = torch.tensor([self._error is not None, self._counted], dtype=torch.int64)
+        numbers = torch.tensor([self._error is not None, *self._own], dtype=torch.int64)
         work = dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
         assert work is not None
         self._pending = work, numbers

@@ -31,8 +31,8 @@ class StepConfig:
     """The settings that all steps of a run share.
 
     Losses and gradients are sums: each micro-batch of each rank contributes the sum over its tokens divided by
-    `divisor`, the number of labels of a step over all ranks that count: `tokens_per_step`, or with documents what the
-    ranks count in each step.
+    `divisor`, the number of labels of a step over all ranks that count: `tokens_per_step`, or what the ranks count in
+    each step, if it differs (`Batch.tokens_read`).
     """
 
     forward_backward: ForwardBackward
@@ -53,9 +53,10 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     with record_function("quadriga:data_wait"):
         batch = state.feed.next(state.loader)
     progress.enter_phase("forward and backward")
-    work = None
-    if batch.positions is not None:
-        step_config.divisor.value = max(state.feed.counted_labels(), 1)
+    work, tokens = None, step_config.tokens_per_step
+    if batch.tokens_read is not None:
+        labels, tokens = state.feed.labels_and_tokens()
+        step_config.divisor.value = max(labels, 1)
         work = step_config.forward_backward.shard.work_of(batch, step_config.divisor.value)
     lr = float(state.schedule.get_last_lr()[0])
     loss = torch.zeros((), dtype=torch.float64, device=step_config.device)  # the order of the sum must not show
@@ -76,7 +77,7 @@ def train_step(state: TrainState, step_config: StepConfig, mesh: Mesh) -> StepMe
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     state.step += 1
-    state.tokens_seen += step_config.tokens_per_step
+    state.tokens_seen += tokens
     return StepMetrics(
         step=state.step,
         loss=totals.loss,
@@ -139,11 +140,10 @@ class LocalShard:
 
     def work_of(self, batch: Batch, counted: int) -> LocalWork:
         """The rank's part of the work of a step, of which `counted` labels count over all ranks."""
-        assert batch.positions is not None
         here = self._on_host
-        labels, positions = batch.labels[:, here], batch.positions[:, here]
-        share = int((labels != IGNORE).sum()) / counted
-        return LocalWork(share, int((positions + 1).sum()))  # a token sees its document up to itself
+        share = int((batch.labels[:, here] != IGNORE).sum()) / counted
+        places = here.expand(len(batch.labels), -1) if batch.positions is None else batch.positions[:, here]
+        return LocalWork(share, int((places + 1).sum()))  # a token sees its document up to itself
 
     def _local(self, of_rows: Tensor) -> Tensor:
         on_device = of_rows.to(self.device, non_blocking=True)

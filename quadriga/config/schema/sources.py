@@ -33,7 +33,7 @@ class TokenKeys(NamedTuple):
 
 
 class TextKeys(NamedTuple):
-    """Which texts are read, and how. `path` to `streaming` are `dataset_path`, `dataset_text_field` and so on. `table`:
+    """Which texts are read, and how. `path` to `prompt` are `dataset_path`, `dataset_text_field` and so on. `table`:
     `training`, `validation` or a source, as `training.sources[NAME]`, for messages."""
 
     dataset: str
@@ -44,6 +44,7 @@ class TextKeys(NamedTuple):
     config: str | None = None
     split: str | None = None
     streaming: bool = True
+    prompt: str | None = None
 
 
 def token_column(field: str) -> str | None:
@@ -74,6 +75,9 @@ class DataSource(Section):
 
     dataset_template: Name | None = None
     """Makes a document of several fields, as `"{title}\\n{text}"`; `{{` and `}}` are braces. It replaces the field."""
+
+    dataset_prompt: Name | None = None
+    """A template of what stands before the document, as `"{question}\n"`. The loss does not count its tokens."""
 
     dataset_config: Name | None = None
     """The configuration of a data set of the Hub; none is its only one."""
@@ -110,6 +114,7 @@ class DataSource(Section):
             self.dataset_config,
             self.dataset_split,
             self.dataset_streaming,
+            self.dataset_prompt,
         )
 
     @property

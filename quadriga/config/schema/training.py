@@ -76,6 +76,9 @@ class Training(DataSource):
     seq_len: Count = 2048
     """Tokens in one sequence."""
 
+    packing: Literal["concat", "pad"] = "concat"
+    """Rows of text: `concat` has documents end to end; `pad` has one record, cut at `seq_len` and filled up."""
+
     document_mask: bool = False
     """No token attends to another document of its row, and positions begin at 0 in each document."""
 
@@ -120,7 +123,9 @@ class Training(DataSource):
     @property
     def foreign_to_torchtitan(self) -> str | None:
         """What the data are, if torchtitan reads nothing like them."""
-        return "a mixture" if self.sources else "token files" if self.dataset == TOKENS else None
+        if self.sources or self.dataset == TOKENS:
+            return "a mixture" if self.sources else "token files"
+        return "rows of one record" if self.packing == "pad" else None
 
     @property
     def end_of_document(self) -> int | None:
@@ -159,6 +164,9 @@ class HeldOut(Section):
     dataset_template: Name | None = None
     """As `training.dataset_template`; none is that of `training`, if `dataset_text_field` is not set here either."""
 
+    dataset_prompt: Name | None = None
+    """As `training.dataset_prompt`; none is that of `training`, if field and template are not set here either."""
+
     dataset_config: Name | None = None
     """The configuration of a data set of the Hub; none is that of `training`, if both have the same path."""
 
@@ -195,8 +203,9 @@ class HeldOut(Section):
     def text_keys(self, training: Training) -> TextKeys:
         """How texts are read. Without a field and a template, they are those of `training`."""
         field, template, config = self.dataset_text_field, self.dataset_template, self.dataset_config
+        prompt = self.dataset_prompt
         if field is None and template is None:
-            template = training.dataset_template
+            template, prompt = training.dataset_template, prompt or training.dataset_prompt
         if config is None and self.dataset_path == training.dataset_path:
             config = training.dataset_config
         streaming = training.dataset_streaming if self.dataset_streaming is None else self.dataset_streaming
@@ -209,6 +218,7 @@ class HeldOut(Section):
             config,
             self.dataset_split,
             streaming,
+            prompt,
         )
 
     def token_keys(self, training: Training) -> TokenKeys:
