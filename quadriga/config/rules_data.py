@@ -86,9 +86,8 @@ def rows_of_one_record_are_text(ctx: RuleContext) -> Findings:
     training = ctx.config.training
     if training.packing == "pad" and any(each.dataset == TOKENS for each in training.sources or (training,)):
         what = "the windows of token files are cut without regard to documents, so a row is not one record"
-        yield Conflict(
-            what, 'set training.packing = "concat", with training.document_mask = true to separate documents'
-        )
+        fix = 'set training.packing = "concat", and training.document_mask = true to separate documents'
+        yield Conflict(what, fix)
 
 
 def _needs_dtype(table: str) -> Callable[[RuleContext], Findings]:

@@ -33,7 +33,7 @@ class Template(NamedTuple):
 
 
 class DocumentTemplate(NamedTuple):
-    """How a document is made of the fields of a record. `prompt`: of the text before it, which the loss does not count."""
+    """How a document is made of the fields of a record. `prompt`: of the text before it, whose tokens are no labels."""
 
     text: Template
     prompt: Template | None = None

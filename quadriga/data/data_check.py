@@ -37,7 +37,7 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
     elif training.dataset == TOKENS:
         problems = _problems_of(training, lambda: training_tokens(training, spec, spec.model.vocab_size))
     else:
-        problems = _survey(spec, training, training.text_keys, spec.seq_len, training.dataloader)
+        problems = _survey(spec, training, training.text_keys, spec.seq_len, training.dataloader, training.packing)
     if spec.validation is not None:
         dataloader, seq_len = validation.dataloader, spec.validation.seq_len
         for each in validation.read_sets:
@@ -45,7 +45,7 @@ def data_problems(training: Training, validation: Validation, spec: RunSpec) -> 
                 opened = partial(held_out_tokens, each, training, dataloader, spec, spec.model.vocab_size)
                 problems += _problems_of(each, opened)
             else:
-                problems += _survey(spec, each, each.text_keys(training), seq_len, dataloader)
+                problems += _survey(spec, each, each.text_keys(training), seq_len, dataloader, training.packing)
     return problems
 
 
@@ -67,15 +67,16 @@ def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
             opened = partial(open_tokens, keys, training.dataloader, *sizes, endless=True, **how)
             problems += _problems_of(source, opened)
         else:
-            problems += _survey(spec, source, source.text_keys, spec.seq_len, training.dataloader)
+            problems += _survey(spec, source, source.text_keys, spec.seq_len, training.dataloader, training.packing)
     return problems
 
 
 def _survey(
-    spec: RunSpec, section: DataSource | HeldOut, keys: TextKeys, seq_len: int, dataloader: Fetching
+    spec: RunSpec, section: DataSource | HeldOut, keys: TextKeys, seq_len: int, dataloader: Fetching, packing: str
 ) -> list[Problem]:
     tokenizer, endless = build_tokenizer(spec.tokenizer.path), not isinstance(section, HeldOut)
-    opened = partial(open_surveyed, keys, tokenizer, seq_len, dataloader, endless=endless)
+    fills_rows = packing == "concat"
+    opened = partial(open_surveyed, keys, tokenizer, seq_len, dataloader, endless=endless, fills_rows=fills_rows)
     return _problems_of(section, lambda: opened(sample=False))
 
 

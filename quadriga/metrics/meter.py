@@ -16,8 +16,8 @@ The fields of a record:
 - `memory_*`: of this rank's device, peaks since the record before; on a CPU of the process (`memory_reader`).
 - `source_tokens`, `source_epochs`: of a mixture, by the name of each source, since the run began.
 - `keys_per_token`: with `training.document_mask`, `packing = "pad"` or prompts, the pairs of a query and a key that
-  attention sees, divided by the tokens. `tflops` and `mfu` count this attention. `attention_imbalance`: the pairs of the
-  rank with the most of them in the logged step, divided by the mean of the ranks.
+  attention sees, divided by the tokens. `tflops` and `mfu` count this attention. `attention_imbalance`: the pairs of
+  the rank with the most of them in the logged step, divided by the mean of the ranks.
 - `row_fill`: with `training.packing = "pad"`, the share of the rows that is not filled up.
 - `set`: of a validation, the name of the held-out set; absent if the run has one without a name.
 - `eta_seconds`: remaining steps x mean elapsed time per step since the first record, including pauses.

@@ -54,8 +54,7 @@ class Feed:
         return batch
 
     def labels_and_tokens(self) -> tuple[int, int]:
-        """The labels of the last batch that the loss counts, and its `tokens_read`, over all ranks. Only of batches that
-        have `tokens_read`."""
+        """The labels of the last batch that the loss counts, and its `tokens_read`, over all ranks, if it has them."""
         if self._pending is None:
             return self._own
         work, numbers = self._pending
