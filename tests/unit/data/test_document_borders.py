@@ -16,7 +16,7 @@ from token_writers import write_megatron
 
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.document_borders import document_tensors
-from quadriga.data.loader import IGNORE, Batch, StreamLoader, build_loader
+from quadriga.data.loader import IGNORE, Batch, RowFormat, StreamLoader, build_loader
 from quadriga.data.token_data import open_tokens
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
@@ -36,7 +36,7 @@ def make(keys: TextKeys, rows: range = range(BATCH), *, infinite: bool = True, m
         rows=rows,
         dataloader=Dataloader(**options),
         infinite=infinite,
-        document_mask=mask,
+        rows_have=RowFormat(document_mask=mask),
     )
 
 
@@ -169,7 +169,9 @@ def test_documents_of_token_files(tmp_path: Path, kind: str) -> None:
         ids.tofile(tmp_path / "a.bin")
         keys = TokenKeys("training", str(tmp_path / "a.bin"), "raw", "uint16", eos, None)
     order = {"seed": 3, "seq_len": SEQ, "global_batch_size": 2, "rows": range(2)}
-    loader = build_token_loader(keys, 10, **order, dataloader=Dataloader(shuffle=False), document_mask=True)
+    loader = build_token_loader(
+        keys, 10, **order, dataloader=Dataloader(shuffle=False), rows_have=RowFormat(document_mask=True)
+    )
     for number, batch in enumerate(islice(loader, len(ids) // SEQ // 2)):
         for row in range(2):
             start = (2 * number + row) * SEQ
