@@ -157,6 +157,25 @@ def test_one_and_two_ranks_train_documents_as_alone(oracle: Trace) -> None:
     compare(2, cases, oracle)
 
 
+def weights_of(mask: bool) -> list[torch.Tensor]:
+    """The weights after some steps, in which each row is one document."""
+    import pipelines
+
+    pipelines.document_starts = lambda step, rows, seq_len: ((),) * rows
+    run = read_run((f"--training.document_mask={str(mask).lower()}", *FULL), dist.get_world_size())
+    mesh = build_mesh(run.spec.degrees, "cpu")
+    state = make_state(run, mesh)
+    step_config = build_step_config(run, mesh, CPU, state.parts)
+    for _ in range(STEPS):
+        train_step(state, step_config, mesh)
+    return list(whole_weights(state).values())
+
+
+def test_one_document_per_row_trains_as_no_mask_to_the_bit() -> None:
+    for masked, plain in zip(run_ranks(weights_of, 2, True), run_ranks(weights_of, 2, False), strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(masked, plain, strict=True))
+
+
 @pytest.mark.slow
 def test_two_ranks_train_documents_as_alone(oracle: Trace) -> None:
     cases = [

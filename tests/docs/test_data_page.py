@@ -109,6 +109,17 @@ def test_documents_are_made_of_fields_as_on_the_page(tmp_path: Path, monkeypatch
     assert "# Emma" in capsys.readouterr().out
 
 
+def test_answers_are_trained_on_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("toml", section("Documents and rows"))
+    records = [{"question": f"What is {number}?", "answer": f"A number. {'It is even. ' * 9}"} for number in range(99)]
+    Path("instructions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{example}')
+    assert "jsonl from instructions.jsonl" in " ".join(dry_run([], capsys, "run.toml").split())
+    assert quadriga(["data", "run.toml"]) == 0
+    assert "What is 0?" in capsys.readouterr().out
+
+
 def test_a_saved_data_set_is_read_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
     import datasets
 
