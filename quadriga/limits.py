@@ -80,6 +80,7 @@ TOKEN_ROW_GROUP = 1 << 26  # ids, or rows, of one row group of Parquet, which is
 TOKEN_EMPTY_DOCUMENTS = 1 << 20  # documents without ids within one range of ids, each of which is read
 TOKEN_CACHE_BYTES = 256 * MIB  # decoded row groups that are kept, besides the newest one
 ARROW_METADATA_BYTES = 16 * MIB  # of one message or footer of an Arrow file; a batch of 10 columns has 1 KiB
+ARROW_BATCH_BYTES = 1024 * MIB  # of one record batch with texts that cannot be read in place
 ARROW_BATCHES = 1 << 20  # record batches of one Arrow file; the library `datasets` writes 1,000 rows in each
 NPY_HEADER_BYTES = 10_000  # of a NumPy file; real ones have 128
 

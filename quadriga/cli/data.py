@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from quadriga.cli.arguments import Parser, count, run_from_file
-from quadriga.cli.sources import ARGUMENTS, arguments_in_messages, data_named
+from quadriga.cli.sources import ARGUMENTS, add_text_arguments, arguments_in_messages, data_named, text_keys
 from quadriga.config.assets import BUILTIN_TOKENIZER
-from quadriga.config.schema import TEXT_FIELD, TOKENS, Dataloader, TextKeys, TokenKeys
+from quadriga.config.schema import TOKENS, Dataloader, TextKeys, TokenKeys
 from quadriga.config.schema.sources import TokenFormat, TokenType
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Problem, UserError, printable
 from quadriga.units import format_count, plural
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--full", action="store_true", help="show the whole text of rows")
     parser.add_argument("--dataset", metavar="NAME", help="text, jsonl, tokens, ...; by default by the names of files")
     parser.add_argument("--field", metavar="NAME", help="the field or column of the documents or ids")
-    parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
+    add_text_arguments(parser)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="as model.hf_assets_path (default: bytes; ids of tokens)")
     parser.add_argument("--seq-len", type=count, default=256, metavar="N", help="ids of a row (default: 256)")
     parser.add_argument("--token-format", choices=get_args(TokenFormat), default="auto", help="as in the configuration")
@@ -88,13 +89,12 @@ def _of_configuration(file: Path) -> list[DataChoice]:
     return choices
 
 
-def _of_arguments(chosen: object) -> DataChoice:
+def _of_arguments(chosen: Namespace) -> DataChoice:
     options = vars(chosen)
     dataset, path = data_named(options["what"], options["dataset"], lambda name: True)
     if dataset != TOKENS:
         assets = options["tokenizer"] or BUILTIN_TOKENIZER
-        texts = TextKeys(dataset, path, field=options["field"] or TEXT_FIELD, template=options["template"])
-        return DataChoice(texts, assets, options["seq_len"])
+        return DataChoice(text_keys(dataset, path, chosen), assets, options["seq_len"])
     how = options["token_format"], options["token_dtype"], options["token_eos_id"], options["field"]
     keys = TokenKeys("training", path or "", *how)
     return DataChoice(keys, options["tokenizer"], options["seq_len"])

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from quadriga.cli.arguments import Parser
 from quadriga.config.assets import DATASETS, data_files, dataset_problem
-from quadriga.config.schema import TOKENS
+from quadriga.config.schema import TEXT_FIELD, TOKENS, TextKeys
 from quadriga.errors import Problem, UserError, shortened
 
 ARGUMENTS = {
     "training.dataset_text_field": "--field",
     "training.dataset_template": "--template",
+    "training.dataset_config": "--config",
+    "training.dataset_split": "--split",
+    "training.dataset_streaming = false": "--download",
+    "training.dataset_streaming": "--download",
     "training.dataset_path": "SOURCE",
     "training.dataset": "--dataset",
     "training.seq_len": "--seq-len",
@@ -22,6 +28,20 @@ ARGUMENTS = {
     "training.token_dtype": "--token-dtype",
     "training.token_eos_id": "--token-eos-id",
 }
+
+
+def add_text_arguments(parser: Parser) -> None:
+    """The arguments of `text_keys`, beside `--field`."""
+    parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
+    parser.add_argument("--config", metavar="NAME", help="of a data set of the Hub (--dataset hub)")
+    parser.add_argument("--split", metavar="NAME", help="of a data set of the Hub, or of a folder of save_to_disk")
+    parser.add_argument("--download", action="store_true", help="download a data set of the Hub first, once")
+
+
+def text_keys(dataset: str, path: str | None, chosen: Namespace) -> TextKeys:
+    """Which texts arguments name."""
+    field, template = chosen.field or TEXT_FIELD, chosen.template
+    return TextKeys(dataset, path, "training", field, template, chosen.config, chosen.split, not chosen.download)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quadriga.cli.arguments import Parser, count
-from quadriga.cli.sources import arguments_in_messages, data_named
-from quadriga.config.schema import TOKENS, TextKeys
+from quadriga.cli.sources import add_text_arguments, arguments_in_messages, data_named, text_keys
+from quadriga.config.schema import TOKENS
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.units import format_count, format_seconds, plural
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dataset", metavar="NAME", help="text, jsonl, parquet, ...; by default by the names of files")
     parser.add_argument("--field", default="text", help="the field or column of the documents (default: text)")
-    parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
+    add_text_arguments(parser)
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--shard-tokens", type=count, default=100_000_000, metavar="N", help="least ids of a shard (default: 100000000)"
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with arguments_in_messages():
         dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
-        keys = TextKeys(dataset, path, field=chosen.field, template=chosen.template)
+        keys = text_keys(dataset, path, chosen)
         skip = chosen.on_bad_record == "skip"
         job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens)
         try:

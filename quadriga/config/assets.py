@@ -32,13 +32,14 @@ TIKTOKEN_SPECIALS = 256  # special tokens of Llama 3, in addition to the ranks o
 @dataclass(frozen=True)
 class DatasetKind:
     """One kind of data set. `suffixes`: of the files that are read from a folder; `path`: none, optional or needed.
-    `keys`: those of `OPTIONAL_KEYS` that it has."""
+    For the Hub it is that of a repository. `keys`: those of `OPTIONAL_KEYS` that it has."""
 
     suffixes: tuple[str, ...]
     path: str
     keys: tuple[str, ...] = ()
 
 
+HUB = "hub"  # any data set of the Hugging Face Hub
 PACKED = (".gz", ".zst")  # of texts and JSON lines that are compressed
 TOKEN_KEYS = ("token_format", "token_dtype", "token_eos_id")
 OPTIONAL_KEYS = ("dataset_template", "dataset_config", "dataset_split", "dataset_streaming", *TOKEN_KEYS)
@@ -57,6 +58,8 @@ DATASETS: Mapping[str, DatasetKind] = {
     "text": DatasetKind(_plain_or_packed(".txt", ".text", ".md", ".rst"), "needed"),
     "jsonl": DatasetKind(_plain_or_packed(".jsonl", ".json", ".ndjson"), "needed", TEMPLATE),
     "parquet": DatasetKind((".parquet",), "needed", TEMPLATE),
+    "arrow": DatasetKind((".arrow",), "needed", (*TEMPLATE, "dataset_split")),
+    HUB: DatasetKind((), "repository", (*TEMPLATE, "dataset_config", "dataset_split", "dataset_streaming")),
     TOKENS: DatasetKind((".bin", ".npy", ".parquet", ".arrow"), "needed", TOKEN_KEYS),
 }
 
@@ -158,8 +161,11 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
         return Problem(
             f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
         )
+    if needs == "repository" and path is None:
+        what, fix = "no data set of the Hub is named", f'set {key}_path to its name, as "org/name"'
+        return Problem(f"{key}, {key}_path", what, dataset, source, fix=fix)
     if needs == "none" and path is not None:
-        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet or tokens"
+        fix = f"remove {key}_path, or read the files there with {key} = text, jsonl, parquet, arrow or tokens"
         return Problem(f"{key}, {key}_path", "this data set has no path", f"{dataset}, {path}", source, fix=fix)
     return None
 
@@ -182,8 +188,8 @@ def _by_suffix(path: str | None) -> str | None:
 
 
 def missing_files(key: str, dataset: str, path: str, source: str | None) -> Problem | None:
-    """A problem if there is nothing to read at `path`, else None."""
-    if data_files(dataset, path):
+    """A problem if there is nothing to read at `path`, else None. Names of the Hub are not looked up."""
+    if DATASETS[dataset].path == "repository" or data_files(dataset, path):
         return None
     place = Path(path).expanduser()
     if os.path.isdir(place):

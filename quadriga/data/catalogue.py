@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from quadriga.config.assets import dataset_problem
+from quadriga.config.assets import HUB, dataset_problem
 from quadriga.config.schema import TextKeys
+from quadriga.data.arrow_text import ArrowTextSource, arrow_files
 from quadriga.data.builtin import BuiltinSource
 from quadriga.data.files import c4_files, find_files
-from quadriga.data.hub import HubSource
+from quadriga.data.hub import HubSource, open_hub
 from quadriga.data.jsonl import JsonlSource
 from quadriga.data.parquet import ParquetSource
 from quadriga.data.sources import Source
@@ -31,6 +32,10 @@ def open_source(keys: TextKeys, *, streams: int = 1) -> Source:
         return BuiltinSource(held_out=dataset == "builtin_validation")
     if dataset in C4_SPLITS:
         return JsonlSource(c4_files(path, C4_SPLITS[dataset], path_key), keys)
+    if dataset == HUB:
+        return open_hub(keys, streams)
+    if dataset == "arrow":
+        return ArrowTextSource(arrow_files(keys), keys)
     files = find_files(dataset, path, path_key)
     if dataset == "text":
         return TextSource(files, streams=streams)

@@ -66,6 +66,8 @@ def document_of_cells(source: Source, record: Record, template: Template) -> Doc
 
 
 def _text_of_cell(source: Source, record: Record, name: str, cell: Cell) -> str:
+    if isinstance(cell, str | bytes) and len(cell) > limits.DOCUMENT_BYTES:
+        raise too_long(source, record)
     if isinstance(cell, bytes):
         try:
             return cell.decode("utf-8")

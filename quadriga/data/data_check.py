@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from quadriga.config.assets import missing_files
+from quadriga.config.assets import HUB, missing_files
 from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import TOKENS, DataSource, Fetching, HeldOut, TextKeys, Training, Validation
 from quadriga.data.catalogue import C4_SPLITS, open_source
 from quadriga.data.changes import SOURCES, data_changes, differences, fingerprint_parts, other_kind
 from quadriga.data.files import File
+from quadriga.data.hub import hub_fingerprint
 from quadriga.data.mixture_data import MixtureData, open_mixture
 from quadriga.data.survey import open_surveyed
 from quadriga.data.token_data import format_tokens, open_tokens
@@ -79,7 +80,9 @@ def _survey(
 
 def _problems_of(section: DataSource | HeldOut, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
-    if section.dataset_path is None or missing_files("", section.dataset, section.dataset_path, None):
+    if section.dataset_path is None or section.dataset == HUB:
+        return []
+    if missing_files("", section.dataset, section.dataset_path, None):
         return []
     try:
         open_data()
@@ -187,7 +190,11 @@ def _changed_text(state: Mapping[str, Any], keys: TextKeys, spec: RunSpec) -> li
     parts = fingerprint_parts(state["fingerprint"])
     tokenizer = build_tokenizer(spec.tokenizer.path)
     files: Sequence[File] = ()
-    if keys.path is None:
+    if keys.dataset == HUB:
+        here_or_there = hub_fingerprint(keys, "\0").split("\0")
+        same = parts["dataset"].startswith(here_or_there[0]) and parts["dataset"].endswith(here_or_there[1])
+        dataset = parts["dataset"] if same else keys.dataset
+    elif keys.path is None:
         kind = "hub" if keys.dataset in C4_SPLITS else "builtin"
         dataset = parts["dataset"] if parts["dataset"].startswith(f"{kind}:") else keys.dataset
     else:

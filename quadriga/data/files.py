@@ -60,18 +60,18 @@ def find_files(
             there = ", ".join(_format_names(inside.files)) or "nothing"
             what = f"the folder has no {kind} file; it contains {there}"
             raise UserError(Problem(key, what, value=pattern, allowed=", ".join("*" + s for s in suffixes)))
-        files = _describe([(path / name, name) for name in found], path)
+        files = describe_files([(path / name, name) for name in found], path)
         _warn_unexpected(suffixes, pattern, inside, found)
         return files
     if os.path.exists(path):
-        return _describe([(path, path.name)], path.parent)
+        return describe_files([(path, path.name)], path.parent)
     matching = [Path(name) for name in files_matching(str(path)) if not os.path.isdir(name)]
     if not matching:
         what = "no file matches" if any(sign in pattern for sign in "*?[") else "there is no such file or folder"
         fix = f"relative paths start at the current directory, {Path.cwd()}"
         raise UserError(Problem(key, what, value=pattern, fix=fix))
     root = Path(os.path.commonpath([file.parent for file in matching]))
-    files = _describe([(file, file.relative_to(root).as_posix()) for file in matching], root)
+    files = describe_files([(file, file.relative_to(root).as_posix()) for file in matching], root)
     _warn_unexpected(suffixes, pattern, FolderListing([], []), [file.name for file in files])
     return files
 
@@ -94,10 +94,11 @@ def c4_files(folder: str, split: str, key: str = PATH_KEY) -> tuple[File, ...]:
         what = f"the folder has no C4 shard of the {split} split"
         fix = f"put c4-{split}.*.json.gz there, or remove {key} to stream C4 from the Hub"
         raise UserError(Problem(key, what, value=folder, allowed=f"c4-{split}.*.json.gz", fix=fix))
-    return _describe([(path / name, name) for name in found], path)
+    return describe_files([(path / name, name) for name in found], path)
 
 
-def _describe(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]:
+def describe_files(found: Sequence[tuple[Path, str]], root: Path) -> tuple[File, ...]:
+    """The files at some paths, each with its name in the fingerprint. Raises UserError as `find_files`."""
     problems: list[Problem] = []
     files: list[File] = []
     for path, name in sorted(found, key=lambda pair: pair[1]):
@@ -132,10 +133,7 @@ def _refuse_saved_by_datasets(kind: str, folder: Path, inside: Sequence[str], fo
             Problem(
                 shortened(folder, 400),
                 what,
-                fix=(
-                    'write it as Parquet, and set the dataset to parquet: python -c "import datasets; '
-                    "datasets.load_from_disk('FOLDER').to_parquet('FOLDER.parquet')\""
-                ),
+                fix="set the dataset to arrow",
             )
         )
     taken = [name for name in found if name.rpartition("/")[2] in SAVED_BY_DATASETS - {"state.json"}]

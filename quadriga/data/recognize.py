@@ -23,6 +23,7 @@ FOR_IDS = "for token ids, set the dataset to tokens"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 UNPACKED = {GZIP: "decompress it (gunzip)", ZSTD: "decompress it (zstd -d)"}  # for files that are not read compressed
+OWN = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 MAGIC = (
     (GZIP, "compressed by gzip, and its name does not end in .gz", "rename it to {name}.gz"),
     (ZSTD, "compressed by zstd, and its name does not end in .zst", "rename it to {name}.zst"),
@@ -32,8 +33,8 @@ MAGIC = (
     (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
     (b"PAR1", "a Parquet file", "name it *.parquet and set the dataset to parquet"),
     (b"PARE", "an encrypted Parquet file", "decrypt it first"),
-    (b"ARROW1", "an Arrow file", f"write its texts as Parquet and set the dataset to parquet; {FOR_IDS}"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", f"write its texts as Parquet and set the dataset to parquet; {FOR_IDS}"),
+    (b"ARROW1", "an Arrow file", f"name it *.arrow and set the dataset to arrow; {FOR_IDS}"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", f"name it *.arrow and set the dataset to arrow; {FOR_IDS}"),
     (b"%PDF-", "a PDF document", "extract its text first"),
     (b"\x89HDF", "an HDF5 file", "write its texts as JSON lines or Parquet"),
     (b"\x93NUMPY", "a NumPy file", f"{FOR_IDS}; write texts as JSON lines or Parquet"),
@@ -45,7 +46,7 @@ MAGIC = (
 
 
 def refuse_if_foreign(file: File, kind: str) -> None:
-    """Raises UserError if the first bytes show that the file has another format than `kind` (text, jsonl, parquet)."""
+    """Raises UserError if the first bytes show that the file is not of `kind` (text, jsonl, parquet, arrow)."""
     if (found := _foreign(file, kind)) is not None:
         what, fix = found
         raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
@@ -63,7 +64,7 @@ def _foreign(file: File, kind: str) -> tuple[str, str] | None:
     for magic, what, fix in MAGIC:
         own = file.compressed and magic == (ZSTD if file.name.lower().endswith(".zst") else GZIP)
         if head.startswith(magic) and not own:
-            if kind == "parquet" and magic == b"PAR1":
+            if magic in OWN.get(kind, ()):
                 return None
             remedy = fix if kind in ("text", "jsonl") else UNPACKED.get(magic, fix)
             return f"the file is {what}", remedy.format(name=shortened(os.path.basename(file.name)))

@@ -109,6 +109,24 @@ def test_documents_are_made_of_fields_as_on_the_page(tmp_path: Path, monkeypatch
     assert "# Emma" in capsys.readouterr().out
 
 
+def test_a_saved_data_set_is_read_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("toml", section("Formats"))
+    split = datasets.Dataset.from_dict({"text": ["It is a truth universally acknowledged. " * 20] * 9})
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk("saved")
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{example}')
+    assert "arrow from saved" in " ".join(dry_run([], capsys, "run.toml").split())
+
+
+def test_a_data_set_of_the_hub_is_named_as_on_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("toml", section("Data sets of the Hub"))
+    Path("run.toml").write_text(f'extends = "{DEBUG_FILE}"\n\n{example}')
+    assert "hub from HuggingFaceFW/fineweb-edu" in " ".join(dry_run([], capsys, "run.toml").split())
+
+
 @pytest.fixture
 def _sources(tmp_path: Path, monkeypatch) -> None:
     """The sources of the mixtures."""

@@ -57,6 +57,15 @@ def parquet(folder: Path) -> None:
         pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=17, compression=compression)
 
 
+def arrow(folder: Path) -> None:
+    table = pyarrow.table({"id": range(60), "text": TEXTS, "more": pyarrow.array(TEXTS).dictionary_encode()})
+    for number, compression in enumerate((None, None, "zstd", "lz4")):
+        options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        make = pyarrow.ipc.new_file if number else pyarrow.ipc.new_stream
+        with make(str(folder / f"{number}.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=17)
+
+
 def reader(kind: str, **keys: str):  # the dataset's name, and other keys
     def read(folder: Path) -> None:
         source = open_source(TextKeys(kind, str(folder), **keys), streams=2)
@@ -80,5 +89,7 @@ READERS = [
     Reader("data, jsonl by a template", template, reader("jsonl", template="{text}{text}"), MARKS),
     Reader("data, parquet by a template", template, reader("parquet", template="{text}\n{text}"), MARKS),
     Reader("data, text", text, reader("text"), MARKS),
+    Reader("data, arrow text", arrow, reader("arrow"), MARKS),
+    Reader("data, arrow dictionaries", arrow, reader("arrow", template="{more}{text}"), MARKS),
     Reader("data, parquet", parquet, reader("parquet"), MARKS),
 ]

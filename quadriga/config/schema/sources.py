@@ -70,7 +70,7 @@ class DataSource(Section):
     """A file, a folder or a glob of local files."""
 
     dataset_text_field: Name = TEXT_FIELD
-    """The field of JSON lines, or the column of Parquet files and of the Hub, that contains the documents or ids."""
+    """The field of JSON lines, or the column of Parquet, Arrow and the Hub, that contains the documents or ids."""
 
     dataset_template: Name | None = None
     """Makes a document of several fields, as `"{title}\\n{text}"`; `{{` and `}}` are braces. It replaces the field."""

@@ -56,10 +56,10 @@ class Training(DataSource):
     """Data, batch, length of the run, and formats."""
 
     dataset: Name = "builtin"
-    """The data: `builtin`, `c4`, or local files as `text`, `jsonl`, `parquet`, `tokens` (with `dataset_path`)."""
+    """The data: `builtin`, `c4`, `hub`, or by `dataset_path` `text`, `jsonl`, `parquet`, `arrow`, `tokens`."""
 
     dataset_path: str | None = None
-    """A file, a folder or a glob of local files; for `c4` a folder of its `*.json.gz` shards instead of the Hub."""
+    """A file, a folder or a glob; for `hub` `org/name` or `org/name@revision`; for `c4` a folder of its shards."""
 
     sources: tuple[TrainingSource, ...] = Field((), title="tables [[training.sources]]")
     """A mixture of data sets, instead of `dataset`: one table for each source, with its share."""
@@ -145,7 +145,7 @@ class HeldOut(Section):
     """What names one held-out set. What is not set is that of `training`."""
 
     dataset: Name = "c4_validation"
-    """The data: `c4_validation`, `builtin_validation`, or local files as `text`, `jsonl`, `parquet`, `tokens`."""
+    """The data: `c4_validation`, `builtin_validation`, or local `text`, `jsonl`, `parquet`, `arrow`, `tokens`."""
 
     dataset_path: str | None = None
     """A file, a folder or a glob of local files."""

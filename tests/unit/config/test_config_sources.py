@@ -56,6 +56,11 @@ def test_a_key_that_the_data_do_not_have_is_refused(write, refusal, lines, datas
     assert f"remove {name}" in str(problem.fix)
 
 
+def test_a_data_set_of_the_hub_needs_a_name(write, refusal):
+    (problem,) = refusal(write('[training]\ndataset = "hub"\n'))
+    assert "org/name" in str(problem.fix)
+
+
 def test_every_optional_key_belongs_to_a_data_set():
     assert {name for kind in DATASETS.values() for name in kind.keys} <= set(OPTIONAL_KEYS)
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
@@ -65,6 +67,29 @@ def hub(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return HubSource("json", None, "train", data_files=[str(file) for file in files], keys=TextKeys("hub"))
 
 
+def write_repository(folder: Path, documents: Sequence[str]) -> Path:
+    """A folder that `datasets` reads as a repository of the Hub, of 5 files."""
+    repository = folder / "repository"
+    repository.mkdir(exist_ok=True)
+    for part in range(5):
+        if not (repository / f"train-{part}.jsonl").exists():
+            write_jsonl(repository / f"train-{part}.jsonl", documents[part::5])
+    return repository
+
+
+def hub_folder(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    return open_source(TextKeys("hub", str(write_repository(folder, documents))), streams=streams)
+
+
+def hub_local(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        keys = TextKeys("hub", str(write_repository(folder, documents)), streaming=False)
+        return open_source(keys, streams=streams)
+
+
 def text(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(4):
         (folder / f"part{part}.txt").write_text("".join(documents[part::4]), encoding="utf-8")
@@ -94,6 +119,31 @@ def parquet(folder: Path, documents: Sequence[str], streams: int) -> Source:
     return open_source(TextKeys("parquet", str(folder)), streams=streams)
 
 
+def arrow(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    """A stream, an IPC file, a compressed one, and one of dictionaries."""
+    import pyarrow
+
+    for part in range(4):
+        texts = documents[part::4]
+        column = pyarrow.array(texts, pyarrow.large_string() if part == 1 else pyarrow.string())
+        columns = {"id": list(range(len(texts))), "text": column.dictionary_encode() if part == 3 else column}
+        table = pyarrow.table(columns)
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd" if part == 2 else None)
+        make = pyarrow.ipc.new_stream if part == 0 else pyarrow.ipc.new_file
+        with make(str(folder / f"part{part}.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=6)
+    return open_source(TextKeys("arrow", str(folder)), streams=streams)
+
+
+def saved(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    """A folder of `save_to_disk`, with a template."""
+    import datasets
+
+    if not (folder / "saved").exists():
+        datasets.Dataset.from_list(parts_of(documents)).save_to_disk(str(folder / "saved"), num_shards=3)
+    return open_source(TextKeys("arrow", str(folder / "saved"), template=TEMPLATE), streams=streams)
+
+
 TEMPLATE = "{title}\n{text}"
 
 
@@ -121,7 +171,7 @@ def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> So
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
     made.__name__: made
     for made in (
-        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub),
-        *(text, text_gz, text_zst, parquet, parquet_template),
+        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub, hub_folder, hub_local),
+        *(text, text_gz, text_zst, parquet, parquet_template, arrow, saved),
     )
 }

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 from corpora import write_jsonl
-from dataset_server import c4_repository, hub_server
+from dataset_server import COMMIT, c4_repository, hub_server
 
 from quadriga.config.schema import TextKeys
+from quadriga.data import stored_arrays
 from quadriga.data.hub import HubSource
 from quadriga.errors import Fault, UserError
 
@@ -133,7 +135,116 @@ def test_without_a_network_the_way_out_is_shown(tmp_path, root, environ):
         assert way_out in report
 
 
-def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path):
+ANY = """
+import json, sys
+from quadriga.config.schema import Dataloader, TextKeys
+from quadriga.data.catalogue import open_source
+from quadriga.data.streams import Streams
+from quadriga.data.tokenizer import ByteTokenizer
+from quadriga.errors import UserError
+
+name = "org/texts"
+
+def documents(keys):
+    source = open_source(keys, streams=4)
+    streams = Streams(source, ByteTokenizer(), 32, 1, None, endless=False)
+    return source.fingerprint, source.shards, [document.text for document, _ in streams.documents(0)]
+
+def refused(keys):
+    try:
+        open_source(keys)
+    except UserError as error:
+        (problem,) = error.problems
+        return [problem.where, problem.what, problem.allowed, problem.nearest, problem.fix]
+
+keys = TextKeys("hub", name, config="small")
+print(json.dumps({
+    "streamed": documents(keys),
+    "local": documents(keys._replace(streaming=False)),
+    "pinned": documents(keys._replace(path=name + "@v1", template="{url}{text}")),
+    "test": documents(keys._replace(split="test")),
+    "part": documents(keys._replace(split="test[:3]", streaming=False)),
+    "no_config": refused(keys._replace(config=None)),
+    "wrong_config": refused(keys._replace(config="smal")),
+    "wrong_split": refused(keys._replace(split="tset", table="validation")),
+    "no_column": refused(keys._replace(field="body")),
+    "part_streamed": refused(keys._replace(split="test[:3]")),
+    "gone": refused(keys._replace(path="nobody/nothing")),
+}))
+"""
+
+TWO_CONFIGS = b"""---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: small/train-*.jsonl
+  - split: test
+    path: small/test.jsonl
+- config_name: large
+  data_files: large/*.jsonl
+---
+"""
+
+
+def test_any_data_set_of_the_hub_is_streamed_or_downloaded(tmp_path, root):
+    train = [[f"train {part} {row}\n" for row in range(40)] for part in range(3)]
+    test = [f"test {row}\n" for row in range(9)]
+    files = {"README.md": TWO_CONFIGS, "large/a.jsonl": b'{"text": "large"}\n'}
+    for name, texts in [*((f"train-{part}", texts) for part, texts in enumerate(train)), ("test", test)]:
+        lines = "".join(json.dumps({"text": text, "url": "u ", "n": 1}) + "\n" for text in texts)
+        files[f"small/{name}.jsonl"] = lines.encode()
+    with hub_server("org/texts", files) as (endpoint, requests):
+        found = json.loads(run_client(ANY, tmp_path, root, HF_ENDPOINT=endpoint))
+    whole = [text for part in train for text in part]
+    assert found["streamed"] == [f"hub:org/texts/small/train:3:{COMMIT}", 3, whole]
+    fingerprint, shards, texts = found["local"]
+    assert fingerprint == f"hub-local:org/texts/small/train:120:{COMMIT}"
+    assert (shards, texts) == (2, whole)
+    fingerprint, _, texts = found["pinned"]
+    assert fingerprint.startswith(f"hub:org/texts@v1/small/train:3:{COMMIT}:template-")
+    assert texts == ["u " + text for text in whole]
+    assert found["test"][2] == test
+    assert found["part"][2] == test[:3]
+    assert any("/v1/" in request or request.endswith("/v1") for request in requests), requests
+    where, what, allowed, close, _ = found["no_config"]
+    assert (where, allowed, close) == ("training.dataset_config", "small, large", None)
+    assert "several configurations" in what
+    where, what, allowed, close, _ = found["wrong_config"]
+    assert (where, allowed, close) == ("training.dataset_config", "small, large", "small")
+    where, what, allowed, close, _ = found["wrong_split"]
+    assert (where, allowed, close) == ("validation.dataset_split", "train, test", "test")
+    assert "no column `body`" in found["no_column"][1]
+    assert "dataset_text_field" in found["no_column"][4]
+    assert "cannot be streamed" in found["part_streamed"][1]
+    assert "dataset_streaming = false" in found["part_streamed"][4]
+    assert "cannot be streamed from the Hub" in found["gone"][1]
+
+
+def test_a_stream_that_breaks_for_a_moment_reads_on_at_the_same_row(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stored_arrays, "PAUSES", (0, 0, 0))
+    path = write_jsonl(tmp_path / "a.jsonl", [f"{i}" for i in range(1000)])
+    source = HubSource("json", None, "train", data_files=[str(path)], keys=TextKeys("hub"))
+    real, calls = HubSource._cells, []
+
+    def cells(self, shard, start):
+        calls.append(start)
+        for number, cell in enumerate(real(self, shard, start)):
+            if len(calls) < 4 and number == 200:
+                raise ConnectionError("reset by peer")
+            yield cell
+
+    monkeypatch.setattr(HubSource, "_cells", cells)
+    with caplog.at_level(logging.WARNING, logger="quadriga"):
+        records = list(source.read(0))
+    assert [record.data for record in records] == [f"{i}" for i in range(1000)]
+    assert [record.number for record in records] == list(range(1000))
+    assert calls == [0, 200, 400, 600]
+    assert "after row 200: reset by peer; trying again" in caplog.text
+
+
+def test_a_stream_that_breaks_says_where_and_what_is_safe(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_arrays, "PAUSES", (0, 0, 0))
     path = write_jsonl(tmp_path / "c4-train.00000.json.gz", [f"{i} " + "word " * (i % 90) for i in range(30_000)])
     source = HubSource("json", None, "train", data_files=[str(path)], keys=TextKeys("hub"))
     path.write_bytes(path.read_bytes()[:-200])

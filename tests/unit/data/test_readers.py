@@ -223,13 +223,14 @@ def test_a_pointer_under_a_compressed_name_is_reported_too(tmp_path, kind):
     assert "pointer of Git LFS" in refused(kind, tmp_path).what
 
 
-def test_what_save_to_disk_leaves_is_reported_with_the_way_to_parquet(tmp_path):
+def test_what_save_to_disk_leaves_is_reported_with_the_way_to_read_it(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": SENTENCES}).save_to_disk(str(tmp_path / "saved"))
     for kind in ("jsonl", "parquet", "text"):
         problem = refused(kind, tmp_path / "saved")
         assert "save_to_disk" in problem.what
-        assert "to_parquet" in str(problem.fix)
+        assert problem.fix == "set the dataset to arrow"
+    assert texts("arrow", tmp_path / "saved") == SENTENCES
     info = tmp_path / "saved" / "dataset_info.json"
     assert "describes a data set" in refused("jsonl", info).what
     (tmp_path / "b.jsonl").write_bytes(GOOD)

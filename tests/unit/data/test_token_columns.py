@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_writers import lists, write_arrow, write_parquet
 
-from quadriga.data.token_arrow import _counts
+from quadriga.data.arrow_messages import node_and_buffer_counts
 from quadriga.data.token_files import open_token_files
 from quadriga.errors import UserError
 
@@ -37,7 +37,7 @@ BEFORE = {  # columns of other types, of six rows
 @pytest.mark.parametrize("before", [name for name in BEFORE if name != "null"])  # which has no buffer in files
 def test_nodes_and_buffers_of_a_type_are_those_of_arrow(before):
     kind = BEFORE[before].type
-    assert _counts(kind)[1] == len([*pa.array([], kind).buffers()])
+    assert node_and_buffer_counts(kind)[1] == len([*pa.array([], kind).buffers()])
 
 
 @pytest.mark.parametrize("before", BEFORE)
