@@ -41,6 +41,9 @@ class DatasetKind:
 
 HUB = "hub"  # any data set of the Hugging Face Hub
 PACKED = (".gz", ".zst")  # of texts and JSON lines that are compressed
+REMOTE = ("text", "jsonl", "parquet")  # can be at URLs
+DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}  # of fsspec
+DRIVERS |= {"http": "aiohttp requests", "https": "aiohttp requests"}
 TOKEN_KEYS = ("token_format", "token_dtype", "token_eos_id")
 OPTIONAL_KEYS = ("dataset_template", "dataset_config", "dataset_split", "dataset_streaming", *TOKEN_KEYS)
 TEMPLATE = ("dataset_template",)
@@ -133,10 +136,20 @@ def _rank_count(content: bytes) -> int:
     return len(lines)
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is that of another machine."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str) -> str:
+    """The path of a `file://` URL, or the path itself."""
+    return path.removeprefix("file://")
+
+
 def data_files(dataset: str, path: str) -> list[Path]:
     """The files of `path`, sorted: the file itself, those of a folder and its sub-folders, or those of a glob. The
     name of a Megatron data set without suffix stands for its two files."""
-    folder = Path(path).expanduser()
+    folder = Path(local_path(path)).expanduser()
     if os.path.isdir(folder):  # like `isfile`, False for a name that is too long or below a folder without access
         found = [folder / name for name in files_below(folder).files]
         found = [file for file in found if file.name.lower().endswith(DATASETS[dataset].suffixes)]
@@ -161,6 +174,10 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
         return Problem(
             f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
         )
+    if path is not None and is_url(path) and dataset not in REMOTE:
+        what = f"{dataset} is not read from a URL"
+        advice = f"copy it to this machine first: quadriga data fetch {path} DIR" if needs == "needed" else None
+        return Problem(f"{key}, {key}_path", what, f"{dataset}, {path}", source, ", ".join(REMOTE), fix=advice)
     if needs == "repository" and path is None:
         what, fix = "no data set of the Hub is named", f'set {key}_path to its name, as "org/name"'
         return Problem(f"{key}, {key}_path", what, dataset, source, fix=fix)
@@ -188,10 +205,10 @@ def _by_suffix(path: str | None) -> str | None:
 
 
 def missing_files(key: str, dataset: str, path: str, source: str | None) -> Problem | None:
-    """A problem if there is nothing to read at `path`, else None. Names of the Hub are not looked up."""
-    if DATASETS[dataset].path == "repository" or data_files(dataset, path):
+    """A problem if there is nothing to read at `path`, else None. What is on other machines is not looked up."""
+    if is_url(path) or DATASETS[dataset].path == "repository" or data_files(dataset, path):
         return None
-    place = Path(path).expanduser()
+    place = Path(local_path(path)).expanduser()
     if os.path.isdir(place):
         what, fix = f"the folder holds no file that {dataset} reads", "name another folder or another data set"
         patterns = ", ".join(f"*{suffix}" for suffix in DATASETS[dataset].suffixes)

@@ -1,4 +1,4 @@
-"""The bytes of data files, decompressed if their names end in .gz or .zst. Reads that fail are repeated."""
+"""The bytes of data files, local or at URLs, decompressed by their suffix. Reads that fail are repeated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
 
 from quadriga.data.files import File
-from quadriga.data.recognize import refuse_if_foreign
+from quadriga.data.remote_files import open_remote, read_remote
 from quadriga.data.sources import require_library
 from quadriga.data.stored_arrays import PERMANENT, path_of, read_repeatedly
-from quadriga.errors import Problem, UserError
+from quadriga.errors import UserError
 from quadriga.reading import opened
 
 BUFFER = 1 << 17  # bytes; `readline` of compressed streams themselves is one Python call per line
@@ -39,16 +39,6 @@ def open_bytes(file: File) -> Iterator[BinaryIO]:
         elif file.compressed:
             raw = cast(io.RawIOBase, stack.enter_context(gzip.GzipFile(fileobj=cast(BinaryIO, raw), mode="rb")))
         yield cast(BinaryIO, io.BufferedReader(raw, BUFFER))
-
-
-def damaged_file(file: File, lines: int, error: Exception) -> Problem:
-    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
-    another format."""
-    refuse_if_foreign(file, "text")
-    reason = str(error)
-    truncated = isinstance(error, EOFError) or "truncated" in reason.lower()
-    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({reason})"
-    return Problem(f"{path_of(file)}, after line {lines}", what, fix="download or write the file again")
 
 
 class FileBytes(io.RawIOBase):
@@ -88,6 +78,8 @@ class FileBytes(io.RawIOBase):
         try:
             if self._stream is None:
                 self._stream = self._open()
+            if self._file.url:
+                return read_remote(self._stream, self._at, size)
             self._stream.seek(self._at)
             return self._stream.read(size)
         except BaseException:
@@ -95,6 +87,8 @@ class FileBytes(io.RawIOBase):
             raise
 
     def _open(self) -> BinaryIO:
+        if self._file.url:
+            return self._stack.enter_context(open_remote(self._file))
         try:
             return self._stack.enter_context(opened(self._file.path, what="data file"))
         except UserError as error:

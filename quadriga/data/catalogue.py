@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quadriga.config.assets import HUB, dataset_problem
+from quadriga.config.assets import HUB, dataset_problem, is_url
 from quadriga.config.schema import TextKeys
 from quadriga.data.arrow_text import ArrowTextSource, arrow_files
 from quadriga.data.builtin import BuiltinSource
@@ -10,6 +10,7 @@ from quadriga.data.files import c4_files, find_files
 from quadriga.data.hub import HubSource, open_hub
 from quadriga.data.jsonl import JsonlSource
 from quadriga.data.parquet import ParquetSource
+from quadriga.data.remote_files import find_remote_files
 from quadriga.data.sources import Source
 from quadriga.data.text import TextSource
 from quadriga.errors import UserError
@@ -36,7 +37,8 @@ def open_source(keys: TextKeys, *, streams: int = 1) -> Source:
         return open_hub(keys, streams)
     if dataset == "arrow":
         return ArrowTextSource(arrow_files(keys), keys)
-    files = find_files(dataset, path, path_key)
+    find = find_remote_files if is_url(path) else find_files
+    files = find(dataset, path, path_key)
     if dataset == "text":
         return TextSource(files, streams=streams)
     if dataset == "jsonl":

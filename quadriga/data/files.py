@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quadriga.config.assets import DATASETS, PACKED
+from quadriga.config.assets import DATASETS, PACKED, local_path
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
@@ -40,6 +40,8 @@ class File:
     size: int  # bytes on disk
     compressed: bool
     modified: int = field(default=0, compare=False)  # nanoseconds since the epoch
+    version: str = ""  # of an object in a store, what identifies its content
+    url: str = ""  # of a file on another machine
 
 
 def find_files(
@@ -50,7 +52,7 @@ def find_files(
 
     Raises UserError if nothing is found, a file cannot be read, or its format is not supported.
     """
-    path = Path(pattern).expanduser()
+    path = Path(local_path(pattern)).expanduser()
     suffixes = DATASETS[kind].suffixes if suffixes is None else suffixes
     if os.path.isdir(path):
         inside = files_below(path)
@@ -174,7 +176,8 @@ def fingerprint(kind: str, files: Sequence[File]) -> str:
     """A hash of names and sizes, so that no file has to be read."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        digest.update(os.fsencode(f"{file.name}\0{file.size}\0"))
+        version = f"{file.version}\0" if file.version else ""
+        digest.update(os.fsencode(f"{file.name}\0{file.size}\0{version}"))
     return f"{kind}:{len(files)}:{digest.hexdigest()}"
 
 

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from quadriga import limits
 from quadriga.config.schema import TextKeys
-from quadriga.data.byte_files import DAMAGED, damaged_file, open_bytes
+from quadriga.data.byte_files import DAMAGED, open_bytes
 from quadriga.data.files import File, layout_state, saved_cuts
-from quadriga.data.recognize import refuse_if_foreign
+from quadriga.data.recognize import damaged_file, refuse_if_foreign
 from quadriga.data.sources import (
     Anchor,
     BadRecord,
@@ -28,6 +28,7 @@ from quadriga.data.sources import (
     template_of,
     too_long,
 )
+from quadriga.data.stored_arrays import path_of
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 from quadriga.reading import json_type
@@ -35,7 +36,6 @@ from quadriga.reading import json_type
 LEAST_RANGE = 1 << 16
 MOST_RANGE = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-NAME_SHOWN = 400  # characters of a path in a message
 WINDOW = 1 << 20  # bytes before and after in which the first line of a shard is searched
 WIDE = 1 << 26  # if it is not found: as many bytes as the file grew or shrank, at most so many
 
@@ -220,7 +220,7 @@ def _to_line_end(stream: BinaryIO, file: File, begins: int) -> int:
         if passed > limits.LINE_SKIPPED_BYTES:
             what = f"the line that holds byte {begins:,} has no end within {limits.LINE_SKIPPED_BYTES:,} bytes"
             fix = "write one JSON object per line; or check whether this is a data file"
-            raise UserError(Problem(shortened(file.path, NAME_SHOWN), what, fix=fix))
+            raise UserError(Problem(path_of(file), what, fix=fix))
     return passed
 
 
@@ -237,7 +237,7 @@ def line_at(file: File, offset: int) -> int:
 def format_location(file: File, offset: int) -> str:
     """The position of a byte for a message: the line, or the byte (of the decompressed file) if counting the lines
     before it would take long or is not possible. Raises UserError if the file cannot be read."""
-    name = shortened(file.path, NAME_SHOWN)
+    name = path_of(file)
     if offset <= (limits.LINES_COUNTED_PACKED if file.compressed else limits.LINES_COUNTED):
         with suppress(*DAMAGED):
             return f"{name}, line {line_at(file, offset)}"

@@ -13,6 +13,7 @@ from quadriga.data.files import File
 from quadriga.data.recognize import refuse_if_foreign
 from quadriga.data.row_source import RowSource
 from quadriga.data.sources import Cell, require_library
+from quadriga.data.stored_arrays import path_of
 from quadriga.errors import Problem, shortened
 
 
@@ -26,7 +27,7 @@ class ParquetSource(RowSource):
         refuse_if_foreign(file, "parquet")
         with open_parquet(file) as parquet:
             metadata = parquet.metadata
-            require_text_columns(shortened(file.path, 400), parquet.schema_arrow, self.keys, self.template)
+            require_text_columns(path_of(file), parquet.schema_arrow, self.keys, self.template)
             return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def _rows(self, file: File, groups: range) -> Iterator[Cell | tuple[Cell, ...]]:
@@ -43,7 +44,7 @@ class ParquetSource(RowSource):
 
 def open_parquet(file: File) -> Any:
     """The open file. Memory for metadata is bounded, and the checksums of pages are compared if the file has them."""
-    require_library("pyarrow", shortened(file.path, 400), "a Parquet file")
+    require_library("pyarrow", path_of(file), "a Parquet file")
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
@@ -57,4 +58,4 @@ def open_parquet(file: File) -> Any:
 def damaged_parquet(file: File, error: Exception, where: str = "") -> Problem:
     reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
     fix = "decrypt it first" if "encrypted" in reason.lower() else "download or write the file again"
-    return Problem(f"{shortened(file.path, 400)}{where}", f"not a readable Parquet file: {reason}", fix=fix)
+    return Problem(f"{path_of(file)}{where}", f"not a readable Parquet file: {reason}", fix=fix)

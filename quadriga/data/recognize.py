@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import struct
 
+from quadriga.data.byte_files import FileBytes
 from quadriga.data.files import File
+from quadriga.data.stored_arrays import path_of
 from quadriga.errors import Problem, UserError, shortened
-from quadriga.reading import opened
 
 HEAD = 4096  # bytes that are examined
 WIDE_IDS = 32  # ids that show how wide ids are
@@ -49,12 +51,12 @@ def refuse_if_foreign(file: File, kind: str) -> None:
     """Raises UserError if the first bytes show that the file is not of `kind` (text, jsonl, parquet, arrow)."""
     if (found := _foreign(file, kind)) is not None:
         what, fix = found
-        raise UserError(Problem(shortened(file.path, 400), what, fix=fix))
+        raise UserError(Problem(path_of(file), what, fix=fix))
 
 
 @functools.lru_cache(maxsize=4096)
 def _foreign(file: File, kind: str) -> tuple[str, str] | None:
-    with opened(file.path, what="data file") as stream:
+    with io.BufferedReader(FileBytes(file)) as stream:
         head = stream.read(HEAD)
     if head.startswith(LFS_POINTER):
         return "the file is a pointer of Git LFS, not the data that it points to", "download the data: git lfs pull"
@@ -75,6 +77,16 @@ def _foreign(file: File, kind: str) -> tuple[str, str] | None:
     if (binary := _binary(head)) is not None:
         return binary, f"{FOR_IDS}; otherwise write texts as UTF-8"
     return None
+
+
+def damaged_file(file: File, lines: int, error: Exception) -> Problem:
+    """The problem of a compressed file whose reading failed after `lines` lines. Raises UserError if the file has
+    another format."""
+    refuse_if_foreign(file, "text")
+    reason = str(error)
+    truncated = isinstance(error, EOFError) or "truncated" in reason.lower()
+    what = "the compressed file is truncated" if truncated else f"the compressed file is damaged ({reason})"
+    return Problem(f"{path_of(file)}, after line {lines}", what, fix="download or write the file again")
 
 
 def foreign_to_ids(head: bytes, *, or_text: bool = True) -> tuple[str, str] | None:

@@ -14,7 +14,8 @@ from quadriga.config.schema import TextKeys
 from quadriga.data.columns import document_of_cells
 from quadriga.data.files import Cuts, File, layout_state, saved_cuts
 from quadriga.data.sources import Anchor, Cell, Document, FileSource, Record, template_of
-from quadriga.errors import Problem, UserError, shortened
+from quadriga.data.stored_arrays import path_of
+from quadriga.errors import Problem, UserError
 
 FILES_AT_ONCE = 16  # whose metadata are read concurrently
 MOST_PROBLEMS = 10
@@ -78,7 +79,7 @@ class RowSource(FileSource, ABC):
         return document_of_cells(self, record, self.template)
 
     def format_location(self, shard: int, number: int) -> str:
-        return f"{shortened(self.file_of(shard).path, 400)}, row {number + 1}"
+        return f"{path_of(self.file_of(shard))}, row {number + 1}"
 
     def _cut_rows(self, cuts: Cuts) -> None:
         """`cuts`: by file, the first row of each shard: the groups, or those of the run that saved."""

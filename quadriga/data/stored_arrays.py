@@ -146,8 +146,8 @@ def read_repeatedly(file: File, read: Callable[[], T]) -> T:
 
 
 def path_of(file: File) -> str:
-    """The path of a file for a message."""
-    return shortened(file.path, 400)
+    """The path or URL of a file for a message."""
+    return shortened(file.url or file.path, 400)
 
 
 def _open_unchanged(file: File) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from quadriga.data.byte_files import DAMAGED, damaged_file, open_bytes
+from quadriga.data.byte_files import DAMAGED, open_bytes
 from quadriga.data.files import File
 from quadriga.data.jsonl import ByteRangeSource, line_at
-from quadriga.data.recognize import LFS_POINTER, refuse_if_foreign
+from quadriga.data.recognize import LFS_POINTER, damaged_file, refuse_if_foreign
 from quadriga.data.sources import Document, Record, bad_record
 from quadriga.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -109,13 +110,13 @@ class ColumnFile(TokenFile):
             start, part = end, part + 1
         return found
 
+    @abstractmethod
     def _values(self, part: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Ids [start, stop) of a part. Raises UserError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lists(self, part: int, start: int, stop: int) -> Documents:
         """The lists of ids [start, stop) of a part; numbers and ends count from its beginning. Raises UserError."""
-        raise NotImplementedError
 
 
 def _starts(counts: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -66,7 +67,7 @@ class Documents(NamedTuple):
     ends: npt.NDArray[np.int64]
 
 
-class TokenFile:
+class TokenFile(ABC):
     """One file of ids. Positions count the ids of the file from 0.
 
     length: the number of ids. dtype: that of `read`. indexed: an index separates documents. index: the file of it, if
@@ -80,13 +81,13 @@ class TokenFile:
     def __init__(self, file: File, length: int, dtype: np.dtype[Any]) -> None:
         self.file, self.length, self.dtype = file, length, dtype
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Ids [start, stop), in the dtype of the file. Raises UserError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def documents(self, start: int, stop: int) -> Documents:
         """The documents that ids [start, stop) are from. Only if `indexed`, for start < stop. Raises UserError."""
-        raise NotImplementedError
 
     def index_problems(self) -> Iterator[Problem]:
         """Reads the whole index, and yields what is wrong in it."""
@@ -102,6 +103,9 @@ class PlainFile(TokenFile):
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         return self._ids.read(start, stop)
+
+    def documents(self, start: int, stop: int) -> Documents:
+        raise LookupError("the file has no index of documents")
 
 
 def open_raw(files: OpenFiles, file: File, options: TokenOptions) -> TokenFile:

@@ -80,3 +80,10 @@ def test_a_template_that_cannot_be_used_is_refused(write, refusal, lines, keys, 
     (problem,) = refusal(write(source))
     assert problem.where == "training.sources[a].dataset_template"
     assert what in problem.what
+
+
+def test_reading_a_configuration_does_not_look_at_urls(write, read_config, refusal):
+    run = read_config(write('[training]\ndataset = "jsonl"\ndataset_path = "s3://bucket/x/*.jsonl.gz"\n'))
+    assert run.config.training.text_keys.path == "s3://bucket/x/*.jsonl.gz"
+    (problem,) = refusal(write('[training]\ndataset = "tokens"\ndataset_path = "s3://bucket/x.bin"\n'))
+    assert problem.fix == "copy it to this machine first: quadriga data fetch s3://bucket/x.bin DIR"

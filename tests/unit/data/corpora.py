@@ -90,6 +90,17 @@ def hub_local(folder: Path, documents: Sequence[str], streams: int) -> Source:
         return open_source(keys, streams=streams)
 
 
+def jsonl_url(folder: Path, documents: Sequence[str], streams: int) -> Source:
+    """In fsspec's memory, of this process."""
+    import fsspec
+
+    url = f"memory://{folder}"
+    for part in range(3):
+        file = write_jsonl(folder / f"part{part}.jsonl{'.zst' * (part == 2)}", documents[part::3])
+        fsspec.filesystem("memory").pipe(str(file), file.read_bytes())
+    return open_source(TextKeys("jsonl", url), streams=streams)
+
+
 def text(folder: Path, documents: Sequence[str], streams: int) -> Source:
     for part in range(4):
         (folder / f"part{part}.txt").write_text("".join(documents[part::4]), encoding="utf-8")
@@ -171,7 +182,7 @@ def parquet_template(folder: Path, documents: Sequence[str], streams: int) -> So
 KINDS: dict[str, Callable[[Path, Sequence[str], int], Source]] = {
     made.__name__: made
     for made in (
-        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub, hub_folder, hub_local),
+        *(jsonl, jsonl_gz, jsonl_zst, jsonl_template, c4, hub, hub_folder, hub_local, jsonl_url),
         *(text, text_gz, text_zst, parquet, parquet_template, arrow, saved),
     )
 }
