@@ -69,6 +69,9 @@ def test_a_default_of_another_value_has_a_row_that_says_so() -> None:
         "checkpoint.last_save_model_only",
         "debug.seed",
         "quantize.linear.float8.filter_fqns",
+        "validation.local_batch_size",
+        "validation.seq_len",
+        "validation.steps",
     }
 
 

@@ -17,7 +17,7 @@ from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.train.feed import Feed
-from quadriga.train.validate import KEPT_BYTES, HeldOutSet
+from quadriga.train.validate import KEPT_BYTES, HeldOutSet, SetLoss, Validator
 
 SEQ_LEN, SHARE = 16, 3  # rows of a batch of one rank
 DEGREES = (1, 2, 3, 4, 7)
@@ -109,3 +109,18 @@ def test_a_pass_that_was_not_finished_is_not_kept(make) -> None:
     assert held_out.passes == 0
     assert rows_of(held_out.batches(Feed())) == expected(ids, 20)
     held_out.close()
+
+
+@pytest.mark.parametrize(("asked", "read", "noticed"), [(False, 20, True), (True, 20, False), (False, 19, False)])
+def test_a_set_that_the_default_ends_is_noticed_once(make, asked: bool, read: int, noticed: bool) -> None:
+    make_loader, _ = make
+    held_out = HeldOutSet("web", "validation.sets[web]", make_loader(1, 0, 20), KEPT_BYTES)
+    validator = Validator((held_out,), Feed(), None, torch.device("cpu"), 1, 20, asked)
+    notices = []
+    for _ in range(2):
+        list(held_out.batches(validator.feed))
+        notices.append(validator.rest_notice(held_out, SetLoss(1.0, read * SEQ_LEN, read)))
+    assert notices[1] is None
+    assert (notices[0] is not None) == noticed
+    assert not noticed or "web: only the first 20 windows" in notices[0]
+    validator.close()
