@@ -28,12 +28,13 @@ from quadriga.cli.tokenize import format_progress
 from quadriga.config.schema import Dataloader, TokenKeys
 from quadriga.data import pieces, streams
 from quadriga.data.loader import build_loader
-from quadriga.data.shards import WORK, dtype_for, read_manifest
+from quadriga.data.shards import dtype_for, read_manifest
 from quadriga.data.token_files import open_token_files
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenize_job import TokenizeJob
 from quadriga.data.tokenize_run import TokenizeProgress, tokenize_into
 from quadriga.data.tokenizer import build_tokenizer
+from quadriga.data.unfinished import WORK
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault
 
 SHARD_TOKENS = 12_000
