@@ -13,6 +13,7 @@ import numpy.typing as npt
 from quadriga import limits
 from quadriga.data.files import File
 from quadriga.data.parquet import damaged_parquet, open_parquet
+from quadriga.data.stalls import being_read
 from quadriga.data.stored_arrays import LoadedArray, path_of, read_repeatedly
 from quadriga.data.token_columns import WITHOUT_NULLS, ColumnFile, IdColumn, find_id_column
 from quadriga.data.token_formats import Documents, TokenFile, TokenOptions, documents_between
@@ -88,7 +89,7 @@ class ParquetColumn(ColumnFile):
         return decoded
 
     def _read_group(self, part: int) -> Any:
-        with open_parquet(self.file) as parquet:
+        with being_read(lambda: path_of(self.file)), open_parquet(self.file) as parquet:
             return parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
 
     def _bounds(self, column: Any) -> npt.NDArray[np.int64]:
