@@ -44,6 +44,7 @@ TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
 OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
 VERIFIED_AT_ONCE = 1 << 20  # ids
+Ids = npt.NDArray[np.int64]
 Opened = tuple[str, TokenFile]  # the format of a file, and the file
 
 
@@ -76,8 +77,10 @@ class TokenFiles:
         pieces = [_checked(self._parts[index], first, last) for index, first, last in self._split(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.int64)])
 
-    def documents(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    def documents(self, start: int, stop: int, ids: npt.NDArray[np.int64] | None = None) -> tuple[tuple[int, int], ...]:
         """The documents that ids [start, stop) are from, in order, as (index of the file, number in the file).
+
+        ids: these ids, if the caller has read them. They are read otherwise, where `eos_id` separates documents.
 
         The number is that of the index: of the document for Megatron, and of the row for lists of ids. Where `eos_id`
         separates documents, none has a number without reading the file from its start. The number is then the position
@@ -86,11 +89,11 @@ class TokenFiles:
         Raises:
             ValueError, UserError: as `read`, or an index is damaged.
         """
-        return tuple(
-            (index, number)
-            for index, first, last in self._split(start, stop)
-            for number in self._documents(index, first, last).numbers.tolist()
-        )
+        found: list[tuple[int, int]] = []
+        for index, first, last in self._split(start, stop):
+            here = None if ids is None else ids[self._starts[index] + first - start :][: last - first]
+            found += [(index, number) for number in self._documents(index, first, last, here).numbers.tolist()]
+        return tuple(found)
 
     def borders(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """The positions in (start, stop] at which a document ends, relative to `start`; each is the number of ids
@@ -155,14 +158,14 @@ class TokenFiles:
             start, index = end, index + 1
         return found
 
-    def _documents(self, index: int, start: int, stop: int) -> Documents:
+    def _documents(self, index: int, start: int, stop: int, ids: Ids | None = None) -> Documents:
         """As `TokenFile.documents`; with `eos_id`, the last document has an end only if it is within the range."""
         part = self._parts[index]
         if part.indexed:
             return part.documents(start, stop)
         if self._eos is None:
             return Documents(np.empty(0, np.int64), np.empty(0, np.int64))
-        ends = start + 1 + np.flatnonzero(part.read(start, stop) == self._eos)
+        ends = start + 1 + np.flatnonzero((part.read(start, stop) if ids is None else ids) == self._eos)
         begins = np.concatenate([[start], ends])
         return Documents(begins[begins < stop], ends)
 

@@ -156,7 +156,7 @@ class TokenReader:
         if ids.view(np.uint64).max() >= self.vocab_size:  # as unsigned numbers, negative ones are large
             self._refuse(start, ids.view(np.uint64))
         epoch = slot // self.windows.count
-        return Window(ids, START, tuple((epoch, *document) for document in self.files.documents(start, stop)))
+        return Window(ids, START, tuple((epoch, *document) for document in self.files.documents(start, stop, ids)))
 
     def _refuse(self, start: int, ids: Any) -> NoReturn:
         first = int(np.argmax(ids >= self.vocab_size))

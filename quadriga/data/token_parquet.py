@@ -21,12 +21,14 @@ from quadriga.errors import Problem, UserError, shortened
 
 
 class DecodedGroups:
-    """Decoded row groups, the least recently used of which are dropped beyond `most` bytes; the newest one is kept."""
+    """Decoded row groups, the least recently used of which are dropped beyond `most` bytes; the newest one is kept.
+
+    `decoding`: held while a row group is decoded, so that memory does not grow with the number of threads."""
 
     def __init__(self, most: int = limits.TOKEN_CACHE_BYTES) -> None:
         self._most, self._bytes = most, 0
         self._kept: OrderedDict[tuple[File, int], tuple[npt.NDArray[Any], LoadedArray]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self.decoding = threading.Lock(), threading.Lock()
 
     def get(self, file: File, part: int) -> tuple[npt.NDArray[Any], LoadedArray] | None:
         with self._lock:
@@ -66,6 +68,10 @@ class ParquetColumn(ColumnFile):
         """Ids of a row group, and the first id of each list, followed by the number of ids."""
         if (known := self._decoded.get(self.file, part)) is not None:
             return known
+        with self._decoded.decoding:  # another thread may have decoded it meanwhile
+            return self._decoded.get(self.file, part) or self._decode_now(part)
+
+    def _decode_now(self, part: int) -> tuple[npt.NDArray[Any], LoadedArray]:
         where = f", row group {part}"
         try:
             column = read_repeatedly(self.file, lambda: self._read_group(part)).column(0).combine_chunks()
