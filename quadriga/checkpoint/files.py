@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar, cast
 
 from quadriga import limits
-from quadriga.errors import Problem, UserError
+from quadriga.file_systems import file_system_of
 
 T = TypeVar("T")
 Location = str | os.PathLike[str]
@@ -37,16 +37,8 @@ def files_at(location: Location, retries: int = 5) -> Files:
     """The file system of a path or URL; `file://` is this machine. Raises UserError if a protocol has no driver."""
     if not is_url(location) or str(location).startswith("file://"):
         return LocalFiles()
-    try:
-        from fsspec.core import url_to_fs
-
-        return ObjectFiles(url_to_fs(str(location))[0], retries)
-    except (ImportError, ValueError) as error:
-        protocol = str(location).partition("://")[0]
-        driver = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
-        fix = f"pip install {driver or 'fsspec'}" if driver or isinstance(error, ImportError) else "see fsspec's list"
-        key = "checkpoint.folder or checkpoint.initial_load_path"
-        raise UserError(Problem(key, f"cannot be reached: {error}", str(location), fix=fix)) from None
+    system, _ = file_system_of(str(location), "checkpoint.folder or checkpoint.initial_load_path")
+    return ObjectFiles(system, retries)
 
 
 def local(location: Location) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.checkpoint import folder as checkpoints
+from quadriga.checkpoint import titan
 from quadriga.checkpoint.folder import CheckpointInfo
 from quadriga.cli.arguments import run_from_file
 from quadriga.cli.data_rows import format_row
@@ -16,9 +17,10 @@ from quadriga.config import Run
 from quadriga.config.schema import TOKENS
 from quadriga.data.data_check import training_mixture, training_tokens
 from quadriga.data.loader import SINGLE_STREAM, StreamLoader, build_loader
-from quadriga.data.rows import RowPart, text_row, text_rows, token_row
+from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
+from quadriga.data.rows import RowPart, mixture_row, text_row, text_rows, token_row
 from quadriga.data.tokenizer import build_tokenizer
-from quadriga.errors import EXIT_OK, Fault, Problem, UserError, printable
+from quadriga.errors import EXIT_OK, Fault, printable
 from quadriga.metrics.documents import format_documents, read_documents
 from quadriga.units import format_count, plural
 
@@ -40,11 +42,11 @@ def report_step(folder: Path, step: int, rows: int, full: bool) -> int:
 
 
 def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowPart]]:
-    """The first `rows` rows of the global batch of a step. Token files are read at once. Of texts, all rows from the
-    nearest checkpoint before the step are read."""
+    """The first `rows` rows of the global batch of a step. Token files are read at once. Of texts, and of mixtures
+    with texts, all rows from the nearest checkpoint before the step are read."""
     training, spec = run.config.training, run.spec
     if training.sources:
-        return _mixture_rows_of_step(run, step, rows)
+        return _mixture_rows_of_step(run, folder, step, rows)
     if training.dataset == TOKENS:
         files, windows = training_tokens(training, spec)
         first = (step - 1) * spec.global_batch_size
@@ -59,43 +61,52 @@ def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowP
         dataloader=training.dataloader,
     )
     try:
-        return _text_rows_of_step(loader, _nearest_checkpoint(run, folder, step), step, rows, spec.seq_len)
+        _advance(loader, run, folder, step, rows)
+        cursors, streams = loader.snapshot(), loader.streams
+        if streams.seed is None:
+            return list(islice(text_rows(streams, SINGLE_STREAM, cursors[SINGLE_STREAM]), rows))
+        return [text_row(streams, row, cursors[row]) for row in range(rows)]
     finally:
         loader.close()
 
 
-def _mixture_rows_of_step(run: Run, step: int, rows: int) -> list[list[RowPart]]:
-    """The rows of a mixture of token files. Raises UserError if it has texts."""
-    if run.config.training.reads_text:
-        what = "the mixture has sources of text, whose rows depend on all steps before"
-        fix = "name a run on token files, or train with metrics.log_documents, which lists the documents of each step"
-        raise UserError(Problem("--step", what, str(step), fix=fix))
-    data = training_mixture(run.config.training, run.spec)
-    sources, numbers = data.mixture.rows(step - 1)
-    found = []
-    for source, number in zip(sources[:rows].tolist(), numbers[:rows].tolist(), strict=True):
-        name = data.names[source]
-        parts = token_row(*data.tokens[name], number)
-        found.append([part._replace(document=(name, *(part.document or ()))) for part in parts])
-    return found
+def _mixture_rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowPart]]:
+    """The rows of a mixture. Without texts, token files are read at once."""
+    training, spec = run.config.training, run.spec
+    if not training.reads_text:
+        data = training_mixture(training, spec)
+        return [mixture_row(data, {}, step, row) for row in range(rows)]
+    loader = build_mixture_loader(
+        training,
+        build_tokenizer(run.config.model.hf_assets_path),
+        spec.model.vocab_size,
+        seed=spec.seed,
+        seq_len=spec.seq_len,
+        global_batch_size=spec.global_batch_size,
+        rows=range(rows),
+        assets=spec.tokenizer.assets,
+    )
+    try:
+        _advance(loader, run, folder, step, rows)
+        _, cursors = loader.snapshot()
+        texts = {index: (text.streams, cursors[index]) for index, text in loader.texts.items()}
+        return [mixture_row(loader.data, texts, step, row) for row in range(rows)]
+    finally:
+        loader.close()
 
 
-def _text_rows_of_step(
-    loader: StreamLoader, start: CheckpointInfo | None, step: int, rows: int, seq_len: int
-) -> list[list[RowPart]]:
-    done = 0
+def _advance(loader: StreamLoader | MixtureLoader, run: Run, folder: Path, step: int, rows: int) -> None:
+    """Moves a loader of the first `rows` rows to the beginning of a step: to the nearest checkpoint before it, and from
+    there by reading."""
+    start, done = _nearest_checkpoint(run, folder, step), 0
     if start is not None:
         loader.load_state_dict(start.extra["dataloader"])
         done = start.step
     origin = f"checkpoint {start.path}" if start else "the start of the data"
-    tokens = format_count((step - 1 - done) * rows * seq_len)
+    tokens = format_count((step - 1 - done) * rows * run.spec.seq_len)
     print(f"read from {origin}: {plural(step - 1 - done, 'step')}, about {tokens} tokens", flush=True)
     for _ in range(step - 1 - done):
         loader.next()
-    cursors, streams = loader.snapshot(), loader.streams
-    if streams.seed is None:
-        return list(islice(text_rows(streams, SINGLE_STREAM, cursors[SINGLE_STREAM]), rows))
-    return [text_row(streams, row, cursors[row]) for row in range(rows)]
 
 
 def _nearest_checkpoint(run: Run, folder: Path, step: int) -> CheckpointInfo | None:
@@ -105,9 +116,14 @@ def _nearest_checkpoint(run: Run, folder: Path, step: int) -> CheckpointInfo | N
     place = str(inside) if inside.is_dir() else place
     if "://" not in place and not Path(place).is_dir():
         return None
-    whole, _ = checkpoints.list_checkpoints(place)
+    whole, damaged = checkpoints.list_checkpoints(place)
     before = [found for found in whole if found.step < step and "dataloader" in found.extra]
-    return max(before, key=lambda found: found.step, default=None)
+    newest = max(before, key=lambda found: found.step, default=None)
+    theirs = [found.step for found in titan.find_candidates(place, damaged)[0] if found.step < step]
+    if theirs and (newest is None or newest.step < max(theirs)):
+        what = f"the checkpoint of torchtitan of step {max(theirs):,} is not read"
+        print(f"{what}: a run that continued from it has other rows until its own next checkpoint", flush=True)
+    return newest
 
 
 def _compared(folder: Path, step: int, found: Sequence[Sequence[RowPart]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ COMMANDS = {
     "equivalence": "train the debug model on many layouts and compare each with one process",
     "tokenize": "tokenize data of any format into shards that train without a tokenizer",
     "data": "report what is in data, and the documents and rows of any step of a run",
+    "data fetch": "copy data from an object store or a web server, with hashes; continues after a kill",
     "checkpoints": "list the checkpoints of a run, and verify them byte by byte",
     "convert": "convert a checkpoint to Hugging Face or torchtitan, or from Hugging Face",
     "bench": "run several settings several times each, and compare them",
@@ -82,6 +84,8 @@ def _run(name: str, rest: Sequence[str]) -> int:
     if name in ("version", "--version"):
         print(__version__)
         return EXIT_OK
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         raise UserError(Problem(name, "no such command", allowed=", ".join(COMMANDS), nearest=nearest(name, COMMANDS)))
     return function_of(name)(rest)
@@ -89,7 +93,7 @@ def _run(name: str, rest: Sequence[str]) -> int:
 
 def function_of(name: str) -> Callable[[Sequence[str]], int]:
     """The function of a command. It takes the arguments after the name, and returns the exit code."""
-    module, function = SHARED.get(name, (name.replace("-", "_"), "main"))
+    module, function = SHARED.get(name, (re.sub("[ -]", "_", name), "main"))
     found: Callable[[Sequence[str]], int] = getattr(importlib.import_module(f"quadriga.cli.{module}"), function)
     return found
 

@@ -24,7 +24,7 @@ def cli_page() -> str:
 
 def linked(name: str) -> str:
     """The name of a command, as a link to its section if it has one."""
-    return f"`{name}`" if name in WITHOUT_PARSER else f"[`{name}`](#{name})"
+    return f"`{name}`" if name in WITHOUT_PARSER else f"[`{name}`](#{name.replace(' ', '-')})"
 
 
 def parser_of(name: str) -> Parser:

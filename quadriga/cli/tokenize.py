@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quadriga.cli.arguments import Parser, count
+from quadriga.cli.progress import format_time_left, progress_shown
 from quadriga.cli.sources import add_text_arguments, arguments_in_messages, data_named, text_keys
 from quadriga.config.schema import TOKENS
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
@@ -25,7 +25,6 @@ ABOUT = (
     "folder or a glob, or a data set without a path (builtin, c4). OUT is a new folder. The shards are the same for "
     "any number of workers. After a kill or Ctrl-C, the same command continues."
 )
-LINE_SECONDS = 10.0  # between two lines of progress, if standard error is not a terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,7 +60,13 @@ def main(argv: Sequence[str]) -> int:
         skip = chosen.on_bad_record == "skip"
         job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens)
         try:
-            with _shown(started) as show:
+            with progress_shown("tokenize") as shown:
+
+                def show(progress: TokenizeProgress) -> None:
+                    share = progress.source_bytes / max(progress.total_bytes, 1)
+                    notes = [f"skipped: {bad}" for bad in progress.bad]
+                    shown(share, format_progress(progress, time.monotonic() - started), notes)
+
                 manifest = tokenize_into(chosen.out, job, chosen.workers or usable_cores(), environ, show)
         except KeyboardInterrupt:
             print(f"quadriga: what is finished is kept in {printable(chosen.out)}; {CONTINUE}", file=sys.stderr)
@@ -76,45 +81,10 @@ def _summary(manifest: ShardManifest) -> str:
     return f"{', '.join(parts)} of {manifest.dtype}{bad}"
 
 
-@contextmanager
-def _shown(started: float) -> Iterator[Callable[[TokenizeProgress], None]]:
-    """A function that shows the progress: as a bar on a terminal, else as lines."""
-    if not sys.stderr.isatty():
-        yield _Lines(started)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = TextColumn("tokenize"), BarColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def show(progress: TokenizeProgress) -> None:
-            for bad in progress.bad:
-                bar.console.print(f"skipped: {printable(bad)}", markup=False, highlight=False)
-            share = progress.source_bytes / max(progress.total_bytes, 1)
-            bar.update(task, completed=share, description=format_progress(progress, time.monotonic() - started))
-
-        yield show
-
-
-class _Lines:
-    def __init__(self, started: float) -> None:
-        self._started = self._printed = started
-
-    def __call__(self, progress: TokenizeProgress) -> None:
-        for bad in progress.bad:
-            print(f"skipped: {printable(bad)}", file=sys.stderr)
-        now = time.monotonic()
-        if now - self._printed >= LINE_SECONDS:
-            self._printed = now
-            print(f"tokenize: {format_progress(progress, now - self._started)}", file=sys.stderr, flush=True)
-
-
 def format_progress(progress: TokenizeProgress, seconds: float) -> str:
     """The share of the source that is done, tokens, tokens per second, and the time left."""
     share = progress.source_bytes / max(progress.total_bytes, 1)
     here = (progress.source_bytes - progress.kept_bytes) / max(progress.total_bytes - progress.kept_bytes, 1)
-    left = f", {format_seconds(seconds * (1 - here) / here)} left" if here > 0 else ""
+    left = format_time_left(seconds, here)
     speed = progress.ids / max(seconds, 1e-9)
     return f"{100 * share:.0f}%, {format_count(progress.ids)} tokens, {format_count(speed)} tokens/s{left}"

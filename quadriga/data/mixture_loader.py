@@ -67,15 +67,15 @@ def build_mixture_loader(
 
 
 class MixtureLoader(Loader):
-    """Batches of the windows of several sources."""
+    """Batches of the windows of several sources. `texts`: by index of the source, the streams and cursors of texts."""
 
     def __init__(self, data: MixtureData, texts: Mapping[str, StreamLoader], vocab_size: int, rows: range) -> None:
         """texts: by name, the streams and cursors of the sources of text, whose own batches are not used.
         vocab_size: of the model."""
         order = (data.seq_len, data.global_batch_size, rows, data.training.dataloader)
         super().__init__(*order, endless=True, rows_have=row_format(data.training))
-        self._data = data
-        self._texts = {data.names.index(name): loader for name, loader in texts.items()}
+        self.data = data
+        self.texts = {data.names.index(name): loader for name, loader in texts.items()}
         self._readers = {
             data.names.index(name): TokenReader(files, windows, vocab_size)
             for name, (files, windows) in data.tokens.items()
@@ -86,12 +86,12 @@ class MixtureLoader(Loader):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the texts; None if there are none."""
-        return next((loader.tokenizer for loader in self._texts.values()), None)
+        return next((loader.tokenizer for loader in self.texts.values()), None)
 
     @property
     def fingerprint(self) -> str:
-        texts = {self._data.names[index]: loader.streams.source.fingerprint for index, loader in self._texts.items()}
-        return self._data.fingerprint(texts)
+        texts = {self.data.names[index]: loader.streams.source.fingerprint for index, loader in self.texts.items()}
+        return self.data.fingerprint(texts)
 
     def next(self) -> Batch:
         return replace(super().next(), sources=self._consumed())
@@ -100,8 +100,8 @@ class MixtureLoader(Loader):
         """`lanes` has the number of finished steps, and by `NAME:STREAM` the cursors of the texts of this rank's rows.
         `sources` has the rest of the states of the texts, by name."""
         state: dict[str, Any] = {"fingerprint": self.fingerprint, "lanes": {STEP: [self._step]}, "sources": {}}
-        for index, loader in self._texts.items():
-            name, own = self._data.names[index], loader.state_dict()
+        for index, loader in self.texts.items():
+            name, own = self.data.names[index], loader.state_dict()
             state["lanes"] |= {f"{name}:{stream}": cursor for stream, cursor in own.pop("lanes").items()}
             state["sources"][name] = own
         return state
@@ -112,67 +112,67 @@ class MixtureLoader(Loader):
         if not 0 <= (step := state["lanes"][STEP][0]) <= limits.COUNT:
             raise ValueError(f"the data state is of step {step}")
         self.close()
-        for index, loader in self._texts.items():
-            name = self._data.names[index]
+        for index, loader in self.texts.items():
+            name = self.data.names[index]
             lanes = {lane.removeprefix(f"{name}:"): at for lane, at in state["lanes"].items() if _is_of(lane, name)}
             loader.load_state_dict({**state["sources"][name], "lanes": lanes})
         self._move_to(step)
 
     def differences(self, state: Mapping[str, Any]) -> list[Problem]:
-        by_name = {self._data.names[index]: loader for index, loader in self._texts.items()}
-        return self._data.differences(
+        by_name = {self.data.names[index]: loader for index, loader in self.texts.items()}
+        return self.data.differences(
             state, self.fingerprint, lambda source, saved: by_name[source.title].differences(saved)
         )
 
     def snapshot(self) -> tuple[int, dict[int, dict[int, Cursor]]]:
-        return self._step, {index: loader.snapshot() for index, loader in self._texts.items()}
+        return self._step, {index: loader.snapshot() for index, loader in self.texts.items()}
 
     def restore(self, snapshot: tuple[int, Mapping[int, Mapping[int, Cursor]]]) -> None:
         self.close()
         step, cursors = snapshot
-        for index, loader in self._texts.items():
+        for index, loader in self.texts.items():
             loader.restore(cursors[index])
         self._move_to(step)
 
     def describe(self, steps: int) -> list[str]:
         """As `MixtureData.describe`."""
-        return self._data.describe(steps)
+        return self.data.describe(steps)
 
     def start_at(self, documents: int, tokens_left: int) -> NoReturn:
         what = "are a mixture, in which torchtitan has no position"
         raise UserError(Problem("the training data", what, fix="use the data that the state was saved with"))
 
     def bad_records(self) -> int | None:
-        counts = [loader.bad_records() for loader in self._texts.values()]
+        counts = [loader.bad_records() for loader in self.texts.values()]
         return sum(count or 0 for count in counts) if any(count is not None for count in counts) else None
 
     def format_location(self, record: SkippedRecord) -> str:
-        return self._texts[self._data.names.index(record.source)].format_location(record)
+        return self.texts[self.data.names.index(record.source)].format_location(record)
 
     def _move_to(self, step: int) -> None:
-        self._step, self._windows = step, self._data.mixture.windows_before(step)
+        self._step, self._windows = step, self.data.mixture.windows_before(step)
 
     def _consumed(self) -> dict[str, dict[str, float]]:
         """By name, the tokens and epochs of each source that the run has consumed. The epochs of a text are the
         complete ones of the first row of this rank."""
-        counts = dict(zip(self._data.names, self._windows.tolist(), strict=True))
+        counts = dict(zip(self.data.names, self._windows.tolist(), strict=True))
         return {
             name: {"tokens": windows * self._seq_len, "epochs": self._epochs(index, windows)}
             for index, (name, windows) in enumerate(counts.items())
         }
 
     def _epochs(self, index: int, windows: int) -> float:
-        if index in self._texts:
-            return self._texts[index].epoch
+        if index in self.texts:
+            return self.texts[index].epoch
         return windows / self._readers[index].windows.count
 
     def _feeds(self) -> list[Generator[BatchPart, None, None]]:
-        streams = {index: loader.streams for index, loader in self._texts.items()}
-        cursors = {index: loader.snapshot() for index, loader in self._texts.items()}
-        single = bool(streams) and not self._data.training.dataloader.shuffle
+        streams = {index: loader.streams for index, loader in self.texts.items()}
+        cursors = {index: loader.snapshot() for index, loader in self.texts.items()}
+        single = bool(streams) and not self.data.training.dataloader.shuffle
         threads = 1 if single else min(max(self._dataloader.num_workers, 1), len(self._rows))
         return [
-            _feed(self._data, self._readers, streams, cursors, self._rows[i::threads], self._step)
+            _feed(self.data, self._readers, streams, cursors, self._rows[i::threads], self._step)
             for i in range(threads)
         ]
 
@@ -180,14 +180,14 @@ class MixtureLoader(Loader):
         before = [int(self._epochs(index, windows)) for index, windows in enumerate(self._windows.tolist())]
         for part in parts:
             for (index, stream), cursor in part.cursors.items():
-                self._texts[index].advance({stream: cursor})
-        self._windows = self._windows + self._data.mixture.windows_in(self._step)
+                self.texts[index].advance({stream: cursor})
+        self._windows = self._windows + self.data.mixture.windows_in(self._step)
         self._step += 1
         if 0 not in self._rows:
             return
         for index, windows in enumerate(self._windows.tolist()):
             if (epoch := int(self._epochs(index, windows))) > before[index]:
-                logger.info("data: epoch %d of %s begins", epoch + 1, self._data.names[index])
+                logger.info("data: epoch %d of %s begins", epoch + 1, self.data.names[index])
 
 
 def _is_of(lane: str, name: str) -> bool:

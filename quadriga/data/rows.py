@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from quadriga.data.mixture_data import MixtureData
 from quadriga.data.streams import START, Cursor, Streams, tokenized
 from quadriga.data.token_files import TokenFiles
 from quadriga.data.windows import Windows
@@ -26,17 +27,20 @@ class RowPart(NamedTuple):
 
 
 def text_row(streams: Streams, stream: int, cursor: Cursor) -> list[RowPart]:
-    """The row of a stream that begins at a cursor. The last row of a pass can be short."""
+    """The row of a stream that begins at a cursor. The last row of a pass can be short, and so can a row of one
+    record."""
     parts: list[RowPart] = []
     left = streams.seq_len + 1
     for ids, at, document, *_ in tokenized(streams.documents(stream, cursor), streams.tokenizer, streams.seq_len):
         start = cursor.token if at[:3] == cursor[:3] else 0
+        if streams.packing == "pad" and (start or len(ids) < 2):  # read before, or no record with a label
+            continue
         taken = ids[start : start + left].astype(np.int64)
         if len(taken):
             location = streams.source.format_location(document[1], document[2])
             parts.append(RowPart(document, location, taken, start > 0, start + len(taken) < len(ids)))
         left -= len(taken)
-        if not left:
+        if not left or streams.packing == "pad":
             break
     return parts
 
@@ -61,6 +65,28 @@ def token_row(files: TokenFiles, windows: Windows, slot: int) -> list[RowPart]:
         location = files.format_location(first)
         found.append(RowPart(name, location, ids[first - start : after - start], continued, continues))
     return found
+
+
+def mixture_row(
+    data: MixtureData, texts: Mapping[int, tuple[Streams, Mapping[int, Cursor]]], step: int, row: int
+) -> list[RowPart]:
+    """A row of the global batch of step `step` (from 1) of a mixture.
+
+    texts: by index of the source, its streams, and by stream the cursor at the beginning of the step.
+    """
+    sources, numbers = data.mixture.rows(step - 1)
+    index, number = int(sources[row]), int(numbers[row])
+    name = data.names[index]
+    if name in data.tokens:
+        parts = token_row(*data.tokens[name], number)
+    else:
+        streams, cursors = texts[index]
+        if streams.seed is None:  # its windows of this step are in order
+            before = int(np.count_nonzero(numbers[sources == index] < number))
+            parts = next(islice(text_rows(streams, 0, cursors[0]), before, None))
+        else:
+            parts = text_row(streams, row, cursors[row])
+    return [part._replace(document=(name, *(part.document or ()))) for part in parts]
 
 
 def row_ids(parts: list[RowPart]) -> list[int]:

@@ -27,12 +27,12 @@ from quadriga.data.token_formats import (
     join_documents,
     require_dtype,
 )
+from quadriga.data.unfinished import refuse_unfinished
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import read_json_object
 
 FORMAT, VERSION = "quadriga-tokens", 1
 MANIFEST = "manifest.json"
-WORK = ".tokenize"  # the folder of a job that is not finished
 WIDE_VOCABULARY = 1 << 16  # ids from here on need uint32
 DTYPES = ("uint16", "uint32")
 HASHED_AT_ONCE = 1 << 22  # bytes
@@ -125,9 +125,7 @@ def read_manifest(folder: Path) -> ShardManifest | None:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if (folder / WORK).is_dir():
-            what = "the shards in this folder are not complete"
-            raise UserError(Problem(shortened(folder, 400), what, fix="run the same `quadriga tokenize` again"))
+        refuse_unfinished(folder)
         return None
     content = read_json_object(path, what="manifest")
     return _parse(content, shortened(path, 400)) if content.get("format") == FORMAT else None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from quadriga import limits
 from quadriga.data.files import File
+from quadriga.data.stalls import being_read
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.log import logger
 
@@ -57,7 +58,8 @@ class OpenFiles:
 
         def read() -> bytes:
             try:
-                return self._read(file, offset, size)
+                with being_read(lambda: path_of(file)):
+                    return self._read(file, offset, size)
             except OSError:
                 self._forget(file)  # a new descriptor, because one of a network file system can become invalid
                 raise

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga import limits
+from quadriga.data import stalls
 from quadriga.data.sources import BadRecord, Document, DocumentId, DocumentName, Record, Source
 from quadriga.data.tokenizer import Ids, Tokenizer
-from quadriga.errors import Problem, UserError
+from quadriga.errors import Problem, UserError, shortened
 
 BLOCK_RECORDS = 1024  # records of a shard that are shuffled together
 BLOCK_CHARACTERS = 1 << 21  # a block ends earlier at so many characters
@@ -194,12 +196,24 @@ class Streams:
         shard, part = divmod(int(unit), self._parts)
         parts = self._parts
         blocks = _blocks(self.source.read(shard), start.block, start.first, start.records)
-        for records, block in blocks:
+        while True:
+            thread = threading.get_ident()
+            stalls.READING[thread] = lambda: self._location_of(shard), time.monotonic()
+            try:
+                records, block = next(blocks)
+            except StopIteration:
+                return
+            finally:
+                stalls.READING.pop(thread, None)
             _, first, count = block
             for position, index in enumerate(self._order(count, f"shard {shard} block {block[0]}", epoch), first):
                 # A file that was changed may have fewer records than its last block had.
                 if position % parts == part and index < len(records):
                     yield position // parts, records[index], block
+
+    def _location_of(self, shard: int) -> str:
+        files = self.source.files
+        return shortened(self.source.file_of(shard).path, 400) if files else f"shard {shard} of the data set"
 
     def shard(self, stream: int, cursor: Cursor) -> tuple[int, int]:
         """The shard at the cursor of a stream, and the number of its documents up to the cursor, including that one.
@@ -402,12 +416,18 @@ class Prefetcher:
 
     def __init__(self, generators: Sequence[Generator[Any, None, None]], depth: int) -> None:
         self._feeds = [_Feed(items, depth, f"data-{index}") for index, items in enumerate(generators)]
+        self._named: set[str] = set()  # the files that were logged
 
     def next(self) -> list[Any]:
-        """One item of each generator. Raises what a generator raised, also StopIteration at its end."""
+        """One item of each generator. Raises what a generator raised, also StopIteration at its end.
+
+        While it waits for longer than `stalls.STALL_SECONDS`, it logs each file that is read meanwhile, once."""
         items = []
         for feed in self._feeds:
-            item, error = feed.ready.get()
+            try:
+                item, error = feed.ready.get(timeout=stalls.STALL_SECONDS)
+            except queue.Empty:
+                item, error = stalls.wait_for(feed.ready, feed.thread, self._named)
             if error is not None:
                 feed.ready.put((None, error))  # later calls raise the same error
                 raise error

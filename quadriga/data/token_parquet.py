@@ -13,6 +13,7 @@ import numpy.typing as npt
 from quadriga import limits
 from quadriga.data.files import File
 from quadriga.data.parquet import damaged_parquet, open_parquet
+from quadriga.data.stalls import being_read
 from quadriga.data.stored_arrays import LoadedArray, path_of, read_repeatedly
 from quadriga.data.token_columns import WITHOUT_NULLS, ColumnFile, IdColumn, find_id_column
 from quadriga.data.token_formats import Documents, TokenFile, TokenOptions, documents_between
@@ -20,12 +21,14 @@ from quadriga.errors import Problem, UserError, shortened
 
 
 class DecodedGroups:
-    """Decoded row groups, the least recently used of which are dropped beyond `most` bytes; the newest one is kept."""
+    """Decoded row groups, the least recently used of which are dropped beyond `most` bytes; the newest one is kept.
+
+    `decoding`: held while a row group is decoded, so that memory does not grow with the number of threads."""
 
     def __init__(self, most: int = limits.TOKEN_CACHE_BYTES) -> None:
         self._most, self._bytes = most, 0
         self._kept: OrderedDict[tuple[File, int], tuple[npt.NDArray[Any], LoadedArray]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self.decoding = threading.Lock(), threading.Lock()
 
     def get(self, file: File, part: int) -> tuple[npt.NDArray[Any], LoadedArray] | None:
         with self._lock:
@@ -65,6 +68,10 @@ class ParquetColumn(ColumnFile):
         """Ids of a row group, and the first id of each list, followed by the number of ids."""
         if (known := self._decoded.get(self.file, part)) is not None:
             return known
+        with self._decoded.decoding:  # another thread may have decoded it meanwhile
+            return self._decoded.get(self.file, part) or self._decode_now(part)
+
+    def _decode_now(self, part: int) -> tuple[npt.NDArray[Any], LoadedArray]:
         where = f", row group {part}"
         try:
             column = read_repeatedly(self.file, lambda: self._read_group(part)).column(0).combine_chunks()
@@ -88,7 +95,7 @@ class ParquetColumn(ColumnFile):
         return decoded
 
     def _read_group(self, part: int) -> Any:
-        with open_parquet(self.file) as parquet:
+        with being_read(lambda: path_of(self.file)), open_parquet(self.file) as parquet:
             return parquet.read_row_group(part, columns=[self.column.name], use_threads=False)
 
     def _bounds(self, column: Any) -> npt.NDArray[np.int64]:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 from quadriga.config.schema import TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.pieces import sync
-from quadriga.data.shards import MANIFEST, WORK, MadeBy, ShardManifest, read_manifest
+from quadriga.data.shards import MANIFEST, MadeBy, ShardManifest, read_manifest
 from quadriga.data.sources import Source
 from quadriga.data.tokenizer import Tokenizer, build_tokenizer
+from quadriga.data.unfinished import WORK
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import read_json_object
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from quadriga.data.pieces import Piece, cut_pieces
-from quadriga.data.shards import WORK, ShardManifest, dtype_for
+from quadriga.data.shards import ShardManifest, dtype_for
 from quadriga.data.sources import Source
 from quadriga.data.tokenize_job import CONTINUE, TokenizeJob, made_by, piece_path, prepare_folder, unwritable
 from quadriga.data.tokenize_shards import Assembler
 from quadriga.data.tokenizer import Tokenizer
+from quadriga.data.unfinished import WORK
 from quadriga.errors import Fault, Problem, UserError
 
 REFRESH_SECONDS = 0.5

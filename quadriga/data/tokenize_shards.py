@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quadriga.data.pieces import BEGINS, NOTHING, Piece, sync
-from quadriga.data.shards import MANIFEST, WORK, MadeBy, Shard, ShardManifest, shard_name
+from quadriga.data.shards import MANIFEST, MadeBy, Shard, ShardManifest, shard_name
 from quadriga.data.tokenize_job import STATE, piece_path, sync_folder, write_json
+from quadriga.data.unfinished import WORK
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.reading import read_json_object
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tree import PACKAGE, Import, imports, module_of, package_of, package_of_module, sources
 
-GROUND = {"errors", "units", "hardware", "log", "limits", "reading", "file_search"}
+GROUND = {"errors", "units", "hardware", "log", "limits", "reading", "file_search", "file_systems"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"api", "trainer", "errors"},
     "errors": set(),
@@ -18,13 +18,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensors": set(),
     "reading": {"errors", "limits"},
     "file_search": {"errors", "limits"},
+    "file_systems": {"errors"},
     "config": {"errors", "units", "hardware", "limits", "reading", "file_search"},
     "comm": GROUND | {"config", "json_collectives", "tensors"},
     "data": GROUND | {"config"},
     "optim": GROUND | {"config", "tensors"},
     "metrics": GROUND | {"config"},
     "models": {"errors", "units", "config", "limits", "reading"},
-    "checkpoint": {"errors", "units", "log", "config", "limits", "reading", "json_collectives", "tensors"},
+    "checkpoint": {"errors", "units", "log", "config", "limits", "reading", "json_collectives", "tensors"}
+    | {"file_systems"},
     "parallel": {"models", "comm", "errors", "units", "log", "config", "tensors"},
     "planning": GROUND | {"config", "models", "comm", "metrics"},
     # planning: the list of remedies that an out-of-memory report proposes is that of the estimates.

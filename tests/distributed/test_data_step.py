@@ -33,7 +33,10 @@ def write_lines(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["shuffled", "in order", "tokens", "mixture"])
+KINDS = ("shuffled", "in order", "tokens", "mixture", "mixture with text", "mixture in order")
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     data = write_lines(place / "data")
@@ -43,6 +46,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "tokens":
         assert main(["tokenize", str(data), str(place / "ids"), "--tokenizer", "builtin:bytes"]) == EXIT_OK
         keys = ["--training.dataset=tokens", f"--training.dataset_path={place}/ids"]
+    if request.param.startswith("mixture "):
+        (np.arange(5000) % 250).astype("<u2").tofile(place / "plain.bin")
+        lines = [json.dumps({"text": f"other {number} " * (1 + number % 7)}) for number in range(90)]
+        (place / "other.jsonl").write_text("\n".join(lines) + "\n")
+        plain = f'{{dataset = "tokens", dataset_path = "{place}/plain.bin", token_dtype = "uint16", weight = 2}}'
+        paths = data, place / "other.jsonl"
+        texts = [f'{{dataset = "jsonl", dataset_path = "{path}", weight = 3}}' for path in paths]
+        stage = "--training.stages=[{from_step = 4, weights = {data = 1, other = 5, plain = 1}}]"
+        keys = [f"--training.sources=[{texts[0]}, {plain}, {texts[1]}]", stage]
+        if request.param.endswith("in order"):
+            keys.append("--training.dataloader.no_shuffle")
     if request.param == "mixture":
         assert main(["tokenize", str(data), str(place / "ids"), "--tokenizer", "builtin:bytes"]) == EXIT_OK
         (np.arange(5000) % 250).astype("<u2").tofile(place / "plain.bin")
@@ -61,7 +75,9 @@ def batches(folder: Path, steps: int) -> list[tuple[np.ndarray, dict[str, list[s
     order["dataloader"] = training.dataloader
     if training.sources:
         sources = training.model_copy(update={"dataloader": order.pop("dataloader")})
-        loader = build_mixture_loader(sources, None, spec.model.vocab_size, **order, assets=None)
+        loader = build_mixture_loader(
+            sources, build_tokenizer("builtin:bytes"), spec.model.vocab_size, **order, assets=None
+        )
     elif training.dataset == "tokens":
         loader = build_token_loader(training.token_keys, spec.model.vocab_size, **order)
     else:
@@ -91,12 +107,13 @@ def test_a_future_step_continues_at_the_newest_checkpoint_before_it(folder, caps
     shown = capsys.readouterr().out
     assert "step 9: rows 0 to 2 of 8" in shown
     assert "the run did not log the documents of these rows" in shown
-    if "jsonl, line" in shown:
+    if "read from" in shown:
+        assert run_from_file(str(folder / "config.toml"), 1).config.training.reads_text
         assert "step-6: 2 steps, about " in shown
         assert main(["data", str(folder), "--step", "2"]) == EXIT_OK
         assert "read from the start of the data: 1 step, about " in capsys.readouterr().out
     else:
-        assert "read from" not in shown  # nothing but the rows is read
+        assert not run_from_file(str(folder / "config.toml"), 1).config.training.reads_text
 
 
 def test_other_documents_than_the_logged_ones_are_a_fault(folder, capsys, tmp_path):

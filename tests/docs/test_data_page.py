@@ -9,6 +9,7 @@ import shlex
 import struct
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from training import DEBUG_FILE, ROOT, TINY, train
@@ -85,6 +86,19 @@ def test_texts_are_tokenized_trained_on_and_reported(tmp_path: Path, monkeypatch
             train(Path(arguments[1]), 1, *TINY, "--training.steps=1", "--metrics.log_documents")
         assert quadriga(arguments) == 0, arguments
         assert "row 0" in capsys.readouterr().out
+
+
+def test_shards_are_copied_from_a_store_and_trained_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("a line\n" * 5000)
+    assert quadriga(["tokenize", "texts.txt", "shards", "--tokenizer", "builtin:bytes"]) == 0
+    store = fsspec.filesystem("memory")
+    store.put("shards/*", "/bucket/shards/")
+    (program, *fetch), (launcher, *keys) = commands("Copy from an object store")
+    assert (program, fetch[2], launcher) == ("quadriga", "s3://bucket/shards", "./run_train.sh")
+    assert quadriga([word.replace("s3://", "memory://") for word in fetch]) == 0
+    store.rm("/bucket", recursive=True)
+    assert "tokens from copied_shards: 1 file, " in " ".join(dry_run(keys, capsys).split())
 
 
 def test_the_configuration_of_two_formats_is_valid(tmp_path: Path, monkeypatch, capsys) -> None:

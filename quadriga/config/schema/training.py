@@ -36,7 +36,7 @@ class Fetching(Section):
     """Place batches in page-locked memory, which makes copies to a GPU faster; none: on if the run computes on CUDA."""
 
     prefetch_factor: Count | None = None
-    """Batches that are prefetched; none is 2."""
+    """Batches that are prefetched; none is 2. A stall of the data costs nothing for so many steps."""
 
     on_bad_record: Literal["stop", "skip"] = "stop"
     """After a document that cannot be read (not JSON, no such field, not UTF-8, too long): stop the run, or skip it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchtitan_checkpoints import unpack
 
 from quadriga.cli.main import main
 from quadriga.config.schema import TextKeys
@@ -179,10 +180,12 @@ def test_the_sources_of_a_mixture_are_shown_one_by_one(tmp_path, capsys):
     assert "with 600 ids\n" in report
 
 
-def test_rows_of_a_mixture_with_texts_are_refused_by_name(tmp_path, capsys):
+def test_a_checkpoint_of_torchtitan_that_is_not_read_is_named(tmp_path, capsys):
     texts = write_texts(tmp_path / "books")
-    source = f'[[training.sources]]\ndataset = "jsonl"\ndataset_path = "{texts}"\nweight = 1\n'
-    (tmp_path / "config.toml").write_text("[training]\nseq_len = 16\n" + source)
+    (tmp_path / "config.toml").write_text(
+        f'[job]\ndump_folder = "{tmp_path}"\n[training]\nseq_len = 16\ndataset = "jsonl"\ndataset_path = "{texts}"\n'
+    )
     (tmp_path / "environment.json").write_text('{"world_size": 1}')
-    assert main(["data", str(tmp_path), "--step", "3"]) == EXIT_USAGE
-    assert "the mixture has sources of text" in capsys.readouterr().err
+    unpack("one_rank", tmp_path / "checkpoint")
+    assert "the checkpoint of torchtitan of step 3 is not read" in shown(capsys, tmp_path, "--step", "4", "--rows", "1")
+    assert "torchtitan" not in shown(capsys, tmp_path, "--step", "3", "--rows", "1")

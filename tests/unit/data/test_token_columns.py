@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +15,7 @@ from token_writers import lists, write_arrow, write_parquet
 
 from quadriga.data.arrow_messages import node_and_buffer_counts
 from quadriga.data.token_files import open_token_files
+from quadriga.data.token_parquet import ParquetColumn
 from quadriga.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6], [], [7, 8, 9, 10]]
@@ -140,3 +145,30 @@ def test_what_the_library_datasets_writes_is_read(tmp_path):
         tokens = open_token_files(str(path), field="input_ids")
         assert tokens.read(0, tokens.length).tolist() == IDS
         assert len(tokens.documents(0, 10)) == 4
+
+
+def test_threads_decode_one_row_group_at_a_time(tmp_path, monkeypatch):
+    """So that memory does not grow with their number; and none decodes a group that another one has decoded."""
+    ids = np.arange(4000) % 250
+    pyarrow.parquet.write_table(pa.table({"input_ids": ids.astype("<u2")}), tmp_path / "a.parquet", row_group_size=1000)
+    files, running, most, calls = open_token_files(str(tmp_path)), 0, 0, []
+    real = ParquetColumn._read_group
+
+    def read_group(self, part):
+        nonlocal running, most
+        calls.append(part)
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        try:
+            return real(self, part)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(ParquetColumn, "_read_group", read_group)
+    with ThreadPoolExecutor(8) as pool:
+        starts = [start for start in range(0, 4000, 500) for _ in range(4)]
+        rows = list(pool.map(lambda start: files.read(start, start + 500), starts))
+    assert all(np.array_equal(row, ids[start : start + 500]) for start, row in zip(starts, rows, strict=True))
+    assert most == 1
+    assert sorted(calls) == [0, 1, 2, 3]

@@ -14,7 +14,9 @@ import torch
 
 from quadriga.config.schema import Dataloader, Fetching
 from quadriga.data.loader import IGNORE, Batch
-from quadriga.data.token_loader import TokenLoader
+from quadriga.data.stored_arrays import OpenFiles
+from quadriga.data.token_files import open_token_files
+from quadriga.data.token_loader import TokenLoader, TokenReader
 from quadriga.data.windows import Windows
 from quadriga.errors import Problem, UserError
 
@@ -215,3 +217,21 @@ def test_an_epoch_is_logged_by_the_rank_of_row_0(caplog):
         hashes(make(range(42)), 8)
         hashes(make(range(42, 84)), 8)
     assert [record.getMessage() for record in caplog.records] == ["data: epoch 2 begins"]
+
+
+def test_a_row_is_read_once(tmp_path, monkeypatch):
+    """Also where the ids separate documents, and over the border of two files."""
+    ids = np.random.default_rng(0).integers(0, 6, 200).astype("<u2")
+    for number in range(2):
+        ids[number * 100 :][:100].tofile(tmp_path / f"{number}.bin")
+    files = open_token_files(str(tmp_path), token_dtype="uint16", eos_id=0)
+    reader = TokenReader(files, Windows(200, 15, 1, 3), 6)
+    expected = [(reader.read(slot, slot).ids, files.documents(*reader.windows.bounds(slot))) for slot in range(13)]
+    sizes: list[int] = []
+    real = OpenFiles.read
+    monkeypatch.setattr(OpenFiles, "read", lambda self, *args: sizes.append(args[2]) or real(self, *args))
+    for slot, (row, documents) in enumerate(expected):
+        window = reader.read(slot, slot)
+        assert window.ids.tolist() == row.tolist()
+        assert window.documents == tuple((0, *document) for document in documents)
+    assert sum(sizes) == 13 * 16 * 2

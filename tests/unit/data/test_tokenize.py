@@ -28,12 +28,13 @@ from quadriga.cli.tokenize import format_progress
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data import pieces, streams
 from quadriga.data.loader import build_loader
-from quadriga.data.shards import WORK, dtype_for, read_manifest
+from quadriga.data.shards import dtype_for, read_manifest
 from quadriga.data.token_files import open_token_files
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenize_job import TokenizeJob
 from quadriga.data.tokenize_run import TokenizeProgress, tokenize_into
-from quadriga.data.tokenizer import build_tokenizer
+from quadriga.data.tokenizer import Tokenizer, build_tokenizer
+from quadriga.data.unfinished import WORK
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault
 
 SHARD_TOKENS = 12_000
@@ -390,7 +391,7 @@ def test_a_process_that_is_killed_is_a_fault_and_the_job_continues(source, expec
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
-    class Wrong(streams.Tokenizer):  # type: ignore[misc]
+    class Wrong(Tokenizer):
         vocab_size, bos_id, eos_id = 10, None, None
 
         def encode_batch(self, texts):
