@@ -78,8 +78,9 @@ def test_the_fingerprint_has_names_sizes_and_what_the_store_says_of_the_content(
         tag = str(next(tags))
         return {name: facts | {"ETag": tag} for name, facts in real(self, path, **options).items()}
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "find", find)
-    one, two = (open_source(TextKeys("jsonl", f"{url}/a")).fingerprint for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.implementations.memory.MemoryFileSystem, "find", find)
+        one, two = (open_source(TextKeys("jsonl", f"{url}/a")).fingerprint for _ in range(2))
     assert len({remote.fingerprint, one, two}) == 3
 
 

@@ -59,7 +59,7 @@ def test_ids_are_found_after_columns_of_every_type(tmp_path, before, stream):
 def test_a_type_that_cannot_be_skipped_is_named(tmp_path):
     table = pa.table({"before": pa.array(["a"] * 6, pa.string_view()), "ids": pa.array(DOCUMENTS)})
     write_arrow(tmp_path / "a.arrow", table)
-    with pytest.raises(UserError, match="after one of type string_view; write the column of ids first"):
+    with pytest.raises(UserError, match="a column of type string_view before that of the data; write that first"):
         open_token_files(str(tmp_path))
     write_arrow(tmp_path / "a.arrow", table.select(["ids", "before"]))
     assert open_token_files(str(tmp_path)).read(0, 10).tolist() == IDS

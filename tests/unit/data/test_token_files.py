@@ -277,7 +277,7 @@ def test_parquet_that_is_damaged_or_gone_is_not_read_again(tmp_path, caplog):
     with pytest.raises(UserError, match="not a readable Parquet file"):
         tokens.read(0, 3)
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(UserError, match="the file cannot be read"):
+    with pytest.raises(UserError, match="the data file cannot be read"):
         tokens.read(0, 3)
     assert "trying again" not in caplog.text
 
