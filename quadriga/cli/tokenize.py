@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quadriga.cli.arguments import Parser, count
 from quadriga.cli.sources import arguments_in_messages, data_named
+from quadriga.config.assets import TOKENIZER_LIBRARIES
 from quadriga.config.schema import TOKENS
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.units import format_count, format_seconds, plural
@@ -44,6 +45,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--on-bad-record", choices=("stop", "skip"), default="stop", help="what a record that cannot be read does"
     )
+    parser.add_argument(
+        "--library",
+        choices=TOKENIZER_LIBRARIES,
+        default=TOKENIZER_LIBRARIES[0],
+        help="what encodes; fastokens is faster, and is refused if its ids differ",
+    )
     chosen = parser.parse_args(argv)
     from quadriga.data.tokenize_job import CONTINUE, TokenizeJob
     from quadriga.data.tokenize_run import tokenize_into
@@ -57,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     with arguments_in_messages():
         dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
         skip = chosen.on_bad_record == "skip"
-        job = TokenizeJob(dataset, path, chosen.tokenizer, chosen.field, skip, chosen.shard_tokens)
+        job = TokenizeJob(dataset, path, chosen.tokenizer, chosen.field, skip, chosen.shard_tokens, chosen.library)
         try:
             with _shown(started) as show:
                 manifest = tokenize_into(chosen.out, job, chosen.workers or usable_cores(), environ, show)

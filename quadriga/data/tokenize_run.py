@@ -32,6 +32,7 @@ from quadriga.errors import Fault, Problem, UserError
 
 REFRESH_SECONDS = 0.5
 EXIT_SECONDS = 10.0
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # of each process, in the libraries
 
 
 @dataclass
@@ -67,7 +68,7 @@ def tokenize_into(
             something else. What is complete is kept.
         Fault: a process was killed, or the network failed.
     """
-    source, tokenizer = job.open()
+    source, tokenizer = job.open(compare=True)
     try:
         ready = prepare_folder(out, job, source, tokenizer)
         if isinstance(ready, ShardManifest):
@@ -173,7 +174,7 @@ class _Workers:
         self._failed = threading.Event()
         # Not in the group of the terminal: Ctrl-C ends this process, and the pipe that it closes ends the others.
         self._processes = [
-            subprocess.Popen(command, env=environ, start_new_session=True, **pipes)  # type: ignore[call-overload]
+            subprocess.Popen(command, env={**environ, **ONE_THREAD}, start_new_session=True, **pipes)  # type: ignore[call-overload]
             for _ in range(count)
         ]
         self._order, self._threads = json.dumps(order), list[threading.Thread]()

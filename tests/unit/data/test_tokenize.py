@@ -324,6 +324,7 @@ def test_an_unfinished_job_is_continued_only_as_it_was(source, tmp_path, capsys)
     process.communicate()
     shown = refusal(capsys, *arguments(source, out, "--shard-tokens", "5"))
     assert "shard_tokens was 12000, and is 5" in shown
+    assert "which cuts the source at other places" in refusal(capsys, *arguments(source, out))  # PIECE_BYTES differs
     shown = refusal(capsys, "dry-run", str(corpora_config(tmp_path, out)), "--ngpu", "1")
     assert "are not complete" in shown
     later = time.time_ns() + 10**9
