@@ -52,13 +52,17 @@ def main(argv: Sequence[str]) -> int:
         help="what encodes; fastokens is faster, and is refused if its ids differ",
     )
     chosen = parser.parse_args(argv)
+    from quadriga.data.shards import MANIFEST, read_manifest
     from quadriga.data.tokenize_job import CONTINUE, TokenizeJob
     from quadriga.data.tokenize_run import tokenize_into
     from quadriga.launch.environment import usable_cores
     from quadriga.launch.supervisor import python_path
 
-    if chosen.dataset == TOKENS:
-        raise UserError(Problem("--dataset", "these are token ids already", TOKENS, fix="train on them as they are"))
+    folder = Path(chosen.source).expanduser()
+    shards = (folder / MANIFEST).is_file() and read_manifest(folder) is not None
+    if chosen.dataset == TOKENS or shards:
+        where, value = ("SOURCE", chosen.source) if shards else ("--dataset", TOKENS)
+        raise UserError(Problem(where, "these are token ids already", value, fix="train on them as they are"))
     environ = {**os.environ, "PYTHONPATH": python_path(os.environ), "PYTHONSAFEPATH": "1"}
     started = time.monotonic()
     with arguments_in_messages():

@@ -10,6 +10,7 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -104,22 +105,27 @@ def write_piece(
     """
     found, temporary = _Progress(), path.with_suffix(f".{os.getpid()}.part")
     documents = _documents(source, shards, skip_bad, found)
-    with temporary.open("wb") as file:
-        file.write(bytes(HEADER.size))
-        for group in grouped(documents, lambda each: len(each.text) + DOCUMENT_OVERHEAD, GROUP_CHARACTERS):
-            encoded = list(encode_documents(group, tokenizer))
-            ids = np.concatenate(encoded)
-            _require_in_vocabulary(ids, tokenizer)
-            file.write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-            for document, its_ids in zip(group, encoded, strict=True):
-                found.add(document, len(its_ids))
-            report(found.ids)
-        file.write(np.frombuffer(found.ends, np.int64).astype("<i8").tobytes() if found.ends else b"")
-        header = PieceHeader(found.ids, len(found.ends), found.bad, found.first, found.unfinished)
-        file.seek(0)
-        file.write(HEADER.pack(MAGIC, *vars(header).values()))
-        sync(file)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(bytes(HEADER.size))
+            for group in grouped(documents, lambda each: len(each.text) + DOCUMENT_OVERHEAD, GROUP_CHARACTERS):
+                encoded = list(encode_documents(group, tokenizer))
+                ids = np.concatenate(encoded)
+                _require_in_vocabulary(ids, tokenizer)
+                file.write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+                for document, its_ids in zip(group, encoded, strict=True):
+                    found.add(document, len(its_ids))
+                report(found.ids)
+            file.write(np.frombuffer(found.ends, np.int64).astype("<i8").tobytes() if found.ends else b"")
+            header = PieceHeader(found.ids, len(found.ends), found.bad, found.first, found.unfinished)
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, *vars(header).values()))
+            sync(file)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk, its space may be what is missing
+        raise
     return header, found.listed
 
 

@@ -108,6 +108,9 @@ def prepare_folder(out: Path, job: TokenizeJob, source: Source, tokenizer: Token
     """
     identity, maker = job.identity(source), made_by(tokenizer)
     work = out / WORK
+    if job.path is not None and out.resolve().is_relative_to(Path(job.path).expanduser().resolve()):
+        what = f"is in the source, {shortened(job.path, 200)}, so the shards would be files of the source"
+        raise UserError(Problem("OUT", what, str(out), fix="name a folder outside of the source"))
     if out.exists() and not out.is_dir():
         raise UserError(Problem("OUT", "is not a folder", str(out)))
     manifest = read_manifest(out) if (out / MANIFEST).exists() else None
@@ -135,14 +138,17 @@ def prepare_folder(out: Path, job: TokenizeJob, source: Source, tokenizer: Token
 
 
 def _begin_or_continue(work: Path, here: Mapping[str, str]) -> None:
-    """Writes `job.json`. Raises UserError if there is one of another job."""
-    if not (work / JOB).exists():
+    """Writes `job.json`. Raises UserError if there is one of another job that has complete pieces."""
+    if not (work / JOB).exists() or not ((work / STATE).exists() or any(work.glob("*.piece"))):
         write_json(work / JOB, here)
         return
     then = read_json_object(work / JOB, what="job")
     if then.get("newest") != here["newest"]:
         what = "a file of the source was changed since this job began"
         raise UserError(Problem("OUT", what, str(work.parent), fix="remove the folder, and start again"))
+    if {**then, "on_bad_record": "skip"} == here:  # no record of a complete piece was bad, so it is the same with skip
+        write_json(work / JOB, here)
+        return
     if then.get("cut") != here["cut"] and {**then, "cut": here["cut"]} == here:
         what = "another Quadriga, which cuts the source at other places, began this job"
         raise UserError(Problem("OUT", what, str(work.parent), fix="remove the folder, and start again"))

@@ -277,6 +277,31 @@ def test_bad_records_stop_or_are_skipped_and_counted(tmp_path, small_pieces, cap
     assert read_manifest(tmp_path / "skipped").bad_records == 3
 
 
+def test_a_job_that_met_a_bad_record_goes_on_with_skip(tmp_path, small_pieces):
+    """The pieces before the bad record are kept, and the result is that of a job that skips from its start on."""
+    source = write_lines(tmp_path / "source", files=4)
+    with (source / "03.jsonl").open("a") as file:
+        file.write('{"text": 7}\n')
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert main(arguments(source, out, "--workers", "1")) == EXIT_USAGE
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+    assert kept
+    assert main(arguments(source, out, "--on-bad-record", "skip")) == EXIT_OK
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert main(arguments(source, whole, "--on-bad-record", "skip")) == EXIT_OK
+    assert content(out) == content(whole)
+    assert read_manifest(out).bad_records == 1
+
+
+def test_a_job_without_a_complete_piece_begins_anew_with_other_arguments(tmp_path, capsys):
+    """The remedy of the message works in the same folder."""
+    source, out = write_lines(tmp_path / "source", files=1), tmp_path / "out"
+    shown = refusal(capsys, *arguments(source, out, "--field", "txt"))
+    assert "set --field to the field that holds the documents, here perhaps text" in shown
+    assert not list(out.glob(f"{WORK}/*.[0-9]*"))  # no part of a piece is left
+    assert main(arguments(source, out, "--field", "text")) == EXIT_OK
+
+
 def test_a_document_whose_end_is_bad_ends_where_the_next_one_begins(tmp_path, small_pieces):
     """Its last part is skipped, and nothing says that it has ended. Training gives it no EOS either."""
     good = b"x" * 99 + b"\n"
@@ -354,6 +379,17 @@ def test_what_does_not_exist_is_named_by_its_argument(source, tmp_path, capsys):
     shown = refusal(capsys, *arguments(tmp_path / "mixed", tmp_path / "out"))
     assert "has files of several kinds: text, jsonl" in shown
     assert "these are token ids already" in refusal(capsys, *arguments(source, tmp_path / "out", "--dataset", "tokens"))
+
+
+def test_shards_are_not_written_into_their_source(source, tmp_path, capsys):
+    """Their manifest would be one of its files."""
+    shown = refusal(capsys, *arguments(source, source / "shards"))
+    assert "is in the source" in shown
+    assert not (source / "shards").exists()
+    assert main(arguments(source, tmp_path / "out")) == EXIT_OK
+    shown = refusal(capsys, *arguments(tmp_path / "out", tmp_path / "again"))
+    assert "SOURCE = " in shown
+    assert "these are token ids already" in shown
 
 
 def test_a_full_disk_is_one_message_and_the_job_continues(tmp_path):
